@@ -1,0 +1,28 @@
+"""Mixture of Contexts: sparse attention over the shots of a long video, and what it takes to train and sample with it."""
+
+from moc import reference
+from moc.attention import moc_attention, route
+from moc.batch import Batch, Sample, StreamSpec, make_batch, make_layout
+from moc.config import Backend, Descriptor, DropKey, MoCConfig, OwnAnchor, TextAnchor
+from moc.layout import Shot, ShotLayout
+from moc.routing import select_shots
+
+__all__ = [
+    "Backend",
+    "Batch",
+    "Descriptor",
+    "DropKey",
+    "MoCConfig",
+    "OwnAnchor",
+    "Sample",
+    "Shot",
+    "ShotLayout",
+    "StreamSpec",
+    "TextAnchor",
+    "make_batch",
+    "make_layout",
+    "moc_attention",
+    "reference",
+    "route",
+    "select_shots",
+]

@@ -1,0 +1,82 @@
+"""`moc_attention` and `route`: the two calls a model makes, and the only place that chooses a backend.
+
+A backend is a module with `attend(q, k, v, routes, layout, config)`, differentiable in q, k and v, and `route(q, k,
+layout, config, drops)`; it is imported when it is first chosen.
+
+Shape letters: L packed tokens, N heads, D head dim, K routes.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+from moc.config import Backend, Descriptor, DropKey, MoCConfig
+from moc.layout import ShotLayout
+
+_MODULES = {Backend.reference: "moc.reference"}
+
+
+def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
+    """The module that will compute this call; `backend` overrides the config's."""
+    return import_module(_MODULES[Backend.reference])
+
+
+def route(
+    q: Tensor,
+    k: Tensor,
+    layout: ShotLayout,
+    config: MoCConfig,
+    drops: DropKey | None = None,
+    backend: Backend | str | None = None,
+) -> Tensor:
+    """Chunks chosen for each query and head: q, k [L, N, D] -> int32 [N, L, K], best first, -1 where a slot is empty.
+
+    K = top_k; with `drops`, top_k + drop_in_max. Not differentiable.
+    """
+    _check(q, k, k, layout)
+    return resolve_backend(q, config, backend).route(q, k, layout, config, drops)
+
+
+def moc_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ShotLayout,
+    config: MoCConfig,
+    routes: Tensor | None = None,
+    backend: Backend | str | None = None,
+    route_qk: tuple[Tensor, Tensor] | None = None,
+    drops: DropKey | None = None,
+) -> Tensor:
+    """Mixture-of-Contexts attention over a packed stream: q, k, v [L, N, D] -> [L, N, D], same dtype.
+
+    Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks.
+
+    layout: describes the stream; on the device of q. config: what to attend to; `config.dense` is plain attention.
+    routes: int [N, L, K] from `route`, to use instead of routing here (recomputation, the caller's own routes).
+    backend: overrides `config.backend`. route_qk: the (q, k) to score with `descriptor: pre_rope`.
+    drops: the key of context drop-off and drop-in, in training; None leaves them out.
+
+    Raises ValueError where shapes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
+    """
+    _check(q, k, v, layout)
+    module = resolve_backend(q, config, backend)
+    if routes is None and not config.dense:
+        if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
+            raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
+        routes = module.route(*(route_qk or (q, k)), layout, config, drops)
+    return module.attend(q, k, v, routes, layout, config)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: ShotLayout) -> None:
+    if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(f"q, k, v must share one shape [L, N, D]; got {[tuple(x.shape) for x in (q, k, v)]}")
+    if len(q) != layout.num_tokens:
+        raise ValueError(
+            f"q has {len(q)} tokens, its layout {layout.num_tokens}: they describe different streams"
+        )
+    if layout.device != q.device:
+        raise ValueError(
+            f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch"
+        )

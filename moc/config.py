@@ -1,0 +1,130 @@
+"""What a Mixture-of-Contexts attention does: one frozen, validated, JSON-ready object.
+
+Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, section 3 (anchors, causal routing, drops).
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class OwnAnchor(StrEnum):
+    """Which of its own tokens a query always attends to."""
+
+    shot = "shot"
+    chunk = "chunk"
+    none = "none"
+
+
+class TextAnchor(StrEnum):
+    """Which text tokens a query always attends to."""
+
+    all = "all"
+    global_and_own = "global_and_own"
+    none = "none"
+
+
+class Descriptor(StrEnum):
+    """Which tensors routing scores: q and k as attention uses them, or those passed as `route_qk`."""
+
+    post_rope = "post_rope"
+    pre_rope = "pre_rope"
+
+
+class Backend(StrEnum):
+    """Who computes the attention; `auto` takes the fastest that fits the device."""
+
+    auto = "auto"
+    reference = "reference"
+    torch = "torch"
+    triton = "triton"
+
+
+@dataclass(frozen=True)
+class MoCConfig:
+    """Settings of `moc.moc_attention`; strings are accepted for the enums.
+
+    dense: plain attention within each sample, no routing; the other fields are then unused.
+    chunk_tokens: target chunk size in tokens; the layout given to attention is built with it.
+    top_k: chunks chosen for each query and head besides the anchors.
+    causal: routed information flows forward only (paper: "causal routing").
+    drop_off_max: p_max of context drop-off; a query loses floor(p k) of its k routes, p ~ U(0, p_max). Training only.
+    drop_in_rate: lambda of context drop-in; a query gains min(Poisson(lambda), drop_in_max) random chunks. Training only.
+    dense_kernel: name of the dense kernel for anchored parts ("auto" takes the fastest present).
+    deterministic: bitwise repeatable gradients, at some cost in speed.
+
+    Neither p_max nor lambda is published. Ours drop (p_max=1) or add half a chunk or more a query on average.
+    """
+
+    dense: bool = False
+    chunk_tokens: int = 1280
+    top_k: int = 5
+    causal: bool = True
+    own_anchor: OwnAnchor = OwnAnchor.shot
+    text_anchor: TextAnchor = TextAnchor.all
+    descriptor: Descriptor = Descriptor.post_rope
+    drop_off_max: float = 1.0
+    drop_in_rate: float = 0.5
+    drop_in_max: int = 2
+    backend: Backend = Backend.auto
+    dense_kernel: str = "auto"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in _ENUMS.items():
+            value = getattr(self, name)
+            if value not in list(kind):
+                raise ValueError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
+            object.__setattr__(self, name, kind(value))
+        for name, low in (("chunk_tokens", 1), ("top_k", 0), ("drop_in_max", 0), ("drop_in_rate", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"MoCConfig.{name}={getattr(self, name)} must be at least {low}")
+        if not 0 <= self.drop_off_max <= 1:
+            raise ValueError(f"MoCConfig.drop_off_max={self.drop_off_max} must lie in [0, 1]")
+
+    @property
+    def has_drops(self) -> bool:
+        return self.drop_off_max > 0 or (self.drop_in_rate > 0 and self.drop_in_max > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            key: str(value) if isinstance(value, StrEnum) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MoCConfig":
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}"
+            )
+        return cls(**values)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `moc.json` beside a model's weights."""
+        Path(folder, "moc.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "MoCConfig":
+        return cls.from_dict(json.loads(Path(folder, "moc.json").read_text()))
+
+
+_ENUMS: dict[str, type[StrEnum]] = {
+    "own_anchor": OwnAnchor,
+    "text_anchor": TextAnchor,
+    "descriptor": Descriptor,
+    "backend": Backend,
+}
+
+
+@dataclass(frozen=True)
+class DropKey:
+    """Names the random draws of context drop-off and drop-in: the same key gives the same draws on any device,
+    head split or recomputation. `first_head` is the global index of head 0 of the tensors at hand."""
+
+    seed: int
+    step: int
+    layer: int = 0
+    first_head: int = 0

@@ -1,0 +1,292 @@
+"""The packed token stream: who stands where, and how it is cut into chunks.
+
+One sample is `[global text][text 1][video 1][text 2][video 2]...`; samples of a batch follow one another. A *group* is
+the global text of a sample or one shot (its text, then its video); groups tile the stream, chunks tile the groups.
+Everything is computed from plain ints on the CPU, once, and moved to the device in one go: no attention kernel needs a
+device sync to know the stream.
+
+Source: arXiv 2508.21058, section 3 (content-aligned chunks); chunks never cross a shot or a modality.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video tokens."""
+
+    text_tokens: int
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.text_tokens < 0:
+            raise ValueError(f"Shot.text_tokens={self.text_tokens} must be at least 0")
+        if len(self.grid) != 3 or min(self.grid) < 1:
+            raise ValueError(f"Shot.grid={self.grid} must be three sizes (T, H, W) of at least 1")
+        object.__setattr__(self, "grid", tuple(self.grid))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one kind ("text" or "video"); shot counts within the sample, -1 for its global text."""
+
+    kind: str
+    sample: int
+    shot: int
+    group: int
+    start: int
+    length: int
+    grid: Grid | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The global text of a sample (shot -1) or a shot: text_tokens, then video_tokens, from `start` on."""
+
+    sample: int
+    shot: int
+    start: int
+    text_tokens: int
+    video_tokens: int
+    grid: Grid | None
+    first_chunk: int
+    num_chunks: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.text_tokens + self.video_tokens
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The unit of routing: a run of tokens inside one segment."""
+
+    kind: str
+    sample: int
+    group: int
+    start: int
+    length: int
+
+
+def split_evenly(total: int, most: int) -> list[int]:
+    """Splits `total` into as few parts of at most `most` as possible, sizes differing by at most one, longer first."""
+    parts = -(-total // most)
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
+    """Token lengths of the chunks of one shot's video: whole latent frames, or whole rows of a frame that is too large."""
+    frames, height, width = grid
+    if height * width <= chunk_tokens:
+        return [f * height * width for f in split_evenly(frames, chunk_tokens // (height * width))]
+    rows = split_evenly(height, max(1, chunk_tokens // width))
+    return [r * width for _ in range(frames) for r in rows]
+
+
+class ShotLayout:
+    """An immutable description of a packed stream. Build it with `ShotLayout.build`, join samples with `pack`.
+
+    Python side (plain ints): segments, groups, chunks, sample_ranges, num_*.
+    Tensors, int32 on `device` unless said, M chunks, G groups, B samples, L tokens:
+        sample_cu_seqlens [B + 1], group_cu_seqlens [G + 1], chunk_cu_seqlens [M + 1]
+        chunk_group [M], chunk_sample [M], chunk_is_text [M] (bool)
+        group_sample [G], group_shot [G], group_first_chunk [G + 1], sample_first_chunk [B + 1]
+        token_chunk [L], token_group [L], token_sample [L], token_is_text [L] (bool)
+        text_index [Lt], video_index [Lv] (int64): the positions of text and of video tokens in the stream
+    """
+
+    _TENSORS = (
+        "sample_cu_seqlens",
+        "group_cu_seqlens",
+        "chunk_cu_seqlens",
+        "chunk_group",
+        "chunk_sample",
+        "chunk_is_text",
+        "group_sample",
+        "group_shot",
+        "group_first_chunk",
+        "sample_first_chunk",
+        "token_chunk",
+        "token_group",
+        "token_sample",
+        "token_is_text",
+        "text_index",
+        "video_index",
+    )
+
+    sample_cu_seqlens: Tensor
+    group_cu_seqlens: Tensor
+    chunk_cu_seqlens: Tensor
+    chunk_group: Tensor
+    chunk_sample: Tensor
+    chunk_is_text: Tensor
+    group_sample: Tensor
+    group_shot: Tensor
+    group_first_chunk: Tensor
+    sample_first_chunk: Tensor
+    token_chunk: Tensor
+    token_group: Tensor
+    token_sample: Tensor
+    token_is_text: Tensor
+    text_index: Tensor
+    video_index: Tensor
+
+    def __init__(self, samples: Sequence[tuple[int, tuple[Shot, ...]]], chunk_tokens: int) -> None:
+        """samples: (global text tokens, shots) of each sample. Prefer `build` and `pack`."""
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+        if not samples or any(not shots for _, shots in samples):
+            raise ValueError("a stream needs at least one sample, and each sample at least one shot")
+        self.samples = tuple((text, tuple(shots)) for text, shots in samples)
+        self.chunk_tokens = chunk_tokens
+        self._tile()
+        self._tabulate()
+
+    @classmethod
+    def build(
+        cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280
+    ) -> "ShotLayout":
+        """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens."""
+        if global_text_tokens < 0:
+            raise ValueError(f"global_text_tokens={global_text_tokens} must be at least 0")
+        return cls([(global_text_tokens, tuple(shots))], chunk_tokens)
+
+    @classmethod
+    def pack(cls, layouts: Sequence["ShotLayout"]) -> "ShotLayout":
+        """The samples of several layouts, one after another; all must have the same `chunk_tokens`."""
+        sizes = {layout.chunk_tokens for layout in layouts}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"layouts to pack have chunk_tokens {sorted(sizes)}; rechunk them to one size first"
+            )
+        return cls([sample for layout in layouts for sample in layout.samples], sizes.pop())
+
+    def rechunk(self, chunk_tokens: int) -> "ShotLayout":
+        """The same stream, on the same device, cut into chunks of another size."""
+        if chunk_tokens == self.chunk_tokens:
+            return self
+        return ShotLayout(self.samples, chunk_tokens).to(self.device)
+
+    def to(self, device: torch.device | str) -> "ShotLayout":
+        """This layout with its tensors on `device`; one copy for each dtype, none when it is there already."""
+        device = torch.device(device)
+        if device.type == self.device.type and device.index in (None, self.device.index):
+            return self
+        moved = object.__new__(ShotLayout)
+        moved.__dict__.update(self.__dict__)
+        by_dtype: dict[torch.dtype, list[str]] = {}
+        for name in self._TENSORS:
+            by_dtype.setdefault(getattr(self, name).dtype, []).append(name)
+        for names in by_dtype.values():
+            tensors = [getattr(self, name) for name in names]
+            packed = torch.cat(tensors).to(device, non_blocking=True)
+            for name, part in zip(names, packed.split([t.numel() for t in tensors]), strict=True):
+                moved.__dict__[name] = part
+        return moved
+
+    @property
+    def device(self) -> torch.device:
+        return self.chunk_cu_seqlens.device
+
+    @property
+    def num_tokens(self) -> int:
+        return self.groups[-1].end
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    @cached_property
+    def shot_groups(self) -> tuple[int, ...]:
+        """The group of each shot of the pack, in order."""
+        return tuple(index for index, group in enumerate(self.groups) if group.shot >= 0)
+
+    @property
+    def num_shots(self) -> int:
+        return len(self.shot_groups)
+
+    @cached_property
+    def sample_ranges(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of each sample in the stream."""
+        starts = [group.start for group in self.groups if group.shot < 0]
+        return tuple(zip(starts, [*starts[1:], self.num_tokens], strict=True))
+
+    def __repr__(self) -> str:
+        return (
+            f"ShotLayout({self.num_samples} samples, {self.num_shots} shots, {self.num_tokens} tokens, "
+            f"{self.num_chunks} chunks of {self.chunk_tokens})"
+        )
+
+    def _tile(self) -> None:
+        """Lays segments, groups and chunks out along the stream."""
+        segments: list[Segment] = []
+        groups: list[Group] = []
+        chunks: list[Chunk] = []
+        start = 0
+
+        def add_segment(kind: str, sample: int, shot: int, lengths: list[int], grid: Grid | None) -> None:
+            nonlocal start
+            segments.append(Segment(kind, sample, shot, len(groups), start, sum(lengths), grid))
+            for length in lengths:
+                chunks.append(Chunk(kind, sample, len(groups), start, length))
+                start += length
+
+        for sample, (global_text_tokens, shots) in enumerate(self.samples):
+            parts = [
+                (-1, global_text_tokens, None),
+                *((i, s.text_tokens, s.grid) for i, s in enumerate(shots)),
+            ]
+            for shot, text_tokens, grid in parts:
+                first_start, first_chunk = start, len(chunks)
+                if text_tokens:
+                    add_segment("text", sample, shot, [text_tokens], None)
+                if grid is not None:
+                    add_segment("video", sample, shot, chunk_lengths(grid, self.chunk_tokens), grid)
+                video_tokens = start - first_start - text_tokens
+                count = len(chunks) - first_chunk
+                groups.append(
+                    Group(sample, shot, first_start, text_tokens, video_tokens, grid, first_chunk, count)
+                )
+
+        self.segments, self.groups, self.chunks = tuple(segments), tuple(groups), tuple(chunks)
+
+    def _tabulate(self) -> None:
+        """Makes the index tensors from the tiled stream."""
+
+        def ints(values: Iterable[int]) -> Tensor:
+            return torch.tensor(list(values), dtype=torch.int32)
+
+        chunk_lengths_ = torch.tensor([chunk.length for chunk in self.chunks])
+        first_groups = [index for index, group in enumerate(self.groups) if group.shot < 0]
+        self.chunk_cu_seqlens = ints(accumulate((chunk.length for chunk in self.chunks), initial=0))
+        self.group_cu_seqlens = ints([*(group.start for group in self.groups), self.num_tokens])
+        self.sample_cu_seqlens = ints([*(self.groups[g].start for g in first_groups), self.num_tokens])
+        self.chunk_group = ints(chunk.group for chunk in self.chunks)
+        self.chunk_sample = ints(chunk.sample for chunk in self.chunks)
+        self.chunk_is_text = torch.tensor([chunk.kind == "text" for chunk in self.chunks])
+        self.group_sample = ints(group.sample for group in self.groups)
+        self.group_shot = ints(group.shot for group in self.groups)
+        self.group_first_chunk = ints([*(group.first_chunk for group in self.groups), self.num_chunks])
+        self.sample_first_chunk = ints([*(self.groups[g].first_chunk for g in first_groups), self.num_chunks])
+        self.token_chunk = torch.arange(self.num_chunks, dtype=torch.int32).repeat_interleave(chunk_lengths_)
+        self.token_group = self.chunk_group[self.token_chunk]
+        self.token_sample = self.chunk_sample[self.token_chunk]
+        self.token_is_text = self.chunk_is_text[self.token_chunk]
+        self.text_index = self.token_is_text.nonzero().squeeze(1)
+        self.video_index = (~self.token_is_text).nonzero().squeeze(1)

@@ -1,0 +1,211 @@
+"""Routing: which chunks each query of each head attends to besides its anchors, in plain tensor code.
+
+A query scores every candidate chunk by `q . mean(K_chunk)` and takes the `top_k` best; it has no parameters. In training
+context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a counter hash, so
+that they agree between devices, head splits and recomputation; the Triton backend computes the same bits.
+
+Source: arXiv 2508.21058, section 3 (routing, causal routing, context drop-off and drop-in) and appendix I (outer loop).
+
+Shape letters: L packed tokens, N heads, D head dim, M chunks, K routes a query, G groups, S shots.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moc.config import DropKey, MoCConfig, OwnAnchor
+from moc.layout import ShotLayout
+
+SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a time, over all heads
+
+
+@dataclass(frozen=True)
+class CandidateRange:
+    """Chunks a query may route to: those in [first, last) outside [skip_first, skip_last), text excepted. int32 [L]."""
+
+    first: Tensor
+    last: Tensor
+    skip_first: Tensor
+    skip_last: Tensor
+
+    def mask(self, layout: ShotLayout, start: int = 0, end: int | None = None) -> Tensor:
+        """bool [end - start, M]: the candidates of the queries in [start, end)."""
+        chunk = torch.arange(layout.num_chunks, device=layout.device, dtype=torch.int32)
+        first, last, skip_first, skip_last = (
+            bound[start:end, None] for bound in (self.first, self.last, self.skip_first, self.skip_last)
+        )
+        inside = (chunk >= first) & (chunk < last) & ~((chunk >= skip_first) & (chunk < skip_last))
+        return inside & ~layout.chunk_is_text
+
+
+def candidate_range(layout: ShotLayout, config: MoCConfig) -> CandidateRange:
+    """The candidates of every query: video chunks its anchors do not cover and, when causal, earlier ones only.
+
+    Causal with the own shot as anchor means chunks of earlier shots; else earlier chunks of the stream. Global text
+    precedes every shot, so its queries have no candidates under causal routing.
+    """
+    sample, group, chunk = layout.token_sample, layout.token_group, layout.token_chunk
+    first = layout.sample_first_chunk[sample]
+    last = layout.sample_first_chunk[sample + 1]
+    nothing = torch.zeros_like(first)
+    group_first, group_last = layout.group_first_chunk[group], layout.group_first_chunk[group + 1]
+    by_shot = config.own_anchor is OwnAnchor.shot
+    if config.causal:
+        before = group_first if by_shot else chunk
+        is_global = layout.group_shot[group] < 0
+        return CandidateRange(first, torch.where(is_global, first, before), nothing, nothing)
+    if by_shot:
+        return CandidateRange(first, last, group_first, group_last)
+    if config.own_anchor is OwnAnchor.chunk:
+        return CandidateRange(first, last, chunk, chunk + 1)
+    return CandidateRange(first, last, nothing, nothing)
+
+
+def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
+    """Mean key of every chunk: k [L, N, D] -> [M, N, D], in fp32 (fp64 for fp64 keys)."""
+    wide = k if k.dtype == torch.float64 else k.float()
+    return torch.segment_reduce(wide, "mean", offsets=layout.chunk_cu_seqlens.long(), unsafe=True)
+
+
+@torch.no_grad()
+def route(
+    q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None
+) -> Tensor:
+    """Routes of every query and head: q, k [L, N, D] -> int32 [N, L, K], best first, -1 where a slot is empty.
+
+    K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the lowest
+    chunk index. Scores are exact to fp32 rounding.
+    """
+    means = descriptors(k, layout)
+    candidates = candidate_range(layout, config)
+    block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
+    parts = []
+    for start in range(0, layout.num_tokens, block):
+        end = min(start + block, layout.num_tokens)
+        scores = torch.einsum("lnd,mnd->nlm", q[start:end].to(means.dtype), means)
+        allowed = candidates.mask(layout, start, end)
+        routes = best_chunks(scores, allowed, config.top_k)
+        if drops is not None and config.has_drops:
+            routes = apply_drops(routes, allowed, config, drops, start)
+        parts.append(routes)
+    return torch.cat(parts, dim=1)
+
+
+def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
+    """The `top_k` best allowed chunks: scores [N, L, M], allowed [L, M] -> int32 [N, L, top_k], -1 where fewer."""
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    routes = order[..., :top_k].masked_fill(values[..., :top_k] == -torch.inf, -1).int()
+    return torch.nn.functional.pad(routes, (0, top_k - routes.shape[-1]), value=-1)
+
+
+# --- context drop-off and drop-in -------------------------------------------------------------------------------------
+
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+COUNT_OFF, COUNT_IN, KEY_OFF, KEY_IN = 0, 1, 2, 3  # the independent streams of draws a query has
+
+
+def hash32(x):
+    """A 32-bit avalanche hash (two multiplies, three xor-shifts) of ints or int64 tensors holding 32-bit words."""
+    x = x & _WORD
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def drop_base(drops: DropKey) -> int:
+    """The word that (seed, step, layer) contribute to every draw."""
+    word = 0
+    for part in (drops.seed, drops.step, drops.layer):
+        word = hash32(word ^ hash32(part + _GOLDEN))
+    return word
+
+
+def query_words(drops: DropKey, num_heads: int, tokens: Tensor) -> Tensor:
+    """int64 [N, L]: one hashed word for each head and token (`tokens` are stream positions)."""
+    heads = torch.arange(drops.first_head, drops.first_head + num_heads, device=tokens.device)
+    by_head = hash32(drop_base(drops) ^ hash32(heads + _GOLDEN))
+    return hash32(by_head[:, None] ^ tokens.long())
+
+
+def draw(words: Tensor, stream: int, index: Tensor | int = 0) -> Tensor:
+    """A 32-bit draw of a query's stream; `index` (the chunk) broadcasts against `words`."""
+    return hash32(hash32(words ^ (stream * _GOLDEN & _WORD)) + index * _GOLDEN)
+
+
+def unit(word: Tensor) -> Tensor:
+    """A uniform fp32 in [0, 1) from the upper 24 bits of a 32-bit draw."""
+    return (word >> 8).float() * 2.0**-24
+
+
+@cache
+def poisson_thresholds(rate: float, most: int) -> tuple[float, ...]:
+    """Cumulative Poisson probabilities P(m <= j) for j < most: a uniform u draws the number of them not above u."""
+    total, term, out = 0.0, math.exp(-rate), []
+    for j in range(most):
+        total += term
+        out.append(total)
+        term *= rate / (j + 1)
+    return tuple(out)
+
+
+def apply_drops(
+    routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropKey, first_token: int
+) -> Tensor:
+    """Drop-off and drop-in on routes [N, L, top_k] of the queries from `first_token` on; allowed [L, M] candidates.
+
+    Drop-off: p ~ U(0, drop_off_max), floor(p held) of the `held` routes go. Drop-in: min(Poisson(rate), drop_in_max)
+    candidates that were not routed come. Both choose those with the lowest random keys. -> int32 [N, L, top_k + drop_in_max].
+    """
+    num_heads, num_queries, top_k = routes.shape
+    num_chunks = allowed.shape[1]
+    tokens = torch.arange(first_token, first_token + num_queries, device=routes.device)
+    words = query_words(drops, num_heads, tokens)
+
+    held = (routes >= 0).sum(-1)
+    drop_count = (unit(draw(words, COUNT_OFF)) * config.drop_off_max * held).floor().long()
+    keys = draw(words[..., None], KEY_OFF, routes.long()).masked_fill(routes < 0, _WORD + 1)
+    rank = keys.argsort(dim=-1, stable=True).argsort(dim=-1)
+    kept = routes.masked_fill(rank < drop_count[..., None], -1)
+
+    thresholds = poisson_thresholds(config.drop_in_rate, config.drop_in_max)
+    u = unit(draw(words, COUNT_IN))
+    add_count = sum((u >= t).long() for t in thresholds) if thresholds else torch.zeros_like(held)
+    chunk = torch.arange(num_chunks, device=routes.device)
+    taken = torch.zeros(num_heads, num_queries, num_chunks + 1, dtype=torch.bool, device=routes.device)
+    taken.scatter_(-1, routes.long().masked_fill(routes < 0, num_chunks), True)
+    free = allowed & ~taken[..., :num_chunks]
+    keys = draw(words[..., None], KEY_IN, chunk).masked_fill(~free, _WORD + 1)
+    values, order = keys.sort(dim=-1, stable=True)
+    width = min(config.drop_in_max, num_chunks)
+    slot = torch.arange(width, device=routes.device)
+    absent = (values[..., :width] > _WORD) | (slot >= add_count[..., None])
+    added = order[..., :width].masked_fill(absent, -1).int()
+    added = torch.nn.functional.pad(added, (0, config.drop_in_max - width), value=-1)
+    return torch.cat([kept, added], dim=-1)
+
+
+# --- outer loop ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def select_shots(features: Tensor, layout: ShotLayout, n: int) -> Tensor:
+    """For each shot the `n` earlier shots of its sample most like it, by the dot product of mean token features.
+
+    features: [L, C], any token features of the stream. Returns int64 [S, n] of shots of the pack, best first, -1 where
+    there are fewer: the shots that a reduced stream for this shot keeps. Source: arXiv 2508.21058, appendix I.
+    """
+    groups = torch.tensor(layout.shot_groups, device=features.device)
+    wide = features if features.dtype == torch.float64 else features.float()
+    offsets = layout.group_cu_seqlens.long()
+    means = torch.segment_reduce(wide, "mean", offsets=offsets, unsafe=True)[groups]
+    sample = layout.group_sample[groups]
+    shot = torch.arange(len(groups), device=features.device)
+    earlier = (sample[:, None] == sample[None]) & (shot[None] < shot[:, None])
+    return best_chunks((means @ means.T)[None], earlier, n)[0].long()
