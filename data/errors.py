@@ -1,0 +1,16 @@
+"""What can be wrong with the user's data: one exception, named, so that a report can list it."""
+
+
+class DataError(ValueError):
+    """A file, line or value of the data that cannot be used.
+
+    kind: short stable name of the fault ("zero-byte", "overlapping-shots", ...), the key of the report.
+    where: the file, or file:line and field, at fault.
+    """
+
+    def __init__(self, kind: str, where: object, message: str) -> None:
+        super().__init__(f"{where}: {message}")
+        self.kind, self.where, self.message = kind, str(where), message
+
+    def __reduce__(self) -> tuple:  # keeps the three fields when a loader worker passes the error on
+        return type(self), (self.kind, self.where, self.message)

@@ -1,0 +1,221 @@
+"""The manifest: JSON Lines, one scene a line, a scene being one video with its shots, or one image.
+
+{"id": "...", "video": "rel/path.mp4", "caption": "...", "fps": 24,
+ "shots": [{"start": 0, "end": 96, "caption": "...", "cut": true}, ...]}
+
+Frames are half-open decoded indices. Paths are relative to the manifest and stay inside its root. A caption is a
+string or a list of lengths. Without `shots` a video's shots are found by detection. Errors cite file:line, field.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.errors import DataError
+
+Caption = str | tuple[str, ...]
+
+MAX_CAPTION_CHARACTERS = 20_000
+_MAX_LINE_BYTES = 16_000_000
+_SCENE_FIELDS = frozenset({"id", "video", "image", "caption", "fps", "shots"})
+_SHOT_FIELDS = frozenset({"start", "end", "caption", "cut"})
+
+
+@dataclass(frozen=True)
+class ShotRecord:
+    """Frames [start, end) of the video. cut: a true cut begins it; false: it continues the shot before."""
+
+    start: int
+    end: int
+    caption: Caption = ""
+    cut: bool = True
+
+
+@dataclass(frozen=True)
+class SceneRecord:
+    """One line. Exactly one of video and image is set; fps None: the video's own; shots empty: to be detected."""
+
+    id: str
+    video: str | None = None
+    image: str | None = None
+    caption: Caption = ""
+    fps: float | None = None
+    shots: tuple[ShotRecord, ...] = ()
+
+    @property
+    def path(self) -> str:
+        return self.video or self.image or ""
+
+    def to_dict(self) -> dict:
+        """The JSON object of the line, without the fields that say nothing."""
+        fields = {k: v for k, v in asdict(self).items() if v is not None and k != "shots"}
+        return fields | ({"shots": [asdict(shot) for shot in self.shots]} if self.shots else {})
+
+
+def captions(caption: Caption) -> tuple[str, ...]:
+    """All the lengths of a caption, one at least."""
+    return (caption,) if isinstance(caption, str) else caption
+
+
+def write_manifest(path: str | Path, scenes: Iterable[SceneRecord]) -> None:
+    """Write one line a scene; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for scene in scenes:
+            file.write(json.dumps(scene.to_dict(), ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def load_manifest(path: str | Path, root: str | Path | None = None) -> list[SceneRecord]:
+    """All scenes, or DataError at the first fault or when there is none. root: what paths are relative to
+    (the manifest's own folder by default)."""
+    scenes = []
+    for entry in read_manifest(path, root):
+        if isinstance(entry, DataError):
+            raise entry
+        scenes.append(entry)
+    if not scenes:
+        raise DataError("empty-manifest", path, "holds no scene")
+    return scenes
+
+
+def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[SceneRecord | DataError]:
+    """Each line's scene, or what is wrong with it; a bad line does not hide the others."""
+    path = Path(path)
+    root = Path(root) if root is not None else path.parent
+    if not path.is_file():
+        raise DataError("missing-manifest", path, "no such file")
+    first_line: dict[str, int] = {}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                scene = _parse_line(raw, where)
+                if scene.id in first_line:
+                    raise DataError(
+                        "duplicate-id", f"{where} id", f"{scene.id!r} is already line {first_line[scene.id]}"
+                    )
+                first_line[scene.id] = number
+                resolve(root, scene.path, f"{where} {'video' if scene.video else 'image'}")
+            except DataError as error:
+                yield error
+            else:
+                yield scene
+
+
+def resolve(root: Path, relative: str, where: object) -> Path:
+    """The file `relative` names under `root`. Raises DataError: outside-root (.., absolute, or a symlink that
+    leads out), missing-file."""
+    path = root / relative
+    if os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve()):
+        raise DataError("outside-root", where, f"{relative!r} leads outside {root}; move the file under it")
+    if not path.is_file():
+        raise DataError("missing-file", where, f"{relative!r} is not in {root}")
+    return path
+
+
+def _parse_line(raw: bytes, where: str) -> SceneRecord:
+    if len(raw) > _MAX_LINE_BYTES:
+        raise DataError("huge-line", where, f"{len(raw)} bytes in one line, at most {_MAX_LINE_BYTES}")
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError("not-utf-8", where, f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError("not-json", where, f"not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise DataError("not-an-object", where, f"a line is a JSON object, got {type(fields).__name__}")
+    return scene_from_dict(fields, where)
+
+
+def scene_from_dict(fields: dict, where: str) -> SceneRecord:
+    """Check one line's object. Raises DataError citing `where` and the field."""
+    _refuse_unknown(fields, _SCENE_FIELDS, where)
+    scene_id = fields.get("id")
+    if not isinstance(scene_id, str) or not 0 < len(scene_id) <= 200:
+        raise DataError("bad-id", f"{where} id", f"must be a string of 1 to 200 characters, got {scene_id!r}")
+    kinds = [kind for kind in ("video", "image") if kind in fields]
+    if len(kinds) != 1:
+        raise DataError("no-media", where, f"needs exactly one of video and image, has {kinds or 'neither'}")
+    media = fields[kinds[0]]
+    if not isinstance(media, str) or not media:
+        raise DataError("bad-path", f"{where} {kinds[0]}", f"must be a relative path, got {media!r}")
+    if kinds == ["image"] and "shots" in fields:
+        raise DataError("image-with-shots", f"{where} shots", "an image has no shots; leave the field out")
+    return SceneRecord(
+        id=scene_id,
+        caption=_caption(fields, where),
+        fps=_fps(fields, where),
+        shots=_shots(fields.get("shots"), where),
+        **{kinds[0]: media},
+    )
+
+
+def _refuse_unknown(fields: dict, known: frozenset[str], where: str) -> None:
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise DataError("unknown-field", f"{where} {unknown[0]}", f"fields are {', '.join(sorted(known))}")
+
+
+def _caption(fields: dict, where: str) -> Caption:
+    where = f"{where} caption"
+    value = fields.get("caption", "")
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError("bad-caption", where, f"a string or a list of strings, got {str(value)[:80]!r}")
+    longest = max(len(text) for text in texts)
+    if longest > MAX_CAPTION_CHARACTERS:
+        raise DataError("huge-caption", where, f"{longest} characters, at most {MAX_CAPTION_CHARACTERS}")
+    for text in texts:
+        if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+            raise DataError("not-utf-8", where, "holds a lone surrogate, which is no UTF-8 text")
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _fps(fields: dict, where: str) -> float | None:
+    fps = fields.get("fps")
+    if fps is None:
+        return None
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
+        raise DataError("bad-fps", f"{where} fps", f"a positive number of frames a second, got {fps!r}")
+    return float(fps)
+
+
+def _shots(values: object, where: str) -> tuple[ShotRecord, ...]:
+    if values is None:
+        return ()
+    if not isinstance(values, list) or not values:
+        raise DataError("no-shots", f"{where} shots", "a non-empty list; leave it out to have shots detected")
+    shots: list[ShotRecord] = []
+    for i, fields in enumerate(values):
+        shot = _shot(fields, f"{where} shots[{i}]")
+        if shots and shot.start < shots[-1].end:
+            raise DataError(
+                "overlapping-shots",
+                f"{where} shots[{i}].start",
+                f"{shot.start} is before the end {shots[-1].end} of shot {i - 1}",
+            )
+        shots.append(shot)
+    return tuple(shots)
+
+
+def _shot(fields: object, where: str) -> ShotRecord:
+    if not isinstance(fields, dict):
+        raise DataError("bad-shot", where, f"a shot is an object, got {fields!r}")
+    _refuse_unknown(fields, _SHOT_FIELDS, where)
+    for name in ("start", "end"):
+        value = fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise DataError("bad-frame", f"{where}.{name}", f"a frame index of 0 or more, got {value!r}")
+    if fields["end"] <= fields["start"]:
+        raise DataError("reversed-shot", f"{where}.end", f"{fields['end']} is not after the start {fields['start']}")
+    if not isinstance(fields.get("cut", True), bool):
+        raise DataError("bad-cut", f"{where}.cut", f"true or false, got {fields['cut']!r}")
+    return ShotRecord(fields["start"], fields["end"], _caption(fields, where), fields.get("cut", True))

@@ -1,0 +1,291 @@
+"""Video files: write frames, and read frames exactly by index.
+
+Frame counts and times come from decoding the whole stream once (`scan`), never from headers. PyAV reads by
+seeking one second early and decoding forward, comparing every frame's timestamp with the scan: a bare seek is
+wrong on open GOP, HEVC and variable frame rate. Other decoders with the same interface are in data/decoders.py.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import DataError
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
+_SEEK_EARLY_SECONDS = 1.0
+_MAX_SIDE = 16384
+
+
+@dataclass(frozen=True)
+class VideoIndex:
+    """What one full decode found. pts: timestamp of each frame in stream units; None where the file has no
+    usable ones (then frames are reached by decoding from the start). times: seconds, from 0."""
+
+    height: int
+    width: int
+    fps: float
+    times: tuple[float, ...]
+    pts: tuple[int, ...] | None
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+
+class VideoReader(Protocol):
+    """Frames of one video by index. `read` gives uint8 [F, H, W, 3] RGB of the half-open span."""
+
+    index: VideoIndex
+
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def fps(self) -> float: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    def read(self, start: int, end: int) -> Tensor: ...
+    def close(self) -> None: ...
+
+
+def write_video(
+    path: str | Path,
+    frames: Iterable[np.ndarray | Tensor],
+    fps: float,
+    codec: str = "libx264",
+    crf: int = 16,
+    options: dict[str, str] | None = None,
+    pixel_format: str = "yuv420p",
+) -> int:
+    """Encode uint8 [H, W, 3] RGB frames and return how many; the file appears under `path` only when whole.
+
+    One encoder thread, so that the same frames give the same bytes on any machine.
+    Raises ValueError for no frames, sizes that differ, or odd sizes (4:2:0 video needs even ones).
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    count = 0
+    try:
+        with av.open(str(partial), "w") as container:
+            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+            stream.codec_context.thread_count = 1
+            stream.options = {"crf": str(crf)} | (options or {})
+            for count, picture in enumerate(frames, start=1):
+                array = np.ascontiguousarray(picture)
+                if count == 1:
+                    _check_writable(path, array)
+                    stream.height, stream.width, stream.pix_fmt = array.shape[0], array.shape[1], pixel_format
+                elif array.shape[:2] != (stream.height, stream.width):
+                    raise ValueError(
+                        f"{path}: frame {count - 1} is {array.shape}, frame 0 {stream.height}x{stream.width}"
+                    )
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            if count == 0:
+                raise ValueError(f"{path}: no frames to write")
+            container.mux(stream.encode(None))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def _check_writable(path: Path, array: np.ndarray) -> None:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"{path}: a frame is uint8 [H, W, 3], got {array.dtype} {array.shape}")
+    if array.shape[0] % 2 or array.shape[1] % 2:
+        raise ValueError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
+
+
+def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None = None) -> VideoReader:
+    """A frame-exact reader. index: a scan made before, so that the file is not decoded again to count frames.
+
+    Raises DataError for files that cannot be read, and for a decoder that is not installed or known to read
+    this file wrong.
+    """
+    from data.decoders import build_reader
+
+    return build_reader(Path(path), decoder, index)
+
+
+def scan(path: str | Path, on_frame: Callable[[int, av.VideoFrame], None] | None = None) -> VideoIndex:
+    """Decode the whole video once; `on_frame(i, frame)` sees every frame (shot detection rides along).
+
+    Raises DataError: zero-byte, not-a-video, audio-only, no-frames, broken, size-change, too-large.
+    """
+    path = Path(path)
+    stamps: list[int | None] = []
+    height = width = 0
+    with _opened(path) as (container, stream):
+        fps, time_base = float(stream.average_rate or stream.guessed_rate or 0), stream.time_base
+        try:
+            for i, frame in enumerate(container.decode(stream)):
+                if i == 0:
+                    height, width = _upright_size(frame)
+                    if max(height, width) > _MAX_SIDE:
+                        raise DataError("too-large", path, f"{height}x{width} is over {_MAX_SIDE} a side")
+                elif _upright_size(frame) != (height, width):
+                    raise DataError(
+                        "size-change", path, f"frame {i} is not {height}x{width} as frame 0; split the file there"
+                    )
+                stamps.append(frame.pts)
+                if on_frame:
+                    on_frame(i, frame)
+        except av.error.FFmpegError as error:
+            raise DataError("broken", path, f"decoding fails after {len(stamps)} frames ({error})") from error
+    if not stamps:
+        raise DataError("no-frames", path, "no frame decodes")
+    return _index(stamps, height, width, fps, time_base)
+
+
+def _index(stamps: list[int | None], height: int, width: int, fps: float, time_base: Fraction | None) -> VideoIndex:
+    usable = time_base is not None and None not in stamps and all(a < b for a, b in pairwise(stamps))
+    if usable:
+        times = tuple(float((p - stamps[0]) * time_base) for p in stamps)
+        if len(times) > 1:  # the measured mean rate: headers are off on variable frame rate and cut files
+            fps = round((len(times) - 1) / times[-1], 6)
+        return VideoIndex(height, width, fps or 1.0, times, tuple(stamps))
+    fps = fps or 25.0
+    return VideoIndex(height, width, fps, tuple(i / fps for i in range(len(stamps))), None)
+
+
+class _opened:
+    """Container and first video stream, closed on leaving; faults become DataErrors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> tuple:
+        path = self.path
+        if not path.is_file():
+            raise DataError("missing-file", path, "no such file")
+        if path.stat().st_size == 0:
+            raise DataError("zero-byte", path, "the file is empty (0 bytes)")
+        try:
+            self.container = av.open(str(path))
+        except (av.error.FFmpegError, OSError) as error:
+            raise DataError("not-a-video", path, f"cannot be opened as video ({error})") from error
+        streams = [s for s in self.container.streams.video if not _is_cover(s)]
+        if not streams:
+            self.container.close()
+            raise DataError("audio-only", path, "has no video stream")
+        if streams[0].codec_context is None:
+            self.container.close()
+            raise DataError("no-decoder", path, "this build of FFmpeg has no decoder for its video codec")
+        streams[0].thread_type = "AUTO"
+        return self.container, streams[0]
+
+    def __exit__(self, *_: object) -> None:
+        self.container.close()
+
+
+def _is_cover(stream: av.VideoStream) -> bool:
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    turned = frame.rotation % 180 != 0
+    return (frame.width, frame.height) if turned else (frame.height, frame.width)
+
+
+def to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 [H, W, 3], upright as a player shows it, of any pixel format and depth."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
+
+
+class PyAVReader:
+    """See the module docstring. A read that follows the last one goes on decoding; others seek."""
+
+    def __init__(self, path: Path, index: VideoIndex | None = None) -> None:
+        self.path = path
+        self.index = index or scan(path)
+        self._file: _opened | None = None
+        self._decoded: Iterator[av.VideoFrame] = iter(())
+        self._num_decoded = 0
+        self._next = -1  # index of the frame that decoding on would give; -1: nothing open
+
+    @property
+    def num_frames(self) -> int:
+        return self.index.num_frames
+
+    @property
+    def fps(self) -> float:
+        return self.index.fps
+
+    @property
+    def height(self) -> int:
+        return self.index.height
+
+    @property
+    def width(self) -> int:
+        return self.index.width
+
+    def read(self, start: int, end: int) -> Tensor:
+        """uint8 [end - start, H, W, 3], exact by decoded frame index. Raises DataError (out-of-range, broken)."""
+        if not 0 <= start < end <= self.num_frames:
+            raise DataError(
+                "out-of-range", self.path, f"frames [{start}, {end}) of a video of {self.num_frames} frames"
+            )
+        out = torch.empty(end - start, self.height, self.width, 3, dtype=torch.uint8)
+        early = self.index.times[start] - _SEEK_EARLY_SECONDS
+        try:
+            if self._next == start and self._fill(out, start):
+                return out
+            if self.index.pts is not None and early > 0:
+                self._open(seek_seconds=early)
+                if self._fill(out, start):
+                    return out
+            self._open(seek_seconds=None)
+            if self._fill(out, start):
+                return out
+        except av.error.FFmpegError as error:
+            self.close()
+            raise DataError("broken", self.path, f"decoding fails in [{start}, {end}) ({error})") from error
+        raise DataError("broken", self.path, f"frames [{start}, {end}) do not decode as they did in the scan")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.__exit__()
+        self._file, self._decoded, self._next = None, iter(()), -1
+
+    def _open(self, seek_seconds: float | None) -> None:
+        self.close()
+        self._file = _opened(self.path)
+        container, stream = self._file.__enter__()
+        if seek_seconds is not None and self.index.pts is not None:
+            target = self.index.pts[0] + int(seek_seconds / stream.time_base)
+            container.seek(target, stream=stream, backward=True)
+        self._decoded, self._num_decoded = container.decode(stream), 0
+
+    def _fill(self, out: Tensor, start: int) -> bool:
+        """Decode forward into `out`; False where the stream departs from the scan."""
+        for offset in range(len(out)):
+            frame = self._advance(start + offset)
+            if frame is None:
+                self._next = -1
+                return False
+            out[offset] = torch.from_numpy(to_rgb(frame).copy())
+            self._next = start + offset + 1
+        return True
+
+    def _advance(self, i: int) -> av.VideoFrame | None:
+        pts = self.index.pts
+        for frame in self._decoded:
+            self._num_decoded += 1
+            if pts is not None and frame.pts is None:
+                return None
+            ahead = self._num_decoded - 1 - i if pts is None else frame.pts - pts[i]
+            if ahead == 0:
+                return frame
+            if ahead > 0:
+                return None
+        return None
