@@ -1,4 +1,4 @@
-"""Mixture of Contexts: sparse attention over the shots of a long video, and what it takes to train and sample with it."""
+"""Mixture of Contexts: sparse attention over the shots of a long video, with training and sampling around it."""
 
 from moc import reference
 from moc.attention import moc_attention, route

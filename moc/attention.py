@@ -73,10 +73,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: ShotLayout) -> None:
     if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f"q, k, v must share one shape [L, N, D]; got {[tuple(x.shape) for x in (q, k, v)]}")
     if len(q) != layout.num_tokens:
-        raise ValueError(
-            f"q has {len(q)} tokens, its layout {layout.num_tokens}: they describe different streams"
-        )
+        raise ValueError(f"q has {len(q)} tokens, its layout {layout.num_tokens}: they describe different streams")
     if layout.device != q.device:
-        raise ValueError(
-            f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch"
-        )
+        raise ValueError(f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch")

@@ -50,8 +50,8 @@ class MoCConfig:
     chunk_tokens: target chunk size in tokens; the layout given to attention is built with it.
     top_k: chunks chosen for each query and head besides the anchors.
     causal: routed information flows forward only (paper: "causal routing").
-    drop_off_max: p_max of context drop-off; a query loses floor(p k) of its k routes, p ~ U(0, p_max). Training only.
-    drop_in_rate: lambda of context drop-in; a query gains min(Poisson(lambda), drop_in_max) random chunks. Training only.
+    drop_off_max: p_max of context drop-off (training only); a query loses floor(p k) of k routes, p ~ U(0, p_max).
+    drop_in_rate: lambda of context drop-in (training only); a query gains min(Poisson(lambda), drop_in_max) chunks.
     dense_kernel: name of the dense kernel for anchored parts ("auto" takes the fastest present).
     deterministic: bitwise repeatable gradients, at some cost in speed.
 
@@ -89,17 +89,13 @@ class MoCConfig:
         return self.drop_off_max > 0 or (self.drop_in_rate > 0 and self.drop_in_max > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            key: str(value) if isinstance(value, StrEnum) else value for key, value in asdict(self).items()
-        }
+        return {key: str(value) if isinstance(value, StrEnum) else value for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MoCConfig":
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(
-                f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}"
-            )
+            raise ValueError(f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
         return cls(**values)
 
     def save(self, folder: str | Path) -> None:

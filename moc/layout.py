@@ -83,7 +83,7 @@ def split_evenly(total: int, most: int) -> list[int]:
 
 
 def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
-    """Token lengths of the chunks of one shot's video: whole latent frames, or whole rows of a frame that is too large."""
+    """Token lengths of the chunks of one shot's video: whole latent frames, or rows of a frame that is too large."""
     frames, height, width = grid
     if height * width <= chunk_tokens:
         return [f * height * width for f in split_evenly(frames, chunk_tokens // (height * width))]
@@ -151,9 +151,7 @@ class ShotLayout:
         self._tabulate()
 
     @classmethod
-    def build(
-        cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280
-    ) -> "ShotLayout":
+    def build(cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280) -> "ShotLayout":
         """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens."""
         if global_text_tokens < 0:
             raise ValueError(f"global_text_tokens={global_text_tokens} must be at least 0")
@@ -164,9 +162,7 @@ class ShotLayout:
         """The samples of several layouts, one after another; all must have the same `chunk_tokens`."""
         sizes = {layout.chunk_tokens for layout in layouts}
         if len(sizes) != 1:
-            raise ValueError(
-                f"layouts to pack have chunk_tokens {sorted(sizes)}; rechunk them to one size first"
-            )
+            raise ValueError(f"layouts to pack have chunk_tokens {sorted(sizes)}; rechunk them to one size first")
         return cls([sample for layout in layouts for sample in layout.samples], sizes.pop())
 
     def rechunk(self, chunk_tokens: int) -> "ShotLayout":
@@ -260,9 +256,7 @@ class ShotLayout:
                     add_segment("video", sample, shot, chunk_lengths(grid, self.chunk_tokens), grid)
                 video_tokens = start - first_start - text_tokens
                 count = len(chunks) - first_chunk
-                groups.append(
-                    Group(sample, shot, first_start, text_tokens, video_tokens, grid, first_chunk, count)
-                )
+                groups.append(Group(sample, shot, first_start, text_tokens, video_tokens, grid, first_chunk, count))
 
         self.segments, self.groups, self.chunks = tuple(segments), tuple(groups), tuple(chunks)
 

@@ -53,9 +53,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("nij,jnd->ind", weights, v.to(wide)).to(q.dtype)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Attention over anchors and routed chunks together, each key once: q, k, v [L, N, D] -> [L, N, D]."""
     return masked_attention(q, k, v, attention_mask(routes, layout, config))
 

@@ -1,8 +1,8 @@
 """Routing: which chunks each query of each head attends to besides its anchors, in plain tensor code.
 
-A query scores every candidate chunk by `q . mean(K_chunk)` and takes the `top_k` best; it has no parameters. In training
-context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a counter hash, so
-that they agree between devices, head splits and recomputation; the Triton backend computes the same bits.
+A query scores every candidate chunk by `q . mean(K_chunk)` and takes the `top_k` best; it has no parameters. In
+training, context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a
+counter hash, so that they agree between devices, head splits and recomputation; every backend draws the same bits.
 
 Source: arXiv 2508.21058, section 3 (routing, causal routing, context drop-off and drop-in) and appendix I (outer loop).
 
@@ -71,9 +71,7 @@ def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
 
 
 @torch.no_grad()
-def route(
-    q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None
-) -> Tensor:
+def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
     """Routes of every query and head: q, k [L, N, D] -> int32 [N, L, K], best first, -1 where a slot is empty.
 
     K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the lowest
@@ -102,7 +100,7 @@ def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     return torch.nn.functional.pad(routes, (0, top_k - routes.shape[-1]), value=-1)
 
 
-# --- context drop-off and drop-in -------------------------------------------------------------------------------------
+# Context drop-off and drop-in
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
@@ -155,15 +153,14 @@ def poisson_thresholds(rate: float, most: int) -> tuple[float, ...]:
     return tuple(out)
 
 
-def apply_drops(
-    routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropKey, first_token: int
-) -> Tensor:
-    """Drop-off and drop-in on routes [N, L, top_k] of the queries from `first_token` on; allowed [L, M] candidates.
+def apply_drops(routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropKey, first_token: int) -> Tensor:
+    """Drop-off and drop-in on routes [N, L, top_k] of the queries from `first_token` on.
 
     Drop-off: p ~ U(0, drop_off_max), floor(p held) of the `held` routes go. Drop-in: min(Poisson(rate), drop_in_max)
-    candidates that were not routed come. Both choose those with the lowest random keys. -> int32 [N, L, top_k + drop_in_max].
+    candidates that were not routed come. Both choose those with the lowest random keys.
+    Returns int32 [N, L, top_k + drop_in_max].
     """
-    num_heads, num_queries, top_k = routes.shape
+    num_heads, num_queries, _ = routes.shape
     num_chunks = allowed.shape[1]
     tokens = torch.arange(first_token, first_token + num_queries, device=routes.device)
     words = query_words(drops, num_heads, tokens)
@@ -176,7 +173,7 @@ def apply_drops(
 
     thresholds = poisson_thresholds(config.drop_in_rate, config.drop_in_max)
     u = unit(draw(words, COUNT_IN))
-    add_count = sum((u >= t).long() for t in thresholds) if thresholds else torch.zeros_like(held)
+    add_count = (u[..., None] >= torch.tensor(thresholds, device=u.device)).sum(-1)
     chunk = torch.arange(num_chunks, device=routes.device)
     taken = torch.zeros(num_heads, num_queries, num_chunks + 1, dtype=torch.bool, device=routes.device)
     taken.scatter_(-1, routes.long().masked_fill(routes < 0, num_chunks), True)
@@ -191,7 +188,7 @@ def apply_drops(
     return torch.cat([kept, added], dim=-1)
 
 
-# --- outer loop ---------------------------------------------------------------------------------------------------------
+# Outer loop
 
 
 @torch.no_grad()
@@ -199,7 +196,7 @@ def select_shots(features: Tensor, layout: ShotLayout, n: int) -> Tensor:
     """For each shot the `n` earlier shots of its sample most like it, by the dot product of mean token features.
 
     features: [L, C], any token features of the stream. Returns int64 [S, n] of shots of the pack, best first, -1 where
-    there are fewer: the shots that a reduced stream for this shot keeps. Source: arXiv 2508.21058, appendix I.
+    there are fewer: those a reduced stream for this shot keeps. Source: arXiv 2508.21058, appendix I.
     """
     groups = torch.tensor(layout.shot_groups, device=features.device)
     wide = features if features.dtype == torch.float64 else features.float()

@@ -1,0 +1,138 @@
+"""What an attention call really attended to: key pairs by part, FLOPs, sparsity.
+
+Counts follow DESIGN and correct the published formula, which leaves the anchors out (arXiv 2508.21058, section 3.4):
+keys per query = own shot + text + routed chunks. All counts are averages over heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.layout import ShotLayout
+
+FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Attended (query, key) pairs of one head, and the forward FLOPs of all heads of one layer.
+
+    own: keys of the query's own shot (or chunk). text: text anchors outside of it. routed: keys of routed chunks.
+    dense: pairs of dense attention, the sum of L^2 over samples. video, video_dense: the same among video tokens alone.
+    """
+
+    own: float
+    text: float
+    routed: float
+    dense: float
+    video: float
+    video_dense: float
+    routing_flops: float
+    flops_per_pair: float
+
+    @property
+    def attended(self) -> float:
+        return self.own + self.text + self.routed
+
+    @property
+    def density(self) -> float:
+        return self.attended / self.dense
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.density
+
+    @property
+    def video_sparsity(self) -> float:
+        return 1.0 - self.video / self.video_dense
+
+    @property
+    def flops(self) -> float:
+        """Forward FLOPs: attention over the attended pairs, plus routing."""
+        return self.attended * self.flops_per_pair + self.routing_flops
+
+    @property
+    def dense_flops(self) -> float:
+        return self.dense * self.flops_per_pair
+
+
+def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None, num_heads: int, head_dim: int) -> Cost:
+    """Counts one layer's attention. routes: int [N, L, K] as attended (after drops); None for dense attention.
+
+    Synchronizes with the device: a thing to call once in a while, not in the hot path.
+    """
+    own, text = _own_keys(layout, config), _text_keys(layout, config)
+    routed = torch.zeros_like(own) if config.dense or routes is None else _routed_keys(layout, routes)
+    samples = [(end - start, sum(g.video_tokens for g in layout.groups if g.sample == index))
+               for index, (start, end) in enumerate(layout.sample_ranges)]  # fmt: skip
+    is_video = ~layout.token_is_text
+    own_video = (own - _own_text(layout, config))[is_video]
+    scored = 0 if config.dense else 2 * layout.num_tokens * layout.num_chunks * head_dim + layout.num_tokens * head_dim
+    return Cost(
+        own=float(own.sum()),
+        text=float(text.sum()),
+        routed=float(routed.sum()),
+        dense=float(sum(length**2 for length, _ in samples)),
+        video=float((own_video + routed[is_video]).sum()),
+        video_dense=float(sum(video**2 for _, video in samples)),
+        routing_flops=float(scored * num_heads),
+        flops_per_pair=FLOPS_PER_PAIR * head_dim * num_heads,
+    )
+
+
+def _lengths(cu_seqlens: Tensor) -> Tensor:
+    return cu_seqlens.diff().double()
+
+
+def _text_by_group(layout: ShotLayout) -> Tensor:
+    tokens = [group.text_tokens for group in layout.groups]
+    return torch.tensor(tokens, dtype=torch.float64, device=layout.device)
+
+
+def _own_keys(layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """Keys a query has by its own anchor (dense: its sample), text included. float64 [L]."""
+    if config.dense:
+        return _lengths(layout.sample_cu_seqlens)[layout.token_sample]
+    if config.own_anchor is OwnAnchor.none:
+        return torch.zeros(layout.num_tokens, dtype=torch.float64, device=layout.device)
+    by_chunk = config.own_anchor is OwnAnchor.chunk
+    index, cu_seqlens = (
+        (layout.token_chunk, layout.chunk_cu_seqlens) if by_chunk else (layout.token_group, layout.group_cu_seqlens)
+    )
+    is_global = layout.group_shot[layout.token_group] < 0
+    return _lengths(cu_seqlens)[index].masked_fill(is_global, 0)
+
+
+def _own_text(layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """Of `_own_keys`, how many are text. float64 [L]."""
+    own = _own_keys(layout, config)
+    if config.dense:
+        by_sample = torch.zeros(layout.num_samples, dtype=torch.float64, device=layout.device)
+        return by_sample.index_add(0, layout.group_sample, _text_by_group(layout))[layout.token_sample]
+    if config.own_anchor is OwnAnchor.shot:
+        return _text_by_group(layout)[layout.token_group].masked_fill(own == 0, 0)
+    return own * layout.token_is_text
+
+
+def _text_keys(layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """Text anchors of a query outside its own anchor. float64 [L]."""
+    if config.dense or config.text_anchor is TextAnchor.none:
+        return torch.zeros(layout.num_tokens, dtype=torch.float64, device=layout.device)
+    text = _text_by_group(layout)
+    is_global = layout.group_shot < 0
+    by_sample = torch.zeros(layout.num_samples, dtype=torch.float64, device=layout.device)
+    if config.text_anchor is TextAnchor.all:
+        anchors = by_sample.index_add(0, layout.group_sample, text)[layout.token_sample]
+    else:
+        global_text = by_sample.index_add(0, layout.group_sample, text * is_global)
+        own_text = (text * ~is_global)[layout.token_group]
+        anchors = global_text[layout.token_sample] + own_text
+    return anchors - _own_text(layout, config)
+
+
+def _routed_keys(layout: ShotLayout, routes: Tensor) -> Tensor:
+    """Keys of a query's routed chunks, averaged over heads. float64 [L]."""
+    lengths = torch.cat([_lengths(layout.chunk_cu_seqlens), torch.zeros(1, device=layout.device)])
+    return lengths[routes.long()].sum(-1).mean(0)

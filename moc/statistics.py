@@ -1,0 +1,53 @@
+"""What routing does, in a few numbers cheap enough to log: how far, how spread, what is never chosen."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moc.layout import ShotLayout
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """share_by_distance[d]: share of routes that go d shots back (negative indices: forward). entropy: of the choice
+    of chunks over all queries, in [0, 1] of its maximum. unused: share of video chunks that no query chose."""
+
+    share_by_distance: dict[int, float]
+    entropy: float
+    unused: float
+
+
+def chunk_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
+    """How often the queries of each group chose each chunk: routes int [N, L, K] -> int64 [G, M], over all heads."""
+    num_groups, num_chunks = layout.num_groups, layout.num_chunks
+    group = layout.token_group.long()[None, :, None]
+    chunk = torch.where(routes >= 0, routes.long(), num_chunks)
+    cell = (group * (num_chunks + 1) + chunk).flatten()
+    counts = torch.zeros(num_groups * (num_chunks + 1), dtype=torch.int64, device=routes.device)
+    counts.index_add_(0, cell, torch.ones_like(cell))
+    return counts.view(num_groups, num_chunks + 1)[:, :num_chunks]
+
+
+def shot_map(routes: Tensor, layout: ShotLayout) -> Tensor:
+    """Of the routes of shot a, the share that goes to shot b: float64 [S, S] on the CPU (paper, figure 2)."""
+    counts = chunk_counts(routes, layout).cpu().double()
+    by_group = torch.zeros(layout.num_groups, layout.num_groups, dtype=torch.float64)
+    by_group.index_add_(1, layout.chunk_group.cpu(), counts)
+    shots = torch.tensor(layout.shot_groups)
+    table = by_group[shots][:, shots]
+    return table / table.sum(1, keepdim=True).clamp(min=1)
+
+
+def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:
+    """Summary of one layer's routes, int [N, L, K]. Synchronizes with the device once."""
+    counts = chunk_counts(routes, layout).cpu().double()
+    group_shot, chunk_group = layout.group_shot.cpu(), layout.chunk_group.cpu()
+    distance = group_shot[:, None] - group_shot[chunk_group][None]
+    total = counts.sum().clamp(min=1)
+    shares = {int(d): float(counts[distance == d].sum() / total) for d in distance[counts > 0].unique()}
+    by_chunk = counts.sum(0)[~layout.chunk_is_text.cpu()]
+    p = by_chunk / total
+    entropy = float(torch.special.entr(p).sum()) / max(math.log(len(p)), 1e-9)
+    return RoutingStatistics(shares, entropy, float((by_chunk == 0).double().mean()))
