@@ -1,0 +1,226 @@
+"""Layers of the MMDiT: two token streams, text and video, each with its own weights, joined in one attention.
+
+- modulation: one vector for each group (the global text or a shot) gives shift, scale and gate (AdaLN-zero)
+- norms, modulation and rotation are computed in fp32, whatever autocast or the weights' dtype
+- `TokenStream.project` and `.update` are the pointwise-heavy halves of a block, so that they can be compiled apart
+
+Shape letters: L packed tokens, Lx tokens of one stream, N heads, D head dim, G groups; latents C T H W.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from einops import rearrange
+from torch import Tensor, nn
+
+from moc import Descriptor, DropKey, MoCConfig, ShotLayout, moc_attention, route
+from moc.layout import Grid
+from models.rope import rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class StreamAttention:
+    """The self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are taken, so
+    that recomputation under activation checkpointing attends to the same chunks and does not route twice."""
+
+    layout: ShotLayout
+    config: MoCConfig
+    table: tuple[Tensor, Tensor]
+    drops: DropKey | None = None
+    routes: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [L, N, D] before rotation -> [L, N, D]."""
+        rotated = rotate(q, self.table), rotate(k, self.table)
+        routes = None
+        if not self.config.dense:
+            scored = (q, k) if self.config.descriptor is Descriptor.pre_rope else rotated
+            routes = self._route(layer, *scored)
+        return moc_attention(*rotated, v, self.layout, self.config, routes=routes)
+
+    def _route(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
+        if layer in self.routes:
+            return self.routes[layer]
+        drops = replace(self.drops, layer=layer) if self.drops else None
+        routes = route(q, k, self.layout, self.config, drops)
+        if torch.is_grad_enabled():
+            self.routes[layer] = routes
+        return routes
+
+
+class _Spread(torch.autograd.Function):
+    """rows[group], whose gradient is a matmul: indexing's own adds 10^5 tokens into a few rows one by one."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: Tensor) -> Tensor:
+        ctx.save_for_backward(group)
+        ctx.num_rows = rows.shape[0]
+        return rows.index_select(0, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (group,) = ctx.saved_tensors
+        member = torch.arange(ctx.num_rows, device=group.device)[:, None] == group
+        return member.to(grad.dtype) @ grad, None
+
+
+def spread(rows: Tensor, group: Tensor) -> Tensor:
+    """Gives each token its group's row: [G, C], int [Lx] -> [Lx, C]."""
+    return _Spread.apply(rows, group)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer norm without parameters, then the group's scale and shift ([G, dim]); x [Lx, dim], computed in fp32."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (normed * (1 + spread(scale, group)) + spread(shift, group)).to(x.dtype)
+
+
+def add_gated(x: Tensor, change: Tensor, gate: Tensor, group: Tensor) -> Tensor:
+    """x + gate * change, the gate being the group's; computed in fp32, returned in x's dtype."""
+    return (x.float() + spread(gate, group) * change.float()).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm in fp32 that returns its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Modulation(nn.Module):
+    """`parts` vectors for each group from its condition [G, dim], in fp32; zero at the start (AdaLN-zero)."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(condition.device.type, enabled=False):
+            out = self.linear(F.silu(condition).to(self.linear.weight.dtype))
+        return out.float().chunk(self.parts, dim=-1)
+
+
+class TokenStream(nn.Module):
+    """One modality's weights in a block: q, k, v for the joint attention, then the output projection and the FFN.
+
+    update=False leaves out what follows attention: the last block's text feeds keys and values only.
+    """
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, update: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.modulation = Modulation(dim, 6 if update else 2)
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.norm_q = RMSNorm(dim // num_heads, eps=1e-6)
+        self.norm_k = RMSNorm(dim // num_heads, eps=1e-6)
+        if update:
+            self.to_out = nn.Linear(dim, dim)
+            self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+
+    def project(self, x: Tensor, modulation: Sequence[Tensor], group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [Lx, dim] -> q, k, v, each [Lx, N, D]; q and k normed by head."""
+        shift, scale = modulation[:2]
+        qkv = self.to_qkv(modulate(x, shift, scale, group))
+        q, k, v = rearrange(qkv, "l (three n d) -> three l n d", three=3, n=self.num_heads).unbind(0)
+        return self.norm_q(q), self.norm_k(k), v
+
+    def update(self, x: Tensor, attended: Tensor, modulation: Sequence[Tensor], group: Tensor) -> Tensor:
+        """Adds the attention output [Lx, N, D] and the FFN to x [Lx, dim]."""
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        x = add_gated(x, self.to_out(attended.flatten(1)), gate, group)
+        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, group)), ffn_gate, group)
+
+
+class JointBlock(nn.Module):
+    """Separate text and video weights around one attention over the packed stream (MMDiT)."""
+
+    def __init__(self, dim: int, num_heads: int, ffn_dim: int, last: bool = False) -> None:
+        super().__init__()
+        self.text = TokenStream(dim, num_heads, ffn_dim, update=not last)
+        self.video = TokenStream(dim, num_heads, ffn_dim)
+        self.last = last
+
+    def forward(
+        self, text: Tensor, video: Tensor, condition: Tensor, layout: ShotLayout, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """text [Lt, dim], video [Lv, dim], condition fp32 [G, dim]; attend maps q, k, v [L, N, D] to [L, N, D]."""
+        text_group, video_group = (layout.token_group[i] for i in (layout.text_index, layout.video_index))
+        text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
+        text_qkv = self.text.project(text, text_mod, text_group)
+        video_qkv = self.video.project(video, video_mod, video_group)
+        q, k, v = (join(t, x, layout) for t, x in zip(text_qkv, video_qkv, strict=True))
+        out = attend(q, k, v)
+        video = self.video.update(video, out[layout.video_index], video_mod, video_group)
+        if not self.last:
+            text = self.text.update(text, out[layout.text_index], text_mod, text_group)
+        return text, video
+
+
+def join(text: Tensor, video: Tensor, layout: ShotLayout) -> Tensor:
+    """Scatters text [Lt, N, D] and video [Lv, N, D] tokens into the stream [L, N, D]."""
+    stream = video.new_empty(layout.num_tokens, *video.shape[1:])
+    return stream.index_copy(0, layout.text_index, text.to(video.dtype)).index_copy_(0, layout.video_index, video)
+
+
+class Condition(nn.Module):
+    """Timestep and pooled caption of each group -> the vector that modulates its tokens, fp32 [G, dim]."""
+
+    def __init__(self, dim: int, text_dim: int, freq_dim: int) -> None:
+        super().__init__()
+        self.frequencies = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time = TimestepEmbedding(freq_dim, dim)
+        self.caption = nn.Sequential(nn.Linear(text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, sigma: Tensor, captions: Tensor) -> Tensor:
+        """sigma [G] in [0, 1], captions [G, text_dim]."""
+        dtype = self.time.linear_1.weight.dtype
+        with torch.autocast(sigma.device.type, enabled=False):
+            time = self.time(self.frequencies(1000 * sigma.float()).to(dtype))
+            return (time + self.caption(captions.to(dtype))).float()
+
+
+class Output(nn.Module):
+    """Modulated norm, then a linear to patches [Lv, patch_dim], zero at the start.
+
+    with_skip adds the noisy patch times a gain of the condition, channel by channel: the best linear predictor of the
+    velocity then costs the network nothing, which a small model needs and a wide one does not.
+    """
+
+    def __init__(self, dim: int, patch_dim: int, with_skip: bool) -> None:
+        super().__init__()
+        self.modulation = Modulation(dim, 2)
+        self.linear = nn.Linear(dim, patch_dim)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.gain = nn.Linear(dim, patch_dim) if with_skip else None
+        if self.gain is not None:
+            nn.init.zeros_(self.gain.weight)
+            nn.init.zeros_(self.gain.bias)
+
+    def forward(self, x: Tensor, patches: Tensor, condition: Tensor, group: Tensor) -> Tensor:
+        out = self.linear(modulate(x, *self.modulation(condition), group)).float()
+        if self.gain is None:
+            return out
+        with torch.autocast(x.device.type, enabled=False):
+            gain = self.gain(condition.to(self.gain.weight.dtype)).float()
+        return out + spread(gain, group) * patches.float()
+
+
+def patchify(latent: Tensor, patch: Grid) -> Tensor:
+    """[C, T, H, W] -> tokens [T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
+    a, b, c = patch
+    return rearrange(latent, "ch (t a) (h b) (w c) -> (t h w) (ch a b c)", a=a, b=b, c=c)
+
+
+def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
+    """The inverse of `patchify`; grid is the (T, H, W) of tokens."""
+    (t, h, w), (a, b, c) = grid, patch
+    return rearrange(tokens, "(t h w) (ch a b c) -> ch (t a) (h b) (w c)", t=t, h=h, w=w, a=a, b=b, c=c)

@@ -1,0 +1,137 @@
+"""The multi-shot diffusion transformer of Long Context Tuning (arXiv 2503.10589), attending by Mixture of Contexts.
+
+- MMDiT: separate text and video weights, joint attention over the packed stream of all shots, q/k norm by head
+- interleaved 3D RoPE: [text 1][video 1][text 2][video 2]... along the space-time diagonal
+- a sigma for each shot; a shot's text takes its shot's, the global text takes 0
+- the pooled caption of a token's own group joins the timestep in the modulation
+- dense attention is the same code under `MoCConfig(dense=True)`; one shot is the single-shot model
+
+Shape letters: L packed tokens (Lt text, Lv video), N heads, D head dim, G groups, S shots; latents C T H W.
+"""
+
+from functools import partial
+from typing import ClassVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from torch import Tensor, nn
+
+from moc import DropKey, MoCConfig, ShotLayout, StreamSpec
+from models.layers import Condition, JointBlock, Output, StreamAttention, patchify, unpatchify
+from models.rope import interleaved_positions, rotary_table
+
+
+class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts the velocity (noise - latent) of every shot of a packed batch.
+
+    latent_channels, text_dim: widths of the codec's latents and of the text encoder's features.
+    patch_size: latent (frames, height, width) of a token. input_skip: see `models.layers.Output`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules: ClassVar = ["condition", "modulation", "gain", "norm_q", "norm_k"]
+    _no_split_modules: ClassVar = ["JointBlock"]
+    _repeated_blocks: ClassVar = ["JointBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 64,
+        text_dim: int = 128,
+        dim: int = 128,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        ffn_dim: int = 512,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        freq_dim: int = 256,
+        rope_theta: float = 10000.0,
+        input_skip: bool = False,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
+            raise ValueError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
+        self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=True)
+        patch_dim = latent_channels * patch_size[0] * patch_size[1] * patch_size[2]
+        self.video_in = nn.Linear(patch_dim, dim)
+        self.text_in = nn.Linear(text_dim, dim)
+        self.condition = Condition(dim, text_dim, freq_dim)
+        last = num_layers - 1
+        self.blocks = nn.ModuleList(JointBlock(dim, num_heads, ffn_dim, last=i == last) for i in range(num_layers))
+        self.output = Output(dim, patch_dim, input_skip)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        latents: list[Tensor],
+        sigma: Tensor,
+        text: list[Tensor],
+        layout: ShotLayout,
+        config: MoCConfig,
+        drops: DropKey | None = None,
+    ) -> list[Tensor]:
+        """The velocity of each shot, fp32, in the form of `latents`.
+
+        latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
+        text: text-encoder features [T_i, text_dim] of each group: of each sample the global caption's, then its shots'.
+        layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
+        config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
+        Raises ValueError where latents or text do not fit the layout or the model.
+        """
+        self._check(latents, sigma, text, layout)
+        grids = [layout.groups[group].grid for group in layout.shot_groups]
+        patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
+        video = self.video_in(patches.to(self.video_in.weight.dtype))
+        words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
+        condition = self.condition(group_sigma(sigma, layout), pooled(text))
+        table = rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta)
+        attend = StreamAttention(layout, config, table, drops)
+
+        for layer, block in enumerate(self.blocks):
+            args = (words, video, condition, layout, partial(attend, layer))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                words, video = self._gradient_checkpointing_func(block, *args)
+            else:
+                words, video = block(*args)
+
+        out = self.output(video, patches, condition, layout.token_group[layout.video_index])
+        pieces = out.split([t * h * w for t, h, w in grids])
+        return [unpatchify(x, grid, self.stream.patch) for x, grid in zip(pieces, grids, strict=True)]
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.dim // self.config.num_heads
+
+    def _check(self, latents: list[Tensor], sigma: Tensor, text: list[Tensor], layout: ShotLayout) -> None:
+        if len(latents) != layout.num_shots or len(sigma) != layout.num_shots or len(text) != layout.num_groups:
+            raise ValueError(
+                f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for a layout of {layout.num_shots} "
+                f"shots and {layout.num_groups} groups: build the layout from this batch (moc.make_batch)"
+            )
+        for group, latent in zip(layout.shot_groups, latents, strict=True):
+            if latent.shape[0] != self.config.latent_channels:
+                raise ValueError(
+                    f"latent has {latent.shape[0]} channels, this model takes {self.config.latent_channels}: "
+                    "encode with the codec that the model was trained with"
+                )
+            if self.stream.grid(latent) != layout.groups[group].grid:
+                raise ValueError(f"latent of {tuple(latent.shape)} is not the layout's {layout.groups[group].grid}")
+        for group, features in zip(layout.groups, text, strict=True):
+            if tuple(features.shape) != (group.text_tokens, self.config.text_dim):
+                raise ValueError(
+                    f"text features are {tuple(features.shape)}, expected {(group.text_tokens, self.config.text_dim)}: "
+                    "encode with the text encoder that the model was trained with"
+                )
+
+
+def group_sigma(sigma: Tensor, layout: ShotLayout) -> Tensor:
+    """[S] -> [G]: each shot's sigma, 0 for global text; without a device sync."""
+    is_shot = layout.group_shot >= 0
+    with_global = torch.cat([sigma.new_zeros(1), sigma])
+    return with_global[is_shot.cumsum(0) * is_shot]
+
+
+def pooled(text: list[Tensor]) -> Tensor:
+    """Mean feature of each group's text, zero where there is none: [G, text_dim]."""
+    return torch.stack([x.float().mean(0) if len(x) else x.new_zeros(x.shape[1]).float() for x in text])

@@ -1,0 +1,83 @@
+"""Rotary positions of a packed multi-shot stream, and the rotation itself.
+
+mmdit: interleaved 3D RoPE of Long Context Tuning (arXiv 2503.10589, section 3). A text token has one coordinate on all
+three axes; a shot's video starts where its text ends, along the space-time diagonal; the next text starts past the
+largest coordinate of that video. Offsets inside a shot are therefore those of the single-shot model.
+wan: space as in the base model; time runs on over the shots of a sample, with a gap at each cut.
+
+Shape letters: L packed tokens, N heads, D head dim.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moc import ShotLayout
+from moc.layout import Grid
+
+
+def grid_coordinates(grid: Grid, device: torch.device) -> Tensor:
+    """(t, h, w) of every token of a grid in stream order: float64 [T * H * W, 3]."""
+    axes = [torch.arange(size, device=device, dtype=torch.float64) for size in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+def interleaved_positions(layout: ShotLayout) -> Tensor:
+    """Positions of mmdit's stream: float64 [L, 3] on the layout's device, without a device sync."""
+    return torch.cat(list(_interleaved(layout)))
+
+
+def _interleaved(layout: ShotLayout) -> Iterator[Tensor]:
+    start = 0
+    for group in layout.groups:
+        if group.shot < 0:  # each sample starts anew
+            start = 0
+        text = torch.arange(start, start + group.text_tokens, device=layout.device, dtype=torch.float64)
+        yield text[:, None].expand(-1, 3)
+        start += group.text_tokens
+        if group.grid is not None:
+            yield grid_coordinates(group.grid, layout.device) + start
+            start += max(group.grid)
+
+
+def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
+    """Positions of wan's stream of video only: float64 [L, 3]. Time runs on over the shots of a sample; `gap` latent
+    frames are left out at each cut, so that with gap 0, or one shot, it is the base model's."""
+    pieces = []
+    start = 0.0
+    for group in layout.groups:
+        if group.shot < 0:
+            start = 0.0
+        if group.grid is not None:
+            offset = torch.zeros(3, dtype=torch.float64, device=layout.device)
+            offset[0] = start
+            pieces.append(grid_coordinates(group.grid, layout.device) + offset)
+            start += group.grid[0] + gap
+    return torch.cat(pieces)
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """How a head's channels are shared by time, height and width (128 -> 44, 42, 42, as in Wan)."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotation of each channel pair: two fp32 [L, head_dim / 2].
+
+    positions: float64 [L, 3]. Angles are taken in float64: at position 10^4 a float32 angle is off by 1e-3.
+    """
+    angles = []
+    for axis, dim in enumerate(axis_dims(head_dim)):
+        exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+        angles.append(positions[:, axis, None] * theta**-exponents)
+    table = torch.cat(angles, dim=1)
+    return table.cos().float(), table.sin().float()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates neighbouring channel pairs of x [L, N, D] in fp32; returns x's dtype."""
+    cos, sin = (part[:, None] for part in table)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,240 @@
+"""Codecs: video to latents and back, behind one interface.
+
+- `TransformCodec`: a training-free orthonormal space-time transform, for runs without any download
+- `WanCodec`: AutoencoderKLWan (Wan2.1: 16 channels, 4x8x8; Wan2.2: 48 channels, 4x16x16) from a local diffusers folder
+
+A video is float [3, F, H, W] in [-1, 1] with F = 4n + 1 frames; its latent is [C, n + 1, H / s, W / s]: the first
+latent frame stands for the first frame alone, so that a still image is one latent frame. Each shot is encoded apart.
+
+Shape letters: F frames, C T H W of a latent.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class CodecKind(StrEnum):
+    transform = "transform"
+    wan = "wan"
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Which codec. `path`: folder of an AutoencoderKLWan, for wan. The rest is the transform codec's.
+
+    channels: coefficients kept of each block's 768, at most 64 (1/12 of the pixel values).
+    whitening: 0 divides every coefficient by one constant, so that latent error is pixel error; 1 brings every channel
+    to about unit variance, so that detail costs a diffusion model as much as the picture does.
+    tiling: wan only: decode in spatial tiles, for large frames on small GPUs.
+    """
+
+    kind: CodecKind = CodecKind.transform
+    path: str = ""
+    channels: int = 64
+    whitening: float = 0.5
+    tiling: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise ValueError(f"codec.channels={self.channels} must lie in [1, {MAX_CHANNELS}]")
+        if not 0 <= self.whitening <= 1:
+            raise ValueError(f"codec.whitening={self.whitening} must lie in [0, 1]")
+
+
+class Codec(nn.Module):
+    """What data, trainer and sampler rely on."""
+
+    latent_channels: int
+    temporal_factor: int = 4
+    spatial_factor: int
+    fingerprint: str
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a shot; raises ValueError unless frames = 4n + 1."""
+        if frames < 1 or (frames - 1) % self.temporal_factor:
+            raise ValueError(
+                f"a shot of {frames} frames cannot be encoded: the codec takes {self.temporal_factor}n + 1 frames "
+                f"({frames - (frames - 1) % self.temporal_factor} or 4 more)"
+            )
+        return 1 + (frames - 1) // self.temporal_factor
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Frames that `latent_frames` decode to."""
+        return 1 + (latent_frames - 1) * self.temporal_factor
+
+    def check_video(self, video: Tensor) -> None:
+        """Raises ValueError unless video is float [3, 4n + 1, H, W] with sizes the codec can divide."""
+        if video.dim() != 4 or video.shape[0] != 3 or not video.is_floating_point():
+            raise ValueError(f"video is {video.dtype} {tuple(video.shape)}; the codec takes float [3, F, H, W]")
+        self.latent_frames(video.shape[1])
+        height, width = video.shape[2:]
+        if height % self.spatial_factor or width % self.spatial_factor:
+            raise ValueError(f"frame size {height}x{width} is not a multiple of {self.spatial_factor}")
+
+    def encode(self, video: Tensor) -> Tensor:
+        """float [3, F, H, W] in [-1, 1] -> fp32 [C, T, H / s, W / s]."""
+        raise NotImplementedError
+
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
+        """Pieces float [3, f, H, W] of the video in order, in memory independent of its length."""
+        raise NotImplementedError
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """[C, T, H', W'] -> fp32 [3, F, H, W] in [-1, 1]."""
+        return torch.cat(list(self.decode_stream(latent)), dim=1)
+
+
+# The embedded transform codec
+
+BLOCK = (4, 8, 8)
+MAX_CHANNELS = 3 * math.prod(BLOCK) // 12
+# Typical amplitude of a video's coefficients in the orthonormal transform of [-1, 1] values, as a fixed law:
+# AMPLITUDE * OPPONENT[colour] / sqrt(1 + |TEMPO t|^2 + |u|^2 + |v|^2) ** DECAY, (t, u, v) the DCT frequency.
+AMPLITUDE = 12.0
+OPPONENT = (1.0, 0.5, 0.5)
+TEMPO = 2.0
+DECAY = 1.25
+
+
+def dct_matrix(size: int) -> Tensor:
+    """Orthonormal DCT-II: float64 [size, size], row k the k-th frequency."""
+    n = torch.arange(size, dtype=torch.float64)
+    rows = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)
+    rows[0] /= math.sqrt(2)
+    return rows
+
+
+def opponent_matrix() -> Tensor:
+    """Orthonormal luma, red-blue and green-magenta axes of RGB: float64 [3, 3] (the DCT of three samples)."""
+    return dct_matrix(3)
+
+
+def amplitudes() -> Tensor:
+    """The law above for every coefficient: float64 [3, 4, 8, 8] (colour, t, u, v)."""
+    t, u, v = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in BLOCK), indexing="ij")
+    decay = (1 + (TEMPO * t) ** 2 + u**2 + v**2).sqrt() ** -DECAY
+    return AMPLITUDE * torch.tensor(OPPONENT, dtype=torch.float64)[:, None, None, None] * decay
+
+
+class TransformCodec(Codec):
+    """DCT of 4x8x8 blocks in an orthonormal opponent colour space; the largest coefficients of a fixed law are kept.
+
+    Nothing is fitted to data. Channels are ordered by expected amplitude; channel c is divided by
+    A (a_c / A) ** whitening, where a_c is its amplitude in the law and A the largest.
+    """
+
+    spatial_factor = BLOCK[1]
+    frames_at_once = 8  # latent frames that `decode_stream` decodes at a time
+
+    basis: Tensor
+    scale: Tensor
+
+    def __init__(self, config: CodecConfig | None = None) -> None:
+        super().__init__()
+        config = config or CodecConfig()
+        self.latent_channels = config.channels
+        law = amplitudes().flatten()
+        kept = law.argsort(descending=True, stable=True)[: config.channels]
+        time, space = dct_matrix(BLOCK[0]), dct_matrix(BLOCK[1])
+        full = torch.einsum("ai,bj,ck,dl->abcdijkl", opponent_matrix(), time, space, space)
+        self.register_buffer("basis", full.reshape(law.numel(), law.numel())[kept].float(), persistent=False)
+        scale = AMPLITUDE * (law[kept] / AMPLITUDE) ** config.whitening
+        self.register_buffer("scale", scale.float(), persistent=False)
+        self.fingerprint = _fingerprint(
+            "transform", BLOCK, AMPLITUDE, OPPONENT, TEMPO, DECAY, config.channels, config.whitening
+        )
+
+    def encode(self, video: Tensor) -> Tensor:
+        self.check_video(video)
+        first = video[:, :1].expand(-1, self.temporal_factor - 1, -1, -1)
+        whole = torch.cat([first, video], dim=1).float()
+        blocks = rearrange(whole, "c (t a) (h b) (w d) -> t h w (c a b d)", a=BLOCK[0], b=BLOCK[1], d=BLOCK[2])
+        return (blocks @ self.basis.T / self.scale).permute(3, 0, 1, 2).contiguous()
+
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
+        for start in range(0, latent.shape[1], self.frames_at_once):
+            piece = latent[:, start : start + self.frames_at_once].float()
+            blocks = (piece.permute(1, 2, 3, 0) * self.scale) @ self.basis
+            video = rearrange(blocks, "t h w (c a b d) -> c (t a) (h b) (w d)", c=3, a=BLOCK[0], b=BLOCK[1], d=BLOCK[2])
+            if start == 0:  # the first latent frame is one frame, repeated
+                still = video[:, : BLOCK[0]].mean(1, keepdim=True)
+                video = torch.cat([still, video[:, BLOCK[0] :]], dim=1)
+            yield video.clamp(-1, 1)
+
+
+def _fingerprint(*parts: object) -> str:
+    """A short name of everything that decides what a codec's latents mean."""
+    return f"{parts[0]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+# Wan
+
+
+class WanCodec(Codec):
+    """AutoencoderKLWan in fp32 from `config.path`; latents are normalized by the means and deviations of its config.
+
+    Encoding and decoding run one latent frame at a time with the causal convolutions' caches, so memory does not grow
+    with length. With tiling, frames too large are coded in overlapping tiles (of the whole shot, so memory grows).
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        if not Path(config.path, "config.json").is_file():
+            raise ValueError(
+                f"codec.path={config.path!r} is not a diffusers folder of AutoencoderKLWan (no config.json)"
+            )
+        self.vae = AutoencoderKLWan.from_pretrained(config.path, torch_dtype=torch.float32, local_files_only=True)
+        self.eval().requires_grad_(False)
+        if config.tiling:
+            self.vae.enable_tiling()
+        settings = self.vae.config
+        self.latent_channels = settings.z_dim
+        self.spatial_factor = settings.scale_factor_spatial
+        self.register_buffer("mean", torch.tensor(settings.latents_mean).view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(settings.latents_std).view(-1, 1, 1, 1), persistent=False)
+        self.fingerprint = _fingerprint("wan", weights_digest(self.vae), config.tiling)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        self.check_video(video)
+        mode = self.vae.encode(video[None].float()).latent_dist.mode()[0]
+        return (mode - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
+        z = (latent.float() * self.std + self.mean)[None]
+        if self.vae.use_tiling:
+            yield self.vae.decode(z).sample[0]
+            return
+        self.vae.clear_cache()
+        for index in range(z.shape[2]):
+            frame = self.vae.post_quant_conv(z[:, :, index : index + 1])
+            piece = self.vae.decoder(frame, feat_cache=self.vae._feat_map, feat_idx=[0], first_chunk=index == 0)
+            if self.vae.config.patch_size is not None:
+                piece = unpatchify(piece, patch_size=self.vae.config.patch_size)
+            yield piece[0].clamp(-1, 1)
+        self.vae.clear_cache()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A hash of a module's weights: their names, and the exact sum of their bits."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        bits = weight.detach().cpu().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
+        digest.update(f"{name} {tuple(weight.shape)} {int(bits)}".encode())
+    return digest.hexdigest()
+
+
+def build_codec(config: CodecConfig) -> Codec:
+    """The codec a configuration names, on the CPU."""
+    return WanCodec(config) if config.kind is CodecKind.wan else TransformCodec(config)
