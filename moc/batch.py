@@ -63,6 +63,10 @@ class Batch:
     def num_shots(self) -> int:
         return len(self.latents)
 
+    def rechunk(self, chunk_tokens: int) -> "Batch":
+        """The same batch with chunks of another size."""
+        return replace(self, layout=self.layout.rechunk(chunk_tokens))
+
     def to(self, device: torch.device | str) -> "Batch":
         """This batch on `device` (latents, text and layout)."""
         return replace(

@@ -4,6 +4,7 @@ Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, section
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -79,8 +80,8 @@ class MoCConfig:
                 raise ValueError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
             object.__setattr__(self, name, kind(value))
         for name, low in (("chunk_tokens", 1), ("top_k", 0), ("drop_in_max", 0), ("drop_in_rate", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"MoCConfig.{name}={getattr(self, name)} must be at least {low}")
+            if not low <= getattr(self, name) < math.inf:
+                raise ValueError(f"MoCConfig.{name}={getattr(self, name)} must be finite and at least {low}")
         if not 0 <= self.drop_off_max <= 1:
             raise ValueError(f"MoCConfig.drop_off_max={self.drop_off_max} must lie in [0, 1]")
 

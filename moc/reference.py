@@ -11,21 +11,25 @@ from moc.layout import ShotLayout
 from moc.routing import route
 
 
-def anchor_mask(layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """bool [L, L]: the keys that every head of a query attends to whatever the routes (for dense: the whole sample)."""
-    same_sample = layout.token_sample[:, None] == layout.token_sample
+def anchor_mask(layout: ShotLayout, config: MoCConfig, tokens: slice = slice(None)) -> Tensor:
+    """bool [L, L]: the keys that every head of a query attends to whatever the routes (for dense: the whole sample).
+
+    `tokens` restricts queries and keys to a part of the stream.
+    """
+    sample, group, chunk = layout.token_sample[tokens], layout.token_group[tokens], layout.token_chunk[tokens]
+    key_is_text = layout.token_is_text[tokens]
+    key_is_global = layout.group_shot[group] < 0
+    in_shot = ~key_is_global[:, None]
+    same_sample = sample[:, None] == sample
+    same_group = group[:, None] == group
     if config.dense:
         return same_sample
-    same_group = layout.token_group[:, None] == layout.token_group
-    in_shot = (layout.group_shot[layout.token_group] >= 0)[:, None]
-    key_is_text = layout.token_is_text
-    key_is_global = layout.group_shot[layout.token_group] < 0
 
     mask = torch.zeros_like(same_sample)
     if config.own_anchor is OwnAnchor.shot:
         mask |= same_group & in_shot
     elif config.own_anchor is OwnAnchor.chunk:
-        mask |= (layout.token_chunk[:, None] == layout.token_chunk) & in_shot
+        mask |= (chunk[:, None] == chunk) & in_shot
     if config.text_anchor is TextAnchor.all:
         mask |= same_sample & key_is_text
     elif config.text_anchor is TextAnchor.global_and_own:
@@ -33,15 +37,16 @@ def anchor_mask(layout: ShotLayout, config: MoCConfig) -> Tensor:
     return mask
 
 
-def attention_mask(routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
+def attention_mask(routes: Tensor | None, layout: ShotLayout, config: MoCConfig, tokens: slice = slice(None)) -> Tensor:
     """bool [N, L, L] (or [1, L, L] without routes): what each query of each head attends to."""
-    mask = anchor_mask(layout, config)[None]
+    mask = anchor_mask(layout, config, tokens)[None]
     if config.dense or routes is None:
         return mask
-    num_heads, num_tokens, _ = routes.shape
-    chosen = torch.zeros(num_heads, num_tokens, layout.num_chunks + 1, dtype=torch.bool, device=routes.device)
-    chosen.scatter_(-1, routes.long().masked_fill(routes < 0, layout.num_chunks), True)
-    return mask | chosen[..., layout.token_chunk.long()]
+    routes = routes[:, tokens].long()
+    num_heads, num_queries, _ = routes.shape
+    chosen = torch.zeros(num_heads, num_queries, layout.num_chunks + 1, dtype=torch.bool, device=routes.device)
+    chosen.scatter_(-1, routes.masked_fill(routes < 0, layout.num_chunks), True)
+    return mask | chosen[..., layout.token_chunk[tokens].long()]
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -55,7 +60,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Attention over anchors and routed chunks together, each key once: q, k, v [L, N, D] -> [L, N, D]."""
-    return masked_attention(q, k, v, attention_mask(routes, layout, config))
+    samples = [slice(start, end) for start, end in layout.sample_ranges]
+    return torch.cat([masked_attention(q[s], k[s], v[s], attention_mask(routes, layout, config, s)) for s in samples])
 
 
 def moc_attention(

@@ -1,6 +1,7 @@
 """What routing does, in a few numbers cheap enough to log: how far, how spread, what is never chosen."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +31,33 @@ def chunk_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
     return counts.view(num_groups, num_chunks + 1)[:, :num_chunks]
 
 
-def shot_map(routes: Tensor, layout: ShotLayout) -> Tensor:
-    """Of the routes of shot a, the share that goes to shot b: float64 [S, S] on the CPU (paper, figure 2)."""
+def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
+    """How often the queries of each shot routed to each shot: float64 [S, S] on the CPU, over all heads."""
     counts = chunk_counts(routes, layout).cpu().double()
     by_group = torch.zeros(layout.num_groups, layout.num_groups, dtype=torch.float64)
     by_group.index_add_(1, layout.chunk_group.cpu(), counts)
     shots = torch.tensor(layout.shot_groups)
-    table = by_group[shots][:, shots]
-    return table / table.sum(1, keepdim=True).clamp(min=1)
+    return by_group[shots][:, shots]
+
+
+class RoutingMap:
+    """Shots by shots, how often the queries of one route to another, over layers and steps (paper, figure 2)."""
+
+    def __init__(self, num_shots: int) -> None:
+        self.counts = torch.zeros(num_shots, num_shots, dtype=torch.float64)
+
+    def observer(self, layout: ShotLayout, shots: list[int]) -> Callable[[int, Tensor], None]:
+        """A callback for the model's `on_routes`; `shots` are the story's indices of the stream's shots."""
+        index = torch.tensor(shots)
+
+        def observe(layer: int, routes: Tensor) -> None:
+            self.counts[index[:, None], index] += shot_counts(routes, layout)
+
+        return observe
+
+    def shares(self) -> Tensor:
+        """Of the routes of each shot, the share that goes to each: rows sum to 1, or to 0 where nothing was routed."""
+        return self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
 
 
 def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:

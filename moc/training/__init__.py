@@ -1,0 +1,19 @@
+"""Training on any number of processes: the trainer, its checkpoints, optimizer, averaged weights and metrics."""
+
+from moc.training.checkpoint import find_checkpoint
+from moc.training.ema import EMA
+from moc.training.optim import OptimConfig
+from moc.training.parallel import ParallelConfig, build_accelerator
+from moc.training.trainer import Trainer, TrainerConfig
+from moc.training.validation import Validator
+
+__all__ = [
+    "EMA",
+    "OptimConfig",
+    "ParallelConfig",
+    "Trainer",
+    "TrainerConfig",
+    "Validator",
+    "build_accelerator",
+    "find_checkpoint",
+]

@@ -1,0 +1,125 @@
+"""Checkpoints: a folder a step, nothing pickled, and never one that looks whole and is not.
+
+    step_0000100/
+        model/            a diffusers folder (config.json, safetensors) with moc.json: loads anywhere by itself
+        ema/              the same with the averaged weights
+        optimizer*.safetensors   states by parameter name, in shards with a JSON index where there are several
+        rng_00000.safetensors    random states of each process
+        state.json        step, data position, what the run was
+        complete          written last, before the folder gets its name
+
+It is written under a temporary name and renamed, so a crash leaves nothing that `find_checkpoint` would take.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_STEP_FOLDER = re.compile(r"step_(\d{7,})")
+
+
+def find_checkpoint(path: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run's folder, or `path` itself when it is one; None where there is none."""
+    path = Path(path)
+    if (path / "complete").exists():
+        return path
+    folders = [f for f in path.glob("checkpoints/step_*") if _STEP_FOLDER.fullmatch(f.name)]
+    return max((f for f in folders if (f / "complete").exists()), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of finished steps that a checkpoint's name tells."""
+    match = _STEP_FOLDER.fullmatch(checkpoint.name)
+    if not match:
+        raise ValueError(f"{checkpoint} is not named like a checkpoint (step_0000100)")
+    return int(match[1])
+
+
+@contextmanager
+def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
+    """A folder to fill; it becomes `checkpoints/step_...` when the block ends well, and is removed when it does not."""
+    final = run_folder / "checkpoints" / f"step_{step:07d}"
+    partial = final.with_name(f"partial_{step:07d}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        (partial / "complete").write_text("")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_old(run_folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints of a run."""
+    folders = sorted((run_folder / "checkpoints").glob("step_*"), key=step_of)
+    for folder in folders[:-keep]:
+        shutil.rmtree(folder)
+
+
+def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Optimizer states as `<parameter>.<state>` tensors."""
+    tensors = {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    if tensors:
+        save_torch_state_dict(tensors, folder, filename_pattern="optimizer{suffix}.safetensors")
+
+
+def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Restores what `save_optimizer` wrote; raises ValueError where a trained parameter has no state."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("optimizer*.safetensors")):
+        tensors |= load_file(shard)
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, state = key.rpartition(".")
+        states.setdefault(name, {})[state] = value
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if states.keys() != parameters.keys():
+        wrong = sorted(states.keys() ^ parameters.keys())
+        raise ValueError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
+    for name, parameter in parameters.items():
+        # AdamW keeps its step counter on the CPU, its moments beside the parameter.
+        optimizer.state[parameter] = {
+            key: value if value.dim() == 0 else value.to(parameter.device) for key, value in states[name].items()
+        }
+
+
+def save_rng(folder: Path, rank: int) -> None:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    save_file(states, folder / f"rng_{rank:05d}.safetensors")
+
+
+def load_rng(folder: Path, rank: int) -> None:
+    """Restores a process's random states; a rank the run did not have before keeps its fresh ones."""
+    path = folder / f"rng_{rank:05d}.safetensors"
+    if not path.exists():
+        return
+    states = load_file(path)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())

@@ -1,0 +1,60 @@
+"""Metrics of a run: one JSON line each in `metrics.jsonl`, always; Weights & Biases besides, if asked for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRACKERS = ("none", "wandb", "wandb-offline")
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """tracker: none (the file alone), wandb, or wandb-offline (to be synchronized later; needs no account)."""
+
+    tracker: str = "none"
+    project: str = "moc"
+
+    def __post_init__(self) -> None:
+        if self.tracker not in TRACKERS:
+            raise ValueError(f"tracking.tracker={self.tracker!r} is not one of {', '.join(TRACKERS)}")
+
+
+class Metrics:
+    """Appends to `metrics.jsonl` in a run's folder; a resumed run drops the lines past its checkpoint first."""
+
+    def __init__(self, folder: Path, config: TrackerConfig, run_config: dict[str, Any], first_step: int = 0) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._wandb = None
+        if config.tracker != "none":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.project,
+                name=folder.name,
+                dir=folder,
+                config=run_config,
+                mode="offline" if config.tracker == "wandb-offline" else "online",
+                resume="allow",
+            )
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        row = {"step": step, **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics; a last line cut off by a crash is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,252 @@
+"""The training loop: steps of micro-batches, an optimizer, averaged weights, metrics, checkpoints, resuming.
+
+One optimizer step minimizes the loss averaged over all shots of the global batch: all processes, all micro-batches.
+Every random draw is keyed by the seed and the sample's place in the run (see `Flow.draw`), so a run on N processes
+equals a run on one, and a resumed run equals one that was never stopped.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from moc.batch import Batch
+from moc.config import DropKey, MoCConfig
+from moc.diffusion.flow import Flow
+from moc.routing import hash32
+from moc.schedule import MoCSchedule
+from moc.training import checkpoint as ckpt
+from moc.training.ema import EMA
+from moc.training.metrics import Metrics
+from moc.training.optim import OptimConfig, build_optimizer, learning_rate
+from moc.training.validation import Validator
+
+
+class Steps(Protocol):
+    """The data of a run: iterates over steps, each a list of this process's micro-batches."""
+
+    def __iter__(self) -> Any: ...
+
+    def state(self) -> dict[str, Any]:
+        """Where the data stands after the steps taken so far, JSON-ready."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """num_steps: optimizer steps of the run. *_every: in steps, 0 is never. keep_checkpoints: the newest so many."""
+
+    num_steps: int = 20_000
+    log_every: int = 10
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+
+
+class Trainer:
+    """Trains `model`, a diffusers ModelMixin; see the module.
+
+    `save_extras(folder)` adds to each checkpoint what sampling needs besides the model.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: Any,
+        flow: Flow,
+        moc: MoCConfig,
+        schedule: MoCSchedule,
+        optim: OptimConfig,
+        config: TrainerConfig,
+        run_folder: Path,
+        seed: int,
+        save_extras: Callable[[Path], None],
+    ) -> None:
+        self.accelerator = accelerator
+        self.flow, self.moc, self.schedule = flow, moc, schedule
+        self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
+        self.save_extras = save_extras
+        self.bare_model = model.to(accelerator.device)
+        self.ema = EMA(self.bare_model, config.ema_decay)
+        self.model, self.optimizer = accelerator.prepare(self.bare_model, build_optimizer(self.bare_model, optim))
+        self.step = 0
+
+    def resume(self, checkpoint: Path) -> dict[str, Any]:
+        """Loads weights, averages, optimizer and random states; returns the state of the data."""
+        state = ckpt.read_state(checkpoint)
+        if state["seed"] != self.seed:
+            raise ValueError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
+        for folder, model in (("model", self.bare_model), ("ema", self.ema.model)):
+            model.load_state_dict(type(self.bare_model).from_pretrained(checkpoint / folder).state_dict())
+        self.ema.restore(state["step"])
+        ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer.optimizer)
+        ckpt.load_rng(checkpoint, self.accelerator.process_index)
+        self.step = state["step"]
+        return state["data"]
+
+    def run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None = None) -> None:
+        """Trains until `num_steps`; a termination signal saves a checkpoint and ends the run early."""
+        terminated = _termination()
+        clock = _Clock()
+        if validator and self.step == 0:
+            self._validate(validator, metrics)
+        self.model.train()
+        bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None)
+        for batches in clock.waiting(steps):
+            losses, sigma, grad_norm = self._train_step(batches)
+            self.step += 1
+            bar.update()
+            last = self.step == self.config.num_steps
+            if last or _due(self.step, self.config.log_every):
+                values = self._summary(losses, sigma, grad_norm) | clock.read()
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                if metrics:
+                    metrics.log(self.step, values)
+                last |= self._any_process(terminated.is_set())
+            if validator and (last or _due(self.step, self.config.validate_every)):
+                self._validate(validator, metrics)
+                clock.reset()
+            if last or _due(self.step, self.config.checkpoint_every):
+                self.save(steps.state())
+                clock.reset()
+            if last:
+                break
+        bar.close()
+
+    def save(self, data_state: dict[str, Any]) -> None:
+        """Writes a checkpoint of this step; every process takes part."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            with ckpt.new_checkpoint(self.run_folder, self.step) as folder:
+                for name, model in (("model", self.bare_model), ("ema", self.ema.model)):
+                    model.save_pretrained(folder / name)
+                    self.schedule.at(self.step, self.moc).save(folder / name)
+                ckpt.save_optimizer(folder, self.bare_model, self.optimizer.optimizer)
+                ckpt.save_rng(folder, 0)
+                ckpt.write_state(folder, {"step": self.step, "seed": self.seed, "data": data_state})
+                self.save_extras(folder)
+            ckpt.remove_old(self.run_folder, self.config.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step; returns losses and noise levels of this process's shots and the gradient's norm."""
+        moc = self.schedule.at(self.step, self.moc)
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        shots = torch.tensor(sum(batch.num_shots for batch in batches), device=device)
+        # DDP averages gradients over processes; the loss is a mean over the shots of all of them.
+        scale = processes / self.accelerator.reduce(shots, reduction="sum")
+        losses, sigma = [], []
+        for index, batch in enumerate(batches):
+            batch = batch.rechunk(moc.chunk_tokens).to(device)
+            # Keyed by the batch too: micro-batches and processes must not share their draws.
+            drops = DropKey(seed=hash32(self.seed ^ hash32(batch.positions[0])), step=self.step)
+            synchronize = index == len(batches) - 1
+            with nullcontext() if synchronize else self.accelerator.no_sync(self.model):
+                shot_losses = self.flow.loss(self.model, batch, moc, self.seed, drops)
+                self.accelerator.backward(shot_losses.loss.sum() * scale)
+            losses.append(shot_losses.loss.detach())
+            sigma.append(shot_losses.sigma)
+        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, self.config.num_steps, self.optim)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.bare_model)
+        return torch.cat(losses), torch.cat(sigma), grad_norm
+
+    def _summary(self, losses: Tensor, sigma: Tensor, grad_norm: Tensor) -> dict[str, Any]:
+        """Loss over all processes and, apart, over high and low noise; raises where training has diverged."""
+        high = sigma >= 0.5
+        sums = torch.stack([losses.sum(), losses[high].sum(), torch.tensor(float(len(losses)), device=losses.device)])
+        sums = self.accelerator.reduce(torch.cat([sums, high.sum()[None].float()]), reduction="sum").tolist()
+        loss, count, high_count = sums[0] / sums[2], sums[2], sums[3]
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step}; lower optim.lr or resume from an earlier checkpoint"
+            )
+        moc = self.schedule.at(self.step - 1, self.moc)
+        return {
+            "loss": loss,
+            "loss_high_noise": sums[1] / max(1.0, high_count),
+            "loss_low_noise": (sums[0] - sums[1]) / max(1.0, count - high_count),
+            "grad_norm": float(grad_norm),
+            "lr": learning_rate(self.step - 1, self.config.num_steps, self.optim),
+            "chunk_tokens": moc.chunk_tokens,
+            "top_k": moc.top_k,
+        }
+
+    def _any_process(self, flag: bool) -> bool:
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.accelerator.device), reduction="sum"))
+
+    def _validate(self, validator: Validator, metrics: Metrics | None) -> None:
+        """Validates the averaged weights on the main process."""
+        if metrics:
+            moc, device = self.schedule.at(self.step, self.moc), self.accelerator.device
+            losses = validator.losses(self.ema.model, moc, device)
+            values = {f"validation/loss_{sigma:g}": loss for sigma, loss in losses.items()}
+            routing = validator.routing(self.ema.model, moc, device)
+            metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
+        self.accelerator.wait_for_everyone()
+
+
+class _Clock:
+    """Times steps and how long they waited for data."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.start, self.waited, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
+
+    def waiting(self, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
+        """Passes `steps` on, timing how long each takes to come."""
+        source = iter(steps)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batches = next(source)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - asked
+            self.steps += 1
+            self.tokens += sum(batch.layout.num_tokens for batch in batches)
+            yield batches
+
+    def read(self) -> dict[str, float]:
+        """Seconds a step, the share of it spent waiting for data, and tokens a second, since the last reading."""
+        elapsed = time.perf_counter() - self.start
+        values = {
+            "step_seconds": elapsed / max(1, self.steps),
+            "data_wait": self.waited / elapsed,
+            "tokens_per_second": self.tokens / elapsed,
+        }
+        self.reset()
+        return values
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _termination() -> threading.Event:
+    """An event that SIGTERM sets, as schedulers send it before they take a machine."""
+    event = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event

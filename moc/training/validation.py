@@ -1,0 +1,60 @@
+"""Held-out loss at fixed noise: the same batches, noise and noise levels each time, so that numbers compare."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moc.batch import Batch
+from moc.config import MoCConfig
+from moc.cost import attention_cost
+from moc.diffusion.flow import Flow
+from moc.statistics import routing_statistics
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Loss of held-out batches at each of `sigmas`, equal on all shots of a sample."""
+
+    batches: Sequence[Batch]
+    flow: Flow
+    sigmas: Sequence[float] = (0.2, 0.5, 0.8, 0.95)
+    seed: int = 0
+
+    @torch.no_grad()
+    def losses(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[float, float]:
+        """Mean loss over all held-out shots at each noise level."""
+        was_training = model.training
+        model.eval()
+        out = {}
+        for level in self.sigmas:
+            per_shot = []
+            for batch in self.batches:
+                batch = _on(batch, device, moc)
+                sigma = torch.full((batch.num_shots,), level)
+                per_shot.append(self.flow.loss(model, batch, moc, self.seed, sigma=sigma).loss)
+            out[level] = float(torch.cat(per_shot).mean())
+        model.train(was_training)
+        return out
+
+    @torch.no_grad()
+    def routing(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[str, Any]:
+        """Sparsity, entropy and unused chunks, averaged over layers, on the first held-out batch at sigma 0.8."""
+        if moc.dense:
+            return {"sparsity": 0.0}
+        batch = _on(self.batches[0], device, moc)
+        rows: list[dict[str, float]] = []
+
+        def observe(layer: int, routes: Tensor) -> None:
+            cost = attention_cost(batch.layout, moc, routes, num_heads=1, head_dim=1)
+            statistics = routing_statistics(routes, batch.layout)
+            rows.append({"sparsity": cost.sparsity, "entropy": statistics.entropy, "unused": statistics.unused})
+
+        self.flow.loss(model, batch, moc, self.seed, sigma=torch.full((batch.num_shots,), 0.8), on_routes=observe)
+        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+
+def _on(batch: Batch, device: torch.device, moc: MoCConfig) -> Batch:
+    return batch.rechunk(moc.chunk_tokens).to(device)
