@@ -7,10 +7,10 @@
 each shot's. An absent caption is "", which has null features of its own, one row or more.
 """
 
-import hashlib
 import html
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -20,7 +20,9 @@ import ftfy
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
+
+from models.fingerprint import fingerprint, weights_digest
 
 END, UNKNOWN = "</s>", "[UNK]"
 CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("–—…")
@@ -31,18 +33,26 @@ class TextKind(StrEnum):
     t5 = "t5"
 
 
+class PromptForm(StrEnum):
+    """separate: each caption is encoded apart. The others encode all captions as one prompt and cut its features by
+    span: joined: captions one after another (Wan); holocine: with that model's tags and shot count."""
+
+    separate = "separate"
+    joined = "joined"
+    holocine = "holocine"
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """Which text encoder. `path`: embedded: a folder written by `save`, or a word list (one word a line), or "" for
-    storyworld's own list given at build; t5: a folder with a T5 or UMT5 encoder and its tokenizer.
+    the words given at build; t5: a folder with a T5 or UMT5 encoder and its tokenizer.
 
-    whole_prompt: encode all captions as one prompt and cut the features by span (Wan), not each caption apart.
-    dim, num_layers, seed: of the embedded encoder. max_tokens: longest prompt.
+    form: t5 only. dim, num_layers, seed: of the embedded encoder. max_tokens: longest prompt.
     """
 
     kind: TextKind = TextKind.embedded
     path: str = ""
-    whole_prompt: bool = False
+    form: PromptForm = PromptForm.separate
     dim: int = 128
     num_layers: int = 2
     seed: int = 0
@@ -75,23 +85,21 @@ class EmbeddedTextEncoder(TextEncoder):
         self.vocabulary = sorted({word.lower() for word in vocabulary if word.strip()})
         self.tokenizer = word_piece_tokenizer(self.vocabulary)
         self.text_dim = dim = self.config.dim
-        self.model = T5EncoderModel(
-            T5Config(
-                vocab_size=self.tokenizer.get_vocab_size(),
-                d_model=dim,
-                d_kv=dim // 4,
-                d_ff=2 * dim,
-                num_layers=self.config.num_layers,
-                num_heads=4,
-                dropout_rate=0.0,
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
+            self.model = T5EncoderModel(
+                T5Config(
+                    vocab_size=self.tokenizer.get_vocab_size(),
+                    d_model=dim,
+                    d_kv=dim // 4,
+                    d_ff=2 * dim,
+                    num_layers=self.config.num_layers,
+                    num_heads=4,
+                    dropout_rate=0.0,
+                )
             )
-        )
         seed_weights(self.model, self.config.seed)
         self.eval().requires_grad_(False)
-        digest = hashlib.sha256("\n".join(self.vocabulary).encode())
-        for weight in self.model.parameters():
-            digest.update(weight.numpy().tobytes())
-        self.fingerprint = f"embedded-{digest.hexdigest()[:16]}"
+        self.fingerprint = fingerprint("embedded", self.vocabulary, weights_digest(self.model))
 
     @torch.no_grad()
     def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
@@ -154,6 +162,8 @@ def seed_weights(model: nn.Module, seed: int) -> None:
 
 # T5 and UMT5
 
+T5_CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+
 
 def clean(text: str) -> str:
     """Wan's text cleaning: mend broken Unicode, undo HTML escapes, join white space."""
@@ -161,13 +171,75 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def join_prompt(form: PromptForm, global_caption: str, shot_captions: Sequence[str]) -> tuple[str, list[int]]:
+    """One prompt of all captions, and the character at which each part starts (global, shot 1, ...)."""
+    parts = [clean(caption) for caption in (global_caption, *shot_captions)]
+    if form == PromptForm.holocine and len(shot_captions) > 1:
+        tags = ["[per shot caption]", *["[shot cut]"] * (len(shot_captions) - 1)]
+        story = f"[global caption] {parts[0]} This scene contains {len(shot_captions)} shots."
+        parts = [story, *(f"{tag} {part}" for tag, part in zip(tags, parts[1:], strict=True))]
+    starts, end = [], 0
+    for part in parts:
+        starts.append(end)
+        end += len(part) + 1 if part else 0
+    return " ".join(part for part in parts if part), starts
+
+
+class T5TextEncoder(TextEncoder):
+    """A T5 or UMT5 encoder in bf16 from a folder: the model and its tokenizer, or Wan's `text_encoder/`, `tokenizer/`.
+
+    Features of padding are not returned: Wan's transformer adds its zero rows itself.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        folder = Path(config.path)
+        has_parts = (folder / "text_encoder").is_dir()
+        model_folder = folder / "text_encoder" if has_parts else folder
+        if not (model_folder / "config.json").is_file():
+            raise ValueError(f"text.path={config.path!r} is not a folder of a T5 or UMT5 encoder (no config.json)")
+        kind = json.loads((model_folder / "config.json").read_text()).get("model_type")
+        if kind not in T5_CLASSES:
+            raise ValueError(
+                f"{model_folder} holds a {kind!r} model; the text encoder must be one of {list(T5_CLASSES)}"
+            )
+        self.model = T5_CLASSES[kind].from_pretrained(model_folder, dtype=torch.bfloat16, local_files_only=True)
+        tokenizer_folder = folder / "tokenizer" if has_parts else folder
+        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        self.text_dim = self.model.config.d_model
+        self.eval().requires_grad_(False)
+        self.fingerprint = fingerprint(
+            kind, str(config.form), config.max_tokens, self.tokenizer.get_vocab(), weights_digest(self.model)
+        )
+
+    @torch.no_grad()
+    def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
+        if self.config.form == PromptForm.separate:
+            return [self._features(clean(caption))[0] for caption in (global_caption, *shot_captions)]
+        prompt, starts = join_prompt(self.config.form, global_caption, shot_captions)
+        features, offsets = self._features(prompt)
+        # A piece may begin with the space before its word; the end of the text goes with the last shot.
+        owner = [bisect_right(starts, offset + 1) - 1 for offset in offsets[:-1]] + [len(starts) - 1]
+        return list(features.split([owner.count(part) for part in range(len(starts))]))
+
+    def _features(self, prompt: str) -> tuple[Tensor, list[int]]:
+        """bf16 [T, text_dim] of a prompt with its end token, and the character at which each token starts."""
+        tokens = self.tokenizer(prompt, return_offsets_mapping=True)
+        if len(tokens.input_ids) > self.config.max_tokens:
+            raise ValueError(
+                f"a prompt of {len(tokens.input_ids)} tokens is over the text encoder's {self.config.max_tokens}: "
+                f"shorten its captions ({prompt[:60]!r}...)"
+            )
+        ids = torch.tensor([tokens.input_ids], device=self.model.device)
+        return self.model(ids).last_hidden_state[0], [start for start, _ in tokens.offset_mapping]
+
+
 def build_text_encoder(config: TextConfig, vocabulary: Iterable[str] = ()) -> TextEncoder:
     """The text encoder a configuration names. vocabulary: words of the embedded encoder where `path` is empty."""
+    if config.kind == TextKind.t5:
+        return T5TextEncoder(config)
+    if not config.path:
+        return EmbeddedTextEncoder(vocabulary, config)
     path = Path(config.path)
-    if config.kind is TextKind.embedded:
-        if not config.path:
-            return EmbeddedTextEncoder(vocabulary, config)
-        if path.is_dir():
-            return EmbeddedTextEncoder.load(path)
-        return EmbeddedTextEncoder(path.read_text().split(), config)
-    raise NotImplementedError
+    return EmbeddedTextEncoder.load(path) if path.is_dir() else EmbeddedTextEncoder(path.read_text().split(), config)

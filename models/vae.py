@@ -9,7 +9,6 @@ latent frame stands for the first frame alone, so that a still image is one late
 Shape letters: F frames, C T H W of a latent.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from einops import rearrange
 from torch import Tensor, nn
+
+from models.fingerprint import fingerprint, weights_digest
 
 
 class CodecKind(StrEnum):
@@ -150,7 +151,7 @@ class TransformCodec(Codec):
         self.register_buffer("basis", full.reshape(law.numel(), law.numel())[kept].float(), persistent=False)
         scale = AMPLITUDE * (law[kept] / AMPLITUDE) ** config.whitening
         self.register_buffer("scale", scale.float(), persistent=False)
-        self.fingerprint = _fingerprint(
+        self.fingerprint = fingerprint(
             "transform", BLOCK, AMPLITUDE, OPPONENT, TEMPO, DECAY, config.channels, config.whitening
         )
 
@@ -170,11 +171,6 @@ class TransformCodec(Codec):
                 still = video[:, : BLOCK[0]].mean(1, keepdim=True)
                 video = torch.cat([still, video[:, BLOCK[0] :]], dim=1)
             yield video.clamp(-1, 1)
-
-
-def _fingerprint(*parts: object) -> str:
-    """A short name of everything that decides what a codec's latents mean."""
-    return f"{parts[0]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 # Wan
@@ -202,7 +198,7 @@ class WanCodec(Codec):
         self.spatial_factor = settings.scale_factor_spatial
         self.register_buffer("mean", torch.tensor(settings.latents_mean).view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(settings.latents_std).view(-1, 1, 1, 1), persistent=False)
-        self.fingerprint = _fingerprint("wan", weights_digest(self.vae), config.tiling)
+        self.fingerprint = fingerprint("wan", weights_digest(self.vae), config.tiling)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -226,15 +222,6 @@ class WanCodec(Codec):
         self.vae.clear_cache()
 
 
-def weights_digest(module: nn.Module) -> str:
-    """A hash of a module's weights: their names, and the exact sum of their bits."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(module.state_dict().items()):
-        bits = weight.detach().cpu().contiguous().flatten().view(torch.uint8).sum(dtype=torch.int64)
-        digest.update(f"{name} {tuple(weight.shape)} {int(bits)}".encode())
-    return digest.hexdigest()
-
-
 def build_codec(config: CodecConfig) -> Codec:
     """The codec a configuration names, on the CPU."""
-    return WanCodec(config) if config.kind is CodecKind.wan else TransformCodec(config)
+    return WanCodec(config) if config.kind == CodecKind.wan else TransformCodec(config)

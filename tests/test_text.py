@@ -1,0 +1,125 @@
+"""Text encoders: what captions become."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from models.text import (
+    EmbeddedTextEncoder,
+    PromptForm,
+    T5TextEncoder,
+    TextConfig,
+    TextKind,
+    build_text_encoder,
+    clean,
+    join_prompt,
+)
+
+WORDS = ["a", "the", "in", "with", "red", "mira", "tobi", "walks", "harbor", "forest", "dog"]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> EmbeddedTextEncoder:
+    return EmbeddedTextEncoder(WORDS)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("umt5")
+    letters = [(c, -5.0) for c in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ[]0123456789.,"]
+    pieces = [(f"▁{word}", -1.0) for word in (*WORDS, "fox", "Mira")]
+    T5Tokenizer(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁", -3.0), *pieces, *letters], extra_ids=0
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_known_words_are_one_token_and_any_other_text_is_spelled(embedded: EmbeddedTextEncoder) -> None:
+    assert embedded.tokenizer.encode("Mira walks").tokens == ["mira", "walks"]
+    spelled = embedded.tokenizer.encode("A redder Zebra-42, naïve?").tokens
+    assert spelled[:5] == ["a", "red", "##d", "##e", "##r"]
+    assert "[UNK]" not in spelled
+
+
+def test_captions_differ_clearly_by_name(embedded: EmbeddedTextEncoder) -> None:
+    captions = [f"{name} walks in the {place}" for name in ("Mira", "Tobi") for place in ("harbor", "forest")]
+    features = embedded.encode("", captions)[1:]
+    pooled = torch.stack([x.mean(0) for x in features])
+    distances = torch.cdist(pooled, pooled)[~torch.eye(4, dtype=torch.bool)]
+    assert distances.min() > 0.2 * pooled.norm(dim=1).max()
+    similar = torch.cosine_similarity(features[0], features[2], dim=-1)
+    assert similar[0] < 0.3  # the name
+    assert similar[1:].min() > 0.9  # the other words stay themselves
+
+
+def test_an_absent_caption_has_null_features(embedded: EmbeddedTextEncoder) -> None:
+    null, caption = embedded.encode("", ["the dog"])
+    assert null.shape == (1, 128)
+    assert caption.shape == (3, 128)
+
+
+def test_weights_are_seeded_and_leave_the_random_state_alone(embedded: EmbeddedTextEncoder) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    again = EmbeddedTextEncoder(reversed(WORDS))
+    assert torch.equal(torch.rand(3), expected)
+    assert again.fingerprint == embedded.fingerprint
+    assert EmbeddedTextEncoder(WORDS, TextConfig(seed=1)).fingerprint != embedded.fingerprint
+    assert EmbeddedTextEncoder([*WORDS, "cat"]).fingerprint != embedded.fingerprint
+
+
+def test_the_encoder_is_rebuilt_from_its_folder(embedded: EmbeddedTextEncoder, tmp_path: Path) -> None:
+    embedded.save(tmp_path)
+    loaded = build_text_encoder(TextConfig(path=str(tmp_path)))
+    assert torch.equal(loaded.encode("", ["the red dog"])[1], embedded.encode("", ["the red dog"])[1])
+    (tmp_path / "vocabulary.txt").write_text("other\n")
+    with pytest.raises(ValueError, match="text encoder built here"):
+        EmbeddedTextEncoder.load(tmp_path)
+
+
+def test_cleaning_is_wans() -> None:
+    assert clean(" a &amp;lt;b&amp;gt; \n\t“c” ") == 'a <b> "c"'
+    assert clean("âœ” done") == "✔ done"
+
+
+def test_prompt_forms() -> None:
+    assert join_prompt(PromptForm.joined, "G.", ["A.", "B."]) == ("G. A. B.", [0, 3, 6])
+    assert join_prompt(PromptForm.joined, "", ["A."]) == ("A.", [0, 0])
+    prompt, starts = join_prompt(PromptForm.holocine, "G.", ["A.", "B."])
+    assert prompt == "[global caption] G. This scene contains 2 shots. [per shot caption] A. [shot cut] B."
+    assert [prompt[start:].split("]")[0] for start in starts] == ["[global caption", "[per shot caption", "[shot cut"]
+
+
+def test_one_prompt_is_cut_by_span(t5_folder: Path) -> None:
+    joined = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), PromptForm.joined))
+    parts = joined.encode("the dog", ["a red fox", "", "Mira walks"])
+    assert [len(part) for part in parts] == [2, 3, 0, 3]  # the last with the end of the text
+    whole = joined.model(torch.tensor([joined.tokenizer("the dog a red fox Mira walks").input_ids])).last_hidden_state[0]
+    assert torch.equal(torch.cat(parts), whole)
+    assert parts[0].dtype == torch.bfloat16
+    assert [len(part) for part in joined.encode("", ["the dog"])] == [0, 3]
+
+
+def test_separate_captions_do_not_see_each_other(t5_folder: Path) -> None:
+    encoder = build_text_encoder(TextConfig(TextKind.t5, str(t5_folder)))
+    one, two = encoder.encode("the dog", ["a fox"]), encoder.encode("the dog", ["Mira walks"])
+    assert torch.equal(one[0], two[0])
+    assert not torch.equal(one[1], two[1])
+    assert len(encoder.encode("", ["a"])[0]) == 1
+
+
+def test_bad_text_settings_are_refused(t5_folder: Path, tmp_path: Path) -> None:
+    encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), max_tokens=8))
+    with pytest.raises(ValueError, match="10 tokens is over the text encoder's 8"):
+        encoder.encode("", ["the " * 9])
+    with pytest.raises(ValueError, match="is not a folder of a T5"):
+        T5TextEncoder(TextConfig(TextKind.t5, str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="holds a 'gpt2' model"):
+        T5TextEncoder(TextConfig(TextKind.t5, str(tmp_path)))
