@@ -1,0 +1,179 @@
+"""The cache: latents shot by shot and deduplicated text features, in safetensors shards under a JSON index.
+
+    cache/<digest of what made it>/
+        shard-<writer>-00000.safetensors   latents "<scene key>/<shot>", text "text/<key>"
+        shard-<writer>-00000.json          what it holds; written after it, so a shard without one never counts
+        index.json                         all shards, scenes and text keys, merged at the end
+        complete                           written last
+
+The digest covers decoder, codec, text encoder, size and fps, so another setting makes another cache, never a mixed
+one. Every tensor has a CRC32 that each read checks. Writers share nothing but the folder: any number of processes
+may fill it, and a restarted one goes on from the shards that are there.
+"""
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from data.errors import DataError
+
+CACHE_FORMAT = 1
+INDEX, COMPLETE = "index.json", "complete"
+NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
+
+
+def digest(recipe: dict) -> str:
+    """16 hex digits naming a cache: the same for equal recipes whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+@dataclass(frozen=True)
+class EncodedScene:
+    """One scene to store. latents: [C, T, H, W] a shot. text: for each caption length, 1 + S tensors [T_i, text_dim]
+    (global first). kind: "image", "single" or "multi". key: a digest of all that the scene was made of."""
+
+    id: str
+    key: str
+    kind: str
+    latents: list[Tensor]
+    text: list[list[Tensor]]
+
+
+class CacheWriter:
+    """Adds scenes to a cache folder, a shard at a time. `writer` keeps processes apart in file names."""
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: dict,
+        writer: str = "0",
+        dtype: torch.dtype = torch.float16,
+        shard_bytes: int = 256 << 20,
+    ) -> None:
+        self.folder, self.recipe, self.writer = Path(folder), recipe, writer
+        self.dtype, self.shard_bytes = dtype, shard_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._parts = read_parts(self.folder)
+        self._text_keys = {key for part in self._parts for key in part["text"]}
+        self._start_shard()
+
+    @property
+    def done(self) -> set[str]:
+        """Keys of the scenes in finished shards."""
+        return {scene["key"] for part in self._parts for scene in part["scenes"]}
+
+    def add(self, scene: EncodedScene) -> None:
+        """Queue a scene; writes a shard when enough is queued. Raises DataError (nan-latents, disk-full)."""
+        shots = []
+        latents = [self._finite(latent, f"{scene.id} shot {i}") for i, latent in enumerate(scene.latents)]
+        for i, latent in enumerate(latents):
+            shots.append({"shape": list(latent.shape), "crc32": checksum(latent)})
+            self._tensors[f"{scene.key}/{i}"] = latent
+        text = [[self.add_text(tensor, scene.id) for tensor in variant] for variant in scene.text]
+        self._scenes.append({"id": scene.id, "key": scene.key, "kind": scene.kind, "shots": shots, "text": text})
+        if sum(t.nbytes for t in self._tensors.values()) >= self.shard_bytes:
+            self.flush()
+
+    def add_text(self, tensor: Tensor, where: str, name: str | None = None) -> str:
+        """Queue text features unless equal ones are stored; returns their key. name: a fixed key."""
+        tensor = self._finite(tensor, f"{where} text")
+        shape = str(tuple(tensor.shape)).encode()
+        key = name or hashlib.sha256(shape + tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:24]
+        if key not in self._text_keys:
+            self._text_keys.add(key)
+            self._text[key] = {"shape": list(tensor.shape), "crc32": checksum(tensor)}
+            self._tensors[f"text/{key}"] = tensor
+        return key
+
+    def flush(self) -> None:
+        """Write what is queued as one shard."""
+        if not self._tensors:
+            return
+        file = self._free_name()
+        payload = save(self._tensors)
+        part = {"file": file, "bytes": len(payload), "scenes": self._scenes, "text": self._text}
+        write_whole(self.folder / file, payload)
+        write_whole((self.folder / file).with_suffix(".json"), json.dumps(part).encode())
+        self._parts.append(part)
+        self._start_shard()
+
+    def _free_name(self) -> str:
+        """The first name that no shard of this writer has; one whose record was never written is overwritten."""
+        taken = {part["file"] for part in self._parts}
+        names = (f"shard-{self.writer}-{number:05d}.safetensors" for number in count())
+        return next(name for name in names if name not in taken)
+
+    def _start_shard(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self._text: dict[str, dict] = {}
+        self._scenes: list[dict] = []
+
+    def _finite(self, tensor: Tensor, where: str) -> Tensor:
+        stored = tensor.detach().to("cpu", self.dtype).contiguous()
+        if not torch.isfinite(stored).all():
+            raise DataError("nan-latents", where, f"values are not finite in {self.dtype}; the encoder failed")
+        return stored
+
+
+def read_parts(folder: Path) -> list[dict]:
+    """What each whole shard of the folder holds, in the order of their names; one deleted or cut short is passed
+    over, so that its scenes are made again."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("shard-*.json"))]
+    return [part for part in parts if _size(folder / part["file"]) == part["bytes"]]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def finish(folder: Path, recipe: dict, keys: list[str]) -> int:
+    """Merge the shards' records into the index, the scenes of `keys` in that order; returns their number.
+
+    Scenes of the shards that are not asked for stay out of the index. Raises DataError (no-usable-samples).
+    """
+    parts = read_parts(folder)
+    scenes: dict[str, dict] = {}
+    text: dict[str, dict] = {}
+    for number, part in enumerate(parts):
+        for scene in part["scenes"]:
+            scenes.setdefault(scene["key"], scene | {"shard": number})
+        for key, entry in part["text"].items():
+            text.setdefault(key, entry | {"shard": number})
+    chosen = [scenes[key] for key in keys if key in scenes]
+    if not chosen:
+        raise DataError("no-usable-samples", folder, "no scene could be encoded; the report says why for each")
+    index = {
+        "format": CACHE_FORMAT,
+        "recipe": recipe,
+        "shards": [{"file": part["file"], "bytes": part["bytes"]} for part in parts],
+        "text": text,
+        "scenes": chosen,
+    }
+    write_whole(folder / INDEX, json.dumps(index).encode())
+    write_whole(folder / COMPLETE, f"{len(chosen)} scenes\n".encode())
+    return len(chosen)
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Write beside, then rename: `path` is never half-written. Raises DataError (cannot-write)."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(payload)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(
+            "cannot-write", path, f"{error.strerror}; free or choose another place, then run again to resume"
+        ) from error

@@ -1,0 +1,186 @@
+"""The training set: scenes of prepared caches as moc.Sample, and the settings of loading."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+import moc
+from data.cache import NULL_GLOBAL, NULL_SHOT
+from data.errors import DataError
+from data.order import DRAW, Draw, Source, uniforms
+from data.shards import Cache, CachedScene, find_cache
+
+
+class Kind(StrEnum):
+    """Which scenes a source gives: stills, scenes of one shot, scenes of several, or all."""
+
+    any = "any"
+    image = "image"
+    single = "single"
+    multi = "multi"
+
+
+@dataclass
+class SourceConfig:
+    """One part of a mix: scenes of `kind` in a prepared folder, and its share of the samples."""
+
+    path: str = ""
+    weight: float = 1.0
+    kind: Kind = Kind.any
+
+
+@dataclass
+class DataConfig:
+    """What training reads and how. Rates are probabilities, drawn for each sample by (seed, position)."""
+
+    path: str = ""  # a folder made by scripts/prepare_data.py
+    sources: list[SourceConfig] = field(default_factory=list)  # instead of path: a mix by weight
+    batch_tokens: int = 8192  # tokens of one optimizer step, over all ranks and accumulation
+    seed: int = 0
+    workers: int = 2
+    prefetch: int = 4  # micro-batches each worker holds ready
+    validation: int = 0  # scenes held out of training, chosen by a hash of their id
+    drop_captions: float = 0.1  # all captions of a sample, for guidance
+    drop_global_caption: float = 0.0
+    drop_shot_caption: float = 0.0  # each shot's, on its own
+    drop_to_still: float = 0.0  # each shot, to its first latent frame
+
+    def __post_init__(self) -> None:
+        for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
+        if self.batch_tokens < 1:
+            raise ValueError(f"data.batch_tokens must be positive, got {self.batch_tokens}")
+        for name in ("workers", "validation", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be 0 or more, got {getattr(self, name)}")
+
+
+class ShotDataset:
+    """Scenes of one or more caches. `dataset[i]` is scene i whole; `sample(draw)` applies a draw's drops.
+
+    Raises DataError: missing or unfinished caches, no-usable-samples, mixed-encoders.
+    """
+
+    def __init__(self, sources: Sequence[SourceConfig]) -> None:
+        self.caches: list[Cache] = []
+        self.items: list[tuple[int, CachedScene]] = []
+        self.source_items: list[tuple[float, list[int]]] = []
+        opened: dict[str, int] = {}
+        for source in sources:
+            folder = str(find_cache(source.path))
+            if folder not in opened:
+                opened[folder] = len(self.caches)
+                self.caches.append(Cache(folder))
+            cache = opened[folder]
+            scenes = [s for s in self.caches[cache].scenes if source.kind.value in ("any", s.kind)]
+            if not scenes:
+                raise DataError("no-usable-samples", source.path, f"holds no scene of kind {source.kind.value}")
+            first = len(self.items)
+            self.items += [(cache, scene) for scene in scenes]
+            self.source_items.append((source.weight, list(range(first, len(self.items)))))
+        self._check_same_encoders()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> moc.Sample:
+        return self.sample(Draw(position=i, item=i))
+
+    @property
+    def latent_channels(self) -> int:
+        return self.items[0][1].latent_shapes[0][0]
+
+    @property
+    def text_dim(self) -> int:
+        return self.caches[0].text[NULL_SHOT]["shape"][1]
+
+    def split(self, validation: int) -> tuple[list[Source], list[int]]:
+        """Training sources and held-out items: the `validation` scenes whose ids hash lowest, the same whatever
+        else the folder holds in whatever order. Raises DataError where nothing is left to train on."""
+        ids = sorted({scene.id for _, scene in self.items}, key=_id_hash)
+        held_out = set(ids[:validation])
+        training = [
+            Source(tuple(i for i in items if self.items[i][1].id not in held_out), weight)
+            for weight, items in self.source_items
+        ]
+        if any(not source.items for source in training):
+            raise DataError(
+                "no-usable-samples",
+                "data.validation",
+                f"{validation} of {len(ids)} scenes held out leaves none to train",
+            )
+        first = {scene.id: i for i, (_, scene) in reversed(list(enumerate(self.items)))}
+        return training, [first[scene_id] for scene_id in ids[:validation]]
+
+    def draw(self, position: int, item: int, config: DataConfig) -> Draw:
+        """What position `position` drops, by (seed, position) alone."""
+        num_shots = self.items[item][1].num_shots
+        u = uniforms(config.seed, DRAW, position, 3 + 2 * num_shots)
+        no_captions = bool(u[1] < config.drop_captions)
+        return Draw(
+            position=position,
+            item=item,
+            variant=float(u[0]),
+            drop_global_caption=no_captions or bool(u[2] < config.drop_global_caption),
+            drop_shot_captions=tuple(no_captions or bool(x < config.drop_shot_caption) for x in u[3 : 3 + num_shots]),
+            to_still=tuple(bool(x < config.drop_to_still) for x in u[3 + num_shots :]),
+        )
+
+    def text_keys(self, draw: Draw) -> list[str]:
+        """Keys of the text features a draw shows: 1 + S."""
+        variants = self.items[draw.item][1].text_keys
+        keys = list(variants[int(draw.variant * len(variants))])
+        if draw.drop_global_caption:
+            keys[0] = NULL_GLOBAL
+        for i, dropped in enumerate(draw.drop_shot_captions):
+            if dropped:
+                keys[1 + i] = NULL_SHOT
+        return keys
+
+    def num_tokens(self, draw: Draw, spec: moc.StreamSpec) -> int:
+        """Tokens of the sample in a model's stream, from the index alone."""
+        cache, scene = self.items[draw.item]
+        pt, ph, pw = spec.patch
+        total = 0
+        for i, (_, frames, height, width) in enumerate(scene.latent_shapes):
+            shown = 1 if draw.to_still and draw.to_still[i] else frames
+            total += (shown // pt) * (height // ph) * (width // pw)
+        if spec.text_in_stream:
+            total += sum(self.caches[cache].text_rows(key) for key in self.text_keys(draw))
+        return total
+
+    def sample(self, draw: Draw) -> moc.Sample:
+        """Read a draw: float32 latents [C, T, H, W] and text [T_i, text_dim]. Raises DataError (damaged-shard)."""
+        cache, scene = self.caches[self.items[draw.item][0]], self.items[draw.item][1]
+        latents = [latent.float() for latent in cache.latents(scene)]
+        stills = draw.to_still or (False,) * len(latents)
+        latents = [x[:, :1].contiguous() if still else x for x, still in zip(latents, stills, strict=True)]
+        text: list[Tensor] = [cache.text_features(key).float() for key in self.text_keys(draw)]
+        return moc.Sample(latents=latents, text=text, position=draw.position, id=scene.id)
+
+    def _check_same_encoders(self) -> None:
+        first = self.caches[0].recipe
+        for cache in self.caches[1:]:
+            for name in ("codec", "text"):
+                if cache.recipe[name] != first[name]:
+                    raise DataError(
+                        "mixed-encoders",
+                        cache.folder,
+                        f"was made with {name} {cache.recipe[name]}, {self.caches[0].folder} with {first[name]}; "
+                        "prepare both with one",
+                    )
+
+
+def _id_hash(scene_id: str) -> str:
+    return hashlib.sha256(scene_id.encode()).hexdigest()
+
+
+def open_dataset(config: DataConfig) -> ShotDataset:
+    """The dataset a config names. Raises DataError where it names none."""
+    if bool(config.path) == bool(config.sources):
+        raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
+    return ShotDataset(config.sources or [SourceConfig(path=config.path)])

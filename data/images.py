@@ -1,0 +1,22 @@
+"""Still images, as videos of one frame."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from data.errors import DataError
+
+
+def read_image(path: Path) -> Tensor:
+    """uint8 [1, H, W, 3] RGB, upright as its EXIF says. Raises DataError (zero-byte, not-an-image)."""
+    if path.stat().st_size == 0:
+        raise DataError("zero-byte", path, "the file is empty (0 bytes)")
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        raise DataError("not-an-image", path, f"cannot be read as an image ({error})") from error
+    return torch.from_numpy(np.array(upright)).unsqueeze(0)

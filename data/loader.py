@@ -1,0 +1,148 @@
+"""The loader: endless optimizer steps of packed batches for one rank, resumable from one position.
+
+`for step in build_loader(...)`: each step is a list of `accumulation` moc.Batch, on the CPU. Workers read ahead;
+neither their number nor the number of ranks changes which samples a step holds.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import moc
+from data.collate import check_budget, deal, plan_steps
+from data.dataset import DataConfig, ShotDataset, open_dataset
+from data.errors import DataError
+from data.order import Draw, SampleOrder
+
+
+class MicroBatches(Dataset):
+    """Lists of draws -> moc.Batch, in a worker. A DataError is handed over as a value and raised by the reader."""
+
+    def __init__(self, dataset: ShotDataset, spec: moc.StreamSpec, chunk_tokens: int) -> None:
+        self.dataset, self.spec, self.chunk_tokens = dataset, spec, chunk_tokens
+
+    def __getitem__(self, draws: Sequence[Draw]) -> moc.Batch | DataError:
+        try:
+            samples = [self.dataset.sample(draw) for draw in draws]
+            return moc.make_batch(samples, self.spec, self.chunk_tokens)
+        except DataError as error:
+            return error
+
+
+class Loader:
+    """See `build_loader`. `position`: the next sample not yet given out."""
+
+    def __init__(
+        self,
+        dataset: ShotDataset,
+        config: DataConfig,
+        spec: moc.StreamSpec,
+        chunk_tokens: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        start_position: int,
+    ) -> None:
+        self.dataset, self.config, self.spec = dataset, config, spec
+        self.chunk_tokens, self.rank, self.world_size = chunk_tokens, rank, world_size
+        self.accumulation, self.position = accumulation, start_position
+        sources, self.validation_items = dataset.split(config.validation)
+        self.order = SampleOrder(sources, config.seed)
+        self.num_training = sum(len(source.items) for source in sources)
+        training = [i for source in sources for i in source.items]
+        sizes = {i: max_tokens(dataset, i, spec) for i in training}
+        largest = max(training, key=sizes.__getitem__)
+        scene_id = dataset.items[largest][1].id
+        check_budget(sizes[largest], scene_id, config.batch_tokens, world_size * accumulation)
+
+    def state(self) -> dict[str, int]:
+        """Where to go on: `start_position` of another loader, on any number of ranks."""
+        return {"position": self.position, "epoch": self.position // self.num_training}
+
+    def __iter__(self) -> Iterator[list[moc.Batch]]:
+        ends: deque[int] = deque()
+        batches = iter(_data_loader(self, self._planned(ends), self.config.workers))
+        while True:
+            step = [_raised(next(batches)) for _ in range(self.accumulation)]
+            self.position = ends.popleft()
+            yield step
+
+    def _planned(self, ends: deque[int]) -> Iterator[list[Draw]]:
+        """This rank's micro-batches, planned ahead of their reading; notes where each step ends."""
+        steps = plan_steps(
+            lambda position: self.dataset.draw(position, self.order[position][0], self.config),
+            lambda draw: self.dataset.num_tokens(draw, self.spec),
+            self.config.batch_tokens,
+            self.position,
+        )
+        for step in steps:
+            ends.append(step.end)
+            dealt = deal(step, self.world_size * self.accumulation)
+            yield from dealt[self.rank :: self.world_size]
+
+
+def build_loader(
+    config: DataConfig,
+    spec: moc.StreamSpec,
+    chunk_tokens: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    accumulation: int = 1,
+    start_position: int = 0,
+) -> Loader:
+    """The training data of one data-parallel rank (ranks that share a sample pass the same rank).
+
+    Iterating gives steps from `start_position` on, each a list of `accumulation` moc.Batch whose samples together
+    with the other ranks' are a run of consecutive positions of at most `config.batch_tokens` tokens.
+    Raises DataError: no data, an unfinished cache, damage, a budget too small for the ranks.
+    """
+    return Loader(open_dataset(config), config, spec, chunk_tokens, rank, world_size, accumulation, start_position)
+
+
+class Validation:
+    """The held-out scenes, in one fixed order, one a batch, nothing dropped; every `world_size`-th for a rank."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.items = loader.validation_items[loader.rank :: loader.world_size]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[moc.Batch]:
+        places = {item: place for place, item in enumerate(self.loader.validation_items)}
+        draws = ([Draw(position=places[item], item=item)] for item in self.items)
+        for batch in _data_loader(self.loader, draws, workers=0):
+            yield _raised(batch)
+
+
+def max_tokens(dataset: ShotDataset, item: int, spec: moc.StreamSpec) -> int:
+    """Tokens of an item at most: its longest caption, nothing dropped to a still."""
+    variants = len(dataset.items[item][1].text_keys)
+    whole = [dataset.num_tokens(Draw(0, item, v / variants), spec) for v in range(variants)]
+    return max(whole)
+
+
+def _data_loader(loader: Loader, draws: Iterator[list[Draw]], workers: int) -> DataLoader:
+    return DataLoader(
+        MicroBatches(loader.dataset, loader.spec, loader.chunk_tokens),
+        sampler=draws,
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=loader.config.prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _as_is(batch: moc.Batch | DataError) -> moc.Batch | DataError:
+    return batch
+
+
+def _raised(batch: moc.Batch | DataError) -> moc.Batch:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch

@@ -1,0 +1,96 @@
+"""The order of samples: which scene stands at each position of a run, and what is dropped from it.
+
+Position p counts samples 0, 1, 2 ... over the whole run. Everything here is a function of (seed, p) alone, from a
+counter-based generator, so the order is the same for any number of workers and ranks and resumes from one integer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+_BLOCK = 1000  # positions over which mixing weights are met exactly
+_SHUFFLE, _MIX, DRAW = 0, 1, 2  # streams of the generator
+
+
+def random_bits(seed: int, stream: int, index: int, count: int) -> np.ndarray:
+    """uint64 [count], a function of its arguments alone."""
+    generator = np.random.Philox(key=[seed, stream], counter=[0, index, 0, 0])
+    return generator.random_raw(count)
+
+
+def uniforms(seed: int, stream: int, index: int, count: int) -> np.ndarray:
+    """float64 [count] in [0, 1)."""
+    return (random_bits(seed, stream, index, count) >> np.uint64(11)) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items drawn together: dataset indices, and their share of the positions."""
+
+    items: tuple[int, ...]
+    weight: float = 1.0
+
+
+class SampleOrder:
+    """Position -> (item, epoch of its source). Each source is shuffled anew each epoch and gone through whole, so
+    within an epoch no item is lost or doubled; sources are interleaved by weight, exactly over 1000 positions."""
+
+    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+        if not sources or any(not source.items for source in sources):
+            raise ValueError("every source needs at least one item")
+        self.sources, self.seed = sources, seed
+        weights = np.array([source.weight for source in sources], dtype=np.float64)
+        if not (weights > 0).all():
+            raise ValueError(f"source weights must be positive, got {weights.tolist()}")
+        self._counts = _apportion(weights / weights.sum(), _BLOCK)
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._shuffles: dict[int, tuple[int, np.ndarray]] = {}
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        source, drawn = (0, position) if len(self.sources) == 1 else self._mixed(position)
+        items = self.sources[source].items
+        epoch, place = divmod(drawn, len(items))
+        return items[self._shuffle(source, epoch, len(items))[place]], epoch
+
+    def _mixed(self, position: int) -> tuple[int, int]:
+        """The source of a position, and how many positions it had before."""
+        block, place = divmod(position, _BLOCK)
+        if self._block[0] != block:
+            schedule = np.repeat(np.arange(len(self.sources)), self._counts)
+            keys = random_bits(self.seed, _MIX, block, _BLOCK)
+            self._block = (block, schedule[np.argsort(keys, kind="stable")])
+        schedule = self._block[1]
+        source = int(schedule[place])
+        return source, block * self._counts[source] + int((schedule[:place] == source).sum())
+
+    def _shuffle(self, source: int, epoch: int, size: int) -> np.ndarray:
+        held = self._shuffles.get(source)
+        if held is None or held[0] != epoch:
+            keys = random_bits(self.seed, _SHUFFLE, (source << 40) + epoch, size)
+            held = self._shuffles[source] = (epoch, np.argsort(keys, kind="stable"))
+        return held[1]
+
+
+def _apportion(shares: np.ndarray, total: int) -> list[int]:
+    """Whole counts nearest the shares (largest remainders), at least 1 each, summing to total."""
+    counts = np.maximum(1, np.floor(shares * total)).astype(int)
+    remainders = shares * total - counts
+    while counts.sum() != total:
+        change = 1 if counts.sum() < total else -1
+        i = int(np.argmax(remainders * change))
+        counts[i] += change
+        remainders[i] -= change
+    return counts.tolist()
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One sample of the run: the item, its position, which caption length, and what is dropped for training."""
+
+    position: int
+    item: int
+    variant: float = 0.0  # in [0, 1): place among the caption's lengths
+    drop_global_caption: bool = False
+    drop_shot_captions: tuple[bool, ...] = ()
+    to_still: tuple[bool, ...] = ()

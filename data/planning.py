@@ -1,0 +1,115 @@
+"""Second stage of preparing: from scenes and scans to samples, each a few shots of whole latent frames."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.bucketing import nearest_bucket, resample, whole_latents
+from data.cache import digest
+from data.errors import DataError
+from data.images import read_image
+from data.manifest import SceneRecord, ShotRecord, captions
+from data.scan import Scan
+from data.video import VideoIndex
+
+
+@dataclass(frozen=True)
+class ShotRule:
+    """How shots are cut, in frames at `fps` (0: each video's own): shorter than min_frames is skipped, longer than
+    max_frames is cut into continuations; then trimmed to temporal_factor * n + 1. sizes: (H, W) to choose from."""
+
+    fps: float
+    min_frames: int
+    max_frames: int
+    shots_per_sample: int
+    temporal_factor: int
+    sizes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """One sample to encode. scene: its manifest line; indices: the frames of each shot; size (H, W) after
+    resizing; key: a digest of all that the encoding depends on besides the cache's recipe."""
+
+    scene: SceneRecord
+    indices: tuple[tuple[int, ...], ...]
+    size: tuple[int, int]
+    index: VideoIndex | None
+    key: str
+
+
+def plan_scene(
+    root: Path, scene: SceneRecord, scan: Scan | None, rule: ShotRule
+) -> tuple[list[SamplePlan], list[DataError]]:
+    """Samples of a scene, and what was left out of it. Raises DataError where nothing of it can be used."""
+    if scene.image:
+        height, width = read_image(root / scene.image).shape[1:3]
+        return [_plan(root, scene, ((0,),), nearest_bucket(height, width, rule.sizes), None)], []
+    if scan is None or scan.index is None:
+        raise scan.error if scan and scan.error else DataError("no-frames", scene.id, "was not scanned")
+    index = scan.index
+    skipped: list[DataError] = []
+    pieces: list[tuple[ShotRecord, tuple[int, ...]]] = []
+    records = scene.shots or [ShotRecord(start, end) for start, end in scan.spans or ((0, index.num_frames),)]
+    for i, shot in enumerate(records):
+        where = f"{scene.id} shots[{i}]"
+        if shot.end > index.num_frames:
+            raise DataError(
+                "out-of-range-shot",
+                f"{where}.end",
+                f"{shot.end} is past the {index.num_frames} frames that {scene.video} decodes to",
+            )
+        cut = _cut_shot(shot, index, rule)
+        if not cut:
+            frames = len(resample(index.times, shot.start, shot.end, rule.fps))
+            skipped.append(
+                DataError("short-shot", where, f"{frames} frames at the set rate, at least {rule.min_frames}")
+            )
+        pieces += cut
+    if not pieces:
+        raise DataError("no-usable-shots", scene.id, f"all {len(records)} shots are under {rule.min_frames} frames")
+    size = nearest_bucket(index.height, index.width, rule.sizes)
+    windows = [pieces[at : at + rule.shots_per_sample] for at in range(0, len(pieces), rule.shots_per_sample)]
+    plans = []
+    for number, window in enumerate(windows):
+        name = scene.id if len(windows) == 1 else f"{scene.id}#{number:04d}"
+        shots = tuple(shot for shot, _ in window)
+        shots = (replace(shots[0], cut=True), *shots[1:])
+        part = replace(scene, id=name, fps=index.fps, shots=shots)
+        plans.append(_plan(root, part, tuple(indices for _, indices in window), size, index))
+    return plans, skipped
+
+
+def _cut_shot(shot: ShotRecord, index: VideoIndex, rule: ShotRule) -> list[tuple[ShotRecord, tuple[int, ...]]]:
+    frames = resample(index.times, shot.start, shot.end, rule.fps)
+    longest = whole_latents(rule.max_frames, rule.temporal_factor)
+    pieces = []
+    for at in range(0, len(frames), longest):
+        part = frames[at : at + longest]
+        part = part[: whole_latents(len(part), rule.temporal_factor)]
+        if len(part) >= rule.min_frames:
+            record = ShotRecord(part[0], part[-1] + 1, shot.caption, shot.cut and at == 0)
+            pieces.append((record, tuple(part)))
+    return pieces
+
+
+def _plan(
+    root: Path,
+    scene: SceneRecord,
+    indices: tuple[tuple[int, ...], ...],
+    size: tuple[int, int],
+    index: VideoIndex | None,
+) -> SamplePlan:
+    stat = (root / scene.path).stat()
+    made_of: dict = {"scene": scene.to_dict(), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+    return SamplePlan(scene, indices, size, index, digest(made_of | {"indices": indices, "size": size}))
+
+
+def captions_of(scenes: Iterable[SceneRecord]) -> list[str]:
+    """Every caption of the scenes, all lengths, for building a vocabulary."""
+    return [
+        text
+        for scene in scenes
+        for caption in (scene.caption, *(shot.caption for shot in scene.shots))
+        for text in captions(caption)
+    ]

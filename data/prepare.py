@@ -1,0 +1,322 @@
+"""From a folder of videos to a cache to train on: find, scan, plan, encode, report.
+
+Every stage keeps what it finished, so that a run that was killed goes on, and a second run redoes nothing. Many
+processes share the work by turns over its items; they meet only between stages. One bad file never stops a run
+(unless `strict`): it becomes a named record of the report.
+
+    output/scans/*.json        what decoding each video found
+    output/manifest.jsonl      the samples, paths relative to the input
+    output/cache/<digest>/     latents and text (data/cache.py)
+    output/report.json, report.html, thumbnails/
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import filelock
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.bucketing import fit, read_fitted
+from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, digest, finish, write_whole
+from data.errors import DataError
+from data.images import read_image
+from data.manifest import captions, write_manifest
+from data.planning import SamplePlan, ShotRule, plan_scene
+from data.report import Report, save_thumbnail
+from data.scan import Scan, scan_video
+from data.sources import MANIFEST, Found, find_scenes
+from data.video import open_video
+
+Item = TypeVar("Item")
+
+
+class Codec(Protocol):
+    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'], F = temporal_factor * n + 1."""
+
+    temporal_factor: int
+    spatial_factor: int
+    fingerprint: str
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Captions to features: 1 + S tensors [T_i, text_dim]."""
+
+    fingerprint: str
+
+    def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]: ...
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare and how."""
+
+    input: str = ""  # a folder of videos and images, or one with a manifest.jsonl
+    output: str = ""
+    size: list[int] = field(default_factory=lambda: [480, 832])  # height, width
+    buckets: list[list[int]] = field(default_factory=list)  # more sizes; each file takes the nearest aspect
+    fps: float = 0.0  # 0: each video's own
+    min_frames: int = 5  # shots shorter than this, at the set rate, are skipped
+    max_frames: int = 241  # longer ones are cut into continuations
+    shots_per_sample: int = 8
+    decoder: str = "pyav"
+    detector: str = "transnetv2"
+    threshold: float = 0.0  # of the detector; 0: its own
+    dtype: str = "float16"  # of stored latents and text
+    shard_megabytes: int = 256
+    device: str = "cpu"  # of shot detection and encoders
+    strict: bool = False  # stop at the first bad file
+
+    def __post_init__(self) -> None:
+        if not self.input or not self.output:
+            raise ValueError("say input=DIR and output=DIR")
+        for size in [self.size, *self.buckets]:
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"a size is [height, width] in pixels, got {size}")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
+        if self.fps < 0 or self.shots_per_sample < 1 or self.shard_megabytes < 1:
+            raise ValueError("fps must be 0 or more, shots_per_sample and shard_megabytes at least 1")
+        if self.dtype not in ("float16", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be float16, bfloat16 or float32, got {self.dtype}")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return tuple((size[0], size[1]) for size in [self.size, *self.buckets])
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those preparing together. wait: returns when all have come to the same point."""
+
+    rank: int = 0
+    world_size: int = 1
+    wait: Callable[[], None] = lambda: None
+
+    def share(self, items: Sequence[Item], label: str) -> Iterator[Item]:
+        """Every world_size-th item, with progress and an estimate of the time left."""
+        mine = items[self.rank :: self.world_size]
+        yield from tqdm(mine, desc=label, disable=self.rank != 0, unit="item")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What came of it. cache: the folder to train on."""
+
+    cache: Path
+    manifest: Path
+    report: Report
+
+
+def prepare(
+    config: PrepareConfig,
+    codec: Codec,
+    text_encoder: TextEncoder,
+    process: Process | None = None,
+    found: Found | None = None,
+) -> Prepared:
+    """Run all stages. found: what `find_scenes(config.input)` gave, if it was called before.
+
+    Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, no-usable-samples, and with
+    `strict` the first problem of any file. The report is written before no-usable-samples is raised.
+    """
+    process = process or Process()
+    output = Path(config.output)
+    _check_sizes(config, codec)
+    found = found or find_scenes(config.input)
+    with _held(output, process):
+        return _Run(config, codec, text_encoder, process, found).all_stages()
+
+
+class _Run:
+    """One run's state: the configuration, the found scenes and the report being filled."""
+
+    def __init__(
+        self, config: PrepareConfig, codec: Codec, text_encoder: TextEncoder, process: Process, found: Found
+    ) -> None:
+        self.config, self.codec, self.text_encoder = config, codec, text_encoder
+        self.process, self.found = process, found
+        self.output = Path(config.output)
+        self.report = Report()
+        self.recipe = {
+            "decoder": config.decoder,
+            "codec": codec.fingerprint,
+            "text": text_encoder.fingerprint,
+            "sizes": config.sizes,
+            "fps": config.fps,
+            "dtype": config.dtype,
+        }
+        self.cache = self.output / "cache" / digest(self.recipe)
+
+    def all_stages(self) -> Prepared:
+        for problem in self.found.problems:
+            self._problem(problem)
+        self._scan_videos()
+        self.process.wait()
+        plans = self._plan()
+        manifest = self.output / MANIFEST
+        if self.process.rank == 0:
+            write_manifest(manifest, [plan.scene for plan in plans])
+        self._encode(plans)
+        self.process.wait()
+        if self.process.rank == 0:
+            self._finish(plans)
+        self.process.wait()
+        return Prepared(self.cache, manifest, self.report)
+
+    def _problem(self, error: DataError) -> None:
+        if self.config.strict:
+            raise error
+        self.report.add_problem(error)
+
+    def _scan(self, relative: str, detect: bool) -> Scan:
+        config = self.config
+        detector = config.detector if detect else ""
+        folder = self.output / "scans"
+        return scan_video(self.found.root, relative, folder, detector, config.threshold, config.device)
+
+    def _videos(self) -> dict[str, bool]:
+        """Each video, and whether any scene wants its shots found."""
+        wanted: dict[str, bool] = {}
+        for scene in self.found.scenes:
+            if scene.video:
+                wanted[scene.video] = wanted.get(scene.video, False) or not scene.shots
+        return wanted
+
+    def _scan_videos(self) -> None:
+        for relative, detect in self.process.share(list(self._videos().items()), "scan"):
+            self._scan(relative, detect)
+
+    def _plan(self) -> list[SamplePlan]:
+        """All samples, the same on every process."""
+        config, videos = self.config, self._videos()
+        rule = ShotRule(
+            config.fps,
+            config.min_frames,
+            config.max_frames,
+            config.shots_per_sample,
+            self.codec.temporal_factor,
+            config.sizes,
+        )
+        plans: list[SamplePlan] = []
+        for scene in self.found.scenes:
+            scan = self._scan(scene.video, videos[scene.video]) if scene.video else None
+            try:
+                samples, skipped = plan_scene(self.found.root, scene, scan, rule)
+            except DataError as error:
+                self._problem(error)
+                continue
+            for error in skipped:
+                self._problem(error)
+            plans += samples
+        return plans
+
+    def _encode(self, plans: list[SamplePlan]) -> None:
+        rank = self.process.rank
+        dtype = getattr(torch, self.config.dtype)
+        writer = CacheWriter(self.cache, self.recipe, str(rank), dtype, self.config.shard_megabytes << 20)
+        null_global, null_shot = self.text_encoder.encode("", [""])
+        writer.add_text(null_global, "null caption", NULL_GLOBAL)
+        writer.add_text(null_shot, "null caption", NULL_SHOT)
+        done = writer.done
+        todo = [plan for plan in plans if plan.key not in done]
+        failures: list[list[str]] = []
+        start = time.perf_counter()
+        for plan in self.process.share(todo, "encode"):
+            try:
+                writer.add(self._encoded(plan))
+            except DataError as error:
+                if self.config.strict or error.kind == "cannot-write":
+                    raise
+                failures.append([error.kind, error.where, error.message])
+        writer.flush()
+        seconds = time.perf_counter() - start
+        frames = sum(len(indices) for plan in todo[rank :: self.process.world_size] for indices in plan.indices)
+        self.report.seconds["encode"], self.report.frames["encode"] = seconds, frames
+        write_whole(self.cache / f"failures-{rank}.json", json.dumps(failures).encode())
+
+    def _encoded(self, plan: SamplePlan) -> EncodedScene:
+        latents = []
+        for i, video in enumerate(self._shots(plan)):
+            save_thumbnail(self.output, plan, i, video)
+            latents.append(self.codec.encode(video.to(self.config.device)))
+        scene = plan.scene
+        kind = "image" if scene.image else "single" if len(latents) == 1 else "multi"
+        return EncodedScene(scene.id, plan.key, kind, latents, self._text(plan))
+
+    def _shots(self, plan: SamplePlan) -> Iterator[Tensor]:
+        path = self.found.root / plan.scene.path
+        if plan.index is None:
+            yield fit(read_image(path), plan.size)
+            return
+        reader = open_video(path, self.config.decoder, plan.index)
+        try:
+            for indices in plan.indices:
+                yield read_fitted(reader, indices, plan.size)
+        finally:
+            reader.close()
+
+    def _text(self, plan: SamplePlan) -> list[list[Tensor]]:
+        """Features of each length of the captions; a caption with fewer lengths repeats its last."""
+        whole = captions(plan.scene.caption)
+        shots = [captions(shot.caption) for shot in plan.scene.shots] or [("",)]
+        lengths = max(len(texts) for texts in [whole, *shots])
+        return [
+            self.text_encoder.encode(_length(whole, n), [_length(texts, n) for texts in shots]) for n in range(lengths)
+        ]
+
+    def _finish(self, plans: list[SamplePlan]) -> None:
+        for path in sorted(self.cache.glob("failures-*.json")):
+            for fields in json.loads(path.read_text()):
+                self.report.add_problem(DataError(*fields))
+        done = CacheWriter(self.cache, self.recipe).done
+        for plan in plans:
+            if plan.key in done:
+                self.report.add_sample(plan)
+        self.report.write(self.output)
+        if not self.report.samples:
+            why = ", ".join(f"{kind} {count}" for kind, count in self.report.counts().items())
+            raise DataError(
+                "no-usable-samples", self.config.input, f"nothing usable ({why}); see {self.output}/report.json"
+            )
+        finish(self.cache, self.recipe, [plan.key for plan in plans])
+
+
+def _length(texts: Sequence[str], n: int) -> str:
+    return texts[min(n, len(texts) - 1)]
+
+
+def _check_sizes(config: PrepareConfig, codec: Codec) -> None:
+    for height, width in config.sizes:
+        if height % codec.spatial_factor or width % codec.spatial_factor:
+            raise DataError(
+                "bad-size", "size", f"{height}x{width} must be multiples of the codec's {codec.spatial_factor}"
+            )
+
+
+class _held:
+    """The output folder, for this run alone."""
+
+    def __init__(self, output: Path, process: Process) -> None:
+        self.output, self.process = output, process
+
+    def __enter__(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.lock = filelock.FileLock(self.output / ".lock", timeout=0)
+            if self.process.rank == 0:
+                self.lock.acquire()
+        except filelock.Timeout as error:
+            raise DataError("output-in-use", self.output, "another run is preparing into it") from error
+        except OSError as error:
+            raise DataError("cannot-write", self.output, f"{error.strerror}") from error
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()

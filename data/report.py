@@ -1,0 +1,124 @@
+"""The report of preparing: what was taken, cut and skipped and why, as JSON and as a page to look the data over."""
+
+import html
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from data.cache import digest, write_whole
+from data.errors import DataError
+from data.manifest import captions
+from data.planning import SamplePlan
+
+REPORT_JSON, REPORT_HTML, THUMBNAILS = "report.json", "report.html", "thumbnails"
+_THUMBNAIL_HEIGHT = 96
+_STYLE = """body{font:14px sans-serif;margin:2em;max-width:1200px}figure{display:inline-block;margin:4px;
+vertical-align:top;width:180px}img{max-width:180px}figcaption{font-size:12px;color:#444}td{padding:2px 12px}
+h3{margin-bottom:2px}"""
+
+
+@dataclass
+class Report:
+    """Filled by the stages of preparing. problems: (kind, where, message, action), action "skipped" or "warning"."""
+
+    samples: list[dict] = field(default_factory=list)
+    problems: list[dict] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    frames: dict[str, int] = field(default_factory=dict)
+
+    def add_problem(self, error: DataError, action: str = "skipped") -> None:
+        self.problems.append({"kind": error.kind, "where": error.where, "message": error.message, "action": action})
+
+    def add_sample(self, plan: SamplePlan) -> None:
+        shots = [
+            {"start": shot.start, "end": shot.end, "cut": shot.cut, "frames": len(indices), "caption": shot.caption}
+            for shot, indices in zip(plan.scene.shots, plan.indices, strict=False)
+        ]
+        self.samples.append(
+            {
+                "id": plan.scene.id,
+                "file": plan.scene.path,
+                "size": plan.size,
+                "caption": plan.scene.caption,
+                "shots": shots,
+                "thumbnails": [thumbnail_name(plan, i) for i in range(len(plan.indices))],
+            }
+        )
+
+    def counts(self) -> dict[str, int]:
+        """How many records of each kind of problem."""
+        return dict(Counter(problem["kind"] for problem in self.problems))
+
+    def speed(self) -> dict[str, float]:
+        """Frames a second of each stage that took time."""
+        return {
+            stage: round(self.frames[stage] / seconds, 1)
+            for stage, seconds in self.seconds.items()
+            if seconds > 0 and self.frames.get(stage)
+        }
+
+    def write(self, output: Path) -> None:
+        """report.json and report.html in the output folder."""
+        summary = {
+            "samples": len(self.samples),
+            "shots": sum(len(sample["thumbnails"]) for sample in self.samples),
+            "problems": self.counts(),
+            "frames_per_second": self.speed(),
+        }
+        write_whole(output / REPORT_JSON, json.dumps({"summary": summary} | asdict(self), indent=1).encode())
+        write_whole(output / REPORT_HTML, self._page(summary).encode())
+
+    def _page(self, summary: dict) -> str:
+        rows = "".join(
+            f"<tr><td>{_text(p['kind'])}<td>{_text(p['where'])}<td>{_text(p['message'])}<td>{_text(p['action'])}"
+            for p in self.problems
+        )
+        return (
+            f"<!doctype html><meta charset=utf-8><title>Prepared data</title><style>{_STYLE}</style>"
+            f"<h1>{summary['samples']} samples, {summary['shots']} shots</h1>"
+            f"<h2>Left out or doubtful: {len(self.problems)}</h2><table>{rows}</table><h2>Samples</h2>"
+            + "".join(_section(sample) for sample in self.samples)
+        )
+
+
+def _section(sample: dict) -> str:
+    figures = "".join(
+        f"<figure><img loading=lazy src='{THUMBNAILS}/{name}'><figcaption>{_shot_text(sample['shots'], i)}"
+        "</figcaption></figure>"
+        for i, name in enumerate(sample["thumbnails"])
+    )
+    size = "x".join(str(side) for side in sample["size"])
+    caption = _text(" | ".join(captions(sample["caption"])))
+    return f"<h3>{_text(sample['id'])} <small>{size}</small></h3><p>{caption}</p>{figures}"
+
+
+def _shot_text(shots: list[dict], i: int) -> str:
+    if not shots:
+        return "image"
+    shot = shots[i]
+    join = "" if shot["cut"] else "continues; "
+    return _text(f"{join}[{shot['start']}, {shot['end']}) {' | '.join(captions(shot['caption']))}")
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def thumbnail_name(plan: SamplePlan, shot: int) -> str:
+    return f"{digest({'key': plan.key, 'shot': shot})}.jpg"
+
+
+def save_thumbnail(output: Path, plan: SamplePlan, shot: int, video: Tensor) -> None:
+    """The middle frame of a fitted shot, float [3, F, H, W] in [-1, 1], as trained on."""
+    middle = video[:, video.shape[1] // 2].permute(1, 2, 0)
+    array = ((middle + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
+    image = Image.fromarray(array)
+    image.thumbnail((4 * _THUMBNAIL_HEIGHT, _THUMBNAIL_HEIGHT))
+    folder = output / THUMBNAILS
+    folder.mkdir(parents=True, exist_ok=True)
+    image.save(folder / thumbnail_name(plan, shot), quality=85)

@@ -1,0 +1,122 @@
+"""Reading a cache: the index in memory, tensors from its shards by name, each checked against its checksum."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.cache import CACHE_FORMAT, COMPLETE, INDEX, checksum
+from data.errors import DataError
+
+REMEDY = "run scripts/prepare_data.py again: it makes only what is missing"
+
+
+@dataclass(frozen=True)
+class CachedScene:
+    """One scene of the index. latent_shapes: (C, T, H, W) a shot; text_keys: [caption length][1 + S]."""
+
+    id: str
+    key: str
+    kind: str
+    shard: int
+    latent_shapes: tuple[tuple[int, ...], ...]
+    latent_checksums: tuple[int, ...]
+    text_keys: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_shots(self) -> int:
+        return len(self.latent_shapes)
+
+
+class Cache:
+    """A finished cache, opened for reading. Cheap to send to loader workers: files open at the first read.
+
+    Raises DataError: missing-cache, unfinished-cache, other-format, missing-shard, truncated-shard.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / COMPLETE).is_file():
+            raise DataError("unfinished-cache", self.folder, f"is not a finished cache; {REMEDY}")
+        index = json.loads((self.folder / INDEX).read_text())
+        if index["format"] != CACHE_FORMAT:
+            raise DataError(
+                "other-format", self.folder, f"cache format {index['format']}, this code reads {CACHE_FORMAT}"
+            )
+        self.recipe: dict = index["recipe"]
+        self.text: dict[str, dict] = index["text"]
+        self.scenes = [_scene(entry) for entry in index["scenes"]]
+        self._shards = [shard["file"] for shard in index["shards"]]
+        self._open: dict[int, Any] = {}
+        for shard in index["shards"]:
+            self._check_size(self.folder / shard["file"], shard["bytes"])
+
+    def latents(self, scene: CachedScene) -> list[Tensor]:
+        """[C, T, H, W] of each shot, as stored. Raises DataError (damaged-shard)."""
+        return [self._read(scene.shard, f"{scene.key}/{i}", crc32) for i, crc32 in enumerate(scene.latent_checksums)]
+
+    def text_features(self, key: str) -> Tensor:
+        """[T_i, text_dim] as stored. Raises DataError (damaged-shard)."""
+        entry = self.text[key]
+        return self._read(entry["shard"], f"text/{key}", entry["crc32"])
+
+    def text_rows(self, key: str) -> int:
+        return self.text[key]["shape"][0]
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}
+
+    @staticmethod
+    def _check_size(path: Path, size: int) -> None:
+        if not path.is_file():
+            raise DataError("missing-shard", path, f"the index names it; {REMEDY}")
+        if path.stat().st_size != size:
+            raise DataError("truncated-shard", path, f"{path.stat().st_size} bytes, the index says {size}; {REMEDY}")
+
+    def _read(self, shard: int, name: str, crc32: int) -> Tensor:
+        path = self.folder / self._shards[shard]
+        try:
+            if shard not in self._open:
+                self._open[shard] = safe_open(path, framework="pt")
+            tensor = self._open[shard].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                "damaged-shard", path, f"{name!r} cannot be read ({error}); delete it and {REMEDY}"
+            ) from error
+        if checksum(tensor) != crc32:
+            raise DataError("damaged-shard", path, f"{name!r} fails its checksum; delete the shard and {REMEDY}")
+        return tensor
+
+
+def _scene(entry: dict) -> CachedScene:
+    return CachedScene(
+        id=entry["id"],
+        key=entry["key"],
+        kind=entry["kind"],
+        shard=entry["shard"],
+        latent_shapes=tuple(tuple(shot["shape"]) for shot in entry["shots"]),
+        latent_checksums=tuple(shot["crc32"] for shot in entry["shots"]),
+        text_keys=tuple(tuple(keys) for keys in entry["text"]),
+    )
+
+
+def find_cache(path: str | Path) -> Path:
+    """The cache folder that `path` means: itself, or the only one of a prepared folder.
+
+    Raises DataError: missing-data, unfinished-cache, several-caches.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError("missing-data", path, "no such folder; make it with scripts/prepare_data.py")
+    if (path / INDEX).is_file() or (path / COMPLETE).is_file():
+        return path
+    found = sorted(marker.parent for marker in path.glob(f"cache/*/{COMPLETE}"))
+    if not found:
+        raise DataError("unfinished-cache", path, f"holds no finished cache; {REMEDY}")
+    if len(found) > 1:
+        names = ", ".join(str(folder) for folder in found)
+        raise DataError("several-caches", path, f"holds caches of several settings; name one of {names}")
+    return found[0]
