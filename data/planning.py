@@ -1,6 +1,5 @@
 """Second stage of preparing: from scenes and scans to samples, each a few shots of whole latent frames."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from data.bucketing import nearest_bucket, resample, whole_latents
 from data.cache import digest
 from data.errors import DataError
 from data.images import read_image
-from data.manifest import SceneRecord, ShotRecord, captions
+from data.manifest import SceneRecord, ShotRecord
 from data.scan import Scan
 from data.video import VideoIndex
 
@@ -103,13 +102,3 @@ def _plan(
     stat = (root / scene.path).stat()
     made_of: dict = {"scene": scene.to_dict(), "bytes": stat.st_size, "modified": stat.st_mtime_ns}
     return SamplePlan(scene, indices, size, index, digest(made_of | {"indices": indices, "size": size}))
-
-
-def captions_of(scenes: Iterable[SceneRecord]) -> list[str]:
-    """Every caption of the scenes, all lengths, for building a vocabulary."""
-    return [
-        text
-        for scene in scenes
-        for caption in (scene.caption, *(shot.caption for shot in scene.shots))
-        for text in captions(caption)
-    ]

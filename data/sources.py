@@ -1,15 +1,17 @@
 """What a folder offers: its manifest, or its videos and images with captions beside them."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import DataError
-from data.manifest import SceneRecord, read_manifest, resolve
+from data.manifest import SceneRecord, captions, read_manifest, resolve
 from data.video import VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-MANIFEST = "manifest.jsonl"
+MANIFEST, VOCABULARY = "manifest.jsonl", "vocabulary.txt"
 
 
 @dataclass
@@ -72,3 +74,17 @@ def _sidecar(path: Path) -> str:
         return sidecar.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
         raise DataError("not-utf-8", sidecar, f"byte {error.start} is not UTF-8; save it as UTF-8") from error
+
+
+def vocabulary(found: Found, limit: int = 8000) -> list[str]:
+    """Words for a tokenizer made for this data: the folder's vocabulary.txt (one word a line) where it has one,
+    else the `limit` most frequent words of the captions."""
+    file = found.root / VOCABULARY
+    if file.is_file():
+        return file.read_text(encoding="utf-8").split()
+    counts: Counter[str] = Counter()
+    for scene in found.scenes:
+        for caption in (scene.caption, *(shot.caption for shot in scene.shots)):
+            for text in captions(caption):
+                counts.update(re.findall(r"\w+", text.lower()))
+    return [word for word, _ in counts.most_common(limit)]
