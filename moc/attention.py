@@ -9,6 +9,7 @@ Shape letters: L packed tokens, N heads, D head dim, K routes.
 from importlib import import_module
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from moc.config import Backend, Descriptor, DropKey, MoCConfig
@@ -19,6 +20,8 @@ _MODULES = {Backend.reference: "moc.reference"}
 
 def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
     """The module that will compute this call; `backend` overrides the config's."""
+    if backend is not None and backend not in list(Backend):
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(Backend)}")
     return import_module(_MODULES[Backend.reference])
 
 
@@ -66,6 +69,8 @@ def moc_attention(
         if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
         routes = module.route(*(route_qk or (q, k)), layout, config, drops)
+    if routes is not None:
+        _check_routes(routes, q)
     return module.attend(q, k, v, routes, layout, config)
 
 
@@ -76,3 +81,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: ShotLayout) -> None:
         raise ValueError(f"q has {len(q)} tokens, its layout {layout.num_tokens}: they describe different streams")
     if layout.device != q.device:
         raise ValueError(f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch")
+
+
+def _check_routes(routes: Tensor, q: Tensor) -> None:
+    length, num_heads, _ = q.shape
+    if routes.dim() != 3 or routes.shape[:2] != (num_heads, length):
+        raise ValueError(f"routes must be [{num_heads}, {length}, K] for this q; got {tuple(routes.shape)}")
+    if routes.dtype not in (torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"routes must be chunk indices of an int type; got {routes.dtype}")

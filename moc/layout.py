@@ -161,9 +161,11 @@ class ShotLayout:
     def pack(cls, layouts: Sequence["ShotLayout"]) -> "ShotLayout":
         """The samples of several layouts, one after another; all must have the same `chunk_tokens`."""
         sizes = {layout.chunk_tokens for layout in layouts}
+        if not sizes:
+            raise ValueError("a pack needs at least one layout")
         if len(sizes) > 1:
             raise ValueError(f"layouts to pack have chunk_tokens {sorted(sizes)}; rechunk them to one size first")
-        return cls([sample for layout in layouts for sample in layout.samples], sizes.pop() if sizes else 1)
+        return cls([sample for layout in layouts for sample in layout.samples], sizes.pop())
 
     def rechunk(self, chunk_tokens: int) -> "ShotLayout":
         """The same stream, on the same device, cut into chunks of another size."""

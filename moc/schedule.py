@@ -14,12 +14,15 @@ class Stage:
     chunk_tokens: int
     top_k: int
 
+    def __post_init__(self) -> None:
+        MoCConfig(chunk_tokens=self.chunk_tokens, top_k=self.top_k)  # its limits, now and not at step 10,000
+
 
 @dataclass(frozen=True)
 class MoCSchedule:
     """Stages in order of step; before the first one, and with none at all, the config stands as it is.
 
-    Raises ValueError where steps do not increase.
+    Raises ValueError where steps do not increase; a stage itself where its sizes are out of range.
     """
 
     stages: Sequence[Stage] = ()
