@@ -1,0 +1,96 @@
+"""Cost against a count of the mask, and against figures worked out by hand and in print."""
+
+import pytest
+import torch
+from hypothesis import given
+
+import moc
+from moc.cost import attention_cost
+from tests import brute_force
+from tests.strategies import attention_tensors, configs, seeds, streams
+
+
+@given(streams(), configs(), seeds)
+def test_pairs_equal_a_count_of_the_mask(stream, config, seed):
+    layout = stream.layout()
+    q, k, _ = attention_tensors(layout, seed)
+    drops = moc.DropKey(seed, 0) if seed % 2 else None
+    routes = moc.route(q, k, layout, config, drops, backend="reference")
+    cost = attention_cost(layout, config, routes, num_heads=2, head_dim=4)
+
+    tokens = brute_force.tokens_of(stream)
+    video = {i for i, token in enumerate(tokens) if not token.is_text}
+    own = [brute_force.own_anchor(tokens, i, config) for i in range(len(tokens))]
+    fixed = [brute_force.anchors(tokens, i, config) for i in range(len(tokens))]
+    heads = brute_force.attended(brute_force.as_lists(routes), stream, config)
+    assert cost.own == sum(len(keys) for keys in own)
+    assert cost.text == sum(len(keys - mine) for keys, mine in zip(fixed, own, strict=True))
+    routed = sum(len(keys - fixed[i]) for rows in heads for i, keys in enumerate(rows)) / 2
+    assert cost.routed == pytest.approx(routed)
+    assert cost.attended == pytest.approx(sum(len(keys) for rows in heads for keys in rows) / 2)
+    assert cost.video == pytest.approx(sum(len(rows[i] & video) for rows in heads for i in video) / 2)
+
+    samples = range(len(stream.samples))
+    assert cost.dense == sum(sum(t.sample == b for t in tokens) ** 2 for b in samples)
+    assert cost.video_dense == sum(sum(t.sample == b and not t.is_text for t in tokens) ** 2 for b in samples)
+    assert cost.sparsity == pytest.approx(1 - cost.attended / cost.dense)
+    assert cost.density == pytest.approx(1 - cost.sparsity)
+    assert cost.video_sparsity == pytest.approx(1 - cost.video / cost.video_dense)
+
+
+@given(streams(max_samples=3), configs())
+def test_dense_attention_has_no_sparsity_and_no_routing(stream, config):
+    layout = stream.layout()
+    cost = attention_cost(layout, moc.MoCConfig(dense=True, top_k=config.top_k), None, num_heads=3, head_dim=8)
+    assert (cost.sparsity, cost.video_sparsity, cost.routing_flops) == (0, 0, 0)
+    assert cost.flops == cost.dense_flops
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 64), (12, 128)])
+def test_flops_follow_the_paper(num_heads, head_dim):
+    """Per head: dense 4 L^2 d; MoC L d to pool, 2 L C d to score, 4 (own + text + routed pairs) d to attend."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (4, 2, 2)) for _ in range(4)], chunk_tokens=4)
+    config = moc.MoCConfig(top_k=2)
+    q, k, _ = attention_tensors(layout, num_heads=num_heads)
+    routes = moc.route(q, k, layout, config, backend="reference")
+    cost = attention_cost(layout, config, routes, num_heads, head_dim)
+    length, chunks = 64, 16
+    pairs = 64 * 16 + 48 * 2 * 4  # own shots of 16 tokens; two chunks of 4 for all but the first shot
+    routing = length * head_dim + 2 * length * chunks * head_dim
+    assert cost.dense_flops == 4 * length**2 * head_dim * num_heads
+    assert cost.routing_flops == routing * num_heads
+    assert cost.flops == (4 * pairs * head_dim + routing) * num_heads
+
+
+def paper_stream(num_shots: int = 8) -> moc.ShotLayout:
+    return moc.ShotLayout.build([moc.Shot(64, (36, 20, 32)) for _ in range(num_shots)], 256, chunk_tokens=1280)
+
+
+def any_routes(layout: moc.ShotLayout, top_k: int) -> torch.Tensor:
+    """Routes to the latest video chunks of earlier shots; all chunks of this stream are equally long."""
+    routes = torch.full((1, layout.num_tokens, top_k), -1, dtype=torch.int32)
+    for index, group in enumerate(layout.groups):
+        video = [c for c in range(group.first_chunk) if layout.chunks[c].kind == "video"]
+        if index > 0 and video:
+            routes[:, group.start : group.end] = torch.tensor(video[-top_k:])
+    return routes
+
+
+def test_density_of_the_benchmark_stream():
+    """8 shots of 23,040 video and 64 text tokens, 256 global, k 5 of 1,280: density 0.159."""
+    layout = paper_stream()
+    cost = attention_cost(layout, moc.MoCConfig(), any_routes(layout, 5), num_heads=12, head_dim=128)
+    shot, text, total = 23_104, 256 + 8 * 64, 8 * 23_104 + 256
+    assert cost.own == 8 * shot**2
+    assert cost.text == 8 * shot * (text - 64) + 256 * text
+    assert cost.routed == 7 * shot * 5 * 1280
+    assert cost.dense == total**2
+    assert cost.density == pytest.approx(0.159, abs=5e-4)
+
+
+def test_own_shots_cap_the_sparsity():
+    """Eight equal shots, nothing but the own shot: 87.5 %."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (8, 2, 2)) for _ in range(8)], chunk_tokens=4)
+    none = torch.empty(1, layout.num_tokens, 0, dtype=torch.int32)
+    cost = attention_cost(layout, moc.MoCConfig(top_k=0), none, num_heads=1, head_dim=8)
+    assert cost.sparsity == cost.video_sparsity == 0.875

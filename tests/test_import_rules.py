@@ -1,0 +1,64 @@
+"""Who may import whom: the rules that keep `moc` a library of its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {
+    "moc": {"models", "data", "configs", "scripts", "train", "sample"},
+    "data": {"models", "scripts", "train", "sample"},
+    "models": {"data", "scripts", "train", "sample"},
+}
+
+
+def imported_packages(source: str, package: tuple[str, ...]) -> set[str]:
+    """Top-level names a module of `package` imports, by statement or by a literal name at run time."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found |= {".".join((*base, name)).split(".")[0] for name in names}
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__"):
+                found.add(str(node.args[0].value).split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import models.vae as v, torch", {"models", "torch"}),
+        ("def f():\n    from data.video import open_video", {"data"}),
+        ("from . import layout", {"moc"}),
+        ("from ..diffusion import flow", {"moc"}),
+        ("from ... import data", {"data"}),
+        ("import importlib\nimportlib.import_module('models.wan')", {"importlib", "models"}),
+    ],
+)
+def test_the_scanner_sees_every_form_of_import(source, expected):
+    assert imported_packages(source, ("moc", "kernels")) == expected
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_keep_to_their_side(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    broken = []
+    for path in files:
+        names = imported_packages(path.read_text(), path.relative_to(ROOT).parent.parts)
+        broken += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(names & FORBIDDEN[package])]
+    assert not broken
+
+
+@pytest.mark.parametrize("name", ["train.py", "sample.py"])
+def test_composition_roots_stay_short(name):
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} does not exist yet")
+    assert len(path.read_text().splitlines()) < 100
