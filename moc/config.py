@@ -5,7 +5,7 @@ Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, section
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class MoCConfig:
     drop_in_rate: lambda of context drop-in (training only); a query gains min(Poisson(lambda), drop_in_max) chunks.
     dense_kernel: name of the dense kernel for anchored parts ("auto" takes the fastest present).
     deterministic: bitwise repeatable gradients, at some cost in speed.
+    dense_layers: how many of the model's first layers attend densely.
+    cut_gap: latent frames left out of the running time at each cut, by models whose time runs on over shots (wan).
 
     Neither p_max nor lambda is published. Ours drop (p_max=1) or add half a chunk or more a query on average.
     """
@@ -72,6 +74,8 @@ class MoCConfig:
     backend: Backend = Backend.auto
     dense_kernel: str = "auto"
     deterministic: bool = False
+    dense_layers: int = 0
+    cut_gap: float = 0.0
 
     def __post_init__(self) -> None:
         for name, kind in _ENUMS.items():
@@ -79,7 +83,8 @@ class MoCConfig:
             if value not in list(kind):
                 raise ValueError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
             object.__setattr__(self, name, kind(value))
-        for name, low in (("chunk_tokens", 1), ("top_k", 0), ("drop_in_max", 0), ("drop_in_rate", 0)):
+        lowest = {"chunk_tokens": 1, "top_k": 0, "drop_in_max": 0, "drop_in_rate": 0, "dense_layers": 0, "cut_gap": 0}
+        for name, low in lowest.items():
             if not low <= getattr(self, name) < math.inf:
                 raise ValueError(f"MoCConfig.{name}={getattr(self, name)} must be finite and at least {low}")
         if not 0 <= self.drop_off_max <= 1:
@@ -88,6 +93,10 @@ class MoCConfig:
     @property
     def has_drops(self) -> bool:
         return self.drop_off_max > 0 or (self.drop_in_rate > 0 and self.drop_in_max > 0)
+
+    def at_layer(self, layer: int) -> "MoCConfig":
+        """The settings of one layer: this, or dense for the first `dense_layers`."""
+        return replace(self, dense=True) if layer < self.dense_layers else self
 
     def to_dict(self) -> dict[str, Any]:
         return {key: str(value) if isinstance(value, StrEnum) else value for key, value in asdict(self).items()}

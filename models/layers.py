@@ -36,12 +36,12 @@ class StreamAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [L, N, D] before rotation -> [L, N, D]."""
+        config = self.config.at_layer(layer)
         rotated = rotate(q, self.table), rotate(k, self.table)
         routes = None
-        if not self.config.dense:
-            scored = (q, k) if self.config.descriptor is Descriptor.pre_rope else rotated
-            routes = self._route(layer, *scored)
-        return moc_attention(*rotated, v, self.layout, self.config, routes=routes)
+        if not config.dense:
+            routes = self._route(layer, *((q, k) if config.descriptor is Descriptor.pre_rope else rotated))
+        return moc_attention(*rotated, v, self.layout, config, routes=routes)
 
     def _route(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
         if layer in self.routes:

@@ -63,9 +63,10 @@ class Codec(nn.Module):
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a shot; raises ValueError unless frames = 4n + 1."""
         if frames < 1 or (frames - 1) % self.temporal_factor:
+            below = max(1, frames - (frames - 1) % self.temporal_factor)
             raise ValueError(
                 f"a shot of {frames} frames cannot be encoded: the codec takes {self.temporal_factor}n + 1 frames "
-                f"({frames - (frames - 1) % self.temporal_factor} or 4 more)"
+                f"({below} or {below + self.temporal_factor})"
             )
         return 1 + (frames - 1) // self.temporal_factor
 
@@ -213,13 +214,13 @@ class WanCodec(Codec):
             yield self.vae.decode(z).sample[0]
             return
         self.vae.clear_cache()
+        cache = self.vae._feat_map  # this stream's own: the next call of `clear_cache` makes another
         for index in range(z.shape[2]):
             frame = self.vae.post_quant_conv(z[:, :, index : index + 1])
-            piece = self.vae.decoder(frame, feat_cache=self.vae._feat_map, feat_idx=[0], first_chunk=index == 0)
+            piece = self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
             if self.vae.config.patch_size is not None:
                 piece = unpatchify(piece, patch_size=self.vae.config.patch_size)
             yield piece[0].clamp(-1, 1)
-        self.vae.clear_cache()
 
 
 def build_codec(config: CodecConfig) -> Codec:

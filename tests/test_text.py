@@ -100,7 +100,9 @@ def test_one_prompt_is_cut_by_span(t5_folder: Path) -> None:
     joined = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), PromptForm.joined))
     parts = joined.encode("the dog", ["a red fox", "", "Mira walks"])
     assert [len(part) for part in parts] == [2, 3, 0, 3]  # the last with the end of the text
-    whole = joined.model(torch.tensor([joined.tokenizer("the dog a red fox Mira walks").input_ids])).last_hidden_state[0]
+    whole = joined.model(torch.tensor([joined.tokenizer("the dog a red fox Mira walks").input_ids])).last_hidden_state[
+        0
+    ]
     assert torch.equal(torch.cat(parts), whole)
     assert parts[0].dtype == torch.bfloat16
     assert [len(part) for part in joined.encode("", ["the dog"])] == [0, 3]

@@ -1,0 +1,210 @@
+"""The multi-shot transformer: what LCT and MoC claim of it, on small random weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import ModelConfig, build_model, load_model, save_model
+from models.layers import patchify, spread, unpatchify
+from models.mmdit import MMDiT, group_sigma
+from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch
+
+CHANNELS, TEXT_DIM = 4, 12
+DENSE = MoCConfig(dense=True)
+MOC = MoCConfig(chunk_tokens=12, top_k=2, backend="reference")
+
+
+def small_model(**changes) -> MMDiT:
+    """A model whose zero-initialized weights are drawn too, so that every path matters."""
+    sizes = {"latent_channels": CHANNELS, "text_dim": TEXT_DIM, "dim": 48, "num_layers": 2, "num_heads": 2}
+    model = MMDiT(**sizes, ffn_dim=64, **changes)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(0, 0.05)
+    return model
+
+
+def sample(num_shots: int = 3, global_tokens: int = 3, frames: int = 2) -> Sample:
+    latents = [torch.randn(CHANNELS, frames, 4, 6) for _ in range(num_shots)]
+    lengths = [global_tokens, *range(2, 2 + num_shots)]
+    return Sample(latents, [torch.randn(n, TEXT_DIM) for n in lengths])
+
+
+def run(model: MMDiT, batch: Batch, config: MoCConfig, sigma: Tensor | None = None, drops=None) -> list[Tensor]:
+    sigma = torch.linspace(0.2, 0.9, batch.num_shots) if sigma is None else sigma
+    return model(batch.latents, sigma, batch.text, batch.layout, config, drops)
+
+
+def pack(model: MMDiT, *samples: Sample) -> Batch:
+    return make_batch(samples, model.stream, MOC.chunk_tokens)
+
+
+def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
+    model = build_model(ModelConfig(latent_channels=CHANNELS, text_dim=TEXT_DIM, input_skip=True))
+    batch = pack(model, sample(), sample(num_shots=1, frames=1))
+    out = run(model, batch, MOC)
+    assert [v.shape for v in out] == [x.shape for x in batch.latents]
+    assert not any(v.any() for v in out)
+
+
+@pytest.mark.parametrize("config", [DENSE, MOC, MoCConfig(chunk_tokens=12, top_k=1, text_anchor="global_and_own")])
+def test_samples_of_a_batch_never_see_each_other(config: MoCConfig) -> None:
+    model = small_model()
+    one, two = sample(), sample(num_shots=2, global_tokens=0)
+    together = run(model, pack(model, one, two), config, torch.full((5,), 0.5))
+    apart = [
+        *run(model, pack(model, one), config, torch.full((3,), 0.5)),
+        *run(model, pack(model, two), config, torch.full((2,), 0.5)),
+    ]
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_shot_is_the_single_shot_model_bit_for_bit() -> None:
+    model = small_model()
+    batch = pack(model, sample(num_shots=1, global_tokens=0))
+    (single,), (multi,) = run(model, batch, DENSE), run(model, batch, MOC)
+    assert torch.equal(single, multi)
+
+
+def test_everything_selected_equals_dense() -> None:
+    model = small_model()
+    batch = pack(model, sample())
+    everything = MoCConfig(chunk_tokens=12, top_k=50, causal=False)
+    for a, b in zip(run(model, batch, everything), run(model, batch, DENSE), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    causal = run(model, batch, MoCConfig(chunk_tokens=12, top_k=50))
+    assert not torch.allclose(causal[0], run(model, batch, DENSE)[0], rtol=1e-3, atol=1e-4)
+
+
+def test_strict_forward_flow_takes_nothing_from_later_shots() -> None:
+    model = small_model()
+    batch = pack(model, sample())
+    for x in (*batch.latents, *batch.text):
+        x.requires_grad_()
+    sigma = torch.full((3,), 0.5, requires_grad=True)
+    run(model, batch, MoCConfig(chunk_tokens=12, top_k=9, text_anchor="global_and_own"), sigma)[1].sum().backward()
+    assert not batch.latents[2].grad.any()
+    assert batch.text[3].grad is None or not batch.text[3].grad.any()
+    assert sigma.grad[2] == 0
+    for x in (*batch.latents[:2], *batch.text[:3]):
+        assert x.grad.any()
+
+
+def test_each_shot_has_its_own_sigma() -> None:
+    model = small_model()
+    batch = pack(model, sample(num_shots=2))
+    own_only = MoCConfig(chunk_tokens=12, top_k=0, text_anchor="global_and_own")
+    before = run(model, batch, own_only, torch.tensor([0.3, 0.3]))
+    after = run(model, batch, own_only, torch.tensor([0.3, 0.8]))
+    assert torch.equal(before[0], after[0])
+    assert not torch.allclose(before[1], after[1])
+
+
+def test_global_text_has_sigma_zero() -> None:
+    layout = ShotLayout.pack([ShotLayout.build([Shot(1, (1, 1, 1))] * 2, 1), ShotLayout.build([Shot(1, (1, 1, 1))])])
+    assert group_sigma(torch.tensor([0.1, 0.2, 0.3]), layout).tolist() == pytest.approx([0, 0.1, 0.2, 0, 0.3])
+
+
+def test_the_pooled_own_caption_modulates() -> None:
+    """With no text in attention, a shot still knows its own caption, and only its own."""
+    model = small_model()
+    batch = pack(model, sample(num_shots=2))
+    for x in batch.text:
+        x.requires_grad_()
+    alone = MoCConfig(chunk_tokens=12, top_k=0, own_anchor="chunk", text_anchor="none")
+    run(model, batch, alone)[0].square().sum().backward()
+    assert batch.text[1].grad.any()
+    assert not batch.text[0].grad.any()
+    assert not batch.text[2].grad.any()
+
+
+@pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
+def test_recomputation_gives_the_same_gradients_under_drops(descriptor: str) -> None:
+    model = small_model()
+    batch = pack(model, sample(num_shots=4))
+    config = MoCConfig(chunk_tokens=6, top_k=3, descriptor=descriptor)
+
+    def gradients(step: int) -> list[Tensor]:
+        model.zero_grad()
+        sum(v.square().sum() for v in run(model, batch, config, drops=DropKey(0, step))).backward()
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    plain, other_step = gradients(step=1), gradients(step=2)
+    model.enable_gradient_checkpointing()
+    recomputed = gradients(step=1)
+    for a, b in zip(plain, recomputed, strict=True):
+        assert torch.equal(a, b)
+    assert any(not torch.equal(a, b) for a, b in zip(plain, other_step, strict=True))
+
+
+def test_every_weight_learns() -> None:
+    model = small_model(input_skip=True)
+    sum(v.square().sum() for v in run(model, pack(model, sample()), MOC)).backward()
+    assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
+
+
+def test_empty_texts_are_no_tokens() -> None:
+    model = small_model()
+    silent = Sample([torch.randn(CHANNELS, 1, 4, 6)], [torch.randn(0, TEXT_DIM)] * 2)
+    out = run(model, pack(model, silent), MOC)
+    out[0].sum().backward()
+    assert torch.isfinite(out[0]).all()
+
+
+def test_norms_and_modulation_stay_wide_under_autocast() -> None:
+    model = small_model()
+    batch = pack(model, sample())
+    exact = run(model, batch, MOC)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = run(model, batch, MOC)
+    halved = run(model.to(torch.bfloat16), batch, MOC)
+    for a, b, c in zip(exact, mixed, halved, strict=True):
+        assert b.dtype == torch.float32
+        assert (a - b).norm() < 0.05 * a.norm()
+        assert (a - c).norm() < 0.1 * a.norm()
+
+
+def test_save_and_load_are_exact(tmp_path: Path) -> None:
+    model = small_model(input_skip=True)
+    save_model(model, tmp_path / "a", MOC)
+    loaded = load_model(tmp_path / "a")
+    save_model(loaded, tmp_path / "b", MoCConfig.load(tmp_path / "a"))
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors", "moc.json"}
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert dict(loaded.config) == dict(model.config)
+
+
+def test_wrong_input_is_one_clear_message() -> None:
+    model = small_model()
+    batch = pack(model, sample())
+    sigma = torch.rand(3)
+    with pytest.raises(ValueError, match="2 latents, 3 sigmas"):
+        model(batch.latents[:2], sigma, batch.text, batch.layout, MOC)
+    with pytest.raises(ValueError, match="latent has 5 channels, this model takes 4"):
+        model([torch.zeros(5, 2, 4, 6)] * 3, sigma, batch.text, batch.layout, MOC)
+    with pytest.raises(ValueError, match="is not the layout's"):
+        model([torch.zeros(4, 3, 4, 6)] * 3, sigma, batch.text, batch.layout, MOC)
+    with pytest.raises(ValueError, match="text features are"):
+        model(batch.latents, sigma, [x[:, :5] for x in batch.text], batch.layout, MOC)
+    with pytest.raises(ValueError, match="even head width"):
+        small_model(patch_size=(1, 2, 2), freq_dim=256, rope_theta=1e4) and MMDiT(dim=50, num_heads=4)
+
+
+def test_spread_has_the_gradient_of_indexing() -> None:
+    rows = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    group = torch.tensor([0, 2, 2, 0, 2], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda r: spread(r, group), rows)
+    assert torch.equal(spread(rows, group), rows[group.long()])
+
+
+@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
+def test_patches_are_undone(patch: tuple[int, int, int]) -> None:
+    latent = torch.randn(3, 4, 4, 6)
+    grid = tuple(n // p for n, p in zip(latent.shape[1:], patch, strict=True))
+    assert torch.equal(unpatchify(patchify(latent, patch), grid, patch), latent)

@@ -1,0 +1,138 @@
+"""Codecs: the interface, the transform's claims, and AutoencoderKLWan behind it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from models.vae import CodecConfig, CodecKind, TransformCodec, WanCodec, build_codec
+
+WAN21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
+WAN22 = {
+    **{"base_dim": 8, "z_dim": 6, "num_res_blocks": 1, "is_residual": True, "patch_size": 2},
+    **{"in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, "temperal_downsample": [False, True, True]},
+}
+
+
+def moving_gradient(frames: int = 9, height: int = 32, width: int = 48) -> Tensor:
+    """A smooth, coloured, moving picture: float [3, F, H, W]."""
+    t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.sin(x / 9 + t / 5), torch.cos(y / 7 - t / 6), torch.sin((x + y) / 11)]) * 0.9
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise of values in [-1, 1], in dB."""
+    return float(10 * torch.log10(4 / (a - b).square().mean()))
+
+
+@pytest.fixture(scope="module", params=["2.1", "2.2"])
+def wan_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    settings = WAN21 if request.param == "2.1" else WAN22
+    channels = settings["z_dim"]
+    folder = tmp_path_factory.mktemp("vae")
+    vae = AutoencoderKLWan(
+        **settings, latents_mean=[0.1 * c for c in range(channels)], latents_std=[1.0 + c for c in range(channels)]
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def test_transform_stores_a_twelfth_and_is_orthonormal() -> None:
+    codec = TransformCodec()
+    video = moving_gradient(frames=17)
+    latent = codec.encode(video)
+    assert latent.shape == (64, 5, 4, 6)
+    assert 12 * codec.latent_channels <= 3 * 4 * 8 * 8
+    torch.testing.assert_close(codec.basis @ codec.basis.T, torch.eye(64), rtol=0, atol=1e-5)
+    again = codec.encode(codec.decode(latent))
+    torch.testing.assert_close(again[:, 1:], latent[:, 1:], rtol=0, atol=1e-4)  # a projection
+
+
+def test_transform_keeps_a_smooth_picture() -> None:
+    video = moving_gradient()
+    full, small = (psnr(codec.decode(codec.encode(video)), video) for codec in map(transform, (64, 16)))
+    assert full > 35
+    assert small < full - 3
+
+
+def transform(channels: int, whitening: float = 0.5) -> TransformCodec:
+    return TransformCodec(CodecConfig(channels=channels, whitening=whitening))
+
+
+def test_a_still_is_the_first_latent_frame() -> None:
+    codec = TransformCodec()
+    video = moving_gradient()
+    latent, still = codec.encode(video), codec.encode(video[:, :1])
+    assert still.shape[1] == 1
+    torch.testing.assert_close(latent[:, :1], still)
+    assert codec.decode(still).shape == (3, 1, 32, 48)
+
+
+def test_whitening_changes_scales_only() -> None:
+    plain, half, white = (transform(64, w) for w in (0.0, 0.5, 1.0))
+    assert plain.scale.unique().numel() == 1
+    torch.testing.assert_close(half.scale.square(), plain.scale * white.scale)
+    video = moving_gradient()
+    torch.testing.assert_close(plain.decode(plain.encode(video)), white.decode(white.encode(video)))
+    assert len({plain.fingerprint, half.fingerprint, white.fingerprint, transform(32).fingerprint}) == 4
+
+
+def test_frames_and_sizes_are_checked() -> None:
+    codec = TransformCodec()
+    assert [codec.latent_frames(f) for f in (1, 5, 17)] == [1, 2, 5]
+    assert [codec.pixel_frames(t) for t in (1, 2, 5)] == [1, 5, 17]
+    with pytest.raises(ValueError, match=r"8 frames cannot be encoded: the codec takes 4n \+ 1 frames \(5 or 9\)"):
+        codec.encode(torch.zeros(3, 8, 16, 16))
+    with pytest.raises(ValueError, match="20x16 is not a multiple of 8"):
+        codec.encode(torch.zeros(3, 1, 20, 16))
+    with pytest.raises(ValueError, match="takes float"):
+        codec.encode(torch.zeros(3, 1, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="codec.channels=65"):
+        CodecConfig(channels=65)
+
+
+def test_streams_join_to_the_whole(wan_folder: Path) -> None:
+    transform_codec, wan = TransformCodec(), build_codec(CodecConfig(CodecKind.wan, str(wan_folder)))
+    for codec, pieces in ((transform_codec, 2), (wan, 9)):
+        latent = torch.randn(codec.latent_channels, 9, 2, 4)
+        parts = list(codec.decode_stream(latent))
+        assert len(parts) == pieces
+        assert torch.cat(parts, 1).shape == (3, 33, 2 * codec.spatial_factor, 4 * codec.spatial_factor)
+        assert torch.equal(torch.cat(parts, 1), codec.decode(latent))
+
+
+def test_wan_codec_is_diffusers_vae_with_normalized_latents(wan_folder: Path) -> None:
+    codec = WanCodec(CodecConfig(CodecKind.wan, str(wan_folder)))
+    vae = AutoencoderKLWan.from_pretrained(wan_folder)
+    video = moving_gradient(frames=5, height=32, width=64)
+    with torch.no_grad():
+        mode = vae.encode(video[None]).latent_dist.mode()[0]
+        shape = (-1, 1, 1, 1)
+        mean, std = (torch.tensor(vae.config[key]).view(shape) for key in ("latents_mean", "latents_std"))
+        expected = vae.decode(mode[None]).sample[0]
+    latent = codec.encode(video)
+    torch.testing.assert_close(latent, (mode - mean) / std)
+    assert latent.shape[1:] == (2, 32 // codec.spatial_factor, 64 // codec.spatial_factor)
+    torch.testing.assert_close(codec.decode(latent), expected, rtol=0, atol=1e-5)
+
+
+def test_each_call_starts_afresh(wan_folder: Path) -> None:
+    codec = WanCodec(CodecConfig(CodecKind.wan, str(wan_folder)))
+    latent = torch.randn(codec.latent_channels, 3, 2, 2)
+    first = codec.decode(latent)
+    next(codec.decode_stream(torch.randn_like(latent)))  # abandoned half way
+    assert torch.equal(codec.decode(latent), first)
+
+
+def test_tiling_decodes_large_frames(wan_folder: Path) -> None:
+    codec = WanCodec(CodecConfig(CodecKind.wan, str(wan_folder), tiling=True))
+    latent = torch.randn(codec.latent_channels, 2, 2, 320 // codec.spatial_factor)
+    assert codec.decode(latent).shape == (3, 5, 2 * codec.spatial_factor, 320)
+
+
+def test_a_missing_vae_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a diffusers folder of AutoencoderKLWan"):
+        build_codec(CodecConfig(CodecKind.wan, str(tmp_path)))
