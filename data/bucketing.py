@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.video import VideoReader
+from data.video import IndexedReader
 
 _READ_FRAMES = 32  # frames held at full size while reading
 
@@ -53,11 +53,13 @@ def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return (pixels / 127.5 - 1).clamp(-1, 1).transpose(0, 1).contiguous()
 
 
-def read_fitted(reader: VideoReader, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
+def read_fitted(reader: IndexedReader, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
     """Frames `indices` (ascending, may repeat) of the video, as `fit` gives them; few are held at full size."""
-    pieces = []
-    for at in range(0, len(indices), _READ_FRAMES):
-        part = indices[at : at + _READ_FRAMES]
-        frames = reader.read(part[0], part[-1] + 1)
-        pieces.append(fit(frames[torch.tensor(part) - part[0]], size))
+    pieces, at = [], 0
+    while at < len(indices):
+        first = indices[at]
+        end = bisect.bisect_left(indices, first + _READ_FRAMES)
+        frames = reader.read(first, indices[end - 1] + 1)
+        pieces.append(fit(frames[torch.tensor(indices[at:end]) - first], size))
+        at = end
     return torch.cat(pieces, dim=1)

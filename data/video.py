@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 import av
 import numpy as np
@@ -40,21 +39,40 @@ class VideoIndex:
         return len(self.times)
 
 
-class VideoReader(Protocol):
-    """Frames of one video by index. `read` gives uint8 [F, H, W, 3] RGB of the half-open span."""
+class IndexedReader:
+    """Frames of one video by decoded index; the decoders derive from it."""
 
-    index: VideoIndex
+    def __init__(self, path: Path, index: VideoIndex) -> None:
+        self.path, self.index = path, index
 
     @property
-    def num_frames(self) -> int: ...
+    def num_frames(self) -> int:
+        return self.index.num_frames
+
     @property
-    def fps(self) -> float: ...
+    def fps(self) -> float:
+        return self.index.fps
+
     @property
-    def height(self) -> int: ...
+    def height(self) -> int:
+        return self.index.height
+
     @property
-    def width(self) -> int: ...
-    def read(self, start: int, end: int) -> Tensor: ...
-    def close(self) -> None: ...
+    def width(self) -> int:
+        return self.index.width
+
+    def read(self, start: int, end: int) -> Tensor:
+        """uint8 [end - start, H, W, 3] RGB, upright. Raises DataError (out-of-range, broken)."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of the file; a later read opens it again."""
+
+    def _check_span(self, start: int, end: int) -> None:
+        if not 0 <= start < end <= self.num_frames:
+            raise DataError(
+                "out-of-range", self.path, f"frames [{start}, {end}) of a video of {self.num_frames} frames"
+            )
 
 
 def write_video(
@@ -106,7 +124,7 @@ def _check_writable(path: Path, array: np.ndarray) -> None:
         raise ValueError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
 
 
-def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None = None) -> VideoReader:
+def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None = None) -> IndexedReader:
     """A frame-exact reader. index: a scan made before, so that the file is not decoded again to count frames.
 
     Raises DataError for files that cannot be read, and for a decoder that is not installed or known to read
@@ -202,39 +220,18 @@ def to_rgb(frame: av.VideoFrame) -> np.ndarray:
     return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
 
 
-class PyAVReader:
+class PyAVReader(IndexedReader):
     """See the module docstring. A read that follows the last one goes on decoding; others seek."""
 
     def __init__(self, path: Path, index: VideoIndex | None = None) -> None:
-        self.path = path
-        self.index = index or scan(path)
+        super().__init__(path, index or scan(path))
         self._file: _opened | None = None
         self._decoded: Iterator[av.VideoFrame] = iter(())
         self._num_decoded = 0
         self._next = -1  # index of the frame that decoding on would give; -1: nothing open
 
-    @property
-    def num_frames(self) -> int:
-        return self.index.num_frames
-
-    @property
-    def fps(self) -> float:
-        return self.index.fps
-
-    @property
-    def height(self) -> int:
-        return self.index.height
-
-    @property
-    def width(self) -> int:
-        return self.index.width
-
     def read(self, start: int, end: int) -> Tensor:
-        """uint8 [end - start, H, W, 3], exact by decoded frame index. Raises DataError (out-of-range, broken)."""
-        if not 0 <= start < end <= self.num_frames:
-            raise DataError(
-                "out-of-range", self.path, f"frames [{start}, {end}) of a video of {self.num_frames} frames"
-            )
+        self._check_span(start, end)
         out = torch.empty(end - start, self.height, self.width, 3, dtype=torch.uint8)
         early = self.index.times[start] - _SEEK_EARLY_SECONDS
         try:
