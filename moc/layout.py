@@ -220,6 +220,10 @@ class ShotLayout:
         return len(self.shot_groups)
 
     @cached_property
+    def max_chunk_tokens(self) -> int:
+        return max(chunk.length for chunk in self.chunks)
+
+    @cached_property
     def sample_ranges(self) -> tuple[tuple[int, int], ...]:
         """(start, end) of each sample in the stream."""
         starts = [group.start for group in self.groups if group.shot < 0]

@@ -1,0 +1,166 @@
+"""The anchored part of MoC attention: what every query attends to whatever its routes, as a few dense calls.
+
+Anchors are contiguous runs of keys shared by contiguous runs of queries: a shot's queries see their own shot and the
+text of other groups. One dense call a shot takes both together (own rows and text rows side by side), so that there is
+one LSE and no separate text part. About 80 % of the work of the attention is in these calls.
+
+The own *chunk* (`own_anchor: chunk`) is not here: backends add it to the routes, as one more chunk of each query.
+
+Shape letters: L packed tokens, Lt text tokens, N heads, D head dim.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.kernels.dense import DenseKernel
+from moc.layout import Group, ShotLayout
+
+
+@dataclass(frozen=True)
+class AnchorCall:
+    """Queries [start, end) attend to tokens [own_start, own_end) and to text rows [a0, a1) and [b0, b1).
+
+    Text rows count along the text tokens alone (`layout.text_index`).
+    """
+
+    start: int
+    end: int
+    own_start: int
+    own_end: int
+    a0: int
+    a1: int
+    b0: int
+    b1: int
+
+    @property
+    def num_own(self) -> int:
+        return self.own_end - self.own_start
+
+    @property
+    def num_keys(self) -> int:
+        return self.num_own + self.a1 - self.a0 + self.b1 - self.b0
+
+    def as_ints(self) -> list[int]:
+        return [self.start, self.end, self.own_start, self.own_end, self.a0, self.a1, self.b0, self.b1]
+
+
+def anchor_calls(layout: ShotLayout, config: MoCConfig) -> list[AnchorCall]:
+    """The dense calls of the anchored part; together they hold each query at most once. Calls without keys are left out."""
+    if config.dense:
+        return [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
+    calls = list(_by_sample(layout) if _same_for_all(config) else _by_group(layout, config))
+    return [call for call in calls if call.num_keys and call.end > call.start]
+
+
+def covers_all(calls: Sequence[AnchorCall], num_tokens: int) -> bool:
+    """Whether every query is in some call."""
+    return sum(call.end - call.start for call in calls) == num_tokens
+
+
+def _same_for_all(config: MoCConfig) -> bool:
+    return config.own_anchor is not OwnAnchor.shot and config.text_anchor is TextAnchor.all
+
+
+def _text_starts(layout: ShotLayout) -> list[int]:
+    """First text row of each group, and the number of text rows at the end."""
+    starts = [0]
+    for group in layout.groups:
+        starts.append(starts[-1] + group.text_tokens)
+    return starts
+
+
+def _sample_groups(layout: ShotLayout) -> Iterator[tuple[list[tuple[Group, int, int]], int, int]]:
+    """For each sample its groups, each with the bounds of its text rows, and the bounds of the sample's text rows."""
+    starts = _text_starts(layout)
+    for sample in range(layout.num_samples):
+        rows = [(g, starts[i], starts[i + 1]) for i, g in enumerate(layout.groups) if g.sample == sample]
+        yield rows, rows[0][1], rows[-1][2]
+
+
+def _by_sample(layout: ShotLayout) -> Iterator[AnchorCall]:
+    for rows, first, last in _sample_groups(layout):
+        start, end = rows[0][0].start, rows[-1][0].end
+        yield AnchorCall(start, end, start, start, first, last, last, last)
+
+
+def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
+    for rows, first, last in _sample_groups(layout):
+        global_last = rows[0][2]
+        for group, text_first, text_last in rows:
+            own_end = group.start
+            a0, a1, b0, b1 = first, first, last, last
+            if config.text_anchor is TextAnchor.all:
+                a1, b0 = last, last
+            elif config.text_anchor is TextAnchor.global_and_own:
+                a1, b0, b1 = global_last, text_first, text_last
+                if group.shot < 0:
+                    b0 = b1
+            if config.own_anchor is OwnAnchor.shot and group.shot >= 0:
+                own_end = group.end  # with its own text, so those rows are not taken twice
+                if config.text_anchor is TextAnchor.all:
+                    a1, b0 = text_first, text_last
+                else:
+                    b0 = b1
+            yield AnchorCall(group.start, group.end, group.start, own_end, a0, a1, b0, b1)
+
+
+def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
+    """Rows of keys (or values) x [L, N, D] of one call; text: x's text rows [Lt, N, D]."""
+    parts = [x[call.own_start : call.own_end], text[call.a0 : call.a1], text[call.b0 : call.b1]]
+    parts = [part for part in parts if len(part)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def forward(
+    kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]
+) -> tuple[Tensor, Tensor]:
+    """q, k, v [L, N, D] -> out [L, N, D], lse [N, L] (fp32 at least); queries without anchors: out 0, lse -inf."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)
+    if not covers_all(calls, len(q)):
+        out.zero_()
+        lse.fill_(-torch.inf)
+    k_text, v_text = k[text_index], v[text_index]
+    for call in calls:
+        rows = slice(call.start, call.end)
+        out[rows], lse[:, rows] = kernel.forward(q[rows], _keys(call, k, k_text), _keys(call, v, v_text))
+    return out, lse
+
+
+def backward(
+    kernel: DenseKernel,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    text_index: Tensor,
+    calls: Sequence[AnchorCall],
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of the anchored part, given the merged out and lse."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if not covers_all(calls, len(q)):
+        dq.zero_()
+    if not covers_all([call for call in calls if call.num_own], len(k)):
+        dk.zero_()
+        dv.zero_()
+    k_text, v_text = k[text_index], v[text_index]
+    text_grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k_text, v_text)]
+    for call in calls:
+        rows, own = slice(call.start, call.end), slice(call.own_start, call.own_end)
+        keys, values = _keys(call, k, k_text), _keys(call, v, v_text)
+        dq[rows], *grads = kernel.backward(dout[rows], q[rows], keys, values, out[rows], lse[:, rows], deterministic)
+        for total, text_total, grad in zip((dk, dv), text_grads, grads, strict=True):
+            own_grad, a_grad, b_grad = grad.split([call.num_own, call.a1 - call.a0, call.b1 - call.b0])
+            total[own] = own_grad
+            text_total[call.a0 : call.a1] += a_grad
+            text_total[call.b0 : call.b1] += b_grad
+    for total, text_total in zip((dk, dv), text_grads, strict=True):
+        total[text_index] = (total[text_index] + text_total).to(total.dtype)
+    return dq, dk, dv

@@ -1,0 +1,305 @@
+"""Dense attention kernels under one signature, the fastest one present chosen by name.
+
+Each kernel returns its output with the natural-log LSE, and has a raw backward that takes any output and LSE: given
+those of a softmax over *more* keys it returns the exact gradient of this part (FlashAttention's backward recomputes
+P = exp(S - LSE) and D = rowsum(dO * O), both of which are then the merged ones).
+
+    fa3    FlashAttention-3, Hopper        (packages flash_attn_3 or xformers)
+    fa4    FlashAttention-4, Hopper and on (package flash-attn-4, our extra `fa4`)
+    cudnn  cuDNN, shipped with torch
+    fa2    FlashAttention-2, shipped with torch
+    cpu    flash attention for CPUs, shipped with torch
+    math   plain tensor code in blocks of queries: any device, any dtype
+
+Shape letters: Lq queries, Lk keys, N heads, D head dim.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FA4_TESTED = ("4.0.0b16",)  # betas change their return values
+SCORES_PER_BLOCK = 1 << 25  # bounds the memory of `math`: scores held at a time
+
+Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class DenseKernel:
+    """One way to compute dense attention with scale D**-0.5, without mask.
+
+    forward(q, k, v) -> (out, lse): q [Lq, N, D], k, v [Lk, N, D] -> out [Lq, N, D] in their dtype, lse fp32 [N, Lq].
+    backward(dout, q, k, v, out, lse, deterministic) -> (dq, dk, dv), where out and lse may be merged ones.
+    """
+
+    name: str
+    forward: Forward
+    backward: Backward
+    deterministic: bool = True
+
+
+def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseKernel:
+    """The kernel called `name`, or the fastest that fits q's device, dtype and head dim (and determinism).
+
+    Raises ValueError for an unknown name and for a kernel that is not installed or does not fit.
+    """
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
+    return _choose(name, capability, q.dtype, q.shape[-1], deterministic)
+
+
+@cache
+def _choose(
+    name: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, deterministic: bool
+) -> DenseKernel:
+    if name != "auto" and name not in _KERNELS:
+        raise ValueError(f"dense_kernel={name!r} is unknown; choose one of auto, {', '.join(_KERNELS)}")
+    fitting = [
+        kernel
+        for kernel, fits in _KERNELS.values()
+        if name in ("auto", kernel.name)
+        and (kernel.deterministic or not deterministic)
+        and fits(capability, dtype, head_dim)
+    ]
+    if not fitting:
+        raise ValueError(
+            f"dense_kernel={name!r} is not installed or does not fit {dtype}, head dim {head_dim}, "
+            f"{'CPU' if capability is None else f'compute capability {capability}'}, "
+            f"deterministic={deterministic}; use dense_kernel='auto'"
+        )
+    where = "CPU" if capability is None else f"sm_{capability[0]}{capability[1]}"
+    logger.info("dense attention on %s, %s, head dim %d: %s", where, dtype, head_dim, fitting[0].name)
+    return fitting[0]
+
+
+def is_installed(name: str) -> bool:
+    """Whether the library of this kernel is present (whatever the device)."""
+    return {"fa3": _fa3, "fa4": _fa4}.get(name, lambda: True)() is not None
+
+
+def _half_on_gpu(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, most: int = 256) -> bool:
+    half = dtype in (torch.float16, torch.bfloat16)
+    return capability is not None and capability >= (8, 0) and half and head_dim % 8 == 0 and head_dim <= most
+
+
+# FlashAttention-3
+
+
+@cache
+def _fa3() -> ModuleType | None:
+    for package in ("flash_attn_3", "xformers.flash_attn_3"):
+        try:
+            import_module(f"{package}._C")
+        except ImportError:
+            continue
+        return torch.ops.flash_attn_3
+    return None
+
+
+def _fa3_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> bool:
+    return capability is not None and capability[0] == 9 and _half_on_gpu(capability, dtype, head_dim) and bool(_fa3())
+
+
+def _fa3_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    ops = _fa3()
+    assert ops is not None
+    out, lse, *_ = ops.fwd(q[None], k[None], v[None], softmax_scale=q.shape[-1] ** -0.5, num_splits=1)
+    return out[0], lse[0]
+
+
+def _fa3_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    ops = _fa3()
+    assert ops is not None
+    dq, dk, dv = torch.empty_like(q[None]), torch.empty_like(k[None]), torch.empty_like(v[None])
+    ops.bwd(
+        dout[None], q[None], k[None], v[None], out[None], lse[None].contiguous(), dq, dk, dv,
+        softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
+    )  # fmt: skip
+    return dq[0], dk[0], dv[0]
+
+
+# FlashAttention-4
+
+
+@cache
+def _fa4() -> ModuleType | None:
+    try:
+        found = version("flash-attn-4")
+        module = import_module("flash_attn.cute.interface")
+    except (ImportError, PackageNotFoundError):
+        return None
+    if found not in FA4_TESTED:
+        logger.info("flash-attn-4 %s is installed but not tested; tested: %s", found, ", ".join(FA4_TESTED))
+        return None
+    return module
+
+
+def _fa4_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> bool:
+    modern = capability is not None and capability[0] in (9, 10, 11)
+    return modern and _half_on_gpu(capability, dtype, head_dim, 128) and bool(_fa4())
+
+
+def _fa4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    module = _fa4()
+    assert module is not None
+    out, lse = module._flash_attn_fwd(q[None], k[None], v[None], softmax_scale=q.shape[-1] ** -0.5, return_lse=True)
+    return out[0], lse[0]
+
+
+def _fa4_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    module = _fa4()
+    assert module is not None
+    dq, dk, dv = module._flash_attn_bwd(
+        q[None], k[None], v[None], out[None], dout[None], lse[None].contiguous(),
+        softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
+    )  # fmt: skip
+    return dq[0], dk[0], dv[0]
+
+
+# Shipped with torch: cuDNN, FlashAttention-2, CPU
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """[L, N, D] -> [1, N, L, D], without a copy."""
+    return [x[None].transpose(1, 2) for x in tensors]
+
+
+def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x[0].transpose(0, 1) for x in tensors)
+
+
+def _cudnn_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> bool:
+    return _half_on_gpu(capability, dtype, head_dim, 128) and torch.backends.cudnn.is_available()
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)
+    return out[0].transpose(0, 1), lse.reshape(q.shape[1], q.shape[0])
+
+
+def _cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
+) -> tuple[Tensor, ...]:
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which is off
+    dout, q, k, v, out = _heads_first(dout, q, k, v, out)
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse[None, :, :, None].contiguous(), seed, seed, None, None, None,
+        q.shape[2], k.shape[2], 0.0, False,
+    )  # fmt: skip
+    return _tokens_first(*grads)
+
+
+def _fa2_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q[None], k[None], v[None], None, None, len(q), len(k), 0.0, False, False
+    )
+    return out[0], lse[0]
+
+
+def _fa2_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
+) -> tuple[Tensor, ...]:
+    unused = torch.empty(0, dtype=torch.int64, device=q.device)
+    with deterministic_algorithms(deterministic):
+        grads = torch.ops.aten._flash_attention_backward(
+            dout[None], q[None], k[None], v[None], out[None], lse[None].contiguous(), None, None,
+            len(q), len(k), 0.0, False, unused, unused,
+        )  # fmt: skip
+    return tuple(x[0] for x in grads)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Torch's switch for deterministic kernels, for the length of one call: FA2's backward has no argument for it."""
+    before, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(wanted or before, warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v))
+    return out[0].transpose(0, 1), lse[0]
+
+
+def _cpu_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
+) -> tuple[Tensor, ...]:
+    dout, q, k, v, out = _heads_first(dout, q, k, v, out)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse[None], 0.0, False
+    )
+    return _tokens_first(*grads)
+
+
+# Plain tensor code
+
+
+def _query_blocks(q: Tensor, k: Tensor) -> list[slice]:
+    size = max(1, SCORES_PER_BLOCK // max(1, q.shape[1] * len(k)))
+    return [slice(start, start + size) for start in range(0, len(q), size)]
+
+
+def math_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention in blocks of queries, in fp32 at least; any device and dtype."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, values = k.to(wide).permute(1, 2, 0), v.to(wide).transpose(0, 1)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)
+    for rows in _query_blocks(q, k):
+        scores = q[rows].to(wide).transpose(0, 1) @ keys * q.shape[-1] ** -0.5
+        lse[:, rows] = scores.logsumexp(-1)
+        out[rows] = ((scores - lse[:, rows, None]).exp() @ values).transpose(0, 1).to(q.dtype)
+    return out, lse
+
+
+def math_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of `math_forward`, or of this part of a larger softmax whose `out` and `lse` are given."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5
+    keys, values = k.to(wide).transpose(0, 1), v.to(wide).transpose(0, 1)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+    for rows in _query_blocks(q, k):
+        queries, grad = q[rows].to(wide).transpose(0, 1), dout[rows].to(wide).transpose(0, 1)
+        delta = (grad * out[rows].to(wide).transpose(0, 1)).sum(-1, keepdim=True)
+        weights = (queries @ keys.mT * scale - lse[:, rows, None]).exp()
+        dscores = weights * (grad @ values.mT - delta) * scale
+        dq[rows] = (dscores @ keys).transpose(0, 1).to(q.dtype)
+        dk += dscores.mT @ queries
+        dv += weights.mT @ grad
+    return dq, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype)
+
+
+def _cpu_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> bool:
+    return capability is None and dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Fastest first.
+_KERNELS: dict[str, tuple[DenseKernel, Callable[..., bool]]] = {
+    "fa3": (DenseKernel("fa3", _fa3_forward, _fa3_backward), _fa3_fits),
+    "fa4": (DenseKernel("fa4", _fa4_forward, _fa4_backward), _fa4_fits),
+    "cudnn": (DenseKernel("cudnn", _cudnn_forward, _cudnn_backward, deterministic=False), _cudnn_fits),
+    "fa2": (DenseKernel("fa2", _fa2_forward, _fa2_backward), _half_on_gpu),
+    "cpu": (DenseKernel("cpu", _cpu_forward, _cpu_backward), _cpu_fits),
+    "math": (DenseKernel("math", math_forward, math_backward), lambda *_: True),
+}

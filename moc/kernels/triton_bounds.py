@@ -1,0 +1,42 @@
+"""Which chunks a query may route to, inside Triton kernels; as `moc.routing.candidate_range`."""
+
+import triton
+import triton.language as tl
+
+from moc.config import OwnAnchor
+
+OWN_ANCHORS = {OwnAnchor.shot: 0, OwnAnchor.chunk: 1, OwnAnchor.none: 2}
+
+
+@triton.jit
+def candidate_bounds(
+    token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
+    CAUSAL: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """First and last chunk that each query may route to, and the run of chunks to skip between them.
+
+    As `moc.routing.candidate_range`; OWN is 0 (own_anchor shot), 1 (chunk) or 2 (none).
+    """
+    chunk = tl.load(token_chunk + token, mask=valid, other=0)
+    group = tl.load(chunk_group + chunk)
+    sample = tl.load(chunk_sample + chunk)
+    first = tl.load(sample_first_chunk + sample)
+    last = tl.load(sample_first_chunk + sample + 1)
+    if OWN == 0:
+        skip_first, skip_last = tl.load(group_first_chunk + group), tl.load(group_first_chunk + group + 1)
+    elif OWN == 1:
+        skip_first, skip_last = chunk, chunk + 1
+    else:
+        skip_first, skip_last = chunk, chunk
+    if CAUSAL:
+        last = tl.where(tl.load(group_shot + group) < 0, first, skip_first)
+    return tl.where(valid, first, 0), tl.where(valid, last, 0), skip_first, skip_last
+
+
+@triton.jit
+def candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks):
+    """[BQ, BC]: which of the chunks each query may route to."""
+    video = tl.load(chunk_is_text + chunk, mask=chunk < num_chunks, other=1) == 0
+    chunk = chunk[None, :]
+    skipped = (chunk >= skip_first[:, None]) & (chunk < skip_last[:, None])
+    return (chunk >= first[:, None]) & (chunk < last[:, None]) & (skipped == 0) & video[None, :]

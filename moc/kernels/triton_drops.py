@@ -1,0 +1,155 @@
+"""Context drop-off and drop-in as one Triton kernel over finished routes; the same bits as `moc.routing.apply_drops`.
+
+Every draw is a counter hash of (seed, step, layer, head, token), so a recomputation or another head split draws alike.
+
+Source: arXiv 2508.21058, section 3 (context drop-off, drop-in).
+Shape letters: L packed tokens, N heads, K routes a query, R drop_in_max.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moc.config import DropKey, MoCConfig
+from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask
+from moc.layout import ShotLayout
+from moc.routing import COUNT_IN, COUNT_OFF, KEY_IN, KEY_OFF, drop_base, poisson_thresholds
+
+_COUNT_OFF, _COUNT_IN = tl.constexpr(COUNT_OFF), tl.constexpr(COUNT_IN)
+_KEY_OFF, _KEY_IN = tl.constexpr(KEY_OFF), tl.constexpr(KEY_IN)
+
+
+@triton.jit
+def _hash32(x):
+    x = x ^ (x >> 16)
+    x = x * tl.full([1], 0x7FEB352D, tl.uint32)
+    x = x ^ (x >> 15)
+    x = x * tl.full([1], 0x846CA68B, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _draw(words, STREAM: tl.constexpr, index):
+    golden = tl.full([1], 0x9E3779B9, tl.uint32)
+    return _hash32(_hash32(words ^ (golden * STREAM)) + index.to(tl.uint32) * golden)
+
+
+@triton.jit
+def _unit(word):
+    return (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
+
+
+@triton.jit(do_not_specialize=["base", "first_head"])
+def drop_kernel(
+    routes, dropped, thresholds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
+    sample_first_chunk, base, first_head, drop_off_max, num_tokens, num_chunks, top_k, drop_in_max,
+    CAUSAL: tl.constexpr, OWN: tl.constexpr, KP: tl.constexpr, RP: tl.constexpr,
+    BQ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    NEVER: tl.constexpr = 1 << 32  # above every key
+    token = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    head = tl.program_id(1)
+    valid = token < num_tokens
+    golden = tl.full([1], 0x9E3779B9, tl.uint32)
+    by_head = _hash32(base.to(tl.uint32) ^ _hash32((first_head + head).to(tl.uint32) + golden))
+    words = _hash32(by_head ^ token.to(tl.uint32))
+    slot = tl.arange(0, KP)[None, :]
+    row = (head.to(tl.int64) * num_tokens + token)[:, None]
+    kept = tl.load(routes + row * top_k + slot, mask=valid[:, None] & (slot < top_k), other=-1)
+    out = dropped + row * (top_k + drop_in_max)
+
+    # Drop-off: the lowest keys go.
+    held = tl.sum((kept >= 0).to(tl.int32), 1)
+    zero = tl.zeros([1], tl.uint32)
+    number = tl.floor(_unit(_draw(words, _COUNT_OFF, zero)) * drop_off_max * held.to(tl.float32)).to(tl.int32)
+    keys = tl.where(kept >= 0, _draw(words[:, None], _KEY_OFF, kept).to(tl.int64), NEVER)
+    survivors = kept
+    for i in range(tl.max(number, 0)):
+        lowest = tl.min(keys, 1)
+        victim = tl.min(tl.where(keys == lowest[:, None], slot, KP), 1)
+        goes = (slot == victim[:, None]) & (i < number)[:, None]
+        survivors = tl.where(goes, -1, survivors)
+        keys = tl.where(goes, NEVER, keys)
+    tl.store(out + slot, survivors, mask=valid[:, None] & (slot < top_k))
+
+    # Drop-in: of the candidates not routed before drop-off, the lowest keys come.
+    if drop_in_max > 0:
+        u = _unit(_draw(words, _COUNT_IN, zero))
+        number = tl.zeros([BQ], tl.int32)
+        for j in range(drop_in_max):
+            number += (u >= tl.load(thresholds + j)).to(tl.int32)
+        first, last, skip_first, skip_last = candidate_bounds(
+            token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
+            CAUSAL, OWN,
+        )  # fmt: skip
+        place = tl.arange(0, RP)[None, :]
+        best = tl.zeros([BQ, RP], tl.int64) + tl.where(place < drop_in_max, NEVER, -1)
+        added = tl.zeros([BQ, RP], tl.int32) - 1 - place
+        for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
+            chunk = start + tl.arange(0, BC)
+            allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
+            keys = tl.where(allowed, _draw(words[:, None], _KEY_IN, chunk[None, :]).to(tl.int64), NEVER)
+            best, added = _keep_lowest(keys, chunk, best, added, kept)
+        for i in range(drop_in_max):
+            lowest = tl.min(tl.where(added >= 0, best, NEVER), 1)
+            here = (added >= 0) & (best == lowest[:, None])
+            chosen = tl.max(tl.where(here, added, -1), 1)
+            tl.store(out + top_k + i, tl.where(i < number, chosen, -1)[:, None], mask=valid[:, None])
+            added = tl.where(here & (added == chosen[:, None]), -1, added)
+
+
+@triton.jit
+def _keep_lowest(keys, chunk, best, added, routed):
+    """Moves the lowest of `keys` [BQ, BC] into the table (best, added) [BQ, RP], leaving out chunks in `routed`."""
+    NEVER: tl.constexpr = 1 << 32
+    NONE: tl.constexpr = 1 << 30
+    worst = tl.max(best, 1)
+    lowest = tl.min(keys, 1)
+    while tl.max((lowest < worst).to(tl.int32), 0) > 0:
+        found = tl.min(tl.where(keys == lowest[:, None], chunk[None, :], NONE), 1)
+        is_new = tl.max((routed == found[:, None]).to(tl.int32), 1) == 0
+        victim = tl.max(tl.where(best == worst[:, None], added, -NONE), 1)
+        place = ((lowest < worst) & is_new)[:, None] & (best == worst[:, None]) & (added == victim[:, None])
+        best = tl.where(place, lowest[:, None], best)
+        added = tl.where(place, found[:, None], added)
+        keys = tl.where(chunk[None, :] == found[:, None], NEVER, keys)
+        worst = tl.max(best, 1)
+        lowest = tl.min(keys, 1)
+    return best, added
+
+
+@torch.library.custom_op("moc::drop_routes", mutates_args=())
+def _drop_routes(
+    routes: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor, chunk_is_text: Tensor,
+    group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor, causal: bool, own_anchor: int,
+    drop_off_max: float, drop_in_rate: float, drop_in_max: int, seed: int, step: int, layer: int, first_head: int,
+) -> Tensor:  # fmt: skip
+    num_heads, num_tokens, top_k = routes.shape
+    dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
+    base = drop_base(DropKey(seed, step, layer))
+    thresholds = torch.tensor(poisson_thresholds(drop_in_rate, drop_in_max), dtype=torch.float32)
+    block = 64
+    drop_kernel[(triton.cdiv(num_tokens, block), num_heads)](
+        routes, dropped, thresholds.to(routes.device, non_blocking=True), token_chunk, chunk_group, chunk_sample,
+        chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, base - (base >> 31 << 32), first_head,
+        drop_off_max, num_tokens, len(chunk_group), top_k, drop_in_max, CAUSAL=causal, OWN=own_anchor,
+        KP=max(2, triton.next_power_of_2(top_k)), RP=max(2, triton.next_power_of_2(drop_in_max)), BQ=block, BC=64,
+    )  # fmt: skip
+    return dropped
+
+
+@_drop_routes.register_fake
+def _(routes: Tensor, *args) -> Tensor:
+    num_heads, num_tokens, top_k = routes.shape
+    return routes.new_empty((num_heads, num_tokens, top_k + args[11]))
+
+
+def drop_routes(routes: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey) -> Tensor:
+    """Routes int32 [N, L, K] after context drop-off and drop-in: [N, L, K + drop_in_max]."""
+    return _drop_routes(
+        routes, layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
+        layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk, config.causal,
+        OWN_ANCHORS[config.own_anchor], config.drop_off_max, config.drop_in_rate, config.drop_in_max,
+        drops.seed, drops.step, drops.layer, drops.first_head,
+    )  # fmt: skip

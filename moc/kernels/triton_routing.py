@@ -1,0 +1,156 @@
+"""Routing in Triton: chunk means in one pass over K, then scores and top-k together; no score is ever stored.
+
+A program takes BQ queries of one head, walks over the chunks they may route to, BC at a time, and keeps the best
+chunks of each query in registers: as long as some query has a score above its worst kept one, each query takes its
+best remaining score. Chunks come in stream order and only a strictly better score displaces a kept one, so ties go to
+the lowest index. Means enter the matrix unit as a sum of terms of q's dtype (three bf16 or two fp16), which restores
+fp32 accuracy, as q itself is exact.
+
+Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). Equals `moc.routing.route`, except that the routes
+of a query come in no order.
+
+Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moc.config import DropKey, MoCConfig
+from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask
+from moc.kernels.triton_drops import drop_routes
+from moc.kernels.triton_kernels import load_rows
+from moc.layout import ShotLayout
+
+TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
+
+
+@triton.jit
+def means_kernel(
+    k, means, chunk_starts, num_heads, num_chunks, stride,
+    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """means [TERMS, N, M, DP]: the mean key of each chunk, split into terms of k's dtype that add up to it."""
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    first, last = tl.load(chunk_starts + chunk), tl.load(chunk_starts + chunk + 1)
+    total = tl.zeros([DP], tl.float32)
+    for start in range(first, last, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        total += tl.sum(load_rows(k + head * D, row, stride, row < last, D, DP).to(tl.float32), 0)
+    rest = total / (last - first)
+    place = means + (head * num_chunks + chunk) * DP + tl.arange(0, DP)
+    for _ in tl.static_range(TERMS):
+        term = rest.to(means.dtype.element_ty)
+        tl.store(place, term)
+        rest -= term.to(tl.float32)
+        place += num_heads * num_chunks * DP
+
+
+@triton.jit
+def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr):
+    """Moves the best of `scores` [BQ, BC] into the table (values, kept) [BQ, KP] until none of them belongs there."""
+    worst = tl.min(values, 1)
+    best = tl.max(scores, 1)
+    while tl.max((best > worst).to(tl.int32), 0) > 0:
+        takes = (best > worst)[:, None]
+        found = tl.min(tl.where(scores == best[:, None], chunk[None, :], NONE), 1)
+        # Of equally bad kept chunks the one with the highest index goes.
+        victim = tl.max(tl.where(values == worst[:, None], kept, -NONE), 1)
+        place = takes & (kept == victim[:, None])
+        values = tl.where(place, best[:, None], values)
+        kept = tl.where(place, found[:, None], kept)
+        scores = tl.where(takes & (chunk[None, :] == found[:, None]), -float("inf"), scores)
+        worst = tl.min(values, 1)
+        best = tl.max(scores, 1)
+    return values, kept
+
+
+@triton.jit
+def route_kernel(
+    q, means, routes, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
+    sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
+    TERMS: tl.constexpr, KP: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    NONE: tl.constexpr = 1 << 30
+    token = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    head = tl.program_id(1)
+    valid = token < num_tokens
+    first, last, skip_first, skip_last = candidate_bounds(
+        token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
+        CAUSAL, OWN,
+    )  # fmt: skip
+    queries = load_rows(q + head * D, token, stride, valid, D, DP)
+    slot = tl.arange(0, KP)[None, :]
+    # Slots past top_k hold infinity, which nothing displaces; empty slots differ by their negative index.
+    values = tl.zeros([BQ, KP], tl.float32) + tl.where(slot < top_k, -float("inf"), float("inf"))
+    kept = tl.zeros([BQ, KP], tl.int32) - 1 - slot
+    column = tl.arange(0, DP)
+    for start in range(tl.min(tl.where(valid, first, NONE), 0), tl.max(last, 0), BC):
+        chunk = start + tl.arange(0, BC)
+        rows = (head * num_chunks + chunk).to(tl.int64)[:, None] * DP + column[None, :]
+        scores = tl.zeros([BQ, BC], tl.float32)
+        for term in tl.static_range(TERMS):
+            table = means + (TERMS - 1 - term) * num_heads * num_chunks * DP
+            mean = tl.load(table + rows, mask=(chunk < num_chunks)[:, None], other=0.0)
+            scores = tl.dot(queries, mean.T, scores, input_precision="ieee")
+        allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
+        scores = tl.where(allowed, scores, -float("inf"))
+        values, kept = _keep_best(scores, chunk, values, kept, BC, NONE)
+    row = (head.to(tl.int64) * num_tokens + token)[:, None] * top_k
+    tl.store(routes + row + slot, tl.maximum(kept, -1), mask=valid[:, None] & (slot < top_k))
+
+
+def chunk_means(k: Tensor, chunk_starts: Tensor) -> Tensor:
+    """Mean key of each chunk as terms of k's dtype: k [L, N, D] -> [TERMS, N, M, DP], DP the padded head dim."""
+    _, num_heads, head_dim = k.shape
+    num_chunks = len(chunk_starts) - 1
+    padded = max(16, triton.next_power_of_2(head_dim))
+    means = torch.empty(TERMS[k.dtype], num_heads, num_chunks, padded, dtype=k.dtype, device=k.device)
+    means_kernel[(num_chunks, num_heads)](
+        k, means, chunk_starts, num_heads, num_chunks, k.stride(0),
+        TERMS=TERMS[k.dtype], D=head_dim, DP=padded, BLOCK=64, num_warps=4,
+    )  # fmt: skip
+    return means
+
+
+@torch.library.custom_op("moc::route", mutates_args=())
+def _route(
+    q: Tensor, k: Tensor, chunk_starts: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor,
+    chunk_is_text: Tensor, group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor,
+    top_k: int, causal: bool, own_anchor: int,
+) -> Tensor:  # fmt: skip
+    num_tokens, num_heads, head_dim = q.shape
+    num_chunks = len(chunk_starts) - 1
+    routes = torch.empty(num_heads, num_tokens, top_k, dtype=torch.int32, device=q.device)
+    if top_k:
+        means = chunk_means(k, chunk_starts)
+        block = 64 if q.dtype == torch.float32 else 128
+        route_kernel[(triton.cdiv(num_tokens, block), num_heads)](
+            q, means, routes, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
+            sample_first_chunk, num_tokens, num_heads, num_chunks, q.stride(0), top_k,
+            TERMS=TERMS[q.dtype], KP=max(2, triton.next_power_of_2(top_k)), CAUSAL=causal, OWN=own_anchor,
+            D=head_dim, DP=means.shape[-1], BQ=block, BC=64, num_warps=4,
+        )  # fmt: skip
+    return routes
+
+
+@_route.register_fake
+def _(q: Tensor, k: Tensor, *args) -> Tensor:
+    return q.new_empty((q.shape[1], q.shape[0], args[8]), dtype=torch.int32)
+
+
+def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
+    """Routes of every query and head: q, k [L, N, D] -> int32 [N, L, K], in no order, -1 where a slot is empty.
+
+    K is top_k, and top_k + drop_in_max where drops apply.
+    """
+    routes = _route(
+        q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk,
+        layout.chunk_group, layout.chunk_sample, layout.chunk_is_text, layout.group_first_chunk, layout.group_shot,
+        layout.sample_first_chunk, config.top_k, config.causal, OWN_ANCHORS[config.own_anchor],
+    )  # fmt: skip
+    if drops is None or not config.has_drops:
+        return routes
+    return drop_routes(routes, layout, config, drops)
