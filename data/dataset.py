@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from torch import Tensor
 
@@ -95,6 +96,11 @@ class ShotDataset:
         return self.items[0][1].latent_shapes[0][0]
 
     @property
+    def encoders_folder(self) -> Path:
+        """What decodes these latents and prompts with this text; every checkpoint carries a copy."""
+        return self.caches[0].folder / "encoders"
+
+    @property
     def text_dim(self) -> int:
         return self.caches[0].text[NULL_SHOT]["shape"][1]
 
@@ -151,6 +157,17 @@ class ShotDataset:
             total += (shown // pt) * (height // ph) * (width // pw)
         if spec.text_in_stream:
             total += sum(self.caches[cache].text_rows(key) for key in self.text_keys(draw))
+        return total
+
+    def max_tokens(self, item: int, spec: moc.StreamSpec) -> int:
+        """Tokens of an item at most, whatever is drawn."""
+        cache, scene = self.items[item]
+        total = self.num_tokens(Draw(0, item), spec)
+        if spec.text_in_stream:
+            rows = self.caches[cache].text_rows
+            total -= sum(rows(key) for key in self.text_keys(Draw(0, item)))
+            nulls = (NULL_GLOBAL, *[NULL_SHOT] * scene.num_shots)
+            total += sum(max(map(rows, keys)) for keys in zip(nulls, *scene.text_keys, strict=True))
         return total
 
     def sample(self, draw: Draw) -> moc.Sample:

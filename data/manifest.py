@@ -18,6 +18,7 @@ from data.errors import DataError
 
 Caption = str | tuple[str, ...]
 
+CUT_PREFIX = "[SHOT CUT]"
 MAX_CAPTION_CHARACTERS = 20_000
 _MAX_LINE_BYTES = 16_000_000
 _SCENE_FIELDS = frozenset({"id", "video", "image", "caption", "fps", "shots"})
@@ -58,6 +59,13 @@ class SceneRecord:
 def captions(caption: Caption) -> tuple[str, ...]:
     """All the lengths of a caption, one at least."""
     return (caption,) if isinstance(caption, str) else caption
+
+
+def shot_prompt(caption: str, cut: bool) -> str:
+    """A shot's caption as the text encoder gets it, in training and sampling: LCT marks a true cut by a prefix."""
+    if not cut or caption.startswith(CUT_PREFIX):
+        return caption
+    return f"{CUT_PREFIX} {caption}".strip()
 
 
 def write_manifest(path: str | Path, scenes: Iterable[SceneRecord]) -> None:

@@ -26,7 +26,7 @@ from data.bucketing import fit, read_fitted
 from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, digest, finish, write_whole
 from data.errors import DataError
 from data.images import read_image
-from data.manifest import captions, write_manifest
+from data.manifest import captions, shot_prompt, write_manifest
 from data.planning import SamplePlan, ShotRule, plan_scene
 from data.report import Report, save_thumbnail
 from data.scan import Scan, scan_video
@@ -268,8 +268,12 @@ class _Run:
         whole = captions(plan.scene.caption)
         shots = [captions(shot.caption) for shot in plan.scene.shots] or [("",)]
         lengths = max(len(texts) for texts in [whole, *shots])
+        cuts = [shot.cut for shot in plan.scene.shots] or [False]
         return [
-            self.text_encoder.encode(_length(whole, n), [_length(texts, n) for texts in shots]) for n in range(lengths)
+            self.text_encoder.encode(
+                _length(whole, n), [shot_prompt(_length(texts, n), cut) for texts, cut in zip(shots, cuts, strict=True)]
+            )
+            for n in range(lengths)
         ]
 
     def _finish(self, plans: list[SamplePlan]) -> None:

@@ -19,15 +19,14 @@ from configs.schema import ConfigError, parse
 from data.errors import DataError
 from data.prepare import PrepareConfig, Process, prepare
 from data.sources import find_scenes, vocabulary
-from models import ModelConfig, build_codec, build_text_encoder
-from models.text import TextKind
+from models import EncodersConfig, build_encoders
 
 
 @dataclass
 class Settings(PrepareConfig):
-    """prepare.yaml: the stages' settings, and the model whose codec and text encoder make the cache."""
+    """prepare.yaml: the stages' settings, and the codec and text encoder that make the cache."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
 
 
 @hydra.main(config_path="../configs", config_name="prepare", version_base=None)
@@ -41,14 +40,13 @@ def main(cfg: DictConfig) -> None:
 def run(settings: Settings) -> None:
     state = PartialState()
     found = find_scenes(settings.input)
-    codec = build_codec(settings.model.codec).to(settings.device)
-    text_encoder = build_text_encoder(settings.model.text, vocabulary(found)).to(settings.device)
+    encoders = build_encoders(settings.encoders, vocabulary(found))
+    codec, text_encoder = encoders.codec.to(settings.device), encoders.text.to(settings.device)
     process = Process(state.process_index, state.num_processes, state.wait_for_everyone)
     prepared = prepare(settings, codec, text_encoder, process, found)
     if not state.is_main_process:
         return
-    if settings.model.text.kind is TextKind.embedded:
-        text_encoder.save(Path(settings.output, "text_encoder"))
+    encoders.save(prepared.cache / "encoders")
     report = prepared.report
     print(f"{len(report.samples)} samples in {prepared.cache}")
     for kind, count in report.counts().items():

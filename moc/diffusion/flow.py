@@ -78,7 +78,7 @@ class Flow:
             latents = batch.latents[len(noise) : len(noise) + len(shots)]
             sigma.append(self.draw_sigma(len(shots), torch.Generator().manual_seed(key)))
             generator = torch.Generator(latents[0].device).manual_seed(key)
-            noise += [torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) for x in latents]
+            noise += [torch.randn(x.shape, generator=generator, device=x.device) for x in latents]
         return torch.cat(sigma), noise
 
     def loss(
@@ -94,10 +94,8 @@ class Flow:
         """The training loss of every shot of a batch; `sigma` [S] overrides the drawn noise levels (validation)."""
         drawn, noise = self.draw(batch, seed)
         sigma = (drawn if sigma is None else sigma).to(batch.layout.device)
-        noisy = [self.add_noise(x, n, s) for x, n, s in zip(batch.latents, noise, sigma, strict=True)]
+        latents = [x.float() for x in batch.latents]
+        noisy = [self.add_noise(x, n, s) for x, n, s in zip(latents, noise, sigma, strict=True)]
         predicted = model(noisy, sigma, batch.text, batch.layout, moc, drops=drops, on_routes=on_routes)
-        losses = [
-            (p.float() - self.velocity(x, n)).square().mean()
-            for p, x, n in zip(predicted, batch.latents, noise, strict=True)
-        ]
-        return ShotLosses(torch.stack(losses), sigma)
+        errors = [p.float() - self.velocity(x, n) for p, x, n in zip(predicted, latents, noise, strict=True)]
+        return ShotLosses(torch.stack([error.square().mean() for error in errors]), sigma)

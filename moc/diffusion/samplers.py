@@ -85,12 +85,14 @@ def sample_shots(
     num_shots = len(story.shapes)
     noise = [_shot_noise(shape, config.seed, index, device) for index, shape in enumerate(story.shapes)]
     latents = [story.given.get(index, noise[index]).to(device) for index in range(num_shots)]
-    table = sigma_table(num_shots, config, flow)
-    table[:, list(story.given)] = 0.0
+    unknown = [index for index in range(num_shots) if index not in story.given]
+    clocks = sigma_table(len(unknown), config, flow)
+    table = torch.zeros(len(clocks), num_shots)
+    table[:, unknown] = clocks
 
     for step, (now, after) in enumerate(pairwise(table)):
-        moving = [index for index in range(num_shots) if after[index] < now[index]]
-        stream = _stream(now, after, config.context_shots)
+        moving = [index for index in unknown if after[index] < now[index]]
+        stream = _stream(now, moving, config.context_shots)
         sigma = torch.where(now == 0, config.history_sigma, now)[stream]
         seen = [
             flow.add_noise(latents[i], noise[i], s) if now[i] == 0 else latents[i]
@@ -112,10 +114,9 @@ def _shot_noise(shape: tuple[int, ...], seed: int, index: int, device: torch.dev
     return torch.randn(shape, generator=generator).to(device)
 
 
-def _stream(now: Tensor, after: Tensor, context_shots: int) -> list[int]:
-    """The shots of this step's stream: those on the move, and finished ones (the latest `context_shots` of them)."""
-    moving = [index for index in range(len(now)) if after[index] < now[index]]
-    finished = [index for index in range(len(now)) if now[index] == 0]
+def _stream(now: Tensor, moving: list[int], context_shots: int) -> list[int]:
+    """The shots of a step's stream: those on the move, and finished ones before them (the latest `context_shots`)."""
+    finished = [index for index in range(max(moving)) if now[index] == 0]
     return sorted(moving + finished[-context_shots:])
 
 

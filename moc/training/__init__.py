@@ -2,6 +2,7 @@
 
 from moc.training.checkpoint import find_checkpoint
 from moc.training.ema import EMA
+from moc.training.metrics import Metrics, TrackerConfig, read_metrics
 from moc.training.optim import OptimConfig
 from moc.training.parallel import ParallelConfig, build_accelerator
 from moc.training.trainer import Trainer, TrainerConfig
@@ -9,11 +10,14 @@ from moc.training.validation import Validator
 
 __all__ = [
     "EMA",
+    "Metrics",
     "OptimConfig",
     "ParallelConfig",
+    "TrackerConfig",
     "Trainer",
     "TrainerConfig",
     "Validator",
     "build_accelerator",
     "find_checkpoint",
+    "read_metrics",
 ]

@@ -1,7 +1,7 @@
 """AdamW and its learning rate: both plain functions of the config and the step, so that resuming needs no scheduler."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ class OptimConfig:
     """lr rises over warmup_steps, then stays (decay "constant") or falls to zero over the run ("cosine")."""
 
     lr: float = 9e-5
-    betas: list[float] = (0.9, 0.95)  # type: ignore[assignment]
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.01
     eps: float = 1e-8
     warmup_steps: int = 100

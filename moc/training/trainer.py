@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -139,7 +139,8 @@ class Trainer:
                     self.schedule.at(self.step, self.moc).save(folder / name)
                 ckpt.save_optimizer(folder, self.bare_model, self.optimizer.optimizer)
                 ckpt.save_rng(folder, 0)
-                ckpt.write_state(folder, {"step": self.step, "seed": self.seed, "data": data_state})
+                state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
+                ckpt.write_state(folder, state)
                 self.save_extras(folder)
             ckpt.remove_old(self.run_folder, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -195,14 +196,14 @@ class Trainer:
         return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.accelerator.device), reduction="sum"))
 
     def _validate(self, validator: Validator, metrics: Metrics | None) -> None:
-        """Validates the averaged weights on the main process."""
+        """Held-out loss of the averaged weights, each process taking its share of the scenes."""
+        moc, device = self.schedule.at(self.step, self.moc), self.accelerator.device
+        sums = self.accelerator.reduce(validator.losses(self.ema.model, moc, device), reduction="sum")
         if metrics:
-            moc, device = self.schedule.at(self.step, self.moc), self.accelerator.device
-            losses = validator.losses(self.ema.model, moc, device)
-            values = {f"validation/loss_{sigma:g}": loss for sigma, loss in losses.items()}
+            mean = (sums[:, 0] / sums[:, 1]).tolist()
+            values = {f"validation/loss_{sigma:g}": loss for sigma, loss in zip(validator.sigmas, mean, strict=True)}
             routing = validator.routing(self.ema.model, moc, device)
             metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
-        self.accelerator.wait_for_everyone()
 
 
 class _Clock:

@@ -24,20 +24,19 @@ class Validator:
     seed: int = 0
 
     @torch.no_grad()
-    def losses(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[float, float]:
-        """Mean loss over all held-out shots at each noise level."""
+    def losses(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> Tensor:
+        """Loss summed over this process's held-out shots at each noise level, and their number: [num sigmas, 2]."""
         was_training = model.training
         model.eval()
-        out = {}
-        for level in self.sigmas:
-            per_shot = []
-            for batch in self.batches:
-                batch = _on(batch, device, moc)
+        sums = torch.zeros(len(self.sigmas), 2, device=device)
+        for batch in self.batches:
+            batch = _on(batch, device, moc)
+            for row, level in zip(sums, self.sigmas, strict=True):
                 sigma = torch.full((batch.num_shots,), level)
-                per_shot.append(self.flow.loss(model, batch, moc, self.seed, sigma=sigma).loss)
-            out[level] = float(torch.cat(per_shot).mean())
+                loss = self.flow.loss(model, batch, moc, self.seed, sigma=sigma).loss
+                row += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
         model.train(was_training)
-        return out
+        return sums
 
     @torch.no_grad()
     def routing(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Typed configuration: YAML holds the values, dataclasses beside their owners the types."""

@@ -1,0 +1,89 @@
+"""The typed form of every command's configuration, and `parse`, which turns Hydra's raw config into it.
+
+After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.dataset import DataConfig
+from moc import MoCConfig
+from moc.diffusion import Flow, SamplingConfig
+from moc.schedule import Stage
+from moc.training import OptimConfig, ParallelConfig, TrackerConfig, TrainerConfig
+from models import ModelConfig
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting the user can mend: one message, with its key."""
+
+
+@dataclass
+class TrainConfig:
+    """`train.py`. name: of the run; its folder is output/name. resume: auto (the run's newest checkpoint, if there is
+    one), none, or a checkpoint's path."""
+
+    name: str = "run"
+    output: str = "outputs"
+    seed: int = 0
+    resume: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moc: MoCConfig = field(default_factory=MoCConfig)
+    schedule: list[Stage] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: Flow = field(default_factory=Flow)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+@dataclass
+class SampleConfig:
+    """`sample.py`. checkpoint: a run's folder, one of its checkpoints, or a model folder. script: what to film. out: a
+    folder to write. encoders: a folder of them; "" takes the checkpoint's. shift: of the noise levels; 0 takes
+    the checkpoint's. device: auto is the GPU where there is one. moc: settings other than the checkpoint's."""
+
+    checkpoint: str = ""
+    script: str = ""
+    out: str = ""
+    encoders: str = ""
+    device: str = "auto"
+    shift: float = 0.0
+    moc: dict[str, Any] = field(default_factory=dict)
+    sampler: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint", "script", "out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is not set; say checkpoint=PATH script=FILE out=DIR")
+
+
+def parse(cfg: DictConfig, schema: type[T]) -> T:
+    """Hydra's config as a `schema` object; raises ConfigError with the full key of what is wrong."""
+    try:
+        typed = OmegaConf.merge(_writable(OmegaConf.structured(schema)), cfg)
+        return OmegaConf.to_object(typed)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_message(error)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _writable(node: DictConfig) -> DictConfig:
+    """Lets values be merged into frozen dataclasses; the objects made of them are frozen again."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if OmegaConf.is_dict(node[key]):
+            _writable(node[key])
+    return node
+
+
+def _message(error: OmegaConfBaseException) -> str:
+    reason = str(error.msg or error).splitlines()[0]
+    return f"{error.full_key}: {reason}" if error.full_key else reason

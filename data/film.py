@@ -1,0 +1,77 @@
+"""From a prompt script to what a sampler needs, and from its latents back to pictures.
+
+Codec and text encoder are handed in; this module knows their interface only (see data/prepare.py).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.bucketing import fit
+from data.errors import DataError
+from data.images import read_image
+from data.script import Script
+
+
+class Codec(Protocol):
+    latent_channels: int
+    temporal_factor: int
+    spatial_factor: int
+
+    def encode(self, video: Tensor) -> Tensor: ...
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]: ...
+
+
+class TextEncoder(Protocol):
+    def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]: ...
+
+
+@dataclass
+class FilmPlan:
+    """The stream of a film. shapes: (C, T, H, W) of each latent. given: latents of reference pictures, each a one-frame
+    shot of its own before the shot that shall look like it. filmed: where the script's shots stand in the stream."""
+
+    shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    given: dict[int, Tensor] = field(default_factory=dict)
+    filmed: list[int] = field(default_factory=list)
+
+    def text(self, encoder: TextEncoder, global_caption: str) -> list[Tensor]:
+        return encoder.encode(global_caption, self.captions)
+
+    def negative(self, encoder: TextEncoder, text: str) -> list[Tensor]:
+        """Features to steer away from: the negative prompt as global caption, null shot captions."""
+        return encoder.encode(text, [""] * len(self.captions))
+
+
+def plan_film(script: Script, codec: Codec) -> FilmPlan:
+    """Lays the stream of a script out; raises DataError for a size the codec cannot take."""
+    height, width = script.size
+    factor = codec.spatial_factor
+    if height % factor or width % factor:
+        raise DataError("bad-script", "size", f"{height}x{width} is not a multiple of {factor}, as this codec needs")
+    plan = FilmPlan()
+    for shot in script.shots:
+        if shot.image:
+            plan.given[len(plan.shapes)] = codec.encode(fit(read_image(shot.image), script.size))
+            plan.shapes.append((codec.latent_channels, 1, height // factor, width // factor))
+            plan.captions.append(shot.caption)
+        plan.filmed.append(len(plan.shapes))
+        length = latent_frames(shot.seconds, script.fps, codec.temporal_factor)
+        plan.shapes.append((codec.latent_channels, length, height // factor, width // factor))
+        plan.captions.append(shot.caption)
+    return plan
+
+
+def latent_frames(seconds: float, fps: float, temporal_factor: int) -> int:
+    """Latent frames of a shot whose temporal_factor n + 1 frames come nearest to a duration."""
+    return 1 + max(0, round((seconds * fps - 1) / temporal_factor))
+
+
+def pictures(video: Tensor) -> np.ndarray:
+    """Decoded float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()

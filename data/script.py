@@ -1,0 +1,173 @@
+"""Prompt scripts: what to film, shot by shot. Ours, HoloCine's and StoryMem's forms, YAML or JSON.
+
+    title: The lighthouse
+    global: "..."            # characters, place, story
+    size: [480, 832]
+    fps: 16
+    negative: "..."
+    shots:
+      - {prompt: "...", seconds: 8, cut: true}
+      - {prompt: "...", seconds: 8, cut: false, image: ref.png}
+
+HoloCine: `global_caption`, `shot_captions`, `num_frames`, optionally `shot_cut_frames`; or `prompt`, one string with
+[global caption], [per shot caption] and [shot cut] tags. StoryMem: `scenes` of `video_prompts` and `cut`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.errors import DataError
+from data.manifest import shot_prompt
+
+DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
+_FIELDS = {"title", "global", "size", "fps", "negative", "shots"}
+_SHOT_FIELDS = {"prompt", "seconds", "cut", "image"}
+
+
+@dataclass(frozen=True)
+class ScriptShot:
+    """One shot to film. cut: a true cut begins it; false: it goes on from the shot before. image: a picture, already
+    inside the script's folder, that the shot shall look like."""
+
+    prompt: str
+    seconds: float
+    cut: bool = True
+    image: Path | None = None
+
+    @property
+    def caption(self) -> str:
+        """The prompt as the text encoder gets it."""
+        return shot_prompt(self.prompt, self.cut)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A story. size: (height, width) in pixels."""
+
+    title: str
+    global_caption: str
+    size: tuple[int, int]
+    fps: float
+    negative: str
+    shots: tuple[ScriptShot, ...]
+
+
+def load_script(path: str | Path) -> Script:
+    """Reads a script in any of the forms; raises DataError citing file and field."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError("missing-script", path, "no such file; give script=FILE, a YAML or JSON prompt script")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError("unreadable-script", path, f"is not YAML or JSON: {str(error).splitlines()[0]}") from None
+    if not isinstance(raw, dict):
+        raise DataError("unreadable-script", path, "must be a mapping with `shots` (see the README)")
+    if "shot_captions" in raw or isinstance(raw.get("prompt"), str):
+        raw = _from_holocine(raw, path)
+    elif "scenes" in raw:
+        raw = _from_storymem(raw, path)
+    return _parse(raw, path)
+
+
+def _parse(raw: dict[str, Any], path: Path) -> Script:
+    _refuse_unknown(raw, _FIELDS, str(path))
+    size = raw.get("size", DEFAULT_SIZE)
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)):
+        raise DataError("bad-script", f"{path} size", f"{size!r} is not [height, width] in pixels")
+    shots = raw.get("shots")
+    if not isinstance(shots, list) or not shots:
+        raise DataError("bad-script", f"{path} shots", "there is no shot; give a list of at least one")
+    return Script(
+        title=str(raw.get("title") or path.stem),
+        global_caption=str(raw.get("global") or ""),
+        size=(size[0], size[1]),
+        fps=_positive(raw.get("fps", DEFAULT_FPS), f"{path} fps"),
+        negative=str(raw.get("negative") or ""),
+        shots=tuple(_shot(shot, f"{path} shots[{index}]", path.parent) for index, shot in enumerate(shots)),
+    )
+
+
+def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
+    if not isinstance(raw, dict):
+        raise DataError("bad-script", where, f"{raw!r} is not a mapping with prompt and seconds")
+    _refuse_unknown(raw, _SHOT_FIELDS, where)
+    prompt, cut, image = raw.get("prompt"), raw.get("cut", True), raw.get("image")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError("bad-script", f"{where}.prompt", f"{prompt!r} is not a text; say what the shot shows")
+    if not isinstance(cut, bool):
+        raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
+    seconds = _positive(raw.get("seconds", DEFAULT_SECONDS), f"{where}.seconds")
+    return ScriptShot(prompt, seconds, cut, _image(image, f"{where}.image", root) if image is not None else None)
+
+
+def _image(name: Any, where: str, root: Path) -> Path:
+    picture = root / str(name)
+    if not picture.resolve().is_relative_to(root.resolve()):
+        raise DataError("outside-root", where, f"{name!r} leads outside {root}; put the picture beside the script")
+    if not picture.is_file():
+        raise DataError("missing-file", where, f"{name!r} is not in {root}")
+    return picture
+
+
+def _positive(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise DataError("bad-script", where, f"{value!r} is not a positive number")
+    return float(value)
+
+
+def _refuse_unknown(raw: dict, known: set[str], where: str) -> None:
+    unknown = sorted(str(key) for key in raw if key not in known)
+    if unknown:
+        raise DataError("bad-script", where, f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+
+
+# The peers' forms, rewritten as ours
+
+
+def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """HoloCine: captions apart with a frame count, or one tagged prompt."""
+    known = {"global_caption", "shot_captions", "num_frames", "shot_cut_frames", "prompt", "negative_prompt"}
+    _refuse_unknown(raw, known | {"title", "size", "fps"}, str(path))
+    if "prompt" in raw:
+        parts = re.split(r"\[(?:global caption|per shot caption|shot cut)\]", raw["prompt"], flags=re.IGNORECASE)
+        global_caption, captions = parts[1] if len(parts) > 1 else "", parts[2:]
+        global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption)
+    else:
+        global_caption, captions = raw.get("global_caption") or "", raw["shot_captions"]
+    if not isinstance(captions, list) or not captions:
+        raise DataError("bad-script", f"{path} shot_captions", "there is no shot; give a list of at least one")
+    fps = _positive(raw.get("fps", DEFAULT_FPS), f"{path} fps")
+    num_frames = _positive(raw.get("num_frames", DEFAULT_SECONDS * fps * len(captions)), f"{path} num_frames")
+    cuts = raw.get("shot_cut_frames") or [num_frames * i / len(captions) for i in range(1, len(captions))]
+    bounds = [0, *cuts, num_frames]
+    if len(bounds) != len(captions) + 1 or any(a >= b for a, b in pairwise(bounds)):
+        raise DataError(
+            "bad-script", f"{path} shot_cut_frames", f"{cuts} are not {len(captions) - 1} rising frames in {num_frames}"
+        )
+    shots = [
+        {"prompt": str(caption).strip(), "seconds": (end - start) / fps}
+        for caption, (start, end) in zip(captions, pairwise(bounds), strict=True)
+    ]
+    shared = {key: raw[key] for key in ("title", "size", "fps") if key in raw}
+    return shared | {"global": global_caption.strip(), "negative": raw.get("negative_prompt", ""), "shots": shots}
+
+
+def _from_storymem(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """StoryMem: scenes, each with a list of prompts and a list that says which of them a cut begins."""
+    shots = []
+    for index, scene in enumerate(raw["scenes"]):
+        prompts, cuts = scene.get("video_prompts", []), scene.get("cut", [])
+        if cuts and len(cuts) != len(prompts):
+            raise DataError(
+                "bad-script", f"{path} scenes[{index}].cut", f"has {len(cuts)} values for {len(prompts)} prompts"
+            )
+        cuts = cuts or [True] * len(prompts)
+        shots += [{"prompt": p, "cut": bool(c)} for p, c in zip(prompts, cuts, strict=True)]
+    return {"global": raw.get("story_overview", ""), "shots": shots}

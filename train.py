@@ -1,0 +1,84 @@
+"""Trains a multi-shot video model: `python train.py experiment=NAME key=value ...`, or with `accelerate launch`.
+
+From here to the inner loop: `Trainer.run` (moc/training/trainer.py), `Flow.loss` (moc/diffusion/flow.py), the model's
+forward (models/mmdit.py), `moc_attention` (moc/attention.py).
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from configs.command import command
+from configs.schema import TrainConfig
+from data.dataset import open_dataset
+from data.loader import Validation, build_loader
+from moc.schedule import MoCSchedule
+from moc.training import Metrics, Trainer, Validator, build_accelerator, find_checkpoint
+from models import build_model
+
+
+@command("train", TrainConfig)
+def main(config: TrainConfig) -> None:
+    """Runs or resumes a training run."""
+    run_folder = Path(config.output, config.name)
+    checkpoint = _checkpoint_to_resume(config, run_folder)
+    dataset = open_dataset(config.data)
+
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, latent_channels=dataset.latent_channels, text_dim=dataset.text_dim)
+    if config.parallel.activation_checkpointing:
+        model.enable_gradient_checkpointing()
+    accelerator = build_accelerator(config.parallel)
+    trainer = Trainer(
+        accelerator,
+        model,
+        config.flow,
+        config.moc,
+        MoCSchedule(config.schedule),
+        config.optim,
+        config.trainer,
+        run_folder,
+        config.seed,
+        save_extras=lambda folder: shutil.copytree(dataset.encoders_folder, folder / "encoders"),
+    )
+    data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
+    loader = build_loader(
+        config.data,
+        model.stream,
+        config.moc.chunk_tokens,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        accumulation=config.parallel.accumulation,
+        start_position=data_state["position"],
+    )
+    validator = Validator(list(Validation(loader)), config.flow) if config.data.validation else None
+
+    metrics = None
+    if accelerator.is_main_process:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step)
+    trainer.run(loader, metrics, validator)
+    if metrics:
+        metrics.close()
+    accelerator.end_training()
+
+
+def _checkpoint_to_resume(config: TrainConfig, run_folder: Path) -> Path | None:
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        return find_checkpoint(run_folder)
+    checkpoint = find_checkpoint(config.resume)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder"
+        )
+    return checkpoint
+
+
+if __name__ == "__main__":
+    main()
