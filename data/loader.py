@@ -52,7 +52,7 @@ class Loader:
         self.order = SampleOrder(sources, config.seed)
         self.num_training = sum(len(source.items) for source in sources)
         training = [i for source in sources for i in source.items]
-        sizes = {i: max_tokens(dataset, i, spec) for i in training}
+        sizes = {i: dataset.max_tokens(i, spec) for i in training}
         largest = max(training, key=sizes.__getitem__)
         scene_id = dataset.items[largest][1].id
         check_budget(sizes[largest], scene_id, config.batch_tokens, world_size * accumulation)
@@ -117,13 +117,6 @@ class Validation:
         draws = ([Draw(position=places[item], item=item)] for item in self.items)
         for batch in _data_loader(self.loader, draws, workers=0):
             yield _raised(batch)
-
-
-def max_tokens(dataset: ShotDataset, item: int, spec: moc.StreamSpec) -> int:
-    """Tokens of an item at most: its longest caption, nothing dropped to a still."""
-    variants = len(dataset.items[item][1].text_keys)
-    whole = [dataset.num_tokens(Draw(0, item, v / variants), spec) for v in range(variants)]
-    return max(whole)
 
 
 def _data_loader(loader: Loader, draws: Iterator[list[Draw]], workers: int) -> DataLoader:

@@ -24,16 +24,19 @@ from tqdm import tqdm
 
 from data.bucketing import fit, read_fitted
 from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, digest, finish, write_whole
+from data.decoders import DECODERS
 from data.errors import DataError
 from data.images import read_image
 from data.manifest import captions, shot_prompt, write_manifest
 from data.planning import SamplePlan, ShotRule, plan_scene
 from data.report import Report, save_thumbnail
 from data.scan import Scan, scan_video
+from data.shots import DETECTORS
 from data.sources import MANIFEST, Found, find_scenes
 from data.video import open_video
 
 Item = TypeVar("Item")
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Codec(Protocol):
@@ -84,8 +87,9 @@ class PrepareConfig:
             raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
         if self.fps < 0 or self.shots_per_sample < 1 or self.shard_megabytes < 1:
             raise ValueError("fps must be 0 or more, shots_per_sample and shard_megabytes at least 1")
-        if self.dtype not in ("float16", "bfloat16", "float32"):
-            raise ValueError(f"dtype must be float16, bfloat16 or float32, got {self.dtype}")
+        for name, known in (("decoder", DECODERS), ("detector", DETECTORS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -41,7 +41,10 @@ class Cache:
         self.folder = Path(folder)
         if not (self.folder / COMPLETE).is_file():
             raise DataError("unfinished-cache", self.folder, f"is not a finished cache; {REMEDY}")
-        index = json.loads((self.folder / INDEX).read_text())
+        try:
+            index = json.loads((self.folder / INDEX).read_text())
+        except (OSError, ValueError) as error:
+            raise DataError("damaged-index", self.folder / INDEX, f"cannot be read ({error}); {REMEDY}") from error
         if index["format"] != CACHE_FORMAT:
             raise DataError(
                 "other-format", self.folder, f"cache format {index['format']}, this code reads {CACHE_FORMAT}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import DataError
-from data.manifest import SceneRecord, captions, read_manifest, resolve
+from data.manifest import CUT_PREFIX, SceneRecord, captions, read_manifest, resolve
 from data.video import VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
@@ -84,7 +84,7 @@ def vocabulary(found: Found, limit: int = 8000) -> list[str]:
         return file.read_text(encoding="utf-8").split()
     counts: Counter[str] = Counter()
     for scene in found.scenes:
-        for caption in (scene.caption, *(shot.caption for shot in scene.shots)):
+        for caption in (scene.caption, CUT_PREFIX, *(shot.caption for shot in scene.shots)):
             for text in captions(caption):
                 counts.update(re.findall(r"\w+", text.lower()))
     return [word for word, _ in counts.most_common(limit)]

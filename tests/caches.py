@@ -1,0 +1,30 @@
+"""Small caches of made-up latents for tests: each scene's values tell its number."""
+
+from pathlib import Path
+
+import torch
+
+from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
+
+RECIPE = {"codec": "c", "text": "t"}
+CHANNELS, TEXT_DIM = 3, 8
+
+
+def scene(number: int, shots: int = 2, frames: int = 3, variants: int = 1, kind: str = "") -> EncodedScene:
+    """Scene `number`: latents of value number + shot / 10, texts of 2 rows (3 for the second length, ...)."""
+    latents = [torch.full((CHANNELS, frames + i, 4, 6), number + i / 10) for i in range(shots)]
+    text = [[torch.full((2 + v, TEXT_DIM), float(10 * number + g)) for g in range(1 + shots)] for v in range(variants)]
+    kind = kind or ("single" if shots == 1 else "multi")
+    return EncodedScene(f"scene{number}", f"key{number}", kind, latents, text)
+
+
+def write_cache(folder: Path, scenes: list[EncodedScene], recipe: dict | None = None, shard_bytes: int = 4000) -> Path:
+    recipe = recipe or RECIPE
+    writer = CacheWriter(folder, recipe, shard_bytes=shard_bytes)
+    writer.add_text(torch.zeros(1, TEXT_DIM), "null", NULL_GLOBAL)
+    writer.add_text(torch.zeros(1, TEXT_DIM), "null", NULL_SHOT)
+    for item in scenes:
+        writer.add(item)
+    writer.flush()
+    finish(folder, recipe, [item.key for item in scenes])
+    return folder

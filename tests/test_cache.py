@@ -1,0 +1,152 @@
+"""The cache: exact round trip, resumption, deduplicated text, and damage found and named."""
+
+import errno
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts
+from data.errors import DataError
+from data.shards import Cache, find_cache
+from tests.caches import RECIPE, scene, write_cache
+
+
+def test_round_trip_over_several_shards(tmp_path):
+    scenes = [scene(n, shots=1 + n % 3, variants=1 + n % 2) for n in range(6)]
+    cache = Cache(write_cache(tmp_path, scenes))
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert [s.id for s in cache.scenes] == [s.id for s in scenes]
+    for stored, wrote in zip(cache.scenes, scenes, strict=True):
+        assert stored.kind == wrote.kind
+        for a, b in zip(cache.latents(stored), wrote.latents, strict=True):
+            torch.testing.assert_close(a, b.half(), rtol=0, atol=0)
+        for keys, texts in zip(stored.text_keys, wrote.text, strict=True):
+            for key, text in zip(keys, texts, strict=True):
+                assert torch.equal(cache.text_features(key), text.half())
+                assert cache.text_rows(key) == len(text)
+
+
+def test_equal_text_is_stored_once(tmp_path):
+    write_cache(tmp_path, [scene(1), scene(1, shots=1)], shard_bytes=1 << 20)
+    assert len(read_parts(tmp_path)[0]["text"]) == 2 + 3
+
+
+def test_digest_names_the_recipe():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_a_restarted_writer_keeps_finished_shards(tmp_path):
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
+    writer.add(scene(0))
+    unfinished = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
+    unfinished.add(scene(1))  # killed here: never flushed
+    again = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
+    assert again.done == {"key0"}
+    again.add(scene(1))
+    assert finish(tmp_path, RECIPE, ["key0", "key1"]) == 2
+
+
+def test_writers_of_many_processes_meet_in_one_index(tmp_path):
+    for rank in range(3):
+        writer = CacheWriter(tmp_path, RECIPE, writer=str(rank), shard_bytes=1)
+        writer.add(scene(rank))
+    finish(tmp_path, RECIPE, ["key2", "key0", "key1"])
+    cache = Cache(tmp_path)
+    assert [s.id for s in cache.scenes] == ["scene2", "scene0", "scene1"]
+    assert cache.latents(cache.scenes[0])[0].unique() == 2
+
+
+def test_a_deleted_shard_is_made_again(tmp_path):
+    scenes = [scene(n) for n in range(3)]
+    write_cache(tmp_path, scenes, shard_bytes=1)
+    lost = Cache(tmp_path).scenes[1]
+    (tmp_path / read_parts(tmp_path)[lost.shard]["file"]).unlink()
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
+    assert "key1" not in writer.done
+    writer.add(scenes[1])
+    finish(tmp_path, RECIPE, [s.key for s in scenes])
+    cache = Cache(tmp_path)
+    assert cache.latents(cache.scenes[1])[0].unique() == 1
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 0x40
+    path.write_bytes(data)
+
+
+def read_all(folder: Path) -> None:
+    cache = Cache(folder)
+    for stored in cache.scenes:
+        cache.latents(stored)
+    for key in cache.text:
+        cache.text_features(key)
+
+
+@pytest.mark.parametrize(
+    ("kind", "harm"),
+    [
+        ("damaged-shard", flip_byte),
+        ("truncated-shard", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+        ("missing-shard", lambda path: path.unlink()),
+        ("unfinished-cache", lambda path: path.with_name(COMPLETE).unlink()),
+        ("damaged-index", lambda path: path.with_name("index.json").write_text("{")),
+        ("other-format", lambda path: path.with_name("index.json").write_text('{"format": 99}')),
+    ],
+)
+def test_damage_is_named(tmp_path, kind, harm):
+    write_cache(tmp_path, [scene(0)], shard_bytes=1 << 20)
+    harm(next(tmp_path.glob("*.safetensors")))
+    with pytest.raises(DataError) as caught:
+        read_all(tmp_path)
+    assert caught.value.kind == kind
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    writer = CacheWriter(tmp_path, RECIPE)
+    bad = scene(0)
+    bad.latents[1][0, 0, 0, 0] = float("nan")
+    with pytest.raises(DataError, match="scene0 shot 1"):
+        writer.add(bad)
+    huge = scene(1)
+    huge.latents[0][0, 0, 0, 0] = 1e6  # over float16
+    with pytest.raises(DataError, match=r"not finite in torch\.float16"):
+        writer.add(huge)
+    writer.add(scene(2))
+    writer.flush()
+    assert [s["id"] for s in read_parts(tmp_path)[0]["scenes"]] == ["scene2"]
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    def full(self, data):
+        self.open("wb").write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(DataError, match="No space left on device; free"):
+            writer.add(scene(0))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_find_cache(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        find_cache(tmp_path / "no")
+    with pytest.raises(DataError, match="no finished cache"):
+        find_cache(tmp_path)
+    first = write_cache(tmp_path / "cache" / "aa", [scene(0)])
+    assert find_cache(tmp_path) == find_cache(first) == first
+    write_cache(tmp_path / "cache" / "bb", [scene(0)])
+    with pytest.raises(DataError, match="several settings"):
+        find_cache(tmp_path)
+
+
+def test_an_open_cache_travels_to_workers(tmp_path):
+    cache = Cache(write_cache(tmp_path, [scene(4)]))
+    cache.latents(cache.scenes[0])
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.latents(copy.scenes[0])[0].unique() == 4

@@ -1,0 +1,245 @@
+"""Order, drops, packing and the loader: nothing lost or doubled, the same for any ranks and workers, exact resume."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moc
+from data.cache import NULL_GLOBAL, NULL_SHOT
+from data.collate import Step, deal, plan_steps
+from data.dataset import DataConfig, Kind, ShotDataset, SourceConfig, open_dataset
+from data.errors import DataError
+from data.loader import Validation, build_loader
+from data.order import Draw, SampleOrder, Source
+from tests.caches import scene, write_cache
+
+SPEC = moc.StreamSpec()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    scenes = [scene(n, shots=1 + n % 3, frames=2 + n % 4, variants=1 + n % 2) for n in range(12)]
+    return str(write_cache(tmp_path_factory.mktemp("cache"), scenes))
+
+
+def config(cache, **changes):
+    return DataConfig(**{"path": cache, "batch_tokens": 500, "workers": 0, "drop_captions": 0.0} | changes)
+
+
+def loader(settings, rank=0, world_size=1, accumulation=1, start_position=0):
+    return build_loader(
+        settings, SPEC, 64, rank=rank, world_size=world_size, accumulation=accumulation, start_position=start_position
+    )
+
+
+def steps(made, count):
+    """Positions of each step of one rank, by micro-batch."""
+    return [[batch.positions for batch in step] for step in islice(made, count)]
+
+
+def merged(*ranks):
+    """The set of positions of each step over all ranks."""
+    return [sorted(p for step in by_rank for part in step for p in part) for by_rank in zip(*ranks, strict=True)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 5)), min_size=1, max_size=4), st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_every_epoch_holds_each_item_once(parts, seed):
+    sources, first = [], 0
+    for size, weight in parts:
+        sources.append(Source(tuple(range(first, first + size)), weight))
+        first += size
+    order = SampleOrder(sources, seed)
+    seen = Counter(order[p] for p in range(400))
+    assert max(seen.values()) == 1  # (item, epoch) never twice
+    for source in sources:
+        epochs = Counter(epoch for item, epoch in seen if item in source.items)
+        assert all(count == len(source.items) for epoch, count in epochs.items() if epoch < max(epochs))
+
+
+def test_mixing_weights_are_met_exactly():
+    order = SampleOrder([Source((0, 1), 3.0), Source((2,), 1.0)], seed=5)
+    for block in range(3):
+        items = [order[p][0] for p in range(1000 * block, 1000 * (block + 1))]
+        assert sum(item == 2 for item in items) == 250
+    early = [order[p][0] for p in range(100)]
+    assert 5 < sum(item == 2 for item in early) < 45  # mixed, not one after the other
+
+
+FIXED_ORDER = [8, 4, 1, 6, 3, 2, 7, 5, 9, 0, 2, 7]
+
+
+def test_the_order_is_fixed_for_ever():
+    """The order is part of a run's meaning: a change of numpy or of this code must not move it."""
+    order = SampleOrder([Source(tuple(range(10)))], seed=7)
+    assert [order[p][0] for p in range(12)] == FIXED_ORDER
+    assert order[3] == (FIXED_ORDER[3], 0)
+    assert order[11] == (FIXED_ORDER[11], 1)
+
+
+def test_order_differs_by_seed_and_epoch():
+    source = [Source(tuple(range(50)))]
+    one, two = SampleOrder(source, 1), SampleOrder(source, 2)
+    first = [one[p][0] for p in range(50)]
+    assert first != [two[p][0] for p in range(50)]
+    assert first != [one[p][0] for p in range(50, 100)]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_dealing_loses_nothing_and_balances(tokens, bins):
+    if bins > len(tokens):
+        return
+    draws = tuple(Draw(position, 0) for position in range(len(tokens)))
+    dealt = deal(Step(0, len(tokens), draws, tuple(tokens)), bins)
+    assert sorted(d.position for part in dealt for d in part) == list(range(len(tokens)))
+    loads = [sum(tokens[d.position] for d in part) for part in dealt]
+    assert min(len(part) for part in dealt) >= 1
+    assert max(loads) - min(loads) <= max(tokens)
+
+
+def test_steps_fill_the_budget_in_order():
+    sizes = [30, 30, 50, 10, 90, 5, 5]
+    planned = plan_steps(lambda p: Draw(p, p % 7), lambda draw: sizes[draw.item], 100, start=0)
+    assert [(s.start, s.end) for s in islice(planned, 4)] == [(0, 2), (2, 4), (4, 7), (7, 9)]
+
+
+def test_steps_do_not_depend_on_ranks(cache):
+    alone = steps(loader(config(cache)), 12)
+    pair = [steps(loader(config(cache), rank, 2, accumulation=2), 12) for rank in range(2)]
+    assert merged(alone) == merged(*pair)
+    assert all(len(step) == 2 and all(step) for rank in pair for step in rank)
+    run = [p for step in merged(alone) for p in step]
+    assert run == list(range(len(run)))
+
+
+def test_steps_do_not_depend_on_workers(cache):
+    assert steps(loader(config(cache, workers=2)), 8) == steps(loader(config(cache)), 8)
+
+
+def test_resume_on_another_number_of_ranks(cache):
+    settings = config(cache, drop_captions=0.3, drop_to_still=0.3)
+    whole = merged(steps(loader(settings), 9))
+    pair = [loader(settings, rank, 2) for rank in range(2)]
+    first = merged(*(steps(made, 4) for made in pair))
+    states = {made.state()["position"] for made in pair}
+    assert len(states) == 1
+    rest = loader(settings, start_position=states.pop())
+    assert first + merged(steps(rest, 5)) == whole
+
+
+def test_state_counts_what_was_given_out_not_what_was_read_ahead(cache):
+    made = loader(config(cache, workers=2, prefetch=8))
+    assert made.state() == {"position": 0, "epoch": 0}
+    iterator = iter(made)
+    last = max(p for part in next(iterator) for p in part.positions)
+    assert made.state()["position"] == last + 1
+    for _ in range(6):
+        next(iterator)
+    assert made.state()["epoch"] == made.state()["position"] // 12
+
+
+def test_batches_hold_the_right_scenes(cache):
+    for step in islice(loader(config(cache)), 6):
+        for batch in step:
+            assert batch.layout.num_tokens <= 500
+            assert len(batch.latents) == batch.layout.num_shots
+            numbers = [int(latent.flatten()[0]) for latent in batch.latents]
+            wanted = [int(name.removeprefix("scene")) for name in batch.ids]
+            assert [n for n in wanted for _ in range(1 + n % 3)] == numbers
+            assert all(latent.dtype == torch.float32 for latent in batch.latents)
+
+
+def test_token_counts_match_the_batches(cache):
+    dataset = open_dataset(config(cache))
+    settings = config(cache, drop_captions=0.2, drop_global_caption=0.3, drop_shot_caption=0.3, drop_to_still=0.3)
+    for spec in (SPEC, moc.StreamSpec(patch=(1, 1, 2), text_in_stream=False)):
+        for position in range(40):
+            draw = dataset.draw(position, position % 12, settings)
+            batch = moc.make_batch([dataset.sample(draw)], spec, 64)
+            assert batch.layout.num_tokens == dataset.num_tokens(draw, spec)
+            assert batch.layout.num_tokens <= dataset.max_tokens(draw.item, spec)
+
+
+def test_drops_come_at_their_rates(cache):
+    dataset = open_dataset(config(cache))
+    settings = config(cache, drop_captions=0.2, drop_global_caption=0.5, drop_shot_caption=0.25, drop_to_still=0.1)
+    draws = [dataset.draw(position, 2, settings) for position in range(4000)]
+    keys = [dataset.text_keys(draw) for draw in draws]
+    shots = [key for sample in keys for key in sample[1:]]
+    assert sum(k[0] == NULL_GLOBAL for k in keys) / 4000 == pytest.approx(0.2 + 0.8 * 0.5, abs=0.03)
+    assert sum(k == NULL_SHOT for k in shots) / len(shots) == pytest.approx(0.2 + 0.8 * 0.25, abs=0.03)
+    every = sum(all(k in (NULL_GLOBAL, NULL_SHOT) for k in sample) for sample in keys) / 4000
+    assert every == pytest.approx(0.2 + 0.8 * 0.5 * 0.25**3, abs=0.03)
+    stills = [still for draw in draws for still in draw.to_still]
+    assert sum(stills) / len(stills) == pytest.approx(0.1, abs=0.02)
+    variants = Counter(dataset.text_keys(dataset.draw(p, 1, config(cache)))[0] for p in range(400))
+    assert len(variants) == 2
+    assert min(variants.values()) > 150
+
+
+def test_stills_and_dropped_captions_in_the_sample(cache):
+    dataset = open_dataset(config(cache))
+    draw = Draw(0, 2, drop_global_caption=True, drop_shot_captions=(False, True, False), to_still=(True, False, False))
+    sample = dataset.sample(draw)
+    whole = dataset[2]
+    assert sample.latents[0].shape[1] == 1
+    assert torch.equal(sample.latents[0], whole.latents[0][:, :1])
+    assert torch.equal(sample.latents[1], whole.latents[1])
+    assert [len(text) for text in sample.text] == [1, 2, 1, 2]
+    assert sample.text[0].abs().max() == 0
+
+
+def test_validation_is_held_out_and_fixed(cache):
+    made = loader(config(cache, validation=3))
+    held = [batch.ids[0] for batch in Validation(made)]
+    assert len(held) == len(set(held)) == 3
+    trained = {name for step in islice(made, 20) for batch in step for name in batch.ids}
+    assert trained.isdisjoint(held)
+    assert len(trained) == 9
+    parts = [[b.ids[0] for b in Validation(loader(config(cache, validation=3), rank, 2))] for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == sorted(held)
+    with pytest.raises(DataError, match="none to train"):
+        loader(config(cache, validation=12))
+
+
+def test_sources_select_and_mix(cache, tmp_path):
+    stills = str(write_cache(tmp_path / "stills", [scene(90 + n, 1, 1, kind="image") for n in range(3)]))
+    mix = [SourceConfig(stills, 0.25, Kind.image), SourceConfig(cache, 0.75, Kind.multi)]
+    made = loader(config("", sources=mix))
+    ids = [name for step in islice(made, 60) for batch in step for name in batch.ids]
+    numbers = [int(name.removeprefix("scene")) for name in ids]
+    assert sum(n >= 90 for n in numbers) / len(numbers) == pytest.approx(0.25, abs=0.08)
+    assert all(n >= 90 or n % 3 > 0 for n in numbers)
+
+
+def test_what_cannot_be_loaded_is_said(cache, tmp_path):
+    with pytest.raises(DataError, match="no scene of kind image"):
+        open_dataset(config("", sources=[SourceConfig(cache, 1.0, Kind.image)]))
+    with pytest.raises(DataError, match=r"set data\.path"):
+        open_dataset(config(""))
+    other = str(write_cache(tmp_path, [scene(1)], recipe={"codec": "another", "text": "t"}))
+    with pytest.raises(DataError, match="prepare both with one"):
+        ShotDataset([SourceConfig(cache), SourceConfig(other)])
+    with pytest.raises(DataError, match="over the budget of 20"):
+        loader(config(cache, batch_tokens=20))
+    with pytest.raises(DataError, match="raise the budget to"):
+        loader(config(cache), world_size=8)
+    with pytest.raises(ValueError, match="drop_captions is a probability"):
+        config(cache, drop_captions=1.5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damage_met_while_training_is_one_message(tmp_path, workers):
+    folder = write_cache(tmp_path, [scene(n) for n in range(4)], shard_bytes=1 << 20)
+    made = loader(config(str(folder), workers=workers))
+    shard = next(folder.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match="fails its checksum"):
+        steps(made, 8)
