@@ -1,24 +1,31 @@
 """Models, codecs and text encoders: what a configuration names, built or loaded."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import torch
 from diffusers import ModelMixin
 
 from moc import MoCConfig
+from models.convert import load_checkpoint, open_checkpoint
+from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
 from models.mmdit import MMDiT
 from models.text import TextConfig, build_text_encoder
 from models.vae import CodecConfig, build_codec
+from models.wan import WanTransformer3DModel
 
 __all__ = [
     "CodecConfig",
+    "Encoders",
+    "EncodersConfig",
     "ModelConfig",
     "TextConfig",
     "build_codec",
+    "build_encoders",
     "build_model",
     "build_text_encoder",
+    "load_encoders",
     "load_model",
     "save_model",
 ]
@@ -26,46 +33,52 @@ __all__ = [
 
 class Family(StrEnum):
     mmdit = "mmdit"
+    wan = "wan"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model with the codec and the text encoder it is trained with.
-
-    path: weights to start from (anything `load_model` reads); the sizes below then come from there.
-    input_skip: see `models.layers.Output`.
-    """
+    """A model's sizes. path: weights to start from (anything `load_model` reads); the sizes then come from there.
+    input_skip: see `models.layers.Output`."""
 
     family: Family = Family.mmdit
     path: str = ""
-    latent_channels: int = 64
-    text_dim: int = 128
     dim: int = 128
     num_layers: int = 4
     num_heads: int = 4
     ffn_dim: int = 512
     input_skip: bool = False
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    text: TextConfig = field(default_factory=TextConfig)
 
 
-def build_model(config: ModelConfig) -> ModelMixin:
-    """A model with fresh random weights, or with those of `config.path`, in fp32 on the CPU."""
+def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> ModelMixin:
+    """A model with fresh random weights, or with those of `config.path`, in fp32 on the CPU.
+
+    latent_channels, text_dim: widths of the latents and text features it will see.
+    """
     if config.path:
         return load_model(config.path)
-    names = ("latent_channels", "text_dim", "dim", "num_layers", "num_heads", "ffn_dim", "input_skip")
-    return MMDiT(**{name: getattr(config, name) for name in names})
+    if config.family == Family.mmdit:
+        sizes = {name: getattr(config, name) for name in ("dim", "num_layers", "num_heads", "ffn_dim", "input_skip")}
+        return MMDiT(latent_channels=latent_channels, text_dim=text_dim, **sizes)
+    return WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.dim // config.num_heads,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        text_dim=text_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+    )
 
 
-def load_model(path: str | Path) -> ModelMixin:
-    """The model in a diffusers folder, in fp32 on the CPU; raises ValueError where there is none."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json")
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    if kind != "MMDiT":
-        raise ValueError(f"{folder} holds a {kind}; this project reads MMDiT")
-    return MMDiT.from_pretrained(folder, local_files_only=True)
+def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weights: str = "ema") -> ModelMixin:
+    """The model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original names.
+
+    dtype: of its weights, norms and time embedding excepted; None as they are stored.
+    weights: "ema" or "model", where a training checkpoint has both.
+    Raises ValueError where the tensors are not exactly those of a model that is known.
+    """
+    return load_checkpoint(open_checkpoint(path, weights), dtype)
 
 
 def save_model(model: ModelMixin, folder: str | Path, config: MoCConfig) -> None:

@@ -16,7 +16,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 
-from moc import Descriptor, DropKey, MoCConfig, ShotLayout, moc_attention, route
+from moc import Descriptor, DropKey, MoCConfig, ShotLayout, StreamSpec, moc_attention, route
 from moc.layout import Grid
 from models.rope import rotate
 
@@ -32,6 +32,7 @@ class StreamAttention:
     config: MoCConfig
     table: tuple[Tensor, Tensor]
     drops: DropKey | None = None
+    on_routes: Callable[[int, Tensor], None] | None = None
     routes: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -48,6 +49,8 @@ class StreamAttention:
             return self.routes[layer]
         drops = replace(self.drops, layer=layer) if self.drops else None
         routes = route(q, k, self.layout, self.config, drops)
+        if self.on_routes:
+            self.on_routes(layer, routes)
         if torch.is_grad_enabled():
             self.routes[layer] = routes
         return routes
@@ -224,3 +227,29 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
     """The inverse of `patchify`; grid is the (T, H, W) of tokens."""
     (t, h, w), (a, b, c) = grid, patch
     return rearrange(tokens, "(t h w) (ch a b c) -> ch (t a) (h b) (w c)", t=t, h=h, w=w, a=a, b=b, c=c)
+
+
+def group_sigma(sigma: Tensor, layout: ShotLayout) -> Tensor:
+    """[S] -> [G]: each shot's sigma, 0 for global text; without a device sync."""
+    is_shot = layout.group_shot >= 0
+    with_global = torch.cat([sigma.new_zeros(1), sigma])
+    return with_global[is_shot.cumsum(0) * is_shot]
+
+
+def check_shots(
+    latents: list[Tensor], sigma: Tensor, text: list[Tensor], layout: ShotLayout, spec: StreamSpec, channels: int
+) -> None:
+    """Raises ValueError where a forward's inputs and its layout describe different shots."""
+    if len(latents) != layout.num_shots or len(sigma) != layout.num_shots or len(text) != layout.num_groups:
+        raise ValueError(
+            f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for a layout of {layout.num_shots} "
+            f"shots and {layout.num_groups} groups: build the layout from this batch (moc.make_batch)"
+        )
+    for group, latent in zip(layout.shot_groups, latents, strict=True):
+        if latent.shape[0] != channels:
+            raise ValueError(
+                f"latent has {latent.shape[0]} channels, this model takes {channels}: "
+                "encode with the codec that the model was trained with"
+            )
+        if spec.grid(latent) != layout.groups[group].grid:
+            raise ValueError(f"latent of {tuple(latent.shape)} is not the layout's {layout.groups[group].grid}")

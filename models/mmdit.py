@@ -9,6 +9,7 @@
 Shape letters: L packed tokens (Lt text, Lv video), N heads, D head dim, G groups, S shots; latents C T H W.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -19,7 +20,16 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec
-from models.layers import Condition, JointBlock, Output, StreamAttention, patchify, unpatchify
+from models.layers import (
+    Condition,
+    JointBlock,
+    Output,
+    StreamAttention,
+    check_shots,
+    group_sigma,
+    patchify,
+    unpatchify,
+)
 from models.rope import interleaved_positions, rotary_table
 
 
@@ -70,6 +80,7 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layout: ShotLayout,
         config: MoCConfig,
         drops: DropKey | None = None,
+        on_routes: Callable[[int, Tensor], None] | None = None,
     ) -> list[Tensor]:
         """The velocity of each shot, fp32, in the form of `latents`.
 
@@ -77,16 +88,18 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text: text-encoder features [T_i, text_dim] of each group: of each sample the global caption's, then its shots'.
         layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
         config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
+        on_routes: told each layer's index and routes, int [N, L, K], for statistics.
         Raises ValueError where latents or text do not fit the layout or the model.
         """
-        self._check(latents, sigma, text, layout)
+        check_shots(latents, sigma, text, layout, self.stream, self.config.latent_channels)
+        self._check_text(text, layout)
         grids = [layout.groups[group].grid for group in layout.shot_groups]
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         video = self.video_in(patches.to(self.video_in.weight.dtype))
         words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
         condition = self.condition(group_sigma(sigma, layout), pooled(text))
         table = rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta)
-        attend = StreamAttention(layout, config, table, drops)
+        attend = StreamAttention(layout, config, table, drops, on_routes)
 
         for layer, block in enumerate(self.blocks):
             args = (words, video, condition, layout, partial(attend, layer))
@@ -103,33 +116,14 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def head_dim(self) -> int:
         return self.config.dim // self.config.num_heads
 
-    def _check(self, latents: list[Tensor], sigma: Tensor, text: list[Tensor], layout: ShotLayout) -> None:
-        if len(latents) != layout.num_shots or len(sigma) != layout.num_shots or len(text) != layout.num_groups:
-            raise ValueError(
-                f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for a layout of {layout.num_shots} "
-                f"shots and {layout.num_groups} groups: build the layout from this batch (moc.make_batch)"
-            )
-        for group, latent in zip(layout.shot_groups, latents, strict=True):
-            if latent.shape[0] != self.config.latent_channels:
-                raise ValueError(
-                    f"latent has {latent.shape[0]} channels, this model takes {self.config.latent_channels}: "
-                    "encode with the codec that the model was trained with"
-                )
-            if self.stream.grid(latent) != layout.groups[group].grid:
-                raise ValueError(f"latent of {tuple(latent.shape)} is not the layout's {layout.groups[group].grid}")
+    def _check_text(self, text: list[Tensor], layout: ShotLayout) -> None:
         for group, features in zip(layout.groups, text, strict=True):
-            if tuple(features.shape) != (group.text_tokens, self.config.text_dim):
+            expected = (group.text_tokens, self.config.text_dim)
+            if tuple(features.shape) != expected:
                 raise ValueError(
-                    f"text features are {tuple(features.shape)}, expected {(group.text_tokens, self.config.text_dim)}: "
+                    f"text features are {tuple(features.shape)}, expected {expected}: "
                     "encode with the text encoder that the model was trained with"
                 )
-
-
-def group_sigma(sigma: Tensor, layout: ShotLayout) -> Tensor:
-    """[S] -> [G]: each shot's sigma, 0 for global text; without a device sync."""
-    is_shot = layout.group_shot >= 0
-    with_global = torch.cat([sigma.new_zeros(1), sigma])
-    return with_global[is_shot.cumsum(0) * is_shot]
 
 
 def pooled(text: list[Tensor]) -> Tensor:

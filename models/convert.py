@@ -1,0 +1,294 @@
+"""Checkpoints on disk: what a path holds, strict loading, and conversion between forms, one tensor at a time.
+
+Forms that are read: a diffusers folder (sharded or not), a file or folder with the Wan release's original names, with
+or without ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint. Written: a diffusers folder, or
+one file with original names. Names inside this module are diffusers'.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from torch import Tensor
+
+from moc import MoCConfig
+from moc.training.checkpoint import find_checkpoint
+from models.mmdit import MMDiT
+from models.tensors import TensorSource, write_sharded, write_tensors
+from models.wan import WanTransformer3DModel
+
+CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
+COMFYUI_PREFIX = "model.diffusion_model."
+HEAD_DIM = 128  # of every Wan model; files without a config do not tell it
+
+# Stems of the original release -> diffusers'; the rest of a name (".weight", ".bias") is shared.
+TOP = {
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+}
+BLOCK = {
+    "modulation": "scale_shift_table",
+    "norm3": "norm2",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    **{
+        f"{old}.{a}": f"{new}.{b}"
+        for old, new in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+    },
+    **{
+        f"{old}.{norm}": f"{new}.{norm}"
+        for old, new in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for norm in ("norm_q", "norm_k")
+    },
+}
+
+
+def _rename(name: str, top: dict[str, str], block: dict[str, str]) -> str | None:
+    match = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name)
+    assert match is not None  # every part is optional
+    prefix, stem, suffix = match[1] or "", match[2], match[3] or ""
+    new = (block if prefix else top).get(stem)
+    return None if new is None else prefix + new + suffix
+
+
+def to_diffusers_name(name: str) -> str | None:
+    """An original name, with ComfyUI's prefix or without, as diffusers'; None for one no Wan model has."""
+    return _rename(name.removeprefix(COMFYUI_PREFIX), TOP, BLOCK)
+
+
+def to_original_name(name: str) -> str | None:
+    """The inverse of `to_diffusers_name`."""
+    return _rename(name, {new: old for old, new in TOP.items()}, {new: old for old, new in BLOCK.items()})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. form: diffusers, original or comfyui names. config: its class's arguments.
+    stored: diffusers name -> the name in the file. moc: attention settings kept beside the weights."""
+
+    form: str
+    kind: str
+    config: dict[str, Any]
+    source: TensorSource
+    stored: dict[str, str]
+    moc: MoCConfig | None
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(self.stored[name])
+
+    def empty_model(self) -> ModelMixin:
+        """The model on the meta device; raises ValueError, listing names, unless the tensors are exactly its own."""
+        with init_empty_weights():
+            model = CLASSES[self.kind](**self.config)
+        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        found = {name: self.source.shapes[key] for name, key in self.stored.items()}
+        problems = {
+            "missing": sorted(expected.keys() - found.keys()),
+            "unexpected": sorted(found.keys() - expected.keys()),
+            "misshapen": [
+                f"{name} {found[name]} instead of {expected[name]}"
+                for name in sorted(expected.keys() & found.keys())
+                if found[name] != expected[name]
+            ],
+        }
+        if any(problems.values()):
+            raise ValueError(f"{self.source.path} is not a whole {self.kind}: " + _listed(problems))
+        return model
+
+    def describe(self) -> str:
+        """One line for the user: what the file is."""
+        count = sum(torch.Size(self.source.shapes[key]).numel() for key in self.stored.values())
+        dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in self.source.dtypes.values()})
+        what = "multi-shot MMDiT" if self.kind == "MMDiT" else WAN_NAMES.get(_size(self.config), "a Wan model")
+        size = f"{count / 1e9:.3f} B parameters in {len(self.stored)} tensors"
+        return f"{what}: {size}, {', '.join(dtypes)}, {self.form} names"
+
+
+WAN_NAMES = {
+    (12, 8960, 30, 16): "Wan2.1-T2V-1.3B",
+    (40, 13824, 40, 16): "Wan2.1-T2V-14B, an expert of Wan2.2-T2V-A14B, or HoloCine (same shapes)",
+    (24, 14336, 30, 48): "Wan2.2-TI2V-5B",
+}
+
+
+def _size(config: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(config[key] for key in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels"))
+
+
+def _listed(problems: dict[str, list[str]], most: int = 10) -> str:
+    parts = []
+    for what, names in problems.items():
+        if names:
+            rest = f" and {len(names) - most} more" if len(names) > most else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
+    return "; ".join(parts)
+
+
+def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
+    """Finds out what `path` holds, without reading any tensor. weights: ema or model, of a training checkpoint.
+
+    Raises ValueError where it is no model, or more than one.
+    """
+    path = _model_path(Path(path), weights)
+    source = TensorSource(path)
+    settings = _read_config(path)
+    if settings.get("_class_name") == "MMDiT":
+        form, stored = "diffusers", {name: name for name in source.names()}
+    else:
+        form, stored = _wan_names(source)
+    kind = "MMDiT" if settings.get("_class_name") == "MMDiT" else "WanTransformer3DModel"
+    if settings.get("_class_name") in CLASSES:
+        config = _class_config(CLASSES[kind], settings, path)
+    else:
+        config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
+    moc = MoCConfig.load(path) if (path / "moc.json").is_file() else None
+    return Checkpoint(form, kind, config, source, stored, moc)
+
+
+def _model_path(path: Path, weights: str) -> Path:
+    """The file or folder of the model itself: inside a run, a checkpoint or a pipeline."""
+    if not path.is_dir():
+        return path
+    checkpoint = find_checkpoint(path)
+    if checkpoint is not None:
+        folder = checkpoint / weights
+        return folder if folder.is_dir() else checkpoint / "model"
+    parts = [name for name in ("transformer", "transformer_2") if (path / name).is_dir()]
+    parts += [name for name in ("high_noise_model", "low_noise_model") if (path / name).is_dir()]
+    if len(parts) > 1:
+        raise ValueError(
+            f"{path} holds two noise experts, {parts}: name the folder of one; they are trained one at a time"
+        )
+    return path / parts[0] if parts else path
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
+    """(form, diffusers name -> stored name) of a file of the Wan family."""
+    names = source.names()
+    if "condition_embedder.time_proj.weight" in names:
+        return "diffusers", {name: name for name in names}
+    renamed = {name: to_diffusers_name(name) for name in names}
+    unknown = [name for name, new in renamed.items() if new is None]
+    if len(unknown) == len(names):
+        raise ValueError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
+    if unknown:
+        raise ValueError(
+            f"{source.path} is not a text-to-video model of the Wan family: {_listed({'unknown tensors': unknown})}"
+        )
+    form = "comfyui" if any(name.startswith(COMFYUI_PREFIX) for name in names) else "original"
+    return form, {new: name for name, new in renamed.items() if new is not None}
+
+
+def _class_config(kind: type[ModelMixin], settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The class's arguments from a config.json; a setting it does not know must be empty."""
+    known = signature(kind.__init__).parameters.keys() - {"self"}
+    unknown = [key for key, value in settings.items() if key not in known and not key.startswith("_") and value]
+    if unknown:
+        raise ValueError(f"{path}/config.json has settings {unknown} that this {kind.__name__} does not know")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in known}
+
+
+def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
+    """The class's arguments as the tensors' shapes tell them."""
+    embedder = "condition_embedder.{}_embedder.linear_1.weight"
+    patch, ffn = "patch_embedding.weight", "blocks.0.ffn.net.0.proj.weight"
+    text, time = embedder.format("text"), embedder.format("time")
+    missing = [name for name in (patch, ffn, text, time) if name not in shapes]
+    if missing:
+        raise ValueError(f"{path} is not a whole Wan model: it lacks {missing}")
+    dim, channels, *patch_size = shapes[patch]
+    if dim % HEAD_DIM:
+        raise ValueError(f"{path} has width {dim}, not a multiple of {HEAD_DIM}: no Wan model")
+    blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
+    return {
+        "patch_size": tuple(patch_size),
+        "num_attention_heads": dim // HEAD_DIM,
+        "attention_head_dim": HEAD_DIM,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": shapes[text][1],
+        "freq_dim": shapes[time][1],
+        "ffn_dim": shapes[ffn][0],
+        "num_layers": max(blocks) + 1,
+    }
+
+
+def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> ModelMixin:
+    """The model on the CPU. dtype: of its weights (norms and time embedding stay fp32), None as they are stored.
+
+    Raises ValueError unless the stored tensors are exactly the model's.
+    """
+    model = checkpoint.empty_model()
+    wide = set(model._keep_in_fp32_modules)
+    state = {}
+    for name in model.state_dict():
+        target = dtype if dtype is None or not wide & set(name.split(".")) else torch.float32
+        tensor = checkpoint.read(name)
+        state[name] = tensor if target is None else tensor.to(target)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def convert(
+    checkpoint: Checkpoint, output: Path, dtype: torch.dtype | None = None, shard_bytes: int = 10 * 1000**3
+) -> None:
+    """Writes `output` from a checkpoint, one tensor in memory at a time: a .safetensors file gets original names, any
+    other path becomes a diffusers folder. Nothing appears under `output` before it is whole."""
+    if output.exists():
+        raise ValueError(f"{output} exists; name a new path")
+    model = checkpoint.empty_model()
+    names = list(model.state_dict())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".safetensors":
+        _write_original(checkpoint, names, output, dtype)
+        return
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_config(partial)
+        write_sharded(partial, _entries(checkpoint, names, dtype), checkpoint.read, shard_bytes=shard_bytes)
+        if checkpoint.moc is not None:
+            checkpoint.moc.save(partial)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _entries(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype | None, rename: Callable[[str], str] = str):
+    return [
+        (
+            rename(name),
+            dtype or checkpoint.source.dtypes[checkpoint.stored[name]],
+            checkpoint.source.shapes[checkpoint.stored[name]],
+        )
+        for name in names
+    ]
+
+
+def _write_original(checkpoint: Checkpoint, names: list[str], file: Path, dtype: torch.dtype | None) -> None:
+    if checkpoint.kind == "MMDiT":
+        raise ValueError(f"{file}: only Wan models have a form with original names; name a folder for an MMDiT")
+    originals = {name: to_original_name(name) or name for name in names}
+    inverse = {new: name for name, new in originals.items()}
+    entries = _entries(checkpoint, names, dtype, originals.__getitem__)
+    write_tensors(file, entries, lambda name: checkpoint.read(inverse[name]))

@@ -1,0 +1,250 @@
+"""The Wan family of video transformers with Mixture of Contexts on self-attention, under diffusers' names.
+
+- Wan2.1-T2V-1.3B and 14B, Wan2.2-TI2V-5B, each expert of Wan2.2-T2V-A14B, HoloCine: the same code, other sizes
+- the stream is video only; text comes by cross-attention, windowed by `text_anchor` to the global and own-shot caption
+- a timestep for each shot (every token takes its shot's); time runs on over shots, with `cut_gap` at each cut
+- no parameters are added: config.json and state dict are those of diffusers' class of the same name
+
+Shape letters: L packed tokens, N heads, D head dim, G groups, B samples, S shots; latents C T H W.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
+from diffusers.models.normalization import FP32LayerNorm
+from einops import rearrange
+from torch import Tensor, nn
+
+from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
+from models.layers import (
+    Attend,
+    RMSNorm,
+    StreamAttention,
+    add_gated,
+    check_shots,
+    group_sigma,
+    modulate,
+    patchify,
+)
+from models.rope import rotary_table, running_positions
+
+TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features, and visible
+
+
+class Window(NamedTuple):
+    """Stream tokens [start, end) see the text rows of `ranges` (of all samples' prompts, one after another)."""
+
+    start: int
+    end: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+class Attention(nn.Module):
+    """Projections and norms of one attention; q and k are normed over the full width, before the head split."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=eps), RMSNorm(dim, eps=eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q of x [L, dim], k and v of context [Lc, dim], as [.., N, D]."""
+        q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
+        return self.heads(q), self.heads(k), self.heads(self.to_v(context))
+
+    def output(self, attended: Tensor) -> Tensor:
+        return self.to_out[0](attended.flatten(-2))
+
+
+class Block(nn.Module):
+    """Self-attention over the stream, cross-attention to the text, FFN; modulated by each token's shot."""
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.attn1 = Attention(dim, num_heads, eps)
+        self.attn2 = Attention(dim, num_heads, eps)
+        self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True)
+        self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.eps = eps
+
+    def forward(
+        self, x: Tensor, context: Tensor, time: Tensor, group: Tensor, attend: Attend, windows: list[Window]
+    ) -> Tensor:
+        """x [L, dim]; context: text rows of all samples [B * 512, dim]; time fp32 [G, 6, dim]; group int [L]."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(1)
+        normed = modulate(x, shift, scale, group, self.eps)
+        q, k, v = self.attn1.project(normed, normed)
+        x = add_gated(x, self.attn1.output(attend(q, k, v)), gate, group)
+
+        q, k, v = self.attn2.project(self.norm2(x), context)
+        x = x + self.attn2.output(window_attention(q, k, v, windows)).to(x.dtype)
+
+        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, group, self.eps)), ffn_gate, group)
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: list[Window]) -> Tensor:
+    """Attention of each window's queries to its text rows: q [L, N, D], k and v [B * 512, N, D] -> [L, N, D]."""
+    out = []
+    for start, end, ranges in windows:
+        keys, values = (torch.cat([x[a:b] for a, b in ranges]).transpose(0, 1)[None] for x in (k, v))
+        queries = q[start:end].transpose(0, 1)[None]
+        out.append(F.scaled_dot_product_attention(queries, keys, values)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+class TextTimeEmbedding(nn.Module):
+    """Embeds timesteps (once for the output, six times for the blocks) and text features."""
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int) -> None:
+        super().__init__()
+        self.frequencies = Timesteps(freq_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(freq_dim, dim)
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
+
+    def forward(self, sigma: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """sigma [G], text rows [R, text_dim] -> fp32 [G, dim], fp32 [G, 6, dim], [R, dim]."""
+        with torch.autocast(sigma.device.type, enabled=False):
+            frequencies = self.frequencies(1000 * sigma.float())
+            time = self.time_embedder(frequencies.to(self.time_embedder.linear_1.weight.dtype))
+            parts = self.time_proj(F.silu(time).to(self.time_proj.weight.dtype))
+        rows = self.text_embedder(text.to(self.text_embedder.linear_1.weight.dtype))
+        return time.float(), parts.float().unflatten(1, (6, -1)), rows
+
+
+class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts the velocity of every shot of a packed batch; its name and settings are diffusers'.
+
+    Raises ValueError for the family's image-to-video variants, whose extra inputs have no place here.
+    """
+
+    _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm2", "norm_q", "norm_k"]
+    _no_split_modules: ClassVar = ["Block"]
+    _repeated_blocks: ClassVar = ["Block"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        num_attention_heads: int = 40,
+        attention_head_dim: int = 128,
+        in_channels: int = 16,
+        out_channels: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+        ffn_dim: int = 13824,
+        num_layers: int = 40,
+        cross_attn_norm: bool = True,
+        qk_norm: str | None = "rms_norm_across_heads",
+        eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
+        rope_max_seq_len: int = 1024,
+        pos_embed_seq_len: int | None = None,
+    ) -> None:
+        super().__init__()
+        if image_dim or added_kv_proj_dim or pos_embed_seq_len or out_channels != in_channels:
+            raise ValueError("this is an image-to-video Wan model; only the text-to-video models are supported")
+        if not cross_attn_norm or qk_norm != "rms_norm_across_heads":
+            raise ValueError(
+                f"cross_attn_norm={cross_attn_norm}, qk_norm={qk_norm!r} is no Wan model that is supported"
+            )
+        dim = num_attention_heads * attention_head_dim
+        self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=False)
+        self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.stream.patch, stride=self.stream.patch)
+        self.condition_embedder = TextTimeEmbedding(dim, freq_dim, text_dim)
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
+        self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        latents: list[Tensor],
+        sigma: Tensor,
+        text: list[Tensor],
+        layout: ShotLayout,
+        config: MoCConfig,
+        drops: DropKey | None = None,
+        on_routes: Callable[[int, Tensor], None] | None = None,
+    ) -> list[Tensor]:
+        """The velocity of each shot, fp32, in the form of `latents`.
+
+        latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
+        text: features [T_i, text_dim] of each group's span of its sample's prompt (at most 512 rows a sample).
+        layout: of video only (`stream.text_in_stream`). config, drops, on_routes: as in `models.mmdit.MMDiT`.
+        Raises ValueError where latents or text do not fit the layout or the model.
+        """
+        check_shots(latents, sigma, text, layout, self.stream, self.config.in_channels)
+        patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
+        weight = self.patch_embedding.weight.flatten(1)
+        x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+        rows, windows = text_windows(text, layout, config.text_anchor)
+        time, block_time, context = self.condition_embedder(group_sigma(sigma, layout), rows)
+        table = rotary_table(running_positions(layout, config.cut_gap), self.config.attention_head_dim)
+        attend = StreamAttention(layout, config, table, drops, on_routes)
+
+        for layer, block in enumerate(self.blocks):
+            args = (x, context, block_time, layout.token_group, partial(attend, layer), windows)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, *args)
+            else:
+                x = block(*args)
+
+        shift, scale = (self.scale_shift_table.float() + time[:, None]).unbind(1)
+        out = self.proj_out(modulate(x, shift, scale, layout.token_group, self.config.eps)).float()
+        return self._unpatchify(out, layout)
+
+    def _unpatchify(self, tokens: Tensor, layout: ShotLayout) -> list[Tensor]:
+        a, b, c = self.stream.patch
+        grids = [layout.groups[group].grid for group in layout.shot_groups]
+        pieces = tokens.split([t * h * w for t, h, w in grids])
+        return [
+            rearrange(piece, "(t h w) (a b c ch) -> ch (t a) (h b) (w c)", t=t, h=h, a=a, b=b, c=c)
+            for piece, (t, h, w) in zip(pieces, grids, strict=True)
+        ]
+
+
+def text_windows(text: list[Tensor], layout: ShotLayout, anchor: TextAnchor) -> tuple[Tensor, list[Window]]:
+    """Each sample's text padded to 512 rows [B * 512, text_dim], and which of them the tokens of each shot see.
+
+    global_and_own: the global caption's rows, the own shot's, and the padding; all: everything.
+    """
+    if anchor == TextAnchor.none:
+        raise ValueError("text_anchor=none leaves a Wan model without text; use all or global_and_own")
+    rows: list[Tensor] = []
+    windows: list[Window] = []
+    for sample in range(layout.num_samples):
+        base = TEXT_TOKENS * sample
+        members = [pair for pair in zip(layout.groups, text, strict=True) if pair[0].sample == sample]
+        ends = list(accumulate((len(features) for _, features in members), initial=base))
+        padding = (ends[-1], base + TEXT_TOKENS)
+        if padding[0] > padding[1]:
+            raise ValueError(
+                f"a prompt of {ends[-1] - base} text rows exceeds Wan's {TEXT_TOKENS}: shorten its captions"
+            )
+        rows += [*(features for _, features in members), text[0].new_zeros(padding[1] - padding[0], text[0].shape[1])]
+        spans = list(pairwise(ends))
+        everything = ((base, base + TEXT_TOKENS),)
+        for (group, _), span in zip(members, spans, strict=True):
+            if group.grid is not None:
+                seen = everything if anchor == TextAnchor.all else (spans[0], span, padding)
+                windows.append(Window(group.start, group.end, seen))
+    return torch.cat(rows), windows

@@ -1,0 +1,201 @@
+"""The Wan family: equal to diffusers' own model, and what Mixture of Contexts adds to it."""
+
+import diffusers
+import pytest
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from moc import DropKey, MoCConfig, Sample, make_batch
+from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
+
+TEXT_DIM = 24
+DENSE = MoCConfig(dense=True)
+MOC = MoCConfig(chunk_tokens=12, top_k=1, text_anchor="global_and_own", backend="reference")
+
+# (heads, FFN width, layers, channels) of Wan2.1-T2V-1.3B, 14B (and each A14B expert), Wan2.2-TI2V-5B
+FULL = {"1.3B": (12, 8960, 30, 16), "14B": (40, 13824, 40, 16), "5B": (24, 14336, 30, 48)}
+COUNTS = {"1.3B": (825, 1.419), "14B": (1095, 14.288), "5B": (825, 5.000)}
+REDUCED = {"1.3B": (2, 192, 3, 16), "14B": (3, 320, 4, 16), "5B": (2, 256, 3, 48)}
+
+
+def arguments(heads: int, ffn_dim: int, num_layers: int, channels: int) -> dict[str, int]:
+    return {
+        **{"num_attention_heads": heads, "ffn_dim": ffn_dim, "num_layers": num_layers},
+        **{"in_channels": channels, "out_channels": channels},
+    }
+
+
+def reduced(shape: str = "1.3B", **changes) -> dict[str, int]:
+    return {**arguments(*REDUCED[shape]), "text_dim": TEXT_DIM, **changes}
+
+
+def small_model() -> WanTransformer3DModel:
+    return WanTransformer3DModel(**reduced(num_attention_heads=2, attention_head_dim=24, num_layers=2))
+
+
+def sample(num_shots: int = 3, channels: int = 16, frames: int = 2, global_rows: int = 3) -> Sample:
+    latents = [torch.randn(channels, frames, 4, 6) for _ in range(num_shots)]
+    return Sample(latents, [torch.randn(n, TEXT_DIM) for n in [global_rows, *range(2, 2 + num_shots)]])
+
+
+def run(model, config: MoCConfig, *samples: Sample, sigma: Tensor | None = None, drops=None) -> list[Tensor]:
+    batch = make_batch(samples, model.stream, config.chunk_tokens)
+    sigma = torch.linspace(0.2, 0.9, batch.num_shots) if sigma is None else sigma
+    return model(batch.latents, sigma, batch.text, batch.layout, config, drops)
+
+
+@pytest.mark.parametrize("shape", FULL)
+def test_names_and_shapes_are_diffusers_and_the_releases(shape: str) -> None:
+    with init_empty_weights():
+        models = [kind(**arguments(*FULL[shape])) for kind in (WanTransformer3DModel, diffusers.WanTransformer3DModel)]
+    ours, theirs = ({name: tuple(w.shape) for name, w in model.state_dict().items()} for model in models)
+    assert ours == theirs
+    count = sum(torch.Size(size).numel() for size in ours.values())
+    assert (len(ours), round(count / 1e9, 3)) == COUNTS[shape]
+
+
+@pytest.mark.parametrize("shape", REDUCED)
+@pytest.mark.parametrize("config", [DENSE, MoCConfig(chunk_tokens=24)], ids=["dense", "moc"])
+def test_one_shot_equals_diffusers(shape: str, config: MoCConfig) -> None:
+    theirs = diffusers.WanTransformer3DModel(**reduced(shape)).eval()
+    ours = WanTransformer3DModel(**reduced(shape))
+    ours.load_state_dict(theirs.state_dict())
+    channels = REDUCED[shape][3]
+    latent, text = torch.randn(channels, 3, 8, 12), torch.randn(20, TEXT_DIM)
+    padded = torch.cat([text, torch.zeros(TEXT_TOKENS - 20, TEXT_DIM)])
+    with torch.no_grad():
+        expected = theirs(latent[None], torch.tensor([370.0]), padded[None], return_dict=False)[0][0]
+        (out,) = run(ours, config, Sample([latent], [text[:6], text[6:]]), sigma=torch.tensor([0.37]))
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_shot_timesteps_equal_diffusers_token_timesteps() -> None:
+    """Two shots under dense attention are diffusers' model with a timestep for each token, as TI2V-5B takes them."""
+    theirs = diffusers.WanTransformer3DModel(**reduced()).eval()
+    ours = WanTransformer3DModel(**reduced())
+    ours.load_state_dict(theirs.state_dict())
+    item = sample(num_shots=2)
+    text = torch.cat(item.text)
+    padded = torch.cat([text, torch.zeros(TEXT_TOKENS - len(text), TEXT_DIM)])
+    times = torch.tensor([200.0, 700.0]).repeat_interleave(2 * 2 * 3)
+    with torch.no_grad():
+        expected = theirs(torch.cat(item.latents, 1)[None], times[None], padded[None], return_dict=False)[0][0]
+        out = torch.cat(run(ours, DENSE, item, sigma=torch.tensor([0.2, 0.7])), 1)
+    assert (out - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_gap_at_the_cut_moves_later_shots_only() -> None:
+    model = small_model()
+    item = sample(num_shots=2)
+    plain = run(model, MoCConfig(chunk_tokens=12, top_k=9), item)
+    apart = run(model, MoCConfig(chunk_tokens=12, top_k=9, cut_gap=4), item)
+    torch.testing.assert_close(plain[0], apart[0])
+    assert not torch.allclose(plain[1], apart[1], rtol=1e-3, atol=1e-4)
+
+
+def test_samples_of_a_batch_never_see_each_other() -> None:
+    model = small_model()
+    one, two = sample(), sample(num_shots=2, global_rows=0)
+    sigma = torch.full((5,), 0.5)
+    together = run(model, MOC, one, two, sigma=sigma)
+    apart = [*run(model, MOC, one, sigma=sigma[:3]), *run(model, MOC, two, sigma=sigma[:2])]
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_show_the_global_caption_the_own_one_and_the_padding() -> None:
+    model = small_model()
+    batch = make_batch([sample(num_shots=2), sample(num_shots=1)], model.stream, 12)
+    rows, windows = text_windows(batch.text, batch.layout, MOC.text_anchor)
+    assert rows.shape == (2 * TEXT_TOKENS, TEXT_DIM)
+    assert not rows[8:TEXT_TOKENS].any()
+    assert [window.ranges for window in windows] == [
+        ((0, 3), (3, 5), (8, 512)),
+        ((0, 3), (5, 8), (8, 512)),
+        ((512, 515), (515, 517), (517, 1024)),
+    ]
+    assert [(window.start, window.end) for window in windows] == [(0, 12), (12, 24), (24, 36)]
+
+
+def test_strict_forward_flow_takes_nothing_from_later_shots() -> None:
+    model = small_model()
+    item = sample()
+    for x in (*item.latents, *item.text):
+        x.requires_grad_()
+    run(model, MoCConfig(chunk_tokens=12, top_k=9, text_anchor="global_and_own"), item)[1].sum().backward()
+    assert not item.latents[2].grad.any()
+    assert not item.text[3].grad.any()
+    assert not item.text[1].grad.any() or item.latents[0].grad.any()  # an earlier caption acts through its shot
+    for x in (*item.latents[:2], item.text[0], item.text[2]):
+        assert x.grad.any()
+
+
+def test_all_captions_reach_all_shots_without_windows() -> None:
+    model = small_model()
+    item = sample()
+    item.text[3].requires_grad_()
+    own_only = MoCConfig(chunk_tokens=12, top_k=0, text_anchor="all")
+    run(model, own_only, item)[0].sum().backward()
+    assert item.text[3].grad.any()
+
+
+def test_first_layers_can_stay_dense() -> None:
+    model = small_model()
+    item = sample()
+    dense, all_dense, one_dense, none_dense = (
+        run(model, config, item)[0]
+        for config in (DENSE, *(MoCConfig(chunk_tokens=12, top_k=1, dense_layers=n) for n in (2, 1, 0)))
+    )
+    assert torch.equal(dense, all_dense)
+    assert not torch.equal(dense, one_dense)
+    assert not torch.equal(one_dense, none_dense)
+
+
+def test_recomputation_gives_the_same_gradients_under_drops() -> None:
+    model = small_model()
+    item = sample(num_shots=4)
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.enable_gradient_checkpointing()
+        model.zero_grad()
+        sum(v.square().sum() for v in run(model, MOC, item, drops=DropKey(0, 1))).backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_forward_never_waits_for_the_device() -> None:
+    """Fake tensors have no values, so whatever would copy one to the host fails."""
+    model = small_model()
+    batch = make_batch([sample(), sample(num_shots=1)], model.stream, 12)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = model(batch.latents, torch.rand(4), batch.text, batch.layout, MOC, DropKey(0, 1))
+        sum(v.sum() for v in out).backward()
+        with pytest.raises(DataDependentOutputException):
+            out[0].sum().item()
+
+
+def test_norms_and_modulation_stay_wide_under_autocast() -> None:
+    model = small_model()
+    item = sample()
+    exact = run(model, DENSE, item)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = run(model, DENSE, item)
+    for a, b in zip(exact, mixed, strict=True):
+        assert b.dtype == torch.float32
+        assert (a - b).norm() < 0.05 * a.norm()
+
+
+def test_wrong_input_is_one_clear_message() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match="600 text rows exceeds Wan's 512"):
+        run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(300, TEXT_DIM)] * 2))
+    with pytest.raises(ValueError, match="leaves a Wan model without text"):
+        run(model, MoCConfig(text_anchor="none", chunk_tokens=12), sample())
+    with pytest.raises(ValueError, match="latent has 48 channels, this model takes 16"):
+        run(model, DENSE, sample(channels=48))
+    with pytest.raises(ValueError, match="image-to-video"):
+        WanTransformer3DModel(**reduced(image_dim=1280))
