@@ -1,0 +1,20 @@
+"""Storyworld: a procedural world of multi-shot stories with exact ground truth.
+
+config       the settings
+canvas       antialiased shapes, gradients, soft edges
+props        trees, rocks, houses ...
+places       the eight places: palette, texture, props, light
+characters   the eight characters: badge, look, pose
+motion       actions and camera moves as functions of time
+story        plans of scenes, captions, vocabulary
+render       frames, boxes, visible shares
+readers      names a place or a character's colours from pixels alone
+dataset      videos, manifest.jsonl, truth.jsonl
+"""
+
+from data.storyworld.config import Mode, StoryworldConfig
+from data.storyworld.dataset import generate
+from data.storyworld.readers import name_looks, name_place
+from data.storyworld.story import place_of_caption, vocabulary
+
+__all__ = ["Mode", "StoryworldConfig", "generate", "name_looks", "name_place", "place_of_caption", "vocabulary"]

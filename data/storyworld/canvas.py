@@ -1,0 +1,168 @@
+"""Antialiased drawing for storyworld: filled shapes with gradients, soft edges and alpha, on float RGBA pixels.
+
+Colours are RGB in [0, 1]; pixels are premultiplied RGBA, float32 [H, W, 4]. A canvas carries an affine map from local
+units to pixels, so that a shape is written once in its own units (y points down) and placed anywhere, at any size.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+Colour = np.ndarray  # float32 [3]
+
+SUBPIXEL_BITS = 4  # of OpenCV's fixed-point polygon corners
+SUBPIXELS = 2**SUBPIXEL_BITS
+
+
+def rgb(hex_code: str) -> Colour:
+    """The colour of a code such as "#f0c080"."""
+    return np.array([int(hex_code[i : i + 2], 16) for i in (1, 3, 5)], np.float32) / 255
+
+
+def mix(a: Colour, b: Colour, share: float) -> Colour:
+    """`a` with the given share of `b`."""
+    return (a + (b - a) * share).astype(np.float32)
+
+
+def lighter(colour: Colour, share: float) -> Colour:
+    return mix(colour, np.ones(3, np.float32), share)
+
+
+def darker(colour: Colour, share: float) -> Colour:
+    # A little blue stays in the dark tones: grey shadows look dirty.
+    return mix(colour, np.array([0.09, 0.06, 0.16], np.float32), share)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Colours running from `start` at y0 to `end` at y1 of the local units; `slant` tilts the run along x."""
+
+    start: Colour
+    end: Colour
+    y0: float
+    y1: float
+    slant: float = 0.0
+
+    def __call__(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        share = np.clip((y + self.slant * x - self.y0) / (self.y1 - self.y0), 0, 1)[..., None]
+        return self.start + (self.end - self.start) * share
+
+
+Paint = Colour | Gradient | Callable[[np.ndarray, np.ndarray], np.ndarray]  # or local (x, y) -> [h, w, 3]
+
+
+def shaded(colour: Colour, y0: float, y1: float) -> Gradient:
+    """The colour lit from the upper left: a lighter tone at y0, a darker one at y1."""
+    return Gradient(lighter(colour, 0.16), darker(colour, 0.2), y0, y1, slant=0.4)
+
+
+_TURN = np.linspace(0, 2 * np.pi, 33)[:-1]
+_CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], axis=1)
+
+
+def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
+    """Corner points [n, 2] of an ellipse; `angle` in radians, clockwise on the picture."""
+    c, s = np.cos(angle), np.sin(angle)
+    return (_CIRCLE * (rx, ry)) @ np.array([[c, s], [-s, c]]) + (x, y)
+
+
+def capsule(x0: float, y0: float, x1: float, y1: float, r0: float, r1: float | None = None) -> np.ndarray:
+    """Points of a round-ended limb from (x0, y0), radius r0, to (x1, y1), radius r1 (r0 if not given)."""
+    r1 = r0 if r1 is None else r1
+    angle = np.arctan2(y1 - y0, x1 - x0)
+    arc = angle + np.linspace(-np.pi / 2, np.pi / 2, 9)
+    end = np.stack([x1 + r1 * np.cos(arc), y1 + r1 * np.sin(arc)], axis=1)
+    start = np.stack([x0 - r0 * np.cos(arc), y0 - r0 * np.sin(arc)], axis=1)
+    return np.concatenate([end, start])
+
+
+def star(x: float, y: float, radius: float, tips: int, depth: float, angle: float = -np.pi / 2) -> np.ndarray:
+    """Points of a star whose inner corners lie at `depth` of the radius."""
+    turn = angle + np.arange(2 * tips) * np.pi / tips
+    reach = radius * np.where(np.arange(2 * tips) % 2 == 0, 1.0, depth)
+    return np.stack([x + reach * np.cos(turn), y + reach * np.sin(turn)], axis=1)
+
+
+class Canvas:
+    """Pixels and the map from local units to them: pixel = matrix @ (x, y, 1)."""
+
+    def __init__(self, pixels: np.ndarray, matrix: np.ndarray):
+        (a, b, tx), (c, d, ty) = matrix.tolist()
+        self.pixels = pixels
+        self.matrix = matrix
+        self.determinant = a * d - b * c
+        # Pixel back to local units: x = inverse[0] . (px, py, 1), y = inverse[1] . (px, py, 1).
+        rows = ((d, -b, b * ty - d * tx), (-c, a, c * tx - a * ty))
+        self.inverse = [[value / self.determinant for value in row] for row in rows]
+        # OpenCV counts from pixel centres, we from pixel corners; half a subpixel more to round.
+        self._to_fixed = matrix.T * SUBPIXELS - [[0.0], [0.0], [SUBPIXELS / 2 - 0.5]]
+
+    @classmethod
+    def blank(cls, height: int, width: int, scale: float, left: float = 0.0, top: float = 0.0) -> "Canvas":
+        """A transparent canvas whose first pixel lies at (left, top), with `scale` pixels a unit."""
+        matrix = np.array([[scale, 0.0, -left * scale], [0.0, scale, -top * scale]])
+        return cls(np.zeros((height, width, 4), np.float32), matrix)
+
+    def at(
+        self, x: float, y: float, scale_x: float = 1.0, scale_y: float | None = None, angle: float = 0.0
+    ) -> "Canvas":
+        """The same pixels seen from a new origin, scaled and turned."""
+        scale_y = scale_x if scale_y is None else scale_y
+        c, s = math.cos(angle), math.sin(angle)
+        local = np.array([[c * scale_x, -s * scale_y, x], [s * scale_x, c * scale_y, y], [0.0, 0.0, 1.0]])
+        return Canvas(self.pixels, self.matrix @ local)
+
+    def fill(self, points: np.ndarray, paint: Paint, opacity: float = 1.0, blur: float = 0.0) -> None:
+        """Paint a polygon [n, 2], or several [k, n, 2] at once that do not overlap.
+
+        blur: the softness of the edge, a Gaussian sigma in local units.
+        """
+        fixed = np.floor(points @ self._to_fixed[:2] + self._to_fixed[2]).astype(np.int32)
+        sigma = blur * math.sqrt(abs(self.determinant))
+        margin = 2 + int(3 * sigma)
+        x, y, w, h = cv2.boundingRect(fixed.reshape(-1, 2))
+        height, width = self.pixels.shape[:2]
+        x0, x1 = max(x // SUBPIXELS - margin, 0), min((x + w) // SUBPIXELS + margin, width)
+        y0, y1 = max(y // SUBPIXELS - margin, 0), min((y + h) // SUBPIXELS + margin, height)
+        if x0 >= x1 or y0 >= y1:
+            return
+        fixed -= np.array((x0 * SUBPIXELS, y0 * SUBPIXELS), np.int32)
+        mask = np.zeros((y1 - y0, x1 - x0), np.uint8)
+        cv2.fillPoly(mask, list(fixed.reshape(-1, *fixed.shape[-2:])), 255, cv2.LINE_AA, SUBPIXEL_BITS)
+        if sigma > 0.3:
+            mask = cv2.GaussianBlur(mask, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
+        alpha = mask[..., None] * np.float32(opacity / 255)
+        region = self.pixels[y0:y1, x0:x1]
+        region += alpha * (self._colours(paint, x0, y0, x1, y1) - region)
+
+    def _colours(self, paint: Paint, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
+        """Opaque RGBA of the paint: [4], or [h, w, 4] over the pixels of the box."""
+        if isinstance(paint, np.ndarray):
+            return _opaque(paint)
+        px = np.arange(x0 + 0.5, x1, dtype=np.float32)
+        py = np.arange(y0 + 0.5, y1, dtype=np.float32)[:, None]
+        (xx, xy, x_start), (yx, yy, y_start) = self.inverse
+        if isinstance(paint, Gradient):  # linear, so it needs no grid of local coordinates
+            run = 1 / (paint.y1 - paint.y0)
+            start = (y_start + paint.slant * x_start - paint.y0) * run
+            share = (yx + paint.slant * xx) * run * px + ((yy + paint.slant * xy) * run * py + start)
+            share = np.minimum(np.maximum(share, 0), 1)[..., None]
+            first = _opaque(paint.start)
+            return first + share * (_opaque(paint.end) - first)
+        return _opaque(paint(xx * px + (xy * py + x_start), yx * px + (yy * py + y_start)))
+
+
+def _opaque(colour: np.ndarray) -> np.ndarray:
+    """RGB [..., 3] to RGBA [..., 4]."""
+    rgba = np.ones((*colour.shape[:-1], 4), np.float32)
+    rgba[..., :3] = colour
+    return rgba
+
+
+def lay_over(under: np.ndarray, upper: np.ndarray) -> None:
+    """Lay premultiplied `upper` on `under` in place; both float32 [H, W, 4]."""
+    under *= 1 - upper[..., 3:]
+    under += upper

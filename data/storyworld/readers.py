@@ -1,0 +1,76 @@
+"""Reading storyworld from pixels alone: which place a shot shows, and a character's colours.
+
+Both compare colours in CIE Lab, where distance is about what the eye sees.
+"""
+
+import cv2
+import numpy as np
+
+from data.storyworld.canvas import mix, rgb
+from data.storyworld.characters import COLOURS
+from data.storyworld.places import HORIZON, PLACES
+
+# Where in a character's box, as (x0, y0, x1, y1) shares, its fur and its outfit show.
+FUR_REGION, OUTFIT_REGION = (0.3, 0.2, 0.7, 0.45), (0.32, 0.62, 0.68, 0.8)
+
+
+def name_place(frames: np.ndarray) -> str:
+    """The place that frames [F, H, W, 3], uint8, show; robust to blur, noise and faded colours.
+
+    Each half of the picture, sky and ground, is averaged (median over the columns, mean over frames) and compared with
+    the palettes of all places.
+    """
+    seen = _bands(frames)
+    names = list(PLACES)
+    distances = [float(np.linalg.norm(seen - _palette(name), axis=1).mean()) for name in names]
+    return names[int(np.argmin(distances))]
+
+
+def name_looks(frames: np.ndarray, boxes: list) -> dict[str, str]:
+    """The fur and outfit colour of the character in `boxes`, one [x0, y0, x1, y1] (or None) for each frame.
+
+    frames: uint8 [F, H, W, 3]. Every pixel of the regions votes. Raises ValueError if no box is given.
+    """
+    pairs = [(frame, box) for frame, box in zip(frames, boxes, strict=True) if box is not None]
+    if not pairs:
+        raise ValueError("no box to read looks in: give one [x0, y0, x1, y1] at least")
+    return {
+        "fur": _name_colour(np.concatenate([_crop(frame, box, FUR_REGION) for frame, box in pairs])),
+        "outfit": _name_colour(np.concatenate([_crop(frame, box, OUTFIT_REGION) for frame, box in pairs])),
+    }
+
+
+def _bands(frames: np.ndarray) -> np.ndarray:
+    """Lab colour [2, 3] of the upper and the lower part of the picture."""
+    height = frames.shape[1]
+    upper, lower = frames[:, : int(0.4 * height)], frames[:, int(0.7 * height) :]
+    return np.stack([_lab(np.median(part, axis=2).mean(axis=(0, 1)) / 255) for part in (upper, lower)])
+
+
+def _palette(name: str) -> np.ndarray:
+    place = PLACES[name]
+    sky = mix(*map(rgb, place.sky), 0.2 / HORIZON)
+    ground = mix(*map(rgb, place.ground), 0.5)
+    return np.stack([_lab(sky), _lab(ground)])
+
+
+def _name_colour(pixels: np.ndarray) -> str:
+    """The commonest nearest colour of pixels [n, 3], uint8."""
+    names = list(COLOURS)
+    palette = np.stack([_lab(COLOURS[name]) for name in names])
+    lab = cv2.cvtColor((pixels[None] / 255).astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+    nearest = np.linalg.norm(lab[:, None] - palette, axis=2).argmin(axis=1)
+    return names[int(np.bincount(nearest).argmax())]
+
+
+def _crop(frame: np.ndarray, box, region: tuple[float, float, float, float]) -> np.ndarray:
+    """The pixels [n, 3] of a region of the box; one at least."""
+    x0, y0, x1, y1 = box
+    left, right = (int(x0 + share * (x1 - x0)) for share in (region[0], region[2]))
+    top, bottom = (int(y0 + share * (y1 - y0)) for share in (region[1], region[3]))
+    return frame[top : max(bottom, top + 1), left : max(right, left + 1)].reshape(-1, 3)
+
+
+def _lab(colour: np.ndarray) -> np.ndarray:
+    """Lab [3] of one RGB colour in [0, 1]."""
+    return cv2.cvtColor(np.asarray(colour, np.float32)[None, None], cv2.COLOR_RGB2LAB)[0, 0]

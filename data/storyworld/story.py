@@ -1,0 +1,216 @@
+"""Planning storyworld's scenes: who, where, what happens shot by shot, and the captions, from a closed vocabulary."""
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from data.manifest import CUT_PREFIX
+from data.storyworld.characters import ACCESSORIES, BADGES, COLOURS, PATTERNS, SIZES, Look
+from data.storyworld.config import Mode, StoryworldConfig
+from data.storyworld.motion import ACTIONS, Actor, Timing, View, camera_at, pose_at
+from data.storyworld.places import PLACES
+
+CAMERAS = {
+    "static": "Static camera.", "pan left": "Pan left.", "pan right": "Pan right.",
+    "zoom in": "Zoom in.", "zoom out": "Zoom out.",
+}  # fmt: skip
+STORIES = ("journey", "game", "search")
+CLOSE, PAN = 1.32, 0.16  # zoom of a close view; half a pan's way, world units
+
+
+@dataclass(frozen=True)
+class Shot:
+    place: str
+    cut: bool
+    frames: int
+    timing: Timing
+    camera: str
+    start_view: View
+    end_view: View
+    actors: tuple[Actor, ...]
+    clock: float  # seconds since the scene began, for what drifts in the air
+    caption: str
+
+
+@dataclass(frozen=True)
+class Recall:
+    """In shot `shot` the name returns, its looks last shown `distance` shots ago, in all in shots `shown_in`."""
+
+    shot: int
+    name: str
+    shown_in: tuple[int, ...]
+    distance: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    looks: tuple[Look, ...]
+    shots: tuple[Shot, ...]
+    caption: str
+    recalls: tuple[Recall, ...]
+    seed: tuple[int, int]  # of all that is drawn at random in it
+
+
+def plan_scene(config: StoryworldConfig, index: int) -> Scene:
+    """Scene `index` of the world `config.seed` names; the same whoever asks, in any order."""
+    seed = (config.seed, index)
+    rng = np.random.default_rng(seed)
+    names = rng.permutation(list(BADGES))[: config.characters].tolist()
+    looks = {name: _draw_look(rng, name, config.mode) for name in names}
+    num_shots = int(rng.choice(config.shots))
+    cuts, casts = _plan_casts(rng, config, names, num_shots)
+    places = _plan_places(rng, config, cuts)
+    story = str(rng.choice(STORIES))
+    shots: list[Shot] = []
+    for i, (cut, cast, place) in enumerate(zip(cuts, casts, places, strict=True)):
+        frames = int(rng.choice(config.frames_per_shot))
+        last = i + 1 == num_shots
+        timing = Timing(frames / config.fps, settle_in=not cut, settle_out=not last and not cuts[i + 1])
+        before = None if cut else shots[-1]
+        clock = shots[-1].clock + shots[-1].timing.seconds if shots else 0.0
+        aspect = config.size[1] / config.size[0]
+        actors = _direct(rng, [looks[name] for name in cast], aspect, before)
+        camera, start_view, end_view = _film(rng, before)
+        caption = shot_caption(place, [(actor.look.name, actor.action) for actor in actors], camera, cut)
+        shots.append(Shot(place, cut, frames, timing, camera, start_view, end_view, actors, clock, caption))
+    shown = list(dict.fromkeys(name for cast in casts for name in cast))
+    caption = global_caption([looks[name] for name in shown], list(dict.fromkeys(places)), story, config.mode)
+    return Scene(tuple(looks.values()), tuple(shots), caption, _find_recalls(casts, cuts), seed)
+
+
+def _draw_look(rng: np.random.Generator, name: str, mode: Mode) -> Look:
+    fur, outfit = (str(colour) for colour in rng.choice(list(COLOURS), 2))
+    if mode == Mode.recall:
+        return Look(name, fur, outfit)
+    pattern, accessory, size = (str(rng.choice(values)) for values in (PATTERNS, ACCESSORIES, list(SIZES)))
+    return Look(name, fur, outfit, pattern, accessory, size)
+
+
+def _plan_casts(rng, config: StoryworldConfig, names: list[str], num_shots: int) -> tuple[list[bool], list[list[str]]]:
+    """Which shots begin with a true cut, and the names in each shot."""
+    if config.mode == Mode.recall:
+        # The last shot's first name was shown in exactly one earlier shot, at a distance drawn evenly.
+        returning, *others = names
+        shown = num_shots - 1 - int(rng.integers(1, num_shots))
+        casts = []
+        for i in range(num_shots):
+            cast = rng.permutation(others).tolist()
+            if i in (shown, num_shots - 1):
+                cast.insert(0, returning)
+            casts.append(cast[: config.characters_per_shot])
+        return [True] * num_shots, casts
+    cuts = [True, *(rng.random(num_shots - 1) >= config.continuation).tolist()]
+    casts = []
+    for cut in cuts:
+        casts.append(rng.permutation(names)[: config.characters_per_shot].tolist() if cut else casts[-1])
+    return cuts, casts
+
+
+def _plan_places(rng: np.random.Generator, config: StoryworldConfig, cuts: list[bool]) -> list[str]:
+    """A true cut moves to another of the scene's places, if it has several."""
+    stock = rng.permutation(config.places or list(PLACES))[: config.places_per_scene].tolist()
+    places = [stock[0]]
+    for cut in cuts[1:]:
+        elsewhere = [place for place in stock if place != places[-1]]
+        places.append(str(rng.choice(elsewhere)) if cut and elsewhere else places[-1])
+    return places
+
+
+def _direct(rng: np.random.Generator, cast: list[Look], aspect: float, before: Shot | None) -> tuple[Actor, ...]:
+    """Give each of the cast an action and a place on the stage; after a continuation, where they were."""
+    stage = 0.3 * aspect
+    actors = []
+    for i, look in enumerate(cast):
+        low = -stage + 2 * stage * i / len(cast)
+        bounds = (low, low + 2 * stage / len(cast))
+        action = str(rng.choice(ACTIONS))
+        facing = float(rng.choice((-1.0, 1.0)))
+        phase = float(rng.uniform(0, 5))
+        if before:
+            was = before.actors[i]
+            rest = pose_at(was, before.timing, before.timing.seconds)
+            others = [other for other in ACTIONS if other != was.action]
+            moved = replace(was, x=rest.x, facing=rest.facing, action=str(rng.choice(others)))
+            actors.append(replace(moved, phase=was.phase + before.timing.seconds))
+            continue
+        middle, half = sum(bounds) / 2, (bounds[1] - bounds[0]) / 2
+        # A walker starts where it has way to go; the others stand nearer the middle.
+        x = middle - 0.7 * half * facing if action == "walks" else middle + 0.5 * half * float(rng.uniform(-1, 1))
+        actors.append(Actor(look, action, x, float(rng.uniform(0.85, 0.92)), facing, bounds, phase))
+    return tuple(actors)
+
+
+def _film(rng: np.random.Generator, before: Shot | None) -> tuple[str, View, View]:
+    """A camera move and its two ends; after a continuation it starts where the shot before left off."""
+    start = before.end_view if before else View(x=float(rng.uniform(-0.06, 0.06)))
+    camera = str(rng.choice(list(CAMERAS)))
+    if before:
+        possible = {"static": True, "pan left": start.x > -PAN / 2, "pan right": start.x < PAN / 2,
+                    "zoom in": start.zoom < 1.1, "zoom out": start.zoom > 1.2}  # fmt: skip
+        camera = str(rng.choice([name for name, can in possible.items() if can]))
+    elif camera.startswith("pan"):
+        start = View(x=PAN if camera == "pan left" else -PAN)
+    elif camera == "zoom out":
+        start = View(x=start.x, y=0.6, zoom=CLOSE)
+    ends = {
+        "static": start, "pan left": replace(start, x=-PAN), "pan right": replace(start, x=PAN),
+        "zoom in": View(start.x / 2, 0.6, CLOSE), "zoom out": View(start.x, 0.5, 1.0),
+    }  # fmt: skip
+    return camera, start, ends[camera]
+
+
+def _find_recalls(casts: list[list[str]], cuts: list[bool]) -> tuple[Recall, ...]:
+    """Every return of a name after a true cut."""
+    recalls = []
+    for i, cast in enumerate(casts):
+        for name in cast:
+            shown = tuple(j for j in range(i) if name in casts[j])
+            if cuts[i] and shown:
+                recalls.append(Recall(i, name, shown, i - shown[-1]))
+    return tuple(recalls)
+
+
+def global_caption(looks: list[Look], places: list[str], story: str, mode: Mode) -> str:
+    """The scene's caption in the form of LCT 8: characters by name, environment, story."""
+    people = " ".join(f"{look.name}: {_describe(look, mode)}." for look in looks)
+    return f"[character] {people} [environment] {', '.join(places)}. [story] A {story}."
+
+
+def _describe(look: Look, mode: Mode) -> str:
+    animal = BADGES[look.name].animal
+    if mode == Mode.recall:
+        return animal
+    return f"{look.size} {look.fur} {animal}, {look.pattern} {look.outfit} coat, {look.accessory}"
+
+
+def shot_caption(place: str, doings: list[tuple[str, str]], camera: str, cut: bool) -> str:
+    """doings: (name, action) of each character."""
+    acts = " and ".join(f"{name} {action}" for name, action in doings)
+    return f"{CUT_PREFIX + ' ' if cut else ''}In the {place}, {acts}. {CAMERAS[camera]}"
+
+
+def vocabulary() -> list[str]:
+    """Every word and mark a caption may hold, as written there, sorted."""
+    animals = [badge.animal for badge in BADGES.values()]
+    frame = f"{CUT_PREFIX} [character] : . [environment] , [story] A coat In the and"
+    values = (BADGES, animals, COLOURS, PATTERNS, ACCESSORIES, SIZES, ACTIONS, PLACES, STORIES, CAMERAS.values())
+    text = " ".join([frame, *(word for group in values for word in group)])
+    return sorted(set(words_of(text)))
+
+
+def words_of(caption: str) -> list[str]:
+    """The caption split into words and single marks."""
+    return re.findall(r"\w+|[^\w\s]", caption)
+
+
+def place_of_caption(prompt: str) -> str:
+    """The place a shot's prompt names. Raises ValueError if it names none, or several."""
+    named = [place for place in PLACES if place in words_of(prompt.lower())]
+    if len(named) != 1:
+        raise ValueError(f"prompt {prompt!r} names {named or 'no place'}; name one of {', '.join(PLACES)}")
+    return named[0]
+
+
+def view_at(shot: Shot, time: float) -> View:
+    return camera_at(shot.start_view, shot.end_view, shot.timing, time)
