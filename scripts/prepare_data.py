@@ -9,14 +9,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 from accelerate import PartialState
-from omegaconf import DictConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from configs.schema import ConfigError, parse
-from data.errors import DataError
+from configs.command import command
 from data.prepare import PrepareConfig, Process, prepare
 from data.sources import find_scenes, vocabulary
 from models import EncodersConfig, build_encoders
@@ -29,15 +26,8 @@ class Settings(PrepareConfig):
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
 
 
-@hydra.main(config_path="../configs", config_name="prepare", version_base=None)
-def main(cfg: DictConfig) -> None:
-    try:
-        run(parse(cfg, Settings))
-    except (ConfigError, DataError) as error:
-        sys.exit(f"error: {error}")
-
-
-def run(settings: Settings) -> None:
+@command("prepare", Settings)
+def main(settings: Settings) -> None:
     state = PartialState()
     found = find_scenes(settings.input)
     encoders = build_encoders(settings.encoders, vocabulary(found))

@@ -1,0 +1,79 @@
+"""A whole real film with recurring characters: Big Buck Bunny (Blender Foundation, CC-BY 3.0), by pip.
+
+The source package of moviepy ships it; pip fetches that once, and each finished step is kept, so a second call goes
+on where the first was stopped.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.cache import write_whole
+from data.errors import DataError
+
+CREDIT = "Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, licensed CC-BY 3.0"
+CAPTION = (
+    "Big Buck Bunny, an animated film. A big, gentle grey rabbit lives in a sunny green meadow by a forest; three "
+    "small mean rodents, a red squirrel, a brown flying squirrel and a chinchilla, tease him and kill butterflies, "
+    "and he plans his revenge."
+)
+FILM = "big_buck_bunny.mp4"
+FILM_BYTES = 50_195_281
+
+_PACKAGE = "moviepy==2.2.1"
+_ARCHIVE = "moviepy-2.2.1.tar.gz"
+_ARCHIVE_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
+_ZIP_MEMBER = "moviepy-2.2.1/docs/_static/medias/getting_started/moviepy_10_minutes/moviepy_10_minutes.zip"
+_FILM_MEMBER = "moviepy_10_minutes/resources/bbb.mp4"
+
+
+@dataclass
+class ExampleFilmConfig:
+    """output: the folder to put the film in."""
+
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.output:
+            raise ValueError("say output=DIR")
+
+
+def fetch(folder: Path) -> Path:
+    """The film's file in `folder`, with its caption and credit beside it. Raises DataError (download-failed)."""
+    film = folder / FILM
+    if not film.is_file() or film.stat().st_size != FILM_BYTES:
+        archive = _download(folder / "download")
+        write_whole(film, _unpack(archive))
+    write_whole(film.with_suffix(".txt"), CAPTION.encode())
+    write_whole(folder / "CREDIT", f"{CREDIT}\n".encode())
+    return film
+
+
+def _download(folder: Path) -> Path:
+    archive = folder / _ARCHIVE
+    if not archive.is_file() or _sha256(archive) != _ARCHIVE_SHA256:
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "moviepy", "--dest", str(folder)]
+        failed = subprocess.run([*pip, _PACKAGE], check=False).returncode
+        if failed or not archive.is_file():
+            raise DataError("download-failed", _PACKAGE, "pip could not fetch it; see its message above")
+    if _sha256(archive) != _ARCHIVE_SHA256:
+        raise DataError("download-failed", archive, "is not the file it should be (SHA-256); delete it and run again")
+    return archive
+
+
+def _unpack(archive: Path) -> bytes:
+    with tarfile.open(archive) as package:
+        inner = package.extractfile(_ZIP_MEMBER)
+        if inner is None:
+            raise DataError("download-failed", archive, f"does not hold {_ZIP_MEMBER}")
+        with zipfile.ZipFile(inner) as media:
+            return media.read(_FILM_MEMBER)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

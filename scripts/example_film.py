@@ -1,0 +1,21 @@
+"""Fetch a whole real film, Big Buck Bunny (58 MB, CC-BY 3.0): python scripts/example_film.py output=DIR
+
+Then: python scripts/prepare_data.py input=DIR output=PREPARED
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs.command import command
+from data.example_film import CREDIT, ExampleFilmConfig, fetch
+
+
+@command("example_film", ExampleFilmConfig)
+def main(config: ExampleFilmConfig) -> None:
+    print(f"{fetch(Path(config.output))}\n{CREDIT}")
+
+
+if __name__ == "__main__":
+    main()
