@@ -1,4 +1,7 @@
-"""How every command runs: Hydra composes its YAML, `parse` types it, and an error of the user's is one message."""
+"""How every command runs: Hydra composes its YAML, `parse` types it, and an error of the user's is one message.
+
+After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
+"""
 
 import os
 import sys
@@ -7,11 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from omegaconf import DictConfig
-
-from configs.schema import parse
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting the user can mend: one message, with its key."""
 
 
 def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
@@ -34,3 +40,28 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
         return hydra.main(config_path=folder, config_name=config_name, version_base=None)(main)
 
     return decorate
+
+
+def parse(cfg: DictConfig, schema: type[T]) -> T:
+    """Hydra's config as a `schema` object; raises ConfigError with the full key of what is wrong."""
+    try:
+        typed = OmegaConf.merge(_writable(OmegaConf.structured(schema)), cfg)
+        return OmegaConf.to_object(typed)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(_message(error)) from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _writable(node: DictConfig) -> DictConfig:
+    """Lets values be merged into frozen dataclasses; the objects made of them are frozen again."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if OmegaConf.is_dict(node[key]):
+            _writable(node[key])
+    return node
+
+
+def _message(error: OmegaConfBaseException) -> str:
+    reason = str(error.msg or error).splitlines()[0]
+    return f"{error.full_key}: {reason}" if error.full_key else reason

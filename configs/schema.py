@@ -1,13 +1,7 @@
-"""The typed form of every command's configuration, and `parse`, which turns Hydra's raw config into it.
-
-After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
-"""
+"""The typed configuration of the commands that compose the whole project; their values are YAML beside this file."""
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from data.dataset import DataConfig
 from moc import MoCConfig
@@ -15,12 +9,6 @@ from moc.diffusion import Flow, SamplingConfig
 from moc.schedule import Stage
 from moc.training import OptimConfig, ParallelConfig, TrackerConfig, TrainerConfig
 from models import ModelConfig
-
-T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A setting the user can mend: one message, with its key."""
 
 
 @dataclass
@@ -62,28 +50,3 @@ class SampleConfig:
         for name in ("checkpoint", "script", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not set; say checkpoint=PATH script=FILE out=DIR")
-
-
-def parse(cfg: DictConfig, schema: type[T]) -> T:
-    """Hydra's config as a `schema` object; raises ConfigError with the full key of what is wrong."""
-    try:
-        typed = OmegaConf.merge(_writable(OmegaConf.structured(schema)), cfg)
-        return OmegaConf.to_object(typed)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise ConfigError(_message(error)) from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _writable(node: DictConfig) -> DictConfig:
-    """Lets values be merged into frozen dataclasses; the objects made of them are frozen again."""
-    OmegaConf.set_readonly(node, None)
-    for key in node:
-        if OmegaConf.is_dict(node[key]):
-            _writable(node[key])
-    return node
-
-
-def _message(error: OmegaConfBaseException) -> str:
-    reason = str(error.msg or error).splitlines()[0]
-    return f"{error.full_key}: {reason}" if error.full_key else reason
