@@ -69,7 +69,6 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
                for index, (start, end) in enumerate(layout.sample_ranges)]  # fmt: skip
     is_video = ~layout.token_is_text
     own_video = (own - _own_text(layout, config))[is_video]
-    scored = 0 if config.dense else 2 * layout.num_tokens * layout.num_chunks * head_dim + layout.num_tokens * head_dim
     return Cost(
         own=float(own.sum()),
         text=float(text.sum()),
@@ -77,9 +76,17 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
         dense=float(sum(length**2 for length, _ in samples)),
         video=float((own_video + routed[is_video]).sum()),
         video_dense=float(sum(video**2 for _, video in samples)),
-        routing_flops=float(scored * num_heads),
+        routing_flops=0.0 if config.dense else float(_routing_flops(layout, head_dim) * num_heads),
         flops_per_pair=FLOPS_PER_PAIR * head_dim * num_heads,
     )
+
+
+def _routing_flops(layout: ShotLayout, head_dim: int) -> int:
+    """Of one head: every key pooled once, every query scored against the descriptors of its sample."""
+    chunks = layout.sample_first_chunk.diff().tolist()
+    lengths = [end - start for start, end in layout.sample_ranges]
+    scores = sum(length * count for length, count in zip(lengths, chunks, strict=True))
+    return (layout.num_tokens + 2 * scores) * head_dim
 
 
 def _lengths(cu_seqlens: Tensor) -> Tensor:

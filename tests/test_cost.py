@@ -62,6 +62,19 @@ def test_flops_follow_the_paper(num_heads, head_dim):
     assert cost.flops == (4 * pairs * head_dim + routing) * num_heads
 
 
+@given(streams(max_samples=3), configs(), seeds)
+def test_the_cost_of_a_pack_is_the_sum_of_its_samples(stream, config, seed):
+    layout = stream.layout()
+    q, k, _ = attention_tensors(layout, seed)
+    packed = attention_cost(layout, config, moc.route(q, k, layout, config, backend="reference"), 2, 4)
+    alone = []
+    for part, (start, end) in zip(stream.layouts(), layout.sample_ranges, strict=True):
+        routes = moc.route(q[start:end], k[start:end], part, config, backend="reference")
+        alone.append(attention_cost(part, config, routes, 2, 4))
+    for name in ("own", "text", "routed", "dense", "video", "video_dense", "routing_flops", "flops", "dense_flops"):
+        assert getattr(packed, name) == pytest.approx(sum(getattr(cost, name) for cost in alone)), name
+
+
 def paper_stream(num_shots: int = 8) -> moc.ShotLayout:
     return moc.ShotLayout.build([moc.Shot(64, (36, 20, 32)) for _ in range(num_shots)], 256, chunk_tokens=1280)
 
