@@ -55,6 +55,8 @@ def test_python_side_and_tensors_agree(stream):
     assert layout.num_groups == layout.num_samples + layout.num_shots == len(layout.groups)
     assert layout.num_chunks == len(layout.chunks) == len(layout.chunk_cu_seqlens) - 1
 
+    assert layout.max_chunk_tokens == max(chunk.length for chunk in layout.chunks)
+
     starts = layout.chunk_cu_seqlens.tolist()
     assert starts == [chunk.start for chunk in layout.chunks] + [layout.num_tokens]
     assert starts[1:] == [chunk.start + chunk.length for chunk in layout.chunks]
@@ -256,8 +258,10 @@ def test_text_stays_out_of_the_stream_of_a_cross_attention_model():
     assert [len(text) for text in batch.text] == [3, 2, 0]
 
 
-def test_a_batch_moves_as_a_whole():
-    moved = moc.make_batch([sample()], moc.StreamSpec(), 8).to("meta")
+def test_a_batch_moves_and_rechunks_as_a_whole():
+    batch = moc.make_batch([sample()], moc.StreamSpec(), 8)
+    assert_same(batch.rechunk(5).layout, batch.layout.rechunk(5))
+    moved = batch.to("meta")
     assert {x.device.type for x in [*moved.latents, *moved.text, moved.layout.token_chunk]} == {"meta"}
 
 

@@ -202,6 +202,14 @@ def test_settings_are_frozen_and_take_plain_strings():
         config.top_k = 3
 
 
+def test_the_first_layers_may_be_dense():
+    config = moc.MoCConfig(top_k=3, dense_layers=2)
+    assert [config.at_layer(layer).dense for layer in range(4)] == [True, True, False, False]
+    assert config.at_layer(2) == config
+    with pytest.raises(ValueError, match="dense_layers=-1"):
+        moc.MoCConfig(dense_layers=-1)
+
+
 # Outer loop
 
 
