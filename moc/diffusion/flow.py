@@ -22,11 +22,17 @@ Model = Callable[..., list[Tensor]]
 
 
 @dataclass(frozen=True)
-class ShotLosses:
-    """Mean squared velocity error of each shot and the noise level it was at, both [S]."""
+class NoiseLevels:
+    """The noise level of each shot of a batch, and which shots are to be learned: sigma float32 [S], is_target bool
+    [S], on the CPU. The others are history: given, almost clean, without a loss (there it would be all noise)."""
 
-    loss: Tensor
     sigma: Tensor
+    is_target: Tensor
+
+    @classmethod
+    def equal(cls, level: float, num_shots: int) -> "NoiseLevels":
+        """All shots at one level, all of them targets."""
+        return cls(torch.full((num_shots,), level), torch.ones(num_shots, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -58,44 +64,51 @@ class Flow:
     def velocity(self, latent: Tensor, noise: Tensor) -> Tensor:
         return noise - latent
 
-    def draw_sigma(self, num_shots: int, generator: torch.Generator) -> Tensor:
-        """Noise levels of one sample's shots: float32 [num_shots], on the CPU."""
+    def draw_levels(self, batch: Batch, seed: int) -> NoiseLevels:
+        """Noise levels of a batch in training, keyed by (seed, position of the sample): the same whatever the number of
+        ranks and the packing, and whether the run was resumed."""
+        draws = [
+            self._draw_sample(len(shots), torch.Generator().manual_seed(_key(seed, position)))
+            for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True)
+        ]
+        sigma, is_target = zip(*draws, strict=True)
+        return NoiseLevels(torch.cat(sigma), torch.cat(is_target))
+
+    def _draw_sample(self, num_shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         logits = self.logit_mean + self.logit_std * torch.randn(num_shots, generator=generator)
-        sigma = self.shifted(logits.sigmoid())
         history = torch.rand(num_shots, generator=generator) * self.history_sigma
         has_history = torch.rand((), generator=generator) < self.history_rate
-        first_noisy = torch.randint(num_shots, (), generator=generator)
-        is_history = has_history & (torch.arange(num_shots) < first_noisy)
-        return torch.where(is_history, history, sigma)
+        first_target = torch.randint(num_shots, (), generator=generator)
+        is_target = ~has_history | (torch.arange(num_shots) >= first_target)
+        return torch.where(is_target, self.shifted(logits.sigmoid()), history), is_target
 
-    def draw(self, batch: Batch, seed: int) -> tuple[Tensor, list[Tensor]]:
-        """Noise levels [S] (CPU) and noise for a batch, keyed by (seed, position of the sample): the same whatever the
-        number of ranks and the packing, and whether the run was resumed."""
-        sigma: list[Tensor] = []
+    def draw_noise(self, batch: Batch, seed: int) -> list[Tensor]:
+        """Noise for each latent, on its device, keyed like the levels."""
         noise: list[Tensor] = []
         for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True):
-            key = hash32(hash32(seed) ^ position)
             latents = batch.latents[len(noise) : len(noise) + len(shots)]
-            sigma.append(self.draw_sigma(len(shots), torch.Generator().manual_seed(key)))
-            generator = torch.Generator(latents[0].device).manual_seed(key)
+            generator = torch.Generator(latents[0].device).manual_seed(_key(seed, position))
             noise += [torch.randn(x.shape, generator=generator, device=x.device) for x in latents]
-        return torch.cat(sigma), noise
+        return noise
 
     def loss(
         self,
         model: Model,
         batch: Batch,
+        levels: NoiseLevels,
         moc: MoCConfig,
         seed: int,
         drops: DropKey | None = None,
-        sigma: Tensor | None = None,
         on_routes: Callable[[int, Tensor], None] | None = None,
-    ) -> ShotLosses:
-        """The training loss of every shot of a batch; `sigma` [S] overrides the drawn noise levels (validation)."""
-        drawn, noise = self.draw(batch, seed)
-        sigma = (drawn if sigma is None else sigma).to(batch.layout.device)
-        latents = [x.float() for x in batch.latents]
+    ) -> Tensor:
+        """Mean squared velocity error of every shot, history included: fp32 [S]."""
+        sigma = levels.sigma.to(batch.layout.device)
+        latents, noise = [x.float() for x in batch.latents], self.draw_noise(batch, seed)
         noisy = [self.add_noise(x, n, s) for x, n, s in zip(latents, noise, sigma, strict=True)]
         predicted = model(noisy, sigma, batch.text, batch.layout, moc, drops=drops, on_routes=on_routes)
         errors = [p.float() - self.velocity(x, n) for p, x, n in zip(predicted, latents, noise, strict=True)]
-        return ShotLosses(torch.stack([error.square().mean() for error in errors]), sigma)
+        return torch.stack([error.square().mean() for error in errors])
+
+
+def _key(seed: int, position: int) -> int:
+    return hash32(hash32(seed) ^ position)

@@ -1,6 +1,7 @@
 """Averaged weights: what validation and sampling use."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class EMA:
         self._averaged.requires_grad_(False)
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The model with the averaged weights."""
         return self._averaged.module
 

@@ -109,12 +109,12 @@ class Trainer:
         self.model.train()
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None)
         for batches in clock.waiting(steps):
-            losses, sigma, grad_norm = self._train_step(batches)
+            result = self._train_step(batches)
             self.step += 1
             bar.update()
             last = self.step == self.config.num_steps
             if last or _due(self.step, self.config.log_every):
-                values = self._summary(losses, sigma, grad_norm) | clock.read()
+                values = self._summary(result) | clock.read()
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
                 if metrics:
                     metrics.log(self.step, values)
@@ -145,38 +145,37 @@ class Trainer:
             ckpt.remove_old(self.run_folder, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, Tensor]:
-        """One optimizer step; returns losses and noise levels of this process's shots and the gradient's norm."""
+    def _train_step(self, batches: list[Batch]) -> "_StepResult":
         moc = self.schedule.at(self.step, self.moc)
         device, processes = self.accelerator.device, self.accelerator.num_processes
-        shots = torch.tensor(sum(batch.num_shots for batch in batches), device=device)
-        # DDP averages gradients over processes; the loss is a mean over the shots of all of them.
-        scale = processes / self.accelerator.reduce(shots, reduction="sum")
-        losses, sigma = [], []
-        for index, batch in enumerate(batches):
+        levels = [self.flow.draw_levels(batch, self.seed) for batch in batches]
+        targets = torch.tensor(sum(int(level.is_target.sum()) for level in levels), device=device)
+        # DDP averages gradients over processes; the loss is a mean over the targets of all of them.
+        scale = processes / self.accelerator.reduce(targets, reduction="sum")
+        losses = []
+        for index, (batch, level) in enumerate(zip(batches, levels, strict=True)):
             batch = batch.rechunk(moc.chunk_tokens).to(device)
             # Keyed by the batch too: micro-batches and processes must not share their draws.
             drops = DropKey(seed=hash32(self.seed ^ hash32(batch.positions[0])), step=self.step)
-            synchronize = index == len(batches) - 1
-            with nullcontext() if synchronize else self.accelerator.no_sync(self.model):
-                shot_losses = self.flow.loss(self.model, batch, moc, self.seed, drops)
-                self.accelerator.backward(shot_losses.loss.sum() * scale)
-            losses.append(shot_losses.loss.detach())
-            sigma.append(shot_losses.sigma)
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops)
+                target_losses = by_shot * level.is_target.to(device)
+                self.accelerator.backward(target_losses.sum() * scale)
+            losses.append(target_losses.detach())
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.num_steps, self.optim)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.bare_model)
-        return torch.cat(losses), torch.cat(sigma), grad_norm
+        return _StepResult(torch.cat(losses), targets, grad_norm)
 
-    def _summary(self, losses: Tensor, sigma: Tensor, grad_norm: Tensor) -> dict[str, Any]:
-        """Loss over all processes and, apart, over high and low noise; raises where training has diverged."""
-        high = sigma >= 0.5
-        sums = torch.stack([losses.sum(), losses[high].sum(), torch.tensor(float(len(losses)), device=losses.device)])
-        sums = self.accelerator.reduce(torch.cat([sums, high.sum()[None].float()]), reduction="sum").tolist()
-        loss, count, high_count = sums[0] / sums[2], sums[2], sums[3]
+    def _summary(self, result: "_StepResult") -> dict[str, Any]:
+        """Loss over the targets of all processes; raises FloatingPointError where training has diverged."""
+        sums = torch.stack([result.losses.sum(), result.targets.float()])
+        loss_sum, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
+        loss = loss_sum / targets
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss} at step {self.step}; lower optim.lr or resume from an earlier checkpoint"
@@ -184,9 +183,7 @@ class Trainer:
         moc = self.schedule.at(self.step - 1, self.moc)
         return {
             "loss": loss,
-            "loss_high_noise": sums[1] / max(1.0, high_count),
-            "loss_low_noise": (sums[0] - sums[1]) / max(1.0, count - high_count),
-            "grad_norm": float(grad_norm),
+            "grad_norm": float(result.grad_norm),
             "lr": learning_rate(self.step - 1, self.config.num_steps, self.optim),
             "chunk_tokens": moc.chunk_tokens,
             "top_k": moc.top_k,
@@ -204,6 +201,15 @@ class Trainer:
             values = {f"validation/loss_{sigma:g}": loss for sigma, loss in zip(validator.sigmas, mean, strict=True)}
             routing = validator.routing(self.ema.model, moc, device)
             metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
+
+
+@dataclass(frozen=True)
+class _StepResult:
+    """Of this process: losses [S], zero for history, and the number of targets. Of all: the gradient's norm."""
+
+    losses: Tensor
+    targets: Tensor
+    grad_norm: Tensor
 
 
 class _Clock:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moc.batch import Batch
 from moc.config import MoCConfig
 from moc.cost import attention_cost
-from moc.diffusion.flow import Flow
+from moc.diffusion.flow import Flow, NoiseLevels
 from moc.statistics import routing_statistics
 
 
@@ -32,8 +32,7 @@ class Validator:
         for batch in self.batches:
             batch = _on(batch, device, moc)
             for row, level in zip(sums, self.sigmas, strict=True):
-                sigma = torch.full((batch.num_shots,), level)
-                loss = self.flow.loss(model, batch, moc, self.seed, sigma=sigma).loss
+                loss = self.flow.loss(model, batch, NoiseLevels.equal(level, batch.num_shots), moc, self.seed)
                 row += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
         model.train(was_training)
         return sums
@@ -51,7 +50,7 @@ class Validator:
             statistics = routing_statistics(routes, batch.layout)
             rows.append({"sparsity": cost.sparsity, "entropy": statistics.entropy, "unused": statistics.unused})
 
-        self.flow.loss(model, batch, moc, self.seed, sigma=torch.full((batch.num_shots,), 0.8), on_routes=observe)
+        self.flow.loss(model, batch, NoiseLevels.equal(0.8, batch.num_shots), moc, self.seed, on_routes=observe)
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
