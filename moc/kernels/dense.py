@@ -148,7 +148,7 @@ def _fa4() -> ModuleType | None:
 
 def _fa4_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> bool:
     modern = capability is not None and capability[0] in (9, 10, 11)
-    return modern and _half_on_gpu(capability, dtype, head_dim, 128) and bool(_fa4())
+    return modern and head_dim in (64, 96, 128) and _half_on_gpu(capability, dtype, head_dim) and bool(_fa4())
 
 
 def _fa4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.kernels import anchors, dense
@@ -40,7 +41,7 @@ class Blocks:
 
 HALF = Blocks(
     tile=128,
-    forward={"BN": 64, "num_warps": 8, "num_stages": 3},
+    forward={"BN": 64, "num_warps": 4, "num_stages": 2},
     dq={"BN": 64, "num_warps": 8, "num_stages": 3},
     dkv={"BM": 64, "BN": 128, "num_warps": 8, "num_stages": 2},
 )
@@ -54,6 +55,24 @@ FULL = Blocks(
 
 def blocks_for(q: Tensor) -> Blocks:
     return FULL if q.dtype == torch.float32 else HALF
+
+
+def use_tma(x: Tensor) -> bool:
+    """Whether keys are read by tensor descriptors (Hopper and on; rows of whole 16 bytes)."""
+    fits = x.shape[-1] * x.element_size() % 16 == 0
+    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def _key_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
+    """What a kernel reads keys or values [L, N, D] from, `rows` tokens of one head at a time."""
+    if not use_tma(x):
+        return x
+    return TensorDescriptor.from_tensor(x, [rows, 1, _padded(x.shape[-1])])
+
+
+def _list_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
+    """What a kernel reads queries in list order [rows, D] from."""
+    return TensorDescriptor.from_tensor(x, [rows, _padded(x.shape[-1])]) if use_tma(x) else x
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
@@ -116,13 +135,16 @@ def routed_forward(
     num_tokens, num_heads, head_dim = q.shape
     num_chunks, stride = len(chunk_starts) - 1, q.stride(0)
     shape = {"D": head_dim, "DP": _padded(head_dim)}
+    blocks = blocks_for(q)
+    key_sources = [_key_source(x, blocks.forward["BN"]) for x in (k, v)]
     partial_lse = torch.full((num_heads, num_tokens, num_slots), -torch.inf, device=q.device)
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
-        kernels.forward_kernel[(lists.max_tiles(last - first, num_tokens * num_slots),)](
-            q, k, v, *_list_args(lists), chunk_starts, partial, partial_lse, first * num_chunks, last * num_chunks,
+        tiles = lists.max_tiles((last - first) * num_chunks, (last - first) * num_tokens * num_slots)
+        kernels.forward_kernel[(tiles,)](
+            q, *key_sources, *_list_args(lists), chunk_starts, partial, partial_lse, first * num_chunks, last * num_chunks,
             num_tokens, num_chunks, num_slots, stride, head_dim**-0.5 * kernels.LOG2E.value,
-            **shape, BM=lists.tile, **blocks_for(q).forward,
+            **shape, BM=lists.tile, TMA=use_tma(q), **blocks.forward,
         )  # fmt: skip
         kernels.merge_kernel[(triton.cdiv(num_tokens, 32), last - first)](
             out, lse, partial, partial_lse, first, num_tokens, num_slots, stride,
@@ -143,16 +165,28 @@ def routed_backward(
     kernels.delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](out, dout, delta, num_tokens, stride, **shape, BT=64)
     blocks = blocks_for(q)
     num_blocks = triton.cdiv(max_chunk_tokens, blocks.dkv["BN"])
-    kernels.dkv_kernel[(num_heads * num_chunks * num_blocks,)](
-        q, k, v, dout, lse, delta, dk, dv, lists.entries, lists.starts, chunk_starts,
-        num_blocks, num_tokens, num_chunks, num_slots, stride, scale, **shape, **blocks.dkv,
-    )  # fmt: skip
+    num_entries = num_tokens * num_slots
+    key_sources = [_key_source(x, blocks.dq["BN"]) for x in (k, v)]
     for first, last in _head_groups(q, num_slots):
-        partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
-        kernels.dq_kernel[(lists.max_tiles(last - first, num_tokens * num_slots),)](
-            q, k, v, dout, lse, delta, *_list_args(lists), chunk_starts, partial, first * num_chunks,
-            last * num_chunks, num_tokens, num_chunks, num_slots, stride, scale,
-            **shape, BM=lists.tile, **blocks.dq,
+        heads = (first * num_chunks, last * num_chunks)
+        tiles = (lists.max_tiles(heads[1] - heads[0], (last - first) * num_entries),)
+        rows = (last - first) * num_entries + lists.tile
+        q_list, dout_list = q.new_empty(rows, head_dim), q.new_empty(rows, head_dim)
+        lse_list, delta_list = lse.new_empty(rows), lse.new_empty(rows)
+        kernels.gather_kernel[tiles](
+            q, dout, lse, delta, q_list, dout_list, lse_list, delta_list, *_list_args(lists), *heads,
+            num_tokens, num_chunks, num_slots, stride, **shape, BM=lists.tile,
+        )  # fmt: skip
+        sources = [_list_source(x, blocks.dkv["BM"]) for x in (q_list, dout_list)]
+        kernels.dkv_kernel[((heads[1] - heads[0]) * num_blocks,)](
+            *sources, lse_list, delta_list, k, v, dk, dv, lists.starts, chunk_starts,
+            heads[0], num_blocks, num_chunks, stride, scale, **shape, TMA=use_tma(q), **blocks.dkv,
+        )  # fmt: skip
+        del sources, dout_list
+        partial = q_list[: num_entries * (last - first)].view(last - first, num_tokens, num_slots, head_dim)
+        kernels.dq_kernel[tiles](
+            q, *key_sources, dout, lse, delta, *_list_args(lists), chunk_starts, partial, *heads,
+            num_tokens, num_chunks, num_slots, stride, scale, **shape, BM=lists.tile, TMA=use_tma(q), **blocks.dq,
         )  # fmt: skip
         kernels.add_dq_kernel[(triton.cdiv(num_tokens, 32), last - first)](
             dq, partial, routes, first, num_tokens, num_slots, stride, **shape, BT=32

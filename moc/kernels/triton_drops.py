@@ -89,11 +89,11 @@ def drop_kernel(
         for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
             chunk = start + tl.arange(0, BC)
             allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
-            keys = tl.where(allowed, _draw(words[:, None], _KEY_IN, chunk[None, :]).to(tl.int64), NEVER)
-            best, added = _keep_lowest(keys, chunk, best, added, kept)
+            draws = tl.where(allowed, _draw(words[:, None], _KEY_IN, chunk[None, :]).to(tl.int64), NEVER)
+            best, added = _keep_lowest(draws, chunk, best, added, kept)
         for i in range(drop_in_max):
-            lowest = tl.min(tl.where(added >= 0, best, NEVER), 1)
-            here = (added >= 0) & (best == lowest[:, None])
+            least = tl.min(tl.where(added >= 0, best, NEVER), 1)
+            here = (added >= 0) & (best == least[:, None])
             chosen = tl.max(tl.where(here, added, -1), 1)
             tl.store(out + top_k + i, tl.where(i < number, chosen, -1)[:, None], mask=valid[:, None])
             added = tl.where(here & (added == chosen[:, None]), -1, added)

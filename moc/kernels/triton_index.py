@@ -1,10 +1,10 @@
 """From routes to work lists, on the device: for each (head, chunk) the queries that chose it, in stream order.
 
-A stable counting sort in two kernels: count the routes of each chunk span by span, then place each route behind those
-of earlier spans and earlier routes of its own span. No atomics decide an order, so the lists are the same every time,
-and nothing waits for the host.
+A counting sort with bit masks. `mark` sets one bit for each (token, chunk) chosen, 32 tokens a word; `count` scans the
+numbers of bits along the stream; then a route's place in its list is the number of bits before its own. Or-ing bits
+knows no order, so the lists are the same every time; nothing waits for the host.
 
-Shape letters: L packed tokens, N heads, M chunks, K routes a query.
+Shape letters: L packed tokens, N heads, M chunks, K routes a query, W = ceil(L / 32) words.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # routes ranked against each other at a time
-SPAN_BLOCKS = 16  # blocks a program walks through, at least
-MAX_COUNTERS = 1 << 24  # bounds the table of counts
+MAX_WORDS = 1 << 26  # bounds the bit masks held at a time
+BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -34,74 +33,98 @@ class Lists:
     tile_list: Tensor
     tile: int
 
-    def max_tiles(self, num_heads: int, num_entries: int) -> int:
-        """The most tiles that `num_heads` heads can have, of `num_entries` table entries a head."""
-        num_lists = self.starts.numel() - 1
-        total_heads = max(1, self.entries.numel() // max(1, num_entries))
-        return num_heads * (num_entries // self.tile + num_lists // total_heads)
+    def max_tiles(self, num_lists: int, num_entries: int) -> int:
+        """The most tiles that `num_lists` lists over `num_entries` slots of the route table can have."""
+        return num_entries // self.tile + num_lists
 
 
 @triton.jit
-def _ranks(chunk, chunk_again):
-    """For each of `chunk` how many before it are equal, and how many are equal in all; negative ones count for none."""
-    place = tl.arange(0, chunk.shape[0])
-    same = (chunk[:, None] == chunk_again[None, :]).to(tl.int32)
-    before = tl.where(place[None, :] < place[:, None], same, 0)
-    return tl.sum(before, axis=1), tl.sum(same, axis=1)
+def _popcount(x):
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
-def _count_kernel(routes, counts, num_entries, num_chunks, num_spans, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    span, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = counts + (head * num_spans + span) * num_chunks
-    for block in range(SPAN):
-        entry = (span * SPAN + block) * BLOCK + tl.arange(0, BLOCK)
-        chunk = tl.load(routes + head * num_entries + entry, mask=entry < num_entries, other=-1)
-        rank, total = _ranks(chunk, chunk)
-        tl.atomic_add(row + chunk, total, mask=(chunk >= 0) & (rank == 0), sem="relaxed")
+def _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK: tl.constexpr):
+    """Of BLOCK slots of the route table: index, chunk, place of the word in the masks, bit in the word, validity."""
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1).to(tl.int64)
+    chunk = tl.load(routes + (first_head + head) * num_entries + entry, mask=entry < num_entries, other=-1)
+    token = entry // num_slots
+    return entry, chunk, (head * num_words + token // 32) * num_chunks + chunk, token % 32, chunk >= 0
 
 
 @triton.jit
-def _place_kernel(routes, places, entries, num_entries, num_chunks, num_spans, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    span, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = places + (head * num_spans + span) * num_chunks  # where the next route of each chunk goes; ours alone
-    for block in range(SPAN):
-        entry = (span * SPAN + block) * BLOCK + tl.arange(0, BLOCK)
-        chunk = tl.load(routes + head * num_entries + entry, mask=entry < num_entries, other=-1)
-        rank, total = _ranks(chunk, chunk)
-        place = tl.load(row + chunk, mask=chunk >= 0, other=0, volatile=True)
-        tl.debug_barrier()
-        tl.store(entries + place + rank, entry, mask=chunk >= 0)
-        tl.store(row + chunk, place + total, mask=(chunk >= 0) & (rank == 0))
-        tl.debug_barrier()
+def mark_kernel(
+    routes, masks, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK: tl.constexpr
+):  # fmt: skip
+    _, _, word, bit, valid = _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK)
+    tl.atomic_or(masks + word, tl.full([BLOCK], 1, tl.int32) << bit, mask=valid, sem="relaxed")
 
 
-def _starts(counts: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+@triton.jit
+def count_kernel(
+    masks, before, counts, first_head, num_words, num_chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """before [G, W, M]: how many tokens of earlier words chose the chunk; counts [N, M]: how many in all."""
+    chunk = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    head = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, num_words, ROWS):
+        word = start + tl.arange(0, ROWS)
+        place = (head * num_words + word)[:, None] * num_chunks + chunk[None, :]
+        inside = (word < num_words)[:, None] & (chunk < num_chunks)[None, :]
+        bits = _popcount(tl.load(masks + place, mask=inside, other=0))
+        tl.store(before + place, total[None, :] + tl.cumsum(bits, 0) - bits, mask=inside)
+        total += tl.sum(bits, 0)
+    tl.store(counts + (first_head + head) * num_chunks + chunk, total, mask=chunk < num_chunks)
+
+
+@triton.jit
+def place_kernel(
+    routes, masks, before, starts, entries, first_head, num_entries, num_slots, num_words, num_chunks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    entry, chunk, word, bit, valid = _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK)
+    start = tl.load(starts + (first_head + tl.program_id(1)) * num_chunks + chunk, mask=valid, other=0)
+    earlier = tl.load(masks + word, mask=valid, other=0) & ((tl.full([BLOCK], 1, tl.int32) << bit) - 1)
+    place = start + tl.load(before + word, mask=valid, other=0) + _popcount(earlier)
+    tl.store(entries + place, entry, mask=valid)
 
 
 def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
-    """Sorts routes int32 [N, L, K] (-1 = empty) into lists."""
-    num_heads, num_tokens, num_routes = routes.shape
-    num_entries = num_tokens * num_routes
-    blocks = triton.cdiv(num_entries, BLOCK)
-    span = max(SPAN_BLOCKS, triton.next_power_of_2(triton.cdiv(num_heads * blocks * num_chunks, MAX_COUNTERS)))
-    num_spans = triton.cdiv(blocks, span)
-    sizes = (num_entries, num_chunks, num_spans, span, BLOCK)
-
-    counts = torch.zeros(num_heads, num_spans, num_chunks, dtype=torch.int32, device=routes.device)
-    _count_kernel[(num_spans, num_heads)](routes, counts, *sizes)
-    so_far = counts.cumsum(1, dtype=torch.int32)
-    starts = _starts(so_far[:, -1].flatten())
-    places = so_far.sub_(counts).add_(starts[:-1].view(num_heads, 1, num_chunks))
-    entries = torch.empty(num_heads * num_entries, dtype=torch.int32, device=routes.device)
-    _place_kernel[(num_spans, num_heads)](routes, places, entries, *sizes)
+    """Sorts routes int32 [N, L, K] (-1 = empty, no chunk twice for a query) into lists."""
+    num_heads, num_tokens, num_slots = routes.shape
+    num_entries, num_words = num_tokens * num_slots, triton.cdiv(num_tokens, 32)
+    group = max(1, min(num_heads, MAX_WORDS // (num_words * num_chunks)))
+    masks = routes.new_empty(group, num_words, num_chunks)
+    before = torch.empty_like(masks)
+    counts = routes.new_empty(num_heads, num_chunks)
+    starts = routes.new_zeros(num_heads * num_chunks + 1)
+    entries = routes.new_empty(num_heads * num_entries)
+    sizes = (num_entries, num_slots, num_words, num_chunks)
+    for first in range(0, num_heads, group):
+        heads = min(group, num_heads - first)
+        grid = (triton.cdiv(num_entries, BLOCK), heads)
+        masks.zero_()
+        mark_kernel[grid](routes, masks, first, *sizes, BLOCK)
+        count_kernel[(triton.cdiv(num_chunks, 32), heads)](
+            masks, before, counts, first, num_words, num_chunks, ROWS=128, COLUMNS=32
+        )
+        lists = slice(first * num_chunks, (first + heads) * num_chunks)
+        so_far = counts.view(-1)[lists].cumsum(0, dtype=torch.int32)
+        torch.add(so_far, starts[lists.start], out=starts[lists.start + 1 : lists.stop + 1])
+        place_kernel[grid](routes, masks, before, starts, entries, first, *sizes, BLOCK)
     return with_tiles(entries, starts, tile)
 
 
 def with_tiles(entries: Tensor, starts: Tensor, tile: int) -> Lists:
     """Lists from their entries and starts; the tiles follow from those."""
-    tile_starts = _starts((starts.diff() + (tile - 1)) // tile)
+    tiles = (starts.diff() + (tile - 1)) // tile
+    tile_starts = torch.nn.functional.pad(tiles.cumsum(0, dtype=torch.int32), (1, 0))
     most = entries.numel() // tile + starts.numel() - 1
     numbers = torch.arange(most, dtype=torch.int32, device=entries.device)
     tile_list = torch.searchsorted(tile_starts, numbers, right=True, out_int32=True) - 1

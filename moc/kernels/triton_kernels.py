@@ -40,6 +40,19 @@ def store_rows(base, row, stride, value, mask, D: tl.constexpr, DP: tl.constexpr
 
 
 @triton.jit
+def load_keys(
+    source, head, start, last, stride, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
+):
+    """BN rows of one head from `start` on. `source`: a tensor descriptor (rows past `last` are not masked) or a pointer."""
+    if TMA:
+        rows = source.load([start, head, 0]).reshape([BN, DP])
+    else:
+        row = start + tl.arange(0, BN)
+        rows = load_rows(source + head * D, row, stride, row < last, D, DP)
+    return rows
+
+
+@triton.jit
 def _open_tile(entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM: tl.constexpr):
     """Head, chunk, entries, tokens and validity of a tile's queries."""
     list_id = tl.load(tile_list + tile)
@@ -53,22 +66,20 @@ def _open_tile(entries, starts, tile_starts, tile_list, tile, num_chunks, num_sl
 
 @triton.jit
 def _forward_blocks(
-    acc, total, peak, q, k, v, first, last, stride, scale_log2,
-    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    acc, total, peak, q, k, v, head, first, last, stride, scale_log2,
+    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of q over keys [first, last)."""
+    """Online softmax of q over keys [first, last); `peak` is the largest score, not yet scaled."""
     for start in range(first, last, BN):
-        row = start + tl.arange(0, BN)
-        inside = row < last
-        keys = load_rows(k, row, stride, inside, D, DP)
-        scores = tl.dot(q, keys.T, input_precision="ieee") * scale_log2
+        keys = load_keys(k, head, start, last, stride, D, DP, BN, TMA)
+        scores = tl.dot(q, keys.T, input_precision="ieee")
         if MASKED:
-            scores = tl.where(inside[None, :], scores, -float("inf"))
+            scores = tl.where((start + tl.arange(0, BN) < last)[None, :], scores, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_peak[:, None])
-        shrink = tl.exp2(peak - new_peak)
+        weights = tl.exp2(scores * scale_log2 - (new_peak * scale_log2)[:, None])
+        shrink = tl.exp2((peak - new_peak) * scale_log2)
         total = total * shrink + tl.sum(weights, 1)
-        values = load_rows(v, row, stride, inside, D, DP)
+        values = load_keys(v, head, start, last, stride, D, DP, BN, TMA)
         acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
         peak = new_peak
     return acc, total, peak
@@ -78,7 +89,7 @@ def _forward_blocks(
 def forward_kernel(
     q, k, v, entries, starts, tile_starts, tile_list, chunk_starts, partial, partial_lse,
     first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale_log2,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     tile = tl.load(tile_starts + first_list) + tl.program_id(0)
     if tile < tl.load(tile_starts + last_list):
@@ -91,18 +102,16 @@ def forward_kernel(
         acc = tl.zeros([BM, DP], tl.float32)
         total = tl.zeros([BM], tl.float32)
         peak = tl.full([BM], -float("inf"), tl.float32)
-        k += head * D
-        v += head * D
         acc, total, peak = _forward_blocks(
-            acc, total, peak, queries, k, v, first, middle, stride, scale_log2, False, D, DP, BN
+            acc, total, peak, queries, k, v, head, first, middle, stride, scale_log2, False, D, DP, BN, TMA
         )
         acc, total, peak = _forward_blocks(
-            acc, total, peak, queries, k, v, middle, last, stride, scale_log2, True, D, DP, BN
+            acc, total, peak, queries, k, v, head, middle, last, stride, scale_log2, True, D, DP, BN, TMA
         )
         partial += (head - first_list // num_chunks).to(tl.int64) * num_tokens * num_slots * D
         store_rows(partial, entry, D, acc / total[:, None], valid, D, DP)
         partial_lse += head.to(tl.int64) * num_tokens * num_slots
-        tl.store(partial_lse + entry, (peak + tl.log2(total)) / LOG2E, mask=valid)
+        tl.store(partial_lse + entry, (peak * scale_log2 + tl.log2(total)) / LOG2E, mask=valid)
 
 
 @triton.jit
@@ -148,19 +157,17 @@ def delta_kernel(out, dout, delta, num_tokens, stride, D: tl.constexpr, DP: tl.c
 
 @triton.jit
 def _dq_blocks(
-    acc, q, do, lse, delta, k, v, first, last, stride, scale_log2,
-    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
+    acc, q, do, lse, delta, k, v, head, first, last, stride, scale_log2,
+    MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     for start in range(first, last, BN):
-        row = start + tl.arange(0, BN)
-        inside = row < last
-        keys = load_rows(k, row, stride, inside, D, DP)
-        values = load_rows(v, row, stride, inside, D, DP)
+        keys = load_keys(k, head, start, last, stride, D, DP, BN, TMA)
+        values = load_keys(v, head, start, last, stride, D, DP, BN, TMA)
         weights = tl.exp2(tl.dot(q, keys.T, input_precision="ieee") * scale_log2 - lse[:, None])
         dweights = tl.dot(do, values.T, input_precision="ieee")
         dscores = weights * (dweights - delta[:, None])
         if MASKED:
-            dscores = tl.where(inside[None, :], dscores, 0.0)
+            dscores = tl.where((start + tl.arange(0, BN) < last)[None, :], dscores, 0.0)
         acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
     return acc
 
@@ -169,7 +176,7 @@ def _dq_blocks(
 def dq_kernel(
     q, k, v, dout, lse, delta, entries, starts, tile_starts, tile_list, chunk_starts, partial,
     first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     tile = tl.load(tile_starts + first_list) + tl.program_id(0)
     if tile < tl.load(tile_starts + last_list):
@@ -184,14 +191,15 @@ def dq_kernel(
         first, last = tl.load(chunk_starts + chunk), tl.load(chunk_starts + chunk + 1)
         middle = first + (last - first) // BN * BN
         acc = tl.zeros([BM, DP], tl.float32)
-        k += head * D
-        v += head * D
+        scale_log2 = scale * LOG2E
         acc = _dq_blocks(
-            acc, queries, grads, row_lse, row_delta, k, v, first, middle, stride, scale * LOG2E, False, D, DP, BN
-        )
+            acc, queries, grads, row_lse, row_delta, k, v, head, first, middle, stride, scale_log2,
+            False, D, DP, BN, TMA,
+        )  # fmt: skip
         acc = _dq_blocks(
-            acc, queries, grads, row_lse, row_delta, k, v, middle, last, stride, scale * LOG2E, True, D, DP, BN
-        )
+            acc, queries, grads, row_lse, row_delta, k, v, head, middle, last, stride, scale_log2,
+            True, D, DP, BN, TMA,
+        )  # fmt: skip
         partial += (head - first_list // num_chunks).to(tl.int64) * num_tokens * num_slots * D
         store_rows(partial, entry, D, acc * scale, valid, D, DP)
 
@@ -216,15 +224,48 @@ def add_dq_kernel(
 
 
 @triton.jit
+def gather_kernel(
+    q, dout, lse, delta, q_list, dout_list, lse_list, delta_list, entries, starts, tile_starts, tile_list,
+    first_list, last_list, num_tokens, num_chunks, num_slots, stride,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Copies what `dkv_kernel` reads of the queries into list order; rows after the last list become 0."""
+    tile = tl.load(tile_starts + first_list) + tl.program_id(0)
+    last_tile = tl.load(tile_starts + last_list)
+    if tile < last_tile:
+        head, _, _, token, valid = _open_tile(entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM)
+        list_id = tl.load(tile_list + tile)
+        place = tl.load(starts + list_id) - tl.load(starts + first_list) + tl.arange(0, BM)
+        place += (tile - tl.load(tile_starts + list_id)) * BM
+        write = valid | (tile == last_tile - 1)
+        store_rows(q_list, place, D, load_rows(q + head * D, token, stride, valid, D, DP), write, D, DP)
+        store_rows(dout_list, place, D, load_rows(dout + head * D, token, stride, valid, D, DP), write, D, DP)
+        row = head.to(tl.int64) * num_tokens + token
+        tl.store(lse_list + place, tl.load(lse + row, mask=valid, other=0.0) * LOG2E, mask=valid)
+        tl.store(delta_list + place, tl.load(delta + row, mask=valid, other=0.0), mask=valid)
+
+
+@triton.jit
+def load_list(source, start, last, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        rows = source.load([start, 0])
+    else:
+        row = start + tl.arange(0, BM)
+        rows = load_rows(source, row, D, row < last, D, DP)
+    return rows
+
+
+@triton.jit
 def dkv_kernel(
-    q, k, v, dout, lse, delta, dk, dv, entries, starts, chunk_starts,
-    num_blocks, num_tokens, num_chunks, num_slots, stride, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    q_list, dout_list, lse_list, delta_list, k, v, dk, dv, starts, chunk_starts,
+    first_list, num_blocks, num_chunks, stride, scale,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dK, dV of BN keys of one chunk and head from all queries of its list, added to what is there."""
-    list_id, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    list_id, block = first_list + tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     head, chunk = list_id // num_chunks, list_id % num_chunks
-    first, last = tl.load(starts + list_id), tl.load(starts + list_id + 1)
+    base = tl.load(starts + first_list)
+    first, last = tl.load(starts + list_id) - base, tl.load(starts + list_id + 1) - base
     row = tl.load(chunk_starts + chunk) + block * BN + tl.arange(0, BN)
     inside = row < tl.load(chunk_starts + chunk + 1)
     if (first < last) & (tl.max(inside.to(tl.int32), 0) > 0):
@@ -232,23 +273,22 @@ def dkv_kernel(
         values = load_rows(v + head * D, row, stride, inside, D, DP)
         dkeys = tl.zeros([BN, DP], tl.float32)
         dvalues = tl.zeros([BN, DP], tl.float32)
-        lse += head.to(tl.int64) * num_tokens
-        delta += head.to(tl.int64) * num_tokens
-        q += head * D
-        dout += head * D
+        place = first + tl.arange(0, BM)
+        row_lse = tl.load(lse_list + place, mask=place < last, other=float("inf"))
+        row_delta = tl.load(delta_list + place, mask=place < last, other=0.0)
         for start in range(first, last, BM):
-            place = start + tl.arange(0, BM)
-            valid = place < last
-            token = tl.load(entries + place, mask=valid, other=0) // num_slots
-            queries = load_rows(q, token, stride, valid, D, DP)
-            row_lse = tl.load(lse + token, mask=valid, other=float("inf")) * LOG2E
-            weights = tl.exp2(tl.dot(keys, queries.T, input_precision="ieee") * (scale * LOG2E) - row_lse[None, :])
-            grads = load_rows(dout, token, stride, valid, D, DP)
-            dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
+            place = start + BM + tl.arange(0, BM)
+            next_lse = tl.load(lse_list + place, mask=place < last, other=float("inf"))
+            next_delta = tl.load(delta_list + place, mask=place < last, other=0.0)
+            queries = load_list(q_list, start, last, D, DP, BM, TMA)
+            scores = tl.dot(keys, queries.T, input_precision="ieee")
+            grads = load_list(dout_list, start, last, D, DP, BM, TMA)
             dweights = tl.dot(values, grads.T, input_precision="ieee")
-            row_delta = tl.load(delta + token, mask=valid, other=0.0)
+            weights = tl.exp2(scores * (scale * LOG2E) - row_lse[None, :])
+            dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
             dscores = weights * (dweights - row_delta[None, :])
             dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
+            row_lse, row_delta = next_lse, next_delta
         dkeys = dkeys * scale + load_rows(dk + head * D, row, stride, inside, D, DP).to(tl.float32)
         dvalues += load_rows(dv + head * D, row, stride, inside, D, DP).to(tl.float32)
         store_rows(dk + head * D, row, stride, dkeys, inside, D, DP)
