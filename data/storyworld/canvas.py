@@ -1,7 +1,8 @@
 """Antialiased drawing for storyworld: filled shapes with gradients, soft edges and alpha, on float RGBA pixels.
 
-Colours are RGB in [0, 1]; pixels are premultiplied RGBA, float32 [H, W, 4]. A canvas carries an affine map from local
-units to pixels, so that a shape is written once in its own units (y points down) and placed anywhere, at any size.
+Colours are opaque RGBA in [0, 1], float32 [4]; pixels are premultiplied RGBA, float32 [H, W, 4]. A canvas carries an
+affine map from local units to pixels, so that a shape is written once in its own units (y points down) and placed
+anywhere, at any size.
 """
 
 import math
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-Colour = np.ndarray  # float32 [3]
+Colour = np.ndarray  # float32 [4]
 
 SUBPIXEL_BITS = 4  # of OpenCV's fixed-point polygon corners
 SUBPIXELS = 2**SUBPIXEL_BITS
@@ -19,21 +20,24 @@ SUBPIXELS = 2**SUBPIXEL_BITS
 
 def rgb(hex_code: str) -> Colour:
     """The colour of a code such as "#f0c080"."""
-    return np.array([int(hex_code[i : i + 2], 16) for i in (1, 3, 5)], np.float32) / 255
+    return np.array([*(int(hex_code[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0], np.float32)
+
+
+_LIGHT = rgb("#ffffff")
+_DARK = rgb("#170f29")  # with a little blue: grey shadows look dirty
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
     """`a` with the given share of `b`."""
-    return (a + (b - a) * share).astype(np.float32)
+    return a + (b - a) * share
 
 
 def lighter(colour: Colour, share: float) -> Colour:
-    return mix(colour, np.ones(3, np.float32), share)
+    return mix(colour, _LIGHT, share)
 
 
 def darker(colour: Colour, share: float) -> Colour:
-    # A little blue stays in the dark tones: grey shadows look dirty.
-    return mix(colour, np.array([0.09, 0.06, 0.16], np.float32), share)
+    return mix(colour, _DARK, share)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Gradient:
         return self.start + (self.end - self.start) * share
 
 
-Paint = Colour | Gradient | Callable[[np.ndarray, np.ndarray], np.ndarray]  # or local (x, y) -> [h, w, 3]
+Paint = Colour | Gradient | Callable[[np.ndarray, np.ndarray], np.ndarray]  # or local (x, y) -> [h, w, 4]
 
 
 def shaded(colour: Colour, y0: float, y1: float) -> Gradient:
@@ -61,22 +65,22 @@ def shaded(colour: Colour, y0: float, y1: float) -> Gradient:
 
 _TURN = np.linspace(0, 2 * np.pi, 33)[:-1]
 _CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], axis=1)
+_CAP = np.stack([np.cos(_TURN[:17] - np.pi / 2), np.sin(_TURN[:17] - np.pi / 2)], axis=1)[::2]  # half a circle
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
     """Corner points [n, 2] of an ellipse; `angle` in radians, clockwise on the picture."""
-    c, s = np.cos(angle), np.sin(angle)
-    return (_CIRCLE * (rx, ry)) @ np.array([[c, s], [-s, c]]) + (x, y)
+    c, s = math.cos(angle), math.sin(angle)
+    return _CIRCLE @ np.array([[rx * c, rx * s], [-ry * s, ry * c]]) + (x, y)
 
 
 def capsule(x0: float, y0: float, x1: float, y1: float, r0: float, r1: float | None = None) -> np.ndarray:
     """Points of a round-ended limb from (x0, y0), radius r0, to (x1, y1), radius r1 (r0 if not given)."""
     r1 = r0 if r1 is None else r1
-    angle = np.arctan2(y1 - y0, x1 - x0)
-    arc = angle + np.linspace(-np.pi / 2, np.pi / 2, 9)
-    end = np.stack([x1 + r1 * np.cos(arc), y1 + r1 * np.sin(arc)], axis=1)
-    start = np.stack([x0 - r0 * np.cos(arc), y0 - r0 * np.sin(arc)], axis=1)
-    return np.concatenate([end, start])
+    angle = math.atan2(y1 - y0, x1 - x0)
+    c, s = math.cos(angle), math.sin(angle)
+    cap = _CAP @ np.array([[c, s], [-s, c]])
+    return np.concatenate([cap * r1 + (x1, y1), cap * -r0 + (x0, y0)])
 
 
 def star(x: float, y: float, radius: float, tips: int, depth: float, angle: float = -np.pi / 2) -> np.ndarray:
@@ -139,9 +143,9 @@ class Canvas:
         region += alpha * (self._colours(paint, x0, y0, x1, y1) - region)
 
     def _colours(self, paint: Paint, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-        """Opaque RGBA of the paint: [4], or [h, w, 4] over the pixels of the box."""
+        """The paint's colour [4], or its colours [h, w, 4] over the pixels of the box."""
         if isinstance(paint, np.ndarray):
-            return _opaque(paint)
+            return paint
         px = np.arange(x0 + 0.5, x1, dtype=np.float32)
         py = np.arange(y0 + 0.5, y1, dtype=np.float32)[:, None]
         (xx, xy, x_start), (yx, yy, y_start) = self.inverse
@@ -150,16 +154,8 @@ class Canvas:
             start = (y_start + paint.slant * x_start - paint.y0) * run
             share = (yx + paint.slant * xx) * run * px + ((yy + paint.slant * xy) * run * py + start)
             share = np.minimum(np.maximum(share, 0), 1)[..., None]
-            first = _opaque(paint.start)
-            return first + share * (_opaque(paint.end) - first)
-        return _opaque(paint(xx * px + (xy * py + x_start), yx * px + (yy * py + y_start)))
-
-
-def _opaque(colour: np.ndarray) -> np.ndarray:
-    """RGB [..., 3] to RGBA [..., 4]."""
-    rgba = np.ones((*colour.shape[:-1], 4), np.float32)
-    rgba[..., :3] = colour
-    return rgba
+            return paint.start + share * (paint.end - paint.start)
+        return paint(xx * px + (xy * py + x_start), yx * px + (yy * py + y_start))
 
 
 def lay_over(under: np.ndarray, upper: np.ndarray) -> None:

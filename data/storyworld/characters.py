@@ -86,7 +86,7 @@ def draw_character(canvas: Canvas, look: Look, pose: Pose, light: Colour) -> Non
         me.fill(ellipse(foot_x + 0.03 * pose.facing, foot_y + 0.01, 0.085, 0.045), shaded(darker(fur, 0.2), -0.1, 0.05))
     body = _body_outline()
     _fill(me, body, _cloth(look.pattern, outfit, CREAM * light), outfit)
-    _draw_emblem(me.at(0.05 * pose.facing, -0.25), badge.emblem, CREAM * light, darker(outfit, 0.45))
+    _draw_emblem(me.at(0.05 * pose.facing, -0.32), badge.emblem, CREAM * light, darker(outfit, 0.45))
     for side, angle in ((-1, pose.left_arm), (1, pose.right_arm)):
         hand_x, hand_y = side * (0.16 + 0.2 * np.sin(angle)), -0.38 + 0.2 * np.cos(angle)
         _fill(me, capsule(side * 0.15, -0.38, hand_x, hand_y, 0.06, 0.055), shaded(outfit, -0.5, -0.1), outfit)
@@ -132,7 +132,7 @@ def _cloth(pattern: str, colour: Colour, trim: Colour) -> Paint:
 
 
 def _draw_emblem(canvas: Canvas, emblem: str, light: Colour, dark: Colour) -> None:
-    canvas.fill(ellipse(0, 0, 0.085, 0.085), light)
+    canvas.fill(ellipse(0, 0, 0.078, 0.078), light)
     shapes = {
         "star": star(0, 0, 0.075, 5, 0.45),
         "heart": np.array([(0, 0.06), (-0.06, -0.005), (-0.055, -0.045), (-0.025, -0.055), (0, -0.03),

@@ -137,7 +137,7 @@ def _direct(rng: np.random.Generator, cast: list[Look], aspect: float, before: S
         middle, half = sum(bounds) / 2, (bounds[1] - bounds[0]) / 2
         # A walker starts where it has way to go; the others stand nearer the middle.
         x = middle - 0.7 * half * facing if action == "walks" else middle + 0.5 * half * float(rng.uniform(-1, 1))
-        actors.append(Actor(look, action, x, float(rng.uniform(0.85, 0.92)), facing, bounds, phase))
+        actors.append(Actor(look, action, x, float(rng.uniform(0.83, 0.89)), facing, bounds, phase))
     return tuple(actors)
 
 
