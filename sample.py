@@ -23,9 +23,9 @@ from data.script import load_script
 from data.storyboard import draw_routing_map, draw_storyboard, pick_frames
 from data.video import write_video
 from moc import MoCConfig
-from moc.diffusion import Flow, Story, sample_shots
+from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap
-from moc.training.checkpoint import find_checkpoint, read_state
+from moc.training.checkpoint import find_checkpoint, read_settings
 from models import load_encoders, load_model
 
 
@@ -39,21 +39,16 @@ def main(config: SampleConfig) -> None:
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
-    folder = checkpoint / "ema" if (checkpoint / "ema").is_dir() else checkpoint
-    model = load_model(folder).to(device).eval()
-    moc = MoCConfig.from_dict(MoCConfig.load(folder).to_dict() | config.moc)
-    flow = Flow(**read_state(checkpoint)["flow"]) if (checkpoint / "state.json").exists() else Flow()
+    model = load_model(checkpoint).to(device).eval()
+    moc, flow = read_settings(checkpoint)
+    moc = MoCConfig.from_dict(moc.to_dict() | config.moc)
     flow = replace(flow, shift=config.shift or flow.shift)
     encoders = load_encoders(config.encoders or checkpoint / "encoders")
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 
     plan = plan_film(script, codec)
-    story = Story(
-        shapes=plan.shapes,
-        text=plan.text(text, script.global_caption),
-        negative=plan.negative(text, script.negative),
-        given=plan.given,
-    )
+    prompt, negative = plan.text(text, script.global_caption), plan.negative(text, script.negative)
+    story = Story(plan.shapes, prompt, negative, plan.given)
     routing_map = RoutingMap(len(plan.shapes))
     thumbnails: list[np.ndarray] = []
 

@@ -24,6 +24,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moc.config import MoCConfig
+from moc.diffusion.flow import Flow
+
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
@@ -123,3 +126,13 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
+
+
+def read_settings(path: Path) -> tuple[MoCConfig, Flow]:
+    """The attention settings and the noise convention of a checkpoint; of a model folder, its moc.json and the default
+    flow, where it does not say."""
+    folders = [path / "ema", path / "model", path]
+    folder = next((f for f in folders if (f / "moc.json").exists()), None)
+    moc = MoCConfig.load(folder) if folder else MoCConfig()
+    flow = Flow(**read_state(path)["flow"]) if (path / "state.json").exists() else Flow()
+    return moc, flow

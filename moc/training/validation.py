@@ -39,16 +39,24 @@ class Validator:
 
     @torch.no_grad()
     def routing(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[str, Any]:
-        """Sparsity, entropy and unused chunks, averaged over layers, on the first held-out batch at sigma 0.8."""
+        """What attention did, averaged over layers, on the first held-out batch at sigma 0.8."""
         if moc.dense:
-            return {"sparsity": 0.0}
+            return {"sparsity": 0.0, "flops_of_dense": 1.0}
         batch = _on(self.batches[0], device, moc)
         rows: list[dict[str, float]] = []
 
         def observe(layer: int, routes: Tensor) -> None:
+            # Widths cancel in every ratio: FLOPs of attention and of routing are both proportional to heads x head dim.
             cost = attention_cost(batch.layout, moc, routes, num_heads=1, head_dim=1)
             statistics = routing_statistics(routes, batch.layout)
-            rows.append({"sparsity": cost.sparsity, "entropy": statistics.entropy, "unused": statistics.unused})
+            rows.append(
+                {
+                    "sparsity": cost.sparsity,
+                    "flops_of_dense": cost.flops / cost.dense_flops,
+                    "entropy": statistics.entropy,
+                    "unused": statistics.unused,
+                }
+            )
 
         self.flow.loss(model, batch, NoiseLevels.equal(0.8, batch.num_shots), moc, self.seed, on_routes=observe)
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
