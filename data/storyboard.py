@@ -38,23 +38,23 @@ def draw_storyboard(path: Path, title: str, captions: Sequence[str], rows: Seque
     _save(figure, path)
 
 
-def draw_routing_map(path: Path, shares: Tensor, own: str = "own shot: always attended") -> None:
+def draw_routing_map(path: Path, shares: Tensor) -> None:
     """Shots by shots, the share of each shot's routes that goes to each: float [S, S]. The diagonal is set apart: a
     query's own shot is no route but a mandatory link (paper, figure 2)."""
     table = np.ma.masked_array(shares.numpy(), mask=np.eye(len(shares), dtype=bool))
     size = max(3.2, 0.55 * len(shares) + 1.6)
     figure, axis = plt.subplots(figsize=(size + 0.9, size))
-    colours = plt.get_cmap("magma_r").copy()
+    colours = plt.get_cmap("Oranges").copy()
     colours.set_bad("#b8c4d6")
     image = axis.imshow(table, cmap=colours, vmin=0, vmax=1)
     for row, column in np.ndindex(*table.shape):
         share = table[row, column]
         if share is not np.ma.masked and share > 0:
-            axis.text(column, row, f"{share:.2f}", ha="center", va="center", size=7, color="w" if share > 0.5 else "k")
+            axis.text(column, row, f"{share:.2f}", ha="center", va="center", size=7, color="w" if share > 0.6 else "k")
     ticks = range(len(shares))
     axis.set_xticks(ticks, [str(i + 1) for i in ticks])
     axis.set_yticks(ticks, [str(i + 1) for i in ticks])
-    axis.set_xlabel(f"to shot  (blue diagonal: {own})", size=8)
+    axis.set_xlabel("to shot (blue: the own shot, always attended)", size=8)
     axis.set_ylabel("from the queries of shot", size=8)
     axis.set_title("where routes go", size=10)
     figure.colorbar(image, fraction=0.046, pad=0.04, label="share of the routes")
