@@ -1,0 +1,71 @@
+"""Convert a checkpoint: python scripts/convert_checkpoint.py input=PATH [output=PATH] [key=value ...]
+
+`input`: a diffusers folder, a .safetensors file with original or ComfyUI names (Wan, HoloCine), a training run or
+checkpoint, or the .pth of Wan's T5 encoder or Wan2.1 VAE. Prints what it is. `output`: a folder (diffusers), or a file
+ending in .safetensors (original names); leave it out to look only. Tensors pass one by one: 14B needs little memory.
+"""
+
+import sys
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs.command import command
+from models.convert import convert, open_checkpoint
+from models.pickles import convert_pickle
+from models.tensors import PICKLES
+
+
+class Weights(StrEnum):
+    ema = "ema"
+    model = "model"
+
+
+class Dtype(StrEnum):
+    stored = "stored"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """convert.yaml. weights: of a training checkpoint. dtype: of the output. max_shard_gb: size of a folder's files."""
+
+    input: str = ""
+    output: str = ""
+    weights: Weights = Weights.ema
+    dtype: Dtype = Dtype.stored
+    max_shard_gb: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not self.input:
+            raise ValueError("input= is missing: the file or folder to convert")
+        if self.max_shard_gb <= 0:
+            raise ValueError(f"max_shard_gb={self.max_shard_gb} must be above 0")
+
+
+@command("convert", Settings)
+def main(settings: Settings) -> None:
+    source, output = Path(settings.input), Path(settings.output)
+    if source.suffix in PICKLES:
+        if not settings.output:
+            raise ValueError("output= is missing: the folder to write")
+        print(f"{source}: {convert_pickle(source, output)}")
+    else:
+        checkpoint = open_checkpoint(source, settings.weights)
+        checkpoint.empty_model()
+        print(f"{source}: {checkpoint.describe()}")
+        if settings.output:
+            dtype = None if settings.dtype == Dtype.stored else getattr(torch, settings.dtype)
+            convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3))
+    if settings.output:
+        print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    main()

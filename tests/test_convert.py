@@ -1,0 +1,304 @@
+"""Checkpoints: names, strict loading, conversion, on reduced copies with the real names."""
+
+import runpy
+import shutil
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import UMT5Config, UMT5EncoderModel
+
+from moc import MoCConfig
+from models import load_model, save_model
+from models.convert import convert, load_checkpoint, open_checkpoint, to_diffusers_name, to_original_name
+from models.mmdit import MMDiT
+from models.pickles import T5_LAYER, T5_TOP, convert_pickle
+from models.tensors import TensorSource, write_sharded, write_tensors
+from models.wan import WanTransformer3DModel
+
+REDUCED = {
+    **{"num_attention_heads": 1, "ffn_dim": 192, "num_layers": 2, "in_channels": 16, "out_channels": 16},
+    "text_dim": 24,
+}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def theirs() -> diffusers.WanTransformer3DModel:
+    torch.manual_seed(0)
+    return diffusers.WanTransformer3DModel(**REDUCED).eval()
+
+
+@pytest.fixture
+def folder(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
+    theirs.save_pretrained(tmp_path / "diffusers")
+    return tmp_path / "diffusers"
+
+
+@pytest.fixture
+def original(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
+    save_file({to_original_name(name): w for name, w in theirs.state_dict().items()}, tmp_path / "wan.safetensors")
+    return tmp_path / "wan.safetensors"
+
+
+def same(model: torch.nn.Module, state: dict[str, Tensor]) -> bool:
+    ours = model.state_dict()
+    return ours.keys() == state.keys() and all(torch.equal(ours[name], state[name]) for name in state)
+
+
+def test_names_are_those_of_the_release() -> None:
+    pairs = {
+        "time_embedding.2.bias": "condition_embedder.time_embedder.linear_2.bias",
+        "time_projection.1.weight": "condition_embedder.time_proj.weight",
+        "head.modulation": "scale_shift_table",
+        "head.head.weight": "proj_out.weight",
+        "blocks.11.modulation": "blocks.11.scale_shift_table",
+        "blocks.0.self_attn.o.bias": "blocks.0.attn1.to_out.0.bias",
+        "blocks.0.cross_attn.norm_k.weight": "blocks.0.attn2.norm_k.weight",
+        "blocks.3.ffn.0.weight": "blocks.3.ffn.net.0.proj.weight",
+        "blocks.3.norm3.bias": "blocks.3.norm2.bias",
+        "patch_embedding.weight": "patch_embedding.weight",
+    }
+    for old, new in pairs.items():
+        assert to_diffusers_name(old) == new
+        assert to_diffusers_name("model.diffusion_model." + old) == new
+        assert to_original_name(new) == old
+    assert to_diffusers_name("img_emb.proj.0.weight") is None
+
+
+def test_every_form_loads_the_same_weights(theirs, folder: Path, original: Path, tmp_path: Path) -> None:
+    comfyui = {f"model.diffusion_model.{name}": w for name, w in load_file(original).items()}
+    save_file(comfyui, tmp_path / "comfyui.safetensors")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    theirs.save_pretrained(tmp_path / "pipeline" / "transformer")
+    for path in (folder, original, tmp_path / "comfyui.safetensors", tmp_path / "sharded", tmp_path / "pipeline"):
+        model = load_model(path)
+        assert isinstance(model, WanTransformer3DModel)
+        assert same(model, theirs.state_dict()), path
+        assert {key: model.config[key] for key in REDUCED} == REDUCED
+
+
+def test_diffusers_loads_what_we_save(theirs, folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    model.save_pretrained(tmp_path / "ours")
+    loaded, info = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert same(loaded, theirs.state_dict())
+    assert not any(info.values())
+    pipeline = diffusers.WanPipeline(
+        transformer=loaded, vae=None, text_encoder=None, tokenizer=None, scheduler=diffusers.UniPCMultistepScheduler()
+    )
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    shutil.copytree(tmp_path / "ours", tmp_path / "pipeline" / "transformer", dirs_exist_ok=True)
+    again = diffusers.WanPipeline.from_pretrained(
+        tmp_path / "pipeline", vae=None, text_encoder=None, tokenizer=None, local_files_only=True
+    )
+    assert same(again.transformer, theirs.state_dict())
+
+
+def test_save_load_save_is_byte_identical(folder: Path, tmp_path: Path) -> None:
+    first = load_model(folder, dtype=None)
+    first.save_pretrained(tmp_path / "a")
+    load_model(tmp_path / "a", dtype=None).save_pretrained(tmp_path / "b")
+    for file in sorted((tmp_path / "a").iterdir()):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_low_precision_keeps_what_must_stay_wide(folder: Path) -> None:
+    model = load_model(folder, dtype=torch.bfloat16)
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert dtypes["blocks.0.attn1.to_q.weight"] == dtypes["proj_out.weight"] == torch.bfloat16
+    for name in ("blocks.0.scale_shift_table", "blocks.0.norm2.weight", "blocks.1.attn1.norm_q.weight"):
+        assert dtypes[name] == torch.float32
+    assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+
+
+def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> None:
+    convert(open_checkpoint(original), tmp_path / "folder", shard_bytes=300_000)
+    assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    loaded = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "folder")
+    assert same(loaded, theirs.state_dict())
+    convert(open_checkpoint(tmp_path / "folder"), tmp_path / "back.safetensors")
+    back, before = load_file(tmp_path / "back.safetensors"), load_file(original)
+    assert back.keys() == before.keys()
+    assert all(torch.equal(back[name], before[name]) for name in before)
+    convert(open_checkpoint(original), tmp_path / "half.safetensors", torch.bfloat16)
+    assert {w.dtype for w in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="exists; name a new path"):
+        convert(open_checkpoint(original), tmp_path / "folder")
+
+
+def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_0000010"
+    for part in ("model", "ema"):
+        model = MMDiT(latent_channels=4, text_dim=12, dim=48, num_layers=1, num_heads=2, ffn_dim=64)
+        save_model(model, step / part, MoCConfig(top_k=3))
+    (step / "complete").write_text("")
+    states = {part: load_file(step / part / "diffusion_pytorch_model.safetensors") for part in ("model", "ema")}
+    assert same(load_model(tmp_path / "run"), states["ema"])
+    assert same(load_model(step, weights="model"), states["model"])
+    convert(open_checkpoint(tmp_path / "run"), tmp_path / "out")
+    assert same(load_model(tmp_path / "out"), states["ema"])
+    assert open_checkpoint(tmp_path / "out").moc == MoCConfig(top_k=3)
+    with pytest.raises(ValueError, match="only Wan models have a form with original names"):
+        convert(open_checkpoint(tmp_path / "run"), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed(original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original)
+    gone = tensors.pop("blocks.1.self_attn.q.weight")
+    tensors["blocks.1.ffn.2.bias"] = torch.zeros(3)
+    tensors["blocks.0.cross_attn.k_img.weight"] = gone
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"1 unknown tensors: blocks\.0\.cross_attn\.k_img\.weight"):
+        load_model(tmp_path / "a.safetensors")
+    del tensors["blocks.0.cross_attn.k_img.weight"]
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="is not a whole WanTransformer3DModel") as caught:
+        load_model(tmp_path / "b.safetensors")
+    assert "1 missing: blocks.1.attn1.to_q.weight" in str(caught.value)
+    assert "1 misshapen: blocks.1.ffn.net.2.bias (3,) instead of (128,)" in str(caught.value)
+
+
+def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(original.read_bytes()[:-1000])
+    other = tmp_path / "other.safetensors"
+    save_file({"unet.weight": torch.zeros(2)}, other)
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for expert in ("full_high_noise", "full_low_noise"):
+        shutil.copy(original, mixed / f"{expert}.safetensors")
+    experts = tmp_path / "experts"
+    for part in ("transformer", "transformer_2"):
+        shutil.copytree(folder, experts / part)
+    sharded = tmp_path / "sharded"
+    load_model(folder).save_pretrained(sharded, max_shard_size="300KB")
+    next(sharded.glob("*-00002-*")).unlink()
+    setting = tmp_path / "setting"
+    shutil.copytree(folder, setting)
+    (setting / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"new_thing": 3,', 1))
+    pickled = tmp_path / "model.pth"
+    torch.save({}, pickled)
+    for path, message in {
+        truncated: "is damaged or no safetensors file",
+        other: "no model of the Wan family, nor one of ours",
+        mixed: "may mix models, such as Wan2.2's high and low noise experts",
+        experts: r"holds two noise experts, \['transformer', 'transformer_2'\]",
+        sharded: r"lacks the shards \['diffusion_pytorch_model-00002",
+        setting: r"settings \['new_thing'\] that this WanTransformer3DModel does not know",
+        pickled: "is a pickle file",
+        tmp_path / "nowhere": "does not exist",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_model(path)
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    alive: list[weakref.ref] = []
+
+    def read(name: str) -> Tensor:
+        assert not any(ref() is not None for ref in alive)
+        tensor = torch.full((100,), float(name[1:]))
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    entries = [(f"w{i}", torch.bfloat16, (20, 5)) for i in range(12)]
+    write_sharded(tmp_path, entries, read, shard_bytes=500)
+    source = TensorSource(tmp_path)
+    assert len(source) == len(alive) == 12
+    assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    assert torch.equal(source.read("w7"), torch.full((20, 5), 7.0, dtype=torch.bfloat16))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def read(name: str) -> Tensor:
+        raise ValueError("gone")
+
+    with pytest.raises(ValueError, match="gone"):
+        write_tensors(tmp_path / "x.safetensors", [("w", torch.float32, (2,))], read)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_releases_t5_and_vae_become_folders(tmp_path: Path) -> None:
+    t5 = UMT5EncoderModel(UMT5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+    old_of = {new: old for old, new in T5_TOP.items()}
+    old_of |= {new.format(i): f"blocks.{i}.{old}" for i in range(2) for old, new in T5_LAYER.items()}
+    state = {name: w for name, w in t5.state_dict().items() if "embed_tokens" not in name}
+    torch.save({old_of[name.removesuffix(".weight")] + ".weight": w for name, w in state.items()}, tmp_path / "t5.pth")
+    assert convert_pickle(tmp_path / "t5.pth", tmp_path / "t5") == "UMT5 encoder"
+    ids = torch.tensor([[1, 5, 9]])
+    loaded = UMT5EncoderModel.from_pretrained(tmp_path / "t5").eval()
+    torch.testing.assert_close(loaded(ids).last_hidden_state, t5.eval()(ids).last_hidden_state)
+
+    vae = AutoencoderKLWan(base_dim=8)
+    renamed = {"encoder.conv_in": "encoder.conv1", "decoder.conv_in": "decoder.conv1", "quant_conv": "conv1"}
+    state = {}
+    for name, weight in vae.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        state[f"{renamed.get(stem, stem)}.{suffix}"] = weight
+    torch.save(state, tmp_path / "vae.pth")
+    assert convert_pickle(tmp_path / "vae.pth", tmp_path / "vae") == "Wan2.1 VAE"
+    assert same(AutoencoderKLWan.from_pretrained(tmp_path / "vae"), vae.state_dict())
+    del state["post_quant_conv.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match=r"not a whole AutoencoderKLWan: it differs in \['post_quant_conv\.bias'\]"):
+        convert_pickle(tmp_path / "part.pth", tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+
+
+def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
+    torch.save({"token_embedding.weight": subprocess.run}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot be read safely"):
+        convert_pickle(tmp_path / "evil.pth", tmp_path / "out")
+    (tmp_path / "short.pth").write_bytes((tmp_path / "evil.pth").read_bytes()[:50])
+    with pytest.raises(ValueError, match="is truncated"):
+        convert_pickle(tmp_path / "short.pth", tmp_path / "out")
+
+
+def test_lora_trains_saves_loads_in_diffusers_and_merges(theirs, folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    base = {name: w.clone() for name, w in model.state_dict().items()}
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "net.2"], init_lora_weights=False))
+    trained = [name for name, w in model.named_parameters() if w.requires_grad]
+    assert trained
+    assert all("lora" in name for name in trained)
+    model.save_lora_adapter(tmp_path / "lora")
+    pipeline = diffusers.WanPipeline(
+        **{"transformer": theirs, "vae": None, "text_encoder": None, "tokenizer": None},
+        scheduler=diffusers.UniPCMultistepScheduler(),
+    )
+    pipeline.save_lora_weights(tmp_path / "pipeline", transformer_lora_layers=get_peft_model_state_dict(model))
+    pipeline.load_lora_weights(tmp_path / "pipeline")
+    q = theirs.blocks[0].attn1.to_q
+    assert torch.equal(q.lora_A["default_0"].weight, model.blocks[0].attn1.to_q.lora_A["default"].weight)
+    pipeline.unload_lora_weights()
+    model.fuse_lora()
+    model.unload_lora()
+    changed = {name for name, w in model.state_dict().items() if not torch.equal(w, base[name])}
+    assert changed == {name for name in base if name.endswith(("to_q.weight", "ffn.net.2.weight"))}
+    assert model.state_dict().keys() == base.keys()
+
+
+def test_the_command_says_what_a_file_is_and_converts_it(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
+        runpy.run_path(str(ROOT / "scripts" / "convert_checkpoint.py"), run_name="__main__")
+
+    monkeypatch.chdir(tmp_path)
+    run(f"input={original}", "output=out/folder", "dtype=bfloat16")
+    assert "a Wan model: 0.001 B parameters in 69 tensors, float32, original names" in capsys.readouterr().out
+    assert load_checkpoint(open_checkpoint(tmp_path / "out/folder"), None).dtype == torch.bfloat16
+    with pytest.raises(SystemExit, match=r"error: nowhere\.safetensors does not exist"):
+        run("input=nowhere.safetensors", "output=x")
