@@ -25,7 +25,7 @@ from moc.layout import ShotLayout
 
 __all__ = ["attend", "route"]
 
-PARTIAL_SIZE = 2.0  # partial results held at a time, in units of the size of q
+PARTIAL_SIZE = 1.25  # partial results held at a time, in units of the size of q
 CALL_INTS = 8
 
 
@@ -166,21 +166,22 @@ def routed_backward(
     blocks = blocks_for(q)
     num_blocks = triton.cdiv(max_chunk_tokens, blocks.dkv["BN"])
     num_entries = num_tokens * num_slots
+    terms = 3 if q.is_cuda and q.dtype != torch.float32 else 1
     key_sources = [_key_source(x, blocks.dq["BN"]) for x in (k, v)]
     for first, last in _head_groups(q, num_slots):
         heads = (first * num_chunks, last * num_chunks)
         tiles = (lists.max_tiles(heads[1] - heads[0], (last - first) * num_entries),)
-        rows = (last - first) * num_entries + lists.tile
+        rows = tiles[0] * lists.tile
         q_list, dout_list = q.new_empty(rows, head_dim), q.new_empty(rows, head_dim)
-        lse_list, delta_list = lse.new_empty(rows), lse.new_empty(rows)
+        terms_list = torch.zeros(rows, 16, dtype=torch.bfloat16 if terms == 3 else torch.float32, device=q.device)
         kernels.gather_kernel[tiles](
-            q, dout, lse, delta, q_list, dout_list, lse_list, delta_list, *_list_args(lists), *heads,
-            num_tokens, num_chunks, num_slots, stride, **shape, BM=lists.tile,
+            q, dout, lse, delta, q_list, dout_list, terms_list, *_list_args(lists), *heads,
+            num_tokens, num_chunks, num_slots, stride, scale, TERMS=terms, **shape, BM=lists.tile,
         )  # fmt: skip
-        sources = [_list_source(x, blocks.dkv["BM"]) for x in (q_list, dout_list)]
+        sources = [_list_source(x, blocks.dkv["BM"]) for x in (q_list, dout_list, terms_list)]
         kernels.dkv_kernel[((heads[1] - heads[0]) * num_blocks,)](
-            *sources, lse_list, delta_list, k, v, dk, dv, lists.starts, chunk_starts,
-            heads[0], num_blocks, num_chunks, stride, scale, **shape, TMA=use_tma(q), **blocks.dkv,
+            *sources, k, v, dk, dv, lists.starts, lists.tile_starts, chunk_starts,
+            heads[0], num_blocks, num_chunks, stride, scale, TERMS=terms, **shape, TILE=lists.tile, TMA=use_tma(q), **blocks.dkv,
         )  # fmt: skip
         del sources, dout_list
         partial = q_list[: num_entries * (last - first)].view(last - first, num_tokens, num_slots, head_dim)

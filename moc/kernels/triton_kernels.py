@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+FAR = tl.constexpr(1e30)  # an LSE that leaves no weight to any key
 
 
 @triton.jit
@@ -224,71 +225,88 @@ def add_dq_kernel(
 
 
 @triton.jit
-def gather_kernel(
-    q, dout, lse, delta, q_list, dout_list, lse_list, delta_list, entries, starts, tile_starts, tile_list,
-    first_list, last_list, num_tokens, num_chunks, num_slots, stride,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Copies what `dkv_kernel` reads of the queries into list order; rows after the last list become 0."""
-    tile = tl.load(tile_starts + first_list) + tl.program_id(0)
-    last_tile = tl.load(tile_starts + last_list)
-    if tile < last_tile:
-        head, _, _, token, valid = _open_tile(entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM)
-        list_id = tl.load(tile_list + tile)
-        place = tl.load(starts + list_id) - tl.load(starts + first_list) + tl.arange(0, BM)
-        place += (tile - tl.load(tile_starts + list_id)) * BM
-        write = valid | (tile == last_tile - 1)
-        store_rows(q_list, place, D, load_rows(q + head * D, token, stride, valid, D, DP), write, D, DP)
-        store_rows(dout_list, place, D, load_rows(dout + head * D, token, stride, valid, D, DP), write, D, DP)
-        row = head.to(tl.int64) * num_tokens + token
-        tl.store(lse_list + place, tl.load(lse + row, mask=valid, other=0.0) * LOG2E, mask=valid)
-        tl.store(delta_list + place, tl.load(delta + row, mask=valid, other=0.0), mask=valid)
+def _store_terms(base, place, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
+    """Writes -value as terms of base's dtype that add up to it, in columns FIRST, FIRST + 1 .. of rows of 16."""
+    rest = -value
+    for i in tl.static_range(TERMS):
+        term = rest.to(base.dtype.element_ty)
+        tl.store(base + place.to(tl.int64) * 16 + FIRST + i, term)
+        rest -= term.to(tl.float32)
 
 
 @triton.jit
-def load_list(source, start, last, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, TMA: tl.constexpr):
+def gather_kernel(
+    q, dout, lse, delta, q_list, dout_list, terms_list, entries, starts, tile_starts, tile_list,
+    first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale,
+    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Copies what `dkv_kernel` reads of the queries into tiles of BM rows; rows that a list does not fill weigh nothing.
+
+    terms_list [rows, 16]: -lse / scale and -delta of each query, TERMS columns each; the other columns stay 0.
+    """
+    first_tile = tl.load(tile_starts + first_list)
+    tile = first_tile + tl.program_id(0)
+    if tile < tl.load(tile_starts + last_list):
+        head, _, _, token, valid = _open_tile(
+            entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM
+        )
+        place = tl.program_id(0) * BM + tl.arange(0, BM)
+        row = head.to(tl.int64) * num_tokens + token
+        store_rows(q_list, place, D, load_rows(q + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
+        store_rows(dout_list, place, D, load_rows(dout + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
+        _store_terms(terms_list, place, tl.load(lse + row, mask=valid, other=FAR) / scale, 0, TERMS)
+        _store_terms(terms_list, place, tl.load(delta + row, mask=valid, other=0.0), TERMS, TERMS)
+
+
+@triton.jit
+def load_list(source, start, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, TMA: tl.constexpr):
+    """BM rows from `start` on, of a tensor descriptor or a pointer."""
     if TMA:
         rows = source.load([start, 0])
     else:
         row = start + tl.arange(0, BM)
-        rows = load_rows(source, row, D, row < last, D, DP)
+        rows = load_rows(source, row, D, row >= 0, D, DP)
     return rows
 
 
 @triton.jit
 def dkv_kernel(
-    q_list, dout_list, lse_list, delta_list, k, v, dk, dv, starts, chunk_starts,
+    q_list, dout_list, terms_list, k, v, dk, dv, starts, tile_starts, chunk_starts,
     first_list, num_blocks, num_chunks, stride, scale,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV of BN keys of one chunk and head from all queries of its list, added to what is there."""
+    """dK, dV of BN keys of one chunk and head from all queries of its list, added to what is there.
+
+    LSE and delta come through the matrix unit, as further columns of Q and dO: loaded as vectors they would stall
+    every step and be spread over many registers.
+    """
     list_id, block = first_list + tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     head, chunk = list_id // num_chunks, list_id % num_chunks
-    base = tl.load(starts + first_list)
-    first, last = tl.load(starts + list_id) - base, tl.load(starts + list_id + 1) - base
+    count = tl.load(starts + list_id + 1) - tl.load(starts + list_id)
+    first = (tl.load(tile_starts + list_id) - tl.load(tile_starts + first_list)) * TILE
     row = tl.load(chunk_starts + chunk) + block * BN + tl.arange(0, BN)
     inside = row < tl.load(chunk_starts + chunk + 1)
-    if (first < last) & (tl.max(inside.to(tl.int32), 0) > 0):
+    if (count > 0) & (tl.max(inside.to(tl.int32), 0) > 0):
         keys = load_rows(k + head * D, row, stride, inside, D, DP)
         values = load_rows(v + head * D, row, stride, inside, D, DP)
         dkeys = tl.zeros([BN, DP], tl.float32)
         dvalues = tl.zeros([BN, DP], tl.float32)
-        place = first + tl.arange(0, BM)
-        row_lse = tl.load(lse_list + place, mask=place < last, other=float("inf"))
-        row_delta = tl.load(delta_list + place, mask=place < last, other=0.0)
-        for start in range(first, last, BM):
-            place = start + BM + tl.arange(0, BM)
-            next_lse = tl.load(lse_list + place, mask=place < last, other=float("inf"))
-            next_delta = tl.load(delta_list + place, mask=place < last, other=0.0)
-            queries = load_list(q_list, start, last, D, DP, BM, TMA)
-            scores = tl.dot(keys, queries.T, input_precision="ieee")
-            grads = load_list(dout_list, start, last, D, DP, BM, TMA)
-            dweights = tl.dot(values, grads.T, input_precision="ieee")
-            weights = tl.exp2(scores * (scale * LOG2E) - row_lse[None, :])
+        TERM: tl.constexpr = tl.float32 if TERMS == 1 else tl.bfloat16
+        column = tl.zeros([BN, 16], tl.int32) + tl.arange(0, 16)[None, :]
+        take_lse = (column < TERMS).to(TERM)
+        take_delta = ((column >= TERMS) & (column < 2 * TERMS)).to(TERM)
+        for start in range(first, first + count, BM):
+            terms = load_list(terms_list, start, 16, 16, BM, TMA).T
+            queries = load_list(q_list, start, D, DP, BM, TMA)
+            scores = tl.dot(take_lse, terms, input_precision="ieee")
+            scores = tl.dot(keys, queries.T, scores, input_precision="ieee")
+            weights = tl.exp2(scores * (scale * LOG2E))
+            grads = load_list(dout_list, start, D, DP, BM, TMA)
             dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
-            dscores = weights * (dweights - row_delta[None, :])
-            dkeys = tl.dot(dscores.to(queries.dtype), queries, dkeys, input_precision="ieee")
-            row_lse, row_delta = next_lse, next_delta
+            dweights = tl.dot(take_delta, terms, input_precision="ieee")
+            dweights = tl.dot(values, grads.T, dweights, input_precision="ieee")
+            dkeys = tl.dot((weights * dweights).to(queries.dtype), queries, dkeys, input_precision="ieee")
         dkeys = dkeys * scale + load_rows(dk + head * D, row, stride, inside, D, DP).to(tl.float32)
         dvalues += load_rows(dv + head * D, row, stride, inside, D, DP).to(tl.float32)
         store_rows(dk + head * D, row, stride, dkeys, inside, D, DP)
