@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.video import IndexedReader
 
-_READ_FRAMES = 32  # frames held at full size while reading
+_READ_PIXELS = 64 << 20  # held at full size while reading
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -45,20 +45,21 @@ def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     scale = max(height / frames.shape[1], width / frames.shape[2])
     covering = [max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))]
-    pixels = frames.permute(0, 3, 1, 2).float()
+    pixels = frames.permute(0, 3, 1, 2)  # stays uint8: resizing is several times faster, and rounds as PIL does
     if covering != [frames.shape[1], frames.shape[2]]:
         pixels = F.interpolate(pixels, covering, mode="bilinear", antialias=True, align_corners=False)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
     pixels = pixels[:, :, top : top + height, left : left + width]
-    return (pixels / 127.5 - 1).clamp(-1, 1).transpose(0, 1).contiguous()
+    return (pixels.transpose(0, 1).float() / 127.5 - 1).contiguous()
 
 
 def read_fitted(reader: IndexedReader, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
     """Frames `indices` (ascending, may repeat) of the video, as `fit` gives them; few are held at full size."""
+    span = max(1, _READ_PIXELS // (reader.height * reader.width))
     pieces, at = [], 0
     while at < len(indices):
         first = indices[at]
-        end = bisect.bisect_left(indices, first + _READ_FRAMES)
+        end = bisect.bisect_left(indices, first + span)
         frames = reader.read(first, indices[end - 1] + 1)
         pieces.append(fit(frames[torch.tensor(indices[at:end]) - first], size))
         at = end

@@ -13,18 +13,21 @@ may fill it, and a restarted one goes on from the shards that are there.
 
 import hashlib
 import json
+import time
 import zlib
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from data.errors import DataError
 
 CACHE_FORMAT = 1
+_FLUSH_SECONDS = 300.0  # a killed run loses no more work than this
 INDEX, COMPLETE = "index.json", "complete"
 NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
 
@@ -82,7 +85,8 @@ class CacheWriter:
             self._tensors[f"{scene.key}/{i}"] = latent
         text = [[self.add_text(tensor, scene.id) for tensor in variant] for variant in scene.text]
         self._scenes.append({"id": scene.id, "key": scene.key, "kind": scene.kind, "shots": shots, "text": text})
-        if sum(t.nbytes for t in self._tensors.values()) >= self.shard_bytes:
+        full = sum(t.nbytes for t in self._tensors.values()) >= self.shard_bytes
+        if full or time.monotonic() - self._started > _FLUSH_SECONDS:
             self.flush()
 
     def add_text(self, tensor: Tensor, where: str, name: str | None = None) -> str:
@@ -118,6 +122,7 @@ class CacheWriter:
         self._tensors: dict[str, Tensor] = {}
         self._text: dict[str, dict] = {}
         self._scenes: list[dict] = []
+        self._started = time.monotonic()
 
     def _finite(self, tensor: Tensor, where: str) -> Tensor:
         stored = tensor.detach().to("cpu", self.dtype).contiguous()
@@ -131,6 +136,30 @@ def read_parts(folder: Path) -> list[dict]:
     over, so that its scenes are made again."""
     parts = [json.loads(path.read_text()) for path in sorted(folder.glob("shard-*.json"))]
     return [part for part in parts if _size(folder / part["file"]) == part["bytes"]]
+
+
+def remove_damaged(folder: Path) -> list[DataError]:
+    """Delete shards that fail a checksum or cannot be read, with their records, and say which; what they held is
+    made again by the next run."""
+    damaged = []
+    for part in read_parts(folder):
+        path = folder / part["file"]
+        if not _intact(path, part):
+            path.unlink()
+            path.with_suffix(".json").unlink()
+            damaged.append(DataError("damaged-shard", path, "fails its checksums; deleted, its scenes are made again"))
+    return damaged
+
+
+def _intact(path: Path, part: dict) -> bool:
+    wanted = {f"text/{key}": entry["crc32"] for key, entry in part["text"].items()}
+    for scene in part["scenes"]:
+        wanted |= {f"{scene['key']}/{i}": shot["crc32"] for i, shot in enumerate(scene["shots"])}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return all(checksum(file.get_tensor(name)) == crc32 for name, crc32 in wanted.items())
+    except (SafetensorError, OSError):
+        return False
 
 
 def _size(path: Path) -> int:

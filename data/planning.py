@@ -7,9 +7,11 @@ from data.bucketing import nearest_bucket, resample, whole_latents
 from data.cache import digest
 from data.errors import DataError
 from data.images import read_image
-from data.manifest import SceneRecord, ShotRecord
+from data.manifest import Caption, SceneRecord, ShotRecord, captions
 from data.scan import Scan
 from data.video import VideoIndex
+
+_CLAIM_TOLERANCE = 0.98
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,6 @@ def plan_scene(
                 DataError("short-shot", where, f"{frames} frames at the set rate, at least {rule.min_frames}")
             )
         pieces += cut
-    if not pieces:
-        raise DataError("no-usable-shots", scene.id, f"all {len(records)} shots are under {rule.min_frames} frames")
     size = nearest_bucket(index.height, index.width, rule.sizes)
     windows = [pieces[at : at + rule.shots_per_sample] for at in range(0, len(pieces), rule.shots_per_sample)]
     plans = []
@@ -77,6 +77,29 @@ def plan_scene(
         part = replace(scene, id=name, fps=index.fps, shots=shots)
         plans.append(_plan(root, part, tuple(indices for _, indices in window), size, index))
     return plans, skipped
+
+
+def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
+    """What a person should look at, though the scene is used: no caption, fewer frames than claimed, another rate."""
+    found = []
+    if not any(text.strip() for caption in _captions(scene) for text in captions(caption)):
+        found.append(DataError("empty-caption", scene.id, "neither the scene nor any shot has a caption"))
+    if scan is None or scan.index is None:
+        return found
+    index, claimed = scan.index, scan.claimed_frames
+    if claimed and index.num_frames < _CLAIM_TOLERANCE * claimed - 2:
+        found.append(
+            DataError("truncated", scene.id, f"{scene.video} claims {claimed} frames, {index.num_frames} decode")
+        )
+    if scene.fps and abs(scene.fps - index.fps) > 0.01 * index.fps:
+        found.append(
+            DataError("other-fps", scene.id, f"the manifest says {scene.fps} fps, {scene.video} has {index.fps}")
+        )
+    return found
+
+
+def _captions(scene: SceneRecord) -> list[Caption]:
+    return [scene.caption, *(shot.caption for shot in scene.shots)]
 
 
 def _cut_shot(shot: ShotRecord, index: VideoIndex, rule: ShotRule) -> list[tuple[ShotRecord, tuple[int, ...]]]:

@@ -15,46 +15,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import filelock
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from data.bucketing import fit, read_fitted
-from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, digest, finish, write_whole
+from data.cache import CacheWriter, digest, finish, read_parts, remove_damaged, write_whole
 from data.decoders import DECODERS
+from data.encode import Codec, SampleEncoder, TextEncoder
 from data.errors import DataError
-from data.images import read_image
-from data.manifest import captions, shot_prompt, write_manifest
-from data.planning import SamplePlan, ShotRule, plan_scene
-from data.report import Report, save_thumbnail
+from data.manifest import write_manifest
+from data.planning import SamplePlan, ShotRule, doubts, plan_scene
+from data.report import Report
 from data.scan import Scan, scan_video
-from data.shots import DETECTORS
+from data.shots import DETECTORS, build_detector
 from data.sources import MANIFEST, Found, find_scenes
-from data.video import open_video
 
 Item = TypeVar("Item")
 DTYPES = ("float16", "bfloat16", "float32")
-
-
-class Codec(Protocol):
-    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'], F = temporal_factor * n + 1."""
-
-    temporal_factor: int
-    spatial_factor: int
-    fingerprint: str
-
-    def encode(self, video: Tensor) -> Tensor: ...
-
-
-class TextEncoder(Protocol):
-    """Captions to features: 1 + S tensors [T_i, text_dim]."""
-
-    fingerprint: str
-
-    def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]: ...
 
 
 @dataclass
@@ -149,6 +128,7 @@ class _Run:
         self.process, self.found = process, found
         self.output = Path(config.output)
         self.report = Report()
+        self.detector = build_detector(config.detector, config.threshold, config.device)
         self.recipe = {
             "decoder": config.decoder,
             "codec": codec.fingerprint,
@@ -162,13 +142,17 @@ class _Run:
     def all_stages(self) -> Prepared:
         for problem in self.found.problems:
             self._problem(problem)
+        if self.process.rank == 0:
+            self._check_earlier_work()
         self._scan_videos()
         self.process.wait()
         plans = self._plan()
+        done = {scene["key"] for part in read_parts(self.cache) for scene in part["scenes"]}
+        self.process.wait()  # all have looked at what is done before any does more
         manifest = self.output / MANIFEST
         if self.process.rank == 0:
             write_manifest(manifest, [plan.scene for plan in plans])
-        self._encode(plans)
+        self._encode(plans, done)
         self.process.wait()
         if self.process.rank == 0:
             self._finish(plans)
@@ -180,11 +164,16 @@ class _Run:
             raise error
         self.report.add_problem(error)
 
+    def _check_earlier_work(self) -> None:
+        """Throw away damaged shards of an earlier run, and its notes of what failed."""
+        for problem in remove_damaged(self.cache):
+            self.report.add_problem(problem, action="made again")
+        for path in self.cache.glob("failures-*.json"):
+            path.unlink()
+
     def _scan(self, relative: str, detect: bool) -> Scan:
-        config = self.config
-        detector = config.detector if detect else ""
-        folder = self.output / "scans"
-        return scan_video(self.found.root, relative, folder, detector, config.threshold, config.device)
+        detector = self.detector if detect else None
+        return scan_video(self.found.root, relative, self.output / "scans", detector, self.process.rank == 0)
 
     def _videos(self) -> dict[str, bool]:
         """Each video, and whether any scene wants its shots found."""
@@ -210,8 +199,13 @@ class _Run:
             config.sizes,
         )
         plans: list[SamplePlan] = []
+        scans = {video: self._scan(video, detect) for video, detect in videos.items()}
+        for scan in scans.values():
+            self.report.count_scan(scan)
         for scene in self.found.scenes:
-            scan = self._scan(scene.video, videos[scene.video]) if scene.video else None
+            scan = scans[scene.video] if scene.video else None
+            for warning in doubts(scene, scan):
+                self.report.add_problem(warning, action="warning")
             try:
                 samples, skipped = plan_scene(self.found.root, scene, scan, rule)
             except DataError as error:
@@ -222,69 +216,37 @@ class _Run:
             plans += samples
         return plans
 
-    def _encode(self, plans: list[SamplePlan]) -> None:
-        rank = self.process.rank
-        dtype = getattr(torch, self.config.dtype)
-        writer = CacheWriter(self.cache, self.recipe, str(rank), dtype, self.config.shard_megabytes << 20)
-        null_global, null_shot = self.text_encoder.encode("", [""])
-        writer.add_text(null_global, "null caption", NULL_GLOBAL)
-        writer.add_text(null_shot, "null caption", NULL_SHOT)
-        done = writer.done
+    def _encode(self, plans: list[SamplePlan], done: set[str]) -> None:
+        config, rank = self.config, self.process.rank
+        writer = CacheWriter(
+            self.cache, self.recipe, str(rank), getattr(torch, config.dtype), config.shard_megabytes << 20
+        )
+        encoder = SampleEncoder(
+            self.codec, self.text_encoder, self.found.root, self.output, config.decoder, config.device
+        )
+        encoder.add_null_text(writer)
         todo = [plan for plan in plans if plan.key not in done]
         failures: list[list[str]] = []
         start = time.perf_counter()
-        for plan in self.process.share(todo, "encode"):
-            try:
-                writer.add(self._encoded(plan))
-            except DataError as error:
-                if self.config.strict or error.kind == "cannot-write":
-                    raise
-                failures.append([error.kind, error.where, error.message])
-        writer.flush()
-        seconds = time.perf_counter() - start
-        frames = sum(len(indices) for plan in todo[rank :: self.process.world_size] for indices in plan.indices)
-        self.report.seconds["encode"], self.report.frames["encode"] = seconds, frames
-        write_whole(self.cache / f"failures-{rank}.json", json.dumps(failures).encode())
-
-    def _encoded(self, plan: SamplePlan) -> EncodedScene:
-        latents = []
-        for i, video in enumerate(self._shots(plan)):
-            save_thumbnail(self.output, plan, i, video)
-            latents.append(self.codec.encode(video.to(self.config.device)))
-        scene = plan.scene
-        kind = "image" if scene.image else "single" if len(latents) == 1 else "multi"
-        return EncodedScene(scene.id, plan.key, kind, latents, self._text(plan))
-
-    def _shots(self, plan: SamplePlan) -> Iterator[Tensor]:
-        path = self.found.root / plan.scene.path
-        if plan.index is None:
-            yield fit(read_image(path), plan.size)
-            return
-        reader = open_video(path, self.config.decoder, plan.index)
         try:
-            for indices in plan.indices:
-                yield read_fitted(reader, indices, plan.size)
-        finally:
-            reader.close()
-
-    def _text(self, plan: SamplePlan) -> list[list[Tensor]]:
-        """Features of each length of the captions; a caption with fewer lengths repeats its last."""
-        whole = captions(plan.scene.caption)
-        shots = [captions(shot.caption) for shot in plan.scene.shots] or [("",)]
-        lengths = max(len(texts) for texts in [whole, *shots])
-        cuts = [shot.cut for shot in plan.scene.shots] or [False]
-        return [
-            self.text_encoder.encode(
-                _length(whole, n), [shot_prompt(_length(texts, n), cut) for texts, cut in zip(shots, cuts, strict=True)]
-            )
-            for n in range(lengths)
-        ]
+            for plan in self.process.share(todo, "encode"):
+                try:
+                    writer.add(encoder.encode(plan))
+                    self.report.count("encode", sum(len(indices) for indices in plan.indices))
+                except DataError as error:
+                    if config.strict or error.kind == "cannot-write":
+                        raise
+                    failures.append([error.kind, error.where, error.message])
+        finally:  # also when interrupted: what is encoded is kept
+            writer.flush()
+        self.report.seconds["encode"] = time.perf_counter() - start
+        write_whole(self.cache / f"failures-{rank}.json", json.dumps(failures).encode())
 
     def _finish(self, plans: list[SamplePlan]) -> None:
         for path in sorted(self.cache.glob("failures-*.json")):
             for fields in json.loads(path.read_text()):
                 self.report.add_problem(DataError(*fields))
-        done = CacheWriter(self.cache, self.recipe).done
+        done = {scene["key"] for part in read_parts(self.cache) for scene in part["scenes"]}
         for plan in plans:
             if plan.key in done:
                 self.report.add_sample(plan)
@@ -295,10 +257,6 @@ class _Run:
                 "no-usable-samples", self.config.input, f"nothing usable ({why}); see {self.output}/report.json"
             )
         finish(self.cache, self.recipe, [plan.key for plan in plans])
-
-
-def _length(texts: Sequence[str], n: int) -> str:
-    return texts[min(n, len(texts) - 1)]
 
 
 def _check_sizes(config: PrepareConfig, codec: Codec) -> None:

@@ -4,6 +4,7 @@ import html
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data.cache import digest, write_whole
 from data.errors import DataError
 from data.manifest import captions
 from data.planning import SamplePlan
+from data.scan import Scan
 
 REPORT_JSON, REPORT_HTML, THUMBNAILS = "report.json", "report.html", "thumbnails"
 _THUMBNAIL_HEIGHT = 96
@@ -24,7 +26,8 @@ h3{margin-bottom:2px}"""
 
 @dataclass
 class Report:
-    """Filled by the stages of preparing. problems: (kind, where, message, action), action "skipped" or "warning"."""
+    """Filled by the stages of preparing. problems: kind, where, message and action ("skipped", "warning", "made
+    again"). seconds and frames: what each stage took, of all runs for scanning, of this one for encoding."""
 
     samples: list[dict] = field(default_factory=list)
     problems: list[dict] = field(default_factory=list)
@@ -33,6 +36,17 @@ class Report:
 
     def add_problem(self, error: DataError, action: str = "skipped") -> None:
         self.problems.append({"kind": error.kind, "where": error.where, "message": error.message, "action": action})
+
+    def count(self, stage: str, frames: int, seconds: float = 0.0) -> None:
+        """Frames, and seconds, that a stage took."""
+        self.frames[stage] = self.frames.get(stage, 0) + frames
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    def count_scan(self, scan: Scan) -> None:
+        if scan.index:
+            self.count("decode", scan.index.num_frames, scan.decode_seconds)
+            if scan.spans is not None:
+                self.count("shot detection", scan.index.num_frames, scan.detect_seconds)
 
     def add_sample(self, plan: SamplePlan) -> None:
         shots = [
@@ -119,6 +133,6 @@ def save_thumbnail(output: Path, plan: SamplePlan, shot: int, video: Tensor) -> 
     array = ((middle + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
     image = Image.fromarray(array)
     image.thumbnail((4 * _THUMBNAIL_HEIGHT, _THUMBNAIL_HEIGHT))
-    folder = output / THUMBNAILS
-    folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / thumbnail_name(plan, shot), quality=85)
+    encoded = BytesIO()
+    image.save(encoded, format="JPEG", quality=85)
+    write_whole(output / THUMBNAILS / thumbnail_name(plan, shot), encoded.getvalue())

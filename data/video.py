@@ -135,8 +135,8 @@ def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None
     return build_reader(Path(path), decoder, index)
 
 
-def scan(path: str | Path, on_frame: Callable[[int, av.VideoFrame], None] | None = None) -> VideoIndex:
-    """Decode the whole video once; `on_frame(i, frame)` sees every frame (shot detection rides along).
+def scan(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = None) -> VideoIndex:
+    """Decode the whole video once; `on_frame(frame)` sees every frame (shot detection rides along).
 
     Raises DataError: zero-byte, not-a-video, audio-only, no-frames, broken, size-change, too-large.
     """
@@ -157,12 +157,22 @@ def scan(path: str | Path, on_frame: Callable[[int, av.VideoFrame], None] | None
                     )
                 stamps.append(frame.pts)
                 if on_frame:
-                    on_frame(i, frame)
+                    on_frame(frame)
         except av.error.FFmpegError as error:
             raise DataError("broken", path, f"decoding fails after {len(stamps)} frames ({error})") from error
     if not stamps:
         raise DataError("no-frames", path, "no frame decodes")
     return _index(stamps, height, width, fps, time_base)
+
+
+def estimated_frames(path: Path) -> int | None:
+    """The number of frames that the header claims, for progress bars only; None where it claims none."""
+    try:
+        with _opened(path) as (container, stream):
+            seconds = (container.duration or 0) / av.time_base
+            return stream.frames or round(seconds * float(stream.average_rate or 0)) or None
+    except DataError:
+        return None
 
 
 def _index(stamps: list[int | None], height: int, width: int, fps: float, time_base: Fraction | None) -> VideoIndex:
@@ -194,8 +204,11 @@ class _opened:
             raise DataError("not-a-video", path, f"cannot be opened as video ({error})") from error
         streams = [s for s in self.container.streams.video if not _is_cover(s)]
         if not streams:
+            has_audio = bool(self.container.streams.audio)
             self.container.close()
-            raise DataError("audio-only", path, "has no video stream")
+            if has_audio:
+                raise DataError("audio-only", path, "has sound but no video stream")
+            raise DataError("no-frames", path, "holds no video stream")
         if streams[0].codec_context is None:
             self.container.close()
             raise DataError("no-decoder", path, "this build of FFmpeg has no decoder for its video codec")

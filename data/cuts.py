@@ -1,0 +1,46 @@
+"""How well found cuts match the true ones."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CutAccuracy:
+    """score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of cuts within the tolerance."""
+
+    score: float
+    precision: float
+    recall: float
+
+
+def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int, tolerance: int = 1) -> CutAccuracy:
+    """Compare cuts (first frames of new shots) of a video of num_frames.
+
+    NSD = (frame errors of matched cuts + a mean shot length for each missed or extra cut) / num_frames, where cuts
+    are matched one to one, nearest first, up to half a mean shot length apart.
+    """
+    shot_length = num_frames / (len(truth) + 1)
+    errors = match_cuts(found, truth, shot_length / 2)
+    unmatched = len(found) + len(truth) - 2 * len(errors)
+    discrepancy = (sum(errors) + unmatched * shot_length) / num_frames
+    hits = len(match_cuts(found, truth, tolerance))
+    return CutAccuracy(math.exp(-discrepancy), _share(hits, len(found)), _share(hits, len(truth)))
+
+
+def match_cuts(found: Sequence[int], truth: Sequence[int], within: float) -> list[int]:
+    """Distances of the pairs of found and true cuts, matched one to one, nearest first."""
+    pairs = sorted((abs(a - b), i, j) for i, a in enumerate(found) for j, b in enumerate(truth) if abs(a - b) <= within)
+    used_found: set[int] = set()
+    used_truth: set[int] = set()
+    errors = []
+    for error, i, j in pairs:
+        if i not in used_found and j not in used_truth:
+            used_found.add(i)
+            used_truth.add(j)
+            errors.append(error)
+    return errors
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0

@@ -1,0 +1,97 @@
+"""Third stage of preparing: samples' frames and captions through the codec and the text encoder into the cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data.bucketing import fit, read_fitted
+from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene
+from data.errors import DataError
+from data.images import read_image
+from data.manifest import captions, shot_prompt
+from data.planning import SamplePlan
+from data.report import save_thumbnail
+from data.video import open_video
+
+
+class Codec(Protocol):
+    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'], F = temporal_factor * n + 1."""
+
+    temporal_factor: int
+    spatial_factor: int
+    fingerprint: str
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Captions to features: 1 + S tensors [T_i, text_dim]."""
+
+    fingerprint: str
+
+    def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Encodes plans of videos under `root`, leaving a thumbnail of each shot in `output`."""
+
+    codec: Codec
+    text_encoder: TextEncoder
+    root: Path
+    output: Path
+    decoder: str
+    device: str
+
+    def encode(self, plan: SamplePlan) -> EncodedScene:
+        """Raises DataError: broken, size-change and others of reading; out-of-memory."""
+        latents = []
+        try:
+            for i, video in enumerate(self._shots(plan)):
+                save_thumbnail(self.output, plan, i, video)
+                latents.append(self.codec.encode(video.to(self.device)))
+        except torch.OutOfMemoryError as error:
+            raise DataError(
+                "out-of-memory", plan.scene.id, "a shot does not fit the GPU; lower size or max_frames"
+            ) from error
+        scene = plan.scene
+        kind = "image" if scene.image else "single" if len(latents) == 1 else "multi"
+        return EncodedScene(scene.id, plan.key, kind, latents, self._text(plan))
+
+    def add_null_text(self, writer: CacheWriter) -> None:
+        """What stands for a dropped caption, global and of a shot: features of the empty one."""
+        null_global, null_shot = self.text_encoder.encode("", [""])
+        writer.add_text(null_global, "null caption", NULL_GLOBAL)
+        writer.add_text(null_shot, "null caption", NULL_SHOT)
+
+    def _shots(self, plan: SamplePlan) -> Iterator[Tensor]:
+        path = self.root / plan.scene.path
+        if plan.index is None:
+            yield fit(read_image(path), plan.size)
+            return
+        reader = open_video(path, self.decoder, plan.index)
+        try:
+            for indices in plan.indices:
+                yield read_fitted(reader, indices, plan.size)
+        finally:
+            reader.close()
+
+    def _text(self, plan: SamplePlan) -> list[list[Tensor]]:
+        """Features of each length of the captions; a caption with fewer lengths repeats its last."""
+        whole = captions(plan.scene.caption)
+        shots = [(captions(shot.caption), shot.cut) for shot in plan.scene.shots] or [(("",), False)]
+        lengths = max(len(texts) for texts in [whole, *(texts for texts, _ in shots)])
+        return [
+            self.text_encoder.encode(
+                _of_length(whole, n), [shot_prompt(_of_length(texts, n), cut) for texts, cut in shots]
+            )
+            for n in range(lengths)
+        ]
+
+
+def _of_length(texts: Sequence[str], n: int) -> str:
+    return texts[min(n, len(texts) - 1)]

@@ -1,0 +1,48 @@
+"""Stand-ins for codec and text encoder: exact, instant, and countable."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.films import read_numbers
+
+
+class PoolCodec:
+    """Every fourth frame, averaged over 8 x 8 pixels: the numbers of numbered films stay readable."""
+
+    temporal_factor, spatial_factor, fingerprint = 4, 8, "pool"
+
+    def __init__(self) -> None:
+        self.encoded: list[int] = []  # the number in the first frame of each shot
+        self.fail_at: int | None = None
+        self.error: BaseException | None = None
+        self.nan_at: int | None = None
+
+    def encode(self, video: Tensor) -> Tensor:
+        assert video.shape[1] % 4 == 1
+        latent = F.avg_pool3d(video, (1, 8, 8))[:, ::4]
+        first = numbers_in(latent)[0]
+        if self.error and first == self.fail_at:
+            raise self.error
+        self.encoded.append(first)
+        return torch.full_like(latent, torch.nan) if first == self.nan_at else latent
+
+
+def numbers_in(latent: Tensor) -> list[int]:
+    """The numbers that the latent frames [3, T, H, W] of a numbered film carry."""
+    frames = ((latent.float() + 1) * 127.5).permute(1, 2, 3, 0)
+    return read_numbers(frames.repeat_interleave(8, 1).repeat_interleave(8, 2))
+
+
+class WordText:
+    """A row for each word, and one for the end."""
+
+    fingerprint = "words"
+
+    def encode(self, global_caption: str, shot_captions: list[str]) -> list[Tensor]:
+        return [self._rows(caption) for caption in (global_caption, *shot_captions)]
+
+    @staticmethod
+    def _rows(caption: str) -> Tensor:
+        words = [float(len(word)) for word in caption.split()] + [0.0]
+        return torch.tensor(words)[:, None].expand(-1, 4).contiguous()
