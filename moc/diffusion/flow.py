@@ -38,8 +38,8 @@ class NoiseLevels:
 @dataclass(frozen=True)
 class Flow:
     """shift: moves noise levels up for larger latents, in training and sampling (Wan: 3 at 480p, 5 above).
-    logit_mean, logit_std: of the logit-normal sigma. history_rate: share of samples with a near-clean history, whose
-    sigma is uniform in [0, history_sigma]."""
+    logit_mean, logit_std: of the logit-normal sigma. history_rate: share of samples (of two shots or more) with a
+    near-clean history, whose sigma is uniform in [0, history_sigma]."""
 
     shift: float = 3.0
     logit_mean: float = 0.0
@@ -68,7 +68,7 @@ class Flow:
         """Noise levels of a batch in training, keyed by (seed, position of the sample): the same whatever the number of
         ranks and the packing, and whether the run was resumed."""
         draws = [
-            self._draw_sample(len(shots), torch.Generator().manual_seed(_key(seed, position)))
+            self._draw_sample(len(shots), torch.Generator().manual_seed(_key(seed, 2 * position)))
             for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True)
         ]
         sigma, is_target = zip(*draws, strict=True)
@@ -78,7 +78,7 @@ class Flow:
         logits = self.logit_mean + self.logit_std * torch.randn(num_shots, generator=generator)
         history = torch.rand(num_shots, generator=generator) * self.history_sigma
         has_history = torch.rand((), generator=generator) < self.history_rate
-        first_target = torch.randint(num_shots, (), generator=generator)
+        first_target = torch.randint(min(1, num_shots - 1), num_shots, (), generator=generator)
         is_target = ~has_history | (torch.arange(num_shots) >= first_target)
         return torch.where(is_target, self.shifted(logits.sigmoid()), history), is_target
 
@@ -87,7 +87,7 @@ class Flow:
         noise: list[Tensor] = []
         for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True):
             latents = batch.latents[len(noise) : len(noise) + len(shots)]
-            generator = torch.Generator(latents[0].device).manual_seed(_key(seed, position))
+            generator = torch.Generator(latents[0].device).manual_seed(_key(seed, 2 * position + 1))
             noise += [torch.randn(x.shape, generator=generator, device=x.device) for x in latents]
         return noise
 
@@ -110,5 +110,6 @@ class Flow:
         return torch.stack([error.square().mean() for error in errors])
 
 
-def _key(seed: int, position: int) -> int:
-    return hash32(hash32(seed) ^ position)
+def _key(seed: int, number: int) -> int:
+    """Levels take even numbers and noise odd ones: one stream of random numbers for both would tie them."""
+    return hash32(hash32(seed) ^ number)
