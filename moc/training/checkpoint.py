@@ -35,8 +35,7 @@ def find_checkpoint(path: str | Path) -> Path | None:
     path = Path(path)
     if (path / "complete").exists():
         return path
-    folders = [f for f in path.glob("checkpoints/step_*") if _STEP_FOLDER.fullmatch(f.name)]
-    return max((f for f in folders if (f / "complete").exists()), key=step_of, default=None)
+    return max((f for f in _checkpoints(path) if (f / "complete").exists()), key=step_of, default=None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -64,11 +63,35 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
         raise
 
 
+def refuse_later(run_folder: Path, step: int) -> None:
+    """Raises ValueError where a run's folder holds checkpoints past `step`: those of another run, or of a part of this
+    one that is to be done again. They would be taken for the newest."""
+    later = [folder.name for folder in _checkpoints(run_folder) if step_of(folder) > step]
+    if later:
+        names = ", ".join(later)
+        raise ValueError(f"{run_folder} holds checkpoints past step {step} ({names}); remove them or set another name")
+
+
+def check_same_model(folder: Path, model: Any) -> None:
+    """Raises ValueError where the diffusers folder holds a model of another class or other sizes than `model`."""
+    stored = json.loads((folder / "config.json").read_text())
+    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    current = json.loads(json.dumps({"_class_name": type(model).__name__} | sizes))  # tuples as JSON has them
+    wrong = [f"{name}={stored.get(name)}, not {value}" for name, value in current.items() if stored.get(name) != value]
+    if wrong:
+        raise ValueError(f"{folder} is of another model: {'; '.join(wrong)}. Set model to match it, or another name")
+
+
 def remove_old(run_folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints of a run."""
-    folders = sorted((run_folder / "checkpoints").glob("step_*"), key=step_of)
-    for folder in folders[:-keep]:
+    for folder in _checkpoints(run_folder)[:-keep]:
         shutil.rmtree(folder)
+
+
+def _checkpoints(run_folder: Path) -> list[Path]:
+    """Folders with a checkpoint's name, by step."""
+    folders = run_folder.glob("checkpoints/step_*")
+    return sorted((f for f in folders if _STEP_FOLDER.fullmatch(f.name)), key=step_of)
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,6 +92,7 @@ class Trainer:
         state = ckpt.read_state(checkpoint)
         if state["seed"] != self.seed:
             raise ValueError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
+        ckpt.check_same_model(checkpoint / "model", self.bare_model)
         for folder, model in (("model", self.bare_model), ("ema", self.ema.model)):
             model.load_state_dict(type(self.bare_model).from_pretrained(checkpoint / folder).state_dict())
         self.ema.restore(state["step"])
@@ -102,7 +103,15 @@ class Trainer:
 
     def run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None = None) -> None:
         """Trains until `num_steps`; a termination signal saves a checkpoint and ends the run early."""
-        terminated = _termination()
+        ckpt.refuse_later(self.run_folder, self.step)
+        if self.step >= self.config.num_steps:
+            return
+        with _termination() as terminated:
+            self._run(steps, metrics, validator, terminated)
+
+    def _run(
+        self, steps: Steps, metrics: Metrics | None, validator: Validator | None, terminated: threading.Event
+    ) -> None:
         clock = _Clock()
         if validator and self.step == 0:
             self._validate(validator, metrics)
@@ -113,7 +122,9 @@ class Trainer:
             self.step += 1
             bar.update()
             last = self.step == self.config.num_steps
-            if last or _due(self.step, self.config.log_every):
+            saves = _due(self.step, self.config.checkpoint_every)
+            # A checkpoint is never written without a look at the loss: it may have diverged.
+            if last or saves or _due(self.step, self.config.log_every):
                 values = self._summary(result) | clock.read()
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
                 if metrics:
@@ -122,7 +133,7 @@ class Trainer:
             if validator and (last or _due(self.step, self.config.validate_every)):
                 self._validate(validator, metrics)
                 clock.reset()
-            if last or _due(self.step, self.config.checkpoint_every):
+            if last or saves:
                 self.save(steps.state())
                 clock.reset()
             if last:
@@ -251,9 +262,15 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _termination() -> threading.Event:
+@contextmanager
+def _termination() -> Iterator[threading.Event]:
     """An event that SIGTERM sets, as schedulers send it before they take a machine."""
     event = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
