@@ -28,6 +28,7 @@ from data.manifest import shot_prompt
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots"}
 _SHOT_FIELDS = {"prompt", "seconds", "cut", "image"}
+_FLAGS = {"True": True, "False": False}  # StoryMem's scripts hold them as texts
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,11 @@ def _parse(raw: dict[str, Any], path: Path) -> Script:
     if not isinstance(shots, list) or not shots:
         raise DataError("bad-script", f"{path} shots", "there is no shot; give a list of at least one")
     return Script(
-        title=str(raw.get("title") or path.stem),
-        global_caption=str(raw.get("global") or ""),
+        title=_text(raw, "title", path) or path.stem,
+        global_caption=_text(raw, "global", path),
         size=(size[0], size[1]),
         fps=_positive(raw.get("fps", DEFAULT_FPS), f"{path} fps"),
-        negative=str(raw.get("negative") or ""),
+        negative=_text(raw, "negative", path),
         shots=tuple(_shot(shot, f"{path} shots[{index}]", path.parent) for index, shot in enumerate(shots)),
     )
 
@@ -104,7 +105,7 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
     if not isinstance(cut, bool):
         raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
     seconds = _positive(raw.get("seconds", DEFAULT_SECONDS), f"{where}.seconds")
-    return ScriptShot(prompt, seconds, cut, _image(image, f"{where}.image", root) if image is not None else None)
+    return ScriptShot(prompt.strip(), seconds, cut, _image(image, f"{where}.image", root) if image is not None else None)
 
 
 def _image(name: Any, where: str, root: Path) -> Path:
@@ -114,6 +115,14 @@ def _image(name: Any, where: str, root: Path) -> Path:
     if not picture.is_file():
         raise DataError("missing-file", where, f"{name!r} is not in {root}")
     return picture
+
+
+def _text(raw: dict[str, Any], name: str, where: object) -> str:
+    """The text of a field, or "" where there is none; YAML makes numbers of titles like 1984."""
+    value = raw.get(name)
+    if isinstance(value, dict | list):
+        raise DataError("bad-script", f"{where} {name}", f"{value!r} is not a text")
+    return "" if value is None else str(value).strip()
 
 
 def _positive(value: Any, where: str) -> float:
@@ -136,38 +145,50 @@ def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     known = {"global_caption", "shot_captions", "num_frames", "shot_cut_frames", "prompt", "negative_prompt"}
     _refuse_unknown(raw, known | {"title", "size", "fps"}, str(path))
     if "prompt" in raw:
-        parts = re.split(r"\[(?:global caption|per shot caption|shot cut)\]", raw["prompt"], flags=re.IGNORECASE)
-        global_caption, captions = parts[1] if len(parts) > 1 else "", parts[2:]
-        global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption)
+        field, (global_caption, captions) = "prompt", _tagged(raw["prompt"])
     else:
-        global_caption, captions = raw.get("global_caption") or "", raw["shot_captions"]
+        field, global_caption, captions = "shot_captions", _text(raw, "global_caption", path), raw["shot_captions"]
     if not isinstance(captions, list) or not captions:
-        raise DataError("bad-script", f"{path} shot_captions", "there is no shot; give a list of at least one")
+        raise DataError("bad-script", f"{path} {field}", "there is no shot; give at least one")
     fps = _positive(raw.get("fps", DEFAULT_FPS), f"{path} fps")
     num_frames = _positive(raw.get("num_frames", DEFAULT_SECONDS * fps * len(captions)), f"{path} num_frames")
     cuts = raw.get("shot_cut_frames") or [num_frames * i / len(captions) for i in range(1, len(captions))]
+    if not (isinstance(cuts, list) and all(isinstance(cut, int | float) for cut in cuts)):
+        raise DataError("bad-script", f"{path} shot_cut_frames", f"{cuts!r} is not a list of frame numbers")
     bounds = [0, *cuts, num_frames]
     if len(bounds) != len(captions) + 1 or any(a >= b for a, b in pairwise(bounds)):
         raise DataError(
-            "bad-script", f"{path} shot_cut_frames", f"{cuts} are not {len(captions) - 1} rising frames in {num_frames}"
+            "bad-script",
+            f"{path} shot_cut_frames",
+            f"{cuts} are not {len(captions) - 1} rising frames in {num_frames:g}",
         )
     shots = [
-        {"prompt": str(caption).strip(), "seconds": (end - start) / fps}
+        {"prompt": caption, "seconds": (end - start) / fps}
         for caption, (start, end) in zip(captions, pairwise(bounds), strict=True)
     ]
     shared = {key: raw[key] for key in ("title", "size", "fps") if key in raw}
-    return shared | {"global": global_caption.strip(), "negative": raw.get("negative_prompt", ""), "shots": shots}
+    global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption)
+    return shared | {"global": global_caption, "negative": raw.get("negative_prompt"), "shots": shots}
+
+
+def _tagged(prompt: str) -> tuple[str, list[str]]:
+    """Global caption and shot captions of a prompt with [global caption], [per shot caption] and [shot cut]."""
+    whole, *rest = re.split(r"\[per shot caption\]", prompt, maxsplit=1, flags=re.IGNORECASE)
+    global_caption = re.sub(r"\[global caption\]", "", whole, flags=re.IGNORECASE)
+    return global_caption, re.split(r"\[shot cut\]", rest[0], flags=re.IGNORECASE) if rest else []
 
 
 def _from_storymem(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """StoryMem: scenes, each with a list of prompts and a list that says which of them a cut begins."""
+    if not isinstance(raw["scenes"], list) or not all(isinstance(scene, dict) for scene in raw["scenes"]):
+        raise DataError("bad-script", f"{path} scenes", "is not a list of mappings with video_prompts and cut")
     shots = []
     for index, scene in enumerate(raw["scenes"]):
-        prompts, cuts = scene.get("video_prompts", []), scene.get("cut", [])
-        if cuts and len(cuts) != len(prompts):
-            raise DataError(
-                "bad-script", f"{path} scenes[{index}].cut", f"has {len(cuts)} values for {len(prompts)} prompts"
-            )
-        cuts = cuts or [True] * len(prompts)
-        shots += [{"prompt": p, "cut": bool(c)} for p, c in zip(prompts, cuts, strict=True)]
-    return {"global": raw.get("story_overview", ""), "shots": shots}
+        where, prompts = f"{path} scenes[{index}]", scene.get("video_prompts")
+        if not isinstance(prompts, list):
+            raise DataError("bad-script", f"{where}.video_prompts", f"{prompts!r} is not a list of prompts")
+        cuts = scene.get("cut") or [True] * len(prompts)
+        if not isinstance(cuts, list) or len(cuts) != len(prompts):
+            raise DataError("bad-script", f"{where}.cut", f"{cuts!r} is not a list of {len(prompts)}, one a prompt")
+        shots += [{"prompt": p, "cut": _FLAGS.get(str(c), c)} for p, c in zip(prompts, cuts, strict=True)]
+    return {"global": raw.get("story_overview"), "shots": shots}
