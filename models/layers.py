@@ -8,7 +8,6 @@ Shape letters: L packed tokens, Lx tokens of one stream, N heads, D head dim, G 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,44 +15,10 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 
-from moc import Descriptor, DropKey, MoCConfig, ShotLayout, StreamSpec, moc_attention, route
 from moc.layout import Grid
-from models.rope import rotate
+from models.stream import Part
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class StreamAttention:
-    """The self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are taken, so
-    that recomputation under activation checkpointing attends to the same chunks and does not route twice."""
-
-    layout: ShotLayout
-    config: MoCConfig
-    table: tuple[Tensor, Tensor]
-    drops: DropKey | None = None
-    on_routes: Callable[[int, Tensor], None] | None = None
-    routes: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [L, N, D] before rotation -> [L, N, D]."""
-        config = self.config.at_layer(layer)
-        rotated = rotate(q, self.table), rotate(k, self.table)
-        routes = None
-        if not config.dense:
-            routes = self._route(layer, *((q, k) if config.descriptor is Descriptor.pre_rope else rotated))
-        return moc_attention(*rotated, v, self.layout, config, routes=routes)
-
-    def _route(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
-        if layer in self.routes:
-            return self.routes[layer]
-        drops = replace(self.drops, layer=layer) if self.drops else None
-        routes = route(q, k, self.layout, self.config, drops)
-        if self.on_routes:
-            self.on_routes(layer, routes)
-        if torch.is_grad_enabled():
-            self.routes[layer] = routes
-        return routes
 
 
 class _Spread(torch.autograd.Function):
@@ -152,25 +117,24 @@ class JointBlock(nn.Module):
         self.last = last
 
     def forward(
-        self, text: Tensor, video: Tensor, condition: Tensor, layout: ShotLayout, attend: Attend
+        self, text: Tensor, video: Tensor, condition: Tensor, part: Part, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         """text [Lt, dim], video [Lv, dim], condition fp32 [G, dim]; attend maps q, k, v [L, N, D] to [L, N, D]."""
-        text_group, video_group = (layout.token_group[i] for i in (layout.text_index, layout.video_index))
         text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
-        text_qkv = self.text.project(text, text_mod, text_group)
-        video_qkv = self.video.project(video, video_mod, video_group)
-        q, k, v = (join(t, x, layout) for t, x in zip(text_qkv, video_qkv, strict=True))
+        text_qkv = self.text.project(text, text_mod, part.text_group)
+        video_qkv = self.video.project(video, video_mod, part.video_group)
+        q, k, v = (join(t, x, part) for t, x in zip(text_qkv, video_qkv, strict=True))
         out = attend(q, k, v)
-        video = self.video.update(video, out[layout.video_index], video_mod, video_group)
+        video = self.video.update(video, out[part.video_index], video_mod, part.video_group)
         if not self.last:
-            text = self.text.update(text, out[layout.text_index], text_mod, text_group)
+            text = self.text.update(text, out[part.text_index], text_mod, part.text_group)
         return text, video
 
 
-def join(text: Tensor, video: Tensor, layout: ShotLayout) -> Tensor:
+def join(text: Tensor, video: Tensor, part: Part) -> Tensor:
     """Scatters text [Lt, N, D] and video [Lv, N, D] tokens into the stream [L, N, D]."""
-    stream = video.new_empty(layout.num_tokens, *video.shape[1:])
-    return stream.index_copy(0, layout.text_index, text.to(video.dtype)).index_copy_(0, layout.video_index, video)
+    stream = video.new_empty(part.num_tokens, *video.shape[1:])
+    return stream.index_copy(0, part.text_index, text.to(video.dtype)).index_copy_(0, part.video_index, video)
 
 
 class Condition(nn.Module):
@@ -227,29 +191,3 @@ def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
     """The inverse of `patchify`; grid is the (T, H, W) of tokens."""
     (t, h, w), (a, b, c) = grid, patch
     return rearrange(tokens, "(t h w) (ch a b c) -> ch (t a) (h b) (w c)", t=t, h=h, w=w, a=a, b=b, c=c)
-
-
-def group_sigma(sigma: Tensor, layout: ShotLayout) -> Tensor:
-    """[S] -> [G]: each shot's sigma, 0 for global text; without a device sync."""
-    is_shot = layout.group_shot >= 0
-    with_global = torch.cat([sigma.new_zeros(1), sigma])
-    return with_global[is_shot.cumsum(0) * is_shot]
-
-
-def check_shots(
-    latents: list[Tensor], sigma: Tensor, text: list[Tensor], layout: ShotLayout, spec: StreamSpec, channels: int
-) -> None:
-    """Raises ValueError where a forward's inputs and its layout describe different shots."""
-    if len(latents) != layout.num_shots or len(sigma) != layout.num_shots or len(text) != layout.num_groups:
-        raise ValueError(
-            f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for a layout of {layout.num_shots} "
-            f"shots and {layout.num_groups} groups: build the layout from this batch (moc.make_batch)"
-        )
-    for group, latent in zip(layout.shot_groups, latents, strict=True):
-        if latent.shape[0] != channels:
-            raise ValueError(
-                f"latent has {latent.shape[0]} channels, this model takes {channels}: "
-                "encode with the codec that the model was trained with"
-            )
-        if spec.grid(latent) != layout.groups[group].grid:
-            raise ValueError(f"latent of {tuple(latent.shape)} is not the layout's {layout.groups[group].grid}")

@@ -4,6 +4,7 @@
 - interleaved 3D RoPE: [text 1][video 1][text 2][video 2]... along the space-time diagonal
 - a sigma for each shot; a shot's text takes its shot's, the global text takes 0
 - the pooled caption of a token's own group joins the timestep in the modulation
+- context-causal generation: finished shots stay as cached keys and values (`models.stream.KeyValueCache`)
 - dense attention is the same code under `MoCConfig(dense=True)`; one shot is the single-shot model
 
 Shape letters: L packed tokens (Lt text, Lv video), N heads, D head dim, G groups, S shots; latents C T H W.
@@ -20,17 +21,9 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec
-from models.layers import (
-    Condition,
-    JointBlock,
-    Output,
-    StreamAttention,
-    check_shots,
-    group_sigma,
-    patchify,
-    unpatchify,
-)
+from models.layers import Condition, JointBlock, Output, patchify, unpatchify
 from models.rope import interleaved_positions, rotary_table
+from models.stream import KeyValueCache, Part, StreamAttention
 
 
 class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -81,6 +74,8 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         config: MoCConfig,
         drops: DropKey | None = None,
         on_routes: Callable[[int, Tensor], None] | None = None,
+        cache: KeyValueCache | None = None,
+        remember: bool = False,
     ) -> list[Tensor]:
         """The velocity of each shot, fp32, in the form of `latents`.
 
@@ -89,35 +84,40 @@ class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
         config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
         on_routes: told each layer's index and routes, int [N, L, K], for statistics.
+        cache: history of a story generated shot by shot; latents, sigma and text are then those of the shots and groups
+            after it, `layout` is the whole stream's, and config must flow strictly forward.
+        remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
         Raises ValueError where latents or text do not fit the layout or the model.
         """
-        check_shots(latents, sigma, text, layout, self.stream, self.config.latent_channels)
-        self._check_text(text, layout)
-        grids = [layout.groups[group].grid for group in layout.shot_groups]
+        part = Part(layout, cache.num_tokens if cache else 0)
+        part.check(latents, sigma, text, self.stream, self.config.latent_channels)
+        self._check_text(text, part)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         video = self.video_in(patches.to(self.video_in.weight.dtype))
         words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
-        condition = self.condition(group_sigma(sigma, layout), pooled(text))
+        condition = self.condition(part.group_sigma(sigma), pooled(text))
         table = rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta)
-        attend = StreamAttention(layout, config, table, drops, on_routes)
+        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
         for layer, block in enumerate(self.blocks):
-            args = (words, video, condition, layout, partial(attend, layer))
+            args = (words, video, condition, part, partial(attend, layer))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 words, video = self._gradient_checkpointing_func(block, *args)
             else:
                 words, video = block(*args)
 
-        out = self.output(video, patches, condition, layout.token_group[layout.video_index])
-        pieces = out.split([t * h * w for t, h, w in grids])
-        return [unpatchify(x, grid, self.stream.patch) for x, grid in zip(pieces, grids, strict=True)]
+        if cache is not None and remember:
+            cache.num_tokens = layout.num_tokens
+        out = self.output(video, patches, condition, part.video_group)
+        pieces = out.split([t * h * w for t, h, w in part.grids])
+        return [unpatchify(x, grid, self.stream.patch) for x, grid in zip(pieces, part.grids, strict=True)]
 
     @property
     def head_dim(self) -> int:
         return self.config.dim // self.config.num_heads
 
-    def _check_text(self, text: list[Tensor], layout: ShotLayout) -> None:
-        for group, features in zip(layout.groups, text, strict=True):
+    def _check_text(self, text: list[Tensor], part: Part) -> None:
+        for group, features in zip(part.groups, text, strict=True):
             expected = (group.text_tokens, self.config.text_dim)
             if tuple(features.shape) != expected:
                 raise ValueError(

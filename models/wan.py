@@ -26,17 +26,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
-from models.layers import (
-    Attend,
-    RMSNorm,
-    StreamAttention,
-    add_gated,
-    check_shots,
-    group_sigma,
-    modulate,
-    patchify,
-)
+from models.layers import Attend, RMSNorm, add_gated, modulate, patchify
 from models.rope import rotary_table, running_positions
+from models.stream import Part, StreamAttention
 
 TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features, and visible
 
@@ -192,12 +184,13 @@ class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layout: of video only (`stream.text_in_stream`). config, drops, on_routes: as in `models.mmdit.MMDiT`.
         Raises ValueError where latents or text do not fit the layout or the model.
         """
-        check_shots(latents, sigma, text, layout, self.stream, self.config.in_channels)
+        part = Part(layout)
+        part.check(latents, sigma, text, self.stream, self.config.in_channels)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
         rows, windows = text_windows(text, layout, config.text_anchor)
-        time, block_time, context = self.condition_embedder(group_sigma(sigma, layout), rows)
+        time, block_time, context = self.condition_embedder(part.group_sigma(sigma), rows)
         table = rotary_table(running_positions(layout, config.cut_gap), self.config.attention_head_dim)
         attend = StreamAttention(layout, config, table, drops, on_routes)
 

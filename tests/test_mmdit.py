@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch
 from models import ModelConfig, build_model, load_model, save_model
-from models.layers import group_sigma, patchify, spread, unpatchify
+from models.layers import patchify, spread, unpatchify
 from models.mmdit import MMDiT
+from models.stream import KeyValueCache, Part
 
 CHANNELS, TEXT_DIM = 4, 12
 DENSE = MoCConfig(dense=True)
@@ -107,7 +108,7 @@ def test_each_shot_has_its_own_sigma() -> None:
 
 def test_global_text_has_sigma_zero() -> None:
     layout = ShotLayout.pack([ShotLayout.build([Shot(1, (1, 1, 1))] * 2, 1), ShotLayout.build([Shot(1, (1, 1, 1))])])
-    assert group_sigma(torch.tensor([0.1, 0.2, 0.3]), layout).tolist() == pytest.approx([0, 0.1, 0.2, 0, 0.3])
+    assert Part(layout).group_sigma(torch.tensor([0.1, 0.2, 0.3])).tolist() == pytest.approx([0, 0.1, 0.2, 0, 0.3])
 
 
 def test_the_pooled_own_caption_modulates() -> None:
@@ -215,6 +216,39 @@ def test_spread_has_the_gradient_of_indexing() -> None:
     group = torch.tensor([0, 2, 2, 0, 2], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda r: spread(r, group), rows)
     assert torch.equal(spread(rows, group), rows[group.long()])
+
+
+@pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
+@torch.no_grad()
+def test_cached_history_gives_the_same_velocity(descriptor: str) -> None:
+    model = small_model(input_skip=True)
+    config = MoCConfig(chunk_tokens=12, top_k=2, text_anchor="global_and_own", descriptor=descriptor)
+    story = sample()
+    sigma = torch.tensor([0.1, 0.1, 0.7])
+    whole = run(model, pack(model, story), config, sigma)
+    cache = KeyValueCache()
+    computed = 0
+    for shot in range(3):
+        layout = pack(model, Sample(story.latents[: shot + 1], story.text[: shot + 2])).layout
+        text = story.text[0 if shot == 0 else shot + 1 : shot + 2]
+        inputs = (story.latents[shot : shot + 1], sigma[shot : shot + 1], text, layout, config)
+        (first,) = model(*inputs, cache=cache)
+        assert cache.num_tokens == computed  # looking changes nothing
+        (again,) = model(*inputs, cache=cache, remember=True)
+        computed = layout.num_tokens
+        assert torch.equal(first, again)
+        torch.testing.assert_close(first, whole[shot], rtol=1e-4, atol=1e-5)
+    assert cache.num_tokens == computed
+
+
+def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
+    model = small_model()
+    batch = pack(model, sample())
+    with pytest.raises(ValueError, match="strict forward flow"):
+        model(batch.latents, torch.rand(3), batch.text, batch.layout, MOC, cache=KeyValueCache())
+    forward = MoCConfig(chunk_tokens=12, text_anchor="global_and_own")
+    with pytest.raises(ValueError, match="the cache holds 16 tokens"):
+        model(batch.latents, torch.rand(3), batch.text, batch.layout, forward, cache=KeyValueCache(16))
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])

@@ -1,0 +1,149 @@
+"""What both models share about the packed stream: which of its tokens a forward computes, and their self-attention.
+
+Usually a forward computes the whole stream. In context-causal generation (Long Context Tuning, arXiv 2503.10589,
+section 3.4) finished shots are history: their keys and values stay in a `KeyValueCache`, and a forward computes the
+tokens after them only.
+
+Shape letters: L packed tokens, N heads, D head dim, G groups, S shots; latents C T H W.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moc import Descriptor, DropKey, MoCConfig, OwnAnchor, ShotLayout, StreamSpec, TextAnchor, moc_attention, route
+from moc.layout import Grid, Group
+from models.rope import rotate
+
+
+@dataclass
+class KeyValueCache:
+    """Keys (before rotation) and values of the shots generated so far, by layer; one for each prompt and sample."""
+
+    num_tokens: int = 0
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+
+    def extended(self, layer: int, k: Tensor, v: Tensor, remember: bool) -> tuple[Tensor, Tensor]:
+        """History and new tokens of a layer together; the new ones become history if `remember`."""
+        if layer in self.keys:
+            k, v = torch.cat([self.keys[layer], k]), torch.cat([self.values[layer], v])
+        if remember:
+            self.keys[layer], self.values[layer] = k.detach(), v.detach()
+        return k, v
+
+
+class Part:
+    """The tokens of a stream that a forward computes: those of the groups from `first_group` on.
+
+    text_index, video_index: their places within the part. text_group, video_group: rows of the part's groups.
+    """
+
+    def __init__(self, layout: ShotLayout, start: int = 0) -> None:
+        """start: tokens before the part; they end a group of a stream of one sample, or there are none."""
+        firsts = [index for index, group in enumerate(layout.groups) if group.start == start]
+        if start and (layout.num_samples > 1 or not firsts):
+            raise ValueError(
+                f"the cache holds {start} tokens, which are not the first shots of {layout}: keep one cache for each "
+                "story, and add shots in order"
+            )
+        # Empty groups share their start with the next one; only the first global text can be empty, and it is first.
+        self.layout, self.start, self.first_group = layout, start, firsts[0]
+        done = layout.groups[: self.first_group]
+        text_before = sum(group.text_tokens for group in done)
+        self.num_tokens = layout.num_tokens - start
+        self.text_index = layout.text_index[text_before:] - start
+        self.video_index = layout.video_index[start - text_before :] - start
+        group = layout.token_group[start:] - self.first_group
+        self.text_group, self.video_group, self.group = group[self.text_index], group[self.video_index], group
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.layout.groups[self.first_group :]
+
+    @cached_property
+    def grids(self) -> list[Grid]:
+        """Token grids of the part's shots."""
+        return [group.grid for group in self.groups if group.grid is not None]
+
+    def group_sigma(self, sigma: Tensor) -> Tensor:
+        """[S] -> [G]: each shot's sigma, 0 for global text; without a device sync."""
+        is_shot = self.layout.group_shot[self.first_group :] >= 0
+        with_global = torch.cat([sigma.new_zeros(1), sigma])
+        return with_global[is_shot.cumsum(0) * is_shot]
+
+    def check(self, latents: list[Tensor], sigma: Tensor, text: list[Tensor], spec: StreamSpec, channels: int) -> None:
+        """Raises ValueError where a forward's inputs and its layout describe different shots."""
+        shots, groups = len(self.grids), len(self.groups)
+        if (len(latents), len(sigma), len(text)) != (shots, shots, groups):
+            raise ValueError(
+                f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for {shots} shots and {groups} "
+                "groups to compute: build the layout from this batch (moc.make_batch)"
+            )
+        for grid, latent in zip(self.grids, latents, strict=True):
+            if latent.shape[0] != channels:
+                raise ValueError(
+                    f"latent has {latent.shape[0]} channels, this model takes {channels}: "
+                    "encode with the codec that the model was trained with"
+                )
+            if spec.grid(latent) != grid:
+                raise ValueError(f"latent of {tuple(latent.shape)} is not the layout's {grid}")
+
+
+@dataclass
+class StreamAttention:
+    """The self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are taken, so
+    that recomputation under activation checkpointing attends to the same chunks and does not route twice.
+
+    table: rotations of the whole stream. cache, remember: see the module; attention must then be strictly forward.
+    """
+
+    layout: ShotLayout
+    config: MoCConfig
+    table: tuple[Tensor, Tensor]
+    drops: DropKey | None = None
+    on_routes: Callable[[int, Tensor], None] | None = None
+    cache: KeyValueCache | None = None
+    remember: bool = False
+    routes: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and not flows_forward(self.config):
+            raise ValueError(
+                "cached keys and values need a strict forward flow: moc.causal=true, moc.own_anchor=shot, "
+                "moc.text_anchor=global_and_own, and no dense layers"
+            )
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [L, N, D] of the tokens computed, before rotation -> [L, N, D]."""
+        config = self.config.at_layer(layer)
+        before = self.cache.num_tokens if self.cache else 0
+        if self.cache is not None:
+            k, v = self.cache.extended(layer, k, v, self.remember)
+            q = F.pad(q, (0, 0, 0, 0, before, 0))  # attention takes a whole stream; history's output is unused
+        rotated = rotate(q, self.table), rotate(k, self.table)
+        routes = None
+        if not config.dense:
+            routes = self._route(layer, *((q, k) if config.descriptor is Descriptor.pre_rope else rotated))
+        return moc_attention(*rotated, v, self.layout, config, routes=routes)[before:]
+
+    def _route(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
+        if layer in self.routes:
+            return self.routes[layer]
+        drops = replace(self.drops, layer=layer) if self.drops else None
+        routes = route(q, k, self.layout, self.config, drops)
+        if self.on_routes:
+            self.on_routes(layer, routes)
+        if torch.is_grad_enabled():
+            self.routes[layer] = routes
+        return routes
+
+
+def flows_forward(config: MoCConfig) -> bool:
+    """Whether a token depends on its own and earlier shots only."""
+    forward = config.causal and config.own_anchor is OwnAnchor.shot and config.text_anchor is TextAnchor.global_and_own
+    return forward and not config.dense and not config.dense_layers
