@@ -1,0 +1,138 @@
+"""The main job in one command: make demo, or python scripts/demo.py [output=DIR] [key=value ...]
+
+Makes a storyworld, prepares its films, trains a small model with Mixture of Contexts, samples a story, and checks what
+came out. Every stage is a command of this project, as a user would call it. Ends with status 1 where the film does not
+show the scripted places, or the model is no better than the best linear predictor.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from omegaconf import OmegaConf
+
+from configs.command import command, parse
+from data.dataset import DataConfig
+from data.loader import Validation, build_loader
+from data.script import load_script
+from data.shots import build_detector
+from data.storyworld.judge import judge_film
+from moc import StreamSpec
+from moc.diffusion import Flow
+from moc.diffusion.linear import linear_losses
+from moc.training import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "configs/scripts/storyworld.yaml"
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """output: the folder of all that the demo makes. scenes: of the world. steps: of training. threads: 0 is up to 2."""
+
+    output: str = "outputs/demo"
+    scenes: int = 200
+    steps: int = 600
+    threads: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command of the demo, and the seconds it took on the two CPU cores it was tuned on."""
+
+    title: str
+    seconds: int
+    arguments: list[str]
+
+
+def plan(config: DemoConfig) -> list[Stage]:
+    out = Path(config.output).resolve()
+    world = ["scripts/make_storyworld.py", f"output={out}/world", f"scenes={config.scenes}", "frames_per_shot=[9]"]
+    prepare = ["scripts/prepare_data.py", f"input={out}/world", f"output={out}/prepared", "size=[64,96]"]
+    train = ["train.py", "experiment=storyworld", f"data.path={out}/prepared", f"output={out}", "name=run"]
+    sample = ["sample.py", f"checkpoint={out}/run", f"script={SCRIPT}", f"out={out}/film"]
+    settings = ["sampler=staggered", "sampler.steps=24", "sampler.guidance_scale=3"]
+    return [
+        Stage("make a storyworld", 60, world),
+        Stage("prepare its films", 30, prepare),
+        Stage("train with Mixture of Contexts", 250, [*train, f"trainer.num_steps={config.steps}"]),
+        Stage("sample a story", 40, [*sample, *settings]),
+    ]
+
+
+@command("demo", DemoConfig)
+def main(config: DemoConfig) -> None:
+    if Path(config.output).exists():
+        raise FileExistsError(f"output={config.output} exists; remove it, or choose another folder")
+    seconds = run(plan(config), config.threads or min(2, os.cpu_count() or 1))
+    if not report(Path(config.output), seconds):
+        sys.exit(1)
+
+
+def run(stages: list[Stage], threads: int) -> dict[str, float]:
+    """Runs the commands in turn, telling how long the rest will take; returns the seconds of each."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    taken: dict[str, float] = {}
+    for index, stage in enumerate(stages):
+        pace = sum(taken.values()) / sum(s.seconds for s in stages[:index]) if taken else 1.0
+        minutes = pace * sum(s.seconds for s in stages[index:]) / 60
+        print(f"\n[{index + 1}/{len(stages)}] {stage.title} (about {minutes:.1f} minutes left)", flush=True)
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, *stage.arguments], cwd=ROOT, env=environment, check=False)
+        if done.returncode:
+            raise ValueError(f"the stage failed: python {' '.join(stage.arguments)}")
+        taken[stage.title] = time.perf_counter() - start
+    return taken
+
+
+def report(out: Path, seconds: dict[str, float]) -> bool:
+    """Prints what came out; True where it passed."""
+    verdict = judge_film(out / "film", load_script(SCRIPT), build_detector("transnetv2"))
+    rows = [row for row in read_metrics(out / "run") if "routing/sparsity" in row]
+    levels = [key for key in rows[0] if key.startswith("validation/loss_")]
+    sigmas = [float(level.removeprefix("validation/loss_")) for level in levels]
+    mean, linear = floors(out / "run", sigmas)
+
+    print("\nheld-out loss        start      end   predicting the mean   best linear predictor")
+    for level, sigma, by_line in zip(levels, sigmas, linear, strict=True):
+        print(f"  sigma {sigma:<8g} {rows[0][level]:9.4f} {rows[-1][level]:8.4f} {mean:21.4f} {by_line:23.4f}")
+    print(
+        f"attention    sparsity {rows[-1]['routing/sparsity']:.0%}, FLOPs {rows[-1]['routing/flops_of_dense']:.0%} of dense"
+    )
+    print(
+        f"cuts         scripted at {verdict.scripted_cuts}, found at {verdict.found_cuts}: {verdict.accuracy.score:.2f}"
+    )
+    print("places       " + ", ".join(f"{a} {'seen' if a == b else f'looks like {b}'}" for a, b in verdict.places))
+    print("time         " + ", ".join(f"{title} {taken:.0f} s" for title, taken in seconds.items()))
+    for name in ("video.mp4", "storyboard.png", "routing.png"):
+        print(f"look at      {out / 'film' / name}")
+
+    places_ok = verdict.places_right >= 0.75 * len(verdict.places)
+    loss_ok = all(rows[-1][level] < by_line for level, by_line in zip(levels, linear, strict=True))
+    if not places_ok:
+        print("FAILED: fewer than three in four shots show the scripted place")
+    if not loss_ok:
+        print("FAILED: the held-out loss does not beat the best linear predictor at every noise level")
+    return places_ok and loss_ok
+
+
+def floors(run_folder: Path, sigmas: list[float]) -> tuple[float, list[float]]:
+    """Held-out losses of predicting the mean velocity, and of the best linear predictor at each noise level."""
+    config = parse(OmegaConf.load(run_folder / "config.yaml").data, DataConfig)
+    loader = build_loader(config, StreamSpec(), chunk_tokens=1)
+    training = torch.stack([x.float() for i in loader.training_items for x in loader.dataset[i].latents])
+    held_out = [(batch, Flow().draw_noise(batch, seed=0)) for batch in Validation(loader)]
+    latents = torch.stack([x.float() for batch, _ in held_out for x in batch.latents])
+    noise = torch.stack([x for _, noises in held_out for x in noises])
+    mean = float((noise - latents + training.mean(0)).square().mean())
+    return mean, linear_losses(training, latents, noise, sigmas)
+
+
+if __name__ == "__main__":
+    main()
