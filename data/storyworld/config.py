@@ -35,7 +35,7 @@ class StoryworldConfig:
     characters: int = 2
     characters_per_shot: int = 1
     places: list[str] = field(default_factory=list)
-    places_per_scene: int = 2
+    places_per_scene: int = 3
     continuation: float = 0.2
     crf: int = 14
     workers: int = 0

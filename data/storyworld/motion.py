@@ -6,7 +6,7 @@ An action that borders on a continuation settles to rest there, so that the next
 import math
 from dataclasses import dataclass
 
-from data.storyworld.characters import BADGES, Look, Pose
+from data.storyworld.characters import BADGES, Badge, Look, Pose
 
 ACTIONS = ("stands", "walks", "jumps", "waves", "turns", "dances")
 SETTLE_SECONDS = 0.3
@@ -89,12 +89,9 @@ def pose_at(actor: Actor, timing: Timing, time: float) -> Pose:
     clock = time + actor.phase
     breath = 1 + 0.012 * math.sin(2.5 * clock)
     blink = 1 - smoothstep(1 - abs((clock % 2.7) - 1.3) / 0.12)
-    towards = 1.0 if actor.facing >= 0 else -1.0
-    # A turn left unfinished by the shot before is finished first.
-    facing = actor.facing + (towards - actor.facing) * smoothstep(time / SETTLE_SECONDS)
-    rest = {"x": actor.x, "y": actor.y, "facing": facing, "stretch": breath, "eyes": blink}
+    rest = {"x": actor.x, "y": actor.y, "facing": _face(actor, time), "stretch": breath, "eyes": blink}
     if actor.action == "walks":
-        return Pose(**rest | _walk(actor, badge.pace, badge.bounce, timing.distance(time), energy))
+        return Pose(**rest | _walk(actor, badge, time, timing.distance(time), energy))
     if actor.action == "jumps":
         beat = (clock / 0.75) % 1
         hop = 4 * beat * (1 - beat) * energy
@@ -115,20 +112,28 @@ def pose_at(actor: Actor, timing: Timing, time: float) -> Pose:
     return Pose(**rest)
 
 
-def _walk(actor: Actor, pace: float, bounce: float, distance: float, energy: float) -> dict[str, float]:
+def _face(actor: Actor, time: float, towards: float | None = None) -> float:
+    """The facing on the way from the shot's first to `towards` (the nearer side if not given)."""
+    if towards is None:
+        towards = 1.0 if actor.facing >= 0 else -1.0
+    return actor.facing + (towards - actor.facing) * smoothstep(time / SETTLE_SECONDS)
+
+
+def _walk(actor: Actor, badge: Badge, time: float, distance: float, energy: float) -> dict[str, float]:
     low, high = actor.bounds
     direction = 1.0 if actor.facing >= 0 else -1.0
     # Walking to and fro between the bounds is a triangle wave of the distance covered.
     span = max(high - low, 1e-6)
     start = (actor.x - low) / span if direction > 0 else 2 - (actor.x - low) / span
-    along = (start + 0.14 * pace * distance / span) % 2
+    along = (start + 0.14 * badge.pace * distance / span) % 2
     x = low + span * (along if along <= 1 else 2 - along)
-    swing = math.sin(math.pi * pace * (distance + actor.phase)) * energy
+    turned = min(max(6 * math.sin(math.pi * along), -1.0), 1.0)  # round at the bounds
+    swing = math.sin(math.pi * badge.pace * (distance + actor.phase)) * energy
     return {
         "x": x,
-        "facing": 1.0 if along <= 1 else -1.0,
-        "lift": bounce * abs(math.cos(math.pi * pace * (distance + actor.phase))) * energy,
-        "lean": 0.05 * energy * (1 if along <= 1 else -1),
+        "facing": _face(actor, time, turned),
+        "lift": badge.bounce * abs(math.cos(math.pi * badge.pace * (distance + actor.phase))) * energy,
+        "lean": 0.05 * energy * turned,
         "stride": swing,
         "left_arm": REST_ARM + 0.3 * swing,
         "right_arm": REST_ARM - 0.3 * swing,

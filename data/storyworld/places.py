@@ -76,7 +76,7 @@ PLACES: dict[str, Place] = {
         drift=Drift("#ffffff", 42, 0.010, (0.03, 0.14)),
     ),
     "town": Place(
-        sky=("#161c4e", "#3c4a94"), hills=("#2b3580", "#232b68"), ground=("#343f86", "#1a2052"), ridge="town",
+        sky=("#101f55", "#35509c"), hills=("#253a86", "#1e2e6e"), ground=("#2c458c", "#152456"), ridge="town",
         texture="dot", orb=("#fff2c4", 0.5, 0.18, 0.08), clouds=1, light="#e6e8ff",
         behind=(PropKind("house", ("#4a56a8", "#272c6c"), 0.42, 4), PropKind("lamp", ("#171a40", "#ffd98a"), 0.4, 2)),
         front=(PropKind("tuft", ("#141942", "#3c4aa0"), 0.12, 6),),
@@ -97,18 +97,18 @@ PLACES: dict[str, Place] = {
         drift=Drift("#ffe3ea", 24, 0.010, (0.07, 0.07)),
     ),
     "reef": Place(
-        sky=("#8fe0d4", "#37b3b0"), hills=("#3fb0ae", "#279896"), ground=("#4db8a8", "#1c7f82"), ridge="round",
+        sky=("#93e3e6", "#35acc0"), hills=("#3aa7b9", "#248fa4"), ground=("#49b3bb", "#197588"), ridge="round",
         texture="dash", orb=None, clouds=0, light="#eafffa",
-        behind=(PropKind("coral", ("#1f8f94", "#7fe6cf"), 0.34, 4), PropKind("weed", ("#187c78", "#5fd2ae"), 0.4, 5)),
-        front=(PropKind("weed", ("#0f6668", "#3fbfa4"), 0.22, 7),),
+        behind=(PropKind("coral", ("#1d86a0", "#86eadb"), 0.34, 4), PropKind("weed", ("#16747f", "#62d2bd"), 0.4, 5)),
+        front=(PropKind("weed", ("#0f5c6c", "#40b8b4"), 0.22, 7),),
         drift=Drift("#dffff6", 20, 0.011, (0.01, -0.1), glow=True),
     ),
     "cave": Place(
-        sky=("#3d1d6a", "#8450b4"), hills=("#6f42a4", "#5a3290"), ground=("#7446a8", "#42207a"), ridge="cave",
+        sky=("#4a1a70", "#9a52c0"), hills=("#8244ae", "#6a3298"), ground=("#8848b2", "#501c80"), ridge="cave",
         texture="dot", orb=None, clouds=0, light="#f6ecff",
         behind=(PropKind("crystal", ("#7a3fc0", "#d49cff"), 0.34, 4),
                 PropKind("mushroom", ("#b45fd8", "#f2dcff"), 0.15, 4)),
-        front=(PropKind("rock", ("#371a66", "#7a4ab4"), 0.14, 5),),
+        front=(PropKind("rock", ("#42186c", "#8c4cbc"), 0.14, 5),),
         drift=Drift("#e9c6ff", 14, 0.007, (0.01, -0.02), glow=True),
     ),
 }  # fmt: skip
@@ -153,7 +153,8 @@ def _paint_far(canvas: Canvas, place: Place, rng: np.random.Generator, half: flo
         canvas.fill(ellipse(x, y, 2.2 * radius, 2.2 * radius), rgb(code), opacity=0.45, blur=0.8 * radius)
         canvas.fill(ellipse(x, y, radius, radius), Gradient(lighter(rgb(code), 0.5), rgb(code), y - radius, y + radius))
     for _ in range(place.clouds):
-        _paint_cloud(canvas, rng, mix(bottom, lighter(bottom, 0.8), 0.6), half)
+        # Dark skies get dark clouds.
+        _paint_cloud(canvas, rng, lighter(bottom, 0.7 * float(bottom[:3].mean()) ** 1.5), half)
     for depth, (code, base) in enumerate(zip(place.hills, (HORIZON - 0.17, HORIZON - 0.07), strict=True)):
         near = rgb(code)
         paint = Gradient(near, mix(near, bottom, 0.35), base - 0.1, HORIZON + 0.1)
@@ -170,8 +171,8 @@ def _paint_rays(canvas: Canvas, rng: np.random.Generator, light: Colour, half: f
 def _paint_cloud(canvas: Canvas, rng: np.random.Generator, colour: Colour, half: float) -> None:
     x, y, size = rng.uniform(-half, half), rng.uniform(0.08, 0.28), rng.uniform(0.05, 0.085)
     for dx, dy, radius in [(-1.3, 0.2, 0.7), (1.3, 0.25, 0.65), (-0.5, -0.2, 0.95), (0.55, -0.05, 0.85), (0, 0.3, 0.9)]:
-        paint = Gradient(lighter(colour, 0.35), colour, y - size, y + size)
-        canvas.fill(ellipse(x + dx * size, y + dy * size, 1.3 * radius * size, radius * size), paint, opacity=0.8)
+        paint = Gradient(lighter(colour, 0.3), colour, y - size, y + size)
+        canvas.fill(ellipse(x + dx * size, y + dy * size, 1.3 * radius * size, radius * size), paint)
 
 
 def _paint_ridge(canvas, rng, kind: str, base: float, depth: int, paint, half: float) -> None:
@@ -183,7 +184,7 @@ def _paint_ridge(canvas, rng, kind: str, base: float, depth: int, paint, half: f
             width, top = rng.uniform(0.1, 0.2), base - rng.uniform(0.02, 0.2)
             canvas.fill(_box(x, top, x + width, 1), paint)
             for window in rng.uniform((x + 0.02, top + 0.02), (x + width - 0.02, base + 0.06), (5, 2)):
-                canvas.fill(ellipse(*window, 0.006, 0.009), WARM_LIGHT, opacity=0.8)
+                canvas.fill(_box(*window, *(window + np.array((0.012, 0.016)))), WARM_LIGHT, opacity=0.8)
             x += width + rng.uniform(0, 0.03)
         return
     x = np.linspace(-half - 0.1, half + 0.1, 120)

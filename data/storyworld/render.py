@@ -16,7 +16,7 @@ from data.storyworld.motion import View, pose_at
 from data.storyworld.places import PLACES, Drift, Layer, paint_layers
 from data.storyworld.story import CLOSE, Scene, Shot, view_at
 
-SHUTTER = 0.5  # of a frame's time
+SHUTTER = 0.35  # of a frame's time
 MAX_SAMPLES = 8
 FINE_BELOW = 300  # frame heights under this are drawn at twice the size
 
@@ -144,7 +144,8 @@ class Renderer:
     def _draw_drift(self, canvas: Canvas, drift: Drift, clock: float) -> None:
         start = self.air[: drift.count]
         reach = self.aspect + 0.6
-        x = (start[:, 0] * reach + drift.velocity[0] * clock) % reach - reach / 2
+        across = (np.arange(drift.count) + start[:, 0]) / drift.count
+        x = (across * reach + drift.velocity[0] * clock) % reach - reach / 2
         x += 0.02 * np.sin(1.7 * clock + 6.3 * start[:, 2])
         y = (start[:, 1] * 1.1 + drift.velocity[1] * (0.6 + 0.8 * start[:, 2]) * clock) % 1.1 - 0.05
         radius = drift.size * (0.6 + 0.8 * start[:, 2])

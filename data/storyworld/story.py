@@ -119,11 +119,11 @@ def _plan_places(rng: np.random.Generator, config: StoryworldConfig, cuts: list[
 
 def _direct(rng: np.random.Generator, cast: list[Look], aspect: float, before: Shot | None) -> tuple[Actor, ...]:
     """Give each of the cast an action and a place on the stage; after a continuation, where they were."""
-    stage = 0.3 * aspect
+    stage, gap = 0.33 * aspect, 0.06 * aspect * (len(cast) > 1)
     actors = []
     for i, look in enumerate(cast):
         low = -stage + 2 * stage * i / len(cast)
-        bounds = (low, low + 2 * stage / len(cast))
+        bounds = (low + gap, low + 2 * stage / len(cast) - gap)
         action = str(rng.choice(ACTIONS))
         facing = float(rng.choice((-1.0, 1.0)))
         phase = float(rng.uniform(0, 5))
