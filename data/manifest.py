@@ -37,7 +37,10 @@ class ShotRecord:
 
 @dataclass(frozen=True)
 class SceneRecord:
-    """One line. Exactly one of video and image is set; fps None: the video's own; shots empty: to be detected."""
+    """One line. Exactly one of video and image is set; fps None: the video's own; shots empty: to be detected.
+
+    shot_captions: of the shots to be detected, from other tools' files; never in a manifest.
+    """
 
     id: str
     video: str | None = None
@@ -45,6 +48,7 @@ class SceneRecord:
     caption: Caption = ""
     fps: float | None = None
     shots: tuple[ShotRecord, ...] = ()
+    shot_captions: tuple[Caption, ...] = ()
 
     @property
     def path(self) -> str:
@@ -52,7 +56,7 @@ class SceneRecord:
 
     def to_dict(self) -> dict:
         """The JSON object of the line, without the fields that say nothing."""
-        fields = {k: v for k, v in asdict(self).items() if v is not None and k != "shots"}
+        fields = {k: v for k, v in asdict(self).items() if v is not None and k not in ("shots", "shot_captions")}
         return fields | ({"shots": [asdict(shot) for shot in self.shots]} if self.shots else {})
 
 
@@ -159,7 +163,7 @@ def scene_from_dict(fields: dict, where: str) -> SceneRecord:
         raise DataError("image-with-shots", f"{where} shots", "an image has no shots; leave the field out")
     return SceneRecord(
         id=scene_id,
-        caption=_caption(fields, where),
+        caption=check_caption(fields.get("caption", ""), f"{where} caption"),
         fps=_fps(fields, where),
         shots=_shots(fields.get("shots"), where),
         **{kinds[0]: media},
@@ -172,9 +176,8 @@ def _refuse_unknown(fields: dict, known: frozenset[str], where: str) -> None:
         raise DataError("unknown-field", f"{where} {unknown[0]}", f"fields are {', '.join(sorted(known))}")
 
 
-def _caption(fields: dict, where: str) -> Caption:
-    where = f"{where} caption"
-    value = fields.get("caption", "")
+def check_caption(value: object, where: str) -> Caption:
+    """A string, or a list of strings as a tuple. Raises DataError: bad-caption, huge-caption, not-utf-8."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError("bad-caption", where, f"a string or a list of strings, got {str(value)[:80]!r}")
@@ -226,4 +229,9 @@ def _shot(fields: object, where: str) -> ShotRecord:
         raise DataError("reversed-shot", f"{where}.end", f"{fields['end']} is not after the start {fields['start']}")
     if not isinstance(fields.get("cut", True), bool):
         raise DataError("bad-cut", f"{where}.cut", f"true or false, got {fields['cut']!r}")
-    return ShotRecord(fields["start"], fields["end"], _caption(fields, where), fields.get("cut", True))
+    return ShotRecord(
+        fields["start"],
+        fields["end"],
+        check_caption(fields.get("caption", ""), f"{where}.caption"),
+        fields.get("cut", True),
+    )

@@ -1,5 +1,6 @@
 """Second stage of preparing: from scenes and scans to samples, each a few shots of whole latent frames."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from data.errors import DataError
 from data.images import read_image
 from data.manifest import Caption, SceneRecord, ShotRecord, captions
 from data.scan import Scan
+from data.shots import Span
 from data.video import VideoIndex
 
 _CLAIM_TOLERANCE = 0.98
@@ -51,7 +53,7 @@ def plan_scene(
     index = scan.index
     skipped: list[DataError] = []
     pieces: list[tuple[ShotRecord, tuple[int, ...]]] = []
-    records = scene.shots or [ShotRecord(start, end) for start, end in scan.spans or ((0, index.num_frames),)]
+    records = scene.shots or _detected_shots(scene, scan.spans or ((0, index.num_frames),))
     for i, shot in enumerate(records):
         where = f"{scene.id} shots[{i}]"
         if shot.end > index.num_frames:
@@ -74,9 +76,20 @@ def plan_scene(
         name = scene.id if len(windows) == 1 else f"{scene.id}#{number:04d}"
         shots = tuple(shot for shot, _ in window)
         shots = (replace(shots[0], cut=True), *shots[1:])
-        part = replace(scene, id=name, fps=index.fps, shots=shots)
+        part = replace(scene, id=name, fps=index.fps, shots=shots, shot_captions=())
         plans.append(_plan(root, part, tuple(indices for _, indices in window), size, index))
     return plans, skipped
+
+
+def _detected_shots(scene: SceneRecord, spans: Sequence[Span]) -> list[ShotRecord]:
+    texts = scene.shot_captions or ("",) * len(spans)
+    if len(texts) != len(spans):
+        raise DataError(
+            "caption-count",
+            scene.id,
+            f"has {len(texts)} shot captions, but {len(spans)} shots were found; give the shots in a manifest",
+        )
+    return [ShotRecord(start, end, text) for (start, end), text in zip(spans, texts, strict=True)]
 
 
 def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
@@ -99,7 +112,7 @@ def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
 
 
 def _captions(scene: SceneRecord) -> list[Caption]:
-    return [scene.caption, *(shot.caption for shot in scene.shots)]
+    return [scene.caption, *scene.shot_captions, *(shot.caption for shot in scene.shots)]
 
 
 def _cut_shot(shot: ShotRecord, index: VideoIndex, rule: ShotRule) -> list[tuple[ShotRecord, tuple[int, ...]]]:

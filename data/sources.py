@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.captions import find_caption_file, read_captions, read_sidecar
 from data.errors import DataError
 from data.manifest import CUT_PREFIX, SceneRecord, captions, read_manifest, resolve
 from data.video import VIDEO_SUFFIXES
@@ -21,22 +22,37 @@ class Found:
     root: Path
     scenes: list[SceneRecord] = field(default_factory=list)
     problems: list[DataError] = field(default_factory=list)
+    _ids: set[str] = field(default_factory=set)
 
     def add(self, entry: SceneRecord | DataError) -> None:
-        (self.problems if isinstance(entry, DataError) else self.scenes).append(entry)
+        """Sort an entry to where it belongs; a second one of the same id is a problem."""
+        if isinstance(entry, DataError):
+            self.problems.append(entry)
+        elif entry.id in self._ids:
+            self.problems.append(DataError("duplicate-id", entry.id, "is there twice; the first is taken"))
+        else:
+            self._ids.add(entry.id)
+            self.scenes.append(entry)
 
 
 def find_scenes(root: str | Path) -> Found:
-    """Scenes of the folder's manifest.jsonl if it has one, else one for each video and image in it.
+    """Scenes of the folder's manifest.jsonl, or of a caption file of another tool (data/captions.py); without either,
+    one for each video and image in it.
 
     Raises DataError: missing-input, empty-input.
     """
     root = Path(root)
     if not root.is_dir():
         raise DataError("missing-input", root, "no such folder")
-    manifest = root / MANIFEST
     found = Found(root)
-    for entry in read_manifest(manifest) if manifest.is_file() else _from_files(root):
+    manifest, captions_file = root / MANIFEST, find_caption_file(root)
+    if manifest.is_file():
+        entries = read_manifest(manifest)
+    elif captions_file:
+        entries = read_captions(captions_file, IMAGE_SUFFIXES)
+    else:
+        entries = _from_files(root)
+    for entry in entries:
         found.add(entry)
     if not found.scenes and not found.problems:
         raise DataError(
@@ -55,7 +71,7 @@ def _from_files(root: Path) -> Iterator[SceneRecord | DataError]:
         relative = path.relative_to(root).as_posix()
         try:
             resolve(root, relative, relative)
-            caption = _sidecar(path)
+            caption = read_sidecar(path)
         except DataError as error:
             yield error
             continue
@@ -63,17 +79,6 @@ def _from_files(root: Path) -> Iterator[SceneRecord | DataError]:
             yield SceneRecord(id=relative, image=relative, caption=caption)
         else:
             yield SceneRecord(id=relative, video=relative, caption=caption)
-
-
-def _sidecar(path: Path) -> str:
-    """The caption in NAME.txt beside NAME.mp4, or ""."""
-    sidecar = path.with_suffix(".txt")
-    if not sidecar.is_file():
-        return ""
-    try:
-        return sidecar.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise DataError("not-utf-8", sidecar, f"byte {error.start} is not UTF-8; save it as UTF-8") from error
 
 
 def vocabulary(found: Found, limit: int = 8000) -> list[str]:
@@ -84,7 +89,7 @@ def vocabulary(found: Found, limit: int = 8000) -> list[str]:
         return file.read_text(encoding="utf-8").split()
     counts: Counter[str] = Counter()
     for scene in found.scenes:
-        for caption in (scene.caption, CUT_PREFIX, *(shot.caption for shot in scene.shots)):
+        for caption in (scene.caption, CUT_PREFIX, *scene.shot_captions, *(shot.caption for shot in scene.shots)):
             for text in captions(caption):
                 counts.update(re.findall(r"\w+", text.lower()))
     return [word for word, _ in counts.most_common(limit)]

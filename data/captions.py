@@ -1,0 +1,163 @@
+"""Captions that come in files of other tools, read into scenes.
+
+- NAME.txt beside NAME.mp4 (diffusion-pipe, musubi, kohya)
+- a list or lines of objects: FastVideo's videos2caption.json (`path`, `cap`), Hugging Face's metadata.jsonl or .csv
+  (`file_name`, `text`), Open-Sora's CSV (`path`, `text`), and any with the names of `_MEDIA` and `_CAPTION`
+- multi-shot objects: HoloCine's `global_caption`, `shot_captions` and `shot_cut_frames`; StoryMem's `story_overview`
+  and `scenes` of `video_prompts` and `cut`; Shot2Story's `whole_caption` and `captions`
+- one object from file names to captions (diffusion-pipe's captions.json)
+- videos.txt and prompts.txt (or prompt.txt), line by line (finetrainers)
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from data.errors import DataError
+from data.manifest import Caption, SceneRecord, ShotRecord, check_caption, resolve
+
+CAPTION_FILES = (
+    "videos2caption.json",
+    "captions.json",
+    "captions.jsonl",
+    "captions.csv",
+    "metadata.jsonl",
+    "metadata.csv",
+    "metadata.json",
+    "data.csv",
+    "data.json",
+)
+_MEDIA = ("video", "image", "path", "file_name", "video_path", "media_path", "file")
+_CAPTION = ("caption", "cap", "text", "prompt", "global_caption", "whole_caption", "story_overview")
+_SHOT_CAPTIONS = ("shot_captions", "captions")
+_MEDIA_FOLDERS = ("", "videos", "images")
+
+
+def find_caption_file(root: Path) -> Path | None:
+    """The folder's caption file of a known name, if any."""
+    names = [*CAPTION_FILES, "videos.txt"]
+    return next((root / name for name in names if (root / name).is_file()), None)
+
+
+def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneRecord | DataError]:
+    """A scene for each entry of the file, or what is wrong with it."""
+    for where, fields in _entries(path):
+        try:
+            yield _scene(path.parent, fields, where, image_suffixes)
+        except DataError as error:
+            yield error
+
+
+def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str]) -> SceneRecord:
+    media = next((str(fields[name]) for name in _MEDIA if fields.get(name)), None)
+    if media is None:
+        raise DataError("no-media", where, f"names no file; give one of {', '.join(_MEDIA)}")
+    relative = _locate(root, media)
+    resolve(root, relative, where)
+    caption = _caption(next((fields[name] for name in _CAPTION if fields.get(name)), ""), where)
+    if Path(relative).suffix.lower() in image_suffixes:
+        return SceneRecord(id=relative, image=relative, caption=caption)
+    texts = _shot_captions(fields, where)
+    shots = _shots(fields, texts, where)
+    return SceneRecord(
+        id=relative, video=relative, caption=caption, shots=shots, shot_captions=() if shots else tuple(texts)
+    )
+
+
+def read_sidecar(path: Path) -> str:
+    """The caption in NAME.txt beside NAME.mp4, or "". Raises DataError (not-utf-8, huge-caption)."""
+    sidecar = path.with_suffix(".txt")
+    return check_caption(_text(sidecar).strip(), str(sidecar)) if sidecar.is_file() else ""
+
+
+def _entries(path: Path) -> Iterable[tuple[str, dict]]:
+    """(place, fields) of each entry. Raises DataError where the file as a whole cannot be read."""
+    text = _text(path)
+    if path.name == "videos.txt":
+        return _paired_lines(path, text)
+    if path.suffix == ".csv":
+        rows = csv.DictReader(text.splitlines())
+        return [(f"{path}:{line}", row) for line, row in enumerate(rows, start=2)]
+    try:
+        if path.suffix == ".jsonl":
+            lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+            return [(f"{path}:{n}", _object(json.loads(line), f"{path}:{n}")) for n, line in lines]
+        whole = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError("not-json", path, f"not JSON ({error})") from error
+    if isinstance(whole, dict):
+        return [(f"{path} {name}", {"path": name, "caption": caption}) for name, caption in whole.items()]
+    if not isinstance(whole, list):
+        raise DataError("bad-captions", path, "must hold a list of objects, or one object from file to caption")
+    return [(f"{path} [{i}]", _object(entry, f"{path} [{i}]")) for i, entry in enumerate(whole)]
+
+
+def _paired_lines(path: Path, text: str) -> list[tuple[str, dict]]:
+    prompts = next((path.with_name(n) for n in ("prompts.txt", "prompt.txt") if path.with_name(n).is_file()), None)
+    if prompts is None:
+        raise DataError("bad-captions", path, "needs prompts.txt beside it, a line for each video")
+    videos, captions = text.splitlines(), _text(prompts).splitlines()
+    if len(videos) != len(captions):
+        raise DataError("bad-captions", prompts, f"{len(captions)} lines for the {len(videos)} of {path.name}")
+    pairs = zip(videos, captions, strict=True)
+    return [(f"{path}:{n}", {"path": video, "caption": caption}) for n, (video, caption) in enumerate(pairs, start=1)]
+
+
+def _object(value: object, where: str) -> dict:
+    if not isinstance(value, dict):
+        raise DataError("not-an-object", where, f"an entry is an object, got {type(value).__name__}")
+    return value
+
+
+def _locate(root: Path, name: str) -> str:
+    """The path under `root` that a name means: as it stands, or in videos/ or images/."""
+    folders = () if ".." in Path(name).parts else _MEDIA_FOLDERS
+    found = [folder for folder in folders if (root / folder / name).is_file()]
+    return (Path(found[0]) / name).as_posix() if found else name
+
+
+def _caption(value: object, where: str) -> Caption:
+    """A list is a caption's lengths, as in FastVideo's `cap`; one of one is a plain caption."""
+    checked = check_caption(value, f"{where} caption")
+    return checked[0] if isinstance(checked, tuple) and len(checked) == 1 else checked
+
+
+def _shot_captions(fields: dict, where: str) -> list[Caption]:
+    """A caption for each true cut: StoryMem's prompts of shots that go on without one are joined."""
+    scenes = fields.get("scenes")
+    if not isinstance(scenes, list):
+        texts = next((fields[name] for name in _SHOT_CAPTIONS if isinstance(fields.get(name), list)), [])
+        return [_caption(text, f"{where} shot {i}") for i, text in enumerate(texts)]
+    joined: list[str] = []
+    for scene in scenes:
+        prompts = _object(scene, f"{where} scenes").get("video_prompts", [])
+        cuts = [str(cut) == "True" for cut in scene.get("cut", [])]  # StoryMem writes them as texts
+        for i, prompt in enumerate(prompts):
+            if joined and i < len(cuts) and not cuts[i]:
+                joined[-1] += f" {prompt}"
+            else:
+                joined.append(str(prompt))
+    return [_caption(text, f"{where} shot {i}") for i, text in enumerate(joined)]
+
+
+def _shots(fields: dict, texts: list[Caption], where: str) -> tuple[ShotRecord, ...]:
+    """Shots where the entry gives their frames (HoloCine's shot_cut_frames and num_frames), else none."""
+    cuts, num_frames = fields.get("shot_cut_frames"), fields.get("num_frames")
+    if not texts or cuts is None:
+        return ()
+    where = f"{where} shot_cut_frames"
+    if not isinstance(cuts, list) or not all(isinstance(n, int) for n in [*cuts, num_frames]):
+        raise DataError("bad-shot", where, f"a list of frames, with num_frames beside it, got {cuts} and {num_frames}")
+    spans = list(pairwise([0, *cuts, num_frames]))
+    if len(spans) != len(texts) or any(start >= end for start, end in spans):
+        raise DataError("bad-shot", where, f"{cuts} of {num_frames} frames does not cut {len(texts)} ascending shots")
+    return tuple(ShotRecord(start, end, text) for (start, end), text in zip(spans, texts, strict=True))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError("not-utf-8", path, f"byte {error.start} is not UTF-8; save it as UTF-8") from error

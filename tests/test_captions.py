@@ -1,0 +1,121 @@
+"""Caption files of other tools, as they write them."""
+
+import json
+
+import pytest
+
+from data.errors import DataError
+from data.manifest import SceneRecord, ShotRecord
+from data.sources import find_scenes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name in ("a.mp4", "b.mp4", "videos/c.mp4", "still.png"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def video(name, caption, **fields):
+    return SceneRecord(id=name, video=name, caption=caption, **fields)
+
+
+SIMPLE = [video("a.mp4", "first"), video("videos/c.mp4", "third")]
+FORMS = {
+    "fastvideo": (
+        "videos2caption.json",
+        json.dumps([{"path": "a.mp4", "cap": ["first"], "fps": 24.0}, {"path": "c.mp4", "cap": ["third"]}]),
+    ),
+    "diffusion-pipe": ("captions.json", json.dumps({"a.mp4": ["first"], "videos/c.mp4": "third"})),
+    "hf jsonl": (
+        "metadata.jsonl",
+        '{"file_name": "a.mp4", "text": "first"}\n\n{"file_name": "c.mp4", "text": "third"}\n',
+    ),
+    "hf csv": ("metadata.csv", "file_name,text\na.mp4,first\nc.mp4,third\n"),
+    "open-sora csv": ("data.csv", 'path,text,num_frames\na.mp4,"first",17\nvideos/c.mp4,third,9\n'),
+    "byte order mark": ("captions.csv", "\ufeffvideo,caption\na.mp4,first\nc.mp4,third\n"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_one_caption_a_file(folder, form):
+    name, text = FORMS[form]
+    (folder / name).write_text(text, encoding="utf-8")
+    assert find_scenes(folder).scenes == SIMPLE
+
+
+def test_line_by_line(folder):
+    (folder / "videos.txt").write_text("a.mp4\nc.mp4\n")
+    (folder / "prompts.txt").write_text("first\nthird\n")
+    assert find_scenes(folder).scenes == SIMPLE
+    (folder / "prompts.txt").write_text("first\n")
+    with pytest.raises(DataError, match="1 lines for the 2"):
+        find_scenes(folder)
+
+
+def test_sidecars(folder):
+    (folder / "a.txt").write_text("first\n")
+    (folder / "still.txt").write_text("a picture")
+    assert find_scenes(folder).scenes == [
+        video("a.mp4", "first"),
+        video("b.mp4", ""),
+        SceneRecord(id="still.png", image="still.png", caption="a picture"),
+        video("videos/c.mp4", ""),
+    ]
+
+
+def test_multi_shot_forms(folder):
+    storymem = {
+        "story_overview": "a story",
+        "scenes": [
+            {"scene_num": 1, "video_prompts": ["one", "goes on"], "cut": ["True", "False"]},
+            {"scene_num": 2, "video_prompts": ["two"], "cut": ["True"]},
+        ],
+    }
+    entries = [
+        {"video": "a.mp4", "global_caption": "all", "shot_captions": ["x", "y"]}
+        | {"num_frames": 81, "shot_cut_frames": [41]},
+        {"path": "b.mp4"} | storymem,
+        {"video": "c.mp4", "whole_caption": "sum", "captions": ["p", "q", "r"]},
+        {"image": "still.png", "caption": ["short", "longer"]},
+    ]
+    (folder / "captions.json").write_text(json.dumps(entries))
+    assert find_scenes(folder).scenes == [
+        video("a.mp4", "all", shots=(ShotRecord(0, 41, "x"), ShotRecord(41, 81, "y"))),
+        video("b.mp4", "a story", shot_captions=("one goes on", "two")),
+        video("videos/c.mp4", "sum", shot_captions=("p", "q", "r")),
+        SceneRecord(id="still.png", image="still.png", caption=("short", "longer")),
+    ]
+
+
+BAD_ENTRIES = {
+    "no-media": {"caption": "x"},
+    "missing-file": {"path": "gone.mp4"},
+    "outside-root": {"path": "../a.mp4"},
+    "not-an-object": 3,
+    "bad-caption": {"path": "a.mp4", "cap": 5},
+    "duplicate-id": {"path": "b.mp4"},
+    "bad-shot": {"path": "a.mp4", "shot_captions": ["x", "y"], "shot_cut_frames": [90], "num_frames": 81},
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ENTRIES)
+def test_bad_entries_do_not_hide_the_rest(folder, kind):
+    good = {"path": "b.mp4", "cap": "fine"}
+    (folder / "videos2caption.json").write_text(json.dumps([good, BAD_ENTRIES[kind]]))
+    if kind == "not-an-object":  # the file is of another form: nothing in it can be trusted
+        with pytest.raises(DataError, match="an entry is an object"):
+            find_scenes(folder)
+        return
+    found = find_scenes(folder)
+    assert [scene.id for scene in found.scenes] == ["b.mp4"]
+    assert [problem.kind for problem in found.problems] == [kind]
+
+
+@pytest.mark.parametrize(("text", "kind"), [(b"{", "not-json"), (b"3", "bad-captions"), (b"\xff\xfe", "not-utf-8")])
+def test_unreadable_files(folder, text, kind):
+    (folder / "captions.json").write_bytes(text)
+    with pytest.raises(DataError) as caught:
+        find_scenes(folder)
+    assert caught.value.kind == kind
