@@ -1,6 +1,6 @@
 """Models, codecs and text encoders: what a configuration names, built or loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -8,8 +8,9 @@ import torch
 from diffusers import ModelMixin
 
 from moc import MoCConfig
-from models.convert import load_checkpoint, open_checkpoint
+from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
+from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.text import TextConfig, build_text_encoder
 from models.vae import CodecConfig, build_codec
@@ -39,7 +40,8 @@ class Family(StrEnum):
 @dataclass(frozen=True)
 class ModelConfig:
     """A model's sizes. path: weights to start from (anything `load_model` reads); the sizes then come from there.
-    input_skip: see `models.layers.Output`."""
+    input_skip: see `models.layers.Output`. lora_rank: above 0, train adapters of that rank on the linears whose names
+    end in one of lora_targets (wan: to_q to_k to_v to_out.0 net.0.proj net.2; mmdit: to_qkv to_out ffn.0 ffn.2)."""
 
     family: Family = Family.mmdit
     path: str = ""
@@ -48,6 +50,14 @@ class ModelConfig:
     num_heads: int = 4
     ffn_dim: int = 512
     input_skip: bool = False
+    lora_rank: int = 0
+    lora_targets: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0 or (self.lora_rank > 0) != bool(self.lora_targets):
+            raise ValueError(
+                f"model.lora_rank={self.lora_rank} must be 0, or above 0 with model.lora_targets=[NAME, ...]"
+            )
 
 
 def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> ModelMixin:
@@ -55,8 +65,13 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Mod
 
     latent_channels, text_dim: widths of the latents and text features it will see.
     """
+    if config.lora_rank and not config.path:
+        raise ValueError("a LoRA needs weights to adapt: set model.path")
     if config.path:
-        return load_model(config.path)
+        model = load_model(config.path)
+        if config.lora_rank:
+            model.add_lora(config.lora_rank, config.lora_targets, config.path)
+        return model
     if config.family == Family.mmdit:
         sizes = {name: getattr(config, name) for name in ("dim", "num_layers", "num_heads", "ffn_dim", "input_skip")}
         return MMDiT(latent_channels=latent_channels, text_dim=text_dim, **sizes)
@@ -74,11 +89,20 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Mod
 def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weights: str = "ema") -> ModelMixin:
     """The model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original names.
 
+    An adapter comes merged into its base.
     dtype: of its weights, norms and time embedding excepted; None as they are stored.
     weights: "ema" or "model", where a training checkpoint has both.
     Raises ValueError where the tensors are not exactly those of a model that is known.
     """
-    return load_checkpoint(open_checkpoint(path, weights), dtype)
+    folder = model_path(Path(path), weights)
+    lora = read_lora(folder)
+    if lora is None:
+        return load_checkpoint(open_checkpoint(folder), dtype)
+    model = load_checkpoint(open_checkpoint(lora["base"]), dtype)
+    model.add_lora(**lora)
+    model.load_weights(folder)
+    model.merge_lora()
+    return model
 
 
 def save_model(model: ModelMixin, folder: str | Path, config: MoCConfig) -> None:

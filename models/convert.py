@@ -144,7 +144,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
 
     Raises ValueError where it is no model, or more than one.
     """
-    path = _model_path(Path(path), weights)
+    path = model_path(Path(path), weights)
     source = TensorSource(path)
     settings = _read_config(path)
     if settings.get("_class_name") == "MMDiT":
@@ -160,7 +160,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
     return Checkpoint(form, kind, config, source, stored, moc)
 
 
-def _model_path(path: Path, weights: str) -> Path:
+def model_path(path: Path, weights: str) -> Path:
     """The file or folder of the model itself: inside a run, a checkpoint or a pipeline."""
     if not path.is_dir():
         return path

@@ -17,16 +17,16 @@ from typing import ClassVar
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec
 from models.layers import Condition, JointBlock, Output, patchify, unpatchify
+from models.lora import Trainable
 from models.rope import interleaved_positions, rotary_table
 from models.stream import KeyValueCache, Part, StreamAttention
 
 
-class MMDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class MMDiT(Trainable, ModelMixin, ConfigMixin):
     """Predicts the velocity (noise - latent) of every shot of a packed batch.
 
     latent_channels, text_dim: widths of the codec's latents and of the text encoder's features.

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from diffusers.models.normalization import FP32LayerNorm
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
 from models.layers import Attend, RMSNorm, add_gated, modulate, patchify
+from models.lora import Trainable
 from models.rope import rotary_table, running_positions
 from models.stream import Part, StreamAttention
 
@@ -120,7 +120,7 @@ class TextTimeEmbedding(nn.Module):
         return time.float(), parts.float().unflatten(1, (6, -1)), rows
 
 
-class WanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
     """Predicts the velocity of every shot of a packed batch; its name and settings are diffusers'.
 
     Raises ValueError for the family's image-to-video variants, whose extra inputs have no place here.

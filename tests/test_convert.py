@@ -1,5 +1,6 @@
 """Checkpoints: names, strict loading, conversion, on reduced copies with the real names."""
 
+import copy
 import runpy
 import shutil
 import subprocess
@@ -11,13 +12,12 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
-from models import load_model, save_model
+from models import ModelConfig, build_model, load_model, save_model
 from models.convert import convert, load_checkpoint, open_checkpoint, to_diffusers_name, to_original_name
 from models.mmdit import MMDiT
 from models.pickles import T5_LAYER, T5_TOP, convert_pickle
@@ -28,6 +28,7 @@ REDUCED = {
     **{"num_attention_heads": 1, "ffn_dim": 192, "num_layers": 2, "in_channels": 16, "out_channels": 16},
     "text_dim": 24,
 }
+MMDIT = {"latent_channels": 4, "text_dim": 12, "dim": 48, "num_layers": 2, "num_heads": 2, "ffn_dim": 64}
 ROOT = Path(__file__).parents[1]
 
 
@@ -139,7 +140,7 @@ def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> No
 def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
     step = tmp_path / "run" / "checkpoints" / "step_0000010"
     for part in ("model", "ema"):
-        model = MMDiT(latent_channels=4, text_dim=12, dim=48, num_layers=1, num_heads=2, ffn_dim=64)
+        model = MMDiT(**MMDIT)
         save_model(model, step / part, MoCConfig(top_k=3))
     (step / "complete").write_text("")
     states = {part: load_file(step / part / "diffusion_pytorch_model.safetensors") for part in ("model", "ema")}
@@ -265,28 +266,61 @@ def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
         convert_pickle(tmp_path / "short.pth", tmp_path / "out")
 
 
-def test_lora_trains_saves_loads_in_diffusers_and_merges(theirs, folder: Path, tmp_path: Path) -> None:
-    model = load_model(folder)
-    base = {name: w.clone() for name, w in model.state_dict().items()}
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "net.2"], init_lora_weights=False))
-    trained = [name for name, w in model.named_parameters() if w.requires_grad]
+@pytest.mark.parametrize("family", ["wan", "mmdit"])
+def test_lora_trains_saves_restores_and_merges(family: str, folder: Path, tmp_path: Path) -> None:
+    base, targets = folder, ["to_q", "net.2"]
+    if family == "mmdit":
+        base, targets = tmp_path / "base", ["to_qkv", "ffn.2"]
+        save_model(
+            MMDiT(latent_channels=4, text_dim=12, dim=48, num_layers=2, num_heads=2, ffn_dim=64), base, MoCConfig()
+        )
+    config = ModelConfig(path=str(base), lora_rank=2, lora_targets=targets)
+    model, plain = build_model(config, 4, 12), load_model(base)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained
     assert all("lora" in name for name in trained)
-    model.save_lora_adapter(tmp_path / "lora")
-    pipeline = diffusers.WanPipeline(
-        **{"transformer": theirs, "vae": None, "text_encoder": None, "tokenizer": None},
-        scheduler=diffusers.UniPCMultistepScheduler(),
+    for weight in trained.values():
+        torch.nn.init.normal_(weight)
+    save_model(model, tmp_path / "tuned", MoCConfig(top_k=2))
+    assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
+        *("config.json", "lora.json", "moc.json", "pytorch_lora_weights.safetensors")
+    }
+    restored = build_model(config, 4, 12)
+    restored.load_weights(tmp_path / "tuned")
+    assert same(restored, model.state_dict())
+
+    merged = load_model(tmp_path / "tuned")
+    changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, plain.state_dict()[n])}
+    assert merged.state_dict().keys() == plain.state_dict().keys()
+    assert changed == {n for n in plain.state_dict() if n.endswith(tuple(f"{t}.weight" for t in targets))}
+    delta = merged.state_dict()[min(changed)] - plain.state_dict()[min(changed)]
+    assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 2
+
+
+def test_diffusers_loads_our_lora(theirs, folder: Path, tmp_path: Path) -> None:
+    model = build_model(ModelConfig(path=str(folder), lora_rank=2, lora_targets=["to_q"]), 16, 24)
+    model.save_pretrained(tmp_path / "lora")
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": diffusers.UniPCMultistepScheduler()}
+    pipeline = diffusers.WanPipeline(transformer=copy.deepcopy(theirs), **parts)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    q = pipeline.transformer.blocks[1].attn2.to_q
+    assert torch.equal(q.lora_A["default_0"].weight, model.blocks[1].attn2.to_q.lora_A["default"].weight)
+    assert q.scaling["default_0"] == model.blocks[1].attn2.to_q.scaling["default"] == 1
+
+
+def test_bad_lora_settings_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be 0, or above 0 with model"):
+        ModelConfig(lora_rank=4)
+    with pytest.raises(ValueError, match="a LoRA needs weights to adapt"):
+        build_model(ModelConfig(lora_rank=4, lora_targets=["to_q"]), 16, 24)
+    with pytest.raises(ValueError, match="not found in the base model"):
+        build_model(ModelConfig(path=str(folder), lora_rank=4, lora_targets=["to_x"]), 16, 24)
+    small, large = (
+        build_model(ModelConfig(path=str(folder), lora_rank=r, lora_targets=["to_q"]), 16, 24) for r in (2, 3)
     )
-    pipeline.save_lora_weights(tmp_path / "pipeline", transformer_lora_layers=get_peft_model_state_dict(model))
-    pipeline.load_lora_weights(tmp_path / "pipeline")
-    q = theirs.blocks[0].attn1.to_q
-    assert torch.equal(q.lora_A["default_0"].weight, model.blocks[0].attn1.to_q.lora_A["default"].weight)
-    pipeline.unload_lora_weights()
-    model.fuse_lora()
-    model.unload_lora()
-    changed = {name for name, w in model.state_dict().items() if not torch.equal(w, base[name])}
-    assert changed == {name for name in base if name.endswith(("to_q.weight", "ffn.net.2.weight"))}
-    assert model.state_dict().keys() == base.keys()
+    small.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="the adapter of another model"):
+        large.load_weights(tmp_path / "lora")
 
 
 def test_the_command_says_what_a_file_is_and_converts_it(

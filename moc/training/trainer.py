@@ -94,7 +94,7 @@ class Trainer:
             raise ValueError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
         ckpt.check_same_model(checkpoint / "model", self.bare_model)
         for folder, model in (("model", self.bare_model), ("ema", self.ema.model)):
-            model.load_state_dict(type(self.bare_model).from_pretrained(checkpoint / folder).state_dict())
+            model.load_weights(checkpoint / folder)
         self.ema.restore(state["step"])
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer.optimizer)
         ckpt.load_rng(checkpoint, self.accelerator.process_index)
