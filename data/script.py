@@ -105,7 +105,8 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
     if not isinstance(cut, bool):
         raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
     seconds = _positive(raw.get("seconds", DEFAULT_SECONDS), f"{where}.seconds")
-    return ScriptShot(prompt.strip(), seconds, cut, _image(image, f"{where}.image", root) if image is not None else None)
+    picture = _image(image, f"{where}.image", root) if image is not None else None
+    return ScriptShot(prompt.strip(), seconds, cut, picture)
 
 
 def _image(name: Any, where: str, root: Path) -> Path:

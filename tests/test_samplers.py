@@ -1,0 +1,223 @@
+"""Sampling: the clocks of the shots, the steps, what is in the stream when, and who may influence whom."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moc import MoCConfig, StreamSpec
+from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
+from moc.diffusion.samplers import sigma_table
+from moc.statistics import RoutingMap
+
+SHAPE = (2, 1, 4, 4)
+MOC, FLOW = MoCConfig(chunk_tokens=4, top_k=1), Flow(shift=2.0)
+
+
+def story(num_shots: int, given=None) -> Story:
+    """Texts tell the group by their value; the negative ones are negated."""
+    text = [torch.full((1 + (group % 2), 3), 1.0 + group) for group in range(1 + num_shots)]
+    return Story([SHAPE] * num_shots, text, [-x[:1] for x in text], given or {})
+
+
+def film(model, config: SamplingConfig, what: Story, flow: Flow = FLOW, **others):
+    return list(sample_shots(model, StreamSpec(), MOC, flow, what, config, **others))
+
+
+class Recording:
+    """Wraps a velocity field (latents, sigma, text of each shot) and notes every call."""
+
+    def __init__(self, field) -> None:
+        self.field, self.calls = field, []
+
+    def __call__(self, latents, sigma, text, layout, config, on_routes=None):
+        shots = [int(abs(rows[0, 0])) - 2 for rows in text[1:]]
+        self.calls.append((shots, sigma.clone(), [x.clone() for x in latents], bool(text[0][0, 0] > 0)))
+        if on_routes:
+            routes = torch.full((1, layout.num_tokens, 1), -1, dtype=torch.int32)
+            routes[:, -1] = next(i for i, chunk in enumerate(layout.chunks) if chunk.kind == "video")
+            on_routes(0, routes)
+        return self.field(latents, sigma, text[1:])
+
+
+def towards_points(latents, sigma, texts):
+    """The velocity where all data of a shot is one point, the value of its text."""
+    return [(x - rows[0, 0]) / s for x, s, rows in zip(latents, sigma, texts, strict=True)]
+
+
+def entangled(latents, sigma, texts):
+    """Every shot moves by what all shots of the stream are."""
+    mean = torch.stack(latents).mean()
+    return [x + mean + rows.sum() * s for x, s, rows in zip(latents, sigma, texts, strict=True)]
+
+
+ONE_PASS = {"guidance_scale": 1.0, "history_sigma": 0.05}
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.3, 0.5, 1.0])
+def test_clocks_run_from_noise_to_clean_one_lag_apart(lag):
+    config = SamplingConfig(steps=10, lag=lag)
+    table = sigma_table(4, config, FLOW)
+    delay = round(lag * 10)
+    assert table.shape == (10 + 3 * delay + 1, 4)
+    assert (table[0] == 1).all()
+    assert (table[-1] == 0).all()
+    assert (table.diff(dim=0) <= 0).all()
+    own = FLOW.shifted(1 - torch.arange(11) / 10)
+    for shot in range(4):
+        torch.testing.assert_close(table[shot * delay : shot * delay + 11, shot], own)
+        assert (table[: shot * delay, shot] == 1).all()
+    if lag == 0:
+        assert (table == table[:, :1]).all()
+    if lag == 1:
+        assert ((table > 0) & (table < 1)).sum(1).max() == 1
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.4, 1.0])
+def test_euler_lands_on_a_point(lag):
+    finished = film(Recording(towards_points), SamplingConfig(5, lag=lag, **ONE_PASS), story(3))
+    assert [index for index, _ in finished] == [0, 1, 2]
+    for index, latent in finished:
+        assert latent.shape == SHAPE
+        torch.testing.assert_close(latent, torch.full(SHAPE, 2.0 + index), atol=1e-5, rtol=0)
+
+
+def test_euler_follows_the_flow_of_a_gaussian():
+    """Data N(3, 0.5^2): the flow carries noise z to 3 + 0.5 z."""
+
+    def gaussian(latents, sigma, _):
+        gains = [(s - (1 - s) * 0.25) / ((1 - s) ** 2 * 0.25 + s**2) for s in sigma]
+        return [g * (x - (1 - s) * 3) - 3 for g, x, s in zip(gains, latents, sigma, strict=True)]
+
+    model = Recording(gaussian)
+    ((_, latent),) = film(model, SamplingConfig(steps=200, **ONE_PASS), story(1))
+    noise = model.calls[0][2][0]
+    torch.testing.assert_close(latent, 3 + 0.5 * noise, atol=0.02, rtol=0)
+    coarse = film(Recording(gaussian), SamplingConfig(steps=20, **ONE_PASS), story(1))[0][1]
+    assert (coarse - latent).abs().max() > 1e-4  # steps are steps
+
+
+def test_shot_by_shot_sees_finished_shots_as_history():
+    config = SamplingConfig(steps=3, lag=1.0, guidance_scale=1.0, history_sigma=0.1)
+    model = Recording(towards_points)
+    finished = dict(film(model, config, story(3)))
+    assert [shots for shots, *_ in model.calls] == [[0]] * 3 + [[0, 1]] * 3 + [[0, 1, 2]] * 3
+    first_noise = model.calls[0][2][0]
+    for shots, sigma, latents, _ in model.calls[3:]:
+        assert sigma[:-1].tolist() == pytest.approx([0.1] * (len(shots) - 1))
+        assert sigma[-1] > 0.1
+        torch.testing.assert_close(latents[0], 0.9 * finished[0] + 0.1 * first_noise)
+
+
+def test_a_shot_is_in_the_stream_only_once_it_has_started():
+    model = Recording(towards_points)
+    film(model, SamplingConfig(steps=10, lag=0.3, **ONE_PASS), story(3))
+    streams = [shots for shots, *_ in model.calls]
+    assert streams == [[0]] * 3 + [[0, 1]] * 3 + [[0, 1, 2]] * 10
+    starts = [next(sigma for shots, sigma, *_ in model.calls if shot in shots)[shot] for shot in range(3)]
+    assert starts == [1, 1, 1]
+    joint = Recording(towards_points)
+    film(joint, SamplingConfig(steps=4, lag=0.0, **ONE_PASS), story(3))
+    assert [shots for shots, *_ in joint.calls] == [[0, 1, 2]] * 4
+    assert all((sigma == sigma[0]).all() for _, sigma, *_ in joint.calls)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_context_shots_limits_the_history(context):
+    model = Recording(towards_points)
+    film(model, SamplingConfig(steps=2, context_shots=context, **ONE_PASS), story(4))
+    streams = [shots for shots, *_ in model.calls[::2]]
+    assert streams == [list(range(max(0, shot - context), shot + 1)) for shot in range(4)]
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
+def test_given_shots_are_history_from_the_start_and_stay_as_they_are(lag):
+    given = {0: torch.full(SHAPE, 9.0), 2: torch.full(SHAPE, -9.0)}
+    model = Recording(towards_points)
+    finished = film(model, SamplingConfig(steps=4, lag=lag, **ONE_PASS), story(4, given))
+    assert [index for index, _ in finished] == [1, 3]
+    assert torch.equal(given[0], torch.full(SHAPE, 9.0))
+    for shots, sigma, latents, _ in model.calls:
+        assert 0 in shots
+        assert sigma[shots.index(0)] == pytest.approx(0.05)
+        assert latents[shots.index(0)].mean() > 8
+        if shots[-1] == 1:
+            assert 2 not in shots  # a given shot after the one on the move is no history of it
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
+def test_shots_come_as_soon_as_they_are_finished(lag):
+    """A consumer that stops after the first shot has not paid for the last."""
+    model = Recording(towards_points)
+    shots = sample_shots(model, StreamSpec(), MOC, FLOW, story(3), SamplingConfig(4, lag=lag, **ONE_PASS))
+    assert next(shots)[0] == 0
+    assert len(model.calls) == 4
+    assert [index for index, _ in shots] == [1, 2]
+
+
+def test_later_shots_never_influence_earlier_ones_shot_by_shot():
+    config = SamplingConfig(steps=3, lag=1.0, guidance_scale=2.0)
+    short, long = film(Recording(entangled), config, story(2)), film(Recording(entangled), config, story(4))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(short, long, strict=False))
+    joint = replace(config, lag=0.0)
+    short, long = film(Recording(entangled), joint, story(2)), film(Recording(entangled), joint, story(4))
+    assert not torch.equal(short[0][1], long[0][1])
+
+
+def test_guidance_leads_away_from_the_negative_prompt():
+    def by_text(latents, sigma, texts):
+        return [torch.full_like(x, float(rows[0, 0])) for x, rows in zip(latents, texts, strict=True)]
+
+    def moved(scale):
+        model = Recording(by_text)
+        ((_, latent),) = film(model, SamplingConfig(steps=1, guidance_scale=scale), story(1))
+        return model.calls, latent - model.calls[0][2][0]
+
+    calls, change = moved(1.0)
+    assert [positive for *_, positive in calls] == [True]
+    torch.testing.assert_close(change, torch.full(SHAPE, -2.0))
+    calls, change = moved(3.0)
+    assert [positive for *_, positive in calls] == [True, False]
+    torch.testing.assert_close(change, torch.full(SHAPE, -(-2.0 + 3.0 * 4.0)))
+
+
+def test_a_seed_means_a_story():
+    config = SamplingConfig(steps=2, seed=4)
+    first, again = film(Recording(entangled), config, story(2)), film(Recording(entangled), config, story(2))
+    other = film(Recording(entangled), replace(config, seed=5), story(2))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(first, again, strict=True))
+    assert not torch.equal(first[0][1], other[0][1])
+    model = Recording(entangled)
+    film(model, SamplingConfig(steps=1, lag=0.0, seed=4), story(2))
+    noises = model.calls[0][2]
+    assert not torch.equal(noises[0], noises[1])
+
+
+def test_the_routing_map_counts_the_prompts_pass_alone():
+    """The recording model routes the last token, of the last shot, to the first video chunk, of the first shot."""
+    counts = []
+    for scale in (1.0, 4.0):
+        routing = RoutingMap(3)
+        film(Recording(entangled), SamplingConfig(steps=2, guidance_scale=scale), story(3), routing_map=routing)
+        counts.append(routing.counts)
+    assert torch.equal(counts[0], counts[1])
+    assert counts[0][:, 0].tolist() == [2, 2, 2]
+    assert counts[0][:, 1:].sum() == 0
+
+
+def test_progress_counts_to_the_end():
+    seen = []
+    film(
+        Recording(entangled),
+        SamplingConfig(4, lag=0.5),
+        story(3),
+        on_step=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(step, 8) for step in range(1, 9)]
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lag": 1.5}, {"history_sigma": 1.0}, {"context_shots": -1}])
+def test_values_out_of_range_are_refused_by_name(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"sampler\.{name}"):
+        SamplingConfig(**wrong)
