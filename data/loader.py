@@ -51,9 +51,9 @@ class Loader:
         sources, self.validation_items = dataset.split(config.validation)
         self.order = SampleOrder(sources, config.seed)
         self.num_training = sum(len(source.items) for source in sources)
-        training = [i for source in sources for i in source.items]
-        sizes = {i: dataset.max_tokens(i, spec) for i in training}
-        largest = max(training, key=sizes.__getitem__)
+        self.training_items = [i for source in sources for i in source.items]
+        sizes = {i: dataset.max_tokens(i, spec) for i in self.training_items}
+        largest = max(self.training_items, key=sizes.__getitem__)
         scene_id = dataset.items[largest][1].id
         check_budget(sizes[largest], scene_id, config.batch_tokens, world_size * accumulation)
 

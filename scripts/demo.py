@@ -34,7 +34,7 @@ SCRIPT = ROOT / "configs/scripts/storyworld.yaml"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """output: the folder of all that the demo makes. scenes: of the world. steps: of training. threads: 0 is up to 2."""
+    """output: the folder of all the demo makes. scenes: of the world. steps: of training. threads: 0 is 2 at most."""
 
     output: str = "outputs/demo"
     scenes: int = 200
