@@ -58,9 +58,7 @@ def read_fitted(reader: IndexedReader, indices: Sequence[int], size: tuple[int, 
     span = max(1, _READ_PIXELS // (reader.height * reader.width))
     pieces, at = [], 0
     while at < len(indices):
-        first = indices[at]
-        end = bisect.bisect_left(indices, first + span)
-        frames = reader.read(first, indices[end - 1] + 1)
-        pieces.append(fit(frames[torch.tensor(indices[at:end]) - first], size))
+        end = bisect.bisect_left(indices, indices[at] + span)
+        pieces.append(fit(reader.pick(indices[at:end]), size))
         at = end
     return torch.cat(pieces, dim=1)

@@ -4,6 +4,7 @@ PyAV scans every file (frame count and times); the others only read frames. deco
 silently wrong on some files, so those are refused by name of the cause, never read.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
-from data.video import IndexedReader, PyAVReader, VideoIndex, scan
+from data.video import IndexedReader, VideoIndex, opened, scan, to_rgb
 
 DECODERS = ("pyav", "decord", "torchcodec")
+_SEEK_EARLY_SECONDS = 1.0
 
 
 def build_reader(path: Path, decoder: str, index: VideoIndex | None) -> IndexedReader:
@@ -27,6 +29,88 @@ def build_reader(path: Path, decoder: str, index: VideoIndex | None) -> IndexedR
     if decoder == "torchcodec":
         return TorchCodecReader(path, index)
     raise DataError("unknown-decoder", decoder, f"decoders are {', '.join(DECODERS)}")
+
+
+class PyAVReader(IndexedReader):
+    """Seeks one second early, decodes forward, and names every frame by its timestamp in the scan; a read just ahead of
+    the last one goes on decoding."""
+
+    def __init__(self, path: Path, index: VideoIndex | None = None) -> None:
+        super().__init__(path, index or scan(path))
+        self._file: opened | None = None
+        self._decoded: Iterator[av.VideoFrame] = iter(())
+        self._num_decoded = 0
+        self._next = -1  # index of the frame that decoding on would give; -1: nothing open
+
+    def read(self, start: int, end: int) -> Tensor:
+        self._check_span(start, end)
+        return self.pick(range(start, end))
+
+    def pick(self, indices: Sequence[int]) -> Tensor:
+        start, end = indices[0], indices[-1] + 1
+        self._check_span(start, end)
+        out = torch.empty(len(indices), self.height, self.width, 3, dtype=torch.uint8)
+        early = self.index.times[start] - _SEEK_EARLY_SECONDS
+        try:
+            if 0 <= self._next <= start and self._near(start) and self._fill(out, indices):
+                return out
+            if self.index.pts is not None and early > 0:
+                self._open(seek_seconds=early)
+                if self._fill(out, indices):
+                    return out
+            self._open(seek_seconds=None)
+            if self._fill(out, indices):
+                return out
+        except av.error.FFmpegError as error:
+            self.close()
+            raise DataError("broken", self.path, f"decoding fails in [{start}, {end}) ({error})") from error
+        raise DataError("broken", self.path, f"frames [{start}, {end}) do not decode as they did in the scan")
+
+    def close(self) -> None:
+        if self._file:
+            self._file.__exit__()
+        self._file, self._decoded, self._next = None, iter(()), -1
+
+    def _open(self, seek_seconds: float | None) -> None:
+        self.close()
+        self._file = opened(self.path)
+        container, stream = self._file.__enter__()
+        if seek_seconds is not None and self.index.pts is not None:
+            target = self.index.pts[0] + int(seek_seconds / stream.time_base)
+            container.seek(target, stream=stream, backward=True)
+        self._decoded, self._num_decoded = container.decode(stream), 0
+
+    def _near(self, start: int) -> bool:
+        """Whether decoding on to `start` is no longer than seeking to it."""
+        times = self.index.times
+        return times[start] - times[min(self._next, len(times) - 1)] <= _SEEK_EARLY_SECONDS
+
+    def _fill(self, out: Tensor, indices: Sequence[int]) -> bool:
+        """Decode forward into `out`; False where the stream departs from the scan."""
+        for i, frame_index in enumerate(indices):
+            if i and frame_index == indices[i - 1]:
+                out[i] = out[i - 1]
+                continue
+            frame = self._advance(frame_index)
+            if frame is None:
+                self._next = -1
+                return False
+            out[i] = torch.from_numpy(to_rgb(frame).copy())
+            self._next = frame_index + 1
+        return True
+
+    def _advance(self, i: int) -> av.VideoFrame | None:
+        pts = self.index.pts
+        for frame in self._decoded:
+            self._num_decoded += 1
+            if pts is not None and frame.pts is None:
+                return None
+            ahead = self._num_decoded - 1 - i if pts is None else frame.pts - pts[i]
+            if ahead == 0:
+                return frame
+            if ahead > 0:
+                return None
+        return None
 
 
 class DecordReader(IndexedReader):

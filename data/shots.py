@@ -1,7 +1,8 @@
 """Finding shots: a pretrained TransNetV2 (Soucek and Lokoc 2020) by default, PySceneDetect as the other.
 
 A finder looks at small pictures of all frames of a video, in order, as the scan decodes them. Frames inside a gradual
-transition (fade, dissolve) belong to no shot; a flash, after which the picture before it comes back, is no cut.
+transition (fade, dissolve) belong to no shot, nor do blank frames between shots; a flash, after which the picture
+before it comes back, is no cut.
 """
 
 import random
@@ -26,6 +27,7 @@ _STEP, _MARGIN = 50, 25  # TransNetV2 predicts the middle 50 of each 100 frames
 _WEAK = 0.15  # a response that counts where the picture jumps as well
 _FADE, _FADE_FRAMES = 0.5, 5
 _JUMP_DIFFERENCE, _JUMP_RATIO = 15.0, 3.0
+_BLANK_DEVIATION = 3.0  # within a colour of a picture, of 0..255 values
 _FLASH_FRAMES = 4
 _FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash is far off its shot, and far more than its two sides are
 
@@ -98,7 +100,7 @@ class TransNetFinder:
         pictures = np.stack(self._pictures)
         weak = middle > min(_WEAK, self.threshold)
         transition = (middle > self.threshold) | (weak & jumps(pictures)) | fades(whole > _FADE, weak)
-        return join_flashes(spans_between(transition), pictures)
+        return without_blanks(join_flashes(spans_between(transition), pictures), pictures)
 
     @torch.inference_mode()
     def _run_window(self) -> None:
@@ -144,7 +146,8 @@ class SceneDetectFinder:
 
     def spans(self) -> list[Span]:
         edges = [0, *sorted(self._cuts - {0}), len(self._pictures)]
-        return join_flashes(list(pairwise(edges)), np.stack(self._pictures))
+        pictures = np.stack(self._pictures)
+        return without_blanks(join_flashes(list(pairwise(edges)), pictures), pictures)
 
 
 def spans_between(transition: np.ndarray) -> list[Span]:
@@ -204,6 +207,12 @@ def _is_flash(pictures: np.ndarray, end: int, start: int) -> bool:
             if min(between) > max(_FLASH_DIFFERENCE, _FLASH_RATIO * _difference(pictures[a], pictures[b])):
                 return True
     return False
+
+
+def without_blanks(spans: list[Span], pictures: np.ndarray) -> list[Span]:
+    """The spans that show something: all, if none does."""
+    shown = [(start, end) for start, end in spans if pictures[start:end].std(axis=(1, 2)).max() > _BLANK_DEVIATION]
+    return shown or spans
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

@@ -5,7 +5,7 @@ seeking one second early and decoding forward, comparing every frame's timestamp
 wrong on open GOP, HEVC and variable frame rate. Other decoders with the same interface are in data/decoders.py.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -19,7 +19,6 @@ from torch import Tensor
 from data.errors import DataError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
-_SEEK_EARLY_SECONDS = 1.0
 _MAX_SIDE = 16384
 
 
@@ -64,6 +63,11 @@ class IndexedReader:
     def read(self, start: int, end: int) -> Tensor:
         """uint8 [end - start, H, W, 3] RGB, upright. Raises DataError (out-of-range, broken)."""
         raise NotImplementedError
+
+    def pick(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [n, H, W, 3] of ascending indices, which may repeat."""
+        first = indices[0]
+        return self.read(first, indices[-1] + 1)[torch.tensor(indices) - first]
 
     def close(self) -> None:
         """Let go of the file; a later read opens it again."""
@@ -143,7 +147,7 @@ def scan(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = No
     path = Path(path)
     stamps: list[int | None] = []
     height = width = 0
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         fps, time_base = float(stream.average_rate or stream.guessed_rate or 0), stream.time_base
         try:
             for i, frame in enumerate(container.decode(stream)):
@@ -168,7 +172,7 @@ def scan(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = No
 def estimated_frames(path: Path) -> int | None:
     """The number of frames that the header claims, for progress bars only; None where it claims none."""
     try:
-        with _opened(path) as (container, stream):
+        with opened(path) as (container, stream):
             seconds = (container.duration or 0) / av.time_base
             return stream.frames or round(seconds * float(stream.average_rate or 0)) or None
     except DataError:
@@ -186,7 +190,7 @@ def _index(stamps: list[int | None], height: int, width: int, fps: float, time_b
     return VideoIndex(height, width, fps, tuple(i / fps for i in range(len(stamps))), None)
 
 
-class _opened:
+class opened:
     """Container and first video stream, closed on leaving; faults become DataErrors."""
 
     def __init__(self, path: Path) -> None:
@@ -231,71 +235,3 @@ def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
 def to_rgb(frame: av.VideoFrame) -> np.ndarray:
     """uint8 [H, W, 3], upright as a player shows it, of any pixel format and depth."""
     return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
-
-
-class PyAVReader(IndexedReader):
-    """See the module docstring. A read that follows the last one goes on decoding; others seek."""
-
-    def __init__(self, path: Path, index: VideoIndex | None = None) -> None:
-        super().__init__(path, index or scan(path))
-        self._file: _opened | None = None
-        self._decoded: Iterator[av.VideoFrame] = iter(())
-        self._num_decoded = 0
-        self._next = -1  # index of the frame that decoding on would give; -1: nothing open
-
-    def read(self, start: int, end: int) -> Tensor:
-        self._check_span(start, end)
-        out = torch.empty(end - start, self.height, self.width, 3, dtype=torch.uint8)
-        early = self.index.times[start] - _SEEK_EARLY_SECONDS
-        try:
-            if self._next == start and self._fill(out, start):
-                return out
-            if self.index.pts is not None and early > 0:
-                self._open(seek_seconds=early)
-                if self._fill(out, start):
-                    return out
-            self._open(seek_seconds=None)
-            if self._fill(out, start):
-                return out
-        except av.error.FFmpegError as error:
-            self.close()
-            raise DataError("broken", self.path, f"decoding fails in [{start}, {end}) ({error})") from error
-        raise DataError("broken", self.path, f"frames [{start}, {end}) do not decode as they did in the scan")
-
-    def close(self) -> None:
-        if self._file:
-            self._file.__exit__()
-        self._file, self._decoded, self._next = None, iter(()), -1
-
-    def _open(self, seek_seconds: float | None) -> None:
-        self.close()
-        self._file = _opened(self.path)
-        container, stream = self._file.__enter__()
-        if seek_seconds is not None and self.index.pts is not None:
-            target = self.index.pts[0] + int(seek_seconds / stream.time_base)
-            container.seek(target, stream=stream, backward=True)
-        self._decoded, self._num_decoded = container.decode(stream), 0
-
-    def _fill(self, out: Tensor, start: int) -> bool:
-        """Decode forward into `out`; False where the stream departs from the scan."""
-        for offset in range(len(out)):
-            frame = self._advance(start + offset)
-            if frame is None:
-                self._next = -1
-                return False
-            out[offset] = torch.from_numpy(to_rgb(frame).copy())
-            self._next = start + offset + 1
-        return True
-
-    def _advance(self, i: int) -> av.VideoFrame | None:
-        pts = self.index.pts
-        for frame in self._decoded:
-            self._num_decoded += 1
-            if pts is not None and frame.pts is None:
-                return None
-            ahead = self._num_decoded - 1 - i if pts is None else frame.pts - pts[i]
-            if ahead == 0:
-                return frame
-            if ahead > 0:
-                return None
-        return None

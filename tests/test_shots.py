@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.cuts import cut_accuracy, match_cuts
-from data.shots import build_detector, fades, join_flashes, jumps, load_transnet, spans_between
+from data.shots import build_detector, fades, join_flashes, jumps, load_transnet, spans_between, without_blanks
 from data.video import open_video, scan, write_video
 
 BIKES_CUTS = [30, 76, 137, 187, 242]
@@ -142,6 +142,13 @@ def test_fades_need_length_and_a_response():
     weak = np.zeros(17, bool)
     weak[[3, 7]] = True
     assert np.flatnonzero(fades(inside, weak)).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_blank_spans_are_no_shots():
+    pictures = np.random.default_rng(0).integers(0, 255, (20, 4, 4, 3), np.uint8)
+    pictures[5:12] = (0, 0, 30)
+    assert without_blanks([(0, 5), (5, 12), (12, 20)], pictures) == [(0, 5), (12, 20)]
+    assert without_blanks([(5, 9), (9, 12)], pictures) == [(5, 9), (9, 12)]
 
 
 def test_jumps_are_sharp_and_alone():
