@@ -2,7 +2,7 @@
 
 - modulation: one vector for each group (the global text or a shot) gives shift, scale and gate (AdaLN-zero)
 - norms, modulation and rotation are computed in fp32, whatever autocast or the weights' dtype
-- `TokenStream.project` and `.update` are the pointwise-heavy halves of a block, so that they can be compiled apart
+- the pointwise functions are compiled on a GPU (`models.fuse`)
 
 Shape letters: L packed tokens, Lx tokens of one stream, N heads, D head dim, G groups; latents C T H W.
 """
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moc.layout import Grid
+from models.fuse import fused
 from models.stream import Part
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -42,22 +43,30 @@ def spread(rows: Tensor, group: Tensor) -> Tensor:
     return _Spread.apply(rows, group)
 
 
+@fused
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer norm without parameters, then the group's scale and shift ([G, dim]); x [Lx, dim], computed in fp32."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return (normed * (1 + spread(scale, group)) + spread(shift, group)).to(x.dtype)
 
 
+@fused
 def add_gated(x: Tensor, change: Tensor, gate: Tensor, group: Tensor) -> Tensor:
     """x + gate * change, the gate being the group's; computed in fp32, returned in x's dtype."""
     return (x.float() + spread(gate, group) * change.float()).to(x.dtype)
+
+
+@fused
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis in fp32, returned in x's dtype."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
     """RMS norm in fp32 that returns its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Modulation(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moc import ShotLayout
 from moc.layout import Grid
+from models.fuse import fused
 
 
 def grid_coordinates(grid: Grid, device: torch.device) -> Tensor:
@@ -76,6 +77,7 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tu
     return table.cos().float(), table.sin().float()
 
 
+@fused
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates neighbouring channel pairs of x [L, N, D] in fp32; returns x's dtype."""
     cos, sin = (part[:, None] for part in table)
