@@ -4,7 +4,9 @@ config       the settings
 canvas       antialiased shapes, gradients, soft edges
 props        trees, rocks, houses ...
 places       the eight places: palette, texture, props, light
-characters   the eight characters: badge, look, pose
+animals      the eight animals: ears, faces, tails
+accessories  hat, scarf, crown ...
+characters   badge, look and pose of a character, and its drawing
 motion       actions and camera moves as functions of time
 story        plans of scenes, captions, vocabulary
 render       frames, boxes, visible shares

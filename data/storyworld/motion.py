@@ -4,11 +4,11 @@ An action that borders on a continuation settles to rest there, so that the next
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from data.storyworld.characters import BADGES, Badge, Look, Pose
+from data.storyworld.characters import BADGES, Look, Pose
 
-ACTIONS = ("stands", "walks", "jumps", "waves", "turns", "dances")
 SETTLE_SECONDS = 0.3
 REST_ARM = 0.35
 
@@ -82,59 +82,93 @@ def _fields(view: View) -> tuple[float, float, float]:
     return view.x, view.y, view.zoom
 
 
+@dataclass(frozen=True)
+class Moment:
+    """time: into the shot. clock: the actor's own, for what repeats. energy, distance: as Timing has them."""
+
+    time: float
+    clock: float
+    energy: float
+    distance: float
+
+
 def pose_at(actor: Actor, timing: Timing, time: float) -> Pose:
     """The actor's pose `time` seconds into its shot."""
-    badge = BADGES[actor.look.name]
-    energy = timing.energy(time)
-    clock = time + actor.phase
-    breath = 1 + 0.012 * math.sin(2.5 * clock)
-    blink = 1 - smoothstep(1 - abs((clock % 2.7) - 1.3) / 0.12)
-    rest = {"x": actor.x, "y": actor.y, "facing": _face(actor, time), "stretch": breath, "eyes": blink}
-    if actor.action == "walks":
-        return Pose(**rest | _walk(actor, badge, time, timing.distance(time), energy))
-    if actor.action == "jumps":
-        beat = (clock / 0.75) % 1
-        hop = 4 * beat * (1 - beat) * energy
-        stretch = breath + energy * (0.1 * hop - 0.16 * max(0.0, 1 - 8 * min(beat, 1 - beat)))
-        arms = REST_ARM + 2.0 * hop
-        return Pose(**rest | {"lift": 0.13 * hop, "stretch": stretch, "left_arm": arms, "right_arm": arms})
-    if actor.action == "waves":
-        raised = 2.45 + 0.45 * math.sin(2 * math.pi * 1.8 * clock)
-        return Pose(**rest | {"right_arm": REST_ARM + (raised - REST_ARM) * energy})
-    if actor.action == "turns":
-        angle = math.acos(min(max(actor.facing, -1.0), 1.0)) + 2 * math.pi * timing.distance(time) / 1.8
-        return Pose(**rest | {"facing": math.cos(angle)})
-    if actor.action == "dances":
-        swing = math.sin(2 * math.pi * 1.1 * clock) * energy
-        step = abs(math.cos(2 * math.pi * 1.1 * clock)) * energy
-        arms = {"left_arm": REST_ARM + 1.1 * energy + 0.9 * swing, "right_arm": REST_ARM + 1.1 * energy - 0.9 * swing}
-        return Pose(**rest | arms | {"lean": 0.16 * swing, "lift": 0.03 * step, "stride": 0.6 * swing})
-    return Pose(**rest)
+    moment = Moment(time, time + actor.phase, timing.energy(time), timing.distance(time))
+    rest = Pose(
+        actor.x,
+        actor.y,
+        facing=_face(actor, time, _side(actor)),
+        stretch=1 + 0.012 * math.sin(2.5 * moment.clock),  # breath
+        eyes=1 - smoothstep(1 - abs((moment.clock % 2.7) - 1.3) / 0.12),  # blink
+    )
+    return ACTIONS[actor.action](rest, actor, moment)
 
 
-def _face(actor: Actor, time: float, towards: float | None = None) -> float:
-    """The facing on the way from the shot's first to `towards` (the nearer side if not given)."""
-    if towards is None:
-        towards = 1.0 if actor.facing >= 0 else -1.0
+def _side(actor: Actor) -> float:
+    return 1.0 if actor.facing >= 0 else -1.0
+
+
+def _face(actor: Actor, time: float, towards: float) -> float:
+    """The facing on its way to `towards`: a continued shot may begin in the middle of a turn."""
     return actor.facing + (towards - actor.facing) * smoothstep(time / SETTLE_SECONDS)
 
 
-def _walk(actor: Actor, badge: Badge, time: float, distance: float, energy: float) -> dict[str, float]:
+def _stand(rest: Pose, actor: Actor, moment: Moment) -> Pose:
+    return rest
+
+
+def _walk(rest: Pose, actor: Actor, moment: Moment) -> Pose:
+    badge = BADGES[actor.look.name]
     low, high = actor.bounds
-    direction = 1.0 if actor.facing >= 0 else -1.0
     # Walking to and fro between the bounds is a triangle wave of the distance covered.
-    span = max(high - low, 1e-6)
-    start = (actor.x - low) / span if direction > 0 else 2 - (actor.x - low) / span
-    along = (start + 0.14 * badge.pace * distance / span) % 2
-    x = low + span * (along if along <= 1 else 2 - along)
-    turned = min(max(6 * math.sin(math.pi * along), -1.0), 1.0)  # round at the bounds
-    swing = math.sin(math.pi * badge.pace * (distance + actor.phase)) * energy
-    return {
-        "x": x,
-        "facing": _face(actor, time, turned),
-        "lift": badge.bounce * abs(math.cos(math.pi * badge.pace * (distance + actor.phase))) * energy,
-        "lean": 0.05 * energy * turned,
-        "stride": swing,
-        "left_arm": REST_ARM + 0.3 * swing,
-        "right_arm": REST_ARM - 0.3 * swing,
-    }
+    span = high - low
+    start = (actor.x - low) / span if _side(actor) > 0 else 2 - (actor.x - low) / span
+    along = (start + 0.14 * badge.pace * moment.distance / span) % 2
+    side = min(max(6 * math.sin(math.pi * along), -1.0), 1.0)  # turns near the bounds
+    step = math.pi * badge.pace * (moment.distance + actor.phase)
+    swing = math.sin(step) * moment.energy
+    return replace(
+        rest,
+        x=low + span * (along if along <= 1 else 2 - along),
+        facing=_face(actor, moment.time, side),
+        lift=badge.bounce * abs(math.cos(step)) * moment.energy,
+        lean=0.05 * side * moment.energy,
+        stride=swing,
+        left_arm=REST_ARM + 0.3 * swing,
+        right_arm=REST_ARM - 0.3 * swing,
+    )
+
+
+def _jump(rest: Pose, actor: Actor, moment: Moment) -> Pose:
+    beat = (moment.clock / 0.8) % 1
+    hop = 4 * beat * (1 - beat) * moment.energy
+    squat = max(0.0, 1 - 8 * min(beat, 1 - beat)) * moment.energy
+    arms = REST_ARM + 2.0 * hop
+    stretch = rest.stretch + 0.1 * hop - 0.14 * squat
+    return replace(rest, lift=0.12 * hop, stretch=stretch, left_arm=arms, right_arm=arms)
+
+
+def _wave(rest: Pose, actor: Actor, moment: Moment) -> Pose:
+    raised = 2.45 + 0.45 * math.sin(2 * math.pi * 1.8 * moment.clock)
+    return replace(rest, right_arm=REST_ARM + (raised - REST_ARM) * moment.energy)
+
+
+def _turn(rest: Pose, actor: Actor, moment: Moment) -> Pose:
+    start = math.acos(min(max(actor.facing, -1.0), 1.0))
+    return replace(rest, facing=math.cos(start + 2 * math.pi * moment.distance / 1.8))
+
+
+def _dance(rest: Pose, actor: Actor, moment: Moment) -> Pose:
+    beat = 2 * math.pi * 1.1 * moment.clock
+    swing, step = math.sin(beat) * moment.energy, abs(math.cos(beat)) * moment.energy
+    arms = REST_ARM + 1.1 * moment.energy
+    return replace(
+        rest, lean=0.16 * swing, lift=0.03 * step, stride=0.6 * swing, left_arm=arms + 0.9 * swing,
+        right_arm=arms - 0.9 * swing,
+    )  # fmt: skip
+
+
+ACTIONS: dict[str, Callable[[Pose, Actor, Moment], Pose]] = {
+    "stands": _stand, "walks": _walk, "jumps": _jump, "waves": _wave, "turns": _turn, "dances": _dance,
+}  # fmt: skip

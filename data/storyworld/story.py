@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.manifest import CUT_PREFIX
-from data.storyworld.characters import ACCESSORIES, BADGES, COLOURS, PATTERNS, SIZES, Look
+from data.storyworld.accessories import ACCESSORIES
+from data.storyworld.characters import BADGES, COLOURS, PATTERNS, SIZES, Look
 from data.storyworld.config import Mode, StoryworldConfig
 from data.storyworld.motion import ACTIONS, Actor, Timing, View, camera_at, pose_at
 from data.storyworld.places import PLACES
@@ -16,7 +17,7 @@ CAMERAS = {
     "zoom in": "Zoom in.", "zoom out": "Zoom out.",
 }  # fmt: skip
 STORIES = ("journey", "game", "search")
-CLOSE, PAN = 1.32, 0.16  # zoom of a close view; half a pan's way, world units
+CLOSE, PAN = 1.25, 0.16  # zoom of a close view; half a pan's way, world units
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _draw_look(rng: np.random.Generator, name: str, mode: Mode) -> Look:
     fur, outfit = (str(colour) for colour in rng.choice(list(COLOURS), 2))
     if mode == Mode.recall:
         return Look(name, fur, outfit)
-    pattern, accessory, size = (str(rng.choice(values)) for values in (PATTERNS, ACCESSORIES, list(SIZES)))
+    pattern, accessory, size = (str(rng.choice(values)) for values in (list(PATTERNS), list(ACCESSORIES), list(SIZES)))
     return Look(name, fur, outfit, pattern, accessory, size)
 
 
@@ -124,7 +125,7 @@ def _direct(rng: np.random.Generator, cast: list[Look], aspect: float, before: S
     for i, look in enumerate(cast):
         low = -stage + 2 * stage * i / len(cast)
         bounds = (low + gap, low + 2 * stage / len(cast) - gap)
-        action = str(rng.choice(ACTIONS))
+        action = str(rng.choice(list(ACTIONS)))
         facing = float(rng.choice((-1.0, 1.0)))
         phase = float(rng.uniform(0, 5))
         if before:
@@ -152,10 +153,10 @@ def _film(rng: np.random.Generator, before: Shot | None) -> tuple[str, View, Vie
     elif camera.startswith("pan"):
         start = View(x=PAN if camera == "pan left" else -PAN)
     elif camera == "zoom out":
-        start = View(x=start.x, y=0.6, zoom=CLOSE)
+        start = View(x=start.x, y=0.55, zoom=CLOSE)
     ends = {
         "static": start, "pan left": replace(start, x=-PAN), "pan right": replace(start, x=PAN),
-        "zoom in": View(start.x / 2, 0.6, CLOSE), "zoom out": View(start.x, 0.5, 1.0),
+        "zoom in": View(start.x / 2, 0.55, CLOSE), "zoom out": View(start.x, 0.5, 1.0),
     }  # fmt: skip
     return camera, start, ends[camera]
 
