@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from moc import MoCConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
+from models.experts import Experts
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.text import TextConfig, build_text_encoder
@@ -20,6 +21,7 @@ __all__ = [
     "CodecConfig",
     "Encoders",
     "EncodersConfig",
+    "Experts",
     "ModelConfig",
     "TextConfig",
     "build_codec",

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moc import DropKey, MoCConfig, Sample, make_batch
+from models.experts import Experts
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
 
 TEXT_DIM = 24
@@ -199,3 +200,14 @@ def test_wrong_input_is_one_clear_message() -> None:
         run(model, DENSE, sample(channels=48))
     with pytest.raises(ValueError, match="image-to-video"):
         WanTransformer3DModel(**reduced(image_dim=1280))
+
+
+def test_experts_switch_at_the_boundary() -> None:
+    high, low = small_model(), small_model()
+    pair, item = Experts(high, low, boundary=0.8), sample(num_shots=2)
+    for sigma, expert in (([0.05, 0.85], high), ([0.05, 0.8], high), ([0.05, 0.79], low)):
+        levels = torch.tensor(sigma)
+        for a, b in zip(run(pair, MOC, item, sigma=levels), run(expert, MOC, item, sigma=levels), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match=r"they differ in \['ffn_dim'\]"):
+        Experts(high, WanTransformer3DModel(**reduced(attention_head_dim=24, num_layers=2, ffn_dim=64)))
