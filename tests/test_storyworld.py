@@ -95,6 +95,14 @@ def test_last_shot_of_a_recall_scene_returns_a_name_shown_once_at_every_distance
     assert distances == {1, 2, 3, 4, 5}
 
 
+def test_look_alikes_share_the_returning_names_colours():
+    for scene in (plan_scene(recall_settings(look_alikes=True), i) for i in range(20)):
+        returning, fur_twin, outfit_twin, _ = scene.looks
+        assert scene.shots[-1].actors[0].look == returning
+        assert fur_twin.fur == returning.fur
+        assert outfit_twin.outfit == returning.outfit
+
+
 def test_looks_stay_through_a_scene_and_change_between_scenes():
     scenes = [plan_scene(recall_settings(), i) for i in range(60)]
     for scene in scenes:

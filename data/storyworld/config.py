@@ -20,7 +20,8 @@ class StoryworldConfig:
 
     frames_per_shot, shots: the choices a scene draws from. characters: names in one scene. places: names to use, all
     if empty. places_per_scene: a true cut changes place if there are two or more. continuation: the share of shots
-    after the first that go on without a cut (described mode only). workers: processes; 0 means one for each core.
+    after the first that go on without a cut (described mode only). look_alikes: two others share the fur and the
+    outfit of the name that the last shot of a recall scene returns to. workers: processes; 0 means one for each core.
     overwrite: replace the storyworld already in `output`.
     """
 
@@ -37,6 +38,7 @@ class StoryworldConfig:
     places: list[str] = field(default_factory=list)
     places_per_scene: int = 3
     continuation: float = 0.2
+    look_alikes: bool = False
     crf: int = 14
     workers: int = 0
     overwrite: bool = False

@@ -50,6 +50,7 @@ class Scene:
     shots: tuple[Shot, ...]
     caption: str
     recalls: tuple[Recall, ...]
+    occluders: bool  # whether tall things may hide a character
     seed: tuple[int, int]  # of all that is drawn at random in it
 
 
@@ -59,6 +60,10 @@ def plan_scene(config: StoryworldConfig, index: int) -> Scene:
     rng = np.random.default_rng(seed)
     names = rng.permutation(list(BADGES))[: config.characters].tolist()
     looks = {name: _draw_look(rng, name, config.mode) for name in names}
+    if config.look_alikes:
+        # Colour alone must not say who it is: one more has the first's fur, and one its outfit.
+        for name, part in zip(names[1:], ("fur", "outfit"), strict=False):
+            looks[name] = replace(looks[name], **{part: getattr(looks[names[0]], part)})
     num_shots = int(rng.choice(config.shots))
     cuts, casts = _plan_casts(rng, config, names, num_shots)
     places = _plan_places(rng, config, cuts)
@@ -77,7 +82,9 @@ def plan_scene(config: StoryworldConfig, index: int) -> Scene:
         shots.append(Shot(place, cut, frames, timing, camera, start_view, end_view, actors, clock, caption))
     shown = list(dict.fromkeys(name for cast in casts for name in cast))
     caption = global_caption([looks[name] for name in shown], list(dict.fromkeys(places)), story, config.mode)
-    return Scene(tuple(looks.values()), tuple(shots), caption, _find_recalls(casts, cuts), seed)
+    return Scene(
+        tuple(looks.values()), tuple(shots), caption, _find_recalls(casts, cuts), config.mode != Mode.recall, seed
+    )
 
 
 def _draw_look(rng: np.random.Generator, name: str, mode: Mode) -> Look:
