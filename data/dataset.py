@@ -12,7 +12,7 @@ import moc
 from data.cache import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
 from data.order import DRAW, Draw, Source, uniforms
-from data.shards import Cache, CachedScene, find_cache
+from data.shards import Cache, CachedScene, open_cache
 
 
 class Kind(StrEnum):
@@ -43,6 +43,8 @@ class DataConfig:
     seed: int = 0
     workers: int = 2
     prefetch: int = 4  # micro-batches each worker holds ready
+    local_cache: str = ""  # a local folder for copies of shards, where a path is a URL (s3://, gs://, https://, ...)
+    local_cache_gigabytes: float = 50.0
     validation: int = 0  # scenes held out of training, chosen by a hash of their id
     drop_captions: float = 0.1  # all captions of a sample, for guidance
     drop_global_caption: float = 0.0
@@ -66,17 +68,16 @@ class ShotDataset:
     Raises DataError: missing or unfinished caches, no-usable-samples, mixed-encoders.
     """
 
-    def __init__(self, sources: Sequence[SourceConfig]) -> None:
+    def __init__(self, sources: Sequence[SourceConfig], copies: str = "", max_bytes: int = 50 << 30) -> None:
         self.caches: list[Cache] = []
         self.items: list[tuple[int, CachedScene]] = []
         self.source_items: list[tuple[float, list[int]]] = []
         opened: dict[str, int] = {}
         for source in sources:
-            folder = str(find_cache(source.path))
-            if folder not in opened:
-                opened[folder] = len(self.caches)
-                self.caches.append(Cache(folder))
-            cache = opened[folder]
+            if source.path not in opened:
+                opened[source.path] = len(self.caches)
+                self.caches.append(open_cache(source.path, copies, max_bytes))
+            cache = opened[source.path]
             scenes = [s for s in self.caches[cache].scenes if source.kind.value in ("any", s.kind)]
             if not scenes:
                 raise DataError("no-usable-samples", source.path, f"holds no scene of kind {source.kind.value}")
@@ -98,7 +99,7 @@ class ShotDataset:
     @property
     def encoders_folder(self) -> Path:
         """What decodes these latents and prompts with this text; every checkpoint carries a copy."""
-        return self.caches[0].folder / "encoders"
+        return self.caches[0].store.local_folder("encoders")
 
     @property
     def text_dim(self) -> int:
@@ -186,8 +187,8 @@ class ShotDataset:
                 if cache.recipe[name] != first[name]:
                     raise DataError(
                         "mixed-encoders",
-                        cache.folder,
-                        f"was made with {name} {cache.recipe[name]}, {self.caches[0].folder} with {first[name]}; "
+                        cache.store.url,
+                        f"was made with {name} {cache.recipe[name]}, {self.caches[0].store.url} with {first[name]}; "
                         "prepare both with one",
                     )
 
@@ -200,4 +201,5 @@ def open_dataset(config: DataConfig) -> ShotDataset:
     """The dataset a config names. Raises DataError where it names none."""
     if bool(config.path) == bool(config.sources):
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
-    return ShotDataset(config.sources or [SourceConfig(path=config.path)])
+    max_bytes = int(config.local_cache_gigabytes * 1e9)
+    return ShotDataset(config.sources or [SourceConfig(path=config.path)], config.local_cache, max_bytes)

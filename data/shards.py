@@ -10,7 +10,9 @@ from torch import Tensor
 
 from data.cache import CACHE_FORMAT, COMPLETE, INDEX, checksum
 from data.errors import DataError
+from data.store import FileStore
 
+_MAX_OPEN = 64  # shards a process keeps open
 REMEDY = "run scripts/prepare_data.py again: it makes only what is missing"
 
 
@@ -34,20 +36,20 @@ class CachedScene:
 class Cache:
     """A finished cache, opened for reading. Cheap to send to loader workers: files open at the first read.
 
-    Raises DataError: missing-cache, unfinished-cache, other-format, missing-shard, truncated-shard.
+    Raises DataError: unfinished-cache, damaged-index, other-format, missing-shard, truncated-shard.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not (self.folder / COMPLETE).is_file():
-            raise DataError("unfinished-cache", self.folder, f"is not a finished cache; {REMEDY}")
+    def __init__(self, store: FileStore) -> None:
+        self.store = store
+        if store.size(COMPLETE) is None:
+            raise DataError("unfinished-cache", store.url, f"is not a finished cache; {REMEDY}")
         try:
-            index = json.loads((self.folder / INDEX).read_text())
+            index = json.loads(store.read_bytes(INDEX))
         except (OSError, ValueError) as error:
-            raise DataError("damaged-index", self.folder / INDEX, f"cannot be read ({error}); {REMEDY}") from error
+            raise DataError("damaged-index", f"{store.url}/{INDEX}", f"cannot be read ({error}); {REMEDY}") from error
         if index["format"] != CACHE_FORMAT:
             raise DataError(
-                "other-format", self.folder, f"cache format {index['format']}, this code reads {CACHE_FORMAT}"
+                "other-format", store.url, f"cache format {index['format']}, this code reads {CACHE_FORMAT}"
             )
         self.recipe: dict = index["recipe"]
         self.text: dict[str, dict] = index["text"]
@@ -55,7 +57,7 @@ class Cache:
         self._shards = [shard["file"] for shard in index["shards"]]
         self._open: dict[int, Any] = {}
         for shard in index["shards"]:
-            self._check_size(self.folder / shard["file"], shard["bytes"])
+            self._check_size(shard["file"], shard["bytes"])
 
     def latents(self, scene: CachedScene) -> list[Tensor]:
         """[C, T, H, W] of each shot, as stored. Raises DataError (damaged-shard)."""
@@ -72,25 +74,29 @@ class Cache:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}
 
-    @staticmethod
-    def _check_size(path: Path, size: int) -> None:
-        if not path.is_file():
-            raise DataError("missing-shard", path, f"the index names it; {REMEDY}")
-        if path.stat().st_size != size:
-            raise DataError("truncated-shard", path, f"{path.stat().st_size} bytes, the index says {size}; {REMEDY}")
+    def _check_size(self, name: str, wanted: int) -> None:
+        size = self.store.size(name)
+        if size is None:
+            raise DataError("missing-shard", f"{self.store.url}/{name}", f"the index names it; {REMEDY}")
+        if size != wanted:
+            raise DataError(
+                "truncated-shard", f"{self.store.url}/{name}", f"{size} bytes, the index says {wanted}; {REMEDY}"
+            )
 
     def _read(self, shard: int, name: str, crc32: int) -> Tensor:
-        path = self.folder / self._shards[shard]
+        where = f"{self.store.url}/{self._shards[shard]}"
         try:
             if shard not in self._open:
-                self._open[shard] = safe_open(path, framework="pt")
+                while len(self._open) >= _MAX_OPEN:
+                    self._open.pop(next(iter(self._open)))
+                self._open[shard] = safe_open(self.store.local(self._shards[shard]), framework="pt")
             tensor = self._open[shard].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise DataError(
-                "damaged-shard", path, f"{name!r} cannot be read ({error}); delete it and {REMEDY}"
+                "damaged-shard", where, f"{name!r} cannot be read ({error}); delete it and {REMEDY}"
             ) from error
         if checksum(tensor) != crc32:
-            raise DataError("damaged-shard", path, f"{name!r} fails its checksum; delete the shard and {REMEDY}")
+            raise DataError("damaged-shard", where, f"{name!r} fails its checksum; delete the shard and {REMEDY}")
         return tensor
 
 
@@ -106,20 +112,20 @@ def _scene(entry: dict) -> CachedScene:
     )
 
 
-def find_cache(path: str | Path) -> Path:
-    """The cache folder that `path` means: itself, or the only one of a prepared folder.
+def open_cache(path: str | Path, copies: str = "", max_bytes: int = 50 << 30) -> Cache:
+    """The cache that `path` means, a folder or an fsspec URL: itself, or the only one of a prepared folder.
 
-    Raises DataError: missing-data, unfinished-cache, several-caches.
+    Raises DataError: missing-data, unfinished-cache, several-caches, and what Cache raises.
     """
-    path = Path(path)
-    if not path.is_dir():
+    store = FileStore(str(path), copies, max_bytes)
+    if not store.is_remote and not Path(path).is_dir():
         raise DataError("missing-data", path, "no such folder; make it with scripts/prepare_data.py")
-    if (path / INDEX).is_file() or (path / COMPLETE).is_file():
-        return path
-    found = sorted(marker.parent for marker in path.glob(f"cache/*/{COMPLETE}"))
+    if store.size(INDEX) is not None or store.size(COMPLETE) is not None:
+        return Cache(store)
+    found = [marker.removesuffix(f"/{COMPLETE}") for marker in store.glob(f"cache/*/{COMPLETE}")]
     if not found:
         raise DataError("unfinished-cache", path, f"holds no finished cache; {REMEDY}")
     if len(found) > 1:
-        names = ", ".join(str(folder) for folder in found)
+        names = ", ".join(f"{store.url}/{name}" for name in found)
         raise DataError("several-caches", path, f"holds caches of several settings; name one of {names}")
-    return found[0]
+    return Cache(FileStore(f"{store.url}/{found[0]}", copies, max_bytes))

@@ -1,21 +1,24 @@
 """The cache: exact round trip, resumption, deduplicated text, and damage found and named."""
 
 import errno
+import os
 import pickle
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
 from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts
 from data.errors import DataError
-from data.shards import Cache, find_cache
+from data.shards import open_cache
+from data.store import FileStore
 from tests.caches import RECIPE, scene, write_cache
 
 
 def test_round_trip_over_several_shards(tmp_path):
     scenes = [scene(n, shots=1 + n % 3, variants=1 + n % 2) for n in range(6)]
-    cache = Cache(write_cache(tmp_path, scenes))
+    cache = open_cache(write_cache(tmp_path, scenes))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert [s.id for s in cache.scenes] == [s.id for s in scenes]
     for stored, wrote in zip(cache.scenes, scenes, strict=True):
@@ -54,7 +57,7 @@ def test_writers_of_many_processes_meet_in_one_index(tmp_path):
         writer = CacheWriter(tmp_path, RECIPE, writer=str(rank), shard_bytes=1)
         writer.add(scene(rank))
     finish(tmp_path, RECIPE, ["key2", "key0", "key1"])
-    cache = Cache(tmp_path)
+    cache = open_cache(tmp_path)
     assert [s.id for s in cache.scenes] == ["scene2", "scene0", "scene1"]
     assert cache.latents(cache.scenes[0])[0].unique() == 2
 
@@ -62,13 +65,13 @@ def test_writers_of_many_processes_meet_in_one_index(tmp_path):
 def test_a_deleted_shard_is_made_again(tmp_path):
     scenes = [scene(n) for n in range(3)]
     write_cache(tmp_path, scenes, shard_bytes=1)
-    lost = Cache(tmp_path).scenes[1]
+    lost = open_cache(tmp_path).scenes[1]
     (tmp_path / read_parts(tmp_path)[lost.shard]["file"]).unlink()
     writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
     assert "key1" not in writer.done
     writer.add(scenes[1])
     finish(tmp_path, RECIPE, [s.key for s in scenes])
-    cache = Cache(tmp_path)
+    cache = open_cache(tmp_path)
     assert cache.latents(cache.scenes[1])[0].unique() == 1
 
 
@@ -79,7 +82,7 @@ def flip_byte(path: Path) -> None:
 
 
 def read_all(folder: Path) -> None:
-    cache = Cache(folder)
+    cache = open_cache(folder)
     for stored in cache.scenes:
         cache.latents(stored)
     for key in cache.text:
@@ -133,20 +136,74 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_find_cache(tmp_path):
+def test_open_cache(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        find_cache(tmp_path / "no")
+        open_cache(tmp_path / "no")
     with pytest.raises(DataError, match="no finished cache"):
-        find_cache(tmp_path)
+        open_cache(tmp_path)
     first = write_cache(tmp_path / "cache" / "aa", [scene(0)])
-    assert find_cache(tmp_path) == find_cache(first) == first
+    assert open_cache(tmp_path).store.url == open_cache(first).store.url == str(first)
     write_cache(tmp_path / "cache" / "bb", [scene(0)])
     with pytest.raises(DataError, match="several settings"):
-        find_cache(tmp_path)
+        open_cache(tmp_path)
 
 
 def test_an_open_cache_travels_to_workers(tmp_path):
-    cache = Cache(write_cache(tmp_path, [scene(4)]))
+    cache = open_cache(write_cache(tmp_path, [scene(4)]))
     cache.latents(cache.scenes[0])
     copy = pickle.loads(pickle.dumps(cache))
     assert copy.latents(copy.scenes[0])[0].unique() == 4
+
+
+# Remote caches
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A cache in fsspec's memory file system."""
+    folder = write_cache(tmp_path / "made", [scene(n) for n in range(6)], shard_bytes=1)
+    fs = fsspec.filesystem("memory")
+    fs.rm("/bucket", recursive=True) if fs.exists("/bucket") else None
+    fs.put(str(folder), "/bucket/cache/aa", recursive=True)
+    return "memory://bucket"
+
+
+def test_a_remote_cache_reads_through_a_bounded_folder(remote, tmp_path):
+    sizes = [part["bytes"] for part in read_parts(tmp_path / "made")]
+    bound = 2 * max(sizes) + 10
+    cache = open_cache(remote, str(tmp_path / "copies"), bound)
+    order = [0, 1, 2, 3, 4, 5, 0, 5, 2]
+    for number in order:
+        assert cache.latents(cache.scenes[number])[0].unique() == number
+        cache._open.clear()  # as in a process that never had it open
+        held = list((tmp_path / "copies").rglob("*"))
+        assert sum(path.stat().st_size for path in held if path.is_file()) <= bound
+    assert not [path for path in held if "partial" in path.name]
+
+
+def test_the_least_recently_used_copy_goes_first(remote, tmp_path):
+    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
+    names = store.glob("*.safetensors")[:3]
+    for age, name in enumerate(names):
+        os.utime(store.local(name), (1000 + age, 1000 + age))
+    store.local(names[0])
+    store.max_bytes = sum(store.size(name) for name in names)
+    fourth = store.glob("*.safetensors")[3]
+    store.local(fourth)
+    held = {path.name for path in (tmp_path / "copies").rglob("*.safetensors")}
+    assert names[0] in held
+    assert fourth in held
+    assert names[1] not in held
+
+
+def test_remote_faults_are_named(remote, tmp_path):
+    with pytest.raises(DataError, match=r"set data\.local_cache"):
+        open_cache(remote)
+    with pytest.raises(DataError, match="no finished cache"):
+        open_cache("memory://elsewhere", str(tmp_path / "copies"))
+    cache = open_cache(remote, str(tmp_path / "copies"), max_bytes=10)
+    with pytest.raises(DataError, match="the local cache takes 10"):
+        cache.latents(cache.scenes[0])
+    fsspec.filesystem("memory").rm("/bucket/cache/aa/shard-0-00002.safetensors")
+    with pytest.raises(DataError, match="the index names it"):
+        open_cache(remote, str(tmp_path / "copies"))

@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
 from data.prepare import PrepareConfig, Process, prepare
-from data.shards import Cache
+from data.shards import open_cache
 from data.video import write_video
 from tests.encoders import PoolCodec, WordText, numbers_in
 from tests.films import write_numbered
@@ -59,7 +59,7 @@ def scene(name, *spans, caption="a film", video="film.mkv"):
 def test_latents_are_the_frames_that_were_asked_for(folder):
     scenes(folder, scene("a", (3, 20), (20, 29), (31, 33), (33, 60)))
     prepared = run(folder)
-    cache = Cache(prepared.cache)
+    cache = open_cache(prepared.cache)
     assert [s.id for s in cache.scenes] == ["a#0000", "a#0001"]
     numbers = [[numbers_in(latent) for latent in cache.latents(s)] for s in cache.scenes]
     assert numbers == [[[3, 7, 11, 15, 19], [20, 24, 28]], [[33, 37, 41, 45, 49, 53, 57]]]
@@ -74,8 +74,8 @@ def test_long_shots_become_continuations_and_fps_is_kept(folder):
     (line,) = load_manifest(prepared.manifest, root=folder)
     assert [(s.start, s.end, s.cut) for s in line.shots[:2]] == [(0, 9, True), (9, 18, False)]
     slow = run(folder, fps=12.5)
-    (stored,) = Cache(slow.cache).scenes
-    assert numbers_in(Cache(slow.cache).latents(stored)[0])[:4] == [0, 8, 16, 24]
+    (stored,) = open_cache(slow.cache).scenes
+    assert numbers_in(open_cache(slow.cache).latents(stored)[0])[:4] == [0, 8, 16, 24]
 
 
 def test_captions_of_several_lengths_and_images(folder):
@@ -86,7 +86,7 @@ def test_captions_of_several_lengths_and_images(folder):
         SceneRecord(id="a", video="film.mkv", caption=("x", "x y", "x y z"), shots=shots),
         SceneRecord(id="b", image="still.png", caption="grey"),
     )
-    cache = Cache(run(folder, buckets=[[96, 96]]).cache)
+    cache = open_cache(run(folder, buckets=[[96, 96]]).cache)
     film, still = cache.scenes
     rows = [[cache.text_rows(key) for key in keys] for keys in film.text_keys]
     assert rows == [[2, 4, 2], [3, 5, 2], [4, 5, 2]]  # a cut's caption begins with [SHOT CUT]
@@ -103,7 +103,7 @@ def test_a_second_run_makes_nothing_again(folder):
     scenes(folder, scene("a", (0, 9)), scene("b", (20, 29), caption="other words"), scene("c", (40, 49)))
     prepared = run(folder, codec)
     assert codec.encoded == [20, 40]
-    assert [s.id for s in Cache(prepared.cache).scenes] == ["a", "b", "c"]
+    assert [s.id for s in open_cache(prepared.cache).scenes] == ["a", "b", "c"]
 
 
 def test_an_interrupted_run_goes_on(folder):
@@ -115,7 +115,7 @@ def test_an_interrupted_run_goes_on(folder):
     with pytest.raises(DataError, match="no finished cache"):
         open_dataset(DataConfig(path=str(folder / "out")))
     again = PoolCodec()
-    assert len(Cache(run(folder, again).cache).scenes) == 5
+    assert len(open_cache(run(folder, again).cache).scenes) == 5
     assert codec.encoded + again.encoded == [0, 10, 20, 30, 40]
 
 
@@ -123,7 +123,7 @@ def test_other_settings_make_another_cache(folder):
     scenes(folder, scene("a", (0, 9)))
     first, second = run(folder).cache, run(folder, size=[32, 80]).cache
     assert first != second
-    assert Cache(first).scenes[0].latent_shapes != Cache(second).scenes[0].latent_shapes
+    assert open_cache(first).scenes[0].latent_shapes != open_cache(second).scenes[0].latent_shapes
     other = PoolCodec()
     other.fingerprint = "another"
     assert run(folder, other).cache not in (first, second)
@@ -346,7 +346,7 @@ def test_bad_input_is_a_named_record(bad_run, name):
 
 def test_the_rest_of_a_bad_folder_is_used(bad_run):
     prepared, _ = bad_run
-    assert {s.id for s in Cache(prepared.cache).scenes} >= TAKEN
+    assert {s.id for s in open_cache(prepared.cache).scenes} >= TAKEN
     assert len(BAD) >= 30
 
 
@@ -383,7 +383,7 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(folder, monkeypatch):
             run(folder)
     assert not list(folder.glob("out/cache/*/complete"))
     assert not list(folder.glob("out/cache/*/*safetensors*"))
-    assert len(Cache(run(folder).cache).scenes) == 2
+    assert len(open_cache(run(folder).cache).scenes) == 2
 
 
 def test_damaged_and_missing_shards_are_made_again(folder):
@@ -399,7 +399,7 @@ def test_damaged_and_missing_shards_are_made_again(folder):
     codec = PoolCodec()
     run(folder, codec)
     assert codec.encoded == [0]
-    stored = Cache(cache)
+    stored = open_cache(cache)
     assert numbers_in(stored.latents(stored.scenes[0])[0]) == [0, 4, 8]
 
 
