@@ -7,7 +7,7 @@ one file with original names. Names inside this module are diffusers'.
 
 import json
 import re
-import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -18,11 +18,12 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor
+from tqdm import tqdm
 
 from moc import MoCConfig
 from moc.training.checkpoint import find_checkpoint
 from models.mmdit import MMDiT
-from models.tensors import TensorSource, write_sharded, write_tensors
+from models.tensors import TensorSource, new_folder, write_sharded, write_tensors
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
@@ -257,21 +258,22 @@ def convert(
     if output.exists():
         raise ValueError(f"{output} exists; name a new path")
     model = checkpoint.empty_model()
-    names = list(model.state_dict())
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".safetensors":
-        _write_original(checkpoint, names, output, dtype)
-        return
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_config(partial)
-        write_sharded(partial, _entries(checkpoint, names, dtype), checkpoint.read, shard_bytes=shard_bytes)
-        if checkpoint.moc is not None:
-            checkpoint.moc.save(partial)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with tqdm(desc="convert", total=len(checkpoint.stored), unit="tensor", disable=not sys.stderr.isatty()) as bar:
+
+        def read(name: str) -> Tensor:
+            bar.update()
+            return checkpoint.read(name)
+
+        names = list(model.state_dict())
+        if output.suffix == ".safetensors":
+            _write_original(checkpoint, read, names, output, dtype)
+            return
+        with new_folder(output) as partial:
+            model.save_config(partial)
+            write_sharded(partial, _entries(checkpoint, names, dtype), read, shard_bytes=shard_bytes)
+            if checkpoint.moc is not None:
+                checkpoint.moc.save(partial)
 
 
 def _entries(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype | None, rename: Callable[[str], str] = str):
@@ -285,10 +287,12 @@ def _entries(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype | None
     ]
 
 
-def _write_original(checkpoint: Checkpoint, names: list[str], file: Path, dtype: torch.dtype | None) -> None:
+def _write_original(
+    checkpoint: Checkpoint, read: Callable[[str], Tensor], names: list[str], file: Path, dtype: torch.dtype | None
+) -> None:
     if checkpoint.kind == "MMDiT":
         raise ValueError(f"{file}: only Wan models have a form with original names; name a folder for an MMDiT")
     originals = {name: to_original_name(name) or name for name in names}
     inverse = {new: name for name, new in originals.items()}
     entries = _entries(checkpoint, names, dtype, originals.__getitem__)
-    write_tensors(file, entries, lambda name: checkpoint.read(inverse[name]))
+    write_tensors(file, entries, lambda name: read(inverse[name]))

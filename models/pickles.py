@@ -6,7 +6,6 @@ Only these two are read from pickles at all, and only by `convert_pickle`; every
 import json
 import pickle
 import re
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from models.tensors import write_sharded
+from models.tensors import new_folder, write_sharded
 
 # Stems of the release's T5 encoder -> transformers'; {} is the layer.
 T5_TOP = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
@@ -47,18 +46,13 @@ def convert_pickle(file: Path, output: Path) -> str:
     else:
         raise ValueError(f"{file} is neither Wan's T5 encoder nor its VAE; other pickles are not read")
     _check(model, state, file)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(output) as partial:
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
         write_sharded(partial, entries, state.__getitem__, stem=stem)
         if isinstance(model, AutoencoderKLWan):
             model.save_config(partial)
         else:
             (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return what
 
 

@@ -5,8 +5,10 @@ What cannot be read is one clear ValueError: a pickle, a truncated file, a folde
 
 import json
 import os
+import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -82,6 +84,19 @@ def _files(path: Path) -> list[Path]:
         f"{path} holds {len(files)} safetensors files {names} and no single index: it may mix models, such as "
         "Wan2.2's high and low noise experts; name one file"
     )
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the block ends well and is removed when it does not."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_tensors(
