@@ -57,9 +57,22 @@ def add_gated(x: Tensor, change: Tensor, gate: Tensor, group: Tensor) -> Tensor:
 
 
 @fused
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm over the last axis in fp32, returned in x's dtype."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
+@fused
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis in fp32, returned in x's dtype."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in fp32 that returns its input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -143,7 +156,35 @@ class JointBlock(nn.Module):
 def join(text: Tensor, video: Tensor, part: Part) -> Tensor:
     """Scatters text [Lt, N, D] and video [Lv, N, D] tokens into the stream [L, N, D]."""
     stream = video.new_empty(part.num_tokens, *video.shape[1:])
-    return stream.index_copy(0, part.text_index, text.to(video.dtype)).index_copy_(0, part.video_index, video)
+    return stream.index_copy_(0, part.text_index, text.to(video.dtype)).index_copy_(0, part.video_index, video)
+
+
+class FramePlace(nn.Module):
+    """Where in the frame a token stands: a linear map of the lowest 2D cosines of its place, fp32 [Lv, dim].
+
+    RoPE tells tokens their distances only; a small model learns what belongs where much sooner when it is told.
+    """
+
+    num_cosines = 8
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(self.num_cosines**2, dim, bias=False)
+
+    def forward(self, grids: Sequence[Grid], dtype: torch.dtype) -> Tensor:
+        return self.linear(torch.cat([self._cosines(grid) for grid in grids]).to(dtype))
+
+    def _cosines(self, grid: Grid) -> Tensor:
+        """[T * H * W, 64] of one shot."""
+        frames, height, width = grid
+        rows, columns = (self._axis(size) for size in (height, width))
+        plane = torch.einsum("ha,wb->hwab", rows, columns)
+        return plane.flatten(2).flatten(0, 1).repeat(frames, 1)
+
+    def _axis(self, size: int) -> Tensor:
+        device = self.linear.weight.device
+        place = (torch.arange(size, device=device) + 0.5) / size
+        return torch.cos(torch.pi * place[:, None] * torch.arange(self.num_cosines, device=device))
 
 
 class Condition(nn.Module):

@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec
-from models.layers import Condition, JointBlock, Output, patchify, unpatchify
+from models.layers import Condition, FramePlace, JointBlock, Output, patchify, unpatchify
 from models.lora import Trainable
 from models.rope import interleaved_positions, rotary_table
 from models.stream import KeyValueCache, Part, StreamAttention
@@ -31,6 +31,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
 
     latent_channels, text_dim: widths of the codec's latents and of the text encoder's features.
     patch_size: latent (frames, height, width) of a token. input_skip: see `models.layers.Output`.
+    frame_place: see `models.layers.FramePlace`.
     """
 
     _supports_gradient_checkpointing = True
@@ -51,6 +52,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         freq_dim: int = 256,
         rope_theta: float = 10000.0,
         input_skip: bool = False,
+        frame_place: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
@@ -58,6 +60,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=True)
         patch_dim = latent_channels * patch_size[0] * patch_size[1] * patch_size[2]
         self.video_in = nn.Linear(patch_dim, dim)
+        self.frame_place = FramePlace(dim) if frame_place else None
         self.text_in = nn.Linear(text_dim, dim)
         self.condition = Condition(dim, text_dim, freq_dim)
         last = num_layers - 1
@@ -94,6 +97,8 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         self._check_text(text, part)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         video = self.video_in(patches.to(self.video_in.weight.dtype))
+        if self.frame_place is not None:
+            video = video + self.frame_place(part.grids, video.dtype)
         words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
         condition = self.condition(part.group_sigma(sigma), pooled(text))
         table = rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta)
