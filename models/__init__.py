@@ -42,8 +42,11 @@ class Family(StrEnum):
 @dataclass(frozen=True)
 class ModelConfig:
     """A model's sizes. path: weights to start from (anything `load_model` reads); the sizes then come from there.
-    input_skip, frame_place: see `models.layers.Output` and `FramePlace`. lora_rank: above 0, train adapters of that rank
-    on the linears whose names end in one of lora_targets (wan: to_q to_k to_v to_out.0 net.0.proj net.2; mmdit: to_qkv to_out ffn.0 ffn.2)."""
+
+    input_skip, frame_place: see `models.layers.Output` and `FramePlace`.
+    lora_rank: above 0, train adapters of that rank on the linears whose names end in one of lora_targets
+    (wan: to_q to_k to_v to_out.0 net.0.proj net.2; mmdit: to_qkv to_out ffn.0 ffn.2).
+    """
 
     family: Family = Family.mmdit
     path: str = ""
