@@ -168,7 +168,7 @@ def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         for caption, (start, end) in zip(captions, pairwise(bounds), strict=True)
     ]
     shared = {key: raw[key] for key in ("title", "size", "fps") if key in raw}
-    global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption)
+    global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption, flags=re.IGNORECASE)
     return shared | {"global": global_caption, "negative": raw.get("negative_prompt"), "shots": shots}
 
 

@@ -44,8 +44,7 @@ def draw_routing_map(path: Path, shares: Tensor) -> None:
     table = np.ma.masked_array(shares.numpy(), mask=np.eye(len(shares), dtype=bool))
     size = max(3.2, 0.55 * len(shares) + 1.6)
     figure, axis = plt.subplots(figsize=(size + 0.9, size))
-    colours = plt.get_cmap("Oranges").copy()
-    colours.set_bad("#b8c4d6")
+    colours = plt.get_cmap("Oranges").with_extremes(bad="#b8c4d6")
     image = axis.imshow(table, cmap=colours, vmin=0, vmax=1)
     for row, column in np.ndindex(*table.shape):
         share = table[row, column]

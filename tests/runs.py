@@ -1,0 +1,118 @@
+"""Tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several processes.
+
+python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data.dataset import DataConfig
+from data.loader import Validation, build_loader
+from moc import MoCConfig
+from moc.diffusion import Flow
+from moc.schedule import MoCSchedule
+from moc.training import (
+    Metrics,
+    OptimConfig,
+    ParallelConfig,
+    TrackerConfig,
+    Trainer,
+    TrainerConfig,
+    Validator,
+    build_accelerator,
+    find_checkpoint,
+    read_metrics,
+)
+from models.mmdit import MMDiT
+from tests.caches import CHANNELS, TEXT_DIM, scene, write_cache
+
+MOC = MoCConfig(chunk_tokens=6, top_k=1)
+NO_DROPS = MoCConfig(chunk_tokens=6, top_k=1, drop_off_max=0.0, drop_in_rate=0.0)
+
+
+def make_cache(folder: Path) -> Path:
+    """Eight scenes of three shots."""
+    return write_cache(folder, [scene(number / 4, shots=3, frames=1) for number in range(8)])
+
+
+class Watched:
+    """Steps of a loader, with a call before each is handed out."""
+
+    def __init__(self, loader, before_step) -> None:
+        self.loader, self.before_step = loader, before_step
+
+    def state(self) -> dict:
+        return self.loader.state()
+
+    def __iter__(self) -> Iterator:
+        for number, batches in enumerate(self.loader):
+            self.before_step(number)
+            yield batches
+
+
+def make_trainer(
+    folder: Path, seed=0, accumulation=1, moc=MOC, schedule=(), dim=32, optim=None, save_extras=None, **trainer
+) -> Trainer:
+    torch.manual_seed(seed)
+    model = MMDiT(CHANNELS, TEXT_DIM, dim=dim, num_layers=2, num_heads=2, ffn_dim=32)
+    return Trainer(
+        build_accelerator(ParallelConfig(precision="no", accumulation=accumulation, cpu=True)),
+        model,
+        Flow(),
+        moc,
+        MoCSchedule(schedule),
+        optim or OptimConfig(lr=3e-3, warmup_steps=2, eps=1e-4),
+        TrainerConfig(**{"log_every": 1, "checkpoint_every": 0, "ema_decay": 0.9} | trainer),
+        folder,
+        seed,
+        save_extras or (lambda _: None),
+    )
+
+
+def train(
+    cache: Path,
+    folder: Path,
+    num_steps: int = 4,
+    resume: bool = False,
+    accumulation: int = 1,
+    validation: int = 0,
+    before_step=None,
+    **settings,
+) -> Trainer:
+    """A run of `num_steps`; its metrics and checkpoints come to lie in `folder`."""
+    trainer = make_trainer(folder, num_steps=num_steps, accumulation=accumulation, **settings)
+    position = trainer.resume(find_checkpoint(folder))["position"] if resume else 0
+    config = DataConfig(path=str(cache), batch_tokens=220, workers=0, seed=trainer.seed, validation=validation)
+    loader = build_loader(
+        config,
+        trainer.bare_model.stream,
+        MOC.chunk_tokens,
+        rank=trainer.accelerator.process_index,
+        world_size=trainer.accelerator.num_processes,
+        accumulation=accumulation,
+        start_position=position,
+    )
+    validator = Validator(list(Validation(loader)), trainer.flow) if validation else None
+    metrics = None
+    if trainer.accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics = Metrics(folder, TrackerConfig(), {}, trainer.step)
+    trainer.run(Watched(loader, before_step) if before_step else loader, metrics, validator)
+    if metrics:
+        metrics.close()
+    return trainer
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder) if "loss" in row]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    trainer = train(Path(sys.argv[1]), Path(sys.argv[2]))
+    assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,141 @@
+"""From script to stream, and from latents to pictures, storyboard and routing map."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.errors import DataError
+from data.film import latent_frames, pictures, plan_film
+from data.manifest import CUT_PREFIX
+from data.script import Script, ScriptShot
+from data.storyboard import draw_routing_map, draw_storyboard, pick_frames
+
+
+class MeanCodec:
+    """Latents are block means; time is taken every fourth frame."""
+
+    latent_channels, temporal_factor, spatial_factor = 3, 4, 8
+
+    def encode(self, video):
+        assert video.shape[0] == 3
+        assert -1 <= video.min() <= video.max() <= 1
+        return torch.nn.functional.avg_pool3d(video, (1, 8, 8))[:, ::4]
+
+
+class EchoText:
+    """Notes what it is asked for."""
+
+    def encode(self, global_caption, shot_captions):
+        return [global_caption, *shot_captions]
+
+
+def script(*shots: ScriptShot, size=(64, 96), fps=12.0) -> Script:
+    return Script("t", "whole story", size, fps, "ugly", shots)
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """Left half red, right half blue."""
+    pixels = np.zeros((128, 192, 3), np.uint8)
+    pixels[:, :96, 0] = pixels[:, 96:, 2] = 255
+    Image.fromarray(pixels).save(tmp_path / "ref.png")
+    return tmp_path / "ref.png"
+
+
+@pytest.mark.parametrize(
+    ("frames", "latents"),
+    [(1, 1), (2, 1), (3.5, 2), (5, 2), (6.5, 2), (7.5, 3), (9, 3), (81, 21), (80, 21), (0.2, 1)],
+)
+def test_a_shot_gets_the_nearest_whole_length(frames, latents):
+    assert latent_frames(frames / 16, 16, 4) == latents
+    assert abs(4 * (latents - 1) + 1 - frames) <= 2
+
+
+def test_a_plan_has_a_latent_for_each_shot():
+    plan = plan_film(script(ScriptShot("a", 5 / 12), ScriptShot("b", 1.4, cut=False)), MeanCodec())
+    assert plan.shapes == [(3, 2, 8, 12), (3, 5, 8, 12)]
+    assert plan.filmed == [0, 1]
+    assert plan.given == {}
+    assert plan.text(EchoText(), "whole story") == ["whole story", f"{CUT_PREFIX} a", "b"]
+    assert plan.negative(EchoText(), "ugly") == ["ugly", "", ""]
+
+
+def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
+    plan = plan_film(script(ScriptShot("a", 1.0), ScriptShot("b", 1.0, image=picture)), MeanCodec())
+    assert plan.shapes == [(3, 4, 8, 12), (3, 1, 8, 12), (3, 4, 8, 12)]
+    assert plan.filmed == [0, 2]
+    assert list(plan.given) == [1]
+    assert plan.text(EchoText(), "") == ["", *(f"{CUT_PREFIX} {prompt}" for prompt in "abb")]
+    latent = plan.given[1]
+    assert latent.shape == (3, 1, 8, 12)
+    assert latent[:, 0, :, :5].mean((1, 2)).tolist() == pytest.approx([1, -1, -1], abs=0.05)
+    assert latent[:, 0, :, 7:].mean((1, 2)).tolist() == pytest.approx([-1, -1, 1], abs=0.05)
+
+
+def test_a_broken_picture_is_named(tmp_path):
+    (tmp_path / "ref.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"ref\.png.*cannot be read as an image"):
+        plan_film(script(ScriptShot("a", 1.0, image=tmp_path / "ref.png")), MeanCodec())
+
+
+def test_a_size_the_codec_cannot_take_is_refused():
+    with pytest.raises(DataError, match=r"60x96 is not a multiple of 8"):
+        plan_film(script(ScriptShot("a", 1.0), size=(60, 96)), MeanCodec())
+
+
+def test_pictures_are_bytes_in_their_place():
+    video = torch.zeros(3, 2, 4, 6)
+    video[0, 0, 1, 2], video[1, 1, 0, 0], video[2, 0, 0, 0] = 1.0, -1.0, 7.0
+    frames = pictures(video)
+    assert (frames.shape, frames.dtype) == ((2, 4, 6, 3), np.uint8)
+    assert frames[0, 1, 2].tolist() == [255, 128, 128]
+    assert frames[1, 0, 0].tolist() == [128, 0, 128]
+    assert frames[0, 0, 0, 2] == 255
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "expected"), [(1, [0]), (3, [0, 1, 2]), (9, [0, 2, 4, 6, 8]), (21, [0, 5, 10, 15, 20])]
+)
+def test_thumbnails_are_spread_over_the_shot(num_frames, expected):
+    assert pick_frames(num_frames) == expected
+
+
+def colour_share(image: Image.Image, colour) -> float:
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    return float((np.abs(pixels - colour).max(-1) < 12).mean())
+
+
+def test_the_storyboard_shows_a_row_for_each_shot(tmp_path):
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    rows = [np.full((5, 36, 64, 3), colour, np.uint8) for colour in colours]
+    rows[1] = rows[1][:2]  # a short shot
+    draw_storyboard(tmp_path / "board.png", "A story", ["one", "two " * 90, "three"], rows)
+    image = Image.open(tmp_path / "board.png")
+    assert image.width > image.height > 300
+    shares = [colour_share(image, colour) for colour in colours]
+    assert shares[0] == pytest.approx(shares[2], rel=0.1)
+    assert shares[1] == pytest.approx(2 / 5 * shares[0], rel=0.2)
+    assert 0.1 < shares[0] < 5 / 18
+    heights = [
+        np.where((np.abs(np.asarray(image.convert("RGB")).astype(int) - c).max(-1) < 12).any(1))[0].mean()
+        for c in colours
+    ]
+    assert heights == sorted(heights)
+
+
+@pytest.mark.parametrize("num_shots", [1, 6])
+def test_the_routing_map_sets_own_shots_apart(tmp_path, num_shots):
+    shares = torch.zeros(num_shots, num_shots, dtype=torch.float64)
+    for shot in range(1, num_shots):
+        shares[shot, :shot] = 1 / shot
+    draw_routing_map(tmp_path / "routing.png", shares)
+    image = Image.open(tmp_path / "routing.png")
+    assert min(image.size) > 300
+    diagonal = colour_share(image, (0xB8, 0xC4, 0xD6))
+    square = colour_share(image, tuple(int(255 * c) for c in (0.001462, 0.000466, 0.013866)))  # a share of 1
+    assert diagonal > 0.01
+    if num_shots == 6:
+        assert square > 0.2 * diagonal / num_shots

@@ -1,0 +1,181 @@
+"""Prompt scripts: our form, HoloCine's two and StoryMem's; every mistake named with file and field."""
+
+import json
+
+import pytest
+import yaml
+
+from data.errors import DataError
+from data.manifest import CUT_PREFIX
+from data.script import load_script
+
+SHOT = {"prompt": "Ann climbs the stairs.", "seconds": 2}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(content, name="story.yaml"):
+        path = tmp_path / name
+        text = content if isinstance(content, str) else yaml.safe_dump(content)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def ours(**changes):
+    return {
+        "title": "The lighthouse",
+        "global": "Ann, a keeper.",
+        "size": [64, 96],
+        "fps": 12,
+        "shots": [SHOT],
+    } | changes
+
+
+# Our form
+
+
+def test_every_field_is_read(write, tmp_path):
+    (tmp_path / "ref.png").touch()
+    second = {"prompt": "She lights the lamp.", "seconds": 1.5, "cut": False, "image": "ref.png"}
+    script = load_script(write(ours(negative="blurry", shots=[SHOT, second])))
+    assert (script.title, script.global_caption, script.negative) == ("The lighthouse", "Ann, a keeper.", "blurry")
+    assert (script.size, script.fps) == ((64, 96), 12.0)
+    first, last = script.shots
+    assert (first.prompt, first.seconds, first.cut, first.image) == ("Ann climbs the stairs.", 2.0, True, None)
+    assert (last.seconds, last.cut, last.image) == (1.5, False, tmp_path / "ref.png")
+
+
+def test_a_true_cut_is_marked_in_the_caption_as_in_training(write):
+    script = load_script(write(ours(shots=[SHOT, SHOT | {"cut": False}])))
+    assert script.shots[0].caption == f"{CUT_PREFIX} Ann climbs the stairs."
+    assert script.shots[1].caption == "Ann climbs the stairs."
+
+
+def test_what_is_left_out_has_a_default(write):
+    script = load_script(write({"shots": [{"prompt": "A cat."}]}, "cat.yaml"))
+    assert (script.title, script.global_caption, script.negative) == ("cat", "", "")
+    assert (script.size, script.fps, script.shots[0].seconds) == ((480, 832), 16.0, 5.0)
+    assert script.shots[0].cut
+
+
+def test_json_is_read_as_well(write):
+    path = write(json.dumps(ours(title="Der Löwe", shots=[SHOT, SHOT])), "story.json")
+    script = load_script(path)
+    assert script.title == "Der Löwe"
+    assert len(script.shots) == 2
+
+
+def test_a_title_may_look_like_a_number(write):
+    assert load_script(write("title: 1984\nshots: [{prompt: A cat.}]")).title == "1984"
+
+
+# The peers' forms
+
+HOLOCINE = {
+    "global_caption": "[character1] is a painter. This scene contains 3 shots.",
+    "shot_captions": ["[character1] paints.", "A brush.", "The canvas."],
+    "num_frames": 241,
+}
+TAGGED = (
+    "[global caption] [character1] is a painter. This scene contains 3 shots. "
+    "[per shot caption] [character1] paints. [shot cut] A brush. [shot cut] The canvas."
+)
+
+
+@pytest.mark.parametrize(
+    "content", [HOLOCINE, {"prompt": TAGGED, "num_frames": 241}, {"prompt": TAGGED.upper(), "num_frames": 241}]
+)
+def test_holocines_two_forms_are_one_story(write, content):
+    script = load_script(write(content))
+    assert script.global_caption.lower() == "[character1] is a painter."
+    assert [shot.prompt.lower() for shot in script.shots] == ["[character1] paints.", "a brush.", "the canvas."]
+    assert sum(shot.seconds for shot in script.shots) == pytest.approx(241 / 16)
+    assert all(shot.cut for shot in script.shots)
+
+
+@pytest.mark.parametrize("form", [HOLOCINE, {"prompt": TAGGED, "num_frames": 241}])
+def test_holocines_cuts_are_frames(write, form):
+    script = load_script(write(form | {"shot_cut_frames": [37, 113], "fps": 8, "negative_prompt": "static"}))
+    assert [shot.seconds * 8 for shot in script.shots] == pytest.approx([37, 76, 128])
+    assert script.negative == "static"
+
+
+def test_a_tagged_prompt_without_a_global_caption_loses_no_shot(write):
+    script = load_script(write({"prompt": "[per shot caption] A. [shot cut] B."}))
+    assert script.global_caption == ""
+    assert [shot.prompt for shot in script.shots] == ["A.", "B."]
+    assert [shot.seconds for shot in script.shots] == [5.0, 5.0]
+
+
+@pytest.mark.parametrize("false", [False, "False"])
+def test_storymems_scenes_become_shots(write, false):
+    scenes = [
+        {"scene_num": 1, "video_prompts": ["A man wakes.", "He rises."], "cut": [True, false]},
+        {"scene_num": 2, "video_prompts": ["A street."], "cut": ["True"]},
+        {"scene_num": 3, "video_prompts": ["Night."]},
+    ]
+    script = load_script(write({"story_overview": "A day.", "scenes": scenes}))
+    assert script.global_caption == "A day."
+    assert [shot.prompt for shot in script.shots] == ["A man wakes.", "He rises.", "A street.", "Night."]
+    assert [shot.cut for shot in script.shots] == [True, False, True, True]
+
+
+# Bad scripts
+
+BAD = {
+    "no shots field": ({"title": "x"}, "shots", "no shot"),
+    "no shot": (ours(shots=[]), "shots", "no shot"),
+    "shots not a list": (ours(shots={"prompt": "x"}), "shots", "no shot"),
+    "shot not a mapping": (ours(shots=["a cat"]), r"shots\[0\]", "not a mapping"),
+    "no prompt": (ours(shots=[SHOT, {"seconds": 2}]), r"shots\[1\]\.prompt", "say what the shot shows"),
+    "blank prompt": (ours(shots=[{"prompt": "  "}]), r"shots\[0\]\.prompt", "say what"),
+    "zero seconds": (ours(shots=[SHOT | {"seconds": 0}]), r"shots\[0\]\.seconds", "0 is not a positive number"),
+    "negative seconds": (ours(shots=[SHOT | {"seconds": -1}]), r"shots\[0\]\.seconds", "not a positive"),
+    "seconds as text": (ours(shots=[SHOT | {"seconds": "two"}]), r"shots\[0\]\.seconds", "'two' is not"),
+    "endless seconds": (ours(shots=[SHOT | {"seconds": float("inf")}]), r"shots\[0\]\.seconds", "inf is not"),
+    "cut as text": (ours(shots=[SHOT | {"cut": "no"}]), r"shots\[0\]\.cut", "not true or false"),
+    "unknown field": (ours(sise=[64, 96]), "story.yaml", "unknown field 'sise'; known are"),
+    "unknown shot field": (ours(shots=[SHOT | {"second": 2}]), r"shots\[0\]", "unknown field 'second'"),
+    "size of one": (ours(size=[64]), "size", r"\[64\] is not \[height, width\]"),
+    "size as text": (ours(size="64x96"), "size", "not"),
+    "size negative": (ours(size=[64, -96]), "size", "not"),
+    "fps zero": (ours(fps=0), "fps", "0 is not a positive number"),
+    "global a list": ({"global": ["Ann"], "shots": [SHOT]}, "global", "not a text"),
+    "image missing": (ours(shots=[SHOT | {"image": "ref.png"}]), r"shots\[0\]\.image", "'ref.png' is not in"),
+    "image outside": (ours(shots=[SHOT | {"image": "../x.png"}]), r"shots\[0\]\.image", "outside"),
+    "not a mapping": ("- a\n- b", "story.yaml", "must be a mapping"),
+    "not yaml": ("shots: [", "story.yaml", "not YAML or JSON"),
+    "empty": ("", "story.yaml", "must be a mapping"),
+    "holocine without shots": (HOLOCINE | {"shot_captions": []}, "shot_captions", "no shot"),
+    "holocine untagged": ({"prompt": "A painter paints."}, "prompt", "no shot"),
+    "holocine cuts too many": (HOLOCINE | {"shot_cut_frames": [37, 73, 113]}, "shot_cut_frames", "2 rising frames"),
+    "holocine cuts falling": (HOLOCINE | {"shot_cut_frames": [113, 37]}, "shot_cut_frames", "rising"),
+    "holocine cuts too late": (HOLOCINE | {"shot_cut_frames": [37, 241]}, "shot_cut_frames", "in 241"),
+    "holocine cuts as text": (HOLOCINE | {"shot_cut_frames": "37"}, "shot_cut_frames", "not a list"),
+    "holocine unknown field": (HOLOCINE | {"frames": 3}, "story.yaml", "unknown field 'frames'"),
+    "storymem scenes": ({"scenes": ["x"]}, "scenes", "not a list of mappings"),
+    "storymem prompts": ({"scenes": [{"cut": [True]}]}, r"scenes\[0\]\.video_prompts", "not a list"),
+    "storymem cuts": ({"scenes": [{"video_prompts": ["a", "b"], "cut": [True]}]}, r"scenes\[0\]\.cut", "list of 2"),
+    "storymem cut word": ({"scenes": [{"video_prompts": ["a"], "cut": ["maybe"]}]}, "cut", "'maybe' is not true"),
+    "storymem empty": ({"scenes": []}, "shots", "no shot"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_named(write, name):
+    content, field, reason = BAD[name]
+    path = write(content)
+    with pytest.raises(DataError, match=f"{field}.*{reason}") as error:
+        load_script(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.yaml: no such file"):
+        load_script(tmp_path / "nowhere.yaml")
+    (tmp_path / "film.mp4").write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match=r"film\.mp4: is not YAML or JSON"):
+        load_script(tmp_path / "film.mp4")
