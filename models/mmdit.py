@@ -60,7 +60,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=True)
         patch_dim = latent_channels * patch_size[0] * patch_size[1] * patch_size[2]
         self.video_in = nn.Linear(patch_dim, dim)
-        self.frame_place = FramePlace(dim) if frame_place else None
+        self.place = FramePlace(dim) if frame_place else None
         self.text_in = nn.Linear(text_dim, dim)
         self.condition = Condition(dim, text_dim, freq_dim)
         last = num_layers - 1
@@ -97,8 +97,8 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         self._check_text(text, part)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         video = self.video_in(patches.to(self.video_in.weight.dtype))
-        if self.frame_place is not None:
-            video = video + self.frame_place(part.grids, video.dtype)
+        if self.place is not None:
+            video = video + self.place(part.grids, video.dtype)
         words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
         condition = self.condition(part.group_sigma(sigma), pooled(text))
         table = rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta)
