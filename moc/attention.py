@@ -6,7 +6,10 @@ layout, config, drops)`; it is imported when it is first chosen.
 Shape letters: L packed tokens, N heads, D head dim, K routes.
 """
 
+import os
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -14,15 +17,41 @@ from torch import Tensor
 
 from moc.config import Backend, Descriptor, DropKey, MoCConfig
 from moc.layout import ShotLayout
+from moc.routing import drop_covered
 
-_MODULES = {Backend.reference: "moc.reference"}
+_MODULES = {
+    Backend.reference: "moc.reference",
+    Backend.torch: "moc.kernels.torch_parts",
+    Backend.triton: "moc.kernels.triton_backend",
+}
 
 
 def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
     """The module that will compute this call; `backend` overrides the config's."""
     if backend is not None and backend not in list(Backend):
         raise ValueError(f"backend={backend!r} is not one of {', '.join(Backend)}")
-    return import_module(_MODULES[Backend.reference])
+    chosen = Backend(backend or config.backend)
+    if chosen is Backend.auto:
+        chosen = Backend.triton if _triton_fits(q) else Backend.torch
+    elif chosen is Backend.triton and not _triton_fits(q):
+        raise ValueError(
+            f"backend='triton' needs Triton, a CUDA GPU of compute capability 8.0 or more, fp16, bf16 or fp32 and head "
+            f"dims from 16 to 128; q is {q.dtype}, head dim {q.shape[-1]}, on {q.device}: use backend='torch'"
+        )
+    return import_module(_MODULES[chosen])
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_fits(q: Tensor) -> bool:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    if not _has_triton() or q.dtype not in dtypes or not 16 <= q.shape[-1] <= 128:
+        return False
+    interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return interpreted or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0))
 
 
 def route(
@@ -65,12 +94,15 @@ def moc_attention(
     """
     _check(q, k, v, layout)
     module = resolve_backend(q, config, backend)
-    if routes is None and not config.dense:
+    if config.dense:
+        routes = None
+    elif routes is not None:
+        _check_routes(routes, q)
+        routes = drop_covered(routes, layout, config)
+    else:
         if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
         routes = module.route(*(route_qk or (q, k)), layout, config, drops)
-    if routes is not None:
-        _check_routes(routes, q)
     return module.attend(q, k, v, routes, layout, config)
 
 

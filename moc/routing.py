@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moc.config import DropKey, MoCConfig, OwnAnchor
+from moc.config import DropKey, MoCConfig, OwnAnchor, TextAnchor
 from moc.layout import ShotLayout
 
 SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a time, over all heads
@@ -98,6 +98,30 @@ def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     values, order = scores.sort(dim=-1, descending=True, stable=True)
     routes = order[..., :top_k].masked_fill(values[..., :top_k] == -torch.inf, -1).int()
     return torch.nn.functional.pad(routes, (0, top_k - routes.shape[-1]), value=-1)
+
+
+@torch.no_grad()
+def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """A caller's routes int [N, L, K] as attention takes them: repeated chunks and chunks that anchors cover become -1."""
+    return torch.stack([_drop_covered(of_head.long(), layout, config) for of_head in routes.unbind()])
+
+
+def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
+    routes = routes.sort(dim=-1).values
+    group, key_group = layout.token_group[:, None], layout.chunk_group[routes]
+    in_shot = layout.group_shot[group] >= 0
+    covered = routes < 0
+    covered[:, 1:] |= routes[:, 1:] == routes[:, :-1]
+    if config.own_anchor is OwnAnchor.shot:
+        covered |= (key_group == group) & in_shot
+    elif config.own_anchor is OwnAnchor.chunk:
+        covered |= (routes == layout.token_chunk[:, None]) & in_shot
+    if config.text_anchor is not TextAnchor.none:
+        text = layout.chunk_is_text[routes] & (layout.chunk_sample[routes] == layout.token_sample[:, None])
+        if config.text_anchor is TextAnchor.global_and_own:
+            text &= (layout.group_shot[key_group] < 0) | (key_group == group)
+        covered |= text
+    return routes.masked_fill(covered, -1).int()
 
 
 # Context drop-off and drop-in

@@ -49,7 +49,7 @@ class AnchorCall:
 
 
 def anchor_calls(layout: ShotLayout, config: MoCConfig) -> list[AnchorCall]:
-    """The dense calls of the anchored part; together they hold each query at most once. Calls without keys are left out."""
+    """The dense calls of the anchored part, those with keys; together they hold each query at most once."""
     if config.dense:
         return [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
     calls = list(_by_sample(layout) if _same_for_all(config) else _by_group(layout, config))
@@ -59,6 +59,20 @@ def anchor_calls(layout: ShotLayout, config: MoCConfig) -> list[AnchorCall]:
 def covers_all(calls: Sequence[AnchorCall], num_tokens: int) -> bool:
     """Whether every query is in some call."""
     return sum(call.end - call.start for call in calls) == num_tokens
+
+
+def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """Routes with the own chunk as one more slot, for `own_anchor: chunk`: [N, L, K] -> [N, L, K + 1].
+
+    Global text has no own chunk, and the own chunk of a text token is left out where its text anchors cover it.
+    """
+    if config.own_anchor is not OwnAnchor.chunk:
+        return routes
+    absent = layout.group_shot[layout.token_group] < 0
+    if config.text_anchor is not TextAnchor.none:
+        absent = absent | layout.token_is_text
+    own = layout.token_chunk.masked_fill(absent, -1)
+    return torch.cat([routes, own[None, :, None].expand(len(routes), -1, 1)], dim=-1)
 
 
 def _same_for_all(config: MoCConfig) -> bool:

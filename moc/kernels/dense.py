@@ -222,6 +222,34 @@ def _fa2_backward(
     return tuple(x[0] for x in grads)
 
 
+def has_fa2(q: Tensor) -> bool:
+    """Whether FlashAttention-2 takes q: fp16 or bf16 on an Ampere GPU or newer."""
+    return q.is_cuda and _half_on_gpu(torch.cuda.get_device_capability(q.device), q.dtype, q.shape[-1])
+
+
+def fa2_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> tuple[Tensor, Tensor]:
+    """Sequences packed along the first dim, int32 prefix sums of their lengths -> out like q, lse [N, Lq].
+
+    A sequence without keys gives lse +inf.
+    """
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, False, False)
+    return out, lse
+
+
+def fa2_varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    max_q: int, max_k: int, deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `fa2_varlen_forward`, with given out and lse."""
+    unused = torch.empty(0, dtype=torch.int64, device=q.device)
+    with deterministic_algorithms(deterministic):
+        return torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse.contiguous(), cu_q, cu_k, max_q, max_k, 0.0, False, unused, unused
+        )
+
+
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Torch's switch for deterministic kernels, for the length of one call: FA2's backward has no argument for it."""

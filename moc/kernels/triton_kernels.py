@@ -11,7 +11,7 @@ so there are no atomics, and gradients repeat bit for bit. Exact math for attent
 with the merged LSE and D = rowsum(dO * O).
 
 Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K slots of a query.
-q, k, v, out and their gradients are contiguous [L, N, D]; lse, delta [N, L]; partials of heads [h0, h1) [h1 - h0, L, K, D].
+q, k, v, out and their gradients are contiguous [L, N, D]; lse, delta [N, L]; partials [heads of a group, L, K, D].
 """
 
 import triton
@@ -44,7 +44,7 @@ def store_rows(base, row, stride, value, mask, D: tl.constexpr, DP: tl.constexpr
 def load_keys(
     source, head, start, last, stride, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
 ):
-    """BN rows of one head from `start` on. `source`: a tensor descriptor (rows past `last` are not masked) or a pointer."""
+    """BN rows of one head from `start` on, of a tensor descriptor (rows past `last` are not masked) or a pointer."""
     if TMA:
         rows = source.load([start, head, 0]).reshape([BN, DP])
     else:
@@ -237,19 +237,16 @@ def _store_terms(base, place, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
 @triton.jit
 def gather_kernel(
     q, dout, lse, delta, q_list, dout_list, terms_list, entries, starts, tile_starts, tile_list,
-    first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale,
+    first_tile, num_lists, num_tokens, num_chunks, num_slots, stride, scale,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Copies what `dkv_kernel` reads of the queries into tiles of BM rows; rows that a list does not fill weigh nothing.
+    """Copies what `dkv_kernel` reads of the queries into tiles of BM rows; rows no query fills get no weight.
 
     terms_list [rows, 16]: -lse / scale and -delta of each query, TERMS columns each; the other columns stay 0.
     """
-    first_tile = tl.load(tile_starts + first_list)
     tile = first_tile + tl.program_id(0)
-    if tile < tl.load(tile_starts + last_list):
-        head, _, _, token, valid = _open_tile(
-            entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM
-        )
+    if tile < tl.load(tile_starts + num_lists):
+        head, _, _, token, valid = _open_tile(entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM)
         place = tl.program_id(0) * BM + tl.arange(0, BM)
         row = head.to(tl.int64) * num_tokens + token
         store_rows(q_list, place, D, load_rows(q + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
@@ -272,22 +269,25 @@ def load_list(source, start, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr
 @triton.jit
 def dkv_kernel(
     q_list, dout_list, terms_list, k, v, dk, dv, starts, tile_starts, chunk_starts,
-    first_list, num_blocks, num_chunks, stride, scale,
+    first_tile, num_tiles, num_blocks, num_chunks, stride, scale,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV of BN keys of one chunk and head from all queries of its list, added to what is there.
+    """dK, dV of BN keys of one chunk and head from the queries of its list, added to what is there.
+
+    Takes the part of the list that lies in the gathered tiles [first_tile, first_tile + num_tiles).
 
     LSE and delta come through the matrix unit, as further columns of Q and dO: loaded as vectors they would stall
     every step and be spread over many registers.
     """
-    list_id, block = first_list + tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
+    list_id, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     head, chunk = list_id // num_chunks, list_id % num_chunks
-    count = tl.load(starts + list_id + 1) - tl.load(starts + list_id)
-    first = (tl.load(tile_starts + list_id) - tl.load(tile_starts + first_list)) * TILE
+    first = (tl.load(tile_starts + list_id) - first_tile) * TILE
+    last = first + tl.load(starts + list_id + 1) - tl.load(starts + list_id)
+    first, last = tl.maximum(first, 0), tl.minimum(last, num_tiles * TILE)
     row = tl.load(chunk_starts + chunk) + block * BN + tl.arange(0, BN)
     inside = row < tl.load(chunk_starts + chunk + 1)
-    if (count > 0) & (tl.max(inside.to(tl.int32), 0) > 0):
+    if (first < last) & (tl.max(inside.to(tl.int32), 0) > 0):
         keys = load_rows(k + head * D, row, stride, inside, D, DP)
         values = load_rows(v + head * D, row, stride, inside, D, DP)
         dkeys = tl.zeros([BN, DP], tl.float32)
@@ -296,7 +296,7 @@ def dkv_kernel(
         column = tl.zeros([BN, 16], tl.int32) + tl.arange(0, 16)[None, :]
         take_lse = (column < TERMS).to(TERM)
         take_delta = ((column >= TERMS) & (column < 2 * TERMS)).to(TERM)
-        for start in range(first, first + count, BM):
+        for start in range(first, last, BM):
             terms = load_list(terms_list, start, 16, 16, BM, TMA).T
             queries = load_list(q_list, start, D, DP, BM, TMA)
             scores = tl.dot(take_lse, terms, input_precision="ieee")

@@ -1,0 +1,230 @@
+"""Backend `torch`: the attention in parts by stock kernels, merged exactly by their LSE. Runs on CPUs and any GPU.
+
+Anchored part: dense calls (`anchors`). Routed part: the queries that chose a chunk, gathered, against that chunk; one
+variable-length FlashAttention-2 call where the device has it, else one small dense call a list. A few heads at a time
+bound the memory. Each part's backward gets the merged output and LSE, which makes it exact.
+
+Shape letters: L packed tokens, N heads, G heads of a group, D head dim, M chunks, K slots of a query, R routed rows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moc.config import MoCConfig
+from moc.kernels import anchors, dense
+from moc.kernels.dense import DenseKernel
+from moc.layout import ShotLayout
+from moc.routing import route
+
+__all__ = ["attend", "route"]
+
+MAX_ELEMENTS = 1 << 29  # gathered queries held at a time, in numbers; FA2 faults past 2^31
+MAX_SEQUENCES = 65535  # of one FA2 call
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """Attention over anchors and routed chunks together: q, k, v [L, N, D] -> [L, N, D], same dtype.
+
+    routes: int [N, L, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
+    Any device and floating dtype. Waits for the device once for each group of heads.
+    """
+    if config.dense or routes is None:
+        routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
+    else:
+        routes = anchors.with_own_chunk(routes, layout, config)
+    return _Attend.apply(q, k, v, routes, layout, config)
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Routed rows of heads [first, first + G), sorted by (head, chunk), then by token.
+
+    head (within the group), token: int64 [R]. starts: first row of each list, and R. place: int64 [G, L, K], the row of
+    each slot, -1 where it is empty.
+    """
+
+    first: int
+    num_heads: int
+    head: Tensor
+    token: Tensor
+    starts: list[int]
+    place: Tensor
+
+    @property
+    def heads(self) -> slice:
+        return slice(self.first, self.first + self.num_heads)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """x [L, N, D] -> [R, D]."""
+        return x[self.token, self.first + self.head]
+
+    def non_empty(self) -> Iterator[tuple[int, slice]]:
+        for index, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+            if end > start:
+                yield index, slice(start, end)
+
+    def sum_slots(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """rows [R, D], weights [G, L, K] or None for ones -> their sum over slots, [L, G, D] in fp32 at least."""
+        weights = (self.place >= 0).to(rows.dtype) if weights is None else weights
+        total = 0.0
+        for slot in range(self.place.shape[-1]):
+            part = rows[self.place[..., slot].clamp(min=0)]
+            total = total + part * weights[..., slot, None]
+        assert isinstance(total, Tensor)
+        return total.transpose(0, 1)
+
+
+def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
+    num_heads, num_tokens, num_slots = routes.shape
+    group = MAX_ELEMENTS // max(1, num_tokens * num_slots * head_dim)
+    group = max(1, min(num_heads, group, MAX_SEQUENCES // num_chunks))
+    for first in range(0, num_heads, group):
+        table = routes[first : first + group].long()
+        heads = len(table)
+        list_id = (table + num_chunks * torch.arange(heads, device=table.device)[:, None, None]).flatten()
+        list_id = list_id.masked_fill(table.flatten() < 0, heads * num_chunks)
+        counts = list_id.bincount(minlength=heads * num_chunks + 1)[:-1]
+        starts = [0, *counts.cumsum(0).tolist()]
+        if not starts[-1]:
+            continue
+        entries = list_id.argsort(stable=True)[: starts[-1]]
+        place = torch.full_like(list_id, -1)
+        place[entries] = torch.arange(len(entries), device=table.device)
+        head, token = entries // (num_tokens * num_slots), entries // num_slots % num_tokens
+        yield _Lists(first, heads, head, token, starts, place.view_as(table))
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, routes, layout, config):
+        kernel = dense.choose(q, config.dense_kernel, config.deterministic)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = anchors.forward(kernel, q, k, v, layout.text_index, anchors.anchor_calls(layout, config))
+        if routes.shape[-1]:
+            for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
+                rows = _routed(q, kernel).forward(lists.rows(q), k, v, lists, layout)
+                _merge(out, lse, *rows, lists)
+        ctx.save_for_backward(q, k, v, out, lse, routes)
+        ctx.layout, ctx.config, ctx.kernel = layout, config, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse, routes = ctx.saved_tensors
+        dout, layout, config, kernel = dout.contiguous(), ctx.layout, ctx.config, ctx.kernel
+        calls = anchors.anchor_calls(layout, config)
+        dq, dk, dv = anchors.backward(kernel, dout, q, k, v, out, lse, layout.text_index, calls, config.deterministic)
+        if routes.shape[-1]:
+            for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
+                given = [lists.rows(x) for x in (dout, q, out)]
+                row_lse = lse[lists.first + lists.head, lists.token]
+                routed = _routed(q, kernel)
+                dq_rows, dk_part, dv_part = routed.backward(*given, row_lse, k, v, lists, layout, config.deterministic)
+                wide = torch.promote_types(q.dtype, torch.float32)
+                for total, part in zip(
+                    (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_part, dv_part), strict=True
+                ):
+                    total[:, lists.heads] = (total[:, lists.heads].to(wide) + part).to(total.dtype)
+        return dq, dk, dv, None, None, None
+
+
+def _merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, lists: _Lists) -> None:
+    """Adds routed rows [R, D] with their LSE [R] to out [L, N, D] and lse [N, L], in place."""
+    table = row_lse[lists.place.clamp(min=0)].masked_fill(lists.place < 0, -torch.inf)
+    own = lse[lists.heads]
+    merged = torch.logaddexp(own, table.logsumexp(-1))
+    finite = merged.masked_fill(merged == -torch.inf, 0.0)  # a query without any key: all weights exp(-inf - 0) = 0
+    own_weight = (own - finite).exp().T[..., None]
+    routed = lists.sum_slots(rows.to(lse.dtype), (table - finite[..., None]).exp())
+    out[:, lists.heads] = (out[:, lists.heads] * own_weight + routed).to(out.dtype)
+    lse[lists.heads] = merged
+
+
+def _routed(q: Tensor, kernel: DenseKernel) -> "_ByList | _VarLen":
+    return _VarLen() if dense.has_fa2(q) else _ByList(kernel)
+
+
+@dataclass(frozen=True)
+class _ByList:
+    """One dense call for each (head, chunk)."""
+
+    kernel: DenseKernel
+
+    @staticmethod
+    def _keys(index: int, lists: _Lists, layout: ShotLayout) -> tuple[slice, slice]:
+        """Tokens and head of a list's keys."""
+        head, chunk = divmod(index, layout.num_chunks)
+        start = layout.chunks[chunk].start
+        return slice(start, start + layout.chunks[chunk].length), slice(lists.first + head, lists.first + head + 1)
+
+    def forward(self, q_rows: Tensor, k: Tensor, v: Tensor, lists: _Lists, layout: ShotLayout) -> tuple[Tensor, Tensor]:
+        """Output [R, D] and LSE [R] of the routed rows."""
+        rows = torch.empty_like(q_rows)
+        row_lse = q_rows.new_empty(len(q_rows), dtype=torch.promote_types(q_rows.dtype, torch.float32))
+        for index, part in lists.non_empty():
+            keys = self._keys(index, lists, layout)
+            out, lse = self.kernel.forward(q_rows[part, None], k[keys], v[keys])
+            rows[part], row_lse[part] = out[:, 0], lse[0]
+        return rows, row_lse
+
+    def backward(
+        self, dout: Tensor, q_rows: Tensor, out: Tensor, row_lse: Tensor, k: Tensor, v: Tensor,
+        lists: _Lists, layout: ShotLayout, deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """dq of the rows [R, D]; dk, dv [L, G, D]."""
+        dq_rows = torch.empty_like(q_rows)
+        dk, dv = torch.zeros_like(k[:, lists.heads]), torch.zeros_like(v[:, lists.heads])
+        for index, part in lists.non_empty():
+            tokens, head = self._keys(index, lists, layout)
+            dq_part, dk_part, dv_part = self.kernel.backward(
+                dout[part, None], q_rows[part, None], k[tokens, head], v[tokens, head], out[part, None],
+                row_lse[None, part], deterministic,
+            )  # fmt: skip
+            dq_rows[part] = dq_part[:, 0]
+            dk[tokens, index // layout.num_chunks], dv[tokens, index // layout.num_chunks] = (
+                dk_part[:, 0],
+                dv_part[:, 0],
+            )
+        return dq_rows, dk, dv
+
+
+class _VarLen:
+    """One variable-length FlashAttention-2 call for all lists of a group of heads."""
+
+    @staticmethod
+    def _head_major(x: Tensor, lists: _Lists) -> Tensor:
+        """[L, N, D] -> the group's heads one after another, [G * L, 1, D]."""
+        return x[:, lists.heads].transpose(0, 1).reshape(-1, 1, x.shape[-1])
+
+    @staticmethod
+    def _lengths(lists: _Lists, layout: ShotLayout) -> tuple[Tensor, Tensor, int, int]:
+        chunk_starts = layout.chunk_cu_seqlens
+        by_head = chunk_starts[:-1] + layout.num_tokens * torch.arange(
+            lists.num_heads, device=chunk_starts.device, dtype=torch.int32
+        ).unsqueeze(1)
+        end = chunk_starts[-1:] * lists.num_heads
+        starts = torch.tensor(lists.starts, dtype=torch.int32).to(chunk_starts.device, non_blocking=True)
+        longest = max(end - start for start, end in zip(lists.starts, lists.starts[1:], strict=False))
+        return starts, torch.cat([by_head.flatten(), end]), longest, layout.max_chunk_tokens
+
+    def forward(self, q_rows: Tensor, k: Tensor, v: Tensor, lists: _Lists, layout: ShotLayout) -> tuple[Tensor, Tensor]:
+        """Output [R, D] and LSE [R] of the routed rows."""
+        keys, values = self._head_major(k, lists), self._head_major(v, lists)
+        out, lse = dense.fa2_varlen_forward(q_rows[:, None], keys, values, *self._lengths(lists, layout))
+        return out[:, 0], lse[0]
+
+    def backward(
+        self, dout: Tensor, q_rows: Tensor, out: Tensor, row_lse: Tensor, k: Tensor, v: Tensor,
+        lists: _Lists, layout: ShotLayout, deterministic: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """dq of the rows [R, D]; dk, dv [L, G, D]."""
+        keys, values = self._head_major(k, lists), self._head_major(v, lists)
+        dq, dk, dv = dense.fa2_varlen_backward(
+            dout[:, None], q_rows[:, None], keys, values, out[:, None], row_lse[None],
+            *self._lengths(lists, layout), deterministic,
+        )  # fmt: skip
+        dk, dv = (x.view(lists.num_heads, -1, x.shape[-1]).transpose(0, 1) for x in (dk, dv))
+        return dq[:, 0], dk, dv

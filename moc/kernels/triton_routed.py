@@ -1,0 +1,184 @@
+"""Launches of the routed part: partial results for a few heads, gathered queries for a few tiles at a time.
+
+Shape letters: L packed tokens, N heads, D head dim, M chunks, K slots of a query, G heads of a group.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moc.kernels import triton_kernels as kernels
+from moc.kernels.triton_index import Lists
+
+PARTIAL_SIZE = 1.25  # partial results and gathered queries held at a time, in units of the size of q
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block sizes of the attention kernels: BM queries, BN keys, num_warps and num_stages of each."""
+
+    tile: int
+    forward: dict[str, int]
+    dq: dict[str, int]
+    dkv: dict[str, int]
+
+
+# Measured on an H100 with head dim 128.
+HALF = Blocks(
+    tile=128,
+    forward={"BN": 64, "num_warps": 4, "num_stages": 2},
+    dq={"BN": 64, "num_warps": 8, "num_stages": 3},
+    dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+)
+HALF_SMALL_CHUNKS = Blocks(
+    tile=128,
+    forward={"BN": 32, "num_warps": 8, "num_stages": 3},
+    dq={"BN": 32, "num_warps": 4, "num_stages": 3},
+    dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
+)
+FULL = Blocks(
+    tile=64,
+    forward={"BN": 32, "num_warps": 4, "num_stages": 2},
+    dq={"BN": 32, "num_warps": 4, "num_stages": 1},
+    dkv={"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1},
+)
+SMALL_CHUNK = 200  # tokens
+
+
+def blocks_for(q: Tensor, max_chunk_tokens: int) -> Blocks:
+    if q.dtype == torch.float32:
+        return FULL
+    return HALF_SMALL_CHUNKS if max_chunk_tokens < SMALL_CHUNK else HALF
+
+
+def use_tma(x: Tensor) -> bool:
+    """Whether keys are read by tensor descriptors (Hopper and on; rows of whole 16 bytes)."""
+    fits = x.shape[-1] * x.element_size() % 16 == 0
+    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def _key_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
+    """What a kernel reads keys or values [L, N, D] from, `rows` tokens of one head at a time."""
+    if not use_tma(x):
+        return x
+    return TensorDescriptor.from_tensor(x, [rows, 1, _padded(x.shape[-1])])
+
+
+def _list_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
+    """What a kernel reads queries in list order [rows, D] from."""
+    return TensorDescriptor.from_tensor(x, [rows, _padded(x.shape[-1])]) if use_tma(x) else x
+
+
+def _head_groups(q: Tensor, num_slots: int) -> Iterator[tuple[int, int]]:
+    """Runs of heads whose partial results stay within PARTIAL_SIZE."""
+    num_heads = q.shape[1]
+    size = max(1, min(num_heads, int(PARTIAL_SIZE * num_heads / num_slots)))
+    size = triton.cdiv(num_heads, triton.cdiv(num_heads, size))
+    for first in range(0, num_heads, size):
+        yield first, min(first + size, num_heads)
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _list_args(lists: Lists) -> tuple[Tensor, ...]:
+    return lists.entries, lists.starts, lists.tile_starts, lists.tile_list
+
+
+def routed_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lists: Lists,
+    num_slots: int,
+    chunk_starts: Tensor,
+    max_chunk_tokens: int,
+) -> None:
+    """Adds the routed part to `out` [L, N, D] and `lse` [N, L], in place."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_chunks, stride = len(chunk_starts) - 1, q.stride(0)
+    shape = {"D": head_dim, "DP": _padded(head_dim)}
+    blocks = blocks_for(q, max_chunk_tokens)
+    key_sources = [_key_source(x, blocks.forward["BN"]) for x in (k, v)]
+    partial_lse = torch.full((num_heads, num_tokens, num_slots), -torch.inf, device=q.device)
+    for first, last in _head_groups(q, num_slots):
+        partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
+        bounds = (first * num_chunks, last * num_chunks)
+        kernels.forward_kernel[(lists.max_tiles(bounds[1] - bounds[0], partial.numel() // head_dim),)](
+            q, *key_sources, *_list_args(lists), chunk_starts, partial, partial_lse, *bounds,
+            num_tokens, num_chunks, num_slots, stride, head_dim**-0.5 * kernels.LOG2E.value,
+            **shape, BM=lists.tile, TMA=use_tma(q), **blocks.forward,
+        )  # fmt: skip
+        kernels.merge_kernel[(triton.cdiv(num_tokens, 32), last - first)](
+            out, lse, partial, partial_lse, first, num_tokens, num_slots, stride,
+            **shape, SLOTS=triton.next_power_of_2(num_slots), BT=32,
+        )  # fmt: skip
+
+
+def routed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grads: Sequence[Tensor], lists: Lists,
+    routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
+) -> None:  # fmt: skip
+    """Adds the routed part's gradients to `grads` (dq, dk, dv), in place."""
+    num_tokens, num_heads, head_dim = q.shape
+    dq, dk, dv = grads
+    delta = torch.empty_like(lse)
+    kernels.delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
+        out, dout, delta, num_tokens, q.stride(0), D=head_dim, DP=_padded(head_dim), BT=64
+    )
+    _add_dkv(dout, q, k, v, lse, delta, dk, dv, lists, routes, chunk_starts, max_chunk_tokens)
+    _add_dq(dout, q, k, v, lse, delta, dq, lists, routes, chunk_starts, max_chunk_tokens)
+
+
+def _add_dkv(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, lists: Lists,
+    routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
+) -> None:  # fmt: skip
+    num_tokens, num_heads, head_dim = q.shape
+    num_chunks, num_slots, stride, scale = len(chunk_starts) - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
+    shape, block = {"D": head_dim, "DP": _padded(head_dim)}, blocks_for(q, max_chunk_tokens).dkv
+    num_lists, num_blocks = num_heads * num_chunks, triton.cdiv(max_chunk_tokens, block["BN"])
+    max_tiles = lists.max_tiles(num_lists, routes.numel())
+    num_tiles = min(max_tiles, triton.cdiv(int(PARTIAL_SIZE * num_tokens * num_heads), lists.tile))
+
+    terms = 3 if q.is_cuda and q.dtype != torch.float32 else 1
+    q_list, dout_list = (q.new_empty(num_tiles * lists.tile, head_dim) for _ in range(2))
+    terms_dtype = torch.bfloat16 if terms == 3 else torch.float32
+    terms_list = torch.zeros(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)
+    sources = [_list_source(x, block["BM"]) for x in (q_list, dout_list, terms_list)]
+    for first_tile in range(0, max_tiles, num_tiles):
+        kernels.gather_kernel[(num_tiles,)](
+            q, dout, lse, delta, q_list, dout_list, terms_list, *_list_args(lists), first_tile, num_lists,
+            num_tokens, num_chunks, num_slots, stride, scale, TERMS=terms, **shape, BM=lists.tile,
+        )  # fmt: skip
+        kernels.dkv_kernel[(num_lists * num_blocks,)](
+            *sources, k, v, dk, dv, lists.starts, lists.tile_starts, chunk_starts, first_tile, num_tiles, num_blocks,
+            num_chunks, stride, scale, TERMS=terms, **shape, TILE=lists.tile, TMA=use_tma(q), **block,
+        )  # fmt: skip
+
+
+def _add_dq(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, lists: Lists,
+    routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
+) -> None:  # fmt: skip
+    num_tokens, _, head_dim = q.shape
+    num_chunks, num_slots, stride, scale = len(chunk_starts) - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
+    shape, block = {"D": head_dim, "DP": _padded(head_dim)}, blocks_for(q, max_chunk_tokens).dq
+    key_sources = [_key_source(x, block["BN"]) for x in (k, v)]
+    for first, last in _head_groups(q, num_slots):
+        partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
+        bounds = (first * num_chunks, last * num_chunks)
+        kernels.dq_kernel[(lists.max_tiles(bounds[1] - bounds[0], partial.numel() // head_dim),)](
+            q, *key_sources, dout, lse, delta, *_list_args(lists), chunk_starts, partial, *bounds,
+            num_tokens, num_chunks, num_slots, stride, scale, **shape, BM=lists.tile, TMA=use_tma(q), **block,
+        )  # fmt: skip
+        kernels.add_dq_kernel[(triton.cdiv(num_tokens, 32), last - first)](
+            dq, partial, routes, first, num_tokens, num_slots, stride, **shape, BT=32
+        )
