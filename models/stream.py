@@ -124,7 +124,8 @@ class StreamAttention:
         before = self.cache.num_tokens if self.cache else 0
         if self.cache is not None:
             k, v = self.cache.extended(layer, k, v, self.remember)
-            q = F.pad(q, (0, 0, 0, 0, before, 0))  # attention takes a whole stream; history's output is unused
+            if before:  # attention takes a whole stream; history's output is unused
+                q = F.pad(q, (0, 0, 0, 0, before, 0))
         rotated = rotate(q, self.table), rotate(k, self.table)
         routes = None
         if not config.dense:

@@ -20,12 +20,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
-from diffusers.models.normalization import FP32LayerNorm
 from einops import rearrange
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
-from models.layers import Attend, RMSNorm, add_gated, modulate, patchify
+from models.layers import Attend, LayerNorm, RMSNorm, add_gated, modulate, patchify
 from models.lora import Trainable
 from models.rope import rotary_table, running_positions
 from models.stream import Part, StreamAttention
@@ -70,7 +69,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn1 = Attention(dim, num_heads, eps)
         self.attn2 = Attention(dim, num_heads, eps)
-        self.norm2 = FP32LayerNorm(dim, eps, elementwise_affine=True)
+        self.norm2 = LayerNorm(dim, eps)
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.eps = eps

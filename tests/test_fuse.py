@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.layers import add_gated, modulate, rms_norm
+from models.layers import add_gated, layer_norm, modulate, rms_norm
 from models.rope import rotate
 
 GROUP = torch.tensor([0, 0, 1, 2, 2, 2, 1], dtype=torch.int32)
@@ -17,6 +17,7 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
 CASES = {
     "modulate": (modulate, lambda: (*tensors((7, 8), (3, 8), (3, 8)), GROUP)),
     "add_gated": (add_gated, lambda: (*tensors((7, 8), (7, 8), (3, 8)), GROUP)),
+    "layer_norm": (layer_norm, lambda: (*tensors((7, 8), (8,), (8,)), 1e-6)),
     "rms_norm": (rms_norm, lambda: (*tensors((7, 2, 8), (8,)), 1e-6)),
     "rotate": (rotate, lambda: (*tensors((7, 2, 8)), tuple(torch.randn(2, 7, 4)))),
 }

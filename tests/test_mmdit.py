@@ -14,7 +14,7 @@ from models.mmdit import MMDiT
 from models.stream import KeyValueCache, Part
 
 CHANNELS, TEXT_DIM = 4, 12
-DENSE = MoCConfig(dense=True)
+DENSE = MoCConfig(dense=True, backend="reference")
 MOC = MoCConfig(chunk_tokens=12, top_k=2, backend="reference")
 
 

@@ -1,5 +1,7 @@
 """The Wan family: equal to diffusers' own model, and what Mixture of Contexts adds to it."""
 
+from dataclasses import replace
+
 import diffusers
 import pytest
 import torch
@@ -12,7 +14,7 @@ from models.experts import Experts
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
 
 TEXT_DIM = 24
-DENSE = MoCConfig(dense=True)
+DENSE = MoCConfig(dense=True, backend="reference")
 MOC = MoCConfig(chunk_tokens=12, top_k=1, text_anchor="global_and_own", backend="reference")
 
 # (heads, FFN width, layers, channels) of Wan2.1-T2V-1.3B, 14B (and each A14B expert), Wan2.2-TI2V-5B
@@ -147,7 +149,7 @@ def test_first_layers_can_stay_dense() -> None:
     item = sample()
     dense, all_dense, one_dense, none_dense = (
         run(model, config, item)[0]
-        for config in (DENSE, *(MoCConfig(chunk_tokens=12, top_k=1, dense_layers=n) for n in (2, 1, 0)))
+        for config in (DENSE, *(replace(MOC, text_anchor="all", dense_layers=n) for n in (2, 1, 0)))
     )
     assert torch.equal(dense, all_dense)
     assert not torch.equal(dense, one_dense)
