@@ -102,12 +102,10 @@ def report(out: Path, seconds: dict[str, float]) -> bool:
     print("\nheld-out loss        start      end   predicting the mean   best linear predictor")
     for level, sigma, by_line in zip(levels, sigmas, linear, strict=True):
         print(f"  sigma {sigma:<8g} {rows[0][level]:9.4f} {rows[-1][level]:8.4f} {mean:21.4f} {by_line:23.4f}")
-    print(
-        f"attention    sparsity {rows[-1]['routing/sparsity']:.0%}, FLOPs {rows[-1]['routing/flops_of_dense']:.0%} of dense"
-    )
-    print(
-        f"cuts         scripted at {verdict.scripted_cuts}, found at {verdict.found_cuts}: {verdict.accuracy.score:.2f}"
-    )
+    sparsity, flops = rows[-1]["routing/sparsity"], rows[-1]["routing/flops_of_dense"]
+    print(f"attention    sparsity {sparsity:.0%}, FLOPs {flops:.0%} of dense")
+    found = f"found at {verdict.found_cuts}: {verdict.accuracy.score:.2f}"
+    print(f"cuts         scripted at {verdict.scripted_cuts}, {found}")
     print("places       " + ", ".join(f"{a} {'seen' if a == b else f'looks like {b}'}" for a, b in verdict.places))
     print("time         " + ", ".join(f"{title} {taken:.0f} s" for title, taken in seconds.items()))
     for name in ("video.mp4", "storyboard.png", "routing.png"):
