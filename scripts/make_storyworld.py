@@ -9,15 +9,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from configs.command import command
 from data.storyworld import StoryworldConfig, generate
 
 
-@command("storyworld", StoryworldConfig)
 def main(config: StoryworldConfig) -> None:
     manifest = generate(config)
     print(f"{config.scenes} scenes in {manifest}")
 
 
 if __name__ == "__main__":
-    main()
+    # Not above: every worker process imports this file, and this brings in transformers and diffusers.
+    from configs.command import command
+
+    command("storyworld", StoryworldConfig)(main)()

@@ -173,7 +173,7 @@ def test_fast_motion_is_blurred_and_rest_is_not():
     view = scene.shots[0].start_view
     for action, blurred in (("stands", False), ("jumps", True)):
         shot = replace(scene.shots[0], actors=(replace(actor, action=action),), start_view=view, end_view=view)
-        assert (renderer._count_samples(shot, 0.1, 0.14) > 2) == blurred
+        assert (renderer.count_samples(shot, 0.1, 0.14) > 2) == blurred
 
 
 @pytest.mark.parametrize("size", [(480, 832), (96, 64), (32, 32)])

@@ -64,7 +64,7 @@ def _clear(root: Path, overwrite: bool) -> None:
 
 def _write_scenes(config: StoryworldConfig) -> Iterator[tuple[int, dict]]:
     """Write every video; yield (number, truth) as they come."""
-    workers = min(config.workers or len(os.sched_getaffinity(0)), config.scenes)
+    workers = min(config.workers or os.cpu_count() or 1, config.scenes)
     bar = tqdm(total=config.scenes, desc="storyworld", unit="scene", dynamic_ncols=True)
     with bar:
         if workers == 1:

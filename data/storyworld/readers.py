@@ -32,7 +32,8 @@ def name_place(frames: np.ndarray) -> str:
 def name_looks(frames: np.ndarray, boxes: list) -> dict[str, str]:
     """The fur and outfit colour of the character in `boxes`, one [x0, y0, x1, y1] (or None) for each frame.
 
-    frames: uint8 [F, H, W, 3]. Every pixel of the regions votes. Raises ValueError if no box is given.
+    frames: uint8 [F, H, W, 3]. Every pixel of the regions votes. Made for recall scenes, whose coats are plain: a
+    pattern or a hat can mislead it. Raises ValueError if no box is given.
     """
     pairs = [(frame, box) for frame, box in zip(frames, boxes, strict=True) if box is not None]
     if not pairs:

@@ -62,7 +62,7 @@ class Renderer:
 
     def _render_frame(self, shot: Shot, time: float) -> tuple[np.ndarray, list[Sighting]]:
         half = SHUTTER / 2 / self.fps
-        count = self._count_samples(shot, time - half, time + half)
+        count = self.count_samples(shot, time - half, time + half)
         total = np.zeros((self.height, self.width, 3), np.float32)
         sightings: list[Sighting] = []
         for sample in range(count):
@@ -75,7 +75,7 @@ class Renderer:
         small = cv2.resize(total, (self.size[1], self.size[0]), interpolation=cv2.INTER_AREA)
         return np.clip(small * 255 + 0.5, 0, 255).astype(np.uint8), sightings
 
-    def _count_samples(self, shot: Shot, start: float, end: float) -> int:
+    def count_samples(self, shot: Shot, start: float, end: float) -> int:
         """Enough that nothing moves more than about a pixel and a half between samples."""
         views = [view_at(shot, time) for time in (start, end)]
         moved = abs(views[1].x - views[0].x) + abs(math.log(views[1].zoom / views[0].zoom)) * self.aspect / 2
