@@ -102,7 +102,7 @@ def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
 
 @torch.no_grad()
 def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """A caller's routes int [N, L, K] as attention takes them: repeated chunks and chunks that anchors cover become -1."""
+    """A caller's routes int [N, L, K] as attention takes them: repeats and chunks that anchors cover become -1."""
     return torch.stack([_drop_covered(of_head.long(), layout, config) for of_head in routes.unbind()])
 
 

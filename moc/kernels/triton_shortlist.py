@@ -1,0 +1,115 @@
+"""Routing kernel for many routes a query: a shortlist in memory, cut back to the best `top_k` whenever it is full.
+
+Keeping dozens of routes sorted in registers costs more than the scores. Here each program appends every score above
+the query's current top_k-th to a shortlist of CAPACITY places (a scratch that stays in cache), and at times cuts it to
+the top_k best, found by bisection on the scores' bits. The order of appending is that of the stream, so of equal
+scores the lowest chunk stays.
+
+Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query.
+"""
+
+import triton
+import triton.language as tl
+
+from moc.kernels.triton_bounds import candidate_bounds, candidate_mask
+from moc.kernels.triton_kernels import load_rows
+
+LOWEST = tl.constexpr(-(1 << 31))
+
+
+@triton.jit
+def _ordered(x):
+    """fp32 -> int32 with the same order."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _threshold(keys, top_k):
+    """The top_k-th largest of each row of keys [BQ, CAPACITY]; the lowest int where there are fewer."""
+    low = tl.zeros([keys.shape[0]], tl.int32) + LOWEST  # at least top_k keys reach it
+    high = tl.max(keys, 1)  # as a bound that fewer reach, once 1 is added
+    many = tl.sum((keys > LOWEST).to(tl.int32), 1) >= top_k
+    low = tl.where(many, tl.min(tl.where(keys > LOWEST, keys, high[:, None]), 1), low)
+    found = (low == high) | (many == 0)
+    while tl.min(found.to(tl.int32), 0) == 0:
+        # The mean of low and high, rounded up, without overflow.
+        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
+        reach = tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
+        low = tl.where((found == 0) & (reach >= top_k), middle, low)
+        high = tl.where((found == 0) & (reach < top_k), middle - 1, high)
+        found = found | (low == high) | (reach == top_k)
+    return low
+
+
+@triton.jit
+def _cut(scores, chunks, place, count, top_k):
+    """The shortlist's best top_k: their chunks and scores [BQ, CAPACITY], their new places, which stay, the count."""
+    held = tl.arange(0, place.shape[1])[None, :] < count[:, None]
+    value = tl.load(scores + place, mask=held, other=0.0)
+    chunk = tl.load(chunks + place, mask=held, other=-1)
+    keys = tl.where(held, _ordered(value + 0.0), LOWEST)  # + 0.0: of -0 and 0 neither is less
+    bound = _threshold(keys, top_k)[:, None]
+    above = held & (keys > bound)
+    equal = held & (keys == bound)
+    room = top_k - tl.sum(above.to(tl.int32), 1)
+    stays = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
+    rank = tl.cumsum(stays.to(tl.int32), 1) - 1
+    return value, chunk, rank, stays, tl.sum(stays.to(tl.int32), 1)
+
+
+@triton.jit
+def shortlist_kernel(
+    q, means, routes, scores, chunks, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk,
+    group_shot, sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
+    TERMS: tl.constexpr, CAPACITY: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Routes as `route_kernel`; scores, chunks: scratch of BQ * CAPACITY numbers for each of the programs."""
+    row = tl.arange(0, BQ)
+    column = tl.arange(0, DP)
+    line = tl.program_id(0) * BQ * CAPACITY + row[:, None] * CAPACITY
+    place = line + tl.arange(0, CAPACITY)[None, :]
+    num_blocks = tl.cdiv(num_tokens, BQ)
+    for work in range(tl.program_id(0), num_blocks * num_heads, tl.num_programs(0)):
+        head = work // num_blocks
+        token = work % num_blocks * BQ + row
+        valid = token < num_tokens
+        first, last, skip_first, skip_last = candidate_bounds(
+            token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
+            CAUSAL, OWN,
+        )  # fmt: skip
+        queries = load_rows(q + head * D, token, stride, valid, D, DP)
+        count = tl.zeros([BQ], tl.int32)
+        bar = tl.full([BQ], -float("inf"), tl.float32)
+        for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
+            chunk = start + tl.arange(0, BC)
+            rows = (head * num_chunks + chunk).to(tl.int64)[:, None] * DP + column[None, :]
+            score = tl.zeros([BQ, BC], tl.float32)
+            for term in tl.static_range(TERMS):
+                table = means + (TERMS - 1 - term) * num_heads * num_chunks * DP
+                mean = tl.load(table + rows, mask=(chunk < num_chunks)[:, None], other=0.0)
+                score = tl.dot(queries, mean.T, score, input_precision="ieee")
+            allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
+            enters = allowed & (score > bar[:, None])
+            rank = tl.cumsum(enters.to(tl.int32), 1)
+            new = line + count[:, None] + rank - 1
+            tl.store(scores + new, score, mask=enters)
+            tl.store(chunks + new, tl.zeros([BQ, BC], tl.int32) + chunk[None, :], mask=enters)
+            count += tl.sum(enters.to(tl.int32), 1)
+            if tl.max(count, 0) > CAPACITY - BC:
+                tl.debug_barrier()
+                value, kept, rank, stays, count = _cut(scores, chunks, place, count, top_k)
+                least = tl.min(tl.where(stays, value, float("inf")), 1)
+                bar = tl.where(count == top_k, least, -float("inf"))
+                tl.debug_barrier()
+                tl.store(scores + line + rank, value, mask=stays)
+                tl.store(chunks + line + rank, kept, mask=stays)
+        tl.debug_barrier()
+        value, kept, rank, stays, count = _cut(scores, chunks, place, count, top_k)
+        out = routes + (head.to(tl.int64) * num_tokens + token)[:, None] * top_k
+        tl.store(out + rank, kept, mask=stays & valid[:, None])
+        slot = tl.arange(0, CAPACITY)[None, :]
+        empty = (slot >= count[:, None]) & (slot < top_k) & valid[:, None]
+        tl.store(out + slot, tl.zeros([BQ, CAPACITY], tl.int32) - 1, mask=empty)
+        tl.debug_barrier()
