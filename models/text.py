@@ -109,7 +109,8 @@ class EmbeddedTextEncoder(TextEncoder):
         """fp32 [T, text_dim]; the last row is the end of the text, and "" has that row alone."""
         ids = self.tokenizer.encode(clean(caption)).ids
         ids = torch.tensor([[*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)]])
-        return self.model(ids.to(self.model.device)).last_hidden_state[0]
+        with torch.autocast(self.model.device.type, enabled=False):
+            return self.model(ids.to(self.model.device)).last_hidden_state[0]
 
     def save(self, folder: str | Path) -> None:
         """Writes what `load` needs: settings and word list; the weights follow from the seed."""
@@ -232,7 +233,9 @@ class T5TextEncoder(TextEncoder):
                 f"shorten its captions ({prompt[:60]!r}...)"
             )
         ids = torch.tensor([tokens.input_ids], device=self.model.device)
-        return self.model(ids).last_hidden_state[0], [start for start, _ in tokens.offset_mapping]
+        with torch.autocast(ids.device.type, enabled=False):
+            features = self.model(ids).last_hidden_state[0]
+        return features, [start for start, _ in tokens.offset_mapping]
 
 
 def build_text_encoder(config: TextConfig, vocabulary: Iterable[str] = ()) -> TextEncoder:

@@ -9,10 +9,12 @@ latent frame stands for the first frame alone, so that a still image is one late
 Shape letters: F frames, C T H W of a latent.
 """
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -97,6 +99,17 @@ class Codec(nn.Module):
         return torch.cat(list(self.decode_stream(latent)), dim=1)
 
 
+def in_fp32(method: Callable) -> Callable:
+    """Takes a codec's method out of autocast: what a latent means must not depend on the caller's precision."""
+
+    @wraps(method)
+    def run(self: Codec, x: Tensor, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args)
+
+    return run
+
+
 # The embedded transform codec
 
 BLOCK = (4, 8, 8)
@@ -160,6 +173,7 @@ class TransformCodec(Codec):
             "transform", BLOCK, AMPLITUDE, OPPONENT, TEMPO, config.channels, config.whitening
         )
 
+    @in_fp32
     def encode(self, video: Tensor) -> Tensor:
         self.check_video(video)
         first = video[:, :1].expand(-1, self.temporal_factor - 1, -1, -1)
@@ -168,16 +182,21 @@ class TransformCodec(Codec):
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
         for start in range(0, latent.shape[1], self.frames_at_once):
-            piece = latent[:, start : start + self.frames_at_once].float()
-            stored = piece.permute(1, 2, 3, 0) * self.scale
-            video = from_blocks(stored @ self.basis)
-            for _ in range(self.smoothing_rounds):
-                smooth = to_blocks(smoothed(video))
-                video = from_blocks(smooth + (stored - smooth @ self.basis.T) @ self.basis)
+            video = self._decode_blocks(latent[:, start : start + self.frames_at_once])
             if start == 0:  # the first latent frame is one frame, repeated
                 still = video[:, : BLOCK[0]].mean(1, keepdim=True)
                 video = torch.cat([still, video[:, BLOCK[0] :]], dim=1)
             yield video.clamp(-1, 1)
+
+    @in_fp32
+    def _decode_blocks(self, latent: Tensor) -> Tensor:
+        """[C, T, H', W'] -> [3, 4 T, H, W]."""
+        stored = latent.float().permute(1, 2, 3, 0) * self.scale
+        video = from_blocks(stored @ self.basis)
+        for _ in range(self.smoothing_rounds):
+            smooth = to_blocks(smoothed(video))
+            video = from_blocks(smooth + (stored - smooth @ self.basis.T) @ self.basis)
+        return video
 
 
 def to_blocks(video: Tensor) -> Tensor:
@@ -210,9 +229,11 @@ class WanCodec(Codec):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
-        if not Path(config.path, "config.json").is_file():
+        file = Path(config.path, "config.json")
+        kind = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+        if kind != "AutoencoderKLWan":
             raise ValueError(
-                f"codec.path={config.path!r} is not a diffusers folder of AutoencoderKLWan (no config.json)"
+                f"codec.path={config.path!r} is not a diffusers folder of AutoencoderKLWan (its config.json: {kind})"
             )
         self.vae = AutoencoderKLWan.from_pretrained(config.path, torch_dtype=torch.float32, local_files_only=True)
         self.eval().requires_grad_(False)
@@ -226,25 +247,38 @@ class WanCodec(Codec):
         self.fingerprint = fingerprint("wan", weights_digest(self.vae), config.tiling)
 
     @torch.no_grad()
+    @in_fp32
     def encode(self, video: Tensor) -> Tensor:
         self.check_video(video)
         mode = self.vae.encode(video[None].float()).latent_dist.mode()[0]
         return (mode - self.mean) / self.std
 
-    @torch.no_grad()
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
-        z = (latent.float() * self.std + self.mean)[None]
         if self.vae.use_tiling:
-            yield self.vae.decode(z).sample[0]
+            yield self._decode_tiled(latent)
             return
         self.vae.clear_cache()
         cache = self.vae._feat_map  # this stream's own: the next call of `clear_cache` makes another
-        for index in range(z.shape[2]):
-            frame = self.vae.post_quant_conv(z[:, :, index : index + 1])
-            piece = self.vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
-            if self.vae.config.patch_size is not None:
-                piece = unpatchify(piece, patch_size=self.vae.config.patch_size)
-            yield piece[0].clamp(-1, 1)
+        for index in range(latent.shape[1]):
+            yield self._decode_frame(latent[:, index : index + 1], cache, index == 0)
+
+    @torch.no_grad()
+    @in_fp32
+    def _decode_tiled(self, latent: Tensor) -> Tensor:
+        return self.vae.decode(self._unnormalized(latent)).sample[0]
+
+    @torch.no_grad()
+    @in_fp32
+    def _decode_frame(self, latent: Tensor, cache: list, first: bool) -> Tensor:
+        """The frames of one latent frame [C, 1, H', W'], after those whose features `cache` holds."""
+        hidden = self.vae.post_quant_conv(self._unnormalized(latent))
+        video = self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first)
+        if self.vae.config.patch_size is not None:
+            video = unpatchify(video, patch_size=self.vae.config.patch_size)
+        return video[0].clamp(-1, 1)
+
+    def _unnormalized(self, latent: Tensor) -> Tensor:
+        return (latent.float() * self.std + self.mean)[None]
 
 
 def build_codec(config: CodecConfig) -> Codec:

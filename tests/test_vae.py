@@ -135,6 +135,19 @@ def test_wan_codec_is_diffusers_vae_with_normalized_latents(wan_folder: Path) ->
     torch.testing.assert_close(codec.decode(latent), expected, rtol=0, atol=1e-5)
 
 
+def test_autocast_changes_nothing(wan_folder: Path) -> None:
+    for codec in (TransformCodec(), build_codec(CodecConfig(CodecKind.wan, str(wan_folder)))):
+        video = moving_gradient(frames=5, height=32, width=32)
+        latent = codec.encode(video)
+        decoded = codec.decode(latent)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(codec.encode(video), latent)
+            for piece in codec.decode_stream(latent):
+                assert torch.is_autocast_enabled("cpu")
+                assert torch.equal(piece, decoded[:, : piece.shape[1]])
+                decoded = decoded[:, piece.shape[1] :]
+
+
 def test_each_call_starts_afresh(wan_folder: Path) -> None:
     codec = WanCodec(CodecConfig(CodecKind.wan, str(wan_folder)))
     latent = torch.randn(codec.latent_channels, 3, 2, 2)
