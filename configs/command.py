@@ -6,8 +6,9 @@ After `parse` there is no DictConfig any more. Unknown keys, wrong types and mis
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -44,7 +45,11 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
 
 def parse(cfg: DictConfig, schema: type[T]) -> T:
     """Hydra's config as a `schema` object; raises ConfigError with the full key of what is wrong."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:  # a merge would take the schema's default for them
+        raise ConfigError(f"{missing[0]} is not set; say {missing[0]}=VALUE")
     try:
+        _check_elements(cfg, schema)
         typed = OmegaConf.merge(_writable(OmegaConf.structured(schema)), cfg)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -53,11 +58,25 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
         raise ConfigError(str(error)) from None
 
 
+def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
+    """Lists of dataclasses, one element after another: OmegaConf's message would not say which of them is wrong."""
+    for name, hint in get_type_hints(schema).items():
+        value = cfg.get(name) if name in cfg else None
+        if is_dataclass(hint) and OmegaConf.is_dict(value):
+            _check_elements(value, hint, f"{prefix}{name}.")
+        elif OmegaConf.is_list(value) and is_dataclass(element := next(iter(get_args(hint)), None)):
+            for index, item in enumerate(value):
+                try:
+                    OmegaConf.merge(_writable(OmegaConf.structured(element)), item)
+                except OmegaConfBaseException as error:
+                    raise ConfigError(f"{prefix}{name}[{index}].{_message(error)}") from None
+
+
 def _writable(node: DictConfig) -> DictConfig:
     """Lets values be merged into frozen dataclasses; the objects made of them are frozen again."""
     OmegaConf.set_readonly(node, None)
     for key in node:
-        if OmegaConf.is_dict(node[key]):
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
             _writable(node[key])
     return node
 

@@ -1,0 +1,182 @@
+"""Every configuration composes and parses; every setting can be set; mistakes are refused with their full key."""
+
+import importlib
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from configs.command import ConfigError, parse
+from data.script import load_script
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+GROUPS = sorted(
+    path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("scripts", "__pycache__")
+)
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+# What a command cannot do without.
+REQUIRED = {
+    "sample": ["checkpoint=c", "script=s", "out=o"],
+    "prepare": ["input=i", "output=o"],
+    "storyworld": ["output=o"],
+    "example_film": ["output=o"],
+    "convert": ["input=i", "output=o"],
+    "benchmark_data": ["folder=f"],
+    "model=wan": ["model.path=p"],
+    "encoders=wan": ["encoders.codec.path=p", "encoders.text.path=p"],
+}
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """Config name -> (module, schema) of every `command(...)` in the checkout."""
+    found = {}
+    for path in [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "scripts").glob("*.py"))]:
+        for name, schema in re.findall(r'\bcommand\("(\w+)", (\w+)\)', path.read_text()):
+            found[name] = (".".join(path.relative_to(ROOT).with_suffix("").parts), schema)
+    return found
+
+
+COMMANDS = commands()
+
+
+def schema_of(name: str) -> type:
+    module, schema = COMMANDS[name]
+    return getattr(importlib.import_module(module), schema)
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        return compose(name, list(overrides))
+
+
+def parsed(name: str, *overrides: str):
+    return parse(composed(name, *REQUIRED.get(name, []), *overrides), schema_of(name))
+
+
+def test_every_command_has_its_yaml_and_every_yaml_its_command():
+    assert sorted(COMMANDS) == sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    assert {"train", "sample", "prepare", "storyworld"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_composes_and_parses(name):
+    assert isinstance(parsed(name), schema_of(name))
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_commands_leave_no_log_file_behind(name):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        hydra = compose(name, return_hydra_config=True).hydra
+    assert not (hydra.job_logging.get("handlers") or {}).get("file")
+    assert (hydra.run.dir, hydra.output_subdir) == (".", None)
+
+
+def users_of(group: str) -> list[str]:
+    pattern = re.compile(rf"^  - {group}: ", re.MULTILINE)
+    return [name for name in COMMANDS if pattern.search((CONFIGS / f"{name}.yaml").read_text())]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_belongs_to_a_command(group):
+    assert users_of(group)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_parses(group, option):
+    choice = f"{group}={option}"
+    for name in users_of(group):
+        assert isinstance(parsed(name, choice, *REQUIRED.get(choice, [])), schema_of(name))
+
+
+def settings(schema: type, prefix: str = "") -> set[str]:
+    """The full keys of every setting of a schema."""
+    hints, keys = get_type_hints(schema), set()
+    for field in fields(schema):
+        nested = hints[field.name]
+        keys |= settings(nested, f"{prefix}{field.name}.") if is_dataclass(nested) else {prefix + field.name}
+    return keys
+
+
+def values(cfg: DictConfig, schema: type, prefix: str = "") -> set[str]:
+    hints, keys = get_type_hints(schema), set()
+    for name in cfg:
+        nested = hints[name]
+        keys |= values(cfg[name], nested, f"{prefix}{name}.") if is_dataclass(nested) else {prefix + name}
+    return keys
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_setting_can_be_seen_in_the_help(name):
+    """A setting without a value in YAML could not be set as `key=value`, and `--help` would not show it."""
+    schema = schema_of(name)
+    assert values(composed(name, *REQUIRED.get(name, [])), schema) == settings(schema)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "scripts").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_scripts_that_ship_are_good(path):
+    script = load_script(path)
+    assert len(script.shots) >= 4
+
+
+def test_parsed_configs_are_plain_and_frozen():
+    config = parsed("train", "schedule=[{step: 0, chunk_tokens: 40, top_k: 3}]", "optim.lr=1e-3")
+    assert type(config.optim.betas) is list
+    assert (config.optim.lr, config.schedule[0].chunk_tokens) == (1e-3, 40)
+    with pytest.raises(AttributeError):
+        config.optim.lr = 2.0
+    assert config.model.family == "mmdit"
+
+
+def test_the_seed_of_a_run_is_that_of_its_data():
+    assert parsed("train", "seed=7").data.seed == 7
+
+
+def test_a_progressive_schedule_is_given_on_the_command_line():
+    override = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5000, chunk_tokens: 1280, top_k: 5}]"
+    assert [stage.chunk_tokens for stage in parsed("train", override).schedule] == [10240, 1280]
+
+
+MISTAKES = [
+    ("train", "+trainer.num_step=5", r"trainer\.num_step"),
+    ("train", "+model.depth=5", r"model\.depth"),
+    ("train", "+colour=red", "colour"),
+    ("train", "trainer.num_steps=many", r"trainer\.num_steps.*'many'"),
+    ("train", "optim.lr=fast", r"optim\.lr.*'fast'"),
+    ("train", "moc.causal=perhaps", r"moc\.causal.*'perhaps'"),
+    ("train", "model.family=unet", r"model\.family.*unet"),
+    ("train", "optim.lr=null", r"optim\.lr"),
+    ("train", "seed=null", "seed"),
+    ("train", "data.path=null", r"data\.path"),
+    ("train", "optim.betas=[0.9]", r"optim\.betas"),
+    ("train", "optim.betas=[0.9,big]", r"optim\.betas\[1\].*'big'"),
+    ("train", "schedule=[{step: 0, chunk_tokens: x, top_k: 1}]", r"schedule\[0\]\.chunk_tokens"),
+    ("train", "schedule=[{step: 0, chunks: 4}]", r"schedule\[0\]\.chunks"),
+    ("train", "schedule=[{step: 5, chunk_tokens: 0, top_k: 1}]", "chunk_tokens=0"),
+    ("train", "moc.own_anchor=scene", r"moc\.own_anchor.*'scene'.*shot, chunk, none"),
+    ("train", "trainer.log_every=0", r"trainer\.log_every=0"),
+    ("train", "flow.shift=0", r"flow\.shift=0"),
+    ("train", "parallel.precision=fp8", r"parallel\.precision='fp8' is not one of"),
+    ("train", "model=wan", r"model\.path"),
+    ("sample", "sampler.steps=0", r"sampler\.steps=0"),
+    ("sample", "+sampler.cfg=3", r"sampler\.cfg"),
+    ("sample", "script=", "script is not set"),
+    ("prepare", "size=[480]", "size"),
+    ("prepare", "decoder=gpu", "decoder must be one of"),
+    ("storyworld", "mode=strange", "mode"),
+]
+
+
+@pytest.mark.parametrize(("name", "override", "message"), MISTAKES, ids=[f"{m[0]} {m[1]}" for m in MISTAKES])
+def test_mistakes_are_refused_with_their_key(name, override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        parsed(name, override)
+    assert "\n" not in str(error.value)
+
+
+def test_chances_of_attention_settings_reach_sampling():
+    assert parsed("sample", "+moc.top_k=3").moc == {"top_k": 3}
