@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from torch import Tensor
-
 import moc
 from data.cache import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
@@ -172,12 +170,13 @@ class ShotDataset:
         return total
 
     def sample(self, draw: Draw) -> moc.Sample:
-        """Read a draw: float32 latents [C, T, H, W] and text [T_i, text_dim]. Raises DataError (damaged-shard)."""
+        """Read a draw: latents [C, T, H, W] and text [T_i, text_dim] as stored, in half precision as a rule
+        (`Batch.to` widens them). Raises DataError (damaged-shard)."""
         cache, scene = self.caches[self.items[draw.item][0]], self.items[draw.item][1]
-        latents = [latent.float() for latent in cache.latents(scene)]
+        latents = cache.latents(scene)
         stills = draw.to_still or (False,) * len(latents)
         latents = [x[:, :1].contiguous() if still else x for x, still in zip(latents, stills, strict=True)]
-        text: list[Tensor] = [cache.text_features(key).float() for key in self.text_keys(draw)]
+        text = [cache.text_features(key) for key in self.text_keys(draw)]
         return moc.Sample(latents=latents, text=text, position=draw.position, id=scene.id)
 
     def _check_same_encoders(self) -> None:

@@ -1,7 +1,7 @@
 """The loader: endless optimizer steps of packed batches for one rank, resumable from one position.
 
-`for step in build_loader(...)`: each step is a list of `accumulation` moc.Batch, on the CPU. Workers read ahead;
-neither their number nor the number of ranks changes which samples a step holds.
+`for step in build_loader(...)`: each step is a list of `accumulation` moc.Batch, on the CPU and in the dtype of the
+cache. Workers read ahead; neither their number nor the number of ranks changes which samples a step holds.
 """
 
 from collections import deque
@@ -15,20 +15,21 @@ from data.collate import check_budget, deal, plan_steps
 from data.dataset import DataConfig, ShotDataset, open_dataset
 from data.errors import DataError
 from data.order import Draw, SampleOrder
+from data.parcel import Parcel, unwrap, wrap
 
 
 class MicroBatches(Dataset):
-    """Lists of draws -> moc.Batch, in a worker. A DataError is handed over as a value and raised by the reader."""
+    """Lists of draws -> moc.Batch in a parcel, in a worker. A DataError travels as a value and is raised on arrival."""
 
     def __init__(self, dataset: ShotDataset, spec: moc.StreamSpec, chunk_tokens: int) -> None:
         self.dataset, self.spec, self.chunk_tokens = dataset, spec, chunk_tokens
 
-    def __getitem__(self, draws: Sequence[Draw]) -> moc.Batch | DataError:
+    def __getitem__(self, draws: Sequence[Draw]) -> Parcel:
         try:
             samples = [self.dataset.sample(draw) for draw in draws]
-            return moc.make_batch(samples, self.spec, self.chunk_tokens)
+            return wrap(moc.make_batch(samples, self.spec, self.chunk_tokens))
         except DataError as error:
-            return error
+            return wrap(error)
 
 
 class Loader:
@@ -63,9 +64,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[moc.Batch]]:
         ends: deque[int] = deque()
-        batches = iter(_data_loader(self, self._planned(ends), self.config.workers))
+        parcels = iter(_data_loader(self, self._planned(ends), self.config.workers))
         while True:
-            step = [_raised(next(batches)) for _ in range(self.accumulation)]
+            step = [_arrived(next(parcels)) for _ in range(self.accumulation)]
             self.position = ends.popleft()
             yield step
 
@@ -103,7 +104,7 @@ def build_loader(
 
 
 class Validation:
-    """The held-out scenes, in one fixed order, one a batch, nothing dropped; every `world_size`-th for a rank."""
+    """The held-out scenes, in one fixed order, one a batch, nothing dropped, fp32; every `world_size`-th for a rank."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -115,8 +116,8 @@ class Validation:
     def __iter__(self) -> Iterator[moc.Batch]:
         places = {item: place for place, item in enumerate(self.loader.validation_items)}
         draws = ([Draw(position=places[item], item=item)] for item in self.items)
-        for batch in _data_loader(self.loader, draws, workers=0):
-            yield _raised(batch)
+        for parcel in _data_loader(self.loader, draws, workers=0):
+            yield _arrived(parcel).to("cpu")
 
 
 def _data_loader(loader: Loader, draws: Iterator[list[Draw]], workers: int) -> DataLoader:
@@ -131,11 +132,12 @@ def _data_loader(loader: Loader, draws: Iterator[list[Draw]], workers: int) -> D
     )
 
 
-def _as_is(batch: moc.Batch | DataError) -> moc.Batch | DataError:
-    return batch
+def _as_is(parcel: Parcel) -> Parcel:
+    return parcel
 
 
-def _raised(batch: moc.Batch | DataError) -> moc.Batch:
+def _arrived(parcel: Parcel) -> moc.Batch:
+    batch = unwrap(parcel)
     if isinstance(batch, DataError):
         raise batch
     return batch

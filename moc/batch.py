@@ -68,11 +68,11 @@ class Batch:
         return replace(self, layout=self.layout.rechunk(chunk_tokens))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """This batch on `device` (latents, text and layout)."""
+        """This batch on `device`, latents and text in fp32: loaders send halves, and the device widens them."""
         return replace(
             self,
-            latents=[x.to(device, non_blocking=True) for x in self.latents],
-            text=[x.to(device, non_blocking=True) for x in self.text],
+            latents=[x.to(device, non_blocking=True).float() for x in self.latents],
+            text=[x.to(device, non_blocking=True).float() for x in self.text],
             layout=self.layout.to(device),
         )
 

@@ -15,6 +15,7 @@ from data.dataset import DataConfig, Kind, ShotDataset, SourceConfig, open_datas
 from data.errors import DataError
 from data.loader import Validation, build_loader
 from data.order import Draw, SampleOrder, Source
+from data.parcel import unwrap, wrap
 from tests.caches import scene, write_cache
 
 SPEC = moc.StreamSpec()
@@ -151,7 +152,7 @@ def test_batches_hold_the_right_scenes(cache):
             numbers = [int(latent.flatten()[0]) for latent in batch.latents]
             wanted = [int(name.removeprefix("scene")) for name in batch.ids]
             assert [n for n in wanted for _ in range(1 + n % 3)] == numbers
-            assert all(latent.dtype == torch.float32 for latent in batch.latents)
+            assert all(x.dtype == torch.float32 for x in batch.to("cpu").latents + batch.to("cpu").text)
 
 
 def test_token_counts_match_the_batches(cache):
@@ -243,3 +244,29 @@ def test_damage_met_while_training_is_one_message(tmp_path, workers):
     shard.write_bytes(data)
     with pytest.raises(DataError, match="fails its checksum"):
         steps(made, 8)
+
+
+def test_parcels_arrive_as_they_were_sent(cache):
+    content = {
+        "a": [torch.arange(5), torch.rand(3, 2).T.half()],
+        "b": ("text", torch.tensor(True)),
+        "c": torch.empty(0, 4),
+    }
+    arrived = unwrap(wrap(content))
+    assert torch.equal(arrived["a"][0], content["a"][0])
+    assert torch.equal(arrived["a"][1], content["a"][1])
+    assert arrived["b"][0] == "text"
+    assert arrived["b"][1].item() is True
+    assert arrived["c"].shape == (0, 4)
+    batch = moc.make_batch([open_dataset(config(cache))[3]], SPEC, 64)
+    again = unwrap(wrap(batch))
+    assert again.ids == batch.ids
+    assert again.layout.chunks == batch.layout.chunks
+    assert torch.equal(again.layout.token_chunk, batch.layout.token_chunk)
+    assert all(torch.equal(a, b) for a, b in zip(again.latents, batch.latents, strict=True))
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_for_the_gpu(cache):
+    step = next(iter(loader(config(cache, workers=2))))
+    assert all(x.is_pinned() for x in step[0].latents + step[0].text)
