@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from data.storyworld.characters import BADGES
+from data.storyworld.motion import CAMERAS
 from data.storyworld.places import PLACES
 
 
@@ -18,9 +19,10 @@ class Mode(StrEnum):
 class StoryworldConfig:
     """What to write, and where.
 
-    frames_per_shot, shots: the choices a scene draws from. characters: names in one scene. places: names to use, all
-    if empty. places_per_scene: a true cut changes place if there are two or more. continuation: the share of shots
-    after the first that go on without a cut (described mode only). look_alikes: two others share the fur and the
+    frames_per_shot, shots: the choices a scene draws from. characters: names in one scene. names, places, cameras: which
+    to use, all if empty. places_per_scene: a true cut changes place if there are two or more. continuation: the share
+    of shots after the first that go on without a cut (described mode only). familiar: every scene has the same places
+    and every name the same look, which a small model learns in minutes. look_alikes: two others share the fur and the
     outfit of the name that the last shot of a recall scene returns to. workers: processes; 0 means one for each core.
     overwrite: replace the storyworld already in `output`.
     """
@@ -35,9 +37,12 @@ class StoryworldConfig:
     shots: list[int] = field(default_factory=lambda: [4])
     characters: int = 2
     characters_per_shot: int = 1
+    names: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    cameras: list[str] = field(default_factory=list)
     places_per_scene: int = 3
     continuation: float = 0.2
+    familiar: bool = False
     look_alikes: bool = False
     crf: int = 14
     workers: int = 0
@@ -55,7 +60,10 @@ class StoryworldConfig:
                                 "a list of whole numbers from 1"),
             "shots": (self.shots, bool(self.shots) and min(self.shots) >= self._least_shots(),
                       f"a list of whole numbers from {self._least_shots()} in this mode"),
-            "characters": (self.characters, 1 <= self.characters <= len(BADGES), f"from 1 to {len(BADGES)}"),
+            "names": (self.names, set(self.names) <= set(BADGES), f"among {', '.join(BADGES)}"),
+            "cameras": (self.cameras, set(self.cameras) <= set(CAMERAS), f"among {', '.join(CAMERAS)}"),
+            "characters": (self.characters, 1 <= self.characters <= len(self.names or BADGES),
+                           "from 1 to the number of names"),
             "characters_per_shot": (self.characters_per_shot, 1 <= self.characters_per_shot <= min(3, self.characters),
                                     "from 1 to 3, and at most `characters`"),
             "places": (self.places, set(self.places) <= set(PLACES), f"names among {', '.join(PLACES)}"),

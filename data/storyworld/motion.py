@@ -26,6 +26,12 @@ class Actor:
     phase: float  # seconds, so that two actors do not move in step
 
 
+CAMERAS = {
+    "static": "Static camera.", "pan left": "Pan left.", "pan right": "Pan right.",
+    "zoom in": "Zoom in.", "zoom out": "Zoom out.",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class View:
     """Where the camera looks: the world point at the frame's middle, and the magnification."""

@@ -48,7 +48,7 @@ class Renderer:
         self.aspect = size[1] / size[0]
         scale = self.height * math.sqrt(CLOSE)  # between the widest view and the closest
         self.layers = {
-            place: paint_layers(place, (*scene.seed, number), self.aspect, scale, scene.occluders)
+            place: paint_layers(place, (*scene.paint_seed, number), self.aspect, scale, scene.occluders)
             for number, place in enumerate(PLACES)
             if any(shot.place == place for shot in scene.shots)
         }

@@ -9,13 +9,9 @@ from data.manifest import CUT_PREFIX
 from data.storyworld.accessories import ACCESSORIES
 from data.storyworld.characters import BADGES, COLOURS, PATTERNS, SIZES, Look
 from data.storyworld.config import Mode, StoryworldConfig
-from data.storyworld.motion import ACTIONS, Actor, Timing, View, camera_at, pose_at
+from data.storyworld.motion import ACTIONS, CAMERAS, Actor, Timing, View, camera_at, pose_at
 from data.storyworld.places import PLACES
 
-CAMERAS = {
-    "static": "Static camera.", "pan left": "Pan left.", "pan right": "Pan right.",
-    "zoom in": "Zoom in.", "zoom out": "Zoom out.",
-}  # fmt: skip
 STORIES = ("journey", "game", "search")
 CLOSE, PAN = 1.25, 0.16  # zoom of a close view; half a pan's way, world units
 
@@ -52,14 +48,15 @@ class Scene:
     recalls: tuple[Recall, ...]
     occluders: bool  # whether tall things may hide a character
     seed: tuple[int, int]  # of all that is drawn at random in it
+    paint_seed: tuple[int, ...]  # of its places
 
 
 def plan_scene(config: StoryworldConfig, index: int) -> Scene:
     """Scene `index` of the world `config.seed` names; the same whoever asks, in any order."""
     seed = (config.seed, index)
     rng = np.random.default_rng(seed)
-    names = rng.permutation(list(BADGES))[: config.characters].tolist()
-    looks = {name: _draw_look(rng, name, config.mode) for name in names}
+    names = rng.permutation(config.names or list(BADGES))[: config.characters].tolist()
+    looks = {name: _draw_look(_look_draws(rng, name, config), name, config.mode) for name in names}
     if config.look_alikes:
         # Colour alone must not say who it is: one more has the first's fur, and one its outfit.
         for name, part in zip(names[1:], ("fur", "outfit"), strict=False):
@@ -77,14 +74,25 @@ def plan_scene(config: StoryworldConfig, index: int) -> Scene:
         clock = shots[-1].clock + shots[-1].timing.seconds if shots else 0.0
         aspect = config.size[1] / config.size[0]
         actors = _direct(rng, [looks[name] for name in cast], aspect, before)
-        camera, start_view, end_view = _film(rng, before)
+        camera, start_view, end_view = _film(rng, config, before)
         caption = shot_caption(place, [(actor.look.name, actor.action) for actor in actors], camera, cut)
         shots.append(Shot(place, cut, frames, timing, camera, start_view, end_view, actors, clock, caption))
     shown = list(dict.fromkeys(name for cast in casts for name in cast))
     caption = global_caption([looks[name] for name in shown], list(dict.fromkeys(places)), story, config.mode)
     return Scene(
-        tuple(looks.values()), tuple(shots), caption, _find_recalls(casts, cuts), config.mode != Mode.recall, seed
+        tuple(looks.values()),
+        tuple(shots),
+        caption,
+        _find_recalls(casts, cuts),
+        config.mode != Mode.recall,
+        seed,
+        (config.seed,) if config.familiar else seed,
     )
+
+
+def _look_draws(rng: np.random.Generator, name: str, config: StoryworldConfig) -> np.random.Generator:
+    """Where a name's look comes from: the scene's draws, or in a familiar world the name's own."""
+    return np.random.default_rng((config.seed, list(BADGES).index(name))) if config.familiar else rng
 
 
 def _draw_look(rng: np.random.Generator, name: str, mode: Mode) -> Look:
@@ -149,14 +157,16 @@ def _direct(rng: np.random.Generator, cast: list[Look], aspect: float, before: S
     return tuple(actors)
 
 
-def _film(rng: np.random.Generator, before: Shot | None) -> tuple[str, View, View]:
+def _film(rng: np.random.Generator, config: StoryworldConfig, before: Shot | None) -> tuple[str, View, View]:
     """A camera move and its two ends; after a continuation it starts where the shot before left off."""
-    start = before.end_view if before else View(x=float(rng.uniform(-0.06, 0.06)))
-    camera = str(rng.choice(list(CAMERAS)))
+    sway = 0.0 if config.familiar else 0.06
+    start = before.end_view if before else View(x=float(rng.uniform(-sway, sway)))
+    camera = str(rng.choice(config.cameras or list(CAMERAS)))
     if before:
         possible = {"static": True, "pan left": start.x > -PAN / 2, "pan right": start.x < PAN / 2,
                     "zoom in": start.zoom < 1.1, "zoom out": start.zoom > 1.2}  # fmt: skip
-        camera = str(rng.choice([name for name, can in possible.items() if can]))
+        able = [name for name, can in possible.items() if can]
+        camera = str(rng.choice([name for name in able if name in (config.cameras or able)] or ["static"]))
     elif camera.startswith("pan"):
         start = View(x=PAN if camera == "pan left" else -PAN)
     elif camera == "zoom out":
