@@ -104,8 +104,10 @@ def prepare(
     text_encoder: TextEncoder,
     process: Process | None = None,
     found: Found | None = None,
+    save_encoders: Callable[[Path], None] | None = None,
 ) -> Prepared:
-    """Run all stages. found: what `find_scenes(config.input)` gave, if it was called before.
+    """Run all stages. found: what `find_scenes(config.input)` gave, if it was called before. save_encoders: called
+    with cache/encoders before the cache counts as complete.
 
     Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, no-usable-samples, and with
     `strict` the first problem of any file. The report is written before no-usable-samples is raised.
@@ -115,7 +117,7 @@ def prepare(
     _check_sizes(config, codec)
     found = found or find_scenes(config.input)
     with _held(output, process):
-        return _Run(config, codec, text_encoder, process, found).all_stages()
+        return _Run(config, codec, text_encoder, process, found).all_stages(save_encoders)
 
 
 class _Run:
@@ -139,7 +141,7 @@ class _Run:
         }
         self.cache = self.output / "cache" / digest(self.recipe)
 
-    def all_stages(self) -> Prepared:
+    def all_stages(self, save_encoders: Callable[[Path], None] | None) -> Prepared:
         for problem in self.found.problems:
             self._problem(problem)
         if self.process.rank == 0:
@@ -155,7 +157,10 @@ class _Run:
         self._encode(plans, done)
         self.process.wait()
         if self.process.rank == 0:
-            self._finish(plans)
+            self._report(plans)
+            if save_encoders:
+                save_encoders(self.cache / "encoders")
+            finish(self.cache, self.recipe, [plan.key for plan in plans])
         self.process.wait()
         return Prepared(self.cache, manifest, self.report)
 
@@ -242,7 +247,8 @@ class _Run:
         self.report.seconds["encode"] = time.perf_counter() - start
         write_whole(self.cache / f"failures-{rank}.json", json.dumps(failures).encode())
 
-    def _finish(self, plans: list[SamplePlan]) -> None:
+    def _report(self, plans: list[SamplePlan]) -> None:
+        """Write the report. Raises DataError (no-usable-samples)."""
         for path in sorted(self.cache.glob("failures-*.json")):
             for fields in json.loads(path.read_text()):
                 self.report.add_problem(DataError(*fields))
@@ -256,7 +262,6 @@ class _Run:
             raise DataError(
                 "no-usable-samples", self.config.input, f"nothing usable ({why}); see {self.output}/report.json"
             )
-        finish(self.cache, self.recipe, [plan.key for plan in plans])
 
 
 def _check_sizes(config: PrepareConfig, codec: Codec) -> None:

@@ -3,10 +3,11 @@
 `input` holds videos (shots are detected, NAME.txt beside NAME.mp4 is its caption) or a manifest.jsonl. `output`
 becomes a folder that `data.path=` of train.py reads; open its report.html to look the data over. Run it again after
 a kill: it makes only what is missing. Many processes: accelerate launch --num_processes N scripts/prepare_data.py ...
+(a GPU each), or torchrun --nproc_per_node N scripts/prepare_data.py device=cpu ...
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -28,15 +29,15 @@ class Settings(PrepareConfig):
 
 @command("prepare", Settings)
 def main(settings: Settings) -> None:
-    state = PartialState()
+    state = PartialState(cpu=settings.device == "cpu")
+    settings = replace(settings, device=str(state.device) if settings.device == "auto" else settings.device)
     found = find_scenes(settings.input)
     encoders = build_encoders(settings.encoders, vocabulary(found))
     codec, text_encoder = encoders.codec.to(settings.device), encoders.text.to(settings.device)
     process = Process(state.process_index, state.num_processes, state.wait_for_everyone)
-    prepared = prepare(settings, codec, text_encoder, process, found)
+    prepared = prepare(settings, codec, text_encoder, process, found, encoders.save)
     if not state.is_main_process:
         return
-    encoders.save(prepared.cache / "encoders")
     report = prepared.report
     print(f"{len(report.samples)} samples in {prepared.cache}")
     for kind, count in report.counts().items():

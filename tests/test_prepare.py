@@ -2,8 +2,12 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import av
@@ -439,3 +443,64 @@ def test_bad_settings(folder, change, message):
     scenes(folder, scene("a", (0, 9)))
     with pytest.raises(ValueError, match=message):
         run(folder, **change)
+
+
+# The command itself
+
+
+def command(folder, *launcher, **changes):
+    script = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+    overrides = {"input": folder, "output": folder / "out", "detector": "adaptive", "size": "[64,160]"} | changes
+    return [*launcher, str(script), *(f"{key}={value}" for key, value in overrides.items())]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_the_command_in_two_processes(folder):
+    scenes(folder, *(scene(f"s{n}", (n, n + 9)) for n in range(0, 50, 5)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(command(folder, *launch, device="cpu"), check=True, env=environment(), timeout=300)
+    dataset = open_dataset(DataConfig(path=str(folder / "out")))
+    assert [item[1].id for item in dataset.items] == [f"s{n}" for n in range(0, 50, 5)]
+    (cache,) = (folder / "out" / "cache").iterdir()
+    assert len(list(cache.glob("shard-0-*.safetensors"))) == len(list(cache.glob("shard-1-*.safetensors"))) == 1
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_after_a_kill(folder):
+    """Killed without warning while it scans its fourth film; the next run scans only what is left."""
+    for n in range(8):
+        write_numbered(folder / f"{n}.mkv", 400)
+    process = subprocess.Popen(command(folder, sys.executable), env=environment())
+    scans = folder / "out" / "scans"
+    while len(list(scans.glob("*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in scans.glob("*.json")}
+    assert 3 <= len(finished) < 9
+    assert not list(folder.glob("out/cache/*/complete"))
+    subprocess.run(command(folder, sys.executable), check=True, env=environment(), timeout=300)
+    assert all(path.stat().st_mtime_ns == made for path, made in finished.items())
+    assert len(open_dataset(DataConfig(path=str(folder / "out"))).items) >= 9
+
+
+@pytest.mark.slow
+def test_the_command_says_what_is_wrong_in_one_line(folder):
+    empty = folder / "empty"
+    empty.mkdir()
+    for changes, message in [
+        ({"input": empty}, "holds no manifest.jsonl and no video"),
+        ({"size": "[60,160]"}, "multiples of the codec's"),
+        ({"fps": "fast"}, "fps"),
+        ({"decoder": "vlc"}, "decoder must be one of"),
+    ]:
+        done = subprocess.run(
+            command(folder, sys.executable, **changes), env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
