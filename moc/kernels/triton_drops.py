@@ -40,7 +40,7 @@ def _unit(word):
     return (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
 
 
-@triton.jit(do_not_specialize=["base", "first_head"])
+@triton.jit(do_not_specialize=["base", "first_head", "num_tokens", "num_chunks", "top_k", "drop_in_max"])
 def drop_kernel(
     routes, dropped, thresholds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
     sample_first_chunk, base, first_head, drop_off_max, num_tokens, num_chunks, top_k, drop_in_max,
@@ -129,12 +129,12 @@ def _drop_routes(
     dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
     base = drop_base(DropKey(seed, step, layer))
     thresholds = torch.tensor(poisson_thresholds(drop_in_rate, drop_in_max), dtype=torch.float32)
-    block = 64
+    block = 32
     drop_kernel[(triton.cdiv(num_tokens, block), num_heads)](
         routes, dropped, thresholds.to(routes.device, non_blocking=True), token_chunk, chunk_group, chunk_sample,
         chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, base - (base >> 31 << 32), first_head,
         drop_off_max, num_tokens, len(chunk_group), top_k, drop_in_max, CAUSAL=causal, OWN=own_anchor,
-        KP=max(2, triton.next_power_of_2(top_k)), RP=max(2, triton.next_power_of_2(drop_in_max)), BQ=block, BC=64,
+        KP=max(2, triton.next_power_of_2(top_k)), RP=max(2, triton.next_power_of_2(drop_in_max)), BQ=block, BC=32,
     )  # fmt: skip
     return dropped
 

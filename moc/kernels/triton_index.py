@@ -57,7 +57,7 @@ def _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BL
     return entry, chunk, (head * num_words + token // 32) * num_chunks + chunk, token % 32, chunk >= 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "num_entries", "num_slots", "num_words", "num_chunks"])
 def mark_kernel(
     routes, masks, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def mark_kernel(
     tl.atomic_or(masks + word, tl.full([BLOCK], 1, tl.int32) << bit, mask=valid, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "num_words", "num_chunks"])
 def count_kernel(
     masks, before, counts, first_head, num_words, num_chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
@@ -83,7 +83,7 @@ def count_kernel(
     tl.store(counts + (first_head + head) * num_chunks + chunk, total, mask=chunk < num_chunks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "num_entries", "num_slots", "num_words", "num_chunks"])
 def place_kernel(
     routes, masks, before, starts, entries, first_head, num_entries, num_slots, num_words, num_chunks,
     BLOCK: tl.constexpr,

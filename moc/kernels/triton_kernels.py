@@ -86,7 +86,7 @@ def _forward_blocks(
     return acc, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_list", "last_list", "num_tokens", "num_chunks", "num_slots"])
 def forward_kernel(
     q, k, v, entries, starts, tile_starts, tile_list, chunk_starts, partial, partial_lse,
     first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale_log2,
@@ -115,7 +115,7 @@ def forward_kernel(
         tl.store(partial_lse + entry, (peak * scale_log2 + tl.log2(total)) / LOG2E, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "num_tokens", "num_slots"])
 def merge_kernel(
     out, lse, partial, partial_lse, first_head, num_tokens, num_slots, stride,
     D: tl.constexpr, DP: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr,
@@ -145,7 +145,7 @@ def merge_kernel(
     store_rows(out, token, stride, acc, valid, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def delta_kernel(out, dout, delta, num_tokens, stride, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
     """delta = rowsum(dO * O)."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -173,7 +173,7 @@ def _dq_blocks(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_list", "last_list", "num_tokens", "num_chunks", "num_slots"])
 def dq_kernel(
     q, k, v, dout, lse, delta, entries, starts, tile_starts, tile_list, chunk_starts, partial,
     first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale,
@@ -205,7 +205,7 @@ def dq_kernel(
         store_rows(partial, entry, D, acc * scale, valid, D, DP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_head", "num_tokens", "num_slots"])
 def add_dq_kernel(
     dq, partial, routes, first_head, num_tokens, num_slots, stride,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
@@ -234,7 +234,7 @@ def _store_terms(base, place, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
         rest -= term.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_lists", "num_tokens", "num_chunks", "num_slots"])
 def gather_kernel(
     q, dout, lse, delta, q_list, dout_list, terms_list, entries, starts, tile_starts, tile_list,
     first_tile, num_lists, num_tokens, num_chunks, num_slots, stride, scale,
@@ -266,7 +266,7 @@ def load_list(source, start, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "num_tiles", "num_blocks", "num_chunks"])
 def dkv_kernel(
     q_list, dout_list, terms_list, k, v, dk, dv, starts, tile_starts, chunk_starts,
     first_tile, num_tiles, num_blocks, num_chunks, stride, scale,

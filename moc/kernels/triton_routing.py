@@ -29,7 +29,7 @@ PROGRAMS = 132 * 4  # of the shortlist kernel: each owns a scratch
 TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads", "num_chunks"])
 def means_kernel(
     k, means, chunk_starts, num_heads, num_chunks, stride,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,7 +69,7 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
     return values, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"])
 def route_kernel(
     q, means, routes, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
     sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
@@ -147,10 +147,11 @@ def _route(
         block = max(16, min(64, 64 * 128 // capacity))
         programs = min(triton.cdiv(num_tokens, block) * num_heads, PROGRAMS)
         scores = torch.empty(programs, block, capacity, device=q.device)
+        bars = torch.empty(programs, block, device=q.device)
+        scratch = (scores, torch.empty_like(scores, dtype=torch.int32), torch.empty_like(bars, dtype=torch.int32), bars)
         shortlist_kernel[(programs,)](
-            q, means, routes, scores, torch.empty_like(scores, dtype=torch.int32), *tables, **shape,
-            CAPACITY=capacity, BQ=block, BC=32, num_warps=4,
-        )  # fmt: skip
+            q, means, routes, *scratch, *tables, **shape, CAPACITY=capacity, BQ=block, BC=32, ROWS=16, num_warps=4
+        )
     return routes
 
 

@@ -43,33 +43,73 @@ def _threshold(keys, top_k):
 
 
 @triton.jit
-def _cut(scores, chunks, place, count, top_k):
-    """The shortlist's best top_k: their chunks and scores [BQ, CAPACITY], their new places, which stay, the count."""
-    held = tl.arange(0, place.shape[1])[None, :] < count[:, None]
+def _best(scores, place, held, top_k):
+    """Which held places [ROWS, CAPACITY] of the shortlist have the best top_k scores; of equal ones the first."""
     value = tl.load(scores + place, mask=held, other=0.0)
-    chunk = tl.load(chunks + place, mask=held, other=-1)
     keys = tl.where(held, _ordered(value + 0.0), LOWEST)  # + 0.0: of -0 and 0 neither is less
     bound = _threshold(keys, top_k)[:, None]
     above = held & (keys > bound)
     equal = held & (keys == bound)
     room = top_k - tl.sum(above.to(tl.int32), 1)
-    stays = above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
-    rank = tl.cumsum(stays.to(tl.int32), 1) - 1
-    return value, chunk, rank, stays, tl.sum(stays.to(tl.int32), 1)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
 
 
 @triton.jit
-def shortlist_kernel(
-    q, means, routes, scores, chunks, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk,
-    group_shot, sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
-    TERMS: tl.constexpr, CAPACITY: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+def _make_room(scores, chunks, counts, bars, top_k, BQ: tl.constexpr, CAPACITY: tl.constexpr, ROWS: tl.constexpr):
+    """Cuts each query's shortlist to its best top_k; updates its length and the score a further one must exceed."""
+    for first in range(0, BQ, ROWS):
+        row = first + tl.arange(0, ROWS)
+        count = tl.load(counts + row)
+        place = row[:, None] * CAPACITY + tl.arange(0, CAPACITY)[None, :]
+        held = tl.arange(0, CAPACITY)[None, :] < count[:, None]
+        stays = _best(scores, place, held, top_k)
+        new = row[:, None] * CAPACITY + tl.cumsum(stays.to(tl.int32), 1) - 1
+        value = tl.load(scores + place, mask=stays, other=float("inf"))
+        chunk = tl.load(chunks + place, mask=stays, other=0)
+        tl.debug_barrier()
+        tl.store(scores + new, value, mask=stays)
+        tl.store(chunks + new, chunk, mask=stays)
+        count = tl.sum(stays.to(tl.int32), 1)
+        tl.store(counts + row, count)
+        tl.store(bars + row, tl.where(count == top_k, tl.min(value, 1), -float("inf")))
+
+
+@triton.jit
+def _write_routes(
+    scores, chunks, counts, routes, first_token, num_tokens, top_k,
+    BQ: tl.constexpr, CAPACITY: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Routes as `route_kernel`; scores, chunks: scratch of BQ * CAPACITY numbers for each of the programs."""
+    """Writes the best top_k of each query's shortlist to routes [L, K], -1 where there are fewer."""
+    slot = tl.arange(0, CAPACITY)[None, :]
+    for first in range(0, BQ, ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = row[:, None] * CAPACITY + slot
+        stays = _best(scores, place, slot < tl.load(counts + row)[:, None], top_k)
+        valid = (first_token + row < num_tokens)[:, None]
+        out = routes + (first_token + row).to(tl.int64)[:, None] * top_k
+        chunk = tl.load(chunks + place, mask=stays, other=0)
+        tl.store(out + tl.cumsum(stays.to(tl.int32), 1) - 1, chunk, mask=stays & valid)
+        empty = (slot >= tl.sum(stays.to(tl.int32), 1)[:, None]) & (slot < top_k)
+        tl.store(out + slot, tl.zeros([ROWS, CAPACITY], tl.int32) - 1, mask=empty & valid)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"])
+def shortlist_kernel(
+    q, means, routes, scores, chunks, counts, bars, token_chunk, chunk_group, chunk_sample, chunk_is_text,
+    group_first_chunk, group_shot, sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
+    TERMS: tl.constexpr, CAPACITY: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Routes as `route_kernel`.
+
+    Scratch of each program: scores, chunks [BQ, CAPACITY], the shortlists; counts, bars [BQ], their state.
+    """
     row = tl.arange(0, BQ)
     column = tl.arange(0, DP)
-    line = tl.program_id(0) * BQ * CAPACITY + row[:, None] * CAPACITY
-    place = line + tl.arange(0, CAPACITY)[None, :]
+    scores += tl.program_id(0) * BQ * CAPACITY
+    chunks += tl.program_id(0) * BQ * CAPACITY
+    counts += tl.program_id(0) * BQ
+    bars += tl.program_id(0) * BQ
     num_blocks = tl.cdiv(num_tokens, BQ)
     for work in range(tl.program_id(0), num_blocks * num_heads, tl.num_programs(0)):
         head = work // num_blocks
@@ -92,24 +132,19 @@ def shortlist_kernel(
                 score = tl.dot(queries, mean.T, score, input_precision="ieee")
             allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
             enters = allowed & (score > bar[:, None])
-            rank = tl.cumsum(enters.to(tl.int32), 1)
-            new = line + count[:, None] + rank - 1
+            new = row[:, None] * CAPACITY + count[:, None] + tl.cumsum(enters.to(tl.int32), 1) - 1
             tl.store(scores + new, score, mask=enters)
             tl.store(chunks + new, tl.zeros([BQ, BC], tl.int32) + chunk[None, :], mask=enters)
             count += tl.sum(enters.to(tl.int32), 1)
             if tl.max(count, 0) > CAPACITY - BC:
+                tl.store(counts + row, count)
                 tl.debug_barrier()
-                value, kept, rank, stays, count = _cut(scores, chunks, place, count, top_k)
-                least = tl.min(tl.where(stays, value, float("inf")), 1)
-                bar = tl.where(count == top_k, least, -float("inf"))
+                _make_room(scores, chunks, counts, bars, top_k, BQ, CAPACITY, ROWS)
                 tl.debug_barrier()
-                tl.store(scores + line + rank, value, mask=stays)
-                tl.store(chunks + line + rank, kept, mask=stays)
+                count = tl.load(counts + row)
+                bar = tl.load(bars + row)
+        tl.store(counts + row, count)
         tl.debug_barrier()
-        value, kept, rank, stays, count = _cut(scores, chunks, place, count, top_k)
-        out = routes + (head.to(tl.int64) * num_tokens + token)[:, None] * top_k
-        tl.store(out + rank, kept, mask=stays & valid[:, None])
-        slot = tl.arange(0, CAPACITY)[None, :]
-        empty = (slot >= count[:, None]) & (slot < top_k) & valid[:, None]
-        tl.store(out + slot, tl.zeros([BQ, CAPACITY], tl.int32) - 1, mask=empty)
+        out = routes + head.to(tl.int64) * num_tokens * top_k
+        _write_routes(scores, chunks, counts, out, work % num_blocks * BQ, num_tokens, top_k, BQ, CAPACITY, ROWS)
         tl.debug_barrier()
