@@ -30,6 +30,8 @@ class MicroBatches(Dataset):
             return wrap(moc.make_batch(samples, self.spec, self.chunk_tokens))
         except DataError as error:
             return wrap(error)
+        except ValueError as error:  # the model cannot take these sizes
+            return wrap(DataError("unfit-size", "data.path", str(error)))
 
 
 class Loader:

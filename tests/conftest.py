@@ -1,8 +1,11 @@
-"""Settings of every test: one thread, fixed seeds, hypothesis without deadlines or state between runs."""
+"""Settings of every test: one thread, fixed seeds, hypothesis without deadlines or state between runs. And one tiny
+world, prepared and trained on once, for all tests that need such things."""
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests import pipeline
 
 torch.set_num_threads(1)
 
@@ -13,3 +16,21 @@ settings.load_profile("moc")
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder of storyworld films."""
+    return pipeline.make_world(tmp_path_factory.mktemp("tiny") / "world")
+
+
+@pytest.fixture(scope="session")
+def prepared(world):
+    """Its cache."""
+    return pipeline.prepare(world, world.parent / "prepared")
+
+
+@pytest.fixture(scope="session")
+def trained(prepared):
+    """A run of three steps on it."""
+    return pipeline.train(prepared, prepared.parent / "run")
