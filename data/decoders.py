@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from data.errors import DataError
@@ -38,6 +39,7 @@ class PyAVReader(IndexedReader):
     def __init__(self, path: Path, index: VideoIndex | None = None) -> None:
         super().__init__(path, index or scan(path))
         self._file: opened | None = None
+        self._reformatter = VideoReformatter()
         self._decoded: Iterator[av.VideoFrame] = iter(())
         self._num_decoded = 0
         self._next = -1  # index of the frame that decoding on would give; -1: nothing open
@@ -95,7 +97,7 @@ class PyAVReader(IndexedReader):
             if frame is None:
                 self._next = -1
                 return False
-            out[i] = torch.from_numpy(to_rgb(frame).copy())
+            out[i] = torch.from_numpy(to_rgb(frame, self._reformatter).copy())
             self._next = frame_index + 1
         return True
 

