@@ -32,7 +32,7 @@ def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None 
         raise ValueError(f"backend={backend!r} is not one of {', '.join(Backend)}")
     chosen = Backend(backend or config.backend)
     if chosen is Backend.auto:
-        chosen = Backend.triton if _triton_fits(q) else Backend.torch
+        chosen = Backend.triton if q.is_cuda and _triton_fits(q) else Backend.torch
     elif chosen is Backend.triton and not _triton_fits(q):
         raise ValueError(
             f"backend='triton' needs Triton, a CUDA GPU of compute capability 8.0 or more, fp16, bf16 or fp32 and head "

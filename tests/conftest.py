@@ -1,9 +1,14 @@
 """Settings of every test: one thread, fixed seeds, hypothesis without deadlines or state between runs. And one tiny
 world, prepared and trained on once, for all tests that need such things."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 from tests import pipeline
 
