@@ -187,7 +187,7 @@ def test_outputs_are_written_whole_and_unchosen_chunks_get_exactly_zero():
     """With torch's poison, every new tensor starts as NaN (or the largest int)."""
     layout, config = stream(), moc.MoCConfig(top_k=2, own_anchor="none", text_anchor="none")
     tensors, direction = inputs(layout, requires_grad=True)
-    q, k, v = tensors
+    q, k, _ = tensors
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         routes = triton_backend.route(q, k, layout, config)

@@ -1,0 +1,286 @@
+"""Measures MoC attention against dense attention on one GPU, side by side in one run.
+
+python scripts/benchmark_attention.py [--suites shots chunks heads single million] [--impls fa2 cudnn fa4 fa3]
+    [--output docs/benchmarks/attention] [--keep]
+
+Writes OUTPUT.json (a header and rows), OUTPUT.md (tables) and OUTPUT.png (latency against shots, the paper's figure 5).
+`--keep` keeps rows of the JSON that this run does not measure again (a kernel measured apart, on the same GPU).
+
+MoC rows carry routing and index in their forward time. Times are medians, in ms; peaks are of all memory allocated,
+inputs and gradients included. `graph` rows replay a CUDA graph of forward and backward: short streams take longer to
+launch than to compute.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import moc
+from moc.cost import attention_cost
+from moc.kernels import anchors, dense, triton_index, triton_routed
+from scripts.benchmark_report import write_plot, write_tables
+
+GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
+SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
+SUITES = ("shots", "chunks", "heads", "single", "million")
+HEAD_DIM = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One stream and one way to attend over it; `impl` is a dense kernel's name or moc-<its name>."""
+
+    impl: str
+    shots: int
+    heads: int = 12
+    head_dim: int = HEAD_DIM
+    chunk_tokens: int = 1280
+    top_k: int = 5
+    inputs: str = "random"
+    single: bool = False
+    repeats: int = 5
+
+    @property
+    def is_moc(self) -> bool:
+        return self.impl.startswith("moc-")
+
+    def layout(self) -> moc.ShotLayout:
+        if self.single:
+            return moc.ShotLayout.build([moc.Shot(77, (26, 12, 20))], 0, self.chunk_tokens).to("cuda")
+        shots = [moc.Shot(TEXT, GRID)] * self.shots
+        return moc.ShotLayout.build(shots, GLOBAL_TEXT, self.chunk_tokens).to("cuda")
+
+    def config(self) -> moc.MoCConfig:
+        kernel = self.impl.removeprefix("moc-")
+        common = {"chunk_tokens": self.chunk_tokens, "top_k": self.top_k, "dense_kernel": kernel, "backend": "triton"}
+        if self.single:
+            return moc.MoCConfig(causal=False, own_anchor="chunk", **common)
+        return moc.MoCConfig(**common)
+
+
+def random_inputs(layout: moc.ShotLayout, heads: int) -> list[Tensor]:
+    shape = (layout.num_tokens, heads, HEAD_DIM)
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+
+def structured_inputs(layout: moc.ShotLayout, heads: int) -> list[Tensor]:
+    """Queries and keys that share a smooth field over space and time, and one of three identities a shot."""
+    q, k, v = random_inputs(layout, heads)
+    identities = torch.randn(3, heads, HEAD_DIM, device="cuda")
+    for index, group in enumerate(g for g in layout.groups if g.grid is not None):
+        coarse = torch.randn(1, heads * HEAD_DIM, 6, 4, 4, device="cuda")
+        field = torch.nn.functional.interpolate(coarse, size=group.grid, mode="trilinear")
+        field = field.flatten(2)[0].T.view(-1, heads, HEAD_DIM) + identities[index % 3]
+        rows = slice(group.start + group.text_tokens, group.end)
+        q[rows] += field.to(q.dtype)
+        k[rows] += field.to(k.dtype)
+    return [q, k, v]
+
+
+def median_ms(function: Callable[[], object], repeats: int) -> float:
+    """Median time of `function` on the device, after one unmeasured call."""
+    if repeats > 1:
+        function()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def graph_ms(function: Callable[[], object]) -> float:
+    """Time of `function` replayed from a CUDA graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return median_ms(graph.replay, 20)
+
+
+def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> tuple[Callable, Callable]:
+    """forward() -> state, backward(state), each without side effects. Dense kernels are called directly."""
+    if case.is_moc:
+        config = case.config()
+        leaves = [x.requires_grad_() for x in qkv]
+        return (
+            lambda: moc.moc_attention(*leaves, layout, config),
+            lambda out: torch.autograd.grad(out, leaves, direction, retain_graph=True),
+        )
+    kernel = dense.choose(qkv[0], case.impl)
+    return (lambda: kernel.forward(*qkv)), (lambda state: kernel.backward(direction, *qkv, *state))
+
+
+def measure(case: Case) -> list[dict]:
+    """Rows of one case: forward, backward, and for the short stream both from a graph."""
+    torch.cuda.empty_cache()
+    layout = case.layout()
+    make = structured_inputs if case.inputs == "structured" else random_inputs
+    qkv = make(layout, case.heads)
+    direction = torch.randn_like(qkv[0])
+    density = 1.0
+    if case.is_moc:
+        routes = moc.route(qkv[0], qkv[1], layout, case.config())
+        density = attention_cost(layout, case.config(), routes, case.heads, HEAD_DIM).density
+        del routes
+    forward, backward = passes(case, layout, qkv, direction)
+    torch.cuda.reset_peak_memory_stats()
+    state = forward()
+    backward(state)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    times = {"forward": median_ms(forward, case.repeats), "backward": median_ms(lambda: backward(state), case.repeats)}
+    if case.single:
+        times["graph"] = graph_ms(lambda: backward(forward()))
+    fields = {name: value for name, value in asdict(case).items() if name not in ("repeats", "single")}
+    return [
+        {**fields, "tokens": layout.num_tokens, "single": case.single, "pass": name, "ms": round(ms, 4),
+         "peak_bytes": peak, "density": round(density, 5)}
+        for name, ms in times.items()
+    ]  # fmt: skip
+
+
+KERNEL_STAGES = {
+    "means_kernel": "descriptors", "route_kernel": "routing", "shortlist_kernel": "routing",
+    "forward_kernel": "routed", "merge_kernel": "merge", "delta_kernel": "routed: delta",
+    "gather_kernel": "routed: gather", "dkv_kernel": "routed: dK, dV", "add_dq_kernel": "routed: sum dQ",
+    "dq_kernel": "routed: dQ",
+}  # fmt: skip
+
+
+def stages(case: Case) -> list[dict]:
+    """Rows {stage, ms} of one MoC case: own kernels by profiler, index and anchored part by events."""
+    layout, config = case.layout(), case.config()
+    qkv = random_inputs(layout, case.heads)
+    direction = torch.randn_like(qkv[0])
+    forward, backward = passes(case, layout, qkv, direction)
+    backward(forward())
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        backward(forward())
+        torch.cuda.synchronize()
+    times = dict.fromkeys(KERNEL_STAGES.values(), 0.0)
+    for event in profiler.key_averages():
+        stage = KERNEL_STAGES.get(event.key)
+        if stage:
+            times[stage] += event.device_time_total / 1000
+    q, k, v = (x.detach() for x in qkv)
+    routes = moc.route(q, k, layout, config)
+    tile = triton_routed.blocks_for(q, layout.max_chunk_tokens).tile
+    times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
+    kernel, calls = dense.choose(q, config.dense_kernel), anchors.anchor_calls(layout, config)
+    times["own shot and text"] = median_ms(lambda: anchors.forward(kernel, q, k, v, layout.text_index, calls), 3)
+    out, lse = anchors.forward(kernel, q, k, v, layout.text_index, calls)
+    times["own shot and text, backward"] = median_ms(
+        lambda: anchors.backward(kernel, direction, q, k, v, out, lse, layout.text_index, calls), 3
+    )
+    name = {"impl": case.impl, "shots": case.shots, "chunk_tokens": case.chunk_tokens, "top_k": case.top_k}
+    return [{**name, "stage": stage, "ms": round(ms, 4)} for stage, ms in times.items()]
+
+
+def cases(suites: list[str], impls: list[str]) -> list[Case]:
+    """Everything to measure, each case once."""
+    found: list[Case] = []
+    for impl in impls:
+        sparse = Case(f"moc-{impl}", 8)
+        with_moc = impl != "fa2"  # MoC over FA2 would say nothing new
+        if "shots" in suites:
+            for shots in (1, 2, 4, 8, 16):
+                found.append(Case(impl, shots, repeats=1 if shots == 16 else 3))
+                found += [replace(sparse, shots=shots)] * with_moc
+        if "chunks" in suites and with_moc:
+            found += [replace(sparse, chunk_tokens=chunk, top_k=k) for chunk, k in SETTINGS[1:]]
+            found += [
+                replace(sparse, inputs="structured", chunk_tokens=c, top_k=k) for c, k in (SETTINGS[0], SETTINGS[3])
+            ]
+        if "heads" in suites and with_moc:
+            found += [Case(impl, 8, heads=24, repeats=1), replace(sparse, heads=24)]
+        if "single" in suites:
+            single = Case(impl, 1, chunk_tokens=256, top_k=3, single=True, repeats=20)
+            found += [single, *([replace(single, impl=f"moc-{impl}")] * with_moc)]
+    fastest = [impl for impl in impls if impl != "fa2"][-1:]
+    if "million" in suites:
+        found += [Case(f"moc-{impl}", 44, repeats=2) for impl in fastest]
+    return list(dict.fromkeys(found))
+
+
+def header() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+        "fa4": dense.FA4_TESTED[0] if dense.is_installed("fa4") else None,
+        "commit": commit or None,
+        "date": datetime.now(UTC).date().isoformat(),
+        "grid": GRID,
+        "text_tokens": TEXT,
+        "global_text_tokens": GLOBAL_TEXT,
+        "dtype": "bfloat16",
+    }
+
+
+def _key(row: dict) -> tuple:
+    return tuple(str(value) for name, value in row.items() if name not in ("ms", "peak_bytes", "density"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--impls", nargs="+", choices=("fa2", "cudnn", "fa4", "fa3"), default=None)
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/attention"))
+    parser.add_argument("--keep", action="store_true", help="keep rows of OUTPUT.json that are not measured again")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU here; this benchmark measures one")
+    impls = arguments.impls or [name for name in ("fa2", "cudnn", "fa3", "fa4") if dense.is_installed(name)]
+    file = arguments.output.with_suffix(".json")
+    record = json.loads(file.read_text()) if arguments.keep and file.exists() else {"rows": [], "stages": []}
+    if record["rows"] and record["header"]["gpu"] != torch.cuda.get_device_name():
+        parser.error(f"{file} was measured on {record['header']['gpu']}; write to another --output")
+
+    todo = cases(arguments.suites, impls)
+    for number, case in enumerate(todo, 1):
+        rows = measure(case)
+        print(
+            f"[{number}/{len(todo)}] {case} " + ", ".join(f"{row['pass']} {row['ms']:.2f} ms" for row in rows),
+            flush=True,
+        )
+        new = {_key(row) for row in rows}
+        record["rows"] = [row for row in record["rows"] if _key(row) not in new] + rows
+        if case.is_moc and case.shots == 8 and case.heads == 12 and case.inputs == "random":
+            parts = stages(case)
+            new = {_key(row) for row in parts}
+            record["stages"] = [row for row in record["stages"] if _key(row) not in new] + parts
+    record = {"header": {}, **record}
+    record["header"] = header() | {"impls": sorted({row["impl"] for row in record["rows"]})}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    print(write_tables(record, arguments.output.with_suffix(".md")))
+    write_plot(record, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

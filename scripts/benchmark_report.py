@@ -1,0 +1,129 @@
+"""Tables and a plot from the rows of `benchmark_attention.py`."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+Times = dict[str, float]
+STAGE_ORDER = (
+    "descriptors", "routing", "index", "own shot and text", "routed", "merge", "own shot and text, backward",
+    "routed: delta", "routed: gather", "routed: dK, dV", "routed: dQ", "routed: sum dQ",
+)  # fmt: skip
+
+
+def _grouped(rows: Iterable[dict]) -> dict[tuple, dict]:
+    """Rows of one case together: its fields, plus ms by pass and their sum."""
+    out: dict[tuple, dict] = {}
+    for row in rows:
+        fields = {name: value for name, value in row.items() if name not in ("pass", "ms")}
+        case = out.setdefault(tuple(map(str, fields.values())), {**fields, "ms": {}})
+        case["ms"][row["pass"]] = row["ms"]
+    for case in out.values():
+        case["total"] = case["ms"]["forward"] + case["ms"]["backward"]
+    return out
+
+
+def _line(cells: Iterable[object]) -> str:
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _table(head: list[str], lines: list[list[object]]) -> str:
+    return "\n".join([_line(head), _line("---" for _ in head), *(_line(line) for line in lines)])
+
+
+def _dense(cases: list[dict], like: dict, impl: str) -> dict | None:
+    same = ("shots", "heads", "single")
+    return next((c for c in cases if c["impl"] == impl and all(c[n] == like[n] for n in same)), None)
+
+
+def _case_line(case: dict, cases: list[dict]) -> list[object]:
+    is_moc = case["impl"].startswith("moc-")
+    own = _dense(cases, case, case["impl"].removeprefix("moc-"))
+    fa2 = _dense(cases, case, "fa2")
+    speedup = own["total"] / case["total"] if own and is_moc else None
+    return [
+        case["impl"], case["shots"], case["tokens"], case["heads"],
+        f"{case['chunk_tokens']}, {case['top_k']}" if is_moc else "", case["inputs"] if is_moc else "",
+        f"{case['ms']['forward']:.2f}", f"{case['ms']['backward']:.2f}", f"{case['total']:.2f}",
+        f"{case['peak_bytes'] / 2**30:.2f}", f"{case['density']:.3f}" if is_moc else "",
+        f"{1 / case['density']:.2f}" if is_moc else "", f"{speedup:.2f}" if speedup else "",
+        f"{100 * speedup * case['density']:.0f} %" if speedup else "",
+        f"{fa2['total'] / case['total']:.2f}" if fa2 else "",
+        f"{1e3 * case['total'] / case['tokens']:.3f}",
+    ]  # fmt: skip
+
+
+def write_tables(record: dict, path: Path) -> str:
+    """Writes the record as Markdown tables; returns the text."""
+    cases = list(_grouped(record["rows"]).values())
+    long = sorted(
+        (c for c in cases if not c["single"]), key=lambda c: (c["heads"], c["shots"], -c["chunk_tokens"], c["impl"])
+    )
+    head = [
+        "impl", "shots", "tokens", "heads", "chunk, k", "inputs", "forward ms", "backward ms", "sum ms", "peak GiB",
+        "density", "ideal x", "x over own kernel dense", "of ideal", "x over FA2", "us a token",
+    ]  # fmt: skip
+    header = record["header"]
+    versions = ", ".join(
+        f"{name} {header[name]}" for name in ("torch", "cuda", "cudnn", "triton", "fa4") if header[name]
+    )
+    parts = [
+        "# Attention benchmark",
+        f"{header['gpu']}; {versions}; {header['date']}; commit {header['commit']}. bf16, head dim 128; shots of "
+        f"{header['grid']} tokens with {header['text_tokens']} text tokens, global text of "
+        f"{header['global_text_tokens']}. Forward times of MoC include routing and index; ideal = 1 / density.",
+        _table(head, [_case_line(case, cases) for case in long]),
+    ]
+    single = [c for c in cases if c["single"]]
+    if single:
+        lines = [
+            [
+                c["impl"],
+                c["tokens"],
+                *(f"{c['ms'][name]:.3f}" for name in ("forward", "backward", "graph")),
+                f"{c['density']:.3f}",
+            ]
+            for c in single
+        ]
+        parts += [
+            "## The paper's single-shot case: 6.3k tokens, chunk 256, k 3, not causal, own chunk as anchor",
+            _table(["impl", "tokens", "forward ms", "backward ms", "both from a graph ms", "density"], lines),
+        ]
+    parts += ["## Stages of MoC, 8 shots, ms", _stage_table(record["stages"])]
+    text = "\n\n".join(parts) + "\n"
+    path.write_text(text)
+    return text
+
+
+def _stage_table(stages: list[dict]) -> str:
+    names: dict[str, Times] = {}
+    for row in stages:
+        names.setdefault(f"{row['impl']} {row['chunk_tokens']}, {row['top_k']}", {})[row["stage"]] = row["ms"]
+    lines = [[stage, *(f"{times.get(stage, 0):.2f}" for times in names.values())] for stage in STAGE_ORDER]
+    forward = ("descriptors", "routing", "index", "own shot and text", "routed", "merge")
+    shares = []
+    for times in names.values():
+        total = sum(times.get(stage, 0) for stage in forward)
+        shares.append(f"{100 * sum(times.get(stage, 0) for stage in forward[:3]) / total:.1f} %" if total else "")
+    return _table(["stage", *names], [*lines, ["routing and index, of the forward", *shares]])
+
+
+def write_plot(record: dict, path: Path) -> None:
+    """Forward plus backward against the number of shots, dense and MoC (figure 5 of arXiv 2508.21058)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = [
+        c for c in _grouped(record["rows"]).values()
+        if not c["single"] and c["heads"] == 12 and c["inputs"] == "random" and c["chunk_tokens"] == 1280
+    ]  # fmt: skip
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for impl in sorted({case["impl"] for case in cases}):
+        line = sorted((c["shots"], c["total"]) for c in cases if c["impl"] == impl and c["shots"] <= 16)
+        axes.plot(*zip(*line, strict=True), marker="o", label=impl, linestyle="-" if impl.startswith("moc-") else "--")
+    axes.set(xlabel="shots of 23k tokens", ylabel="forward + backward, ms", yscale="log", title=record["header"]["gpu"])
+    axes.grid(visible=True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
