@@ -19,9 +19,9 @@ class Mode(StrEnum):
 class StoryworldConfig:
     """What to write, and where.
 
-    frames_per_shot, shots: the choices a scene draws from. characters: names in one scene. names, places, cameras: which
-    to use, all if empty. places_per_scene: a true cut changes place if there are two or more. continuation: the share
-    of shots after the first that go on without a cut (described mode only). familiar: every scene has the same places
+    frames_per_shot, shots: the choices a scene draws from. characters: names in one scene. names, places, cameras:
+    which to use, all if empty. places_per_scene: a true cut changes place if there are two or more. continuation: the
+    share of shots after the first that go on without a cut (described mode only). familiar: every scene has the same places
     and every name the same look, which a small model learns in minutes. look_alikes: two others share the fur and the
     outfit of the name that the last shot of a recall scene returns to. workers: processes; 0 means one for each core.
     overwrite: replace the storyworld already in `output`.
@@ -63,7 +63,7 @@ class StoryworldConfig:
             "names": (self.names, set(self.names) <= set(BADGES), f"among {', '.join(BADGES)}"),
             "cameras": (self.cameras, set(self.cameras) <= set(CAMERAS), f"among {', '.join(CAMERAS)}"),
             "characters": (self.characters, 1 <= self.characters <= len(self.names or BADGES),
-                           "from 1 to the number of names"),
+                           f"from 1 to {len(self.names or BADGES)}, the number of names"),
             "characters_per_shot": (self.characters_per_shot, 1 <= self.characters_per_shot <= min(3, self.characters),
                                     "from 1 to 3, and at most `characters`"),
             "places": (self.places, set(self.places) <= set(PLACES), f"names among {', '.join(PLACES)}"),
