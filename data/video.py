@@ -102,7 +102,8 @@ def write_video(
         with av.open(str(partial), "w") as container:
             stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
             stream.codec_context.thread_count = 1
-            stream.options = {"crf": str(crf)} | (options or {})
+            repeatable = {"x264-params": "mbtree=0"} if codec == "libx264" else {}  # x264's MB-tree is not
+            stream.options = {"crf": str(crf)} | repeatable | (options or {})
             for count, picture in enumerate(frames, start=1):
                 array = np.ascontiguousarray(picture)
                 if count == 1:

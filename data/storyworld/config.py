@@ -21,9 +21,10 @@ class StoryworldConfig:
 
     frames_per_shot, shots: the choices a scene draws from. characters: names in one scene. names, places, cameras:
     which to use, all if empty. places_per_scene: a true cut changes place if there are two or more. continuation: the
-    share of shots after the first that go on without a cut (described mode only). familiar: every scene has the same places
-    and every name the same look, which a small model learns in minutes. look_alikes: two others share the fur and the
-    outfit of the name that the last shot of a recall scene returns to. workers: processes; 0 means one for each core.
+    share of shots after the first that go on without a cut (described mode only). familiar: every scene has the same
+    places and every name the same look, which a small model learns in minutes. look_alikes: two others share the fur
+    and the outfit of the name that the last shot of a recall scene returns to. workers: processes; 0 means one for
+    each core.
     overwrite: replace the storyworld already in `output`.
     """
 
