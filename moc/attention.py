@@ -8,22 +8,16 @@ Shape letters: L packed tokens, N heads, D head dim, K routes.
 
 import os
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from moc import reference
 from moc.config import Backend, Descriptor, DropKey, MoCConfig
 from moc.layout import ShotLayout
 from moc.routing import drop_covered
-
-_MODULES = {
-    Backend.reference: "moc.reference",
-    Backend.torch: "moc.kernels.torch_parts",
-    Backend.triton: "moc.kernels.triton_backend",
-}
 
 
 def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
@@ -38,11 +32,29 @@ def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None 
             f"backend='triton' needs Triton, a CUDA GPU of compute capability 8.0 or more, fp16, bf16 or fp32 and head "
             f"dims from 16 to 128; q is {q.dtype}, head dim {q.shape[-1]}, on {q.device}: use backend='torch'"
         )
-    return import_module(_MODULES[chosen])
+    return _module(chosen)
+
+
+def _module(backend: Backend) -> ModuleType:
+    """Import statements rather than a table of names: torch.compile can trace them."""
+    if backend is Backend.triton:
+        from moc.kernels import triton_backend
+
+        return triton_backend
+    if backend is Backend.torch:
+        from moc.kernels import torch_parts
+
+        return torch_parts
+    return reference
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return _find_triton()
 
 
 @cache
-def _has_triton() -> bool:
+def _find_triton() -> bool:
     return find_spec("triton") is not None
 
 

@@ -16,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -36,6 +37,7 @@ GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
 SUITES = ("shots", "chunks", "heads", "single", "million")
 HEAD_DIM = 128
+WARM_UP = 0.4  # seconds
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,11 @@ def structured_inputs(layout: moc.ShotLayout, heads: int) -> list[Tensor]:
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median time of `function` on the device, after one unmeasured call."""
-    if repeats > 1:
+    """Median time of `function` on the device, warm: its power limit shows only after some tenths of a second."""
+    end_of_warm_up = time.monotonic() + (WARM_UP if repeats > 1 else 0)
+    while time.monotonic() < end_of_warm_up:
         function()
+        torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -121,7 +125,7 @@ def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Ten
     """forward() -> state, backward(state), each without side effects. Dense kernels are called directly."""
     if case.is_moc:
         config = case.config()
-        leaves = [x.requires_grad_() for x in qkv]
+        leaves = [x.detach().requires_grad_() for x in qkv]
         return (
             lambda: moc.moc_attention(*leaves, layout, config),
             lambda out: torch.autograd.grad(out, leaves, direction, retain_graph=True),
@@ -150,13 +154,17 @@ def measure(case: Case) -> list[dict]:
     peak = torch.cuda.max_memory_allocated()
     times = {"forward": median_ms(forward, case.repeats), "backward": median_ms(lambda: backward(state), case.repeats)}
     if case.single:
-        times["graph"] = graph_ms(lambda: backward(forward()))
+        times["graph"] = graph_ms(lambda: _both(*passes(case, layout, qkv, direction)))
     fields = {name: value for name, value in asdict(case).items() if name not in ("repeats", "single")}
     return [
         {**fields, "tokens": layout.num_tokens, "single": case.single, "pass": name, "ms": round(ms, 4),
          "peak_bytes": peak, "density": round(density, 5)}
         for name, ms in times.items()
     ]  # fmt: skip
+
+
+def _both(forward: Callable, backward: Callable) -> None:
+    backward(forward())
 
 
 KERNEL_STAGES = {

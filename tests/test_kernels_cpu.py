@@ -296,7 +296,7 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
     torch.library.opcheck(torch.ops.moc.attend, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def attend(q, k, v):
-        return triton_backend.attend(q, k, v, triton_backend.route(q, k, layout, config), layout, config)
+        return moc.moc_attention(q, k, v, layout, config, backend="triton", drops=DROPS)
 
     direction = torch.randn_like(q)
     expected = torch.autograd.grad(attend(q, k, v), (q, k, v), direction)

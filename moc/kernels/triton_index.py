@@ -104,7 +104,7 @@ def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
     before = torch.empty_like(masks)
     counts = routes.new_empty(num_heads, num_chunks)
     starts = routes.new_zeros(num_heads * num_chunks + 1)
-    entries = routes.new_empty(num_heads * num_entries)
+    entries = routes.new_zeros(num_heads * num_entries)
     sizes = (num_entries, num_slots, num_words, num_chunks)
     for first in range(0, num_heads, group):
         heads = min(group, num_heads - first)
