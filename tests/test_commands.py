@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 
 from data.video import write_video
 from moc.diffusion.samplers import sample_shots
-from tests.pipeline import ROOT, TINY_MODEL, command, prepare, refusal, train
+from scripts import demo
+from tests.pipeline import ROOT, TINY_MODEL, command, prepare, refusal, train, train_arguments
 
-SCRIPTS = ["train.py", "sample.py", *sorted(f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py"))]
+SCRIPTS = ["train.py", "sample.py"]
+SCRIPTS += sorted(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())
 GOOD = {"size": [32, 48], "fps": 12, "shots": [{"prompt": "A cat.", "seconds": 0.4}]}
 
 
@@ -156,6 +158,23 @@ def test_a_budget_no_scene_fits(capsys, tmp_path, prepared):
     assert_one_message(refusal(capsys, "train.py", *arguments, *TINY_MODEL), "data.batch_tokens", "raise the budget")
 
 
+# The demo
+
+
+def test_the_demo_does_not_write_over_another(capsys, tmp_path):
+    assert_one_message(refusal(capsys, "scripts/demo.py", f"output={tmp_path}"), f"output={tmp_path}", "another")
+
+
+def test_the_demo_ends_with_the_stage_that_failed(capfd):
+    stages = [demo.Stage("one", 60, ["-c", "print('did one')"]), demo.Stage("two", 60, ["-c", "raise SystemExit(3)"])]
+    with pytest.raises(ValueError, match=r"failed.*SystemExit"):
+        demo.run([*stages, demo.Stage("three", 60, ["-c", "print('did three')"])], threads=1)
+    said = capfd.readouterr().out
+    assert "[1/3] one (about 3.0 minutes left)" in said
+    assert "did one" in said
+    assert "did three" not in said
+
+
 # Checkpoints
 
 
@@ -168,6 +187,14 @@ def test_resuming_from_another_model(capsys, tmp_path, trained, prepared):
     assert_one_message(refusal(capsys, "train.py", *arguments, *TINY_MODEL, "seed=4"), "seed=0, not 4")
     assert_one_message(refusal(capsys, "train.py", *arguments, f"resume={tmp_path}/no"), "resume=", "no complete")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_starting_anew_over_an_older_run(capsys, tmp_path, trained, prepared):
+    shutil.copytree(trained, tmp_path / "run")
+    arguments = train_arguments(prepared, tmp_path / "run")
+    said = refusal(capsys, "train.py", *arguments, "resume=none")
+    assert_one_message(said.splitlines()[-1], "step_0000003", "set another name")
+    assert (tmp_path / "run/metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
 
 
 def test_sampling_from_what_is_no_model(capsys, tmp_path, script):

@@ -123,6 +123,17 @@ def test_the_scripts_that_ship_are_good(path):
     assert len(script.shots) >= 4
 
 
+def test_the_demos_stages_are_commands_that_parse(tmp_path):
+    demo = importlib.import_module("scripts.demo")
+    names = {"scripts/make_storyworld.py": "storyworld", "scripts/prepare_data.py": "prepare"}
+    stages = demo.plan(demo.DemoConfig(output=str(tmp_path)))
+    assert len(stages) >= 4
+    for stage in stages:
+        script, *overrides = stage.arguments
+        name = names.get(script, Path(script).stem)
+        assert isinstance(parse(composed(name, *overrides), schema_of(name)), schema_of(name))
+
+
 def test_parsed_configs_are_plain_and_frozen():
     config = parsed("train", "schedule=[{step: 0, chunk_tokens: 40, top_k: 3}]", "optim.lr=1e-3")
     assert type(config.optim.betas) is list

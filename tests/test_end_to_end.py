@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from data.video import open_video
 from moc import MoCConfig
 from moc.training import read_metrics
 from models import load_encoders, load_model
-from tests.pipeline import prepare, sample, train
+from tests.pipeline import ROOT, prepare, sample, train, train_arguments
 
 BIKES_STARTS = [0, 30, 76, 137, 187, 242]  # of its six shots
 
@@ -147,6 +150,27 @@ def test_training_resumes_through_the_command(trained, prepared, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     straight = train(prepared, tmp_path / "straight", "trainer.num_steps=5")
     assert [row["loss"] for row in read_metrics(straight) if "loss" in row] == [row["loss"] for row in rows]
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_processes_as_on_one(prepared, tmp_path):
+    one = train(prepared, tmp_path / "one", "parallel.accumulation=2", "data.workers=1")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "train.py",
+        *train_arguments(prepared, tmp_path / "two"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *launch], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (one, tmp_path / "two")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_prepared_storyworld_still_shows_its_places(world, prepared):

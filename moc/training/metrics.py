@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moc.training.checkpoint import refuse_later
+
 TRACKERS = ("none", "wandb", "wandb-offline")
 
 
@@ -21,9 +23,13 @@ class TrackerConfig:
 
 
 class Metrics:
-    """Appends to `metrics.jsonl` in a run's folder; a resumed run drops the lines past its checkpoint first."""
+    """Appends to `metrics.jsonl` in a run's folder; a resumed run drops the lines past its checkpoint first.
+
+    Raises ValueError, and drops nothing, where the folder holds checkpoints past `first_step`.
+    """
 
     def __init__(self, folder: Path, config: TrackerConfig, run_config: dict[str, Any], first_step: int = 0) -> None:
+        refuse_later(folder, first_step)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
