@@ -1,27 +1,42 @@
-"""How fast the data comes: training steps kept waiting by the loader, and frames a second of decoding and detection."""
+"""How fast and how right the data comes: steps kept waiting by the loader, decoding, shot detection against truth."""
 
 import gc
+import random
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import moc
+from data.bucketing import fit
 from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
+from data.cuts import cut_accuracy
 from data.dataset import DataConfig
 from data.loader import build_loader
+from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
 from data.scan import scan_video
-from data.shots import build_detector
+from data.shots import DETECTORS, Span, build_detector
+from data.sources import MANIFEST
+from data.video import open_video, scan, write_video
+
+_PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the shot's ends
 
 
 @dataclass
 class DataBenchmarkConfig:
-    """Samples as in the paper: 8 shots of 480x832, about 180k tokens, T5's text. film: also measure decoding it."""
+    """Samples as in the paper: 8 shots of 480x832, about 180k tokens, T5's text. film: also measure decoding it.
+    truth: folders with a manifest whose shots are true, to measure detectors on; films: joined by known cuts for that.
+    """
 
     folder: str = ""  # where the made-up cache goes
     output: str = "docs/benchmarks/data.json"
     film: str = ""
+    truth: list[str] = field(default_factory=list)
+    films: list[str] = field(default_factory=list)
     scenes: int = 8
     shots: int = 8
     latent: list[int] = field(default_factory=lambda: [16, 14, 60, 104])  # C, T, H, W of a shot
@@ -29,7 +44,7 @@ class DataBenchmarkConfig:
     steps: int = 40
     step_seconds: float = 0.2
     workers: int = 2
-    detector: str = "transnetv2"
+    detectors: list[str] = field(default_factory=lambda: list(DETECTORS))
 
     def __post_init__(self) -> None:
         if not self.folder:
@@ -98,8 +113,58 @@ def measure_decoding(film: Path, detector: str, folder: Path) -> dict:
     return {
         "what": "scan",
         "film": film.name,
-        "frames": scan.index.num_frames,
         "size": [scan.index.height, scan.index.width],
+        "frames": scan.index.num_frames,
+        "detector": detector,
+        "shots": len(scan.spans or ()),
         "decode_frames_per_second": scan.index.num_frames / scan.decode_seconds,
-        f"{detector}_frames_per_second": scan.index.num_frames / scan.detect_seconds,
+        "detect_frames_per_second": scan.index.num_frames / scan.detect_seconds,
     }
+
+
+def measure_cuts(truth: Path, detector: str, folder: Path) -> dict:
+    """Cuts found in the videos of a manifest against the shots it gives, all videos as one."""
+    found: list[int] = []
+    true: list[int] = []
+    total = 0
+    finder = build_detector(detector)
+    for scene in load_manifest(truth / MANIFEST):
+        scan = scan_video(truth, scene.path, folder, finder)
+        if scan.index is None or scan.spans is None:
+            raise scan.error or ValueError(f"{scene.path} was not scanned")
+        found += [total + start for start, _ in scan.spans[1:]]
+        true += [total + shot.start for shot in scene.shots[1:] if shot.cut]
+        total += scan.index.num_frames
+    accuracy = cut_accuracy(found, true, total)
+    return {"what": "cuts", "truth": truth.name, "detector": detector, "frames": total, "cuts": len(true)} | asdict(
+        accuracy
+    )
+
+
+def join_films(films: Sequence[Path], folder: Path, num_cuts: int = 60, seed: int = 0) -> Path:
+    """A film of pieces of real shots joined by hard cuts, and its manifest. Pieces keep off the ends of the shots that
+    PySceneDetect finds in `films`, and a shot never follows itself."""
+    readers = [open_video(film) for film in films]
+    pool = [(reader, span) for reader, film in zip(readers, films, strict=True) for span in _long_shots(film)]
+    rng = random.Random(seed)
+    pieces: list[np.ndarray] = []
+    previous = -1
+    while len(pieces) <= num_cuts:
+        choice = rng.choice([i for i in range(len(pool)) if i != previous])
+        reader, (start, end) = pool[choice]
+        length = rng.randint(_PIECE[0], min(_PIECE[1], end - start - 2 * _MARGIN))
+        first = rng.randint(start + _MARGIN, end - _MARGIN - length)
+        video = fit(reader.read(first, first + length), (144, 256))
+        pieces.append(((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
+        previous = choice
+    edges = np.cumsum([0, *(len(piece) for piece in pieces)]).tolist()
+    write_video(folder / "joined.mp4", np.concatenate(pieces), fps=24)
+    shots = tuple(ShotRecord(start, end) for start, end in pairwise(edges))
+    write_manifest(folder / MANIFEST, [SceneRecord(id="joined", video="joined.mp4", shots=shots)])
+    return folder
+
+
+def _long_shots(film: Path) -> list[Span]:
+    finder = build_detector("adaptive").finder()
+    scan(film, finder.see)
+    return [(start, end) for start, end in finder.spans() if end - start >= _PIECE[0] + 2 * _MARGIN]

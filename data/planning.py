@@ -128,6 +128,11 @@ def _cut_shot(shot: ShotRecord, index: VideoIndex, rule: ShotRule) -> list[tuple
     return pieces
 
 
+def replan(root: Path, plan: SamplePlan, scene: SceneRecord) -> SamplePlan:
+    """The plan with other captions, under another key."""
+    return _plan(root, scene, plan.indices, plan.size, plan.index)
+
+
 def _plan(
     root: Path,
     scene: SceneRecord,

@@ -1,10 +1,11 @@
-"""From a folder of videos to a cache to train on: find, scan, plan, encode, report.
+"""From a folder of videos to a cache to train on: find, scan, plan, caption, encode, report.
 
 Every stage keeps what it finished, so that a run that was killed goes on, and a second run redoes nothing. Many
 processes share the work by turns over its items; they meet only between stages. One bad file never stops a run
 (unless `strict`): it becomes a named record of the report.
 
     output/scans/*.json        what decoding each video found
+    output/captions/*.json     what a captioner answered
     output/manifest.jsonl      the samples, paths relative to the input
     output/cache/<digest>/     latents and text (data/cache.py)
     output/report.json, report.html, thumbnails/
@@ -12,27 +13,25 @@ processes share the work by turns over its items; they meet only between stages.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
-import filelock
 import torch
-from tqdm import tqdm
 
 from data.cache import CacheWriter, digest, finish, read_parts, remove_damaged, write_whole
+from data.captioner import Captioner, SampleCaptioner, TransformersCaptioner
 from data.decoders import DECODERS
 from data.encode import Codec, SampleEncoder, TextEncoder
 from data.errors import DataError
 from data.manifest import write_manifest
 from data.planning import SamplePlan, ShotRule, doubts, plan_scene
+from data.process import Process, held
 from data.report import Report
 from data.scan import Scan, scan_video
 from data.shots import DETECTORS, build_detector
 from data.sources import MANIFEST, Found, find_scenes
 
-Item = TypeVar("Item")
 DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -51,6 +50,7 @@ class PrepareConfig:
     decoder: str = "pyav"
     detector: str = "transnetv2"
     threshold: float = 0.0  # of the detector; 0: its own
+    captioner: str = ""  # a folder with a vision-language model, to caption what has no caption
     dtype: str = "float16"  # of stored latents and text
     shard_megabytes: int = 256
     device: str = "cpu"  # of shot detection and encoders
@@ -76,20 +76,6 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
-class Process:
-    """This process among those preparing together. wait: returns when all have come to the same point."""
-
-    rank: int = 0
-    world_size: int = 1
-    wait: Callable[[], None] = lambda: None
-
-    def share(self, items: Sequence[Item], label: str) -> Iterator[Item]:
-        """Every world_size-th item, with progress and an estimate of the time left."""
-        mine = items[self.rank :: self.world_size]
-        yield from tqdm(mine, desc=label, disable=self.rank != 0, unit="item")
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What came of it. cache: the folder to train on."""
 
@@ -105,9 +91,10 @@ def prepare(
     process: Process | None = None,
     found: Found | None = None,
     save_encoders: Callable[[Path], None] | None = None,
+    captioner: Captioner | None = None,
 ) -> Prepared:
     """Run all stages. found: what `find_scenes(config.input)` gave, if it was called before. save_encoders: called
-    with cache/encoders before the cache counts as complete.
+    with cache/encoders before the cache counts as complete. captioner: instead of the one that config names.
 
     Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, no-usable-samples, and with
     `strict` the first problem of any file. The report is written before no-usable-samples is raised.
@@ -116,8 +103,10 @@ def prepare(
     output = Path(config.output)
     _check_sizes(config, codec)
     found = found or find_scenes(config.input)
-    with _held(output, process):
-        return _Run(config, codec, text_encoder, process, found).all_stages(save_encoders)
+    with held(output, process):
+        if config.captioner and captioner is None:
+            captioner = TransformersCaptioner(config.captioner, config.device)
+        return _Run(config, codec, text_encoder, process, found).all_stages(captioner, save_encoders)
 
 
 class _Run:
@@ -130,6 +119,7 @@ class _Run:
         self.process, self.found = process, found
         self.output = Path(config.output)
         self.report = Report()
+        self.failures: list[list[str]] = []  # of this process, for the report that the first one writes
         self.detector = build_detector(config.detector, config.threshold, config.device)
         self.recipe = {
             "decoder": config.decoder,
@@ -141,7 +131,7 @@ class _Run:
         }
         self.cache = self.output / "cache" / digest(self.recipe)
 
-    def all_stages(self, save_encoders: Callable[[Path], None] | None) -> Prepared:
+    def all_stages(self, captioner: Captioner | None, save_encoders: Callable[[Path], None] | None) -> Prepared:
         for problem in self.found.problems:
             self._problem(problem)
         if self.process.rank == 0:
@@ -149,6 +139,8 @@ class _Run:
         self._scan_videos()
         self.process.wait()
         plans = self._plan()
+        if captioner:
+            plans = self._caption(plans, captioner)
         done = {scene["key"] for part in read_parts(self.cache) for scene in part["scenes"]}
         self.process.wait()  # all have looked at what is done before any does more
         manifest = self.output / MANIFEST
@@ -221,6 +213,20 @@ class _Run:
             plans += samples
         return plans
 
+    def _caption(self, plans: list[SamplePlan], captioner: Captioner) -> list[SamplePlan]:
+        """The plans, those without any caption with the model's."""
+        captions = SampleCaptioner(captioner, self.found.root, self.output / "captions")
+        for plan in self.process.share([plan for plan in plans if captions.wants(plan)], "caption"):
+            try:
+                captions.make(plan)
+            except DataError as error:
+                if self.config.strict:
+                    raise
+                self.failures.append([error.kind, error.where, error.message])
+        self.process.wait()
+        self.report.problems = [p for p in self.report.problems if p["kind"] != "empty-caption"]
+        return [captions.apply(plan) if captions.wants(plan) else plan for plan in plans]
+
     def _encode(self, plans: list[SamplePlan], done: set[str]) -> None:
         config, rank = self.config, self.process.rank
         writer = CacheWriter(
@@ -231,7 +237,6 @@ class _Run:
         )
         encoder.add_null_text(writer)
         todo = [plan for plan in plans if plan.key not in done]
-        failures: list[list[str]] = []
         start = time.perf_counter()
         try:
             for plan in self.process.share(todo, "encode"):
@@ -241,11 +246,11 @@ class _Run:
                 except DataError as error:
                     if config.strict or error.kind == "cannot-write":
                         raise
-                    failures.append([error.kind, error.where, error.message])
+                    self.failures.append([error.kind, error.where, error.message])
         finally:  # also when interrupted: what is encoded is kept
             writer.flush()
         self.report.seconds["encode"] = time.perf_counter() - start
-        write_whole(self.cache / f"failures-{rank}.json", json.dumps(failures).encode())
+        write_whole(self.cache / f"failures-{rank}.json", json.dumps(self.failures).encode())
 
     def _report(self, plans: list[SamplePlan]) -> None:
         """Write the report. Raises DataError (no-usable-samples)."""
@@ -270,24 +275,3 @@ def _check_sizes(config: PrepareConfig, codec: Codec) -> None:
             raise DataError(
                 "bad-size", "size", f"{height}x{width} must be multiples of the codec's {codec.spatial_factor}"
             )
-
-
-class _held:
-    """The output folder, for this run alone."""
-
-    def __init__(self, output: Path, process: Process) -> None:
-        self.output, self.process = output, process
-
-    def __enter__(self) -> None:
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.output / ".lock", timeout=0)
-            if self.process.rank == 0:
-                self.lock.acquire()
-        except filelock.Timeout as error:
-            raise DataError("output-in-use", self.output, "another run is preparing into it") from error
-        except OSError as error:
-            raise DataError("cannot-write", self.output, f"{error.strerror}") from error
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()

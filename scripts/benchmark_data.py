@@ -1,6 +1,7 @@
-"""Measure the loader at the paper's token counts: python scripts/benchmark_data.py folder=DIR [film=FILE]
+"""Measure the loader at the paper's token counts: python scripts/benchmark_data.py folder=DIR [key=value ...]
 
-With film=FILE, also decoding it and finding its shots.
+film=FILE also measures decoding it and finding its shots; truth=[DIR] (a storyworld) and films=[A,B] (joined by known
+cuts) the accuracy of the cuts found.
 """
 
 import json
@@ -14,7 +15,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from data.benchmark import DataBenchmarkConfig, measure_decoding, measure_loader, write_random_cache
+from data.benchmark import (
+    DataBenchmarkConfig,
+    join_films,
+    measure_cuts,
+    measure_decoding,
+    measure_loader,
+    write_random_cache,
+)
 from data.cache import write_whole
 
 
@@ -22,8 +30,14 @@ from data.cache import write_whole
 def main(config: DataBenchmarkConfig) -> None:
     write_random_cache(config)
     rows = [measure_loader(config)]
-    if config.film:
-        rows.append(measure_decoding(Path(config.film), config.detector, Path(config.folder, "scans")))
+    folder = Path(config.folder)
+    truths = [Path(truth) for truth in config.truth]
+    if config.films:
+        truths.append(join_films([Path(film) for film in config.films], folder / "joined"))
+    for detector in config.detectors:
+        if config.film:
+            rows.append(measure_decoding(Path(config.film), detector, folder / "scans"))
+        rows += [measure_cuts(truth, detector, folder / "scans") for truth in truths]
     header = {"cpu": platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg(), "torch": torch.__version__}
     write_whole(Path(config.output), json.dumps({"header": header, "rows": rows}, indent=1).encode())
     print(json.dumps(rows, indent=1))
