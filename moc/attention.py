@@ -74,9 +74,9 @@ def route(
     drops: DropKey | None = None,
     backend: Backend | str | None = None,
 ) -> Tensor:
-    """Chunks chosen for each query and head: q, k [L, N, D] -> int32 [N, L, K], best first, -1 where a slot is empty.
+    """Chunks chosen for each query and head: q, k [L, N, D] -> int32 [N, L, K], -1 where a slot is empty.
 
-    K = top_k; with `drops`, top_k + drop_in_max. Not differentiable.
+    A query's chunks come in no set order. K = top_k; with `drops`, top_k + drop_in_max. Not differentiable.
     """
     _check(q, k, k, layout)
     return resolve_backend(q, config, backend).route(q, k, layout, config, drops)

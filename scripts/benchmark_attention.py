@@ -168,7 +168,7 @@ def _both(forward: Callable, backward: Callable) -> None:
 
 
 KERNEL_STAGES = {
-    "means_kernel": "descriptors", "route_kernel": "routing", "shortlist_kernel": "routing",
+    "means_kernel": "descriptors", "route_kernel": "routing",
     "forward_kernel": "routed", "merge_kernel": "merge", "delta_kernel": "routed: delta",
     "gather_kernel": "routed: gather", "dkv_kernel": "routed: dK, dV", "add_dq_kernel": "routed: sum dQ",
     "dq_kernel": "routed: dQ",

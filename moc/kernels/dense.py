@@ -32,7 +32,7 @@ FA4_TESTED = ("4.0.0b16",)  # betas change their return values
 SCORES_PER_BLOCK = 1 << 25  # bounds the memory of `math`: scores held at a time
 
 Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)

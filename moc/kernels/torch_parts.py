@@ -69,11 +69,9 @@ class _Lists:
     def sum_slots(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """rows [R, D], weights [G, L, K] or None for ones -> their sum over slots, [L, G, D] in fp32 at least."""
         weights = (self.place >= 0).to(rows.dtype) if weights is None else weights
-        total = 0.0
+        total = rows.new_zeros(*self.place.shape[:2], rows.shape[-1])
         for slot in range(self.place.shape[-1]):
-            part = rows[self.place[..., slot].clamp(min=0)]
-            total = total + part * weights[..., slot, None]
-        assert isinstance(total, Tensor)
+            total += rows[self.place[..., slot].clamp(min=0)] * weights[..., slot, None]
         return total.transpose(0, 1)
 
 
@@ -119,10 +117,11 @@ class _Attend(torch.autograd.Function):
         dq, dk, dv = anchors.backward(kernel, dout, q, k, v, out, lse, layout.text_index, calls, config.deterministic)
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
-                given = [lists.rows(x) for x in (dout, q, out)]
+                dout_rows, q_rows, out_rows = (lists.rows(x) for x in (dout, q, out))
                 row_lse = lse[lists.first + lists.head, lists.token]
-                routed = _routed(q, kernel)
-                dq_rows, dk_part, dv_part = routed.backward(*given, row_lse, k, v, lists, layout, config.deterministic)
+                dq_rows, dk_part, dv_part = _routed(q, kernel).backward(
+                    dout_rows, q_rows, out_rows, row_lse, k, v, lists, layout, config.deterministic
+                )
                 wide = torch.promote_types(q.dtype, torch.float32)
                 for total, part in zip(
                     (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_part, dv_part), strict=True

@@ -4,7 +4,7 @@ A program takes BQ queries of one head, walks over the chunks they may route to,
 chunks of each query in registers: as long as some query has a score above its worst kept one, each query takes its
 best remaining score. Chunks come in stream order and only a strictly better score displaces a kept one, so ties go to
 the lowest index. Means enter the matrix unit as a sum of terms of q's dtype (three bf16 or two fp16), which restores
-fp32 accuracy, as q itself is exact. More than FEW routes go through `triton_shortlist`.
+fp32 accuracy, as q itself is exact.
 
 Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). Equals `moc.routing.route`, except that the routes
 of a query come in no order.
@@ -21,11 +21,8 @@ from moc.config import DropKey, MoCConfig
 from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask
 from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
-from moc.kernels.triton_shortlist import shortlist_kernel
 from moc.layout import ShotLayout
 
-FEW = 8  # routes that are kept in registers; more go through a shortlist
-PROGRAMS = 132 * 4  # of the shortlist kernel: each owns a scratch
 TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
 
@@ -127,31 +124,15 @@ def _route(
     num_tokens, num_heads, head_dim = q.shape
     num_chunks = len(chunk_starts) - 1
     routes = torch.empty(num_heads, num_tokens, top_k, dtype=torch.int32, device=q.device)
-    if not top_k:
-        return routes
-    means = chunk_means(k, chunk_starts)
-    tables = (
-        token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot, sample_first_chunk,
-        num_tokens, num_heads, num_chunks, q.stride(0), top_k,
-    )  # fmt: skip
-    shape = {
-        "TERMS": TERMS[q.dtype], "CAUSAL": causal, "OWN": own_anchor, "D": head_dim, "DP": means.shape[-1],
-    }  # fmt: skip
-    if top_k <= FEW:
-        block = 64 if q.dtype == torch.float32 else 128
+    if top_k:
+        means = chunk_means(k, chunk_starts)
+        block = 128 if top_k <= 8 and q.dtype != torch.float32 else 64
         route_kernel[(triton.cdiv(num_tokens, block), num_heads)](
-            q, means, routes, *tables, **shape, KP=max(2, triton.next_power_of_2(top_k)), BQ=block, BC=32, num_warps=4
-        )
-    else:
-        capacity = max(128, triton.next_power_of_2(2 * top_k))
-        block = max(16, min(64, 64 * 128 // capacity))
-        programs = min(triton.cdiv(num_tokens, block) * num_heads, PROGRAMS)
-        scores = torch.empty(programs, block, capacity, device=q.device)
-        bars = torch.empty(programs, block, device=q.device)
-        scratch = (scores, torch.empty_like(scores, dtype=torch.int32), torch.empty_like(bars, dtype=torch.int32), bars)
-        shortlist_kernel[(programs,)](
-            q, means, routes, *scratch, *tables, **shape, CAPACITY=capacity, BQ=block, BC=32, ROWS=16, num_warps=4
-        )
+            q, means, routes, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
+            sample_first_chunk, num_tokens, num_heads, num_chunks, q.stride(0), top_k,
+            TERMS=TERMS[q.dtype], KP=max(2, triton.next_power_of_2(top_k)), CAUSAL=causal, OWN=own_anchor,
+            D=head_dim, DP=means.shape[-1], BQ=block, BC=32, num_warps=4,
+        )  # fmt: skip
     return routes
 
 
