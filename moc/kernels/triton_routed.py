@@ -116,9 +116,9 @@ def routed_forward(
             num_tokens, num_chunks, num_slots, stride, head_dim**-0.5 * kernels.LOG2E.value,
             **shape, BM=lists.tile, TMA=use_tma(q), **blocks.forward,
         )  # fmt: skip
-        kernels.merge_kernel[(triton.cdiv(num_tokens, 32), last - first)](
+        kernels.merge_kernel[(triton.cdiv(num_tokens, 16), last - first)](
             out, lse, partial, partial_lse, first, num_tokens, num_slots, stride,
-            **shape, SLOTS=triton.next_power_of_2(num_slots), BT=32,
+            **shape, SLOTS=triton.next_power_of_2(num_slots), BT=16,
         )  # fmt: skip
 
 
@@ -179,6 +179,6 @@ def _add_dq(
             q, *key_sources, dout, lse, delta, *_list_args(lists), chunk_starts, partial, *bounds,
             num_tokens, num_chunks, num_slots, stride, scale, **shape, BM=lists.tile, TMA=use_tma(q), **block,
         )  # fmt: skip
-        kernels.add_dq_kernel[(triton.cdiv(num_tokens, 32), last - first)](
-            dq, partial, routes, first, num_tokens, num_slots, stride, **shape, BT=32
+        kernels.add_dq_kernel[(triton.cdiv(num_tokens, 16), last - first)](
+            dq, partial, routes, first, num_tokens, num_slots, stride, **shape, BT=16
         )
