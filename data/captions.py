@@ -69,7 +69,7 @@ def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str])
 def read_sidecar(path: Path) -> str:
     """The caption in NAME.txt beside NAME.mp4, or "". Raises DataError (not-utf-8, huge-caption)."""
     sidecar = path.with_suffix(".txt")
-    return check_caption(_text(sidecar).strip(), str(sidecar)) if sidecar.is_file() else ""
+    return str(check_caption(_text(sidecar).strip(), str(sidecar))) if sidecar.is_file() else ""
 
 
 def _entries(path: Path) -> Iterable[tuple[str, dict]]:
@@ -128,7 +128,7 @@ def _shot_captions(fields: dict, where: str) -> list[Caption]:
     """A caption for each true cut: StoryMem's prompts of shots that go on without one are joined."""
     scenes = fields.get("scenes")
     if not isinstance(scenes, list):
-        texts = next((fields[name] for name in _SHOT_CAPTIONS if isinstance(fields.get(name), list)), [])
+        texts: list = next((fields[name] for name in _SHOT_CAPTIONS if isinstance(fields.get(name), list)), [])
         return [_caption(text, f"{where} shot {i}") for i, text in enumerate(texts)]
     joined: list[str] = []
     for scene in scenes:

@@ -42,7 +42,8 @@ def plan_steps(
 def deal(step: Step, bins: int) -> list[list[Draw]]:
     """Split a step into `bins` non-empty lists of nearly equal tokens: largest first, to the lightest bin."""
     order = sorted(range(len(step.draws)), key=lambda i: (-step.tokens[i], i))
-    loads, dealt = [0] * bins, [[] for _ in range(bins)]
+    loads = [0] * bins
+    dealt: list[list[int]] = [[] for _ in range(bins)]
     for i in order:
         lightest = min(range(bins), key=lambda b: (loads[b], len(dealt[b])))
         loads[lightest] += step.tokens[i]

@@ -200,16 +200,16 @@ class _Run:
         for scan in scans.values():
             self.report.count_scan(scan)
         for scene in self.found.scenes:
-            scan = scans[scene.video] if scene.video else None
-            for warning in doubts(scene, scan):
+            seen = scans[scene.video] if scene.video else None
+            for warning in doubts(scene, seen):
                 self.report.add_problem(warning, action="warning")
             try:
-                samples, skipped = plan_scene(self.found.root, scene, scan, rule)
+                samples, skipped = plan_scene(self.found.root, scene, seen, rule)
             except DataError as error:
                 self._problem(error)
                 continue
-            for error in skipped:
-                self._problem(error)
+            for shot in skipped:
+                self._problem(shot)
             plans += samples
         return plans
 
