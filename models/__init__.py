@@ -43,7 +43,7 @@ class Family(StrEnum):
 class ModelConfig:
     """A model's sizes. path: weights to start from (anything `load_model` reads); the sizes then come from there.
 
-    data_std, frame_place: see `models.layers.Output` and `FramePlace`.
+    input_skip, frame_place: see `models.layers.Output` and `FramePlace`.
     lora_rank: above 0, train adapters of that rank on the linears whose names end in one of lora_targets
     (wan: to_q to_k to_v to_out.0 net.0.proj net.2; mmdit: to_qkv to_out ffn.0 ffn.2).
     """
@@ -54,7 +54,7 @@ class ModelConfig:
     num_layers: int = 4
     num_heads: int = 4
     ffn_dim: int = 512
-    data_std: float = 0.0
+    input_skip: bool = False
     frame_place: bool = False
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=list)
@@ -81,7 +81,7 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Mod
     if config.family == Family.mmdit:
         sizes = {
             name: getattr(config, name)
-            for name in ("dim", "num_layers", "num_heads", "ffn_dim", "data_std", "frame_place")
+            for name in ("dim", "num_layers", "num_heads", "ffn_dim", "input_skip", "frame_place")
         }
         return MMDiT(latent_channels=latent_channels, text_dim=text_dim, **sizes)
     return WanTransformer3DModel(

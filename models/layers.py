@@ -207,29 +207,29 @@ class Condition(nn.Module):
 class Output(nn.Module):
     """Modulated norm, then a linear to patches [Lv, patch_dim], zero at the start.
 
-    data_std above 0 preconditions for latents of that deviation (EDM, arXiv 2206.00364, section 5, for the velocity):
-    the best linear predictor for independent values comes for free, and the network learns, at unit scale for every
-    noise level, what remains. It helps small models most.
+    with_skip adds the noisy patch times a gain of the condition, channel by channel: the best linear predictor of the
+    velocity then costs the network nothing, which a small model needs and a wide one does not.
     """
 
-    def __init__(self, dim: int, patch_dim: int, data_std: float) -> None:
+    def __init__(self, dim: int, patch_dim: int, with_skip: bool) -> None:
         super().__init__()
         self.modulation = Modulation(dim, 2)
         self.linear = nn.Linear(dim, patch_dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.data_std = data_std
+        self.gain = nn.Linear(dim, patch_dim) if with_skip else None
+        if self.gain is not None:
+            nn.init.zeros_(self.gain.weight)
+            nn.init.zeros_(self.gain.bias)
 
-    def forward(self, x: Tensor, patches: Tensor, sigma: Tensor, condition: Tensor, group: Tensor) -> Tensor:
-        """sigma: [G], of each group. group: [Lv], of each token."""
+    def forward(self, x: Tensor, patches: Tensor, condition: Tensor, group: Tensor) -> Tensor:
+        """condition: [G, dim] of each group; group: [Lv] of each token."""
         out = self.linear(modulate(x, *self.modulation(condition), group)).float()
-        if self.data_std == 0:
+        if self.gain is None:
             return out
-        sigma, variance = sigma.float()[:, None], self.data_std**2
-        noisy_variance = (1 - sigma) ** 2 * variance + sigma**2
-        skip = (sigma - (1 - sigma) * variance) / noisy_variance
-        scale = self.data_std / noisy_variance.sqrt()
-        return skip[group] * patches.float() - scale[group] * out
+        with torch.autocast(x.device.type, enabled=False):
+            gain = self.gain(condition.to(self.gain.weight.dtype)).float()
+        return out + spread(gain, group) * patches.float()
 
 
 def patchify(latent: Tensor, patch: Grid) -> Tensor:

@@ -30,12 +30,12 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
     """Predicts the velocity (noise - latent) of every shot of a packed batch.
 
     latent_channels, text_dim: widths of the codec's latents and of the text encoder's features.
-    patch_size: latent (frames, height, width) of a token. data_std: see `models.layers.Output`.
+    patch_size: latent (frames, height, width) of a token. input_skip: see `models.layers.Output`.
     frame_place: see `models.layers.FramePlace`.
     """
 
     _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules: ClassVar = ["condition", "modulation", "norm_q", "norm_k"]
+    _keep_in_fp32_modules: ClassVar = ["condition", "modulation", "gain", "norm_q", "norm_k"]
     _no_split_modules: ClassVar = ["JointBlock"]
     _repeated_blocks: ClassVar = ["JointBlock"]
 
@@ -51,7 +51,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         patch_size: tuple[int, int, int] = (1, 2, 2),
         freq_dim: int = 256,
         rope_theta: float = 10000.0,
-        data_std: float = 0.0,
+        input_skip: bool = False,
         frame_place: bool = False,
     ) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         self.condition = Condition(dim, text_dim, freq_dim)
         last = num_layers - 1
         self.blocks = nn.ModuleList(JointBlock(dim, num_heads, ffn_dim, last=i == last) for i in range(num_layers))
-        self.output = Output(dim, patch_dim, data_std)
+        self.output = Output(dim, patch_dim, input_skip)
         self.gradient_checkpointing = False
 
     def forward(
@@ -100,8 +100,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         if self.place is not None:
             video = video + self.place(part.grids, video.dtype)
         words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
-        group_sigma = part.group_sigma(sigma)
-        condition = self.condition(group_sigma, pooled(text))
+        condition = self.condition(part.group_sigma(sigma), pooled(text))
         table = rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta)
         attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
@@ -114,7 +113,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
 
         if cache is not None and remember:
             cache.num_tokens = layout.num_tokens
-        out = self.output(video, patches, group_sigma, condition, part.video_group)
+        out = self.output(video, patches, condition, part.video_group)
         pieces = out.split([t * h * w for t, h, w in part.grids])
         return [unpatchify(x, grid, self.stream.patch) for x, grid in zip(pieces, part.grids, strict=True)]
 

@@ -45,7 +45,7 @@ def pack(model: MMDiT, *samples: Sample) -> Batch:
 
 
 def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
-    model = build_model(ModelConfig(data_std=0.4), CHANNELS, TEXT_DIM)
+    model = build_model(ModelConfig(input_skip=True), CHANNELS, TEXT_DIM)
     batch = pack(model, sample(), sample(num_shots=1, frames=1))
     out = run(model, batch, MOC)
     assert [v.shape for v in out] == [x.shape for x in batch.latents]
@@ -144,7 +144,7 @@ def test_recomputation_gives_the_same_gradients_under_drops(descriptor: str) -> 
 
 
 def test_every_weight_learns() -> None:
-    model = small_model(data_std=0.4, frame_place=True)
+    model = small_model(input_skip=True, frame_place=True)
     sum(v.square().sum() for v in run(model, pack(model, sample()), MOC)).backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
 
@@ -171,7 +171,7 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
 
 
 def test_save_and_load_are_exact(tmp_path: Path) -> None:
-    model = small_model(data_std=0.4, frame_place=True)
+    model = small_model(input_skip=True, frame_place=True)
     save_model(model, tmp_path / "a", MOC)
     loaded = load_model(tmp_path / "a")
     save_model(loaded, tmp_path / "b", MoCConfig.load(tmp_path / "a"))
@@ -221,7 +221,7 @@ def test_spread_has_the_gradient_of_indexing() -> None:
 @pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
 @torch.no_grad()
 def test_cached_history_gives_the_same_velocity(descriptor: str) -> None:
-    model = small_model(data_std=0.4, frame_place=True)
+    model = small_model(input_skip=True, frame_place=True)
     config = MoCConfig(chunk_tokens=12, top_k=2, text_anchor="global_and_own", descriptor=descriptor)
     story = sample()
     sigma = torch.tensor([0.1, 0.1, 0.7])
