@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -51,6 +51,8 @@ class EncodedScene:
     kind: str
     latents: list[Tensor]
     text: list[list[Tensor]]
+    shapes: list[list[int]] = field(default_factory=list)
+    frames: dict | None = None
 
 
 class CacheWriter:
@@ -78,13 +80,14 @@ class CacheWriter:
 
     def add(self, scene: EncodedScene) -> None:
         """Queue a scene; writes a shard when enough is queued. Raises DataError (nan-latents, disk-full)."""
-        shots = []
+        shots: list[dict] = [{"shape": shape} for shape in scene.shapes]
         latents = [self._finite(latent, f"{scene.id} shot {i}") for i, latent in enumerate(scene.latents)]
         for i, latent in enumerate(latents):
             shots.append({"shape": list(latent.shape), "crc32": checksum(latent)})
             self._tensors[f"{scene.key}/{i}"] = latent
         text = [[self.add_text(tensor, scene.id) for tensor in variant] for variant in scene.text]
-        self._scenes.append({"id": scene.id, "key": scene.key, "kind": scene.kind, "shots": shots, "text": text})
+        entry = {"id": scene.id, "key": scene.key, "kind": scene.kind, "shots": shots, "text": text}
+        self._scenes.append(entry | ({"frames": scene.frames} if scene.frames else {}))
         full = sum(t.nbytes for t in self._tensors.values()) >= self.shard_bytes
         if full or time.monotonic() - self._started > _FLUSH_SECONDS:
             self.flush()
@@ -154,7 +157,7 @@ def remove_damaged(folder: Path) -> list[DataError]:
 def _intact(path: Path, part: dict) -> bool:
     wanted = {f"text/{key}": entry["crc32"] for key, entry in part["text"].items()}
     for scene in part["scenes"]:
-        wanted |= {f"{scene['key']}/{i}": shot["crc32"] for i, shot in enumerate(scene["shots"])}
+        wanted |= {f"{scene['key']}/{i}": shot["crc32"] for i, shot in enumerate(scene["shots"]) if "crc32" in shot}
     try:
         with safe_open(path, framework="pt") as file:
             return all(checksum(file.get_tensor(name)) == crc32 for name, crc32 in wanted.items())

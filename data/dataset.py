@@ -9,6 +9,7 @@ from pathlib import Path
 import moc
 from data.cache import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
+from data.online import LoadCodec
 from data.order import DRAW, Draw, Source, uniforms
 from data.shards import Cache, CachedScene, open_cache
 
@@ -66,7 +67,13 @@ class ShotDataset:
     Raises DataError: missing or unfinished caches, no-usable-samples, mixed-encoders.
     """
 
-    def __init__(self, sources: Sequence[SourceConfig], copies: str = "", max_bytes: int = 50 << 30) -> None:
+    def __init__(
+        self,
+        sources: Sequence[SourceConfig],
+        copies: str = "",
+        max_bytes: int = 50 << 30,
+        load_codec: LoadCodec | None = None,
+    ) -> None:
         self.caches: list[Cache] = []
         self.items: list[tuple[int, CachedScene]] = []
         self.source_items: list[tuple[float, list[int]]] = []
@@ -74,7 +81,7 @@ class ShotDataset:
         for source in sources:
             if source.path not in opened:
                 opened[source.path] = len(self.caches)
-                self.caches.append(open_cache(source.path, copies, max_bytes))
+                self.caches.append(open_cache(source.path, copies, max_bytes, load_codec))
             cache = opened[source.path]
             scenes = [s for s in self.caches[cache].scenes if source.kind.value in ("any", s.kind)]
             if not scenes:
@@ -97,7 +104,7 @@ class ShotDataset:
     @property
     def encoders_folder(self) -> Path:
         """What decodes these latents and prompts with this text; every checkpoint carries a copy."""
-        return self.caches[0].store.local_folder("encoders")
+        return self.caches[0].encoders_folder
 
     @property
     def text_dim(self) -> int:
@@ -196,9 +203,10 @@ def _id_hash(scene_id: str) -> str:
     return hashlib.sha256(scene_id.encode()).hexdigest()
 
 
-def open_dataset(config: DataConfig) -> ShotDataset:
-    """The dataset a config names. Raises DataError where it names none."""
+def open_dataset(config: DataConfig, load_codec: LoadCodec | None = None) -> ShotDataset:
+    """The dataset a config names. load_codec: for caches without latents. Raises DataError where it names none."""
     if bool(config.path) == bool(config.sources):
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
     max_bytes = int(config.local_cache_gigabytes * 1e9)
-    return ShotDataset(config.sources or [SourceConfig(path=config.path)], config.local_cache, max_bytes)
+    sources = config.sources or [SourceConfig(path=config.path)]
+    return ShotDataset(sources, config.local_cache, max_bytes, load_codec)

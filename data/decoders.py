@@ -75,8 +75,9 @@ class PyAVReader(IndexedReader):
 
     def _open(self, seek_seconds: float | None) -> None:
         self.close()
-        self._file = opened(self.path)
-        container, stream = self._file.__enter__()
+        file = opened(self.path)
+        container, stream = file.__enter__()
+        self._file = file
         if seek_seconds is not None and self.index.pts is not None:
             target = self.index.pts[0] + int(seek_seconds / stream.time_base)
             container.seek(target, stream=stream, backward=True)

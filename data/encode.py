@@ -1,7 +1,7 @@
 """Third stage of preparing: samples' frames and captions through the codec and the text encoder into the cache."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,19 +13,10 @@ from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene
 from data.errors import DataError
 from data.images import read_image
 from data.manifest import captions, shot_prompt
+from data.online import Codec, describe_frames, latent_shapes
 from data.planning import SamplePlan
 from data.report import save_thumbnail
 from data.video import open_video
-
-
-class Codec(Protocol):
-    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'], F = temporal_factor * n + 1."""
-
-    temporal_factor: int
-    spatial_factor: int
-    fingerprint: str
-
-    def encode(self, video: Tensor) -> Tensor: ...
 
 
 class TextEncoder(Protocol):
@@ -46,6 +37,7 @@ class SampleEncoder:
     output: Path
     decoder: str
     device: str
+    online_in: Path | None = None  # a cache folder that is to hold no latents
 
     def encode(self, plan: SamplePlan) -> EncodedScene:
         """Raises DataError: broken, size-change and others of reading; out-of-memory."""
@@ -53,14 +45,19 @@ class SampleEncoder:
         try:
             for i, video in enumerate(self._shots(plan)):
                 save_thumbnail(self.output, plan, i, video)
-                latents.append(self.codec.encode(video.to(self.device)))
+                if not self.online_in:
+                    latents.append(self.codec.encode(video.to(self.device)))
         except torch.OutOfMemoryError as error:
             raise DataError(
                 "out-of-memory", plan.scene.id, "a shot does not fit the GPU; lower size or max_frames"
             ) from error
         scene = plan.scene
-        kind = "image" if scene.image else "single" if len(latents) == 1 else "multi"
-        return EncodedScene(scene.id, plan.key, kind, latents, self._text(plan))
+        kind = "image" if scene.image else "single" if len(plan.indices) == 1 else "multi"
+        encoded = EncodedScene(scene.id, plan.key, kind, latents, self._text(plan))
+        if not self.online_in:
+            return encoded
+        frames = describe_frames(plan, self.root, self.online_in, self.decoder)
+        return replace(encoded, shapes=latent_shapes(plan, self.codec), frames=frames)
 
     def add_null_text(self, writer: CacheWriter) -> None:
         """What stands for a dropped caption, global and of a shot: features of the empty one."""

@@ -14,6 +14,7 @@ import moc
 from data.collate import check_budget, deal, plan_steps
 from data.dataset import DataConfig, ShotDataset, open_dataset
 from data.errors import DataError
+from data.online import LoadCodec
 from data.order import Draw, SampleOrder
 from data.parcel import Parcel, unwrap, wrap
 
@@ -95,14 +96,18 @@ def build_loader(
     world_size: int = 1,
     accumulation: int = 1,
     start_position: int = 0,
+    load_codec: LoadCodec | None = None,
 ) -> Loader:
     """The training data of one data-parallel rank (ranks that share a sample pass the same rank).
 
     Iterating gives steps from `start_position` on, each a list of `accumulation` moc.Batch whose samples together
     with the other ranks' are a run of consecutive positions of at most `config.batch_tokens` tokens.
+    load_codec: makes the codec of caches that store no latents, in each worker.
     Raises DataError: no data, an unfinished cache, damage, a budget too small for the ranks.
     """
-    return Loader(open_dataset(config), config, spec, chunk_tokens, rank, world_size, accumulation, start_position)
+    return Loader(
+        open_dataset(config, load_codec), config, spec, chunk_tokens, rank, world_size, accumulation, start_position
+    )
 
 
 class Validation:

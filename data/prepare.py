@@ -22,9 +22,10 @@ import torch
 from data.cache import CacheWriter, digest, finish, read_parts, remove_damaged, write_whole
 from data.captioner import Captioner, SampleCaptioner, TransformersCaptioner
 from data.decoders import DECODERS
-from data.encode import Codec, SampleEncoder, TextEncoder
+from data.encode import SampleEncoder, TextEncoder
 from data.errors import DataError
 from data.manifest import write_manifest
+from data.online import Codec
 from data.planning import SamplePlan, ShotRule, doubts, plan_scene
 from data.process import Process, held
 from data.report import Report
@@ -50,6 +51,7 @@ class PrepareConfig:
     decoder: str = "pyav"
     detector: str = "transnetv2"
     threshold: float = 0.0  # of the detector; 0: its own
+    online: bool = False  # store no latents: training reads the videos and encodes
     captioner: str = ""  # a folder with a vision-language model, to caption what has no caption
     dtype: str = "float16"  # of stored latents and text
     shard_megabytes: int = 256
@@ -128,6 +130,7 @@ class _Run:
             "sizes": config.sizes,
             "fps": config.fps,
             "dtype": config.dtype,
+            "online": config.online,
         }
         self.cache = self.output / "cache" / digest(self.recipe)
 
@@ -233,7 +236,13 @@ class _Run:
             self.cache, self.recipe, str(rank), getattr(torch, config.dtype), config.shard_megabytes << 20
         )
         encoder = SampleEncoder(
-            self.codec, self.text_encoder, self.found.root, self.output, config.decoder, config.device
+            self.codec,
+            self.text_encoder,
+            self.found.root,
+            self.output,
+            config.decoder,
+            config.device,
+            self.cache if config.online else None,
         )
         encoder.add_null_text(writer)
         todo = [plan for plan in plans if plan.key not in done]

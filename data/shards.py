@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.cache import CACHE_FORMAT, COMPLETE, INDEX, checksum
 from data.errors import DataError
+from data.online import Codec, LoadCodec, encode_frames
 from data.store import FileStore
 
 _MAX_OPEN = 64  # shards a process keeps open
@@ -27,6 +29,7 @@ class CachedScene:
     latent_shapes: tuple[tuple[int, ...], ...]
     latent_checksums: tuple[int, ...]
     text_keys: tuple[tuple[str, ...], ...]
+    frames: dict | None = None
 
     @property
     def num_shots(self) -> int:
@@ -39,8 +42,9 @@ class Cache:
     Raises DataError: unfinished-cache, damaged-index, other-format, missing-shard, truncated-shard.
     """
 
-    def __init__(self, store: FileStore) -> None:
-        self.store = store
+    def __init__(self, store: FileStore, load_codec: LoadCodec | None = None) -> None:
+        self.store, self.load_codec = store, load_codec
+        self._codec: Codec | None = None
         if store.size(COMPLETE) is None:
             raise DataError("unfinished-cache", store.url, f"is not a finished cache; {REMEDY}")
         try:
@@ -60,7 +64,9 @@ class Cache:
             self._check_size(shard["file"], shard["bytes"])
 
     def latents(self, scene: CachedScene) -> list[Tensor]:
-        """[C, T, H, W] of each shot, as stored. Raises DataError (damaged-shard)."""
+        """[C, T, H, W] of each shot, as stored, or as they would be. Raises DataError: damaged-shard, no-codec."""
+        if scene.frames:
+            return encode_frames(scene.frames, self.store, self._codec_now(), getattr(torch, self.recipe["dtype"]))
         return [self._read(scene.shard, f"{scene.key}/{i}", crc32) for i, crc32 in enumerate(scene.latent_checksums)]
 
     def text_features(self, key: str) -> Tensor:
@@ -71,8 +77,21 @@ class Cache:
     def text_rows(self, key: str) -> int:
         return self.text[key]["shape"][0]
 
+    @property
+    def encoders_folder(self) -> Path:
+        """What decodes these latents and prompts with this text."""
+        return self.store.local_folder("encoders")
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}
+        return self.__dict__ | {"_open": {}, "_codec": None}
+
+    def _codec_now(self) -> Codec:
+        """The codec of latents that are not stored, loaded at their first use."""
+        if self._codec is None:
+            if self.load_codec is None:
+                raise DataError("no-codec", self.store.url, "stores no latents, and nothing to encode them was given")
+            self._codec = self.load_codec(self.encoders_folder)
+        return self._codec
 
     def _check_size(self, name: str, wanted: int) -> None:
         size = self.store.size(name)
@@ -107,13 +126,18 @@ def _scene(entry: dict) -> CachedScene:
         kind=entry["kind"],
         shard=entry["shard"],
         latent_shapes=tuple(tuple(shot["shape"]) for shot in entry["shots"]),
-        latent_checksums=tuple(shot["crc32"] for shot in entry["shots"]),
+        latent_checksums=tuple(shot["crc32"] for shot in entry["shots"] if "crc32" in shot),
         text_keys=tuple(tuple(keys) for keys in entry["text"]),
+        frames=entry.get("frames"),
     )
 
 
-def open_cache(path: str | Path, copies: str = "", max_bytes: int = 50 << 30) -> Cache:
+def open_cache(
+    path: str | Path, copies: str = "", max_bytes: int = 50 << 30, load_codec: LoadCodec | None = None
+) -> Cache:
     """The cache that `path` means, a folder or an fsspec URL: itself, or the only one of a prepared folder.
+
+    load_codec: for a cache without latents, makes the codec of its encoders/ folder.
 
     Raises DataError: missing-data, unfinished-cache, several-caches, and what Cache raises.
     """
@@ -121,11 +145,11 @@ def open_cache(path: str | Path, copies: str = "", max_bytes: int = 50 << 30) ->
     if not store.is_remote and not Path(path).is_dir():
         raise DataError("missing-data", path, "no such folder; make it with scripts/prepare_data.py")
     if store.size(INDEX) is not None or store.size(COMPLETE) is not None:
-        return Cache(store)
+        return Cache(store, load_codec)
     found = [marker.removesuffix(f"/{COMPLETE}") for marker in store.glob(f"cache/*/{COMPLETE}")]
     if not found:
         raise DataError("unfinished-cache", path, f"holds no finished cache; {REMEDY}")
     if len(found) > 1:
         names = ", ".join(f"{store.url}/{name}" for name in found)
         raise DataError("several-caches", path, f"holds caches of several settings; name one of {names}")
-    return Cache(FileStore(f"{store.url}/{found[0]}", copies, max_bytes))
+    return Cache(FileStore(f"{store.url}/{found[0]}", copies, max_bytes), load_codec)

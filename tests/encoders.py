@@ -10,7 +10,7 @@ from tests.films import read_numbers
 class PoolCodec:
     """Every fourth frame, averaged over 8 x 8 pixels: the numbers of numbered films stay readable."""
 
-    temporal_factor, spatial_factor, fingerprint = 4, 8, "pool"
+    latent_channels, temporal_factor, spatial_factor, fingerprint = 3, 4, 8, "pool"
 
     def __init__(self) -> None:
         self.encoded: list[int] = []  # the number in the first frame of each shot

@@ -14,6 +14,7 @@ import av
 import filelock
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import moc
@@ -173,6 +174,28 @@ def test_detected_shots_of_a_folder(tmp_path):
     spans = [(shot.start, shot.end, shot.cut) for shot in line.shots]
     assert spans == [(0, 25, True), (25, 30, False), (30, 51, True)]
     assert set(prepared.report.speed()) == {"decode", "shot detection", "encode"}
+
+
+def test_online_latents_equal_stored_ones(folder):
+    Image.fromarray(np.full((64, 160, 3), 90, np.uint8)).save(folder / "still.png")
+    still = SceneRecord(id="still", image="still.png", caption="grey")
+    scenes(folder, scene("a", (3, 20), (20, 29)), scene("b", (31, 56)), still)
+    stored = open_cache(run(folder).cache)
+    codec = PoolCodec()
+    online = open_cache(run(folder, codec, online=True).cache, load_codec=lambda encoders: PoolCodec())
+    assert codec.encoded == []
+    assert sum(path.stat().st_size for path in online.store.local("").glob("*.safetensors")) < 10_000
+    for now, then in zip(online.scenes, stored.scenes, strict=True):
+        assert now.latent_shapes == then.latent_shapes
+        assert all(torch.equal(a, b) for a, b in zip(online.latents(now), stored.latents(then), strict=True))
+    data = DataConfig(path=str(online.store.url), batch_tokens=900, workers=1)
+    loader = build_loader(data, moc.StreamSpec(), 64, load_codec=lambda encoders: PoolCodec())
+    assert next(iter(loader))[0].latents[0].dtype == torch.float16
+    with pytest.raises(DataError, match="stores no latents"):
+        open_cache(online.store.url).latents(online.scenes[0])
+    (folder / "film.mkv").unlink()
+    with pytest.raises(DataError, match="no such file"):
+        online.latents(online.scenes[0])
 
 
 def test_report_shows_every_shot(folder):

@@ -1,0 +1,70 @@
+"""Latents encoded while training instead of stored: the cache then holds captions, and which frames to read of what.
+
+Slower to train on, and nothing to store; a codec in loader workers runs on the CPU. The latents equal stored ones.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from data.bucketing import fit, read_fitted
+from data.cache import digest, write_whole
+from data.errors import DataError
+from data.images import read_image
+from data.planning import SamplePlan
+from data.store import FileStore
+from data.video import VideoIndex, open_video
+
+
+class Codec(Protocol):
+    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'], F = temporal_factor * n + 1."""
+
+    latent_channels: int
+    temporal_factor: int
+    spatial_factor: int
+    fingerprint: str
+
+    def encode(self, video: Tensor) -> Tensor: ...
+
+
+LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
+
+
+def latent_shapes(plan: SamplePlan, codec: Codec) -> list[list[int]]:
+    """[C, T, H, W] of each shot, before anything is encoded."""
+    height, width = (side // codec.spatial_factor for side in plan.size)
+    frames = ((len(indices) - 1) // codec.temporal_factor + 1 for indices in plan.indices)
+    return [[codec.latent_channels, count, height, width] for count in frames]
+
+
+def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> dict:
+    """What `encode_frames` needs, for the index; leaves the video's own index in the cache folder."""
+    frames = {"file": str((root / plan.scene.path).resolve()), "decoder": decoder, "size": plan.size}
+    if plan.index is None:
+        return frames
+    index = asdict(plan.index)
+    name = f"videos/{digest({'file': frames['file'], 'index': index})}.json"
+    if not (cache / name).is_file():
+        write_whole(cache / name, json.dumps(index).encode())
+    return frames | {"video_index": name, "indices": plan.indices}
+
+
+def encode_frames(frames: dict, store: FileStore, codec: Codec, dtype: torch.dtype) -> list[Tensor]:
+    """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: missing-file, broken, ..."""
+    path, (height, width) = Path(frames["file"]), frames["size"]
+    if "indices" not in frames:
+        if not path.is_file():
+            raise DataError("missing-file", path, "the cache names it; prepare again where it lies now")
+        return [codec.encode(fit(read_image(path), (height, width))).to(dtype)]
+    fields = json.loads(store.read_bytes(frames["video_index"]))
+    index = VideoIndex(**fields | {key: fields[key] and tuple(fields[key]) for key in ("times", "pts")})
+    reader = open_video(path, frames["decoder"], index)
+    try:
+        return [codec.encode(read_fitted(reader, part, (height, width))).to(dtype) for part in frames["indices"]]
+    finally:
+        reader.close()
