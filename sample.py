@@ -43,7 +43,7 @@ def main(config: SampleConfig) -> None:
     moc, flow = read_settings(checkpoint)
     moc = MoCConfig.from_dict(moc.to_dict() | config.moc)
     flow = replace(flow, shift=config.shift or flow.shift)
-    encoders = load_encoders(config.encoders or checkpoint / "encoders")
+    encoders = load_encoders(config.encoders_path or checkpoint / "encoders")
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 
     plan = plan_film(script, codec)

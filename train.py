@@ -17,6 +17,7 @@ from data.dataset import open_dataset
 from data.loader import Validation, build_loader
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Trainer, Validator, build_accelerator, find_checkpoint
+from moc.training.checkpoint import refuse_later
 from models import build_model
 
 
@@ -45,6 +46,7 @@ def main(config: TrainConfig) -> None:
         save_extras=lambda folder: shutil.copytree(dataset.encoders_folder, folder / "encoders"),
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
+    refuse_later(run_folder, trainer.step)
     loader = build_loader(
         config.data,
         model.stream,

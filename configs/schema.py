@@ -34,13 +34,13 @@ class TrainConfig:
 @dataclass
 class SampleConfig:
     """`sample.py`. checkpoint: a run's folder, one of its checkpoints, or a model folder. script: what to film. out: a
-    folder to write. encoders: a folder of them; "" takes the checkpoint's. shift: of the noise levels; 0 takes
+    folder to write. encoders_path: a folder of them; "" takes the checkpoint's. shift: of the noise levels; 0 takes
     the checkpoint's. device: auto is the GPU where there is one. moc: settings other than the checkpoint's."""
 
     checkpoint: str = ""
     script: str = ""
     out: str = ""
-    encoders: str = ""
+    encoders_path: str = ""
     device: str = "auto"
     shift: float = 0.0
     moc: dict[str, Any] = field(default_factory=dict)

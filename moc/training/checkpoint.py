@@ -4,7 +4,7 @@
         model/            a diffusers folder (config.json, safetensors) with moc.json: loads anywhere by itself
         ema/              the same with the averaged weights
         optimizer*.safetensors   states by parameter name, in shards with a JSON index where there are several
-        rng_00000.safetensors    random states of each process
+        rng_00000.safetensors    random states of the main process; a run's own draws are keyed and need none
         state.json        step, data position, what the run was
         complete          written last, before the folder gets its name
 
