@@ -18,7 +18,7 @@ from data.loader import Validation, build_loader
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Trainer, Validator, build_accelerator, find_checkpoint
 from moc.training.checkpoint import refuse_later
-from models import build_model
+from models import build_model, load_encoders
 
 
 @command("train", TrainConfig)
@@ -55,6 +55,7 @@ def main(config: TrainConfig) -> None:
         world_size=accelerator.num_processes,
         accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
+        load_codec=lambda folder: load_encoders(folder).codec,
     )
     validator = Validator(list(Validation(loader)), config.flow) if config.data.validation else None
 

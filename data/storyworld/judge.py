@@ -1,15 +1,23 @@
-"""Is a sampled film the story that was scripted? Judged from pixels alone."""
+"""Is a sampled film the story that was scripted, judged from pixels alone; and what a model's loss must beat."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from data.cuts import CutAccuracy, cut_accuracy
+from data.dataset import DataConfig
+from data.loader import Validation, build_loader
 from data.scan import scan_video
 from data.script import Script
 from data.shots import ShotDetector
 from data.storyworld.readers import name_place
 from data.storyworld.story import place_of_caption
 from data.video import open_video
+from moc import StreamSpec
+from moc.diffusion import Flow
+from moc.diffusion.linear import linear_losses
 
 
 @dataclass(frozen=True)
@@ -39,3 +47,15 @@ def judge_film(film: Path, script: Script, detector: ShotDetector) -> Verdict:
     spans = scan_video(film, "video.mp4", film / "scans", detector).spans or ()
     found = [start for start, _ in spans[1:]]
     return Verdict(places, cuts, found, cut_accuracy(found, cuts, num_frames))
+
+
+def held_out_floors(config: DataConfig, sigmas: Sequence[float]) -> tuple[float, list[float]]:
+    """Losses on the held-out scenes, at the noise that validation draws: of predicting the mean velocity, and at each
+    noise level of the best linear predictor of the training scenes. All shots must have one size."""
+    loader = build_loader(config, StreamSpec(), chunk_tokens=1)
+    training = torch.stack([x.float() for i in loader.training_items for x in loader.dataset[i].latents])
+    held_out = list(Validation(loader))
+    latents = torch.stack([x.float() for batch in held_out for x in batch.latents])
+    noise = torch.stack([x for batch in held_out for x in Flow().draw_noise(batch, seed=0)])
+    mean = float((noise - latents + training.mean(0)).square().mean())
+    return mean, linear_losses(training, latents, noise, sigmas)
