@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -231,7 +232,7 @@ def cases(suites: list[str], impls: list[str]) -> list[Case]:
 
 
 def header() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     import triton
 
     return {
@@ -240,8 +241,8 @@ def header() -> dict:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__,
-        "fa4": dense.FA4_TESTED[0] if dense.is_installed("fa4") else None,
-        "commit": commit or None,
+        "fa4": version("flash-attn-4") if dense.is_installed("fa4") else None,
+        "commit": None if git.returncode else git.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
         "grid": GRID,
         "text_tokens": TEXT,
