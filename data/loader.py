@@ -6,6 +6,7 @@ cache. Workers read ahead; neither their number nor the number of ranks changes 
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -68,10 +69,15 @@ class Loader:
     def __iter__(self) -> Iterator[list[moc.Batch]]:
         ends: deque[int] = deque()
         parcels = iter(_data_loader(self, self._planned(ends), self.config.workers))
-        while True:
-            step = [_arrived(next(parcels)) for _ in range(self.accumulation)]
-            self.position = ends.popleft()
-            yield step
+        with ThreadPoolExecutor(1) as thread:  # fetches the next micro-batch while this one is computed on
+            ahead = thread.submit(next, parcels)
+            step: deque[moc.Batch] = deque()
+            while True:
+                step.append(_arrived(ahead.result()))
+                ahead = thread.submit(next, parcels)
+                if len(step) == self.accumulation:
+                    self.position = ends.popleft()
+                    yield [step.popleft() for _ in range(self.accumulation)]  # keeping none of them alive here
 
     def _planned(self, ends: deque[int]) -> Iterator[list[Draw]]:
         """This rank's micro-batches, planned ahead of their reading; notes where each step ends."""
