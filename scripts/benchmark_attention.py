@@ -242,6 +242,7 @@ def header() -> dict:
         "cudnn": torch.backends.cudnn.version(),
         "triton": triton.__version__,
         "fa4": version("flash-attn-4") if dense.is_installed("fa4") else None,
+        "fa3": "installed" if dense.is_installed("fa3") else None,
         "commit": None if git.returncode else git.stdout.strip(),
         "date": datetime.now(UTC).date().isoformat(),
         "grid": GRID,
@@ -283,8 +284,9 @@ def main() -> None:
             parts = stages(case)
             new = {_key(row) for row in parts}
             record["stages"] = [row for row in record["stages"] if _key(row) not in new] + parts
-    record = {"header": {}, **record}
-    record["header"] = header() | {"impls": sorted({row["impl"] for row in record["rows"]})}
+    record.setdefault("header", {})
+    record["header"] |= {name: value for name, value in header().items() if value is not None or not arguments.keep}
+    record["header"]["impls"] = sorted({row["impl"] for row in record["rows"]})
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")
     print(write_tables(record, arguments.output.with_suffix(".md")))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 Times = dict[str, float]
+VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
 STAGE_ORDER = (
     "descriptors", "routing", "index", "own shot and text", "routed", "merge", "own shot and text, backward",
     "routed: delta", "routed: gather", "routed: dK, dV", "routed: dQ", "routed: sum dQ",
@@ -124,6 +125,6 @@ def write_plot(record: dict, path: Path) -> None:
         axes.plot(*zip(*line, strict=True), marker="o", label=impl, linestyle="-" if impl.startswith("moc-") else "--")
     axes.set(xlabel="shots of 23k tokens", ylabel="forward + backward, ms", yscale="log", title=record["header"]["gpu"])
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right", fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)

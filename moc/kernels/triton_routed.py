@@ -40,6 +40,12 @@ HALF_SMALL_CHUNKS = Blocks(
     dq={"BN": 32, "num_warps": 4, "num_stages": 3},
     dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
 )
+HALF_SMALL_MEMORY = Blocks(
+    tile=128,
+    forward={"BN": 32, "num_warps": 8, "num_stages": 2},
+    dq={"BN": 32, "num_warps": 8, "num_stages": 1},
+    dkv={"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
+)
 FULL = Blocks(
     tile=64,
     forward={"BN": 32, "num_warps": 4, "num_stages": 2},
@@ -47,11 +53,15 @@ FULL = Blocks(
     dkv={"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1},
 )
 SMALL_CHUNK = 200  # tokens
+MUCH_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))  # capabilities with 160 KiB or more a block: data-centre chips
 
 
 def blocks_for(q: Tensor, max_chunk_tokens: int) -> Blocks:
+    """The block sizes for q's dtype and device."""
     if q.dtype == torch.float32:
         return FULL
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) not in MUCH_SHARED_MEMORY:
+        return HALF_SMALL_MEMORY
     return HALF_SMALL_CHUNKS if max_chunk_tokens < SMALL_CHUNK else HALF
 
 
