@@ -5,6 +5,7 @@ Every random draw is keyed by the seed and the sample's place in the run (see `F
 equals a run on one, and a resumed run equals one that was never stopped.
 """
 
+import gc
 import math
 import signal
 import threading
@@ -116,6 +117,7 @@ class Trainer:
         if validator and self.step == 0:
             self._validate(validator, metrics)
         self.model.train()
+        gc.freeze()  # a full collection over torch's own objects would stall a step by tens of milliseconds
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None)
         for batches in clock.waiting(steps):
             result = self._train_step(batches)
