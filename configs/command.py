@@ -3,6 +3,7 @@
 After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
 
     def decorate(run: Callable[[T], Any]) -> Callable[[], None]:
         def main(cfg: DictConfig) -> None:
+            logging.basicConfig(format="%(message)s")
+            logging.getLogger("moc").setLevel(logging.INFO)  # such as which dense kernel attention has chosen
             try:
                 run(parse(cfg, schema))
             except (ValueError, OSError, FloatingPointError) as error:
