@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moc.batch import Batch
 from moc.config import DropKey, MoCConfig
+from moc.layout import ShotLayout
 from moc.routing import hash32
 
 Model = Callable[..., list[Tensor]]
@@ -33,6 +34,12 @@ class NoiseLevels:
     def equal(cls, level: float, num_shots: int) -> "NoiseLevels":
         """All shots at one level, all of them targets."""
         return cls(torch.full((num_shots,), level), torch.ones(num_shots, dtype=torch.bool))
+
+    @classmethod
+    def after_clean_history(cls, level: float, layout: ShotLayout) -> "NoiseLevels":
+        """The last shot of each sample at one level, a target; those before it clean."""
+        last = torch.tensor([i + 1 == len(shots) for _, shots in layout.samples for i in range(len(shots))])
+        return cls(torch.where(last, level, 0.0), last)
 
 
 @dataclass(frozen=True)

@@ -16,26 +16,35 @@ from moc.statistics import routing_statistics
 
 @dataclass(frozen=True)
 class Validator:
-    """Loss of held-out batches at each of `sigmas`, equal on all shots of a sample."""
+    """Loss of held-out batches at each of `sigmas`: equal on all shots of a sample, or with `clean_history` on its last
+    shot, the others clean (equal noise barely tells models that recall from those that do not)."""
 
     batches: Sequence[Batch]
     flow: Flow
     sigmas: Sequence[float] = (0.2, 0.5, 0.8, 0.95)
     seed: int = 0
+    clean_history: bool = False
 
     @torch.no_grad()
     def losses(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> Tensor:
-        """Loss summed over this process's held-out shots at each noise level, and their number: [num sigmas, 2]."""
+        """Loss summed over this process's target shots at each noise level, and their number: [num sigmas, 2]."""
         was_training = model.training
         model.eval()
         sums = torch.zeros(len(self.sigmas), 2, device=device)
         for batch in self.batches:
             batch = _on(batch, device, moc)
             for row, level in zip(sums, self.sigmas, strict=True):
-                loss = self.flow.loss(model, batch, NoiseLevels.equal(level, batch.num_shots), moc, self.seed)
-                row += torch.stack([loss.sum(), loss.new_tensor(len(loss))])
+                levels = self._levels(level, batch)
+                losses = self.flow.loss(model, batch, levels, moc, self.seed)
+                target = levels.is_target.to(device)
+                row += torch.stack([(losses * target).sum(), target.sum()])
         model.train(was_training)
         return sums
+
+    def _levels(self, level: float, batch: Batch) -> NoiseLevels:
+        if self.clean_history:
+            return NoiseLevels.after_clean_history(level, batch.layout)
+        return NoiseLevels.equal(level, batch.num_shots)
 
     @torch.no_grad()
     def routing(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""Held-out loss of one checkpoint under dense, MoC and own-shot-only attention, at the same noise:
+python scripts/evaluate.py checkpoint=PATH data.path=PREPARED [key=value ...]
+
+MoC has no parameters, so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal
+noise on all shots the rows barely differ; a clean history before one noisy shot tells what the history is worth.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from configs.command import command
+from data.cache import write_whole
+from data.dataset import DataConfig
+from data.loader import Validation, build_loader
+from moc import MoCConfig
+from moc.training import Validator, find_checkpoint
+from moc.training.checkpoint import read_settings
+from models import load_model
+
+
+@dataclass
+class EvaluateConfig:
+    """See configs/evaluate.yaml. data.validation: how many held-out scenes."""
+
+    checkpoint: str = ""
+    output: str = ""
+    device: str = "auto"
+    seed: int = 0
+    chunk_tokens: int = 0
+    top_k: int = -1
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@command("evaluate", EvaluateConfig)
+def main(config: EvaluateConfig) -> None:
+    if not config.checkpoint:
+        raise ValueError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
+    model = load_model(checkpoint).to(device)
+    moc, flow = read_settings(checkpoint)
+    moc = replace(
+        moc,
+        chunk_tokens=config.chunk_tokens or moc.chunk_tokens,
+        top_k=moc.top_k if config.top_k < 0 else config.top_k,
+    )
+    batches = list(Validation(build_loader(config.data, model.stream, moc.chunk_tokens)))
+
+    rows = []
+    for history in (False, True):
+        validator = Validator(batches, flow, seed=config.seed, clean_history=history)
+        for name, attention in rivals(moc).items():
+            sums = validator.losses(model, attention, device)
+            losses = dict(zip(validator.sigmas, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+            sparsity = validator.routing(model, attention, device)["sparsity"]
+            rows.append({"attention": name, "clean_history": history, "sparsity": sparsity, "loss": losses})
+            show(rows[-1])
+    if config.output:
+        write_whole(Path(config.output), (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def rivals(moc: MoCConfig) -> dict[str, MoCConfig]:
+    """The checkpoint's attention among its rivals; no other shot's text relays its video in own-shot-only."""
+    return {
+        "dense": replace(moc, dense=True),
+        "MoC": replace(moc, dense=False),
+        "own shot only": replace(moc, dense=False, top_k=0, text_anchor="global_and_own"),
+    }
+
+
+def show(row: dict) -> None:
+    history = "clean history, last shot" if row["clean_history"] else "equal noise, all shots  "
+    losses = "  ".join(f"sigma {sigma:g}: {loss:.4f}" for sigma, loss in row["loss"].items())
+    print(f"{history}  {row['attention']:<14} sparsity {row['sparsity']:.0%}  {losses}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

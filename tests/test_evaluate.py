@@ -1,0 +1,36 @@
+"""Evaluation: rivals at the same noise, with equal noise and with clean history."""
+
+import json
+
+import pytest
+import torch
+
+from moc import Shot, ShotLayout
+from moc.diffusion import NoiseLevels
+from tests import pipeline
+
+
+def test_clean_history_leaves_one_noisy_target_a_sample():
+    shots = [Shot(2, (1, 2, 2))] * 3
+    layout = ShotLayout.pack([ShotLayout.build(shots), ShotLayout.build(shots[:1])])
+    levels = NoiseLevels.after_clean_history(0.8, layout)
+    assert levels.sigma.tolist() == pytest.approx([0.0, 0.0, 0.8, 0.8])
+    assert levels.is_target.tolist() == [False, False, True, True]
+
+
+def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, capsys):
+    rows_file = tmp_path / "rows.json"
+    arguments = (f"checkpoint={trained}", f"data.path={prepared}", "data.validation=1", "device=cpu")
+    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}")
+    rows = json.loads(rows_file.read_text())
+    assert [(row["attention"], row["clean_history"]) for row in rows] == [
+        (name, history) for history in (False, True) for name in ("dense", "MoC", "own shot only")
+    ]
+    assert "own shot only" in capsys.readouterr().out
+    by_name = {row["attention"]: row for row in rows if row["clean_history"]}
+    assert by_name["dense"]["sparsity"] == 0
+    assert 0 < by_name["MoC"]["sparsity"] < by_name["own shot only"]["sparsity"] < 1
+    assert all(torch.tensor(list(row["loss"].values())).isfinite().all() for row in rows)
+    # The same command again gives the same numbers: noise is keyed, not drawn.
+    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}")
+    assert json.loads(rows_file.read_text()) == rows
