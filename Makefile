@@ -32,5 +32,6 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
+# Removes what `make demo` made, and nothing else.
 clean:
-	rm -rf outputs demo
+	rm -rf outputs/demo

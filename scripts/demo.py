@@ -73,7 +73,7 @@ def plan(config: DemoConfig) -> list[Stage]:
 @command("demo", DemoConfig)
 def main(config: DemoConfig) -> None:
     if Path(config.output).exists():
-        raise FileExistsError(f"output={config.output} exists; remove it, or choose another folder")
+        raise FileExistsError(f"output={config.output} exists; remove it (make clean) or choose another output=DIR")
     seconds = run(plan(config), config.threads)
     if not report(Path(config.output), seconds):
         sys.exit(1)
