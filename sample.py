@@ -25,6 +25,7 @@ from data.video import write_video
 from moc import MoCConfig
 from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap
+from moc.training import resolve_device
 from moc.training.checkpoint import find_checkpoint, read_settings
 from models import load_encoders, load_model
 
@@ -36,7 +37,7 @@ def main(config: SampleConfig) -> None:
     if (out / "metadata.json").exists():
         raise FileExistsError(f"out={out} already holds a film; choose another folder")
     script = load_script(config.script)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(config.device)
 
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
     model = load_model(checkpoint).to(device).eval()

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,19 +11,12 @@ from data.bucketing import fit, read_fitted
 from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene
 from data.errors import DataError
 from data.images import read_image
+from data.interfaces import Codec, TextEncoder
 from data.manifest import captions, shot_prompt
-from data.online import Codec, describe_frames, latent_shapes
+from data.online import describe_frames, latent_shapes
 from data.planning import SamplePlan
 from data.report import save_thumbnail
 from data.video import open_video
-
-
-class TextEncoder(Protocol):
-    """Captions to features: 1 + S tensors [T_i, text_dim]."""
-
-    fingerprint: str
-
-    def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)

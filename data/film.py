@@ -1,11 +1,9 @@
 """From a prompt script to what a sampler needs, and from its latents back to pictures.
 
-Codec and text encoder are handed in; this module knows their interface only (see data/prepare.py).
+Codec and text encoder are handed in; this module knows their interface only (data/interfaces.py).
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,20 +12,8 @@ from torch import Tensor
 from data.bucketing import fit
 from data.errors import DataError
 from data.images import read_image
+from data.interfaces import Codec, TextEncoder
 from data.script import Script
-
-
-class Codec(Protocol):
-    latent_channels: int
-    temporal_factor: int
-    spatial_factor: int
-
-    def encode(self, video: Tensor) -> Tensor: ...
-    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]: ...
-
-
-class TextEncoder(Protocol):
-    def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]: ...
 
 
 @dataclass

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,21 +15,10 @@ from data.bucketing import fit, read_fitted
 from data.cache import digest, write_whole
 from data.errors import DataError
 from data.images import read_image
+from data.interfaces import Codec
 from data.planning import SamplePlan
 from data.store import FileStore
 from data.video import VideoIndex, open_video
-
-
-class Codec(Protocol):
-    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'], F = temporal_factor * n + 1."""
-
-    latent_channels: int
-    temporal_factor: int
-    spatial_factor: int
-    fingerprint: str
-
-    def encode(self, video: Tensor) -> Tensor: ...
-
 
 LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
 

@@ -22,10 +22,10 @@ import torch
 from data.cache import CacheWriter, digest, finish, read_parts, remove_damaged, write_whole
 from data.captioner import Captioner, SampleCaptioner, TransformersCaptioner
 from data.decoders import DECODERS
-from data.encode import SampleEncoder, TextEncoder
+from data.encode import SampleEncoder
 from data.errors import DataError
+from data.interfaces import Codec, TextEncoder
 from data.manifest import write_manifest
-from data.online import Codec
 from data.planning import SamplePlan, ShotRule, doubts, plan_scene
 from data.process import Process, held
 from data.report import Report

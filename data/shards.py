@@ -11,7 +11,8 @@ from torch import Tensor
 
 from data.cache import CACHE_FORMAT, COMPLETE, INDEX, checksum
 from data.errors import DataError
-from data.online import Codec, LoadCodec, encode_frames
+from data.interfaces import Codec
+from data.online import LoadCodec, encode_frames
 from data.store import FileStore
 
 _MAX_OPEN = 64  # shards a process keeps open

@@ -12,14 +12,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 
 from configs.command import command
 from data.cache import write_whole
 from data.dataset import DataConfig
 from data.loader import Validation, build_loader
 from moc import MoCConfig
-from moc.training import Validator, find_checkpoint
+from moc.training import Validator, find_checkpoint, resolve_device
 from moc.training.checkpoint import read_settings
 from models import load_model
 
@@ -41,7 +40,7 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     if not config.checkpoint:
         raise ValueError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
     model = load_model(checkpoint).to(device)
     moc, flow = read_settings(checkpoint)

@@ -75,7 +75,7 @@ class Flow:
         """Noise levels of a batch in training, keyed by (seed, position of the sample): the same whatever the number of
         ranks and the packing, and whether the run was resumed."""
         draws = [
-            self._draw_sample(len(shots), torch.Generator().manual_seed(_key(seed, 2 * position)))
+            self._draw_sample(len(shots), torch.Generator().manual_seed(draw_key(seed, 2 * position)))
             for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True)
         ]
         sigma, is_target = zip(*draws, strict=True)
@@ -94,7 +94,7 @@ class Flow:
         noise: list[Tensor] = []
         for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True):
             latents = batch.latents[len(noise) : len(noise) + len(shots)]
-            generator = torch.Generator(latents[0].device).manual_seed(_key(seed, 2 * position + 1))
+            generator = torch.Generator(latents[0].device).manual_seed(draw_key(seed, 2 * position + 1))
             noise += [torch.randn(x.shape, generator=generator, device=x.device) for x in latents]
         return noise
 
@@ -117,6 +117,6 @@ class Flow:
         return torch.stack([error.square().mean() for error in errors])
 
 
-def _key(seed: int, number: int) -> int:
+def draw_key(seed: int, number: int) -> int:
     """Levels take even numbers and noise odd ones: one stream of random numbers for both would tie them."""
     return hash32(hash32(seed) ^ number)

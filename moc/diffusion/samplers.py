@@ -19,8 +19,7 @@ from torch import Tensor
 
 from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.config import MoCConfig
-from moc.diffusion.flow import Flow, Model
-from moc.routing import hash32
+from moc.diffusion.flow import Flow, Model, draw_key
 from moc.statistics import RoutingMap
 
 
@@ -98,7 +97,8 @@ def sample_shots(
             flow.add_noise(latents[i], noise[i], s) if now[i] == 0 else latents[i]
             for i, s in zip(stream, sigma.tolist(), strict=True)
         ]
-        prompt, negative = (_batch(seen, text, stream, spec, moc) for text in (story.text, story.negative))
+        prompt = _batch(seen, story.text, stream, spec, moc)
+        negative = _batch(seen, story.negative, stream, spec, moc) if config.guidance_scale != 1 else None
         observe = routing_map.observer(prompt.layout, stream) if routing_map else None
         velocity = _guided_velocity(model, moc, prompt, negative, sigma, config.guidance_scale, observe)
         for index in moving:
@@ -110,7 +110,7 @@ def sample_shots(
 
 def _shot_noise(shape: tuple[int, ...], seed: int, index: int, device: torch.device) -> Tensor:
     """Noise of one shot, drawn on the CPU so that a seed means the same story on every device."""
-    generator = torch.Generator().manual_seed(hash32(hash32(seed) ^ index))
+    generator = torch.Generator().manual_seed(draw_key(seed, index))
     return torch.randn(shape, generator=generator).to(device)
 
 
@@ -129,15 +129,15 @@ def _guided_velocity(
     model: Model,
     moc: MoCConfig,
     prompt: Batch,
-    negative: Batch,
+    negative: Batch | None,
     sigma: Tensor,
     guidance_scale: float,
     on_routes: Callable[[int, Tensor], None] | None,
 ) -> list[Tensor]:
-    """Classifier-free guidance: negative + scale (prompt - negative), in fp32."""
+    """Classifier-free guidance: negative + scale (prompt - negative), in fp32; without a negative, the prompt's."""
     sigma = sigma.to(prompt.layout.device)
     towards = model(prompt.latents, sigma, prompt.text, prompt.layout, moc, on_routes=on_routes)
-    if guidance_scale == 1:
+    if negative is None:
         return [v.float() for v in towards]
     away = model(negative.latents, sigma, negative.text, negative.layout, moc)
     return [torch.lerp(a.float(), t.float(), guidance_scale) for t, a in zip(towards, away, strict=True)]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
@@ -32,3 +33,8 @@ def build_accelerator(config: ParallelConfig) -> Accelerator:
         cpu=config.cpu,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a setting names; "auto" is the GPU where there is one."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
