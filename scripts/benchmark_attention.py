@@ -13,14 +13,10 @@ launch than to compute.
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -33,12 +29,12 @@ import moc
 from moc.cost import attention_cost
 from moc.kernels import anchors, dense, triton_index, triton_routed
 from scripts.benchmark_report import write_plot, write_tables
+from scripts.measuring import header, median_ms
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
 SUITES = ("shots", "chunks", "heads", "single", "million")
 HEAD_DIM = 128
-WARM_UP = 0.4  # seconds
 
 
 @dataclass(frozen=True)
@@ -90,23 +86,6 @@ def structured_inputs(layout: moc.ShotLayout, heads: int) -> list[Tensor]:
         q[rows] += field.to(q.dtype)
         k[rows] += field.to(k.dtype)
     return [q, k, v]
-
-
-def median_ms(function: Callable[[], object], repeats: int) -> float:
-    """Median time of `function` on the device, warm: its power limit shows only after some tenths of a second."""
-    end_of_warm_up = time.monotonic() + (WARM_UP if repeats > 1 else 0)
-    while time.monotonic() < end_of_warm_up:
-        function()
-        torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def graph_ms(function: Callable[[], object]) -> float:
@@ -196,11 +175,15 @@ def stages(case: Case) -> list[dict]:
     tile = triton_routed.blocks_for(q, layout.max_chunk_tokens).tile
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
     kernel, calls = dense.choose(q, config.dense_kernel), anchors.anchor_calls(layout, config)
-    times["own shot and text"] = median_ms(lambda: anchors.forward(kernel, q, k, v, layout.text_index, calls), 3)
     out, lse = anchors.forward(kernel, q, k, v, layout.text_index, calls)
-    times["own shot and text, backward"] = median_ms(
-        lambda: anchors.backward(kernel, direction, q, k, v, out, lse, layout.text_index, calls), 3
-    )
+    own = [replace(call, a0=0, a1=0, b0=0, b1=0) if call.num_own else call for call in calls]
+    for suffix, run in (
+        ("", lambda part: anchors.forward(kernel, q, k, v, layout.text_index, part)),
+        (", backward", lambda part: anchors.backward(kernel, direction, q, k, v, out, lse, layout.text_index, part)),
+    ):
+        # One dense call takes own shot and text together: text costs what it adds to the own shot's.
+        times[f"own shot{suffix}"] = median_ms(partial(run, own), 5)
+        times[f"text{suffix}"] = median_ms(partial(run, calls), 5) - times[f"own shot{suffix}"]
     name = {"impl": case.impl, "shots": case.shots, "chunk_tokens": case.chunk_tokens, "top_k": case.top_k}
     return [{**name, "stage": stage, "ms": round(ms, 4)} for stage, ms in times.items()]
 
@@ -231,25 +214,9 @@ def cases(suites: list[str], impls: list[str]) -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-def header() -> dict:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
-        "fa4": version("flash-attn-4") if dense.is_installed("fa4") else None,
-        "fa3": "installed" if dense.is_installed("fa3") else None,
-        "commit": None if git.returncode else git.stdout.strip(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "grid": GRID,
-        "text_tokens": TEXT,
-        "global_text_tokens": GLOBAL_TEXT,
-        "dtype": "bfloat16",
-    }
+def settings() -> dict:
+    """What the record's header says besides GPU and versions."""
+    return {"grid": GRID, "text_tokens": TEXT, "global_text_tokens": GLOBAL_TEXT, "dtype": "bfloat16"}
 
 
 def _key(row: dict) -> tuple:
@@ -284,8 +251,9 @@ def main() -> None:
             parts = stages(case)
             new = {_key(row) for row in parts}
             record["stages"] = [row for row in record["stages"] if _key(row) not in new] + parts
+    described = header() | settings()
     record.setdefault("header", {})
-    record["header"] |= {name: value for name, value in header().items() if value is not None or not arguments.keep}
+    record["header"] |= {name: value for name, value in described.items() if value is not None or not arguments.keep}
     record["header"]["impls"] = sorted({row["impl"] for row in record["rows"]})
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=1) + "\n")

@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from scripts.measuring import markdown_table
+
 Times = dict[str, float]
 VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
 STAGE_ORDER = (
-    "descriptors", "routing", "index", "own shot and text", "routed", "merge", "own shot and text, backward",
+    "descriptors", "routing", "index", "own shot", "text", "routed", "merge", "own shot, backward", "text, backward",
     "routed: delta", "routed: gather", "routed: dK, dV", "routed: dQ", "routed: sum dQ",
 )  # fmt: skip
 
@@ -21,14 +23,6 @@ def _grouped(rows: Iterable[dict]) -> dict[tuple, dict]:
     for case in out.values():
         case["total"] = case["ms"]["forward"] + case["ms"]["backward"]
     return out
-
-
-def _line(cells: Iterable[object]) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def _table(head: list[str], lines: list[list[object]]) -> str:
-    return "\n".join([_line(head), _line("---" for _ in head), *(_line(line) for line in lines)])
 
 
 def _dense(cases: list[dict], like: dict, impl: str) -> dict | None:
@@ -72,7 +66,7 @@ def write_tables(record: dict, path: Path) -> str:
         f"{header['gpu']}; {versions}; {header['date']}; commit {header['commit']}. bf16, head dim 128; shots of "
         f"{header['grid']} tokens with {header['text_tokens']} text tokens, global text of "
         f"{header['global_text_tokens']}. Forward times of MoC include routing and index; ideal = 1 / density.",
-        _table(head, [_case_line(case, cases) for case in long]),
+        markdown_table(head, [_case_line(case, cases) for case in long]),
     ]
     single = [c for c in cases if c["single"]]
     if single:
@@ -87,7 +81,7 @@ def write_tables(record: dict, path: Path) -> str:
         ]
         parts += [
             "## The paper's single-shot case: 6.3k tokens, chunk 256, k 3, not causal, own chunk as anchor",
-            _table(["impl", "tokens", "forward ms", "backward ms", "both from a graph ms", "density"], lines),
+            markdown_table(["impl", "tokens", "forward ms", "backward ms", "both from a graph ms", "density"], lines),
         ]
     parts += ["## Stages of MoC, 8 shots, ms", _stage_table(record["stages"])]
     text = "\n\n".join(parts) + "\n"
@@ -100,12 +94,12 @@ def _stage_table(stages: list[dict]) -> str:
     for row in stages:
         names.setdefault(f"{row['impl']} {row['chunk_tokens']}, {row['top_k']}", {})[row["stage"]] = row["ms"]
     lines = [[stage, *(f"{times.get(stage, 0):.2f}" for times in names.values())] for stage in STAGE_ORDER]
-    forward = ("descriptors", "routing", "index", "own shot and text", "routed", "merge")
+    forward = STAGE_ORDER[: STAGE_ORDER.index("own shot, backward")]
     shares = []
     for times in names.values():
         total = sum(times.get(stage, 0) for stage in forward)
         shares.append(f"{100 * sum(times.get(stage, 0) for stage in forward[:3]) / total:.1f} %" if total else "")
-    return _table(["stage", *names], [*lines, ["routing and index, of the forward", *shares]])
+    return markdown_table(["stage", *names], [*lines, ["routing and index, of the forward", *shares]])
 
 
 def write_plot(record: dict, path: Path) -> None:

@@ -1,0 +1,54 @@
+"""What the GPU benchmarks share: a warm median of device times, and the header of a record."""
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import torch
+
+from moc.kernels import dense
+
+
+def median_ms(function: Callable[[], object], repeats: int, warm_up: float = 0.4) -> float:
+    """Median time of `function` on the device, after `warm_up` seconds of it unless repeats is 1: the GPU's power limit
+    shows only after some tenths of a second."""
+    end_of_warm_up = time.monotonic() + (warm_up if repeats > 1 else 0)
+    while time.monotonic() < end_of_warm_up:
+        function()
+        torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def header() -> dict:
+    """GPU, versions, commit and date of a measurement."""
+    import triton
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__,
+        "fa4": version("flash-attn-4") if dense.is_installed("fa4") else None,
+        "fa3": "installed" if dense.is_installed("fa3") else None,
+        "commit": None if git.returncode else git.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def markdown_table(head: list[str], lines: list[list[object]]) -> str:
+    """A Markdown table of cells as they print."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
