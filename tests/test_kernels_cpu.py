@@ -233,6 +233,7 @@ def test_triton_in_fp16_and_in_parts(monkeypatch):
     from moc.kernels import triton_index, triton_routed
 
     monkeypatch.setattr(triton_routed, "PARTIAL_SIZE", 0.1)
+    monkeypatch.setattr(triton_routed, "PARTIAL_NUMBERS", 0)
     monkeypatch.setattr(triton_index, "MAX_WORDS", 1)
     check_triton(larger_stream(), moc.MoCConfig(top_k=3, causal=False), dtype=torch.float16, tolerance=8e-3, heads=3)
 

@@ -54,8 +54,13 @@ def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseK
 
     Raises ValueError for an unknown name and for a kernel that is not installed or does not fit.
     """
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    return _choose(name, capability, q.dtype, q.shape[-1], deterministic)
+    return _choose(name, capability(q.device), q.dtype, q.shape[-1], deterministic)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU, None for a CPU; kept, since asking costs as much as launching a kernel."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @cache
@@ -224,7 +229,7 @@ def _fa2_backward(
 
 def has_fa2(q: Tensor) -> bool:
     """Whether FlashAttention-2 takes q: fp16 or bf16 on an Ampere GPU or newer."""
-    return q.is_cuda and _half_on_gpu(torch.cuda.get_device_capability(q.device), q.dtype, q.shape[-1])
+    return _half_on_gpu(capability(q.device), q.dtype, q.shape[-1])
 
 
 def fa2_varlen_forward(

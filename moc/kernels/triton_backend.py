@@ -15,7 +15,7 @@ from torch import Tensor
 from moc.config import MoCConfig
 from moc.kernels import anchors, dense
 from moc.kernels.anchors import AnchorCall
-from moc.kernels.triton_index import build_lists, with_tiles
+from moc.kernels.triton_index import Lists, build_lists, max_tiles
 from moc.kernels.triton_routed import blocks_for, routed_backward, routed_forward
 from moc.kernels.triton_routing import route
 from moc.layout import ShotLayout
@@ -54,38 +54,37 @@ def _unpack(calls: Sequence[int]) -> list[AnchorCall]:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor, calls: Sequence[int],
     max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [L, N, D], lse [N, L], and the lists' entries and starts for the backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [L, N, D], lse [N, L], and the tensors of the `Lists` for the backward."""
     kernel = dense.choose(q, dense_kernel, deterministic)
     out, lse = anchors.forward(kernel, q, k, v, text_index, _unpack(calls))
     if not routes.numel():
-        return out, lse, routes.new_empty(0), routes.new_empty(0)
+        none = [routes.new_empty(0) for _ in range(4)]
+        return out, lse, none[0], none[1], none[2], none[3]
     lists = build_lists(routes, len(chunk_starts) - 1, blocks_for(q, max_chunk_tokens).tile)
     routed_forward(q, k, v, out, lse, lists, routes.shape[-1], chunk_starts, max_chunk_tokens)
-    return out, lse, lists.entries, lists.starts
+    return out, lse, lists.entries, lists.starts, lists.tile_starts, lists.tile_list
 
 
 @_attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, *args) -> tuple[Tensor, ...]:
-    num_lists = (chunk_starts.shape[0] - 1) * q.shape[1] + 1 if routes.numel() else 0
-    return (
-        torch.empty_like(q),
-        q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32),
-        routes.new_empty(routes.numel()),
-        routes.new_empty(num_lists),
-    )
+    num_lists = (chunk_starts.shape[0] - 1) * q.shape[1]
+    num_tiles = max_tiles(routes.numel(), num_lists, blocks_for(q, args[2]).tile)
+    sizes = (routes.numel(), num_lists + 1, num_lists + 1, num_tiles) if routes.numel() else (0, 0, 0, 0)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return torch.empty_like(q), lse, *(routes.new_empty(size) for size in sizes)
 
 
 @torch.library.custom_op("moc::attend_backward", mutates_args=())
 def _attend_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, routes: Tensor, entries: Tensor,
-    starts: Tensor, chunk_starts: Tensor, text_index: Tensor, calls: Sequence[int], max_chunk_tokens: int,
-    dense_kernel: str, deterministic: bool,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entries: Tensor, starts: Tensor,
+    tile_starts: Tensor, tile_list: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor,
+    calls: Sequence[int], max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kernel = dense.choose(q, dense_kernel, deterministic)
     grads = anchors.backward(kernel, dout, q, k, v, out, lse, text_index, _unpack(calls), deterministic)
     if routes.numel():
-        lists = with_tiles(entries, starts, blocks_for(q, max_chunk_tokens).tile)
+        lists = Lists(entries, starts, tile_starts, tile_list, blocks_for(q, max_chunk_tokens).tile)
         routed_backward(dout, q, k, v, out, lse, grads, lists, routes, chunk_starts, max_chunk_tokens)
     return grads
 
@@ -101,10 +100,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, dout: Tensor, *_):
-    q, k, v, out, lse, entries, starts, routes, chunk_starts, text_index = ctx.saved_tensors
-    grads = _attend_backward(
-        dout.contiguous(), q, k, v, out, lse, routes, entries, starts, chunk_starts, text_index, *ctx.settings
-    )
+    grads = _attend_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings)
     return *grads, *(None,) * 7
 
 

@@ -33,9 +33,10 @@ class Lists:
     tile_list: Tensor
     tile: int
 
-    def max_tiles(self, num_lists: int, num_entries: int) -> int:
-        """The most tiles that `num_lists` lists over `num_entries` slots of the route table can have."""
-        return num_entries // self.tile + num_lists
+
+def max_tiles(num_entries: int, num_lists: int, tile: int) -> int:
+    """The most tiles that `num_lists` lists over `num_entries` slots of the route table can have."""
+    return num_entries // tile + num_lists
 
 
 @triton.jit
@@ -118,14 +119,8 @@ def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
         so_far = counts.view(-1)[lists].cumsum(0, dtype=torch.int32)
         torch.add(so_far, starts[lists.start], out=starts[lists.start + 1 : lists.stop + 1])
         place_kernel[grid](routes, masks, before, starts, entries, first, *sizes, BLOCK)
-    return with_tiles(entries, starts, tile)
-
-
-def with_tiles(entries: Tensor, starts: Tensor, tile: int) -> Lists:
-    """Lists from their entries and starts; the tiles follow from those."""
     tiles = (starts.diff() + (tile - 1)) // tile
     tile_starts = torch.nn.functional.pad(tiles.cumsum(0, dtype=torch.int32), (1, 0))
-    most = entries.numel() // tile + starts.numel() - 1
-    numbers = torch.arange(most, dtype=torch.int32, device=entries.device)
+    numbers = torch.arange(max_tiles(len(entries), len(starts) - 1, tile), dtype=torch.int32, device=entries.device)
     tile_list = torch.searchsorted(tile_starts, numbers, right=True, out_int32=True) - 1
     return Lists(entries, starts, tile_starts, tile_list, tile)

@@ -12,9 +12,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moc.kernels import triton_kernels as kernels
-from moc.kernels.triton_index import Lists
+from moc.kernels.dense import capability
+from moc.kernels.triton_index import Lists, max_tiles
 
-PARTIAL_SIZE = 1.25  # partial results and gathered queries held at a time, in units of the size of q
+# Partial results and gathered queries held at a time: so many times q, or so many numbers where q is small and every
+# launch counts.
+PARTIAL_SIZE = 1.25
+PARTIAL_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def blocks_for(q: Tensor, max_chunk_tokens: int) -> Blocks:
     """The block sizes for q's dtype and device."""
     if q.dtype == torch.float32:
         return FULL
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) not in MUCH_SHARED_MEMORY:
+    if q.is_cuda and capability(q.device) not in MUCH_SHARED_MEMORY:
         return HALF_SMALL_MEMORY
     return HALF_SMALL_CHUNKS if max_chunk_tokens < SMALL_CHUNK else HALF
 
@@ -68,7 +72,7 @@ def blocks_for(q: Tensor, max_chunk_tokens: int) -> Blocks:
 def use_tma(x: Tensor) -> bool:
     """Whether keys are read by tensor descriptors (Hopper and on; rows of whole 16 bytes)."""
     fits = x.shape[-1] * x.element_size() % 16 == 0
-    return fits and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return fits and (capability(x.device) or (0, 0)) >= (9, 0)
 
 
 def _key_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
@@ -84,12 +88,16 @@ def _list_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
 
 
 def _head_groups(q: Tensor, num_slots: int) -> Iterator[tuple[int, int]]:
-    """Runs of heads whose partial results stay within PARTIAL_SIZE."""
+    """Runs of heads whose partial results stay within the bound."""
     num_heads = q.shape[1]
-    size = max(1, min(num_heads, int(PARTIAL_SIZE * num_heads / num_slots)))
+    size = max(1, min(num_heads, _partial_numbers(q) * num_heads // (num_slots * q.numel())))
     size = triton.cdiv(num_heads, triton.cdiv(num_heads, size))
     for first in range(0, num_heads, size):
         yield first, min(first + size, num_heads)
+
+
+def _partial_numbers(q: Tensor) -> int:
+    return max(PARTIAL_NUMBERS, int(PARTIAL_SIZE * q.numel()))
 
 
 def _padded(head_dim: int) -> int:
@@ -121,7 +129,7 @@ def routed_forward(
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
         bounds = (first * num_chunks, last * num_chunks)
-        kernels.forward_kernel[(lists.max_tiles(bounds[1] - bounds[0], partial.numel() // head_dim),)](
+        kernels.forward_kernel[(max_tiles(partial.numel() // head_dim, bounds[1] - bounds[0], lists.tile),)](
             q, *key_sources, *_list_args(lists), chunk_starts, partial, partial_lse, *bounds,
             num_tokens, num_chunks, num_slots, stride, head_dim**-0.5 * kernels.LOG2E.value,
             **shape, BM=lists.tile, TMA=use_tma(q), **blocks.forward,
@@ -155,15 +163,15 @@ def _add_dkv(
     num_chunks, num_slots, stride, scale = len(chunk_starts) - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
     shape, block = {"D": head_dim, "DP": _padded(head_dim)}, blocks_for(q, max_chunk_tokens).dkv
     num_lists, num_blocks = num_heads * num_chunks, triton.cdiv(max_chunk_tokens, block["BN"])
-    max_tiles = lists.max_tiles(num_lists, routes.numel())
-    num_tiles = min(max_tiles, triton.cdiv(int(PARTIAL_SIZE * num_tokens * num_heads), lists.tile))
+    all_tiles = max_tiles(routes.numel(), num_lists, lists.tile)
+    num_tiles = min(all_tiles, triton.cdiv(_partial_numbers(q) // head_dim, lists.tile))
 
     terms = 3 if q.is_cuda and q.dtype != torch.float32 else 1
     q_list, dout_list = (q.new_empty(num_tiles * lists.tile, head_dim) for _ in range(2))
     terms_dtype = torch.bfloat16 if terms == 3 else torch.float32
     terms_list = torch.zeros(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)
     sources = [_list_source(x, block["BM"]) for x in (q_list, dout_list, terms_list)]
-    for first_tile in range(0, max_tiles, num_tiles):
+    for first_tile in range(0, all_tiles, num_tiles):
         kernels.gather_kernel[(num_tiles,)](
             q, dout, lse, delta, q_list, dout_list, terms_list, *_list_args(lists), first_tile, num_lists,
             num_tokens, num_chunks, num_slots, stride, scale, TERMS=terms, **shape, BM=lists.tile,
@@ -185,7 +193,7 @@ def _add_dq(
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
         bounds = (first * num_chunks, last * num_chunks)
-        kernels.dq_kernel[(lists.max_tiles(bounds[1] - bounds[0], partial.numel() // head_dim),)](
+        kernels.dq_kernel[(max_tiles(partial.numel() // head_dim, bounds[1] - bounds[0], lists.tile),)](
             q, *key_sources, dout, lse, delta, *_list_args(lists), chunk_starts, partial, *bounds,
             num_tokens, num_chunks, num_slots, stride, scale, **shape, BM=lists.tile, TMA=use_tma(q), **block,
         )  # fmt: skip
