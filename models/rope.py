@@ -18,9 +18,9 @@ from moc.layout import Grid
 from models.fuse import fused
 
 
-def grid_coordinates(grid: Grid, device: torch.device) -> Tensor:
-    """(t, h, w) of every token of a grid in stream order: float64 [T * H * W, 3]."""
-    axes = [torch.arange(size, device=device, dtype=torch.float64) for size in grid]
+def grid_coordinates(grid: Grid, device: torch.device, start: tuple[float, float, float] = (0, 0, 0)) -> Tensor:
+    """(t, h, w) of every token of a grid in stream order, counted from `start`: float64 [T * H * W, 3]."""
+    axes = [torch.arange(size, device=device, dtype=torch.float64) + x for size, x in zip(grid, start, strict=True)]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
@@ -38,7 +38,7 @@ def _interleaved(layout: ShotLayout) -> Iterator[Tensor]:
         yield text[:, None].expand(-1, 3)
         start += group.text_tokens
         if group.grid is not None:
-            yield grid_coordinates(group.grid, layout.device) + start
+            yield grid_coordinates(group.grid, layout.device, (start, start, start))
             start += max(group.grid)
 
 
@@ -51,9 +51,7 @@ def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
         if group.shot < 0:
             start = 0.0
         if group.grid is not None:
-            offset = torch.zeros(3, dtype=torch.float64, device=layout.device)
-            offset[0] = start
-            pieces.append(grid_coordinates(group.grid, layout.device) + offset)
+            pieces.append(grid_coordinates(group.grid, layout.device, (start, 0, 0)))
             start += group.grid[0] + gap
     return torch.cat(pieces)
 

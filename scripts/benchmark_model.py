@@ -54,17 +54,16 @@ BACKWARD_UNITS = {
 FORWARD_FFN_UNITS, BACKWARD_FFN_UNITS = 2, 3  # of the activation, in units of the FFN's width
 
 
-def make_story(num_shots: int) -> Batch:
+def make_story(num_shots: int, shape: tuple[int, ...] = LATENT) -> Batch:
     """One sample of random latents and captions."""
-    latents = [torch.randn(LATENT) for _ in range(num_shots)]
+    latents = [torch.randn(shape) for _ in range(num_shots)]
     text = [torch.randn(40, TEXT_DIM) for _ in range(num_shots + 1)]
     spec = models.wan.StreamSpec(patch=(1, 2, 2), text_in_stream=False)
     return make_batch([Sample(latents, text)], spec, ATTENTION["moc"].chunk_tokens).to("cuda")
 
 
 def measure(function: Callable[[], object]) -> tuple[float, int]:
-    """Milliseconds and peak bytes of `function`: the median of three, warm, or once where it is slow (a shorter stream
-    has then compiled what is compiled)."""
+    """Milliseconds and peak bytes of `function`: the median of three, warm, or once where it is slow."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ms = median_ms(function, 1)
@@ -73,36 +72,53 @@ def measure(function: Callable[[], object]) -> tuple[float, int]:
     return ms, torch.cuda.max_memory_allocated()
 
 
-def density(model: nn.Module, batch: Batch, sigma: Tensor, config: MoCConfig) -> float:
+def density(model: nn.Module, batch: Batch, config: MoCConfig) -> float:
     """Share of all pairs that the first layer attends to."""
     routes: dict[int, Tensor] = {}
+    sigma = torch.ones(batch.num_shots, device="cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         model(batch.latents, sigma, batch.text, batch.layout, config, on_routes=routes.setdefault)
     return attention_cost(batch.layout, config, routes.get(0), CONFIG.num_heads, HEAD_DIM).density
 
 
-def model_rows(model: nn.Module, optimizer: torch.optim.Optimizer, num_shots: int) -> list[dict]:
-    """Forward and training step at one length, for each kind of attention."""
-    batch, flow = make_story(num_shots), Flow()
+def passes(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: MoCConfig
+) -> dict[str, Callable[[], None]]:
+    """A forward and a training step on a batch."""
+    flow = Flow()
     levels = flow.draw_levels(batch, seed=0)
     sigma = levels.sigma.cuda()
-    rows = []
+
+    def forward() -> None:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            model(batch.latents, sigma, batch.text, batch.layout, config)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = flow.loss(model, batch, levels, config, seed=0, drops=DropKey(seed=0, step=0))
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"forward": forward, "training step": step}
+
+
+def compile_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Runs every pass on three short streams: what is compiled is then compiled for any length."""
+    for frames in (4, 5, 7):
+        batch = make_story(2, (LATENT[0], frames, *LATENT[2:]))
+        for config in ATTENTION.values():
+            for function in passes(model, optimizer, batch, config).values():
+                function()
+
+
+def model_rows(model: nn.Module, optimizer: torch.optim.Optimizer, num_shots: int) -> list[dict]:
+    """Forward and training step at one length, for each kind of attention."""
+    batch, rows = make_story(num_shots), []
     for impl, config in ATTENTION.items():
-
-        def forward(config: MoCConfig = config) -> None:
-            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-                model(batch.latents, sigma, batch.text, batch.layout, config)
-
-        def step(config: MoCConfig = config) -> None:
-            with torch.autocast("cuda", torch.bfloat16):
-                losses = flow.loss(model, batch, levels, config, seed=0, drops=DropKey(seed=0, step=0))
-            losses.mean().backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        attended = round(density(model, batch, sigma, config), 4)
-        for name, function in (("forward", forward), ("training step", step)):
+        attended = round(density(model, batch, config), 4)
+        for name, function in passes(model, optimizer, batch, config).items():
             ms, peak = measure(function)
             rows.append({
                 "impl": impl, "shots": num_shots, "tokens": batch.layout.num_tokens, "pass": name, "ms": round(ms, 1),
@@ -260,6 +276,7 @@ def main() -> None:
     optimizer = build_optimizer(model, OptimConfig())
     kernel = dense.choose(torch.empty(1, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)).name
     record: dict = {"header": header() | {"dense_kernel": kernel}, "rows": [], "blocks": []}
+    compile_all(model, optimizer)
     for shots in arguments.shots:
         record["rows"] += model_rows(model, optimizer, shots)
         record["blocks"].append(block_row(model, shots))
