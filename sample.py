@@ -50,7 +50,7 @@ def main(config: SampleConfig) -> None:
     plan = plan_film(script, codec)
     prompt, negative = plan.text(text, script.global_caption), plan.negative(text, script.negative)
     story = Story(plan.shapes, prompt, negative, plan.given)
-    routing_map = RoutingMap(len(plan.shapes))
+    decode, routing_map = codec.shot_decoder(), RoutingMap(len(plan.shapes))
     thumbnails: list[np.ndarray] = []
 
     def film() -> Iterator[np.ndarray]:
@@ -63,7 +63,7 @@ def main(config: SampleConfig) -> None:
             shots = sample_shots(model, model.stream, moc, flow, story, config.sampler, on_step, routing_map)
             for number, (_, latent) in enumerate(shots, start=1):
                 save_file({"latent": latent.contiguous()}, _inside(out, f"latents/{number:02d}.safetensors"))
-                frames = np.concatenate([pictures(piece) for piece in codec.decode_stream(latent)])
+                frames = np.concatenate([pictures(piece) for piece in decode(latent)])
                 write_video(_inside(out, f"shots/{number:02d}.mp4"), frames, script.fps)
                 thumbnails.append(frames[pick_frames(len(frames))])
                 yield from frames

@@ -1,27 +1,23 @@
-"""Frames to the model's sizes: which frames at the wanted rate, which frame size, resize and crop."""
+"""Frames at the model's rate and sizes: which frames of a file, which frame size, resized, cropped, read in pieces."""
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.video import IndexedReader
+from data.images import read_image
+from data.video import IndexedReader, VideoIndex, open_video
 
-_READ_PIXELS = 64 << 20  # held at full size while reading
+_READ_PIXELS = 16 << 20  # of a piece, before or after fitting
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """The (H, W) of `buckets` whose aspect ratio is nearest; the first of equals."""
     aspect = math.log(height / width)
     return min(buckets, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
-
-
-def whole_latents(num_frames: int, temporal_factor: int) -> int:
-    """The longest temporal_factor * n + 1 within num_frames: what a causal codec encodes without padding."""
-    return max(0, (num_frames - 1) // temporal_factor * temporal_factor + 1)
 
 
 def resample(times: Sequence[float], start: int, end: int, fps: float) -> list[int]:
@@ -53,12 +49,29 @@ def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return (pixels.transpose(0, 1).float() / 127.5 - 1).contiguous()
 
 
-def read_fitted(reader: IndexedReader, indices: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """Frames `indices` (ascending, may repeat) of the video, as `fit` gives them; few are held at full size."""
-    span = max(1, _READ_PIXELS // (reader.height * reader.width))
-    pieces, at = [], 0
+def read_pieces(reader: IndexedReader, indices: Sequence[int], size: tuple[int, int]) -> Iterator[Tensor]:
+    """Frames `indices` (ascending, may repeat) of the video, as `fit` gives them, few at a time."""
+    span = max(1, _READ_PIXELS // max(reader.height * reader.width, size[0] * size[1]))
+    at = 0
     while at < len(indices):
-        end = bisect.bisect_left(indices, indices[at] + span)
-        pieces.append(fit(reader.pick(indices[at:end]), size))
+        end = min(at + span, bisect.bisect_left(indices, indices[at] + span))
+        yield fit(reader.pick(indices[at:end]), size)
         at = end
-    return torch.cat(pieces, dim=1)
+
+
+def read_shots(
+    path: Path, decoder: str, index: VideoIndex | None, shots: Sequence[Sequence[int]], size: tuple[int, int]
+) -> Iterator[Iterator[Tensor]]:
+    """The pieces of each shot of a sample, to be read in order; of an image, which has no index, its one frame.
+
+    Raises DataError: missing-file, broken, not-an-image, ...
+    """
+    if index is None:
+        yield iter([fit(read_image(path), size)])
+        return
+    reader = open_video(path, decoder, index)
+    try:
+        for indices in shots:
+            yield read_pieces(reader, indices, size)
+    finally:
+        reader.close()

@@ -1,5 +1,6 @@
 """Third stage of preparing: samples' frames and captions through the codec and the text encoder into the cache."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,16 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.bucketing import fit, read_fitted
+from data.bucketing import read_shots
 from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene
 from data.errors import DataError
-from data.images import read_image
 from data.interfaces import Codec, TextEncoder
 from data.manifest import captions, shot_prompt
 from data.online import describe_frames, latent_shapes
 from data.planning import SamplePlan
 from data.report import save_thumbnail
-from data.video import open_video
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,14 @@ class SampleEncoder:
 
     def encode(self, plan: SamplePlan) -> EncodedScene:
         """Raises DataError: broken, size-change and others of reading; out-of-memory."""
+        encode = self.codec.shot_encoder()
         latents = []
         try:
-            for i, video in enumerate(self._shots(plan)):
-                save_thumbnail(self.output, plan, i, video)
-                if not self.online_in:
-                    latents.append(self.codec.encode(video.to(self.device)))
+            for pieces in self._shots(plan):
+                if self.online_in:
+                    deque(pieces, maxlen=0)  # read all the same: what cannot be read shall fail now
+                else:
+                    latents.append(encode(pieces))
         except torch.OutOfMemoryError as error:
             raise DataError(
                 "out-of-memory", plan.scene.id, "a shot does not fit the GPU; lower size or max_frames"
@@ -57,17 +58,20 @@ class SampleEncoder:
         writer.add_text(null_global, "null caption", NULL_GLOBAL)
         writer.add_text(null_shot, "null caption", NULL_SHOT)
 
-    def _shots(self, plan: SamplePlan) -> Iterator[Tensor]:
+    def _shots(self, plan: SamplePlan) -> Iterator[Iterator[Tensor]]:
+        """The pieces of each shot, on the device; the middle frame of each is saved on its way."""
         path = self.root / plan.scene.path
-        if plan.index is None:
-            yield fit(read_image(path), plan.size)
-            return
-        reader = open_video(path, self.decoder, plan.index)
-        try:
-            for indices in plan.indices:
-                yield read_fitted(reader, indices, plan.size)
-        finally:
-            reader.close()
+        shots = read_shots(path, self.decoder, plan.index, plan.indices, plan.size)
+        for i, pieces in enumerate(shots):
+            yield self._with_thumbnail(plan, i, pieces)
+
+    def _with_thumbnail(self, plan: SamplePlan, shot: int, pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+        until_middle = len(plan.indices[shot]) // 2
+        for piece in pieces:
+            if 0 <= until_middle < piece.shape[1]:
+                save_thumbnail(self.output, plan, shot, piece[:, until_middle])
+            until_middle -= piece.shape[1]
+            yield piece.to(self.device)
 
     def _text(self, plan: SamplePlan) -> list[list[Tensor]]:
         """Features of each length of the captions; a caption with fewer lengths repeats its last."""

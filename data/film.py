@@ -19,7 +19,8 @@ from data.script import Script
 @dataclass
 class FilmPlan:
     """The stream of a film. shapes: (C, T, H, W) of each latent. given: latents of reference pictures, each a one-frame
-    shot of its own before the shot that shall look like it. filmed: where the script's shots stand in the stream."""
+    shot of its own before the shot that shall look like it, encoded apart, never decoded, and no shot to a continuous
+    codec. filmed: where the script's shots stand in the stream."""
 
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
@@ -41,21 +42,20 @@ def plan_film(script: Script, codec: Codec) -> FilmPlan:
     if height % factor or width % factor:
         raise DataError("bad-script", "size", f"{height}x{width} is not a multiple of {factor}, as this codec needs")
     plan = FilmPlan()
-    for shot in script.shots:
+    rest = 0.0  # what rounding took from the shots of one video so far, so that cuts stay where the script has them
+    for place, shot in enumerate(script.shots):
         if shot.image:
             plan.given[len(plan.shapes)] = codec.encode(fit(read_image(shot.image), script.size))
             plan.shapes.append((codec.latent_channels, 1, height // factor, width // factor))
             plan.captions.append(shot.caption)
         plan.filmed.append(len(plan.shapes))
-        length = latent_frames(shot.seconds, script.fps, codec.temporal_factor)
+        wanted = shot.seconds * script.fps + (0 if codec.begins_video(place) else rest)
+        frames = codec.nearest_frames(wanted, place)
+        rest = wanted - frames
+        length = codec.latent_frames(frames, place)
         plan.shapes.append((codec.latent_channels, length, height // factor, width // factor))
         plan.captions.append(shot.caption)
     return plan
-
-
-def latent_frames(seconds: float, fps: float, temporal_factor: int) -> int:
-    """Latent frames of a shot whose temporal_factor n + 1 frames come nearest to a duration."""
-    return 1 + max(0, round((seconds * fps - 1) / temporal_factor))
 
 
 def pictures(video: Tensor) -> np.ndarray:

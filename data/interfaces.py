@@ -1,20 +1,38 @@
 """What data asks of the codec and the text encoder it is handed; it never imports models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 
 class Codec(Protocol):
-    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'], F = temporal_factor * n + 1."""
+    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'].
+
+    How many frames make whole latent frames depends on a shot's place in its sample, `shot`, and is the codec's to say.
+    """
 
     latent_channels: int
-    temporal_factor: int
     spatial_factor: int
     fingerprint: str
 
-    def encode(self, video: Tensor) -> Tensor: ...
+    def encode(self, video: Tensor) -> Tensor:
+        """A still, or a sample's only shot."""
+
+    def shot_encoder(self) -> Callable[[Iterable[Tensor]], Tensor]:
+        """For one sample: called with the pieces of each shot in order, gives its latent."""
+
+    def begins_video(self, shot: int) -> bool:
+        """Whether the shot starts afresh, not where the one before ended."""
+
+    def latent_frames(self, frames: int, shot: int = 0) -> int:
+        """Latent frames of a shot of whole ones."""
+
+    def whole_frames(self, frames: int, shot: int = 0) -> int:
+        """The longest run within `frames` that is whole latent frames; 0 where there is none."""
+
+    def nearest_frames(self, frames: float, shot: int = 0) -> int:
+        """The length of whole latent frames, one at least, nearest to `frames`."""
 
 
 class TextEncoder(Protocol):

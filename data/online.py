@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.bucketing import fit, read_fitted
+from data.bucketing import read_shots
 from data.cache import digest, write_whole
 from data.errors import DataError
-from data.images import read_image
 from data.interfaces import Codec
 from data.planning import SamplePlan
 from data.store import FileStore
-from data.video import VideoIndex, open_video
+from data.video import VideoIndex
 
 LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
 
@@ -26,8 +25,8 @@ LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
 def latent_shapes(plan: SamplePlan, codec: Codec) -> list[list[int]]:
     """[C, T, H, W] of each shot, before anything is encoded."""
     height, width = (side // codec.spatial_factor for side in plan.size)
-    frames = ((len(indices) - 1) // codec.temporal_factor + 1 for indices in plan.indices)
-    return [[codec.latent_channels, count, height, width] for count in frames]
+    lengths = [codec.latent_frames(len(indices), shot) for shot, indices in enumerate(plan.indices)]
+    return [[codec.latent_channels, length, height, width] for length in lengths]
 
 
 def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> dict:
@@ -44,15 +43,11 @@ def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> 
 
 def encode_frames(frames: dict, store: FileStore, codec: Codec, dtype: torch.dtype) -> list[Tensor]:
     """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: missing-file, broken, ..."""
-    path, (height, width) = Path(frames["file"]), frames["size"]
-    if "indices" not in frames:
-        if not path.is_file():
-            raise DataError("missing-file", path, "the cache names it; prepare again where it lies now")
-        return [codec.encode(fit(read_image(path), (height, width))).to(dtype)]
-    fields = json.loads(store.read_bytes(frames["video_index"]))
-    index = VideoIndex(**fields | {key: fields[key] and tuple(fields[key]) for key in ("times", "pts")})
-    reader = open_video(path, frames["decoder"], index)
-    try:
-        return [codec.encode(read_fitted(reader, part, (height, width))).to(dtype) for part in frames["indices"]]
-    finally:
-        reader.close()
+    path, index = Path(frames["file"]), None
+    if not path.is_file():
+        raise DataError("missing-file", path, "no such file, but the cache names it; prepare again where it lies now")
+    if "video_index" in frames:
+        fields = json.loads(store.read_bytes(frames["video_index"]))
+        index = VideoIndex(**fields | {key: fields[key] and tuple(fields[key]) for key in ("times", "pts")})
+    shots = read_shots(path, frames["decoder"], index, frames.get("indices", ()), frames["size"])
+    return [latent.to(dtype) for latent in map(codec.shot_encoder(), shots)]

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.bucketing import nearest_bucket, resample, whole_latents
+from data.bucketing import nearest_bucket, resample
 from data.cache import digest
 from data.errors import DataError
 from data.images import read_image
+from data.interfaces import Codec
 from data.manifest import Caption, SceneRecord, ShotRecord, captions
 from data.scan import Scan
 from data.shots import Span
@@ -18,15 +19,21 @@ _CLAIM_TOLERANCE = 0.98
 
 @dataclass(frozen=True)
 class ShotRule:
-    """How shots are cut, in frames at `fps` (0: each video's own): shorter than min_frames is skipped, longer than
-    max_frames is cut into continuations; then trimmed to temporal_factor * n + 1. sizes: (H, W) to choose from."""
+    """How shots are cut, in frames at `fps` (0: each video's own): longer than max_frames is cut into continuations,
+    shorter than min_frames is skipped, the rest trimmed to whole latent frames of the codec. sizes: (H, W) to choose
+    from. Raises DataError (bad-length) where max_frames holds no whole latent frame."""
 
     fps: float
     min_frames: int
     max_frames: int
     shots_per_sample: int
-    temporal_factor: int
+    codec: Codec
     sizes: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        least = max(self.codec.nearest_frames(1, shot) for shot in range(2))
+        if self.max_frames < least:
+            raise DataError("bad-length", "max_frames", f"{self.max_frames} is below this codec's least, {least}")
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def plan_scene(
                 f"{where}.end",
                 f"{shot.end} is past the {index.num_frames} frames that {scene.video} decodes to",
             )
-        cut = _cut_shot(shot, index, rule)
+        cut = _cut_shot(shot, index, rule, len(pieces))
         if not cut:
             frames = len(resample(index.times, shot.start, shot.end, rule.fps))
             skipped.append(
@@ -115,16 +122,20 @@ def _captions(scene: SceneRecord) -> list[Caption]:
     return [scene.caption, *scene.shot_captions, *(shot.caption for shot in scene.shots)]
 
 
-def _cut_shot(shot: ShotRecord, index: VideoIndex, rule: ShotRule) -> list[tuple[ShotRecord, tuple[int, ...]]]:
+def _cut_shot(
+    shot: ShotRecord, index: VideoIndex, rule: ShotRule, number: int
+) -> list[tuple[ShotRecord, tuple[int, ...]]]:
+    """The shot, or its continuations, as shots `number` and on of the scene, and the frames of each."""
     frames = resample(index.times, shot.start, shot.end, rule.fps)
-    longest = whole_latents(rule.max_frames, rule.temporal_factor)
-    pieces = []
-    for at in range(0, len(frames), longest):
-        part = frames[at : at + longest]
-        part = part[: whole_latents(len(part), rule.temporal_factor)]
-        if len(part) >= rule.min_frames:
-            record = ShotRecord(part[0], part[-1] + 1, shot.caption, shot.cut and at == 0)
-            pieces.append((record, tuple(part)))
+    pieces: list[tuple[ShotRecord, tuple[int, ...]]] = []
+    at = 0
+    while at < len(frames):
+        place = (number + len(pieces)) % rule.shots_per_sample
+        left = min(len(frames) - at, rule.max_frames)
+        part = tuple(frames[at : at + rule.codec.whole_frames(left, place)])
+        if part and left >= rule.min_frames:
+            pieces.append((ShotRecord(part[0], part[-1] + 1, shot.caption, shot.cut and at == 0), part))
+        at += rule.codec.whole_frames(rule.max_frames, place)
     return pieces
 
 

@@ -195,7 +195,7 @@ class _Run:
             config.min_frames,
             config.max_frames,
             config.shots_per_sample,
-            self.codec.temporal_factor,
+            self.codec,
             config.sizes,
         )
         plans: list[SamplePlan] = []

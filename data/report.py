@@ -127,10 +127,9 @@ def thumbnail_name(plan: SamplePlan, shot: int) -> str:
     return f"{digest({'key': plan.key, 'shot': shot})}.jpg"
 
 
-def save_thumbnail(output: Path, plan: SamplePlan, shot: int, video: Tensor) -> None:
-    """The middle frame of a fitted shot, float [3, F, H, W] in [-1, 1], as trained on."""
-    middle = video[:, video.shape[1] // 2].permute(1, 2, 0)
-    array = ((middle + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
+def save_thumbnail(output: Path, plan: SamplePlan, shot: int, frame: Tensor) -> None:
+    """A fitted frame of a shot, float [3, H, W] in [-1, 1], as trained on."""
+    array = ((frame.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
     image = Image.fromarray(array)
     image.thumbnail((4 * _THUMBNAIL_HEIGHT, _THUMBNAIL_HEIGHT))
     encoded = BytesIO()

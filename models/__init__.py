@@ -8,13 +8,14 @@ import torch
 from diffusers import ModelMixin
 
 from moc import MoCConfig
+from models.codec import CodecConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
 from models.experts import Experts
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.text import TextConfig, build_text_encoder
-from models.vae import CodecConfig, build_codec
+from models.vae import build_codec
 from models.wan import WanTransformer3DModel
 
 __all__ = [

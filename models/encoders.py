@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from models.codec import Codec, CodecConfig, CodecKind
 from models.text import EmbeddedTextEncoder, TextConfig, TextEncoder, TextKind, build_text_encoder
-from models.vae import Codec, CodecConfig, CodecKind, build_codec
+from models.vae import build_codec
 
 
 @dataclass(frozen=True)

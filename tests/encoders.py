@@ -4,23 +4,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.codec import Codec
 from tests.films import read_numbers
 
 
-class PoolCodec:
+class PoolCodec(Codec):
     """Every fourth frame, averaged over 8 x 8 pixels: the numbers of numbered films stay readable."""
 
-    latent_channels, temporal_factor, spatial_factor, fingerprint = 3, 4, 8, "pool"
+    latent_channels, spatial_factor, fingerprint = 3, 8, "pool"
+    latents_at_once = 1000
 
-    def __init__(self) -> None:
+    def __init__(self, continuous: bool = False) -> None:
+        super().__init__()
+        self.continuous = continuous
         self.encoded: list[int] = []  # the number in the first frame of each shot
         self.fail_at: int | None = None
         self.error: BaseException | None = None
         self.nan_at: int | None = None
 
-    def encode(self, video: Tensor) -> Tensor:
-        assert video.shape[1] % 4 == 1
-        latent = F.avg_pool3d(video, (1, 8, 8))[:, ::4]
+    def encode_piece(self, frames: Tensor, memory: dict, first: bool) -> Tensor:
+        assert frames.shape[1] % 4 == first
+        latent = F.avg_pool3d(frames, (1, 8, 8))[:, ::4]
         first = numbers_in(latent)[0]
         if self.error and first == self.fail_at:
             raise self.error

@@ -8,21 +8,25 @@ import torch
 from PIL import Image
 
 from data.errors import DataError
-from data.film import latent_frames, pictures, plan_film
+from data.film import pictures, plan_film
 from data.manifest import CUT_PREFIX
 from data.script import Script, ScriptShot
 from data.storyboard import draw_routing_map, draw_storyboard, pick_frames
+from models.codec import Codec
 
 
-class MeanCodec:
+class MeanCodec(Codec):
     """Latents are block means; time is taken every fourth frame."""
 
-    latent_channels, temporal_factor, spatial_factor = 3, 4, 8
+    latent_channels, spatial_factor = 3, 8
 
-    def encode(self, video):
-        assert video.shape[0] == 3
-        assert -1 <= video.min() <= video.max() <= 1
-        return torch.nn.functional.avg_pool3d(video, (1, 8, 8))[:, ::4]
+    def __init__(self, continuous=False):
+        super().__init__()
+        self.continuous = continuous
+
+    def encode_piece(self, frames, memory, first):
+        assert -1 <= frames.min() <= frames.max() <= 1
+        return torch.nn.functional.avg_pool3d(frames, (1, 8, 8))[:, ::4]
 
 
 class EchoText:
@@ -50,8 +54,21 @@ def picture(tmp_path) -> Path:
     [(1, 1), (2, 1), (3.5, 2), (5, 2), (6.5, 2), (7.5, 3), (9, 3), (81, 21), (80, 21), (0.2, 1)],
 )
 def test_a_shot_gets_the_nearest_whole_length(frames, latents):
-    assert latent_frames(frames / 16, 16, 4) == latents
+    plan = plan_film(script(ScriptShot("a", frames / 16), fps=16), MeanCodec())
+    assert plan.shapes[0][1] == latents
     assert abs(4 * (latents - 1) + 1 - frames) <= 2
+
+
+def test_cuts_of_one_video_do_not_drift(picture):
+    shots = [ScriptShot("a", 5.0, image=picture if i == 3 else None) for i in range(8)]
+    codec = MeanCodec(continuous=True)
+    plan = plan_film(script(*shots, fps=16.3), codec)
+    lengths = [codec.pixel_frames(plan.shapes[at][1], place) for place, at in enumerate(plan.filmed)]
+    for place in range(1, 9):
+        made = sum(lengths[:place])
+        assert abs(made - place * 5 * 16.3) <= 2
+        assert made % 4 == 1
+    assert plan.given.keys() == {3}
 
 
 def test_a_plan_has_a_latent_for_each_shot():

@@ -10,7 +10,9 @@ from torch import Tensor
 from data.manifest import load_manifest
 from data.storyworld import StoryworldConfig, generate
 from data.video import open_video
-from models.vae import CodecConfig, CodecKind, TransformCodec, WanCodec, build_codec
+from models.codec import CodecConfig, CodecKind
+from models.transform import TransformCodec
+from models.vae import WanCodec, build_codec
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
 WAN22 = {

@@ -1,0 +1,204 @@
+"""What a codec is: video to latents and back, shot by shot, in memory independent of length.
+
+A codec is causal: the first frame of a video is a latent frame of its own, so that a still image is one latent frame,
+and every `temporal_factor` frames after it are one more. What a video is to it, `CodecConfig.continuous` says:
+
+    false    each shot is a video of its own: temporal_factor * n + 1 frames, n + 1 latent frames
+    true     the shots of a sample are one video, as HoloCine's weights were trained: the first as above, each later one
+             temporal_factor * n frames, n latent frames, which depend on the shots before
+
+Either way every cut lies between two latent frames, and one shot alone comes out the same. `shot` is the place of a
+shot in its sample, from 0; this file alone knows how frames and latent frames go together. A picture that stands
+between shots, as a reference for the next, is a video of its own in both: `encode` it, and hand it to no stream.
+
+Shape letters: F frames (f of a piece), C T H W of a latent.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import wraps
+
+import torch
+from torch import Tensor, nn
+
+
+class CodecKind(StrEnum):
+    transform = "transform"
+    wan = "wan"
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Which codec. `path`: folder of an AutoencoderKLWan, for wan. channels and whitening are the transform codec's.
+
+    channels: coefficients kept of each block's 768, at most 64 (1/12 of the pixel values).
+    whitening: 0 divides every coefficient by one constant, so that latent error is pixel error; 1 brings every channel
+    to about unit variance, so that detail costs a diffusion model as much as the picture does.
+    tiling: wan only: code large frames in spatial tiles, for small GPUs.
+    continuous: the shots of a sample are one video to the codec (see the module's docstring).
+    """
+
+    kind: CodecKind = CodecKind.transform
+    path: str = ""
+    channels: int = 64
+    whitening: float = 0.5
+    tiling: bool = False
+    continuous: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.channels <= 64:
+            raise ValueError(f"codec.channels={self.channels} must lie in [1, 64]")
+        if not 0 <= self.whitening <= 1:
+            raise ValueError(f"codec.whitening={self.whitening} must lie in [0, 1]")
+
+
+class Codec(nn.Module):
+    """What data, trainer and sampler rely on. A codec supplies `encode_piece` and `decode_piece`."""
+
+    latent_channels: int
+    temporal_factor: int = 4
+    spatial_factor: int
+    fingerprint: str
+    continuous: bool = False
+    latents_at_once: int = 1  # latent frames of a piece
+
+    def encode(self, video: Tensor) -> Tensor:
+        """A sample's only shot or a still, float [3, F, H, W] in [-1, 1] -> fp32 [C, T, H / s, W / s]."""
+        self.check_pixels(video)
+        self.latent_frames(video.shape[1])
+        return self.shot_encoder()([video])
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """[C, T, H', W'] of a sample's only shot -> fp32 [3, F, H, W] in [-1, 1]."""
+        return torch.cat(list(self.decode_stream(latent)), dim=1)
+
+    def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
+        """The same in pieces float [3, f, H, W]."""
+        return self.shot_decoder()(latent)
+
+    def shot_encoder(self) -> "ShotEncoder":
+        """A new stream, for the shots of one sample in order."""
+        return ShotEncoder(self)
+
+    def shot_decoder(self) -> "ShotDecoder":
+        """A new stream, for the shots of one sample in order."""
+        return ShotDecoder(self)
+
+    def encode_piece(self, frames: Tensor, memory: dict, first: bool) -> Tensor:
+        """Whole latents of the next frames of a video; first: these begin it. `memory`, at first empty, is the
+        codec's own, for what it must know of the frames before."""
+        raise NotImplementedError
+
+    def decode_piece(self, latent: Tensor, memory: dict, first: bool) -> Tensor:
+        """The frames of the next latents of a video, in the same way."""
+        raise NotImplementedError
+
+    # Frames and latent frames
+
+    def begins_video(self, shot: int) -> bool:
+        """Whether the shot is encoded afresh, not as going on from the one before."""
+        return shot == 0 or not self.continuous
+
+    def pixel_frames(self, latent_frames: int, shot: int = 0) -> int:
+        """Frames that `latent_frames` of a shot decode to."""
+        lone = int(self.begins_video(shot))  # the frame that is a latent frame of its own
+        return lone + (latent_frames - lone) * self.temporal_factor
+
+    def whole_frames(self, frames: int, shot: int = 0) -> int:
+        """The longest run within `frames` that is whole latent frames; 0 where there is none."""
+        lone = int(self.begins_video(shot))
+        return max(0, lone + (frames - lone) // self.temporal_factor * self.temporal_factor)
+
+    def nearest_frames(self, frames: float, shot: int = 0) -> int:
+        """The length of whole latent frames, one at least, nearest to `frames`."""
+        lone = int(self.begins_video(shot))
+        return self.pixel_frames(max(1, lone + round((frames - lone) / self.temporal_factor)), shot)
+
+    def latent_frames(self, frames: int, shot: int = 0) -> int:
+        """Latent frames of a shot; raises ValueError where its frames are not whole latent frames."""
+        lone = int(self.begins_video(shot))
+        if frames < 1 or self.whole_frames(frames, shot) != frames:
+            below = max(self.pixel_frames(1, shot), self.whole_frames(frames, shot))
+            raise ValueError(
+                f"a shot of {frames} frames cannot be encoded: the codec takes {self.temporal_factor}n"
+                f"{' + 1' if lone else ''} frames ({below} or {below + self.temporal_factor})"
+            )
+        return lone + (frames - lone) // self.temporal_factor
+
+    def check_pixels(self, video: Tensor) -> None:
+        """Raises ValueError unless video is float [3, F, H, W] with sizes the codec can divide."""
+        if video.dim() != 4 or video.shape[0] != 3 or not video.is_floating_point():
+            raise ValueError(f"video is {video.dtype} {tuple(video.shape)}; the codec takes float [3, F, H, W]")
+        height, width = video.shape[2:]
+        if height % self.spatial_factor or width % self.spatial_factor:
+            raise ValueError(f"frame size {height}x{width} is not a multiple of {self.spatial_factor}")
+
+
+class ShotEncoder:
+    """Encodes the shots of one sample, one call each, in order."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.shot, self.memory = codec, 0, {}
+
+    def __call__(self, pieces: Iterable[Tensor]) -> Tensor:
+        """Pieces float [3, f, H, W] in [-1, 1] of the next shot, of any lengths -> fp32 [C, T, H / s, W / s].
+
+        Holds no more than a few frames besides the piece it was handed. Raises ValueError where the shot is not whole
+        latent frames.
+        """
+        codec, first = self.codec, self.codec.begins_video(self.shot)
+        if first:
+            self.memory = {}
+        head = codec.pixel_frames(codec.latents_at_once, self.shot)
+        latents: list[Tensor] = []
+        num_frames = 0
+        for frames in regroup(pieces, head, codec.latents_at_once * codec.temporal_factor):
+            codec.check_pixels(frames)
+            num_frames += frames.shape[1]
+            codec.latent_frames(num_frames, self.shot)
+            latents.append(codec.encode_piece(frames, self.memory, first and not latents))
+        codec.latent_frames(num_frames, self.shot)
+        self.shot += 1
+        return torch.cat(latents, dim=1)
+
+
+class ShotDecoder:
+    """Decodes the shots of one sample, one call each, in order: a shot's frames come out as its latent is known."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec, self.shot, self.memory = codec, 0, {}
+
+    def __call__(self, latent: Tensor) -> Iterator[Tensor]:
+        """[C, T, H', W'] of the next shot -> its frames in pieces float [3, f, H, W]; take them all before the next."""
+        first = self.codec.begins_video(self.shot)
+        if first:
+            self.memory = {}
+        self.shot += 1
+        for start in range(0, latent.shape[1], self.codec.latents_at_once):
+            piece = latent[:, start : start + self.codec.latents_at_once]
+            yield self.codec.decode_piece(piece, self.memory, first and start == 0)
+
+
+def regroup(pieces: Iterable[Tensor], head: int, length: int) -> Iterator[Tensor]:
+    """The frames of pieces [3, f, H, W] in groups: one of `head` frames, then of `length`; the last may be short."""
+    held: Tensor | None = None
+    wanted = head
+    for piece in pieces:
+        held = torch.cat([held, piece], dim=1) if held is not None and held.shape[1] else piece
+        while held.shape[1] >= wanted:
+            yield held[:, :wanted]
+            held, wanted = held[:, wanted:], length
+    if held is not None and held.shape[1]:
+        yield held
+
+
+def in_fp32(method: Callable) -> Callable:
+    """Takes a codec's method out of autocast: what a latent means must not depend on the caller's precision."""
+
+    @wraps(method)
+    def run(self: Codec, x: Tensor, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args)
+
+    return run
