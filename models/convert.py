@@ -1,14 +1,11 @@
-"""Checkpoints on disk: what a path holds, strict loading, and conversion between forms, one tensor at a time.
+"""Checkpoints on disk: what a path holds, and strict loading; `models/export.py` writes them in other forms.
 
 Forms that are read: a diffusers folder (sharded or not), a file or folder with the Wan release's original names, with
-or without ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint. Written: a diffusers folder, or
-one file with original names. Names inside this module are diffusers'.
+or without ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint. Names inside this module are
+diffusers'.
 """
 
 import json
-import re
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -18,70 +15,25 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor
-from tqdm import tqdm
 
 from moc import MoCConfig
 from moc.training.checkpoint import find_checkpoint
 from models.mmdit import MMDiT
-from models.tensors import TensorSource, new_folder, write_sharded, write_tensors
+from models.names import COMFYUI_PREFIX, to_diffusers_name
+from models.tensors import TensorSource
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
-COMFYUI_PREFIX = "model.diffusion_model."
 HEAD_DIM = 128  # of every Wan model; files without a config do not tell it
-
-# Stems of the original release -> diffusers'; the rest of a name (".weight", ".bias") is shared.
-TOP = {
-    "patch_embedding": "patch_embedding",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-}
-BLOCK = {
-    "modulation": "scale_shift_table",
-    "norm3": "norm2",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-    **{
-        f"{old}.{a}": f"{new}.{b}"
-        for old, new in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
-    },
-    **{
-        f"{old}.{norm}": f"{new}.{norm}"
-        for old, new in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for norm in ("norm_q", "norm_k")
-    },
-}
-
-
-def _rename(name: str, top: dict[str, str], block: dict[str, str]) -> str | None:
-    match = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name)
-    assert match is not None  # every part is optional
-    prefix, stem, suffix = match[1] or "", match[2], match[3] or ""
-    new = (block if prefix else top).get(stem)
-    return None if new is None else prefix + new + suffix
-
-
-def to_diffusers_name(name: str) -> str | None:
-    """An original name, with ComfyUI's prefix or without, as diffusers'; None for one no Wan model has."""
-    return _rename(name.removeprefix(COMFYUI_PREFIX), TOP, BLOCK)
-
-
-def to_original_name(name: str) -> str | None:
-    """The inverse of `to_diffusers_name`."""
-    return _rename(name, {new: old for old, new in TOP.items()}, {new: old for old, new in BLOCK.items()})
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. form: diffusers, original or comfyui names. config: its class's arguments.
-    stored: diffusers name -> the name in the file. moc: attention settings kept beside the weights."""
+    """A model on disk. root: the training checkpoint or pipeline it belongs to, or its own path. form: diffusers,
+    original or comfyui names. config: its class's arguments. stored: diffusers name -> the name in the file. moc:
+    attention settings kept beside the weights."""
 
+    root: Path
     form: str
     kind: str
     config: dict[str, Any]
@@ -116,7 +68,8 @@ class Checkpoint:
         count = sum(torch.Size(self.source.shapes[key]).numel() for key in self.stored.values())
         dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in self.source.dtypes.values()})
         what = "multi-shot MMDiT" if self.kind == "MMDiT" else WAN_NAMES.get(_size(self.config), "a Wan model")
-        size = f"{count / 1e9:.3f} B parameters in {len(self.stored)} tensors"
+        amount = f"{count / 1e9:.3f} B" if count >= 1e8 else f"{count / 1e6:.1f} M"
+        size = f"{amount} parameters in {len(self.stored)} tensors"
         return f"{what}: {size}, {', '.join(dtypes)}, {self.form} names"
 
 
@@ -145,6 +98,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
 
     Raises ValueError where it is no model, or more than one.
     """
+    root = find_checkpoint(path) or Path(path)
     path = model_path(Path(path), weights)
     source = TensorSource(path)
     settings = _read_config(path)
@@ -158,7 +112,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
     else:
         config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
     moc = MoCConfig.load(path) if (path / "moc.json").is_file() else None
-    return Checkpoint(form, kind, config, source, stored, moc)
+    return Checkpoint(root, form, kind, config, source, stored, moc)
 
 
 def model_path(path: Path, weights: str) -> Path:
@@ -248,51 +202,3 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.fl
         state[name] = tensor if target is None else tensor.to(target)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-
-def convert(
-    checkpoint: Checkpoint, output: Path, dtype: torch.dtype | None = None, shard_bytes: int = 10 * 1000**3
-) -> None:
-    """Writes `output` from a checkpoint, one tensor in memory at a time: a .safetensors file gets original names, any
-    other path becomes a diffusers folder. Nothing appears under `output` before it is whole."""
-    if output.exists():
-        raise ValueError(f"{output} exists; name a new path")
-    model = checkpoint.empty_model()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tqdm(desc="convert", total=len(checkpoint.stored), unit="tensor", disable=not sys.stderr.isatty()) as bar:
-
-        def read(name: str) -> Tensor:
-            bar.update()
-            return checkpoint.read(name)
-
-        names = list(model.state_dict())
-        if output.suffix == ".safetensors":
-            _write_original(checkpoint, read, names, output, dtype)
-            return
-        with new_folder(output) as partial:
-            model.save_config(partial)
-            write_sharded(partial, _entries(checkpoint, names, dtype), read, shard_bytes=shard_bytes)
-            if checkpoint.moc is not None:
-                checkpoint.moc.save(partial)
-
-
-def _entries(checkpoint: Checkpoint, names: list[str], dtype: torch.dtype | None, rename: Callable[[str], str] = str):
-    return [
-        (
-            rename(name),
-            dtype or checkpoint.source.dtypes[checkpoint.stored[name]],
-            checkpoint.source.shapes[checkpoint.stored[name]],
-        )
-        for name in names
-    ]
-
-
-def _write_original(
-    checkpoint: Checkpoint, read: Callable[[str], Tensor], names: list[str], file: Path, dtype: torch.dtype | None
-) -> None:
-    if checkpoint.kind == "MMDiT":
-        raise ValueError(f"{file}: only Wan models have a form with original names; name a folder for an MMDiT")
-    originals = {name: to_original_name(name) or name for name in names}
-    inverse = {new: name for name, new in originals.items()}
-    entries = _entries(checkpoint, names, dtype, originals.__getitem__)
-    write_tensors(file, entries, lambda name: read(inverse[name]))

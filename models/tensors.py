@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,38 +25,60 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Entry = tuple[str, torch.dtype, tuple[int, ...]]  # name, dtype and shape of a tensor to write
 
 
 class TensorSource:
-    """The tensors of one .safetensors file, or of a folder with one such file or a sharded set and its index."""
+    """The tensors of one .safetensors file, or of a folder with one such file or a sharded set and its index.
+
+    Tensors are read, not mapped: a file larger than memory may not be mapped as torch does it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file_of = {name: file for file in _files(self.path) for name in _open(file).keys()}  # noqa: SIM118
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for name in self._file_of:
-            self._describe(name)
+        self._place: dict[str, tuple[Path, int]] = {}  # file, and first byte within it
+        for file in _files(self.path):
+            self._describe(file)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._place)
 
     def names(self) -> list[str]:
-        return sorted(self._file_of)
+        return sorted(self._place)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype."""
-        return _open(self._file_of[name]).get_tensor(name)
+        file, start = self._place[name]
+        dtype, shape = self.dtypes[name], self.shapes[name]
+        data = np.fromfile(file, np.uint8, count=_num_bytes(dtype, shape), offset=start)
+        if len(data) != _num_bytes(dtype, shape):
+            raise ValueError(f"{file} has become shorter than when it was opened; fetch it again")
+        return torch.from_numpy(data).view(dtype).reshape(shape)
 
-    def _describe(self, name: str) -> None:
-        piece = _open(self._file_of[name]).get_slice(name)
-        self.shapes[name] = tuple(piece.get_shape())
-        self.dtypes[name] = DTYPES[piece.get_dtype()]
+    def _describe(self, file: Path) -> None:
+        with _open(file) as source, file.open("rb") as raw:
+            start = 8 + struct.unpack("<Q", raw.read(8))[0]
+            for name in source.offset_keys():  # in the order of their bytes, which leave no gaps
+                piece = source.get_slice(name)
+                if name in self._place:
+                    raise ValueError(f"{name} is in {self._place[name][0]} and in {file}; fetch the folder again")
+                if piece.get_dtype() not in DTYPES:
+                    raise ValueError(f"{file}: {name} is {piece.get_dtype()}; only {', '.join(DTYPES)} are read")
+                self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
+                self._place[name] = file, start
+                start += _num_bytes(self.dtypes[name], self.shapes[name])
+
+
+def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()
 
 
 def _open(file: Path):
+    """The file's checked header; its tensors are left alone ("np" maps them without claiming memory)."""
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
 
@@ -99,18 +122,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_tensors(
-    file: Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], read: Callable[[str], Tensor]
-) -> None:
+def write_tensors(file: Path, entries: Iterable[Entry], read: Callable[[str], Tensor]) -> None:
     """Writes one safetensors file, holding one tensor in memory at a time.
 
-    entries: (name, dtype, shape) of every tensor; read(name) returns it, in any dtype. The file appears when whole.
+    read(name) returns a tensor, in any dtype. The file appears when it is whole.
     """
     ordered = sorted(entries, key=lambda entry: (-entry[1].itemsize, entry[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in ordered:
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        start, end = end, end + _num_bytes(dtype, shape)
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -128,17 +149,17 @@ def write_tensors(
 
 def write_sharded(
     folder: Path,
-    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    entries: Iterable[Entry],
     read: Callable[[str], Tensor],
     stem: str = "diffusion_pytorch_model",
     shard_bytes: int = 10 * 1000**3,
 ) -> None:
     """Writes a folder as diffusers does: one file, or shards of at most `shard_bytes` with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = [[]]
+    shards: list[list[Entry]] = [[]]
     filled = total = 0
     for name, dtype, shape in entries:
-        size = dtype.itemsize * torch.Size(shape).numel()
+        size = _num_bytes(dtype, shape)
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0

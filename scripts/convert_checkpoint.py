@@ -1,21 +1,25 @@
 """Convert a checkpoint: python scripts/convert_checkpoint.py input=PATH [output=PATH] [key=value ...]
 
-`input`: a diffusers folder, a .safetensors file with original or ComfyUI names (Wan, HoloCine), a training run or
-checkpoint, or the .pth of Wan's T5 encoder or Wan2.1 VAE. Prints what it is. `output`: a folder (diffusers), or a file
-ending in .safetensors (original names); leave it out to look only. Tensors pass one by one: 14B needs little memory.
+`input`: a diffusers folder or pipeline, a .safetensors file with original or ComfyUI names (Wan, HoloCine), a training
+run or checkpoint, or the .pth of Wan's T5 encoder or Wan2.1 VAE. Prints what it is; leave `output` out to look only.
+`output`: a path that ends in .safetensors gets original names, any other becomes a diffusers folder, or with
+`form=checkpoint` a run's folder, which `sample.py checkpoint=`, `scripts/evaluate.py checkpoint=` and `train.py
+model.path=` take. Tensors pass one by one: 14B needs 1 GiB of memory.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from models.convert import convert, open_checkpoint
+from models.convert import open_checkpoint
+from models.export import Beside, Form, convert
 from models.pickles import convert_pickle
 from models.tensors import PICKLES
 
@@ -34,13 +38,18 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """convert.yaml. weights: of a training checkpoint. dtype: of the output. max_shard_gb: size of a folder's files."""
+    """convert.yaml. weights: of a training checkpoint. dtype: of the output. max_shard_gb: size of a folder's files.
+    form: see `models.export.Form`. moc, shift, encoders_path: see `models.export.Beside`."""
 
     input: str = ""
     output: str = ""
+    form: Form = Form.auto
     weights: Weights = Weights.ema
     dtype: Dtype = Dtype.stored
     max_shard_gb: float = 10.0
+    moc: dict[str, Any] = field(default_factory=dict)
+    shift: float = 0.0
+    encoders_path: str = ""
 
     def __post_init__(self) -> None:
         if not self.input:
@@ -62,7 +71,8 @@ def main(settings: Settings) -> None:
         print(f"{source}: {checkpoint.describe()}")
         if settings.output:
             dtype = None if settings.dtype == Dtype.stored else getattr(torch, settings.dtype)
-            convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3))
+            beside = Beside(settings.moc, settings.shift, settings.encoders_path)
+            convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3), settings.form, beside)
     if settings.output:
         print(f"wrote {output}")
 

@@ -1,11 +1,8 @@
-"""Checkpoints: names, strict loading, conversion, on reduced copies with the real names."""
+"""Checkpoints: names, strict loading, LoRA, on reduced copies with the real names."""
 
 import copy
-import runpy
 import shutil
 import subprocess
-import sys
-import weakref
 from pathlib import Path
 
 import diffusers
@@ -13,29 +10,20 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
 from models import ModelConfig, build_model, load_model, save_model
-from models.convert import convert, load_checkpoint, open_checkpoint, to_diffusers_name, to_original_name
 from models.mmdit import MMDiT
+from models.names import to_diffusers_name, to_original_name
 from models.pickles import T5_LAYER, T5_TOP, convert_pickle
-from models.tensors import TensorSource, write_sharded, write_tensors
 from models.wan import WanTransformer3DModel
-
-REDUCED = {
-    **{"num_attention_heads": 1, "ffn_dim": 192, "num_layers": 2, "in_channels": 16, "out_channels": 16},
-    "text_dim": 24,
-}
-MMDIT = {"latent_channels": 4, "text_dim": 12, "dim": 48, "num_layers": 2, "num_heads": 2, "ffn_dim": 64}
-ROOT = Path(__file__).parents[1]
+from tests.wan_files import MMDIT, REDUCED, reduced_wan, same, save_original
 
 
 @pytest.fixture(scope="module")
 def theirs() -> diffusers.WanTransformer3DModel:
-    torch.manual_seed(0)
-    return diffusers.WanTransformer3DModel(**REDUCED).eval()
+    return reduced_wan()
 
 
 @pytest.fixture
@@ -46,13 +34,7 @@ def folder(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def original(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
-    save_file({to_original_name(name): w for name, w in theirs.state_dict().items()}, tmp_path / "wan.safetensors")
-    return tmp_path / "wan.safetensors"
-
-
-def same(model: torch.nn.Module, state: dict[str, Tensor]) -> bool:
-    ours = model.state_dict()
-    return ours.keys() == state.keys() and all(torch.equal(ours[name], state[name]) for name in state)
+    return save_original(theirs, tmp_path / "wan.safetensors")
 
 
 def test_names_are_those_of_the_release() -> None:
@@ -122,38 +104,6 @@ def test_low_precision_keeps_what_must_stay_wide(folder: Path) -> None:
     assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
 
 
-def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> None:
-    convert(open_checkpoint(original), tmp_path / "folder", shard_bytes=300_000)
-    assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    loaded = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "folder")
-    assert same(loaded, theirs.state_dict())
-    convert(open_checkpoint(tmp_path / "folder"), tmp_path / "back.safetensors")
-    back, before = load_file(tmp_path / "back.safetensors"), load_file(original)
-    assert back.keys() == before.keys()
-    assert all(torch.equal(back[name], before[name]) for name in before)
-    convert(open_checkpoint(original), tmp_path / "half.safetensors", torch.bfloat16)
-    assert {w.dtype for w in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match="exists; name a new path"):
-        convert(open_checkpoint(original), tmp_path / "folder")
-
-
-def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
-    step = tmp_path / "run" / "checkpoints" / "step_0000010"
-    for part in ("model", "ema"):
-        model = MMDiT(**MMDIT)
-        save_model(model, step / part, MoCConfig(top_k=3))
-    (step / "complete").write_text("")
-    states = {part: load_file(step / part / "diffusion_pytorch_model.safetensors") for part in ("model", "ema")}
-    assert same(load_model(tmp_path / "run"), states["ema"])
-    assert same(load_model(step, weights="model"), states["model"])
-    convert(open_checkpoint(tmp_path / "run"), tmp_path / "out")
-    assert same(load_model(tmp_path / "out"), states["ema"])
-    assert open_checkpoint(tmp_path / "out").moc == MoCConfig(top_k=3)
-    with pytest.raises(ValueError, match="only Wan models have a form with original names"):
-        convert(open_checkpoint(tmp_path / "run"), tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
-
-
 def test_missing_extra_and_misshapen_tensors_are_listed(original: Path, tmp_path: Path) -> None:
     tensors = load_file(original)
     gone = tensors.pop("blocks.1.self_attn.q.weight")
@@ -204,32 +154,6 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
             load_model(path)
 
 
-def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    alive: list[weakref.ref] = []
-
-    def read(name: str) -> Tensor:
-        assert not any(ref() is not None for ref in alive)
-        tensor = torch.full((100,), float(name[1:]))
-        alive.append(weakref.ref(tensor))
-        return tensor
-
-    entries = [(f"w{i}", torch.bfloat16, (20, 5)) for i in range(12)]
-    write_sharded(tmp_path, entries, read, shard_bytes=500)
-    source = TensorSource(tmp_path)
-    assert len(source) == len(alive) == 12
-    assert len(list(tmp_path.glob("*.safetensors"))) == 6
-    assert torch.equal(source.read("w7"), torch.full((20, 5), 7.0, dtype=torch.bfloat16))
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def read(name: str) -> Tensor:
-        raise ValueError("gone")
-
-    with pytest.raises(ValueError, match="gone"):
-        write_tensors(tmp_path / "x.safetensors", [("w", torch.float32, (2,))], read)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_the_releases_t5_and_vae_become_folders(tmp_path: Path) -> None:
     t5 = UMT5EncoderModel(UMT5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
     old_of = {new: old for old, new in T5_TOP.items()}
@@ -271,9 +195,7 @@ def test_lora_trains_saves_restores_and_merges(family: str, folder: Path, tmp_pa
     base, targets = folder, ["to_q", "net.2"]
     if family == "mmdit":
         base, targets = tmp_path / "base", ["to_qkv", "ffn.2"]
-        save_model(
-            MMDiT(latent_channels=4, text_dim=12, dim=48, num_layers=2, num_heads=2, ffn_dim=64), base, MoCConfig()
-        )
+        save_model(MMDiT(**MMDIT), base, MoCConfig())
     config = ModelConfig(path=str(base), lora_rank=2, lora_targets=targets)
     model, plain = build_model(config, 4, 12), load_model(base)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -321,18 +243,3 @@ def test_bad_lora_settings_are_refused(folder: Path, tmp_path: Path) -> None:
     small.save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="the adapter of another model"):
         large.load_weights(tmp_path / "lora")
-
-
-def test_the_command_says_what_a_file_is_and_converts_it(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *arguments])
-        runpy.run_path(str(ROOT / "scripts" / "convert_checkpoint.py"), run_name="__main__")
-
-    monkeypatch.chdir(tmp_path)
-    run(f"input={original}", "output=out/folder", "dtype=bfloat16")
-    assert "a Wan model: 0.001 B parameters in 69 tensors, float32, original names" in capsys.readouterr().out
-    assert load_checkpoint(open_checkpoint(tmp_path / "out/folder"), None).dtype == torch.bfloat16
-    with pytest.raises(SystemExit, match=r"error: nowhere\.safetensors does not exist"):
-        run("input=nowhere.safetensors", "output=x")

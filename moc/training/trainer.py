@@ -91,6 +91,11 @@ class Trainer:
     def resume(self, checkpoint: Path) -> dict[str, Any]:
         """Loads weights, averages, optimizer and random states; returns the state of the data."""
         state = ckpt.read_state(checkpoint)
+        if "seed" not in state:
+            raise ValueError(
+                f"{checkpoint} holds converted weights and nothing of a run to resume: start one of another name from "
+                f"them, with model.path={checkpoint}"
+            )
         if state["seed"] != self.seed:
             raise ValueError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
         ckpt.check_same_model(checkpoint / "model", self.bare_model)

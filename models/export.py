@@ -1,0 +1,181 @@
+"""Checkpoints converted between their forms, one tensor in memory at a time.
+
+Written are a diffusers folder, one file with Wan's original names, or a run's folder with one training checkpoint.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from moc import MoCConfig
+from moc.diffusion import Flow
+from moc.training.checkpoint import new_checkpoint, read_settings, write_state
+from models.codec import CodecConfig, CodecKind
+from models.convert import Checkpoint
+from models.encoders import EncodersConfig
+from models.names import to_original_name
+from models.tensors import Entry, new_folder, write_sharded, write_tensors
+from models.text import PromptForm, TextConfig, TextKind
+
+PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of Wan has besides the transformer
+
+
+class Form(StrEnum):
+    """What to write. auto: original for a path that ends in .safetensors, else diffusers."""
+
+    auto = "auto"
+    diffusers = "diffusers"
+    original = "original"
+    checkpoint = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What goes beside the weights; what is left empty comes from the input, where that has it.
+
+    moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, a folder that
+    `prepare_data` or `train.py` made, which is copied, or a diffusers pipeline of Wan, whose path is noted.
+    """
+
+    moc: dict[str, Any] = field(default_factory=dict)
+    shift: float = 0.0
+    encoders_path: str = ""
+
+    def check(self, form: Form) -> None:
+        """Raises ValueError where a form has no place for something given."""
+        kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: ("moc", "shift", "encoders_path")}[form]
+        lost = [name for name, value in vars(self).items() if value and name not in kept]
+        if lost:
+            raise ValueError(f"form={form} has no place for {', '.join(lost)}; use form=checkpoint")
+
+
+def convert(
+    checkpoint: Checkpoint,
+    output: Path,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 10 * 1000**3,
+    form: Form = Form.auto,
+    beside: Beside | None = None,
+) -> None:
+    """Writes `output` from a checkpoint; nothing appears there before it is whole. dtype: None as stored.
+
+    The training-checkpoint form is a run's folder with a checkpoint at step 0, to sample, evaluate and fine-tune from
+    like one of ours. It has no optimizer: there is nothing to resume.
+    Raises ValueError where the form cannot hold the model or what is to stand beside it, or `output` exists.
+    """
+    beside = beside or Beside()
+    is_file = output.suffix == ".safetensors"
+    if form is Form.auto:
+        form = Form.original if is_file else Form.diffusers
+    if is_file != (form is Form.original):
+        raise ValueError(f"output={output} does not fit form={form}: original is a .safetensors file, others a folder")
+    if output.exists():
+        raise ValueError(f"{output} exists; name a new path")
+    beside.check(form)
+    moc, flow, encoders = _moc(checkpoint, beside), _flow(checkpoint, beside), _encoders(checkpoint, beside)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tqdm(desc="convert", total=len(checkpoint.stored), unit="tensor", disable=not sys.stderr.isatty()) as bar:
+
+        def read(name: str) -> Tensor:
+            bar.update()
+            return checkpoint.read(name)
+
+        if form is Form.original:
+            _write_original(checkpoint, read, output, dtype)
+            return
+        with new_folder(output) as partial:
+            if form is Form.diffusers:
+                _write_diffusers(checkpoint, read, partial, dtype, shard_bytes, moc)
+                return
+            with new_checkpoint(partial, step=0) as folder:
+                _write_diffusers(checkpoint, read, folder / "model", dtype, shard_bytes, moc or MoCConfig())
+                write_state(folder, {"step": 0, "flow": asdict(flow)})
+                if encoders is not None:
+                    _write_encoders(encoders, folder / "encoders")
+
+
+def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[Entry]:
+    source = checkpoint.source
+    stored = {name: checkpoint.stored[name] for name in checkpoint.empty_model().state_dict()}
+    return [(name, dtype or source.dtypes[key], source.shapes[key]) for name, key in stored.items()]
+
+
+def _write_original(
+    checkpoint: Checkpoint, read: Callable[[str], Tensor], file: Path, dtype: torch.dtype | None
+) -> None:
+    if checkpoint.kind == "MMDiT":
+        raise ValueError(f"{file}: only Wan models have a form with original names; name a folder for an MMDiT")
+    ours = {to_original_name(name) or name: name for name in checkpoint.stored}
+    entries = [(to_original_name(name) or name, *rest) for name, *rest in _entries(checkpoint, dtype)]
+    write_tensors(file, entries, lambda name: read(ours[name]))
+
+
+def _write_diffusers(
+    checkpoint: Checkpoint,
+    read: Callable[[str], Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    moc: MoCConfig | None,
+) -> None:
+    checkpoint.empty_model().save_config(folder)
+    write_sharded(folder, _entries(checkpoint, dtype), read, shard_bytes=shard_bytes)
+    if moc is not None:
+        moc.save(folder)
+
+
+# Beside the weights
+
+
+def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
+    """The input's attention settings with the given ones; None where there are neither."""
+    if not beside.moc:
+        return checkpoint.moc
+    return MoCConfig.from_dict((checkpoint.moc or MoCConfig()).to_dict() | beside.moc)
+
+
+def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
+    flow = read_settings(checkpoint.root)[1]
+    return replace(flow, shift=beside.shift or flow.shift)
+
+
+def _encoders(checkpoint: Checkpoint, beside: Beside) -> Path | None:
+    """The folder of the given encoders, or of the input's, if there are any."""
+    if not beside.encoders_path:
+        folders = (checkpoint.root / "encoders", checkpoint.root)
+        return next((folder for folder in folders if _has_encoders(folder) or _is_pipeline(folder)), None)
+    folder = Path(beside.encoders_path)
+    if not _has_encoders(folder) and not _is_pipeline(folder):
+        raise ValueError(
+            f"encoders_path={folder} holds neither encoders.json, which prepare_data and train.py write, nor "
+            f"{', '.join(PIPELINE)} as a diffusers pipeline does; name one that does"
+        )
+    return folder
+
+
+def _has_encoders(folder: Path) -> bool:
+    return (folder / "encoders.json").is_file()
+
+
+def _is_pipeline(folder: Path) -> bool:
+    return all((folder / part).is_dir() for part in PIPELINE)
+
+
+def _write_encoders(source: Path, folder: Path) -> None:
+    if _has_encoders(source):
+        shutil.copytree(source, folder)
+        return
+    pipeline = source.resolve()
+    codec = CodecConfig(kind=CodecKind.wan, path=str(pipeline / "vae"))
+    text = TextConfig(kind=TextKind.t5, path=str(pipeline), form=PromptForm.joined)
+    folder.mkdir()
+    (folder / "encoders.json").write_text(json.dumps(asdict(EncodersConfig(codec, text)), indent=2) + "\n")

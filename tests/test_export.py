@@ -1,0 +1,282 @@
+"""Conversion between the forms of a checkpoint: bytes, memory, what goes beside the weights, and the command."""
+
+import copy
+import json
+import shutil
+import struct
+import weakref
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from moc import MoCConfig
+from moc.diffusion import Flow
+from moc.training.checkpoint import find_checkpoint, read_settings
+from models import EncodersConfig, build_encoders, load_encoders, load_model, save_model
+from models.convert import load_checkpoint, open_checkpoint
+from models.export import Beside, Form, convert
+from models.mmdit import MMDiT
+from models.tensors import TensorSource, write_sharded, write_tensors
+from tests import pipeline
+from tests.wan_files import MMDIT, reduced_wan, same, save_original
+
+
+@pytest.fixture(scope="module")
+def theirs() -> diffusers.WanTransformer3DModel:
+    return reduced_wan()
+
+
+@pytest.fixture
+def folder(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
+    theirs.save_pretrained(tmp_path / "diffusers")
+    return tmp_path / "diffusers"
+
+
+@pytest.fixture
+def original(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
+    return save_original(theirs, tmp_path / "wan.safetensors")
+
+
+def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> None:
+    convert(open_checkpoint(original), tmp_path / "folder", shard_bytes=300_000)
+    assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    loaded = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "folder")
+    assert same(loaded, theirs.state_dict())
+    convert(open_checkpoint(tmp_path / "folder"), tmp_path / "back.safetensors")
+    back, before = load_file(tmp_path / "back.safetensors"), load_file(original)
+    assert back.keys() == before.keys()
+    assert all(torch.equal(back[name], before[name]) for name in before)
+    convert(open_checkpoint(original), tmp_path / "half.safetensors", torch.bfloat16)
+    assert {w.dtype for w in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="exists; name a new path"):
+        convert(open_checkpoint(original), tmp_path / "folder")
+
+
+def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_0000010"
+    for part in ("model", "ema"):
+        model = MMDiT(**MMDIT)
+        save_model(model, step / part, MoCConfig(top_k=3))
+    (step / "complete").write_text("")
+    states = {part: load_file(step / part / "diffusion_pytorch_model.safetensors") for part in ("model", "ema")}
+    assert same(load_model(tmp_path / "run"), states["ema"])
+    assert same(load_model(step, weights="model"), states["model"])
+    convert(open_checkpoint(tmp_path / "run"), tmp_path / "out")
+    assert same(load_model(tmp_path / "out"), states["ema"])
+    assert open_checkpoint(tmp_path / "out").moc == MoCConfig(top_k=3)
+    with pytest.raises(ValueError, match="only Wan models have a form with original names"):
+        convert(open_checkpoint(tmp_path / "run"), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    alive: list[weakref.ref] = []
+
+    def read(name: str) -> Tensor:
+        assert not any(ref() is not None for ref in alive)
+        tensor = torch.full((100,), float(name[1:]))
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    entries = [(f"w{i}", torch.bfloat16, (20, 5)) for i in range(12)]
+    write_sharded(tmp_path, entries, read, shard_bytes=500)
+    source = TensorSource(tmp_path)
+    assert len(source) == len(alive) == 12
+    assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    assert torch.equal(source.read("w7"), torch.full((20, 5), 7.0, dtype=torch.bfloat16))
+
+
+def test_conversion_holds_one_tensor_of_a_sharded_folder(theirs, tmp_path: Path, monkeypatch) -> None:
+    """Memory is bounded by the largest tensor, whatever the size of the model."""
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    read, alive, peak = TensorSource.read, [], 0
+
+    def counted(source: TensorSource, name: str) -> Tensor:
+        nonlocal peak
+        tensor = read(source, name)
+        alive.append(weakref.ref(tensor))
+        held = [ref() for ref in alive]
+        peak = max(peak, sum(x.nbytes for x in held if x is not None))
+        return tensor
+
+    monkeypatch.setattr(TensorSource, "read", counted)
+    for form in (Form.checkpoint, Form.diffusers, Form.original):
+        output = tmp_path / ("out.safetensors" if form is Form.original else form)
+        convert(open_checkpoint(tmp_path / "sharded"), output, torch.bfloat16, 200_000, form)
+    weights = theirs.state_dict().values()
+    assert len(alive) == 3 * len(weights)
+    assert peak == max(weight.nbytes for weight in weights)
+
+
+def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
+    """One of 2 TiB, nearly all of it a hole: mapped for writing, as torch maps files, it would claim that memory."""
+    file, hole = tmp_path / "large.safetensors", 2**41
+    header = {
+        "hole": {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]},
+        "small": {"dtype": "I32", "shape": [2], "data_offsets": [hole, hole + 8]},
+    }
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.seek(hole, 1)
+        out.write(struct.pack("<ii", 5, 7))
+    source = TensorSource(file)
+    assert source.shapes["hole"] == (hole,)
+    assert source.read("small").tolist() == [5, 7]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def read(name: str) -> Tensor:
+        raise ValueError("gone")
+
+    with pytest.raises(ValueError, match="gone"):
+        write_tensors(tmp_path / "x.safetensors", [("w", torch.float32, (2,))], read)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The training-checkpoint form
+
+
+def as_run(source: Path, output: Path, **settings) -> Path:
+    """Converts `source` into a run's folder; returns its only checkpoint."""
+    convert(open_checkpoint(source), output, form=Form.checkpoint, beside=Beside(**settings))
+    (step,) = (output / "checkpoints").iterdir()
+    return step
+
+
+def test_a_public_file_becomes_a_run(theirs, original: Path, tmp_path: Path) -> None:
+    step = as_run(original, tmp_path / "run", moc={"top_k": 2, "causal": False}, shift=5.0)
+    assert step == find_checkpoint(tmp_path / "run") == tmp_path / "run/checkpoints/step_0000000"
+    assert sorted(str(p.relative_to(step)) for p in step.rglob("*")) == [
+        *("complete", "model", "model/config.json", "model/diffusion_pytorch_model.safetensors", "model/moc.json"),
+        "state.json",
+    ]
+    assert same(load_model(tmp_path / "run"), theirs.state_dict())
+    assert read_settings(step) == (MoCConfig(top_k=2, causal=False), Flow(shift=5.0))
+    # What is not given comes from the input.
+    again = as_run(tmp_path / "run", tmp_path / "again", moc={"top_k": 4})
+    assert read_settings(again) == (MoCConfig(top_k=4, causal=False), Flow(shift=5.0))
+    convert(open_checkpoint(tmp_path / "run"), tmp_path / "folder", beside=Beside({"top_k": 3}))
+    assert MoCConfig.load(tmp_path / "folder") == MoCConfig(top_k=3, causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trips_are_byte_identical(theirs, dtype: torch.dtype, tmp_path: Path) -> None:
+    weights = copy.deepcopy(theirs).to(dtype)
+    weights.save_pretrained(tmp_path / "diffusers")
+    paths = {
+        Form.diffusers: tmp_path / "diffusers",
+        Form.original: save_original(weights, tmp_path / "original.safetensors"),
+        Form.checkpoint: tmp_path / "run",
+    }
+    as_run(paths[Form.diffusers], paths[Form.checkpoint])
+    contents = weights.state_dict()
+    for start in paths:
+        for end in paths:
+            output = tmp_path / f"{start}_{end}{paths[end].suffix}"
+            convert(open_checkpoint(paths[start]), output, form=end, shard_bytes=300_000)
+            found = open_checkpoint(output)
+            assert found.stored.keys() == contents.keys()
+            for name, weight in contents.items():
+                assert found.read(name).dtype == dtype
+                assert torch.equal(found.read(name).view(torch.uint8), weight.view(torch.uint8)), (start, end, name)
+    files = [tmp_path / f"{start}_original.safetensors" for start in paths]
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def save_tiny_encoders(folder: Path) -> None:
+    """As a diffusers pipeline of Wan holds them."""
+    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
+    config = UMT5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁cat", -1.0)]
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
+
+
+def test_encoders_come_along_or_are_named(theirs, folder: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    build_encoders(EncodersConfig(), ["cat"]).save(made)
+    step = as_run(folder, tmp_path / "run", encoders_path=str(made))
+    assert load_encoders(step / "encoders").text.fingerprint == load_encoders(made).text.fingerprint
+    step = as_run(tmp_path / "run", tmp_path / "copy")
+    assert (step / "encoders/encoders.json").read_text() == (made / "encoders.json").read_text()
+
+    release = tmp_path / "release"
+    shutil.copytree(folder, release / "transformer")
+    save_tiny_encoders(release)
+    for source, settings in ((release, {}), (folder, {"encoders_path": str(release)})):
+        step = as_run(source, tmp_path / f"from_{source.name}", **settings)
+        loaded = load_encoders(step / "encoders")
+        assert (loaded.codec.latent_channels, loaded.text.text_dim) == (16, 24)
+        assert [path.name for path in (step / "encoders").iterdir()] == ["encoders.json"]  # by path, not copied
+    with pytest.raises(ValueError, match=r"encoders_path=.* holds neither encoders\.json"):
+        as_run(folder, tmp_path / "none", encoders_path=str(folder))
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_a_form_that_cannot_hold_what_is_asked(folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    for output, form, beside, message in (
+        ("a.safetensors", Form.auto, Beside(moc={"top_k": 3}), "form=original has no place for moc; use form=checkpo"),
+        ("a", Form.auto, Beside(shift=3, encoders_path="x"), "form=diffusers has no place for shift, encoders_path"),
+        ("a", Form.original, Beside(), "does not fit form=original"),
+        ("a.safetensors", Form.checkpoint, Beside(), "does not fit form=checkpoint"),
+        ("a", Form.checkpoint, Beside(moc={"top": 3}), r"unknown MoC settings \['top'\]"),
+        ("a", Form.checkpoint, Beside(shift=-1), r"flow\.shift=-1 must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(checkpoint, tmp_path / output, form=form, beside=beside)
+        assert not list(tmp_path.glob("a*"))
+
+
+def test_a_failed_conversion_leaves_no_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("models.export.write_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        as_run(folder, tmp_path / "run")
+    assert not list(tmp_path.glob("run*"))
+
+
+# The command
+
+
+def test_the_command_says_what_a_file_is_and_converts_it(original: Path, tmp_path: Path, capsys) -> None:
+    script = "scripts/convert_checkpoint.py"
+    pipeline.command(script, f"input={original}", f"output={tmp_path}/out/folder", "dtype=bfloat16")
+    assert "a Wan model: 0.6 M parameters in 69 tensors, float32, original names" in capsys.readouterr().out
+    assert load_checkpoint(open_checkpoint(tmp_path / "out/folder"), None).dtype == torch.bfloat16
+    said = pipeline.refusal(capsys, script, "input=nowhere.safetensors", f"output={tmp_path}/x")
+    assert said == "error: nowhere.safetensors does not exist"
+
+
+def test_a_converted_run_is_sampled_evaluated_and_trained_from(trained, prepared, tmp_path: Path, capsys) -> None:
+    """A model's bare folder, as it might be published, becomes a run that every command takes."""
+    script, published, run = "scripts/convert_checkpoint.py", tmp_path / "published", tmp_path / "run"
+    pipeline.command(script, f"input={trained}", f"output={published}")
+    encoders = find_checkpoint(trained) / "encoders"
+    beside = (f"encoders_path={encoders}", "+moc.top_k=1", "shift=2")
+    pipeline.command(script, f"input={published}", f"output={run}", "form=checkpoint", *beside)
+    moc, flow = read_settings(find_checkpoint(run))
+    assert (moc.top_k, moc.chunk_tokens, flow.shift) == (1, 6, 2)
+
+    story = tmp_path / "story.yaml"
+    story.write_text(yaml.safe_dump({"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia.", "seconds": 0.4}]}))
+    assert (pipeline.sample(run, story, tmp_path / "film") / "video.mp4").is_file()
+    arguments = (f"data.path={prepared}", "data.validation=1", "device=cpu")
+    pipeline.command("scripts/evaluate.py", f"checkpoint={run}", *arguments)
+    assert "MoC" in capsys.readouterr().out
+    length = ("trainer.num_steps=1", "optim.lr=1e-30", "trainer.ema_decay=0")
+    tuned = pipeline.train(prepared, tmp_path / "tuned", f"model.path={run}", *length)
+    assert same(load_model(tuned, weights="model"), load_model(published).state_dict())
+    for how in ((tmp_path / "again", f"resume={run}"), (run,)):
+        said = pipeline.refusal(capsys, "train.py", *pipeline.train_arguments(prepared, how[0]), *how[1:])
+        assert "converted weights and nothing of a run to resume" in said.splitlines()[-1]
+        assert f"model.path={find_checkpoint(run)}" in said

@@ -1,0 +1,32 @@
+"""A reduced Wan transformer of diffusers' own, and what tests ask of the files made of it."""
+
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.names import to_original_name
+
+REDUCED = {
+    **{"num_attention_heads": 1, "ffn_dim": 192, "num_layers": 2, "in_channels": 16, "out_channels": 16},
+    "text_dim": 24,
+}
+MMDIT = {"latent_channels": 4, "text_dim": 12, "dim": 48, "num_layers": 2, "num_heads": 2, "ffn_dim": 64}
+
+
+def reduced_wan() -> diffusers.WanTransformer3DModel:
+    torch.manual_seed(0)
+    return diffusers.WanTransformer3DModel(**REDUCED).eval()
+
+
+def save_original(model: torch.nn.Module, file: Path) -> Path:
+    """Under the names of the release."""
+    save_file({to_original_name(name): weight for name, weight in model.state_dict().items()}, file)
+    return file
+
+
+def same(model: torch.nn.Module, state: dict[str, Tensor]) -> bool:
+    ours = model.state_dict()
+    return ours.keys() == state.keys() and all(torch.equal(ours[name], state[name]) for name in state)
