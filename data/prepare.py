@@ -98,8 +98,8 @@ def prepare(
     """Run all stages. found: what `find_scenes(config.input)` gave, if it was called before. save_encoders: called
     with cache/encoders before the cache counts as complete. captioner: instead of the one that config names.
 
-    Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, no-usable-samples, and with
-    `strict` the first problem of any file. The report is written before no-usable-samples is raised.
+    Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, bad-length, no-usable-samples,
+    with `strict` the first problem of any file. The report is written before no-usable-samples is raised.
     """
     process = process or Process()
     output = Path(config.output)
@@ -120,6 +120,9 @@ class _Run:
         self.config, self.codec, self.text_encoder = config, codec, text_encoder
         self.process, self.found = process, found
         self.output = Path(config.output)
+        self.rule = ShotRule(
+            config.fps, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
+        )
         self.report = Report()
         self.failures: list[list[str]] = []  # of this process, for the report that the first one writes
         self.detector = build_detector(config.detector, config.threshold, config.device)
@@ -189,15 +192,7 @@ class _Run:
 
     def _plan(self) -> list[SamplePlan]:
         """All samples, the same on every process."""
-        config, videos = self.config, self._videos()
-        rule = ShotRule(
-            config.fps,
-            config.min_frames,
-            config.max_frames,
-            config.shots_per_sample,
-            self.codec,
-            config.sizes,
-        )
+        videos = self._videos()
         plans: list[SamplePlan] = []
         scans = {video: self._scan(video, detect) for video, detect in videos.items()}
         for scan in scans.values():
@@ -207,7 +202,7 @@ class _Run:
             for warning in doubts(scene, seen):
                 self.report.add_problem(warning, action="warning")
             try:
-                samples, skipped = plan_scene(self.found.root, scene, seen, rule)
+                samples, skipped = plan_scene(self.found.root, scene, seen, self.rule)
             except DataError as error:
                 self._problem(error)
                 continue

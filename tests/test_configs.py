@@ -29,6 +29,7 @@ REQUIRED = {
     "benchmark_data": ["folder=f"],
     "model=wan": ["model.path=p"],
     "encoders=wan": ["encoders.codec.path=p", "encoders.text.path=p"],
+    "encoders=holocine": ["encoders.codec.path=p", "encoders.text.path=p"],
 }
 
 
