@@ -78,11 +78,9 @@ class MoCConfig:
     cut_gap: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, kind in _ENUMS.items():
-            value = getattr(self, name)
-            if value not in list(kind):
-                raise ValueError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
-            object.__setattr__(self, name, kind(value))
+        for field in fields(self):
+            kind: Any = field.type
+            object.__setattr__(self, field.name, _typed(field.name, kind, getattr(self, field.name)))
         lowest = {"chunk_tokens": 1, "top_k": 0, "drop_in_max": 0, "drop_in_rate": 0, "dense_layers": 0, "cut_gap": 0}
         for name, low in lowest.items():
             if not low <= getattr(self, name) < math.inf:
@@ -103,6 +101,7 @@ class MoCConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MoCConfig":
+        """The inverse of `to_dict`; settings left out have their defaults. Raises ValueError for what does not fit."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise ValueError(f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
@@ -114,15 +113,31 @@ class MoCConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "MoCConfig":
-        return cls.from_dict(json.loads(Path(folder, "moc.json").read_text()))
+        """What `save` wrote; raises ValueError, naming the file, where it does not fit."""
+        file = Path(folder, "moc.json")
+        try:
+            values = json.loads(file.read_text())
+            if not isinstance(values, dict):
+                raise ValueError(f"it must hold one JSON object, not {str(values)[:20]!r}")
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
 
-_ENUMS: dict[str, type[StrEnum]] = {
-    "own_anchor": OwnAnchor,
-    "text_anchor": TextAnchor,
-    "descriptor": Descriptor,
-    "backend": Backend,
-}
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+
+
+def _typed(name: str, kind: type, value: Any) -> Any:
+    """A setting's value as its field's type; raises ValueError for one of another type. Nothing is converted but names
+    to enums: "5" is no number, and neither is true."""
+    if issubclass(kind, StrEnum):
+        if value not in list(kind):
+            raise ValueError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
+        return kind(value)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"MoCConfig.{name}={value!r} must be {_NAMES[kind]}")
+    return value
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ or without ComfyUI's prefix (HoloCine's files are such), a training run or check
 diffusers'.
 """
 
-import json
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from moc import MoCConfig
 from moc.training.checkpoint import find_checkpoint
+from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
-from models.tensors import TensorSource
+from models.tensors import TensorSource, read_json
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
@@ -46,8 +46,11 @@ class Checkpoint:
 
     def empty_model(self) -> ModelMixin:
         """The model on the meta device; raises ValueError, listing names, unless the tensors are exactly its own."""
-        with init_empty_weights():
-            model = CLASSES[self.kind](**self.config)
+        try:
+            with init_empty_weights():
+                model = CLASSES[self.kind](**self.config)
+        except (TypeError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None
         expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         found = {name: self.source.shapes[key] for name, key in self.stored.items()}
         problems = {
@@ -100,6 +103,12 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
     """
     root = find_checkpoint(path) or Path(path)
     path = model_path(Path(path), weights)
+    lora = read_lora(path)
+    if lora is not None:
+        raise ValueError(
+            f"{path} holds a LoRA of {lora['base']}, not a whole model: diffusers' pipelines take it with "
+            f"load_lora_weights, and models.load_model({str(path)!r}).save_pretrained(FOLDER) merges the two"
+        )
     source = TensorSource(path)
     settings = _read_config(path)
     if settings.get("_class_name") == "MMDiT":
@@ -134,7 +143,7 @@ def model_path(path: Path, weights: str) -> Path:
 
 def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:

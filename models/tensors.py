@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
+SAFE = "use the safetensors release"
 INDEX = ".safetensors.index.json"
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -83,29 +85,46 @@ def _open(file: Path):
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError, naming the file, where it holds none."""
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged or no JSON file ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
+    return values
+
+
 def _files(path: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint at `path`."""
     if path.suffix in PICKLES:
-        raise ValueError(f"{path} is a pickle file, which can run code when read; use the safetensors release")
+        raise ValueError(f"{path} is a pickle file, which can run code when read; {SAFE}")
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
     indexes, files = sorted(path.glob("*" + INDEX)), sorted(path.glob("*.safetensors"))
     if len(indexes) == 1:
-        files = [path / name for name in sorted(set(json.loads(indexes[0].read_text())["weight_map"].values()))]
+        weight_map = read_json(indexes[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{indexes[0]} has no weight_map from tensors to shards; fetch it again")
+        files = [path / str(name) for name in sorted(set(weight_map.values()))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{path} lacks the shards {missing} that its index names; fetch them")
         return files
     if len(files) == 1:
         return files
-    if any(path.glob("*" + suffix) for suffix in PICKLES) and not files:
-        raise ValueError(f"{path} holds pickle files only, which can run code when read; use the safetensors release")
-    names = [file.name for file in files]
+    if not files:
+        pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
+        if pickles:
+            raise ValueError(f"{path} holds only pickles {pickles[:3]}, which can run code when read; {SAFE}")
+        raise ValueError(f"{path} holds no .safetensors file; name the folder or file of the model itself")
+    names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
     raise ValueError(
-        f"{path} holds {len(files)} safetensors files {names} and no single index: it may mix models, such as "
-        "Wan2.2's high and low noise experts; name one file"
+        f"{path} holds {len(files)} safetensors files ({names}) and {len(indexes) or 'no'} index files: it may mix "
+        "models, such as Wan2.2's high and low noise experts; name one file, or a folder with one index"
     )
 
 

@@ -64,6 +64,8 @@ def main(settings: Settings) -> None:
     if source.suffix in PICKLES:
         if not settings.output:
             raise ValueError("output= is missing: the folder to write")
+        if settings != Settings(settings.input, settings.output):
+            raise ValueError(f"{source} is a pickle, with which only input and output go; leave the other settings out")
         print(f"{source}: {convert_pickle(source, output)}")
     else:
         checkpoint = open_checkpoint(source, settings.weights)

@@ -14,6 +14,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
 from models import ModelConfig, build_model, load_model, save_model
+from models.convert import open_checkpoint
 from models.mmdit import MMDiT
 from models.names import to_diffusers_name, to_original_name
 from models.pickles import T5_LAYER, T5_TOP, convert_pickle
@@ -135,9 +136,21 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
     sharded = tmp_path / "sharded"
     load_model(folder).save_pretrained(sharded, max_shard_size="300KB")
     next(sharded.glob("*-00002-*")).unlink()
-    setting = tmp_path / "setting"
-    shutil.copytree(folder, setting)
-    (setting / "config.json").write_text((folder / "config.json").read_text().replace("{", '{"new_thing": 3,', 1))
+    doubled = tmp_path / "doubled"
+    load_model(folder).save_pretrained(doubled, max_shard_size="300KB")
+    shutil.copy(next(doubled.glob("*-00001-*")), next(doubled.glob("*-00002-*")))
+    index = tmp_path / "index"
+    load_model(folder).save_pretrained(index, max_shard_size="300KB")
+    next(index.glob("*.index.json")).write_text('{"metadata": {}}')
+    settings = {"setting": ("{", '{"new_thing": 3,'), "cut": ('",\n', ""), "typed": ('layers": 2', 'layers": "two"')}
+    for name, (old, new) in settings.items():
+        shutil.copytree(folder, tmp_path / name)
+        text = (folder / "config.json").read_text()
+        (tmp_path / name / "config.json").write_text(text.replace(old, new, 1))
+    (tmp_path / "empty").mkdir()
+    pickles = tmp_path / "pickles"
+    pickles.mkdir()
+    torch.save({}, pickles / "pytorch_model.bin")
     pickled = tmp_path / "model.pth"
     torch.save({}, pickled)
     for path, message in {
@@ -146,7 +159,13 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
         mixed: "may mix models, such as Wan2.2's high and low noise experts",
         experts: r"holds two noise experts, \['transformer', 'transformer_2'\]",
         sharded: r"lacks the shards \['diffusion_pytorch_model-00002",
-        setting: r"settings \['new_thing'\] that this WanTransformer3DModel does not know",
+        doubled: r"is in .*-00001-of-.* and in .*-00002-of-.*; fetch the folder again",
+        index: "has no weight_map from tensors to shards",
+        tmp_path / "setting": r"settings \['new_thing'\] that this WanTransformer3DModel does not know",
+        tmp_path / "cut": r"cut/config\.json is damaged or no JSON file",
+        tmp_path / "typed": r"typed/config\.json does not describe a WanTransformer3DModel",
+        tmp_path / "empty": r"holds no \.safetensors file",
+        pickles: r"holds only pickles \['pytorch_model\.bin'\]",
         pickled: "is a pickle file",
         tmp_path / "nowhere": "does not exist",
     }.items():
@@ -211,6 +230,8 @@ def test_lora_trains_saves_restores_and_merges(family: str, folder: Path, tmp_pa
     restored.load_weights(tmp_path / "tuned")
     assert same(restored, model.state_dict())
 
+    with pytest.raises(ValueError, match=r"holds a LoRA of .*, not a whole model"):
+        open_checkpoint(tmp_path / "tuned")
     merged = load_model(tmp_path / "tuned")
     changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, plain.state_dict()[n])}
     assert merged.state_dict().keys() == plain.state_dict().keys()

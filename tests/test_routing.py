@@ -174,6 +174,15 @@ def test_routing_leaves_no_graph():
         ({"drop_off_max": float("nan")}, r"drop_off_max=nan"),
         ({"drop_in_rate": float("nan")}, r"drop_in_rate=nan"),
         ({"drop_in_rate": float("inf")}, r"drop_in_rate=inf"),
+        ({"top_k": "5"}, "top_k='5' must be a whole number"),
+        ({"top_k": 2.5}, r"top_k=2\.5 must be a whole number"),
+        ({"top_k": True}, "top_k=True must be a whole number"),
+        ({"chunk_tokens": None}, "chunk_tokens=None must be a whole number"),
+        ({"cut_gap": "1"}, "cut_gap='1' must be a number"),
+        ({"drop_off_max": False}, "drop_off_max=False must be a number"),
+        ({"causal": 1}, "causal=1 must be true or false"),
+        ({"dense_kernel": None}, "dense_kernel=None must be a name"),
+        ({"own_anchor": None}, "own_anchor=None is not one of"),
     ],
 )
 def test_bad_settings_are_refused(values, message):
@@ -193,6 +202,13 @@ def test_settings_survive_plain_data_and_a_file(tmp_path_factory, config):
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="topk"):
         moc.MoCConfig.from_dict({"topk": 3})
+
+
+@pytest.mark.parametrize("text", ['{"top_k": "5"}', '{"topk": 5}', "[5]", '{"top_k": 5'])
+def test_a_bad_file_of_settings_is_named(tmp_path, text):
+    (tmp_path / "moc.json").write_text(text)
+    with pytest.raises(ValueError, match=r"moc\.json: "):
+        moc.MoCConfig.load(tmp_path)
 
 
 def test_settings_are_frozen_and_take_plain_strings():
