@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.layout import ShotLayout
+from moc.routing import candidate_range, drop_covered
 
 FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
 
@@ -19,7 +20,8 @@ FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
 class Cost:
     """Attended (query, key) pairs of one head, and the forward FLOPs of all heads of one layer.
 
-    own: keys of the query's own shot (or chunk). text: text anchors outside of it. routed: keys of routed chunks.
+    own: keys of the query's own shot (or chunk). text: text anchors outside of it. routed: keys of routed chunks that
+    no anchor covers, each once. routing_flops: every video key pooled, every query scored against its candidates.
     dense: pairs of dense attention, the sum of L^2 over samples. video, video_dense: the same among video tokens alone.
     """
 
@@ -59,12 +61,18 @@ class Cost:
 
 
 def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None, num_heads: int, head_dim: int) -> Cost:
-    """Counts one layer's attention. routes: int [N, L, K] as attended (after drops); None for dense attention.
+    """Counts one layer's attention: of a model with dense layers, give `config.at_layer(layer)`.
 
+    routes: int [N, L, K], from `route` (after drops) or the caller's own; None for dense attention.
     Synchronizes with the device: a thing to call once in a while, not in the hot path.
     """
     own, text = _own_keys(layout, config), _text_keys(layout, config)
-    routed = torch.zeros_like(own) if config.dense or routes is None else _routed_keys(layout, routes)
+    routed = routed_video = torch.zeros_like(own)
+    if routes is not None and not config.dense:
+        routes = drop_covered(routes, layout, config)
+        lengths = _lengths(layout.chunk_cu_seqlens)
+        routed = _routed_keys(routes, lengths)
+        routed_video = _routed_keys(routes, lengths.masked_fill(layout.chunk_is_text, 0))
     samples = [(end - start, sum(g.video_tokens for g in layout.groups if g.sample == index))
                for index, (start, end) in enumerate(layout.sample_ranges)]  # fmt: skip
     is_video = ~layout.token_is_text
@@ -74,19 +82,22 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
         text=float(text.sum()),
         routed=float(routed.sum()),
         dense=float(sum(length**2 for length, _ in samples)),
-        video=float((own_video + routed[is_video]).sum()),
+        video=float((own_video + routed_video[is_video]).sum()),
         video_dense=float(sum(video**2 for _, video in samples)),
-        routing_flops=0.0 if config.dense else float(_routing_flops(layout, head_dim) * num_heads),
+        routing_flops=0.0 if config.dense else float(_routing_flops(layout, config, head_dim) * num_heads),
         flops_per_pair=FLOPS_PER_PAIR * head_dim * num_heads,
     )
 
 
-def _routing_flops(layout: ShotLayout, head_dim: int) -> int:
-    """Of one head: every key pooled once, every query scored against the descriptors of its sample."""
-    chunks = layout.sample_first_chunk.diff().tolist()
-    lengths = [end - start for start, end in layout.sample_ranges]
-    scores = sum(length * count for length, count in zip(lengths, chunks, strict=True))
-    return (layout.num_tokens + 2 * scores) * head_dim
+def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
+    """Of one head: a candidate's score is a multiply and an add for each of its dims, pooling an add for each key's."""
+    bounds = candidate_range(layout, config)
+    video_chunks = torch.nn.functional.pad((~layout.chunk_is_text).cumsum(0), (1, 0))  # before each chunk
+    first, last, skip_first, skip_last = (
+        video_chunks[bound.long()] for bound in (bounds.first, bounds.last, bounds.skip_first, bounds.skip_last)
+    )
+    scores = int((last - first - (skip_last - skip_first)).sum())
+    return (int((~layout.token_is_text).sum()) + 2 * scores) * head_dim
 
 
 def _lengths(cu_seqlens: Tensor) -> Tensor:
@@ -139,7 +150,7 @@ def _text_keys(layout: ShotLayout, config: MoCConfig) -> Tensor:
     return anchors - _own_text(layout, config)
 
 
-def _routed_keys(layout: ShotLayout, routes: Tensor) -> Tensor:
-    """Keys of a query's routed chunks, averaged over heads. float64 [L]."""
-    lengths = torch.cat([_lengths(layout.chunk_cu_seqlens), torch.zeros(1, device=layout.device)])
+def _routed_keys(routes: Tensor, lengths: Tensor) -> Tensor:
+    """Keys of a query's routed chunks, averaged over heads: lengths [M] -> float64 [L]."""
+    lengths = torch.cat([lengths, lengths.new_zeros(1)])  # -1, an empty slot, has none
     return lengths[routes.long()].sum(-1).mean(0)

@@ -102,7 +102,8 @@ def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
 
 @torch.no_grad()
 def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """A caller's routes int [N, L, K] as attention takes them: repeats and chunks that anchors cover become -1."""
+    """A caller's routes int [N, L, K] as attention takes them: repeats, chunks that anchors cover and those of other
+    samples become -1."""
     return torch.stack([_drop_covered(of_head.long(), layout, config) for of_head in routes.unbind()])
 
 
@@ -110,14 +111,14 @@ def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tens
     routes = routes.sort(dim=-1).values
     group, key_group = layout.token_group[:, None], layout.chunk_group[routes]
     in_shot = layout.group_shot[group] >= 0
-    covered = routes < 0
+    covered = (routes < 0) | (layout.chunk_sample[routes] != layout.token_sample[:, None])
     covered[:, 1:] |= routes[:, 1:] == routes[:, :-1]
     if config.own_anchor is OwnAnchor.shot:
         covered |= (key_group == group) & in_shot
     elif config.own_anchor is OwnAnchor.chunk:
         covered |= (routes == layout.token_chunk[:, None]) & in_shot
     if config.text_anchor is not TextAnchor.none:
-        text = layout.chunk_is_text[routes] & (layout.chunk_sample[routes] == layout.token_sample[:, None])
+        text = layout.chunk_is_text[routes]
         if config.text_anchor is TextAnchor.global_and_own:
             text &= (layout.group_shot[key_group] < 0) | (key_group == group)
         covered |= text

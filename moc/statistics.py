@@ -12,8 +12,9 @@ from moc.layout import ShotLayout
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """share_by_distance[d]: share of routes that go d shots back (negative indices: forward). entropy: of the choice
-    of chunks over all queries, in [0, 1] of its maximum. unused: share of video chunks that no query chose."""
+    """share_by_distance[d]: of the routes of shots' queries, the share that goes d shots back (negative: forward).
+    Queries of global text stand in no shot, so their routes have no distance. entropy: of the choice of chunks over all
+    queries, in [0, 1] of its maximum. unused: share of video chunks that no query chose."""
 
     share_by_distance: dict[int, float]
     entropy: float
@@ -65,9 +66,10 @@ def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:
     counts = chunk_counts(routes, layout).cpu().double()
     group_shot, chunk_group = layout.group_shot.cpu(), layout.chunk_group.cpu()
     distance = group_shot[:, None] - group_shot[chunk_group][None]
-    total = counts.sum().clamp(min=1)
-    shares = {int(d): float(counts[distance == d].sum() / total) for d in distance[counts > 0].unique()}
+    of_shots = counts * (group_shot >= 0)[:, None]
+    total = of_shots.sum().clamp(min=1)
+    shares = {int(d): float(of_shots[distance == d].sum() / total) for d in distance[of_shots > 0].unique()}
     by_chunk = counts.sum(0)[~layout.chunk_is_text.cpu()]
-    p = by_chunk / total
+    p = by_chunk / by_chunk.sum().clamp(min=1)
     entropy = float(torch.special.entr(p).sum()) / max(math.log(len(p)), 1e-9)
     return RoutingStatistics(shares, entropy, float((by_chunk == 0).double().mean()))

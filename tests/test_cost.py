@@ -6,6 +6,7 @@ from hypothesis import given
 
 import moc
 from moc.cost import attention_cost
+from moc.routing import candidate_range
 from tests import brute_force
 from tests.strategies import attention_tensors, configs, seeds, streams
 
@@ -46,20 +47,45 @@ def test_dense_attention_has_no_sparsity_and_no_routing(stream, config):
     assert cost.flops == cost.dense_flops
 
 
+@given(streams(), configs(), seeds)
+def test_pairs_of_a_callers_routes_equal_a_count_of_the_mask(stream, config, seed):
+    """Any chunks at all: repeated, covered by anchors, of text, of other samples. Each key counts once."""
+    layout = stream.layout()
+    generator = torch.Generator().manual_seed(seed)
+    routes = torch.randint(-1, layout.num_chunks, (2, layout.num_tokens, 4), generator=generator, dtype=torch.int32)
+    cost = attention_cost(layout, config, routes, num_heads=2, head_dim=4)
+    mask = moc.reference.attention_mask(routes, layout, config)
+    mask &= layout.token_sample[:, None] == layout.token_sample
+    assert cost.attended == pytest.approx(float(mask.sum()) / 2)
+    video = ~layout.token_is_text
+    assert cost.video == pytest.approx(float(mask[:, video][:, :, video].sum()) / 2)
+
+
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 64), (12, 128)])
 def test_flops_follow_the_paper(num_heads, head_dim):
     """Per head: dense 4 L^2 d; MoC L d to pool, 2 L C d to score, 4 (own + text + routed pairs) d to attend."""
     layout = moc.ShotLayout.build([moc.Shot(0, (4, 2, 2)) for _ in range(4)], chunk_tokens=4)
-    config = moc.MoCConfig(top_k=2)
+    config = moc.MoCConfig(top_k=2, causal=False, own_anchor="none")
     q, k, _ = attention_tensors(layout, num_heads=num_heads)
     routes = moc.route(q, k, layout, config, backend="reference")
     cost = attention_cost(layout, config, routes, num_heads, head_dim)
     length, chunks = 64, 16
-    pairs = 64 * 16 + 48 * 2 * 4  # own shots of 16 tokens; two chunks of 4 for all but the first shot
+    pairs = 64 * 2 * 4
     routing = length * head_dim + 2 * length * chunks * head_dim
     assert cost.dense_flops == 4 * length**2 * head_dim * num_heads
     assert cost.routing_flops == routing * num_heads
     assert cost.flops == (4 * pairs * head_dim + routing) * num_heads
+
+
+@given(streams(), configs())
+def test_routing_scores_candidates_alone(stream, config):
+    """Text chunks, chunks of anchors and, when causal, later chunks cost nothing."""
+    layout = stream.layout()
+    candidates = candidate_range(layout, config).mask(layout)
+    routes = torch.full((1, layout.num_tokens, 0), -1)
+    cost = attention_cost(layout, config, routes, num_heads=3, head_dim=8)
+    pooled = int((~layout.token_is_text).sum())
+    assert cost.routing_flops == (pooled + 2 * int(candidates.sum())) * 8 * 3
 
 
 @given(streams(max_samples=3), configs(), seeds)

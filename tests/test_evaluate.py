@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
-from moc import Shot, ShotLayout
-from moc.diffusion import NoiseLevels
+from moc import MoCConfig, Sample, Shot, ShotLayout, make_batch
+from moc.diffusion import Flow, NoiseLevels
+from moc.training import Validator
+from models.mmdit import MMDiT
 from tests import pipeline
+from tests.caches import CHANNELS, TEXT_DIM
 
 
 def test_clean_history_leaves_one_noisy_target_a_sample():
@@ -16,6 +19,25 @@ def test_clean_history_leaves_one_noisy_target_a_sample():
     levels = NoiseLevels.after_clean_history(0.8, layout)
     assert levels.sigma.tolist() == pytest.approx([0.0, 0.0, 0.8, 0.8])
     assert levels.is_target.tolist() == [False, False, True, True]
+
+
+def test_dense_layers_count_as_dense():
+    """Without routed chunks all layers that route have one sparsity; the mean over layers falls with each dense one."""
+    model = MMDiT(CHANNELS, TEXT_DIM, dim=32, num_layers=4, num_heads=2, ffn_dim=32)
+    latents = [torch.randn(CHANNELS, 1, 2, 2) for _ in range(3)]
+    text = [torch.randn(2, TEXT_DIM) for _ in range(4)]
+    batch = make_batch([Sample(latents, text)], model.stream, 4)
+    validator = Validator([batch], Flow())
+
+    def routing(dense_layers: int) -> dict[str, float]:
+        config = MoCConfig(chunk_tokens=4, top_k=0, text_anchor="none", dense_layers=dense_layers)
+        return validator.routing(model, config, torch.device("cpu"))
+
+    none, some, most, every = (routing(count) for count in (0, 1, 3, 4))
+    assert 0.5 < none["sparsity"] < 1
+    assert some["sparsity"] == pytest.approx(none["sparsity"] * 3 / 4)
+    assert most["flops_of_dense"] == pytest.approx((3 + none["flops_of_dense"]) / 4)
+    assert every == {"sparsity": 0, "flops_of_dense": 1}
 
 
 def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, capsys):

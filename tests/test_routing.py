@@ -226,6 +226,17 @@ def test_the_first_layers_may_be_dense():
         moc.MoCConfig(dense_layers=-1)
 
 
+@given(streams(), configs(), seeds)
+def test_any_routes_of_a_caller_mean_the_same_to_every_backend(stream, config, seed):
+    """Repeated, covered, of text, of other samples, which stay unseen."""
+    layout = stream.layout()
+    q, k, v = attention_tensors(layout, seed, dtype=torch.float32)
+    routes = torch.randint(-1, layout.num_chunks, (2, layout.num_tokens, 4), dtype=torch.int32)
+    expected = moc.reference.moc_attention(q, k, v, layout, config, routes=routes)
+    found = moc.moc_attention(q, k, v, layout, config, routes=routes, backend="torch")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 # Outer loop
 
 

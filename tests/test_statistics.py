@@ -37,7 +37,7 @@ def test_chunk_counts(stream, config, seed):
     assert torch.equal(chunk_counts(routes, layout), expected)
 
 
-@given(streams(), configs(causal=True), seeds)
+@given(streams(), configs(), seeds)
 def test_summary_numbers(stream, config, seed):
     layout, routes = routed(stream, config, seed)
     counts = counted(routes, stream)
@@ -47,9 +47,11 @@ def test_summary_numbers(stream, config, seed):
     distances = Counter()
     by_chunk = Counter()
     for (query, key), count in counts.items():
-        distances[query.shot - key.shot] += count
+        if query.shot >= 0:
+            distances[query.shot - key.shot] += count
         by_chunk[key.chunk] += count
-    assert found.share_by_distance == pytest.approx({d: count / total for d, count in distances.items()})
+    shares = {d: count / distances.total() for d, count in distances.items()}
+    assert found.share_by_distance == pytest.approx(shares)
 
     num_video = sum(chunk.kind == "video" for chunk in layout.chunks)
     assert found.unused == pytest.approx(1 - len(by_chunk) / num_video)
@@ -64,6 +66,15 @@ def test_forward_routes_have_negative_distance():
     assert found.share_by_distance == pytest.approx({-2: 1 / 3, 1: 2 / 3})
     assert found.entropy == pytest.approx(1.0)
     assert found.unused == 0
+
+
+def test_global_text_stands_at_no_distance():
+    layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)) for _ in range(2)], global_text_tokens=1, chunk_tokens=1)
+    routes = torch.tensor([[[2], [-1], [1]]], dtype=torch.int32)  # global text to the second shot, that to the first
+    found = routing_statistics(routes, layout)
+    assert found.share_by_distance == {1: 1.0}
+    assert found.unused == 0
+    assert found.entropy == pytest.approx(1.0)
 
 
 def test_one_favourite_has_no_entropy():

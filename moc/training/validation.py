@@ -48,9 +48,8 @@ class Validator:
 
     @torch.no_grad()
     def routing(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[str, Any]:
-        """What attention did, averaged over layers, on the first held-out batch at sigma 0.8."""
-        if moc.dense:
-            return {"sparsity": 0.0, "flops_of_dense": 1.0}
+        """What attention did on the first held-out batch at sigma 0.8: sparsity and FLOPs averaged over all layers,
+        dense ones among them; entropy and unused over those that route, and absent where none does."""
         batch = _on(self.batches[0], device, moc)
         rows: list[dict[str, float]] = []
 
@@ -67,8 +66,14 @@ class Validator:
                 }
             )
 
-        self.flow.loss(model, batch, NoiseLevels.equal(0.8, batch.num_shots), moc, self.seed, on_routes=observe)
-        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        if not moc.dense:
+            self.flow.loss(model, batch, NoiseLevels.equal(0.8, batch.num_shots), moc, self.seed, on_routes=observe)
+        if not rows:
+            return {"sparsity": 0.0, "flops_of_dense": 1.0}
+        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        routed = len(rows) / (len(rows) + moc.dense_layers)  # share of the layers
+        whole = {"sparsity": means["sparsity"] * routed, "flops_of_dense": 1 + (means["flops_of_dense"] - 1) * routed}
+        return means | whole
 
 
 def _on(batch: Batch, device: torch.device, moc: MoCConfig) -> Batch:
