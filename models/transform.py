@@ -1,4 +1,6 @@
-"""The embedded codec: a training-free orthonormal space-time transform, for runs without any download."""
+"""The plain embedded codec: a training-free orthonormal space-time transform, for runs without any download.
+
+`models/lapped.py` keeps more in as many channels; this one stays for what was trained on its latents, as the demo."""
 
 import math
 
@@ -31,6 +33,13 @@ def opponent_matrix() -> Tensor:
     return dct_matrix(3)
 
 
+def block_transform() -> Tensor:
+    """The DCT of a block in opponent colours: float64 [768, 768], orthonormal, a row for each (colour, t, u, v)."""
+    time, space = dct_matrix(BLOCK[0]), dct_matrix(BLOCK[1])
+    full = torch.einsum("ai,bj,ck,dl->abcdijkl", opponent_matrix(), time, space, space)
+    return full.flatten(4).flatten(0, 3)
+
+
 def amplitudes() -> Tensor:
     """The law above for every coefficient: float64 [3, 4, 8, 8] (colour, t, u, v)."""
     t, u, v = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in BLOCK), indexing="ij")
@@ -61,9 +70,7 @@ class TransformCodec(Codec):
         self.latent_channels, self.continuous = config.channels, config.continuous
         law = amplitudes().flatten()
         kept = law.argsort(descending=True, stable=True)[: config.channels]
-        time, space = dct_matrix(BLOCK[0]), dct_matrix(BLOCK[1])
-        full = torch.einsum("ai,bj,ck,dl->abcdijkl", opponent_matrix(), time, space, space)
-        self.register_buffer("basis", full.reshape(law.numel(), law.numel())[kept].float(), persistent=False)
+        self.register_buffer("basis", block_transform()[kept].float(), persistent=False)
         scale = AMPLITUDE * (law[kept] / AMPLITUDE) ** config.whitening
         self.register_buffer("scale", scale.float(), persistent=False)
         self.fingerprint = fingerprint(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.codec import Codec, CodecConfig, CodecKind, in_fp32
 from models.fingerprint import fingerprint, weights_digest
+from models.lapped import LappedCodec
 from models.transform import TransformCodec
 
 TILE, TILE_STRIDE = 256, 192  # pixels, diffusers' own
@@ -133,4 +134,5 @@ def moved(features: Features, device: torch.device) -> Features:
 
 def build_codec(config: CodecConfig) -> Codec:
     """The codec a configuration names, on the CPU."""
-    return WanCodec(config) if config.kind == CodecKind.wan else TransformCodec(config)
+    codecs = {CodecKind.lapped: LappedCodec, CodecKind.transform: TransformCodec, CodecKind.wan: WanCodec}
+    return codecs[config.kind](config)
