@@ -8,7 +8,9 @@
 - Decoding: of all videos with the stored coefficients, nearly the one of least total variation over space and time,
   which is what flat colours and sharp edges have in common.
 
-On storyworld at its default size, 17 frames a shot, 54 channels are 1/12 of the pixel values and hold 30 dB.
+No weights are trained; the constants of the law and of the descent were chosen by hand on storyworld. At its defaults
+(64x96, 17 frames a shot) 54 channels store 1/12.09 of the pixel values and hold 30.3 dB on average over shots of seeds
+not looked at before, 26 dB at worst; at 128x192 they hold 32.4 dB.
 """
 
 import torch
