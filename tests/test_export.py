@@ -280,3 +280,5 @@ def test_a_converted_run_is_sampled_evaluated_and_trained_from(trained, prepared
         said = pipeline.refusal(capsys, "train.py", *pipeline.train_arguments(prepared, how[0]), *how[1:])
         assert "converted weights and nothing of a run to resume" in said.splitlines()[-1]
         assert f"model.path={find_checkpoint(run)}" in said
+    said = pipeline.refusal(capsys, "train.py", *pipeline.train_arguments(prepared, run), "resume=none")
+    assert "step_0000000" in said.splitlines()[-1]

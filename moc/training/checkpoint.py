@@ -65,8 +65,9 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
 
 def refuse_later(run_folder: Path, step: int) -> None:
     """Raises ValueError where a run's folder holds checkpoints past `step`: those of another run, or of a part of this
-    one that is to be done again. They would be taken for the newest."""
-    later = [folder.name for folder in _checkpoints(run_folder) if step_of(folder) > step]
+    one that is to be done again. They would be taken for the newest. At step 0 converted weights count as well: the run
+    would remove them as its oldest checkpoint."""
+    later = [folder.name for folder in _checkpoints(run_folder) if step_of(folder) > step or step == 0]
     if later:
         names = ", ".join(later)
         raise ValueError(f"{run_folder} holds checkpoints past step {step} ({names}); remove them or set another name")
