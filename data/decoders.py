@@ -5,6 +5,8 @@ silently wrong on some files, so those are refused by name of the cause, never r
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,11 @@ from data.errors import DataError
 from data.video import IndexedReader, VideoIndex, opened, scan, to_rgb
 
 DECODERS = ("pyav", "decord", "torchcodec")
+_INSTALL = {
+    "decord": "pip install decord (Linux on x86-64)",
+    "torchcodec": "pip install 'torchcodec==0.13.*' with torch 2.11 or later, and FFmpeg 4 to 8 (apt install ffmpeg); "
+    "newer torchcodec from PyPI needs a CUDA 13 build of torch",
+}
 _SEEK_EARLY_SECONDS = 1.0
 
 
@@ -30,6 +37,12 @@ def build_reader(path: Path, decoder: str, index: VideoIndex | None) -> IndexedR
     if decoder == "torchcodec":
         return TorchCodecReader(path, index)
     raise DataError("unknown-decoder", decoder, f"decoders are {', '.join(DECODERS)}")
+
+
+def check_decoder(decoder: str) -> None:
+    """Raises DataError: decoder-missing."""
+    if decoder in _INSTALL:
+        _load(decoder)
 
 
 class PyAVReader(IndexedReader):
@@ -121,24 +134,18 @@ class DecordReader(IndexedReader):
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
         super().__init__(path, index or scan(path))
-        decord = _import("decord")
+        decord = _load("decord")
         fault = decord_fault(path)
         if fault:
             raise DataError("decoder-unsafe", path, f"decord reads {fault} wrong; use decoder=pyav")
-        try:
+        with _faults("decord", path):
             self._reader = decord.VideoReader(str(path), num_threads=1)
-        except (decord.DECORDError, RuntimeError) as error:
-            raise DataError("not-a-video", path, f"decord cannot open it ({error})") from error
-        if len(self._reader) != self.num_frames:
-            raise DataError(
-                "decoder-unsafe",
-                path,
-                f"decord counts {len(self._reader)} frames, a full decode {self.num_frames}; use decoder=pyav",
-            )
+        _check_count("decord", self, len(self._reader))
 
     def read(self, start: int, end: int) -> Tensor:
         self._check_span(start, end)
-        return torch.from_numpy(self._reader.get_batch(list(range(start, end))).asnumpy())
+        with _faults("decord", self.path):
+            return torch.from_numpy(self._reader.get_batch(list(range(start, end))).asnumpy())
 
 
 def decord_fault(path: Path) -> str:
@@ -174,27 +181,49 @@ class TorchCodecReader(IndexedReader):
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
         super().__init__(path, index or scan(path))
-        decoders = _import("torchcodec.decoders")
-        self._decoder = decoders.VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC")
-        if len(self._decoder) != self.num_frames:
-            raise DataError(
-                "decoder-unsafe",
-                path,
-                f"torchcodec counts {len(self._decoder)} frames, a full decode {self.num_frames}; use decoder=pyav",
-            )
+        torchcodec = _load("torchcodec")
+        with _faults("torchcodec", path):
+            self._decoder = torchcodec.decoders.VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC")
+        _check_count("torchcodec", self, len(self._decoder))
 
     def read(self, start: int, end: int) -> Tensor:
         self._check_span(start, end)
-        frames = self._decoder.get_frames_in_range(start, end).data
+        with _faults("torchcodec", self.path):
+            frames = self._decoder.get_frames_in_range(start, end).data
         return torch.from_numpy(np.ascontiguousarray(frames.numpy()))
 
 
-def _import(module: str) -> Any:
-    """Raises DataError (decoder-missing). An installed torchcodec that finds no FFmpeg raises RuntimeError."""
-    from importlib import import_module
+def _check_count(decoder: str, reader: IndexedReader, count: int) -> None:
+    if count != reader.num_frames:
+        raise DataError(
+            "decoder-unsafe",
+            reader.path,
+            f"{decoder} counts {count} frames, a full decode {reader.num_frames}; use decoder=pyav",
+        )
 
+
+@contextmanager
+def _faults(decoder: str, path: Path) -> Iterator[None]:
+    """What the decoder raises, as a DataError (decoder-unsafe): the scan has read the file, so the fault is its own."""
+    faults: tuple[type[Exception], ...] = (RuntimeError, IndexError, ValueError)
+    if decoder == "decord":
+        faults = (*faults, _load(decoder).DECORDError)
     try:
-        return import_module(module)
+        yield
+    except faults as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError("decoder-unsafe", path, f"{decoder} cannot read it ({reason}); use decoder=pyav") from error
+
+
+def _load(decoder: str) -> Any:
+    """The package. Raises DataError (decoder-missing); an installed torchcodec may fail in loading its libraries."""
+    try:
+        if decoder == "torchcodec":
+            import_module("torchcodec.decoders")
+        return import_module(decoder)
     except (ImportError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError("decoder-missing", module, f"is not usable here ({reason}); use decoder=pyav") from error
+        causes = [line.removeprefix("OSError: ") for line in str(error).splitlines() if line.startswith("OSError: lib")]
+        reason = causes[-1] if causes else str(error).splitlines()[0]
+        raise DataError(
+            "decoder-missing", f"decoder={decoder}", f"is not usable here ({reason}): {_INSTALL[decoder]}; or use pyav"
+        ) from error

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from data import bucketing
+from data import bucketing, decoders
 from data.bucketing import fit, nearest_bucket, read_pieces, resample
+from data.decoders import check_decoder
 from data.errors import DataError
 from data.video import open_video, scan, write_video
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered
@@ -38,11 +39,16 @@ def films(tmp_path_factory):
 DECORD_REFUSES = {"open_gop", "hevc", "hevc_10_bit", "av1"}
 
 
+def need(decoder):
+    """Skips where torchcodec is not installed, or finds no FFmpeg or no fitting torch."""
+    if decoder == "torchcodec":
+        pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, OSError, RuntimeError))
+
+
 @pytest.mark.parametrize("decoder", ["pyav", "decord", "torchcodec"])
 @pytest.mark.parametrize("kind", [*KINDS, "mp4"])
 def test_reads_are_exact_by_index(films, kind, decoder):
-    if decoder == "torchcodec":
-        pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, OSError, RuntimeError))
+    need(decoder)
     if decoder == "decord" and kind in DECORD_REFUSES:
         with pytest.raises(DataError, match="use decoder=pyav"):
             open_video(films[kind], decoder)
@@ -63,25 +69,58 @@ def test_variable_frame_rate_keeps_its_times(films):
     assert times == pytest.approx([(t - ticks[0]) / 100 for t in ticks], abs=2e-3)
 
 
-def test_rotated_film_comes_upright(tmp_path):
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+def test_rotated_film_comes_upright(tmp_path, decoder):
+    need(decoder)
     path = write_numbered(tmp_path / "phone.mp4", 5)
     plain = open_video(path).read(3, 4)
     rotate(path)
-    reader = open_video(path)
+    reader = open_video(path, decoder)
     assert (reader.height, reader.width) == (plain.shape[2], plain.shape[1])
     torch.testing.assert_close(reader.read(3, 4), torch.rot90(plain, k=-1, dims=(1, 2)))
     with pytest.raises(DataError, match="rotation"):
         open_video(path, "decord")
 
 
-def test_edit_list_counts_only_what_is_shown(tmp_path):
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
+def test_edit_list_counts_only_what_is_shown(tmp_path, decoder):
+    need(decoder)
     path = write_numbered(tmp_path / "edited.mp4", 60)
     trim_by_edit_list(path, 13)
-    reader = open_video(path)
+    reader = open_video(path, decoder)
     assert reader.num_frames == 47
     assert read_numbers(reader.read(40, 47)) == list(range(53, 60))
     with pytest.raises(DataError, match="edit list"):
         open_video(path, "decord")
+
+
+@pytest.mark.parametrize("decoder", ["decord", "torchcodec"])
+@pytest.mark.parametrize(("suffix", "codec"), [("ts", "libx264"), ("mpg", "mpeg2video"), ("h264", "libx264")])
+def test_what_a_decoder_cannot_read_is_refused(tmp_path, decoder, suffix, codec):
+    """Some stop before the end of a transport stream or open no raw one: such a film is read whole or named."""
+    need(decoder)
+    path = write_numbered(tmp_path / f"a.{suffix}", 30, codec=codec)
+    assert read_numbers(open_video(path).read(0, 30)) == list(range(30))
+    try:
+        assert read_numbers(open_video(path, decoder).read(0, 30)) == list(range(30))
+    except DataError as error:
+        assert error.kind == "decoder-unsafe"
+        assert str(error).endswith("use decoder=pyav")
+
+
+def test_a_missing_decoder_is_said_with_its_remedy(monkeypatch):
+    message = (
+        "Could not load libtorchcodec. Likely causes:\n ...\nOSError: libavutil.so.60: cannot open shared object file"
+    )
+
+    def broken(module):
+        raise RuntimeError(message)
+
+    check_decoder("pyav")
+    monkeypatch.setattr(decoders, "import_module", broken)
+    with pytest.raises(DataError, match=r"\(libavutil.* file\): pip install 'torchcodec==0\.13\.\*'") as caught:
+        check_decoder("torchcodec")
+    assert "\n" not in str(caught.value)
 
 
 def test_truncated_film_counts_decoded_frames_not_the_header(tmp_path):
