@@ -1,9 +1,9 @@
 """`moc_attention` and `route`: the two calls a model makes, and the only place that chooses a backend.
 
-A backend is a module with `attend(q, k, v, routes, layout, config)`, differentiable in q, k and v, and `route(q, k,
-layout, config, drops)`; it is imported when it is first chosen.
+A backend is a module with `attend(q, k, v, routes, layout, config, first_query)`, differentiable in q, k and v, and
+`route(q, k, layout, config, drops, first_query)`; it is imported when it is first chosen.
 
-Shape letters: L packed tokens, N heads, D head dim, K routes.
+Shape letters: L packed tokens, Lq queries (L, or those from `first_query` on), N heads, D head dim, K routes.
 """
 
 import os
@@ -73,13 +73,15 @@ def route(
     config: MoCConfig,
     drops: DropKey | None = None,
     backend: Backend | str | None = None,
+    first_query: int = 0,
 ) -> Tensor:
-    """Chunks chosen for each query and head: q, k [L, N, D] -> int32 [N, L, K], -1 where a slot is empty.
+    """Chunks chosen for each query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], -1 where a slot is empty.
 
     A query's chunks come in no set order. K = top_k; with `drops`, top_k + drop_in_max. Not differentiable.
+    first_query: as in `moc_attention`.
     """
-    _check(q, k, k, layout)
-    return resolve_backend(q, config, backend).route(q, k, layout, config, drops)
+    _check(q, k, k, layout, first_query)
+    return resolve_backend(q, config, backend).route(q, k, layout, config, drops, first_query)
 
 
 def moc_attention(
@@ -92,37 +94,43 @@ def moc_attention(
     backend: Backend | str | None = None,
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
+    first_query: int = 0,
 ) -> Tensor:
-    """Mixture-of-Contexts attention over a packed stream: q, k, v [L, N, D] -> [L, N, D], same dtype.
+    """Mixture-of-Contexts attention over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
 
     Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks.
 
     layout: describes the stream; on the device of q. config: what to attend to; `config.dense` is plain attention.
-    routes: int [N, L, K] from `route`, to use instead of routing here (recomputation, the caller's own routes).
+    routes: int [N, Lq, K] from `route`, to use instead of routing here (recomputation, the caller's own routes).
     backend: overrides `config.backend`. route_qk: the (q, k) to score with `descriptor: pre_rope`.
     drops: the key of context drop-off and drop-in, in training; None leaves them out.
+    first_query: q holds the queries of the stream from this token on; nothing is computed for those before it, whose
+        keys and values others still attend to (a finished shot's, kept from an earlier call).
 
     Raises ValueError where shapes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
     """
-    _check(q, k, v, layout)
+    _check(q, k, v, layout, first_query)
     module = resolve_backend(q, config, backend)
     if config.dense:
         routes = None
     elif routes is not None:
         _check_routes(routes, q)
-        routes = drop_covered(routes, layout, config)
+        routes = drop_covered(routes, layout, config, first_query)
     else:
         if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
-        routes = module.route(*(route_qk or (q, k)), layout, config, drops)
-    return module.attend(q, k, v, routes, layout, config)
+        routes = module.route(*(route_qk or (q, k)), layout, config, drops, first_query)
+    return module.attend(q, k, v, routes, layout, config, first_query)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: ShotLayout) -> None:
-    if q.dim() != 3 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError(f"q, k, v must share one shape [L, N, D]; got {[tuple(x.shape) for x in (q, k, v)]}")
-    if len(q) != layout.num_tokens:
-        raise ValueError(f"q has {len(q)} tokens, its layout {layout.num_tokens}: they describe different streams")
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: ShotLayout, first_query: int) -> None:
+    if not 0 <= first_query < layout.num_tokens:
+        raise ValueError(f"first_query={first_query} is no token of a stream of {layout.num_tokens}")
+    if q.dim() != 3 or k.shape != v.shape or q.shape != (len(k) - first_query, *k.shape[1:]):
+        but = f", but for the {first_query} queries before first_query" if first_query else ""
+        raise ValueError(f"q, k, v must share one shape [L, N, D]{but}; got {[tuple(x.shape) for x in (q, k, v)]}")
+    if len(k) != layout.num_tokens:
+        raise ValueError(f"k has {len(k)} tokens, its layout {layout.num_tokens}: they describe different streams")
     if layout.device != q.device:
         raise ValueError(f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch")
 

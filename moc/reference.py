@@ -4,6 +4,7 @@ Every fast backend must equal it, in forward and in the gradients of q, k and v.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig, OwnAnchor, TextAnchor
@@ -58,8 +59,20 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return torch.einsum("nij,jnd->ind", weights, v.to(wide)).to(q.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Attention over anchors and routed chunks together, each key once: q, k, v [L, N, D] -> [L, N, D]."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor | None,
+    layout: ShotLayout,
+    config: MoCConfig,
+    first_query: int = 0,
+) -> Tensor:
+    """Attention over anchors and routed chunks together, each key once: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D]."""
+    if first_query:  # as all queries, of which those before it are left out again
+        q = F.pad(q, (0, 0, 0, 0, first_query, 0))
+        routes = None if routes is None else F.pad(routes, (0, 0, first_query, 0), value=-1)
+        return attend(q, k, v, routes, layout, config)[first_query:]
     samples = [slice(start, end) for start, end in layout.sample_ranges]
     return torch.cat([masked_attention(q[s], k[s], v[s], attention_mask(routes, layout, config, s)) for s in samples])
 
@@ -73,8 +86,9 @@ def moc_attention(
     routes: Tensor | None = None,
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
+    first_query: int = 0,
 ) -> Tensor:
     """`moc.moc_attention` by the plain reference; arguments and result as there."""
     if routes is None and not config.dense:
-        routes = route(*(route_qk or (q, k)), layout, config, drops)
-    return attend(q, k, v, routes, layout, config)
+        routes = route(*(route_qk or (q, k)), layout, config, drops, first_query)
+    return attend(q, k, v, routes, layout, config, first_query)

@@ -71,19 +71,25 @@ def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
 
 
 @torch.no_grad()
-def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
-    """Routes of every query and head: q, k [L, N, D] -> int32 [N, L, K], best first, -1 where a slot is empty.
-
-    K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the lowest
-    chunk index. Scores are exact to fp32 rounding.
+def route(
+    q: Tensor,
+    k: Tensor,
+    layout: ShotLayout,
+    config: MoCConfig,
+    drops: DropKey | None = None,
+    first_query: int = 0,
+) -> Tensor:
+    """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], best first, -1 where a slot is
+    empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the
+    lowest chunk index. Scores are exact to fp32 rounding. first_query: the place of q's first token in the stream.
     """
     means = descriptors(k, layout)
     candidates = candidate_range(layout, config)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
     parts = []
-    for start in range(0, layout.num_tokens, block):
+    for start in range(first_query, layout.num_tokens, block):
         end = min(start + block, layout.num_tokens)
-        scores = torch.einsum("lnd,mnd->nlm", q[start:end].to(means.dtype), means)
+        scores = torch.einsum("lnd,mnd->nlm", q[start - first_query : end - first_query].to(means.dtype), means)
         allowed = candidates.mask(layout, start, end)
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:
@@ -101,22 +107,23 @@ def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
 
 
 @torch.no_grad()
-def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """A caller's routes int [N, L, K] as attention takes them: repeats, chunks that anchors cover and those of other
+def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> Tensor:
+    """A caller's routes int [N, Lq, K] as attention takes them: repeats, chunks that anchors cover and those of other
     samples become -1."""
-    return torch.stack([_drop_covered(of_head.long(), layout, config) for of_head in routes.unbind()])
+    return torch.stack([_drop_covered(of_head.long(), layout, config, first_query) for of_head in routes.unbind()])
 
 
-def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
+def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int) -> Tensor:
     routes = routes.sort(dim=-1).values
-    group, key_group = layout.token_group[:, None], layout.chunk_group[routes]
+    group, key_group = layout.token_group[first_query:, None], layout.chunk_group[routes]
     in_shot = layout.group_shot[group] >= 0
-    covered = (routes < 0) | (layout.chunk_sample[routes] != layout.token_sample[:, None])
+    own_sample = layout.token_sample[first_query:, None]
+    covered = (routes < 0) | (layout.chunk_sample[routes] != own_sample)
     covered[:, 1:] |= routes[:, 1:] == routes[:, :-1]
     if config.own_anchor is OwnAnchor.shot:
         covered |= (key_group == group) & in_shot
     elif config.own_anchor is OwnAnchor.chunk:
-        covered |= (routes == layout.token_chunk[:, None]) & in_shot
+        covered |= (routes == layout.token_chunk[first_query:, None]) & in_shot
     if config.text_anchor is not TextAnchor.none:
         text = layout.chunk_is_text[routes]
         if config.text_anchor is TextAnchor.global_and_own:

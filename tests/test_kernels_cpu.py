@@ -180,6 +180,68 @@ def test_callers_routes_lose_what_anchors_cover_and_repeats(stream, config, seed
         assert set(row) == named - covered - unseen
 
 
+# The last queries of a stream alone
+
+
+@pytest.fixture(params=["reference", "torch", pytest.param("triton", marks=interpreted)])
+def backend(request):
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        moc.MoCConfig(top_k=2, text_anchor="global_and_own"),
+        moc.MoCConfig(top_k=2, causal=False),
+        moc.MoCConfig(top_k=2, own_anchor="chunk", text_anchor="none"),
+        moc.MoCConfig(dense=True),
+    ],
+    ids=["forward", "both ways", "own chunk", "dense"],
+)
+def test_the_last_queries_alone_equal_those_of_all(backend, config):
+    """First queries in a text, at a group's start, within a chunk, and of the last token alone."""
+    layout = two_samples()
+    q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16, requires_grad=True)
+    drops = DROPS if config.text_anchor == "global_and_own" else None
+    whole = moc.moc_attention(q, k, v, layout, config, backend=backend, drops=drops)
+    direction = torch.randn_like(whole)
+    firsts = [layout.groups[2].start, layout.groups[3].end - 3, 1, layout.num_tokens - 1]
+    for first in firsts[:1] if backend == "triton" else firsts:  # interpreting takes its time
+        kind = {"backend": backend, "drops": drops, "first_query": first}
+        tail = moc.moc_attention(q[first:], k, v, layout, config, **kind)
+        torch.testing.assert_close(tail, whole[first:], rtol=1e-5, atol=1e-5)
+        if not config.dense:
+            routes = moc.route(q[first:], k, layout, config, **kind)
+            again = moc.moc_attention(q[first:], k, v, layout, config, routes, backend, first_query=first)
+            torch.testing.assert_close(again, tail, rtol=1e-5, atol=1e-5)
+        mine = torch.autograd.grad(tail, (q, k, v), direction[first:])
+        cut = direction.clone()
+        cut[:first] = 0
+        expected = torch.autograd.grad(whole, (q, k, v), cut, retain_graph=True)
+        for a, b in zip(mine, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("triton", marks=interpreted)])
+def test_queries_before_the_first_one_cost_no_call(name, monkeypatch):
+    """The anchored part of four shots is five dense calls, of the last shot's queries one."""
+    layout = moc.ShotLayout.build([moc.Shot(2, (2, 2, 2))] * 4, 3, chunk_tokens=4)
+    q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16)
+    config = moc.MoCConfig(top_k=1, text_anchor="global_and_own")
+    calls = []
+
+    def counting(*args):
+        calls.append(len(args[5]))
+        return forward(*args)
+
+    forward = anchors.forward
+    monkeypatch.setattr(anchors, "forward", counting)
+    moc.moc_attention(q, k, v, layout, config, backend=name)
+    last = layout.groups[-1].start
+    moc.moc_attention(q[last:], k, v, layout, config, backend=name, first_query=last)
+    assert calls == [5, 1]
+
+
 # Triton, interpreted
 
 

@@ -6,11 +6,11 @@ one LSE and no separate text part. About 80 % of the work of the attention is in
 
 The own *chunk* (`own_anchor: chunk`) is not here: backends add it to the routes, as one more chunk of each query.
 
-Shape letters: L packed tokens, Lt text tokens, N heads, D head dim.
+Shape letters: L packed tokens, Lq queries, Lt text tokens, N heads, D head dim.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from moc.layout import Group, ShotLayout
 class AnchorCall:
     """Queries [start, end) attend to tokens [own_start, own_end) and to text rows [a0, a1) and [b0, b1).
 
-    Text rows count along the text tokens alone (`layout.text_index`).
+    Queries count from the first one that is asked for, text rows along the text tokens alone (`layout.text_index`).
     """
 
     start: int
@@ -48,11 +48,14 @@ class AnchorCall:
         return [self.start, self.end, self.own_start, self.own_end, self.a0, self.a1, self.b0, self.b1]
 
 
-def anchor_calls(layout: ShotLayout, config: MoCConfig) -> list[AnchorCall]:
-    """The dense calls of the anchored part, those with keys; together they hold each query at most once."""
+def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> list[AnchorCall]:
+    """The dense calls of the anchored part of queries from `first_query` on, those with keys; together they hold each
+    query at most once."""
     if config.dense:
-        return [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
-    calls = list(_by_sample(layout) if _same_for_all(config) else _by_group(layout, config))
+        calls = [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
+    else:
+        calls = list(_by_sample(layout) if _same_for_all(config) else _by_group(layout, config))
+    calls = [replace(c, start=max(c.start - first_query, 0), end=c.end - first_query) for c in calls]
     return [call for call in calls if call.num_keys and call.end > call.start]
 
 
@@ -61,8 +64,8 @@ def covers_all(calls: Sequence[AnchorCall], num_tokens: int) -> bool:
     return sum(call.end - call.start for call in calls) == num_tokens
 
 
-def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Routes with the own chunk as one more slot, for `own_anchor: chunk`: [N, L, K] -> [N, L, K + 1].
+def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> Tensor:
+    """Routes with the own chunk as one more slot, for `own_anchor: chunk`: [N, Lq, K] -> [N, Lq, K + 1].
 
     Global text has no own chunk, and the own chunk of a text token is left out where its text anchors cover it.
     """
@@ -71,7 +74,7 @@ def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Ten
     absent = layout.group_shot[layout.token_group] < 0
     if config.text_anchor is not TextAnchor.none:
         absent = absent | layout.token_is_text
-    own = layout.token_chunk.masked_fill(absent, -1)
+    own = layout.token_chunk.masked_fill(absent, -1)[first_query:]
     return torch.cat([routes, own[None, :, None].expand(len(routes), -1, 1)], dim=-1)
 
 
@@ -132,7 +135,7 @@ def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
 def forward(
     kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]
 ) -> tuple[Tensor, Tensor]:
-    """q, k, v [L, N, D] -> out [L, N, D], lse [N, L] (fp32 at least); queries without anchors: out 0, lse -inf."""
+    """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq] (fp32 at least); without anchors: 0 and -inf."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)
     if not covers_all(calls, len(q)):

@@ -4,7 +4,8 @@ Anchored part: dense calls (`anchors`). Routed part: the queries that chose a ch
 variable-length FlashAttention-2 call where the device has it, else one small dense call a list. A few heads at a time
 bound the memory. Each part's backward gets the merged output and LSE, which makes it exact.
 
-Shape letters: L packed tokens, N heads, G heads of a group, D head dim, M chunks, K slots of a query, R routed rows.
+Shape letters: L packed tokens, Lq queries, N heads, G heads of a group, D head dim, M chunks, K slots of a query, R
+routed rows. In lists and tables of slots, tokens are queries and count from the first of them.
 """
 
 from collections.abc import Iterator
@@ -25,17 +26,26 @@ MAX_ELEMENTS = 1 << 29  # gathered queries held at a time, in numbers; FA2 fault
 MAX_SEQUENCES = 65535  # of one FA2 call
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Attention over anchors and routed chunks together: q, k, v [L, N, D] -> [L, N, D], same dtype.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor | None,
+    layout: ShotLayout,
+    config: MoCConfig,
+    first_query: int = 0,
+) -> Tensor:
+    """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
-    routes: int [N, L, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
+    routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
+    first_query: the place of q's first token in the stream.
     Any device and floating dtype. Waits for the device once for each group of heads.
     """
     if config.dense or routes is None:
         routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
     else:
-        routes = anchors.with_own_chunk(routes, layout, config)
-    return _Attend.apply(q, k, v, routes, layout, config)
+        routes = anchors.with_own_chunk(routes, layout, config, first_query)
+    return _Attend.apply(q, k, v, routes, layout, config, first_query)
 
 
 @dataclass(frozen=True)
@@ -97,24 +107,26 @@ def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, routes, layout, config):
+    def forward(ctx, q, k, v, routes, layout, config, first_query):
         kernel = dense.choose(q, config.dense_kernel, config.deterministic)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, lse = anchors.forward(kernel, q, k, v, layout.text_index, anchors.anchor_calls(layout, config))
+        calls = anchors.anchor_calls(layout, config, first_query)
+        out, lse = anchors.forward(kernel, q, k, v, layout.text_index, calls)
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
                 rows = _routed(q, kernel).forward(lists.rows(q), k, v, lists, layout)
                 _merge(out, lse, *rows, lists)
         ctx.save_for_backward(q, k, v, out, lse, routes)
-        ctx.layout, ctx.config, ctx.kernel = layout, config, kernel
+        ctx.layout, ctx.config, ctx.kernel, ctx.calls = layout, config, kernel, calls
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, routes = ctx.saved_tensors
         dout, layout, config, kernel = dout.contiguous(), ctx.layout, ctx.config, ctx.kernel
-        calls = anchors.anchor_calls(layout, config)
-        dq, dk, dv = anchors.backward(kernel, dout, q, k, v, out, lse, layout.text_index, calls, config.deterministic)
+        dq, dk, dv = anchors.backward(
+            kernel, dout, q, k, v, out, lse, layout.text_index, ctx.calls, config.deterministic
+        )
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
                 dout_rows, q_rows, out_rows = (lists.rows(x) for x in (dout, q, out))
@@ -127,7 +139,7 @@ class _Attend(torch.autograd.Function):
                     (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_part, dv_part), strict=True
                 ):
                     total[:, lists.heads] = (total[:, lists.heads].to(wide) + part).to(total.dtype)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, lists: _Lists) -> None:

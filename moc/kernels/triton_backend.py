@@ -4,7 +4,7 @@ Routes become lists of queries by (head, chunk) on the device; nothing waits for
 `torch.library` operator with a backward, so it goes through `torch.compile(fullgraph=True)` and activation
 checkpointing unchanged.
 
-Shape letters: L packed tokens, N heads, D head dim, M chunks, K slots of a query.
+Shape letters: L packed tokens, Lq queries, N heads, D head dim, M chunks, K slots of a query.
 """
 
 from collections.abc import Sequence
@@ -25,17 +25,26 @@ __all__ = ["attend", "route"]
 CALL_INTS = 8  # of an AnchorCall
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Attention over anchors and routed chunks together: q, k, v [L, N, D] -> [L, N, D], same dtype.
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor | None,
+    layout: ShotLayout,
+    config: MoCConfig,
+    first_query: int = 0,
+) -> Tensor:
+    """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
-    routes: int [N, L, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
+    routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
+    first_query: the place of q's first token in the stream; the kernels count queries from it.
     Head dims up to 128, fp32, fp16 and bf16.
     """
     if routes is not None and not config.dense:
-        routes = anchors.with_own_chunk(routes, layout, config).int().contiguous()
+        routes = anchors.with_own_chunk(routes, layout, config, first_query).int().contiguous()
     if config.dense or routes is None or routes.shape[-1] == 0:
         routes = torch.empty(0, 0, 0, dtype=torch.int32, device=q.device)
-    calls = [number for call in anchors.anchor_calls(layout, config) for number in call.as_ints()]
+    calls = [number for call in anchors.anchor_calls(layout, config, first_query) for number in call.as_ints()]
     out, *_ = _attend(
         q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, layout.text_index, calls,
         layout.max_chunk_tokens, config.dense_kernel, config.deterministic,
@@ -55,7 +64,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor, calls: Sequence[int],
     max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [L, N, D], lse [N, L], and the tensors of the `Lists` for the backward."""
+    """out [Lq, N, D], lse [N, Lq], and the tensors of the `Lists` for the backward."""
     kernel = dense.choose(q, dense_kernel, deterministic)
     out, lse = anchors.forward(kernel, q, k, v, text_index, _unpack(calls))
     if not routes.numel():

@@ -141,16 +141,25 @@ def _(q: Tensor, k: Tensor, *args) -> Tensor:
     return q.new_empty((q.shape[1], q.shape[0], args[8]), dtype=torch.int32)
 
 
-def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
-    """Routes of every query and head: q, k [L, N, D] -> int32 [N, L, K], in no order, -1 where a slot is empty.
-
-    K is top_k, and top_k + drop_in_max where drops apply.
+def route(
+    q: Tensor,
+    k: Tensor,
+    layout: ShotLayout,
+    config: MoCConfig,
+    drops: DropKey | None = None,
+    first_query: int = 0,
+) -> Tensor:
+    """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], in no order, -1 where a slot is
+    empty. K is top_k, and top_k + drop_in_max where drops apply. first_query: the place of q's first token.
     """
     routes = _route(
-        q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk,
+        q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk[first_query:],
         layout.chunk_group, layout.chunk_sample, layout.chunk_is_text, layout.group_first_chunk, layout.group_shot,
         layout.sample_first_chunk, config.top_k, config.causal, OWN_ANCHORS[config.own_anchor],
     )  # fmt: skip
     if drops is None or not config.has_drops:
         return routes
-    return drop_routes(routes, layout, config, drops)
+    if not first_query:
+        return drop_routes(routes, layout, config, drops)
+    whole = torch.nn.functional.pad(routes, (0, 0, first_query, 0), value=-1)  # draws are keyed by the place in it
+    return drop_routes(whole, layout, config, drops)[:, first_query:]
