@@ -92,6 +92,12 @@ class MoCConfig:
     def has_drops(self) -> bool:
         return self.drop_off_max > 0 or (self.drop_in_rate > 0 and self.drop_in_max > 0)
 
+    @property
+    def flows_forward(self) -> bool:
+        """Whether a token depends on its own and earlier shots only."""
+        forward = self.causal and self.own_anchor is OwnAnchor.shot and self.text_anchor is TextAnchor.global_and_own
+        return forward and not self.dense and not self.dense_layers
+
     def at_layer(self, layer: int) -> "MoCConfig":
         """The settings of one layer: this, or dense for the first `dense_layers`."""
         return replace(self, dense=True) if layer < self.dense_layers else self

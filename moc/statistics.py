@@ -42,17 +42,20 @@ def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
 
 
 class RoutingMap:
-    """Shots by shots, how often the queries of one route to another, over layers and steps (paper, figure 2)."""
+    """Shots by shots, how often the queries of one route to another while it is being made, over layers and steps
+    (paper, figure 2). What history's queries do in later steps is left out: it repeats itself, or is cached."""
 
     def __init__(self, num_shots: int) -> None:
         self.counts = torch.zeros(num_shots, num_shots, dtype=torch.float64)
 
-    def observer(self, layout: ShotLayout, shots: list[int]) -> Callable[[int, Tensor], None]:
-        """A callback for the model's `on_routes`; `shots` are the story's indices of the stream's shots."""
-        index = torch.tensor(shots)
+    def observer(self, layout: ShotLayout, shots: list[int], making: list[int]) -> Callable[[int, Tensor], None]:
+        """A callback for the model's `on_routes`. shots: the story's indices of the stream's shots. making: those of
+        them that are being made."""
+        rows, columns = torch.tensor(making), torch.tensor(shots)
+        places = [shots.index(shot) for shot in making]
 
         def observe(layer: int, routes: Tensor) -> None:
-            self.counts[index[:, None], index] += shot_counts(routes, layout)
+            self.counts[rows[:, None], columns] += shot_counts(routes, layout)[places]
 
         return observe
 

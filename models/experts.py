@@ -3,11 +3,15 @@
 They are trained one at a time, each as a model of its own; sampling switches at the boundary.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from models.stream import KeyValueCache
 from models.wan import WanTransformer3DModel
+
+ExpertCaches = tuple[KeyValueCache, KeyValueCache]  # of high and of low
 
 
 class Experts(nn.Module):
@@ -27,7 +31,28 @@ class Experts(nn.Module):
         self.high, self.low, self.boundary = high, low, boundary
         self.stream = high.stream
 
-    def forward(self, latents: list[Tensor], sigma: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """As `WanTransformer3DModel`; reads the noise level, which waits for the device."""
-        expert = self.high if float(sigma.max()) >= self.boundary else self.low
-        return expert(latents, sigma, *args, **kwargs)
+    def forward(
+        self,
+        latents: list[Tensor],
+        sigma: Tensor,
+        *args: Any,
+        cache: ExpertCaches | None = None,
+        remember: bool = False,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """As `WanTransformer3DModel`; reads the noise level, which waits for the device.
+
+        Both experts remember, each in its own cache, whatever the noise level: a later shot will ask both.
+        """
+        high, low = (
+            partial(model, latents, sigma, *args, cache=own, remember=remember, **kwargs)
+            for model, own in zip((self.high, self.low), cache or (None, None), strict=True)
+        )
+        if remember:
+            high()
+            return low()
+        return high() if float(sigma.max()) >= self.boundary else low()
+
+    def new_cache(self) -> ExpertCaches:
+        """The history of a story that has not begun."""
+        return self.high.new_cache(), self.low.new_cache()

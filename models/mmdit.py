@@ -87,13 +87,14 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
         config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
         on_routes: told each layer's index and routes, int [N, L, K], for statistics.
-        cache: history of a story generated shot by shot; latents, sigma and text are then those of the shots and groups
-            after it, `layout` is the whole stream's, and config must flow strictly forward.
+        cache: history of a story generated shot by shot; latents and sigma are then those of the shots after it, text
+            and layout the whole stream's, and config must flow strictly forward.
         remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
         Raises ValueError where latents or text do not fit the layout or the model.
         """
         part = Part(layout, cache.num_tokens if cache else 0)
         part.check(latents, sigma, text, self.stream, self.config.latent_channels)
+        text = text[part.first_group :]
         self._check_text(text, part)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         video = self.video_in(patches.to(self.video_in.weight.dtype))
@@ -101,7 +102,8 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
             video = video + self.place(part.grids, video.dtype)
         words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
         condition = self.condition(part.group_sigma(sigma), pooled(text))
-        table = rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta)
+        positions = interleaved_positions(layout)[part.start :]
+        table = rotary_table(positions, self.head_dim, self.config.rope_theta)
         attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
         for layer, block in enumerate(self.blocks):
@@ -116,6 +118,10 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         out = self.output(video, patches, condition, part.video_group)
         pieces = out.split([t * h * w for t, h, w in part.grids])
         return [unpatchify(x, grid, self.stream.patch) for x, grid in zip(pieces, part.grids, strict=True)]
+
+    def new_cache(self) -> KeyValueCache:
+        """The history of a story that has not begun."""
+        return KeyValueCache()
 
     @property
     def head_dim(self) -> int:

@@ -15,26 +15,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moc import Descriptor, DropKey, MoCConfig, OwnAnchor, ShotLayout, StreamSpec, TextAnchor, moc_attention, route
+from moc import Descriptor, DropKey, MoCConfig, ShotLayout, StreamSpec, moc_attention, route
 from moc.layout import Grid, Group
 from models.rope import rotate
 
 
 @dataclass
 class KeyValueCache:
-    """Keys (before rotation) and values of the shots generated so far, by layer; one for each prompt and sample."""
+    """Keys and values of the shots generated so far, by layer; one for each prompt and sample."""
 
     num_tokens: int = 0
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
+    layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def extended(self, layer: int, k: Tensor, v: Tensor, remember: bool) -> tuple[Tensor, Tensor]:
-        """History and new tokens of a layer together; the new ones become history if `remember`."""
-        if layer in self.keys:
-            k, v = torch.cat([self.keys[layer], k]), torch.cat([self.values[layer], v])
+    def extended(self, layer: int, new: tuple[Tensor, ...], remember: bool) -> tuple[Tensor, ...]:
+        """Keys, values and the like [L, N, D] of history and of new tokens together; the latter become history if
+        `remember`."""
+        if layer in self.layers:
+            new = tuple(torch.cat(pair) for pair in zip(self.layers[layer], new, strict=True))
         if remember:
-            self.keys[layer], self.values[layer] = k.detach(), v.detach()
-        return k, v
+            self.layers[layer] = tuple(x.detach() for x in new)
+        return new
 
 
 class Part:
@@ -78,11 +78,11 @@ class Part:
 
     def check(self, latents: list[Tensor], sigma: Tensor, text: list[Tensor], spec: StreamSpec, channels: int) -> None:
         """Raises ValueError where a forward's inputs and its layout describe different shots."""
-        shots, groups = len(self.grids), len(self.groups)
+        shots, groups = len(self.grids), self.layout.num_groups
         if (len(latents), len(sigma), len(text)) != (shots, shots, groups):
             raise ValueError(
-                f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for {shots} shots and {groups} "
-                "groups to compute: build the layout from this batch (moc.make_batch)"
+                f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for {shots} shots to compute in a "
+                f"stream of {groups} groups: build the layout from this batch (moc.make_batch)"
             )
         for grid, latent in zip(self.grids, latents, strict=True):
             if latent.shape[0] != channels:
@@ -99,7 +99,7 @@ class StreamAttention:
     """The self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are taken, so
     that recomputation under activation checkpointing attends to the same chunks and does not route twice.
 
-    table: rotations of the whole stream. cache, remember: see the module; attention must then be strictly forward.
+    table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
     """
 
     layout: ShotLayout
@@ -112,7 +112,7 @@ class StreamAttention:
     routes: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.cache is not None and not flows_forward(self.config):
+        if self.cache is not None and not self.config.flows_forward:
             raise ValueError(
                 "cached keys and values need a strict forward flow: moc.causal=true, moc.own_anchor=shot, "
                 "moc.text_anchor=global_and_own, and no dense layers"
@@ -121,30 +121,24 @@ class StreamAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [L, N, D] of the tokens computed, before rotation -> [L, N, D]."""
         config = self.config.at_layer(layer)
-        before = self.cache.num_tokens if self.cache else 0
+        first = self.cache.num_tokens if self.cache else 0
+        pre_rope = config.descriptor is Descriptor.pre_rope
+        queries = rotate(q, self.table)
+        kept = (rotate(k, self.table), v, k) if pre_rope else (rotate(k, self.table), v)
         if self.cache is not None:
-            k, v = self.cache.extended(layer, k, v, self.remember)
-            if before:  # attention takes a whole stream; history's output is unused
-                q = F.pad(q, (0, 0, 0, 0, before, 0))
-        rotated = rotate(q, self.table), rotate(k, self.table)
+            kept = self.cache.extended(layer, kept, self.remember)
         routes = None
         if not config.dense:
-            routes = self._route(layer, *((q, k) if config.descriptor is Descriptor.pre_rope else rotated))
-        return moc_attention(*rotated, v, self.layout, config, routes=routes)[before:]
+            routes = self._route(layer, q if pre_rope else queries, kept[2 if pre_rope else 0], first)
+        return moc_attention(queries, *kept[:2], self.layout, config, routes=routes, first_query=first)
 
-    def _route(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
+    def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Tensor:
         if layer in self.routes:
             return self.routes[layer]
         drops = replace(self.drops, layer=layer) if self.drops else None
-        routes = route(q, k, self.layout, self.config, drops)
+        routes = route(q, k, self.layout, self.config, drops, first_query=first)
         if self.on_routes:
-            self.on_routes(layer, routes)
+            self.on_routes(layer, F.pad(routes, (0, 0, first, 0), value=-1))
         if torch.is_grad_enabled():
             self.routes[layer] = routes
         return routes
-
-
-def flows_forward(config: MoCConfig) -> bool:
-    """Whether a token depends on its own and earlier shots only."""
-    forward = config.causal and config.own_anchor is OwnAnchor.shot and config.text_anchor is TextAnchor.global_and_own
-    return forward and not config.dense and not config.dense_layers

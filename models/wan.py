@@ -3,9 +3,10 @@
 - Wan2.1-T2V-1.3B and 14B, Wan2.2-TI2V-5B, each expert of Wan2.2-T2V-A14B, HoloCine: the same code, other sizes
 - the stream is video only; text comes by cross-attention, windowed by `text_anchor` to the global and own-shot caption
 - a timestep for each shot (every token takes its shot's); time runs on over shots, with `cut_gap` at each cut
+- context-causal generation: finished shots stay as cached keys and values (`models.stream.KeyValueCache`)
 - no parameters are added: config.json and state dict are those of diffusers' class of the same name
 
-Shape letters: L packed tokens, N heads, D head dim, G groups, B samples, S shots; latents C T H W.
+Shape letters: L packed tokens, N heads, D head dim, G groups, R text rows, S shots; latents C T H W.
 """
 
 import math
@@ -24,10 +25,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
+from moc.layout import Grid
 from models.layers import Attend, LayerNorm, RMSNorm, add_gated, modulate, patchify
 from models.lora import Trainable
 from models.rope import rotary_table, running_positions
-from models.stream import Part, StreamAttention
+from models.stream import KeyValueCache, Part, StreamAttention
 
 TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features, and visible
 
@@ -77,7 +79,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, context: Tensor, time: Tensor, group: Tensor, attend: Attend, windows: list[Window]
     ) -> Tensor:
-        """x [L, dim]; context: text rows of all samples [B * 512, dim]; time fp32 [G, 6, dim]; group int [L]."""
+        """x [L, dim]; context: text rows of all samples [R, dim]; time fp32 [G, 6, dim]; group int [L]."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(1)
         normed = modulate(x, shift, scale, group, self.eps)
         q, k, v = self.attn1.project(normed, normed)
@@ -90,7 +92,7 @@ class Block(nn.Module):
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: list[Window]) -> Tensor:
-    """Attention of each window's queries to its text rows: q [L, N, D], k and v [B * 512, N, D] -> [L, N, D]."""
+    """Attention of each window's queries to its text rows: q [L, N, D], k and v [R, N, D] -> [L, N, D]."""
     out = []
     for start, end, ranges in windows:
         keys, values = (torch.cat([x[a:b] for a, b in ranges]).transpose(0, 1)[None] for x in (k, v))
@@ -175,38 +177,47 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
         config: MoCConfig,
         drops: DropKey | None = None,
         on_routes: Callable[[int, Tensor], None] | None = None,
+        cache: KeyValueCache | None = None,
+        remember: bool = False,
     ) -> list[Tensor]:
         """The velocity of each shot, fp32, in the form of `latents`.
 
         latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
         text: features [T_i, text_dim] of each group's span of its sample's prompt (at most 512 rows a sample).
-        layout: of video only (`stream.text_in_stream`). config, drops, on_routes: as in `models.mmdit.MMDiT`.
+        layout: of video only (`stream.text_in_stream`). The rest: as in `models.mmdit.MMDiT`.
         Raises ValueError where latents or text do not fit the layout or the model.
         """
-        part = Part(layout)
+        part = Part(layout, cache.num_tokens if cache else 0)
         part.check(latents, sigma, text, self.stream, self.config.in_channels)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
-        rows, windows = text_windows(text, layout, config.text_anchor)
+        rows, windows = text_windows(text, layout, config)
+        windows = [Window(w.start - part.start, w.end - part.start, w.ranges) for w in windows if w.start >= part.start]
         time, block_time, context = self.condition_embedder(part.group_sigma(sigma), rows)
-        table = rotary_table(running_positions(layout, config.cut_gap), self.config.attention_head_dim)
-        attend = StreamAttention(layout, config, table, drops, on_routes)
+        positions = running_positions(layout, config.cut_gap)[part.start :]
+        table = rotary_table(positions, self.config.attention_head_dim)
+        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
         for layer, block in enumerate(self.blocks):
-            args = (x, context, block_time, layout.token_group, partial(attend, layer), windows)
+            args = (x, context, block_time, part.group, partial(attend, layer), windows)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, *args)
             else:
                 x = block(*args)
 
+        if cache is not None and remember:
+            cache.num_tokens = layout.num_tokens
         shift, scale = (self.scale_shift_table.float() + time[:, None]).unbind(1)
-        out = self.proj_out(modulate(x, shift, scale, layout.token_group, self.config.eps)).float()
-        return self._unpatchify(out, layout)
+        out = self.proj_out(modulate(x, shift, scale, part.group, self.config.eps)).float()
+        return self._unpatchify(out, part.grids)
 
-    def _unpatchify(self, tokens: Tensor, layout: ShotLayout) -> list[Tensor]:
+    def new_cache(self) -> KeyValueCache:
+        """The history of a story that has not begun."""
+        return KeyValueCache()
+
+    def _unpatchify(self, tokens: Tensor, grids: list[Grid]) -> list[Tensor]:
         a, b, c = self.stream.patch
-        grids = [layout.groups[group].grid for group in layout.shot_groups]
         pieces = tokens.split([t * h * w for t, h, w in grids])
         return [
             rearrange(piece, "(t h w) (a b c ch) -> ch (t a) (h b) (w c)", t=t, h=h, a=a, b=b, c=c)
@@ -214,29 +225,31 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
         ]
 
 
-def text_windows(text: list[Tensor], layout: ShotLayout, anchor: TextAnchor) -> tuple[Tensor, list[Window]]:
-    """Each sample's text padded to 512 rows [B * 512, text_dim], and which of them the tokens of each shot see.
+def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, list[Window]]:
+    """Text rows of all samples [R, text_dim], and which of them the tokens of each shot see.
 
-    global_and_own: the global caption's rows, the own shot's, and the padding; all: everything.
+    text_anchor all: the sample's prompt, padded to 512 rows. global_and_own: the global caption's rows, the own shot's,
+    and the padding; that of the whole prompt, as HoloCine was trained, or, where config flows strictly forward, as much
+    as fills these two up to 512, so that no later caption counts. A single shot sees the same in all cases.
     """
-    if anchor == TextAnchor.none:
+    if config.text_anchor == TextAnchor.none:
         raise ValueError("text_anchor=none leaves a Wan model without text; use all or global_and_own")
     rows: list[Tensor] = []
     windows: list[Window] = []
     for sample in range(layout.num_samples):
-        base = TEXT_TOKENS * sample
         members = [pair for pair in zip(layout.groups, text, strict=True) if pair[0].sample == sample]
+        base = sum(len(x) for x in rows)
         ends = list(accumulate((len(features) for _, features in members), initial=base))
-        padding = (ends[-1], base + TEXT_TOKENS)
-        if padding[0] > padding[1]:
+        if ends[-1] - base > TEXT_TOKENS:
             raise ValueError(
                 f"a prompt of {ends[-1] - base} text rows exceeds Wan's {TEXT_TOKENS}: shorten its captions"
             )
-        rows += [*(features for _, features in members), text[0].new_zeros(padding[1] - padding[0], text[0].shape[1])]
-        spans = list(pairwise(ends))
-        everything = ((base, base + TEXT_TOKENS),)
-        for (group, _), span in zip(members, spans, strict=True):
-            if group.grid is not None:
-                seen = everything if anchor == TextAnchor.all else (spans[0], span, padding)
-                windows.append(Window(group.start, group.end, seen))
+        whole, *shots = pairwise(ends)
+        for (group, _), own in zip(members[1:], shots, strict=True):
+            seen = [(base, ends[-1])] if config.text_anchor == TextAnchor.all else [whole, own]
+            counted = seen if config.flows_forward else [(base, ends[-1])]
+            padding = TEXT_TOKENS - sum(end - start for start, end in counted)
+            windows.append(Window(group.start, group.end, (*seen, (ends[-1], ends[-1] + padding))))
+        zeros = max(window.ranges[-1][1] for window in windows[-len(shots) :]) - ends[-1]
+        rows += [*(features for _, features in members), text[0].new_zeros(zeros, text[0].shape[1])]
     return torch.cat(rows), windows

@@ -230,8 +230,7 @@ def test_cached_history_gives_the_same_velocity(descriptor: str) -> None:
     computed = 0
     for shot in range(3):
         layout = pack(model, Sample(story.latents[: shot + 1], story.text[: shot + 2])).layout
-        text = story.text[0 if shot == 0 else shot + 1 : shot + 2]
-        inputs = (story.latents[shot : shot + 1], sigma[shot : shot + 1], text, layout, config)
+        inputs = (story.latents[shot : shot + 1], sigma[shot : shot + 1], story.text[: shot + 2], layout, config)
         (first,) = model(*inputs, cache=cache)
         assert cache.num_tokens == computed  # looking changes nothing
         (again,) = model(*inputs, cache=cache, remember=True)

@@ -215,7 +215,9 @@ def test_progress_counts_to_the_end():
     assert seen == [(step, 8) for step in range(1, 9)]
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"lag": 1.5}, {"history_sigma": 1.0}, {"context_shots": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"dense_steps": 51}, {"lag": 1.5}, {"history_sigma": 1.0}, {"context_shots": -1}]
+)
 def test_values_out_of_range_are_refused_by_name(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"sampler\.{name}"):

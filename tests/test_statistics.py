@@ -102,10 +102,12 @@ def test_routing_map_gathers_layers_and_streams():
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)) for _ in range(3)], chunk_tokens=1)
     routes = torch.tensor([[[-1], [0], [1]], [[-1], [0], [0]]], dtype=torch.int32)
     story = RoutingMap(5)
-    observe = story.observer(layout, [0, 2, 4])
+    observe = story.observer(layout, [0, 2, 4], [2, 4])
     observe(0, routes)
     observe(1, routes)
     expected = torch.zeros(5, 5, dtype=torch.float64)
     expected[2, 0], expected[4, 2], expected[4, 0] = 1.0, 0.5, 0.5
     assert torch.equal(story.shares(), expected)
     assert story.counts.sum() == 8
+    story.observer(layout, [0, 2, 4], [2])(0, routes)  # the last shot is history here
+    assert story.counts.sum(1).tolist() == [0, 0, 6, 0, 4]

@@ -108,18 +108,50 @@ def test_samples_of_a_batch_never_see_each_other() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_windows_show_the_global_caption_the_own_one_and_the_padding() -> None:
+@pytest.mark.parametrize(("config", "paddings"), [(replace(MOC, dense=True), (504, 504)), (MOC, (507, 506))])
+def test_windows_show_the_global_caption_the_own_one_and_the_padding(config, paddings) -> None:
+    """The padding is the whole prompt's; under strict forward flow what fills the captions seen up to 512."""
     model = small_model()
     batch = make_batch([sample(num_shots=2), sample(num_shots=1)], model.stream, 12)
-    rows, windows = text_windows(batch.text, batch.layout, MOC.text_anchor)
-    assert rows.shape == (2 * TEXT_TOKENS, TEXT_DIM)
-    assert not rows[8:TEXT_TOKENS].any()
+    rows, windows = text_windows(batch.text, batch.layout, config)
+    second = 8 + max(paddings)  # the second sample's first row
+    assert rows.shape == (second + TEXT_TOKENS, TEXT_DIM)
+    assert not rows[8:second].any()
     assert [window.ranges for window in windows] == [
-        ((0, 3), (3, 5), (8, 512)),
-        ((0, 3), (5, 8), (8, 512)),
-        ((512, 515), (515, 517), (517, 1024)),
+        ((0, 3), (3, 5), (8, 8 + paddings[0])),
+        ((0, 3), (5, 8), (8, 8 + paddings[1])),
+        ((second, second + 3), (second + 3, second + 5), (second + 5, second + 512)),
     ]
     assert [(window.start, window.end) for window in windows] == [(0, 12), (12, 24), (24, 36)]
+
+
+@torch.no_grad()
+def test_strict_forward_flow_is_blind_to_how_much_text_follows() -> None:
+    model, item = small_model(), sample()
+    sigma = torch.tensor([0.2, 0.5, 0.8])
+    config = replace(MOC, top_k=9)
+    whole = run(model, config, item, sigma=sigma)
+    first = run(model, config, Sample(item.latents[:2], item.text[:3]), sigma=sigma[:2])
+    for a, b in zip(whole, first, strict=False):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"descriptor": "pre_rope", "cut_gap": 1.5, "backend": "torch"}])
+@torch.no_grad()
+def test_cached_history_gives_the_same_velocity(settings) -> None:
+    model, story = small_model(), sample()
+    config = replace(MOC, **settings)
+    sigma = torch.tensor([0.1, 0.1, 0.7])
+    whole = run(model, config, story, sigma=sigma)
+    cache = model.new_cache()
+    for shot in range(3):
+        texts = story.text[: shot + 2]
+        layout = make_batch([Sample(story.latents[: shot + 1], texts)], model.stream, 12).layout
+        inputs = (story.latents[shot : shot + 1], sigma[shot : shot + 1], texts, layout, config)
+        (out,) = model(*inputs, cache=cache)
+        assert torch.equal(model(*inputs, cache=cache, remember=True)[0], out)
+        assert cache.num_tokens == layout.num_tokens
+        torch.testing.assert_close(out, whole[shot], rtol=1e-4, atol=1e-5)
 
 
 def test_strict_forward_flow_takes_nothing_from_later_shots() -> None:

@@ -7,37 +7,52 @@ A shot starts `lag` (in units of a whole denoising) after the one before it. One
     between     staggered: nearly joint's cost, nearly extension's memory
 
 A shot that has not started is not in the stream, so nothing depends on it. A finished shot stays in it as history,
-noised to `history_sigma` against error accumulation (LCT, arXiv 2503.10589).
+noised to `history_sigma` against error accumulation (LCT, arXiv 2503.10589). Shot by shot, and where attention flows
+strictly forward, nothing that history computes ever changes: a model that can remember then keeps its keys and values
+and computes the new shot alone, with the same result.
 """
 
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moc.batch import Batch, Sample, StreamSpec, make_batch
+from moc.batch import Sample, StreamSpec, make_layout
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow, Model, draw_key
+from moc.layout import ShotLayout
 from moc.statistics import RoutingMap
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """steps: Euler steps of each shot. guidance_scale: 1 is without guidance. lag: see the module. context_shots: how
-    many finished shots the others see at most, the latest ones; 0 is all. seed: of the noise, drawn shot by shot."""
+    """steps: Euler steps of each shot. dense_steps: in so many first steps of a shot attention is dense.
+    guidance_scale: 1 is without guidance. high_noise_guidance_scale: that of the high-noise expert of a pair; 0 is the
+    same. lag: see the module. context_shots: how many finished shots the others see at most, the latest ones; 0 is all.
+    cache: keep the keys and values of finished shots where the result is the same, as long as memory lasts.
+    seed: of the noise, drawn shot by shot."""
 
     steps: int = 50
+    dense_steps: int = 0
     guidance_scale: float = 5.0
+    high_noise_guidance_scale: float = 0.0
     lag: float = 1.0
     history_sigma: float = 0.05
     context_shots: int = 0
+    cache: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampler.steps={self.steps} must be at least 1")
+        if not 0 <= self.dense_steps <= self.steps:
+            raise ValueError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
         if not 0 <= self.lag <= 1:
             raise ValueError(f"sampler.lag={self.lag} must lie in [0, 1]: 0 is joint, 1 shot by shot")
         if not 0 <= self.history_sigma < 1:
@@ -80,29 +95,46 @@ def sample_shots(
 
     `on_step(done, total)` reports progress; `routing_map` collects where the prompt's queries routed to.
     """
+    boundary = getattr(model, "boundary", None)
+    if config.high_noise_guidance_scale and boundary is None:
+        raise ValueError("sampler.high_noise_guidance_scale is for a pair of experts; this model is a single one")
     device = story.text[0].device
     num_shots = len(story.shapes)
     noise = [_shot_noise(shape, config.seed, index, device) for index, shape in enumerate(story.shapes)]
-    latents = [story.given.get(index, noise[index]).to(device) for index in range(num_shots)]
+    latents = [story.given.get(index, noise[index]).to(device).float() for index in range(num_shots)]
     unknown = [index for index in range(num_shots) if index not in story.given]
     clocks = sigma_table(len(unknown), config, flow)
     table = torch.zeros(len(clocks), num_shots)
     table[:, unknown] = clocks
+    keeps_history = config.cache and config.lag == 1 and not config.context_shots and hasattr(model, "new_cache")
+    prompt, negative = (_Side(model, spec, text, keeps_history) for text in (story.text, story.negative))
 
     for step, (now, after) in enumerate(pairwise(table)):
         moving = [index for index in unknown if after[index] < now[index]]
-        stream = _stream(now, moving, config.context_shots)
-        sigma = torch.where(now == 0, config.history_sigma, now)[stream]
+        shots = _stream(now, moving, config.context_shots)
+        sigma = torch.where(now == 0, config.history_sigma, now)[shots]
         seen = [
             flow.add_noise(latents[i], noise[i], s) if now[i] == 0 else latents[i]
-            for i, s in zip(stream, sigma.tolist(), strict=True)
+            for i, s in zip(shots, sigma.tolist(), strict=True)
         ]
-        prompt = _batch(seen, story.text, stream, spec, moc)
-        negative = _batch(seen, story.negative, stream, spec, moc) if config.guidance_scale != 1 else None
-        observe = routing_map.observer(prompt.layout, stream) if routing_map else None
-        velocity = _guided_velocity(model, moc, prompt, negative, sigma, config.guidance_scale, observe)
+        stream = _Stream(shots, seen, sigma)
+        steps_done = int((table[: step + 1, moving[-1]] < 1).sum())  # of the shot that began last
+        attention = replace(moc, dense=True) if steps_done < config.dense_steps else moc
+        is_high = boundary is not None and float(sigma.max()) >= boundary
+        scale = (is_high and config.high_noise_guidance_scale) or config.guidance_scale
+        observe = routing_map.observer(prompt.layout(stream, moc), shots, moving) if routing_map else None
+        velocity = None
+        try:
+            velocity = _guided_velocity(prompt, negative, stream, attention, scale, observe)
+        except torch.OutOfMemoryError:
+            if prompt.cache is None:
+                raise
+            logger.warning("keys and values of %d shots do not fit into memory; sampling goes on without", len(shots))
+            prompt.cache = negative.cache = None
+        if velocity is None:  # not in the handler, which holds on to what filled the memory
+            velocity = _guided_velocity(prompt, negative, stream, attention, scale, observe)
         for index in moving:
-            latents[index] = latents[index] + float(after[index] - now[index]) * velocity[stream.index(index)]
+            latents[index] = latents[index] + float(after[index] - now[index]) * velocity[index]
         if on_step:
             on_step(step + 1, len(table) - 1)
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
@@ -120,24 +152,74 @@ def _stream(now: Tensor, moving: list[int], context_shots: int) -> list[int]:
     return sorted(moving + finished[-context_shots:])
 
 
-def _batch(seen: list[Tensor], text: list[Tensor], stream: list[int], spec: StreamSpec, moc: MoCConfig) -> Batch:
-    texts = [text[0], *(text[1 + index] for index in stream)]
-    return make_batch([Sample(seen, texts)], spec, moc.chunk_tokens).to(seen[0].device)
+@dataclass(frozen=True)
+class _Stream:
+    """The shots of a step's stream: their indices in the story, noisy latents, and noise levels [S]."""
+
+    shots: list[int]
+    latents: list[Tensor]
+    sigma: Tensor
+
+    def up_to(self, count: int) -> "_Stream":
+        """Its first `count` shots."""
+        return _Stream(self.shots[:count], self.latents[:count], self.sigma[:count])
+
+
+class _Side:
+    """One side of guidance: the model under the prompt or under the negative one, and what it remembers there.
+
+    keeps_history: whether the shots before a stream's last one may be remembered, once, as they are first seen there.
+    """
+
+    def __init__(self, model: Model, spec: StreamSpec, text: list[Tensor], keeps_history: bool) -> None:
+        self.model, self.spec = model, spec
+        self.text = [x.float() for x in text]
+        self.cache = model.new_cache() if keeps_history else None  # type: ignore[attr-defined]
+        self._num_remembered = 0
+        self._layouts: dict[tuple[int, ...], ShotLayout] = {}
+
+    def velocity(
+        self, stream: _Stream, moc: MoCConfig, on_routes: Callable[[int, Tensor], None] | None = None
+    ) -> dict[int, Tensor]:
+        """The velocity, in fp32, of each shot of a stream, or of the last alone where the others are remembered."""
+        if self.cache is None or not moc.flows_forward:
+            return self._run(stream, moc, on_routes=on_routes)
+        history = len(stream.shots) - 1
+        if self._num_remembered < history:
+            self._run(stream.up_to(history), moc, self._num_remembered, cache=self.cache, remember=True)
+            self._num_remembered = history
+        return self._run(stream, moc, history, on_routes=on_routes, cache=self.cache)
+
+    def layout(self, stream: _Stream, moc: MoCConfig) -> ShotLayout:
+        """The layout of a stream, built once for each set of shots."""
+        key = tuple(stream.shots)
+        if key not in self._layouts:
+            layout = make_layout(Sample(stream.latents, self._texts(stream)), self.spec, moc.chunk_tokens)
+            self._layouts[key] = layout.to(stream.latents[0].device)
+        return self._layouts[key]
+
+    def _texts(self, stream: _Stream) -> list[Tensor]:
+        return [self.text[0], *(self.text[1 + index] for index in stream.shots)]
+
+    def _run(self, stream: _Stream, moc: MoCConfig, first: int = 0, **others: Any) -> dict[int, Tensor]:
+        """One forward for the shots of a stream from the `first` on."""
+        sigma = stream.sigma[first:].to(stream.latents[0].device)
+        layout = self.layout(stream, moc)
+        out = self.model(stream.latents[first:], sigma, self._texts(stream), layout, moc, **others)
+        return {index: velocity.float() for index, velocity in zip(stream.shots[first:], out, strict=True)}
 
 
 def _guided_velocity(
-    model: Model,
+    prompt: _Side,
+    negative: _Side,
+    stream: _Stream,
     moc: MoCConfig,
-    prompt: Batch,
-    negative: Batch | None,
-    sigma: Tensor,
     guidance_scale: float,
     on_routes: Callable[[int, Tensor], None] | None,
-) -> list[Tensor]:
-    """Classifier-free guidance: negative + scale (prompt - negative), in fp32; without a negative, the prompt's."""
-    sigma = sigma.to(prompt.layout.device)
-    towards = model(prompt.latents, sigma, prompt.text, prompt.layout, moc, on_routes=on_routes)
-    if negative is None:
-        return [v.float() for v in towards]
-    away = model(negative.latents, sigma, negative.text, negative.layout, moc)
-    return [torch.lerp(a.float(), t.float(), guidance_scale) for t, a in zip(towards, away, strict=True)]
+) -> dict[int, Tensor]:
+    """Classifier-free guidance: negative + scale (prompt - negative), in fp32; the prompt's alone at scale 1."""
+    towards = prompt.velocity(stream, moc, on_routes)
+    if guidance_scale == 1:
+        return towards
+    away = negative.velocity(stream, moc)
+    return {index: torch.lerp(away[index], towards[index], guidance_scale) for index in towards}

@@ -1,0 +1,169 @@
+"""Films whose finished shots stay as cached keys and values: equal to films without, and cheaper."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from moc import MoCConfig
+from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
+from moc.statistics import RoutingMap
+from models.experts import Experts
+from models.mmdit import MMDiT
+from models.wan import WanTransformer3DModel
+
+CHANNELS, TEXT_DIM = 4, 12
+SHAPE, TOKENS = (CHANNELS, 2, 4, 6), 12  # tokens of a shot's video
+FORWARD = MoCConfig(chunk_tokens=6, top_k=2, text_anchor="global_and_own", backend="torch")
+FLOW = Flow(shift=2.0)
+STEPS = 3
+CONFIG = SamplingConfig(steps=STEPS, guidance_scale=3.0, history_sigma=0.1)
+
+
+def build(name: str) -> nn.Module:
+    """A small model with random weights everywhere."""
+    if name == "experts":
+        return Experts(build("wan"), build("wan"), boundary=0.6)
+    if name == "wan":
+        sizes = {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 2, "ffn_dim": 64}
+        model = WanTransformer3DModel(**sizes, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=TEXT_DIM)
+    else:
+        model = MMDiT(latent_channels=CHANNELS, text_dim=TEXT_DIM, dim=48, num_layers=2, num_heads=2, ffn_dim=64)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():
+                weight.normal_(0, 0.05)
+    return model.eval()
+
+
+def story(num_shots: int = 4, given: tuple[int, ...] = ()) -> Story:
+    texts = [[torch.randn(n, TEXT_DIM) for n in lengths] for lengths in ([3, 2, 4, 1, 3], [2, 1, 1, 1, 1])]
+    return Story([SHAPE] * num_shots, *texts, {index: torch.randn(SHAPE) for index in given})
+
+
+def film(model, what: Story, config: SamplingConfig, moc: MoCConfig = FORWARD):
+    """Latents of a film, shares of its routing map, and the video tokens of each forward."""
+    counted, routing = [], RoutingMap(len(what.shapes))
+    experts = [model.high, model.low] if isinstance(model, Experts) else [model]
+    video = 1 if isinstance(model, MMDiT) else 0  # which argument of a block
+
+    def count(block, args, out) -> None:
+        counted.append(len(args[video]))
+
+    hooks = [expert.blocks[0].register_forward_hook(count) for expert in experts]
+    shots = dict(sample_shots(model, model.stream, moc, FLOW, what, config, routing_map=routing))
+    for hook in hooks:
+        hook.remove()
+    return shots, routing.shares(), counted
+
+
+def assert_equal(one, other) -> None:
+    assert one[0].keys() == other[0].keys()
+    for index, latent in one[0].items():
+        torch.testing.assert_close(latent, other[0][index], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one[1], other[1])
+
+
+@pytest.mark.parametrize("given", [(), (0,), (1, 2)])
+@pytest.mark.parametrize("name", ["mmdit", "wan", "experts"])
+def test_films_with_and_without_the_cache_are_equal(name, given):
+    model, what = build(name), story(given=given)
+    cached, plain = film(model, what, CONFIG), film(model, what, replace(CONFIG, cache=False))
+    assert_equal(cached, plain)
+    assert cached[1].any()
+    assert sum(cached[2]) < sum(plain[2])
+
+
+@pytest.mark.parametrize("name", ["mmdit", "wan"])
+def test_a_step_computes_the_new_shot_alone(name):
+    """Each finished shot is run once more, to be remembered; a given one on its own, before the shot after it."""
+    counted = film(build(name), story(given=(0,)), replace(CONFIG, guidance_scale=1.0))[2]
+    assert counted == [TOKENS] * (1 + STEPS) * 3
+    plain = film(build(name), story(given=(0,)), replace(CONFIG, guidance_scale=1.0, cache=False))[2]
+    assert plain == [TOKENS * shots for shots in (2, 3, 4) for _ in range(STEPS)]
+
+
+def test_both_experts_remember():
+    model = build("experts")
+    shots = len(film(model, story(), replace(CONFIG, guidance_scale=1.0))[2])
+    assert shots == 4 * STEPS + 3 * 2
+
+
+def test_a_wider_history_noise_is_remembered_as_it_is_seen():
+    model, what = build("mmdit"), story()
+    config = replace(CONFIG, history_sigma=0.4)
+    assert_equal(film(model, what, config), film(model, what, replace(config, cache=False)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "moc"),
+    [
+        ({"lag": 0.5}, FORWARD),
+        ({"context_shots": 1}, FORWARD),
+        ({}, replace(FORWARD, text_anchor="all")),
+        ({}, replace(FORWARD, dense_layers=1)),
+        ({}, MoCConfig(dense=True, chunk_tokens=6)),
+    ],
+)
+def test_what_would_change_the_film_is_sampled_without(changes, moc):
+    model, what, config = build("mmdit"), story(), replace(CONFIG, guidance_scale=1.0, **changes)
+    cached, plain = film(model, what, config, moc), film(model, what, replace(config, cache=False), moc)
+    assert cached[2] == plain[2]
+    assert all(torch.equal(latent, plain[0][index]) for index, latent in cached[0].items())
+
+
+@pytest.mark.parametrize("name", ["mmdit", "wan"])
+def test_dense_first_steps_see_everything_and_later_ones_the_cache(name):
+    model, what = build(name), story()
+    config = replace(CONFIG, dense_steps=1, guidance_scale=1.0)
+    cached, plain = film(model, what, config), film(model, what, replace(config, cache=False))
+    assert_equal(cached, plain)
+    assert cached[2] == [12, 12, 12, 24, 12, 12, 12, 36, 12, 12, 12, 48, 12, 12, 12]
+    sparse, dense = film(model, what, replace(config, dense_steps=0)), film(model, what, replace(config, dense_steps=3))
+    all_dense = film(model, what, replace(config, dense_steps=0), replace(FORWARD, dense=True))
+    assert all(torch.equal(latent, all_dense[0][index]) for index, latent in dense[0].items())
+    assert not torch.allclose(cached[0][3], sparse[0][3], rtol=1e-3)
+    assert not torch.allclose(cached[0][3], dense[0][3], rtol=1e-3)
+
+
+def test_a_memory_that_fills_up_costs_time_and_no_film(monkeypatch, caplog):
+    """From the third shot on keys and values do not fit."""
+    model, what = build("mmdit"), story()
+    forward = model.forward
+
+    def filling(*args, cache=None, **kwargs):
+        if cache is not None and args[3].num_shots > 2:
+            raise torch.OutOfMemoryError("full")
+        return forward(*args, cache=cache, **kwargs)
+
+    plain = film(model, what, replace(CONFIG, cache=False))
+    monkeypatch.setattr(model, "forward", filling)
+    filled = film(model, what, CONFIG)
+    assert_equal(filled, plain)
+    assert max(filled[2]) == 4 * TOKENS
+    assert caplog.text.count("do not fit into memory") == 1
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_memory_that_is_too_small_without_the_cache_is_told(cache, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("full")
+
+    model = build("mmdit")
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        film(model, story(), replace(CONFIG, cache=cache))
+
+
+def test_the_high_noise_expert_has_a_guidance_of_its_own():
+    """Where both scales are 1 no negative is run; where one is, only under the other expert."""
+    model, what = build("experts"), story(num_shots=1)
+    levels = [FLOW.shifted(torch.tensor(1 - step / STEPS)) for step in range(STEPS)]
+    num_high = sum(float(level) >= model.boundary for level in levels)
+    assert 0 < num_high < STEPS
+    for low, high, forwards in ((1.0, 2.0, STEPS + num_high), (2.0, 1.0, 2 * STEPS - num_high), (2.0, 0.0, 2 * STEPS)):
+        config = replace(CONFIG, guidance_scale=low, high_noise_guidance_scale=high)
+        assert len(film(model, what, config)[2]) == forwards
+    with pytest.raises(ValueError, match="for a pair of experts"):
+        film(build("wan"), what, replace(CONFIG, high_noise_guidance_scale=2.0))
