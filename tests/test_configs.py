@@ -148,6 +148,13 @@ def test_the_seed_of_a_run_is_that_of_its_data():
     assert parsed("train", "seed=7").data.seed == 7
 
 
+def test_the_two_experts_share_the_noise_levels():
+    low, high = (parsed("train", f"experiment=wan_a14b_{name}") for name in ("low", "high"))
+    levels = [low.flow.sigma_min, low.flow.sigma_max, high.flow.sigma_min, high.flow.sigma_max]
+    assert levels == [0.0, 0.875, 0.875, 1.0]
+    assert (low.model.path, low.model.lora_targets) == (f"{high.model.path}_2", high.model.lora_targets)
+
+
 def test_a_progressive_schedule_is_given_on_the_command_line():
     override = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5000, chunk_tokens: 1280, top_k: 5}]"
     assert [stage.chunk_tokens for stage in parsed("train", override).schedule] == [10240, 1280]

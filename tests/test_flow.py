@@ -5,6 +5,7 @@ import torch
 
 from moc import DropKey, MoCConfig, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
+from moc.training import Validator
 
 CHUNK_TOKENS = 12
 
@@ -65,6 +66,44 @@ def test_levels_without_history_are_shifted_logit_normal():
     assert abs(logits.std() - 0.8) < 0.06
     by_sample = logits.view(-1, 3)
     assert abs(torch.corrcoef(by_sample.T)[0, 1]) < 0.12  # drawn for each shot, not for each sample
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Kolmogorov and Smirnov's: the largest difference of two samples' distribution functions."""
+    every = torch.cat([a, b]).sort().values
+    shares = [torch.searchsorted(x.sort().values, every, right=True) / len(x) for x in (a, b)]
+    return float((shares[0] - shares[1]).abs().max())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.875, 1.0), (0.0, 0.875), (0.3, 0.4)])
+def test_an_experts_levels_are_those_of_all_that_lie_in_its_range(low, high):
+    settings = {"shift": 5.0, "logit_mean": 0.3, "logit_std": 1.2, "history_rate": 0.0}
+    drawn = Flow(**settings, sigma_min=low, sigma_max=high).draw_levels(many(4), seed=1).sigma
+    assert low <= drawn.min() < low + 0.1
+    assert high - 0.1 < drawn.max() <= high
+    everything = Flow(**settings).draw_levels(many(4, count=4000, first=10_000), seed=2).sigma
+    kept = everything[(everything >= low) & (everything <= high)]
+    assert distance(drawn, kept) < 1.63 * (1 / len(drawn) + 1 / len(kept)) ** 0.5  # one seed in a hundred is over it
+    assert distance(drawn, everything) > 0.1
+
+
+def test_without_a_range_a_level_is_the_logistic_of_its_draw():
+    flow = Flow(shift=3.0, logit_mean=-0.4, logit_std=1.4)
+    normal = torch.cat([torch.randn(1000), torch.tensor([-5.5, 0.0, 5.5])])
+    expected = flow.shifted((flow.logit_mean + flow.logit_std * normal).sigmoid())
+    torch.testing.assert_close(flow._level_of(normal), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_history_of_an_expert_is_as_clean_as_any():
+    high = Flow(history_rate=1.0, history_sigma=0.05, sigma_min=0.875).draw_levels(many(3), seed=0)
+    assert high.sigma[~high.is_target].max() <= 0.05
+    assert high.sigma[high.is_target].min() >= 0.875
+
+
+def test_an_expert_is_validated_within_its_range():
+    assert Validator([], Flow()).sigmas == [0.2, 0.5, 0.8, 0.95]
+    assert Validator([], Flow(sigma_min=0.875)).sigmas == pytest.approx([0.9, 0.9375, 0.975, 0.99375])
+    assert max(Validator([], Flow(sigma_max=0.5)).sigmas) < 0.5
 
 
 @pytest.mark.parametrize(("rate", "num_shots"), [(0.5, 2), (0.2, 4), (1.0, 4)])
@@ -162,8 +201,17 @@ def test_latents_stored_in_half_precision_train_in_float32():
     assert losses.dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrong", [{"shift": 0.0}, {"history_rate": 1.5}, {"history_sigma": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"shift": 0.0}, {"history_rate": 1.5}, {"history_sigma": -0.1}, {"sigma_min": -0.1}, {"logit_std": 0.0}]
+)
 def test_values_out_of_range_are_refused_by_name(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"flow\.{name}"):
         Flow(**wrong)
+
+
+def test_a_range_that_holds_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"sigma_min=0\.9, flow\.sigma_max=0\.9 must be a range"):
+        Flow(sigma_min=0.9, sigma_max=0.9)
+    with pytest.raises(ValueError, match=r"hold a share of .* set flow\.shift"):
+        Flow(sigma_min=0.999, sigma_max=1.0, logit_std=0.1)

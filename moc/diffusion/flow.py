@@ -2,12 +2,14 @@
 
     noisy = (1 - sigma) latent + sigma noise        velocity = noise - latent        sigma in [0, 1], 1 = pure noise
 
-Training draws sigma for each shot from a shifted logit-normal. In a share of the samples the shots before a random one
+Training draws sigma for each shot from a shifted logit-normal, cut off to a range where a model is one of two experts,
+each for its own noise levels (Wan2.2). In a share of the samples the shots before a random one
 are a near-clean history, so that the model learns to continue from shots it is given, with the small errors that
 sampled shots have. Sources: LCT, arXiv 2503.10589 (a timestep for each shot, history noise); SD3, arXiv 2403.03206
 (logit-normal, shift).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,12 +47,15 @@ class NoiseLevels:
 @dataclass(frozen=True)
 class Flow:
     """shift: moves noise levels up for larger latents, in training and sampling (Wan: 3 at 480p, 5 above).
-    logit_mean, logit_std: of the logit-normal sigma. history_rate: share of samples (of two shots or more) with a
-    near-clean history, whose sigma is uniform in [0, history_sigma]."""
+    logit_mean, logit_std: of the logit-normal sigma. sigma_min, sigma_max: what the shifted sigma is cut off to.
+    history_rate: share of samples (of two shots or more) with a near-clean history, whose sigma is uniform in
+    [0, history_sigma], whatever the range."""
 
     shift: float = 3.0
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    sigma_min: float = 0.0
+    sigma_max: float = 1.0
     history_rate: float = 0.5
     history_sigma: float = 0.1
 
@@ -60,10 +65,26 @@ class Flow:
         for name in ("history_rate", "history_sigma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"flow.{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.logit_std <= 0:
+            raise ValueError(f"flow.logit_std={self.logit_std} must be positive")
+        if not 0 <= self.sigma_min < self.sigma_max <= 1:
+            raise ValueError(
+                f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} must be a range in [0, 1]"
+            )
+        lowest, highest = self._quantiles()
+        if highest - lowest < 1e-6:  # float64 has too few numbers left there
+            raise ValueError(
+                f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} hold a share of "
+                f"{float(highest - lowest):.0e} of the logit-normal: set flow.shift and flow.logit_mean to fit them"
+            )
 
     def shifted(self, sigma: Tensor) -> Tensor:
         """A uniform time in [0, 1] as the noise level the shift makes of it."""
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+    def level(self, share: float) -> float:
+        """The noise level a share of the way through the range that is trained."""
+        return self.sigma_min + share * (self.sigma_max - self.sigma_min)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
         return (1 - sigma) * latent + sigma * noise
@@ -82,12 +103,24 @@ class Flow:
         return NoiseLevels(torch.cat(sigma), torch.cat(is_target))
 
     def _draw_sample(self, num_shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        logits = self.logit_mean + self.logit_std * torch.randn(num_shots, generator=generator)
+        sigma = self._level_of(torch.randn(num_shots, generator=generator))
         history = torch.rand(num_shots, generator=generator) * self.history_sigma
         has_history = torch.rand((), generator=generator) < self.history_rate
         first_target = torch.randint(min(1, num_shots - 1), num_shots, (), generator=generator)
         is_target = ~has_history | (torch.arange(num_shots) >= first_target)
-        return torch.where(is_target, self.shifted(logits.sigmoid()), history), is_target
+        return torch.where(is_target, sigma, history), is_target
+
+    def _level_of(self, normal: Tensor) -> Tensor:
+        """The noise levels of normal draws, float32: the draws' quantiles are squeezed into those of the range."""
+        lowest, highest = self._quantiles()
+        quantile = lowest + (highest - lowest) * torch.special.ndtr(normal.double())
+        logits = self.logit_mean + self.logit_std * torch.special.ndtri(quantile)
+        return self.shifted(logits.sigmoid()).clamp(self.sigma_min, self.sigma_max).float()
+
+    def _quantiles(self) -> Tensor:
+        """Of sigma_min and sigma_max in the shifted logit-normal: float64 [2]. A shift adds its log to the logits."""
+        bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64).logit() - math.log(self.shift)
+        return torch.special.ndtr((bounds - self.logit_mean) / self.logit_std)
 
     def draw_noise(self, batch: Batch, seed: int) -> list[Tensor]:
         """Noise for each latent, on its device, keyed like the levels."""

@@ -17,13 +17,18 @@ from moc.statistics import routing_statistics
 @dataclass(frozen=True)
 class Validator:
     """Loss of held-out batches at each of `sigmas`: equal on all shots of a sample, or with `clean_history` on its last
-    shot, the others clean (equal noise barely tells models that recall from those that do not)."""
+    shot, the others clean (equal noise barely tells models that recall from those that do not). shares: how far
+    through the flow's range each of `sigmas` lies; the range is all of [0, 1] but for an expert."""
 
     batches: Sequence[Batch]
     flow: Flow
-    sigmas: Sequence[float] = (0.2, 0.5, 0.8, 0.95)
+    shares: Sequence[float] = (0.2, 0.5, 0.8, 0.95)
     seed: int = 0
     clean_history: bool = False
+
+    @property
+    def sigmas(self) -> list[float]:
+        return [self.flow.level(share) for share in self.shares]
 
     @torch.no_grad()
     def losses(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> Tensor:
@@ -48,8 +53,9 @@ class Validator:
 
     @torch.no_grad()
     def routing(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[str, Any]:
-        """What attention did on the first held-out batch at sigma 0.8: sparsity and FLOPs averaged over all layers,
-        dense ones among them; entropy and unused over those that route, and absent where none does."""
+        """What attention did on the first held-out batch at sigma 0.8 (of an expert's range): sparsity and FLOPs
+        averaged over all layers, dense ones among them; entropy and unused over those that route, and absent where none
+        does."""
         batch = _on(self.batches[0], device, moc)
         rows: list[dict[str, float]] = []
 
@@ -67,7 +73,8 @@ class Validator:
             )
 
         if not moc.dense:
-            self.flow.loss(model, batch, NoiseLevels.equal(0.8, batch.num_shots), moc, self.seed, on_routes=observe)
+            levels = NoiseLevels.equal(self.flow.level(0.8), batch.num_shots)
+            self.flow.loss(model, batch, levels, moc, self.seed, on_routes=observe)
         if not rows:
             return {"sparsity": 0.0, "flops_of_dense": 1.0}
         means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
