@@ -3,17 +3,18 @@
     cache/<digest of what made it>/
         shard-<writer>-00000.safetensors   latents "<scene key>/<shot>", text "text/<key>"
         shard-<writer>-00000.json          what it holds; written after it, so a shard without one never counts
+        scene-<writer>-00000.*             the same of one scene, until its shard is written
         index.json                         all shards, scenes and text keys, merged at the end
         complete                           written last
 
 The digest covers decoder, codec, text encoder, size and fps, so another setting makes another cache, never a mixed
 one. Every tensor has a CRC32 that each read checks. Writers share nothing but the folder: any number of processes
-may fill it, and a restarted one goes on from the shards that are there.
+may fill it. Each scene is on disk as soon as it is added, so that a restarted run makes none again.
 """
 
 import hashlib
 import json
-import time
+import uuid
 import zlib
 from dataclasses import dataclass, field
 from itertools import count
@@ -27,8 +28,8 @@ from torch import Tensor
 from data.errors import DataError
 
 CACHE_FORMAT = 1
-_FLUSH_SECONDS = 300.0  # a killed run loses no more work than this
 INDEX, COMPLETE = "index.json", "complete"
+PARTIAL = ".partial"
 NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
 
 
@@ -55,8 +56,27 @@ class EncodedScene:
     frames: dict | None = None
 
 
+@dataclass
+class _Part:
+    """What is to be one file."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    text: dict[str, dict] = field(default_factory=dict)
+    scenes: list[dict] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def take(self, other: "_Part") -> None:
+        self.tensors |= other.tensors
+        self.text |= other.text
+        self.scenes += other.scenes
+
+
 class CacheWriter:
-    """Adds scenes to a cache folder, a shard at a time. `writer` keeps processes apart in file names."""
+    """Adds scenes to a cache folder: each at once as a file of its own, those of a shard together when it is full.
+    `writer` keeps processes apart in file names."""
 
     def __init__(
         self,
@@ -69,28 +89,32 @@ class CacheWriter:
         self.folder, self.recipe, self.writer = Path(folder), recipe, writer
         self.dtype, self.shard_bytes = dtype, shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._parts = read_parts(self.folder)
-        self._text_keys = {key for part in self._parts for key in part["text"]}
-        self._start_shard()
+        self._parts = {part["file"]: part for part in read_parts(self.folder)}
+        self._text_keys = {key for part in self._parts.values() for key in part["text"]}
+        self._fresh, self._shard = _Part(), _Part()  # not on disk yet; all that the next shard takes
+        self._alone: list[str] = []  # files of the shard's scenes until it is written
 
     @property
     def done(self) -> set[str]:
-        """Keys of the scenes in finished shards."""
-        return {scene["key"] for part in self._parts for scene in part["scenes"]}
+        """Keys of the scenes that are stored."""
+        return whole_scenes(list(self._parts.values()))
 
     def add(self, scene: EncodedScene) -> None:
-        """Queue a scene; writes a shard when enough is queued. Raises DataError (nan-latents, disk-full)."""
+        """Store a scene. Raises DataError (nan-latents, cannot-write)."""
         shots: list[dict] = [{"shape": shape} for shape in scene.shapes]
         latents = [self._finite(latent, f"{scene.id} shot {i}") for i, latent in enumerate(scene.latents)]
+        text = [[self.add_text(tensor, scene.id) for tensor in variant] for variant in scene.text]
         for i, latent in enumerate(latents):
             shots.append({"shape": list(latent.shape), "crc32": checksum(latent)})
-            self._tensors[f"{scene.key}/{i}"] = latent
-        text = [[self.add_text(tensor, scene.id) for tensor in variant] for variant in scene.text]
+            self._fresh.tensors[f"{scene.key}/{i}"] = latent
         entry = {"id": scene.id, "key": scene.key, "kind": scene.kind, "shots": shots, "text": text}
-        self._scenes.append(entry | ({"frames": scene.frames} if scene.frames else {}))
-        full = sum(t.nbytes for t in self._tensors.values()) >= self.shard_bytes
-        if full or time.monotonic() - self._started > _FLUSH_SECONDS:
+        self._fresh.scenes.append(entry | ({"frames": scene.frames} if scene.frames else {}))
+        if self._shard.nbytes + self._fresh.nbytes >= self.shard_bytes:
             self.flush()
+        else:
+            self._alone.append(self._write("scene", self._fresh))
+            self._shard.take(self._fresh)
+            self._fresh = _Part()
 
     def add_text(self, tensor: Tensor, where: str, name: str | None = None) -> str:
         """Queue text features unless equal ones are stored; returns their key. name: a fixed key."""
@@ -99,33 +123,30 @@ class CacheWriter:
         key = name or hashlib.sha256(shape + tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:24]
         if key not in self._text_keys:
             self._text_keys.add(key)
-            self._text[key] = {"shape": list(tensor.shape), "crc32": checksum(tensor)}
-            self._tensors[f"text/{key}"] = tensor
+            self._fresh.text[key] = {"shape": list(tensor.shape), "crc32": checksum(tensor)}
+            self._fresh.tensors[f"text/{key}"] = tensor
         return key
 
     def flush(self) -> None:
-        """Write what is queued as one shard."""
-        if not self._tensors:
-            return
-        file = self._free_name()
-        payload = save(self._tensors)
-        part = {"file": file, "bytes": len(payload), "scenes": self._scenes, "text": self._text}
+        """Gather what is stored scene by scene, and what is queued, in one shard."""
+        self._shard.take(self._fresh)
+        if self._shard.tensors:
+            self._write("shard", self._shard)
+        for file in self._alone:
+            remove_part(self.folder / file)
+            del self._parts[file]
+        self._fresh, self._shard, self._alone = _Part(), _Part(), []
+
+    def _write(self, kind: str, content: _Part) -> str:
+        """Its record comes last; one whose record was never written is overwritten."""
+        names = (f"{kind}-{self.writer}-{number:05d}.safetensors" for number in count())
+        file = next(name for name in names if name not in self._parts)
+        payload = save(content.tensors)
+        part = {"file": file, "bytes": len(payload), "scenes": content.scenes, "text": content.text}
         write_whole(self.folder / file, payload)
         write_whole((self.folder / file).with_suffix(".json"), json.dumps(part).encode())
-        self._parts.append(part)
-        self._start_shard()
-
-    def _free_name(self) -> str:
-        """The first name that no shard of this writer has; one whose record was never written is overwritten."""
-        taken = {part["file"] for part in self._parts}
-        names = (f"shard-{self.writer}-{number:05d}.safetensors" for number in count())
-        return next(name for name in names if name not in taken)
-
-    def _start_shard(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        self._text: dict[str, dict] = {}
-        self._scenes: list[dict] = []
-        self._started = time.monotonic()
+        self._parts[file] = part
+        return file
 
     def _finite(self, tensor: Tensor, where: str) -> Tensor:
         stored = tensor.detach().to("cpu", self.dtype).contiguous()
@@ -137,8 +158,26 @@ class CacheWriter:
 def read_parts(folder: Path) -> list[dict]:
     """What each whole shard of the folder holds, in the order of their names; one deleted or cut short is passed
     over, so that its scenes are made again."""
-    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("shard-*.json"))]
+    records = sorted([*folder.glob("scene-*.json"), *folder.glob("shard-*.json")])
+    parts = [json.loads(path.read_text()) for path in records]
     return [part for part in parts if _size(folder / part["file"]) == part["bytes"]]
+
+
+def whole_scenes(parts: list[dict]) -> set[str]:
+    """Keys of the scenes that the shards hold with all their text, which may lie in other shards."""
+    text = {key for part in parts for key in part["text"]}
+    return {
+        scene["key"]
+        for part in parts
+        for scene in part["scenes"]
+        if all(key in text for variant in scene["text"] for key in variant)
+    }
+
+
+def remove_part(path: Path) -> None:
+    """A shard, its record first."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def remove_damaged(folder: Path) -> list[DataError]:
@@ -148,8 +187,7 @@ def remove_damaged(folder: Path) -> list[DataError]:
     for part in read_parts(folder):
         path = folder / part["file"]
         if not _intact(path, part):
-            path.unlink()
-            path.with_suffix(".json").unlink()
+            remove_part(path)
             damaged.append(DataError("damaged-shard", path, "fails its checksums; deleted, its scenes are made again"))
     return damaged
 
@@ -175,6 +213,7 @@ def finish(folder: Path, recipe: dict, keys: list[str]) -> int:
     Scenes of the shards that are not asked for stay out of the index. Raises DataError (no-usable-samples).
     """
     parts = read_parts(folder)
+    whole = whole_scenes(parts)
     scenes: dict[str, dict] = {}
     text: dict[str, dict] = {}
     for number, part in enumerate(parts):
@@ -182,7 +221,7 @@ def finish(folder: Path, recipe: dict, keys: list[str]) -> int:
             scenes.setdefault(scene["key"], scene | {"shard": number})
         for key, entry in part["text"].items():
             text.setdefault(key, entry | {"shard": number})
-    chosen = [scenes[key] for key in keys if key in scenes]
+    chosen = [scenes[key] for key in keys if key in whole]
     if not chosen:
         raise DataError("no-usable-samples", folder, "no scene could be encoded; the report says why for each")
     index = {
@@ -198,8 +237,9 @@ def finish(folder: Path, recipe: dict, keys: list[str]) -> int:
 
 
 def write_whole(path: Path, payload: bytes) -> None:
-    """Write beside, then rename: `path` is never half-written. Raises DataError (cannot-write)."""
-    partial = path.with_name(f".{path.name}.partial")
+    """Write beside, then rename, so that `path` is never half-written, even by two at once. Raises DataError
+    (cannot-write)."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(payload)

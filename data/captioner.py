@@ -87,24 +87,24 @@ class SampleCaptioner:
         given = [plan.scene.caption, *(shot.caption for shot in plan.scene.shots)]
         return not any(text.strip() for caption in given for text in captions(caption))
 
+    def has(self, plan: SamplePlan) -> bool:
+        """Whether the model was asked before."""
+        return self._record(plan).is_file()
+
     def make(self, plan: SamplePlan) -> None:
-        """Ask for a plan's captions unless that was done. Raises DataError (bad-answer, and those of reading)."""
-        record = self._record(plan)
-        if record.is_file():
-            return
+        """Ask for a plan's captions. Raises DataError (bad-answer, and those of reading)."""
         shots = list(self._pictures(plan))
         few = [picture for pictures in shots for picture in pictures[:: max(1, len(pictures) // 2)][:2]]
         question = _GLOBAL_QUESTION.format(frames=len(few) // len(shots), shots=len(shots))
         whole = self._ask(plan, few, question, tagged=True)
         parts = [self._ask(plan, pictures, _SHOT_QUESTION.format(scene=whole)) for pictures in shots]
-        write_whole(record, json.dumps({"global": whole, "shots": parts}).encode())
+        write_whole(self._record(plan), json.dumps({"global": whole, "shots": parts}).encode())
 
     def apply(self, plan: SamplePlan) -> SamplePlan:
         """The plan with its captions; as it is, if there are none for it."""
-        record = self._record(plan)
-        if not record.is_file():
+        if not self.has(plan):
             return plan
-        answers = json.loads(record.read_text())
+        answers = json.loads(self._record(plan).read_text())
         shots = tuple(
             replace(shot, caption=lengths(text)) for shot, text in zip(plan.scene.shots, answers["shots"], strict=False)
         )

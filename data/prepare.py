@@ -1,8 +1,8 @@
 """From a folder of videos to a cache to train on: find, scan, plan, caption, encode, report.
 
 Every stage keeps what it finished, so that a run that was killed goes on, and a second run redoes nothing. Many
-processes share the work by turns over its items; they meet only between stages. One bad file never stops a run
-(unless `strict`): it becomes a named record of the report.
+processes, on one host or many that share the folders, take turns over the items; they meet only between stages. One
+bad file never stops a run (unless `strict`): it becomes a named record of the report.
 
     output/scans/*.json        what decoding each video found
     output/captions/*.json     what a captioner answered
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from data.cache import CacheWriter, digest, finish, read_parts, remove_damaged, write_whole
+from data.cache import PARTIAL, CacheWriter, digest, finish, read_parts, remove_damaged, whole_scenes, write_whole
 from data.captioner import Captioner, SampleCaptioner, TransformersCaptioner
-from data.decoders import DECODERS
+from data.decoders import DECODERS, check_decoder
 from data.encode import SampleEncoder
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
@@ -34,6 +34,7 @@ from data.shots import DETECTORS, build_detector
 from data.sources import MANIFEST, Found, find_scenes
 
 DTYPES = ("float16", "bfloat16", "float32")
+_LATE_SECONDS = 90  # a network file system may show a file to other hosts that much later
 
 
 @dataclass
@@ -98,12 +99,14 @@ def prepare(
     """Run all stages. found: what `find_scenes(config.input)` gave, if it was called before. save_encoders: called
     with cache/encoders before the cache counts as complete. captioner: instead of the one that config names.
 
-    Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, bad-length, no-usable-samples,
-    with `strict` the first problem of any file. The report is written before no-usable-samples is raised.
+    Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, bad-length, decoder-missing,
+    no-usable-samples, lost-work, with `strict` the first problem of any file. The report is written before
+    no-usable-samples is raised.
     """
     process = process or Process()
     output = Path(config.output)
     _check_sizes(config, codec)
+    check_decoder(config.decoder)
     found = found or find_scenes(config.input)
     with held(output, process):
         if config.captioner and captioner is None:
@@ -124,7 +127,7 @@ class _Run:
             config.fps, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
         )
         self.report = Report()
-        self.failures: list[list[str]] = []  # of this process, for the report that the first one writes
+        self.failures: list[list[str]] = []  # of this process: kind, where, message, and key of the sample if lost
         self.detector = build_detector(config.detector, config.threshold, config.device)
         self.recipe = {
             "decoder": config.decoder,
@@ -141,18 +144,20 @@ class _Run:
         for problem in self.found.problems:
             self._problem(problem)
         if self.process.rank == 0:
+            for path in self.output.rglob(f".*{PARTIAL}"):  # of a run that was killed
+                path.unlink()
+        self.process.wait()
+        if self.process.rank == 0:
             self._check_earlier_work()
         self._scan_videos()
         self.process.wait()
         plans = self._plan()
         if captioner:
             plans = self._caption(plans, captioner)
-        done = {scene["key"] for part in read_parts(self.cache) for scene in part["scenes"]}
-        self.process.wait()  # all have looked at what is done before any does more
         manifest = self.output / MANIFEST
         if self.process.rank == 0:
             write_manifest(manifest, [plan.scene for plan in plans])
-        self._encode(plans, done)
+        self._encode(plans)
         self.process.wait()
         if self.process.rank == 0:
             self._report(plans)
@@ -187,7 +192,8 @@ class _Run:
         return wanted
 
     def _scan_videos(self) -> None:
-        for relative, detect in self.process.share(list(self._videos().items()), "scan"):
+        items = {video: (video, detect) for video, detect in self._videos().items()}
+        for relative, detect in self.process.share(items, "scan"):
             self._scan(relative, detect)
 
     def _plan(self) -> list[SamplePlan]:
@@ -214,18 +220,19 @@ class _Run:
     def _caption(self, plans: list[SamplePlan], captioner: Captioner) -> list[SamplePlan]:
         """The plans, those without any caption with the model's."""
         captions = SampleCaptioner(captioner, self.found.root, self.output / "captions")
-        for plan in self.process.share([plan for plan in plans if captions.wants(plan)], "caption"):
+        wanted = {plan.key: plan for plan in plans if captions.wants(plan)}
+        for plan in self.process.share(wanted, "caption", {key for key, plan in wanted.items() if captions.has(plan)}):
             try:
                 captions.make(plan)
             except DataError as error:
                 if self.config.strict:
                     raise
-                self.failures.append([error.kind, error.where, error.message])
+                self.failures.append([error.kind, error.where, error.message, ""])
         self.process.wait()
         self.report.problems = [p for p in self.report.problems if p["kind"] != "empty-caption"]
         return [captions.apply(plan) if captions.wants(plan) else plan for plan in plans]
 
-    def _encode(self, plans: list[SamplePlan], done: set[str]) -> None:
+    def _encode(self, plans: list[SamplePlan]) -> None:
         config, rank = self.config, self.process.rank
         writer = CacheWriter(
             self.cache, self.recipe, str(rank), getattr(torch, config.dtype), config.shard_megabytes << 20
@@ -240,28 +247,48 @@ class _Run:
             self.cache if config.online else None,
         )
         encoder.add_null_text(writer)
-        todo = [plan for plan in plans if plan.key not in done]
         start = time.perf_counter()
         try:
-            for plan in self.process.share(todo, "encode"):
+            for plan in self.process.share({plan.key: plan for plan in plans}, "encode", writer.done):
                 try:
                     writer.add(encoder.encode(plan))
                     self.report.count("encode", sum(len(indices) for indices in plan.indices))
                 except DataError as error:
                     if config.strict or error.kind == "cannot-write":
                         raise
-                    self.failures.append([error.kind, error.where, error.message])
-        finally:  # also when interrupted: what is encoded is kept
+                    self.failures.append([error.kind, error.where, error.message, plan.key])
+        finally:
             writer.flush()
         self.report.seconds["encode"] = time.perf_counter() - start
-        write_whole(self.cache / f"failures-{rank}.json", json.dumps(self.failures).encode())
+        write_whole(self._failures(rank), json.dumps(self.failures).encode())
+
+    def _outcome(self, plans: list[SamplePlan]) -> set[str]:
+        """Keys of the samples stored by all processes; reports those that failed. What other hosts wrote may show here
+        late. Raises DataError (lost-work) where a sample is neither, so that no cache lacks one silently."""
+        for _ in range(_LATE_SECONDS + 1):
+            notes = [self._failures(rank) for rank in range(self.process.world_size)]
+            failures = [failure for path in notes if path.is_file() for failure in json.loads(path.read_text())]
+            done = whole_scenes(read_parts(self.cache))
+            settled = done | {key for *_, key in failures}
+            lost = [plan.scene.id for plan in plans if plan.key not in settled]
+            if not lost and all(path.is_file() for path in notes):
+                for *fields, _ in failures:
+                    self.report.add_problem(DataError(*fields))
+                return done
+            time.sleep(1)
+        raise DataError(
+            "lost-work",
+            self.cache,
+            f"no process stored {len(lost)} samples ({', '.join(lost[:3])} ...); do all hosts see the same output "
+            "folder? Run again to make what is missing",
+        )
+
+    def _failures(self, rank: int) -> Path:
+        return self.cache / f"failures-{rank}.json"
 
     def _report(self, plans: list[SamplePlan]) -> None:
-        """Write the report. Raises DataError (no-usable-samples)."""
-        for path in sorted(self.cache.glob("failures-*.json")):
-            for fields in json.loads(path.read_text()):
-                self.report.add_problem(DataError(*fields))
-        done = {scene["key"] for part in read_parts(self.cache) for scene in part["scenes"]}
+        """Write the report. Raises DataError (no-usable-samples, lost-work)."""
+        done = self._outcome(plans)
         for plan in plans:
             if plan.key in done:
                 self.report.add_sample(plan)

@@ -2,21 +2,21 @@
 
 `input` holds videos (shots are detected, NAME.txt beside NAME.mp4 is its caption) or a manifest.jsonl. `output`
 becomes a folder that `data.path=` of train.py reads; open its report.html to look the data over. Run it again after
-a kill: it makes only what is missing. Many processes: accelerate launch --num_processes N scripts/prepare_data.py ...
-(a GPU each), or torchrun --nproc_per_node N scripts/prepare_data.py device=cpu ...
+a kill: it makes only what is missing. Many processes share the work, a GPU each or on the CPU (device=cpu):
+accelerate launch --multi_gpu --num_processes N scripts/prepare_data.py ...; for many hosts see CONTRIBUTING.md.
 """
 
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate import PartialState
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from data.prepare import PrepareConfig, Process, prepare
+from data.prepare import PrepareConfig, prepare
+from data.process import joined
 from data.sources import find_scenes, vocabulary
+from moc.training import join_processes
 from models import EncodersConfig, build_encoders
 
 
@@ -29,13 +29,12 @@ class Settings(PrepareConfig):
 
 @command("prepare", Settings)
 def main(settings: Settings) -> None:
-    state = PartialState(cpu=settings.device == "cpu")
+    state = join_processes(settings.device == "cpu")
     settings = replace(settings, device=str(state.device) if settings.device == "auto" else settings.device)
     found = find_scenes(settings.input)
     encoders = build_encoders(settings.encoders, vocabulary(found))
     codec, text_encoder = encoders.codec.to(settings.device), encoders.text.to(settings.device)
-    process = Process(state.process_index, state.num_processes, state.wait_for_everyone)
-    prepared = prepare(settings, codec, text_encoder, process, found, encoders.save)
+    prepared = prepare(settings, codec, text_encoder, joined(), found, encoders.save)
     if not state.is_main_process:
         return
     report = prepared.report

@@ -3,13 +3,15 @@
 import errno
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 
-from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts
+from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts, write_whole
 from data.errors import DataError
 from data.shards import open_cache
 from data.store import FileStore
@@ -41,15 +43,50 @@ def test_digest_names_the_recipe():
     assert digest({"a": 1}) != digest({"a": 2})
 
 
-def test_a_restarted_writer_keeps_finished_shards(tmp_path):
-    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
+def test_a_killed_writer_has_stored_every_scene(tmp_path):
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
     writer.add(scene(0))
-    unfinished = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
-    unfinished.add(scene(1))  # killed here: never flushed
+    writer.add(scene(1))  # killed here: no shard is full
+    again = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
+    assert again.done == {"key0", "key1"}
+    again.add(scene(2))
+    again.flush()
+    assert finish(tmp_path, RECIPE, ["key0", "key1", "key2"]) == 3
+    cache = open_cache(tmp_path)
+    assert [cache.latents(stored)[0].unique() for stored in cache.scenes] == [0, 1, 2]
+
+
+def test_a_shard_takes_the_place_of_its_scenes_files(tmp_path):
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
+    for number in range(3):
+        writer.add(scene(number))
+    assert len(list(tmp_path.glob("scene-0-*.safetensors"))) == 3
+    writer.flush()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shard-0-00000.json", "shard-0-00000.safetensors"]
+    assert writer.done == {"key0", "key1", "key2"}
+
+
+def test_a_scene_whose_text_is_lost_is_not_done(tmp_path):
+    """Equal text is stored once, with the scene that had it first; that one may be gone from the plans."""
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
+    first, second = scene(1), scene(1, shots=1)
+    writer.add(first)
+    writer.add(replace(second, key="another"))
+    assert writer.done == {"key1", "another"}
+    (tmp_path / "shard-0-00000.safetensors").unlink()
     again = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
-    assert again.done == {"key0"}
-    again.add(scene(1))
-    assert finish(tmp_path, RECIPE, ["key0", "key1"]) == 2
+    assert again.done == set()
+    again.add(replace(second, key="another"))
+    assert finish(tmp_path, RECIPE, ["another"]) == 1
+    read_all(tmp_path)
+
+
+def test_one_file_written_by_many_at_once_is_whole(tmp_path):
+    contents = [bytes([number]) * 500_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda content: [write_whole(tmp_path / "a", content) for _ in range(5)], contents))
+    assert (tmp_path / "a").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_writers_of_many_processes_meet_in_one_index(tmp_path):

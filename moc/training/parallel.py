@@ -1,12 +1,14 @@
 """How a run is spread over processes: built once, from outside; models are single-device code."""
 
+import os
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 PRECISIONS = ("no", "bf16")
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,26 @@ class ParallelConfig:
             raise ValueError(f"parallel.accumulation={self.accumulation} must be at least 1")
 
 
+def join_processes(cpu: bool = False) -> PartialState:
+    """This process among those that `accelerate launch`, torchrun or a plain `python` started.
+
+    Without a GPU the CPU is meant, which accelerate must be told: it overlooks the ranks of a launch otherwise.
+    Raises ValueError where accelerate was asked for several processes and started one.
+    """
+    environment = os.environ.keys()
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment and environment.isdisjoint(_WORLD_SIZES):
+        raise ValueError(
+            "accelerate launch was asked for several processes and started one: it hands them to torch's launcher with "
+            "--multi_gpu only; say that, which needs no GPU, and leave --cpu out"
+        )
+    return PartialState(cpu=cpu or not torch.accelerator.is_available())
+
+
 def build_accelerator(config: ParallelConfig) -> Accelerator:
-    """The processes of this run, as `accelerate launch` or a plain `python` started them (data-parallel)."""
+    """The processes of this run (data-parallel)."""
     return Accelerator(
         mixed_precision=config.precision,
-        cpu=config.cpu,
+        cpu=join_processes(config.cpu).device.type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 

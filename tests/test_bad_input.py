@@ -1,0 +1,231 @@
+"""Preparing bad input: every fault is a named record, never a crash, and the rest is used."""
+
+import json
+import shutil
+from pathlib import Path
+
+import av
+import filelock
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.dataset import DataConfig, open_dataset
+from data.errors import DataError
+from data.shards import open_cache
+from tests.encoders import PoolCodec
+from tests.films import write_numbered
+from tests.preparing import film_folder, run, scene, scenes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return film_folder(tmp_path)
+
+
+def truncated_mp4(path: Path) -> None:
+    write_numbered(path, 20)
+    path.write_bytes(path.read_bytes()[:600])
+
+
+def half_mkv(path: Path) -> None:
+    """Cut in the middle, its header still claiming all."""
+    write_numbered(path, 100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def audio_only(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+def no_frames(path: Path) -> None:
+    """A video stream with nothing in it."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 160, "yuv420p"
+        container.start_encoding()
+
+
+def size_change(path: Path) -> None:
+    parts = []
+    for size in ((64, 160), (96, 160)):
+        write_numbered(path.with_name("part.ts"), 10, size=size)
+        parts.append(path.with_name("part.ts").read_bytes())
+    path.with_name("part.ts").unlink()
+    path.write_bytes(b"".join(parts))
+
+
+def eight_k(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "x264-params": "log=-1"})
+        stream.height, stream.width, stream.pix_fmt = 4320, 7680, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame(7680, 4320, "yuv420p")))
+        container.mux(stream.encode(None))
+
+
+FILES = {
+    "zero.mkv": lambda path: path.write_bytes(b""),
+    "text.mkv": lambda path: path.write_text("not a film\n" * 200),
+    "cut.mp4": truncated_mp4,
+    "half.mkv": half_mkv,
+    "sound.mp4": audio_only,
+    "none.mp4": no_frames,
+    "one.mkv": lambda path: write_numbered(path, 1),
+    "resize.ts": size_change,
+    "odd.mkv": lambda path: write_numbered(path, 9, codec="ffv1", pixel_format="yuv444p", size=(65, 161)),
+    "8k.mkv": eight_k,
+    "zero.png": lambda path: path.write_bytes(b""),
+    "text.png": lambda path: path.write_text("not a picture"),
+    "still.png": lambda path: Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(path),
+}
+SPAN = [{"start": 0, "end": 9}]
+GOOD = {"video": "film.mkv", "caption": "fine", "shots": SPAN}
+
+# id of the bad line: (its fields, the kind of its record, what the record's place names)
+BAD = {
+    "zero-byte video": ({"video": "zero.mkv"}, "zero-byte", "zero.mkv"),
+    "not a video": ({"video": "text.mkv"}, "not-a-video", "text.mkv"),
+    "truncated, no index": ({"video": "cut.mp4"}, "not-a-video", "cut.mp4"),
+    "truncated, readable": ({"video": "half.mkv"}, "truncated", "truncated, readable"),
+    "audio only": ({"video": "sound.mp4"}, "audio-only", "sound.mp4"),
+    "no frame": ({"video": "none.mp4"}, "no-frames", "none.mp4"),
+    "one frame": ({"video": "one.mkv"}, "short-shot", "one frame shots[0]"),
+    "changing size": ({"video": "resize.ts"}, "size-change", "resize.ts"),
+    "zero-byte image": ({"image": "zero.png"}, "zero-byte", "zero.png"),
+    "not an image": ({"image": "text.png"}, "not-an-image", "text.png"),
+    "missing file": ({"video": "gone.mkv"}, "missing-file", ":LINE video"),
+    "missing image": ({"image": "gone.png"}, "missing-file", ":LINE image"),
+    "parent path": ({"video": "../film.mkv"}, "outside-root", ":LINE video"),
+    "absolute path": ({"video": "/etc/passwd"}, "outside-root", ":LINE video"),
+    "symlink out": ({"video": "link.mkv"}, "outside-root", ":LINE video"),
+    "duplicate": (GOOD | {"id": "good"}, "duplicate-id", ":LINE id"),
+    "overlapping": (GOOD | {"shots": [*SPAN, {"start": 8, "end": 20}]}, "overlapping-shots", ":LINE shots[1].start"),
+    "reversed": (GOOD | {"shots": [{"start": 9, "end": 3}]}, "reversed-shot", ":LINE shots[0].end"),
+    "out of range": (GOOD | {"shots": [{"start": 0, "end": 61}]}, "out-of-range-shot", "out of range shots[0].end"),
+    "negative start": (GOOD | {"shots": [{"start": -1, "end": 9}]}, "bad-frame", ":LINE shots[0].start"),
+    "fractional frame": (GOOD | {"shots": [{"start": 0, "end": 9.5}]}, "bad-frame", ":LINE shots[0].end"),
+    "short shots": (GOOD | {"shots": [{"start": 0, "end": 3}]}, "short-shot", "short shots shots[0]"),
+    "no shots": (GOOD | {"shots": []}, "no-shots", ":LINE shots"),
+    "shot of wrong type": (GOOD | {"shots": ["0-9"]}, "bad-shot", ":LINE shots[0]"),
+    "cut of wrong type": (GOOD | {"shots": [SPAN[0] | {"cut": 1}]}, "bad-cut", ":LINE shots[0].cut"),
+    "unknown field": (GOOD | {"captoin": "x"}, "unknown-field", ":LINE captoin"),
+    "empty caption": (GOOD | {"caption": " "}, "empty-caption", "empty caption"),
+    "huge caption": (GOOD | {"caption": "w " * 20_000}, "huge-caption", ":LINE caption"),
+    "caption of wrong type": (GOOD | {"caption": 5}, "bad-caption", ":LINE caption"),
+    "caption no text": (GOOD | {"caption": "\ud800"}, "not-utf-8", ":LINE caption"),
+    "empty id": (GOOD | {"id": ""}, "bad-id", ":LINE id"),
+    "no media": ({"caption": "x"}, "no-media", ":LINE"),
+    "two media": (GOOD | {"image": "still.png"}, "no-media", ":LINE"),
+    "image with shots": ({"image": "still.png", "shots": SPAN}, "image-with-shots", ":LINE shots"),
+    "zero fps": (GOOD | {"fps": 0}, "bad-fps", ":LINE fps"),
+    "other fps": (GOOD | {"fps": 60}, "other-fps", "other fps"),
+    "nan latents": (GOOD | {"shots": [{"start": 40, "end": 49}]}, "nan-latents", "nan latents shot 0"),
+    "non-UTF-8 line": (b'{"id": "caf\xe9"}', "not-utf-8", ":LINE"),
+    "broken JSON": (b'{"id": "x", ', "not-json", ":LINE"),
+    "no object": (b'"x"', "not-an-object", ":LINE"),
+}
+TAKEN = {"good", "odd", "eight k", "still", "truncated, readable#0000", "empty caption", "other fps"}
+
+
+@pytest.fixture(scope="module")
+def bad_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad") / "input"
+    folder.mkdir()
+    shutil.copy(film_folder(folder) / "film.mkv", folder.parent / "outside.mkv")
+    (folder / "link.mkv").symlink_to(folder.parent / "outside.mkv")
+    for name, make in FILES.items():
+        make(folder / name)
+    usable = {
+        "odd": {"video": "odd.mkv"},
+        "eight k": {"video": "8k.mkv", "shots": [{"start": 0, "end": 5}]},
+        "still": {"image": "still.png"},
+    }
+    lines = [json.dumps({"id": "good"} | GOOD).encode()]
+    lines += [json.dumps({"id": name, "caption": "x"} | fields).encode() for name, fields in usable.items()]
+    places = {}
+    for name, (fields, _, _) in BAD.items():
+        places[name] = len(lines) + 1
+        lines.append(
+            fields if isinstance(fields, bytes) else json.dumps({"id": name, "caption": "x"} | fields).encode()
+        )
+    (folder / "manifest.jsonl").write_bytes(b"\n".join(lines))
+    codec = PoolCodec()
+    codec.nan_at = 40
+    return run(folder, codec), places
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_a_named_record(bad_run, name):
+    prepared, places = bad_run
+    _, kind, place = BAD[name]
+    place = place.replace("LINE", str(places[name]))
+    matching = [p for p in prepared.report.problems if p["kind"] == kind and p["where"].endswith(place)]
+    assert len(matching) == 1, prepared.report.problems
+    assert len(matching[0]["message"]) > 10
+    assert "\n" not in matching[0]["message"]
+
+
+def test_the_rest_of_a_bad_folder_is_used(bad_run):
+    prepared, _ = bad_run
+    assert {s.id for s in open_cache(prepared.cache).scenes} >= TAKEN
+    assert len(BAD) >= 30
+
+
+def test_nothing_usable_is_an_error_that_says_why(folder):
+    (folder / "film.mkv").write_bytes(b"")
+    (folder / "film2.mkv").write_text("no film")
+    with pytest.raises(DataError, match=r"nothing usable \(.*zero-byte 1.*\)"):
+        run(folder)
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["summary"]["problems"]["not-a-video"] == 1
+    with pytest.raises(DataError, match="no finished cache"):
+        open_dataset(DataConfig(path=str(folder / "out")))
+
+
+def test_strict_stops_at_the_first(folder):
+    scenes(folder, scene("a", (0, 9)), scene("b", (0, 99)))
+    with pytest.raises(DataError, match="99 is past the 60 frames"):
+        run(folder, strict=True)
+
+
+def test_two_preparers_on_one_output(folder):
+    scenes(folder, scene("a", (0, 9)))
+    (folder / "out").mkdir()
+    with (
+        filelock.FileLock(folder / "out" / ".lock"),
+        pytest.raises(DataError, match="another run is preparing"),
+    ):
+        run(folder)
+    run(folder)
+
+
+def test_output_that_cannot_be_written(folder):
+    scenes(folder, scene("a", (0, 9)))
+    (folder / "file").write_text("in the way")
+    with pytest.raises(DataError, match="file/out"):
+        run(folder, output=str(folder / "file" / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": ""}, "say input=DIR"),
+        ({"size": [64]}, "a size is"),
+        ({"min_frames": 0}, "need 1 <= min_frames"),
+        ({"min_frames": 30}, "need 1 <= min_frames"),
+        ({"decoder": "vlc"}, "decoder must be one of pyav"),
+        ({"detector": "eyes"}, "detector must be one of transnetv2"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"size": [60, 160]}, "multiples of the codec's 8"),
+        ({"input": "/nowhere"}, "no such folder"),
+    ],
+)
+def test_bad_settings(folder, change, message):
+    scenes(folder, scene("a", (0, 9)))
+    with pytest.raises(ValueError, match=message):
+        run(folder, **change)

@@ -1,0 +1,144 @@
+"""The commands as users launch them: in processes of their own, several of them, killed in between."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data.cache import read_parts
+from data.dataset import DataConfig, open_dataset
+from moc.training import join_processes, read_metrics
+from tests import pipeline
+from tests.films import write_numbered
+from tests.preparing import film_folder, scene, scenes
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return film_folder(tmp_path)
+
+
+def command(folder, *launcher, **changes):
+    script = ROOT / "scripts" / "prepare_data.py"
+    overrides = {"input": folder, "output": folder / "out", "detector": "adaptive", "size": "[64,160]"} | changes
+    return [*launcher, str(script), *(f"{key}={value}" for key, value in overrides.items())]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def two_processes():
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    return [accelerate, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+
+
+def stored(out):
+    """Number of each scene of the cache, and the time each file of it was written."""
+    (cache,) = (out / "cache").iterdir()
+    parts = read_parts(cache)
+    times = {part["file"]: (cache / part["file"]).stat().st_mtime_ns for part in parts}
+    return Counter(scene["key"] for part in parts for scene in part["scenes"]), times
+
+
+def assert_same_cache(one, two):
+    a, b = (open_dataset(DataConfig(path=str(path))) for path in (one, two))
+    assert [(s.id, s.latent_checksums, s.text_keys) for _, s in a.items] == [
+        (s.id, s.latent_checksums, s.text_keys) for _, s in b.items
+    ]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_two_processes_that_share_the_work(folder):
+    scenes(folder, *(scene(f"s{n}", (n, n + 9)) for n in range(0, 50, 5)))
+    subprocess.run(command(folder, *two_processes()), check=True, env=environment(), timeout=300)
+    shares = [part["scenes"] for part in read_parts(next((folder / "out" / "cache").iterdir()))]
+    assert [len(share) for share in shares] == [5, 5]
+    subprocess.run(command(folder, sys.executable, output=folder / "one"), check=True, env=environment(), timeout=300)
+    assert_same_cache(folder / "one", folder / "out")
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_is_killed_and_the_next_launch_goes_on(folder):
+    """The second process, without warning, while both encode: what either had stored is not made again."""
+    scenes(folder, *(scene(f"s{n}-{m}", (n, n + 9 + 4 * m)) for n in range(40) for m in range(3)))
+    launch = subprocess.Popen(command(folder, *two_processes()), env=environment())
+    while launch.poll() is None and len(list(folder.glob("out/cache/*/scene-1-*.json"))) < 10:
+        time.sleep(0.01)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(launch.pid).children(recursive=True)}
+    ranks["1"].kill()
+    assert launch.wait(timeout=120) != 0
+    assert not list(folder.glob("out/cache/*/complete"))
+    before, files = stored(folder / "out")
+    assert 10 <= len(before) < 120
+    subprocess.run(command(folder, *two_processes()), check=True, env=environment(), timeout=300)
+    after, files_after = stored(folder / "out")
+    assert files.items() <= files_after.items()
+    assert len(after) == after.total() == 120  # each once: none of those was encoded again
+    subprocess.run(command(folder, sys.executable, output=folder / "one"), check=True, env=environment(), timeout=300)
+    assert_same_cache(folder / "one", folder / "out")
+
+
+@pytest.mark.slow
+def test_accelerate_trains_in_two_processes_as_in_one(prepared, tmp_path):
+    one = pipeline.train(prepared, tmp_path / "one", "parallel.accumulation=2")
+    arguments = pipeline.train_arguments(prepared, tmp_path / "two")
+    train = [*two_processes(), str(ROOT / "train.py"), *arguments, "parallel=single", "parallel.precision=no"]
+    subprocess.run(train, check=True, env=environment(), timeout=300)
+    losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (one, tmp_path / "two")]
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_launch_that_started_one_process_of_several_is_refused(monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` sets these two, and starts one process."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match=r"started one: .* --multi_gpu"):
+        join_processes(cpu=True)
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_after_a_kill(folder):
+    """Killed without warning while it scans its fourth film; the next run scans only what is left."""
+    for n in range(8):
+        write_numbered(folder / f"{n}.mkv", 400)
+    process = subprocess.Popen(command(folder, sys.executable), env=environment())
+    scans = folder / "out" / "scans"
+    while len(list(scans.glob("*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in scans.glob("*.json")}
+    assert 3 <= len(finished) < 9
+    assert not list(folder.glob("out/cache/*/complete"))
+    subprocess.run(command(folder, sys.executable), check=True, env=environment(), timeout=300)
+    assert all(path.stat().st_mtime_ns == made for path, made in finished.items())
+    assert len(open_dataset(DataConfig(path=str(folder / "out"))).items) >= 9
+
+
+@pytest.mark.slow
+def test_the_command_says_what_is_wrong_in_one_line(folder):
+    empty = folder / "empty"
+    empty.mkdir()
+    for changes, message in [
+        ({"input": empty}, "holds no manifest.jsonl and no video"),
+        ({"size": "[60,160]"}, "multiples of the codec's"),
+        ({"fps": "fast"}, "fps"),
+        ({"decoder": "vlc"}, "decoder must be one of"),
+    ]:
+        done = subprocess.run(
+            command(folder, sys.executable, **changes), env=environment(), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode != 0
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
