@@ -27,7 +27,7 @@ from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap
 from moc.training import resolve_device
 from moc.training.checkpoint import find_checkpoint, read_settings
-from models import load_encoders, load_model
+from models import load_denoiser, load_encoders, place
 
 
 @command("sample", SampleConfig)
@@ -40,16 +40,16 @@ def main(config: SampleConfig) -> None:
     device = resolve_device(config.device)
 
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
-    model = load_model(checkpoint).to(device).eval()
+    model = load_denoiser(checkpoint, config.low_noise_checkpoint, config.weights_dtype(device))
     moc, flow = read_settings(checkpoint)
-    moc = MoCConfig.from_dict(moc.to_dict() | config.moc)
-    flow = replace(flow, shift=config.shift or flow.shift)
+    moc, flow = MoCConfig.from_dict(moc.to_dict() | config.moc), replace(flow, shift=config.shift or flow.shift)
     encoders = load_encoders(config.encoders_path or checkpoint / "encoders")
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 
     plan = plan_film(script, codec)
-    prompt, negative = plan.text(text, script.global_caption), plan.negative(text, script.negative)
-    story = Story(plan.shapes, prompt, negative, plan.given)
+    story = Story(plan.shapes, plan.text(text, script.global_caption), plan.negative(text, script.negative), plan.given)
+    text.to("cpu")  # its memory is the model's from here on
+    model = place(model, device, config.offload)
     decode, routing_map = codec.shot_decoder(), RoutingMap(len(plan.shapes))
     thumbnails: list[np.ndarray] = []
 

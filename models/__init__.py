@@ -6,14 +6,17 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from moc import MoCConfig
+from moc.training.checkpoint import find_checkpoint, read_settings
 from models.codec import CodecConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
-from models.experts import Experts
+from models.experts import BOUNDARY, Experts, expert_paths
 from models.lora import read_lora
 from models.mmdit import MMDiT
+from models.tensors import read_json
 from models.text import TextConfig, build_text_encoder
 from models.vae import build_codec
 from models.wan import WanTransformer3DModel
@@ -29,8 +32,10 @@ __all__ = [
     "build_encoders",
     "build_model",
     "build_text_encoder",
+    "load_denoiser",
     "load_encoders",
     "load_model",
+    "place",
     "save_model",
 ]
 
@@ -113,6 +118,44 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weig
     model.load_weights(folder)
     model.merge_lora()
     return model
+
+
+def load_denoiser(
+    path: str | Path, low_noise: str | Path = "", dtype: torch.dtype | None = torch.float32
+) -> ModelMixin | Experts:
+    """What a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
+
+    path: of a folder with both (see `models.experts.expert_paths`), or of the high-noise one. low_noise: then the path
+    of the other one. The boundary is that of model_index.json or of the high-noise one's training, else the release's.
+    Raises ValueError where the two are no pair, or change places.
+    """
+    pair = expert_paths(Path(path))
+    if low_noise:
+        if pair:
+            raise ValueError(f"{path} holds two experts; with low_noise_checkpoint={low_noise} name the high-noise one")
+        pair = Path(path), Path(low_noise)
+    if pair is None:
+        return load_model(path, dtype)
+    high, low = (read_settings(find_checkpoint(expert) or expert)[1] for expert in pair)
+    if high.sigma_min < low.sigma_min:
+        raise ValueError(
+            f"{pair[0]} was trained for noise levels from {high.sigma_min} on, {pair[1]} from {low.sigma_min}: "
+            "the high-noise expert is checkpoint, the other one low_noise_checkpoint"
+        )
+    index = Path(path) / "model_index.json"
+    release = read_json(index).get("boundary_ratio") if index.is_file() else None
+    boundary = release or high.sigma_min or BOUNDARY
+    return Experts(*(load_model(expert, dtype) for expert in pair), boundary=boundary)
+
+
+def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:
+    """The model on `device`, ready to sample. offload: of two experts the one in use alone."""
+    if not offload:
+        return model.to(device).eval()
+    if not isinstance(model, Experts):
+        raise ValueError("offload=true is for a pair of experts, of which one waits in CPU memory; this model is one")
+    model.offload(device)
+    return model.eval()
 
 
 def save_model(model: ModelMixin, folder: str | Path, config: MoCConfig) -> None:

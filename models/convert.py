@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moc import MoCConfig
 from moc.training.checkpoint import find_checkpoint
+from models.experts import FOLDERS, expert_paths
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
@@ -132,13 +133,14 @@ def model_path(path: Path, weights: str) -> Path:
     if checkpoint is not None:
         folder = checkpoint / weights
         return folder if folder.is_dir() else checkpoint / "model"
-    parts = [name for name in ("transformer", "transformer_2") if (path / name).is_dir()]
-    parts += [name for name in ("high_noise_model", "low_noise_model") if (path / name).is_dir()]
-    if len(parts) > 1:
+    experts = expert_paths(path)
+    if experts:
         raise ValueError(
-            f"{path} holds two noise experts, {parts}: name the folder of one; they are trained one at a time"
+            f"{path} holds two noise experts, {[expert.name for expert in experts]}: name the path of one; they are "
+            "trained one at a time"
         )
-    return path / parts[0] if parts else path
+    parts = [path / name for pair in FOLDERS for name in pair if (path / name).is_dir()]
+    return parts[0] if parts else path
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,26 +1,32 @@
 """Wan2.2-T2V-A14B and HoloCine: two transformers of one shape, one for high noise and one for low.
 
-They are trained one at a time, each as a model of its own; sampling switches at the boundary.
+They are trained one at a time, each as a model of its own; sampling switches at the boundary, and can keep the expert
+that is not in use in CPU memory.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import cpu_offload_with_hook
 from torch import Tensor, nn
 
 from models.stream import KeyValueCache
 from models.wan import WanTransformer3DModel
 
+BOUNDARY = 0.875  # of the release
+FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # diffusers' and the release's
 ExpertCaches = tuple[KeyValueCache, KeyValueCache]  # of high and of low
 
 
 class Experts(nn.Module):
     """One model to the sampler: `high` while the noisiest shot is at `boundary` or above, `low` below.
 
-    boundary: in [0, 1]; 0.875 for the release. The noisiest shot is the one being made: history is almost clean.
+    boundary: in [0, 1]. The noisiest shot is the one being made: history is almost clean.
     """
 
-    def __init__(self, high: WanTransformer3DModel, low: WanTransformer3DModel, boundary: float = 0.875) -> None:
+    def __init__(self, high: WanTransformer3DModel, low: WanTransformer3DModel, boundary: float = BOUNDARY) -> None:
         super().__init__()
         if not 0 <= boundary <= 1:
             raise ValueError(f"boundary={boundary} must lie in [0, 1]")
@@ -49,10 +55,37 @@ class Experts(nn.Module):
             for model, own in zip((self.high, self.low), cache or (None, None), strict=True)
         )
         if remember:
-            high()
-            return low()
+            low()  # first: it made the shot before, and is still on the device where they take turns
+            return high()
         return high() if float(sigma.max()) >= self.boundary else low()
 
     def new_cache(self) -> ExpertCaches:
         """The history of a story that has not begun."""
         return self.high.new_cache(), self.low.new_cache()
+
+    def offload(self, device: torch.device) -> None:
+        """Keeps both in CPU memory, and on `device` the one that was called last."""
+        device = torch.empty(0, device=device).device  # with its index, as the hooks compare it
+        _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)
+        _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)
+        of_high.hook.prev_module_hook = of_low
+
+
+def expert_paths(path: Path) -> tuple[Path, Path] | None:
+    """The high-noise and the low-noise model in a folder of both: a diffusers pipeline, the release, or two files such
+    as HoloCine's full_high_noise.safetensors and full_low_noise.safetensors; None where there are not two.
+
+    Raises ValueError where there are several such pairs.
+    """
+    if not path.is_dir():
+        return None
+    pairs = [(path / high, path / low) for high, low in FOLDERS]
+    for high in path.glob("*high_noise*.safetensors"):
+        pairs.append((high, high.with_name(high.name.replace("high_noise", "low_noise"))))
+    found = sorted(pair for pair in pairs if all(part.exists() for part in pair))
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} holds several pairs of noise experts, {[high.name for high, _ in found]} and their counterparts: "
+            "name the two of one pair (sample.py: checkpoint=HIGH low_noise_checkpoint=LOW)"
+        )
+    return found[0] if found else None

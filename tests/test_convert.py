@@ -156,7 +156,7 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
     for path, message in {
         truncated: "is damaged or no safetensors file",
         other: "no model of the Wan family, nor one of ours",
-        mixed: "may mix models, such as Wan2.2's high and low noise experts",
+        mixed: r"holds two noise experts, \['full_high_noise\.safetensors', 'full_low_noise\.safetensors'\]",
         experts: r"holds two noise experts, \['transformer', 'transformer_2'\]",
         sharded: r"lacks the shards \['diffusion_pytorch_model-00002",
         doubled: r"is in .*-00001-of-.* and in .*-00002-of-.*; fetch the folder again",

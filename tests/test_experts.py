@@ -1,0 +1,152 @@
+"""Two noise experts: found on disk, loaded as one model to the sampler, taking turns in memory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moc import MoCConfig, Sample, make_batch
+from models import Experts, load_denoiser, load_model, place
+from models.experts import expert_paths
+from models.wan import WanTransformer3DModel
+from tests.pipeline import refusal, sample
+from tests.wan_files import reduced_wan, save_original
+
+TEXT = "condition_embedder.text_embedder.linear_1.weight"
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> dict[str, Path]:
+    """The same two models as a diffusers pipeline, as the release's folder, and as HoloCine's files."""
+    folders = {name: tmp_path / name for name in ("diffusers", "release", "files")}
+    folders["files"].mkdir()
+    for part, folder, noise in (
+        ("transformer", "high_noise_model", "high"),
+        ("transformer_2", "low_noise_model", "low"),
+    ):
+        model = reduced_wan()
+        with torch.no_grad():
+            model.get_parameter(TEXT).fill_(1.0 if noise == "high" else 2.0)
+        model.save_pretrained(folders["diffusers"] / part)
+        model.save_pretrained(folders["release"] / folder)
+        save_original(model, folders["files"] / f"full_{noise}_noise.safetensors")
+    return folders
+
+
+def marks(model: Experts) -> list[float]:
+    return [expert.get_parameter(TEXT)[0, 0].item() for expert in (model.high, model.low)]
+
+
+@pytest.mark.parametrize("form", ["diffusers", "release", "files"])
+def test_a_folder_of_two_loads_as_one(experts, form):
+    model = load_denoiser(experts[form])
+    assert isinstance(model, Experts)
+    assert marks(model) == [1.0, 2.0]
+    assert model.boundary == 0.875
+    with pytest.raises(ValueError, match=r"holds two noise experts, .*: name the path of one"):
+        load_model(experts[form])
+
+
+def test_the_boundary_is_the_pipelines(experts):
+    (experts["diffusers"] / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.9}))
+    assert load_denoiser(experts["diffusers"]).boundary == 0.9
+
+
+def test_two_in_places_of_their_own(experts):
+    high, low = expert_paths(experts["files"])
+    assert marks(load_denoiser(low, high)) == [2.0, 1.0]
+    with pytest.raises(ValueError, match="holds two experts; with low_noise_checkpoint="):
+        load_denoiser(experts["files"], low)
+    for path in (high, low):
+        shutil.copy(path, path.with_name(path.name.replace("full", "sparse")))
+    with pytest.raises(ValueError, match=r"several pairs .*'full_high_noise.safetensors', 'sparse_high"):
+        load_denoiser(experts["files"])
+
+
+def test_one_model_stays_one(experts, tmp_path):
+    shutil.rmtree(experts["diffusers"] / "transformer_2")
+    (experts["files"] / "full_low_noise.safetensors").unlink()
+    for path in (experts["diffusers"], experts["files"], experts["release"] / "low_noise_model"):
+        assert expert_paths(path) is None
+        assert isinstance(load_denoiser(path), WanTransformer3DModel)
+    with pytest.raises(ValueError, match="offload=true is for a pair"):
+        place(load_denoiser(experts["files"]), torch.device("cpu"), offload=True)
+
+
+def test_weights_are_halved_and_norms_are_not(experts):
+    model = load_denoiser(experts["diffusers"], dtype=torch.bfloat16)
+    for expert in (model.high, model.low):
+        assert expert.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+        assert expert.blocks[0].attn1.norm_q.weight.dtype == torch.float32
+
+
+def run(model, sigma: float, device="cpu"):
+    generator = torch.Generator().manual_seed(1)
+    latents = [torch.randn(model.high.config.in_channels, 1, 4, 4, generator=generator)]
+    text = [torch.randn(2, model.high.config.text_dim, generator=generator) for _ in range(2)]
+    batch = make_batch([Sample(latents, text)], model.stream, 4).to(device)
+    levels = torch.tensor([sigma], device=device)
+    return model(batch.latents, levels, batch.text, batch.layout, MoCConfig(chunk_tokens=4))[0].cpu()
+
+
+@torch.no_grad()
+def test_experts_that_take_turns_are_the_same(experts):
+    plain, turns = load_denoiser(experts["files"]), place(load_denoiser(experts["files"]), torch.device("cpu"), True)
+    for sigma in (0.9, 0.5, 0.95):
+        assert torch.equal(run(plain, sigma), run(turns, sigma))
+    assert turns.low._hf_hook.prev_module_hook.model is turns.high  # whoever is called sends the other away
+    assert turns.high._hf_hook.prev_module_hook.model is turns.low
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_one_expert_at_a_time_is_on_the_gpu(experts):
+    plain = load_denoiser(experts["files"])
+    model = place(load_denoiser(experts["files"]), torch.device("cuda"), offload=True)
+    for sigma, there, away in ((0.9, "high", "low"), (0.5, "low", "high"), (0.9, "high", "low")):
+        torch.testing.assert_close(run(model, sigma, "cuda"), run(plain, sigma), rtol=1e-3, atol=1e-3)
+        assert next(getattr(model, there).parameters()).is_cuda
+        assert not next(getattr(model, away).parameters()).is_cuda
+
+
+# Through the command
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "story.json"
+    shots = [{"prompt": "A cat.", "seconds": 0.4}, {"prompt": "A dog.", "seconds": 0.4}]
+    path.write_text(json.dumps({"size": [32, 48], "fps": 12, "shots": shots}))
+    return path
+
+
+def expert_of(trained: Path, folder: Path, **flow) -> Path:
+    """A copy of a trained run that says it saw a part of the noise levels."""
+    shutil.copytree(trained, folder)
+    (state,) = folder.glob("checkpoints/*/state.json")
+    record = json.loads(state.read_text())
+    record["flow"] |= flow
+    state.write_text(json.dumps(record))
+    return folder
+
+
+def test_two_trained_experts_film_together(trained, script, tmp_path, capsys):
+    """Of the same weights they film what one model films, whichever of them is asked."""
+    high = expert_of(trained, tmp_path / "high", sigma_min=0.6)
+    low = expert_of(trained, tmp_path / "low", sigma_max=0.6)
+    one = sample(trained, script, tmp_path / "one")
+    two = sample(high, script, tmp_path / "two", f"low_noise_checkpoint={low}", "offload=true", "device=cpu")
+    for path in sorted(one.glob("latents/*")):
+        a, b = (load_file(folder / "latents" / path.name)["latent"] for folder in (one, two))
+        torch.testing.assert_close(a, b)
+    assert json.loads((two / "metadata.json").read_text())["config"]["low_noise_checkpoint"] == str(low)
+
+    capsys.readouterr()
+    arguments = (f"checkpoint={low}", f"low_noise_checkpoint={high}", f"script={script}", f"out={tmp_path / 'no'}")
+    said = refusal(capsys, "sample.py", *arguments)
+    assert "trained for noise levels from 0.0 on" in said
+    assert "the high-noise expert is checkpoint" in said
+    assert "fp64" in refusal(capsys, "sample.py", *arguments, "dtype=fp64")
