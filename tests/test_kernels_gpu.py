@@ -268,3 +268,26 @@ def test_compiled_and_recomputed_gradients_are_the_same(dense_setting):
     for other in (torch.compile(call, fullgraph=True), lambda *x: checkpoint(call, *x, use_reentrant=False)):
         for a, b in zip(with_gradients(other, tensors, direction), expected, strict=True):
             assert torch.equal(a, b)
+
+
+# The last queries of a stream alone
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("settings", [{"text_anchor": "global_and_own"}, {"own_anchor": "chunk"}, {"dense": True}])
+def test_the_last_queries_alone_equal_those_of_all(settings, backend):
+    layout, config = stream(), moc.MoCConfig(**{"top_k": 3, "causal": "own_anchor" not in settings} | settings)
+    (q, k, v), direction = inputs(layout)
+    whole = moc.moc_attention(q, k, v, layout, config, backend=backend)
+    for first in (layout.groups[2].start, layout.groups[-1].start + 11):
+        kind = {"backend": backend, "first_query": first}
+        tail = moc.moc_attention(q[first:], k, v, layout, config, **kind)
+        if not config.dense:
+            all_routes = moc.route(q, k, layout, config, backend=backend)
+            assert same_chunks(moc.route(q[first:], k, layout, config, **kind), all_routes[:, first:])
+        cut = direction.clone()
+        cut[:first] = 0
+        mine = (tail, *torch.autograd.grad(tail, (q, k, v), direction[first:]))
+        expected = (whole[first:], *torch.autograd.grad(whole, (q, k, v), cut, retain_graph=True))
+        for ours, theirs in zip(mine, expected, strict=True):
+            assert (ours - theirs).float().norm() <= 5e-3 * theirs.float().norm()

@@ -1,6 +1,7 @@
 """Whole models on a GPU: pytest -m gpu tests/test_models_gpu.py"""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,22 @@ def test_recomputation_keeps_the_routes(family, monkeypatch):
     model = build(family).cuda()
     batch = story(model).to("cuda")
     calls, route = [], stream.route
-    monkeypatch.setattr(stream, "route", lambda *args: calls.append(args) or route(*args))
+    monkeypatch.setattr(stream, "route", lambda *args, **kwargs: calls.append(args) or route(*args, **kwargs))
     results(model, batch)
     assert len(calls) == 3  # one a layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_cached_history_gives_the_same_velocity(family):
+    model, config = build(family).eval().cuda(), replace(CONFIG, text_anchor="global_and_own")
+    whole = story(model).to("cuda")
+    sigma = torch.tensor([0.1, 0.1, 0.7], device="cuda")
+    expected = model(whole.latents, sigma, whole.text, whole.layout, config)
+    cache = model.new_cache()
+    for shot in range(3):
+        texts = whole.text[: shot + 2]
+        layout = make_batch([Sample(whole.latents[: shot + 1], texts)], model.stream, 128).layout.to("cuda")
+        inputs = (whole.latents[shot : shot + 1], sigma[shot : shot + 1], texts, layout, config)
+        (out,) = model(*inputs, cache=cache, remember=True)
+        assert (out - expected[shot]).norm() <= 1e-3 * expected[shot].norm()
