@@ -10,8 +10,10 @@
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,6 +35,7 @@ _MEDIA = ("video", "image", "path", "file_name", "video_path", "media_path", "fi
 _CAPTION = ("caption", "cap", "text", "prompt", "global_caption", "whole_caption", "story_overview")
 _SHOT_CAPTIONS = ("shot_captions", "captions")
 _MEDIA_FOLDERS = ("", "videos", "images")
+_TOO_MANY = "values without a column"
 
 
 def find_caption_file(root: Path) -> Path | None:
@@ -51,6 +54,10 @@ def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneR
 
 
 def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str]) -> SceneRecord:
+    if _TOO_MANY in fields:
+        raise DataError(
+            "bad-captions", where, "more values than the head has columns; put a caption with commas in quotes"
+        )
     media = next((str(fields[name]) for name in _MEDIA if fields.get(name)), None)
     if media is None:
         raise DataError("no-media", where, f"names no file; give one of {', '.join(_MEDIA)}")
@@ -78,20 +85,29 @@ def _entries(path: Path) -> Iterable[tuple[str, dict]]:
     if path.name == "videos.txt":
         return _paired_lines(path, text)
     if path.suffix == ".csv":
-        rows = csv.DictReader(text.splitlines())
-        return [(f"{path}:{line}", row) for line, row in enumerate(rows, start=2)]
+        return _rows(path, text)
     try:
         if path.suffix == ".jsonl":
             lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
             return [(f"{path}:{n}", _object(json.loads(line), f"{path}:{n}")) for n, line in lines]
         whole = json.loads(text)
-    except json.JSONDecodeError as error:
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise DataError("not-json", path, f"not JSON ({error})") from error
     if isinstance(whole, dict):
         return [(f"{path} {name}", {"path": name, "caption": caption}) for name, caption in whole.items()]
     if not isinstance(whole, list):
         raise DataError("bad-captions", path, "must hold a list of objects, or one object from file to caption")
     return [(f"{path} [{i}]", _object(entry, f"{path} [{i}]")) for i, entry in enumerate(whole)]
+
+
+def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_TOO_MANY)
+    try:
+        return [(f"{path}:{reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise DataError("bad-captions", path, f"not CSV after line {reader.line_num} ({error})") from error
 
 
 def _paired_lines(path: Path, text: str) -> list[tuple[str, dict]]:
@@ -114,8 +130,12 @@ def _object(value: object, where: str) -> dict:
 def _locate(root: Path, name: str) -> str:
     """The path under `root` that a name means: as it stands, or in videos/ or images/."""
     folders = () if ".." in Path(name).parts else _MEDIA_FOLDERS
-    found = [folder for folder in folders if (root / folder / name).is_file()]
-    return (Path(found[0]) / name).as_posix() if found else name
+    for folder in folders:
+        relative = (Path(folder) / name).as_posix()
+        with suppress(DataError):
+            resolve(root, relative, name)
+            return relative
+    return name
 
 
 def _caption(value: object, where: str) -> Caption:
@@ -132,8 +152,10 @@ def _shot_captions(fields: dict, where: str) -> list[Caption]:
         return [_caption(text, f"{where} shot {i}") for i, text in enumerate(texts)]
     joined: list[str] = []
     for scene in scenes:
-        prompts = _object(scene, f"{where} scenes").get("video_prompts", [])
-        cuts = [str(cut) == "True" for cut in scene.get("cut", [])]  # StoryMem writes them as texts
+        prompts, cuts = (_object(scene, f"{where} scenes").get(name, []) for name in ("video_prompts", "cut"))
+        if not isinstance(prompts, list) or not isinstance(cuts, list):
+            raise DataError("bad-captions", f"{where} scenes", "video_prompts and cut are lists")
+        cuts = [str(cut) == "True" for cut in cuts]  # StoryMem writes them as texts
         for i, prompt in enumerate(prompts):
             if joined and i < len(cuts) and not cuts[i]:
                 joined[-1] += f" {prompt}"
@@ -148,7 +170,7 @@ def _shots(fields: dict, texts: list[Caption], where: str) -> tuple[ShotRecord, 
     if not texts or cuts is None:
         return ()
     where = f"{where} shot_cut_frames"
-    if not isinstance(cuts, list) or not all(isinstance(n, int) for n in [*cuts, num_frames]):
+    if not isinstance(cuts, list) or not all(type(n) is int for n in [*cuts, num_frames]):
         raise DataError("bad-shot", where, f"a list of frames, with num_frames beside it, got {cuts} and {num_frames}")
     spans = list(pairwise([0, *cuts, num_frames]))
     if len(spans) != len(texts) or any(start >= end for start, end in spans):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.errors import DataError
@@ -17,6 +17,6 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+    except Exception as error:  # of broken files its readers raise SyntaxError, struct.error and more
         raise DataError("not-an-image", path, f"cannot be read as an image ({error})") from error
     return torch.from_numpy(np.array(upright)).unsqueeze(0)

@@ -124,11 +124,19 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
 
 def resolve(root: Path, relative: str, where: object) -> Path:
     """The file `relative` names under `root`. Raises DataError: outside-root (.., absolute, or a symlink that
-    leads out), missing-file."""
+    leads out), missing-file, bad-path (no name that a file can have, a circle of symlinks)."""
     path = root / relative
-    if os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve()):
+    try:
+        relative.encode()
+        outside = os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve())
+        missing = not path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            "bad-path", where, f"{relative[:80]!r} names no file ({type(error).__name__}); rename it"
+        ) from error
+    if outside:
         raise DataError("outside-root", where, f"{relative!r} leads outside {root}; move the file under it")
-    if not path.is_file():
+    if missing:
         raise DataError("missing-file", where, f"{relative!r} is not in {root}")
     return path
 
@@ -137,10 +145,10 @@ def _parse_line(raw: bytes, where: str) -> SceneRecord:
     if len(raw) > _MAX_LINE_BYTES:
         raise DataError("huge-line", where, f"{len(raw)} bytes in one line, at most {_MAX_LINE_BYTES}")
     try:
-        fields = json.loads(raw.decode("utf-8"))
+        fields = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError("not-utf-8", where, f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError("not-json", where, f"not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise DataError("not-an-object", where, f"a line is a JSON object, got {type(fields).__name__}")
@@ -153,6 +161,7 @@ def scene_from_dict(fields: dict, where: str) -> SceneRecord:
     scene_id = fields.get("id")
     if not isinstance(scene_id, str) or not 0 < len(scene_id) <= 200:
         raise DataError("bad-id", f"{where} id", f"must be a string of 1 to 200 characters, got {scene_id!r}")
+    _check_utf8(scene_id, f"{where} id")
     kinds = [kind for kind in ("video", "image") if kind in fields]
     if len(kinds) != 1:
         raise DataError("no-media", where, f"needs exactly one of video and image, has {kinds or 'neither'}")
@@ -185,9 +194,13 @@ def check_caption(value: object, where: str) -> Caption:
     if longest > MAX_CAPTION_CHARACTERS:
         raise DataError("huge-caption", where, f"{longest} characters, at most {MAX_CAPTION_CHARACTERS}")
     for text in texts:
-        if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
-            raise DataError("not-utf-8", where, "holds a lone surrogate, which is no UTF-8 text")
+        _check_utf8(text, where)
     return value if isinstance(value, str) else tuple(value)
+
+
+def _check_utf8(text: str, where: str) -> None:
+    if any(0xD800 <= ord(c) <= 0xDFFF for c in text):
+        raise DataError("not-utf-8", where, "holds a lone surrogate, which is no UTF-8 text")
 
 
 def _fps(fields: dict, where: str) -> float | None:

@@ -205,13 +205,13 @@ class _Run:
             self.report.count_scan(scan)
         for scene in self.found.scenes:
             seen = scans[scene.video] if scene.video else None
-            for warning in doubts(scene, seen):
-                self.report.add_problem(warning, action="warning")
             try:
                 samples, skipped = plan_scene(self.found.root, scene, seen, self.rule)
             except DataError as error:
                 self._problem(error)
                 continue
+            for warning in doubts(scene, seen):
+                self.report.add_problem(warning, action="warning")
             for shot in skipped:
                 self._problem(shot)
             plans += samples

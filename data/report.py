@@ -85,7 +85,7 @@ class Report:
             "frames_per_second": self.speed(),
         }
         write_whole(output / REPORT_JSON, json.dumps({"summary": summary} | asdict(self), indent=1).encode())
-        write_whole(output / REPORT_HTML, self._page(summary).encode())
+        write_whole(output / REPORT_HTML, self._page(summary).encode(errors="replace"))
 
     def _page(self, summary: dict) -> str:
         rows = "".join(

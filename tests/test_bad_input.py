@@ -68,6 +68,12 @@ def eight_k(path: Path) -> None:
         container.mux(stream.encode(None))
 
 
+def broken_png(path: Path) -> None:
+    """A chunk's name is damaged: Pillow calls it a SyntaxError."""
+    Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes().replace(b"IDAT", b"\x1e\x13\xc3r"))
+
+
 FILES = {
     "zero.mkv": lambda path: path.write_bytes(b""),
     "text.mkv": lambda path: path.write_text("not a film\n" * 200),
@@ -80,6 +86,7 @@ FILES = {
     "odd.mkv": lambda path: write_numbered(path, 9, codec="ffv1", pixel_format="yuv444p", size=(65, 161)),
     "8k.mkv": eight_k,
     "zero.png": lambda path: path.write_bytes(b""),
+    "broken.png": broken_png,
     "text.png": lambda path: path.write_text("not a picture"),
     "still.png": lambda path: Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(path),
 }
@@ -97,6 +104,7 @@ BAD = {
     "one frame": ({"video": "one.mkv"}, "short-shot", "one frame shots[0]"),
     "changing size": ({"video": "resize.ts"}, "size-change", "resize.ts"),
     "zero-byte image": ({"image": "zero.png"}, "zero-byte", "zero.png"),
+    "broken image": ({"image": "broken.png"}, "not-an-image", "broken.png"),
     "not an image": ({"image": "text.png"}, "not-an-image", "text.png"),
     "missing file": ({"video": "gone.mkv"}, "missing-file", ":LINE video"),
     "missing image": ({"image": "gone.png"}, "missing-file", ":LINE image"),

@@ -113,7 +113,36 @@ def test_bad_entries_do_not_hide_the_rest(folder, kind):
     assert [problem.kind for problem in found.problems] == [kind]
 
 
-@pytest.mark.parametrize(("text", "kind"), [(b"{", "not-json"), (b"3", "bad-captions"), (b"\xff\xfe", "not-utf-8")])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("bad-path", {"path": "a\0.mp4"}),
+        ("bad-captions", {"path": "a.mp4", "scenes": [{"video_prompts": None, "cut": None}]}),
+        ("bad-shot", {"path": "a.mp4", "shot_captions": ["x", "y"], "shot_cut_frames": [True], "num_frames": 9}),
+    ],
+)
+def test_odd_values_are_records(folder, name, fields):
+    (folder / "data.json").write_text(json.dumps([{"path": "b.mp4"}, fields]))
+    assert [problem.kind for problem in find_scenes(folder).problems] == [name]
+
+
+def test_csv_as_spreadsheets_write_it(folder):
+    """Line breaks in quotes; a caption whose comma is not quoted would lose its end, and is refused."""
+    (folder / "data.csv").write_text('video,caption\na.mp4,"one\ntwo"\nb.mp4,runs, jumps\n')
+    found = find_scenes(folder)
+    assert found.scenes == [video("a.mp4", "one\ntwo")]
+    assert [(problem.kind, problem.where) for problem in found.problems] == [
+        ("bad-captions", f"{folder / 'data.csv'}:4")
+    ]
+    (folder / "data.csv").write_text("video,caption\na.mp4," + "x" * 200_000)
+    with pytest.raises(DataError, match="not CSV after line 1"):
+        find_scenes(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [(b"{", "not-json"), (b"[" * 100_000, "not-json"), (b"3", "bad-captions"), (b"\xff\xfe", "not-utf-8")],
+)
 def test_unreadable_files(folder, text, kind):
     (folder / "captions.json").write_bytes(text)
     with pytest.raises(DataError) as caught:

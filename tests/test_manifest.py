@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.manifest import SceneRecord, ShotRecord, captions, load_manifest, read_manifest, write_manifest
+from data.report import Report
 from data.sources import find_scenes, vocabulary
 
 SHOT = {"start": 0, "end": 96, "caption": "a dog", "cut": True}
@@ -64,15 +65,46 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_faults_cite_line_and_do_not_hide_the_rest(folder, kind):
-    path = write_lines(folder, SCENE | {"id": "first"}, FAULTS[kind], SCENE | {"id": "last"})
+MORE_FAULTS = {
+    "deep": ("not-json", b'{"shots": ' + b"[" * 100_000),
+    "many digits": ("not-json", b'{"fps": ' + b"9" * 5000 + b"}"),
+    "null byte": ("bad-path", SCENE | {"video": "a\0.mp4"}),
+    "long name": ("bad-path", SCENE | {"video": "a" * 300}),
+    "no name": ("bad-path", SCENE | {"video": "\ud800.mp4"}),
+    "circle": ("bad-path", SCENE | {"video": "circle.mp4"}),
+    "folder": ("missing-file", SCENE | {"video": "."}),
+    "id no text": ("not-utf-8", SCENE | {"id": "\udcff"}),
+}
+ALL_FAULTS = {kind: (kind, line) for kind, line in FAULTS.items()} | MORE_FAULTS
+
+
+@pytest.mark.parametrize("name", ALL_FAULTS)
+def test_faults_cite_line_and_do_not_hide_the_rest(folder, name):
+    kind, line = ALL_FAULTS[name]
+    (folder / "circle.mp4").symlink_to(folder / "circle.mp4")
+    path = write_lines(folder, SCENE | {"id": "first"}, line, SCENE | {"id": "last"})
     with pytest.raises(DataError) as caught:
         load_manifest(path)
     assert caught.value.kind == kind
     assert f"{path}:2" in str(caught.value)
     entries = list(read_manifest(path))
     assert [entry.id for entry in entries if isinstance(entry, SceneRecord)] == ["first", "last"]
+
+
+def test_a_byte_order_mark_is_no_fault(folder):
+    path = write_lines(folder, b"\xef\xbb\xbf" + json.dumps(SCENE).encode())
+    assert [scene.id for scene in load_manifest(path)] == ["one"]
+
+
+def test_a_file_name_that_is_no_text(folder):
+    (folder / "caf\udce9.mp4").write_bytes(b"x")
+    found = find_scenes(folder)
+    assert [scene.id for scene in found.scenes] == ["a.mp4", "b.png"]
+    assert [problem.kind for problem in found.problems] == ["bad-path"]
+    report = Report()
+    report.add_problem(found.problems[0])
+    report.write(folder / "out")
+    assert "bad-path" in (folder / "out" / "report.html").read_text()
 
 
 def test_faults_cite_the_field(folder):
