@@ -104,6 +104,16 @@ class Cache:
             )
 
     def _read(self, shard: int, name: str, crc32: int) -> Tensor:
+        """A tensor that its checksum fits. A bad local copy of a remote shard is fetched anew, once."""
+        try:
+            return self._read_once(shard, name, crc32)
+        except DataError:
+            self._open.pop(shard, None)
+            if not self.store.forget(self._shards[shard]):
+                raise
+            return self._read_once(shard, name, crc32)
+
+    def _read_once(self, shard: int, name: str, crc32: int) -> Tensor:
         where = f"{self.store.url}/{self._shards[shard]}"
         try:
             if shard not in self._open:

@@ -60,6 +60,14 @@ class FileStore:
             partial.unlink(missing_ok=True)
         return copy
 
+    def forget(self, name: str) -> bool:
+        """Delete the local copy of a file of a URL; whether there was one to delete."""
+        copy = Path(self.copies, fsspec.utils.tokenize(self.url)[:16], name)
+        if not self.is_remote or not copy.is_file():
+            return False
+        copy.unlink(missing_ok=True)
+        return True
+
     def local_folder(self, name: str) -> Path:
         """A folder of small files on the local disk, copied there if it must be."""
         if not self.is_remote:
@@ -84,9 +92,9 @@ class FileStore:
 
 
 def _uses(folder: Path) -> list[tuple[float, int, Path]]:
-    """(last use, bytes, path) of each copy; other processes may be deleting them."""
+    """(last use, bytes, path) of each copy, unfinished ones of killed processes too; others may be deleting them."""
     found = []
-    for path in folder.rglob("*.safetensors"):
+    for path in [*folder.rglob("*.safetensors"), *folder.rglob(".*.partial")]:
         try:
             stat = path.stat()
         except FileNotFoundError:

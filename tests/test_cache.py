@@ -13,7 +13,7 @@ import torch
 
 from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts, write_whole
 from data.errors import DataError
-from data.shards import open_cache
+from data.shards import Cache, open_cache
 from data.store import FileStore
 from tests.caches import RECIPE, scene, write_cache
 
@@ -119,7 +119,10 @@ def flip_byte(path: Path) -> None:
 
 
 def read_all(folder: Path) -> None:
-    cache = open_cache(folder)
+    read_everything(open_cache(folder))
+
+
+def read_everything(cache: Cache) -> None:
     for stored in cache.scenes:
         cache.latents(stored)
     for key in cache.text:
@@ -231,6 +234,33 @@ def test_the_least_recently_used_copy_goes_first(remote, tmp_path):
     assert names[0] in held
     assert fourth in held
     assert names[1] not in held
+
+
+def test_a_bad_local_copy_is_fetched_anew(remote, tmp_path):
+    cache = open_cache(remote, str(tmp_path / "copies"))
+    cache.latents(cache.scenes[0])
+    for copy in (tmp_path / "copies").rglob("*.safetensors"):
+        flip_byte(copy)
+    again = open_cache(remote, str(tmp_path / "copies"))
+    assert again.latents(again.scenes[0])[0].unique() == 0
+    read_everything(again)
+    fs, shard = fsspec.filesystem("memory"), "/bucket/cache/aa/shard-0-00003.safetensors"
+    data = bytearray(fs.cat_file(shard))
+    data[-10] ^= 0x40
+    fs.pipe_file(shard, bytes(data))
+    with pytest.raises(DataError, match=r"memory://bucket/.*fails its checksum"):
+        read_everything(open_cache(remote, str(tmp_path / "elsewhere")))
+
+
+def test_what_a_killed_process_left_counts_and_goes(remote, tmp_path):
+    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
+    name = store.glob("*.safetensors")[0]
+    left = store.local(name).with_name(".shard-9.safetensors.0.partial")
+    left.write_bytes(bytes(5000))
+    os.utime(left, (1000, 1000))
+    store.max_bytes = 2 * store.size(name) + 100
+    store.local(store.glob("*.safetensors")[1])
+    assert not left.exists()
 
 
 def test_remote_faults_are_named(remote, tmp_path):
