@@ -57,8 +57,14 @@ class TransformersCaptioner:
 
         self.name = path
         self.max_new_tokens = max_new_tokens
-        self.processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-        model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, dtype="auto")
+        try:
+            self.processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+            model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, dtype="auto")
+        except (ImportError, OSError, ValueError) as error:  # such as a Qwen-VL processor, which needs torchvision
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                "missing-captioner", path, f"does not load as an image-text-to-text model ({reason})"
+            ) from error
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -68,7 +74,7 @@ class TransformersCaptioner:
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
+        ).to(self.model.device, dtype=self.model.dtype)  # the pictures' dtype; token ids stay
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         answer = output[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(answer, skip_special_tokens=True)[0].strip()

@@ -14,14 +14,14 @@ bad file never stops a run (unless `strict`): it becomes a named record of the r
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data.cache import PARTIAL, CacheWriter, digest, finish, read_parts, remove_damaged, whole_scenes, write_whole
 from data.captioner import Captioner, SampleCaptioner, TransformersCaptioner
-from data.decoders import DECODERS, check_decoder
+from data.decoders import check_decoder
 from data.encode import SampleEncoder
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
@@ -30,52 +30,11 @@ from data.planning import SamplePlan, ShotRule, doubts, plan_scene
 from data.process import Process, held
 from data.report import Report
 from data.scan import Scan, scan_video
-from data.shots import DETECTORS, build_detector
+from data.settings import PrepareConfig
+from data.shots import build_detector
 from data.sources import MANIFEST, Found, find_scenes
 
-DTYPES = ("float16", "bfloat16", "float32")
 _LATE_SECONDS = 90  # a network file system may show a file to other hosts that much later
-
-
-@dataclass
-class PrepareConfig:
-    """What to prepare and how."""
-
-    input: str = ""  # a folder of videos and images, or one with a manifest.jsonl
-    output: str = ""
-    size: list[int] = field(default_factory=lambda: [480, 832])  # height, width
-    buckets: list[list[int]] = field(default_factory=list)  # more sizes; each file takes the nearest aspect
-    fps: float = 0.0  # 0: each video's own
-    min_frames: int = 5  # shots shorter than this, at the set rate, are skipped
-    max_frames: int = 241  # longer ones are cut into continuations
-    shots_per_sample: int = 8
-    decoder: str = "pyav"
-    detector: str = "transnetv2"
-    threshold: float = 0.0  # of the detector; 0: its own
-    online: bool = False  # store no latents: training reads the videos and encodes
-    captioner: str = ""  # a folder with a vision-language model, to caption what has no caption
-    dtype: str = "float16"  # of stored latents and text
-    shard_megabytes: int = 256
-    device: str = "cpu"  # of shot detection and encoders
-    strict: bool = False  # stop at the first bad file
-
-    def __post_init__(self) -> None:
-        if not self.input or not self.output:
-            raise ValueError("say input=DIR and output=DIR")
-        for size in [self.size, *self.buckets]:
-            if len(size) != 2 or min(size) < 1:
-                raise ValueError(f"a size is [height, width] in pixels, got {size}")
-        if not 1 <= self.min_frames <= self.max_frames:
-            raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
-        if self.fps < 0 or self.shots_per_sample < 1 or self.shard_megabytes < 1:
-            raise ValueError("fps must be 0 or more, shots_per_sample and shard_megabytes at least 1")
-        for name, known in (("decoder", DECODERS), ("detector", DETECTORS), ("dtype", DTYPES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-
-    @property
-    def sizes(self) -> tuple[tuple[int, int], ...]:
-        return tuple((size[0], size[1]) for size in [self.size, *self.buckets])
 
 
 @dataclass(frozen=True)
@@ -96,8 +55,9 @@ def prepare(
     save_encoders: Callable[[Path], None] | None = None,
     captioner: Captioner | None = None,
 ) -> Prepared:
-    """Run all stages. found: what `find_scenes(config.input)` gave, if it was called before. save_encoders: called
-    with cache/encoders before the cache counts as complete. captioner: instead of the one that config names.
+    """Run all stages. found: what `find_scenes(config.input, config.output)` gave, if it was called before.
+    save_encoders: called with cache/encoders before the cache counts as complete. captioner: instead of the one that
+    config names.
 
     Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, bad-length, decoder-missing,
     no-usable-samples, lost-work, with `strict` the first problem of any file. The report is written before
@@ -107,7 +67,7 @@ def prepare(
     output = Path(config.output)
     _check_sizes(config, codec)
     check_decoder(config.decoder)
-    found = found or find_scenes(config.input)
+    found = found or find_scenes(config.input, config.output)
     with held(output, process):
         if config.captioner and captioner is None:
             captioner = TransformersCaptioner(config.captioner, config.device)

@@ -35,9 +35,9 @@ class Found:
             self.scenes.append(entry)
 
 
-def find_scenes(root: str | Path) -> Found:
+def find_scenes(root: str | Path, output: str | Path | None = None) -> Found:
     """Scenes of the folder's manifest.jsonl, or of a caption file of another tool (data/captions.py); without either,
-    one for each video and image in it.
+    one for each video and image in it, but for those under `output` (thumbnails of an earlier run).
 
     Raises DataError: missing-input, empty-input.
     """
@@ -51,7 +51,7 @@ def find_scenes(root: str | Path) -> Found:
     elif captions_file:
         entries = read_captions(captions_file, IMAGE_SUFFIXES)
     else:
-        entries = _from_files(root)
+        entries = _from_files(root, Path(output).resolve() if output else None)
     for entry in entries:
         found.add(entry)
     if not found.scenes and not found.problems:
@@ -63,10 +63,12 @@ def find_scenes(root: str | Path) -> Found:
     return found
 
 
-def _from_files(root: Path) -> Iterator[SceneRecord | DataError]:
+def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataError]:
     for path in sorted(root.rglob("*")):
         suffix = path.suffix.lower()
         if suffix not in VIDEO_SUFFIXES | IMAGE_SUFFIXES or path.name.startswith("."):
+            continue
+        if output and path.parent.resolve().is_relative_to(output):
             continue
         relative = path.relative_to(root).as_posix()
         try:

@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from data.prepare import PrepareConfig, prepare
+from data.prepare import prepare
 from data.process import joined
+from data.settings import PrepareConfig
 from data.sources import find_scenes, vocabulary
 from moc.training import join_processes
 from models import EncodersConfig, build_encoders
@@ -31,7 +32,7 @@ class Settings(PrepareConfig):
 def main(settings: Settings) -> None:
     state = join_processes(settings.device == "cpu")
     settings = replace(settings, device=str(state.device) if settings.device == "auto" else settings.device)
-    found = find_scenes(settings.input)
+    found = find_scenes(settings.input, settings.output)
     encoders = build_encoders(settings.encoders, vocabulary(found))
     codec, text_encoder = encoders.codec.to(settings.device), encoders.text.to(settings.device)
     prepared = prepare(settings, codec, text_encoder, joined(), found, encoders.save)

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from data.manifest import SceneRecord, ShotRecord, write_manifest
-from data.prepare import PrepareConfig, Prepared, prepare
+from data.prepare import Prepared, prepare
 from data.process import Process
+from data.settings import PrepareConfig
 from tests.encoders import PoolCodec, WordText
 from tests.films import write_numbered
 

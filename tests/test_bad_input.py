@@ -195,6 +195,14 @@ def test_nothing_usable_is_an_error_that_says_why(folder):
         open_dataset(DataConfig(path=str(folder / "out")))
 
 
+def test_the_output_may_lie_in_the_input_but_not_be_it(folder):
+    Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(folder / "still.png")
+    for _ in range(2):  # the second time, thumbnails lie there
+        assert {sample["file"] for sample in run(folder).report.samples} == {"film.mkv", "still.png"}
+    with pytest.raises(ValueError, match="is the input"):
+        run(folder, output=str(folder / "out" / ".."))
+
+
 def test_strict_stops_at_the_first(folder):
     scenes(folder, scene("a", (0, 9)), scene("b", (0, 99)))
     with pytest.raises(DataError, match="99 is past the 60 frames"):
@@ -223,6 +231,7 @@ def test_output_that_cannot_be_written(folder):
     ("change", "message"),
     [
         ({"output": ""}, "say input=DIR"),
+        ({"output": "s3://bucket/out"}, "is a URL: prepare into a local folder"),
         ({"size": [64]}, "a size is"),
         ({"min_frames": 0}, "need 1 <= min_frames"),
         ({"min_frames": 30}, "need 1 <= min_frames"),

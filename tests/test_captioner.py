@@ -9,7 +9,8 @@ import torch
 from data.captioner import TransformersCaptioner, has_tags, lengths
 from data.errors import DataError
 from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
-from data.prepare import PrepareConfig, prepare
+from data.prepare import prepare
+from data.settings import PrepareConfig
 from tests.encoders import PoolCodec, WordText
 from tests.films import read_numbers, write_numbered
 
@@ -91,6 +92,14 @@ def test_a_missing_model_is_said(folder):
         run(folder, None, captioner=str(folder / "nowhere"))
 
 
+def test_a_folder_that_is_no_model_is_said(folder):
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(DataError, match="does not load as an image-text-to-text model") as caught:
+        run(folder, None, captioner=str(folder / "model"))
+    assert "\n" not in str(caught.value)
+
+
 def save_tiny_model(folder):
     """A LLaVA of random weights, as a local folder holds one."""
     import transformers as hf
@@ -119,7 +128,7 @@ def save_tiny_model(folder):
         text_config=hf.LlamaConfig(**sizes, vocab_size=len(words), num_key_value_heads=2),
         image_token_index=4,
     )
-    hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    hf.LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -127,6 +136,7 @@ def test_a_model_from_a_folder_answers(tmp_path):
     torch.manual_seed(0)
     save_tiny_model(tmp_path)
     captioner = TransformersCaptioner(str(tmp_path), max_new_tokens=6)
+    assert captioner.model.dtype == torch.bfloat16
     pictures = np.random.default_rng(0).integers(0, 255, (3, 64, 160, 3), np.uint8)
     answer = captioner.answer(list(pictures), "w h o ?")
     assert 0 < len(answer.split()) <= 6

@@ -1,0 +1,56 @@
+"""The settings of preparing (data/prepare.py)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.decoders import DECODERS
+from data.shots import DETECTORS
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare and how."""
+
+    input: str = ""  # a folder of videos and images, or one with a manifest.jsonl
+    output: str = ""
+    size: list[int] = field(default_factory=lambda: [480, 832])  # height, width
+    buckets: list[list[int]] = field(default_factory=list)  # more sizes; each file takes the nearest aspect
+    fps: float = 0.0  # 0: each video's own
+    min_frames: int = 5  # shots shorter than this, at the set rate, are skipped
+    max_frames: int = 241  # longer ones are cut into continuations
+    shots_per_sample: int = 8
+    decoder: str = "pyav"
+    detector: str = "transnetv2"
+    threshold: float = 0.0  # of the detector; 0: its own
+    online: bool = False  # store no latents: training reads the videos and encodes
+    captioner: str = ""  # a folder with a vision-language model, to caption what has no caption
+    dtype: str = "float16"  # of stored latents and text
+    shard_megabytes: int = 256
+    device: str = "cpu"  # of shot detection and encoders
+    strict: bool = False  # stop at the first bad file
+
+    def __post_init__(self) -> None:
+        if not self.input or not self.output:
+            raise ValueError("say input=DIR and output=DIR")
+        if Path(self.input).resolve() == Path(self.output).resolve():
+            raise ValueError(
+                f"output={self.output} is the input; its manifest would be overwritten, name another folder"
+            )
+        if "://" in self.output:
+            raise ValueError(f"output={self.output} is a URL: prepare into a local folder, then copy its cache/ there")
+        for size in [self.size, *self.buckets]:
+            if len(size) != 2 or min(size) < 1:
+                raise ValueError(f"a size is [height, width] in pixels, got {size}")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
+        if self.fps < 0 or self.shots_per_sample < 1 or self.shard_megabytes < 1:
+            raise ValueError("fps must be 0 or more, shots_per_sample and shard_megabytes at least 1")
+        for name, known in (("decoder", DECODERS), ("detector", DETECTORS), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        return tuple((size[0], size[1]) for size in [self.size, *self.buckets])
