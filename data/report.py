@@ -81,13 +81,18 @@ class Report:
         summary = {
             "samples": len(self.samples),
             "shots": sum(len(sample["thumbnails"]) for sample in self.samples),
+            "frames": {"decoded": self.frames.get("decode", 0), "taken": self._frames_taken()},
             "problems": self.counts(),
             "frames_per_second": self.speed(),
         }
         write_whole(output / REPORT_JSON, json.dumps({"summary": summary} | asdict(self), indent=1).encode())
         write_whole(output / REPORT_HTML, self._page(summary).encode(errors="replace"))
 
+    def _frames_taken(self) -> int:
+        return sum(shot["frames"] for sample in self.samples for shot in sample["shots"])
+
     def _page(self, summary: dict) -> str:
+        speeds = ", ".join(f"{stage} {speed:.0f}" for stage, speed in summary["frames_per_second"].items())
         rows = "".join(
             f"<tr><td>{_text(p['kind'])}<td>{_text(p['where'])}<td>{_text(p['message'])}<td>{_text(p['action'])}"
             for p in self.problems
@@ -95,6 +100,8 @@ class Report:
         return (
             f"<!doctype html><meta charset=utf-8><title>Prepared data</title><style>{_STYLE}</style>"
             f"<h1>{summary['samples']} samples, {summary['shots']} shots</h1>"
+            f"<p>{summary['frames']['decoded']} frames decoded, {summary['frames']['taken']} taken. Frames a second: "
+            f"{_text(speeds)}.</p>"
             f"<h2>Left out or doubtful: {len(self.problems)}</h2><table>{rows}</table><h2>Samples</h2>"
             + "".join(_section(sample) for sample in self.samples)
         )

@@ -107,6 +107,8 @@ def test_report_shows_every_shot(folder):
     page, report = (out / "report.html").read_text(), json.loads((out / "report.json").read_text())
     assert report["summary"]["samples"] == 1
     assert report["summary"]["shots"] == 2
+    assert report["summary"]["frames"] == {"decoded": 60, "taken": 18}
+    assert "60 frames decoded, 18 taken" in page
     for name in report["samples"][0]["thumbnails"]:
         assert name in page
         assert Image.open(out / "thumbnails" / name).size[1] == 64
