@@ -95,13 +95,16 @@ def moc_attention(
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
     first_query: int = 0,
+    checked: bool = False,
 ) -> Tensor:
     """Mixture-of-Contexts attention over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
 
     Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks.
 
     layout: describes the stream; on the device of q. config: what to attend to; `config.dense` is plain attention.
-    routes: int [N, Lq, K] from `route`, to use instead of routing here (recomputation, the caller's own routes).
+    routes: int [N, Lq, K], to use instead of routing here: those of `route` (recomputation) or the caller's own, of
+        which repeats, chunks that anchors cover and those of other samples do not count.
+    checked: routes come from `route` with this layout and config, which makes none of these: they are not looked for.
     backend: overrides `config.backend`. route_qk: the (q, k) to score with `descriptor: pre_rope`.
     drops: the key of context drop-off and drop-in, in training; None leaves them out.
     first_query: q holds the queries of the stream from this token on; nothing is computed for those before it, whose
@@ -115,7 +118,8 @@ def moc_attention(
         routes = None
     elif routes is not None:
         _check_routes(routes, q)
-        routes = drop_covered(routes, layout, config, first_query)
+        if not checked:
+            routes = drop_covered(routes, layout, config, first_query)
     else:
         if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")

@@ -100,6 +100,7 @@ class ShotLayout:
         chunk_group [M], chunk_sample [M], chunk_is_text [M] (bool)
         group_sample [G], group_shot [G], group_first_chunk [G + 1], sample_first_chunk [B + 1]
         token_chunk [L], token_group [L], token_sample [L], token_is_text [L] (bool)
+        token_shot_chunk [L]: token_chunk, but -1 for global text
         text_index [Lt], video_index [Lv] (int64): the positions of text and of video tokens in the stream
     """
 
@@ -115,6 +116,7 @@ class ShotLayout:
         "group_first_chunk",
         "sample_first_chunk",
         "token_chunk",
+        "token_shot_chunk",
         "token_group",
         "token_sample",
         "token_is_text",
@@ -133,6 +135,7 @@ class ShotLayout:
     group_first_chunk: Tensor
     sample_first_chunk: Tensor
     token_chunk: Tensor
+    token_shot_chunk: Tensor
     token_group: Tensor
     token_sample: Tensor
     token_is_text: Tensor
@@ -286,6 +289,7 @@ class ShotLayout:
         self.sample_first_chunk = ints([*(self.groups[g].first_chunk for g in first_groups), self.num_chunks])
         self.token_chunk = torch.arange(self.num_chunks, dtype=torch.int32).repeat_interleave(chunk_lengths_)
         self.token_group = self.chunk_group[self.token_chunk]
+        self.token_shot_chunk = self.token_chunk.masked_fill(self.group_shot[self.token_group] < 0, -1)
         self.token_sample = self.chunk_sample[self.token_chunk]
         self.token_is_text = self.chunk_is_text[self.token_chunk]
         self.text_index = self.token_is_text.nonzero().squeeze(1)

@@ -130,7 +130,7 @@ class StreamAttention:
         routes = None
         if not config.dense:
             routes = self._route(layer, q if pre_rope else queries, kept[2 if pre_rope else 0], first)
-        return moc_attention(queries, *kept[:2], self.layout, config, routes=routes, first_query=first)
+        return moc_attention(queries, *kept[:2], self.layout, config, routes=routes, first_query=first, checked=True)
 
     def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Tensor:
         if layer in self.routes:

@@ -7,8 +7,8 @@ Writes OUTPUT.json (a header and rows), OUTPUT.md (tables) and OUTPUT.png (laten
 `--keep` keeps rows of the JSON that this run does not measure again (a kernel measured apart, on the same GPU).
 
 MoC rows carry routing and index in their forward time. Times are medians, in ms; peaks are of all memory allocated,
-inputs and gradients included. `graph` rows replay a CUDA graph of forward and backward: short streams take longer to
-launch than to compute.
+inputs and gradients included. A short stream takes longer to launch than to compute: `graph` rows replay a CUDA graph
+of its forward and backward, `compiled` rows call both through torch.compile(mode="reduce-overhead").
 """
 
 import argparse
@@ -101,6 +101,20 @@ def graph_ms(function: Callable[[], object]) -> float:
     return median_ms(graph.replay, 20)
 
 
+def compiled_ms(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> float:
+    """Time of forward and backward, compiled, with the CUDA graphs that torch.compile makes of them."""
+    config, leaves = case.config(), [x.detach().requires_grad_() for x in qkv]
+    attend = torch.compile(
+        lambda q, k, v: moc.moc_attention(q, k, v, layout, config), mode="reduce-overhead", fullgraph=True
+    )
+
+    def both() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.autograd.grad(attend(*leaves), leaves, direction)
+
+    return median_ms(both, 20)
+
+
 def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> tuple[Callable, Callable]:
     """forward() -> state, backward(state), each without side effects. Dense kernels are called directly."""
     if case.is_moc:
@@ -135,6 +149,8 @@ def measure(case: Case) -> list[dict]:
     times = {"forward": median_ms(forward, case.repeats), "backward": median_ms(lambda: backward(state), case.repeats)}
     if case.single:
         times["graph"] = graph_ms(lambda: _both(*passes(case, layout, qkv, direction)))
+        if case.is_moc:
+            times["compiled"] = compiled_ms(case, layout, qkv, direction)
     fields = {name: value for name, value in asdict(case).items() if name not in ("repeats", "single")}
     return [
         {**fields, "tokens": layout.num_tokens, "single": case.single, "pass": name, "ms": round(ms, 4),
@@ -148,7 +164,8 @@ def _both(forward: Callable, backward: Callable) -> None:
 
 
 KERNEL_STAGES = {
-    "means_kernel": "descriptors", "route_kernel": "routing",
+    "means_kernel": "descriptors", "route_kernel": "routing", "bound_kernel": "routing", "list_kernel": "routing",
+    "select_kernel": "routing",
     "forward_kernel": "routed", "merge_kernel": "merge", "delta_kernel": "routed: delta",
     "gather_kernel": "routed: gather", "dkv_kernel": "routed: dK, dV", "add_dq_kernel": "routed: sum dQ",
     "dq_kernel": "routed: dQ",
@@ -223,6 +240,12 @@ def _key(row: dict) -> tuple:
     return tuple(str(value) for name, value in row.items() if name not in ("ms", "peak_bytes", "density"))
 
 
+def _replace(rows: list[dict], new: list[dict]) -> None:
+    """Adds rows, in place of those of the same case."""
+    keys = {_key(row) for row in new}
+    rows[:] = [row for row in rows if _key(row) not in keys] + new
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
@@ -238,6 +261,10 @@ def main() -> None:
     if record["rows"] and record["header"]["gpu"] != torch.cuda.get_device_name():
         parser.error(f"{file} was measured on {record['header']['gpu']}; write to another --output")
 
+    described = header() | settings()
+    record.setdefault("header", {})
+    record["header"] |= {name: value for name, value in described.items() if value is not None or not arguments.keep}
+    file.parent.mkdir(parents=True, exist_ok=True)
     todo = cases(arguments.suites, impls)
     for number, case in enumerate(todo, 1):
         rows = measure(case)
@@ -245,18 +272,11 @@ def main() -> None:
             f"[{number}/{len(todo)}] {case} " + ", ".join(f"{row['pass']} {row['ms']:.2f} ms" for row in rows),
             flush=True,
         )
-        new = {_key(row) for row in rows}
-        record["rows"] = [row for row in record["rows"] if _key(row) not in new] + rows
+        _replace(record["rows"], rows)
         if case.is_moc and case.shots == 8 and case.heads == 12 and case.inputs == "random":
-            parts = stages(case)
-            new = {_key(row) for row in parts}
-            record["stages"] = [row for row in record["stages"] if _key(row) not in new] + parts
-    described = header() | settings()
-    record.setdefault("header", {})
-    record["header"] |= {name: value for name, value in described.items() if value is not None or not arguments.keep}
-    record["header"]["impls"] = sorted({row["impl"] for row in record["rows"]})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+            _replace(record["stages"], stages(case))
+        record["header"]["impls"] = sorted({row["impl"] for row in record["rows"]})
+        file.write_text(json.dumps(record, indent=1) + "\n")
     print(write_tables(record, arguments.output.with_suffix(".md")))
     write_plot(record, arguments.output.with_suffix(".png"))
 

@@ -7,6 +7,7 @@ from scripts.measuring import markdown_table
 
 Times = dict[str, float]
 VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
+SINGLE_PASSES = ("forward", "backward", "graph", "compiled")
 STAGE_ORDER = (
     "descriptors", "routing", "index", "own shot", "text", "routed", "merge", "own shot, backward", "text, backward",
     "routed: delta", "routed: gather", "routed: dK, dV", "routed: dQ", "routed: sum dQ",
@@ -74,14 +75,17 @@ def write_tables(record: dict, path: Path) -> str:
             [
                 c["impl"],
                 c["tokens"],
-                *(f"{c['ms'][name]:.3f}" for name in ("forward", "backward", "graph")),
+                *(f"{c['ms'][name]:.3f}" if name in c["ms"] else "" for name in SINGLE_PASSES),
                 f"{c['density']:.3f}",
             ]
             for c in single
         ]
         parts += [
             "## The paper's single-shot case: 6.3k tokens, chunk 256, k 3, not causal, own chunk as anchor",
-            markdown_table(["impl", "tokens", "forward ms", "backward ms", "both from a graph ms", "density"], lines),
+            markdown_table(
+                ["impl", "tokens", "forward ms", "backward ms", "both from a graph ms", "both compiled ms", "density"],
+                lines,
+            ),
         ]
     parts += ["## Stages of MoC, 8 shots, ms", _stage_table(record["stages"])]
     text = "\n\n".join(parts) + "\n"

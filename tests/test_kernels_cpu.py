@@ -322,6 +322,61 @@ def test_triton_lists_are_the_routes_sorted_by_chunk():
     assert lists.tile_starts[-1] == tiles <= len(lists.tile_list)
 
 
+def many_chunks() -> moc.ShotLayout:
+    """Two samples, 208 chunks of one token or two, blocks of queries across shots and samples."""
+    first = [moc.Shot(2, (30, 1, 1)), moc.Shot(1, (120, 1, 1)), moc.Shot(0, (17, 1, 2))]
+    second = [moc.Shot(2, (9, 1, 1)), moc.Shot(1, (26, 1, 1))]
+    return moc.ShotLayout.pack([moc.ShotLayout.build(first, 3, 2), moc.ShotLayout.build(second, 0, 2)]).rechunk(1)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("top_k", "causal", "own", "inputs"),
+    [
+        (17, True, "shot", "periodic"),
+        (40, False, "shot", "random"),
+        (40, False, "shot", "far"),
+        (64, False, "chunk", "equal"),
+    ],
+)
+def test_triton_with_many_routes(top_k, causal, own, inputs):
+    from moc.kernels import triton_routing
+
+    layout = many_chunks()
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
+    if inputs == "periodic":  # every fourth chunk suits all queries
+        q, k = q.abs(), torch.where((torch.arange(len(k)) % 4 == 0)[:, None, None], k.abs(), -k.abs())
+    elif inputs == "equal":
+        k = torch.ones_like(k)
+    elif inputs == "far":
+        k[50] *= 1e6
+    config = moc.MoCConfig(top_k=top_k, causal=causal, own_anchor=own)
+    first = 100 if inputs == "periodic" else 0
+    routes = triton_routing.route(q[first:], k, layout, config, first_query=first)
+    assert same_chunks(routes, routing.route(q[first:], k, layout, config, first_query=first))
+
+
+@interpreted
+def test_shortlists_take_what_they_can_and_say_what_they_leave(monkeypatch):
+    from moc.kernels import triton_routing, triton_shortlist
+
+    layout = moc.ShotLayout.build([moc.Shot(0, (150, 1, 1)), moc.Shot(0, (100, 1, 1))], 0, chunk_tokens=1)
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=3)
+    k[:, 2] = 1.0
+    found, shortlist = [], triton_shortlist.shortlist_routes
+    monkeypatch.setattr(
+        triton_routing, "shortlist_routes", lambda *a, **s: found.append(shortlist(*a, **s)) or found[0]
+    )
+    monkeypatch.setattr(triton_shortlist, "MAX_ENTRIES", 1)
+    config = moc.MoCConfig(top_k=20)
+    assert same_chunks(triton_routing.route(q, k, layout, config), routing.route(q, k, layout, config))
+    left = found[0] > triton_shortlist.room_for(20)
+    assert not left[:, :128].any()  # the first shot's queries, without candidates
+    assert left[:, 128:192].all()  # a block across the cut
+    assert not left[:2, 192:].any()
+    assert left[2, 192:].all()  # equal scores
+
+
 @interpreted
 @pytest.mark.parametrize("top_k", [3, 12])
 def test_triton_ties_go_to_the_lowest_chunk(top_k):

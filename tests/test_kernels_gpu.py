@@ -133,6 +133,20 @@ def test_few_and_many_routes(top_k):
     check(moc.MoCConfig(top_k=top_k, causal=False), stream(chunk_tokens=20), head_dim=64)
 
 
+@pytest.mark.parametrize(("causal", "own"), [(True, "shot"), (False, "shot"), (False, "chunk"), (True, "none")])
+def test_routes_among_many_chunks(causal, own):
+    """Hundreds of chunks, some of them alike at a period, some equal: shortlists and what they leave."""
+    layout = moc.ShotLayout.build([moc.Shot(5, (40, 8, 16))] * 3, 9, 32).to("cuda")
+    (q, k, _), _ = inputs(layout, num_heads=4, requires_grad=False)
+    q[:, 1:] = q[:, 1:].abs()
+    k[layout.token_chunk % 4 == 0, 1] += 1
+    k[:, 2] = 1
+    k[layout.token_chunk == 77, 3] = 1000
+    for top_k in (17, 40, 64):
+        config = moc.MoCConfig(top_k=top_k, causal=causal, own_anchor=own)
+        assert same_chunks(triton_backend.route(q, k, layout, config), routing.route(q, k, layout, config))
+
+
 @pytest.mark.parametrize("top_k", [3, 20])
 def test_drops(top_k):
     check(moc.MoCConfig(top_k=top_k, causal=False, drop_in_max=3), stream(chunk_tokens=40), DROPS, head_dim=64)
@@ -156,7 +170,7 @@ def test_ties_go_to_the_lowest_chunk():
     layout = moc.ShotLayout.build([moc.Shot(3, (30, 4, 4)), moc.Shot(0, (9, 4, 4))], 2, 16).to("cuda")
     tensors, _ = inputs(layout, requires_grad=False)
     q, k = (x.sign() for x in tensors[:2])
-    for top_k in (4, 15):
+    for top_k in (4, 15, 33):
         config = moc.MoCConfig(top_k=top_k, causal=False)
         assert same_chunks(triton_backend.route(q, k, layout, config), routing.route(q, k, layout, config))
 
@@ -268,6 +282,23 @@ def test_compiled_and_recomputed_gradients_are_the_same(dense_setting):
     for other in (torch.compile(call, fullgraph=True), lambda *x: checkpoint(call, *x, use_reentrant=False)):
         for a, b in zip(with_gradients(other, tensors, direction), expected, strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_cuda_graph_of_forward_and_backward_takes_new_inputs():
+    """What a short stream needs, which takes longer to launch than to compute."""
+    layout = stream()
+    config = moc.MoCConfig(top_k=3, causal=False, own_anchor="chunk", deterministic=True, dense_kernel="fa2")
+    tensors, direction = inputs(layout)
+    attend = torch.compile(partial(moc.moc_attention, layout=layout, config=config), mode="reduce-overhead")
+    for seed in range(4):
+        fresh, direction = inputs(layout, seed=seed)
+        with torch.no_grad():
+            for x, new in zip(tensors, fresh, strict=True):
+                x.copy_(new)
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [x.clone() for x in with_gradients(attend, tensors, direction)]
+        expected = with_gradients(partial(moc.moc_attention, layout=layout, config=config), fresh, direction)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 # The last queries of a stream alone

@@ -41,8 +41,12 @@ class AnchorCall:
         return self.own_end - self.own_start
 
     @property
+    def num_text(self) -> int:
+        return self.a1 - self.a0 + self.b1 - self.b0
+
+    @property
     def num_keys(self) -> int:
-        return self.num_own + self.a1 - self.a0 + self.b1 - self.b0
+        return self.num_own + self.num_text
 
     def as_ints(self) -> list[int]:
         return [self.start, self.end, self.own_start, self.own_end, self.a0, self.a1, self.b0, self.b1]
@@ -71,10 +75,9 @@ def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_
     """
     if config.own_anchor is not OwnAnchor.chunk:
         return routes
-    absent = layout.group_shot[layout.token_group] < 0
+    own = layout.token_shot_chunk[first_query:]
     if config.text_anchor is not TextAnchor.none:
-        absent = absent | layout.token_is_text
-    own = layout.token_chunk.masked_fill(absent, -1)[first_query:]
+        own = own.masked_fill(layout.token_is_text[first_query:], -1)
     return torch.cat([routes, own[None, :, None].expand(len(routes), -1, 1)], dim=-1)
 
 
@@ -125,8 +128,13 @@ def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
             yield AnchorCall(group.start, group.end, group.start, own_end, a0, a1, b0, b1)
 
 
+def _text_rows(x: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]) -> Tensor:
+    """x's text rows [Lt, N, D], or none where no call takes any."""
+    return x.index_select(0, text_index) if any(call.num_text for call in calls) else x[:0]
+
+
 def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
-    """Rows of keys (or values) x [L, N, D] of one call; text: x's text rows [Lt, N, D]."""
+    """Rows of keys (or values) x [L, N, D] of one call; text: x's text rows."""
     parts = [x[call.own_start : call.own_end], text[call.a0 : call.a1], text[call.b0 : call.b1]]
     parts = [part for part in parts if len(part)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -137,11 +145,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq] (fp32 at least); without anchors: 0 and -inf."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
+    if len(calls) == 1 and covers_all(calls, len(q)):
+        out, lse = kernel.forward(q, _keys(calls[0], k, k_text), _keys(calls[0], v, v_text))
+        return out.contiguous(), lse.contiguous()
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)
     if not covers_all(calls, len(q)):
         out.zero_()
         lse.fill_(-torch.inf)
-    k_text, v_text = k[text_index], v[text_index]
     for call in calls:
         rows = slice(call.start, call.end)
         out[rows], lse[:, rows] = kernel.forward(q[rows], _keys(call, k, k_text), _keys(call, v, v_text))
@@ -167,17 +178,27 @@ def backward(
     if not covers_all([call for call in calls if call.num_own], len(k)):
         dk.zero_()
         dv.zero_()
-    k_text, v_text = k[text_index], v[text_index]
+    k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
     text_grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k_text, v_text)]
     for call in calls:
         rows, own = slice(call.start, call.end), slice(call.own_start, call.own_end)
         keys, values = _keys(call, k, k_text), _keys(call, v, v_text)
         dq[rows], *grads = kernel.backward(dout[rows], q[rows], keys, values, out[rows], lse[:, rows], deterministic)
-        for total, text_total, grad in zip((dk, dv), text_grads, grads, strict=True):
-            own_grad, a_grad, b_grad = grad.split([call.num_own, call.a1 - call.a0, call.b1 - call.b0])
-            total[own] = own_grad
-            text_total[call.a0 : call.a1] += a_grad
-            text_total[call.b0 : call.b1] += b_grad
+        targets = ((dk, text_grads[0]), (dv, text_grads[1]))
+        for (total, text_total), grad in zip(targets, grads, strict=True):
+            if call.num_own:
+                total[own] = grad[: call.num_own]
+            _add_text(text_total, grad[call.num_own :], call)
     for total, text_total in zip((dk, dv), text_grads, strict=True):
-        total[text_index] = (total[text_index] + text_total).to(total.dtype)
+        if len(text_total):
+            summed = total.index_select(0, text_index) + text_total
+            total.index_copy_(0, text_index, summed.to(total.dtype))
     return dq, dk, dv
+
+
+def _add_text(total: Tensor, grad: Tensor, call: AnchorCall) -> None:
+    """Adds the gradient of a call's text rows to that of all text rows, in place."""
+    middle = call.a1 - call.a0
+    for first, last, part in ((call.a0, call.a1, grad[:middle]), (call.b0, call.b1, grad[middle:])):
+        if last > first:
+            total[first:last] += part

@@ -1,8 +1,8 @@
 """Backend `triton`: the anchored part by the fastest dense kernel, the routed part by own kernels, merged exactly.
 
-Routes become lists of queries by (head, chunk) on the device; nothing waits for the host. The whole attention is one
-`torch.library` operator with a backward, so it goes through `torch.compile(fullgraph=True)` and activation
-checkpointing unchanged.
+Routes become lists of queries by (head, chunk) on the device; nothing waits for the host. Compiled, the whole attention
+is one `torch.library` operator with a backward, so it goes through `torch.compile(fullgraph=True)`; eager, it is the
+same two functions in an autograd function, since calling an operator takes longer than a short stream's kernels.
 
 Shape letters: L packed tokens, Lq queries, N heads, D head dim, M chunks, K slots of a query.
 """
@@ -45,22 +45,21 @@ def attend(
     if config.dense or routes is None or routes.shape[-1] == 0:
         routes = torch.empty(0, 0, 0, dtype=torch.int32, device=q.device)
     calls = [number for call in anchors.anchor_calls(layout, config, first_query) for number in call.as_ints()]
-    out, *_ = _attend(
+    inputs = (
         q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, layout.text_index, calls,
         layout.max_chunk_tokens, config.dense_kernel, config.deterministic,
     )  # fmt: skip
-    return out
+    return _operator(*inputs)[0] if torch.compiler.is_compiling() else _Attend.apply(*inputs)
 
 
 def _unpack(calls: Sequence[int]) -> list[AnchorCall]:
     return [AnchorCall(*calls[i : i + CALL_INTS]) for i in range(0, len(calls), CALL_INTS)]
 
 
-# The operator
+# Forward and backward, the same for the operator and for the autograd function
 
 
-@torch.library.custom_op("moc::attend", mutates_args=())
-def _attend(
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor, calls: Sequence[int],
     max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -71,21 +70,11 @@ def _attend(
         none = [routes.new_empty(0) for _ in range(4)]
         return out, lse, none[0], none[1], none[2], none[3]
     lists = build_lists(routes, len(chunk_starts) - 1, blocks_for(q, max_chunk_tokens).tile)
-    routed_forward(q, k, v, out, lse, lists, routes.shape[-1], chunk_starts, max_chunk_tokens)
+    routed_forward(q, k, v, out, lse, lists, routes, chunk_starts, max_chunk_tokens)
     return out, lse, lists.entries, lists.starts, lists.tile_starts, lists.tile_list
 
 
-@_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, *args) -> tuple[Tensor, ...]:
-    num_lists = (chunk_starts.shape[0] - 1) * q.shape[1]
-    num_tiles = max_tiles(routes.numel(), num_lists, blocks_for(q, args[2]).tile)
-    sizes = (routes.numel(), num_lists + 1, num_lists + 1, num_tiles) if routes.numel() else (0, 0, 0, 0)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    return torch.empty_like(q), lse, *(routes.new_empty(size) for size in sizes)
-
-
-@torch.library.custom_op("moc::attend_backward", mutates_args=())
-def _attend_backward(
+def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entries: Tensor, starts: Tensor,
     tile_starts: Tensor, tile_list: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor,
     calls: Sequence[int], max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
@@ -98,19 +87,44 @@ def _attend_backward(
     return grads
 
 
-@_attend_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, ...]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 def _save(ctx, inputs, output) -> None:
     q, k, v, routes, chunk_starts, text_index, *ctx.settings = inputs
     ctx.save_for_backward(q, k, v, *output, routes, chunk_starts, text_index)
 
 
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), *(None,) * 7
+
+
+_operator = torch.library.custom_op("moc::attend", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op("moc::attend_backward", _backward, mutates_args=())
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, *args) -> tuple[Tensor, ...]:
+    num_lists = (chunk_starts.shape[0] - 1) * q.shape[1]
+    num_tiles = max_tiles(routes.numel(), num_lists, blocks_for(q, args[2]).tile)
+    sizes = (routes.numel(), num_lists + 1, num_lists + 1, num_tiles) if routes.numel() else (0, 0, 0, 0)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return torch.empty_like(q), lse, *(routes.new_empty(size) for size in sizes)
+
+
+@_backward_operator.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, ...]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def _differentiate(ctx, dout: Tensor, *_):
-    grads = _attend_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings)
+    grads = _backward_operator(dout.contiguous(), *ctx.saved_tensors, *ctx.settings)
     return *grads, *(None,) * 7
 
 
-_attend.register_autograd(_differentiate, setup_context=_save)
+_operator.register_autograd(_differentiate, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Which chunks a query may route to, inside Triton kernels; as `moc.routing.candidate_range`."""
+"""Which chunks a query may route to and how it scores them, inside Triton kernels; as `moc.routing`."""
 
 import triton
 import triton.language as tl
@@ -40,3 +40,18 @@ def candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num
     chunk = chunk[None, :]
     skipped = (chunk >= skip_first[:, None]) & (chunk < skip_last[:, None])
     return (chunk >= first[:, None]) & (chunk < last[:, None]) & (skipped == 0) & video[None, :]
+
+
+@triton.jit
+def chunk_scores(
+    queries, means, head, chunk, num_heads, num_chunks,
+    TERMS: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """[BQ, BC]: q . mean of each chunk, with the first TERMS terms of the means."""
+    rows = (head * num_chunks + chunk).to(tl.int64)[:, None] * DP + tl.arange(0, DP)[None, :]
+    scores = tl.zeros([BQ, BC], tl.float32)
+    for term in tl.static_range(TERMS):
+        table = means + (TERMS - 1 - term) * num_heads * num_chunks * DP
+        mean = tl.load(table + rows, mask=(chunk < num_chunks)[:, None], other=0.0)
+        scores = tl.dot(queries, mean.T, scores, input_precision="ieee")
+    return scores

@@ -6,6 +6,8 @@ Source: arXiv 2508.21058, section 3 (context drop-off, drop-in).
 Shape letters: L packed tokens, N heads, K routes a query, R drop_in_max.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -119,7 +121,12 @@ def _keep_lowest(keys, chunk, best, added, routed):
     return best, added
 
 
-@torch.library.custom_op("moc::drop_routes", mutates_args=())
+@cache
+def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
+    """`poisson_thresholds` on a device; kept, so that no layer copies them."""
+    return torch.tensor(poisson_thresholds(rate, most), dtype=torch.float32).to(device, non_blocking=True)
+
+
 def _drop_routes(
     routes: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor, chunk_is_text: Tensor,
     group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor, causal: bool, own_anchor: int,
@@ -128,10 +135,9 @@ def _drop_routes(
     num_heads, num_tokens, top_k = routes.shape
     dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
     base = drop_base(DropKey(seed, step, layer))
-    thresholds = torch.tensor(poisson_thresholds(drop_in_rate, drop_in_max), dtype=torch.float32)
     block = 32
     drop_kernel[(triton.cdiv(num_tokens, block), num_heads)](
-        routes, dropped, thresholds.to(routes.device, non_blocking=True), token_chunk, chunk_group, chunk_sample,
+        routes, dropped, _thresholds(drop_in_rate, drop_in_max, routes.device), token_chunk, chunk_group, chunk_sample,
         chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, base - (base >> 31 << 32), first_head,
         drop_off_max, num_tokens, len(chunk_group), top_k, drop_in_max, CAUSAL=causal, OWN=own_anchor,
         KP=max(2, triton.next_power_of_2(top_k)), RP=max(2, triton.next_power_of_2(drop_in_max)), BQ=block, BC=32,
@@ -139,7 +145,10 @@ def _drop_routes(
     return dropped
 
 
-@_drop_routes.register_fake
+_operator = torch.library.custom_op("moc::drop_routes", _drop_routes, mutates_args=())
+
+
+@_operator.register_fake
 def _(routes: Tensor, *args) -> Tensor:
     num_heads, num_tokens, top_k = routes.shape
     return routes.new_empty((num_heads, num_tokens, top_k + args[11]))
@@ -147,7 +156,7 @@ def _(routes: Tensor, *args) -> Tensor:
 
 def drop_routes(routes: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey) -> Tensor:
     """Routes int32 [N, L, K] after context drop-off and drop-in: [N, L, K + drop_in_max]."""
-    return _drop_routes(
+    return (_operator if torch.compiler.is_compiling() else _drop_routes)(
         routes, layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
         layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk, config.causal,
         OWN_ANCHORS[config.own_anchor], config.drop_off_max, config.drop_in_rate, config.drop_in_max,

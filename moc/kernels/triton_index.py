@@ -1,8 +1,8 @@
 """From routes to work lists, on the device: for each (head, chunk) the queries that chose it, in stream order.
 
 A counting sort with bit masks. `mark` sets one bit for each (token, chunk) chosen, 32 tokens a word; `count` scans the
-numbers of bits along the stream; then a route's place in its list is the number of bits before its own. Or-ing bits
-knows no order, so the lists are the same every time; nothing waits for the host.
+numbers of bits along the stream, `scan` the lengths of the lists; then a route's place in its list is the number of
+bits before its own. Or-ing bits knows no order, so the lists are the same every time; nothing waits for the host.
 
 Shape letters: L packed tokens, N heads, M chunks, K routes a query, W = ceil(L / 32) words.
 """
@@ -24,7 +24,8 @@ class Lists:
 
     entries [N * L * K]: token * K + slot of each routed query; those of list i are [starts[i], starts[i + 1]).
     starts [N * M + 1]. tile_starts [N * M + 1]: a list is cut into tiles of `tile` queries; list i has the tiles
-    [tile_starts[i], tile_starts[i + 1]). tile_list: the list of each tile, as many as there can be.
+    [tile_starts[i], tile_starts[i + 1]). tile_list: the list of each tile, room for as many as there can be.
+    What lies past the last entry and the last tile is not written.
     """
 
     entries: Tensor
@@ -84,28 +85,53 @@ def count_kernel(
     tl.store(counts + (first_head + head) * num_chunks + chunk, total, mask=chunk < num_chunks)
 
 
+@triton.jit(do_not_specialize=["first_list", "last_list"])
+def scan_kernel(counts, starts, tile_starts, first_list, last_list, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """starts and tile_starts of the lists [first_list, last_list), going on from those of earlier lists."""
+    entries = tl.load(starts + first_list, mask=first_list > 0, other=0)
+    tiles = tl.load(tile_starts + first_list, mask=first_list > 0, other=0)
+    tl.store(starts + first_list, entries)
+    tl.store(tile_starts + first_list, tiles)
+    for first in range(first_list, last_list, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        inside = index < last_list
+        count = tl.load(counts + index, mask=inside, other=0)
+        tile_count = (count + (TILE - 1)) // TILE
+        tl.store(starts + 1 + index, entries + tl.cumsum(count, 0), mask=inside)
+        tl.store(tile_starts + 1 + index, tiles + tl.cumsum(tile_count, 0), mask=inside)
+        entries += tl.sum(count, 0)
+        tiles += tl.sum(tile_count, 0)
+
+
 @triton.jit(do_not_specialize=["first_head", "num_entries", "num_slots", "num_words", "num_chunks"])
 def place_kernel(
-    routes, masks, before, starts, entries, first_head, num_entries, num_slots, num_words, num_chunks,
-    BLOCK: tl.constexpr,
+    routes, masks, before, starts, tile_starts, entries, tile_list, first_head, num_entries, num_slots, num_words,
+    num_chunks, BLOCK: tl.constexpr,
 ):  # fmt: skip
     entry, chunk, word, bit, valid = _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK)
-    start = tl.load(starts + (first_head + tl.program_id(1)) * num_chunks + chunk, mask=valid, other=0)
+    first_list = (first_head + tl.program_id(1)) * num_chunks
+    start = tl.load(starts + first_list + chunk, mask=valid, other=0)
     earlier = tl.load(masks + word, mask=valid, other=0) & ((tl.full([BLOCK], 1, tl.int32) << bit) - 1)
     place = start + tl.load(before + word, mask=valid, other=0) + _popcount(earlier)
     tl.store(entries + place, entry, mask=valid)
+    for index in range(first_list + tl.program_id(0), first_list + num_chunks, tl.num_programs(0)):
+        last_tile = tl.load(tile_starts + index + 1)
+        for first in range(tl.load(tile_starts + index), last_tile, BLOCK):
+            tile = first + tl.arange(0, BLOCK)
+            tl.store(tile_list + tile, index + tl.zeros([BLOCK], tl.int32), mask=tile < last_tile)
 
 
 def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
     """Sorts routes int32 [N, L, K] (-1 = empty, no chunk twice for a query) into lists."""
     num_heads, num_tokens, num_slots = routes.shape
-    num_entries, num_words = num_tokens * num_slots, triton.cdiv(num_tokens, 32)
+    num_entries, num_words, num_lists = num_tokens * num_slots, triton.cdiv(num_tokens, 32), num_heads * num_chunks
     group = max(1, min(num_heads, MAX_WORDS // (num_words * num_chunks)))
     masks = routes.new_empty(group, num_words, num_chunks)
     before = torch.empty_like(masks)
-    counts = routes.new_empty(num_heads, num_chunks)
-    starts = routes.new_zeros(num_heads * num_chunks + 1)
-    entries = routes.new_zeros(num_heads * num_entries)
+    counts = routes.new_empty(num_lists)
+    starts, tile_starts = (routes.new_empty(num_lists + 1) for _ in range(2))
+    entries = routes.new_empty(num_heads * num_entries)
+    tile_list = routes.new_empty(max_tiles(len(entries), num_lists, tile))
     sizes = (num_entries, num_slots, num_words, num_chunks)
     for first in range(0, num_heads, group):
         heads = min(group, num_heads - first)
@@ -115,12 +141,6 @@ def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
         count_kernel[(triton.cdiv(num_chunks, 32), heads)](
             masks, before, counts, first, num_words, num_chunks, ROWS=128, COLUMNS=32
         )
-        lists = slice(first * num_chunks, (first + heads) * num_chunks)
-        so_far = counts.view(-1)[lists].cumsum(0, dtype=torch.int32)
-        torch.add(so_far, starts[lists.start], out=starts[lists.start + 1 : lists.stop + 1])
-        place_kernel[grid](routes, masks, before, starts, entries, first, *sizes, BLOCK)
-    tiles = (starts.diff() + (tile - 1)) // tile
-    tile_starts = torch.nn.functional.pad(tiles.cumsum(0, dtype=torch.int32), (1, 0))
-    numbers = torch.arange(max_tiles(len(entries), len(starts) - 1, tile), dtype=torch.int32, device=entries.device)
-    tile_list = torch.searchsorted(tile_starts, numbers, right=True, out_int32=True) - 1
+        scan_kernel[(1,)](counts, starts, tile_starts, first * num_chunks, (first + heads) * num_chunks, tile, BLOCK)
+        place_kernel[grid](routes, masks, before, starts, tile_starts, entries, tile_list, first, *sizes, BLOCK)
     return Lists(entries, starts, tile_starts, tile_list, tile)

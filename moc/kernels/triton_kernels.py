@@ -117,17 +117,18 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["first_head", "num_tokens", "num_slots"])
 def merge_kernel(
-    out, lse, partial, partial_lse, first_head, num_tokens, num_slots, stride,
+    out, lse, partial, partial_lse, routes, first_head, num_tokens, num_slots, stride,
     D: tl.constexpr, DP: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the routed partials to `out` and `lse`, in place; a slot with LSE -inf is empty."""
+    """Adds the partials of every slot that holds a route to `out` and `lse`, in place."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     head = first_head + tl.program_id(1)
     valid = token < num_tokens
     first = head.to(tl.int64) * num_tokens + token
-    slot = tl.arange(0, SLOTS)
-    mask = valid[:, None] & (slot < num_slots)[None, :]
-    parts = tl.load(partial_lse + first[:, None] * num_slots + slot[None, :], mask=mask, other=-float("inf"))
+    slot = tl.arange(0, SLOTS)[None, :]
+    place = first[:, None] * num_slots + slot
+    routed = tl.load(routes + place, mask=valid[:, None] & (slot < num_slots), other=-1) >= 0
+    parts = tl.load(partial_lse + place, mask=routed, other=-float("inf"))
     own = tl.load(lse + first, mask=valid, other=-float("inf"))
     peak = tl.maximum(own, tl.max(parts, 1))
     peak = tl.where(peak == -float("inf"), 0.0, peak)
@@ -139,8 +140,9 @@ def merge_kernel(
     acc = load_rows(out, token, stride, valid, D, DP).to(tl.float32) * tl.exp(own - merged)[:, None]
     row = tl.program_id(1).to(tl.int64) * num_tokens + token
     for k in range(num_slots):
-        part = tl.load(partial_lse + first * num_slots + k, mask=valid, other=-float("inf"))
-        value = load_rows(partial, row * num_slots + k, D, part > -float("inf"), D, DP)
+        held = tl.load(routes + first * num_slots + k, mask=valid, other=-1) >= 0
+        part = tl.load(partial_lse + first * num_slots + k, mask=held, other=-float("inf"))
+        value = load_rows(partial, row * num_slots + k, D, held, D, DP)
         acc += value.to(tl.float32) * tl.exp(part - merged)[:, None]
     store_rows(out, token, stride, acc, valid, D, DP)
 

@@ -64,9 +64,14 @@ def blocks_for(q: Tensor, max_chunk_tokens: int) -> Blocks:
     """The block sizes for q's dtype and device."""
     if q.dtype == torch.float32:
         return FULL
-    if q.is_cuda and capability(q.device) not in MUCH_SHARED_MEMORY:
+    if not has_much_memory(q):
         return HALF_SMALL_MEMORY
     return HALF_SMALL_CHUNKS if max_chunk_tokens < SMALL_CHUNK else HALF
+
+
+def has_much_memory(x: Tensor) -> bool:
+    """Whether a program may use 160 KiB of shared memory; on a CPU, interpreted, it may."""
+    return not x.is_cuda or capability(x.device) in MUCH_SHARED_MEMORY
 
 
 def use_tma(x: Tensor) -> bool:
@@ -115,17 +120,17 @@ def routed_forward(
     out: Tensor,
     lse: Tensor,
     lists: Lists,
-    num_slots: int,
+    routes: Tensor,
     chunk_starts: Tensor,
     max_chunk_tokens: int,
 ) -> None:
     """Adds the routed part to `out` [L, N, D] and `lse` [N, L], in place."""
-    num_tokens, num_heads, head_dim = q.shape
-    num_chunks, stride = len(chunk_starts) - 1, q.stride(0)
+    num_tokens, _, head_dim = q.shape
+    num_chunks, num_slots, stride = len(chunk_starts) - 1, routes.shape[-1], q.stride(0)
     shape = {"D": head_dim, "DP": _padded(head_dim)}
     blocks = blocks_for(q, max_chunk_tokens)
     key_sources = [_key_source(x, blocks.forward["BN"]) for x in (k, v)]
-    partial_lse = torch.full((num_heads, num_tokens, num_slots), -torch.inf, device=q.device)
+    partial_lse = torch.empty(routes.shape, dtype=torch.float32, device=q.device)
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
         bounds = (first * num_chunks, last * num_chunks)
@@ -135,7 +140,7 @@ def routed_forward(
             **shape, BM=lists.tile, TMA=use_tma(q), **blocks.forward,
         )  # fmt: skip
         kernels.merge_kernel[(triton.cdiv(num_tokens, 16), last - first)](
-            out, lse, partial, partial_lse, first, num_tokens, num_slots, stride,
+            out, lse, partial, partial_lse, routes, first, num_tokens, num_slots, stride,
             **shape, SLOTS=triton.next_power_of_2(num_slots), BT=16,
         )  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""Routing in Triton: chunk means in one pass over K, then scores and top-k together; no score is ever stored.
+"""Routing in Triton: chunk means in one pass over K, then scores and top-k together; scores are not stored.
 
 A program takes BQ queries of one head, walks over the chunks they may route to, BC at a time, and keeps the best
 chunks of each query in registers: as long as some query has a score above its worst kept one, each query takes its
 best remaining score. Chunks come in stream order and only a strictly better score displaces a kept one, so ties go to
 the lowest index. Means enter the matrix unit as a sum of terms of q's dtype (three bf16 or two fp16), which restores
-fp32 accuracy, as q itself is exact.
+fp32 accuracy, as q itself is exact. With many routes a query a shortlist comes first (`triton_shortlist`).
 
 Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). Equals `moc.routing.route`, except that the routes
 of a query come in no order.
@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig
-from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask
+from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask, chunk_scores
 from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
+from moc.kernels.triton_shortlist import room_for, shortlist_pays, shortlist_routes
 from moc.layout import ShotLayout
 
 TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
@@ -28,10 +29,13 @@ TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
 @triton.jit(do_not_specialize=["num_heads", "num_chunks"])
 def means_kernel(
-    k, means, chunk_starts, num_heads, num_chunks, stride,
+    k, means, slack, chunk_starts, num_heads, num_chunks, stride,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """means [TERMS, N, M, DP]: the mean key of each chunk, split into terms of k's dtype that add up to it."""
+    """means [TERMS, N, M, DP]: the mean key of each chunk, split into terms of k's dtype that add up to it.
+
+    slack [N, M]: what a unit query's score with the first term alone can lack, rounding included.
+    """
     chunk, head = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(chunk_starts + chunk), tl.load(chunk_starts + chunk + 1)
     total = tl.zeros([DP], tl.float32)
@@ -39,12 +43,15 @@ def means_kernel(
         row = start + tl.arange(0, BLOCK)
         total += tl.sum(load_rows(k + head * D, row, stride, row < last, D, DP).to(tl.float32), 0)
     rest = total / (last - first)
+    length = tl.sqrt(tl.sum(rest * rest))
     place = means + (head * num_chunks + chunk) * DP + tl.arange(0, DP)
-    for _ in tl.static_range(TERMS):
+    for i in tl.static_range(TERMS):
         term = rest.to(means.dtype.element_ty)
         tl.store(place, term)
         rest -= term.to(tl.float32)
         place += num_heads * num_chunks * DP
+        if i == 0:
+            tl.store(slack + head * num_chunks + chunk, 1.01 * tl.sqrt(tl.sum(rest * rest)) + 2e-5 * length)
 
 
 @triton.jit
@@ -68,75 +75,84 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
 
 @triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"])
 def route_kernel(
-    q, means, routes, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
+    q, means, routes, counts, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
     sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
-    TERMS: tl.constexpr, KP: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+    TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    KP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
+    """routes of BQ queries of one head; with a ROOM, only where some of them has a count [N, L] above it."""
     NONE: tl.constexpr = 1 << 30
-    token = tl.program_id(0) * BQ + tl.arange(0, BQ)
     head = tl.program_id(1)
+    token = tl.program_id(0) * BQ + tl.arange(0, BQ)
     valid = token < num_tokens
-    first, last, skip_first, skip_last = candidate_bounds(
-        token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
-        CAUSAL, OWN,
-    )  # fmt: skip
-    queries = load_rows(q + head * D, token, stride, valid, D, DP)
-    slot = tl.arange(0, KP)[None, :]
-    # Slots past top_k hold infinity, which nothing displaces; empty slots differ by their negative index.
-    values = tl.zeros([BQ, KP], tl.float32) + tl.where(slot < top_k, -float("inf"), float("inf"))
-    kept = tl.zeros([BQ, KP], tl.int32) - 1 - slot
-    column = tl.arange(0, DP)
-    for start in range(tl.min(tl.where(valid, first, NONE), 0), tl.max(last, 0), BC):
-        chunk = start + tl.arange(0, BC)
-        rows = (head * num_chunks + chunk).to(tl.int64)[:, None] * DP + column[None, :]
-        scores = tl.zeros([BQ, BC], tl.float32)
-        for term in tl.static_range(TERMS):
-            table = means + (TERMS - 1 - term) * num_heads * num_chunks * DP
-            mean = tl.load(table + rows, mask=(chunk < num_chunks)[:, None], other=0.0)
-            scores = tl.dot(queries, mean.T, scores, input_precision="ieee")
-        allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
-        scores = tl.where(allowed, scores, -float("inf"))
-        values, kept = _keep_best(scores, chunk, values, kept, BC, NONE)
-    row = (head.to(tl.int64) * num_tokens + token)[:, None] * top_k
-    tl.store(routes + row + slot, tl.maximum(kept, -1), mask=valid[:, None] & (slot < top_k))
+    wanted = ROOM == 0
+    if ROOM > 0:
+        wanted = tl.max(tl.load(counts + head.to(tl.int64) * num_tokens + token, mask=valid, other=0), 0) > ROOM
+    if wanted:
+        first, last, skip_first, skip_last = candidate_bounds(
+            token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
+            CAUSAL, OWN,
+        )  # fmt: skip
+        queries = load_rows(q + head * D, token, stride, valid, D, DP)
+        slot = tl.arange(0, KP)[None, :]
+        # Slots past top_k hold infinity, which nothing displaces; empty slots differ by their negative index.
+        values = tl.zeros([BQ, KP], tl.float32) + tl.where(slot < top_k, -float("inf"), float("inf"))
+        kept = tl.zeros([BQ, KP], tl.int32) - 1 - slot
+        for start in range(tl.min(tl.where(valid, first, NONE), 0), tl.max(last, 0), BC):
+            chunk = start + tl.arange(0, BC)
+            scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, TERMS, DP, BQ, BC)
+            allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
+            scores = tl.where(allowed, scores, -float("inf"))
+            values, kept = _keep_best(scores, chunk, values, kept, BC, NONE)
+        row = (head.to(tl.int64) * num_tokens + token)[:, None] * top_k
+        tl.store(routes + row + slot, tl.maximum(kept, -1), mask=valid[:, None] & (slot < top_k))
 
 
-def chunk_means(k: Tensor, chunk_starts: Tensor) -> Tensor:
-    """Mean key of each chunk as terms of k's dtype: k [L, N, D] -> [TERMS, N, M, DP], DP the padded head dim."""
+def chunk_means(k: Tensor, chunk_starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean key of each chunk as terms of k's dtype, and the slack of the first one.
+
+    k [L, N, D] -> [TERMS, N, M, DP], DP the padded head dim, and fp32 [N, M].
+    """
     _, num_heads, head_dim = k.shape
     num_chunks = len(chunk_starts) - 1
     padded = max(16, triton.next_power_of_2(head_dim))
     means = torch.empty(TERMS[k.dtype], num_heads, num_chunks, padded, dtype=k.dtype, device=k.device)
+    slack = torch.empty(num_heads, num_chunks, dtype=torch.float32, device=k.device)
     means_kernel[(num_chunks, num_heads)](
-        k, means, chunk_starts, num_heads, num_chunks, k.stride(0),
+        k, means, slack, chunk_starts, num_heads, num_chunks, k.stride(0),
         TERMS=TERMS[k.dtype], D=head_dim, DP=padded, BLOCK=64, num_warps=4,
     )  # fmt: skip
-    return means
+    return means, slack
 
 
-@torch.library.custom_op("moc::route", mutates_args=())
 def _route(
     q: Tensor, k: Tensor, chunk_starts: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor,
     chunk_is_text: Tensor, group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor,
     top_k: int, causal: bool, own_anchor: int,
 ) -> Tensor:  # fmt: skip
     num_tokens, num_heads, head_dim = q.shape
-    num_chunks = len(chunk_starts) - 1
     routes = torch.empty(num_heads, num_tokens, top_k, dtype=torch.int32, device=q.device)
-    if top_k:
-        means = chunk_means(k, chunk_starts)
-        block = 128 if top_k <= 8 and q.dtype != torch.float32 else 64
-        route_kernel[(triton.cdiv(num_tokens, block), num_heads)](
-            q, means, routes, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
-            sample_first_chunk, num_tokens, num_heads, num_chunks, q.stride(0), top_k,
-            TERMS=TERMS[q.dtype], KP=max(2, triton.next_power_of_2(top_k)), CAUSAL=causal, OWN=own_anchor,
-            D=head_dim, DP=means.shape[-1], BQ=block, BC=32, num_warps=4,
-        )  # fmt: skip
+    if not top_k:
+        return routes
+    means, slack = chunk_means(k, chunk_starts)
+    tables = (token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot, sample_first_chunk)
+    settings = {
+        "TERMS": TERMS[q.dtype], "CAUSAL": causal, "OWN": own_anchor, "D": head_dim, "DP": means.shape[-1]
+    }  # fmt: skip
+    block, counts, room = 128 if top_k <= 8 and q.dtype != torch.float32 else 64, None, 0
+    if shortlist_pays(q, top_k):
+        counts, room = shortlist_routes(q, means, slack, routes, tables, **settings), room_for(top_k)
+    route_kernel[(triton.cdiv(num_tokens, block), num_heads)](
+        q, means, routes, counts, *tables, num_tokens, num_heads, means.shape[2], q.stride(0), top_k, **settings,
+        KP=max(2, triton.next_power_of_2(top_k)), BQ=block, BC=32, ROOM=room, num_warps=4,
+    )  # fmt: skip
     return routes
 
 
-@_route.register_fake
+_operator = torch.library.custom_op("moc::route", _route, mutates_args=())
+
+
+@_operator.register_fake
 def _(q: Tensor, k: Tensor, *args) -> Tensor:
     return q.new_empty((q.shape[1], q.shape[0], args[8]), dtype=torch.int32)
 
@@ -152,7 +168,7 @@ def route(
     """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], in no order, -1 where a slot is
     empty. K is top_k, and top_k + drop_in_max where drops apply. first_query: the place of q's first token.
     """
-    routes = _route(
+    routes = (_operator if torch.compiler.is_compiling() else _route)(
         q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk[first_query:],
         layout.chunk_group, layout.chunk_sample, layout.chunk_is_text, layout.group_first_chunk, layout.group_shot,
         layout.sample_first_chunk, config.top_k, config.causal, OWN_ANCHORS[config.own_anchor],

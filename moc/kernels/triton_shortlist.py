@@ -1,0 +1,204 @@
+"""Routing with many routes a query, in Triton: most chunks are ruled out before any is ranked.
+
+Three kernels, each over blocks of queries of one head that may all route to the same chunks:
+
+    bound    keeps the best score of each of GROUPS groups of chunks. top_k groups reach the top_k-th best of these, so
+             top_k chunks do: a lower bound of the scores to keep, which few others reach. The first term of the means
+             is enough here, less what the others could add (`slack`, by Cauchy-Schwarz).
+    list     with exact scores, the chunks that reach the bound, in stream order
+    select   the worst of a list go until top_k are left; of equal ones, the last in the stream
+
+Blocks whose queries differ in what they may route to, and those where some list outgrows its room (many equal scores),
+are left to `triton_routing.route_kernel`, which takes any; a count above the room tells.
+
+Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). Equals `moc.routing.route`, except that the routes
+of a query come in no order.
+
+Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query, S room
+of a list, G heads of a group.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moc.kernels.triton_bounds import candidate_bounds, chunk_scores
+from moc.kernels.triton_kernels import load_rows
+from moc.kernels.triton_routed import has_much_memory
+
+BISECTIONS = tl.constexpr(16)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
+MAX_ENTRIES = 1 << 24  # bounds the lists held at a time; a large q's may take half its bytes
+GROUPS = 128
+
+
+@triton.jit
+def _shared_range(
+    start, end, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
+    CAUSAL: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """Whether the queries [start, end) may all route to the same chunks, and the bounds of the first one's."""
+    a, b = tl.load(token_chunk + start), tl.load(token_chunk + end - 1)
+    if OWN == 0:
+        a, b = tl.load(chunk_group + a), tl.load(chunk_group + b)
+    first, last, skip_first, skip_last = candidate_bounds(
+        start, start < end, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
+        CAUSAL, OWN,
+    )  # fmt: skip
+    return a == b, first, last, skip_first, skip_last
+
+
+@triton.jit
+def _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text):
+    """[BC]: 0 for each chunk from the first one on that the queries may route to, -inf for the others."""
+    video = tl.load(chunk_is_text + chunk, mask=chunk < last, other=1) == 0
+    skipped = (chunk >= skip_first) & (chunk < skip_last)
+    return tl.where(video & (skipped == 0), 0.0, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"])
+def bound_kernel(
+    q, means, slack, bounds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
+    sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
+    TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BQ: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """bounds [N, L]: a score that at least top_k chunks reach, of few more; the lowest number where there are fewer."""
+    head, start = tl.program_id(1), tl.program_id(0) * BQ
+    shared, first, last, skip_first, skip_last = _shared_range(
+        start, tl.minimum(start + BQ, num_tokens), token_chunk, chunk_group, chunk_sample, group_first_chunk,
+        group_shot, sample_first_chunk, CAUSAL, OWN,
+    )  # fmt: skip
+    if shared:
+        token = start + tl.arange(0, BQ)
+        valid = token < num_tokens
+        queries = load_rows(q + head * D, token, stride, valid, D, DP)
+        length = tl.sqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1))
+        group = tl.arange(0, GROUPS)
+        best = tl.zeros([BQ, GROUPS], tl.float32) - float("inf")
+        for block in tl.range(first, last, GROUPS, num_stages=STAGES):
+            # Shifted from block to block, so that no period of the chunks fills one group.
+            chunk = block + (group + (block - first) // GROUPS * 37) % GROUPS
+            scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, 1, DP, BQ, GROUPS)
+            mask = _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text)
+            less = tl.load(slack + head * num_chunks + chunk, mask=chunk < num_chunks, other=0.0)
+            best = tl.maximum(best, scores + (mask[None, :] - length[:, None] * less[None, :]))
+
+        high = tl.max(best, 1)
+        low = tl.min(tl.where(best > -float("inf"), best, high[:, None]), 1)
+        enough = tl.sum((best > -float("inf")).to(tl.int32), 1) >= top_k
+        for _ in range(BISECTIONS):
+            middle = 0.5 * low + 0.5 * high
+            reached = tl.sum((best >= middle[:, None]).to(tl.int32), 1) >= top_k
+            low = tl.where(reached, middle, low)
+            high = tl.where(reached, high, middle)
+        tl.store(bounds + head.to(tl.int64) * num_tokens + token, tl.where(enough, low, LOWEST), mask=valid)
+
+
+@triton.jit(do_not_specialize=["first_head", "num_tokens", "num_heads", "num_chunks"])
+def list_kernel(
+    q, means, bounds, lists, counts, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk,
+    group_shot, sample_first_chunk, first_head, num_tokens, num_heads, num_chunks, stride,
+    TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    ROOM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """lists [G, L, S]: score (upper half) and chunk of those that reach the bound; counts [N, L]: how many do."""
+    head, start = first_head + tl.program_id(1), tl.program_id(0) * BQ
+    token = start + tl.arange(0, BQ)
+    valid = token < num_tokens
+    place = head.to(tl.int64) * num_tokens + token
+    shared, first, last, skip_first, skip_last = _shared_range(
+        start, tl.minimum(start + BQ, num_tokens), token_chunk, chunk_group, chunk_sample, group_first_chunk,
+        group_shot, sample_first_chunk, CAUSAL, OWN,
+    )  # fmt: skip
+    if shared:
+        queries = load_rows(q + head * D, token, stride, valid, D, DP)
+        bound = tl.load(bounds + place, mask=valid, other=float("inf"))
+        row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * ROOM - 1
+        column = tl.arange(0, BC)
+        up_to = (column[:, None] <= column[None, :]).to(q.dtype.element_ty)
+        count = tl.zeros([BQ], tl.int32)
+        for block in tl.range(first, last, BC, num_stages=STAGES):
+            chunk = block + column
+            scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, TERMS, DP, BQ, BC)
+            mask = _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text)
+            taken = scores + mask[None, :] >= bound[:, None]
+            # A product with a triangle counts the taken up to each column.
+            rank = tl.dot(taken.to(q.dtype.element_ty), up_to, input_precision="ieee").to(tl.int32) + count[:, None]
+            entry = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | chunk[None, :].to(tl.int64)
+            tl.store(row + rank, entry, mask=taken & (rank <= ROOM))
+            count += tl.sum(taken.to(tl.int32), 1)
+        tl.store(counts + place, count, mask=valid)
+    else:
+        tl.store(counts + place, ROOM + 1 + tl.zeros([BQ], tl.int32), mask=valid)
+
+
+@triton.jit(do_not_specialize=["first_head", "num_tokens", "top_k"])
+def select_kernel(
+    lists, counts, routes, first_head, num_tokens, top_k, ROOM: tl.constexpr, BQ: tl.constexpr
+):  # fmt: skip
+    """routes [N, L, K]: the top_k best of each list that fits its room."""
+    GONE: tl.constexpr = (1 << 63) - 1  # above every key
+    token = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    place = (first_head + tl.program_id(1)).to(tl.int64) * num_tokens + token
+    count = tl.load(counts + place, mask=token < num_tokens, other=ROOM + 1)
+    fits = count <= ROOM
+    slot = tl.arange(0, ROOM)[None, :]
+    listed = (slot < count[:, None]) & fits[:, None]
+    row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * ROOM
+    entry = tl.load(row + slot, mask=listed, other=0)
+    chunk = entry.to(tl.int32)
+    bits = ((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) + 0.0).to(tl.int32, bitcast=True)  # no -0.0
+    # Keys order as scores do, and equal scores by falling place in the stream.
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = tl.where(listed, (ordered.to(tl.int64) << 32) | (ROOM - slot), GONE)
+    surplus = tl.where(fits, count - top_k, 0)
+    for i in range(tl.max(surplus, 0)):
+        worst = tl.min(keys, 1)
+        keys = tl.where((keys == worst[:, None]) & (i < surplus)[:, None], GONE, keys)
+    stays = keys < GONE
+    out = routes + place[:, None] * top_k
+    tl.store(out + tl.cumsum(stays.to(tl.int32), 1) - 1, chunk, mask=stays)
+    tl.store(out + slot, tl.zeros_like(chunk) - 1, mask=(slot >= count[:, None]) & (slot < top_k) & fits[:, None])
+
+
+def shortlist_pays(q: Tensor, top_k: int) -> bool:
+    """Whether a shortlist is faster than ranking as one walks, on the devices it was measured on."""
+    fits = q.dtype != torch.float32 and has_much_memory(q)
+    return 16 < top_k <= GROUPS // 2 and (fits or not q.is_cuda)
+
+
+def room_for(top_k: int) -> int:
+    """Room of a list: top_k, the few more that the bound lets through, and some."""
+    return triton.next_power_of_2(top_k + top_k // 4 + 8)
+
+
+def shortlist_routes(
+    q: Tensor, means: Tensor, slack: Tensor, routes: Tensor, tables: tuple[Tensor, ...], **settings: object
+) -> Tensor:
+    """Writes `routes` [N, L, K] where it can; returns counts int32 [N, L], above `room_for(K)` where it left some out.
+
+    means, slack: of `triton_routing.chunk_means`; tables: those of the layout; settings: constants of the kernels.
+    """
+    num_heads, num_tokens, top_k = routes.shape
+    room, num_chunks, stride = room_for(top_k), means.shape[2], q.stride(0)
+    bounds = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
+    counts = torch.empty(num_heads, num_tokens, dtype=torch.int32, device=q.device)
+    blocks = (triton.cdiv(num_tokens, 64), num_heads)
+    bound_kernel[blocks](
+        q, means, slack, bounds, *tables, num_tokens, num_heads, num_chunks, stride, top_k, **settings,
+        BQ=64, GROUPS=GROUPS, STAGES=2, num_warps=4,
+    )  # fmt: skip
+    size = max(1, min(num_heads, max(MAX_ENTRIES, q.numel() // 8) // (num_tokens * room)))
+    lists = torch.empty(size, num_tokens, room, dtype=torch.int64, device=q.device)
+    for first in range(0, num_heads, size):
+        heads = min(size, num_heads - first)
+        list_kernel[(blocks[0], heads)](
+            q, means, bounds, lists, counts, *tables, first, num_tokens, num_heads, num_chunks, stride, **settings,
+            ROOM=room, BQ=64, BC=32, STAGES=2, num_warps=4,
+        )  # fmt: skip
+        select_kernel[(triton.cdiv(num_tokens, 8), heads)](
+            lists, counts, routes, first, num_tokens, top_k, ROOM=room, BQ=8, num_warps=1
+        )
+    return counts
