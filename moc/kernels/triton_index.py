@@ -25,7 +25,7 @@ class Lists:
     entries [N * L * K]: token * K + slot of each routed query; those of list i are [starts[i], starts[i + 1]).
     starts [N * M + 1]. tile_starts [N * M + 1]: a list is cut into tiles of `tile` queries; list i has the tiles
     [tile_starts[i], tile_starts[i + 1]). tile_list: the list of each tile, room for as many as there can be.
-    What lies past the last entry and the last tile is not written.
+    What lies past the last entry and the last tile is 0, so that the same routes give the same tensors.
     """
 
     entries: Tensor
@@ -130,8 +130,8 @@ def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
     before = torch.empty_like(masks)
     counts = routes.new_empty(num_lists)
     starts, tile_starts = (routes.new_empty(num_lists + 1) for _ in range(2))
-    entries = routes.new_empty(num_heads * num_entries)
-    tile_list = routes.new_empty(max_tiles(len(entries), num_lists, tile))
+    entries = routes.new_zeros(num_heads * num_entries)
+    tile_list = routes.new_zeros(max_tiles(len(entries), num_lists, tile))
     sizes = (num_entries, num_slots, num_words, num_chunks)
     for first in range(0, num_heads, group):
         heads = min(group, num_heads - first)
