@@ -16,12 +16,13 @@ from data.bucketing import fit
 from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
 from data.cuts import cut_accuracy
 from data.dataset import DataConfig
+from data.decoders import open_video
 from data.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
 from data.scan import scan_video
 from data.shots import DETECTORS, Span, build_detector
 from data.sources import MANIFEST
-from data.video import open_video, scan, write_video
+from data.video import scan, write_video
 
 _PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the shot's ends
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.decoders import open_video
 from data.images import read_image
-from data.video import IndexedReader, VideoIndex, open_video
+from data.video import IndexedReader, VideoIndex
 
 _READ_PIXELS = 16 << 20  # of a piece, before or after fitting
 

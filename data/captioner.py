@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 from data.cache import digest, write_whole
+from data.decoders import open_video
 from data.errors import DataError
 from data.images import read_image
 from data.manifest import Caption, captions, check_caption
 from data.planning import SamplePlan, replan
-from data.video import open_video
 
 TAGS = ("[character]", "[environment]", "[story]")
 _FRAMES_OF_SHOT = 4

@@ -1,6 +1,8 @@
-"""The decoders behind `open_video`, by name. One interface; the tests hold all of them to the same exact frames.
+"""`open_video`, and the decoders behind it, by name: one interface, and tests hold all to the same exact frames.
 
-PyAV scans every file (frame count and times); the others only read frames. decord bundles an FFmpeg of 2021 and is
+PyAV scans every file (frame count and times); the others only read frames. It reads by seeking one second early and
+decoding forward, comparing every frame's timestamp with the scan: a bare seek is wrong on open GOP, HEVC and variable
+frame rate. decord bundles an FFmpeg of 2021 and is
 silently wrong on some files, so those are refused by name of the cause, never read.
 """
 
@@ -28,8 +30,13 @@ _INSTALL = {
 _SEEK_EARLY_SECONDS = 1.0
 
 
-def build_reader(path: Path, decoder: str, index: VideoIndex | None) -> IndexedReader:
-    """Raises DataError: unknown-decoder, decoder-missing, decoder-unsafe, and what `scan` raises."""
+def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None = None) -> IndexedReader:
+    """A frame-exact reader. index: a scan made before, so that the file is not decoded again to count frames.
+
+    Raises DataError for files that cannot be read, and for a decoder that is unknown, not installed or known to read
+    this file wrong.
+    """
+    path = Path(path)
     if decoder == "pyav":
         return PyAVReader(path, index)
     if decoder == "decord":

@@ -1,8 +1,7 @@
-"""Video files: write frames, and read frames exactly by index.
+"""Video files: write frames, and count and time them exactly.
 
-Frame counts and times come from decoding the whole stream once (`scan`), never from headers. PyAV reads by
-seeking one second early and decoding forward, comparing every frame's timestamp with the scan: a bare seek is
-wrong on open GOP, HEVC and variable frame rate. Other decoders with the same interface are in data/decoders.py.
+Frame counts and times come from decoding the whole stream once (`scan`), never from headers. Frames are read by index
+through `data.decoders.open_video`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -128,17 +127,6 @@ def _check_writable(path: Path, array: np.ndarray) -> None:
         raise ValueError(f"{path}: a frame is uint8 [H, W, 3], got {array.dtype} {array.shape}")
     if array.shape[0] % 2 or array.shape[1] % 2:
         raise ValueError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
-
-
-def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None = None) -> IndexedReader:
-    """A frame-exact reader. index: a scan made before, so that the file is not decoded again to count frames.
-
-    Raises DataError for files that cannot be read, and for a decoder that is not installed or known to read
-    this file wrong.
-    """
-    from data.decoders import build_reader
-
-    return build_reader(Path(path), decoder, index)
 
 
 def scan(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = None) -> VideoIndex:

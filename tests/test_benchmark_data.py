@@ -12,8 +12,8 @@ from data.benchmark import (
     measure_loader,
     write_random_cache,
 )
+from data.decoders import open_video
 from data.manifest import load_manifest
-from data.video import open_video
 
 
 @pytest.fixture(scope="module")

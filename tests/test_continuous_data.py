@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from data import bucketing
 from data.dataset import DataConfig, open_dataset
+from data.decoders import open_video
 from data.errors import DataError
 from data.manifest import SceneRecord, ShotRecord, write_manifest
 from data.prepare import PrepareConfig, Prepared, prepare
 from data.shards import open_cache
-from data.video import open_video
 from models import load_encoders
 from models.codec import Codec, CodecConfig, CodecKind
 from models.encoders import EncodersConfig, build_encoders

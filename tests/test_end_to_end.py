@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.dataset import DataConfig, open_dataset
+from data.decoders import open_video
 from data.manifest import load_manifest
 from data.storyworld.readers import name_place
-from data.video import open_video
 from moc import MoCConfig
 from moc.training import read_metrics
 from models import load_encoders, load_model

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from data.dataset import DataConfig
+from data.decoders import open_video
 from data.script import Script, ScriptShot
 from data.shots import build_detector
 from data.storyworld import StoryworldConfig, generate
 from data.storyworld.judge import held_out_floors, judge_film
-from data.video import open_video, write_video
+from data.video import write_video
 
 
 @pytest.fixture(scope="module")

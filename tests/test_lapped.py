@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.decoders import open_video
 from data.manifest import load_manifest
 from data.storyworld import Mode, StoryworldConfig, generate
-from data.video import open_video
 from models.codec import CodecConfig, CodecKind
 from models.lapped import LappedCodec, border_rotation, kept_coefficients, variation_gradient
 from models.transform import TransformCodec

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from data.cuts import cut_accuracy, match_cuts
+from data.decoders import open_video
 from data.shots import build_detector, fades, join_flashes, jumps, load_transnet, spans_between, without_blanks
-from data.video import open_video, scan, write_video
+from data.video import scan, write_video
 
 BIKES_CUTS = [30, 76, 137, 187, 242]
 

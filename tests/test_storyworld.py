@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
+from data.decoders import open_video
 from data.manifest import load_manifest
 from data.script import load_script
 from data.storyworld import Mode, StoryworldConfig, dataset, generate, name_looks, name_place
@@ -16,7 +17,6 @@ from data.storyworld.motion import pose_at
 from data.storyworld.places import PLACES
 from data.storyworld.render import Renderer
 from data.storyworld.story import Scene, place_of_caption, plan_scene, view_at, vocabulary, words_of
-from data.video import open_video
 
 SIZE = (64, 96)
 SCRIPT = Path(__file__).parents[1] / "configs/scripts/storyworld.yaml"

@@ -10,9 +10,9 @@ import torch
 
 from data import bucketing, decoders
 from data.bucketing import fit, nearest_bucket, read_pieces, resample
-from data.decoders import check_decoder
+from data.decoders import check_decoder, open_video
 from data.errors import DataError
-from data.video import open_video, scan, write_video
+from data.video import scan, write_video
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered
 
 NUM_FRAMES = 150

@@ -8,13 +8,13 @@ import torch
 
 from data.cuts import CutAccuracy, cut_accuracy
 from data.dataset import DataConfig
+from data.decoders import open_video
 from data.loader import Validation, build_loader
 from data.scan import scan_video
 from data.script import Script
 from data.shots import ShotDetector
 from data.storyworld.readers import name_place
 from data.storyworld.story import place_of_caption
-from data.video import open_video
 from moc import StreamSpec
 from moc.diffusion import Flow
 from moc.diffusion.linear import linear_losses
