@@ -1,10 +1,9 @@
-"""The Wan release's own T5 encoder and VAE, which come as pickles: read with weights_only, written as folders.
+"""The Wan release's own T5 encoder and both VAEs, which come as pickles: read with weights_only, written as folders.
 
-Only these two are read from pickles at all, and only by `convert_pickle`; everything else reads the folders it writes.
+Only these are read from pickles at all, and only by `convert_pickle`; everything else reads the folders it writes.
 """
 
 import json
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from models.strict import check_tensors, shapes
 from models.tensors import new_folder, write_sharded
 
 # Stems of the release's T5 encoder -> transformers'; {} is the layer.
@@ -29,10 +29,36 @@ T5_LAYER = {
     "ffn.fc1": "encoder.block.{}.layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "encoder.block.{}.layer.1.DenseReluDense.wo",
 }
+# The tensors whose shapes tell the config.
+T5_SIZES = ["token_embedding", "blocks.0.attn.q", "blocks.0.pos_embedding.embedding", "blocks.0.ffn.gate.0"]
+VAE_SIZES = ["encoder.conv1", "decoder.conv1"]
+
+# Layers of a block of Wan2.2's VAE -> diffusers'. Its blocks nest; the rest of its names are Wan2.1's.
+VAE22_LAYER = {
+    **{"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"},
+    "shortcut": "conv_shortcut",
+}
+VAE22 = {
+    **{"z_dim": 48, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12},
+    "scale_factor_spatial": 16,
+    "latents_mean": [
+        *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
+        *(0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+        *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723),
+        *(-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    ],
+    "latents_std": [
+        *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
+        *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+        *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
+        *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+    ],
+}
+LEGACY = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # near the start of a file that is no zip
 
 
 def convert_pickle(file: Path, output: Path) -> str:
-    """Writes the T5 encoder or Wan2.1 VAE in `file` as a folder that its library loads; returns what it was.
+    """Writes the T5 encoder or VAE in `file` as a folder that its library loads; returns what it was.
 
     The tokenizer is no part of a T5 file: put its files into the folder. Raises ValueError for any other pickle.
     """
@@ -42,10 +68,12 @@ def convert_pickle(file: Path, output: Path) -> str:
     if "token_embedding.weight" in tensors:
         what, model, state, stem = "UMT5 encoder", *_t5(tensors, file), "model"
     elif "encoder.conv1.weight" in tensors:
-        what, model, state, stem = "Wan2.1 VAE", *_vae(tensors, file), "diffusion_pytorch_model"
+        what, model, state, stem = *_vae(tensors, file), "diffusion_pytorch_model"
     else:
-        raise ValueError(f"{file} is neither Wan's T5 encoder nor its VAE; other pickles are not read")
-    _check(model, state, file)
+        raise ValueError(f"{file} is neither Wan's T5 encoder nor one of its VAEs; other pickles are not read")
+    # T5's embedding is stored once
+    expected = {name: shape for name, shape in shapes(model.state_dict()).items() if "embed_tokens" not in name}
+    check_tensors(file, type(model).__name__, shapes(state), expected)
     with new_folder(output) as partial:
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
         write_sharded(partial, entries, state.__getitem__, stem=stem)
@@ -57,21 +85,37 @@ def convert_pickle(file: Path, output: Path) -> str:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file, mapped from disk; nothing but tensors and plain containers is accepted."""
+    """The tensors of a .pth file, mapped from disk; nothing but tensors and plain containers is accepted.
+
+    The form of torch before 1.6, which is no zip, is held in memory.
+    """
     if not file.is_file():
         raise ValueError(f"{file} does not exist")
-    if not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is truncated, or no file that torch.save wrote; fetch it again")
+    zipped = zipfile.is_zipfile(file)
+    with file.open("rb") as raw:
+        start = raw.read(32)
+    if not zipped and LEGACY not in start:
+        what = "truncated" if start.startswith(b"PK") else "no file that torch.save wrote"
+        raise ValueError(f"{file} is {what}; fetch it again")
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be read safely: {str(error).splitlines()[0]}") from None
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # code in it, or damage, which the old form shows in many ways
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be read safely: {reason}; fetch the release's own file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file} holds other things than tensors by name")
     return tensors
 
 
+def _require(stems: list[str], tensors: dict[str, Tensor], file: Path) -> None:
+    names = [f"{stem}.weight" for stem in stems]
+    lacking = [name for name in names if name not in tensors or tensors[name].dim() < 2]
+    if lacking:
+        raise ValueError(f"{file} is not whole: it lacks the weights {lacking}; fetch it again")
+
+
 def _t5(tensors: dict[str, Tensor], file: Path) -> tuple[UMT5EncoderModel, dict[str, Tensor]]:
+    _require(T5_SIZES, tensors, file)
     state = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)\.weight", name)
@@ -80,7 +124,7 @@ def _t5(tensors: dict[str, Tensor], file: Path) -> tuple[UMT5EncoderModel, dict[
             raise ValueError(f"{file} holds {name}, which Wan's T5 encoder does not have")
         state[stem.format(match[1]) + ".weight"] = tensor
     bias = state["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    attention, d_model = state["encoder.block.0.layer.0.SelfAttention.q.weight"].shape
+    attention, d_model = state["encoder.block.0.layer.0.SelfAttention.q.weight"].shape[:2]
     layers = {int(name.split(".")[2]) for name in state if name.startswith("encoder.block.")}
     config = UMT5Config(
         vocab_size=len(state["shared.weight"]),
@@ -96,19 +140,23 @@ def _t5(tensors: dict[str, Tensor], file: Path) -> tuple[UMT5EncoderModel, dict[
         return UMT5EncoderModel(config), state
 
 
-def _vae(tensors: dict[str, Tensor], file: Path) -> tuple[AutoencoderKLWan, dict[str, Tensor]]:
+def _vae(tensors: dict[str, Tensor], file: Path) -> tuple[str, AutoencoderKLWan, dict[str, Tensor]]:
+    _require(VAE_SIZES, tensors, file)
+    what, settings = "Wan2.1 VAE", {"base_dim": tensors["encoder.conv1.weight"].shape[0]}
     if any(name.startswith("encoder.downsamples.0.downsamples") for name in tensors):
-        raise ValueError(f"{file} is the Wan2.2 VAE; use the vae folder of its diffusers release")
-    base_dim = tensors["encoder.conv1.weight"].shape[0]
+        what = "Wan2.2 VAE"
+        settings |= VAE22 | {"decoder_base_dim": tensors["decoder.conv1.weight"].shape[0] // 4}  # of its last block
+        tensors = {_vae22_name(name): tensor for name, tensor in tensors.items()}
     with init_empty_weights():
-        model = AutoencoderKLWan(base_dim=base_dim)
-    return model, convert_wan_vae_to_diffusers(dict(tensors))
+        model = AutoencoderKLWan(**settings)
+    return what, model, convert_wan_vae_to_diffusers(tensors)
 
 
-def _check(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """Raises ValueError unless `state` holds exactly the model's tensors (T5's embedding is stored once)."""
-    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if "embed_tokens" not in name}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise ValueError(f"{file} is not a whole {type(model).__name__}: it differs in {wrong[:10]}")
+def _vae22_name(name: str) -> str:
+    """diffusers' name of a tensor in Wan2.2's nested blocks; any other is left as it is."""
+    match = re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)\.(\w+)", name)
+    if match is None:
+        return name
+    side, way, block, index, layer, kind = match.groups()
+    place = f"resnets.{index}.{VAE22_LAYER[layer]}" if layer in VAE22_LAYER else f"{way}sampler.{layer}"
+    return f"{side}.{way}_blocks.{block}.{place}.{kind}"

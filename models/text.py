@@ -20,9 +20,18 @@ import ftfy
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from models.fingerprint import fingerprint, weights_digest
+from models.strict import load_folder
+from models.tensors import read_json
 
 END, UNKNOWN = "</s>", "[UNK]"
 CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("–—…")
@@ -124,10 +133,17 @@ class EmbeddedTextEncoder(TextEncoder):
     @classmethod
     def load(cls, folder: str | Path) -> "EmbeddedTextEncoder":
         """The encoder that `save` wrote; raises ValueError if its weights do not come out the same here."""
-        record = json.loads(Path(folder, "text_encoder.json").read_text())
-        fingerprint = record.pop("fingerprint")
-        words = Path(folder, "vocabulary.txt").read_text().split()
-        encoder = cls(words, TextConfig(**record))
+        file, vocabulary = Path(folder, "text_encoder.json"), Path(folder, "vocabulary.txt")
+        if not (file.is_file() and vocabulary.is_file()):
+            raise ValueError(
+                f"{folder} holds no text encoder ({file.name}, {vocabulary.name}): name one that was saved"
+            )
+        record = read_json(file)
+        fingerprint = record.pop("fingerprint", None)
+        try:
+            encoder = cls(vocabulary.read_text().split(), TextConfig(**record))
+        except TypeError as error:
+            raise ValueError(f"{file} does not describe a text encoder: {error}; make the folder again") from None
         if encoder.fingerprint != fingerprint:
             raise ValueError(
                 f"{folder}: the text encoder built here is {encoder.fingerprint}, the saved one {fingerprint}; "
@@ -163,7 +179,9 @@ def seed_weights(model: nn.Module, seed: int) -> None:
 
 # T5 and UMT5
 
-T5_CLASSES = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+T5_CLASSES = {"t5": (T5EncoderModel, T5Config), "umt5": (UMT5EncoderModel, UMT5Config)}
+TIED = ("encoder.embed_tokens.weight", "shared.weight")  # files hold one of them, or both
+DECODER = ("decoder.", "lm_head.")  # of a whole T5, whose encoder is all we take
 
 
 def clean(text: str) -> str:
@@ -200,14 +218,18 @@ class T5TextEncoder(TextEncoder):
         model_folder = folder / "text_encoder" if has_parts else folder
         if not (model_folder / "config.json").is_file():
             raise ValueError(f"text.path={config.path!r} is not a folder of a T5 or UMT5 encoder (no config.json)")
-        kind = json.loads((model_folder / "config.json").read_text()).get("model_type")
+        settings = read_json(model_folder / "config.json")
+        kind = settings.get("model_type")
         if kind not in T5_CLASSES:
             raise ValueError(
                 f"{model_folder} holds a {kind!r} model; the text encoder must be one of {list(T5_CLASSES)}"
             )
-        self.model = T5_CLASSES[kind].from_pretrained(model_folder, dtype=torch.bfloat16, local_files_only=True)
-        tokenizer_folder = folder / "tokenizer" if has_parts else folder
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        model, model_config = T5_CLASSES[kind]
+        self.model = load_folder(
+            model_folder, lambda: model(model_config.from_dict(settings)), torch.bfloat16, tied=TIED, ignored=DECODER
+        )
+        self.model.set_input_embeddings(self.model.encoder.embed_tokens)  # once in memory, on every device
+        self.tokenizer = load_tokenizer(folder / "tokenizer" if has_parts else folder)
         self.text_dim = self.model.config.d_model
         self.eval().requires_grad_(False)
         self.fingerprint = fingerprint(
@@ -236,6 +258,18 @@ class T5TextEncoder(TextEncoder):
         with torch.autocast(ids.device.type, enabled=False):
             features = self.model(ids).last_hidden_state[0]
         return features, [start for start, _ in tokens.offset_mapping]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; raises ValueError where transformers would make up an empty one, or name no file."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise ValueError(f"{folder} holds no tokenizer (tokenizer.json or spiece.model): put the release's files there")
+    for file in folder.glob("tokenizer*.json"):
+        read_json(file)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the libraries have several of their own
+        raise ValueError(f"{folder} holds a tokenizer that does not load: {error}; fetch its files again") from None
 
 
 def build_text_encoder(config: TextConfig, vocabulary: Iterable[str] = ()) -> TextEncoder:

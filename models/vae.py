@@ -5,7 +5,6 @@ Encoder and decoder run one latent frame at a time with the causal convolutions'
 `encode` and `decode` do, so that a video may go on where its last piece ended and memory does not grow with it.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from models.codec import Codec, CodecConfig, CodecKind, in_fp32
 from models.fingerprint import fingerprint, weights_digest
 from models.lapped import LappedCodec
+from models.strict import load_folder
+from models.tensors import read_json
 from models.transform import TransformCodec
 
 TILE, TILE_STRIDE = 256, 192  # pixels, diffusers' own
@@ -44,12 +45,13 @@ class WanCodec(Codec):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         file = Path(config.path, "config.json")
-        kind = json.loads(file.read_text()).get("_class_name") if file.is_file() else None
+        record = read_json(file) if file.is_file() else {}
+        kind = record.get("_class_name")
         if kind != "AutoencoderKLWan":
             raise ValueError(
                 f"codec.path={config.path!r} is not a diffusers folder of AutoencoderKLWan (its config.json: {kind})"
             )
-        self.vae = AutoencoderKLWan.from_pretrained(config.path, torch_dtype=torch.float32, local_files_only=True)
+        self.vae = load_folder(file.parent, lambda: AutoencoderKLWan.from_config(record), torch.float32)
         self.eval().requires_grad_(False)
         settings = self.vae.config
         self.continuous, self.tiling = config.continuous, config.tiling

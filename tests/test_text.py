@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from models.text import (
@@ -81,6 +82,22 @@ def test_the_encoder_is_rebuilt_from_its_folder(embedded: EmbeddedTextEncoder, t
     (tmp_path / "vocabulary.txt").write_text("other\n")
     with pytest.raises(ValueError, match="text encoder built here"):
         EmbeddedTextEncoder.load(tmp_path)
+    file = tmp_path / "text_encoder.json"
+    for text, message in (
+        ('{"dim": 12', "is damaged or no JSON file"),
+        ('{"dims": 12}', "does not describe a text encoder: .*'dims'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"{file} {message}"):
+            EmbeddedTextEncoder.load(tmp_path)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no text encoder"):
+        EmbeddedTextEncoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wan", "holocine"])
+def test_wans_configurations_take_the_releases_512_tokens(name: str) -> None:
+    assert OmegaConf.load(Path(__file__).parents[1] / "configs" / "encoders" / f"{name}.yaml").text.max_tokens == 512
 
 
 def test_cleaning_is_wans() -> None:

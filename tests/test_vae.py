@@ -143,10 +143,20 @@ def test_each_call_starts_afresh(wan_folder: Path) -> None:
     assert torch.equal(codec.decode(latent), first)
 
 
-def test_tiling_decodes_large_frames(wan_folder: Path) -> None:
+@pytest.mark.parametrize("size", [(32, 320), (320, 32)])
+def test_tiles_are_those_of_diffusers(wan_folder: Path, size: tuple[int, int]) -> None:
     codec = WanCodec(CodecConfig(CodecKind.wan, str(wan_folder), tiling=True))
-    latent = torch.randn(codec.latent_channels, 2, 2, 320 // codec.spatial_factor)
-    assert codec.decode(latent).shape == (3, 5, 2 * codec.spatial_factor, 320)
+    plain = WanCodec(CodecConfig(CodecKind.wan, str(wan_folder)))
+    vae, patch = AutoencoderKLWan.from_pretrained(wan_folder), codec.patch_size
+    video = moving_gradient(5, *size)
+    latent, whole = codec.encode(video), plain.encode(video)
+    assert 0 < (latent - whole).square().mean() < 0.05 * whole.var()  # they differ by what a tile does not see
+    with torch.no_grad():
+        vae.enable_tiling(256 // patch, 256 // patch, 192 // patch, 192 // patch)  # it encodes tiles of patches
+        mode = vae.encode(video[None]).latent_dist.mode()[0]
+        torch.testing.assert_close(latent, (mode - codec.mean) / codec.std)
+        vae.enable_tiling(256, 256, 192, 192)  # and decodes tiles of pixels
+        torch.testing.assert_close(codec.decode(latent), vae.decode(mode[None]).sample[0], rtol=0, atol=1e-5)
 
 
 def test_a_missing_vae_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Strict loading: a folder's tensors are exactly those of its model, or one ValueError lists what is wrong."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from models.tensors import TensorSource
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def load_folder(
+    folder: Path,
+    build: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    tied: Sequence[str] = (),
+    ignored: tuple[str, ...] = (),
+) -> nn.Module:
+    """The model of a folder, on the CPU, in `dtype`, from its safetensors files alone.
+
+    build: makes the model from the folder's config.json. tied: names of one tensor, of which the files may hold any.
+    ignored: prefixes of tensors that may be there and are left out. Raises ValueError where the config does not make a
+    model, or unless the tensors are exactly the model's.
+    """
+    try:
+        with init_empty_weights():
+            model = build()
+    except Exception as error:  # each library has its own for a wrong setting
+        raise ValueError(f"{folder}/config.json does not describe a model: {error}; fetch it again") from None
+    source = TensorSource(folder)
+    stored = {name: name for name in source.names() if not name.startswith(ignored)}
+    held = [name for name in tied if name in stored]
+    if held:
+        stored = dict.fromkeys(tied, held[0]) | stored
+    found = {name: source.shapes[key] for name, key in stored.items()}
+    check_tensors(folder, type(model).__name__, found, shapes(model.state_dict()))
+    tensors = {key: source.read(key).to(dtype) for key in set(stored.values())}
+    model.load_state_dict({name: tensors[key] for name, key in stored.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def check_tensors(path: Path, kind: str, found: Shapes, expected: Shapes) -> None:
+    """Raises ValueError, listing names, unless the tensors at `path` are those that a model of `kind` has."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError(f"{path} is not a whole {kind}: {listed(problems)}; fetch it again")
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def listed(problems: Mapping[str, Sequence[str]], most: int = 10) -> str:
+    """Names by what is wrong with them, the first few of each."""
+    parts = []
+    for what, names in problems.items():
+        if names:
+            rest = f" and {len(names) - most} more" if len(names) > most else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
+    return "; ".join(parts)
