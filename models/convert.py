@@ -21,7 +21,7 @@ from models.experts import FOLDERS, expert_paths
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
-from models.tensors import TensorSource, read_json
+from models.tensors import TensorSource, check_tensors, listed, read_json, shapes
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
@@ -52,19 +52,8 @@ class Checkpoint:
                 model = CLASSES[self.kind](**self.config)
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None
-        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         found = {name: self.source.shapes[key] for name, key in self.stored.items()}
-        problems = {
-            "missing": sorted(expected.keys() - found.keys()),
-            "unexpected": sorted(found.keys() - expected.keys()),
-            "misshapen": [
-                f"{name} {found[name]} instead of {expected[name]}"
-                for name in sorted(expected.keys() & found.keys())
-                if found[name] != expected[name]
-            ],
-        }
-        if any(problems.values()):
-            raise ValueError(f"{self.source.path} is not a whole {self.kind}: " + _listed(problems))
+        check_tensors(self.source.path, self.kind, found, shapes(model.state_dict()))
         return model
 
     def describe(self) -> str:
@@ -86,15 +75,6 @@ WAN_NAMES = {
 
 def _size(config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(config[key] for key in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels"))
-
-
-def _listed(problems: dict[str, list[str]], most: int = 10) -> str:
-    parts = []
-    for what, names in problems.items():
-        if names:
-            rest = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(parts)
 
 
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
@@ -159,7 +139,7 @@ def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
     if unknown:
         raise ValueError(
-            f"{source.path} is not a text-to-video model of the Wan family: {_listed({'unknown tensors': unknown})}"
+            f"{source.path} is not a text-to-video model of the Wan family: {listed({'unknown tensors': unknown})}"
         )
     form = "comfyui" if any(name.startswith(COMFYUI_PREFIX) for name in names) else "original"
     return form, {new: name for name, new in renamed.items() if new is not None}

@@ -7,13 +7,13 @@ A model with an adapter saves the adapter alone, in the form that diffusers' pip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers import WanPipeline
 from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
-from models.tensors import TensorSource
+from models.tensors import TensorSource, check_tensors, shapes
 
 SETTINGS = "lora.json"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -40,6 +40,22 @@ class Trainable(PeftAdapterMixin):
         self.lora = None
         self.requires_grad_(True)
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """As diffusers', but raises ValueError, listing names, unless the tensors are exactly the model's: diffusers
+        would draw those that are missing and warn."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all of them are told
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        expected = shapes(model.state_dict())
+        unexpected = dict.fromkeys(info["unexpected_keys"], ())
+        mismatched = {name: tuple(found) for name, found, _ in info["mismatched_keys"]}
+        found = {n: size for n, size in expected.items() if n not in info["missing_keys"]} | unexpected | mismatched
+        check_tensors(pretrained_model_name_or_path, cls.__name__, found, expected)
+        return (model, info) if wants_info else model
+
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """A diffusers folder; with an adapter, the adapter's file and lora.json in place of the weights."""
         if self.lora is None:
@@ -53,6 +69,7 @@ class Trainable(PeftAdapterMixin):
         """Restores, in place, what `save_pretrained` of the same model wrote; raises ValueError for another model's."""
         source = TensorSource(folder)
         if self.lora is None:
+            check_tensors(folder, type(self).__name__, source.shapes, shapes(self.state_dict()))
             self.load_state_dict({name: source.read(name) for name in source.names()}, strict=True)
             return
         tensors = {name.removeprefix(PREFIX): source.read(name) for name in source.names()}

@@ -121,6 +121,26 @@ def test_missing_extra_and_misshapen_tensors_are_listed(original: Path, tmp_path
     assert "1 misshapen: blocks.1.ffn.net.2.bias (3,) instead of (128,)" in str(caught.value)
 
 
+@pytest.mark.parametrize("family", [WanTransformer3DModel, MMDiT])
+def test_from_pretrained_is_as_strict(family, tmp_path: Path) -> None:
+    model = family(**REDUCED if family is WanTransformer3DModel else MMDIT)
+    model.save_pretrained(tmp_path)
+    loaded, info = family.from_pretrained(tmp_path, output_loading_info=True)
+    assert same(loaded, model.state_dict())
+    assert same(family.from_pretrained(tmp_path), model.state_dict())
+    assert not any(info.values())
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    lost, short = sorted(name for name in tensors if name.startswith("blocks.1.") and name.endswith(".bias"))[:2]
+    tensors["extra.weight"] = tensors.pop(lost)
+    tensors[short] = torch.zeros(3)
+    save_file(tensors, file, {"format": "pt"})
+    for ignore in (False, True):  # which is diffusers' setting to let the shapes pass
+        with pytest.raises(ValueError, match=f"is not a whole {family.__name__}: 1 missing: {lost}; ") as caught:
+            family.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
+        assert f"1 unexpected: extra.weight; 1 misshapen: {short} (3,) instead of" in str(caught.value)
+
+
 def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path: Path) -> None:
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(original.read_bytes()[:-1000])
