@@ -53,12 +53,22 @@ class TensorSource:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype."""
+        return self._values(name, 0, torch.Size(self.shapes[name]).numel()).reshape(self.shapes[name])
+
+    def sample(self, name: str, most: int) -> Tensor:
+        """At most `most` values from the middle of a tensor, flat: one short read, whatever its size."""
+        size = torch.Size(self.shapes[name]).numel()
+        count = min(most, size)
+        return self._values(name, (size - count) // 2, count)
+
+    def _values(self, name: str, first: int, count: int) -> Tensor:
         file, start = self._place[name]
-        dtype, shape = self.dtypes[name], self.shapes[name]
-        data = np.fromfile(file, np.uint8, count=_num_bytes(dtype, shape), offset=start)
-        if len(data) != _num_bytes(dtype, shape):
+        dtype = self.dtypes[name]
+        num_bytes = count * dtype.itemsize
+        data = np.fromfile(file, np.uint8, count=num_bytes, offset=start + first * dtype.itemsize)
+        if len(data) != num_bytes:
             raise ValueError(f"{file} has become shorter than when it was opened; fetch it again")
-        return torch.from_numpy(data).view(dtype).reshape(shape)
+        return torch.from_numpy(data).view(dtype)
 
     def _describe(self, file: Path) -> None:
         with _open(file) as source, file.open("rb") as raw:
