@@ -11,10 +11,10 @@ from torch import nn
 from moc import MoCConfig
 from moc.training.checkpoint import find_checkpoint, read_settings
 from models.codec import CodecConfig
-from models.convert import load_checkpoint, model_path, open_checkpoint
+from models.convert import load_checkpoint, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
 from models.experts import BOUNDARY, Experts, expert_paths
-from models.lora import read_lora
+from models.lora import Lora
 from models.mmdit import MMDiT
 from models.tensors import read_json
 from models.text import TextConfig, build_text_encoder
@@ -80,9 +80,11 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Mod
     if config.lora_rank and not config.path:
         raise ValueError("a LoRA needs weights to adapt: set model.path")
     if config.path:
-        model = load_model(config.path)
+        checkpoint = open_checkpoint(config.path)
+        model = load_checkpoint(checkpoint)
         if config.lora_rank:
-            model.add_lora(config.lora_rank, config.lora_targets, config.path)
+            base = str(checkpoint.path.resolve())  # not the run, which may train on
+            model.add_lora(Lora(config.lora_rank, config.lora_targets, base, checkpoint.fingerprint()))
         return model
     if config.family == Family.mmdit:
         sizes = {
@@ -109,15 +111,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weig
     weights: "ema" or "model", where a training checkpoint has both.
     Raises ValueError where the tensors are not exactly those of a model that is known.
     """
-    folder = model_path(Path(path), weights)
-    lora = read_lora(folder)
-    if lora is None:
-        return load_checkpoint(open_checkpoint(folder), dtype)
-    model = load_checkpoint(open_checkpoint(lora["base"]), dtype)
-    model.add_lora(**lora)
-    model.load_weights(folder)
-    model.merge_lora()
-    return model
+    return load_checkpoint(open_checkpoint(path, weights), dtype)
 
 
 def load_denoiser(

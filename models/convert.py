@@ -1,11 +1,11 @@
 """Checkpoints on disk: what a path holds, and strict loading; `models/export.py` writes them in other forms.
 
 Forms that are read: a diffusers folder (sharded or not), a file or folder with the Wan release's original names, with
-or without ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint. Names inside this module are
-diffusers'.
+or without ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint, also of a LoRA, which reads as
+merged into its base. Names inside this module are diffusers'.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import Tensor
 from moc import MoCConfig
 from moc.training.checkpoint import find_checkpoint
 from models.experts import FOLDERS, expert_paths
-from models.lora import read_lora
+from models.fingerprint import VALUES_PER_TENSOR, tensors_digest
+from models.lora import Adapter, Lora, read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
-from models.tensors import TensorSource, read_json
+from models.tensors import TensorSource, check_tensors, listed, read_json, shapes
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
@@ -32,7 +33,8 @@ HEAD_DIM = 128  # of every Wan model; files without a config do not tell it
 class Checkpoint:
     """A model on disk. root: the training checkpoint or pipeline it belongs to, or its own path. form: diffusers,
     original or comfyui names. config: its class's arguments. stored: diffusers name -> the name in the file. moc:
-    attention settings kept beside the weights."""
+    attention settings kept beside the weights. adapters: LoRAs of the stored weights, each trained on top of the ones
+    before it."""
 
     root: Path
     form: str
@@ -41,9 +43,28 @@ class Checkpoint:
     source: TensorSource
     stored: dict[str, str]
     moc: MoCConfig | None
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """Of the model's own file or folder; of a LoRA the adapter's."""
+        return self.adapters[-1].source.path if self.adapters else self.source.path
 
     def read(self, name: str) -> Tensor:
-        return self.source.read(self.stored[name])
+        """One tensor, as stored; where a LoRA is merged into it fp32, for the caller to round."""
+        weight = self.source.read(self.stored[name])
+        for adapter in self.adapters:
+            weight = adapter.merge(name, weight)
+        return weight
+
+    def fingerprint(self) -> str:
+        """A hash of the weights: names, shapes, dtypes and of each tensor 4096 values. Form and place do not count."""
+        sources = [(self.source, self.stored)] + [(a.source, {n: n for n in a.source.names()}) for a in self.adapters]
+        return tensors_digest(
+            (name, source.shapes[key], source.sample(key, VALUES_PER_TENSOR))
+            for source, stored in sources
+            for name, key in sorted(stored.items())
+        )
 
     def empty_model(self) -> ModelMixin:
         """The model on the meta device; raises ValueError, listing names, unless the tensors are exactly its own."""
@@ -52,19 +73,10 @@ class Checkpoint:
                 model = CLASSES[self.kind](**self.config)
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None
-        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         found = {name: self.source.shapes[key] for name, key in self.stored.items()}
-        problems = {
-            "missing": sorted(expected.keys() - found.keys()),
-            "unexpected": sorted(found.keys() - expected.keys()),
-            "misshapen": [
-                f"{name} {found[name]} instead of {expected[name]}"
-                for name in sorted(expected.keys() & found.keys())
-                if found[name] != expected[name]
-            ],
-        }
-        if any(problems.values()):
-            raise ValueError(f"{self.source.path} is not a whole {self.kind}: " + _listed(problems))
+        check_tensors(self.source.path, self.kind, found, shapes(model.state_dict()))
+        for adapter in self.adapters:
+            check_tensors(adapter.source.path, "LoRA", adapter.source.shapes, adapter.lora.shapes(model))
         return model
 
     def describe(self) -> str:
@@ -74,7 +86,8 @@ class Checkpoint:
         what = "multi-shot MMDiT" if self.kind == "MMDiT" else WAN_NAMES.get(_size(self.config), "a Wan model")
         amount = f"{count / 1e9:.3f} B" if count >= 1e8 else f"{count / 1e6:.1f} M"
         size = f"{amount} parameters in {len(self.stored)} tensors"
-        return f"{what}: {size}, {', '.join(dtypes)}, {self.form} names"
+        loras = (f"LoRA of rank {a.lora.rank} on {a.lora.base}, merged: " for a in reversed(self.adapters))
+        return f"{''.join(loras)}{what}: {size}, {', '.join(dtypes)}, {self.form} names"
 
 
 WAN_NAMES = {
@@ -88,28 +101,18 @@ def _size(config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(config[key] for key in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels"))
 
 
-def _listed(problems: dict[str, list[str]], most: int = 10) -> str:
-    parts = []
-    for what, names in problems.items():
-        if names:
-            rest = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(parts)
-
-
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
-    """Finds out what `path` holds, without reading any tensor. weights: ema or model, of a training checkpoint.
+    """Finds out what `path` holds, without reading whole tensors. weights: ema or model, of a training checkpoint.
 
-    Raises ValueError where it is no model, or more than one.
+    Raises ValueError where it is no model, or more than one, or a LoRA whose base is not what it was.
     """
     root = find_checkpoint(path) or Path(path)
     path = model_path(Path(path), weights)
     lora = read_lora(path)
     if lora is not None:
-        raise ValueError(
-            f"{path} holds a LoRA of {lora['base']}, not a whole model: diffusers' pipelines take it with "
-            f"load_lora_weights, and models.load_model({str(path)!r}).save_pretrained(FOLDER) merges the two"
-        )
+        base = _open_base(lora, path)
+        adapters = (*base.adapters, Adapter(lora, TensorSource(path)))
+        return replace(base, root=root, moc=_read_moc(path) or base.moc, adapters=adapters)
     source = TensorSource(path)
     settings = _read_config(path)
     if settings.get("_class_name") == "MMDiT":
@@ -121,8 +124,27 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
         config = _class_config(CLASSES[kind], settings, path)
     else:
         config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
-    moc = MoCConfig.load(path) if (path / "moc.json").is_file() else None
-    return Checkpoint(root, form, kind, config, source, stored, moc)
+    return Checkpoint(root, form, kind, config, source, stored, _read_moc(path))
+
+
+def _open_base(lora: Lora, path: Path) -> Checkpoint:
+    """The weights that the LoRA at `path` adapts."""
+    if not Path(lora.base).exists():
+        raise ValueError(
+            f"{path} holds a LoRA of {lora.base}, which does not exist: put it back, or set base in "
+            f"{path}/lora.json to where these weights now are"
+        )
+    base = open_checkpoint(lora.base)
+    if base.fingerprint() != lora.fingerprint:
+        raise ValueError(
+            f"{path} holds a LoRA of {lora.base}, where other weights lie now than it was trained on: put those back, "
+            f"or set base in {path}/lora.json to where they are"
+        )
+    return base
+
+
+def _read_moc(path: Path) -> MoCConfig | None:
+    return MoCConfig.load(path) if (path / "moc.json").is_file() else None
 
 
 def model_path(path: Path, weights: str) -> Path:
@@ -159,7 +181,7 @@ def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
         raise ValueError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
     if unknown:
         raise ValueError(
-            f"{source.path} is not a text-to-video model of the Wan family: {_listed({'unknown tensors': unknown})}"
+            f"{source.path} is not a text-to-video model of the Wan family: {listed({'unknown tensors': unknown})}"
         )
     form = "comfyui" if any(name.startswith(COMFYUI_PREFIX) for name in names) else "original"
     return form, {new: name for name, new in renamed.items() if new is not None}
@@ -208,8 +230,8 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.fl
     wide = set(model._keep_in_fp32_modules)
     state = {}
     for name in model.state_dict():
-        target = dtype if dtype is None or not wide & set(name.split(".")) else torch.float32
-        tensor = checkpoint.read(name)
-        state[name] = tensor if target is None else tensor.to(target)
+        stored = checkpoint.source.dtypes[checkpoint.stored[name]]
+        target = stored if dtype is None else torch.float32 if wide & set(name.split(".")) else dtype
+        state[name] = checkpoint.read(name).to(target)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()

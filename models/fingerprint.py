@@ -1,9 +1,10 @@
 """Short names of what decides the meaning of latents and text features; caches are keyed by them."""
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 VALUES_PER_TENSOR = 4096
 
@@ -15,10 +16,16 @@ def fingerprint(kind: str, *parts: object) -> str:
 
 def weights_digest(module: nn.Module) -> str:
     """A hash of a module's weights: names, shapes, dtypes and values, of large tensors 4096 values at even steps."""
+    return tensors_digest(
+        (name, tuple(weight.shape), weight.detach().flatten()[:: max(1, weight.numel() // VALUES_PER_TENSOR)].cpu())
+        for name, weight in sorted(module.state_dict().items())
+    )
+
+
+def tensors_digest(tensors: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
+    """A hash of tensors, in their order: name, shape, and some of the values, flat, with their dtype."""
     digest = hashlib.sha256()
-    for name, weight in sorted(module.state_dict().items()):
-        flat = weight.detach().flatten()
-        some = flat[:: max(1, flat.numel() // VALUES_PER_TENSOR)].cpu().contiguous()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
+    for name, shape, some in tensors:
+        digest.update(f"{name} {shape} {some.dtype}".encode())
+        digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,44 +1,112 @@
-"""LoRA for either model, through peft, and the two things a trainer asks of a model: to save and to restore itself.
+"""LoRA for either model, through peft, and what a trainer asks of a model: to save and to restore itself, wholly.
 
 A model with an adapter saves the adapter alone, in the form that diffusers' pipelines load (`load_lora_weights`), with
-`lora.json` beside it: rank, target layers, and the base weights. `models.load_model` merges the two.
+`lora.json` beside it: rank, target layers, and which weights it adapts. `models.convert.open_checkpoint` reads such a
+folder as the two merged.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers import WanPipeline
 from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
 
-from models.tensors import TensorSource
+from models.tensors import Shapes, TensorSource, check_tensors, read_json, shapes
 
 SETTINGS = "lora.json"
-WEIGHTS = "pytorch_lora_weights.safetensors"
 PREFIX = "transformer."  # of the adapter's names in a pipeline's file
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of an adapter. targets: what its layers' names end in. base: path of the weights that it adapts, and
+    fingerprint: which those are, should others come to lie there (`models.convert.Checkpoint.fingerprint`)."""
+
+    rank: int
+    targets: Sequence[str]
+    base: str
+    fingerprint: str
+
+    def save(self, folder: Path) -> None:
+        (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
+        """The layers of the model to adapt, by name; raises ValueError for a target that is the end of no name."""
+        # Linears alone: the models call each of them. Wan's patch_embedding, a Conv3d, gives its weights and is not.
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        for target in self.targets:
+            if not any(_ends_in(name, target) for name in linears):
+                known = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in linears)
+                raise ValueError(f"LoRA target {target!r} is no linear layer of this model; it has {', '.join(known)}")
+        return {name: linears[name] for name in linears if any(_ends_in(name, target) for target in self.targets)}
+
+    def shapes(self, model: nn.Module) -> Shapes:
+        """Of the adapter's tensors for a model without it, by their names in the file."""
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, linear in self.linears(model).items():
+            a, b = _names(name)
+            expected |= {a: (self.rank, linear.in_features), b: (linear.out_features, self.rank)}
+        return expected
+
+
+def _ends_in(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def _names(linear: str) -> tuple[str, str]:
+    """Of the two tensors that adapt a layer."""
+    return f"{PREFIX}{linear}.lora_A.weight", f"{PREFIX}{linear}.lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter on disk."""
+
+    lora: Lora
+    source: TensorSource
+
+    def merge(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor of the base with what the adapter adds, in fp32 to be rounded once; as it is where that is nothing.
+
+        name: the tensor's, as diffusers has it.
+        """
+        a, b = _names(name.removesuffix(".weight"))
+        if a not in self.source.shapes:
+            return weight
+        return weight.float().addmm_(self.source.read(b).float(), self.source.read(a).float())  # lora_alpha is the rank
 
 
 class Trainable(PeftAdapterMixin):
     """Mix in before ModelMixin."""
 
-    lora: dict[str, Any] | None = None
+    lora: Lora | None = None
 
-    def add_lora(self, rank: int, targets: Sequence[str], base: str | Path) -> None:
-        """Freezes the model and adds an adapter of a rank to each linear whose name ends in one of `targets`.
+    def add_lora(self, lora: Lora) -> None:
+        """Freezes the model and adds an adapter to each linear it names; raises ValueError for unknown targets."""
+        self.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.linears(self))))
+        self.lora = lora
 
-        base: where the model's weights came from, to be merged with again. Raises ValueError for unknown targets.
-        """
-        self.lora = {"rank": rank, "targets": list(targets), "base": str(Path(base).resolve())}
-        self.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
-
-    def merge_lora(self) -> None:
-        """Adds the adapter into the weights; the model is then a plain one again."""
-        self.fuse_lora()
-        self.unload_lora()
-        self.lora = None
-        self.requires_grad_(True)
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> Self | tuple[Self, dict[str, Any]]:
+        """As diffusers', but raises ValueError, listing names, unless the tensors are exactly the model's: diffusers
+        would draw those that are missing and warn."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all of them are told
+        model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        expected = shapes(model.state_dict())
+        unexpected = dict.fromkeys(info["unexpected_keys"], ())
+        mismatched = {name: tuple(found) for name, found, _ in info["mismatched_keys"]}
+        found = {n: size for n, size in expected.items() if n not in info["missing_keys"]} | unexpected | mismatched
+        check_tensors(pretrained_model_name_or_path, cls.__name__, found, expected)
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
         """A diffusers folder; with an adapter, the adapter's file and lora.json in place of the weights."""
@@ -47,22 +115,47 @@ class Trainable(PeftAdapterMixin):
             return
         self.save_config(folder)
         WanPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(self))
-        Path(folder, SETTINGS).write_text(json.dumps(self.lora, indent=2) + "\n")
+        self.lora.save(Path(folder))
 
     def load_weights(self, folder: str | Path) -> None:
         """Restores, in place, what `save_pretrained` of the same model wrote; raises ValueError for another model's."""
         source = TensorSource(folder)
+        stored = read_lora(Path(folder))
         if self.lora is None:
+            check_tensors(folder, type(self).__name__, source.shapes, shapes(self.state_dict()))
             self.load_state_dict({name: source.read(name) for name in source.names()}, strict=True)
             return
-        tensors = {name.removeprefix(PREFIX): source.read(name) for name in source.names()}
-        expected = get_peft_model_state_dict(self)
-        if {n: w.shape for n, w in tensors.items()} != {n: w.shape for n, w in expected.items()}:
-            raise ValueError(f"{folder} holds the adapter of another model, other layers or another rank")
-        set_peft_model_state_dict(self, tensors)
+        if stored is not None and stored.fingerprint != self.lora.fingerprint:
+            raise ValueError(
+                f"{folder} holds a LoRA of {stored.base}, whose weights are not those of {self.lora.base}: "
+                "set model.path to the former"
+            )
+        expected = {PREFIX + name: tuple(w.shape) for name, w in get_peft_model_state_dict(self).items()}
+        check_tensors(folder, f"LoRA of rank {self.lora.rank} on {list(self.lora.targets)}", source.shapes, expected)
+        set_peft_model_state_dict(self, {name.removeprefix(PREFIX): source.read(name) for name in source.names()})
 
 
-def read_lora(folder: Path) -> dict[str, Any] | None:
-    """The settings beside an adapter; None where the folder holds none."""
+RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "rank": ("a whole number above 0", lambda value: type(value) is int and value > 0),
+    "targets": ("a list of names", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
+    "base": ("a path", lambda value: isinstance(value, str)),
+    "fingerprint": ("a text", lambda value: isinstance(value, str)),
+}
+
+
+def read_lora(folder: Path) -> Lora | None:
+    """The settings beside an adapter; None where the folder holds none. Raises ValueError for what is no lora.json."""
     file = folder / SETTINGS
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    values = read_json(file)
+    problems = [f"lacks {name}" for name in RULES if name not in values]
+    problems += [f"has an unknown field {name}" for name in values if name not in RULES]
+    problems += [
+        f"{name}={values[name]!r} is not {rule}"
+        for name, (rule, holds) in RULES.items()
+        if name in values and not holds(values[name])
+    ]
+    if problems:
+        raise ValueError(f"{file}: {'; '.join(problems)}; restore the file as training wrote it")
+    return Lora(**values)

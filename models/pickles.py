@@ -15,8 +15,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from models.strict import check_tensors, shapes
-from models.tensors import new_folder, write_sharded
+from models.tensors import check_tensors, new_folder, shapes, write_sharded
 
 # Stems of the release's T5 encoder -> transformers'; {} is the layer.
 T5_TOP = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}

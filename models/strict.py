@@ -1,15 +1,13 @@
 """Strict loading: a folder's tensors are exactly those of its model, or one ValueError lists what is wrong."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 
-from models.tensors import TensorSource
-
-Shapes = Mapping[str, tuple[int, ...]]
+from models.tensors import TensorSource, check_tensors, shapes
 
 
 def load_folder(
@@ -40,32 +38,3 @@ def load_folder(
     tensors = {key: source.read(key).to(dtype) for key in set(stored.values())}
     model.load_state_dict({name: tensors[key] for name, key in stored.items()}, strict=True, assign=True)
     return model.eval()
-
-
-def check_tensors(path: Path, kind: str, found: Shapes, expected: Shapes) -> None:
-    """Raises ValueError, listing names, unless the tensors at `path` are those that a model of `kind` has."""
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} {found[name]} instead of {expected[name]}"
-            for name in sorted(expected.keys() & found.keys())
-            if found[name] != expected[name]
-        ],
-    }
-    if any(problems.values()):
-        raise ValueError(f"{path} is not a whole {kind}: {listed(problems)}; fetch it again")
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def listed(problems: Mapping[str, Sequence[str]], most: int = 10) -> str:
-    """Names by what is wrong with them, the first few of each."""
-    parts = []
-    for what, names in problems.items():
-        if names:
-            rest = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(parts)

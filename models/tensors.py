@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Entry = tuple[str, torch.dtype, tuple[int, ...]]  # name, dtype and shape of a tensor to write
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class TensorSource:
@@ -52,12 +53,22 @@ class TensorSource:
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype."""
+        return self._values(name, 0, torch.Size(self.shapes[name]).numel()).reshape(self.shapes[name])
+
+    def sample(self, name: str, most: int) -> Tensor:
+        """At most `most` values from the middle of a tensor, flat: one short read, whatever its size."""
+        size = torch.Size(self.shapes[name]).numel()
+        count = min(most, size)
+        return self._values(name, (size - count) // 2, count)
+
+    def _values(self, name: str, first: int, count: int) -> Tensor:
         file, start = self._place[name]
-        dtype, shape = self.dtypes[name], self.shapes[name]
-        data = np.fromfile(file, np.uint8, count=_num_bytes(dtype, shape), offset=start)
-        if len(data) != _num_bytes(dtype, shape):
+        dtype = self.dtypes[name]
+        num_bytes = count * dtype.itemsize
+        data = np.fromfile(file, np.uint8, count=num_bytes, offset=start + first * dtype.itemsize)
+        if len(data) != num_bytes:
             raise ValueError(f"{file} has become shorter than when it was opened; fetch it again")
-        return torch.from_numpy(data).view(dtype).reshape(shape)
+        return torch.from_numpy(data).view(dtype)
 
     def _describe(self, file: Path) -> None:
         with _open(file) as source, file.open("rb") as raw:
@@ -94,6 +105,34 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
     return values
+
+
+def shapes(state: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def check_tensors(path: str | Path, what: str, found: Shapes, expected: Shapes) -> None:
+    """Raises ValueError, listing names, unless the tensors at `path` are exactly those expected of `what`."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {found[name]} instead of {expected[name]}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name] != expected[name]
+        ],
+    }
+    if any(problems.values()):
+        raise ValueError(f"{path} is not a whole {what}: {listed(problems)}; fetch it again, or name another")
+
+
+def listed(problems: dict[str, list[str]], most: int = 10) -> str:
+    parts = []
+    for what, names in problems.items():
+        if names:
+            rest = f" and {len(names) - most} more" if len(names) > most else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
+    return "; ".join(parts)
 
 
 def _files(path: Path) -> list[Path]:
