@@ -47,7 +47,7 @@ def main(config: SampleConfig) -> None:
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 
     plan = plan_film(script, codec)
-    story = Story(plan.shapes, plan.text(text, script.global_caption), plan.negative(text, script.negative), plan.given)
+    story = Story(plan.shapes, *plan.texts(text, script), plan.given, plan.cuts)
     text.to("cpu")  # its memory is the model's from here on
     model = place(model, device, config.offload)
     decode, routing_map = codec.shot_decoder(), RoutingMap(len(plan.shapes))

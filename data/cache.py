@@ -45,7 +45,8 @@ def checksum(tensor: Tensor) -> int:
 @dataclass(frozen=True)
 class EncodedScene:
     """One scene to store. latents: [C, T, H, W] a shot. text: for each caption length, 1 + S tensors [T_i, text_dim]
-    (global first). kind: "image", "single" or "multi". key: a digest of all that the scene was made of."""
+    (global first). kind: "image", "single" or "multi". key: a digest of all that the scene was made of.
+    cuts: as in `moc.Sample`."""
 
     id: str
     key: str
@@ -54,6 +55,7 @@ class EncodedScene:
     text: list[list[Tensor]]
     shapes: list[list[int]] = field(default_factory=list)
     frames: dict | None = None
+    cuts: list[bool] = field(default_factory=list)
 
 
 @dataclass
@@ -107,7 +109,7 @@ class CacheWriter:
         for i, latent in enumerate(latents):
             shots.append({"shape": list(latent.shape), "crc32": checksum(latent)})
             self._fresh.tensors[f"{scene.key}/{i}"] = latent
-        entry = {"id": scene.id, "key": scene.key, "kind": scene.kind, "shots": shots, "text": text}
+        entry = {"id": scene.id, "key": scene.key, "kind": scene.kind, "shots": shots, "cuts": scene.cuts, "text": text}
         self._fresh.scenes.append(entry | ({"frames": scene.frames} if scene.frames else {}))
         if self._shard.nbytes + self._fresh.nbytes >= self.shard_bytes:
             self.flush()

@@ -184,7 +184,7 @@ class ShotDataset:
         stills = draw.to_still or (False,) * len(latents)
         latents = [x[:, :1].contiguous() if still else x for x, still in zip(latents, stills, strict=True)]
         text = [cache.text_features(key) for key in self.text_keys(draw)]
-        return moc.Sample(latents=latents, text=text, position=draw.position, id=scene.id)
+        return moc.Sample(latents=latents, text=text, position=draw.position, id=scene.id, cuts=scene.cuts)
 
     def _check_same_encoders(self) -> None:
         first = self.caches[0].recipe

@@ -46,7 +46,8 @@ class SampleEncoder:
             ) from error
         scene = plan.scene
         kind = "image" if scene.image else "single" if len(plan.indices) == 1 else "multi"
-        encoded = EncodedScene(scene.id, plan.key, kind, latents, self._text(plan))
+        cuts = [shot.cut for shot in scene.shots]
+        encoded = EncodedScene(scene.id, plan.key, kind, latents, self._text(plan), cuts=cuts)
         if not self.online_in:
             return encoded
         frames = describe_frames(plan, self.root, self.online_in, self.decoder)

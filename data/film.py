@@ -20,19 +20,18 @@ from data.script import Script
 class FilmPlan:
     """The stream of a film. shapes: (C, T, H, W) of each latent. given: latents of reference pictures, each a one-frame
     shot of its own before the shot that shall look like it, encoded apart, never decoded, and no shot to a continuous
-    codec. filmed: where the script's shots stand in the stream."""
+    codec. filmed: where the script's shots stand in the stream. cuts: as in `moc.Sample`; around a picture always."""
 
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     given: dict[int, Tensor] = field(default_factory=dict)
     filmed: list[int] = field(default_factory=list)
+    cuts: list[bool] = field(default_factory=list)
 
-    def text(self, encoder: TextEncoder, global_caption: str) -> list[Tensor]:
-        return encoder.encode(global_caption, self.captions)
-
-    def negative(self, encoder: TextEncoder, text: str) -> list[Tensor]:
-        """Features to steer away from: the negative prompt as global caption, null shot captions."""
-        return encoder.encode(text, [""] * len(self.captions))
+    def texts(self, encoder: TextEncoder, script: Script) -> tuple[list[Tensor], list[Tensor]]:
+        """Features to steer to, and away from: the negative prompt as global caption, null shot captions."""
+        nulls = [""] * len(self.captions)
+        return encoder.encode(script.global_caption, self.captions), encoder.encode(script.negative, nulls)
 
 
 def plan_film(script: Script, codec: Codec) -> FilmPlan:
@@ -48,6 +47,7 @@ def plan_film(script: Script, codec: Codec) -> FilmPlan:
             plan.given[len(plan.shapes)] = codec.encode(fit(read_image(shot.image), script.size))
             plan.shapes.append((codec.latent_channels, 1, height // factor, width // factor))
             plan.captions.append(shot.caption)
+            plan.cuts.append(True)
         plan.filmed.append(len(plan.shapes))
         wanted = shot.seconds * script.fps + (0 if codec.begins_video(place) else rest)
         frames = codec.nearest_frames(wanted, place)
@@ -55,6 +55,7 @@ def plan_film(script: Script, codec: Codec) -> FilmPlan:
         length = codec.latent_frames(frames, place)
         plan.shapes.append((codec.latent_channels, length, height // factor, width // factor))
         plan.captions.append(shot.caption)
+        plan.cuts.append(shot.cut or shot.image is not None)
     return plan
 
 

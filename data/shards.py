@@ -31,6 +31,7 @@ class CachedScene:
     latent_checksums: tuple[int, ...]
     text_keys: tuple[tuple[str, ...], ...]
     frames: dict | None = None
+    cuts: tuple[bool, ...] = ()
 
     @property
     def num_shots(self) -> int:
@@ -140,6 +141,7 @@ def _scene(entry: dict) -> CachedScene:
         latent_checksums=tuple(shot["crc32"] for shot in entry["shots"] if "crc32" in shot),
         text_keys=tuple(tuple(keys) for keys in entry["text"]),
         frames=entry.get("frames"),
+        cuts=tuple(entry.get("cuts", ())),  # older caches do not say
     )
 
 

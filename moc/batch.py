@@ -34,12 +34,14 @@ class StreamSpec:
 @dataclass(frozen=True)
 class Sample:
     """One scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's, then
-    one for each shot. `position` is its place in the run's order of samples and keys its noise draws."""
+    one for each shot. `position` is its place in the run's order of samples and keys its noise draws. cuts: whether a
+    true cut begins each shot, or it continues the one before; empty is cuts everywhere."""
 
     latents: list[Tensor]
     text: list[Tensor]
     position: int = 0
     id: str = ""
+    cuts: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         if len(self.text) != len(self.latents) + 1:
@@ -80,7 +82,8 @@ class Batch:
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:
     """The stream of one sample as a model with this spec sees it."""
     texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
-    shots = [Shot(n, spec.grid(latent)) for n, latent in zip(texts[1:], sample.latents, strict=True)]
+    cuts = sample.cuts or [True] * len(sample.latents)
+    shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
     return ShotLayout.build(shots, texts[0], chunk_tokens)
 
 

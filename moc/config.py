@@ -56,7 +56,7 @@ class MoCConfig:
     dense_kernel: name of the dense kernel for anchored parts ("auto" takes the fastest present).
     deterministic: bitwise repeatable gradients, at some cost in speed.
     dense_layers: how many of the model's first layers attend densely.
-    cut_gap: latent frames left out of the running time at each cut, by models whose time runs on over shots (wan).
+    cut_gap: latent frames left out of the running time at each true cut, by models whose time runs on over shots (wan).
 
     Neither p_max nor lambda is published. Ours drop (p_max=1) or add half a chunk or more a query on average.
     """

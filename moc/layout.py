@@ -21,10 +21,12 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shot:
-    """One shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video tokens."""
+    """One shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video tokens. cut: a true
+    cut begins it; false: it continues the shot before."""
 
     text_tokens: int
     grid: Grid
+    cut: bool = True
 
     def __post_init__(self) -> None:
         if self.text_tokens < 0:

@@ -3,7 +3,7 @@
 mmdit: interleaved 3D RoPE of Long Context Tuning (arXiv 2503.10589, section 3). A text token has one coordinate on all
 three axes; a shot's video starts where its text ends, along the space-time diagonal; the next text starts past the
 largest coordinate of that video. Offsets inside a shot are therefore those of the single-shot model.
-wan: space as in the base model; time runs on over the shots of a sample, with a gap at each cut.
+wan: space as in the base model; time runs on over the shots of a sample, with a gap at each true cut.
 
 Shape letters: L packed tokens, N heads, D head dim.
 """
@@ -44,15 +44,14 @@ def _interleaved(layout: ShotLayout) -> Iterator[Tensor]:
 
 def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
     """Positions of wan's stream of video only: float64 [L, 3]. Time runs on over the shots of a sample; `gap` latent
-    frames are left out at each cut, so that with gap 0, or one shot, it is the base model's."""
+    frames are left out at each true cut, so that with gap 0, or one shot, it is the base model's."""
     pieces = []
-    start = 0.0
-    for group in layout.groups:
-        if group.shot < 0:
-            start = 0.0
-        if group.grid is not None:
-            pieces.append(grid_coordinates(group.grid, layout.device, (start, 0, 0)))
-            start += group.grid[0] + gap
+    for _, shots in layout.samples:
+        start = 0.0
+        for index, shot in enumerate(shots):
+            start += gap if index and shot.cut else 0.0
+            pieces.append(grid_coordinates(shot.grid, layout.device, (start, 0, 0)))
+            start += shot.grid[0]
     return torch.cat(pieces)
 
 

@@ -17,8 +17,7 @@ from configs.command import command
 from data.cache import write_whole
 from data.dataset import DataConfig
 from data.loader import Validation, build_loader
-from moc import MoCConfig
-from moc.training import Validator, find_checkpoint, resolve_device
+from moc.training import Validator, find_checkpoint, resolve_device, rivals
 from moc.training.checkpoint import read_settings
 from models import load_model
 
@@ -62,15 +61,6 @@ def main(config: EvaluateConfig) -> None:
             show(rows[-1])
     if config.output:
         write_whole(Path(config.output), (json.dumps(rows, indent=1) + "\n").encode())
-
-
-def rivals(moc: MoCConfig) -> dict[str, MoCConfig]:
-    """The checkpoint's attention among its rivals; no other shot's text relays its video in own-shot-only."""
-    return {
-        "dense": replace(moc, dense=True),
-        "MoC": replace(moc, dense=False),
-        "own shot only": replace(moc, dense=False, top_k=0, text_anchor="global_and_own"),
-    }
 
 
 def show(row: dict) -> None:

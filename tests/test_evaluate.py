@@ -5,12 +5,17 @@ import json
 import pytest
 import torch
 
-from moc import MoCConfig, Sample, Shot, ShotLayout, make_batch
+from data.dataset import DataConfig
+from data.loader import Validation, build_loader
+from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
-from moc.training import Validator
+from moc.training import Validator, rivals
+from moc.training.checkpoint import read_settings
+from models import ModelConfig, build_model
 from models.mmdit import MMDiT
 from tests import pipeline
 from tests.caches import CHANNELS, TEXT_DIM
+from tests.weights import randomized
 
 
 def test_clean_history_leaves_one_noisy_target_a_sample():
@@ -40,6 +45,39 @@ def test_dense_layers_count_as_dense():
     assert every == {"sparsity": 0, "flops_of_dense": 1}
 
 
+@pytest.mark.parametrize("family", ["mmdit", "wan"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"dense_layers": 1}, {"own_anchor": "chunk"}, {"own_anchor": "none"}, {"dense": True}, {"causal": False}],
+    ids=str,
+)
+@torch.no_grad()
+def test_own_shot_only_takes_nothing_from_the_history(family, settings):
+    sizes = ModelConfig(family, dim=24, num_layers=2, num_heads=1, ffn_dim=32)
+    model = randomized(build_model(sizes, CHANNELS, TEXT_DIM))
+    text = [torch.randn(2, TEXT_DIM) for _ in range(4)]
+    shown = torch.randn(CHANNELS, 2, 4, 4)
+
+    def last_shot(name: str, history: list) -> torch.Tensor:
+        moc = rivals(MoCConfig(chunk_tokens=4, top_k=2, **settings))[name]
+        batch = make_batch([Sample([*history, shown], text)], model.stream, moc.chunk_tokens)
+        return model(batch.latents, torch.tensor([0.0, 0.0, 0.8]), batch.text, batch.layout, moc)[-1]
+
+    one, other = (list(torch.randn(2, CHANNELS, 2, 4, 4)) for _ in range(2))
+    assert torch.equal(last_shot("own shot only", one), last_shot("own shot only", other))
+    for name in ("dense", "MoC"):
+        assert not torch.allclose(last_shot(name, one), last_shot(name, other), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_rivals_have_the_settings_of_the_checkpoint(dense):
+    moc = MoCConfig(chunk_tokens=4, top_k=3, causal=False, own_anchor="chunk", dense_layers=1, cut_gap=2, dense=dense)
+    own = {"top_k": 0, "dense_layers": 0, "own_anchor": "shot", "text_anchor": "global_and_own"}
+    changes = {"dense": {"dense": True}, "MoC": {"dense": False}, "own shot only": own | {"dense": False}}
+    expected = {name: moc.to_dict() | change for name, change in changes.items()}
+    assert {name: config.to_dict() for name, config in rivals(moc).items()} == expected
+
+
 def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, capsys):
     rows_file = tmp_path / "rows.json"
     arguments = (f"checkpoint={trained}", f"data.path={prepared}", "data.validation=1", "device=cpu")
@@ -56,3 +94,27 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
     # The same command again gives the same numbers: noise is keyed, not drawn.
     pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}")
     assert json.loads(rows_file.read_text()) == rows
+
+
+def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkeypatch):
+    seen, forward = [], MMDiT.forward
+
+    def spy(self, latents, sigma, text, layout, config, on_routes=None, **others):
+        if on_routes is None:  # of a loss, not of the routing statistics
+            seen.append((config, latents, sigma))
+        return forward(self, latents, sigma, text, layout, config, on_routes=on_routes, **others)
+
+    monkeypatch.setattr(MMDiT, "forward", spy)
+    pipeline.command(
+        "scripts/evaluate.py", f"checkpoint={trained}", f"data.path={prepared}", "data.validation=1", "device=cpu"
+    )
+    moc, flow = read_settings(trained / "checkpoints/step_0000003")
+    rows = [seen[at : at + 4] for at in range(0, len(seen), 4)]  # of four noise levels
+    assert [{config for config, _, _ in row} for row in rows] == [{config} for config in rivals(moc).values()] * 2
+    (scene,) = Validation(build_loader(DataConfig(str(prepared), validation=1), StreamSpec(), moc.chunk_tokens))
+    noise = flow.draw_noise(scene, seed=0)
+    for row, clean in zip(rows, [False] * 3 + [True] * 3, strict=True):
+        for (_, latents, sigma), level in zip(row, (0.2, 0.5, 0.8, 0.95), strict=True):
+            assert sigma.tolist() == pytest.approx([0.0, 0.0, level] if clean else [level] * 3)
+            for shown, x, n, s in zip(latents, scene.latents, noise, sigma, strict=True):
+                assert torch.equal(shown, flow.add_noise(x, n, s))

@@ -72,20 +72,25 @@ def test_cuts_of_one_video_do_not_drift(picture):
 
 
 def test_a_plan_has_a_latent_for_each_shot():
-    plan = plan_film(script(ScriptShot("a", 5 / 12), ScriptShot("b", 1.4, cut=False)), MeanCodec())
+    what = script(ScriptShot("a", 5 / 12), ScriptShot("b", 1.4, cut=False))
+    plan = plan_film(what, MeanCodec())
     assert plan.shapes == [(3, 2, 8, 12), (3, 5, 8, 12)]
     assert plan.filmed == [0, 1]
     assert plan.given == {}
-    assert plan.text(EchoText(), "whole story") == ["whole story", f"{CUT_PREFIX} a", "b"]
-    assert plan.negative(EchoText(), "ugly") == ["ugly", "", ""]
+    assert plan.cuts == [True, False]
+    text, negative = plan.texts(EchoText(), what)
+    assert text == ["whole story", f"{CUT_PREFIX} a", "b"]
+    assert negative == ["ugly", "", ""]
 
 
 def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
-    plan = plan_film(script(ScriptShot("a", 1.0), ScriptShot("b", 1.0, image=picture)), MeanCodec())
-    assert plan.shapes == [(3, 4, 8, 12), (3, 1, 8, 12), (3, 4, 8, 12)]
-    assert plan.filmed == [0, 2]
+    what = script(ScriptShot("a", 1.0), ScriptShot("b", 1.0, cut=False, image=picture), ScriptShot("c", 1.0, cut=False))
+    plan = plan_film(what, MeanCodec())
+    assert plan.shapes == [(3, 4, 8, 12), (3, 1, 8, 12), (3, 4, 8, 12), (3, 4, 8, 12)]
+    assert plan.filmed == [0, 2, 3]
+    assert plan.cuts == [True, True, True, False]  # the picture stands between a shot and what it continues
     assert list(plan.given) == [1]
-    assert plan.text(EchoText(), "") == ["", *(f"{CUT_PREFIX} {prompt}" for prompt in "abb")]
+    assert plan.texts(EchoText(), what)[0] == ["whole story", f"{CUT_PREFIX} a", "b", "b", "c"]
     latent = plan.given[1]
     assert latent.shape == (3, 1, 8, 12)
     assert latent[:, 0, :, :5].mean((1, 2)).tolist() == pytest.approx([1, -1, -1], abs=0.05)

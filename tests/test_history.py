@@ -12,6 +12,7 @@ from moc.statistics import RoutingMap
 from models.experts import Experts
 from models.mmdit import MMDiT
 from models.wan import WanTransformer3DModel
+from tests.weights import randomized
 
 CHANNELS, TEXT_DIM = 4, 12
 SHAPE, TOKENS = (CHANNELS, 2, 4, 6), 12  # tokens of a shot's video
@@ -30,11 +31,7 @@ def build(name: str) -> nn.Module:
         model = WanTransformer3DModel(**sizes, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=TEXT_DIM)
     else:
         model = MMDiT(latent_channels=CHANNELS, text_dim=TEXT_DIM, dim=48, num_layers=2, num_heads=2, ffn_dim=64)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if not weight.any():
-                weight.normal_(0, 0.05)
-    return model.eval()
+    return randomized(model).eval()
 
 
 def story(num_shots: int = 4, given: tuple[int, ...] = ()) -> Story:

@@ -12,6 +12,7 @@ from models import ModelConfig, build_model, load_model, save_model
 from models.layers import patchify, spread, unpatchify
 from models.mmdit import MMDiT
 from models.stream import KeyValueCache, Part
+from tests.weights import randomized
 
 CHANNELS, TEXT_DIM = 4, 12
 DENSE = MoCConfig(dense=True, backend="reference")
@@ -19,14 +20,8 @@ MOC = MoCConfig(chunk_tokens=12, top_k=2, backend="reference")
 
 
 def small_model(**changes) -> MMDiT:
-    """A model whose zero-initialized weights are drawn too, so that every path matters."""
     sizes = {"latent_channels": CHANNELS, "text_dim": TEXT_DIM, "dim": 48, "num_layers": 2, "num_heads": 2}
-    model = MMDiT(**sizes, ffn_dim=64, **changes)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if not weight.any():
-                weight.normal_(0, 0.05)
-    return model
+    return randomized(MMDiT(**sizes, ffn_dim=64, **changes))
 
 
 def sample(num_shots: int = 3, global_tokens: int = 3, frames: int = 2) -> Sample:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import moc
-from data.dataset import DataConfig
+from data.dataset import DataConfig, open_dataset
 from data.errors import DataError
 from data.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest
@@ -40,6 +40,9 @@ def test_long_shots_become_continuations_and_fps_is_kept(folder):
     prepared = run(folder, max_frames=12, shots_per_sample=9)
     (line,) = load_manifest(prepared.manifest, root=folder)
     assert [(s.start, s.end, s.cut) for s in line.shots[:2]] == [(0, 9, True), (9, 18, False)]
+    (sample,) = open_dataset(DataConfig(str(prepared.cache)))
+    ((_, shots),) = moc.make_layout(sample, moc.StreamSpec(), 64).samples
+    assert [shot.cut for shot in shots] == [True] + [False] * 6
     slow = run(folder, fps=12.5)
     (stored,) = open_cache(slow.cache).scenes
     assert numbers_in(open_cache(slow.cache).latents(stored)[0])[:4] == [0, 8, 16, 24]

@@ -44,11 +44,14 @@ def test_samples_start_anew(positions) -> None:
     assert torch.equal(positions(packed), torch.cat([positions(other), positions(one)]))
 
 
-def test_running_time_has_a_gap_at_each_cut() -> None:
-    layout = ShotLayout.build([Shot(0, (2, 1, 2)), Shot(0, (1, 1, 2)), Shot(0, (1, 1, 2))])
+def test_running_time_has_a_gap_at_each_true_cut() -> None:
+    first, last = Shot(0, (2, 1, 2)), Shot(0, (1, 1, 2))
+    layout = ShotLayout.build([first, Shot(0, (1, 1, 2)), last])
     assert running_positions(layout)[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert running_positions(layout, gap=2.5)[:, 0].tolist() == [0, 0, 1, 1, 4.5, 4.5, 8, 8]
     assert running_positions(layout)[:, 2].tolist() == [0, 1] * 4
+    going_on = ShotLayout.build([first, Shot(0, (1, 1, 2), cut=False), last])
+    assert running_positions(going_on, gap=2.5)[:, 0].tolist() == [0, 0, 1, 1, 2, 2, 5.5, 5.5]
 
 
 def test_table_is_wans() -> None:

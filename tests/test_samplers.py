@@ -28,11 +28,12 @@ class Recording:
     """Wraps a velocity field (latents, sigma, text of each shot) and notes every call."""
 
     def __init__(self, field) -> None:
-        self.field, self.calls = field, []
+        self.field, self.calls, self.layouts = field, [], []
 
     def __call__(self, latents, sigma, text, layout, config, on_routes=None):
         shots = [int(abs(rows[0, 0])) - 2 for rows in text[1:]]
         self.calls.append((shots, sigma.clone(), [x.clone() for x in latents], bool(text[0][0, 0] > 0)))
+        self.layouts.append(layout)
         if on_routes:
             routes = torch.full((1, layout.num_tokens, 1), -1, dtype=torch.int32)
             routes[:, -1] = next(i for i, chunk in enumerate(layout.chunks) if chunk.kind == "video")
@@ -71,6 +72,15 @@ def test_clocks_run_from_noise_to_clean_one_lag_apart(lag):
         assert (table == table[:, :1]).all()
     if lag == 1:
         assert ((table > 0) & (table < 1)).sum(1).max() == 1
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_stream_knows_which_of_its_shots_a_cut_begins(context):
+    model, cuts = Recording(towards_points), [True, False, True, False]
+    film(model, SamplingConfig(1, context_shots=context, **ONE_PASS), replace(story(4), cuts=cuts))
+    assert [len(shots) for shots, *_ in model.calls] == ([1, 2, 2, 2] if context else [1, 2, 3, 4])
+    for (shots, *_), layout in zip(model.calls, model.layouts, strict=True):
+        assert [shot.cut for shot in layout.samples[0][1]] == [cuts[index] for index in shots]
 
 
 @pytest.mark.parametrize("lag", [0.0, 0.4, 1.0])

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from moc import DropKey, MoCConfig, Sample, make_batch
 from models.experts import Experts
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
+from tests.weights import randomized
 
 TEXT_DIM = 24
 DENSE = MoCConfig(dense=True, backend="reference")
@@ -35,7 +36,7 @@ def reduced(shape: str = "1.3B", **changes) -> dict[str, int]:
 
 
 def small_model() -> WanTransformer3DModel:
-    return WanTransformer3DModel(**reduced(num_attention_heads=2, attention_head_dim=24, num_layers=2))
+    return randomized(WanTransformer3DModel(**reduced(num_attention_heads=2, attention_head_dim=24, num_layers=2)))
 
 
 def sample(num_shots: int = 3, channels: int = 16, frames: int = 2, global_rows: int = 3) -> Sample:
@@ -62,7 +63,7 @@ def test_names_and_shapes_are_diffusers_and_the_releases(shape: str) -> None:
 @pytest.mark.parametrize("shape", REDUCED)
 @pytest.mark.parametrize("config", [DENSE, MoCConfig(chunk_tokens=24)], ids=["dense", "moc"])
 def test_one_shot_equals_diffusers(shape: str, config: MoCConfig) -> None:
-    theirs = diffusers.WanTransformer3DModel(**reduced(shape)).eval()
+    theirs = randomized(diffusers.WanTransformer3DModel(**reduced(shape))).eval()
     ours = WanTransformer3DModel(**reduced(shape))
     ours.load_state_dict(theirs.state_dict())
     channels = REDUCED[shape][3]
@@ -76,7 +77,7 @@ def test_one_shot_equals_diffusers(shape: str, config: MoCConfig) -> None:
 
 def test_shot_timesteps_equal_diffusers_token_timesteps() -> None:
     """Two shots under dense attention are diffusers' model with a timestep for each token, as TI2V-5B takes them."""
-    theirs = diffusers.WanTransformer3DModel(**reduced()).eval()
+    theirs = randomized(diffusers.WanTransformer3DModel(**reduced())).eval()
     ours = WanTransformer3DModel(**reduced())
     ours.load_state_dict(theirs.state_dict())
     item = sample(num_shots=2)

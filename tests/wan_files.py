@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.names import to_original_name
+from tests.weights import randomized
 
 REDUCED = {
     **{"num_attention_heads": 1, "ffn_dim": 192, "num_layers": 2, "in_channels": 16, "out_channels": 16},
@@ -18,7 +19,7 @@ MMDIT = {"latent_channels": 4, "text_dim": 12, "dim": 48, "num_layers": 2, "num_
 
 def reduced_wan() -> diffusers.WanTransformer3DModel:
     torch.manual_seed(0)
-    return diffusers.WanTransformer3DModel(**REDUCED).eval()
+    return randomized(diffusers.WanTransformer3DModel(**REDUCED)).eval()
 
 
 def save_original(model: torch.nn.Module, file: Path) -> Path:

@@ -13,7 +13,7 @@ and computes the new shot alone, with the same result.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -64,12 +64,14 @@ class SamplingConfig:
 @dataclass(frozen=True)
 class Story:
     """What is to be sampled. shapes: (C, T, H, W) of each shot's latent. text, negative: features [T_i, text_dim] of
-    the global caption and of each shot's, to steer to and away from. given: clean latents of shots known already."""
+    the global caption and of each shot's, to steer to and away from. given: clean latents of shots known already.
+    cuts: as in `moc.Sample`."""
 
     shapes: list[tuple[int, int, int, int]]
     text: list[Tensor]
     negative: list[Tensor]
     given: dict[int, Tensor] = field(default_factory=dict)
+    cuts: Sequence[bool] = ()
 
 
 def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
@@ -107,7 +109,8 @@ def sample_shots(
     table = torch.zeros(len(clocks), num_shots)
     table[:, unknown] = clocks
     keeps_history = config.cache and config.lag == 1 and not config.context_shots and hasattr(model, "new_cache")
-    prompt, negative = (_Side(model, spec, text, keeps_history) for text in (story.text, story.negative))
+    cuts = story.cuts or [True] * num_shots
+    prompt, negative = (_Side(model, spec, text, cuts, keeps_history) for text in (story.text, story.negative))
 
     for step, (now, after) in enumerate(pairwise(table)):
         moving = [index for index in unknown if after[index] < now[index]]
@@ -171,8 +174,10 @@ class _Side:
     keeps_history: whether the shots before a stream's last one may be remembered, once, as they are first seen there.
     """
 
-    def __init__(self, model: Model, spec: StreamSpec, text: list[Tensor], keeps_history: bool) -> None:
-        self.model, self.spec = model, spec
+    def __init__(
+        self, model: Model, spec: StreamSpec, text: list[Tensor], cuts: Sequence[bool], keeps_history: bool
+    ) -> None:
+        self.model, self.spec, self.cuts = model, spec, cuts
         self.text = [x.float() for x in text]
         self.cache = model.new_cache() if keeps_history else None  # type: ignore[attr-defined]
         self._num_remembered = 0
@@ -194,7 +199,8 @@ class _Side:
         """The layout of a stream, built once for each set of shots."""
         key = tuple(stream.shots)
         if key not in self._layouts:
-            layout = make_layout(Sample(stream.latents, self._texts(stream)), self.spec, moc.chunk_tokens)
+            sample = Sample(stream.latents, self._texts(stream), cuts=[self.cuts[index] for index in stream.shots])
+            layout = make_layout(sample, self.spec, moc.chunk_tokens)
             self._layouts[key] = layout.to(stream.latents[0].device)
         return self._layouts[key]
 

@@ -6,7 +6,7 @@ from moc.training.metrics import Metrics, TrackerConfig, read_metrics
 from moc.training.optim import OptimConfig
 from moc.training.parallel import ParallelConfig, build_accelerator, join_processes, resolve_device
 from moc.training.trainer import Trainer, TrainerConfig
-from moc.training.validation import Validator
+from moc.training.validation import Validator, rivals
 
 __all__ = [
     "EMA",
@@ -22,4 +22,5 @@ __all__ = [
     "join_processes",
     "read_metrics",
     "resolve_device",
+    "rivals",
 ]

@@ -1,14 +1,14 @@
 """Held-out loss at fixed noise: the same batches, noise and noise levels each time, so that numbers compare."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moc.batch import Batch
-from moc.config import MoCConfig
+from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.cost import attention_cost
 from moc.diffusion.flow import Flow, NoiseLevels
 from moc.statistics import routing_statistics
@@ -81,6 +81,14 @@ class Validator:
         routed = len(rows) / (len(rows) + moc.dense_layers)  # share of the layers
         whole = {"sparsity": means["sparsity"] * routed, "flops_of_dense": 1 + (means["flops_of_dense"] - 1) * routed}
         return means | whole
+
+
+def rivals(moc: MoCConfig) -> dict[str, MoCConfig]:
+    """A checkpoint's attention among its rivals. In "own shot only" nothing carries the video of another shot onward:
+    no route, no dense layer, no other shot's text."""
+    routed = replace(moc, dense=False)
+    own = replace(routed, top_k=0, dense_layers=0, own_anchor=OwnAnchor.shot, text_anchor=TextAnchor.global_and_own)
+    return {"dense": replace(moc, dense=True), "MoC": routed, "own shot only": own}
 
 
 def _on(batch: Batch, device: torch.device, moc: MoCConfig) -> Batch:
