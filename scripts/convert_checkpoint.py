@@ -1,8 +1,8 @@
 """Convert a checkpoint: python scripts/convert_checkpoint.py input=PATH [output=PATH] [key=value ...]
 
 `input`: a diffusers folder or pipeline, a .safetensors file with original or ComfyUI names (Wan, HoloCine), a training
-run or checkpoint (one of a LoRA comes out merged into its base), or the .pth of Wan's T5 encoder or VAE (Wan2.1 or Wan2.2). Prints
-what it is; leave `output` out to look only.
+run or checkpoint (one of a LoRA comes out merged into its base), or the .pth of Wan's T5 encoder or of its VAE (2.1 or
+2.2). Prints what it is; leave `output` out to look only.
 `output`: a path that ends in .safetensors gets original names, any other becomes a diffusers folder, or with
 `form=checkpoint` a run's folder, which `sample.py checkpoint=`, `scripts/evaluate.py checkpoint=` and `train.py
 model.path=` take. Tensors pass one by one: 14B needs 1 GiB of memory. Of two experts (Wan2.2-A14B, HoloCine) each is
