@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from configs.command import ConfigError, parse
 from data.script import load_script
+from models import build_model
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -158,6 +160,15 @@ def test_the_two_experts_share_the_noise_levels():
 def test_a_progressive_schedule_is_given_on_the_command_line():
     override = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5000, chunk_tokens: 1280, top_k: 5}]"
     assert [stage.chunk_tokens for stage in parsed("train", override).schedule] == [10240, 1280]
+
+
+@pytest.mark.parametrize(("size", "millions"), [("small", 15), ("base", 300), ("3b", 3000)])
+def test_models_have_the_sizes_that_their_files_say(size, millions):
+    """With the latents of Wan's VAE and the text features of UMT5."""
+    config = parsed("train", f"model={size}").model
+    with torch.device("meta"):
+        model = build_model(config, latent_channels=16, text_dim=4096)
+    assert model.num_parameters() / 1e6 == pytest.approx(millions, rel=0.1)
 
 
 MISTAKES = [
