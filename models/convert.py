@@ -67,6 +67,14 @@ class Checkpoint:
             raise ValueError(f"{self.source.path} is not a whole {self.kind}: " + _listed(problems))
         return model
 
+    def dtypes(self, model: ModelMixin, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """What each weight of `model` is to be held in where `dtype` is asked for: norms, modulation and the time
+        embedder in fp32, whatever it is. None: as they are stored."""
+        names, wide = list(model.state_dict()), set(model._keep_in_fp32_modules)
+        if dtype is None:
+            return {name: self.source.dtypes[self.stored[name]] for name in names}
+        return {name: torch.float32 if wide & set(name.split(".")) else dtype for name in names}
+
     def describe(self) -> str:
         """One line for the user: what the file is."""
         count = sum(torch.Size(self.source.shapes[key]).numel() for key in self.stored.values())
@@ -205,11 +213,6 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.fl
     Raises ValueError unless the stored tensors are exactly the model's.
     """
     model = checkpoint.empty_model()
-    wide = set(model._keep_in_fp32_modules)
-    state = {}
-    for name in model.state_dict():
-        target = dtype if dtype is None or not wide & set(name.split(".")) else torch.float32
-        tensor = checkpoint.read(name)
-        state[name] = tensor if target is None else tensor.to(target)
+    state = {name: checkpoint.read(name).to(target) for name, target in checkpoint.dtypes(model, dtype).items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()

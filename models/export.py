@@ -66,7 +66,8 @@ def convert(
     form: Form = Form.auto,
     beside: Beside | None = None,
 ) -> None:
-    """Writes `output` from a checkpoint; nothing appears there before it is whole. dtype: None as stored.
+    """Writes `output` from a checkpoint; nothing appears there before it is whole. dtype: of its weights (norms,
+    modulation and the time embedder are then fp32), None as stored.
 
     The training-checkpoint form is a run's folder with a checkpoint at step 0, to sample, evaluate and fine-tune from
     like one of ours. It has no optimizer: there is nothing to resume.
@@ -104,9 +105,9 @@ def convert(
 
 
 def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[Entry]:
-    source = checkpoint.source
-    stored = {name: checkpoint.stored[name] for name in checkpoint.empty_model().state_dict()}
-    return [(name, dtype or source.dtypes[key], source.shapes[key]) for name, key in stored.items()]
+    shapes = checkpoint.source.shapes
+    dtypes = checkpoint.dtypes(checkpoint.empty_model(), dtype)
+    return [(name, held, shapes[checkpoint.stored[name]]) for name, held in dtypes.items()]
 
 
 def _write_original(

@@ -39,7 +39,8 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """convert.yaml. weights: of a training checkpoint. dtype: of the output. max_shard_gb: size of a folder's files.
+    """convert.yaml. weights: of a training checkpoint. dtype: of the output; norms, modulation and the time
+    embedder are fp32 in each but stored. max_shard_gb: size of a folder's files.
     form: see `models.export.Form`. moc, shift, encoders_path: see `models.export.Beside`."""
 
     input: str = ""

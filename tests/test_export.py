@@ -52,10 +52,21 @@ def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> No
     back, before = load_file(tmp_path / "back.safetensors"), load_file(original)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], before[name]) for name in before)
-    convert(open_checkpoint(original), tmp_path / "half.safetensors", torch.bfloat16)
-    assert {w.dtype for w in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="exists; name a new path"):
         convert(open_checkpoint(original), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("form", [Form.original, Form.diffusers, Form.checkpoint])
+def test_low_precision_keeps_what_must_stay_wide(original: Path, form: Form, tmp_path: Path) -> None:
+    """In a converted file as in a loaded model, so that the two are the same."""
+    output = tmp_path / ("half.safetensors" if form is Form.original else "half")
+    convert(open_checkpoint(original), output, torch.bfloat16, form=form)
+    loaded = load_model(original, torch.bfloat16).state_dict()
+    written = load_model(output, dtype=None).state_dict()
+    assert {name: w.dtype for name, w in written.items()} == {name: w.dtype for name, w in loaded.items()}
+    assert all(torch.equal(written[name], loaded[name]) for name in loaded)
+    assert written["blocks.0.scale_shift_table"].dtype == torch.float32
+    assert written["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
 
 
 def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
