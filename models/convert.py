@@ -16,8 +16,8 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from moc import MoCConfig
-from moc.training.checkpoint import find_checkpoint
-from models.experts import FOLDERS, expert_paths
+from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, root_of
+from models.experts import expert_paths
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
@@ -110,7 +110,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
 
     Raises ValueError where it is no model, or more than one.
     """
-    root = find_checkpoint(path) or Path(path)
+    root = root_of(path)
     path = model_path(Path(path), weights)
     lora = read_lora(path)
     if lora is not None:
@@ -147,7 +147,7 @@ def model_path(path: Path, weights: str) -> Path:
             f"{path} holds two noise experts, {[expert.name for expert in experts]}: name the path of one; they are "
             "trained one at a time"
         )
-    parts = [path / name for pair in FOLDERS for name in pair if (path / name).is_dir()]
+    parts = [path / name for pair in EXPERT_FOLDERS for name in pair if (path / name).is_dir()]
     return parts[0] if parts else path
 
 

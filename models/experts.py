@@ -12,11 +12,11 @@ import torch
 from accelerate import cpu_offload_with_hook
 from torch import Tensor, nn
 
+from moc.training.checkpoint import EXPERT_FOLDERS
 from models.stream import KeyValueCache
 from models.wan import WanTransformer3DModel
 
 BOUNDARY = 0.875  # of the release
-FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # diffusers' and the release's
 ExpertCaches = tuple[KeyValueCache, KeyValueCache]  # of high and of low
 
 
@@ -79,7 +79,7 @@ def expert_paths(path: Path) -> tuple[Path, Path] | None:
     """
     if not path.is_dir():
         return None
-    pairs = [(path / high, path / low) for high, low in FOLDERS]
+    pairs = [(path / high, path / low) for high, low in EXPERT_FOLDERS]
     for high in path.glob("*high_noise*.safetensors"):
         pairs.append((high, high.with_name(high.name.replace("high_noise", "low_noise"))))
     found = sorted(pair for pair in pairs if all(part.exists() for part in pair))

@@ -3,8 +3,6 @@
 Written are a diffusers folder, one file with Wan's original names, or a run's folder with one training checkpoint.
 """
 
-import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,14 +17,10 @@ from tqdm import tqdm
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training.checkpoint import new_checkpoint, read_settings, write_state
-from models.codec import CodecConfig, CodecKind
 from models.convert import Checkpoint
-from models.encoders import EncodersConfig
+from models.encoders import EncodersConfig, find_encoders, read_encoders, write_encoders
 from models.names import to_original_name
 from models.tensors import Entry, new_folder, write_sharded, write_tensors
-from models.text import PromptForm, TextConfig, TextKind
-
-PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of Wan has besides the transformer
 
 
 class Form(StrEnum):
@@ -42,8 +36,8 @@ class Form(StrEnum):
 class Beside:
     """What goes beside the weights; what is left empty comes from the input, where that has it.
 
-    moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, a folder that
-    `prepare_data` or `train.py` made, which is copied, or a diffusers pipeline of Wan, whose path is noted.
+    moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, what
+    `models.encoders.read_encoders` reads; embedded encoders are copied, others noted by path.
     """
 
     moc: dict[str, Any] = field(default_factory=dict)
@@ -101,7 +95,7 @@ def convert(
                 _write_diffusers(checkpoint, read, folder / "model", dtype, shard_bytes, moc or MoCConfig())
                 write_state(folder, {"step": 0, "flow": asdict(flow)})
                 if encoders is not None:
-                    _write_encoders(encoders, folder / "encoders")
+                    write_encoders(encoders, folder / "encoders")
 
 
 def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[Entry]:
@@ -149,34 +143,6 @@ def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
     return replace(flow, shift=beside.shift or flow.shift)
 
 
-def _encoders(checkpoint: Checkpoint, beside: Beside) -> Path | None:
-    """The folder of the given encoders, or of the input's, if there are any."""
-    if not beside.encoders_path:
-        folders = (checkpoint.root / "encoders", checkpoint.root)
-        return next((folder for folder in folders if _has_encoders(folder) or _is_pipeline(folder)), None)
-    folder = Path(beside.encoders_path)
-    if not _has_encoders(folder) and not _is_pipeline(folder):
-        raise ValueError(
-            f"encoders_path={folder} holds neither encoders.json, which prepare_data and train.py write, nor "
-            f"{', '.join(PIPELINE)} as a diffusers pipeline does; name one that does"
-        )
-    return folder
-
-
-def _has_encoders(folder: Path) -> bool:
-    return (folder / "encoders.json").is_file()
-
-
-def _is_pipeline(folder: Path) -> bool:
-    return all((folder / part).is_dir() for part in PIPELINE)
-
-
-def _write_encoders(source: Path, folder: Path) -> None:
-    if _has_encoders(source):
-        shutil.copytree(source, folder)
-        return
-    pipeline = source.resolve()
-    codec = CodecConfig(kind=CodecKind.wan, path=str(pipeline / "vae"))
-    text = TextConfig(kind=TextKind.t5, path=str(pipeline), form=PromptForm.joined)
-    folder.mkdir()
-    (folder / "encoders.json").write_text(json.dumps(asdict(EncodersConfig(codec, text)), indent=2) + "\n")
+def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:
+    """The given encoders, or the input's, if it has any."""
+    return read_encoders(beside.encoders_path) if beside.encoders_path else find_encoders(checkpoint.root)

@@ -43,6 +43,32 @@ def original(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
     return save_original(theirs, tmp_path / "wan.safetensors")
 
 
+@pytest.fixture
+def release(folder: Path, tmp_path: Path) -> Path:
+    """A diffusers pipeline of Wan, as it is published."""
+    shutil.copytree(folder, tmp_path / "release/transformer")
+    save_tiny_encoders(tmp_path / "release")
+    (tmp_path / "release/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    return tmp_path / "release"
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    """A script of one short shot."""
+    file = tmp_path / "story.yaml"
+    file.write_text(yaml.safe_dump({"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia.", "seconds": 0.4}]}))
+    return file
+
+
+def save_tiny_encoders(folder: Path) -> None:
+    """As a diffusers pipeline of Wan holds them."""
+    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
+    config = UMT5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁cat", -1.0)]
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
+
+
 def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> None:
     convert(open_checkpoint(original), tmp_path / "folder", shard_bytes=300_000)
     assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
@@ -201,16 +227,7 @@ def test_round_trips_are_byte_identical(theirs, dtype: torch.dtype, tmp_path: Pa
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def save_tiny_encoders(folder: Path) -> None:
-    """As a diffusers pipeline of Wan holds them."""
-    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
-    config = UMT5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁cat", -1.0)]
-    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
-
-
-def test_encoders_come_along_or_are_named(theirs, folder: Path, tmp_path: Path) -> None:
+def test_encoders_come_along_or_are_named(folder: Path, release: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     build_encoders(EncodersConfig(), ["cat"]).save(made)
     step = as_run(folder, tmp_path / "run", encoders_path=str(made))
@@ -218,17 +235,22 @@ def test_encoders_come_along_or_are_named(theirs, folder: Path, tmp_path: Path) 
     step = as_run(tmp_path / "run", tmp_path / "copy")
     assert (step / "encoders/encoders.json").read_text() == (made / "encoders.json").read_text()
 
-    release = tmp_path / "release"
-    shutil.copytree(folder, release / "transformer")
-    save_tiny_encoders(release)
-    for source, settings in ((release, {}), (folder, {"encoders_path": str(release)})):
-        step = as_run(source, tmp_path / f"from_{source.name}", **settings)
+    for number, (source, settings) in enumerate(
+        ((release, {}), (release / "transformer", {}), (folder, {"encoders_path": str(release)}))
+    ):
+        step = as_run(source, tmp_path / f"from_{number}", **settings)
         loaded = load_encoders(step / "encoders")
         assert (loaded.codec.latent_channels, loaded.text.text_dim) == (16, 24)
         assert [path.name for path in (step / "encoders").iterdir()] == ["encoders.json"]  # by path, not copied
-    with pytest.raises(ValueError, match=r"encoders_path=.* holds neither encoders\.json"):
+    with pytest.raises(ValueError, match=r"holds no encoders: neither encoders\.json, .* nor vae, text_encoder, "):
         as_run(folder, tmp_path / "none", encoders_path=str(folder))
     assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.parametrize("settings", [(), ("encoders_path={release}",)])
+def test_a_pipeline_is_sampled_as_it_is(release: Path, story: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    arguments = [setting.format(release=release) for setting in settings]
+    assert (pipeline.sample(release, story, tmp_path / "film", *arguments) / "video.mp4").is_file()
 
 
 def test_a_form_that_cannot_hold_what_is_asked(folder: Path, tmp_path: Path) -> None:
@@ -268,7 +290,9 @@ def test_the_command_says_what_a_file_is_and_converts_it(original: Path, tmp_pat
     assert said == "error: nowhere.safetensors does not exist"
 
 
-def test_a_converted_run_is_sampled_evaluated_and_trained_from(trained, prepared, tmp_path: Path, capsys) -> None:
+def test_a_converted_run_is_sampled_evaluated_and_trained_from(
+    trained, prepared, story, tmp_path: Path, capsys
+) -> None:
     """A model's bare folder, as it might be published, becomes a run that every command takes."""
     script, published, run = "scripts/convert_checkpoint.py", tmp_path / "published", tmp_path / "run"
     pipeline.command(script, f"input={trained}", f"output={published}")
@@ -278,8 +302,6 @@ def test_a_converted_run_is_sampled_evaluated_and_trained_from(trained, prepared
     moc, flow = read_settings(find_checkpoint(run))
     assert (moc.top_k, moc.chunk_tokens, flow.shift) == (1, 6, 2)
 
-    story = tmp_path / "story.yaml"
-    story.write_text(yaml.safe_dump({"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia.", "seconds": 0.4}]}))
     assert (pipeline.sample(run, story, tmp_path / "film") / "video.mp4").is_file()
     arguments = (f"data.path={prepared}", "data.validation=1", "device=cpu")
     pipeline.command("scripts/evaluate.py", f"checkpoint={run}", *arguments)

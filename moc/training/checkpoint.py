@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow
 
+# Where a checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models; of two experts high noise first.
+MODEL_FOLDERS = ("ema", "model")
+EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
@@ -36,6 +40,14 @@ def find_checkpoint(path: str | Path) -> Path | None:
     if (path / "complete").exists():
         return path
     return max((f for f in _checkpoints(path) if (f / "complete").exists()), key=step_of, default=None)
+
+
+def root_of(path: str | Path) -> Path:
+    """The checkpoint or the diffusers pipeline that `path` is, or whose model's folder it is; else `path` itself."""
+    path = Path(path)
+    folders = {*MODEL_FOLDERS, *chain(*EXPERT_FOLDERS)}
+    is_part = path.name in folders and any((path.parent / mark).is_file() for mark in ("complete", "model_index.json"))
+    return find_checkpoint(path) or (path.parent if is_part else path)
 
 
 def step_of(checkpoint: Path) -> int:
