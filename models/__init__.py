@@ -9,14 +9,13 @@ from diffusers import ModelMixin
 from torch import nn
 
 from moc import MoCConfig
-from moc.training.checkpoint import find_checkpoint, read_settings
+from moc.training.checkpoint import read_json, read_settings, root_of
 from models.codec import CodecConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
 from models.experts import BOUNDARY, Experts, expert_paths
 from models.lora import read_lora
 from models.mmdit import MMDiT
-from models.tensors import read_json
 from models.text import TextConfig, build_text_encoder
 from models.vae import build_codec
 from models.wan import WanTransformer3DModel
@@ -136,13 +135,13 @@ def load_denoiser(
         pair = Path(path), Path(low_noise)
     if pair is None:
         return load_model(path, dtype)
-    high, low = (read_settings(find_checkpoint(expert) or expert)[1] for expert in pair)
+    high, low = (read_settings(expert)[1] for expert in pair)
     if high.sigma_min < low.sigma_min:
         raise ValueError(
             f"{pair[0]} was trained for noise levels from {high.sigma_min} on, {pair[1]} from {low.sigma_min}: "
             "the high-noise expert is checkpoint, the other one low_noise_checkpoint"
         )
-    index = Path(path) / "model_index.json"
+    index = root_of(path) / "model_index.json"
     release = read_json(index).get("boundary_ratio") if index.is_file() else None
     boundary = release or high.sigma_min or BOUNDARY
     return Experts(*(load_model(expert, dtype) for expert in pair), boundary=boundary)

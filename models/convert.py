@@ -16,12 +16,12 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from moc import MoCConfig
-from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, root_of
+from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, read_json, read_moc, root_of
 from models.experts import expert_paths
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
-from models.tensors import TensorSource, read_json
+from models.tensors import TensorSource
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
@@ -129,8 +129,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
         config = _class_config(CLASSES[kind], settings, path)
     else:
         config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
-    moc = MoCConfig.load(path) if (path / "moc.json").is_file() else None
-    return Checkpoint(root, form, kind, config, source, stored, moc)
+    return Checkpoint(root, form, kind, config, source, stored, read_moc(path))
 
 
 def model_path(path: Path, weights: str) -> Path:

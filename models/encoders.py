@@ -10,9 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from moc.training.checkpoint import root_of
+from moc.training.checkpoint import read_json, root_of
 from models.codec import Codec, CodecConfig, CodecKind
-from models.tensors import read_json
 from models.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
 from models.vae import build_codec
 

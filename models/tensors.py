@@ -10,12 +10,13 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from moc.training.checkpoint import read_json
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
 SAFE = "use the safetensors release"
@@ -83,17 +84,6 @@ def _open(file: Path):
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError, naming the file, where it holds none."""
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged or no JSON file ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
-    return values
 
 
 def _files(path: Path) -> list[Path]:

@@ -49,6 +49,8 @@ def release(folder: Path, tmp_path: Path) -> Path:
     shutil.copytree(folder, tmp_path / "release/transformer")
     save_tiny_encoders(tmp_path / "release")
     (tmp_path / "release/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5)
+    scheduler.save_pretrained(tmp_path / "release/scheduler")
     return tmp_path / "release"
 
 
@@ -250,7 +252,40 @@ def test_encoders_come_along_or_are_named(folder: Path, release: Path, tmp_path:
 @pytest.mark.parametrize("settings", [(), ("encoders_path={release}",)])
 def test_a_pipeline_is_sampled_as_it_is(release: Path, story: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     arguments = [setting.format(release=release) for setting in settings]
-    assert (pipeline.sample(release, story, tmp_path / "film", *arguments) / "video.mp4").is_file()
+    MoCConfig(chunk_tokens=6, top_k=1).save(release / "transformer")
+    film = pipeline.sample(release, story, tmp_path / "film", *arguments)
+    assert (film / "video.mp4").is_file()
+    record = json.loads((film / "metadata.json").read_text())
+    assert (record["flow"]["shift"], record["moc"]["chunk_tokens"], record["moc"]["top_k"]) == (5, 6, 1)
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer_2", "low_noise_model", "model", "."])
+def test_attention_settings_are_found_beside_the_weights(folder: Path, part: str, tmp_path: Path) -> None:
+    """By all who ask, whichever folder is named."""
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole / part)
+    if part == "model":
+        (whole / "complete").write_text("")  # of a training checkpoint
+    MoCConfig(top_k=2).save(whole / part)
+    for path in (whole, whole / part):
+        assert read_settings(path)[0] == open_checkpoint(path).moc == MoCConfig(top_k=2)
+
+
+def test_the_schedulers_shift_comes_along(release: Path, tmp_path: Path) -> None:
+    for number, (source, settings, shift) in enumerate(
+        ((release, {}, 5), (release / "transformer", {}, 5), (release, {"shift": 8.0}, 8))
+    ):
+        assert read_settings(as_run(source, tmp_path / f"run_{number}", **settings))[1] == Flow(shift=shift)
+    file = release / "scheduler/scheduler_config.json"
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0).save_pretrained(release / "scheduler")
+    assert read_settings(release)[1] == Flow(shift=7.0)
+    for text, message in (
+        ('{"flow_shift": "5"}', "flow shift '5' must be a number above 0"),
+        ("{", "is damaged or no"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"scheduler_config.json.*{message}"):
+            read_settings(release)
 
 
 def test_a_form_that_cannot_hold_what_is_asked(folder: Path, tmp_path: Path) -> None:
