@@ -17,10 +17,12 @@ from tqdm import tqdm
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training.checkpoint import new_checkpoint, read_settings, write_state
+from models.codec import CodecKind
 from models.convert import Checkpoint
 from models.encoders import EncodersConfig, find_encoders, read_encoders, write_encoders
 from models.names import to_original_name
 from models.tensors import Entry, new_folder, write_sharded, write_tensors
+from models.text import TextKind
 
 
 class Form(StrEnum):
@@ -37,16 +39,22 @@ class Beside:
     """What goes beside the weights; what is left empty comes from the input, where that has it.
 
     moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, what
-    `models.encoders.read_encoders` reads; embedded encoders are copied, others noted by path.
+    `models.encoders.read_encoders` reads; embedded encoders are copied, others noted by path; or encoders, their
+    settings themselves, which say what a path cannot: how HoloCine's weights were trained.
     """
 
     moc: dict[str, Any] = field(default_factory=dict)
     shift: float = 0.0
     encoders_path: str = ""
+    encoders: EncodersConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoders_path and self.encoders:
+            raise ValueError(f"encoders_path={self.encoders_path} and encoders exclude each other; leave one out")
 
     def check(self, form: Form) -> None:
         """Raises ValueError where a form has no place for something given."""
-        kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: ("moc", "shift", "encoders_path")}[form]
+        kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: tuple(vars(self))}[form]
         lost = [name for name, value in vars(self).items() if value and name not in kept]
         if lost:
             raise ValueError(f"form={form} has no place for {', '.join(lost)}; use form=checkpoint")
@@ -145,4 +153,18 @@ def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
 
 def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:
     """The given encoders, or the input's, if it has any."""
+    if beside.encoders is not None:
+        return _lasting(beside.encoders)
     return read_encoders(beside.encoders_path) if beside.encoders_path else find_encoders(checkpoint.root)
+
+
+def _lasting(config: EncodersConfig) -> EncodersConfig:
+    """With paths that hold from any folder; raises ValueError where a codec or a text encoder has none."""
+    for name, wanted, part in (("codec", CodecKind.wan, config.codec), ("text", TextKind.t5, config.text)):
+        if part.kind is not wanted or not Path(part.path).is_dir():
+            raise ValueError(
+                f"encoders.{name}.kind={part.kind}, encoders.{name}.path={part.path!r} must be {wanted} and a folder; "
+                "encoders_path=FOLDER takes those of another kind from where they were made"
+            )
+    codec, text = (replace(part, path=str(Path(part.path).resolve())) for part in (config.codec, config.text))
+    return EncodersConfig(codec, text)

@@ -20,6 +20,7 @@ from moc.diffusion import Flow
 from moc.training.checkpoint import find_checkpoint, read_settings
 from models import EncodersConfig, build_encoders, load_encoders, load_model, save_model
 from models.convert import load_checkpoint, open_checkpoint
+from models.encoders import read_encoders
 from models.export import Beside, Form, convert
 from models.mmdit import MMDiT
 from models.tensors import TensorSource, write_sharded, write_tensors
@@ -286,6 +287,27 @@ def test_the_schedulers_shift_comes_along(release: Path, tmp_path: Path) -> None
         file.write_text(text)
         with pytest.raises(ValueError, match=f"scheduler_config.json.*{message}"):
             read_settings(release)
+
+
+def test_holocines_file_becomes_a_run_as_it_was_trained(original, release, story, tmp_path: Path, capsys) -> None:
+    paths = (f"encoders.codec.path={release}/vae", f"encoders.text.path={release}")
+    arguments = (f"input={original}", f"output={tmp_path}/run", "form=checkpoint", "moc=holocine", "shift=5")
+    pipeline.command("scripts/convert_checkpoint.py", *arguments, "encoders=holocine", *paths)
+    encoders = read_encoders(tmp_path / "run")
+    assert (encoders.codec.continuous, encoders.text.form) == (True, "holocine")
+    moc, flow = read_settings(tmp_path / "run")
+    assert (moc.dense, moc.causal, moc.text_anchor, flow.shift) == (True, False, "global_and_own", 5)
+    assert (pipeline.sample(tmp_path / "run", story, tmp_path / "film") / "video.mp4").is_file()
+
+    arguments = (arguments[0], f"output={tmp_path}/no", "form=checkpoint")
+    for settings, message in (
+        (("encoders=wan", "encoders.codec.path=nowhere", paths[1]), "encoders.codec.path='nowhere' must be wan and a"),
+        (("encoders=embedded",), "encoders.codec.kind=transform, encoders.codec.path='' must be wan and a folder"),
+        (("encoders=wan", *paths, f"encoders_path={release}"), "exclude each other; leave one out"),
+        (("encoders=wan",), "encoders.codec.path is not set"),
+    ):
+        assert message in pipeline.refusal(capsys, "scripts/convert_checkpoint.py", *arguments, *settings)
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_a_form_that_cannot_hold_what_is_asked(folder: Path, tmp_path: Path) -> None:
