@@ -5,6 +5,7 @@ or without ComfyUI's prefix (HoloCine's files are such), a training run or check
 diffusers'.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -21,7 +22,7 @@ from models.experts import expert_paths
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
-from models.tensors import TensorSource
+from models.tensors import TensorSource, listed
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
@@ -64,7 +65,7 @@ class Checkpoint:
             ],
         }
         if any(problems.values()):
-            raise ValueError(f"{self.source.path} is not a whole {self.kind}: " + _listed(problems))
+            raise ValueError(f"{self.source.path} is not a whole {self.kind}: " + listed(problems))
         return model
 
     def dtypes(self, model: ModelMixin, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
@@ -94,15 +95,6 @@ WAN_NAMES = {
 
 def _size(config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(config[key] for key in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels"))
-
-
-def _listed(problems: dict[str, list[str]], most: int = 10) -> str:
-    parts = []
-    for what, names in problems.items():
-        if names:
-            rest = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(parts)
 
 
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
@@ -158,15 +150,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
     """(form, diffusers name -> stored name) of a file of the Wan family."""
     names = source.names()
-    if "condition_embedder.time_proj.weight" in names:
+    if any(name.startswith("condition_embedder.") or ".attn1." in name for name in names):
         return "diffusers", {name: name for name in names}
     renamed = {name: to_diffusers_name(name) for name in names}
+    times = Counter(renamed.values())
     unknown = [name for name, new in renamed.items() if new is None]
+    twice = [name for name, new in renamed.items() if new is not None and times[new] > 1]
     if len(unknown) == len(names):
         raise ValueError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
-    if unknown:
+    if unknown or twice:
         raise ValueError(
-            f"{source.path} is not a text-to-video model of the Wan family: {_listed({'unknown tensors': unknown})}"
+            f"{source.path} is not a text-to-video model of the Wan family: "
+            + listed({"unknown tensors": unknown, "names of tensors with and without a prefix": twice})
         )
     form = "comfyui" if any(name.startswith(COMFYUI_PREFIX) for name in names) else "original"
     return form, {new: name for name, new in renamed.items() if new is not None}

@@ -1,6 +1,8 @@
 """Checkpoints: names, strict loading, LoRA, on reduced copies with the real names."""
 
 import copy
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -119,6 +121,40 @@ def test_missing_extra_and_misshapen_tensors_are_listed(original: Path, tmp_path
         load_model(tmp_path / "b.safetensors")
     assert "1 missing: blocks.1.attn1.to_q.weight" in str(caught.value)
     assert "1 misshapen: blocks.1.ffn.net.2.bias (3,) instead of (128,)" in str(caught.value)
+
+
+def test_a_tensor_under_two_names_is_refused(original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original)
+    tensors["model.diffusion_model.head.head.weight"] = tensors["head.head.weight"] + 1
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"prefix: head\.head\.weight, model\.diffusion_model\.head\.head\.weight$"):
+        load_model(tmp_path / "a.safetensors")
+
+
+def test_a_diffusers_file_is_known_by_any_of_its_names(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    del tensors["condition_embedder.time_proj.weight"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"Model: 1 missing: condition_embedder\.time_proj\.weight$"):
+        load_model(tmp_path / "a.safetensors")
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(theirs, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    (file,) = tmp_path.glob("*.index.json")
+    index = json.loads(file.read_text())
+    lost = "proj_out.bias"  # which shares its shard with others
+    own = index["weight_map"][lost]
+    other = next(shard for shard in index["weight_map"].values() if shard != own)
+    for change, message in (
+        ({"new.weight": own}, "1 not in the shard that the index names: new.weight;"),
+        ({lost: other}, f"1 not in the shard that the index names: {lost};"),
+        ({lost: None}, f"1 in a shard but not in the index: {lost};"),
+    ):
+        changed = {name: shard for name, shard in (index["weight_map"] | change).items() if shard}
+        file.write_text(json.dumps(index | {"weight_map": changed}))
+        with pytest.raises(ValueError, match=f"is not what its index says: {re.escape(message)}"):
+            load_model(tmp_path)
 
 
 def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path: Path) -> None:
