@@ -26,6 +26,7 @@ from models.tensors import TensorSource, listed
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
+RELEASE_CLASS = "WanModel"  # in a config.json of the release, whose settings the tensors' shapes tell as well
 HEAD_DIM = 128  # of every Wan model; files without a config do not tell it
 
 
@@ -110,17 +111,18 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
             f"{path} holds a LoRA of {lora['base']}, not a whole model: diffusers' pipelines take it with "
             f"load_lora_weights, and models.load_model({str(path)!r}).save_pretrained(FOLDER) merges the two"
         )
-    source = TensorSource(path)
     settings = _read_config(path)
-    if settings.get("_class_name") == "MMDiT":
-        form, stored = "diffusers", {name: name for name in source.names()}
-    else:
-        form, stored = _wan_names(source)
-    kind = "MMDiT" if settings.get("_class_name") == "MMDiT" else "WanTransformer3DModel"
-    if settings.get("_class_name") in CLASSES:
-        config = _class_config(CLASSES[kind], settings, path)
-    else:
+    kind = settings.get("_class_name", RELEASE_CLASS)
+    if kind not in (*CLASSES, RELEASE_CLASS):
+        known = ", ".join((*CLASSES, RELEASE_CLASS))
+        raise ValueError(f"{path}/config.json is of a {kind}; only models of {known} are read, name one of those")
+    source = TensorSource(path)
+    form, stored = ("diffusers", {name: name for name in source.names()}) if kind == "MMDiT" else _wan_names(source)
+    if kind == RELEASE_CLASS:
+        kind = "WanTransformer3DModel"
         config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
+    else:
+        config = _class_config(CLASSES[kind], settings, path)
     return Checkpoint(root, form, kind, config, source, stored, read_moc(path))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
-from models import ModelConfig, build_model, load_model, save_model
+from models import Family, ModelConfig, build_model, load_model, save_model
 from models.convert import open_checkpoint
 from models.mmdit import MMDiT
 from models.names import to_diffusers_name, to_original_name
@@ -123,6 +123,22 @@ def test_missing_extra_and_misshapen_tensors_are_listed(original: Path, tmp_path
     assert "1 misshapen: blocks.1.ffn.net.2.bias (3,) instead of (128,)" in str(caught.value)
 
 
+def test_a_folder_of_the_release_is_read_by_its_shapes(theirs, original: Path, tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    release.mkdir()
+    shutil.copy(original, release / "diffusion_pytorch_model.safetensors")
+    (release / "config.json").write_text('{"_class_name": "WanModel", "dim": 128, "num_layers": 2}')
+    assert same(load_model(release), theirs.state_dict())
+
+
+def test_a_path_of_another_family_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_model(MMDiT(**MMDIT), tmp_path / "mmdit", MoCConfig())
+    assert isinstance(build_model(ModelConfig(Family.mmdit, str(tmp_path / "mmdit")), 4, 12), MMDiT)
+    for family, path in ((Family.mmdit, folder), (Family.wan, tmp_path / "mmdit")):
+        with pytest.raises(ValueError, match=f"model.path={path} holds a .*, not one of model.family={family}; set"):
+            build_model(ModelConfig(family, str(path)), 16, 24)
+
+
 def test_a_tensor_under_two_names_is_refused(original: Path, tmp_path: Path) -> None:
     tensors = load_file(original)
     tensors["model.diffusion_model.head.head.weight"] = tensors["head.head.weight"] + 1
@@ -178,7 +194,12 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
     index = tmp_path / "index"
     load_model(folder).save_pretrained(index, max_shard_size="300KB")
     next(index.glob("*.index.json")).write_text('{"metadata": {}}')
-    settings = {"setting": ("{", '{"new_thing": 3,'), "cut": ('",\n', ""), "typed": ('layers": 2', 'layers": "two"')}
+    settings = {
+        "class": ("WanTransformer3DModel", "CogVideoXTransformer3DModel"),
+        "setting": ("{", '{"new_thing": 3,'),
+        "cut": ('",\n', ""),
+        "typed": ('layers": 2', 'layers": "two"'),
+    }
     for name, (old, new) in settings.items():
         shutil.copytree(folder, tmp_path / name)
         text = (folder / "config.json").read_text()
@@ -197,6 +218,7 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
         sharded: r"lacks the shards \['diffusion_pytorch_model-00002",
         doubled: r"is in .*-00001-of-.* and in .*-00002-of-.*; fetch the folder again",
         index: "has no weight_map from tensors to shards",
+        tmp_path / "class": r"class/config\.json is of a CogVideoXTransformer3DModel; only models of MMDiT, Wan",
         tmp_path / "setting": r"settings \['new_thing'\] that this WanTransformer3DModel does not know",
         tmp_path / "cut": r"cut/config\.json is damaged or no JSON file",
         tmp_path / "typed": r"typed/config\.json does not describe a WanTransformer3DModel",
@@ -251,7 +273,7 @@ def test_lora_trains_saves_restores_and_merges(family: str, folder: Path, tmp_pa
     if family == "mmdit":
         base, targets = tmp_path / "base", ["to_qkv", "ffn.2"]
         save_model(MMDiT(**MMDIT), base, MoCConfig())
-    config = ModelConfig(path=str(base), lora_rank=2, lora_targets=targets)
+    config = ModelConfig(Family(family), str(base), lora_rank=2, lora_targets=targets)
     model, plain = build_model(config, 4, 12), load_model(base)
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained
@@ -277,7 +299,7 @@ def test_lora_trains_saves_restores_and_merges(family: str, folder: Path, tmp_pa
 
 
 def test_diffusers_loads_our_lora(theirs, folder: Path, tmp_path: Path) -> None:
-    model = build_model(ModelConfig(path=str(folder), lora_rank=2, lora_targets=["to_q"]), 16, 24)
+    model = build_model(ModelConfig(Family.wan, str(folder), lora_rank=2, lora_targets=["to_q"]), 16, 24)
     model.save_pretrained(tmp_path / "lora")
     parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": diffusers.UniPCMultistepScheduler()}
     pipeline = diffusers.WanPipeline(transformer=copy.deepcopy(theirs), **parts)
@@ -293,9 +315,9 @@ def test_bad_lora_settings_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a LoRA needs weights to adapt"):
         build_model(ModelConfig(lora_rank=4, lora_targets=["to_q"]), 16, 24)
     with pytest.raises(ValueError, match="not found in the base model"):
-        build_model(ModelConfig(path=str(folder), lora_rank=4, lora_targets=["to_x"]), 16, 24)
+        build_model(ModelConfig(Family.wan, str(folder), lora_rank=4, lora_targets=["to_x"]), 16, 24)
     small, large = (
-        build_model(ModelConfig(path=str(folder), lora_rank=r, lora_targets=["to_q"]), 16, 24) for r in (2, 3)
+        build_model(ModelConfig(Family.wan, str(folder), lora_rank=r, lora_targets=["to_q"]), 16, 24) for r in (2, 3)
     )
     small.save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match="the adapter of another model"):
