@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import struct
 import weakref
@@ -11,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import yaml
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
@@ -23,7 +25,9 @@ from models.convert import load_checkpoint, open_checkpoint
 from models.encoders import read_encoders
 from models.export import Beside, Form, convert
 from models.mmdit import MMDiT
+from models.names import COMFYUI_PREFIX, to_original_name
 from models.tensors import TensorSource, write_sharded, write_tensors
+from models.wan import WanTransformer3DModel
 from tests import pipeline
 from tests.wan_files import MMDIT, reduced_wan, same, save_original
 
@@ -154,6 +158,14 @@ def test_conversion_holds_one_tensor_of_a_sharded_folder(theirs, tmp_path: Path,
     assert peak == max(weight.nbytes for weight in weights)
 
 
+def save_hole(file: Path, header: dict[str, dict], size: int) -> Path:
+    """A safetensors file whose `size` bytes of values take no room on disk."""
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + size)
+    return file
+
+
 def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
     """One of 2 TiB, nearly all of it a hole: mapped for writing, as torch maps files, it would claim that memory."""
     file, hole = tmp_path / "large.safetensors", 2**41
@@ -161,10 +173,7 @@ def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
         "hole": {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]},
         "small": {"dtype": "I32", "shape": [2], "data_offsets": [hole, hole + 8]},
     }
-    text = json.dumps(header).encode()
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        out.seek(hole, 1)
+    with save_hole(file, header, hole).open("ab") as out:
         out.write(struct.pack("<ii", 5, 7))
     source = TensorSource(file)
     assert source.shapes["hole"] == (hole,)
@@ -336,6 +345,46 @@ def test_a_failed_conversion_leaves_no_run(folder: Path, tmp_path: Path, monkeyp
 
 
 # The command
+
+
+SMALL = "Wan2.1-T2V-1.3B: 1.419 B parameters in 825 tensors, bfloat16, float32"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form", "said"),
+    [
+        ((12, 8960, 30, 16), "original", SMALL),
+        ((12, 8960, 30, 16), "comfyui", SMALL),
+        ((12, 8960, 30, 16), "diffusers", SMALL),
+        (
+            *((40, 13824, 40, 16), "original"),
+            "Wan2.1-T2V-14B, an expert of Wan2.2-T2V-A14B, or HoloCine (same shapes): 14.288 B parameters in 1095 "
+            "tensors, bfloat16, float32",
+        ),
+        ((24, 14336, 30, 48), "diffusers", "Wan2.2-TI2V-5B: 5.000 B parameters in 825 tensors, bfloat16, float32"),
+    ],
+    ids=["1.3B-original", "1.3B-comfyui", "1.3B-diffusers", "14B-original", "5B-diffusers"],
+)
+def test_the_command_knows_the_public_models(sizes: tuple[int, ...], form: str, said: str, tmp_path, capsys) -> None:
+    """By header alone: the files have the real names and shapes, and a hole for the values."""
+    with init_empty_weights():
+        model = WanTransformer3DModel(
+            **dict(zip(("num_attention_heads", "ffn_dim", "num_layers", "in_channels"), sizes, strict=True)),
+            out_channels=sizes[-1],
+        )
+    renamed = {
+        "original": to_original_name,
+        "comfyui": lambda name: COMFYUI_PREFIX + to_original_name(name),
+        "diffusers": str,
+    }[form]
+    header, end = {}, 0
+    for name, weight in model.state_dict().items():
+        dtype, size = ("F32", 4) if name.endswith("scale_shift_table") else ("BF16", 2)
+        start, end = end, end + size * weight.numel()
+        header[renamed(name)] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [start, end]}
+    file = save_hole(tmp_path / "wan.safetensors", header, end)
+    pipeline.command("scripts/convert_checkpoint.py", f"input={file}")
+    assert capsys.readouterr().out == f"{file}: {said}, {form} names\n"
 
 
 def test_the_command_says_what_a_file_is_and_converts_it(original: Path, tmp_path: Path, capsys) -> None:
