@@ -43,7 +43,7 @@ def main(config: SampleConfig) -> None:
     model = load_denoiser(checkpoint, config.low_noise_checkpoint, config.weights_dtype(device))
     moc, flow = read_settings(checkpoint)
     moc, flow = MoCConfig.from_dict(moc.to_dict() | config.moc), replace(flow, shift=config.shift or flow.shift)
-    encoders = load_encoders(config.encoders_path or checkpoint / "encoders")
+    encoders = load_encoders(config.encoders_path or checkpoint)
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 
     plan = plan_film(script, codec)

@@ -53,7 +53,7 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
         raise ConfigError(f"{missing[0]} is not set; say {missing[0]}=VALUE")
     try:
         _check_elements(cfg, schema)
-        typed = OmegaConf.merge(_writable(OmegaConf.structured(schema)), cfg)
+        typed = OmegaConf.merge(_structured(schema, cfg), cfg)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(_message(error)) from None
@@ -73,6 +73,15 @@ def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
                     OmegaConf.merge(_writable(OmegaConf.structured(element)), item)
                 except OmegaConfBaseException as error:
                     raise ConfigError(f"{prefix}{name}[{index}].{_message(error)}") from None
+
+
+def _structured(schema: type, cfg: DictConfig) -> DictConfig:
+    """The schema's defaults, to merge into; an optional dataclass that `cfg` sets has its own."""
+    node = _writable(OmegaConf.structured(schema))
+    for name, hint in get_type_hints(schema).items():
+        if OmegaConf.is_dict(cfg.get(name)) and not OmegaConf.is_missing(node, name) and node[name] is None:
+            node[name] = _writable(OmegaConf.structured(get_args(hint)[0]))
+    return node
 
 
 def _writable(node: DictConfig) -> DictConfig:

@@ -39,10 +39,10 @@ class TrainConfig:
 class SampleConfig:
     """`sample.py`. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two noise experts
     (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise one, where
-    checkpoint is the other. script: what to film. out: a folder to write. encoders_path: a folder of them; "" takes the
-    checkpoint's. device: auto is the GPU where there is one. dtype: of the weights, norms excepted: fp32, bf16, or
-    auto, which is bf16 on a GPU. offload: of two experts only the one in use stays on the GPU. shift: of the noise
-    levels; 0 takes the checkpoint's. moc: settings other than the checkpoint's."""
+    checkpoint is the other. script: what to film. out: a folder to write. encoders_path: a folder of them, or a
+    diffusers pipeline; "" takes the checkpoint's. device: auto is the GPU where there is one. dtype: of the weights,
+    norms excepted: fp32, bf16, or auto, which is bf16 on a GPU. offload: of two experts only the one in use stays on
+    the GPU. shift: of the noise levels; 0 takes the checkpoint's. moc: settings other than the checkpoint's."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str = ""

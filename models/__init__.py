@@ -9,14 +9,13 @@ from diffusers import ModelMixin
 from torch import nn
 
 from moc import MoCConfig
-from moc.training.checkpoint import find_checkpoint, read_settings
+from moc.training.checkpoint import read_json, read_settings, root_of
 from models.codec import CodecConfig
-from models.convert import load_checkpoint, open_checkpoint
+from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
-from models.experts import BOUNDARY, Experts, expert_paths
+from models.experts import BOUNDARY, Experts, check_places, expert_paths
 from models.lora import Lora
 from models.mmdit import MMDiT
-from models.tensors import read_json
 from models.text import TextConfig, build_text_encoder
 from models.vae import build_codec
 from models.wan import WanTransformer3DModel
@@ -26,6 +25,7 @@ __all__ = [
     "Encoders",
     "EncodersConfig",
     "Experts",
+    "Family",
     "ModelConfig",
     "TextConfig",
     "build_codec",
@@ -43,6 +43,9 @@ __all__ = [
 class Family(StrEnum):
     mmdit = "mmdit"
     wan = "wan"
+
+
+FAMILIES = {Family.mmdit: MMDiT, Family.wan: WanTransformer3DModel}
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,19 @@ class ModelConfig:
 def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> ModelMixin:
     """A model with fresh random weights, or with those of `config.path`, in fp32 on the CPU.
 
+    Raises ValueError where the model there is of another family.
+
     latent_channels, text_dim: widths of the latents and text features it will see.
     """
     if config.lora_rank and not config.path:
         raise ValueError("a LoRA needs weights to adapt: set model.path")
     if config.path:
         checkpoint = open_checkpoint(config.path)
+        if checkpoint.kind != FAMILIES[config.family].__name__:
+            raise ValueError(
+                f"model.path={config.path} holds a {checkpoint.kind}, not one of model.family={config.family}; "
+                "set the family that fits (for Wan's weights: model=wan)"
+            )
         model = load_checkpoint(checkpoint)
         if config.lora_rank:
             base = str(checkpoint.path.resolve())  # not the run, which may train on
@@ -121,7 +131,7 @@ def load_denoiser(
 
     path: of a folder with both (see `models.experts.expert_paths`), or of the high-noise one. low_noise: then the path
     of the other one. The boundary is that of model_index.json or of the high-noise one's training, else the release's.
-    Raises ValueError where the two are no pair, or change places.
+    Raises ValueError where the two are no pair, are one, or change places.
     """
     pair = expert_paths(Path(path))
     if low_noise:
@@ -130,13 +140,17 @@ def load_denoiser(
         pair = Path(path), Path(low_noise)
     if pair is None:
         return load_model(path, dtype)
-    high, low = (read_settings(find_checkpoint(expert) or expert)[1] for expert in pair)
+    if len({model_path(expert, "ema").resolve() for expert in pair}) == 1:
+        raise ValueError(f"{pair[0]} and {pair[1]} are one model; name the high-noise expert and the low-noise one")
+    high, low = (read_settings(expert)[1] for expert in pair)
     if high.sigma_min < low.sigma_min:
         raise ValueError(
             f"{pair[0]} was trained for noise levels from {high.sigma_min} on, {pair[1]} from {low.sigma_min}: "
             "the high-noise expert is checkpoint, the other one low_noise_checkpoint"
         )
-    index = Path(path) / "model_index.json"
+    if high.sigma_min == low.sigma_min:
+        check_places(*pair)
+    index = root_of(path) / "model_index.json"
     release = read_json(index).get("boundary_ratio") if index.is_file() else None
     boundary = release or high.sigma_min or BOUNDARY
     return Experts(*(load_model(expert, dtype) for expert in pair), boundary=boundary)

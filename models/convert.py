@@ -5,6 +5,7 @@ or without ComfyUI's prefix (HoloCine's files are such), a training run or check
 merged into its base. Names inside this module are diffusers'.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -16,16 +17,17 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from moc import MoCConfig
-from moc.training.checkpoint import find_checkpoint
-from models.experts import FOLDERS, expert_paths
+from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, read_json, read_moc, root_of
+from models.experts import expert_paths
 from models.fingerprint import VALUES_PER_TENSOR, tensors_digest
 from models.lora import Adapter, Lora, read_lora
 from models.mmdit import MMDiT
 from models.names import COMFYUI_PREFIX, to_diffusers_name
-from models.tensors import TensorSource, check_tensors, listed, read_json, shapes
+from models.tensors import TensorSource, check_tensors, listed, shapes
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
+RELEASE_CLASS = "WanModel"  # in a config.json of the release, whose settings the tensors' shapes tell as well
 HEAD_DIM = 128  # of every Wan model; files without a config do not tell it
 
 
@@ -79,6 +81,14 @@ class Checkpoint:
             check_tensors(adapter.source.path, "LoRA", adapter.source.shapes, adapter.lora.shapes(model))
         return model
 
+    def dtypes(self, model: ModelMixin, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """What each weight of `model` is to be held in where `dtype` is asked for: norms, modulation and the time
+        embedder in fp32, whatever it is. None: as they are stored."""
+        names, wide = list(model.state_dict()), set(model._keep_in_fp32_modules)
+        if dtype is None:
+            return {name: self.source.dtypes[self.stored[name]] for name in names}
+        return {name: torch.float32 if wide & set(name.split(".")) else dtype for name in names}
+
     def describe(self) -> str:
         """One line for the user: what the file is."""
         count = sum(torch.Size(self.source.shapes[key]).numel() for key in self.stored.values())
@@ -106,25 +116,26 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
 
     Raises ValueError where it is no model, or more than one, or a LoRA whose base is not what it was.
     """
-    root = find_checkpoint(path) or Path(path)
+    root = root_of(path)
     path = model_path(Path(path), weights)
     lora = read_lora(path)
     if lora is not None:
         base = _open_base(lora, path)
         adapters = (*base.adapters, Adapter(lora, TensorSource(path)))
-        return replace(base, root=root, moc=_read_moc(path) or base.moc, adapters=adapters)
-    source = TensorSource(path)
+        return replace(base, root=root, moc=read_moc(path) or base.moc, adapters=adapters)
     settings = _read_config(path)
-    if settings.get("_class_name") == "MMDiT":
-        form, stored = "diffusers", {name: name for name in source.names()}
-    else:
-        form, stored = _wan_names(source)
-    kind = "MMDiT" if settings.get("_class_name") == "MMDiT" else "WanTransformer3DModel"
-    if settings.get("_class_name") in CLASSES:
-        config = _class_config(CLASSES[kind], settings, path)
-    else:
+    kind = settings.get("_class_name", RELEASE_CLASS)
+    if kind not in (*CLASSES, RELEASE_CLASS):
+        known = ", ".join((*CLASSES, RELEASE_CLASS))
+        raise ValueError(f"{path}/config.json is of a {kind}; only models of {known} are read, name one of those")
+    source = TensorSource(path)
+    form, stored = ("diffusers", {name: name for name in source.names()}) if kind == "MMDiT" else _wan_names(source)
+    if kind == RELEASE_CLASS:
+        kind = "WanTransformer3DModel"
         config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
-    return Checkpoint(root, form, kind, config, source, stored, _read_moc(path))
+    else:
+        config = _class_config(CLASSES[kind], settings, path)
+    return Checkpoint(root, form, kind, config, source, stored, read_moc(path))
 
 
 def _open_base(lora: Lora, path: Path) -> Checkpoint:
@@ -143,10 +154,6 @@ def _open_base(lora: Lora, path: Path) -> Checkpoint:
     return base
 
 
-def _read_moc(path: Path) -> MoCConfig | None:
-    return MoCConfig.load(path) if (path / "moc.json").is_file() else None
-
-
 def model_path(path: Path, weights: str) -> Path:
     """The file or folder of the model itself: inside a run, a checkpoint or a pipeline."""
     if not path.is_dir():
@@ -161,7 +168,7 @@ def model_path(path: Path, weights: str) -> Path:
             f"{path} holds two noise experts, {[expert.name for expert in experts]}: name the path of one; they are "
             "trained one at a time"
         )
-    parts = [path / name for pair in FOLDERS for name in pair if (path / name).is_dir()]
+    parts = [path / name for pair in EXPERT_FOLDERS for name in pair if (path / name).is_dir()]
     return parts[0] if parts else path
 
 
@@ -173,15 +180,18 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
     """(form, diffusers name -> stored name) of a file of the Wan family."""
     names = source.names()
-    if "condition_embedder.time_proj.weight" in names:
+    if any(name.startswith("condition_embedder.") or ".attn1." in name for name in names):
         return "diffusers", {name: name for name in names}
     renamed = {name: to_diffusers_name(name) for name in names}
+    times = Counter(renamed.values())
     unknown = [name for name, new in renamed.items() if new is None]
+    twice = [name for name, new in renamed.items() if new is not None and times[new] > 1]
     if len(unknown) == len(names):
         raise ValueError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
-    if unknown:
+    if unknown or twice:
         raise ValueError(
-            f"{source.path} is not a text-to-video model of the Wan family: {listed({'unknown tensors': unknown})}"
+            f"{source.path} is not a text-to-video model of the Wan family: "
+            + listed({"unknown tensors": unknown, "names of tensors with and without a prefix": twice})
         )
     form = "comfyui" if any(name.startswith(COMFYUI_PREFIX) for name in names) else "original"
     return form, {new: name for name, new in renamed.items() if new is not None}
@@ -227,11 +237,6 @@ def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.fl
     Raises ValueError unless the stored tensors are exactly the model's.
     """
     model = checkpoint.empty_model()
-    wide = set(model._keep_in_fp32_modules)
-    state = {}
-    for name in model.state_dict():
-        stored = checkpoint.source.dtypes[checkpoint.stored[name]]
-        target = stored if dtype is None else torch.float32 if wide & set(name.split(".")) else dtype
-        state[name] = checkpoint.read(name).to(target)
+    state = {name: checkpoint.read(name).to(target) for name, target in checkpoint.dtypes(model, dtype).items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()

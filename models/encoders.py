@@ -5,13 +5,18 @@ and prompt with just what made them. Embedded encoders are stored whole; large o
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from moc.training.checkpoint import read_json, root_of
 from models.codec import Codec, CodecConfig, CodecKind
-from models.text import EmbeddedTextEncoder, TextConfig, TextEncoder, TextKind, build_text_encoder
+from models.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
 from models.vae import build_codec
+
+FILE = "encoders.json"
+PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of Wan has besides the transformer
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Encoders:
         """Writes what `load_encoders` needs into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "encoders.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        _write_config(self.config, folder)
         if isinstance(self.text, EmbeddedTextEncoder):
             self.text.save(folder)
 
@@ -42,14 +47,51 @@ def build_encoders(config: EncodersConfig, vocabulary: Iterable[str] = ()) -> En
     return Encoders(config, build_codec(config.codec), build_text_encoder(config.text, vocabulary))
 
 
-def load_encoders(folder: str | Path) -> Encoders:
-    """The encoders that `Encoders.save` wrote; raises ValueError where there are none or they come out different."""
-    folder = Path(folder)
-    if not (folder / "encoders.json").is_file():
-        raise ValueError(f"{folder} holds no encoders (encoders.json): give a folder made by prepare_data or train.py")
-    record = json.loads((folder / "encoders.json").read_text())
+def load_encoders(path: str | Path) -> Encoders:
+    """The encoders at `path`, as `read_encoders` finds them; raises ValueError where they come out different."""
+    return build_encoders(read_encoders(path))
+
+
+def read_encoders(path: str | Path) -> EncodersConfig:
+    """As `find_encoders`; raises ValueError where there are none."""
+    found = find_encoders(path)
+    if found is None:
+        raise ValueError(
+            f"{path} holds no encoders: neither {FILE}, which prepare_data and train.py write, nor "
+            f"{', '.join(PIPELINE)} as a diffusers pipeline does; name a folder that does with encoders_path=FOLDER"
+        )
+    return found
+
+
+def find_encoders(path: str | Path) -> EncodersConfig | None:
+    """The encoders of a folder that `Encoders.save` wrote, of a run or checkpoint, or of a diffusers pipeline of Wan,
+    which its transformer's folder names as well. An embedded text encoder's path is where it lies."""
+    root = root_of(path)
+    for folder in (root, root / "encoders"):
+        if (folder / FILE).is_file():
+            return _read_config(folder)
+    if not all((root / part).is_dir() for part in PIPELINE):
+        return None
+    pipeline = root.resolve()
+    codec = CodecConfig(kind=CodecKind.wan, path=str(pipeline / "vae"))
+    return EncodersConfig(codec, TextConfig(kind=TextKind.t5, path=str(pipeline), form=PromptForm.joined))
+
+
+def write_encoders(config: EncodersConfig, folder: Path) -> None:
+    """Writes into a new folder what `read_encoders` found: embedded encoders whole, large ones by their path."""
+    if config.text.kind is TextKind.embedded:
+        shutil.copytree(config.text.path, folder)
+    else:
+        folder.mkdir()
+        _write_config(config, folder)
+
+
+def _read_config(folder: Path) -> EncodersConfig:
+    record = read_json(folder / FILE)
     codec = CodecConfig(**record["codec"] | {"kind": CodecKind(record["codec"]["kind"])})
     text = TextConfig(**record["text"] | {"kind": TextKind(record["text"]["kind"])})
-    if text.kind is TextKind.embedded:
-        text = replace(text, path=str(folder))
-    return build_encoders(EncodersConfig(codec, text))
+    return EncodersConfig(codec, replace(text, path=str(folder)) if text.kind is TextKind.embedded else text)
+
+
+def _write_config(config: EncodersConfig, folder: Path) -> None:
+    (folder / FILE).write_text(json.dumps(asdict(config), indent=2) + "\n")

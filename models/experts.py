@@ -4,6 +4,7 @@ They are trained one at a time, each as a model of its own; sampling switches at
 that is not in use in CPU memory.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from accelerate import cpu_offload_with_hook
 from torch import Tensor, nn
 
+from moc.training.checkpoint import EXPERT_FOLDERS
 from models.stream import KeyValueCache
 from models.wan import WanTransformer3DModel
 
 BOUNDARY = 0.875  # of the release
-FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))  # diffusers' and the release's
+NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # in a name: no "flow", no "lower"
 ExpertCaches = tuple[KeyValueCache, KeyValueCache]  # of high and of low
 
 
@@ -79,7 +81,7 @@ def expert_paths(path: Path) -> tuple[Path, Path] | None:
     """
     if not path.is_dir():
         return None
-    pairs = [(path / high, path / low) for high, low in FOLDERS]
+    pairs = [(path / high, path / low) for high, low in EXPERT_FOLDERS]
     for high in path.glob("*high_noise*.safetensors"):
         pairs.append((high, high.with_name(high.name.replace("high_noise", "low_noise"))))
     found = sorted(pair for pair in pairs if all(part.exists() for part in pair))
@@ -89,3 +91,20 @@ def expert_paths(path: Path) -> tuple[Path, Path] | None:
             "name the two of one pair (sample.py: checkpoint=HIGH low_noise_checkpoint=LOW)"
         )
     return found[0] if found else None
+
+
+def check_places(high: Path, low: Path) -> None:
+    """Raises ValueError where two experts' names say that they changed places. What their paths share says nothing."""
+    said = [
+        {
+            word
+            for part in set(own.absolute().parts) - set(other.absolute().parts)
+            for word in NOISE.findall(part.lower())
+        }
+        for own, other in ((high, low), (low, high))
+    ]
+    if said == [{"low"}, {"high"}] or (low.name, high.name) in EXPERT_FOLDERS:
+        raise ValueError(
+            f"{high} is named as the low-noise expert and {low} as the high-noise one: the high-noise expert is "
+            "checkpoint, the other one low_noise_checkpoint; rename them if their names mislead"
+        )

@@ -3,8 +3,6 @@
 Written are a diffusers folder, one file with Wan's original names, or a run's folder with one training checkpoint.
 """
 
-import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -19,14 +17,12 @@ from tqdm import tqdm
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training.checkpoint import new_checkpoint, read_settings, write_state
-from models.codec import CodecConfig, CodecKind
+from models.codec import CodecKind
 from models.convert import Checkpoint
-from models.encoders import EncodersConfig
+from models.encoders import EncodersConfig, find_encoders, read_encoders, write_encoders
 from models.names import to_original_name
 from models.tensors import Entry, new_folder, write_sharded, write_tensors
-from models.text import PromptForm, TextConfig, TextKind
-
-PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of Wan has besides the transformer
+from models.text import TextKind
 
 
 class Form(StrEnum):
@@ -42,17 +38,23 @@ class Form(StrEnum):
 class Beside:
     """What goes beside the weights; what is left empty comes from the input, where that has it.
 
-    moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, a folder that
-    `prepare_data` or `train.py` made, which is copied, or a diffusers pipeline of Wan, whose path is noted.
+    moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, what
+    `models.encoders.read_encoders` reads; embedded encoders are copied, others noted by path; or encoders, their
+    settings themselves, which say what a path cannot: how HoloCine's weights were trained.
     """
 
     moc: dict[str, Any] = field(default_factory=dict)
     shift: float = 0.0
     encoders_path: str = ""
+    encoders: EncodersConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.encoders_path and self.encoders:
+            raise ValueError(f"encoders_path={self.encoders_path} and encoders exclude each other; leave one out")
 
     def check(self, form: Form) -> None:
         """Raises ValueError where a form has no place for something given."""
-        kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: ("moc", "shift", "encoders_path")}[form]
+        kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: tuple(vars(self))}[form]
         lost = [name for name, value in vars(self).items() if value and name not in kept]
         if lost:
             raise ValueError(f"form={form} has no place for {', '.join(lost)}; use form=checkpoint")
@@ -66,7 +68,8 @@ def convert(
     form: Form = Form.auto,
     beside: Beside | None = None,
 ) -> None:
-    """Writes `output` from a checkpoint; nothing appears there before it is whole. dtype: None as stored.
+    """Writes `output` from a checkpoint; nothing appears there before it is whole. dtype: of its weights (norms,
+    modulation and the time embedder are then fp32), None as stored.
 
     The training-checkpoint form is a run's folder with a checkpoint at step 0, to sample, evaluate and fine-tune from
     like one of ours. It has no optimizer: there is nothing to resume.
@@ -100,13 +103,13 @@ def convert(
                 _write_diffusers(checkpoint, read, folder / "model", dtype, shard_bytes, moc or MoCConfig())
                 write_state(folder, {"step": 0, "flow": asdict(flow)})
                 if encoders is not None:
-                    _write_encoders(encoders, folder / "encoders")
+                    write_encoders(encoders, folder / "encoders")
 
 
 def _entries(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[Entry]:
-    source = checkpoint.source
-    stored = {name: checkpoint.stored[name] for name in checkpoint.empty_model().state_dict()}
-    return [(name, dtype or source.dtypes[key], source.shapes[key]) for name, key in stored.items()]
+    shapes = checkpoint.source.shapes
+    dtypes = checkpoint.dtypes(checkpoint.empty_model(), dtype)
+    return [(name, held, shapes[checkpoint.stored[name]]) for name, held in dtypes.items()]
 
 
 def _write_original(
@@ -148,34 +151,20 @@ def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
     return replace(flow, shift=beside.shift or flow.shift)
 
 
-def _encoders(checkpoint: Checkpoint, beside: Beside) -> Path | None:
-    """The folder of the given encoders, or of the input's, if there are any."""
-    if not beside.encoders_path:
-        folders = (checkpoint.root / "encoders", checkpoint.root)
-        return next((folder for folder in folders if _has_encoders(folder) or _is_pipeline(folder)), None)
-    folder = Path(beside.encoders_path)
-    if not _has_encoders(folder) and not _is_pipeline(folder):
-        raise ValueError(
-            f"encoders_path={folder} holds neither encoders.json, which prepare_data and train.py write, nor "
-            f"{', '.join(PIPELINE)} as a diffusers pipeline does; name one that does"
-        )
-    return folder
+def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:
+    """The given encoders, or the input's, if it has any."""
+    if beside.encoders is not None:
+        return _lasting(beside.encoders)
+    return read_encoders(beside.encoders_path) if beside.encoders_path else find_encoders(checkpoint.root)
 
 
-def _has_encoders(folder: Path) -> bool:
-    return (folder / "encoders.json").is_file()
-
-
-def _is_pipeline(folder: Path) -> bool:
-    return all((folder / part).is_dir() for part in PIPELINE)
-
-
-def _write_encoders(source: Path, folder: Path) -> None:
-    if _has_encoders(source):
-        shutil.copytree(source, folder)
-        return
-    pipeline = source.resolve()
-    codec = CodecConfig(kind=CodecKind.wan, path=str(pipeline / "vae"))
-    text = TextConfig(kind=TextKind.t5, path=str(pipeline), form=PromptForm.joined)
-    folder.mkdir()
-    (folder / "encoders.json").write_text(json.dumps(asdict(EncodersConfig(codec, text)), indent=2) + "\n")
+def _lasting(config: EncodersConfig) -> EncodersConfig:
+    """With paths that hold from any folder; raises ValueError where a codec or a text encoder has none."""
+    for name, wanted, part in (("codec", CodecKind.wan, config.codec), ("text", TextKind.t5, config.text)):
+        if part.kind is not wanted or not Path(part.path).is_dir():
+            raise ValueError(
+                f"encoders.{name}.kind={part.kind}, encoders.{name}.path={part.path!r} must be {wanted} and a folder; "
+                "encoders_path=FOLDER takes those of another kind from where they were made"
+            )
+    codec, text = (replace(part, path=str(Path(part.path).resolve())) for part in (config.codec, config.text))
+    return EncodersConfig(codec, text)

@@ -17,7 +17,8 @@ from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from models.tensors import Shapes, TensorSource, check_tensors, read_json, shapes
+from moc.training.checkpoint import read_json
+from models.tensors import Shapes, TensorSource, check_tensors, shapes
 
 SETTINGS = "lora.json"
 PREFIX = "transformer."  # of the adapter's names in a pipeline's file

@@ -10,12 +10,13 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from moc.training.checkpoint import read_json
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
 SAFE = "use the safetensors release"
@@ -42,8 +43,11 @@ class TensorSource:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._place: dict[str, tuple[Path, int]] = {}  # file, and first byte within it
-        for file in _files(self.path):
+        files, index = _files(self.path)
+        for file in files:
             self._describe(file)
+        if index is not None:
+            self._check_index(index)
 
     def __len__(self) -> int:
         return len(self._place)
@@ -83,6 +87,15 @@ class TensorSource:
                 self._place[name] = file, start
                 start += _num_bytes(self.dtypes[name], self.shapes[name])
 
+    def _check_index(self, index: dict[str, Path]) -> None:
+        place = {name: file for name, (file, _) in self._place.items()}
+        problems = {
+            "not in the shard that the index names": sorted(n for n, file in index.items() if place.get(n) != file),
+            "in a shard but not in the index": sorted(place.keys() - index.keys()),
+        }
+        if any(problems.values()):
+            raise ValueError(f"{self.path} is not what its index says: {listed(problems)}; fetch the folder again")
+
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * torch.Size(shape).numel()
@@ -96,15 +109,13 @@ def _open(file: Path):
         raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError, naming the file, where it holds none."""
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged or no JSON file ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
-    return values
+def listed(problems: dict[str, list[str]], most: int = 10) -> str:
+    parts = []
+    for what, names in problems.items():
+        if names:
+            rest = f" and {len(names) - most} more" if len(names) > most else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
+    return "; ".join(parts)
 
 
 def shapes(state: Mapping[str, Tensor]) -> Shapes:
@@ -126,21 +137,13 @@ def check_tensors(path: str | Path, what: str, found: Shapes, expected: Shapes) 
         raise ValueError(f"{path} is not a whole {what}: {listed(problems)}; fetch it again, or name another")
 
 
-def listed(problems: dict[str, list[str]], most: int = 10) -> str:
-    parts = []
-    for what, names in problems.items():
-        if names:
-            rest = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(parts)
-
-
-def _files(path: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint at `path`."""
+def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
+    """The safetensors files that make up the checkpoint at `path`, and which of them its index, if any, names for each
+    tensor."""
     if path.suffix in PICKLES:
         raise ValueError(f"{path} is a pickle file, which can run code when read; {SAFE}")
     if path.is_file():
-        return [path]
+        return [path], None
     if not path.is_dir():
         raise ValueError(f"{path} does not exist")
     indexes, files = sorted(path.glob("*" + INDEX)), sorted(path.glob("*.safetensors"))
@@ -148,13 +151,14 @@ def _files(path: Path) -> list[Path]:
         weight_map = read_json(indexes[0]).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{indexes[0]} has no weight_map from tensors to shards; fetch it again")
-        files = [path / str(name) for name in sorted(set(weight_map.values()))]
+        index = {name: path / str(file) for name, file in weight_map.items()}
+        files = sorted(set(index.values()))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{path} lacks the shards {missing} that its index names; fetch them")
-        return files
+        return files, index
     if len(files) == 1:
-        return files
+        return files, None
     if not files:
         pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
         if pickles:

@@ -29,9 +29,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from moc.training.checkpoint import read_json
 from models.fingerprint import fingerprint, weights_digest
 from models.strict import load_folder
-from models.tensors import read_json
 
 END, UNKNOWN = "</s>", "[UNK]"
 CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("–—…")

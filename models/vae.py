@@ -14,11 +14,11 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from torch import Tensor, nn
 
+from moc.training.checkpoint import read_json
 from models.codec import Codec, CodecConfig, CodecKind, in_fp32
 from models.fingerprint import fingerprint, weights_digest
 from models.lapped import LappedCodec
 from models.strict import load_folder
-from models.tensors import read_json
 from models.transform import TransformCodec
 
 TILE, TILE_STRIDE = 256, 192  # pixels, diffusers' own

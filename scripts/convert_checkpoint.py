@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
+from models import EncodersConfig
 from models.convert import open_checkpoint
 from models.export import Beside, Form, convert
 from models.pickles import convert_pickle
@@ -40,8 +41,9 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """convert.yaml. weights: of a training checkpoint. dtype: of the output. max_shard_gb: size of a folder's files.
-    form: see `models.export.Form`. moc, shift, encoders_path: see `models.export.Beside`."""
+    """convert.yaml. weights: of a training checkpoint. dtype: of the output; norms, modulation and the time
+    embedder are fp32 in each but stored. max_shard_gb: size of a folder's files.
+    form: see `models.export.Form`. moc, shift, encoders_path, encoders: see `models.export.Beside`."""
 
     input: str = ""
     output: str = ""
@@ -52,6 +54,7 @@ class Settings:
     moc: dict[str, Any] = field(default_factory=dict)
     shift: float = 0.0
     encoders_path: str = ""
+    encoders: EncodersConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.input:
@@ -75,7 +78,7 @@ def main(settings: Settings) -> None:
         print(f"{source}: {checkpoint.describe()}")
         if settings.output:
             dtype = None if settings.dtype == Dtype.stored else getattr(torch, settings.dtype)
-            beside = Beside(settings.moc, settings.shift, settings.encoders_path)
+            beside = Beside(settings.moc, settings.shift, settings.encoders_path, settings.encoders)
             convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3), settings.form, beside)
     if settings.output:
         print(f"wrote {output}")

@@ -146,6 +146,16 @@ def test_parsed_configs_are_plain_and_frozen():
     assert config.model.family == "mmdit"
 
 
+def test_settings_that_may_be_absent_are_typed_where_they_are_set():
+    assert parsed("convert").encoders is None
+    paths = REQUIRED["encoders=holocine"]
+    encoders = parsed("convert", "encoders=holocine", *paths).encoders
+    assert (encoders.codec.continuous, encoders.text.form) == (True, "holocine")
+    for override, message in (("encoders.codec.tiling=1.5", "tiling"), ("+encoders.codec.new=1", "encoders.codec.new")):
+        with pytest.raises(ConfigError, match=message):
+            parsed("convert", "encoders=holocine", *paths, override)
+
+
 def test_the_seed_of_a_run_is_that_of_its_data():
     assert parsed("train", "seed=7").data.seed == 7
 

@@ -1,5 +1,6 @@
 """Checkpoints: names and strict loading, on reduced copies with the real names."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from transformers import UMT5Config, UMT5EncoderModel
 
-from models import load_model
+from moc import MoCConfig
+from models import Family, ModelConfig, build_model, load_model, save_model
 from models.codec import CodecConfig, CodecKind
 from models.mmdit import MMDiT
 from models.names import to_diffusers_name, to_original_name
@@ -141,6 +143,56 @@ def test_from_pretrained_is_as_strict(family, tmp_path: Path) -> None:
         assert f"1 unexpected: extra.weight; 1 misshapen: {short} (3,) instead of" in str(caught.value)
 
 
+def test_a_folder_of_the_release_is_read_by_its_shapes(theirs, original: Path, tmp_path: Path) -> None:
+    release = tmp_path / "release"
+    release.mkdir()
+    shutil.copy(original, release / "diffusion_pytorch_model.safetensors")
+    (release / "config.json").write_text('{"_class_name": "WanModel", "dim": 128, "num_layers": 2}')
+    assert same(load_model(release), theirs.state_dict())
+
+
+def test_a_path_of_another_family_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_model(MMDiT(**MMDIT), tmp_path / "mmdit", MoCConfig())
+    assert isinstance(build_model(ModelConfig(Family.mmdit, str(tmp_path / "mmdit")), 4, 12), MMDiT)
+    for family, path in ((Family.mmdit, folder), (Family.wan, tmp_path / "mmdit")):
+        with pytest.raises(ValueError, match=f"model.path={path} holds a .*, not one of model.family={family}; set"):
+            build_model(ModelConfig(family, str(path)), 16, 24)
+
+
+def test_a_tensor_under_two_names_is_refused(original: Path, tmp_path: Path) -> None:
+    tensors = load_file(original)
+    tensors["model.diffusion_model.head.head.weight"] = tensors["head.head.weight"] + 1
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"prefix: head\.head\.weight, model\.diffusion_model\.head\.head\.weight$"):
+        load_model(tmp_path / "a.safetensors")
+
+
+def test_a_diffusers_file_is_known_by_any_of_its_names(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    del tensors["condition_embedder.time_proj.weight"]
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"Model: 1 missing: condition_embedder\.time_proj\.weight;"):
+        load_model(tmp_path / "a.safetensors")
+
+
+def test_an_index_that_does_not_fit_its_shards_is_refused(theirs, tmp_path: Path) -> None:
+    theirs.save_pretrained(tmp_path, max_shard_size="300KB")
+    (file,) = tmp_path.glob("*.index.json")
+    index = json.loads(file.read_text())
+    lost = "proj_out.bias"  # which shares its shard with others
+    own = index["weight_map"][lost]
+    other = next(shard for shard in index["weight_map"].values() if shard != own)
+    for change, message in (
+        ({"new.weight": own}, "1 not in the shard that the index names: new.weight;"),
+        ({lost: other}, f"1 not in the shard that the index names: {lost};"),
+        ({lost: None}, f"1 in a shard but not in the index: {lost};"),
+    ):
+        changed = {name: shard for name, shard in (index["weight_map"] | change).items() if shard}
+        file.write_text(json.dumps(index | {"weight_map": changed}))
+        with pytest.raises(ValueError, match=f"is not what its index says: {re.escape(message)}"):
+            load_model(tmp_path)
+
+
 def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path: Path) -> None:
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(original.read_bytes()[:-1000])
@@ -162,7 +214,12 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
     index = tmp_path / "index"
     load_model(folder).save_pretrained(index, max_shard_size="300KB")
     next(index.glob("*.index.json")).write_text('{"metadata": {}}')
-    settings = {"setting": ("{", '{"new_thing": 3,'), "cut": ('",\n', ""), "typed": ('layers": 2', 'layers": "two"')}
+    settings = {
+        "class": ("WanTransformer3DModel", "CogVideoXTransformer3DModel"),
+        "setting": ("{", '{"new_thing": 3,'),
+        "cut": ('",\n', ""),
+        "typed": ('layers": 2', 'layers": "two"'),
+    }
     for name, (old, new) in settings.items():
         shutil.copytree(folder, tmp_path / name)
         text = (folder / "config.json").read_text()
@@ -181,6 +238,7 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
         sharded: r"lacks the shards \['diffusion_pytorch_model-00002",
         doubled: r"is in .*-00001-of-.* and in .*-00002-of-.*; fetch the folder again",
         index: "has no weight_map from tensors to shards",
+        tmp_path / "class": r"class/config\.json is of a CogVideoXTransformer3DModel; only models of MMDiT, Wan",
         tmp_path / "setting": r"settings \['new_thing'\] that this WanTransformer3DModel does not know",
         tmp_path / "cut": r"cut/config\.json is damaged or no JSON file",
         tmp_path / "typed": r"typed/config\.json does not describe a WanTransformer3DModel",

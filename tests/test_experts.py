@@ -57,13 +57,30 @@ def test_the_boundary_is_the_pipelines(experts):
 
 def test_two_in_places_of_their_own(experts):
     high, low = expert_paths(experts["files"])
-    assert marks(load_denoiser(low, high)) == [2.0, 1.0]
+    flow, tune = (shutil.copy(p, p.parents[1] / f"{n}.safetensors") for p, n in ((high, "flow"), (low, "tune")))
+    assert marks(load_denoiser(tune, flow)) == [2.0, 1.0]  # whose names say nothing
     with pytest.raises(ValueError, match="holds two experts; with low_noise_checkpoint="):
         load_denoiser(experts["files"], low)
     for path in (high, low):
         shutil.copy(path, path.with_name(path.name.replace("full", "sparse")))
     with pytest.raises(ValueError, match=r"several pairs .*'full_high_noise.safetensors', 'sparse_high"):
         load_denoiser(experts["files"])
+
+
+def test_one_model_twice_and_names_that_change_places_are_refused(experts):
+    high, low = expert_paths(experts["files"])
+    link = low.with_name("link.safetensors")
+    link.symlink_to(high)
+    for other in (high, link):
+        with pytest.raises(ValueError, match="are one model; name the high-noise expert and the low-noise one"):
+            load_denoiser(high, other)
+    folders = [expert_paths(experts[form]) for form in ("diffusers", "release")]
+    for first, second in ((low, high), *((b, a) for a, b in folders)):
+        with pytest.raises(
+            ValueError, match=f"{first} is named as the low-noise expert and {second} as the high-noise"
+        ):
+            load_denoiser(first, second)
+        assert marks(load_denoiser(second, first)) == [1.0, 2.0]
 
 
 def test_one_model_stays_one(experts, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import struct
 import weakref
@@ -11,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import yaml
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
@@ -20,9 +22,12 @@ from moc.diffusion import Flow
 from moc.training.checkpoint import find_checkpoint, read_settings
 from models import EncodersConfig, build_encoders, load_encoders, load_model, save_model
 from models.convert import load_checkpoint, open_checkpoint
+from models.encoders import read_encoders
 from models.export import Beside, Form, convert
 from models.mmdit import MMDiT
+from models.names import COMFYUI_PREFIX, to_original_name
 from models.tensors import TensorSource, write_sharded, write_tensors
+from models.wan import WanTransformer3DModel
 from tests import pipeline
 from tests.wan_files import MMDIT, reduced_wan, same, save_original
 
@@ -43,6 +48,34 @@ def original(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
     return save_original(theirs, tmp_path / "wan.safetensors")
 
 
+@pytest.fixture
+def release(folder: Path, tmp_path: Path) -> Path:
+    """A diffusers pipeline of Wan, as it is published."""
+    shutil.copytree(folder, tmp_path / "release/transformer")
+    save_tiny_encoders(tmp_path / "release")
+    (tmp_path / "release/model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    scheduler = diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5)
+    scheduler.save_pretrained(tmp_path / "release/scheduler")
+    return tmp_path / "release"
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Path:
+    """A script of one short shot."""
+    file = tmp_path / "story.yaml"
+    file.write_text(yaml.safe_dump({"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia.", "seconds": 0.4}]}))
+    return file
+
+
+def save_tiny_encoders(folder: Path) -> None:
+    """As a diffusers pipeline of Wan holds them."""
+    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
+    config = UMT5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁cat", -1.0)]
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
+
+
 def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> None:
     convert(open_checkpoint(original), tmp_path / "folder", shard_bytes=300_000)
     assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
@@ -52,10 +85,21 @@ def test_conversion_there_and_back(theirs, original: Path, tmp_path: Path) -> No
     back, before = load_file(tmp_path / "back.safetensors"), load_file(original)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], before[name]) for name in before)
-    convert(open_checkpoint(original), tmp_path / "half.safetensors", torch.bfloat16)
-    assert {w.dtype for w in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
     with pytest.raises(ValueError, match="exists; name a new path"):
         convert(open_checkpoint(original), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("form", [Form.original, Form.diffusers, Form.checkpoint])
+def test_low_precision_keeps_what_must_stay_wide(original: Path, form: Form, tmp_path: Path) -> None:
+    """In a converted file as in a loaded model, so that the two are the same."""
+    output = tmp_path / ("half.safetensors" if form is Form.original else "half")
+    convert(open_checkpoint(original), output, torch.bfloat16, form=form)
+    loaded = load_model(original, torch.bfloat16).state_dict()
+    written = load_model(output, dtype=None).state_dict()
+    assert {name: w.dtype for name, w in written.items()} == {name: w.dtype for name, w in loaded.items()}
+    assert all(torch.equal(written[name], loaded[name]) for name in loaded)
+    assert written["blocks.0.scale_shift_table"].dtype == torch.float32
+    assert written["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
 
 
 def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
@@ -114,6 +158,14 @@ def test_conversion_holds_one_tensor_of_a_sharded_folder(theirs, tmp_path: Path,
     assert peak == max(weight.nbytes for weight in weights)
 
 
+def save_hole(file: Path, header: dict[str, dict], size: int) -> Path:
+    """A safetensors file whose `size` bytes of values take no room on disk."""
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + size)
+    return file
+
+
 def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
     """One of 2 TiB, nearly all of it a hole: mapped for writing, as torch maps files, it would claim that memory."""
     file, hole = tmp_path / "large.safetensors", 2**41
@@ -121,10 +173,7 @@ def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
         "hole": {"dtype": "U8", "shape": [hole], "data_offsets": [0, hole]},
         "small": {"dtype": "I32", "shape": [2], "data_offsets": [hole, hole + 8]},
     }
-    text = json.dumps(header).encode()
-    with file.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        out.seek(hole, 1)
+    with save_hole(file, header, hole).open("ab") as out:
         out.write(struct.pack("<ii", 5, 7))
     source = TensorSource(file)
     assert source.shapes["hole"] == (hole,)
@@ -190,16 +239,7 @@ def test_round_trips_are_byte_identical(theirs, dtype: torch.dtype, tmp_path: Pa
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def save_tiny_encoders(folder: Path) -> None:
-    """As a diffusers pipeline of Wan holds them."""
-    diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
-    config = UMT5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁cat", -1.0)]
-    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
-
-
-def test_encoders_come_along_or_are_named(theirs, folder: Path, tmp_path: Path) -> None:
+def test_encoders_come_along_or_are_named(folder: Path, release: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     build_encoders(EncodersConfig(), ["cat"]).save(made)
     step = as_run(folder, tmp_path / "run", encoders_path=str(made))
@@ -207,17 +247,76 @@ def test_encoders_come_along_or_are_named(theirs, folder: Path, tmp_path: Path) 
     step = as_run(tmp_path / "run", tmp_path / "copy")
     assert (step / "encoders/encoders.json").read_text() == (made / "encoders.json").read_text()
 
-    release = tmp_path / "release"
-    shutil.copytree(folder, release / "transformer")
-    save_tiny_encoders(release)
-    for source, settings in ((release, {}), (folder, {"encoders_path": str(release)})):
-        step = as_run(source, tmp_path / f"from_{source.name}", **settings)
+    for number, (source, settings) in enumerate(
+        ((release, {}), (release / "transformer", {}), (folder, {"encoders_path": str(release)}))
+    ):
+        step = as_run(source, tmp_path / f"from_{number}", **settings)
         loaded = load_encoders(step / "encoders")
         assert (loaded.codec.latent_channels, loaded.text.text_dim) == (16, 24)
         assert [path.name for path in (step / "encoders").iterdir()] == ["encoders.json"]  # by path, not copied
-    with pytest.raises(ValueError, match=r"encoders_path=.* holds neither encoders\.json"):
+    with pytest.raises(ValueError, match=r"holds no encoders: neither encoders\.json, .* nor vae, text_encoder, "):
         as_run(folder, tmp_path / "none", encoders_path=str(folder))
     assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.parametrize("settings", [(), ("encoders_path={release}",)])
+def test_a_pipeline_is_sampled_as_it_is(release: Path, story: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
+    arguments = [setting.format(release=release) for setting in settings]
+    MoCConfig(chunk_tokens=6, top_k=1).save(release / "transformer")
+    film = pipeline.sample(release, story, tmp_path / "film", *arguments)
+    assert (film / "video.mp4").is_file()
+    record = json.loads((film / "metadata.json").read_text())
+    assert (record["flow"]["shift"], record["moc"]["chunk_tokens"], record["moc"]["top_k"]) == (5, 6, 1)
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer_2", "low_noise_model", "model", "."])
+def test_attention_settings_are_found_beside_the_weights(folder: Path, part: str, tmp_path: Path) -> None:
+    """By all who ask, whichever folder is named."""
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole / part)
+    if part == "model":
+        (whole / "complete").write_text("")  # of a training checkpoint
+    MoCConfig(top_k=2).save(whole / part)
+    for path in (whole, whole / part):
+        assert read_settings(path)[0] == open_checkpoint(path).moc == MoCConfig(top_k=2)
+
+
+def test_the_schedulers_shift_comes_along(release: Path, tmp_path: Path) -> None:
+    for number, (source, settings, shift) in enumerate(
+        ((release, {}, 5), (release / "transformer", {}, 5), (release, {"shift": 8.0}, 8))
+    ):
+        assert read_settings(as_run(source, tmp_path / f"run_{number}", **settings))[1] == Flow(shift=shift)
+    file = release / "scheduler/scheduler_config.json"
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0).save_pretrained(release / "scheduler")
+    assert read_settings(release)[1] == Flow(shift=7.0)
+    for text, message in (
+        ('{"flow_shift": "5"}', "flow shift '5' must be a number above 0"),
+        ("{", "is damaged or no"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"scheduler_config.json.*{message}"):
+            read_settings(release)
+
+
+def test_holocines_file_becomes_a_run_as_it_was_trained(original, release, story, tmp_path: Path, capsys) -> None:
+    paths = (f"encoders.codec.path={release}/vae", f"encoders.text.path={release}")
+    arguments = (f"input={original}", f"output={tmp_path}/run", "form=checkpoint", "moc=holocine", "shift=5")
+    pipeline.command("scripts/convert_checkpoint.py", *arguments, "encoders=holocine", *paths)
+    encoders = read_encoders(tmp_path / "run")
+    assert (encoders.codec.continuous, encoders.text.form) == (True, "holocine")
+    moc, flow = read_settings(tmp_path / "run")
+    assert (moc.dense, moc.causal, moc.text_anchor, flow.shift) == (True, False, "global_and_own", 5)
+    assert (pipeline.sample(tmp_path / "run", story, tmp_path / "film") / "video.mp4").is_file()
+
+    arguments = (arguments[0], f"output={tmp_path}/no", "form=checkpoint")
+    for settings, message in (
+        (("encoders=wan", "encoders.codec.path=nowhere", paths[1]), "encoders.codec.path='nowhere' must be wan and a"),
+        (("encoders=embedded",), "encoders.codec.kind=transform, encoders.codec.path='' must be wan and a folder"),
+        (("encoders=wan", *paths, f"encoders_path={release}"), "exclude each other; leave one out"),
+        (("encoders=wan",), "encoders.codec.path is not set"),
+    ):
+        assert message in pipeline.refusal(capsys, "scripts/convert_checkpoint.py", *arguments, *settings)
+    assert not list(tmp_path.glob("no*"))
 
 
 def test_a_form_that_cannot_hold_what_is_asked(folder: Path, tmp_path: Path) -> None:
@@ -248,6 +347,46 @@ def test_a_failed_conversion_leaves_no_run(folder: Path, tmp_path: Path, monkeyp
 # The command
 
 
+SMALL = "Wan2.1-T2V-1.3B: 1.419 B parameters in 825 tensors, bfloat16, float32"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form", "said"),
+    [
+        ((12, 8960, 30, 16), "original", SMALL),
+        ((12, 8960, 30, 16), "comfyui", SMALL),
+        ((12, 8960, 30, 16), "diffusers", SMALL),
+        (
+            *((40, 13824, 40, 16), "original"),
+            "Wan2.1-T2V-14B, an expert of Wan2.2-T2V-A14B, or HoloCine (same shapes): 14.288 B parameters in 1095 "
+            "tensors, bfloat16, float32",
+        ),
+        ((24, 14336, 30, 48), "diffusers", "Wan2.2-TI2V-5B: 5.000 B parameters in 825 tensors, bfloat16, float32"),
+    ],
+    ids=["1.3B-original", "1.3B-comfyui", "1.3B-diffusers", "14B-original", "5B-diffusers"],
+)
+def test_the_command_knows_the_public_models(sizes: tuple[int, ...], form: str, said: str, tmp_path, capsys) -> None:
+    """By header alone: the files have the real names and shapes, and a hole for the values."""
+    with init_empty_weights():
+        model = WanTransformer3DModel(
+            **dict(zip(("num_attention_heads", "ffn_dim", "num_layers", "in_channels"), sizes, strict=True)),
+            out_channels=sizes[-1],
+        )
+    renamed = {
+        "original": to_original_name,
+        "comfyui": lambda name: COMFYUI_PREFIX + to_original_name(name),
+        "diffusers": str,
+    }[form]
+    header, end = {}, 0
+    for name, weight in model.state_dict().items():
+        dtype, size = ("F32", 4) if name.endswith("scale_shift_table") else ("BF16", 2)
+        start, end = end, end + size * weight.numel()
+        header[renamed(name)] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [start, end]}
+    file = save_hole(tmp_path / "wan.safetensors", header, end)
+    pipeline.command("scripts/convert_checkpoint.py", f"input={file}")
+    assert capsys.readouterr().out == f"{file}: {said}, {form} names\n"
+
+
 def test_the_command_says_what_a_file_is_and_converts_it(original: Path, tmp_path: Path, capsys) -> None:
     script = "scripts/convert_checkpoint.py"
     pipeline.command(script, f"input={original}", f"output={tmp_path}/out/folder", "dtype=bfloat16")
@@ -257,7 +396,9 @@ def test_the_command_says_what_a_file_is_and_converts_it(original: Path, tmp_pat
     assert said == "error: nowhere.safetensors does not exist"
 
 
-def test_a_converted_run_is_sampled_evaluated_and_trained_from(trained, prepared, tmp_path: Path, capsys) -> None:
+def test_a_converted_run_is_sampled_evaluated_and_trained_from(
+    trained, prepared, story, tmp_path: Path, capsys
+) -> None:
     """A model's bare folder, as it might be published, becomes a run that every command takes."""
     script, published, run = "scripts/convert_checkpoint.py", tmp_path / "published", tmp_path / "run"
     pipeline.command(script, f"input={trained}", f"output={published}")
@@ -267,8 +408,6 @@ def test_a_converted_run_is_sampled_evaluated_and_trained_from(trained, prepared
     moc, flow = read_settings(find_checkpoint(run))
     assert (moc.top_k, moc.chunk_tokens, flow.shift) == (1, 6, 2)
 
-    story = tmp_path / "story.yaml"
-    story.write_text(yaml.safe_dump({"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia.", "seconds": 0.4}]}))
     assert (pipeline.sample(run, story, tmp_path / "film") / "video.mp4").is_file()
     arguments = (f"data.path={prepared}", "data.validation=1", "device=cpu")
     pipeline.command("scripts/evaluate.py", f"checkpoint={run}", *arguments)

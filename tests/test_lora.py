@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
 from moc.training.checkpoint import new_checkpoint, read_settings, write_state
-from models import ModelConfig, build_model, load_model, save_model
+from models import Family, ModelConfig, build_model, load_model, save_model
 from models.convert import open_checkpoint
 from models.export import Form, convert
 from models.mmdit import MMDiT
@@ -46,9 +46,15 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
+def settings_for(base: Path, rank: int, targets: list[str]) -> ModelConfig:
+    """The settings of an adapter, with the family of its base."""
+    family = Family.mmdit if open_checkpoint(base).kind == "MMDiT" else Family.wan
+    return ModelConfig(family, str(base), lora_rank=rank, lora_targets=targets)
+
+
 def adapted(base: Path, targets: list[str], rank: int = 2) -> ModelMixin:
     """A model with an adapter that does something."""
-    model = build_model(ModelConfig(path=str(base), lora_rank=rank, lora_targets=targets), 4, 12)
+    model = build_model(settings_for(base, rank, targets), 4, 12)
     for name, weight in model.named_parameters():
         if "lora" in name:
             nn.init.normal_(weight, 0, 0.1)
@@ -93,7 +99,7 @@ def test_it_saves_restores_and_merges(base: Path, tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "tuned").iterdir()} == {
         *("config.json", "lora.json", "moc.json", "pytorch_lora_weights.safetensors")
     }
-    restored = build_model(ModelConfig(path=str(base), lora_rank=2, lora_targets=targets), 4, 12)
+    restored = build_model(settings_for(base, 2, targets), 4, 12)
     restored.load_weights(tmp_path / "tuned")
     assert same(restored, model.state_dict())
 
@@ -214,7 +220,7 @@ def test_the_command_merges_a_run_into_every_form(dtype: str, wan: Path, tmp_pat
     for name in base.names():
         a, b = (adapter.get(f"transformer.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
         exact = base.read(name).double() if a is None else base.read(name).double() + b.double() @ a.double()
-        expected[name] = exact.float() if dtype == "float32" else exact.to(torch.bfloat16)
+        expected[name] = exact.float() if dtype == "float32" else exact.to(base.read(name).dtype)
     pipeline.command(SCRIPT, f"input={run}")
     assert f"{run}: LoRA of rank 2 on {stored.resolve()}, merged: a Wan model: 0.6 M" in capsys.readouterr().out
     for form, output in ((Form.diffusers, "out"), (Form.original, "out.safetensors"), (Form.checkpoint, "out_run")):

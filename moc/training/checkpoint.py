@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from torch import Tensor, nn
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow
 
+# Where a checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models; of two experts high noise first.
+MODEL_FOLDERS = ("ema", "model")
+EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
@@ -36,6 +40,14 @@ def find_checkpoint(path: str | Path) -> Path | None:
     if (path / "complete").exists():
         return path
     return max((f for f in _checkpoints(path) if (f / "complete").exists()), key=step_of, default=None)
+
+
+def root_of(path: str | Path) -> Path:
+    """The checkpoint or the diffusers pipeline that `path` is, or whose model's folder it is; else `path` itself."""
+    path = Path(path)
+    folders = {*MODEL_FOLDERS, *chain(*EXPERT_FOLDERS)}
+    is_part = path.name in folders and any((path.parent / mark).is_file() for mark in ("complete", "model_index.json"))
+    return find_checkpoint(path) or (path.parent if is_part else path)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -152,11 +164,40 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
-def read_settings(path: Path) -> tuple[MoCConfig, Flow]:
-    """The attention settings and the noise convention of a checkpoint; of a model folder, its moc.json and the default
-    flow, where it does not say."""
-    folders = [path / "ema", path / "model", path]
-    folder = next((f for f in folders if (f / "moc.json").exists()), None)
-    moc = MoCConfig.load(folder) if folder else MoCConfig()
-    flow = Flow(**read_state(path)["flow"]) if (path / "state.json").exists() else Flow()
-    return moc, flow
+def read_settings(path: str | Path) -> tuple[MoCConfig, Flow]:
+    """The attention settings and the noise convention of a run, a checkpoint, a diffusers pipeline or a model's folder;
+    the default ones where it does not say."""
+    root = root_of(path)
+    if (root / "state.json").exists():
+        flow = Flow(**read_state(root)["flow"])
+    else:
+        flow = _scheduler_flow(root / "scheduler" / "scheduler_config.json")
+    return read_moc(path) or MoCConfig(), flow
+
+
+def read_moc(path: str | Path) -> MoCConfig | None:
+    """The attention settings beside the weights, wherever those are; None where there are none."""
+    names = ("", *MODEL_FOLDERS, *chain(*EXPERT_FOLDERS))
+    folders = [place / name for place in (Path(path), root_of(path)) for name in names]
+    folder = next((f for f in folders if (f / "moc.json").is_file()), None)
+    return MoCConfig.load(folder) if folder else None
+
+
+def _scheduler_flow(file: Path) -> Flow:
+    """With the shift of a pipeline's scheduler: UniPC and its like call it flow_shift, the Euler one shift."""
+    config = read_json(file) if file.is_file() else {}
+    shift = config.get("flow_shift", config.get("shift", Flow.shift))
+    if not isinstance(shift, int | float) or shift <= 0:
+        raise ValueError(f"{file}: the flow shift {shift!r} must be a number above 0; fetch it again, or set shift")
+    return Flow(shift=float(shift))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError, naming the file, where it holds none."""
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged or no JSON file ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
+    return values
