@@ -144,11 +144,11 @@ def forward(
     kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]
 ) -> tuple[Tensor, Tensor]:
     """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq] (fp32 at least); without anchors: 0 and -inf."""
-    wide = torch.promote_types(q.dtype, torch.float32)
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
     if len(calls) == 1 and covers_all(calls, len(q)):
         out, lse = kernel.forward(q, _keys(calls[0], k, k_text), _keys(calls[0], v, v_text))
         return out.contiguous(), lse.contiguous()
+    wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)
     if not covers_all(calls, len(q)):
         out.zero_()

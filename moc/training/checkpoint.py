@@ -87,7 +87,7 @@ def refuse_later(run_folder: Path, step: int) -> None:
 
 def check_same_model(folder: Path, model: Any) -> None:
     """Raises ValueError where the diffusers folder holds a model of another class or other sizes than `model`."""
-    stored = json.loads((folder / "config.json").read_text())
+    stored = read_json(folder / "config.json")
     sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
     current = json.loads(json.dumps({"_class_name": type(model).__name__} | sizes))  # tuples as JSON has them
     wrong = [f"{name}={stored.get(name)}, not {value}" for name, value in current.items() if stored.get(name) != value]
@@ -161,7 +161,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+    return read_json(folder / "state.json")
 
 
 def read_settings(path: str | Path) -> tuple[MoCConfig, Flow]:

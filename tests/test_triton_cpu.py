@@ -1,0 +1,194 @@
+"""Backend `triton` on CPU, interpreted, against the reference: routing, lists, attention, the operator.
+
+The interpreter runs where there is no GPU (`conftest` asks for it before Triton is first imported); it needs fp32.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import moc
+from moc import routing
+from moc.kernels import anchors
+from tests.strategies import attention_tensors, configs, seeds, streams
+from tests.test_kernels_cpu import DROPS, assert_equal_to_reference, interpreted, same_chunks
+from tests.test_reference import OPTIONS, two_samples
+
+
+def larger_stream() -> moc.ShotLayout:
+    """Chunks larger than a block of keys, ragged; more tokens than a block of queries; two samples."""
+    first = moc.ShotLayout.build([moc.Shot(5, (3, 5, 8)), moc.Shot(0, (1, 5, 8)), moc.Shot(3, (2, 5, 8))], 7, 40)
+    second = moc.ShotLayout.build([moc.Shot(0, (2, 3, 9)), moc.Shot(2, (3, 3, 9))], 0, 40)
+    return moc.ShotLayout.pack([first, second])
+
+
+def check_triton(layout, config, drops=None, dtype=torch.float32, tolerance=1e-5, head_dim=16, heads=2):
+    from moc.kernels import triton_backend
+
+    q, k, _ = attention_tensors(layout, dtype=dtype, head_dim=head_dim, num_heads=heads)
+    routes = triton_backend.route(q, k, layout, config, drops)
+    assert same_chunks(routes, routing.route(q, k, layout, config, drops))
+    kind = {"head_dim": head_dim, "num_heads": heads}
+    assert_equal_to_reference(triton_backend.attend, layout, config, routes, dtype, tolerance, **kind)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("causal", "own", "text"), [(True, "shot", "all"), (False, "chunk", "global_and_own"), (False, "none", "none")]
+)
+def test_triton_equals_the_reference(causal, own, text):
+    check_triton(two_samples(4), moc.MoCConfig(top_k=2, causal=causal, own_anchor=own, text_anchor=text))
+
+
+@interpreted
+def test_triton_with_drops_and_a_padded_head_dim():
+    check_triton(two_samples(3), moc.MoCConfig(top_k=3, causal=False, drop_in_max=3), DROPS, head_dim=24)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(("causal", "own", "text"), OPTIONS)
+def test_triton_equals_the_reference_in_every_option(causal, own, text):
+    config = moc.MoCConfig(top_k=3, causal=causal, own_anchor=own, text_anchor=text)
+    check_triton(larger_stream(), config, DROPS if causal else None)
+
+
+@interpreted
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(streams(), configs(), seeds)
+def test_triton_on_random_streams(stream, config, seed):
+    check_triton(stream.layout(), config)
+
+
+@interpreted
+@pytest.mark.slow
+def test_triton_in_fp16_and_in_parts(monkeypatch):
+    from moc.kernels import triton_index, triton_routed
+
+    monkeypatch.setattr(triton_routed, "PARTIAL_SIZE", 0.1)
+    monkeypatch.setattr(triton_routed, "PARTIAL_NUMBERS", 0)
+    monkeypatch.setattr(triton_index, "MAX_WORDS", 1)
+    check_triton(larger_stream(), moc.MoCConfig(top_k=3, causal=False), dtype=torch.float16, tolerance=8e-3, heads=3)
+
+
+@interpreted
+def test_triton_lists_are_the_routes_sorted_by_chunk():
+    from moc.kernels.triton_index import build_lists
+
+    routes = torch.stack([torch.stack([torch.randperm(9)[:4] for _ in range(70)]) for _ in range(2)]).int()
+    routes[torch.rand(routes.shape) < 0.3] = -1
+    lists = build_lists(routes, 9, tile=16)
+    tiles = 0
+    for head in range(2):
+        for chunk in range(9):
+            index = head * 9 + chunk
+            entries = lists.entries[lists.starts[index] : lists.starts[index + 1]]
+            assert entries.tolist() == (routes[head].flatten() == chunk).nonzero().flatten().tolist()
+            assert lists.tile_starts[index] == tiles
+            count = -(-len(entries) // 16)
+            assert (lists.tile_list[tiles : tiles + count] == index).all()
+            tiles += count
+    assert lists.tile_starts[-1] == tiles <= len(lists.tile_list)
+
+
+def many_chunks() -> moc.ShotLayout:
+    """Two samples, 208 chunks of one token or two, blocks of queries across shots and samples."""
+    first = [moc.Shot(2, (30, 1, 1)), moc.Shot(1, (120, 1, 1)), moc.Shot(0, (17, 1, 2))]
+    second = [moc.Shot(2, (9, 1, 1)), moc.Shot(1, (26, 1, 1))]
+    return moc.ShotLayout.pack([moc.ShotLayout.build(first, 3, 2), moc.ShotLayout.build(second, 0, 2)]).rechunk(1)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("top_k", "causal", "own", "inputs"),
+    [
+        (17, True, "shot", "periodic"),
+        (40, False, "shot", "random"),
+        (40, False, "shot", "far"),
+        (64, False, "chunk", "equal"),
+    ],
+)
+def test_triton_with_many_routes(top_k, causal, own, inputs):
+    from moc.kernels import triton_routing
+
+    layout = many_chunks()
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
+    if inputs == "periodic":  # every fourth chunk suits all queries
+        q, k = q.abs(), torch.where((torch.arange(len(k)) % 4 == 0)[:, None, None], k.abs(), -k.abs())
+    elif inputs == "equal":
+        k = torch.ones_like(k)
+    elif inputs == "far":
+        k[50] *= 1e6
+    config = moc.MoCConfig(top_k=top_k, causal=causal, own_anchor=own)
+    first = 100 if inputs == "periodic" else 0
+    routes = triton_routing.route(q[first:], k, layout, config, first_query=first)
+    assert same_chunks(routes, routing.route(q[first:], k, layout, config, first_query=first))
+
+
+@interpreted
+def test_shortlists_take_what_they_can_and_say_what_they_leave(monkeypatch):
+    from moc.kernels import triton_routing, triton_shortlist
+
+    layout = moc.ShotLayout.build([moc.Shot(0, (150, 1, 1)), moc.Shot(0, (100, 1, 1))], 0, chunk_tokens=1)
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=3)
+    k[:, 2] = 1.0
+    found, shortlist = [], triton_shortlist.shortlist_routes
+    monkeypatch.setattr(
+        triton_routing, "shortlist_routes", lambda *a, **s: found.append(shortlist(*a, **s)) or found[0]
+    )
+    monkeypatch.setattr(triton_shortlist, "MAX_ENTRIES", 1)
+    config = moc.MoCConfig(top_k=20)
+    assert same_chunks(triton_routing.route(q, k, layout, config), routing.route(q, k, layout, config))
+    left = found[0] > triton_shortlist.room_for(20)
+    assert not left[:, :128].any()  # the first shot's queries, without candidates
+    assert left[:, 128:192].all()  # a block across the cut
+    assert not left[:2, 192:].any()
+    assert left[2, 192:].all()  # equal scores
+
+
+@interpreted
+@pytest.mark.parametrize("top_k", [3, 12])
+def test_triton_ties_go_to_the_lowest_chunk(top_k):
+    from moc.kernels import triton_routing
+
+    layout = moc.ShotLayout.build([moc.Shot(2, (30, 1, 1)), moc.Shot(1, (20, 1, 1))], 3, chunk_tokens=1)
+    q, k, _ = (x.sign() for x in attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1))
+    config = moc.MoCConfig(top_k=top_k, causal=False)
+    assert same_chunks(triton_routing.route(q, k, layout, config), routing.route(q, k, layout, config))
+
+
+@interpreted
+def test_triton_operator_passes_opcheck_compile_and_recomputation():
+    from torch.utils.checkpoint import checkpoint
+
+    from moc.kernels import triton_backend
+
+    layout = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2)), moc.Shot(1, (1, 2, 2))], 1, chunk_tokens=4)
+    config = moc.MoCConfig(top_k=1)
+    q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1, requires_grad=True)
+    routes = triton_backend.route(q, k, layout, config)
+    calls = [number for call in anchors.anchor_calls(layout, config) for number in call.as_ints()]
+    arguments = (
+        q,
+        k,
+        v,
+        routes,
+        layout.chunk_cu_seqlens,
+        layout.text_index,
+        calls,
+        layout.max_chunk_tokens,
+        "auto",
+        False,
+    )
+    torch.library.opcheck(torch.ops.moc.attend, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def attend(q, k, v):
+        return moc.moc_attention(q, k, v, layout, config, backend="triton", drops=DROPS)
+
+    direction = torch.randn_like(q)
+    expected = torch.autograd.grad(attend(q, k, v), (q, k, v), direction)
+    for call in (torch.compile(attend, fullgraph=True, backend="aot_eager"),
+                 lambda *x: checkpoint(attend, *x, use_reentrant=False)):  # fmt: skip
+        for mine, other in zip(torch.autograd.grad(call(q, k, v), (q, k, v), direction), expected, strict=True):
+            assert torch.equal(mine, other)
