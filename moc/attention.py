@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moc import reference
 from moc.config import Backend, Descriptor, DropKey, MoCConfig
+from moc.kernels.dense import capability
 from moc.layout import ShotLayout
 from moc.routing import drop_covered
 
@@ -63,7 +64,7 @@ def _triton_fits(q: Tensor) -> bool:
     if not _has_triton() or q.dtype not in dtypes or not 16 <= q.shape[-1] <= 128:
         return False
     interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return interpreted or (q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0))
+    return interpreted or (q.is_cuda and (capability(q.device) or (0, 0)) >= (8, 0))
 
 
 def route(

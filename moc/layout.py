@@ -102,7 +102,7 @@ class ShotLayout:
         chunk_group [M], chunk_sample [M], chunk_is_text [M] (bool)
         group_sample [G], group_shot [G], group_first_chunk [G + 1], sample_first_chunk [B + 1]
         token_chunk [L], token_group [L], token_sample [L], token_is_text [L] (bool)
-        token_shot_chunk [L]: token_chunk, but -1 for global text
+        token_shot_chunk [L]: token_chunk, but -1 for global text; token_video_chunk [L]: but -1 for all text
         text_index [Lt], video_index [Lv] (int64): the positions of text and of video tokens in the stream
     """
 
@@ -119,6 +119,7 @@ class ShotLayout:
         "sample_first_chunk",
         "token_chunk",
         "token_shot_chunk",
+        "token_video_chunk",
         "token_group",
         "token_sample",
         "token_is_text",
@@ -138,6 +139,7 @@ class ShotLayout:
     sample_first_chunk: Tensor
     token_chunk: Tensor
     token_shot_chunk: Tensor
+    token_video_chunk: Tensor
     token_group: Tensor
     token_sample: Tensor
     token_is_text: Tensor
@@ -294,5 +296,6 @@ class ShotLayout:
         self.token_shot_chunk = self.token_chunk.masked_fill(self.group_shot[self.token_group] < 0, -1)
         self.token_sample = self.chunk_sample[self.token_chunk]
         self.token_is_text = self.chunk_is_text[self.token_chunk]
+        self.token_video_chunk = self.token_chunk.masked_fill(self.token_is_text, -1)
         self.text_index = self.token_is_text.nonzero().squeeze(1)
         self.video_index = (~self.token_is_text).nonzero().squeeze(1)

@@ -193,7 +193,7 @@ def stages(case: Case) -> list[dict]:
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
     kernel, calls = dense.choose(q, config.dense_kernel), anchors.anchor_calls(layout, config)
     out, lse = anchors.forward(kernel, q, k, v, layout.text_index, calls)
-    own = [replace(call, a0=0, a1=0, b0=0, b1=0) if call.num_own else call for call in calls]
+    own = [call._replace(a0=0, a1=0, b0=0, b1=0) if call.num_own else call for call in calls]
     for suffix, run in (
         ("", lambda part: anchors.forward(kernel, q, k, v, layout.text_index, part)),
         (", backward", lambda part: anchors.backward(kernel, direction, q, k, v, out, lse, layout.text_index, part)),

@@ -264,7 +264,7 @@ def test_the_operator_passes_opcheck():
     layout, config = stream(), moc.MoCConfig(top_k=3)
     (q, k, v), _ = inputs(layout, head_dim=64)
     routes = triton_backend.route(q, k, layout, config)
-    calls = [number for call in anchors.anchor_calls(layout, config) for number in call.as_ints()]
+    calls = [number for call in anchors.anchor_calls(layout, config) for number in call]
     settings = (calls, layout.max_chunk_tokens, "fa2", True)
     torch.library.opcheck(
         torch.ops.moc.attend,

@@ -168,7 +168,7 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
     config = moc.MoCConfig(top_k=1)
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1, requires_grad=True)
     routes = triton_backend.route(q, k, layout, config)
-    calls = [number for call in anchors.anchor_calls(layout, config) for number in call.as_ints()]
+    calls = [number for call in anchors.anchor_calls(layout, config) for number in call]
     arguments = (
         q,
         k,

@@ -10,7 +10,7 @@ Shape letters: L packed tokens, Lq queries, Lt text tokens, N heads, D head dim.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from moc.kernels.dense import DenseKernel
 from moc.layout import Group, ShotLayout
 
 
-@dataclass(frozen=True)
-class AnchorCall:
+class AnchorCall(NamedTuple):
     """Queries [start, end) attend to tokens [own_start, own_end) and to text rows [a0, a1) and [b0, b1).
 
     Queries count from the first one that is asked for, text rows along the text tokens alone (`layout.text_index`).
@@ -48,8 +47,9 @@ class AnchorCall:
     def num_keys(self) -> int:
         return self.num_own + self.num_text
 
-    def as_ints(self) -> list[int]:
-        return [self.start, self.end, self.own_start, self.own_end, self.a0, self.a1, self.b0, self.b1]
+    def text_spans(self) -> list[tuple[int, int]]:
+        """The runs of text rows, those that are not empty."""
+        return [span for span in ((self.a0, self.a1), (self.b0, self.b1)) if span[1] > span[0]]
 
 
 def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> list[AnchorCall]:
@@ -59,7 +59,7 @@ def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) ->
         calls = [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
     else:
         calls = list(_by_sample(layout) if _same_for_all(config) else _by_group(layout, config))
-    calls = [replace(c, start=max(c.start - first_query, 0), end=c.end - first_query) for c in calls]
+    calls = [c._replace(start=max(c.start - first_query, 0), end=c.end - first_query) for c in calls]
     return [call for call in calls if call.num_keys and call.end > call.start]
 
 
@@ -75,10 +75,8 @@ def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_
     """
     if config.own_anchor is not OwnAnchor.chunk:
         return routes
-    own = layout.token_shot_chunk[first_query:]
-    if config.text_anchor is not TextAnchor.none:
-        own = own.masked_fill(layout.token_is_text[first_query:], -1)
-    return torch.cat([routes, own[None, :, None].expand(len(routes), -1, 1)], dim=-1)
+    own = layout.token_shot_chunk if config.text_anchor is TextAnchor.none else layout.token_video_chunk
+    return torch.cat([routes, own[first_query:, None].expand(routes.shape[0], -1, 1)], dim=-1)
 
 
 def _same_for_all(config: MoCConfig) -> bool:
@@ -130,13 +128,13 @@ def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
 
 def _text_rows(x: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]) -> Tensor:
     """x's text rows [Lt, N, D], or none where no call takes any."""
-    return x.index_select(0, text_index) if any(call.num_text for call in calls) else x[:0]
+    return x[text_index] if any(call.num_text for call in calls) else x[:0]
 
 
 def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
     """Rows of keys (or values) x [L, N, D] of one call; text: x's text rows."""
-    parts = [x[call.own_start : call.own_end], text[call.a0 : call.a1], text[call.b0 : call.b1]]
-    parts = [part for part in parts if len(part)]
+    parts = [x[call.own_start : call.own_end]] if call.num_own else []
+    parts += [text[first:last] for first, last in call.text_spans()]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -145,12 +143,13 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq] (fp32 at least); without anchors: 0 and -inf."""
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
-    if len(calls) == 1 and covers_all(calls, len(q)):
+    covered = covers_all(calls, q.shape[0])
+    if len(calls) == 1 and covered:
         out, lse = kernel.forward(q, _keys(calls[0], k, k_text), _keys(calls[0], v, v_text))
         return out.contiguous(), lse.contiguous()
     wide = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)
-    if not covers_all(calls, len(q)):
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+    if not covered:
         out.zero_()
         lse.fill_(-torch.inf)
     for call in calls:
@@ -172,33 +171,55 @@ def backward(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the anchored part, given the merged out and lse."""
+    k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
+    covered = covers_all(calls, q.shape[0])
+    if len(calls) == 1 and covered:
+        keys, values = _keys(calls[0], k, k_text), _keys(calls[0], v, v_text)
+        dq, dkeys, dvalues = kernel.backward(dout, q, keys, values, out, lse, deterministic)
+        return dq.contiguous(), _spread(calls[0], dkeys, k, text_index), _spread(calls[0], dvalues, v, text_index)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if not covers_all(calls, len(q)):
+    if not covered:
         dq.zero_()
-    if not covers_all([call for call in calls if call.num_own], len(k)):
+    if not covers_all([call for call in calls if call.num_own], k.shape[0]):
         dk.zero_()
         dv.zero_()
-    k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
     text_grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k_text, v_text)]
     for call in calls:
-        rows, own = slice(call.start, call.end), slice(call.own_start, call.own_end)
+        rows = slice(call.start, call.end)
         keys, values = _keys(call, k, k_text), _keys(call, v, v_text)
         dq[rows], *grads = kernel.backward(dout[rows], q[rows], keys, values, out[rows], lse[:, rows], deterministic)
-        targets = ((dk, text_grads[0]), (dv, text_grads[1]))
-        for (total, text_total), grad in zip(targets, grads, strict=True):
-            if call.num_own:
-                total[own] = grad[: call.num_own]
-            _add_text(text_total, grad[call.num_own :], call)
+        for total, text_total, grad in zip((dk, dv), text_grads, grads, strict=True):
+            _add(call, grad, total, text_total)
     for total, text_total in zip((dk, dv), text_grads, strict=True):
-        if len(text_total):
-            summed = total.index_select(0, text_index) + text_total
+        if text_total.numel():
+            summed = total[text_index] + text_total
             total.index_copy_(0, text_index, summed.to(total.dtype))
     return dq, dk, dv
 
 
-def _add_text(total: Tensor, grad: Tensor, call: AnchorCall) -> None:
-    """Adds the gradient of a call's text rows to that of all text rows, in place."""
-    middle = call.a1 - call.a0
-    for first, last, part in ((call.a0, call.a1, grad[:middle]), (call.b0, call.b1, grad[middle:])):
-        if last > first:
-            total[first:last] += part
+def _spread(call: AnchorCall, grad: Tensor, like: Tensor, text_index: Tensor) -> Tensor:
+    """The gradient of one call's keys as that of all tokens, shaped as `like`."""
+    if call.num_own == like.shape[0]:
+        return grad.contiguous()
+    total = torch.zeros_like(like)
+    if call.num_own:
+        total[call.own_start : call.own_end] = grad[: call.num_own]
+    for first, last, part in _text_parts(call, grad):
+        total.index_copy_(0, text_index[first:last], part)
+    return total
+
+
+def _add(call: AnchorCall, grad: Tensor, total: Tensor, text_total: Tensor) -> None:
+    """Puts the gradient of a call's own rows into that of all tokens, and adds that of its text rows to all texts'."""
+    if call.num_own:
+        total[call.own_start : call.own_end] = grad[: call.num_own]
+    for first, last, part in _text_parts(call, grad):
+        text_total[first:last] += part
+
+
+def _text_parts(call: AnchorCall, grad: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Bounds of each run of a call's text rows, and its part of the gradient of the call's keys."""
+    start = call.num_own
+    for first, last in call.text_spans():
+        yield first, last, grad[start : start + last - first]
+        start += last - first

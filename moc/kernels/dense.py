@@ -199,7 +199,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, ...]:
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, which is off
+    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which is off
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse[None, :, :, None].contiguous(), seed, seed, None, None, None,

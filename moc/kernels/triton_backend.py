@@ -44,7 +44,7 @@ def attend(
         routes = anchors.with_own_chunk(routes, layout, config, first_query).int().contiguous()
     if config.dense or routes is None or routes.shape[-1] == 0:
         routes = torch.empty(0, 0, 0, dtype=torch.int32, device=q.device)
-    calls = [number for call in anchors.anchor_calls(layout, config, first_query) for number in call.as_ints()]
+    calls = [number for call in anchors.anchor_calls(layout, config, first_query) for number in call]
     inputs = (
         q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, layout.text_index, calls,
         layout.max_chunk_tokens, config.dense_kernel, config.deterministic,
@@ -69,7 +69,7 @@ def _forward(
     if not routes.numel():
         none = [routes.new_empty(0) for _ in range(4)]
         return out, lse, none[0], none[1], none[2], none[3]
-    lists = build_lists(routes, len(chunk_starts) - 1, blocks_for(q, max_chunk_tokens).tile)
+    lists = build_lists(routes, chunk_starts.numel() - 1, blocks_for(q, max_chunk_tokens).tile)
     routed_forward(q, k, v, out, lse, lists, routes, chunk_starts, max_chunk_tokens)
     return out, lse, lists.entries, lists.starts, lists.tile_starts, lists.tile_list
 

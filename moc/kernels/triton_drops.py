@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig
+from moc.kernels.sizes import cdiv, next_power_of_2
 from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask
 from moc.layout import ShotLayout
 from moc.routing import COUNT_IN, COUNT_OFF, KEY_IN, KEY_OFF, drop_base, poisson_thresholds
@@ -136,11 +137,11 @@ def _drop_routes(
     dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
     base = drop_base(DropKey(seed, step, layer))
     block = 32
-    drop_kernel[(triton.cdiv(num_tokens, block), num_heads)](
+    drop_kernel[(cdiv(num_tokens, block), num_heads)](
         routes, dropped, _thresholds(drop_in_rate, drop_in_max, routes.device), token_chunk, chunk_group, chunk_sample,
         chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, base - (base >> 31 << 32), first_head,
-        drop_off_max, num_tokens, len(chunk_group), top_k, drop_in_max, CAUSAL=causal, OWN=own_anchor,
-        KP=max(2, triton.next_power_of_2(top_k)), RP=max(2, triton.next_power_of_2(drop_in_max)), BQ=block, BC=32,
+        drop_off_max, num_tokens, chunk_group.numel(), top_k, drop_in_max, CAUSAL=causal, OWN=own_anchor,
+        KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)), BQ=block, BC=32,
     )  # fmt: skip
     return dropped
 

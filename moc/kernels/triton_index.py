@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moc.kernels.sizes import cdiv
+
 MAX_WORDS = 1 << 26  # bounds the bit masks held at a time
 BLOCK = 1024
 
@@ -124,21 +126,21 @@ def place_kernel(
 def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
     """Sorts routes int32 [N, L, K] (-1 = empty, no chunk twice for a query) into lists."""
     num_heads, num_tokens, num_slots = routes.shape
-    num_entries, num_words, num_lists = num_tokens * num_slots, triton.cdiv(num_tokens, 32), num_heads * num_chunks
+    num_entries, num_words, num_lists = num_tokens * num_slots, cdiv(num_tokens, 32), num_heads * num_chunks
     group = max(1, min(num_heads, MAX_WORDS // (num_words * num_chunks)))
     masks = routes.new_empty(group, num_words, num_chunks)
     before = torch.empty_like(masks)
     counts = routes.new_empty(num_lists)
     starts, tile_starts = (routes.new_empty(num_lists + 1) for _ in range(2))
     entries = routes.new_zeros(num_heads * num_entries)
-    tile_list = routes.new_zeros(max_tiles(len(entries), num_lists, tile))
+    tile_list = routes.new_zeros(max_tiles(num_heads * num_entries, num_lists, tile))
     sizes = (num_entries, num_slots, num_words, num_chunks)
     for first in range(0, num_heads, group):
         heads = min(group, num_heads - first)
-        grid = (triton.cdiv(num_entries, BLOCK), heads)
+        grid = (cdiv(num_entries, BLOCK), heads)
         masks.zero_()
         mark_kernel[grid](routes, masks, first, *sizes, BLOCK)
-        count_kernel[(triton.cdiv(num_chunks, 32), heads)](
+        count_kernel[(cdiv(num_chunks, 32), heads)](
             masks, before, counts, first, num_words, num_chunks, ROWS=128, COLUMNS=32
         )
         scan_kernel[(1,)](counts, starts, tile_starts, first * num_chunks, (first + heads) * num_chunks, tile, BLOCK)

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moc.kernels import triton_kernels as kernels
 from moc.kernels.dense import capability
+from moc.kernels.sizes import cdiv, next_power_of_2, padded
 from moc.kernels.triton_index import Lists, max_tiles
 
 # Partial results and gathered queries held at a time: so many times q, or so many numbers where q is small and every
@@ -80,33 +80,27 @@ def use_tma(x: Tensor) -> bool:
     return fits and (capability(x.device) or (0, 0)) >= (9, 0)
 
 
-def _key_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
+def _key_source(x: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
     """What a kernel reads keys or values [L, N, D] from, `rows` tokens of one head at a time."""
-    if not use_tma(x):
-        return x
-    return TensorDescriptor.from_tensor(x, [rows, 1, _padded(x.shape[-1])])
+    return TensorDescriptor.from_tensor(x, [rows, 1, padded(x.shape[-1])]) if tma else x
 
 
-def _list_source(x: Tensor, rows: int) -> Tensor | TensorDescriptor:
+def _list_source(x: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
     """What a kernel reads queries in list order [rows, D] from."""
-    return TensorDescriptor.from_tensor(x, [rows, _padded(x.shape[-1])]) if use_tma(x) else x
+    return TensorDescriptor.from_tensor(x, [rows, padded(x.shape[-1])]) if tma else x
 
 
 def _head_groups(q: Tensor, num_slots: int) -> Iterator[tuple[int, int]]:
     """Runs of heads whose partial results stay within the bound."""
     num_heads = q.shape[1]
     size = max(1, min(num_heads, _partial_numbers(q) * num_heads // (num_slots * q.numel())))
-    size = triton.cdiv(num_heads, triton.cdiv(num_heads, size))
+    size = cdiv(num_heads, cdiv(num_heads, size))
     for first in range(0, num_heads, size):
         yield first, min(first + size, num_heads)
 
 
 def _partial_numbers(q: Tensor) -> int:
     return max(PARTIAL_NUMBERS, int(PARTIAL_SIZE * q.numel()))
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _list_args(lists: Lists) -> tuple[Tensor, ...]:
@@ -126,10 +120,10 @@ def routed_forward(
 ) -> None:
     """Adds the routed part to `out` [L, N, D] and `lse` [N, L], in place."""
     num_tokens, _, head_dim = q.shape
-    num_chunks, num_slots, stride = len(chunk_starts) - 1, routes.shape[-1], q.stride(0)
-    shape = {"D": head_dim, "DP": _padded(head_dim)}
+    num_chunks, num_slots, stride = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0)
+    shape, tma = {"D": head_dim, "DP": padded(head_dim)}, use_tma(k)
     blocks = blocks_for(q, max_chunk_tokens)
-    key_sources = [_key_source(x, blocks.forward["BN"]) for x in (k, v)]
+    key_sources = [_key_source(x, blocks.forward["BN"], tma) for x in (k, v)]
     partial_lse = torch.empty(routes.shape, dtype=torch.float32, device=q.device)
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
@@ -137,11 +131,11 @@ def routed_forward(
         kernels.forward_kernel[(max_tiles(partial.numel() // head_dim, bounds[1] - bounds[0], lists.tile),)](
             q, *key_sources, *_list_args(lists), chunk_starts, partial, partial_lse, *bounds,
             num_tokens, num_chunks, num_slots, stride, head_dim**-0.5 * kernels.LOG2E.value,
-            **shape, BM=lists.tile, TMA=use_tma(q), **blocks.forward,
+            **shape, BM=lists.tile, TMA=tma, **blocks.forward,
         )  # fmt: skip
-        kernels.merge_kernel[(triton.cdiv(num_tokens, 16), last - first)](
+        kernels.merge_kernel[(cdiv(num_tokens, 16), last - first)](
             out, lse, partial, partial_lse, routes, first, num_tokens, num_slots, stride,
-            **shape, SLOTS=triton.next_power_of_2(num_slots), BT=16,
+            **shape, SLOTS=next_power_of_2(num_slots), BT=16,
         )  # fmt: skip
 
 
@@ -153,8 +147,8 @@ def routed_backward(
     num_tokens, num_heads, head_dim = q.shape
     dq, dk, dv = grads
     delta = torch.empty_like(lse)
-    kernels.delta_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
-        out, dout, delta, num_tokens, q.stride(0), D=head_dim, DP=_padded(head_dim), BT=64
+    kernels.delta_kernel[(cdiv(num_tokens, 64), num_heads)](
+        out, dout, delta, num_tokens, q.stride(0), D=head_dim, DP=padded(head_dim), BT=64
     )
     _add_dkv(dout, q, k, v, lse, delta, dk, dv, lists, routes, chunk_starts, max_chunk_tokens)
     _add_dq(dout, q, k, v, lse, delta, dq, lists, routes, chunk_starts, max_chunk_tokens)
@@ -165,17 +159,18 @@ def _add_dkv(
     routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, head_dim = q.shape
-    num_chunks, num_slots, stride, scale = len(chunk_starts) - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
-    shape, block = {"D": head_dim, "DP": _padded(head_dim)}, blocks_for(q, max_chunk_tokens).dkv
-    num_lists, num_blocks = num_heads * num_chunks, triton.cdiv(max_chunk_tokens, block["BN"])
+    num_chunks, num_slots, stride, scale = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
+    shape, block = {"D": head_dim, "DP": padded(head_dim)}, blocks_for(q, max_chunk_tokens).dkv
+    tma = use_tma(k)
+    num_lists, num_blocks = num_heads * num_chunks, cdiv(max_chunk_tokens, block["BN"])
     all_tiles = max_tiles(routes.numel(), num_lists, lists.tile)
-    num_tiles = min(all_tiles, triton.cdiv(_partial_numbers(q) // head_dim, lists.tile))
+    num_tiles = min(all_tiles, cdiv(_partial_numbers(q) // head_dim, lists.tile))
 
     terms = 3 if q.is_cuda and q.dtype != torch.float32 else 1
     q_list, dout_list = (q.new_empty(num_tiles * lists.tile, head_dim) for _ in range(2))
     terms_dtype = torch.bfloat16 if terms == 3 else torch.float32
     terms_list = torch.zeros(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)
-    sources = [_list_source(x, block["BM"]) for x in (q_list, dout_list, terms_list)]
+    sources = [_list_source(x, block["BM"], tma) for x in (q_list, dout_list, terms_list)]
     for first_tile in range(0, all_tiles, num_tiles):
         kernels.gather_kernel[(num_tiles,)](
             q, dout, lse, delta, q_list, dout_list, terms_list, *_list_args(lists), first_tile, num_lists,
@@ -183,7 +178,7 @@ def _add_dkv(
         )  # fmt: skip
         kernels.dkv_kernel[(num_lists * num_blocks,)](
             *sources, k, v, dk, dv, lists.starts, lists.tile_starts, chunk_starts, first_tile, num_tiles, num_blocks,
-            num_chunks, stride, scale, TERMS=terms, **shape, TILE=lists.tile, TMA=use_tma(q), **block,
+            num_chunks, stride, scale, TERMS=terms, **shape, TILE=lists.tile, TMA=tma, **block,
         )  # fmt: skip
 
 
@@ -192,16 +187,17 @@ def _add_dq(
     routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
 ) -> None:  # fmt: skip
     num_tokens, _, head_dim = q.shape
-    num_chunks, num_slots, stride, scale = len(chunk_starts) - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
-    shape, block = {"D": head_dim, "DP": _padded(head_dim)}, blocks_for(q, max_chunk_tokens).dq
-    key_sources = [_key_source(x, block["BN"]) for x in (k, v)]
+    num_chunks, num_slots, stride, scale = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
+    shape, block = {"D": head_dim, "DP": padded(head_dim)}, blocks_for(q, max_chunk_tokens).dq
+    tma = use_tma(k)
+    key_sources = [_key_source(x, block["BN"], tma) for x in (k, v)]
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
         bounds = (first * num_chunks, last * num_chunks)
         kernels.dq_kernel[(max_tiles(partial.numel() // head_dim, bounds[1] - bounds[0], lists.tile),)](
             q, *key_sources, dout, lse, delta, *_list_args(lists), chunk_starts, partial, *bounds,
-            num_tokens, num_chunks, num_slots, stride, scale, **shape, BM=lists.tile, TMA=use_tma(q), **block,
+            num_tokens, num_chunks, num_slots, stride, scale, **shape, BM=lists.tile, TMA=tma, **block,
         )  # fmt: skip
-        kernels.add_dq_kernel[(triton.cdiv(num_tokens, 16), last - first)](
+        kernels.add_dq_kernel[(cdiv(num_tokens, 16), last - first)](
             dq, partial, routes, first, num_tokens, num_slots, stride, **shape, BT=16
         )

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig
+from moc.kernels.sizes import cdiv, next_power_of_2, padded
 from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask, chunk_scores
 from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
@@ -114,13 +115,13 @@ def chunk_means(k: Tensor, chunk_starts: Tensor) -> tuple[Tensor, Tensor]:
     k [L, N, D] -> [TERMS, N, M, DP], DP the padded head dim, and fp32 [N, M].
     """
     _, num_heads, head_dim = k.shape
-    num_chunks = len(chunk_starts) - 1
-    padded = max(16, triton.next_power_of_2(head_dim))
-    means = torch.empty(TERMS[k.dtype], num_heads, num_chunks, padded, dtype=k.dtype, device=k.device)
+    num_chunks = chunk_starts.numel() - 1
+    width = padded(head_dim)
+    means = torch.empty(TERMS[k.dtype], num_heads, num_chunks, width, dtype=k.dtype, device=k.device)
     slack = torch.empty(num_heads, num_chunks, dtype=torch.float32, device=k.device)
     means_kernel[(num_chunks, num_heads)](
         k, means, slack, chunk_starts, num_heads, num_chunks, k.stride(0),
-        TERMS=TERMS[k.dtype], D=head_dim, DP=padded, BLOCK=64, num_warps=4,
+        TERMS=TERMS[k.dtype], D=head_dim, DP=width, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return means, slack
 
@@ -142,9 +143,9 @@ def _route(
     block, counts, room = 128 if top_k <= 8 and q.dtype != torch.float32 else 64, None, 0
     if shortlist_pays(q, top_k):
         counts, room = shortlist_routes(q, means, slack, routes, tables, **settings), room_for(top_k)
-    route_kernel[(triton.cdiv(num_tokens, block), num_heads)](
+    route_kernel[(cdiv(num_tokens, block), num_heads)](
         q, means, routes, counts, *tables, num_tokens, num_heads, means.shape[2], q.stride(0), top_k, **settings,
-        KP=max(2, triton.next_power_of_2(top_k)), BQ=block, BC=32, ROOM=room, num_warps=4,
+        KP=max(2, next_power_of_2(top_k)), BQ=block, BC=32, ROOM=room, num_warps=4,
     )  # fmt: skip
     return routes
 

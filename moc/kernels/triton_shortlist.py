@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moc.kernels.sizes import cdiv, next_power_of_2
 from moc.kernels.triton_bounds import candidate_bounds, chunk_scores
 from moc.kernels.triton_kernels import load_rows
 from moc.kernels.triton_routed import has_much_memory
@@ -171,7 +172,7 @@ def shortlist_pays(q: Tensor, top_k: int) -> bool:
 
 def room_for(top_k: int) -> int:
     """Room of a list: top_k, the few more that the bound lets through, and some."""
-    return triton.next_power_of_2(top_k + top_k // 4 + 8)
+    return next_power_of_2(top_k + top_k // 4 + 8)
 
 
 def shortlist_routes(
@@ -185,7 +186,7 @@ def shortlist_routes(
     room, num_chunks, stride = room_for(top_k), means.shape[2], q.stride(0)
     bounds = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
     counts = torch.empty(num_heads, num_tokens, dtype=torch.int32, device=q.device)
-    blocks = (triton.cdiv(num_tokens, 64), num_heads)
+    blocks = (cdiv(num_tokens, 64), num_heads)
     bound_kernel[blocks](
         q, means, slack, bounds, *tables, num_tokens, num_heads, num_chunks, stride, top_k, **settings,
         BQ=64, GROUPS=GROUPS, STAGES=2, num_warps=4,
@@ -198,7 +199,7 @@ def shortlist_routes(
             q, means, bounds, lists, counts, *tables, first, num_tokens, num_heads, num_chunks, stride, **settings,
             ROOM=room, BQ=64, BC=32, STAGES=2, num_warps=4,
         )  # fmt: skip
-        select_kernel[(triton.cdiv(num_tokens, 8), heads)](
+        select_kernel[(cdiv(num_tokens, 8), heads)](
             lists, counts, routes, first, num_tokens, top_k, ROOM=room, BQ=8, num_warps=1
         )
     return counts
