@@ -69,6 +69,11 @@ class Case:
         return moc.MoCConfig(**common)
 
 
+def make_inputs(case: Case, layout: moc.ShotLayout) -> list[Tensor]:
+    make = structured_inputs if case.inputs == "structured" else random_inputs
+    return make(layout, case.heads)
+
+
 def random_inputs(layout: moc.ShotLayout, heads: int) -> list[Tensor]:
     shape = (layout.num_tokens, heads, HEAD_DIM)
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -132,8 +137,7 @@ def measure(case: Case) -> list[dict]:
     """Rows of one case: forward, backward, and for the short stream both from a graph."""
     torch.cuda.empty_cache()
     layout = case.layout()
-    make = structured_inputs if case.inputs == "structured" else random_inputs
-    qkv = make(layout, case.heads)
+    qkv = make_inputs(case, layout)
     direction = torch.randn_like(qkv[0])
     density = 1.0
     if case.is_moc:
@@ -175,7 +179,7 @@ KERNEL_STAGES = {
 def stages(case: Case) -> list[dict]:
     """Rows {stage, ms} of one MoC case: own kernels by profiler, index and anchored part by events."""
     layout, config = case.layout(), case.config()
-    qkv = random_inputs(layout, case.heads)
+    qkv = make_inputs(case, layout)
     direction = torch.randn_like(qkv[0])
     forward, backward = passes(case, layout, qkv, direction)
     backward(forward())
@@ -201,8 +205,8 @@ def stages(case: Case) -> list[dict]:
         # One dense call takes own shot and text together: text costs what it adds to the own shot's.
         times[f"own shot{suffix}"] = median_ms(partial(run, own), 5)
         times[f"text{suffix}"] = median_ms(partial(run, calls), 5) - times[f"own shot{suffix}"]
-    name = {"impl": case.impl, "shots": case.shots, "chunk_tokens": case.chunk_tokens, "top_k": case.top_k}
-    return [{**name, "stage": stage, "ms": round(ms, 4)} for stage, ms in times.items()]
+    fields = {name: getattr(case, name) for name in ("impl", "shots", "chunk_tokens", "top_k", "inputs")}
+    return [{**fields, "stage": stage, "ms": round(ms, 4)} for stage, ms in times.items()]
 
 
 def cases(suites: list[str], impls: list[str]) -> list[Case]:
@@ -273,7 +277,7 @@ def main() -> None:
             flush=True,
         )
         _replace(record["rows"], rows)
-        if case.is_moc and case.shots == 8 and case.heads == 12 and case.inputs == "random":
+        if case.is_moc and case.shots == 8 and case.heads == 12:
             _replace(record["stages"], stages(case))
         record["header"]["impls"] = sorted({row["impl"] for row in record["rows"]})
         file.write_text(json.dumps(record, indent=1) + "\n")

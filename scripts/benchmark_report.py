@@ -59,9 +59,7 @@ def write_tables(record: dict, path: Path) -> str:
         "density", "ideal x", "x over own kernel dense", "of ideal", "x over FA2", "us a token",
     ]  # fmt: skip
     header = record["header"]
-    versions = ", ".join(
-        f"{name} {header[name]}" for name in ("torch", "cuda", "cudnn", "triton", "fa4") if header[name]
-    )
+    versions = ", ".join(f"{name} {header[name]}" for name in VERSIONS if header[name])
     parts = [
         "# Attention benchmark",
         f"{header['gpu']}; {versions}; {header['date']}; commit {header['commit']}. bf16, head dim 128; shots of "
@@ -94,16 +92,17 @@ def write_tables(record: dict, path: Path) -> str:
 
 
 def _stage_table(stages: list[dict]) -> str:
-    names: dict[str, Times] = {}
+    cases: dict[tuple, Times] = {}
     for row in stages:
-        names.setdefault(f"{row['impl']} {row['chunk_tokens']}, {row['top_k']}", {})[row["stage"]] = row["ms"]
-    lines = [[stage, *(f"{times.get(stage, 0):.2f}" for times in names.values())] for stage in STAGE_ORDER]
+        case = (row["impl"], f"{row['chunk_tokens']}, {row['top_k']}", row["inputs"])
+        cases.setdefault(case, {})[row["stage"]] = row["ms"]
     forward = STAGE_ORDER[: STAGE_ORDER.index("own shot, backward")]
-    shares = []
-    for times in names.values():
-        total = sum(times.get(stage, 0) for stage in forward)
-        shares.append(f"{100 * sum(times.get(stage, 0) for stage in forward[:3]) / total:.1f} %" if total else "")
-    return markdown_table(["stage", *names], [*lines, ["routing and index, of the forward", *shares]])
+    lines = []
+    for case, times in cases.items():
+        share = sum(times[stage] for stage in forward[:3]) / sum(times[stage] for stage in forward)
+        lines.append([*case, *(f"{times[stage]:.2f}" for stage in STAGE_ORDER), f"{100 * share:.1f} %"])
+    share_of = "descriptors, routing and index, of the forward"
+    return markdown_table(["impl", "chunk, k", "inputs", *STAGE_ORDER, share_of], lines)
 
 
 def write_plot(record: dict, path: Path) -> None:

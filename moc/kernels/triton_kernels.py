@@ -127,8 +127,10 @@ def merge_kernel(
     first = head.to(tl.int64) * num_tokens + token
     slot = tl.arange(0, SLOTS)[None, :]
     place = first[:, None] * num_slots + slot
-    routed = tl.load(routes + place, mask=valid[:, None] & (slot < num_slots), other=-1) >= 0
-    parts = tl.load(partial_lse + place, mask=routed, other=-float("inf"))
+    inside = valid[:, None] & (slot < num_slots)
+    # Neither load waits for the other: what lies in empty slots is dropped afterwards.
+    routed = tl.load(routes + place, mask=inside, other=-1) >= 0
+    parts = tl.where(routed, tl.load(partial_lse + place, mask=inside, other=0.0), -float("inf"))
     own = tl.load(lse + first, mask=valid, other=-float("inf"))
     peak = tl.maximum(own, tl.max(parts, 1))
     peak = tl.where(peak == -float("inf"), 0.0, peak)
@@ -141,9 +143,9 @@ def merge_kernel(
     row = tl.program_id(1).to(tl.int64) * num_tokens + token
     for k in range(num_slots):
         held = tl.load(routes + first * num_slots + k, mask=valid, other=-1) >= 0
-        part = tl.load(partial_lse + first * num_slots + k, mask=held, other=-float("inf"))
+        part = tl.load(partial_lse + first * num_slots + k, mask=valid, other=0.0)
         value = load_rows(partial, row * num_slots + k, D, held, D, DP)
-        acc += value.to(tl.float32) * tl.exp(part - merged)[:, None]
+        acc += value.to(tl.float32) * tl.where(held, tl.exp(part - merged), 0.0)[:, None]
     store_rows(out, token, stride, acc, valid, D, DP)
 
 

@@ -133,9 +133,9 @@ def routed_forward(
             num_tokens, num_chunks, num_slots, stride, head_dim**-0.5 * kernels.LOG2E.value,
             **shape, BM=lists.tile, TMA=tma, **blocks.forward,
         )  # fmt: skip
-        kernels.merge_kernel[(cdiv(num_tokens, 16), last - first)](
+        kernels.merge_kernel[(cdiv(num_tokens, 8), last - first)](
             out, lse, partial, partial_lse, routes, first, num_tokens, num_slots, stride,
-            **shape, SLOTS=next_power_of_2(num_slots), BT=16,
+            **shape, SLOTS=next_power_of_2(num_slots), BT=8,
         )  # fmt: skip
 
 
