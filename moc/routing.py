@@ -81,7 +81,8 @@ def route(
 ) -> Tensor:
     """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], best first, -1 where a slot is
     empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the
-    lowest chunk index. Scores are exact to fp32 rounding. first_query: the place of q's first token in the stream.
+    lowest chunk index. Scores are exact to fp32 rounding, under autocast too. first_query: the place of q's first token
+    in the stream.
     """
     means = descriptors(k, layout)
     candidates = candidate_range(layout, config)
@@ -89,7 +90,9 @@ def route(
     parts = []
     for start in range(first_query, layout.num_tokens, block):
         end = min(start + block, layout.num_tokens)
-        scores = torch.einsum("lnd,mnd->nlm", q[start - first_query : end - first_query].to(means.dtype), means)
+        queries = q[start - first_query : end - first_query].to(means.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.einsum("lnd,mnd->nlm", queries, means)
         allowed = candidates.mask(layout, start, end)
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:

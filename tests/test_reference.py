@@ -275,6 +275,14 @@ def test_low_precision_costs_one_rounding(dtype):
         torch.testing.assert_close(mine.double(), wide, **rounding)
 
 
+def test_autocast_changes_nothing():
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout, head_dim=32, dtype=torch.float32)
+    expected = attention(q, k, v, layout, config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention(q, k, v, layout, config), expected)
+
+
 def test_the_reference_is_a_backend_by_call_by_setting_and_by_module():
     layout, drops = two_samples(), moc.DropKey(1, 1)
     config = moc.MoCConfig(top_k=2, backend="reference")

@@ -74,6 +74,16 @@ def test_low_precision_inputs_are_scored_in_full_precision(dtype):
     assert compared > 300
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_changes_no_route(backend):
+    layout = moc.ShotLayout.build([moc.Shot(4, (8, 4, 4)) for _ in range(5)], 8, chunk_tokens=16)
+    q, k, _ = attention_tensors(layout, head_dim=64, dtype=torch.float32)
+    config = moc.MoCConfig(top_k=3)
+    expected = moc.route(q, k, layout, config, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(moc.route(q, k, layout, config, backend=backend), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_descriptors_of_long_chunks_are_accurate(dtype):
     layout = moc.ShotLayout.build([moc.Shot(0, (40, 16, 32))], chunk_tokens=10240)
