@@ -151,6 +151,14 @@ def test_torch_gradcheck(own):
     assert torch.autograd.gradcheck(lambda *x: torch_parts.attend(*x, routes, layout, config), (q, k, v))
 
 
+def test_torch_refuses_a_second_derivative():
+    """The plain kernel's backward could be differentiated, to wrong numbers."""
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+        torch.autograd.grad(moc.moc_attention(q, k, v, layout, config).sum(), q, create_graph=True)
+
+
 # The dispatcher
 
 
