@@ -208,7 +208,7 @@ def apply_drops(routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropK
 
     thresholds = poisson_thresholds(config.drop_in_rate, config.drop_in_max)
     u = unit(draw(words, COUNT_IN))
-    add_count = (u[..., None] >= torch.tensor(thresholds, device=u.device)).sum(-1)
+    add_count = (u[..., None] >= torch.tensor(thresholds, dtype=u.dtype, device=u.device)).sum(-1)
     chunk = torch.arange(num_chunks, device=routes.device)
     taken = torch.zeros(num_heads, num_queries, num_chunks + 1, dtype=torch.bool, device=routes.device)
     taken.scatter_(-1, routes.long().masked_fill(routes < 0, num_chunks), True)
@@ -231,8 +231,11 @@ def select_shots(features: Tensor, layout: ShotLayout, n: int) -> Tensor:
     """For each shot the `n` earlier shots of its sample most like it, by the dot product of mean token features.
 
     features: [L, C], any token features of the stream. Returns int64 [S, n] of shots of the pack, best first, -1 where
-    there are fewer: those a reduced stream for this shot keeps. Source: arXiv 2508.21058, appendix I.
+    there are fewer: those a reduced stream for this shot keeps. Raises ValueError for features of another stream.
+    Source: arXiv 2508.21058, appendix I.
     """
+    if features.dim() != 2 or len(features) != layout.num_tokens:
+        raise ValueError(f"features must be [{layout.num_tokens}, C] for this layout; got {tuple(features.shape)}")
     groups = torch.tensor(layout.shot_groups, device=features.device)
     wide = features if features.dtype == torch.float64 else features.float()
     offsets = layout.group_cu_seqlens.long()

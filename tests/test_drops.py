@@ -256,6 +256,17 @@ def test_draws_do_not_depend_on_the_type_of_the_inputs():
     assert torch.equal(tables[0], tables[2])
 
 
+def test_draws_do_not_depend_on_the_default_dtype():
+    layout, config = long_stream(), moc.MoCConfig(top_k=0, drop_in_rate=0.7, drop_in_max=3)
+    zeros = torch.zeros(layout.num_tokens, 8, 4)
+    expected = route(zeros, zeros, layout, config, KEY)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(route(zeros, zeros, layout, config, KEY), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("key", [moc.DropKey(-1, 0), moc.DropKey(2**63, 2**40, 2**33), moc.DropKey(0, 0, 0, 10**6)])
 def test_any_key_works(key):
     layout = long_stream(frames=6)

@@ -285,5 +285,13 @@ def test_select_shots_ties_and_zero():
     assert moc.select_shots(features, layout, 0).shape == (3, 0)
 
 
+def test_select_shots_refuses_features_of_another_stream():
+    """Too few of them would be read past their end."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 2)) for _ in range(3)], chunk_tokens=2)
+    for shape in ((5, 3), (7, 3), (6, 2, 3)):
+        with pytest.raises(ValueError, match=r"features must be \[6, C\]"):
+            moc.select_shots(torch.ones(shape), layout, 1)
+
+
 def shot_of_tokens(layout: moc.ShotLayout) -> list[int]:
     return layout.group_shot[layout.token_group].tolist()
