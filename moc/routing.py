@@ -135,6 +135,15 @@ def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_q
     return routes.masked_fill(covered, -1).int()
 
 
+def check_whole(routes: Tensor, layout: ShotLayout) -> None:
+    """Raises ValueError unless routes [N, L, K] hold a row for every token of the stream."""
+    if routes.dim() != 3 or routes.shape[1] != layout.num_tokens:
+        raise ValueError(
+            f"routes must be [N, {layout.num_tokens}, K], of the whole stream; got {tuple(routes.shape)}: "
+            "pad those from a first_query on with rows of -1"
+        )
+
+
 # Context drop-off and drop-in
 
 _WORD = 0xFFFFFFFF
