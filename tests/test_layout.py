@@ -16,6 +16,7 @@ from tests.strategies import Stream, shots, streams
 INT_TABLES = [
     *("sample_cu_seqlens", "group_cu_seqlens", "chunk_cu_seqlens", "chunk_group", "chunk_sample", "group_sample"),
     *("group_shot", "group_first_chunk", "sample_first_chunk", "token_chunk", "token_group", "token_sample"),
+    "token_shot_chunk",
 ]
 TABLES = {
     **dict.fromkeys(INT_TABLES, torch.int32),
@@ -202,6 +203,12 @@ def test_to_moves_every_table_and_leaves_the_original():
     assert moved.groups == layout.groups
 
 
+def test_every_table_is_known_here_and_moved():
+    layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2))], 3, chunk_tokens=8)
+    tensors = {name for name, value in vars(layout).items() if isinstance(value, torch.Tensor)}
+    assert set(TABLES) == set(layout._TENSORS) == tensors
+
+
 def test_a_layout_survives_the_trip_from_a_loader_worker():
     layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2))], 3, chunk_tokens=8)
     assert_same(pickle.loads(pickle.dumps(layout)), layout)
@@ -211,6 +218,10 @@ def test_a_layout_survives_the_trip_from_a_loader_worker():
     ("make", "message"),
     [
         (lambda: moc.Shot(-1, (1, 1, 1)), "text_tokens=-1"),
+        (lambda: moc.Shot(1.5, (1, 1, 1)), r"text_tokens=1.5 must be a whole number"),
+        (lambda: moc.Shot(0, (1, 480 / 16, 1)), r"grid=\(1, 30.0, 1\) must be three whole sizes"),
+        (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], 2.0), "global_text_tokens=2.0 must be a whole"),
+        (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], chunk_tokens=64.0), "chunk_tokens=64.0 must be a"),
         (lambda: moc.Shot(0, (1, 1)), r"grid=\(1, 1\).*\(T, H, W\)"),
         (lambda: moc.Shot(0, (1, 0, 1)), r"grid=\(1, 0, 1\).*at least 1"),
         (lambda: moc.ShotLayout.build([]), "at least one shot"),
