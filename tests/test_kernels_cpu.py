@@ -11,6 +11,7 @@ from hypothesis import given
 
 import moc
 from moc import reference, routing
+from moc.attention import resolve_backend
 from moc.kernels import anchors, dense, torch_parts
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
 from tests.test_reference import two_samples
@@ -170,6 +171,15 @@ def test_backends_are_chosen_by_device_by_setting_and_by_call():
         assert torch.equal(moc.moc_attention(q, k, v, layout, config), torch_)
     with pytest.raises(ValueError, match="backend='triton' needs"):
         moc.moc_attention(q.double(), k.double(), v.double(), layout, config, backend="triton")
+
+
+@interpreted
+def test_triton_takes_head_dims_from_16_to_128():
+    for head_dim in (16, 128):
+        assert resolve_backend(torch.zeros(3, 200, head_dim), moc.MoCConfig(), "triton").__name__.endswith("triton_backend")
+    for head_dim in (15, 129):
+        with pytest.raises(ValueError, match=rf"head dims from 16 to 128; q is torch.float32, head dim {head_dim}"):
+            resolve_backend(torch.zeros(3, 64, head_dim), moc.MoCConfig(), "triton")
 
 
 @given(streams(max_samples=2), configs(), seeds)

@@ -147,6 +147,12 @@ def test_chunks_worked_out_by_hand(grid, chunk_tokens, expected):
     assert layout.chunk_cu_seqlens.diff().tolist() == expected
 
 
+def test_a_shot_begins_with_a_true_cut_unless_told():
+    assert moc.Shot(0, (1, 1, 1)).cut
+    continued = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)), moc.Shot(0, (1, 1, 1), cut=False)])
+    assert [shot.cut for shot in continued.rechunk(3).samples[0][1]] == [True, False]
+
+
 def test_empty_texts_have_no_chunk_and_no_segment():
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 2)), moc.Shot(3, (1, 1, 2))], chunk_tokens=8)
     assert [(chunk.kind, chunk.length) for chunk in layout.chunks] == [("video", 2), ("text", 3), ("video", 2)]
