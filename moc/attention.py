@@ -6,6 +6,7 @@ A backend is a module with `attend(q, k, v, routes, layout, config, first_query)
 Shape letters: L packed tokens, Lq queries (L, or those from `first_query` on), N heads, D head dim, K routes.
 """
 
+import logging
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +19,8 @@ from moc import reference
 from moc.config import Backend, Descriptor, DropKey, MoCConfig
 from moc.layout import ShotLayout
 from moc.routing import drop_covered
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
@@ -32,7 +35,15 @@ def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None 
             f"backend='triton' needs Triton, a CUDA GPU of compute capability 8.0 or more, fp16, bf16 or fp32 and head "
             f"dims from 16 to 128; q is {q.dtype}, head dim {q.shape[-1]}, on {q.device}: use backend='torch'"
         )
+    if not torch.compiler.is_compiling():
+        _log(chosen, q.device.type, q.dtype, q.shape[-1])
     return _module(chosen)
+
+
+@cache
+def _log(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Once for each kind of call."""
+    logger.info("attention on %s, %s, head dim %d: backend %s", device, dtype, head_dim, backend)
 
 
 def _module(backend: Backend) -> ModuleType:

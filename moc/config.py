@@ -48,7 +48,7 @@ class MoCConfig:
     """Settings of `moc.moc_attention`; strings are accepted for the enums.
 
     dense: plain attention within each sample, no routing; the other fields are then unused.
-    chunk_tokens: target chunk size in tokens; the layout given to attention is built with it.
+    chunk_tokens: target chunk size in tokens, for whoever builds or rechunks the layout; attention takes the layout's.
     top_k: chunks chosen for each query and head besides the anchors.
     causal: routed information flows forward only (paper: "causal routing").
     drop_off_max: p_max of context drop-off (training only); a query loses floor(p k) of k routes, p ~ U(0, p_max).

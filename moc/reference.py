@@ -89,7 +89,7 @@ def moc_attention(
     drops: DropKey | None = None,
     first_query: int = 0,
 ) -> Tensor:
-    """`moc.moc_attention` by the plain reference; arguments and result as there."""
+    """`moc.moc_attention` by the plain reference; arguments and result as there, but nothing is checked."""
     if routes is None and not config.dense:
         routes = route(*(route_qk or (q, k)), layout, config, drops, first_query)
     return attend(q, k, v, routes, layout, config, first_query)

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 
 import moc
-from moc import reference, routing
-from moc.attention import resolve_backend
+from moc import attention, reference, routing
 from moc.kernels import anchors, dense, torch_parts
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
 from tests.test_reference import two_samples
@@ -173,13 +172,24 @@ def test_backends_are_chosen_by_device_by_setting_and_by_call():
         moc.moc_attention(q.double(), k.double(), v.double(), layout, config, backend="triton")
 
 
+def test_the_backend_is_logged_once_for_each_kind_of_call(caplog):
+    attention._log.cache_clear()
+    q = torch.zeros(3, 2, 7, dtype=torch.float64)
+    with caplog.at_level(logging.INFO, logger="moc.attention"):
+        for backend in (None, None, "reference"):
+            attention.resolve_backend(q, moc.MoCConfig(), backend)
+    kind = "attention on cpu, torch.float64, head dim 7: backend"
+    assert [record.message for record in caplog.records] == [f"{kind} torch", f"{kind} reference"]
+
+
 @interpreted
 def test_triton_takes_head_dims_from_16_to_128():
     for head_dim in (16, 128):
-        assert resolve_backend(torch.zeros(3, 200, head_dim), moc.MoCConfig(), "triton").__name__.endswith("triton_backend")
+        chosen = attention.resolve_backend(torch.zeros(3, 200, head_dim), moc.MoCConfig(), "triton")
+        assert chosen.__name__ == "moc.kernels.triton_backend"
     for head_dim in (15, 129):
         with pytest.raises(ValueError, match=rf"head dims from 16 to 128; q is torch.float32, head dim {head_dim}"):
-            resolve_backend(torch.zeros(3, 64, head_dim), moc.MoCConfig(), "triton")
+            attention.resolve_backend(torch.zeros(3, 64, head_dim), moc.MoCConfig(), "triton")
 
 
 @given(streams(max_samples=2), configs(), seeds)
