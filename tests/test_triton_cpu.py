@@ -192,3 +192,17 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
                  lambda *x: checkpoint(attend, *x, use_reentrant=False)):  # fmt: skip
         for mine, other in zip(torch.autograd.grad(call(q, k, v), (q, k, v), direction), expected, strict=True):
             assert torch.equal(mine, other)
+
+
+@interpreted
+def test_the_operators_of_routing_pass_opcheck():
+    from moc.kernels import triton_drops, triton_routing  # noqa: F401  (define them)
+
+    layout = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2)), moc.Shot(1, (1, 2, 2))], 1, chunk_tokens=4)
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
+    tables = (layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
+              layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk)  # fmt: skip
+    arguments = (q, k, layout.chunk_cu_seqlens, *tables, 2, True, 0)
+    torch.library.opcheck(torch.ops.moc.route, arguments)
+    routes = torch.ops.moc.route(*arguments)
+    torch.library.opcheck(torch.ops.moc.drop_routes, (routes, *tables, True, 0, 1.0, 0.5, 2, 1, 2, 3, 4))
