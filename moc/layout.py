@@ -195,7 +195,7 @@ class ShotLayout:
             by_dtype.setdefault(getattr(self, name).dtype, []).append(name)
         for names in by_dtype.values():
             tensors = [getattr(self, name) for name in names]
-            packed = torch.cat(tensors).to(device, non_blocking=True)
+            packed = torch.cat(tensors).to(device, non_blocking=device.type != "cpu")  # there they are read at once
             for name, part in zip(names, packed.split([t.numel() for t in tensors]), strict=True):
                 moved.__dict__[name] = part
         return moved

@@ -220,6 +220,14 @@ def test_a_layout_survives_the_trip_from_a_loader_worker():
     assert_same(pickle.loads(pickle.dumps(layout)), layout)
 
 
+@pytest.mark.gpu
+def test_a_layout_comes_back_whole_from_a_busy_gpu():
+    layout = moc.ShotLayout.build([moc.Shot(2, (30, 20, 32))] * 8, 3)
+    moved = layout.to("cuda")
+    torch.cuda._sleep(1 << 30)
+    assert_same(moved.to("cpu"), layout)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
