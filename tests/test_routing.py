@@ -1,5 +1,7 @@
 """Routes against a brute force: scores, candidates, ties, missing candidates; and the outer loop, `select_shots`."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given
@@ -208,6 +210,11 @@ def test_settings_survive_plain_data_and_a_file(tmp_path_factory, config):
     folder = tmp_path_factory.mktemp("model")
     config.save(folder)
     assert moc.MoCConfig.load(folder) == config
+
+
+def test_every_setting_is_explained():
+    explained = {name.strip() for line in moc.MoCConfig.__doc__.splitlines() for name in line.split(":")[0].split(",")}
+    assert {field.name for field in fields(moc.MoCConfig)} <= explained
 
 
 def test_unknown_settings_are_refused():
