@@ -151,6 +151,32 @@ def test_torch_gradcheck(own):
     assert torch.autograd.gradcheck(lambda *x: torch_parts.attend(*x, routes, layout, config), (q, k, v))
 
 
+def test_deterministic_gradients_repeat_bit_for_bit():
+    layout, config = two_samples(), moc.MoCConfig(top_k=2, deterministic=True)
+    q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
+    direction = torch.randn_like(q)
+
+    def gradients():
+        return torch.autograd.grad(moc.moc_attention(q, k, v, layout, config, backend="torch"), (q, k, v), direction)
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
+
+
+def test_deterministic_rules_a_kernel_out_that_is_not(monkeypatch):
+    shaky = dense.DenseKernel("cpu", dense.math_forward, dense.math_backward, deterministic=False)
+    monkeypatch.setitem(dense._KERNELS, "cpu", (shaky, lambda *_: True))
+    dense._choose.cache_clear()
+    try:
+        assert dense.choose(torch.zeros(1, 1, 8)) is shaky
+        assert dense.choose(torch.zeros(1, 1, 8), deterministic=True).name == "math"
+        with pytest.raises(ValueError, match="deterministic=True; use dense_kernel='auto'"):
+            dense.choose(torch.zeros(1, 1, 8), "cpu", deterministic=True)
+    finally:
+        dense._choose.cache_clear()
+
+
 def test_torch_refuses_a_second_derivative():
     """The plain kernel's backward could be differentiated, to wrong numbers."""
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
