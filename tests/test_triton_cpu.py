@@ -73,12 +73,15 @@ def test_triton_in_fp16_and_in_parts(monkeypatch):
 
 
 @interpreted
-def test_triton_lists_are_the_routes_sorted_by_chunk():
-    from moc.kernels.triton_index import build_lists
+@pytest.mark.parametrize("block", [1024, 16])
+def test_triton_lists_are_the_routes_sorted_by_chunk(block, monkeypatch):
+    """More lists than a block among them."""
+    from moc.kernels import triton_index
 
+    monkeypatch.setattr(triton_index, "BLOCK", block)
     routes = torch.stack([torch.stack([torch.randperm(9)[:4] for _ in range(70)]) for _ in range(2)]).int()
     routes[torch.rand(routes.shape) < 0.3] = -1
-    lists = build_lists(routes, 9, tile=16)
+    lists = triton_index.build_lists(routes, 9, tile=16)
     tiles = 0
     for head in range(2):
         for chunk in range(9):
