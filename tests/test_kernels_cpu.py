@@ -188,7 +188,7 @@ def test_torch_refuses_a_second_derivative():
 # The dispatcher
 
 
-def test_backends_are_chosen_by_device_by_setting_and_by_call():
+def test_backends_are_chosen_by_device_by_setting_and_by_call(monkeypatch):
     layout, config = two_samples(), moc.MoCConfig(top_k=1)
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16)
     if not torch.cuda.is_available():
@@ -196,6 +196,9 @@ def test_backends_are_chosen_by_device_by_setting_and_by_call():
         assert torch.equal(moc.moc_attention(q, k, v, layout, config), torch_)
     with pytest.raises(ValueError, match="backend='triton' needs"):
         moc.moc_attention(q.double(), k.double(), v.double(), layout, config, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="on cpu: use backend='torch'"):
+        moc.moc_attention(q, k, v, layout, config, backend="triton")
 
 
 def test_the_backend_is_logged_once_for_each_kind_of_call(caplog):

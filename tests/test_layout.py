@@ -147,8 +147,8 @@ def test_chunks_worked_out_by_hand(grid, chunk_tokens, expected):
     assert layout.chunk_cu_seqlens.diff().tolist() == expected
 
 
-def test_a_shot_begins_with_a_true_cut_unless_told():
-    assert moc.Shot(0, (1, 1, 1)).cut
+def test_a_shot_takes_any_sequence_and_begins_with_a_true_cut_unless_told():
+    assert moc.Shot(0, [1, 1, 1]) == moc.Shot(0, (1, 1, 1), cut=True)
     continued = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)), moc.Shot(0, (1, 1, 1), cut=False)])
     assert [shot.cut for shot in continued.rechunk(3).samples[0][1]] == [True, False]
 
