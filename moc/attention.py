@@ -6,6 +6,7 @@ A backend is a module with `attend(q, k, v, routes, layout, config, first_query)
 Shape letters: L packed tokens, Lq queries (L, or those from `first_query` on), N heads, D head dim, K routes.
 """
 
+import logging
 import os
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ from moc.kernels.dense import capability
 from moc.layout import ShotLayout
 from moc.routing import drop_covered
 
+logger = logging.getLogger(__name__)
+
 
 def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
     """The module that will compute this call; `backend` overrides the config's."""
@@ -33,7 +36,15 @@ def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None 
             f"backend='triton' needs Triton, a CUDA GPU of compute capability 8.0 or more, fp16, bf16 or fp32 and head "
             f"dims from 16 to 128; q is {q.dtype}, head dim {q.shape[-1]}, on {q.device}: use backend='torch'"
         )
+    if not torch.compiler.is_compiling():
+        _log(chosen, q.device.type, q.dtype, q.shape[-1])
     return _module(chosen)
+
+
+@cache
+def _log(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Once for each kind of call."""
+    logger.info("attention on %s, %s, head dim %d: backend %s", device, dtype, head_dim, backend)
 
 
 def _module(backend: Backend) -> ModuleType:
@@ -78,10 +89,10 @@ def route(
 ) -> Tensor:
     """Chunks chosen for each query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], -1 where a slot is empty.
 
-    A query's chunks come in no set order. K = top_k; with `drops`, top_k + drop_in_max. Not differentiable.
-    first_query: as in `moc_attention`.
+    A query's chunks come in no set order. K = top_k; where drops apply (`drops` given and the config has any), top_k +
+    drop_in_max. Not differentiable. first_query: as in `moc_attention`.
     """
-    _check(q, k, k, layout, first_query)
+    _check("q, k", (q, k), layout, first_query)
     return resolve_backend(q, config, backend).route(q, k, layout, config, drops, first_query)
 
 
@@ -111,9 +122,9 @@ def moc_attention(
     first_query: q holds the queries of the stream from this token on; nothing is computed for those before it, whose
         keys and values others still attend to (a finished shot's, kept from an earlier call).
 
-    Raises ValueError where shapes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
+    Raises ValueError where shapes, dtypes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
     """
-    _check(q, k, v, layout, first_query)
+    _check("q, k, v", (q, k, v), layout, first_query)
     module = resolve_backend(q, config, backend)
     if config.dense:
         routes = None
@@ -124,20 +135,33 @@ def moc_attention(
     else:
         if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
+        if route_qk is not None:
+            _check_route_qk(route_qk, q, layout, first_query)
         routes = module.route(*(route_qk or (q, k)), layout, config, drops, first_query)
     return module.attend(q, k, v, routes, layout, config, first_query)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: ShotLayout, first_query: int) -> None:
+def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout, first_query: int) -> None:
+    """given: q, k and perhaps v, called `names` in messages."""
+    q, k, *others = given
     if not 0 <= first_query < layout.num_tokens:
         raise ValueError(f"first_query={first_query} is no token of a stream of {layout.num_tokens}")
-    if q.dim() != 3 or k.shape != v.shape or q.shape != (len(k) - first_query, *k.shape[1:]):
+    alike = all(x.shape == k.shape for x in others)
+    if q.dim() != 3 or not alike or q.shape != (len(k) - first_query, *k.shape[1:]):
         but = f", but for the {first_query} queries before first_query" if first_query else ""
-        raise ValueError(f"q, k, v must share one shape [L, N, D]{but}; got {[tuple(x.shape) for x in (q, k, v)]}")
+        raise ValueError(f"{names} must share one shape [L, N, D]{but}; got {[tuple(x.shape) for x in given]}")
+    if not q.is_floating_point() or any(x.dtype != q.dtype for x in given):
+        raise ValueError(f"{names} must share one floating dtype; got {[x.dtype for x in given]}: cast them alike")
     if len(k) != layout.num_tokens:
         raise ValueError(f"k has {len(k)} tokens, its layout {layout.num_tokens}: they describe different streams")
     if layout.device != q.device:
         raise ValueError(f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch")
+
+
+def _check_route_qk(route_qk: tuple[Tensor, Tensor], q: Tensor, layout: ShotLayout, first_query: int) -> None:
+    _check("the q, k of route_qk", route_qk, layout, first_query)
+    if route_qk[0].shape[1] != q.shape[1]:
+        raise ValueError(f"route_qk has {route_qk[0].shape[1]} heads, q {q.shape[1]}: every head routes by its own")
 
 
 def _check_routes(routes: Tensor, q: Tensor) -> None:

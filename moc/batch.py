@@ -71,10 +71,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch on `device`, latents and text in fp32: loaders send halves, and the device widens them."""
+        non_blocking = torch.device(device).type != "cpu"  # there they are read at once
         return replace(
             self,
-            latents=[x.to(device, non_blocking=True).float() for x in self.latents],
-            text=[x.to(device, non_blocking=True).float() for x in self.text],
+            latents=[x.to(device, non_blocking=non_blocking).float() for x in self.latents],
+            text=[x.to(device, non_blocking=non_blocking).float() for x in self.text],
             layout=self.layout.to(device),
         )
 

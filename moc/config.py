@@ -48,11 +48,17 @@ class MoCConfig:
     """Settings of `moc.moc_attention`; strings are accepted for the enums.
 
     dense: plain attention within each sample, no routing; the other fields are then unused.
-    chunk_tokens: target chunk size in tokens; the layout given to attention is built with it.
+    chunk_tokens: target chunk size in tokens, for whoever builds or rechunks the layout; attention takes the layout's.
     top_k: chunks chosen for each query and head besides the anchors.
-    causal: routed information flows forward only (paper: "causal routing").
+    causal: routed information flows forward only (paper: "causal routing"): to chunks of earlier shots, or to earlier
+        chunks of the stream where the own shot is no anchor.
+    own_anchor, text_anchor: what a query attends to whatever its routes: its own `shot`, `chunk` or `none`; the text of
+        `all` shots, `global_and_own` or `none`. A query of global text, which stands in no shot, has text anchors only.
+    descriptor: what routing scores: q and k as attention uses them (`post_rope`) or those of `route_qk` (`pre_rope`).
     drop_off_max: p_max of context drop-off (training only); a query loses floor(p k) of k routes, p ~ U(0, p_max).
-    drop_in_rate: lambda of context drop-in (training only); a query gains min(Poisson(lambda), drop_in_max) chunks.
+    drop_in_rate, drop_in_max: lambda of context drop-in (training only), and its bound; a query gains
+        min(Poisson(lambda), drop_in_max) chunks.
+    backend: who computes it; `auto` takes the fastest that fits.
     dense_kernel: name of the dense kernel for anchored parts ("auto" takes the fastest present).
     deterministic: bitwise repeatable gradients, at some cost in speed.
     dense_layers: how many of the model's first layers attend densely.

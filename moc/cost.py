@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.layout import ShotLayout
-from moc.routing import candidate_range, drop_covered
+from moc.routing import candidate_range, check_whole, drop_covered
 
 FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
 
@@ -21,7 +21,8 @@ class Cost:
     """Attended (query, key) pairs of one head, and the forward FLOPs of all heads of one layer.
 
     own: keys of the query's own shot (or chunk). text: text anchors outside of it. routed: keys of routed chunks that
-    no anchor covers, each once. routing_flops: every video key pooled, every query scored against its candidates.
+    no anchor covers, each once. routing_flops: every video key pooled, every query scored against its candidates; 0
+    where top_k is.
     dense: pairs of dense attention, the sum of L^2 over samples. video, video_dense: the same among video tokens alone.
     """
 
@@ -63,12 +64,14 @@ class Cost:
 def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None, num_heads: int, head_dim: int) -> Cost:
     """Counts one layer's attention: of a model with dense layers, give `config.at_layer(layer)`.
 
-    routes: int [N, L, K], from `route` (after drops) or the caller's own; None for dense attention.
+    routes: int [N, L, K], from `route` (after drops) or the caller's own; None for dense attention or anchors alone.
+    Raises ValueError for routes of a part of the stream.
     Synchronizes with the device: a thing to call once in a while, not in the hot path.
     """
     own, text = _own_keys(layout, config), _text_keys(layout, config)
     routed = routed_video = torch.zeros_like(own)
     if routes is not None and not config.dense:
+        check_whole(routes, layout)
         routes = drop_covered(routes, layout, config)
         lengths = _lengths(layout.chunk_cu_seqlens)
         routed = _routed_keys(routes, lengths)
@@ -84,13 +87,15 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
         dense=float(sum(length**2 for length, _ in samples)),
         video=float((own_video + routed_video[is_video]).sum()),
         video_dense=float(sum(video**2 for _, video in samples)),
-        routing_flops=0.0 if config.dense else float(_routing_flops(layout, config, head_dim) * num_heads),
+        routing_flops=float(_routing_flops(layout, config, head_dim) * num_heads),
         flops_per_pair=FLOPS_PER_PAIR * head_dim * num_heads,
     )
 
 
 def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
     """Of one head: a candidate's score is a multiply and an add for each of its dims, pooling an add for each key's."""
+    if config.dense or not config.top_k:
+        return 0
     bounds = candidate_range(layout, config)
     video_chunks = torch.nn.functional.pad((~layout.chunk_is_text).cumsum(0), (1, 0))  # before each chunk
     first, last, skip_first, skip_last = (

@@ -12,11 +12,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
 Grid = tuple[int, int, int]
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class Shot:
     cut: bool = True
 
     def __post_init__(self) -> None:
-        if self.text_tokens < 0:
-            raise ValueError(f"Shot.text_tokens={self.text_tokens} must be at least 0")
-        if len(self.grid) != 3 or min(self.grid) < 1:
-            raise ValueError(f"Shot.grid={self.grid} must be three sizes (T, H, W) of at least 1")
+        if not _is_whole(self.text_tokens, 0):
+            raise ValueError(f"Shot.text_tokens={self.text_tokens!r} must be a whole number of at least 0")
+        if len(self.grid) != 3 or not all(_is_whole(size, 1) for size in self.grid):
+            raise ValueError(f"Shot.grid={self.grid} must be three whole sizes (T, H, W) of at least 1")
         object.__setattr__(self, "grid", tuple(self.grid))
 
 
@@ -148,8 +153,8 @@ class ShotLayout:
 
     def __init__(self, samples: Sequence[tuple[int, tuple[Shot, ...]]], chunk_tokens: int) -> None:
         """samples: (global text tokens, shots) of each sample. Prefer `build` and `pack`."""
-        if chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+        if not _is_whole(chunk_tokens, 1):
+            raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
         if not samples or any(not shots for _, shots in samples):
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
         self.samples = tuple((text, tuple(shots)) for text, shots in samples)
@@ -160,8 +165,8 @@ class ShotLayout:
     @classmethod
     def build(cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280) -> "ShotLayout":
         """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens."""
-        if global_text_tokens < 0:
-            raise ValueError(f"global_text_tokens={global_text_tokens} must be at least 0")
+        if not _is_whole(global_text_tokens, 0):
+            raise ValueError(f"global_text_tokens={global_text_tokens!r} must be a whole number of at least 0")
         return cls([(global_text_tokens, tuple(shots))], chunk_tokens)
 
     @classmethod
@@ -192,7 +197,7 @@ class ShotLayout:
             by_dtype.setdefault(getattr(self, name).dtype, []).append(name)
         for names in by_dtype.values():
             tensors = [getattr(self, name) for name in names]
-            packed = torch.cat(tensors).to(device, non_blocking=True)
+            packed = torch.cat(tensors).to(device, non_blocking=device.type != "cpu")  # there they are read at once
             for name, part in zip(names, packed.split([t.numel() for t in tensors]), strict=True):
                 moved.__dict__[name] = part
         return moved

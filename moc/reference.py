@@ -53,10 +53,11 @@ def attention_mask(routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v under mask [N | 1, L, L], in fp32 at least; a query without any key gives zero."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("ind,jnd->nij", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
-    return torch.einsum("nij,jnd->ind", weights, v.to(wide)).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("ind,jnd->nij", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        return torch.einsum("nij,jnd->ind", weights, v.to(wide)).to(q.dtype)
 
 
 def attend(
@@ -88,7 +89,7 @@ def moc_attention(
     drops: DropKey | None = None,
     first_query: int = 0,
 ) -> Tensor:
-    """`moc.moc_attention` by the plain reference; arguments and result as there."""
+    """`moc.moc_attention` by the plain reference; arguments and result as there, but nothing is checked."""
     if routes is None and not config.dense:
         routes = route(*(route_qk or (q, k)), layout, config, drops, first_query)
     return attend(q, k, v, routes, layout, config, first_query)

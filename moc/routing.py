@@ -81,7 +81,8 @@ def route(
 ) -> Tensor:
     """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], best first, -1 where a slot is
     empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the
-    lowest chunk index. Scores are exact to fp32 rounding. first_query: the place of q's first token in the stream.
+    lowest chunk index. Scores are exact to fp32 rounding, under autocast too. first_query: the place of q's first token
+    in the stream.
     """
     means = descriptors(k, layout)
     candidates = candidate_range(layout, config)
@@ -89,7 +90,9 @@ def route(
     parts = []
     for start in range(first_query, layout.num_tokens, block):
         end = min(start + block, layout.num_tokens)
-        scores = torch.einsum("lnd,mnd->nlm", q[start - first_query : end - first_query].to(means.dtype), means)
+        queries = q[start - first_query : end - first_query].to(means.dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.einsum("lnd,mnd->nlm", queries, means)
         allowed = candidates.mask(layout, start, end)
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:
@@ -130,6 +133,15 @@ def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_q
             text &= (layout.group_shot[key_group] < 0) | (key_group == group)
         covered |= text
     return routes.masked_fill(covered, -1).int()
+
+
+def check_whole(routes: Tensor, layout: ShotLayout) -> None:
+    """Raises ValueError unless routes [N, L, K] hold a row for every token of the stream."""
+    if routes.dim() != 3 or routes.shape[1] != layout.num_tokens:
+        raise ValueError(
+            f"routes must be [N, {layout.num_tokens}, K], of the whole stream; got {tuple(routes.shape)}: "
+            "pad those from a first_query on with rows of -1"
+        )
 
 
 # Context drop-off and drop-in
@@ -205,7 +217,7 @@ def apply_drops(routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropK
 
     thresholds = poisson_thresholds(config.drop_in_rate, config.drop_in_max)
     u = unit(draw(words, COUNT_IN))
-    add_count = (u[..., None] >= torch.tensor(thresholds, device=u.device)).sum(-1)
+    add_count = (u[..., None] >= torch.tensor(thresholds, dtype=u.dtype, device=u.device)).sum(-1)
     chunk = torch.arange(num_chunks, device=routes.device)
     taken = torch.zeros(num_heads, num_queries, num_chunks + 1, dtype=torch.bool, device=routes.device)
     taken.scatter_(-1, routes.long().masked_fill(routes < 0, num_chunks), True)
@@ -228,8 +240,11 @@ def select_shots(features: Tensor, layout: ShotLayout, n: int) -> Tensor:
     """For each shot the `n` earlier shots of its sample most like it, by the dot product of mean token features.
 
     features: [L, C], any token features of the stream. Returns int64 [S, n] of shots of the pack, best first, -1 where
-    there are fewer: those a reduced stream for this shot keeps. Source: arXiv 2508.21058, appendix I.
+    there are fewer: those a reduced stream for this shot keeps. Raises ValueError for features of another stream.
+    Source: arXiv 2508.21058, appendix I.
     """
+    if features.dim() != 2 or len(features) != layout.num_tokens:
+        raise ValueError(f"features must be [{layout.num_tokens}, C] for this layout; got {tuple(features.shape)}")
     groups = torch.tensor(layout.shot_groups, device=features.device)
     wide = features if features.dtype == torch.float64 else features.float()
     offsets = layout.group_cu_seqlens.long()

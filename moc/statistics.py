@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moc.layout import ShotLayout
+from moc.routing import check_whole
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class RoutingStatistics:
 
 
 def chunk_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
-    """How often the queries of each group chose each chunk: routes int [N, L, K] -> int64 [G, M], over all heads."""
+    """How often the queries of each group chose each chunk: routes int [N, L, K] -> int64 [G, M], over all heads.
+    Raises ValueError for routes of a part of the stream."""
+    check_whole(routes, layout)
     num_groups, num_chunks = layout.num_groups, layout.num_chunks
     group = layout.token_group.long()[None, :, None]
     chunk = torch.where(routes >= 0, routes.long(), num_chunks)
@@ -36,7 +39,7 @@ def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
     """How often the queries of each shot routed to each shot: float64 [S, S] on the CPU, over all heads."""
     counts = chunk_counts(routes, layout).cpu().double()
     by_group = torch.zeros(layout.num_groups, layout.num_groups, dtype=torch.float64)
-    by_group.index_add_(1, layout.chunk_group.cpu(), counts)
+    by_group.index_add_(1, torch.tensor([chunk.group for chunk in layout.chunks]), counts)
     shots = torch.tensor(layout.shot_groups)
     return by_group[shots][:, shots]
 
@@ -67,12 +70,13 @@ class RoutingMap:
 def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:
     """Summary of one layer's routes, int [N, L, K]. Synchronizes with the device once."""
     counts = chunk_counts(routes, layout).cpu().double()
-    group_shot, chunk_group = layout.group_shot.cpu(), layout.chunk_group.cpu()
-    distance = group_shot[:, None] - group_shot[chunk_group][None]
+    group_shot = torch.tensor([group.shot for group in layout.groups])
+    chunk_shot = torch.tensor([layout.groups[chunk.group].shot for chunk in layout.chunks])
+    distance = group_shot[:, None] - chunk_shot
     of_shots = counts * (group_shot >= 0)[:, None]
     total = of_shots.sum().clamp(min=1)
     shares = {int(d): float(of_shots[distance == d].sum() / total) for d in distance[of_shots > 0].unique()}
-    by_chunk = counts.sum(0)[~layout.chunk_is_text.cpu()]
+    by_chunk = counts.sum(0)[torch.tensor([chunk.kind == "video" for chunk in layout.chunks])]
     p = by_chunk / by_chunk.sum().clamp(min=1)
     entropy = float(torch.special.entr(p).sum()) / max(math.log(len(p)), 1e-9)
     return RoutingStatistics(shares, entropy, float((by_chunk == 0).double().mean()))

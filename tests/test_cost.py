@@ -7,6 +7,7 @@ from hypothesis import given
 import moc
 from moc.cost import attention_cost
 from moc.routing import candidate_range
+from moc.statistics import chunk_counts
 from tests import brute_force
 from tests.strategies import attention_tensors, configs, seeds, streams
 
@@ -85,7 +86,7 @@ def test_routing_scores_candidates_alone(stream, config):
     routes = torch.full((1, layout.num_tokens, 0), -1)
     cost = attention_cost(layout, config, routes, num_heads=3, head_dim=8)
     pooled = int((~layout.token_is_text).sum())
-    assert cost.routing_flops == (pooled + 2 * int(candidates.sum())) * 8 * 3
+    assert cost.routing_flops == (config.top_k > 0) * (pooled + 2 * int(candidates.sum())) * 8 * 3
 
 
 @given(streams(max_samples=3), configs(), seeds)
@@ -133,3 +134,15 @@ def test_own_shots_cap_the_sparsity():
     none = torch.empty(1, layout.num_tokens, 0, dtype=torch.int32)
     cost = attention_cost(layout, moc.MoCConfig(top_k=0), none, num_heads=1, head_dim=8)
     assert cost.sparsity == cost.video_sparsity == 0.875
+    assert cost.flops == 0.125 * cost.dense_flops  # nothing is scored to choose no chunk
+
+
+def test_routes_of_the_last_queries_alone_are_refused():
+    """One row would count for every token."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (2, 2, 2))] * 2, chunk_tokens=4)
+    q, k, _ = attention_tensors(layout)
+    for first in (layout.num_tokens - 1, 3):
+        routes = moc.route(q[first:], k, layout, moc.MoCConfig(top_k=1), first_query=first)
+        for count in (lambda r: attention_cost(layout, moc.MoCConfig(), r, 2, 4), lambda r: chunk_counts(r, layout)):
+            with pytest.raises(ValueError, match=r"routes must be \[N, 16, K\].*pad"):
+                count(routes)

@@ -104,7 +104,9 @@ def test_the_table_is_top_k_plus_drop_in_max_wide(settings, width):
     layout = long_stream(frames=4)
     q, k, _ = attention_tensors(layout)
     config = moc.MoCConfig(**settings)
-    assert route(q, k, layout, config, KEY).shape[-1] == width
+    routes = route(q, k, layout, config, KEY)
+    assert routes.shape[-1] == width
+    assert routes.min() == -1
     assert route(q, k, layout, config).shape[-1] == config.top_k
 
 
@@ -252,6 +254,17 @@ def test_draws_do_not_depend_on_the_type_of_the_inputs():
     tables = [route(zeros.to(t), zeros.to(t), layout, config, KEY) for t in (torch.float64, torch.float32, torch.half)]
     assert torch.equal(tables[0], tables[1])
     assert torch.equal(tables[0], tables[2])
+
+
+def test_draws_do_not_depend_on_the_default_dtype():
+    layout, config = long_stream(), moc.MoCConfig(top_k=0, drop_in_rate=0.7, drop_in_max=3)
+    zeros = torch.zeros(layout.num_tokens, 8, 4)
+    expected = route(zeros, zeros, layout, config, KEY)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(route(zeros, zeros, layout, config, KEY), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("key", [moc.DropKey(-1, 0), moc.DropKey(2**63, 2**40, 2**33), moc.DropKey(0, 0, 0, 10**6)])

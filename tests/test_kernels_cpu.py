@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 import moc
-from moc import reference, routing
+from moc import attention, reference, routing
 from moc.kernels import anchors, dense, torch_parts
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
 from tests.test_reference import two_samples
@@ -151,10 +151,74 @@ def test_torch_gradcheck(own):
     assert torch.autograd.gradcheck(lambda *x: torch_parts.attend(*x, routes, layout, config), (q, k, v))
 
 
+def test_deterministic_gradients_repeat_bit_for_bit():
+    layout, config = two_samples(), moc.MoCConfig(top_k=2, deterministic=True)
+    q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
+    direction = torch.randn_like(q)
+
+    def gradients():
+        return torch.autograd.grad(moc.moc_attention(q, k, v, layout, config, backend="torch"), (q, k, v), direction)
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
+
+
+def test_deterministic_rules_a_kernel_out_that_is_not(monkeypatch):
+    shaky = dense.DenseKernel("cpu", dense.math_forward, dense.math_backward, deterministic=False)
+    monkeypatch.setitem(dense._KERNELS, "cpu", (shaky, lambda *_: True))
+    dense._choose.cache_clear()
+    try:
+        assert dense.choose(torch.zeros(1, 1, 8)) is shaky
+        assert dense.choose(torch.zeros(1, 1, 8), deterministic=True).name == "math"
+        with pytest.raises(ValueError, match="deterministic=True; use dense_kernel='auto'"):
+            dense.choose(torch.zeros(1, 1, 8), "cpu", deterministic=True)
+    finally:
+        dense._choose.cache_clear()
+
+
+def test_torch_refuses_a_second_derivative():
+    """The plain kernel's backward could be differentiated, to wrong numbers."""
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+        torch.autograd.grad(moc.moc_attention(q, k, v, layout, config).sum(), q, create_graph=True)
+
+
+def test_autocast_leaves_the_plain_kernel_alone():
+    layout, config = two_samples(), moc.MoCConfig(top_k=2, dense_kernel="math")
+    q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
+
+    def both():
+        out = moc.moc_attention(q, k, v, layout, config, backend="torch")
+        return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+    expected = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for mine, other in zip(both(), expected, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_a_broken_library_is_a_missing_one(monkeypatch):
+    def broken(name):
+        raise OSError(f"{name}: libcudart.so.13: cannot open shared object file")
+
+    for find in (dense._fa3, dense._fa4):
+        find.cache_clear()
+    monkeypatch.setattr(dense, "import_module", broken)
+    monkeypatch.setattr(dense, "version", lambda name: dense.FA4_TESTED[0])
+    try:
+        assert not dense.is_installed("fa3")
+        assert not dense.is_installed("fa4")
+    finally:
+        for find in (dense._fa3, dense._fa4):
+            find.cache_clear()
+
+
 # The dispatcher
 
 
-def test_backends_are_chosen_by_device_by_setting_and_by_call():
+def test_backends_are_chosen_by_device_by_setting_and_by_call(monkeypatch):
     layout, config = two_samples(), moc.MoCConfig(top_k=1)
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16)
     if not torch.cuda.is_available():
@@ -162,6 +226,29 @@ def test_backends_are_chosen_by_device_by_setting_and_by_call():
         assert torch.equal(moc.moc_attention(q, k, v, layout, config), torch_)
     with pytest.raises(ValueError, match="backend='triton' needs"):
         moc.moc_attention(q.double(), k.double(), v.double(), layout, config, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="on cpu: use backend='torch'"):
+        moc.moc_attention(q, k, v, layout, config, backend="triton")
+
+
+def test_the_backend_is_logged_once_for_each_kind_of_call(caplog):
+    attention._log.cache_clear()
+    q = torch.zeros(3, 2, 7, dtype=torch.float64)
+    with caplog.at_level(logging.INFO, logger="moc.attention"):
+        for backend in (None, None, "reference"):
+            attention.resolve_backend(q, moc.MoCConfig(), backend)
+    kind = "attention on cpu, torch.float64, head dim 7: backend"
+    assert [record.message for record in caplog.records] == [f"{kind} torch", f"{kind} reference"]
+
+
+@interpreted
+def test_triton_takes_head_dims_from_16_to_128():
+    for head_dim in (16, 128):
+        chosen = attention.resolve_backend(torch.zeros(3, 200, head_dim), moc.MoCConfig(), "triton")
+        assert chosen.__name__ == "moc.kernels.triton_backend"
+    for head_dim in (15, 129):
+        with pytest.raises(ValueError, match=rf"head dims from 16 to 128; q is torch.float32, head dim {head_dim}"):
+            attention.resolve_backend(torch.zeros(3, 64, head_dim), moc.MoCConfig(), "triton")
 
 
 @given(streams(max_samples=2), configs(), seeds)

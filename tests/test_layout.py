@@ -16,6 +16,7 @@ from tests.strategies import Stream, shots, streams
 INT_TABLES = [
     *("sample_cu_seqlens", "group_cu_seqlens", "chunk_cu_seqlens", "chunk_group", "chunk_sample", "group_sample"),
     *("group_shot", "group_first_chunk", "sample_first_chunk", "token_chunk", "token_group", "token_sample"),
+    "token_shot_chunk",
 ]
 TABLES = {
     **dict.fromkeys(INT_TABLES, torch.int32),
@@ -146,6 +147,12 @@ def test_chunks_worked_out_by_hand(grid, chunk_tokens, expected):
     assert layout.chunk_cu_seqlens.diff().tolist() == expected
 
 
+def test_a_shot_takes_any_sequence_and_begins_with_a_true_cut_unless_told():
+    assert moc.Shot(0, [1, 1, 1]) == moc.Shot(0, (1, 1, 1), cut=True)
+    continued = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)), moc.Shot(0, (1, 1, 1), cut=False)])
+    assert [shot.cut for shot in continued.rechunk(3).samples[0][1]] == [True, False]
+
+
 def test_empty_texts_have_no_chunk_and_no_segment():
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 2)), moc.Shot(3, (1, 1, 2))], chunk_tokens=8)
     assert [(chunk.kind, chunk.length) for chunk in layout.chunks] == [("video", 2), ("text", 3), ("video", 2)]
@@ -202,15 +209,33 @@ def test_to_moves_every_table_and_leaves_the_original():
     assert moved.groups == layout.groups
 
 
+def test_every_table_is_known_here_and_moved():
+    layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2))], 3, chunk_tokens=8)
+    tensors = {name for name, value in vars(layout).items() if isinstance(value, torch.Tensor)}
+    assert set(TABLES) == set(layout._TENSORS) == tensors
+
+
 def test_a_layout_survives_the_trip_from_a_loader_worker():
     layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2))], 3, chunk_tokens=8)
     assert_same(pickle.loads(pickle.dumps(layout)), layout)
+
+
+@pytest.mark.gpu
+def test_a_layout_comes_back_whole_from_a_busy_gpu():
+    layout = moc.ShotLayout.build([moc.Shot(2, (30, 20, 32))] * 8, 3)
+    moved = layout.to("cuda")
+    torch.cuda._sleep(1 << 30)
+    assert_same(moved.to("cpu"), layout)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: moc.Shot(-1, (1, 1, 1)), "text_tokens=-1"),
+        (lambda: moc.Shot(1.5, (1, 1, 1)), r"text_tokens=1.5 must be a whole number"),
+        (lambda: moc.Shot(0, (1, 480 / 16, 1)), r"grid=\(1, 30.0, 1\) must be three whole sizes"),
+        (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], 2.0), "global_text_tokens=2.0 must be a whole"),
+        (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], chunk_tokens=64.0), "chunk_tokens=64.0 must be a"),
         (lambda: moc.Shot(0, (1, 1)), r"grid=\(1, 1\).*\(T, H, W\)"),
         (lambda: moc.Shot(0, (1, 0, 1)), r"grid=\(1, 0, 1\).*at least 1"),
         (lambda: moc.ShotLayout.build([]), "at least one shot"),

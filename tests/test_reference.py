@@ -275,6 +275,14 @@ def test_low_precision_costs_one_rounding(dtype):
         torch.testing.assert_close(mine.double(), wide, **rounding)
 
 
+def test_autocast_changes_nothing():
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout, head_dim=32, dtype=torch.float32)
+    expected = attention(q, k, v, layout, config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(attention(q, k, v, layout, config), expected)
+
+
 def test_the_reference_is_a_backend_by_call_by_setting_and_by_module():
     layout, drops = two_samples(), moc.DropKey(1, 1)
     config = moc.MoCConfig(top_k=2, backend="reference")
@@ -323,6 +331,18 @@ def test_wrong_inputs_are_refused():
     refused("route_qk.*pre_rope", q, k, v, route_qk=(q, k))
     refused("route_qk.*pre_rope", q, k, v, config=moc.MoCConfig(descriptor="pre_rope"))
     refused("backend='nonsense'.*reference", q, k, v, backend="nonsense")
+    refused(r"one floating dtype.*float64, torch.float64, torch.bfloat16", q, k, v.bfloat16())
+    refused(r"one floating dtype.*int64", q.long(), k.long(), v.long())
+
+
+def test_a_wrong_route_qk_is_refused():
+    """Too few keys would be read past their end."""
+    q, k, v = attention_tensors(two_samples())
+    config = moc.MoCConfig(descriptor="pre_rope")
+    refused("the q, k of route_qk must share one shape", q, k, v, config=config, route_qk=(q, k[:-1]))
+    refused("k has .* tokens, its layout", q, k, v, config=config, route_qk=(q[1:], k[1:]))
+    refused("one floating dtype", q, k, v, config=config, route_qk=(q.float(), k))
+    refused("route_qk has 1 heads, q 2", q, k, v, config=config, route_qk=(q[:, :1], k[:, :1]))
 
 
 def test_wrong_routes_are_refused():
@@ -341,3 +361,5 @@ def test_route_refuses_the_layout_of_another_stream():
     other = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2))])
     with pytest.raises(ValueError, match="different streams"):
         moc.route(q, k, other, moc.MoCConfig())
+    with pytest.raises(ValueError, match=r"q, k must share one shape"):
+        moc.route(q, k[1:], other, moc.MoCConfig())

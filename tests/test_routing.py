@@ -1,5 +1,7 @@
 """Routes against a brute force: scores, candidates, ties, missing candidates; and the outer loop, `select_shots`."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from hypothesis import given
@@ -72,6 +74,16 @@ def test_low_precision_inputs_are_scored_in_full_precision(dtype):
                 assert set(routes[head][i]) == set(expected[head][i])
                 compared += 1
     assert compared > 300
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_autocast_changes_no_route(backend):
+    layout = moc.ShotLayout.build([moc.Shot(4, (8, 4, 4)) for _ in range(5)], 8, chunk_tokens=16)
+    q, k, _ = attention_tensors(layout, head_dim=64, dtype=torch.float32)
+    config = moc.MoCConfig(top_k=3)
+    expected = moc.route(q, k, layout, config, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(moc.route(q, k, layout, config, backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -147,6 +159,7 @@ def test_the_block_of_queries_scored_at_a_time_changes_nothing(monkeypatch):
         monkeypatch.setattr(routing, "SCORES_PER_BLOCK", scores_per_block)
         assert torch.equal(route(q, k, layout, config), whole[0])
         assert torch.equal(route(q, k, layout, config, drops=drops), whole[1])
+        assert torch.equal(route(q[20:], k, layout, config, drops=drops, first_query=20), whole[1][:, 20:])
 
 
 def test_routing_leaves_no_graph():
@@ -197,6 +210,11 @@ def test_settings_survive_plain_data_and_a_file(tmp_path_factory, config):
     folder = tmp_path_factory.mktemp("model")
     config.save(folder)
     assert moc.MoCConfig.load(folder) == config
+
+
+def test_every_setting_is_explained():
+    explained = {name.strip() for line in moc.MoCConfig.__doc__.splitlines() for name in line.split(":")[0].split(",")}
+    assert {field.name for field in fields(moc.MoCConfig)} <= explained
 
 
 def test_unknown_settings_are_refused():
@@ -273,6 +291,14 @@ def test_select_shots_ties_and_zero():
     features = torch.ones(layout.num_tokens, 3)
     assert moc.select_shots(features, layout, 1)[2].tolist() == [0]
     assert moc.select_shots(features, layout, 0).shape == (3, 0)
+
+
+def test_select_shots_refuses_features_of_another_stream():
+    """Too few of them would be read past their end."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 2)) for _ in range(3)], chunk_tokens=2)
+    for shape in ((5, 3), (7, 3), (6, 2, 3)):
+        with pytest.raises(ValueError, match=r"features must be \[6, C\]"):
+            moc.select_shots(torch.ones(shape), layout, 1)
 
 
 def shot_of_tokens(layout: moc.ShotLayout) -> list[int]:

@@ -73,12 +73,15 @@ def test_triton_in_fp16_and_in_parts(monkeypatch):
 
 
 @interpreted
-def test_triton_lists_are_the_routes_sorted_by_chunk():
-    from moc.kernels.triton_index import build_lists
+@pytest.mark.parametrize("block", [1024, 16])
+def test_triton_lists_are_the_routes_sorted_by_chunk(block, monkeypatch):
+    """More lists than a block among them."""
+    from moc.kernels import triton_index
 
+    monkeypatch.setattr(triton_index, "BLOCK", block)
     routes = torch.stack([torch.stack([torch.randperm(9)[:4] for _ in range(70)]) for _ in range(2)]).int()
     routes[torch.rand(routes.shape) < 0.3] = -1
-    lists = build_lists(routes, 9, tile=16)
+    lists = triton_index.build_lists(routes, 9, tile=16)
     tiles = 0
     for head in range(2):
         for chunk in range(9):
@@ -169,19 +172,10 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1, requires_grad=True)
     routes = triton_backend.route(q, k, layout, config)
     calls = [number for call in anchors.anchor_calls(layout, config) for number in call]
-    arguments = (
-        q,
-        k,
-        v,
-        routes,
-        layout.chunk_cu_seqlens,
-        layout.text_index,
-        calls,
-        layout.max_chunk_tokens,
-        "auto",
-        False,
-    )
-    torch.library.opcheck(torch.ops.moc.attend, arguments, test_utils=("test_schema", "test_faketensor"))
+    settings = (calls, layout.max_chunk_tokens, "auto", False)
+    for table in (routes, routes.new_empty(0, 0, 0)):  # the latter for dense attention and top_k 0
+        arguments = (q, k, v, table, layout.chunk_cu_seqlens, layout.text_index, *settings)
+        torch.library.opcheck(torch.ops.moc.attend, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def attend(q, k, v):
         return moc.moc_attention(q, k, v, layout, config, backend="triton", drops=DROPS)
@@ -192,3 +186,19 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
                  lambda *x: checkpoint(attend, *x, use_reentrant=False)):  # fmt: skip
         for mine, other in zip(torch.autograd.grad(call(q, k, v), (q, k, v), direction), expected, strict=True):
             assert torch.equal(mine, other)
+    with pytest.raises(RuntimeError, match=r"'triton' has no second derivative.*backend='reference'"):
+        torch.autograd.grad(attend(q, k, v).sum(), q, create_graph=True)
+
+
+@interpreted
+def test_the_operators_of_routing_pass_opcheck():
+    from moc.kernels import triton_drops, triton_routing  # noqa: F401  (define them)
+
+    layout = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2)), moc.Shot(1, (1, 2, 2))], 1, chunk_tokens=4)
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
+    tables = (layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
+              layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk)  # fmt: skip
+    arguments = (q, k, layout.chunk_cu_seqlens, *tables, 2, True, 0)
+    torch.library.opcheck(torch.ops.moc.route, arguments)
+    routes = torch.ops.moc.route(*arguments)
+    torch.library.opcheck(torch.ops.moc.drop_routes, (routes, *tables, True, 0, 1.0, 0.5, 2, 1, 2, 3, 4))

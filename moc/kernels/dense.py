@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -105,7 +105,7 @@ def _fa3() -> ModuleType | None:
     for package in ("flash_attn_3", "xformers.flash_attn_3"):
         try:
             import_module(f"{package}._C")
-        except ImportError:
+        except (ImportError, OSError):  # not installed, or for another CUDA
             continue
         return torch.ops.flash_attn_3
     return None
@@ -143,7 +143,7 @@ def _fa4() -> ModuleType | None:
     try:
         found = version("flash-attn-4")
         module = import_module("flash_attn.cute.interface")
-    except (ImportError, PackageNotFoundError):
+    except (ImportError, OSError, PackageNotFoundError):
         return None
     if found not in FA4_TESTED:
         logger.info("flash-attn-4 %s is installed but not tested; tested: %s", found, ", ".join(FA4_TESTED))
@@ -287,11 +287,23 @@ def _cpu_backward(
 # Plain tensor code
 
 
+def _out_of_autocast(kernel: Callable) -> Callable:
+    """Autocast would round the products to bf16."""
+
+    @wraps(kernel)
+    def run(q: Tensor, *args):
+        with torch.autocast(q.device.type, enabled=False):
+            return kernel(q, *args)
+
+    return run
+
+
 def _query_blocks(q: Tensor, k: Tensor) -> list[slice]:
     size = max(1, SCORES_PER_BLOCK // max(1, q.shape[1] * len(k)))
     return [slice(start, start + size) for start in range(0, len(q), size)]
 
 
+@_out_of_autocast
 def math_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention in blocks of queries, in fp32 at least; any device and dtype."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -304,6 +316,7 @@ def math_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+@_out_of_autocast
 def math_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:

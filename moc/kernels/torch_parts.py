@@ -39,7 +39,7 @@ def attend(
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
     first_query: the place of q's first token in the stream.
-    Any device and floating dtype. Waits for the device once for each group of heads.
+    Any device and floating dtype. Waits for the device once for each group of heads. Has no second derivative.
     """
     if config.dense or routes is None:
         routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
@@ -122,6 +122,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
+        anchors.refuse_second_derivative("torch")
         q, k, v, out, lse, routes = ctx.saved_tensors
         dout, layout, config, kernel = dout.contiguous(), ctx.layout, ctx.config, ctx.kernel
         dq, dk, dv = anchors.backward(

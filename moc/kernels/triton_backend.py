@@ -38,7 +38,7 @@ def attend(
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
     first_query: the place of q's first token in the stream; the kernels count queries from it.
-    Head dims up to 128, fp32, fp16 and bf16.
+    Head dims up to 128, fp32, fp16 and bf16. Has no second derivative.
     """
     if routes is not None and not config.dense:
         routes = anchors.with_own_chunk(routes, layout, config, first_query).int().contiguous()
@@ -101,6 +101,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
+        anchors.refuse_second_derivative("triton")
         return *_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), *(None,) * 7
 
 
