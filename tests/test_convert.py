@@ -18,10 +18,11 @@ from models import Family, ModelConfig, build_model, load_model, save_model
 from models.codec import CodecConfig, CodecKind
 from models.mmdit import MMDiT
 from models.names import to_diffusers_name, to_original_name
-from models.pickles import T5_LAYER, T5_TOP, VAE22, convert_pickle
+from models.pickles import VAE22, convert_pickle
 from models.vae import WanCodec
 from models.wan import WanTransformer3DModel
 from tests.wan_files import MMDIT, REDUCED, reduced_wan, same, save_original
+from tests.weights import randomized
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +41,33 @@ def original(theirs: diffusers.WanTransformer3DModel, tmp_path: Path) -> Path:
     return save_original(theirs, tmp_path / "wan.safetensors")
 
 
-def test_names_are_those_of_the_release() -> None:
+def test_names_are_those_of_the_release(theirs) -> None:
     pairs = {
+        "patch_embedding.weight": "patch_embedding.weight",
+        "time_embedding.0.weight": "condition_embedder.time_embedder.linear_1.weight",
         "time_embedding.2.bias": "condition_embedder.time_embedder.linear_2.bias",
+        "text_embedding.0.weight": "condition_embedder.text_embedder.linear_1.weight",
+        "text_embedding.2.bias": "condition_embedder.text_embedder.linear_2.bias",
         "time_projection.1.weight": "condition_embedder.time_proj.weight",
         "head.modulation": "scale_shift_table",
         "head.head.weight": "proj_out.weight",
         "blocks.11.modulation": "blocks.11.scale_shift_table",
-        "blocks.0.self_attn.o.bias": "blocks.0.attn1.to_out.0.bias",
-        "blocks.0.cross_attn.norm_k.weight": "blocks.0.attn2.norm_k.weight",
-        "blocks.3.ffn.0.weight": "blocks.3.ffn.net.0.proj.weight",
         "blocks.3.norm3.bias": "blocks.3.norm2.bias",
-        "patch_embedding.weight": "patch_embedding.weight",
+        "blocks.3.ffn.0.weight": "blocks.3.ffn.net.0.proj.weight",
+        "blocks.3.ffn.2.weight": "blocks.3.ffn.net.2.weight",
     }
+    for old, new in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+        for a, b in (
+            *(("q.weight", "to_q.weight"), ("k.weight", "to_k.weight"), ("v.bias", "to_v.bias")),
+            *(("o.bias", "to_out.0.bias"), ("norm_q.weight", "norm_q.weight"), ("norm_k.weight", "norm_k.weight")),
+        ):
+            pairs[f"blocks.0.{old}.{a}"] = f"blocks.0.{new}.{b}"
     for old, new in pairs.items():
         assert to_diffusers_name(old) == new
         assert to_diffusers_name("model.diffusion_model." + old) == new
         assert to_original_name(new) == old
+    stems = {re.sub(r"blocks\.\d+|\.weight$|\.bias$", "", name) for name in theirs.state_dict()}
+    assert {re.sub(r"blocks\.\d+|\.weight$|\.bias$", "", name) for name in pairs.values()} == stems
     assert to_diffusers_name("img_emb.proj.0.weight") is None
 
 
@@ -121,6 +132,22 @@ def test_missing_extra_and_misshapen_tensors_are_listed(original: Path, tmp_path
         load_model(tmp_path / "b.safetensors")
     assert "1 missing: blocks.1.attn1.to_q.weight" in str(caught.value)
     assert "1 misshapen: blocks.1.ffn.net.2.bias (3,) instead of (128,)" in str(caught.value)
+    tensors["text_embedding.0.weight"] = torch.zeros(3)  # one of those that tell the sizes
+    del tensors["head.head.bias"]
+    save_file(tensors, tmp_path / "c.safetensors")
+    told = r"\['proj_out\.bias', 'condition_embedder\.text_embedder\.linear_1\.weight'\]"
+    with pytest.raises(ValueError, match=rf"c\.safetensors is not a whole Wan model: missing or misshapen are {told};"):
+        load_model(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("form", ["original", "diffusers"])
+def test_image_to_video_models_are_named_as_such(theirs, form: str, tmp_path: Path) -> None:
+    """Wan2.2's have no tensors of their own: they take the picture as 20 more channels."""
+    model = diffusers.WanTransformer3DModel(**REDUCED | {"in_channels": 36})
+    path = tmp_path / ("i2v.safetensors" if form == "original" else "i2v")
+    save_original(model, path) if form == "original" else model.save_pretrained(path)
+    with pytest.raises(ValueError, match=f"{path}: this is an image-to-video Wan model"):
+        load_model(path)
 
 
 @pytest.mark.parametrize("family", [WanTransformer3DModel, MMDiT])
@@ -251,18 +278,33 @@ def test_bad_files_are_one_clear_message(original: Path, folder: Path, tmp_path:
             load_model(path)
 
 
+def original_t5_name(name: str) -> str:
+    """The name in models_t5_umt5-xxl-enc-bf16.pth, as Wan's t5.py has it."""
+    for new, old in {
+        **{"shared": "token_embedding", "encoder.final_layer_norm": "norm", "encoder.block": "blocks"},
+        **{"layer.0.layer_norm": "norm1", "layer.1.layer_norm": "norm2"},
+        "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+        "layer.0.SelfAttention": "attn",  # then q, k, v, o
+        "layer.1.DenseReluDense.wi_0": "ffn.gate.0",  # the one that GELU follows
+        "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+        "layer.1.DenseReluDense.wo": "ffn.fc2",
+    }.items():
+        name = name.replace(new, old)
+    return name
+
+
 def test_the_releases_t5_and_vae_become_folders(tmp_path: Path) -> None:
-    t5 = UMT5EncoderModel(UMT5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
-    old_of = {new: old for old, new in T5_TOP.items()}
-    old_of |= {new.format(i): f"blocks.{i}.{old}" for i in range(2) for old, new in T5_LAYER.items()}
-    state = {name: w for name, w in t5.state_dict().items() if "embed_tokens" not in name}
-    torch.save({old_of[name.removesuffix(".weight")] + ".weight": w for name, w in state.items()}, tmp_path / "t5.pth")
+    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    t5 = randomized(UMT5EncoderModel(UMT5Config(**sizes)))
+    state = {original_t5_name(name): w for name, w in t5.state_dict().items() if "embed_tokens" not in name}
+    assert len(state) == 2 + 2 * 10
+    torch.save(state, tmp_path / "t5.pth")
     assert convert_pickle(tmp_path / "t5.pth", tmp_path / "t5") == "UMT5 encoder"
     ids = torch.tensor([[1, 5, 9]])
     loaded = UMT5EncoderModel.from_pretrained(tmp_path / "t5").eval()
     torch.testing.assert_close(loaded(ids).last_hidden_state, t5.eval()(ids).last_hidden_state)
 
-    vae = AutoencoderKLWan(base_dim=8)
+    vae = randomized(AutoencoderKLWan(base_dim=8))
     renamed = {"encoder.conv_in": "encoder.conv1", "decoder.conv_in": "decoder.conv1", "quant_conv": "conv1"}
     state = {}
     for name, weight in vae.state_dict().items():
@@ -301,7 +343,7 @@ def original_vae22_name(name: str) -> str:
 
 def test_the_wan22_vae_becomes_a_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**VAE22, base_dim=8, decoder_base_dim=4)
+    vae = randomized(AutoencoderKLWan(**VAE22, base_dim=8, decoder_base_dim=4))
     state = {original_vae22_name(name): weight for name, weight in vae.state_dict().items()}
     assert len(state) == len(vae.state_dict())
     assert state.keys() > {  # as Wan2.2's vae2_2.py names them
