@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch
@@ -12,6 +12,7 @@ from models import ModelConfig, build_model, load_model, save_model
 from models.layers import patchify, spread, unpatchify
 from models.mmdit import MMDiT
 from models.stream import KeyValueCache, Part
+from tests import plain_mmdit
 from tests.weights import randomized
 
 CHANNELS, TEXT_DIM = 4, 12
@@ -45,6 +46,19 @@ def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
     out = run(model, batch, MOC)
     assert [v.shape for v in out] == [x.shape for x in batch.latents]
     assert not any(v.any() for v in out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [True, False])
+def test_the_model_is_what_its_parts_say(parts: bool) -> None:
+    """Equal to its equations written out, for shots of different sizes, lengths and noise levels."""
+    model = small_model(input_skip=parts, frame_place=parts, rope_theta=100.0)
+    story = Sample(
+        [torch.randn(CHANNELS, t, 4, 2 * t + 2) for t in (1, 3)], [torch.randn(n, TEXT_DIM) for n in (3, 2, 5)]
+    )
+    expected = plain_mmdit.velocity(model, story.latents, [0.3, 0.8], story.text)
+    for a, b in zip(run(model, pack(model, story), DENSE, torch.tensor([0.3, 0.8])), expected, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("config", [DENSE, MOC, MoCConfig(chunk_tokens=12, top_k=1, text_anchor="global_and_own")])
@@ -132,7 +146,10 @@ def test_recomputation_gives_the_same_gradients_under_drops(descriptor: str) -> 
 
     plain, other_step = gradients(step=1), gradients(step=2)
     model.enable_gradient_checkpointing()
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(0))
     recomputed = gradients(step=1)
+    assert len(calls) == 2
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a, b)
     assert any(not torch.equal(a, b) for a, b in zip(plain, other_step, strict=True))
@@ -163,6 +180,23 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
         assert b.dtype == torch.float32
         assert (a - b).norm() < 0.05 * a.norm()
         assert (a - c).norm() < 0.1 * a.norm()
+
+
+def test_autocast_leaves_the_condition_alone() -> None:
+    model = small_model(input_skip=True)
+    sigma, captions, group = torch.tensor([0.3]), torch.randn(1, TEXT_DIM), torch.zeros(1, dtype=torch.int32)
+
+    def conditions() -> list[Tensor]:
+        condition = model.condition(sigma, captions)
+        gain = model.output(torch.zeros(1, 48), torch.ones(1, 16), condition, group)
+        return [condition, *model.blocks[0].video.modulation(condition), gain]
+
+    nn.init.zeros_(model.output.linear.weight)
+    exact = conditions()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = conditions()
+    assert all(torch.equal(a, b) for a, b in zip(exact[:-1], mixed[:-1], strict=True))
+    assert (exact[-1] - mixed[-1]).abs().max() < 1e-3 * exact[-1].abs().max()  # but for the rounded bias
 
 
 def test_save_and_load_are_exact(tmp_path: Path) -> None:
