@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -17,6 +18,7 @@ from models.text import (
     clean,
     join_prompt,
 )
+from tests.weights import randomized
 
 WORDS = ["a", "the", "in", "with", "red", "mira", "tobi", "walks", "harbor", "forest", "dog"]
 
@@ -123,6 +125,32 @@ def test_one_prompt_is_cut_by_span(t5_folder: Path) -> None:
     assert torch.equal(torch.cat(parts), whole)
     assert parts[0].dtype == torch.bfloat16
     assert [len(part) for part in joined.encode("", ["the dog"])] == [0, 3]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [PromptForm.joined, PromptForm.holocine])
+def test_features_are_those_of_diffusers_pipeline(t5_folder: Path, form: PromptForm) -> None:
+    """A negative prompt is one without shot captions: every shot sees it, with its end, as the base model does."""
+    encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), form))
+    randomized(encoder.model.float())  # half precision would round padded rows otherwise
+    parts = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer, "transformer": None, "vae": None}
+    pipeline = diffusers.WanPipeline(**parts, scheduler=diffusers.UniPCMultistepScheduler())
+    stories = {
+        "the  dog &amp;amp;\n fox ": ["", ""],
+        "": ["", ""],
+        "a fox": ["a red dog"],
+        "the dog.": ["Mira", "a fox"],
+    }
+    for caption, shots in stories.items():
+        prompt = join_prompt(form, caption, shots)[0]
+        expected = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)[0][0]
+        features = encoder.encode(caption, shots)
+        rows = torch.cat(features)
+        torch.testing.assert_close(rows, expected[: len(rows)], rtol=1e-5, atol=1e-5)
+        assert not expected[len(rows) :].any()
+        if not any(shots):
+            assert prompt == clean(caption)
+            assert len(features[0]) == len(rows)
 
 
 def test_separate_captions_do_not_see_each_other(t5_folder: Path) -> None:
