@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch
 from models import ModelConfig, build_model, load_model, save_model
-from models.layers import patchify, spread, unpatchify
+from models.layers import add_gated, layer_norm, modulate, patchify, rms_norm, spread, unpatchify
 from models.mmdit import MMDiT
 from models.stream import KeyValueCache, Part
 from tests import plain_mmdit
@@ -53,6 +53,8 @@ def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
 def test_the_model_is_what_its_parts_say(parts: bool) -> None:
     """Equal to its equations written out, for shots of different sizes, lengths and noise levels."""
     model = small_model(input_skip=parts, frame_place=parts, rope_theta=100.0)
+    for weight in model.parameters():
+        weight.mul_(3)  # far from where an activation is a line
     story = Sample(
         [torch.randn(CHANNELS, t, 4, 2 * t + 2) for t in (1, 3)], [torch.randn(n, TEXT_DIM) for n in (3, 2, 5)]
     )
@@ -180,6 +182,20 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
         assert b.dtype == torch.float32
         assert (a - b).norm() < 0.05 * a.norm()
         assert (a - c).norm() < 0.1 * a.norm()
+
+
+def test_pointwise_functions_round_once() -> None:
+    """In half precision they are the fp32 ones with a rounded result."""
+    x, change = torch.randn(2, 64, 48).bfloat16()
+    weight, bias, rows, group = torch.randn(48), torch.randn(48), torch.randn(2, 48), torch.randint(2, (64,))
+    for function, inputs, rest in (
+        (rms_norm, [x], (weight, 1e-6)),
+        (layer_norm, [x], (weight, bias, 1e-6)),
+        (modulate, [x], (rows, 2 * rows, group)),
+        (add_gated, [x, change], (rows, group)),
+    ):
+        exact = function(*(value.float() for value in inputs), *rest)
+        assert torch.equal(function(*inputs, *rest), exact.bfloat16()), function
 
 
 def test_autocast_leaves_the_condition_alone() -> None:
