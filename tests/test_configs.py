@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from configs.command import ConfigError, parse
-from data.loader import build_loader
+from data.cache import EncodedScene
+from data.loader import Validation, build_loader
 from data.script import load_script
 from moc import StreamSpec
 from models import build_model
@@ -173,6 +174,16 @@ def test_some_shots_are_trained_on_as_stills(tmp_path):
         frames = [latent.shape[1] for step in steps for batch in step for latent in batch.latents]
         assert len(frames) > 1000
         assert frames.count(1) / len(frames) == pytest.approx(rate, abs=0.03)
+
+
+def test_scenes_of_any_size_are_evaluated(tmp_path):
+    """One of them alone is more than a training step of the default size."""
+    shape = (3, 9, 64, 64)
+    scenes = [EncodedScene(str(n), str(n), "single", [torch.zeros(shape)], [[torch.zeros(1, 8)] * 2]) for n in range(2)]
+    cache = write_cache(tmp_path, scenes)
+    config = parsed("evaluate", f"data.path={cache}", "data.validation=1").data
+    (batch,) = Validation(build_loader(config, StreamSpec(), chunk_tokens=6))
+    assert batch.layout.num_tokens > parsed("train").data.batch_tokens
 
 
 def test_the_two_experts_share_the_noise_levels():
