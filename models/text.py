@@ -233,8 +233,9 @@ class T5TextEncoder(TextEncoder):
         self.tokenizer = load_tokenizer(folder / "tokenizer" if has_parts else folder)
         self.text_dim = self.model.config.d_model
         self.eval().requires_grad_(False)
+        vocabulary = sorted(self.tokenizer.get_vocab().items())  # which comes in another order each time
         self.fingerprint = fingerprint(
-            kind, str(config.form), config.max_tokens, self.tokenizer.get_vocab(), weights_digest(self.model)
+            kind, str(config.form), config.max_tokens, vocabulary, weights_digest(self.model)
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch
+from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
 from models import ModelConfig, build_model, load_model, save_model
 from models.layers import add_gated, layer_norm, modulate, patchify, rms_norm, spread, unpatchify
 from models.mmdit import MMDiT
@@ -133,6 +133,19 @@ def test_the_pooled_own_caption_modulates() -> None:
     assert batch.text[1].grad.any()
     assert not batch.text[0].grad.any()
     assert not batch.text[2].grad.any()
+
+
+def test_each_layer_routes_once_and_drops_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = small_model(), []
+
+    def spy(*args, **kwargs) -> Tensor:
+        layers.append(args[4].layer)
+        return route(*args, **kwargs)
+
+    monkeypatch.setattr("models.stream.route", spy)
+    model.enable_gradient_checkpointing()
+    sum(v.sum() for v in run(model, pack(model, sample()), MOC, drops=DropKey(0, 1))).backward()
+    assert layers == [0, 1]
 
 
 @pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
@@ -291,8 +304,11 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
     with pytest.raises(ValueError, match="strict forward flow"):
         model(batch.latents, torch.rand(3), batch.text, batch.layout, MOC, cache=KeyValueCache())
     forward = MoCConfig(chunk_tokens=12, text_anchor="global_and_own")
-    with pytest.raises(ValueError, match="the cache holds 16 tokens"):
-        model(batch.latents, torch.rand(3), batch.text, batch.layout, forward, cache=KeyValueCache(16))
+    first = batch.layout.groups[2].start  # where the second shot's text begins
+    two = pack(model, sample(), sample())
+    for inputs, num_tokens in ((batch, 16), (two, first)):
+        with pytest.raises(ValueError, match=f"the cache holds {num_tokens} tokens"):
+            model(inputs.latents, torch.rand(6), inputs.text, inputs.layout, forward, cache=KeyValueCache(num_tokens))
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])

@@ -1,11 +1,13 @@
 """Text encoders: what captions become."""
 
+import shutil
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from models.text import (
@@ -112,6 +114,7 @@ def test_prompt_forms() -> None:
     assert join_prompt(PromptForm.joined, "", ["A."]) == ("A.", [0, 0])
     prompt, starts = join_prompt(PromptForm.holocine, "G.", ["A.", "B."])
     assert prompt == "[global caption] G. This scene contains 2 shots. [per shot caption] A. [shot cut] B."
+    assert join_prompt(PromptForm.holocine, "G.", ["A."]) == ("G. A.", [0, 3])  # one shot has no tags
     assert [prompt[start:].split("]")[0] for start in starts] == ["[global caption", "[per shot caption", "[shot cut"]
 
 
@@ -161,8 +164,24 @@ def test_separate_captions_do_not_see_each_other(t5_folder: Path) -> None:
     assert len(encoder.encode("", ["a"])[0]) == 1
 
 
+def test_the_fingerprint_tells_whatever_changes_features(t5_folder: Path, tmp_path: Path) -> None:
+    def print_of(folder: Path = t5_folder, **changes) -> str:
+        return T5TextEncoder(TextConfig(TextKind.t5, str(folder), **changes)).fingerprint
+
+    weights, words = (Path(shutil.copytree(t5_folder, tmp_path / name)) for name in ("weights", "words"))
+    file = next(weights.glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file(tensors | {"shared.weight": tensors["shared.weight"] + 1}, file, {"format": "pt"})
+    text = (words / "tokenizer.json").read_text()
+    (words / "tokenizer.json").write_text(text.replace("▁fox", "▁cat"))
+    same, *others = [print_of(), print_of(form="joined"), print_of(max_tokens=99), print_of(weights), print_of(words)]
+    assert same == print_of(Path(shutil.copytree(t5_folder, tmp_path / "same")))
+    assert len({same, *others}) == 5
+
+
 def test_bad_text_settings_are_refused(t5_folder: Path, tmp_path: Path) -> None:
     encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), max_tokens=8))
+    assert len(encoder.encode("", ["the " * 7])[1]) == 8
     with pytest.raises(ValueError, match="10 tokens is over the text encoder's 8"):
         encoder.encode("", ["the " * 9])
     with pytest.raises(ValueError, match="is not a folder of a T5"):
