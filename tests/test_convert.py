@@ -61,6 +61,8 @@ def test_every_form_loads_the_same_weights(reduced, reduced_folder: Path, reduce
     reduced.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     reduced.save_pretrained(tmp_path / "pipeline" / "transformer")
+    config = tmp_path / "pipeline/transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"of_newer_diffusers": None}))
     written = [tmp_path / name for name in ("comfyui.safetensors", "sharded", "pipeline")]
     for path in (reduced_folder, reduced_file, *written):
         model = load_model(path)
@@ -157,12 +159,17 @@ def test_from_pretrained_is_as_strict(family, tmp_path: Path) -> None:
         assert f"1 unexpected: extra.weight; 1 misshapen: {short} (3,) instead of" in str(caught.value)
 
 
-def test_a_folder_of_the_release_is_read_by_its_shapes(reduced, reduced_file: Path, tmp_path: Path) -> None:
-    release = tmp_path / "release"
-    release.mkdir()
-    shutil.copy(reduced_file, release / "diffusion_pytorch_model.safetensors")
-    (release / "config.json").write_text('{"_class_name": "WanModel", "dim": 128, "num_layers": 2}')
-    assert same(load_model(release), reduced.state_dict())
+def test_a_folder_of_the_release_is_read_by_its_shapes(tmp_path: Path) -> None:
+    sizes = REDUCED | {"num_attention_heads": 2, "text_dim": 40, "freq_dim": 64, "num_layers": 3, "ffn_dim": 96}
+    theirs = diffusers.WanTransformer3DModel(**sizes)
+    (tmp_path / "config.json").write_text('{"_class_name": "WanModel", "dim": 256, "num_layers": 3}')
+    file = save_original(theirs, tmp_path / "diffusion_pytorch_model.safetensors")
+    loaded = load_model(tmp_path)
+    assert same(loaded, theirs.state_dict())
+    assert {key: loaded.config[key] for key in sizes} == sizes
+    save_original(diffusers.WanTransformer3DModel(**sizes, attention_head_dim=96), file)
+    with pytest.raises(ValueError, match="has width 192, not a multiple of 128: no Wan model"):
+        load_model(tmp_path)
 
 
 def test_a_path_of_another_family_is_refused(reduced_folder: Path, tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ def test_it_saves_restores_and_merges(base: Path, tmp_path: Path) -> None:
     restored.load_weights(tmp_path / "tuned")
     assert same(restored, model.state_dict())
 
+    assert open_checkpoint(tmp_path / "tuned").moc == MoCConfig(top_k=2)
+    (tmp_path / "tuned/moc.json").unlink()
+    assert open_checkpoint(tmp_path / "tuned").moc == MoCConfig()  # the base's
     merged = load_model(tmp_path / "tuned")
     changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, plain.state_dict()[n])}
     assert merged.state_dict().keys() == plain.state_dict().keys()
@@ -197,6 +200,7 @@ def test_an_adapter_on_a_merged_one(tmp_path: Path) -> None:
     save_model(second, tmp_path / "second", MoCConfig())
     for a, b in zip(velocity(second), velocity(load_model(tmp_path / "second")), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+    assert adapted(tmp_path / "second", ["to_v"]).lora.base == str(tmp_path / "second")
     save_model(adapted(base, ["to_q"]), tmp_path / "again", MoCConfig())
     shutil.copytree(tmp_path / "again", tmp_path / "first", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="where other weights lie now"):
