@@ -1,5 +1,6 @@
 """Conversion between the forms of a checkpoint: the same bytes, in little memory."""
 
+import os
 import struct
 import weakref
 from pathlib import Path
@@ -113,6 +114,9 @@ def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
     source = TensorSource(file)
     assert source.shapes["hole"] == (hole,)
     assert source.read("small").tolist() == [5, 7]
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ValueError, match="has become shorter than when it was opened"):
+        source.read("small")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
