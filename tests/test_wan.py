@@ -252,8 +252,8 @@ def test_wrong_input_is_one_clear_message() -> None:
 
 def test_experts_switch_at_the_boundary() -> None:
     high, low = small_model(), small_model()
-    pair, item = Experts(high, low, boundary=0.8), sample(num_shots=2)
-    for sigma, expert in (([0.05, 0.85], high), ([0.05, 0.8], high), ([0.05, 0.79], low)):
+    pair, item = Experts(high, low, boundary=0.75), sample(num_shots=2)  # exact in fp32
+    for sigma, expert in (([0.05, 0.85], high), ([0.05, 0.75], high), ([0.05, 0.74], low)):
         levels = torch.tensor(sigma)
         for a, b in zip(run(pair, MOC, item, sigma=levels), run(expert, MOC, item, sigma=levels), strict=True):
             assert torch.equal(a, b)
