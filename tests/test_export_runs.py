@@ -113,7 +113,7 @@ def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, t
     ):
         step = as_run(source, tmp_path / f"from_{number}", **settings)
         loaded = load_encoders(step / "encoders")
-        assert (loaded.codec.latent_channels, loaded.text.text_dim) == (16, 24)
+        assert (loaded.codec.latent_channels, loaded.text.text_dim, loaded.config.text.form) == (16, 24, "joined")
         assert [path.name for path in (step / "encoders").iterdir()] == ["encoders.json"]  # by path, not copied
     with pytest.raises(ValueError, match=r"holds no encoders: neither encoders\.json, .* nor vae, text_encoder, "):
         as_run(reduced_folder, tmp_path / "none", encoders_path=str(reduced_folder))
