@@ -17,7 +17,7 @@ from moc.diffusion import Flow
 from moc.training.checkpoint import find_checkpoint, read_settings
 from models import EncodersConfig, build_encoders, load_encoders, load_model
 from models.convert import load_checkpoint, open_checkpoint
-from models.encoders import read_encoders
+from models.encoders import find_encoders, read_encoders
 from models.export import Beside, Form, convert
 from models.names import COMFYUI_PREFIX, to_original_name
 from models.wan import WanTransformer3DModel
@@ -100,7 +100,7 @@ def test_round_trips_are_byte_identical(reduced, dtype: torch.dtype, tmp_path: P
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, tmp_path: Path) -> None:
+def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, tmp_path: Path, monkeypatch) -> None:
     made = tmp_path / "made"
     build_encoders(EncodersConfig(), ["cat"]).save(made)
     step = as_run(reduced_folder, tmp_path / "run", encoders_path=str(made))
@@ -115,6 +115,12 @@ def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, t
         loaded = load_encoders(step / "encoders")
         assert (loaded.codec.latent_channels, loaded.text.text_dim, loaded.config.text.form) == (16, 24, "joined")
         assert [path.name for path in (step / "encoders").iterdir()] == ["encoders.json"]  # by path, not copied
+    monkeypatch.chdir(release.parent)
+    step = as_run(Path(release.name), tmp_path / "of_relative")
+    monkeypatch.chdir("/")
+    assert read_encoders(step / "encoders") == read_encoders(release)
+    shutil.rmtree(release / "tokenizer")
+    assert find_encoders(release) is None
     with pytest.raises(ValueError, match=r"holds no encoders: neither encoders\.json, .* nor vae, text_encoder, "):
         as_run(reduced_folder, tmp_path / "none", encoders_path=str(reduced_folder))
     assert not list(tmp_path.glob("none*"))
