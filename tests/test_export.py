@@ -1,5 +1,6 @@
 """Conversion between the forms of a checkpoint: the same bytes, in little memory."""
 
+import json
 import os
 import struct
 import weakref
@@ -8,7 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moc import MoCConfig
@@ -25,8 +26,8 @@ def test_conversion_there_and_back(reduced, reduced_file: Path, tmp_path: Path) 
     assert (tmp_path / "folder" / "diffusion_pytorch_model.safetensors.index.json").is_file()
     loaded = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "folder")
     assert same(loaded, reduced.state_dict())
-    convert(open_checkpoint(tmp_path / "folder"), tmp_path / "back.safetensors")
-    back, before = load_file(tmp_path / "back.safetensors"), load_file(reduced_file)
+    convert(open_checkpoint(tmp_path / "folder"), tmp_path / "new/back.safetensors")
+    back, before = load_file(tmp_path / "new/back.safetensors"), load_file(reduced_file)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], before[name]) for name in before)
     with pytest.raises(ValueError, match="exists; name a new path"):
@@ -77,6 +78,8 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path) -> None:
     source = TensorSource(tmp_path)
     assert len(source) == len(alive) == 12
     assert len(list(tmp_path.glob("*.safetensors"))) == 6
+    (index,) = tmp_path.glob("*.index.json")
+    assert json.loads(index.read_text())["metadata"] == {"total_size": 12 * 200}
     assert torch.equal(source.read("w7"), torch.full((20, 5), 7.0, dtype=torch.bfloat16))
 
 
@@ -117,6 +120,24 @@ def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(ValueError, match="has become shorter than when it was opened"):
         source.read("small")
+
+
+def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(7).bfloat16(),
+        "c": torch.randn(2),
+        "long": torch.randn(1).half(),
+    }
+    write_tensors(tmp_path / "ours", [(n, w.dtype, tuple(w.shape)) for n, w in tensors.items()], tensors.__getitem__)
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_dtype_without_values_of_ours_is_named(tmp_path: Path) -> None:
+    header = {"w": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}
+    with pytest.raises(ValueError, match="w is F8_E8M0; only F64, F32, "):
+        TensorSource(save_hole(tmp_path / "a.safetensors", header, 4))
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

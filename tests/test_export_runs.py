@@ -165,17 +165,22 @@ def test_the_schedulers_shift_comes_along(release: Path, tmp_path: Path) -> None
             read_settings(release)
 
 
-def test_holocines_file_becomes_a_run_as_it_was_trained(reduced_file, release, story, tmp_path: Path, capsys) -> None:
-    paths = (f"encoders.codec.path={release}/vae", f"encoders.text.path={release}")
+def test_holocines_file_becomes_a_run_as_it_was_trained(
+    reduced_file, release, story, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(release)
+    paths = ("encoders.codec.path=vae", "encoders.text.path=.")
     arguments = (f"input={reduced_file}", f"output={tmp_path}/run", "form=checkpoint", "moc=holocine", "shift=5")
     pipeline.command("scripts/convert_checkpoint.py", *arguments, "encoders=holocine", *paths)
     encoders = read_encoders(tmp_path / "run")
     assert (encoders.codec.continuous, encoders.text.form) == (True, "holocine")
+    monkeypatch.chdir("/")
     moc, flow = read_settings(tmp_path / "run")
     assert (moc.dense, moc.causal, moc.text_anchor, flow.shift) == (True, False, "global_and_own", 5)
     assert (pipeline.sample(tmp_path / "run", story, tmp_path / "film") / "video.mp4").is_file()
 
     arguments = (arguments[0], f"output={tmp_path}/no", "form=checkpoint")
+    paths = (f"encoders.codec.path={release}/vae", f"encoders.text.path={release}")
     for settings, message in (
         (("encoders=wan", "encoders.codec.path=nowhere", paths[1]), "encoders.codec.path='nowhere' must be wan and a"),
         (("encoders=embedded",), "encoders.codec.kind=transform, encoders.codec.path='' must be wan and a folder"),

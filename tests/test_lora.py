@@ -19,6 +19,7 @@ from moc.training.checkpoint import new_checkpoint, read_settings, write_state
 from models import Family, ModelConfig, build_model, load_model, save_model
 from models.convert import open_checkpoint
 from models.export import Form, convert
+from models.fingerprint import tensors_digest
 from models.mmdit import MMDiT
 from models.tensors import TensorSource
 from models.wan import TEXT_TOKENS, WanTransformer3DModel
@@ -191,6 +192,9 @@ def test_the_fingerprint_tells_weights_not_forms(tmp_path: Path) -> None:
         theirs.blocks[1].attn1.to_q.weight += 1e-3
     theirs.save_pretrained(tmp_path / "other")
     assert open_checkpoint(tmp_path / "other").fingerprint() != open_checkpoint(paths[0]).fingerprint()
+    whole = ("a", (2, 2), torch.zeros(4))
+    others = [("b", *whole[1:]), ("a", (4,), whole[2]), (*whole[:2], torch.zeros(4, dtype=torch.int32))]
+    assert len({tensors_digest([one]) for one in (whole, *others)}) == 4
 
 
 def test_an_adapter_on_a_merged_one(tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def pack(model: MMDiT, *samples: Sample) -> Batch:
 
 
 def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
-    model = build_model(ModelConfig(input_skip=True), CHANNELS, TEXT_DIM)
+    model = build_model(ModelConfig(input_skip=True, frame_place=True), CHANNELS, TEXT_DIM)
+    assert model.place is not None
+    assert model.output.gain is not None
     batch = pack(model, sample(), sample(num_shots=1, frames=1))
     out = run(model, batch, MOC)
     assert [v.shape for v in out] == [x.shape for x in batch.latents]

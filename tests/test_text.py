@@ -107,6 +107,7 @@ def test_wans_configurations_take_the_releases_512_tokens(name: str) -> None:
 def test_cleaning_is_wans() -> None:
     assert clean(" a &amp;lt;b&amp;gt; \n\t“c” ") == 'a <b> "c"'
     assert clean("âœ” done") == "✔ done"
+    assert clean("<i> &amp;amp; x") == "<i> & x"  # where ftfy leaves escapes alone
 
 
 def test_prompt_forms() -> None:
