@@ -9,11 +9,10 @@ from diffusers import ModelMixin
 from torch import nn
 
 from moc import MoCConfig
-from moc.training.checkpoint import read_json, read_settings, root_of
 from models.codec import CodecConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
-from models.experts import BOUNDARY, Experts, check_places, expert_paths
+from models.experts import BOUNDARY, Experts, check_places, expert_paths, read_flow
 from models.lora import Lora
 from models.mmdit import MMDiT
 from models.text import TextConfig, build_text_encoder
@@ -36,6 +35,7 @@ __all__ = [
     "load_encoders",
     "load_model",
     "place",
+    "read_flow",
     "save_model",
 ]
 
@@ -130,7 +130,8 @@ def load_denoiser(
     """What a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
     path: of a folder with both (see `models.experts.expert_paths`), or of the high-noise one. low_noise: then the path
-    of the other one. The boundary is that of model_index.json or of the high-noise one's training, else the release's.
+    of the other one. The boundary is where the high-noise one's noise levels begin (`models.experts.read_flow`), else
+    the release's.
     Raises ValueError where the two are no pair, are one, or change places.
     """
     pair = expert_paths(Path(path))
@@ -142,18 +143,15 @@ def load_denoiser(
         return load_model(path, dtype)
     if len({model_path(expert, "ema").resolve() for expert in pair}) == 1:
         raise ValueError(f"{pair[0]} and {pair[1]} are one model; name the high-noise expert and the low-noise one")
-    high, low = (read_settings(expert)[1] for expert in pair)
+    high, low = (read_flow(expert) for expert in pair)
     if high.sigma_min < low.sigma_min:
         raise ValueError(
-            f"{pair[0]} was trained for noise levels from {high.sigma_min} on, {pair[1]} from {low.sigma_min}: "
+            f"{pair[0]} is for noise levels from {high.sigma_min} on, {pair[1]} from {low.sigma_min}: "
             "the high-noise expert is checkpoint, the other one low_noise_checkpoint"
         )
     if high.sigma_min == low.sigma_min:
         check_places(*pair)
-    index = root_of(path) / "model_index.json"
-    release = read_json(index).get("boundary_ratio") if index.is_file() else None
-    boundary = release or high.sigma_min or BOUNDARY
-    return Experts(*(load_model(expert, dtype) for expert in pair), boundary=boundary)
+    return Experts(*(load_model(expert, dtype) for expert in pair), boundary=high.sigma_min or BOUNDARY)
 
 
 def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:

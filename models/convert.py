@@ -5,6 +5,7 @@ or without ComfyUI's prefix (HoloCine's files are such), a training run or check
 merged into its base. Names inside this module are diffusers'.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -73,6 +74,8 @@ class Checkpoint:
         try:
             with init_empty_weights():
                 model = CLASSES[self.kind](**self.config)
+        except ValueError as error:  # the class's own
+            raise ValueError(f"{self.source.path}: {error}") from None
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None
         found = {name: self.source.shapes[key] for name, key in self.stored.items()}
@@ -209,11 +212,12 @@ def _class_config(kind: type[ModelMixin], settings: dict[str, Any], path: Path) 
 def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
     """The class's arguments as the tensors' shapes tell them."""
     embedder = "condition_embedder.{}_embedder.linear_1.weight"
-    patch, ffn = "patch_embedding.weight", "blocks.0.ffn.net.0.proj.weight"
+    patch, ffn, out = "patch_embedding.weight", "blocks.0.ffn.net.0.proj.weight", "proj_out.bias"
     text, time = embedder.format("text"), embedder.format("time")
-    missing = [name for name in (patch, ffn, text, time) if name not in shapes]
-    if missing:
-        raise ValueError(f"{path} is not a whole Wan model: it lacks {missing}")
+    axes = {patch: 5, ffn: 2, out: 1, text: 2, time: 2}
+    wrong = [name for name, count in axes.items() if len(shapes.get(name, ())) != count]
+    if wrong:
+        raise ValueError(f"{path} is not a whole Wan model: missing or misshapen are {wrong}; fetch it again")
     dim, channels, *patch_size = shapes[patch]
     if dim % HEAD_DIM:
         raise ValueError(f"{path} has width {dim}, not a multiple of {HEAD_DIM}: no Wan model")
@@ -223,7 +227,7 @@ def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[st
         "num_attention_heads": dim // HEAD_DIM,
         "attention_head_dim": HEAD_DIM,
         "in_channels": channels,
-        "out_channels": channels,
+        "out_channels": shapes[out][0] // math.prod(patch_size),
         "text_dim": shapes[text][1],
         "freq_dim": shapes[time][1],
         "ffn_dim": shapes[ffn][0],

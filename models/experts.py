@@ -5,6 +5,7 @@ that is not in use in CPU memory.
 """
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from accelerate import cpu_offload_with_hook
 from torch import Tensor, nn
 
-from moc.training.checkpoint import EXPERT_FOLDERS
+from moc.diffusion import Flow
+from moc.training.checkpoint import EXPERT_FOLDERS, read_json, read_settings, root_of
 from models.stream import KeyValueCache
 from models.wan import WanTransformer3DModel
 
@@ -91,6 +93,25 @@ def expert_paths(path: Path) -> tuple[Path, Path] | None:
             "name the two of one pair (sample.py: checkpoint=HIGH low_noise_checkpoint=LOW)"
         )
     return found[0] if found else None
+
+
+def read_flow(path: Path) -> Flow:
+    """The noise convention of a run, a checkpoint, a pipeline or a model's folder. That of a pipeline's expert covers
+    its own noise levels alone: from the pipeline's boundary_ratio on, or up to it."""
+    flow, boundary = read_settings(path)[1], _boundary_ratio(root_of(path) / "model_index.json")
+    high, low = zip(*EXPERT_FOLDERS, strict=True)
+    if boundary is not None and path.name in high:
+        return replace(flow, sigma_min=boundary)
+    if boundary is not None and path.name in low:
+        return replace(flow, sigma_max=boundary)
+    return flow
+
+
+def _boundary_ratio(file: Path) -> float | None:
+    ratio = read_json(file).get("boundary_ratio") if file.is_file() else None
+    if ratio is not None and not (isinstance(ratio, float) and 0 < ratio < 1):
+        raise ValueError(f"{file}: boundary_ratio={ratio!r} must be a number between 0 and 1; fetch it again")
+    return ratio
 
 
 def check_places(high: Path, low: Path) -> None:

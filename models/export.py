@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from moc import MoCConfig
 from moc.diffusion import Flow
-from moc.training.checkpoint import new_checkpoint, read_settings, write_state
+from moc.training.checkpoint import new_checkpoint, write_state
 from models.codec import CodecKind
 from models.convert import Checkpoint
 from models.encoders import EncodersConfig, find_encoders, read_encoders, write_encoders
+from models.experts import read_flow
 from models.names import to_original_name
 from models.tensors import Entry, new_folder, write_sharded, write_tensors
 from models.text import TextKind
@@ -147,7 +148,8 @@ def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
 
 
 def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
-    flow = read_settings(checkpoint.root)[1]
+    """The input's, with the given shift; an expert that leaves its pipeline takes its range of noise levels along."""
+    flow = read_flow(checkpoint.path)
     return replace(flow, shift=beside.shift or flow.shift)
 
 

@@ -93,9 +93,8 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         Raises ValueError where latents or text do not fit the layout or the model.
         """
         part = Part(layout, cache.num_tokens if cache else 0)
-        part.check(latents, sigma, text, self.stream, self.config.latent_channels)
+        part.check(latents, sigma, text, self.stream, self.config.latent_channels, self.config.text_dim)
         text = text[part.first_group :]
-        self._check_text(text, part)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         video = self.video_in(patches.to(self.video_in.weight.dtype))
         if self.place is not None:
@@ -126,15 +125,6 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
     @property
     def head_dim(self) -> int:
         return self.config.dim // self.config.num_heads
-
-    def _check_text(self, text: list[Tensor], part: Part) -> None:
-        for group, features in zip(part.groups, text, strict=True):
-            expected = (group.text_tokens, self.config.text_dim)
-            if tuple(features.shape) != expected:
-                raise ValueError(
-                    f"text features are {tuple(features.shape)}, expected {expected}: "
-                    "encode with the text encoder that the model was trained with"
-                )
 
 
 def pooled(text: list[Tensor]) -> Tensor:

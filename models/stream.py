@@ -76,8 +76,16 @@ class Part:
         with_global = torch.cat([sigma.new_zeros(1), sigma])
         return with_global[is_shot.cumsum(0) * is_shot]
 
-    def check(self, latents: list[Tensor], sigma: Tensor, text: list[Tensor], spec: StreamSpec, channels: int) -> None:
-        """Raises ValueError where a forward's inputs and its layout describe different shots."""
+    def check(
+        self,
+        latents: list[Tensor],
+        sigma: Tensor,
+        text: list[Tensor],
+        spec: StreamSpec,
+        channels: int,
+        text_dim: int,
+    ) -> None:
+        """Raises ValueError where a forward's inputs and its layout describe different shots, or another model's."""
         shots, groups = len(self.grids), self.layout.num_groups
         if (len(latents), len(sigma), len(text)) != (shots, shots, groups):
             raise ValueError(
@@ -92,6 +100,13 @@ class Part:
                 )
             if spec.grid(latent) != grid:
                 raise ValueError(f"latent of {tuple(latent.shape)} is not the layout's {grid}")
+        for group, features in zip(self.layout.groups, text, strict=True):
+            expected = (group.text_tokens if spec.text_in_stream else len(features), text_dim)
+            if tuple(features.shape) != expected:
+                raise ValueError(
+                    f"text features are {tuple(features.shape)}, expected {expected}: "
+                    "encode with the text encoder that the model was trained with"
+                )
 
 
 @dataclass

@@ -4,7 +4,7 @@
 - `T5TextEncoder`: T5 or UMT5 from a local folder, with Wan's text cleaning, 512 tokens at most
 
 `encode(global_caption, shot_captions)` returns a list of 1 + S features [T_i, text_dim]: the global caption's, then
-each shot's. An absent caption is "", which has null features of its own, one row or more.
+each shot's. An absent caption is "", which has null features of its own; in a prompt of all captions it has no row.
 """
 
 import html
@@ -191,9 +191,10 @@ def clean(text: str) -> str:
 
 
 def join_prompt(form: PromptForm, global_caption: str, shot_captions: Sequence[str]) -> tuple[str, list[int]]:
-    """One prompt of all captions, and the character at which each part starts (global, shot 1, ...)."""
+    """One prompt of all captions, and the character at which each part starts (global, shot 1, ...). Without any shot
+    caption it is the global one as it is."""
     parts = [clean(caption) for caption in (global_caption, *shot_captions)]
-    if form == PromptForm.holocine and len(shot_captions) > 1:
+    if form == PromptForm.holocine and len(shot_captions) > 1 and any(parts[1:]):
         tags = ["[per shot caption]", *["[shot cut]"] * (len(shot_captions) - 1)]
         story = f"[global caption] {parts[0]} This scene contains {len(shot_captions)} shots."
         parts = [story, *(f"{tag} {part}" for tag, part in zip(tags, parts[1:], strict=True))]
@@ -232,8 +233,9 @@ class T5TextEncoder(TextEncoder):
         self.tokenizer = load_tokenizer(folder / "tokenizer" if has_parts else folder)
         self.text_dim = self.model.config.d_model
         self.eval().requires_grad_(False)
+        vocabulary = sorted(self.tokenizer.get_vocab().items())  # which comes in another order each time
         self.fingerprint = fingerprint(
-            kind, str(config.form), config.max_tokens, self.tokenizer.get_vocab(), weights_digest(self.model)
+            kind, str(config.form), config.max_tokens, vocabulary, weights_digest(self.model)
         )
 
     @torch.no_grad()
@@ -242,8 +244,10 @@ class T5TextEncoder(TextEncoder):
             return [self._features(clean(caption))[0] for caption in (global_caption, *shot_captions)]
         prompt, starts = join_prompt(self.config.form, global_caption, shot_captions)
         features, offsets = self._features(prompt)
-        # A piece may begin with the space before its word; the end of the text goes with the last shot.
-        owner = [bisect_right(starts, offset + 1) - 1 for offset in offsets[:-1]] + [len(starts) - 1]
+        # A piece may begin with the space before its word; the end of the text goes with the last caption, or, where no
+        # shot has one (a negative prompt), with the global one, which all shots see.
+        owner = [bisect_right(starts, offset + 1) - 1 for offset in offsets[:-1]]
+        owner.append(max(owner, default=0))
         return list(features.split([owner.count(part) for part in range(len(starts))]))
 
     def _features(self, prompt: str) -> tuple[Tensor, list[int]]:

@@ -61,7 +61,8 @@ class WanCodec(Codec):
         self.patch_size = settings.patch_size or 1
         self.register_buffer("mean", torch.tensor(settings.latents_mean).view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(settings.latents_std).view(-1, 1, 1, 1), persistent=False)
-        self.fingerprint = fingerprint("wan", weights_digest(self.vae), config.tiling, config.continuous)
+        scales = settings.latents_mean, settings.latents_std
+        self.fingerprint = fingerprint("wan", weights_digest(self.vae), *scales, config.tiling, config.continuous)
 
     @torch.no_grad()
     @in_fp32

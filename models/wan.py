@@ -188,7 +188,7 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
         Raises ValueError where latents or text do not fit the layout or the model.
         """
         part = Part(layout, cache.num_tokens if cache else 0)
-        part.check(latents, sigma, text, self.stream, self.config.in_channels)
+        part.check(latents, sigma, text, self.stream, self.config.in_channels, self.config.text_dim)
         patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)

@@ -19,7 +19,7 @@ from data.dataset import DataConfig
 from data.loader import Validation, build_loader
 from moc.training import Validator, find_checkpoint, resolve_device, rivals
 from moc.training.checkpoint import read_settings
-from models import load_model
+from models import load_model, read_flow
 
 
 @dataclass
@@ -42,7 +42,7 @@ def main(config: EvaluateConfig) -> None:
     device = resolve_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
     model = load_model(checkpoint).to(device)
-    moc, flow = read_settings(checkpoint)
+    moc, flow = read_settings(checkpoint)[0], read_flow(checkpoint)
     moc = replace(
         moc,
         chunk_tokens=config.chunk_tokens or moc.chunk_tokens,

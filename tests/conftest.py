@@ -10,7 +10,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
-from tests import pipeline
+from tests import pipeline, wan_files
 
 torch.set_num_threads(1)
 
@@ -39,3 +39,22 @@ def prepared(world):
 def trained(prepared):
     """A run of three steps on it."""
     return pipeline.train(prepared, prepared.parent / "run")
+
+
+@pytest.fixture(scope="session")
+def reduced():
+    """A reduced Wan transformer of diffusers' own."""
+    return wan_files.reduced_wan()
+
+
+@pytest.fixture
+def reduced_folder(reduced, tmp_path):
+    """It as diffusers writes it."""
+    reduced.save_pretrained(tmp_path / "diffusers")
+    return tmp_path / "diffusers"
+
+
+@pytest.fixture
+def reduced_file(reduced, tmp_path):
+    """It under the release's names."""
+    return wan_files.save_original(reduced, tmp_path / "wan.safetensors")

@@ -3,6 +3,7 @@
 import importlib
 import re
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import get_type_hints
 
@@ -12,8 +13,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from configs.command import ConfigError, parse
+from data.cache import EncodedScene
+from data.loader import Validation, build_loader
 from data.script import load_script
+from moc import StreamSpec
 from models import build_model
+from tests.caches import scene, write_cache
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -158,6 +163,27 @@ def test_settings_that_may_be_absent_are_typed_where_they_are_set():
 
 def test_the_seed_of_a_run_is_that_of_its_data():
     assert parsed("train", "seed=7").data.seed == 7
+
+
+def test_some_shots_are_trained_on_as_stills(tmp_path):
+    """As in LCT; the demo's training alone leaves it out."""
+    cache = write_cache(tmp_path, [scene(number, shots=2, frames=3) for number in range(4)])
+    for choice, rate in (("model=base", 0.1), ("experiment=wan_a14b_low", 0.1), ("experiment=storyworld", 0)):
+        config = parsed("train", choice, f"data.path={cache}", "data.workers=0", "data.validation=0").data
+        steps = islice(build_loader(config, StreamSpec(), chunk_tokens=6), 40)
+        frames = [latent.shape[1] for step in steps for batch in step for latent in batch.latents]
+        assert len(frames) > 1000
+        assert frames.count(1) / len(frames) == pytest.approx(rate, abs=0.03)
+
+
+def test_scenes_of_any_size_are_evaluated(tmp_path):
+    """One of them alone is more than a training step of the default size."""
+    shape = (3, 9, 64, 64)
+    scenes = [EncodedScene(str(n), str(n), "single", [torch.zeros(shape)], [[torch.zeros(1, 8)] * 2]) for n in range(2)]
+    cache = write_cache(tmp_path, scenes)
+    config = parsed("evaluate", f"data.path={cache}", "data.validation=1").data
+    (batch,) = Validation(build_loader(config, StreamSpec(), chunk_tokens=6))
+    assert batch.layout.num_tokens > parsed("train").data.batch_tokens
 
 
 def test_the_two_experts_share_the_noise_levels():

@@ -1,6 +1,7 @@
 """Evaluation: rivals at the same noise, with equal noise and with clean history."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,11 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
     # The same command again gives the same numbers: noise is keyed, not drawn.
     pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}")
     assert json.loads(rows_file.read_text()) == rows
+    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}", "seed=1", "top_k=0")
+    for row, other in zip(rows, json.loads(rows_file.read_text()), strict=True):
+        assert row["loss"].keys() == other["loss"].keys()
+        assert row["loss"] != other["loss"]
+        assert (row["sparsity"] < other["sparsity"]) == (row["attention"] == "MoC")
 
 
 def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkeypatch):
@@ -105,10 +111,10 @@ def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkey
         return forward(self, latents, sigma, text, layout, config, on_routes=on_routes, **others)
 
     monkeypatch.setattr(MMDiT, "forward", spy)
-    pipeline.command(
-        "scripts/evaluate.py", f"checkpoint={trained}", f"data.path={prepared}", "data.validation=1", "device=cpu"
-    )
+    settings = (f"data.path={prepared}", "data.validation=1", "device=cpu", "chunk_tokens=12")
+    pipeline.command("scripts/evaluate.py", f"checkpoint={trained}", *settings)
     moc, flow = read_settings(trained / "checkpoints/step_0000003")
+    moc = replace(moc, chunk_tokens=12)
     rows = [seen[at : at + 4] for at in range(0, len(seen), 4)]  # of four noise levels
     assert [{config for config, _, _ in row} for row in rows] == [{config} for config in rivals(moc).values()] * 2
     (scene,) = Validation(build_loader(DataConfig(str(prepared), validation=1), StreamSpec(), moc.chunk_tokens))

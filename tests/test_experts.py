@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from moc import MoCConfig, Sample, make_batch
-from models import Experts, load_denoiser, load_model, place
+from models import Experts, load_denoiser, load_model, place, read_flow
 from models.experts import expert_paths
 from models.wan import WanTransformer3DModel
-from tests.pipeline import refusal, sample
+from tests.pipeline import command, refusal, sample
 from tests.wan_files import reduced_wan, save_original
 
 TEXT = "condition_embedder.text_embedder.linear_1.weight"
@@ -50,9 +51,25 @@ def test_a_folder_of_two_loads_as_one(experts, form):
         load_model(experts[form])
 
 
-def test_the_boundary_is_the_pipelines(experts):
-    (experts["diffusers"] / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.9}))
+def test_the_boundary_is_the_pipelines_and_stays_with_what_leaves_it(experts, tmp_path):
+    index = experts["diffusers"] / "model_index.json"
+    index.write_text(json.dumps({"boundary_ratio": 0.9}))
     assert load_denoiser(experts["diffusers"]).boundary == 0.9
+    parts = expert_paths(experts["diffusers"])
+    runs = tmp_path / "high", tmp_path / "low"
+    for part, run, levels in zip(parts, runs, ((0.9, 1.0), (0.0, 0.9)), strict=True):
+        command("scripts/convert_checkpoint.py", f"input={part}", f"output={run}", "form=checkpoint", "shift=8")
+        assert read_flow(run) == replace(read_flow(part), shift=8)
+        assert (read_flow(run).sigma_min, read_flow(run).sigma_max) == levels
+    model = load_denoiser(*runs)
+    assert (model.boundary, marks(model)) == (0.9, [1.0, 2.0])
+    for high, low in (runs, parts):
+        with pytest.raises(ValueError, match=rf"{low} is for noise levels from 0\.0 on, {high} from 0\.9: the high"):
+            load_denoiser(low, high)
+    for ratio in ("0.9", 1.5):
+        index.write_text(json.dumps({"boundary_ratio": ratio}))
+        with pytest.raises(ValueError, match=f"model_index.json: boundary_ratio={ratio!r} must be a number betwe"):
+            load_denoiser(experts["diffusers"])
 
 
 def test_two_in_places_of_their_own(experts):
@@ -164,6 +181,6 @@ def test_two_trained_experts_film_together(trained, script, tmp_path, capsys):
     capsys.readouterr()
     arguments = (f"checkpoint={low}", f"low_noise_checkpoint={high}", f"script={script}", f"out={tmp_path / 'no'}")
     said = refusal(capsys, "sample.py", *arguments)
-    assert "trained for noise levels from 0.0 on" in said
+    assert f"{low}/checkpoints/step_0000003 is for noise levels from 0.0 on" in said
     assert "the high-noise expert is checkpoint" in said
     assert "fp64" in refusal(capsys, "sample.py", *arguments, "dtype=fp64")

@@ -19,6 +19,7 @@ from moc.training.checkpoint import new_checkpoint, read_settings, write_state
 from models import Family, ModelConfig, build_model, load_model, save_model
 from models.convert import open_checkpoint
 from models.export import Form, convert
+from models.fingerprint import tensors_digest
 from models.mmdit import MMDiT
 from models.tensors import TensorSource
 from models.wan import TEXT_TOKENS, WanTransformer3DModel
@@ -103,6 +104,9 @@ def test_it_saves_restores_and_merges(base: Path, tmp_path: Path) -> None:
     restored.load_weights(tmp_path / "tuned")
     assert same(restored, model.state_dict())
 
+    assert open_checkpoint(tmp_path / "tuned").moc == MoCConfig(top_k=2)
+    (tmp_path / "tuned/moc.json").unlink()
+    assert open_checkpoint(tmp_path / "tuned").moc == MoCConfig()  # the base's
     merged = load_model(tmp_path / "tuned")
     changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, plain.state_dict()[n])}
     assert merged.state_dict().keys() == plain.state_dict().keys()
@@ -188,6 +192,9 @@ def test_the_fingerprint_tells_weights_not_forms(tmp_path: Path) -> None:
         theirs.blocks[1].attn1.to_q.weight += 1e-3
     theirs.save_pretrained(tmp_path / "other")
     assert open_checkpoint(tmp_path / "other").fingerprint() != open_checkpoint(paths[0]).fingerprint()
+    whole = ("a", (2, 2), torch.zeros(4))
+    others = [("b", *whole[1:]), ("a", (4,), whole[2]), (*whole[:2], torch.zeros(4, dtype=torch.int32))]
+    assert len({tensors_digest([one]) for one in (whole, *others)}) == 4
 
 
 def test_an_adapter_on_a_merged_one(tmp_path: Path) -> None:
@@ -197,6 +204,7 @@ def test_an_adapter_on_a_merged_one(tmp_path: Path) -> None:
     save_model(second, tmp_path / "second", MoCConfig())
     for a, b in zip(velocity(second), velocity(load_model(tmp_path / "second")), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
+    assert adapted(tmp_path / "second", ["to_v"]).lora.base == str(tmp_path / "second")
     save_model(adapted(base, ["to_q"]), tmp_path / "again", MoCConfig())
     shutil.copytree(tmp_path / "again", tmp_path / "first", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="where other weights lie now"):

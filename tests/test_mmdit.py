@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch
+from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
 from models import ModelConfig, build_model, load_model, save_model
-from models.layers import patchify, spread, unpatchify
+from models.layers import add_gated, layer_norm, modulate, patchify, rms_norm, spread, unpatchify
 from models.mmdit import MMDiT
 from models.stream import KeyValueCache, Part
+from tests import plain_mmdit
 from tests.weights import randomized
 
 CHANNELS, TEXT_DIM = 4, 12
@@ -40,11 +41,28 @@ def pack(model: MMDiT, *samples: Sample) -> Batch:
 
 
 def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
-    model = build_model(ModelConfig(input_skip=True), CHANNELS, TEXT_DIM)
+    model = build_model(ModelConfig(input_skip=True, frame_place=True), CHANNELS, TEXT_DIM)
+    assert model.place is not None
+    assert model.output.gain is not None
     batch = pack(model, sample(), sample(num_shots=1, frames=1))
     out = run(model, batch, MOC)
     assert [v.shape for v in out] == [x.shape for x in batch.latents]
     assert not any(v.any() for v in out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [True, False])
+def test_the_model_is_what_its_parts_say(parts: bool) -> None:
+    """Equal to its equations written out, for shots of different sizes, lengths and noise levels."""
+    model = small_model(input_skip=parts, frame_place=parts, rope_theta=100.0)
+    for weight in model.parameters():
+        weight.mul_(3)  # far from where an activation is a line
+    story = Sample(
+        [torch.randn(CHANNELS, t, 4, 2 * t + 2) for t in (1, 3)], [torch.randn(n, TEXT_DIM) for n in (3, 2, 5)]
+    )
+    expected = plain_mmdit.velocity(model, story.latents, [0.3, 0.8], story.text)
+    for a, b in zip(run(model, pack(model, story), DENSE, torch.tensor([0.3, 0.8])), expected, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
 @pytest.mark.parametrize("config", [DENSE, MOC, MoCConfig(chunk_tokens=12, top_k=1, text_anchor="global_and_own")])
@@ -119,6 +137,19 @@ def test_the_pooled_own_caption_modulates() -> None:
     assert not batch.text[2].grad.any()
 
 
+def test_each_layer_routes_once_and_drops_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = small_model(), []
+
+    def spy(*args, **kwargs) -> Tensor:
+        layers.append(args[4].layer)
+        return route(*args, **kwargs)
+
+    monkeypatch.setattr("models.stream.route", spy)
+    model.enable_gradient_checkpointing()
+    sum(v.sum() for v in run(model, pack(model, sample()), MOC, drops=DropKey(0, 1))).backward()
+    assert layers == [0, 1]
+
+
 @pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
 def test_recomputation_gives_the_same_gradients_under_drops(descriptor: str) -> None:
     model = small_model()
@@ -132,7 +163,10 @@ def test_recomputation_gives_the_same_gradients_under_drops(descriptor: str) -> 
 
     plain, other_step = gradients(step=1), gradients(step=2)
     model.enable_gradient_checkpointing()
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(0))
     recomputed = gradients(step=1)
+    assert len(calls) == 2
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a, b)
     assert any(not torch.equal(a, b) for a, b in zip(plain, other_step, strict=True))
@@ -163,6 +197,37 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
         assert b.dtype == torch.float32
         assert (a - b).norm() < 0.05 * a.norm()
         assert (a - c).norm() < 0.1 * a.norm()
+
+
+def test_pointwise_functions_round_once() -> None:
+    """In half precision they are the fp32 ones with a rounded result."""
+    x, change = torch.randn(2, 64, 48).bfloat16()
+    weight, bias, rows, group = torch.randn(48), torch.randn(48), torch.randn(2, 48), torch.randint(2, (64,))
+    for function, inputs, rest in (
+        (rms_norm, [x], (weight, 1e-6)),
+        (layer_norm, [x], (weight, bias, 1e-6)),
+        (modulate, [x], (rows, 2 * rows, group)),
+        (add_gated, [x, change], (rows, group)),
+    ):
+        exact = function(*(value.float() for value in inputs), *rest)
+        assert torch.equal(function(*inputs, *rest), exact.bfloat16()), function
+
+
+def test_autocast_leaves_the_condition_alone() -> None:
+    model = small_model(input_skip=True)
+    sigma, captions, group = torch.tensor([0.3]), torch.randn(1, TEXT_DIM), torch.zeros(1, dtype=torch.int32)
+
+    def conditions() -> list[Tensor]:
+        condition = model.condition(sigma, captions)
+        gain = model.output(torch.zeros(1, 48), torch.ones(1, 16), condition, group)
+        return [condition, *model.blocks[0].video.modulation(condition), gain]
+
+    nn.init.zeros_(model.output.linear.weight)
+    exact = conditions()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = conditions()
+    assert all(torch.equal(a, b) for a, b in zip(exact[:-1], mixed[:-1], strict=True))
+    assert (exact[-1] - mixed[-1]).abs().max() < 1e-3 * exact[-1].abs().max()  # but for the rounded bias
 
 
 def test_save_and_load_are_exact(tmp_path: Path) -> None:
@@ -241,8 +306,11 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
     with pytest.raises(ValueError, match="strict forward flow"):
         model(batch.latents, torch.rand(3), batch.text, batch.layout, MOC, cache=KeyValueCache())
     forward = MoCConfig(chunk_tokens=12, text_anchor="global_and_own")
-    with pytest.raises(ValueError, match="the cache holds 16 tokens"):
-        model(batch.latents, torch.rand(3), batch.text, batch.layout, forward, cache=KeyValueCache(16))
+    first = batch.layout.groups[2].start  # where the second shot's text begins
+    two = pack(model, sample(), sample())
+    for inputs, num_tokens in ((batch, 16), (two, first)):
+        with pytest.raises(ValueError, match=f"the cache holds {num_tokens} tokens"):
+            model(inputs.latents, torch.rand(6), inputs.text, inputs.layout, forward, cache=KeyValueCache(num_tokens))
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])

@@ -1,5 +1,7 @@
 """Positions and rotation: the claims of LCT about where tokens stand."""
 
+import math
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
@@ -61,6 +63,14 @@ def test_table_is_wans() -> None:
     ours = rotary_table(running_positions(ShotLayout.build([Shot(0, (3, 4, 3))])), 128)
     torch.testing.assert_close(ours[0], cos[0, :, 0, ::2].float(), rtol=0, atol=1e-6)
     torch.testing.assert_close(ours[1], sin[0, :, 0, 1::2].float(), rtol=0, atol=1e-6)
+
+
+def test_angles_are_exact_far_into_a_film() -> None:
+    place = torch.tensor([[12345.0, 0.0, 0.0]], dtype=torch.float64)
+    angles = [12345 * 10000 ** (-pair / 22) for pair in range(22)]
+    cos, sin = (part[0, :22].double() for part in rotary_table(place, 128))
+    torch.testing.assert_close(cos, torch.tensor([math.cos(a) for a in angles], dtype=torch.float64), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sin, torch.tensor([math.sin(a) for a in angles], dtype=torch.float64), rtol=0, atol=1e-7)
 
 
 def test_scores_depend_on_relative_position_only() -> None:

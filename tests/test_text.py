@@ -1,10 +1,13 @@
 """Text encoders: what captions become."""
 
+import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from models.text import (
@@ -17,6 +20,7 @@ from models.text import (
     clean,
     join_prompt,
 )
+from tests.weights import randomized
 
 WORDS = ["a", "the", "in", "with", "red", "mira", "tobi", "walks", "harbor", "forest", "dog"]
 
@@ -103,6 +107,7 @@ def test_wans_configurations_take_the_releases_512_tokens(name: str) -> None:
 def test_cleaning_is_wans() -> None:
     assert clean(" a &amp;lt;b&amp;gt; \n\t“c” ") == 'a <b> "c"'
     assert clean("âœ” done") == "✔ done"
+    assert clean("<i> &amp;amp; x") == "<i> & x"  # where ftfy leaves escapes alone
 
 
 def test_prompt_forms() -> None:
@@ -110,6 +115,7 @@ def test_prompt_forms() -> None:
     assert join_prompt(PromptForm.joined, "", ["A."]) == ("A.", [0, 0])
     prompt, starts = join_prompt(PromptForm.holocine, "G.", ["A.", "B."])
     assert prompt == "[global caption] G. This scene contains 2 shots. [per shot caption] A. [shot cut] B."
+    assert join_prompt(PromptForm.holocine, "G.", ["A."]) == ("G. A.", [0, 3])  # one shot has no tags
     assert [prompt[start:].split("]")[0] for start in starts] == ["[global caption", "[per shot caption", "[shot cut"]
 
 
@@ -125,6 +131,32 @@ def test_one_prompt_is_cut_by_span(t5_folder: Path) -> None:
     assert [len(part) for part in joined.encode("", ["the dog"])] == [0, 3]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", [PromptForm.joined, PromptForm.holocine])
+def test_features_are_those_of_diffusers_pipeline(t5_folder: Path, form: PromptForm) -> None:
+    """A negative prompt is one without shot captions: every shot sees it, with its end, as the base model does."""
+    encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), form))
+    randomized(encoder.model.float())  # half precision would round padded rows otherwise
+    parts = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer, "transformer": None, "vae": None}
+    pipeline = diffusers.WanPipeline(**parts, scheduler=diffusers.UniPCMultistepScheduler())
+    stories = {
+        "the  dog &amp;amp;\n fox ": ["", ""],
+        "": ["", ""],
+        "a fox": ["a red dog"],
+        "the dog.": ["Mira", "a fox"],
+    }
+    for caption, shots in stories.items():
+        prompt = join_prompt(form, caption, shots)[0]
+        expected = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)[0][0]
+        features = encoder.encode(caption, shots)
+        rows = torch.cat(features)
+        torch.testing.assert_close(rows, expected[: len(rows)], rtol=1e-5, atol=1e-5)
+        assert not expected[len(rows) :].any()
+        if not any(shots):
+            assert prompt == clean(caption)
+            assert len(features[0]) == len(rows)
+
+
 def test_separate_captions_do_not_see_each_other(t5_folder: Path) -> None:
     encoder = build_text_encoder(TextConfig(TextKind.t5, str(t5_folder)))
     one, two = encoder.encode("the dog", ["a fox"]), encoder.encode("the dog", ["Mira walks"])
@@ -133,8 +165,24 @@ def test_separate_captions_do_not_see_each_other(t5_folder: Path) -> None:
     assert len(encoder.encode("", ["a"])[0]) == 1
 
 
+def test_the_fingerprint_tells_whatever_changes_features(t5_folder: Path, tmp_path: Path) -> None:
+    def print_of(folder: Path = t5_folder, **changes) -> str:
+        return T5TextEncoder(TextConfig(TextKind.t5, str(folder), **changes)).fingerprint
+
+    weights, words = (Path(shutil.copytree(t5_folder, tmp_path / name)) for name in ("weights", "words"))
+    file = next(weights.glob("*.safetensors"))
+    tensors = load_file(file)
+    save_file(tensors | {"shared.weight": tensors["shared.weight"] + 1}, file, {"format": "pt"})
+    text = (words / "tokenizer.json").read_text()
+    (words / "tokenizer.json").write_text(text.replace("▁fox", "▁cat"))
+    same, *others = [print_of(), print_of(form="joined"), print_of(max_tokens=99), print_of(weights), print_of(words)]
+    assert same == print_of(Path(shutil.copytree(t5_folder, tmp_path / "same")))
+    assert len({same, *others}) == 5
+
+
 def test_bad_text_settings_are_refused(t5_folder: Path, tmp_path: Path) -> None:
     encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), max_tokens=8))
+    assert len(encoder.encode("", ["the " * 7])[1]) == 8
     with pytest.raises(ValueError, match="10 tokens is over the text encoder's 8"):
         encoder.encode("", ["the " * 9])
     with pytest.raises(ValueError, match="is not a folder of a T5"):

@@ -159,6 +159,25 @@ def test_tiles_are_those_of_diffusers(wan_folder: Path, size: tuple[int, int]) -
         torch.testing.assert_close(codec.decode(latent), vae.decode(mode[None]).sample[0], rtol=0, atol=1e-5)
 
 
+def test_the_fingerprint_tells_whatever_changes_latents(wan_folder: Path, tmp_path: Path) -> None:
+    def print_of(folder: Path, **changes) -> str:
+        return WanCodec(CodecConfig(CodecKind.wan, str(folder), **changes)).fingerprint
+
+    def changed(name: str, weight: float = 0.0, **scales: float) -> str:
+        vae = AutoencoderKLWan.from_pretrained(wan_folder)
+        vae.register_to_config(**{key: [value] * vae.config.z_dim for key, value in scales.items()})
+        vae.post_quant_conv.bias.data += weight
+        vae.save_pretrained(tmp_path / name)
+        return print_of(tmp_path / name)
+
+    others = {
+        *(print_of(wan_folder, tiling=True), print_of(wan_folder, continuous=True), changed("weights", weight=1.0)),
+        *(changed("mean", latents_mean=2.0), changed("std", latents_std=2.0)),
+    }
+    assert len(others - {print_of(wan_folder)}) == 5
+    assert changed("same") == print_of(wan_folder)
+
+
 def test_a_missing_vae_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a diffusers folder of AutoencoderKLWan"):
         build_codec(CodecConfig(CodecKind.wan, str(tmp_path)))

@@ -61,7 +61,7 @@ def test_names_and_shapes_are_diffusers_and_the_releases(shape: str) -> None:
 
 
 @pytest.mark.parametrize("shape", REDUCED)
-@pytest.mark.parametrize("config", [DENSE, MoCConfig(chunk_tokens=24)], ids=["dense", "moc"])
+@pytest.mark.parametrize("config", [DENSE, MoCConfig(chunk_tokens=24), MOC], ids=["dense", "moc", "windowed"])
 def test_one_shot_equals_diffusers(shape: str, config: MoCConfig) -> None:
     theirs = randomized(diffusers.WanTransformer3DModel(**reduced(shape))).eval()
     ours = WanTransformer3DModel(**reduced(shape))
@@ -77,8 +77,8 @@ def test_one_shot_equals_diffusers(shape: str, config: MoCConfig) -> None:
 
 def test_shot_timesteps_equal_diffusers_token_timesteps() -> None:
     """Two shots under dense attention are diffusers' model with a timestep for each token, as TI2V-5B takes them."""
-    theirs = randomized(diffusers.WanTransformer3DModel(**reduced())).eval()
-    ours = WanTransformer3DModel(**reduced())
+    theirs = randomized(diffusers.WanTransformer3DModel(**reduced(), eps=1e-2)).eval()
+    ours = WanTransformer3DModel(**reduced(), eps=1e-2)
     ours.load_state_dict(theirs.state_dict())
     item = sample(num_shots=2)
     text = torch.cat(item.text)
@@ -141,6 +141,7 @@ def test_strict_forward_flow_is_blind_to_how_much_text_follows() -> None:
 @torch.no_grad()
 def test_cached_history_gives_the_same_velocity(settings) -> None:
     model, story = small_model(), sample()
+    story = replace(story, latents=[torch.randn(16, frames, 4, 6) for frames in (1, 2, 4)])
     config = replace(MOC, **settings)
     sigma = torch.tensor([0.1, 0.1, 0.7])
     whole = run(model, config, story, sigma=sigma)
@@ -192,13 +193,15 @@ def test_first_layers_can_stay_dense() -> None:
 def test_recomputation_gives_the_same_gradients_under_drops() -> None:
     model = small_model()
     item = sample(num_shots=4)
-    gradients = []
+    gradients, calls = [], []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(len(gradients)))
     for recompute in (False, True):
         if recompute:
             model.enable_gradient_checkpointing()
         model.zero_grad()
         sum(v.square().sum() for v in run(model, MOC, item, drops=DropKey(0, 1))).backward()
         gradients.append([weight.grad for weight in model.parameters()])
+    assert calls == [0, 1, 1]
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
 
@@ -220,27 +223,37 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
     exact = run(model, DENSE, item)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = run(model, DENSE, item)
+        times = model.condition_embedder(torch.tensor([0.3]), item.text[0])[:2]
     for a, b in zip(exact, mixed, strict=True):
         assert b.dtype == torch.float32
         assert (a - b).norm() < 0.05 * a.norm()
+    for a, b in zip(times, model.condition_embedder(torch.tensor([0.3]), item.text[0]), strict=False):
+        assert torch.equal(a, b)
 
 
 def test_wrong_input_is_one_clear_message() -> None:
     model = small_model()
+    run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(256, TEXT_DIM)] * 2))  # as long as may be
     with pytest.raises(ValueError, match="600 text rows exceeds Wan's 512"):
         run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(300, TEXT_DIM)] * 2))
     with pytest.raises(ValueError, match="leaves a Wan model without text"):
         run(model, MoCConfig(text_anchor="none", chunk_tokens=12), sample())
     with pytest.raises(ValueError, match="latent has 48 channels, this model takes 16"):
         run(model, DENSE, sample(channels=48))
-    with pytest.raises(ValueError, match="image-to-video"):
-        WanTransformer3DModel(**reduced(image_dim=1280))
+    with pytest.raises(ValueError, match=r"text features are \(3, 23\), expected \(3, 24\): encode with the text enc"):
+        run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(3, TEXT_DIM - 1)] * 2))
+    for change in ({"image_dim": 1280}, {"added_kv_proj_dim": 8}, {"pos_embed_seq_len": 4}, {"in_channels": 36}):
+        with pytest.raises(ValueError, match="image-to-video"):
+            WanTransformer3DModel(**reduced(**change))
+    for change in ({"cross_attn_norm": False}, {"qk_norm": None}, {"qk_norm": "rms_norm"}):
+        with pytest.raises(ValueError, match="is no Wan model that is supported"):
+            WanTransformer3DModel(**reduced(**change))
 
 
 def test_experts_switch_at_the_boundary() -> None:
     high, low = small_model(), small_model()
-    pair, item = Experts(high, low, boundary=0.8), sample(num_shots=2)
-    for sigma, expert in (([0.05, 0.85], high), ([0.05, 0.8], high), ([0.05, 0.79], low)):
+    pair, item = Experts(high, low, boundary=0.75), sample(num_shots=2)  # exact in fp32
+    for sigma, expert in (([0.05, 0.85], high), ([0.05, 0.75], high), ([0.05, 0.74], low)):
         levels = torch.tensor(sigma)
         for a, b in zip(run(pair, MOC, item, sigma=levels), run(expert, MOC, item, sigma=levels), strict=True):
             assert torch.equal(a, b)

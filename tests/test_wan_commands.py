@@ -1,6 +1,7 @@
 """A Wan model through the commands a user calls; with Mixture of Contexts untrained, by settings alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -54,6 +55,15 @@ def test_a_dense_run_is_evaluated_with_moc_untrained(dense_run, release, prepare
         assert dense["sparsity"] == 0 < moc["sparsity"] < own["sparsity"]
         losses = [list(row["loss"].values()) for row in (dense, moc, own)]
         assert all(len(set(at_level)) == 3 for at_level in zip(*losses, strict=True))
+
+
+def test_a_pipelines_expert_is_evaluated_at_its_own_noise_levels(release, prepared, tmp_path):
+    expert = Path(shutil.copytree(release, tmp_path / "pipeline/transformer_2"))
+    (expert.parent / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.5}))
+    where = ("data.validation=1", f"data.path={prepared}", "device=cpu", f"output={tmp_path / 'rows.json'}")
+    pipeline.command("scripts/evaluate.py", f"checkpoint={expert}", *where, "chunk_tokens=6")
+    for row in json.loads((tmp_path / "rows.json").read_text()):
+        assert [float(level) for level in row["loss"]] == pytest.approx([0.1, 0.25, 0.4, 0.475])
 
 
 def test_a_dense_run_films_with_moc_untrained(dense_run, tmp_path):

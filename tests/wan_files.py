@@ -1,5 +1,8 @@
-"""A reduced Wan transformer of diffusers' own, and what tests ask of the files made of it."""
+"""A reduced Wan transformer of diffusers' own, and what tests ask of the files made of it; files larger than disks."""
 
+import json
+import os
+import struct
 from pathlib import Path
 
 import diffusers
@@ -31,3 +34,11 @@ def save_original(model: torch.nn.Module, file: Path) -> Path:
 def same(model: torch.nn.Module, state: dict[str, Tensor]) -> bool:
     ours = model.state_dict()
     return ours.keys() == state.keys() and all(torch.equal(ours[name], state[name]) for name in state)
+
+
+def save_hole(file: Path, header: dict[str, dict], size: int) -> Path:
+    """A safetensors file whose `size` bytes of values take no room on disk."""
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(file, 8 + len(text) + size)
+    return file
