@@ -237,6 +237,17 @@ def test_deterministic_gradients_repeat_bit_for_bit(kernel):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 4, 9])
+def test_the_forward_repeats_bit_for_bit(top_k):
+    """With few slots a program's LSE are fewer than its threads: a race of loads and stores would show."""
+    layout = moc.ShotLayout.build([moc.Shot(7, (9, 16, 31))] * 3, 5, 1000).to("cuda")
+    config = moc.MoCConfig(top_k=top_k, dense_kernel="fa2")
+    tensors, _ = inputs(layout, requires_grad=False)
+    first = moc.moc_attention(*tensors, layout, config)
+    for _ in range(50):
+        assert torch.equal(moc.moc_attention(*tensors, layout, config), first)
+
+
 def test_a_few_heads_and_tiles_at_a_time_are_the_same(monkeypatch):
     layout, config = stream(), moc.MoCConfig(top_k=3)
     tensors, direction = inputs(layout, num_heads=5)

@@ -70,7 +70,7 @@ def _forward(
         none = [routes.new_empty(0) for _ in range(4)]
         return out, lse, none[0], none[1], none[2], none[3]
     lists = build_lists(routes, chunk_starts.numel() - 1, blocks_for(q, max_chunk_tokens).tile)
-    routed_forward(q, k, v, out, lse, lists, routes, chunk_starts, max_chunk_tokens)
+    lse = routed_forward(q, k, v, out, lse, lists, routes, chunk_starts, max_chunk_tokens)
     return out, lse, lists.entries, lists.starts, lists.tile_starts, lists.tile_list
 
 

@@ -117,10 +117,13 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["first_head", "num_tokens", "num_slots"])
 def merge_kernel(
-    out, lse, partial, partial_lse, routes, first_head, num_tokens, num_slots, stride,
+    out, lse, merged_lse, partial, partial_lse, routes, first_head, num_tokens, num_slots, stride,
     D: tl.constexpr, DP: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partials of every slot that holds a route to `out` and `lse`, in place."""
+    """Adds the partials of every slot that holds a route to `out`, in place; merged_lse: `lse` with theirs.
+
+    Not in place: several warps load the few LSE of a program, and one may store before another has loaded.
+    """
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     head = first_head + tl.program_id(1)
     valid = token < num_tokens
@@ -135,7 +138,7 @@ def merge_kernel(
     peak = tl.maximum(own, tl.max(parts, 1))
     peak = tl.where(peak == -float("inf"), 0.0, peak)
     merged = peak + tl.log(tl.exp(own - peak) + tl.sum(tl.exp(parts - peak[:, None]), 1))
-    tl.store(lse + first, merged, mask=valid)
+    tl.store(merged_lse + first, merged, mask=valid)
     merged = tl.where(merged == -float("inf"), 0.0, merged)
 
     out += head * D

@@ -117,14 +117,15 @@ def routed_forward(
     routes: Tensor,
     chunk_starts: Tensor,
     max_chunk_tokens: int,
-) -> None:
-    """Adds the routed part to `out` [L, N, D] and `lse` [N, L], in place."""
+) -> Tensor:
+    """Adds the routed part to `out` [L, N, D], in place; returns `lse` [N, L] with it."""
     num_tokens, _, head_dim = q.shape
     num_chunks, num_slots, stride = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0)
     shape, tma = {"D": head_dim, "DP": padded(head_dim)}, use_tma(k)
     blocks = blocks_for(q, max_chunk_tokens)
     key_sources = [_key_source(x, blocks.forward["BN"], tma) for x in (k, v)]
     partial_lse = torch.empty(routes.shape, dtype=torch.float32, device=q.device)
+    merged_lse = torch.empty_like(lse)
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
         bounds = (first * num_chunks, last * num_chunks)
@@ -134,9 +135,10 @@ def routed_forward(
             **shape, BM=lists.tile, TMA=tma, **blocks.forward,
         )  # fmt: skip
         kernels.merge_kernel[(cdiv(num_tokens, 8), last - first)](
-            out, lse, partial, partial_lse, routes, first, num_tokens, num_slots, stride,
+            out, lse, merged_lse, partial, partial_lse, routes, first, num_tokens, num_slots, stride,
             **shape, SLOTS=next_power_of_2(num_slots), BT=8,
         )  # fmt: skip
+    return merged_lse
 
 
 def routed_backward(
