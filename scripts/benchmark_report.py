@@ -64,7 +64,8 @@ def write_tables(record: dict, path: Path) -> str:
         "# Attention benchmark",
         f"{header['gpu']}; {versions}; {header['date']}; commit {header['commit']}. bf16, head dim 128; shots of "
         f"{header['grid']} tokens with {header['text_tokens']} text tokens, global text of "
-        f"{header['global_text_tokens']}. Forward times of MoC include routing and index; ideal = 1 / density.",
+        f"{header['global_text_tokens']}. Forward times of MoC include routing and index; ideal = 1 / density."
+        f"{header.get('note', '')}",
         markdown_table(head, [_case_line(case, cases) for case in long]),
     ]
     single = [c for c in cases if c["single"]]
