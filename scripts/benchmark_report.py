@@ -6,6 +6,7 @@ from pathlib import Path
 from scripts.measuring import markdown_table
 
 Times = dict[str, float]
+COLORS = {"fa2": "tab:orange", "cudnn": "tab:blue", "fa3": "tab:green", "fa4": "tab:red"}
 VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
 SINGLE_PASSES = ("forward", "backward", "graph", "compiled")
 STAGE_ORDER = (
@@ -120,9 +121,10 @@ def write_plot(record: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     for impl in sorted({case["impl"] for case in cases}):
         line = sorted((c["shots"], c["total"]) for c in cases if c["impl"] == impl and c["shots"] <= 16)
-        axes.plot(*zip(*line, strict=True), marker="o", label=impl, linestyle="-" if impl.startswith("moc-") else "--")
+        style = {"linestyle": "-" if impl.startswith("moc-") else "--", "color": COLORS[impl.removeprefix("moc-")]}
+        axes.plot(*zip(*line, strict=True), marker="o", label=impl, **style)
     axes.set(xlabel="shots of 23k tokens", ylabel="forward + backward, ms", yscale="log", title=record["header"]["gpu"])
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="lower right", fontsize="small", handlelength=3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
