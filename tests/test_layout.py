@@ -16,7 +16,7 @@ from tests.strategies import Stream, shots, streams
 INT_TABLES = [
     *("sample_cu_seqlens", "group_cu_seqlens", "chunk_cu_seqlens", "chunk_group", "chunk_sample", "group_sample"),
     *("group_shot", "group_first_chunk", "sample_first_chunk", "token_chunk", "token_group", "token_sample"),
-    "token_shot_chunk",
+    *("token_shot_chunk", "token_video_chunk"),
 ]
 TABLES = {
     **dict.fromkeys(INT_TABLES, torch.int32),
@@ -42,6 +42,8 @@ def test_tokens_lie_where_the_definition_puts_them(stream):
     assert layout.group_shot[layout.token_group].tolist() == [token.shot for token in tokens]
     assert layout.token_is_text.tolist() == [token.is_text for token in tokens]
     assert layout.token_chunk.tolist() == [token.chunk for token in tokens]
+    assert layout.token_shot_chunk.tolist() == [-1 if token.shot < 0 else token.chunk for token in tokens]
+    assert layout.token_video_chunk.tolist() == [-1 if token.is_text else token.chunk for token in tokens]
     assert layout.text_index.tolist() == [i for i, token in enumerate(tokens) if token.is_text]
     assert layout.video_index.tolist() == [i for i, token in enumerate(tokens) if not token.is_text]
 
