@@ -25,19 +25,18 @@ from torch import Tensor, nn
 
 class CodecKind(StrEnum):
     lapped = "lapped"
-    transform = "transform"
     wan = "wan"
 
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Which codec. Two need no download: `lapped`, the better, and `transform`, whose blocks do not overlap.
+    """Which codec: `lapped`, which needs no download, or `wan`.
 
     path: wan only: folder of an AutoencoderKLWan.
-    channels: lapped and transform: coefficients kept of each block's 768, at most 64. A shot's first frame takes as
-    much as four others, so 1/12 of the pixel values is 54 channels in shots of 17 frames, and tends to 64 in long ones.
-    whitening: lapped and transform: 0 divides every coefficient by one constant, so that latent error is pixel error;
-    1 brings every channel to about unit variance, so that detail costs a diffusion model as much as the picture does.
+    channels: lapped only: coefficients kept of each block's 768, at most 64. A shot's first frame takes as much as four
+    others, so 1/12 of the pixel values is 48 channels in shots of 9 frames, 54 in shots of 17, and tends to 64.
+    whitening: lapped only: 0 divides every coefficient by one constant, so that latent error is pixel error; 1 brings
+    every channel to about unit variance, so that detail costs a diffusion model as much as the picture does.
     tiling: wan only: code large frames in spatial tiles, for small GPUs.
     continuous: the shots of a sample are one video to the codec (see the module's docstring).
     """

@@ -88,8 +88,13 @@ def write_encoders(config: EncodersConfig, folder: Path) -> None:
 
 def _read_config(folder: Path) -> EncodersConfig:
     record = read_json(folder / FILE)
-    codec = CodecConfig(**record["codec"] | {"kind": CodecKind(record["codec"]["kind"])})
-    text = TextConfig(**record["text"] | {"kind": TextKind(record["text"]["kind"])})
+    try:
+        codec = CodecConfig(**record["codec"] | {"kind": CodecKind(record["codec"]["kind"])})
+        text = TextConfig(**record["text"] | {"kind": TextKind(record["text"]["kind"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / FILE} names no encoders of this version ({error}): prepare the films anew, and train on those"
+        ) from None
     return EncodersConfig(codec, replace(text, path=str(folder)) if text.kind is TextKind.embedded else text)
 
 

@@ -13,14 +13,17 @@ No weights are trained; the constants of the law and of the descent were chosen 
 not looked at before, 26 dB at worst; at 128x192 they hold 32.4 dB.
 """
 
+import math
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from models.codec import Codec, CodecConfig, in_fp32
 from models.fingerprint import fingerprint
-from models.transform import BLOCK, block_transform, dct_matrix, from_blocks, to_blocks
 
+BLOCK = (4, 8, 8)
+HALF = BLOCK[1] // 2
 # Typical amplitude of a coefficient: AMPLITUDE * OPPONENT[colour] / (1 + 4 f) ** DECAY, f = TEMPO t + u + v, with
 # (t, u, v) its frequency.
 AMPLITUDE = 10.0
@@ -28,7 +31,25 @@ OPPONENT = (1.0, 0.5, 0.35)
 TEMPO = 1.5
 DECAY = 1.2
 
-HALF = BLOCK[1] // 2
+
+def dct_matrix(size: int) -> Tensor:
+    """Orthonormal DCT-II: float64 [size, size], row k the k-th frequency."""
+    n = torch.arange(size, dtype=torch.float64)
+    rows = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)
+    rows[0] /= math.sqrt(2)
+    return rows
+
+
+def opponent_matrix() -> Tensor:
+    """Orthonormal luma, red-blue and green-magenta axes of RGB: float64 [3, 3] (the DCT of three samples)."""
+    return dct_matrix(3)
+
+
+def block_transform() -> Tensor:
+    """The DCT of a block in opponent colours: float64 [768, 768], orthonormal, a row for each (colour, t, u, v)."""
+    time, space = dct_matrix(BLOCK[0]), dct_matrix(BLOCK[1])
+    full = torch.einsum("ai,bj,ck,dl->abcdijkl", opponent_matrix(), time, space, space)
+    return full.flatten(4).flatten(0, 3)
 
 
 def amplitudes() -> Tensor:
@@ -137,6 +158,17 @@ class LappedCodec(Codec):
             before, video = video, moved + self._synthesized(stored - self._analyzed(moved, basis), basis)
             ahead = video + self.momentum * (video - before)
         return video
+
+
+def to_blocks(video: Tensor) -> Tensor:
+    """[3, F, H, W] -> the values of each block [F / 4, H / 8, W / 8, 768]."""
+    return rearrange(video, "c (t a) (h b) (w d) -> t h w (c a b d)", a=BLOCK[0], b=BLOCK[1], d=BLOCK[2])
+
+
+def from_blocks(blocks: Tensor) -> Tensor:
+    """The inverse of `to_blocks`."""
+    sizes = {"c": 3, "a": BLOCK[0], "b": BLOCK[1], "d": BLOCK[2]}
+    return rearrange(blocks, "t h w (c a b d) -> c (t a) (h b) (w d)", **sizes)
 
 
 def across_borders(video: Tensor, rotation: Tensor) -> Tensor:

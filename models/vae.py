@@ -19,7 +19,6 @@ from models.codec import Codec, CodecConfig, CodecKind, in_fp32
 from models.fingerprint import fingerprint, weights_digest
 from models.lapped import LappedCodec
 from models.strict import load_folder
-from models.transform import TransformCodec
 
 TILE, TILE_STRIDE = 256, 192  # pixels, diffusers' own
 
@@ -137,5 +136,4 @@ def moved(features: Features, device: torch.device) -> Features:
 
 def build_codec(config: CodecConfig) -> Codec:
     """The codec a configuration names, on the CPU."""
-    codecs = {CodecKind.lapped: LappedCodec, CodecKind.transform: TransformCodec, CodecKind.wan: WanCodec}
-    return codecs[config.kind](config)
+    return WanCodec(config) if config.kind is CodecKind.wan else LappedCodec(config)

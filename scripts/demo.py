@@ -33,6 +33,8 @@ WORLD = [
     "cameras=[static]",
     "frames_per_shot=[9]",
 ]
+# Fewer of the codec's channels, and detail scaled up less: else so small a model spends its minutes on detail.
+CODEC = ["encoders.codec.channels=32", "encoders.codec.whitening=0.3"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class DemoConfig:
 
     output: str = "outputs/demo"
     scenes: int = 120
-    steps: int = 1800
+    steps: int = 2000
     threads: int = 1
 
 
@@ -58,14 +60,14 @@ class Stage:
 def plan(config: DemoConfig) -> list[Stage]:
     out = Path(config.output).resolve()
     world = ["scripts/make_storyworld.py", f"output={out}/world", f"scenes={config.scenes}", *WORLD]
-    prepare = ["scripts/prepare_data.py", f"input={out}/world", f"output={out}/prepared", "size=[64,96]"]
+    prepare = ["scripts/prepare_data.py", f"input={out}/world", f"output={out}/prepared", "size=[64,96]", *CODEC]
     train = ["train.py", "experiment=storyworld", f"data.path={out}/prepared", f"output={out}", "name=run"]
     sample = ["sample.py", f"checkpoint={out}/run", f"script={SCRIPT}", f"out={out}/film"]
     settings = ["sampler=staggered", "sampler.steps=24", "sampler.guidance_scale=3"]
     return [
         Stage("make a storyworld", 25, world),
         Stage("prepare its films", 15, prepare),
-        Stage("train with Mixture of Contexts", 310, [*train, f"trainer.num_steps={config.steps}"]),
+        Stage("train with Mixture of Contexts", 345, [*train, f"trainer.num_steps={config.steps}"]),
         Stage("sample a story", 15, [*sample, *settings]),
     ]
 

@@ -11,7 +11,7 @@ from tests.codecs import TinyCodecs, Watch, decode_shots, encode_shots, split, w
 from tests.encoders import PoolCodec
 from tests.test_vae import moving_gradient
 
-KINDS = ("transform", "wan 2.1", "wan 2.2")
+KINDS = ("lapped", "wan 2.1", "wan 2.2")
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,17 @@ def test_frames_are_regrouped() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_continuous_shots_are_one_video_cut_up(build: TinyCodecs, kind: str) -> None:
     codec, lengths = build(kind), [3, 1, 10, 2]
-    video = moving_gradient(codec.pixel_frames(sum(lengths)))
+    video = 0.9 * moving_gradient(codec.pixel_frames(sum(lengths)))  # so that no codec clamps it
     expected, decoded = whole(codec, video)
     latents = encode_shots(codec, split(video, codec, lengths))
     assert [latent.shape[1] for latent in latents] == lengths
     torch.testing.assert_close(torch.cat(latents, 1), expected, rtol=1e-5, atol=1e-5)
     shots = decode_shots(codec, latents)
     assert [shot.shape[1] for shot in shots] == [9, 4, 40, 8]
-    torch.testing.assert_close(torch.cat(shots, 1), decoded, rtol=0, atol=1e-5)
+    if kind == "lapped":  # it seeks the flattest video of each piece, and a shot begins one; what is stored stays
+        torch.testing.assert_close(whole(codec, torch.cat(shots, 1))[0], expected, rtol=0, atol=1e-5)
+    else:
+        torch.testing.assert_close(torch.cat(shots, 1), decoded, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -99,12 +99,25 @@ def test_the_setting_makes_another_cache_and_travels_with_it(world: Path, tmp_pa
 
 
 def test_encoders_written_before_the_setting_are_apart(tmp_path: Path) -> None:
-    encoders = build_encoders(EncodersConfig(codec=CodecConfig(CodecKind.transform, channels=8)), ["word"])
+    encoders = build_encoders(EncodersConfig(codec=CodecConfig(CodecKind.lapped, channels=8)), ["word"])
     encoders.save(tmp_path)
     record = json.loads((tmp_path / "encoders.json").read_text())
     del record["codec"]["continuous"]
     (tmp_path / "encoders.json").write_text(json.dumps(record))
     assert load_encoders(tmp_path).codec.continuous is False
+
+
+@pytest.mark.parametrize("change", [{"kind": "transform"}, {"smoothing": 3}, {"channels": 65}])
+def test_encoders_of_another_version_are_refused(tmp_path: Path, change: dict) -> None:
+    """The codec `transform` is one of before: its latents would decode wrongly."""
+    build_encoders(EncodersConfig(), ["word"]).save(tmp_path)
+    record = json.loads((tmp_path / "encoders.json").read_text())
+    record["codec"] |= change
+    (tmp_path / "encoders.json").write_text(json.dumps(record))
+    with pytest.raises(
+        ValueError, match=r"encoders\.json names no encoders of this version .*: prepare the films anew"
+    ):
+        load_encoders(tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Codecs: the interface, the plain transform behind it, and AutoencoderKLWan."""
+"""Codecs: the interface, what every kind keeps to, and AutoencoderKLWan."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from models.codec import CodecConfig, CodecKind
 from models.lapped import LappedCodec
-from models.transform import TransformCodec
 from models.vae import WanCodec, build_codec
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
@@ -43,48 +42,8 @@ def wan_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder
 
 
-def test_transform_stores_a_twelfth_and_is_orthonormal() -> None:
-    codec = transform(64)
-    video = moving_gradient(frames=17)
-    latent = codec.encode(video)
-    assert latent.shape == (64, 5, 4, 6)
-    assert 12 * codec.latent_channels <= 3 * 4 * 8 * 8
-    torch.testing.assert_close(codec.basis @ codec.basis.T, torch.eye(64), rtol=0, atol=1e-5)
-    again = codec.encode(codec.decode(latent))
-    torch.testing.assert_close(again[:, 1:], latent[:, 1:], rtol=0, atol=1e-4)  # a projection
-
-
-def test_transform_keeps_a_smooth_picture() -> None:
-    video = moving_gradient()
-    full, small = (psnr(codec.decode(codec.encode(video)), video) for codec in map(transform, (64, 16)))
-    assert full > 35
-    assert small < full - 3
-
-
-def transform(channels: int, whitening: float = 0.5) -> TransformCodec:
-    return TransformCodec(CodecConfig(CodecKind.transform, channels=channels, whitening=whitening))
-
-
-def test_a_still_is_the_first_latent_frame() -> None:
-    codec = transform(64)
-    video = moving_gradient()
-    latent, still = codec.encode(video), codec.encode(video[:, :1])
-    assert still.shape[1] == 1
-    torch.testing.assert_close(latent[:, :1], still)
-    assert codec.decode(still).shape == (3, 1, 32, 48)
-
-
-def test_whitening_changes_scales_only() -> None:
-    plain, half, white = (transform(64, w) for w in (0.0, 0.5, 1.0))
-    assert plain.scale.unique().numel() == 1
-    torch.testing.assert_close(half.scale.square(), plain.scale * white.scale)
-    video = moving_gradient()
-    torch.testing.assert_close(plain.decode(plain.encode(video)), white.decode(white.encode(video)))
-    assert len({plain.fingerprint, half.fingerprint, white.fingerprint, transform(32).fingerprint}) == 4
-
-
 def test_frames_and_sizes_are_checked() -> None:
-    codec = transform(64)
+    codec = LappedCodec()
     assert [codec.latent_frames(f) for f in (1, 5, 17)] == [1, 2, 5]
     assert [codec.pixel_frames(t) for t in (1, 2, 5)] == [1, 5, 17]
     with pytest.raises(ValueError, match=r"8 frames cannot be encoded: the codec takes 4n \+ 1 frames \(5 or 9\)"):
@@ -99,7 +58,7 @@ def test_frames_and_sizes_are_checked() -> None:
 
 def test_streams_join_to_the_whole(wan_folder: Path) -> None:
     wan = build_codec(CodecConfig(CodecKind.wan, str(wan_folder)))
-    for codec, pieces in ((transform(64), 2), (LappedCodec(), 2), (wan, 9)):
+    for codec, pieces in ((LappedCodec(), 2), (wan, 9)):
         latent = torch.randn(codec.latent_channels, 9, 2, 4)
         parts = list(codec.decode_stream(latent))
         assert len(parts) == pieces
@@ -123,7 +82,7 @@ def test_wan_codec_is_diffusers_vae_with_normalized_latents(wan_folder: Path) ->
 
 
 def test_autocast_changes_nothing(wan_folder: Path) -> None:
-    for codec in (transform(64), LappedCodec(), build_codec(CodecConfig(CodecKind.wan, str(wan_folder)))):
+    for codec in (LappedCodec(), build_codec(CodecConfig(CodecKind.wan, str(wan_folder)))):
         video = moving_gradient(frames=5, height=32, width=32)
         latent = codec.encode(video)
         decoded = codec.decode(latent)
