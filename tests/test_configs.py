@@ -226,6 +226,8 @@ MISTAKES = [
     ("train", "moc.own_anchor=scene", r"moc\.own_anchor.*'scene'.*shot, chunk, none"),
     ("train", "trainer.log_every=0", r"trainer\.log_every=0"),
     ("train", "flow.shift=0", r"flow\.shift=0"),
+    ("train", "flow.shift=nan", r"flow\.shift=nan"),
+    ("train", "flow.logit_std=inf", r"flow\.logit_std=inf"),
     ("train", "parallel.precision=fp8", r"parallel\.precision='fp8' is not one of"),
     ("train", "model=wan", r"model\.path"),
     ("sample", "sampler.steps=0", r"sampler\.steps=0"),

@@ -115,7 +115,7 @@ def test_encoders_of_another_version_are_refused(tmp_path: Path, change: dict) -
     record["codec"] |= change
     (tmp_path / "encoders.json").write_text(json.dumps(record))
     with pytest.raises(
-        ValueError, match=r"encoders\.json names no encoders of this version .*: prepare the films anew"
+        ValueError, match=r"encoders\.json names no encoders of this version .*: prepare"
     ):
         load_encoders(tmp_path)
 

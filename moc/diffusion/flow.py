@@ -60,13 +60,13 @@ class Flow:
     history_sigma: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ValueError(f"flow.shift={self.shift} must be positive")
+        if not 0 < self.shift < math.inf:  # nan neither
+            raise ValueError(f"flow.shift={self.shift} must be positive and finite")
         for name in ("history_rate", "history_sigma"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"flow.{name}={getattr(self, name)} must lie in [0, 1]")
-        if self.logit_std <= 0:
-            raise ValueError(f"flow.logit_std={self.logit_std} must be positive")
+        if not 0 < self.logit_std < math.inf:
+            raise ValueError(f"flow.logit_std={self.logit_std} must be positive and finite")
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
             raise ValueError(
                 f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} must be a range in [0, 1]"
