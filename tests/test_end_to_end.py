@@ -155,7 +155,7 @@ def test_training_resumes_through_the_command(trained, prepared, tmp_path):
 @pytest.mark.slow
 def test_the_command_trains_on_two_processes_as_on_one(prepared, tmp_path):
     one = train(prepared, tmp_path / "one", "parallel.accumulation=2", "data.workers=1")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += [
         "--mixed_precision",
         "no",
