@@ -114,9 +114,7 @@ def test_encoders_of_another_version_are_refused(tmp_path: Path, change: dict) -
     record = json.loads((tmp_path / "encoders.json").read_text())
     record["codec"] |= change
     (tmp_path / "encoders.json").write_text(json.dumps(record))
-    with pytest.raises(
-        ValueError, match=r"encoders\.json names no encoders of this version .*: prepare"
-    ):
+    with pytest.raises(ValueError, match=r"encoders\.json names no encoders of this version .*: prepare"):
         load_encoders(tmp_path)
 
 
