@@ -367,6 +367,14 @@ def test_part_of_a_pickle_is_said_to_be_one(tmp_path: Path) -> None:
             convert_pickle(tmp_path / "part.pth", tmp_path / "out")
 
 
+def test_latent_statistics_of_wan22_are_the_release_s() -> None:
+    """By their sums, plain and weighted by place: those of vae/config.json of Wan-AI/Wan2.2-TI2V-5B-Diffusers."""
+    for name, expected in (("latents_mean", (-0.5589, -7.0659)), ("latents_std", (32.5360, 758.3531))):
+        values = VAE22[name]
+        assert len(values) == 48
+        assert (sum(values), sum(i * x for i, x in enumerate(values))) == pytest.approx(expected, abs=1e-6)
+
+
 def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
     torch.save({"token_embedding.weight": subprocess.run}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="cannot be read safely"):
