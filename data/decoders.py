@@ -2,8 +2,8 @@
 
 PyAV scans every file (frame count and times); the others only read frames. It reads by seeking one second early and
 decoding forward, comparing every frame's timestamp with the scan: a bare seek is wrong on open GOP, HEVC and variable
-frame rate. decord bundles an FFmpeg of 2021 and is
-silently wrong on some files, so those are refused by name of the cause, never read.
+frame rate. decord bundles an FFmpeg of 2021 and is silently wrong on some files, so those are refused by name of the
+cause, never read.
 """
 
 from collections.abc import Iterator, Sequence

@@ -22,7 +22,7 @@ from moc.layout import ShotLayout
 
 __all__ = ["attend", "route"]
 
-CALL_INTS = 8  # of an AnchorCall
+CALL_INTS = len(AnchorCall._fields)
 
 
 def attend(
