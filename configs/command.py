@@ -3,6 +3,7 @@
 After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -15,18 +16,29 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moc.errors import UserError
+
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A setting the user can mend: one message, with its key."""
+# Errors of the operating system that the user can mend: a wrong path, a missing right, no network, a full disk.
+_KINDS = (
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ConnectionError,
+    TimeoutError,
+)
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE}
 
 
 def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
     """Makes a function of a typed config the main function of a command, with `configs/<config_name>.yaml` behind it.
 
-    What the user can mend (ValueError, OSError, FloatingPointError) ends it with one line and status 1;
-    HYDRA_FULL_ERROR=1 shows the traceback.
+    What the user can mend (`for_user`) ends it with one line and status 1, and HYDRA_FULL_ERROR=1 shows the traceback;
+    any other error is a bug and keeps its traceback.
     """
 
     def decorate(run: Callable[[T], Any]) -> Callable[[], None]:
@@ -35,10 +47,10 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
             logging.getLogger("moc").setLevel(logging.INFO)  # such as which dense kernel attention has chosen
             try:
                 run(parse(cfg, schema))
-            except (ValueError, OSError, FloatingPointError) as error:
-                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            except Exception as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1" or not for_user(error):
                     raise
-                sys.exit(f"error: {error}")
+                sys.exit(f"error: {message_of(error)}")
 
         folder = str(Path(__file__).parent)
         return hydra.main(config_path=folder, config_name=config_name, version_base=None)(main)
@@ -46,19 +58,31 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
     return decorate
 
 
+def for_user(error: Exception) -> bool:
+    """Whether an error is one that the user can mend, rather than a bug of the code."""
+    if isinstance(error, OSError):
+        return isinstance(error, _KINDS) or error.errno in _DISK
+    return isinstance(error, (UserError, FloatingPointError))
+
+
+def message_of(error: Exception) -> str:
+    """An error's message on one line; the operating system's own names the file first."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
+
+
 def parse(cfg: DictConfig, schema: type[T]) -> T:
-    """Hydra's config as a `schema` object; raises ConfigError with the full key of what is wrong."""
+    """Hydra's config as a `schema` object; raises UserError with the full key of what is wrong."""
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:  # a merge would take the schema's default for them
-        raise ConfigError(f"{missing[0]} is not set; say {missing[0]}=VALUE")
+        raise UserError(f"{missing[0]} is not set; say {missing[0]}=VALUE")
     try:
         _check_elements(cfg, schema)
         typed = OmegaConf.merge(_structured(schema, cfg), cfg)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(_message(error)) from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise UserError(_message(error)) from None
 
 
 def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
@@ -72,7 +96,7 @@ def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
                 try:
                     OmegaConf.merge(_writable(OmegaConf.structured(element)), item)
                 except OmegaConfBaseException as error:
-                    raise ConfigError(f"{prefix}{name}[{index}].{_message(error)}") from None
+                    raise UserError(f"{prefix}{name}[{index}].{_message(error)}") from None
 
 
 def _structured(schema: type, cfg: DictConfig) -> DictConfig:

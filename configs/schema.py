@@ -8,6 +8,7 @@ import torch
 from data.dataset import DataConfig
 from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig
+from moc.errors import UserError
 from moc.schedule import Stage
 from moc.training import OptimConfig, ParallelConfig, TrackerConfig, TrainerConfig
 from models import ModelConfig
@@ -59,9 +60,9 @@ class SampleConfig:
     def __post_init__(self) -> None:
         for name in ("checkpoint", "script", "out"):
             if not getattr(self, name):
-                raise ValueError(f"{name} is not set; say checkpoint=PATH script=FILE out=DIR")
+                raise UserError(f"{name} is not set; say checkpoint=PATH script=FILE out=DIR")
         if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"dtype={self.dtype!r} is not one of auto, {', '.join(DTYPES)}")
+            raise UserError(f"dtype={self.dtype!r} is not one of auto, {', '.join(DTYPES)}")
 
     def weights_dtype(self, device: torch.device) -> torch.dtype:
         return DTYPES[("bf16" if device.type == "cuda" else "fp32") if self.dtype == "auto" else self.dtype]

@@ -23,6 +23,7 @@ from data.scan import scan_video
 from data.shots import DETECTORS, Span, build_detector
 from data.sources import MANIFEST
 from data.video import scan, write_video
+from moc.errors import UserError
 
 _PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the shot's ends
 
@@ -49,7 +50,7 @@ class DataBenchmarkConfig:
 
     def __post_init__(self) -> None:
         if not self.folder:
-            raise ValueError("say folder=DIR, a place for the made-up cache")
+            raise UserError("say folder=DIR, a place for the made-up cache")
 
 
 def write_random_cache(config: DataBenchmarkConfig) -> Path:
@@ -111,7 +112,7 @@ def measure_decoding(film: Path, detector: str, folder: Path) -> dict:
     """Frames a second of decoding a film whole, and of finding its shots."""
     scan = scan_video(film.parent, film.name, folder, build_detector(detector), progress=True)
     if scan.index is None:
-        raise scan.error or ValueError(f"{film} was not scanned")
+        raise scan.error or UserError(f"{film} was not scanned")
     return {
         "what": "scan",
         "film": film.name,
@@ -133,7 +134,7 @@ def measure_cuts(truth: Path, detector: str, folder: Path) -> dict:
     for scene in load_manifest(truth / MANIFEST):
         scan = scan_video(truth, scene.path, folder, finder)
         if scan.index is None or scan.spans is None:
-            raise scan.error or ValueError(f"{scene.path} was not scanned")
+            raise scan.error or UserError(f"{scene.path} was not scanned")
         found += [total + start for start, _ in scan.spans[1:]]
         true += [total + shot.start for shot in scene.shots[1:] if shot.cut]
         total += scan.index.num_frames

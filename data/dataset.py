@@ -12,6 +12,7 @@ from data.errors import DataError
 from data.online import LoadCodec
 from data.order import DRAW, Draw, Source, uniforms
 from data.shards import Cache, CachedScene, open_cache
+from moc.errors import UserError
 
 
 class Kind(StrEnum):
@@ -53,12 +54,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
+                raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
         if self.batch_tokens < 1:
-            raise ValueError(f"data.batch_tokens must be positive, got {self.batch_tokens}")
+            raise UserError(f"data.batch_tokens must be positive, got {self.batch_tokens}")
         for name in ("workers", "validation", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} must be 0 or more, got {getattr(self, name)}")
+                raise UserError(f"data.{name} must be 0 or more, got {getattr(self, name)}")
 
 
 class ShotDataset:

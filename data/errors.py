@@ -1,7 +1,9 @@
 """What can be wrong with the user's data: one exception, named, so that a report can list it."""
 
+from moc.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """A file, line or value of the data that cannot be used.
 
     kind: short stable name of the fault ("zero-byte", "overlapping-shots", ...), the key of the report.

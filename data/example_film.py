@@ -14,6 +14,7 @@ from pathlib import Path
 
 from data.cache import write_whole
 from data.errors import DataError
+from moc.errors import UserError
 
 CREDIT = "Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, licensed CC-BY 3.0"
 CAPTION = (
@@ -39,7 +40,7 @@ class ExampleFilmConfig:
 
     def __post_init__(self) -> None:
         if not self.output:
-            raise ValueError("say output=DIR")
+            raise UserError("say output=DIR")
 
 
 def fetch(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from data.errors import DataError
 from data.online import LoadCodec
 from data.order import Draw, SampleOrder
 from data.parcel import Parcel, unwrap, wrap
+from moc.errors import UserError
 
 
 class MicroBatches(Dataset):
@@ -32,7 +33,7 @@ class MicroBatches(Dataset):
             return wrap(moc.make_batch(samples, self.spec, self.chunk_tokens))
         except DataError as error:
             return wrap(error)
-        except ValueError as error:  # the model cannot take these sizes
+        except UserError as error:  # the model cannot take these sizes
             return wrap(DataError("unfit-size", "data.path", str(error)))
 
 

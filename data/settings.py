@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.decoders import DECODERS
 from data.shots import DETECTORS
+from moc.errors import UserError
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -33,23 +34,23 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not self.input or not self.output:
-            raise ValueError("say input=DIR and output=DIR")
+            raise UserError("say input=DIR and output=DIR")
         if Path(self.input).resolve() == Path(self.output).resolve():
-            raise ValueError(
+            raise UserError(
                 f"output={self.output} is the input; its manifest would be overwritten, name another folder"
             )
         if "://" in self.output:
-            raise ValueError(f"output={self.output} is a URL: prepare into a local folder, then copy its cache/ there")
+            raise UserError(f"output={self.output} is a URL: prepare into a local folder, then copy its cache/ there")
         for size in [self.size, *self.buckets]:
             if len(size) != 2 or min(size) < 1:
-                raise ValueError(f"a size is [height, width] in pixels, got {size}")
+                raise UserError(f"a size is [height, width] in pixels, got {size}")
         if not 1 <= self.min_frames <= self.max_frames:
-            raise ValueError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
+            raise UserError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
         if self.fps < 0 or self.shots_per_sample < 1 or self.shard_megabytes < 1:
-            raise ValueError("fps must be 0 or more, shots_per_sample and shard_megabytes at least 1")
+            raise UserError("fps must be 0 or more, shots_per_sample and shard_megabytes at least 1")
         for name, known in (("decoder", DECODERS), ("detector", DETECTORS), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

@@ -17,6 +17,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from data.errors import DataError
+from moc.errors import UserError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
 _MAX_SIDE = 16384
@@ -126,7 +127,7 @@ def _check_writable(path: Path, array: np.ndarray) -> None:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"{path}: a frame is uint8 [H, W, 3], got {array.dtype} {array.shape}")
     if array.shape[0] % 2 or array.shape[1] % 2:
-        raise ValueError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
+        raise UserError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
 
 
 def scan(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = None) -> VideoIndex:

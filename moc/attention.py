@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moc import reference
 from moc.config import Backend, Descriptor, DropKey, MoCConfig
+from moc.errors import UserError
 from moc.kernels.dense import capability
 from moc.layout import ShotLayout
 from moc.routing import drop_covered
@@ -32,7 +33,7 @@ def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None 
     if chosen is Backend.auto:
         chosen = Backend.triton if q.is_cuda and _triton_fits(q) else Backend.torch
     elif chosen is Backend.triton and not _triton_fits(q):
-        raise ValueError(
+        raise UserError(
             f"backend='triton' needs Triton, a CUDA GPU of compute capability 8.0 or more, fp16, bf16 or fp32 and head "
             f"dims from 16 to 128; q is {q.dtype}, head dim {q.shape[-1]}, on {q.device}: use backend='torch'"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from moc.errors import UserError
 from moc.layout import Shot, ShotLayout
 
 
@@ -23,7 +24,7 @@ class StreamSpec:
         """Token grid of a latent [C, T, H, W]; raises ValueError where the patch does not divide it."""
         sizes = latent.shape[-3:]
         if any(size % patch for size, patch in zip(sizes, self.patch, strict=True)):
-            raise ValueError(
+            raise UserError(
                 f"latent size {tuple(sizes)} (frames, height, width) is not divisible by the model's patch "
                 f"{self.patch}; choose a frame size whose latent is"
             )

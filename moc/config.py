@@ -10,6 +10,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moc.errors import UserError
+
 
 class OwnAnchor(StrEnum):
     """Which of its own tokens a query always attends to."""
@@ -90,9 +92,9 @@ class MoCConfig:
         lowest = {"chunk_tokens": 1, "top_k": 0, "drop_in_max": 0, "drop_in_rate": 0, "dense_layers": 0, "cut_gap": 0}
         for name, low in lowest.items():
             if not low <= getattr(self, name) < math.inf:
-                raise ValueError(f"MoCConfig.{name}={getattr(self, name)} must be finite and at least {low}")
+                raise UserError(f"MoCConfig.{name}={getattr(self, name)} must be finite and at least {low}")
         if not 0 <= self.drop_off_max <= 1:
-            raise ValueError(f"MoCConfig.drop_off_max={self.drop_off_max} must lie in [0, 1]")
+            raise UserError(f"MoCConfig.drop_off_max={self.drop_off_max} must lie in [0, 1]")
 
     @property
     def has_drops(self) -> bool:
@@ -116,7 +118,7 @@ class MoCConfig:
         """The inverse of `to_dict`; settings left out have their defaults. Raises ValueError for what does not fit."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
-            raise ValueError(f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
+            raise UserError(f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
         return cls(**values)
 
     def save(self, folder: str | Path) -> None:
@@ -130,10 +132,10 @@ class MoCConfig:
         try:
             values = json.loads(file.read_text())
             if not isinstance(values, dict):
-                raise ValueError(f"it must hold one JSON object, not {str(values)[:20]!r}")
+                raise UserError(f"it must hold one JSON object, not {str(values)[:20]!r}")
             return cls.from_dict(values)
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise UserError(f"{file}: {error}") from None
 
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
@@ -144,11 +146,11 @@ def _typed(name: str, kind: type, value: Any) -> Any:
     to enums: "5" is no number, and neither is true."""
     if issubclass(kind, StrEnum):
         if value not in list(kind):
-            raise ValueError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
+            raise UserError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
         return kind(value)
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"MoCConfig.{name}={value!r} must be {_NAMES[kind]}")
+        raise UserError(f"MoCConfig.{name}={value!r} must be {_NAMES[kind]}")
     return value
 
 

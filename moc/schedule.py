@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moc.config import MoCConfig
+from moc.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MoCSchedule:
     def __post_init__(self) -> None:
         steps = [stage.step for stage in self.stages]
         if steps != sorted(set(steps)) or any(step < 0 for step in steps):
-            raise ValueError(f"schedule steps {steps} must be increasing and not negative")
+            raise UserError(f"schedule steps {steps} must be increasing and not negative")
 
     def at(self, step: int, config: MoCConfig) -> MoCConfig:
         """The MoC settings of a training step."""

@@ -9,6 +9,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from moc import MoCConfig
+from moc.errors import UserError
 from models.codec import CodecConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
@@ -70,7 +71,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0 or (self.lora_rank > 0) != bool(self.lora_targets):
-            raise ValueError(
+            raise UserError(
                 f"model.lora_rank={self.lora_rank} must be 0, or above 0 with model.lora_targets=[NAME, ...]"
             )
 
@@ -83,11 +84,11 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Mod
     latent_channels, text_dim: widths of the latents and text features it will see.
     """
     if config.lora_rank and not config.path:
-        raise ValueError("a LoRA needs weights to adapt: set model.path")
+        raise UserError("a LoRA needs weights to adapt: set model.path")
     if config.path:
         checkpoint = open_checkpoint(config.path)
         if checkpoint.kind != FAMILIES[config.family].__name__:
-            raise ValueError(
+            raise UserError(
                 f"model.path={config.path} holds a {checkpoint.kind}, not one of model.family={config.family}; "
                 "set the family that fits (for Wan's weights: model=wan)"
             )
@@ -137,15 +138,15 @@ def load_denoiser(
     pair = expert_paths(Path(path))
     if low_noise:
         if pair:
-            raise ValueError(f"{path} holds two experts; with low_noise_checkpoint={low_noise} name the high-noise one")
+            raise UserError(f"{path} holds two experts; with low_noise_checkpoint={low_noise} name the high-noise one")
         pair = Path(path), Path(low_noise)
     if pair is None:
         return load_model(path, dtype)
     if len({model_path(expert, "ema").resolve() for expert in pair}) == 1:
-        raise ValueError(f"{pair[0]} and {pair[1]} are one model; name the high-noise expert and the low-noise one")
+        raise UserError(f"{pair[0]} and {pair[1]} are one model; name the high-noise expert and the low-noise one")
     high, low = (read_flow(expert) for expert in pair)
     if high.sigma_min < low.sigma_min:
-        raise ValueError(
+        raise UserError(
             f"{pair[0]} is for noise levels from {high.sigma_min} on, {pair[1]} from {low.sigma_min}: "
             "the high-noise expert is checkpoint, the other one low_noise_checkpoint"
         )
@@ -159,7 +160,7 @@ def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.M
     if not offload:
         return model.to(device).eval()
     if not isinstance(model, Experts):
-        raise ValueError("offload=true is for a pair of experts, of which one waits in CPU memory; this model is one")
+        raise UserError("offload=true is for a pair of experts, of which one waits in CPU memory; this model is one")
     model.offload(device)
     return model.eval()
 

@@ -22,6 +22,8 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
+from moc.errors import UserError
+
 
 class CodecKind(StrEnum):
     lapped = "lapped"
@@ -50,9 +52,9 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.channels <= 64:
-            raise ValueError(f"codec.channels={self.channels} must lie in [1, 64]")
+            raise UserError(f"codec.channels={self.channels} must lie in [1, 64]")
         if not 0 <= self.whitening <= 1:
-            raise ValueError(f"codec.whitening={self.whitening} must lie in [0, 1]")
+            raise UserError(f"codec.whitening={self.whitening} must lie in [0, 1]")
 
 
 class Codec(nn.Module):

@@ -18,6 +18,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from moc import MoCConfig
+from moc.errors import UserError
 from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, read_json, read_moc, root_of
 from models.experts import expert_paths
 from models.fingerprint import VALUES_PER_TENSOR, tensors_digest
@@ -75,9 +76,9 @@ class Checkpoint:
             with init_empty_weights():
                 model = CLASSES[self.kind](**self.config)
         except ValueError as error:  # the class's own
-            raise ValueError(f"{self.source.path}: {error}") from None
+            raise UserError(f"{self.source.path}: {error}") from None
         except (TypeError, RuntimeError, ArithmeticError) as error:
-            raise ValueError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None
+            raise UserError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None
         found = {name: self.source.shapes[key] for name, key in self.stored.items()}
         check_tensors(self.source.path, self.kind, found, shapes(model.state_dict()))
         for adapter in self.adapters:
@@ -130,7 +131,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
     kind = settings.get("_class_name", RELEASE_CLASS)
     if kind not in (*CLASSES, RELEASE_CLASS):
         known = ", ".join((*CLASSES, RELEASE_CLASS))
-        raise ValueError(f"{path}/config.json is of a {kind}; only models of {known} are read, name one of those")
+        raise UserError(f"{path}/config.json is of a {kind}; only models of {known} are read, name one of those")
     source = TensorSource(path)
     form, stored = ("diffusers", {name: name for name in source.names()}) if kind == "MMDiT" else _wan_names(source)
     if kind == RELEASE_CLASS:
@@ -144,13 +145,13 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
 def _open_base(lora: Lora, path: Path) -> Checkpoint:
     """The weights that the LoRA at `path` adapts."""
     if not Path(lora.base).exists():
-        raise ValueError(
+        raise UserError(
             f"{path} holds a LoRA of {lora.base}, which does not exist: put it back, or set base in "
             f"{path}/lora.json to where these weights now are"
         )
     base = open_checkpoint(lora.base)
     if base.fingerprint() != lora.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{path} holds a LoRA of {lora.base}, where other weights lie now than it was trained on: put those back, "
             f"or set base in {path}/lora.json to where they are"
         )
@@ -167,7 +168,7 @@ def model_path(path: Path, weights: str) -> Path:
         return folder if folder.is_dir() else checkpoint / "model"
     experts = expert_paths(path)
     if experts:
-        raise ValueError(
+        raise UserError(
             f"{path} holds two noise experts, {[expert.name for expert in experts]}: name the path of one; they are "
             "trained one at a time"
         )
@@ -190,9 +191,9 @@ def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
     unknown = [name for name, new in renamed.items() if new is None]
     twice = [name for name, new in renamed.items() if new is not None and times[new] > 1]
     if len(unknown) == len(names):
-        raise ValueError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
+        raise UserError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
     if unknown or twice:
-        raise ValueError(
+        raise UserError(
             f"{source.path} is not a text-to-video model of the Wan family: "
             + listed({"unknown tensors": unknown, "names of tensors with and without a prefix": twice})
         )
@@ -205,7 +206,7 @@ def _class_config(kind: type[ModelMixin], settings: dict[str, Any], path: Path) 
     known = signature(kind.__init__).parameters.keys() - {"self"}
     unknown = [key for key, value in settings.items() if key not in known and not key.startswith("_") and value]
     if unknown:
-        raise ValueError(f"{path}/config.json has settings {unknown} that this {kind.__name__} does not know")
+        raise UserError(f"{path}/config.json has settings {unknown} that this {kind.__name__} does not know")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in known}
 
 
@@ -217,10 +218,10 @@ def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[st
     axes = {patch: 5, ffn: 2, out: 1, text: 2, time: 2}
     wrong = [name for name, count in axes.items() if len(shapes.get(name, ())) != count]
     if wrong:
-        raise ValueError(f"{path} is not a whole Wan model: missing or misshapen are {wrong}; fetch it again")
+        raise UserError(f"{path} is not a whole Wan model: missing or misshapen are {wrong}; fetch it again")
     dim, channels, *patch_size = shapes[patch]
     if dim % HEAD_DIM:
-        raise ValueError(f"{path} has width {dim}, not a multiple of {HEAD_DIM}: no Wan model")
+        raise UserError(f"{path} has width {dim}, not a multiple of {HEAD_DIM}: no Wan model")
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     return {
         "patch_size": tuple(patch_size),

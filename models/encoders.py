@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from moc.errors import UserError
 from moc.training.checkpoint import read_json, root_of
 from models.codec import Codec, CodecConfig, CodecKind
 from models.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
@@ -56,7 +57,7 @@ def read_encoders(path: str | Path) -> EncodersConfig:
     """As `find_encoders`; raises ValueError where there are none."""
     found = find_encoders(path)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no encoders: neither {FILE}, which prepare_data and train.py write, nor "
             f"{', '.join(PIPELINE)} as a diffusers pipeline does; name a folder that does with encoders_path=FOLDER"
         )
@@ -92,7 +93,7 @@ def _read_config(folder: Path) -> EncodersConfig:
         codec = CodecConfig(**record["codec"] | {"kind": CodecKind(record["codec"]["kind"])})
         text = TextConfig(**record["text"] | {"kind": TextKind(record["text"]["kind"])})
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder / FILE} names no encoders of this version ({error}): prepare the films anew, and train on those"
         ) from None
     return EncodersConfig(codec, replace(text, path=str(folder)) if text.kind is TextKind.embedded else text)

@@ -15,6 +15,7 @@ from accelerate import cpu_offload_with_hook
 from torch import Tensor, nn
 
 from moc.diffusion import Flow
+from moc.errors import UserError
 from moc.training.checkpoint import EXPERT_FOLDERS, read_json, read_settings, root_of
 from models.stream import KeyValueCache
 from models.wan import WanTransformer3DModel
@@ -37,7 +38,7 @@ class Experts(nn.Module):
         sizes = [{k: v for k, v in m.config.items() if not k.startswith("_")} for m in (high, low)]
         if sizes[0] != sizes[1]:
             differ = sorted(k for k in sizes[0] if sizes[0][k] != sizes[1].get(k))
-            raise ValueError(f"the experts are not a pair: they differ in {differ}")
+            raise UserError(f"the experts are not a pair: they differ in {differ}")
         self.high, self.low, self.boundary = high, low, boundary
         self.stream = high.stream
 
@@ -88,7 +89,7 @@ def expert_paths(path: Path) -> tuple[Path, Path] | None:
         pairs.append((high, high.with_name(high.name.replace("high_noise", "low_noise"))))
     found = sorted(pair for pair in pairs if all(part.exists() for part in pair))
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"{path} holds several pairs of noise experts, {[high.name for high, _ in found]} and their counterparts: "
             "name the two of one pair (sample.py: checkpoint=HIGH low_noise_checkpoint=LOW)"
         )
@@ -110,7 +111,7 @@ def read_flow(path: Path) -> Flow:
 def _boundary_ratio(file: Path) -> float | None:
     ratio = read_json(file).get("boundary_ratio") if file.is_file() else None
     if ratio is not None and not (isinstance(ratio, float) and 0 < ratio < 1):
-        raise ValueError(f"{file}: boundary_ratio={ratio!r} must be a number between 0 and 1; fetch it again")
+        raise UserError(f"{file}: boundary_ratio={ratio!r} must be a number between 0 and 1; fetch it again")
     return ratio
 
 
@@ -125,7 +126,7 @@ def check_places(high: Path, low: Path) -> None:
         for own, other in ((high, low), (low, high))
     ]
     if said == [{"low"}, {"high"}] or (low.name, high.name) in EXPERT_FOLDERS:
-        raise ValueError(
+        raise UserError(
             f"{high} is named as the low-noise expert and {low} as the high-noise one: the high-noise expert is "
             "checkpoint, the other one low_noise_checkpoint; rename them if their names mislead"
         )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from moc import MoCConfig
 from moc.diffusion import Flow
+from moc.errors import UserError
 from moc.training.checkpoint import new_checkpoint, write_state
 from models.codec import CodecKind
 from models.convert import Checkpoint
@@ -51,14 +52,14 @@ class Beside:
 
     def __post_init__(self) -> None:
         if self.encoders_path and self.encoders:
-            raise ValueError(f"encoders_path={self.encoders_path} and encoders exclude each other; leave one out")
+            raise UserError(f"encoders_path={self.encoders_path} and encoders exclude each other; leave one out")
 
     def check(self, form: Form) -> None:
         """Raises ValueError where a form has no place for something given."""
         kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: tuple(vars(self))}[form]
         lost = [name for name, value in vars(self).items() if value and name not in kept]
         if lost:
-            raise ValueError(f"form={form} has no place for {', '.join(lost)}; use form=checkpoint")
+            raise UserError(f"form={form} has no place for {', '.join(lost)}; use form=checkpoint")
 
 
 def convert(
@@ -81,9 +82,9 @@ def convert(
     if form is Form.auto:
         form = Form.original if is_file else Form.diffusers
     if is_file != (form is Form.original):
-        raise ValueError(f"output={output} does not fit form={form}: original is a .safetensors file, others a folder")
+        raise UserError(f"output={output} does not fit form={form}: original is a .safetensors file, others a folder")
     if output.exists():
-        raise ValueError(f"{output} exists; name a new path")
+        raise UserError(f"{output} exists; name a new path")
     beside.check(form)
     moc, flow, encoders = _moc(checkpoint, beside), _flow(checkpoint, beside), _encoders(checkpoint, beside)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def _write_original(
     checkpoint: Checkpoint, read: Callable[[str], Tensor], file: Path, dtype: torch.dtype | None
 ) -> None:
     if checkpoint.kind == "MMDiT":
-        raise ValueError(f"{file}: only Wan models have a form with original names; name a folder for an MMDiT")
+        raise UserError(f"{file}: only Wan models have a form with original names; name a folder for an MMDiT")
     ours = {to_original_name(name) or name: name for name in checkpoint.stored}
     entries = [(to_original_name(name) or name, *rest) for name, *rest in _entries(checkpoint, dtype)]
     write_tensors(file, entries, lambda name: read(ours[name]))
@@ -164,7 +165,7 @@ def _lasting(config: EncodersConfig) -> EncodersConfig:
     """With paths that hold from any folder; raises ValueError where a codec or a text encoder has none."""
     for name, wanted, part in (("codec", CodecKind.wan, config.codec), ("text", TextKind.t5, config.text)):
         if part.kind is not wanted or not Path(part.path).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"encoders.{name}.kind={part.kind}, encoders.{name}.path={part.path!r} must be {wanted} and a folder; "
                 "encoders_path=FOLDER takes those of another kind from where they were made"
             )

@@ -17,6 +17,7 @@ from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.tensors import Shapes, TensorSource, check_tensors, shapes
 
@@ -44,7 +45,7 @@ class Lora:
         for target in self.targets:
             if not any(_ends_in(name, target) for name in linears):
                 known = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "", name) for name in linears)
-                raise ValueError(f"LoRA target {target!r} is no linear layer of this model; it has {', '.join(known)}")
+                raise UserError(f"LoRA target {target!r} is no linear layer of this model; it has {', '.join(known)}")
         return {name: linears[name] for name in linears if any(_ends_in(name, target) for target in self.targets)}
 
     def shapes(self, model: nn.Module) -> Shapes:
@@ -127,7 +128,7 @@ class Trainable(PeftAdapterMixin):
             self.load_state_dict({name: source.read(name) for name in source.names()}, strict=True)
             return
         if stored is not None and stored.fingerprint != self.lora.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds a LoRA of {stored.base}, whose weights are not those of {self.lora.base}: "
                 "set model.path to the former"
             )
@@ -158,5 +159,5 @@ def read_lora(folder: Path) -> Lora | None:
         if name in values and not holds(values[name])
     ]
     if problems:
-        raise ValueError(f"{file}: {'; '.join(problems)}; restore the file as training wrote it")
+        raise UserError(f"{file}: {'; '.join(problems)}; restore the file as training wrote it")
     return Lora(**values)

@@ -20,6 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec
+from moc.errors import UserError
 from models.layers import Condition, FramePlace, JointBlock, Output, patchify, unpatchify
 from models.lora import Trainable
 from models.rope import interleaved_positions, rotary_table
@@ -56,7 +57,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
-            raise ValueError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
+            raise UserError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=True)
         patch_dim = latent_channels * patch_size[0] * patch_size[1] * patch_size[2]
         self.video_in = nn.Linear(patch_dim, dim)

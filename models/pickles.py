@@ -15,6 +15,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
+from moc.errors import UserError
 from models.tensors import check_tensors, new_folder, shapes, write_sharded
 
 # Stems of the release's T5 encoder -> transformers'; {} is the layer.
@@ -62,14 +63,14 @@ def convert_pickle(file: Path, output: Path) -> str:
     The tokenizer is no part of a T5 file: put its files into the folder. Raises ValueError for any other pickle.
     """
     if output.exists():
-        raise ValueError(f"{output} exists; name a new path")
+        raise UserError(f"{output} exists; name a new path")
     tensors = read_pickle(file)
     if "token_embedding.weight" in tensors:
         what, model, state, stem = "UMT5 encoder", *_t5(tensors, file), "model"
     elif "encoder.conv1.weight" in tensors:
         what, model, state, stem = *_vae(tensors, file), "diffusion_pytorch_model"
     else:
-        raise ValueError(f"{file} is neither Wan's T5 encoder nor one of its VAEs; other pickles are not read")
+        raise UserError(f"{file} is neither Wan's T5 encoder nor one of its VAEs; other pickles are not read")
     # T5's embedding is stored once
     expected = {name: shape for name, shape in shapes(model.state_dict()).items() if "embed_tokens" not in name}
     check_tensors(file, type(model).__name__, shapes(state), expected)
@@ -89,20 +90,20 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     The form of torch before 1.6, which is no zip, is held in memory.
     """
     if not file.is_file():
-        raise ValueError(f"{file} does not exist")
+        raise UserError(f"{file} does not exist")
     zipped = zipfile.is_zipfile(file)
     with file.open("rb") as raw:
         start = raw.read(32)
     if not zipped and LEGACY not in start:
         what = "truncated" if start.startswith(b"PK") else "no file that torch.save wrote"
-        raise ValueError(f"{file} is {what}; fetch it again")
+        raise UserError(f"{file} is {what}; fetch it again")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # code in it, or damage, which the old form shows in many ways
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be read safely: {reason}; fetch the release's own file again") from None
+        raise UserError(f"{file} cannot be read safely: {reason}; fetch the release's own file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{file} holds other things than tensors by name")
+        raise UserError(f"{file} holds other things than tensors by name")
     return tensors
 
 
@@ -110,7 +111,7 @@ def _require(stems: list[str], tensors: dict[str, Tensor], file: Path) -> None:
     names = [f"{stem}.weight" for stem in stems]
     lacking = [name for name in names if name not in tensors or tensors[name].dim() < 2]
     if lacking:
-        raise ValueError(f"{file} is not whole: it lacks the weights {lacking}; fetch it again")
+        raise UserError(f"{file} is not whole: it lacks the weights {lacking}; fetch it again")
 
 
 def _t5(tensors: dict[str, Tensor], file: Path) -> tuple[UMT5EncoderModel, dict[str, Tensor]]:
@@ -120,7 +121,7 @@ def _t5(tensors: dict[str, Tensor], file: Path) -> tuple[UMT5EncoderModel, dict[
         match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)\.weight", name)
         stem = (T5_TOP if match[1] is None else T5_LAYER).get(match[2]) if match else None
         if match is None or stem is None:
-            raise ValueError(f"{file} holds {name}, which Wan's T5 encoder does not have")
+            raise UserError(f"{file} holds {name}, which Wan's T5 encoder does not have")
         state[stem.format(match[1]) + ".weight"] = tensor
     bias = state["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     attention, d_model = state["encoder.block.0.layer.0.SelfAttention.q.weight"].shape[:2]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moc import Descriptor, DropKey, MoCConfig, ShotLayout, StreamSpec, moc_attention, route
+from moc.errors import UserError
 from moc.layout import Grid, Group
 from models.rope import rotate
 
@@ -94,7 +95,7 @@ class Part:
             )
         for grid, latent in zip(self.grids, latents, strict=True):
             if latent.shape[0] != channels:
-                raise ValueError(
+                raise UserError(
                     f"latent has {latent.shape[0]} channels, this model takes {channels}: "
                     "encode with the codec that the model was trained with"
                 )
@@ -103,7 +104,7 @@ class Part:
         for group, features in zip(self.layout.groups, text, strict=True):
             expected = (group.text_tokens if spec.text_in_stream else len(features), text_dim)
             if tuple(features.shape) != expected:
-                raise ValueError(
+                raise UserError(
                     f"text features are {tuple(features.shape)}, expected {expected}: "
                     "encode with the text encoder that the model was trained with"
                 )
@@ -128,7 +129,7 @@ class StreamAttention:
 
     def __post_init__(self) -> None:
         if self.cache is not None and not self.config.flows_forward:
-            raise ValueError(
+            raise UserError(
                 "cached keys and values need a strict forward flow: moc.causal=true, moc.own_anchor=shot, "
                 "moc.text_anchor=global_and_own, and no dense layers"
             )

@@ -7,6 +7,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from moc.errors import UserError
 from models.tensors import TensorSource, check_tensors, shapes
 
 
@@ -27,7 +28,7 @@ def load_folder(
         with init_empty_weights():
             model = build()
     except Exception as error:  # each library has its own for a wrong setting
-        raise ValueError(f"{folder}/config.json does not describe a model: {error}; fetch it again") from None
+        raise UserError(f"{folder}/config.json does not describe a model: {error}; fetch it again") from None
     source = TensorSource(folder)
     stored = {name: name for name in source.names() if not name.startswith(ignored)}
     held = [name for name in tied if name in stored]

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from moc.errors import UserError
 from moc.training.checkpoint import read_json
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
@@ -71,7 +72,7 @@ class TensorSource:
         num_bytes = count * dtype.itemsize
         data = np.fromfile(file, np.uint8, count=num_bytes, offset=start + first * dtype.itemsize)
         if len(data) != num_bytes:
-            raise ValueError(f"{file} has become shorter than when it was opened; fetch it again")
+            raise UserError(f"{file} has become shorter than when it was opened; fetch it again")
         return torch.from_numpy(data).view(dtype)
 
     def _describe(self, file: Path) -> None:
@@ -80,9 +81,9 @@ class TensorSource:
             for name in source.offset_keys():  # in the order of their bytes, which leave no gaps
                 piece = source.get_slice(name)
                 if name in self._place:
-                    raise ValueError(f"{name} is in {self._place[name][0]} and in {file}; fetch the folder again")
+                    raise UserError(f"{name} is in {self._place[name][0]} and in {file}; fetch the folder again")
                 if piece.get_dtype() not in DTYPES:
-                    raise ValueError(f"{file}: {name} is {piece.get_dtype()}; only {', '.join(DTYPES)} are read")
+                    raise UserError(f"{file}: {name} is {piece.get_dtype()}; only {', '.join(DTYPES)} are read")
                 self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
                 self._place[name] = file, start
                 start += _num_bytes(self.dtypes[name], self.shapes[name])
@@ -94,7 +95,7 @@ class TensorSource:
             "in a shard but not in the index": sorted(place.keys() - index.keys()),
         }
         if any(problems.values()):
-            raise ValueError(f"{self.path} is not what its index says: {listed(problems)}; fetch the folder again")
+            raise UserError(f"{self.path} is not what its index says: {listed(problems)}; fetch the folder again")
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -106,7 +107,7 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
+        raise UserError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
 
 
 def listed(problems: dict[str, list[str]], most: int = 10) -> str:
@@ -134,38 +135,38 @@ def check_tensors(path: str | Path, what: str, found: Shapes, expected: Shapes) 
         ],
     }
     if any(problems.values()):
-        raise ValueError(f"{path} is not a whole {what}: {listed(problems)}; fetch it again, or name another")
+        raise UserError(f"{path} is not a whole {what}: {listed(problems)}; fetch it again, or name another")
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The safetensors files that make up the checkpoint at `path`, and which of them its index, if any, names for each
     tensor."""
     if path.suffix in PICKLES:
-        raise ValueError(f"{path} is a pickle file, which can run code when read; {SAFE}")
+        raise UserError(f"{path} is a pickle file, which can run code when read; {SAFE}")
     if path.is_file():
         return [path], None
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     indexes, files = sorted(path.glob("*" + INDEX)), sorted(path.glob("*.safetensors"))
     if len(indexes) == 1:
         weight_map = read_json(indexes[0]).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ValueError(f"{indexes[0]} has no weight_map from tensors to shards; fetch it again")
+            raise UserError(f"{indexes[0]} has no weight_map from tensors to shards; fetch it again")
         index = {name: path / str(file) for name, file in weight_map.items()}
         files = sorted(set(index.values()))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise ValueError(f"{path} lacks the shards {missing} that its index names; fetch them")
+            raise UserError(f"{path} lacks the shards {missing} that its index names; fetch them")
         return files, index
     if len(files) == 1:
         return files, None
     if not files:
         pickles = [file.name for file in sorted(path.iterdir()) if file.suffix in PICKLES]
         if pickles:
-            raise ValueError(f"{path} holds only pickles {pickles[:3]}, which can run code when read; {SAFE}")
-        raise ValueError(f"{path} holds no .safetensors file; name the folder or file of the model itself")
+            raise UserError(f"{path} holds only pickles {pickles[:3]}, which can run code when read; {SAFE}")
+        raise UserError(f"{path} holds no .safetensors file; name the folder or file of the model itself")
     names = ", ".join(file.name for file in files[:4]) + (", ..." if len(files) > 4 else "")
-    raise ValueError(
+    raise UserError(
         f"{path} holds {len(files)} safetensors files ({names}) and {len(indexes) or 'no'} index files: it may mix "
         "models, such as Wan2.2's high and low noise experts; name one file, or a folder with one index"
     )

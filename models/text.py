@@ -29,6 +29,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.fingerprint import fingerprint, weights_digest
 from models.strict import load_folder
@@ -135,17 +136,15 @@ class EmbeddedTextEncoder(TextEncoder):
         """The encoder that `save` wrote; raises ValueError if its weights do not come out the same here."""
         file, vocabulary = Path(folder, "text_encoder.json"), Path(folder, "vocabulary.txt")
         if not (file.is_file() and vocabulary.is_file()):
-            raise ValueError(
-                f"{folder} holds no text encoder ({file.name}, {vocabulary.name}): name one that was saved"
-            )
+            raise UserError(f"{folder} holds no text encoder ({file.name}, {vocabulary.name}): name one that was saved")
         record = read_json(file)
         fingerprint = record.pop("fingerprint", None)
         try:
             encoder = cls(vocabulary.read_text().split(), TextConfig(**record))
         except TypeError as error:
-            raise ValueError(f"{file} does not describe a text encoder: {error}; make the folder again") from None
+            raise UserError(f"{file} does not describe a text encoder: {error}; make the folder again") from None
         if encoder.fingerprint != fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the text encoder built here is {encoder.fingerprint}, the saved one {fingerprint}; "
                 "this torch draws other random weights: use the version the model was trained with"
             )
@@ -218,11 +217,11 @@ class T5TextEncoder(TextEncoder):
         has_parts = (folder / "text_encoder").is_dir()
         model_folder = folder / "text_encoder" if has_parts else folder
         if not (model_folder / "config.json").is_file():
-            raise ValueError(f"text.path={config.path!r} is not a folder of a T5 or UMT5 encoder (no config.json)")
+            raise UserError(f"text.path={config.path!r} is not a folder of a T5 or UMT5 encoder (no config.json)")
         settings = read_json(model_folder / "config.json")
         kind = settings.get("model_type")
         if kind not in T5_CLASSES:
-            raise ValueError(
+            raise UserError(
                 f"{model_folder} holds a {kind!r} model; the text encoder must be one of {list(T5_CLASSES)}"
             )
         model, model_config = T5_CLASSES[kind]
@@ -254,7 +253,7 @@ class T5TextEncoder(TextEncoder):
         """bf16 [T, text_dim] of a prompt with its end token, and the character at which each token starts."""
         tokens = self.tokenizer(prompt, return_offsets_mapping=True)
         if len(tokens.input_ids) > self.config.max_tokens:
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {len(tokens.input_ids)} tokens is over the text encoder's {self.config.max_tokens}: "
                 f"shorten its captions ({prompt[:60]!r}...)"
             )
@@ -267,13 +266,13 @@ class T5TextEncoder(TextEncoder):
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; raises ValueError where transformers would make up an empty one, or name no file."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise ValueError(f"{folder} holds no tokenizer (tokenizer.json or spiece.model): put the release's files there")
+        raise UserError(f"{folder} holds no tokenizer (tokenizer.json or spiece.model): put the release's files there")
     for file in folder.glob("tokenizer*.json"):
         read_json(file)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the libraries have several of their own
-        raise ValueError(f"{folder} holds a tokenizer that does not load: {error}; fetch its files again") from None
+        raise UserError(f"{folder} holds a tokenizer that does not load: {error}; fetch its files again") from None
 
 
 def build_text_encoder(config: TextConfig, vocabulary: Iterable[str] = ()) -> TextEncoder:

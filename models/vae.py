@@ -14,6 +14,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, patchify, unpatchify
 from torch import Tensor, nn
 
+from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.codec import Codec, CodecConfig, CodecKind, in_fp32
 from models.fingerprint import fingerprint, weights_digest
@@ -47,7 +48,7 @@ class WanCodec(Codec):
         record = read_json(file) if file.is_file() else {}
         kind = record.get("_class_name")
         if kind != "AutoencoderKLWan":
-            raise ValueError(
+            raise UserError(
                 f"codec.path={config.path!r} is not a diffusers folder of AutoencoderKLWan (its config.json: {kind})"
             )
         self.vae = load_folder(file.parent, lambda: AutoencoderKLWan.from_config(record), torch.float32)

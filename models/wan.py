@@ -25,6 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
+from moc.errors import UserError
 from moc.layout import Grid
 from models.layers import Attend, LayerNorm, RMSNorm, add_gated, modulate, patchify
 from models.lora import Trainable
@@ -154,11 +155,9 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         if image_dim or added_kv_proj_dim or pos_embed_seq_len or out_channels != in_channels:
-            raise ValueError("this is an image-to-video Wan model; only the text-to-video models are supported")
+            raise UserError("this is an image-to-video Wan model; only the text-to-video models are supported")
         if not cross_attn_norm or qk_norm != "rms_norm_across_heads":
-            raise ValueError(
-                f"cross_attn_norm={cross_attn_norm}, qk_norm={qk_norm!r} is no Wan model that is supported"
-            )
+            raise UserError(f"cross_attn_norm={cross_attn_norm}, qk_norm={qk_norm!r} is no Wan model that is supported")
         dim = num_attention_heads * attention_head_dim
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=False)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.stream.patch, stride=self.stream.patch)
@@ -233,7 +232,7 @@ def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> t
     as fills these two up to 512, so that no later caption counts. A single shot sees the same in all cases.
     """
     if config.text_anchor == TextAnchor.none:
-        raise ValueError("text_anchor=none leaves a Wan model without text; use all or global_and_own")
+        raise UserError("text_anchor=none leaves a Wan model without text; use all or global_and_own")
     rows: list[Tensor] = []
     windows: list[Window] = []
     for sample in range(layout.num_samples):
@@ -241,7 +240,7 @@ def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> t
         base = sum(len(x) for x in rows)
         ends = list(accumulate((len(features) for _, features in members), initial=base))
         if ends[-1] - base > TEXT_TOKENS:
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {ends[-1] - base} text rows exceeds Wan's {TEXT_TOKENS}: shorten its captions"
             )
         whole, *shots = pairwise(ends)

@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
+from moc.errors import UserError
 from models import EncodersConfig
 from models.convert import open_checkpoint
 from models.export import Beside, Form, convert
@@ -58,9 +59,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.input:
-            raise ValueError("input= is missing: the file or folder to convert")
+            raise UserError("input= is missing: the file or folder to convert")
         if self.max_shard_gb <= 0:
-            raise ValueError(f"max_shard_gb={self.max_shard_gb} must be above 0")
+            raise UserError(f"max_shard_gb={self.max_shard_gb} must be above 0")
 
 
 @command("convert", Settings)
@@ -68,9 +69,9 @@ def main(settings: Settings) -> None:
     source, output = Path(settings.input), Path(settings.output)
     if source.suffix in PICKLES:
         if not settings.output:
-            raise ValueError("output= is missing: the folder to write")
+            raise UserError("output= is missing: the folder to write")
         if settings != Settings(settings.input, settings.output):
-            raise ValueError(f"{source} is a pickle, with which only input and output go; leave the other settings out")
+            raise UserError(f"{source} is a pickle, with which only input and output go; leave the other settings out")
         print(f"{source}: {convert_pickle(source, output)}")
     else:
         checkpoint = open_checkpoint(source, settings.weights)

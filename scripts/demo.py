@@ -21,6 +21,7 @@ from data.dataset import DataConfig
 from data.script import load_script
 from data.shots import build_detector
 from data.storyworld.judge import held_out_floors, judge_film
+from moc.errors import UserError
 from moc.training import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ def run(stages: list[Stage], threads: int) -> dict[str, float]:
         start = time.perf_counter()
         done = subprocess.run([sys.executable, *stage.arguments], cwd=ROOT, env=environment, check=False)
         if done.returncode:
-            raise ValueError(f"the stage failed: python {' '.join(stage.arguments)}")
+            raise UserError(f"the stage failed: python {' '.join(stage.arguments)}")
         taken[stage.title] = time.perf_counter() - start
     return taken
 

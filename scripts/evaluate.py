@@ -17,6 +17,7 @@ from configs.command import command
 from data.cache import write_whole
 from data.dataset import DataConfig
 from data.loader import Validation, build_loader
+from moc.errors import UserError
 from moc.training import Validator, find_checkpoint, resolve_device, rivals
 from moc.training.checkpoint import read_settings
 from models import load_model, read_flow
@@ -38,7 +39,7 @@ class EvaluateConfig:
 @command("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
     if not config.checkpoint:
-        raise ValueError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
+        raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
     device = resolve_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
     model = load_model(checkpoint).to(device)

@@ -1,5 +1,6 @@
 """Commands: their help, and for bad input one clear message, a status that is not 0, and nothing that looks whole."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -248,7 +249,7 @@ def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, sc
 
     def dying(*arguments, **others):
         yield next(sample_shots(*arguments, **others))
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("moc.diffusion.sample_shots", dying)
     story = script(shots=[{"prompt": "A cat.", "seconds": 0.4}] * 2)

@@ -12,11 +12,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from configs.command import ConfigError, parse
+from configs.command import parse
 from data.cache import EncodedScene
 from data.loader import Validation, build_loader
 from data.script import load_script
 from moc import StreamSpec
+from moc.errors import UserError
 from models import build_model
 from tests.caches import scene, write_cache
 
@@ -157,7 +158,7 @@ def test_settings_that_may_be_absent_are_typed_where_they_are_set():
     encoders = parsed("convert", "encoders=holocine", *paths).encoders
     assert (encoders.codec.continuous, encoders.text.form) == (True, "holocine")
     for override, message in (("encoders.codec.tiling=1.5", "tiling"), ("+encoders.codec.new=1", "encoders.codec.new")):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             parsed("convert", "encoders=holocine", *paths, override)
 
 
@@ -241,7 +242,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("name", "override", "message"), MISTAKES, ids=[f"{m[0]} {m[1]}" for m in MISTAKES])
 def test_mistakes_are_refused_with_their_key(name, override, message):
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         parsed(name, override)
     assert "\n" not in str(error.value)
 

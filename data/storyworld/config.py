@@ -6,6 +6,7 @@ from enum import StrEnum
 from data.storyworld.characters import BADGES
 from data.storyworld.motion import CAMERAS
 from data.storyworld.places import PLACES
+from moc.errors import UserError
 
 
 class Mode(StrEnum):
@@ -76,9 +77,9 @@ class StoryworldConfig:
         }  # fmt: skip
         for name, (value, good, rule) in checks.items():
             if not good:
-                raise ValueError(f"storyworld {name}={value}: must be {rule}")
+                raise UserError(f"storyworld {name}={value}: must be {rule}")
         if self.mode == Mode.recall and self.characters <= self.characters_per_shot:
-            raise ValueError(
+            raise UserError(
                 f"storyworld characters={self.characters}: recall needs more than characters_per_shot="
                 f"{self.characters_per_shot}, so that a name can be away; raise characters"
             )

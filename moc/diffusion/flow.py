@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moc.batch import Batch
 from moc.config import DropKey, MoCConfig
+from moc.errors import UserError
 from moc.layout import ShotLayout
 from moc.routing import hash32
 
@@ -61,19 +62,19 @@ class Flow:
 
     def __post_init__(self) -> None:
         if not 0 < self.shift < math.inf:  # nan neither
-            raise ValueError(f"flow.shift={self.shift} must be positive and finite")
+            raise UserError(f"flow.shift={self.shift} must be positive and finite")
         for name in ("history_rate", "history_sigma"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"flow.{name}={getattr(self, name)} must lie in [0, 1]")
+                raise UserError(f"flow.{name}={getattr(self, name)} must lie in [0, 1]")
         if not 0 < self.logit_std < math.inf:
-            raise ValueError(f"flow.logit_std={self.logit_std} must be positive and finite")
+            raise UserError(f"flow.logit_std={self.logit_std} must be positive and finite")
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
-            raise ValueError(
+            raise UserError(
                 f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} must be a range in [0, 1]"
             )
         lowest, highest = self._quantiles()
         if highest - lowest < 1e-6:  # float64 has too few numbers left there
-            raise ValueError(
+            raise UserError(
                 f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} hold a share of "
                 f"{float(highest - lowest):.0e} of the logit-normal: set flow.shift and flow.logit_mean to fit them"
             )

@@ -24,6 +24,7 @@ from torch import Tensor
 from moc.batch import Sample, StreamSpec, make_layout
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow, Model, draw_key
+from moc.errors import UserError
 from moc.layout import ShotLayout
 from moc.statistics import RoutingMap
 
@@ -50,15 +51,15 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise ValueError(f"sampler.steps={self.steps} must be at least 1")
+            raise UserError(f"sampler.steps={self.steps} must be at least 1")
         if not 0 <= self.dense_steps <= self.steps:
-            raise ValueError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
+            raise UserError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
         if not 0 <= self.lag <= 1:
-            raise ValueError(f"sampler.lag={self.lag} must lie in [0, 1]: 0 is joint, 1 shot by shot")
+            raise UserError(f"sampler.lag={self.lag} must lie in [0, 1]: 0 is joint, 1 shot by shot")
         if not 0 <= self.history_sigma < 1:
-            raise ValueError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
+            raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
         if self.context_shots < 0:
-            raise ValueError(f"sampler.context_shots={self.context_shots} must be at least 0 (0 is all)")
+            raise UserError(f"sampler.context_shots={self.context_shots} must be at least 0 (0 is all)")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def sample_shots(
     """
     boundary = getattr(model, "boundary", None)
     if config.high_noise_guidance_scale and boundary is None:
-        raise ValueError("sampler.high_noise_guidance_scale is for a pair of experts; this model is a single one")
+        raise UserError("sampler.high_noise_guidance_scale is for a pair of experts; this model is a single one")
     device = story.text[0].device
     num_shots = len(story.shapes)
     noise = [_shot_noise(shape, config.seed, index, device) for index, shape in enumerate(story.shapes)]

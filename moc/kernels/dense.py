@@ -26,6 +26,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from moc.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 FA4_TESTED = ("4.0.0b16",)  # betas change their return values
@@ -68,7 +70,7 @@ def _choose(
     name: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, deterministic: bool
 ) -> DenseKernel:
     if name != "auto" and name not in _KERNELS:
-        raise ValueError(f"dense_kernel={name!r} is unknown; choose one of auto, {', '.join(_KERNELS)}")
+        raise UserError(f"dense_kernel={name!r} is unknown; choose one of auto, {', '.join(_KERNELS)}")
     fitting = [
         kernel
         for kernel, fits in _KERNELS.values()
@@ -77,7 +79,7 @@ def _choose(
         and fits(capability, dtype, head_dim)
     ]
     if not fitting:
-        raise ValueError(
+        raise UserError(
             f"dense_kernel={name!r} is not installed or does not fit {dtype}, head dim {head_dim}, "
             f"{'CPU' if capability is None else f'compute capability {capability}'}, "
             f"deterministic={deterministic}; use dense_kernel='auto'"

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow
+from moc.errors import UserError
 
 # Where a checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models; of two experts high noise first.
 MODEL_FOLDERS = ("ema", "model")
@@ -54,7 +55,7 @@ def step_of(checkpoint: Path) -> int:
     """The number of finished steps that a checkpoint's name tells."""
     match = _STEP_FOLDER.fullmatch(checkpoint.name)
     if not match:
-        raise ValueError(f"{checkpoint} is not named like a checkpoint (step_0000100)")
+        raise UserError(f"{checkpoint} is not named like a checkpoint (step_0000100)")
     return int(match[1])
 
 
@@ -82,7 +83,7 @@ def refuse_later(run_folder: Path, step: int) -> None:
     later = [folder.name for folder in _checkpoints(run_folder) if step_of(folder) > step or step == 0]
     if later:
         names = ", ".join(later)
-        raise ValueError(f"{run_folder} holds checkpoints past step {step} ({names}); remove them or set another name")
+        raise UserError(f"{run_folder} holds checkpoints past step {step} ({names}); remove them or set another name")
 
 
 def check_same_model(folder: Path, model: Any) -> None:
@@ -92,7 +93,7 @@ def check_same_model(folder: Path, model: Any) -> None:
     current = json.loads(json.dumps({"_class_name": type(model).__name__} | sizes))  # tuples as JSON has them
     wrong = [f"{name}={stored.get(name)}, not {value}" for name, value in current.items() if stored.get(name) != value]
     if wrong:
-        raise ValueError(f"{folder} is of another model: {'; '.join(wrong)}. Set model to match it, or another name")
+        raise UserError(f"{folder} is of another model: {'; '.join(wrong)}. Set model to match it, or another name")
 
 
 def remove_old(run_folder: Path, keep: int) -> None:
@@ -130,7 +131,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if states.keys() != parameters.keys():
         wrong = sorted(states.keys() ^ parameters.keys())
-        raise ValueError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
+        raise UserError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
     for name, parameter in parameters.items():
         # AdamW keeps its step counter on the CPU, its moments beside the parameter.
         optimizer.state[parameter] = {
@@ -188,7 +189,7 @@ def _scheduler_flow(file: Path) -> Flow:
     config = read_json(file) if file.is_file() else {}
     shift = config.get("flow_shift", config.get("shift", Flow.shift))
     if not isinstance(shift, int | float) or shift <= 0:
-        raise ValueError(f"{file}: the flow shift {shift!r} must be a number above 0; fetch it again, or set shift")
+        raise UserError(f"{file}: the flow shift {shift!r} must be a number above 0; fetch it again, or set shift")
     return Flow(shift=float(shift))
 
 
@@ -197,7 +198,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is damaged or no JSON file ({error}); fetch it again") from None
+        raise UserError(f"{file} is damaged or no JSON file ({error}); fetch it again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
+        raise UserError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
     return values

@@ -7,13 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from moc.errors import UserError
+
 
 class EMA:
     """An exponential moving average of a model's weights, in its dtype, warmed up by (1 + n) / (10 + n)."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema decay={decay} must lie in [0, 1)")
+            raise UserError(f"ema decay={decay} must lie in [0, 1)")
         self.decay = decay
         self._averaged = AveragedModel(model, multi_avg_fn=self._average)
         self._averaged.requires_grad_(False)

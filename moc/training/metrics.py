@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moc.errors import UserError
 from moc.training.checkpoint import refuse_later
 
 TRACKERS = ("none", "wandb", "wandb-offline")
@@ -19,7 +20,7 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         if self.tracker not in TRACKERS:
-            raise ValueError(f"tracking.tracker={self.tracker!r} is not one of {', '.join(TRACKERS)}")
+            raise UserError(f"tracking.tracker={self.tracker!r} is not one of {', '.join(TRACKERS)}")
 
 
 class Metrics:

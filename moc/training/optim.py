@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from moc.errors import UserError
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -21,11 +23,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.clip_norm <= 0:
-            raise ValueError(f"optim.lr={self.lr} and optim.clip_norm={self.clip_norm} must be positive")
+            raise UserError(f"optim.lr={self.lr} and optim.clip_norm={self.clip_norm} must be positive")
         if len(self.betas) != 2:
-            raise ValueError(f"optim.betas={list(self.betas)} must be two numbers")
+            raise UserError(f"optim.betas={list(self.betas)} must be two numbers")
         if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"optim.decay={self.decay!r} is not one of constant, cosine")
+            raise UserError(f"optim.decay={self.decay!r} is not one of constant, cosine")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

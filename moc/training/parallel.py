@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
+from moc.errors import UserError
+
 PRECISIONS = ("no", "bf16")
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
@@ -23,9 +25,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"parallel.precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
+            raise UserError(f"parallel.precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.accumulation < 1:
-            raise ValueError(f"parallel.accumulation={self.accumulation} must be at least 1")
+            raise UserError(f"parallel.accumulation={self.accumulation} must be at least 1")
 
 
 def join_processes(cpu: bool = False) -> PartialState:
@@ -36,7 +38,7 @@ def join_processes(cpu: bool = False) -> PartialState:
     """
     environment = os.environ.keys()
     if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment and environment.isdisjoint(_WORLD_SIZES):
-        raise ValueError(
+        raise UserError(
             "accelerate launch was asked for several processes and started one: it hands them to torch's launcher with "
             "--multi_gpu only; say that, which needs no GPU, and leave --cpu out"
         )

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from moc.batch import Batch
 from moc.config import DropKey, MoCConfig
 from moc.diffusion.flow import Flow
+from moc.errors import UserError
 from moc.routing import hash32
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
@@ -57,7 +58,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("num_steps", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
 
 
 class Trainer:
@@ -92,12 +93,12 @@ class Trainer:
         """Loads weights, averages, optimizer and random states; returns the state of the data."""
         state = ckpt.read_state(checkpoint)
         if "seed" not in state:
-            raise ValueError(
+            raise UserError(
                 f"{checkpoint} holds converted weights and nothing of a run to resume: start one of another name from "
                 f"them, with model.path={checkpoint}"
             )
         if state["seed"] != self.seed:
-            raise ValueError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
+            raise UserError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
         ckpt.check_same_model(checkpoint / "model", self.bare_model)
         for folder, model in (("model", self.bare_model), ("ema", self.ema.model)):
             model.load_weights(checkpoint / folder)
