@@ -11,12 +11,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+from data.documents import flag, parse_json, read_text
 from data.errors import DataError
 from data.manifest import Caption, SceneRecord, ShotRecord, check_caption, resolve
 
@@ -76,25 +76,20 @@ def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str])
 def read_sidecar(path: Path) -> str:
     """The caption in NAME.txt beside NAME.mp4, or "". Raises DataError (not-utf-8, huge-caption)."""
     sidecar = path.with_suffix(".txt")
-    return str(check_caption(_text(sidecar).strip(), str(sidecar))) if sidecar.is_file() else ""
+    return str(check_caption(read_text(sidecar).strip(), str(sidecar))) if sidecar.is_file() else ""
 
 
 def _entries(path: Path) -> Iterable[tuple[str, dict]]:
     """(place, fields) of each entry. Raises DataError where the file as a whole cannot be read."""
-    text = _text(path)
+    text = read_text(path)
     if path.name == "videos.txt":
         return _paired_lines(path, text)
     if path.suffix == ".csv":
         return _rows(path, text)
-    try:
-        if path.suffix == ".jsonl":
-            lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
-            return [(f"{path}:{n}", _object(json.loads(line), f"{path}:{n}")) for n, line in lines]
-        whole = json.loads(text)
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError("not-json", path, f"not JSON ({error})") from error
+    if path.suffix == ".jsonl":
+        lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+        return [(f"{path}:{n}", _object(parse_json(line, path, n), f"{path}:{n}")) for n, line in lines]
+    whole = parse_json(text, path)
     if isinstance(whole, dict):
         return [(f"{path} {name}", {"path": name, "caption": caption}) for name, caption in whole.items()]
     if not isinstance(whole, list):
@@ -105,6 +100,10 @@ def _entries(path: Path) -> Iterable[tuple[str, dict]]:
 def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_TOO_MANY)
     try:
+        names = reader.fieldnames or []
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError("repeated-key", f"{path}:1", f"the column {twice!r} is there twice; keep one of the two")
         return [(f"{path}:{reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise DataError("bad-captions", path, f"not CSV after line {reader.line_num} ({error})") from error
@@ -114,7 +113,7 @@ def _paired_lines(path: Path, text: str) -> list[tuple[str, dict]]:
     prompts = next((path.with_name(n) for n in ("prompts.txt", "prompt.txt") if path.with_name(n).is_file()), None)
     if prompts is None:
         raise DataError("bad-captions", path, "needs prompts.txt beside it, a line for each video")
-    videos, captions = text.splitlines(), _text(prompts).splitlines()
+    videos, captions = text.splitlines(), read_text(prompts).splitlines()
     if len(videos) != len(captions):
         raise DataError("bad-captions", prompts, f"{len(captions)} lines for the {len(videos)} of {path.name}")
     pairs = zip(videos, captions, strict=True)
@@ -155,9 +154,11 @@ def _shot_captions(fields: dict, where: str) -> list[Caption]:
         prompts, cuts = (_object(scene, f"{where} scenes").get(name, []) for name in ("video_prompts", "cut"))
         if not isinstance(prompts, list) or not isinstance(cuts, list):
             raise DataError("bad-captions", f"{where} scenes", "video_prompts and cut are lists")
-        cuts = [str(cut) == "True" for cut in cuts]  # StoryMem writes them as texts
+        flags = [flag(cut) for cut in cuts]
+        if None in flags:
+            raise DataError("bad-captions", f"{where} scenes", f"cut: {cuts[flags.index(None)]!r} is not true or false")
         for i, prompt in enumerate(prompts):
-            if joined and i < len(cuts) and not cuts[i]:
+            if joined and i < len(flags) and not flags[i]:
                 joined[-1] += f" {prompt}"
             else:
                 joined.append(str(prompt))
@@ -176,10 +177,3 @@ def _shots(fields: dict, texts: list[Caption], where: str) -> tuple[ShotRecord, 
     if len(spans) != len(texts) or any(start >= end for start, end in spans):
         raise DataError("bad-shot", where, f"{cuts} of {num_frames} frames does not cut {len(texts)} ascending shots")
     return tuple(ShotRecord(start, end, text) for (start, end), text in zip(spans, texts, strict=True))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("not-utf-8", path, f"byte {error.start} is not UTF-8; save it as UTF-8") from error

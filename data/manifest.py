@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data.documents import parse_json
 from data.errors import DataError
 
 Caption = str | tuple[str, ...]
@@ -109,7 +110,7 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
                 continue
             where = f"{path}:{number}"
             try:
-                scene = _parse_line(raw, where)
+                scene = _parse_line(raw, path, number)
                 if scene.id in first_line:
                     raise DataError(
                         "duplicate-id", f"{where} id", f"{scene.id!r} is already line {first_line[scene.id]}"
@@ -141,15 +142,15 @@ def resolve(root: Path, relative: str, where: object) -> Path:
     return path
 
 
-def _parse_line(raw: bytes, where: str) -> SceneRecord:
+def _parse_line(raw: bytes, path: Path, number: int) -> SceneRecord:
+    where = f"{path}:{number}"
     if len(raw) > _MAX_LINE_BYTES:
         raise DataError("huge-line", where, f"{len(raw)} bytes in one line, at most {_MAX_LINE_BYTES}")
     try:
-        fields = json.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DataError("not-utf-8", where, f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError("not-json", where, f"not JSON ({error})") from error
+    fields = parse_json(text, path, number)
     if not isinstance(fields, dict):
         raise DataError("not-an-object", where, f"a line is a JSON object, got {type(fields).__name__}")
     return scene_from_dict(fields, where)

@@ -10,7 +10,8 @@
       - {prompt: "...", seconds: 8, cut: false, image: ref.png}
 
 HoloCine: `global_caption`, `shot_captions`, `num_frames`, optionally `shot_cut_frames`; or `prompt`, one string with
-[global caption], [per shot caption] and [shot cut] tags. StoryMem: `scenes` of `video_prompts` and `cut`.
+[global caption], [per shot caption] and [shot cut] tags. StoryMem: `story_overview` and `scenes` of `video_prompts` and
+`cut`. Both may add `title`, `size`, `fps` and `negative_prompt`.
 """
 
 import re
@@ -20,15 +21,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from data.documents import flag, parse_json, parse_yaml, read_text
 from data.errors import DataError
 from data.manifest import shot_prompt
 
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots"}
 _SHOT_FIELDS = {"prompt", "seconds", "cut", "image"}
-_FLAGS = {"True": True, "False": False}  # StoryMem's scripts hold them as texts
+_SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # that the peers' forms may add to their own
+_SCENE_FIELDS = {"scene_num", "video_prompts", "cut"}
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,8 @@ def load_script(path: str | Path) -> Script:
     path = Path(path)
     if not path.is_file():
         raise DataError("missing-script", path, "no such file; give script=FILE, a YAML or JSON prompt script")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError("unreadable-script", path, f"is not YAML or JSON: {str(error).splitlines()[0]}") from None
+    text = read_text(path)
+    raw = parse_json(text, path) if path.suffix.lower() == ".json" else parse_yaml(text, path)
     if not isinstance(raw, dict):
         raise DataError("unreadable-script", path, "must be a mapping with `shots` (see the README)")
     if "shot_captions" in raw or isinstance(raw.get("prompt"), str):
@@ -80,7 +79,7 @@ def load_script(path: str | Path) -> Script:
 def _parse(raw: dict[str, Any], path: Path) -> Script:
     _refuse_unknown(raw, _FIELDS, str(path))
     size = raw.get("size", DEFAULT_SIZE)
-    if not (isinstance(size, Sequence) and len(size) == 2 and all(isinstance(x, int) and x > 0 for x in size)):
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)):
         raise DataError("bad-script", f"{path} size", f"{size!r} is not [height, width] in pixels")
     shots = raw.get("shots")
     if not isinstance(shots, list) or not shots:
@@ -106,7 +105,7 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
         raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
     seconds = _positive(raw.get("seconds", DEFAULT_SECONDS), f"{where}.seconds")
     picture = _image(image, f"{where}.image", root) if image is not None else None
-    return ScriptShot(prompt.strip(), seconds, cut, picture)
+    return ScriptShot(_whole(prompt, f"{where}.prompt").strip(), seconds, cut, picture)
 
 
 def _image(name: Any, where: str, root: Path) -> Path:
@@ -123,7 +122,15 @@ def _text(raw: dict[str, Any], name: str, where: object) -> str:
     value = raw.get(name)
     if isinstance(value, dict | list):
         raise DataError("bad-script", f"{where} {name}", f"{value!r} is not a text")
-    return "" if value is None else str(value).strip()
+    return "" if value is None else _whole(str(value), f"{where} {name}").strip()
+
+
+def _whole(text: str, where: str) -> str:
+    """The text, with two halves of a character that YAML read from \\u escapes joined; a lone half is refused."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise DataError("bad-script", where, "holds half a character (one of \\ud800 to \\udfff alone)") from None
 
 
 def _positive(value: Any, where: str) -> float:
@@ -143,8 +150,13 @@ def _refuse_unknown(raw: dict, known: set[str], where: str) -> None:
 
 def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """HoloCine: captions apart with a frame count, or one tagged prompt."""
-    known = {"global_caption", "shot_captions", "num_frames", "shot_cut_frames", "prompt", "negative_prompt"}
-    _refuse_unknown(raw, known | {"title", "size", "fps"}, str(path))
+    own = {"global_caption", "shot_captions", "num_frames", "shot_cut_frames", "prompt"}
+    _refuse_unknown(raw, own | _SHARED_FIELDS, str(path))
+    apart = sorted({"global_caption", "shot_captions"} & raw.keys())
+    if "prompt" in raw and apart:
+        raise DataError(
+            "bad-script", f"{path} prompt", f"stands beside {apart[0]}; give one tagged prompt, or captions apart"
+        )
     if "prompt" in raw:
         field, (global_caption, captions) = "prompt", _tagged(raw["prompt"])
     else:
@@ -153,7 +165,9 @@ def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         raise DataError("bad-script", f"{path} {field}", "there is no shot; give at least one")
     fps = _positive(raw.get("fps", DEFAULT_FPS), f"{path} fps")
     num_frames = _positive(raw.get("num_frames", DEFAULT_SECONDS * fps * len(captions)), f"{path} num_frames")
-    cuts = raw.get("shot_cut_frames") or [num_frames * i / len(captions) for i in range(1, len(captions))]
+    cuts = raw.get("shot_cut_frames")
+    if cuts is None:
+        cuts = [num_frames * i / len(captions) for i in range(1, len(captions))]
     if not (isinstance(cuts, list) and all(isinstance(cut, int | float) for cut in cuts)):
         raise DataError("bad-script", f"{path} shot_cut_frames", f"{cuts!r} is not a list of frame numbers")
     bounds = [0, *cuts, num_frames]
@@ -167,9 +181,13 @@ def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         {"prompt": caption, "seconds": (end - start) / fps}
         for caption, (start, end) in zip(captions, pairwise(bounds), strict=True)
     ]
-    shared = {key: raw[key] for key in ("title", "size", "fps") if key in raw}
     global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption, flags=re.IGNORECASE)
-    return shared | {"global": global_caption, "negative": raw.get("negative_prompt"), "shots": shots}
+    return _shared(raw) | {"global": global_caption, "shots": shots}
+
+
+def _shared(raw: dict[str, Any]) -> dict[str, Any]:
+    """The fields that mean the same in every form, under our names."""
+    return {"negative" if key == "negative_prompt" else key: raw[key] for key in _SHARED_FIELDS & raw.keys()}
 
 
 def _tagged(prompt: str) -> tuple[str, list[str]]:
@@ -181,15 +199,20 @@ def _tagged(prompt: str) -> tuple[str, list[str]]:
 
 def _from_storymem(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """StoryMem: scenes, each with a list of prompts and a list that says which of them a cut begins."""
+    _refuse_unknown(raw, {"story_overview", "scenes"} | _SHARED_FIELDS, str(path))
     if not isinstance(raw["scenes"], list) or not all(isinstance(scene, dict) for scene in raw["scenes"]):
         raise DataError("bad-script", f"{path} scenes", "is not a list of mappings with video_prompts and cut")
     shots = []
     for index, scene in enumerate(raw["scenes"]):
         where, prompts = f"{path} scenes[{index}]", scene.get("video_prompts")
+        _refuse_unknown(scene, _SCENE_FIELDS, where)
         if not isinstance(prompts, list):
             raise DataError("bad-script", f"{where}.video_prompts", f"{prompts!r} is not a list of prompts")
-        cuts = scene.get("cut") or [True] * len(prompts)
+        cuts = [True] * len(prompts) if scene.get("cut") is None else scene["cut"]
         if not isinstance(cuts, list) or len(cuts) != len(prompts):
             raise DataError("bad-script", f"{where}.cut", f"{cuts!r} is not a list of {len(prompts)}, one a prompt")
-        shots += [{"prompt": p, "cut": _FLAGS.get(str(c), c)} for p, c in zip(prompts, cuts, strict=True)]
-    return {"global": raw.get("story_overview"), "shots": shots}
+        flags = [flag(cut) for cut in cuts]
+        if None in flags:
+            raise DataError("bad-script", f"{where}.cut", f"{cuts[flags.index(None)]!r} is not true or false")
+        shots += [{"prompt": prompt, "cut": cut} for prompt, cut in zip(prompts, flags, strict=True)]
+    return _shared(raw) | {"global": raw.get("story_overview"), "shots": shots}

@@ -148,3 +148,31 @@ def test_unreadable_files(folder, text, kind):
     with pytest.raises(DataError) as caught:
         find_scenes(folder)
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("captions.json", '{"a.mp4": "one",\n"b.mp4": "two",\n"a.mp4": "three"}', ":3: 'a.mp4'"),
+        ("data.json", '[{"path": "b.mp4"},\n{"path": "a.mp4", "cap": "x", "cap": "y"}]', ":2: 'cap'"),
+        ("captions.jsonl", '{"path": "b.mp4"}\n\n{"path": "a.mp4", "cap": "x", "cap": "y"}', ":3: 'cap'"),
+        ("data.csv", "path,text,text\na.mp4,x,y\n", ":1: the column 'text'"),
+    ],
+)
+def test_a_key_given_twice_is_refused_with_its_line(folder, name, text, place):
+    (folder / name).write_text(text)
+    with pytest.raises(DataError) as error:
+        find_scenes(folder)
+    assert error.value.kind == "repeated-key"
+    assert place in str(error.value)
+
+
+@pytest.mark.parametrize("true", [True, "True", "true", 1])
+def test_storymems_cuts_in_any_writing(folder, true):
+    scenes = [{"video_prompts": ["one", "two"], "cut": [true, true]}]
+    (folder / "data.json").write_text(json.dumps([{"path": "a.mp4", "scenes": scenes}]))
+    assert find_scenes(folder).scenes == [video("a.mp4", "", shot_captions=("one", "two"))]
+    scenes[0]["cut"][1] = "maybe"
+    (folder / "data.json").write_text(json.dumps([{"path": "a.mp4", "scenes": scenes}]))
+    (problem,) = find_scenes(folder).problems
+    assert "cut: 'maybe' is not true or false" in str(problem)

@@ -66,6 +66,11 @@ FAULTS = {
 
 
 MORE_FAULTS = {
+    "key twice": ("repeated-key", b'{"id": "one", "video": "a.mp4", "fps": 12, "fps": 24}'),
+    "key of a shot twice": (
+        "repeated-key",
+        b'{"id": "a", "video": "a.mp4", "shots": [{"end": 9, "end": 8}]}',
+    ),
     "deep": ("not-json", b'{"shots": ' + b"[" * 100_000),
     "many digits": ("not-json", b'{"fps": ' + b"9" * 5000 + b"}"),
     "null byte": ("bad-path", SCENE | {"video": "a\0.mp4"}),

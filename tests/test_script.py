@@ -109,17 +109,88 @@ def test_a_tagged_prompt_without_a_global_caption_loses_no_shot(write):
     assert [shot.seconds for shot in script.shots] == [5.0, 5.0]
 
 
-@pytest.mark.parametrize("false", [False, "False"])
-def test_storymems_scenes_become_shots(write, false):
+@pytest.mark.parametrize(("true", "false"), [(True, False), ("True", "False"), ("true", "false"), (1, 0)])
+def test_storymems_scenes_become_shots(write, true, false):
     scenes = [
-        {"scene_num": 1, "video_prompts": ["A man wakes.", "He rises."], "cut": [True, false]},
-        {"scene_num": 2, "video_prompts": ["A street."], "cut": ["True"]},
+        {"scene_num": 1, "video_prompts": ["A man wakes.", "He rises."], "cut": [true, false]},
+        {"scene_num": 2, "video_prompts": ["A street."], "cut": [true]},
         {"scene_num": 3, "video_prompts": ["Night."]},
     ]
     script = load_script(write({"story_overview": "A day.", "scenes": scenes}))
     assert script.global_caption == "A day."
     assert [shot.prompt for shot in script.shots] == ["A man wakes.", "He rises.", "A street.", "Night."]
     assert [shot.cut for shot in script.shots] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("form", [HOLOCINE, {"scenes": [{"video_prompts": ["A man wakes.", "A street.", "Night."]}]}])
+def test_the_peers_forms_take_title_size_rate_and_negative_prompt(write, form):
+    more = {"title": "A day", "size": [64, 96], "fps": 12, "negative_prompt": "blurry"}
+    script = load_script(write(form | more))
+    assert (script.title, script.size, script.fps, script.negative) == ("A day", (64, 96), 12.0, "blurry")
+    assert len(script.shots) == 3
+
+
+# How texts are read
+
+
+def test_json_is_read_as_json(write):
+    """YAML takes no tabs for indentation, and each half of an escaped emoji for a character."""
+    text = '{\n\t"title": "\\ud83d\\udc07 $5",\n\t"shots": [\n\t\t{"prompt": "A \\ud83d\\udc07."}\n\t]\n}'
+    script = load_script(write(text, "story.JSON"))
+    assert (script.title, script.shots[0].prompt) == ("\N{RABBIT} $5", "A \N{RABBIT}.")
+    assert load_script(write("\ufeff" + text, "story.json")) == script  # as Windows writes it
+
+
+def test_a_character_that_yaml_has_in_halves_is_joined(write):
+    script = load_script(write('shots: [{prompt: "A \\ud83d\\udc07."}]'))
+    assert script.shots[0].prompt == "A \N{RABBIT}."
+
+
+TWICE = {
+    "yaml": ("title: One\nshots:\n- {prompt: A cat.}\ntitle: Two\n", "story.yaml:4: 'title'"),
+    "yaml shot": ("shots:\n- prompt: A cat.\n  cut: true\n  prompt: A dog.\n", "story.yaml:4: 'prompt'"),
+    "yaml quoted": ("fps: 12\n'fps': 24\nshots: [{prompt: A cat.}]\n", "story.yaml:2: 'fps'"),
+    "json": ('{"fps": 12,\n "shots": [{"prompt": "A {cat}: \\"fps\\": 3"}],\n "fps": 24}', "story.json:3: 'fps'"),
+    "json shot": (
+        '{"shots": [{"prompt": "a"},\n{"prompt": "b",\n"prompt": "c"}]}',
+        "story.json:3: 'prompt'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_key_given_twice_is_refused_with_its_line(write, name):
+    text, said = TWICE[name]
+    with pytest.raises(DataError) as error:
+        load_script(write(text, "story.json" if name.startswith("json") else "story.yaml"))
+    assert error.value.kind == "repeated-key"
+    assert said in str(error.value)
+
+
+def test_yaml_may_override_what_it_merges(write):
+    text = "shots:\n- &cat {prompt: A cat., seconds: 2}\n- {<<: *cat, seconds: 3}\n"
+    assert [shot.seconds for shot in load_script(write(text)).shots] == [2.0, 3.0]
+
+
+NOT_READ = {
+    "json": ("story.json", '{"shots":\n [,]}', "story.json:2: not JSON"),
+    "yaml": ("story.yaml", "shots:\n- {prompt: A cat.\n", "story.yaml:3: not YAML"),
+    "yaml bell": ("story.yaml", "title: \a", "story.yaml: not YAML"),
+    "yaml date": ("story.yaml", "title: 2024-13-45", "story.yaml: not YAML"),
+    "yaml deep": ("story.yaml", "[" * 5000, "story.yaml: not YAML"),
+    "json deep": ("story.json", "[" * 100_000, "story.json:1: not JSON"),
+    "lone half": ("story.json", '{"shots": [{"prompt": "A \\ud83d cat."}]}', "shots[0].prompt: holds half a character"),
+    "lone half of a title": ("story.json", '{"title": "\\udc07", "shots": [{"prompt": "A."}]}', "title: holds half"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_READ)
+def test_what_cannot_be_read_is_one_line(write, name):
+    file, text, said = NOT_READ[name]
+    with pytest.raises(DataError) as error:
+        load_script(write(text, file))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # Bad scripts
@@ -146,7 +217,7 @@ BAD = {
     "image missing": (ours(shots=[SHOT | {"image": "ref.png"}]), r"shots\[0\]\.image", "'ref.png' is not in"),
     "image outside": (ours(shots=[SHOT | {"image": "../x.png"}]), r"shots\[0\]\.image", "outside"),
     "not a mapping": ("- a\n- b", "story.yaml", "must be a mapping"),
-    "not yaml": ("shots: [", "story.yaml", "not YAML or JSON"),
+    "not yaml": ("shots: [", "story.yaml:1", "not YAML"),
     "empty": ("", "story.yaml", "must be a mapping"),
     "holocine without shots": (HOLOCINE | {"shot_captions": []}, "shot_captions", "no shot"),
     "holocine untagged": ({"prompt": "A painter paints."}, "prompt", "no shot"),
@@ -159,6 +230,14 @@ BAD = {
     "storymem prompts": ({"scenes": [{"cut": [True]}]}, r"scenes\[0\]\.video_prompts", "not a list"),
     "storymem cuts": ({"scenes": [{"video_prompts": ["a", "b"], "cut": [True]}]}, r"scenes\[0\]\.cut", "list of 2"),
     "storymem cut word": ({"scenes": [{"video_prompts": ["a"], "cut": ["maybe"]}]}, "cut", "'maybe' is not true"),
+    "storymem cut of a number": ({"scenes": [{"video_prompts": ["a"], "cut": [2]}]}, "cut", "2 is not true"),
+    "storymem cut no list": ({"scenes": [{"video_prompts": ["a"], "cut": False}]}, "cut", "False is not a list of 1"),
+    "storymem unknown field": ({"scenes": [], "story_overveiw": "x"}, "story.yaml", "unknown field 'story_overveiw'"),
+    "storymem unknown scene field": ({"scenes": [{"video_prompt": ["a"]}]}, r"scenes\[0\]", "unknown field 'video_p"),
+    "storymem with shots": ({"scenes": [], "shots": [SHOT]}, "story.yaml", "unknown field 'shots'"),
+    "size of truths": (ours(size=[True, 96]), "size", "not"),
+    "two sources of captions": (HOLOCINE | {"prompt": TAGGED}, "prompt", "stands beside global_caption"),
+    "two sources of shots": ({"shot_captions": ["a"], "prompt": TAGGED}, "prompt", "stands beside shot_captions"),
     "storymem empty": ({"scenes": []}, "shots", "no shot"),
 }
 
@@ -177,5 +256,5 @@ def test_a_missing_or_binary_file_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.yaml: no such file"):
         load_script(tmp_path / "nowhere.yaml")
     (tmp_path / "film.mp4").write_bytes(bytes(range(256)))
-    with pytest.raises(DataError, match=r"film\.mp4: is not YAML or JSON"):
+    with pytest.raises(DataError, match=r"film\.mp4: byte 128 is not UTF-8"):
         load_script(tmp_path / "film.mp4")

@@ -1,0 +1,106 @@
+"""JSON and YAML that people write, read strictly: a key given twice is refused with its line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.errors import DataError
+
+_WORDS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises DataError (not-utf-8), OSError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError("not-utf-8", path, f"byte {error.start} is not UTF-8; save it as UTF-8") from error
+
+
+def parse_json(text: str, path: object, line: int = 1) -> Any:
+    """The value of a JSON text. line: where the text begins in the file. Raises DataError, with the line: not-json,
+    repeated-key."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
+        raise DataError("not-json", where, f"not JSON ({error.msg} at column {error.colno})") from error
+    except _RepeatedKeyError:
+        key, repeated = _first_repeated_key(text)
+        raise _twice(key, f"{path}:{line + repeated - 1}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, lists too deep
+        raise DataError("not-json", f"{path}:{line}", f"not JSON ({error})") from error
+
+
+def parse_yaml(text: str, path: object) -> Any:
+    """The value of a YAML text of plain types. Raises DataError, with the line where it is known: not-yaml,
+    repeated-key."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except _RepeatedKeyError as error:
+        raise _twice(error.key, f"{path}:{error.line}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise DataError("not-yaml", where, f"not YAML ({error.problem or error.context})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character, a 13th month, lists too deep
+        raise DataError("not-yaml", path, f"not YAML ({str(error).splitlines()[0]})") from error
+
+
+def flag(value: Any) -> bool | None:
+    """What a truth value of a hand-written or generated file says: true, "True", "true" or 1; None for any other."""
+    return _WORDS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
+
+
+class _RepeatedKeyError(Exception):
+    """A mapping has a key twice. key, line: known to YAML's reader."""
+
+    def __init__(self, key: str = "", line: int = 0) -> None:
+        super().__init__(key)
+        self.key, self.line = key, line
+
+
+def _twice(key: str, where: str) -> DataError:
+    return DataError("repeated-key", where, f"{key!r} is given a second time; keep one of the two")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json itself would keep the last of two equal keys."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _RepeatedKeyError
+    return fields
+
+
+def _first_repeated_key(text: str) -> tuple[str, int]:
+    """The first key that its object has already, and its line, in a text with such a key."""
+    objects: list[set[str]] = []
+    for token in re.finditer(r'("(?:[^"\\]|\\.)*")\s*(:?)|[{}]', text):
+        string, colon = token.groups()
+        if token[0] == "{":
+            objects.append(set())
+        elif token[0] == "}":
+            objects.pop()
+        elif colon:
+            key = json.loads(string)
+            if key in objects[-1]:
+                return key, text.count("\n", 0, token.start()) + 1
+            objects[-1].add(key)
+    raise AssertionError("no key is repeated")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe loader, but for keys that are given twice, where it would keep the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise _RepeatedKeyError(key.value, key.start_mark.line + 1)
+                seen.add((key.tag, key.value))
+        return node
