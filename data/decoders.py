@@ -104,9 +104,9 @@ class PyAVReader(IndexedReader):
         self._decoded, self._num_decoded = container.decode(stream), 0
 
     def _near(self, start: int) -> bool:
-        """Whether decoding on to `start` is no longer than seeking to it."""
+        """Whether decoding on to `start` is no longer than seeking to it, or than starting over without stamps."""
         times = self.index.times
-        return times[start] - times[min(self._next, len(times) - 1)] <= _SEEK_EARLY_SECONDS
+        return self.index.pts is None or times[start] - times[min(self._next, len(times) - 1)] <= _SEEK_EARLY_SECONDS
 
     def _fill(self, out: Tensor, indices: Sequence[int]) -> bool:
         """Decode forward into `out`; False where the stream departs from the scan."""

@@ -100,7 +100,8 @@ def _detected_shots(scene: SceneRecord, spans: Sequence[Span]) -> list[ShotRecor
 
 
 def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
-    """What a person should look at, though the scene is used: no caption, fewer frames than claimed, another rate."""
+    """What a person should look at, though the scene is used: no caption, fewer frames than claimed, stamps
+    that were mended, another rate."""
     found = []
     if not any(text.strip() for caption in _captions(scene) for text in captions(caption)):
         found.append(DataError("empty-caption", scene.id, "neither the scene nor any shot has a caption"))
@@ -111,6 +112,8 @@ def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
         found.append(
             DataError("truncated", scene.id, f"{scene.video} claims {claimed} frames, {index.num_frames} decode")
         )
+    if index.stamp_fault:
+        found.append(DataError("bad-stamps", scene.id, f"{scene.video}: {index.stamp_fault}"))
     if scene.fps and abs(scene.fps - index.fps) > 0.01 * index.fps:
         found.append(
             DataError("other-fps", scene.id, f"the manifest says {scene.fps} fps, {scene.video} has {index.fps}")

@@ -13,6 +13,8 @@ from data.errors import DataError
 from data.shots import ShotDetector, Span
 from data.video import VideoIndex, estimated_frames, scan
 
+_VERSION = 2  # of what a scan finds; records of another are made anew
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -35,6 +37,7 @@ def scan_video(root: Path, relative: str, folder: Path, detector: ShotDetector |
         "bytes": stat.st_size,
         "modified": stat.st_mtime_ns,
         "detector": detector.name if detector else "",
+        "version": _VERSION,
     }
     record = folder / f"{digest(made_of)}.json"
     if record.is_file():

@@ -26,13 +26,15 @@ _MAX_SIDE = 16384
 @dataclass(frozen=True)
 class VideoIndex:
     """What one full decode found. pts: timestamp of each frame in stream units; None where the file has no
-    usable ones (then frames are reached by decoding from the start). times: seconds, from 0."""
+    usable ones (then frames are reached by decoding from the start). times: seconds, from 0. stamp_fault: how the
+    file's time stamps were mended, or ""."""
 
     height: int
     width: int
     fps: float
     times: tuple[float, ...]
     pts: tuple[int, ...] | None
+    stamp_fault: str = ""
 
     @property
     def num_frames(self) -> int:
@@ -171,14 +173,29 @@ def estimated_frames(path: Path) -> int | None:
 
 
 def _index(stamps: list[int | None], height: int, width: int, fps: float, time_base: Fraction | None) -> VideoIndex:
-    usable = time_base is not None and None not in stamps and all(a < b for a, b in pairwise(stamps))
-    if usable:
-        times = tuple(float((p - stamps[0]) * time_base) for p in stamps)
-        if len(times) > 1:  # the measured mean rate: headers are off on variable frame rate and cut files
-            fps = round((len(times) - 1) / times[-1], 6)
-        return VideoIndex(height, width, fps or 1.0, times, tuple(stamps))
-    fps = fps or 25.0
-    return VideoIndex(height, width, fps, tuple(i / fps for i in range(len(stamps))), None)
+    """Time the frames by their stamps. A frame that has none, or repeats the last one, is put evenly between the
+    stamps around it; where stamps go back, or too few are there, the header's rate is assumed."""
+    count = len(stamps)
+    if count == 1:
+        return VideoIndex(height, width, fps or 1.0, (0.0,), None)
+    known = [(i, stamp) for i, stamp in enumerate(stamps) if stamp is not None]
+    own = [pair for last, pair in pairwise([(-1, None), *known]) if pair[1] != last[1]]
+    frames, ticks = [i for i, _ in own], [stamp for _, stamp in own]
+    if time_base is None or len(own) < 2 or frames[0] or any(a > b for a, b in pairwise(ticks)):
+        fps = fps or 25.0
+        fault = f"time stamps are missing or go back; {fps:g} fps is assumed"
+        return VideoIndex(height, width, fps, tuple(i / fps for i in range(count)), None, fault)
+    seconds = [float((tick - ticks[0]) * time_base) for tick in ticks]
+    end = seconds[-1] / frames[-1] * count
+    times = tuple(np.interp(range(count), [*frames, count], [*seconds, end]).tolist())
+    fps = round((count - 1) / times[-1], 6)  # the measured mean: headers are off on variable rates and cut files
+    if len(own) == count:
+        return VideoIndex(height, width, fps, times, tuple(ticks))
+    fault = (
+        f"{count - len(own)} of {count} time stamps are missing or repeat the last; those frames are put evenly "
+        f"between the others, which makes {times[-1]:.2f} s at {fps:g} fps"
+    )
+    return VideoIndex(height, width, fps, times, None, fault)
 
 
 class opened:

@@ -62,6 +62,11 @@ def write_numbered(
     return path
 
 
+def write_paired(path: Path) -> Path:
+    """A numbered mkv of 60 frames with two at each 100 ms: they differ by less than the millisecond that it stores."""
+    return write_numbered(path, 60, fps=1000, ticks=[400 * (i // 2) + i % 2 for i in range(60)])
+
+
 def rotate(path: Path) -> None:
     """Mark an mp4 as filmed by a camera turned by 90 degrees: players show it upright by its display matrix."""
     data = bytearray(path.read_bytes())

@@ -14,7 +14,7 @@ from data.dataset import DataConfig, open_dataset
 from data.errors import DataError
 from data.shards import open_cache
 from tests.encoders import PoolCodec
-from tests.films import write_numbered
+from tests.films import write_numbered, write_paired
 from tests.preparing import film_folder, run, scene, scenes
 
 
@@ -85,6 +85,7 @@ FILES = {
     "resize.ts": size_change,
     "odd.mkv": lambda path: write_numbered(path, 9, codec="ffv1", pixel_format="yuv444p", size=(65, 161)),
     "8k.mkv": eight_k,
+    "pairs.mkv": write_paired,
     "zero.png": lambda path: path.write_bytes(b""),
     "broken.png": broken_png,
     "text.png": lambda path: path.write_text("not a picture"),
@@ -131,13 +132,17 @@ BAD = {
     "two media": (GOOD | {"image": "still.png"}, "no-media", ":LINE"),
     "image with shots": ({"image": "still.png", "shots": SPAN}, "image-with-shots", ":LINE shots"),
     "zero fps": (GOOD | {"fps": 0}, "bad-fps", ":LINE fps"),
+    "repeated stamps": (GOOD | {"video": "pairs.mkv"}, "bad-stamps", "repeated stamps"),
     "other fps": (GOOD | {"fps": 60}, "other-fps", "other fps"),
     "nan latents": (GOOD | {"shots": [{"start": 40, "end": 49}]}, "nan-latents", "nan latents shot 0"),
     "non-UTF-8 line": (b'{"id": "caf\xe9"}', "not-utf-8", ":LINE"),
     "broken JSON": (b'{"id": "x", ', "not-json", ":LINE"),
     "no object": (b'"x"', "not-an-object", ":LINE"),
 }
-TAKEN = {"good", "odd", "eight k", "still", "truncated, readable#0000", "empty caption", "other fps"}
+TAKEN = {
+    *("good", "odd", "eight k", "still", "truncated, readable#0000"),
+    *("empty caption", "repeated stamps", "other fps"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from data.bucketing import fit, nearest_bucket, read_pieces, resample
 from data.decoders import check_decoder, open_video
 from data.errors import DataError
 from data.video import scan, write_video
-from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered
+from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered, write_paired
 
 NUM_FRAMES = 150
 X265 = {"x265-params": "log-level=error:keyint=25"}  # its defaults have open groups of pictures
@@ -67,6 +67,23 @@ def test_variable_frame_rate_keeps_its_times(films):
     times = scan(films["vfr"]).times
     ticks = KINDS["vfr"]["ticks"]
     assert times == pytest.approx([(t - ticks[0]) / 100 for t in ticks], abs=2e-3)
+
+
+def test_repeated_stamps_are_spread_over_the_time_they_share(tmp_path):
+    reader = open_video(write_paired(tmp_path / "pairs.mkv"))
+    assert reader.index.times == pytest.approx([0.05 * i for i in range(60)])
+    assert reader.fps == pytest.approx(20)
+    assert "30 of 60 time stamps are missing or repeat the last" in reader.index.stamp_fault
+    assert read_numbers(reader.read(40, 60)) == list(range(40, 60))
+
+
+def test_a_film_whose_stamps_cannot_be_mended_says_what_rate_it_gets(tmp_path):
+    """A raw stream has no stamps; an AVI of x264 gives those of B-frames in the order of decoding."""
+    for name in ("raw.h264", "jumbled.avi"):
+        index = scan(write_numbered(tmp_path / name, 30))
+        assert index.times == pytest.approx([i / 25 for i in range(30)])
+        assert "25 fps is assumed" in index.stamp_fault
+    assert scan(write_numbered(tmp_path / "sound.mkv", 30)).stamp_fault == ""
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
