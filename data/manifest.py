@@ -9,13 +9,13 @@ string or a list of lengths. Without `shots` a video's shots are found by detect
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.documents import parse_json
 from data.errors import DataError
+from moc.files import OutsideError, inside
 
 Caption = str | tuple[str, ...]
 
@@ -126,17 +126,16 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
 def resolve(root: Path, relative: str, where: object) -> Path:
     """The file `relative` names under `root`. Raises DataError: outside-root (.., absolute, or a symlink that
     leads out), missing-file, bad-path (no name that a file can have, a circle of symlinks)."""
-    path = root / relative
     try:
         relative.encode()
-        outside = os.path.isabs(relative) or not path.resolve().is_relative_to(root.resolve())
+        path = inside(root, relative, follow_links=True)
         missing = not path.is_file()
+    except OutsideError as error:
+        raise DataError("outside-root", where, f"{relative!r} leads outside {root}; move the file under it") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             "bad-path", where, f"{relative[:80]!r} names no file ({type(error).__name__}); rename it"
         ) from error
-    if outside:
-        raise DataError("outside-root", where, f"{relative!r} leads outside {root}; move the file under it")
     if missing:
         raise DataError("missing-file", where, f"{relative!r} is not in {root}")
     return path

@@ -23,7 +23,7 @@ from typing import Any
 
 from data.documents import flag, parse_json, parse_yaml, read_text
 from data.errors import DataError
-from data.manifest import shot_prompt
+from data.manifest import resolve, shot_prompt
 
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots"}
@@ -104,17 +104,8 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
     if not isinstance(cut, bool):
         raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
     seconds = _positive(raw.get("seconds", DEFAULT_SECONDS), f"{where}.seconds")
-    picture = _image(image, f"{where}.image", root) if image is not None else None
+    picture = resolve(root, str(image), f"{where}.image") if image is not None else None
     return ScriptShot(_whole(prompt, f"{where}.prompt").strip(), seconds, cut, picture)
-
-
-def _image(name: Any, where: str, root: Path) -> Path:
-    picture = root / str(name)
-    if not picture.resolve().is_relative_to(root.resolve()):
-        raise DataError("outside-root", where, f"{name!r} leads outside {root}; put the picture beside the script")
-    if not picture.is_file():
-        raise DataError("missing-file", where, f"{name!r} is not in {root}")
-    return picture
 
 
 def _text(raw: dict[str, Any], name: str, where: object) -> str:

@@ -7,13 +7,18 @@ from pathlib import Path
 import fsspec
 
 from data.errors import DataError
+from moc.files import OutsideError, inside
+
+# Only the cache gives files these endings, so that making room never takes a file of the user's.
+_COPY, _PARTIAL = ".moc-copy", ".moc-partial"
 
 
 class FileStore:
     """The files of one folder, by name. Opens nothing before it is asked, so it travels to worker processes.
 
-    url: a local path or an fsspec URL (s3://, gs://, https://, ...). copies: local folder for files of a URL; together
-    they stay under max_bytes, the least recently used going first.
+    url: a local path or an fsspec URL (s3://, gs://, https://, ...). copies: local folder for files of a URL, which may
+    hold other files as well; the copies together stay under max_bytes, the least recently used going first.
+    Names may come from an index: one that leads out of the folder is a DataError (outside-root).
     """
 
     def __init__(self, url: str, copies: str = "", max_bytes: int = 50 << 30) -> None:
@@ -27,14 +32,13 @@ class FileStore:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
-        fs, root = fsspec.core.url_to_fs(self.url)  # kept by fsspec for each process: handles do not survive a fork
-        path = f"{root}/{name}"
+        fs, path = self._place(name)
         return fs.size(path) if fs.isfile(path) else None
 
     def read_bytes(self, name: str) -> bytes:
         """A whole small file. Raises OSError."""
-        fs, root = fsspec.core.url_to_fs(self.url)
-        return fs.cat_file(f"{root}/{name}")
+        fs, path = self._place(name)
+        return fs.cat_file(path)
 
     def glob(self, pattern: str) -> list[str]:
         """Names under the folder that match, sorted."""
@@ -43,39 +47,60 @@ class FileStore:
 
     def local(self, name: str) -> Path:
         """The file on the local disk, copied there if it must be. Raises DataError (cache-too-small), OSError."""
-        fs, root = fsspec.core.url_to_fs(self.url)
+        fs, path = self._place(name)
         if not self.is_remote:
-            return Path(root, name)
-        copy = Path(self.copies, fsspec.utils.tokenize(self.url)[:16], name)
+            return Path(path)
+        copy = self._copy(name + _COPY)
         if copy.is_file():
             os.utime(copy)  # its last use
             return copy
-        self._make_room(fs.size(f"{root}/{name}"), name)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}.partial")
-        try:
-            fs.get_file(f"{root}/{name}", str(partial))
-            partial.replace(copy)
-        finally:
-            partial.unlink(missing_ok=True)
+        self._make_room(fs.size(path), name)
+        self._fetch(name, copy)
         return copy
 
     def forget(self, name: str) -> bool:
         """Delete the local copy of a file of a URL; whether there was one to delete."""
-        copy = Path(self.copies, fsspec.utils.tokenize(self.url)[:16], name)
+        copy = self._copy(name + _COPY)
         if not self.is_remote or not copy.is_file():
             return False
         copy.unlink(missing_ok=True)
         return True
 
     def local_folder(self, name: str) -> Path:
-        """A folder of small files on the local disk, copied there if it must be."""
+        """A folder of small files on the local disk, copied there if it must be, to stay."""
         if not self.is_remote:
             return self.local(name)
         for file in self.glob(f"{name}/**"):
-            if self.size(file) is not None:
-                self.local(file)
-        return Path(self.copies, fsspec.utils.tokenize(self.url)[:16], name)
+            if self.size(file) is not None and not self._copy(file).is_file():
+                self._fetch(file, self._copy(file))
+        return self._copy(name)
+
+    def _place(self, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
+        """The file system, kept by fsspec for each process since handles do not survive a fork, and the path in it."""
+        fs, root = fsspec.core.url_to_fs(self.url)
+        self._inside(root, name)
+        return fs, f"{root}/{name}"
+
+    def _copy(self, name: str) -> Path:
+        return self._inside(Path(self.copies, fsspec.utils.tokenize(self.url)[:16]), name)
+
+    def _inside(self, folder: str | Path, name: str) -> Path:
+        try:
+            return inside(folder, name)
+        except OutsideError as error:
+            raise DataError(
+                "outside-root", self.url, f"{name!r} leads outside the cache, as no cache that prepare_data made does"
+            ) from error
+
+    def _fetch(self, name: str, copy: Path) -> None:
+        fs, path = self._place(name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        try:
+            fs.get_file(path, str(partial))
+            partial.replace(copy)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _make_room(self, size: int, name: str) -> None:
         if size > self.max_bytes:
@@ -94,7 +119,7 @@ class FileStore:
 def _uses(folder: Path) -> list[tuple[float, int, Path]]:
     """(last use, bytes, path) of each copy, unfinished ones of killed processes too; others may be deleting them."""
     found = []
-    for path in [*folder.rglob("*.safetensors"), *folder.rglob(".*.partial")]:
+    for path in [*folder.rglob(f"*{_COPY}"), *folder.rglob(f".*{_PARTIAL}")]:
         try:
             stat = path.stat()
         except FileNotFoundError:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
-from models.tensors import Shapes, TensorSource, check_tensors, shapes
+from models.tensors import INDEX, Shapes, TensorSource, check_tensors, read_index, shapes
 
 SETTINGS = "lora.json"
 PREFIX = "transformer."  # of the adapter's names in a pipeline's file
@@ -99,8 +99,10 @@ class Trainable(PeftAdapterMixin):
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
         """As diffusers', but raises ValueError, listing names, unless the tensors are exactly the model's: diffusers
-        would draw those that are missing and warn."""
+        would draw those that are missing and warn, and read whatever an index names."""
         wants_info = kwargs.pop("output_loading_info", False)
+        for file in Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").glob("*" + INDEX):
+            read_index(file)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all of them are told
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         expected = shapes(model.state_dict())

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moc.errors import UserError
+from moc.files import OutsideError, inside
 from moc.training.checkpoint import read_json
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
@@ -149,10 +150,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
         raise UserError(f"{path} does not exist")
     indexes, files = sorted(path.glob("*" + INDEX)), sorted(path.glob("*.safetensors"))
     if len(indexes) == 1:
-        weight_map = read_json(indexes[0]).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{indexes[0]} has no weight_map from tensors to shards; fetch it again")
-        index = {name: path / str(file) for name, file in weight_map.items()}
+        index = read_index(indexes[0])
         files = sorted(set(index.values()))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
@@ -170,6 +168,18 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
         f"{path} holds {len(files)} safetensors files ({names}) and {len(indexes) or 'no'} index files: it may mix "
         "models, such as Wan2.2's high and low noise experts; name one file, or a folder with one index"
     )
+
+
+def read_index(file: Path) -> dict[str, Path]:
+    """The shard of each tensor, by an index file beside the shards. Raises UserError for what is no such index, and
+    where it names a file outside its own folder."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{file} has no weight_map from tensors to shards; fetch it again")
+    try:
+        return {name: inside(file.parent, str(shard)) for name, shard in weight_map.items()}
+    except OutsideError as error:
+        raise UserError(f"{file} is no index of its own shards: {error}") from None
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The cache: exact round trip, resumption, deduplicated text, and damage found and named."""
 
 import errno
+import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -230,7 +231,7 @@ def test_the_least_recently_used_copy_goes_first(remote, tmp_path):
     store.max_bytes = sum(store.size(name) for name in names)
     fourth = store.glob("*.safetensors")[3]
     store.local(fourth)
-    held = {path.name for path in (tmp_path / "copies").rglob("*.safetensors")}
+    held = {path.stem for path in (tmp_path / "copies").rglob("*.safetensors.moc-copy")}
     assert names[0] in held
     assert fourth in held
     assert names[1] not in held
@@ -239,7 +240,7 @@ def test_the_least_recently_used_copy_goes_first(remote, tmp_path):
 def test_a_bad_local_copy_is_fetched_anew(remote, tmp_path):
     cache = open_cache(remote, str(tmp_path / "copies"))
     cache.latents(cache.scenes[0])
-    for copy in (tmp_path / "copies").rglob("*.safetensors"):
+    for copy in (tmp_path / "copies").rglob("*.safetensors.moc-copy"):
         flip_byte(copy)
     again = open_cache(remote, str(tmp_path / "copies"))
     assert again.latents(again.scenes[0])[0].unique() == 0
@@ -255,12 +256,56 @@ def test_a_bad_local_copy_is_fetched_anew(remote, tmp_path):
 def test_what_a_killed_process_left_counts_and_goes(remote, tmp_path):
     store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
     name = store.glob("*.safetensors")[0]
-    left = store.local(name).with_name(".shard-9.safetensors.0.partial")
+    left = store.local(name).with_name(".shard-9.safetensors.moc-copy.0.moc-partial")
     left.write_bytes(bytes(5000))
     os.utime(left, (1000, 1000))
     store.max_bytes = 2 * store.size(name) + 100
     store.local(store.glob("*.safetensors")[1])
     assert not left.exists()
+
+
+def test_making_room_takes_only_what_the_cache_wrote(remote, tmp_path):
+    """A user's model in the folder for copies, and one beside the copies themselves."""
+    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
+    first, second = store.glob("*.safetensors")[:2]
+    copy = store.local(first)
+    own = [tmp_path / "copies" / "model.safetensors", copy.with_name("model.safetensors"), copy.with_name(".x.partial")]
+    for path in own:
+        path.write_bytes(bytes(5000))
+        os.utime(path, (1000, 1000))
+    store.max_bytes = store.size(second)
+    store.local(second)
+    assert not copy.exists()
+    assert all(path.stat().st_size == 5000 for path in own)
+
+
+@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "a/../../../escaped", ".."])
+@pytest.mark.parametrize("is_remote", [True, False])
+def test_no_name_of_an_index_leaves_the_cache(remote, tmp_path, name, is_remote):
+    """The name stands where the index names a shard; a file of that name and size lies there to be read."""
+    fs, cache = fsspec.filesystem("memory"), "/bucket/cache/aa"
+    local = tmp_path / "made"
+    index = json.loads((local / "index.json").read_text())
+    index["shards"][0]["file"] = name
+    (local / "index.json").write_text(json.dumps(index))
+    shard = (local / "shard-0-00000.safetensors").read_bytes()
+    (tmp_path / "escaped").write_bytes(shard)
+    fs.pipe_file(f"{cache}/index.json", json.dumps(index).encode())
+    fs.pipe_file("/bucket/escaped", shard)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError) as caught:
+        read_everything(open_cache(remote if is_remote else local, str(tmp_path / "a/b/copies")))
+    assert caught.value.kind == "outside-root"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_name_of_a_remote_folder_leaves_the_copies(remote, tmp_path, monkeypatch):
+    """A bucket may hold a file whose name has .. in it."""
+    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
+    monkeypatch.setattr(FileStore, "glob", lambda self, pattern: ["encoders/../../../escaped"])
+    with pytest.raises(DataError, match="leads outside the cache"):
+        store.local_folder("encoders")
+    assert list(tmp_path.glob("escaped")) == []
 
 
 def test_remote_faults_are_named(remote, tmp_path):

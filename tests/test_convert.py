@@ -214,6 +214,21 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(reduced, tmp_path: Pat
             load_model(tmp_path)
 
 
+@pytest.mark.parametrize("outside", ["../{}", "{folder}/../{}", "a/../../{}"])
+def test_an_index_reads_nothing_outside_its_folder(reduced, tmp_path: Path, outside: str) -> None:
+    """The shard lies there, whole: only its place is wrong."""
+    folder = tmp_path / "model"
+    reduced.save_pretrained(folder, max_shard_size="300KB")
+    (file,) = folder.glob("*.index.json")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.rename(tmp_path / shard.name)
+    named = outside.format(shard.name, folder=folder)
+    file.write_text(file.read_text().replace(f'"{shard.name}"', json.dumps(named)))
+    for load in (load_model, WanTransformer3DModel.from_pretrained):
+        with pytest.raises(ValueError, match=f"{re.escape(str(file))} is no index of its own shards: .*does not lie"):
+            load(folder)
+
+
 def test_bad_files_are_one_clear_message(reduced_file: Path, reduced_folder: Path, tmp_path: Path) -> None:
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(reduced_file.read_bytes()[:-1000])

@@ -1,6 +1,7 @@
 """Preparing: exact latents, captions, shots and report, and data that loads."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_online_latents_equal_stored_ones(folder):
     codec = PoolCodec()
     online = open_cache(run(folder, codec, online=True).cache, load_codec=lambda encoders: PoolCodec())
     assert codec.encoded == []
-    assert sum(path.stat().st_size for path in online.store.local("").glob("*.safetensors")) < 10_000
+    assert sum(path.stat().st_size for path in Path(online.store.url).glob("*.safetensors")) < 10_000
     for now, then in zip(online.scenes, stored.scenes, strict=True):
         assert now.latent_shapes == then.latent_shapes
         assert all(torch.equal(a, b) for a, b in zip(online.latents(now), stored.latents(then), strict=True))

@@ -215,6 +215,7 @@ BAD = {
     "fps zero": (ours(fps=0), "fps", "0 is not a positive number"),
     "global a list": ({"global": ["Ann"], "shots": [SHOT]}, "global", "not a text"),
     "image missing": (ours(shots=[SHOT | {"image": "ref.png"}]), r"shots\[0\]\.image", "'ref.png' is not in"),
+    "image elsewhere": (ours(shots=[SHOT | {"image": "/etc/passwd"}]), r"shots\[0\]\.image", "outside"),
     "image outside": (ours(shots=[SHOT | {"image": "../x.png"}]), r"shots\[0\]\.image", "outside"),
     "not a mapping": ("- a\n- b", "story.yaml", "must be a mapping"),
     "not yaml": ("shots: [", "story.yaml:1", "not YAML"),

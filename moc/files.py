@@ -1,0 +1,75 @@
+"""Files and folders shared with others: names that stay inside a folder, whole files, and one holder at a time."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+
+import filelock
+
+from moc.errors import UserError
+
+PARTIAL = ".partial"
+LOCK = ".lock"
+
+
+class OutsideError(UserError):
+    """A name that leads out of the folder it was given for."""
+
+
+class HeldError(UserError):
+    """A folder that another process holds."""
+
+
+def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:
+    """The path of `name` within `folder`, whether or not there is such a file.
+
+    Every name that comes from a file, an index or a setting passes through here before it is joined to a folder.
+    follow_links: refuse a symlink that leads out too. Hugging Face's cache keeps whole models behind such links.
+    Raises OutsideError for an absolute name and for one with .. in it.
+    """
+    folder, pure = Path(folder), PurePath(name)
+    path = folder / pure
+    leaves = pure.is_absolute() or ".." in pure.parts
+    if leaves or (follow_links and not path.resolve().is_relative_to(folder.resolve())):
+        raise OutsideError(f"{name!r} does not lie within {folder}; name a place below it, without ..")
+    return path
+
+
+def write_whole(path: Path, payload: bytes, durable: bool = False) -> None:
+    """Writes beside, then renames, so that `path` is never half-written, even by two at once.
+
+    durable: the bytes are on the disk before the name is, so that a power cut leaves the old file or the new one.
+    Raises OSError, leaving nothing behind.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_bytes(payload)
+        if durable:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def held(folder: Path, holds: bool = True) -> Iterator[None]:
+    """The folder, made if need be, for those who came together alone.
+
+    holds: whether this process is the one that holds it for all of them; the others pass. The lock is the system's and
+    ends with the process, however that ends. Raises HeldError where others hold it, OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        if holds:
+            lock.acquire()
+    except filelock.Timeout:
+        raise HeldError(f"{folder} is in use by another process; wait for it to end, or name another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
