@@ -35,8 +35,8 @@ class StreamSpec:
 @dataclass(frozen=True)
 class Sample:
     """One scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's, then
-    one for each shot. `position` is its place in the run's order of samples and keys its noise draws. cuts: whether a
-    true cut begins each shot, or it continues the one before; empty is cuts everywhere."""
+    one for each shot. `position` is its place in the run's order of samples and keys its draws: noise, levels, drops.
+    cuts: whether a true cut begins each shot, or it continues the one before; empty is cuts everywhere."""
 
     latents: list[Tensor]
     text: list[Tensor]
@@ -59,12 +59,16 @@ class Batch:
     latents: list[Tensor]
     text: list[Tensor]
     layout: ShotLayout
-    positions: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
 
     @property
     def num_shots(self) -> int:
         return len(self.latents)
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Each sample's place in the run."""
+        return self.layout.positions
 
     def rechunk(self, chunk_tokens: int) -> "Batch":
         """The same batch with chunks of another size."""
@@ -86,7 +90,7 @@ def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayo
     texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
     cuts = sample.cuts or [True] * len(sample.latents)
     shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
-    return ShotLayout.build(shots, texts[0], chunk_tokens)
+    return ShotLayout.build(shots, texts[0], chunk_tokens, sample.position)
 
 
 def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -> Batch:
@@ -95,6 +99,5 @@ def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -
         latents=[latent for sample in samples for latent in sample.latents],
         text=[text for sample in samples for text in sample.text],
         layout=ShotLayout.pack([make_layout(sample, spec, chunk_tokens) for sample in samples]),
-        positions=[sample.position for sample in samples],
         ids=[sample.id for sample in samples],
     )

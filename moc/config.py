@@ -156,8 +156,10 @@ def _typed(name: str, kind: type, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class DropKey:
-    """Names the random draws of context drop-off and drop-in: the same key gives the same draws on any device,
-    head split or recomputation. `first_head` is the global index of head 0 of the tensors at hand."""
+    """Names the random draws of context drop-off and drop-in, together with what the layout says of each token: its
+    sample's position in the run and its place in the sample. The same key gives a sample the same draws on any device
+    or rank, in any pack, head split or recomputation. `first_head` is the global index of head 0 of the tensors at
+    hand."""
 
     seed: int
     step: int

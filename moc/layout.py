@@ -101,9 +101,10 @@ def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
 class ShotLayout:
     """An immutable description of a packed stream. Build it with `ShotLayout.build`, join samples with `pack`.
 
-    Python side (plain ints): segments, groups, chunks, sample_ranges, num_*.
+    Python side (plain ints): segments, groups, chunks, sample_ranges, num_*; positions, which say where in the run each
+    sample stands and key its random draws.
     Tensors, int32 on `device` unless said, M chunks, G groups, B samples, L tokens:
-        sample_cu_seqlens [B + 1], group_cu_seqlens [G + 1], chunk_cu_seqlens [M + 1]
+        sample_position [B], sample_cu_seqlens [B + 1], group_cu_seqlens [G + 1], chunk_cu_seqlens [M + 1]
         chunk_group [M], chunk_sample [M], chunk_is_text [M] (bool)
         group_sample [G], group_shot [G], group_first_chunk [G + 1], sample_first_chunk [B + 1]
         token_chunk [L], token_group [L], token_sample [L], token_is_text [L] (bool)
@@ -112,6 +113,7 @@ class ShotLayout:
     """
 
     _TENSORS = (
+        "sample_position",
         "sample_cu_seqlens",
         "group_cu_seqlens",
         "chunk_cu_seqlens",
@@ -132,6 +134,7 @@ class ShotLayout:
         "video_index",
     )
 
+    sample_position: Tensor
     sample_cu_seqlens: Tensor
     group_cu_seqlens: Tensor
     chunk_cu_seqlens: Tensor
@@ -151,7 +154,9 @@ class ShotLayout:
     text_index: Tensor
     video_index: Tensor
 
-    def __init__(self, samples: Sequence[tuple[int, tuple[Shot, ...]]], chunk_tokens: int) -> None:
+    def __init__(
+        self, samples: Sequence[tuple[int, tuple[Shot, ...]]], chunk_tokens: int, positions: Sequence[int]
+    ) -> None:
         """samples: (global text tokens, shots) of each sample. Prefer `build` and `pack`."""
         if not _is_whole(chunk_tokens, 1):
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
@@ -159,15 +164,21 @@ class ShotLayout:
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
         self.samples = tuple((text, tuple(shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
+        self.positions = tuple(positions)
         self._tile()
         self._tabulate()
 
     @classmethod
-    def build(cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280) -> "ShotLayout":
-        """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens."""
+    def build(
+        cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280, position: int = 0
+    ) -> "ShotLayout":
+        """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens. position: the sample's
+        place in the run, below 2**31; it keys the sample's draws of context drop-off and drop-in."""
         if not _is_whole(global_text_tokens, 0):
             raise ValueError(f"global_text_tokens={global_text_tokens!r} must be a whole number of at least 0")
-        return cls([(global_text_tokens, tuple(shots))], chunk_tokens)
+        if not _is_whole(position, 0) or position >= 1 << 31:
+            raise ValueError(f"position={position!r} must be a whole number in [0, 2**31)")
+        return cls([(global_text_tokens, tuple(shots))], chunk_tokens, [position])
 
     @classmethod
     def pack(cls, layouts: Sequence["ShotLayout"]) -> "ShotLayout":
@@ -177,13 +188,14 @@ class ShotLayout:
             raise ValueError("a pack needs at least one layout")
         if len(sizes) > 1:
             raise ValueError(f"layouts to pack have chunk_tokens {sorted(sizes)}; rechunk them to one size first")
-        return cls([sample for layout in layouts for sample in layout.samples], sizes.pop())
+        samples = [sample for layout in layouts for sample in layout.samples]
+        return cls(samples, sizes.pop(), [position for layout in layouts for position in layout.positions])
 
     def rechunk(self, chunk_tokens: int) -> "ShotLayout":
         """The same stream, on the same device, cut into chunks of another size."""
         if chunk_tokens == self.chunk_tokens:
             return self
-        return ShotLayout(self.samples, chunk_tokens).to(self.device)
+        return ShotLayout(self.samples, chunk_tokens, self.positions).to(self.device)
 
     def to(self, device: torch.device | str) -> "ShotLayout":
         """This layout with its tensors on `device`; one copy for each dtype, none when it is there already."""
@@ -286,6 +298,7 @@ class ShotLayout:
 
         chunk_lengths_ = torch.tensor([chunk.length for chunk in self.chunks])
         first_groups = [index for index, group in enumerate(self.groups) if group.shot < 0]
+        self.sample_position = ints(self.positions)
         self.chunk_cu_seqlens = ints(accumulate((chunk.length for chunk in self.chunks), initial=0))
         self.group_cu_seqlens = ints([*(group.start for group in self.groups), self.num_tokens])
         self.sample_cu_seqlens = ints([*(self.groups[g].start for g in first_groups), self.num_tokens])

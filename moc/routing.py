@@ -2,7 +2,8 @@
 
 A query scores every candidate chunk by `q . mean(K_chunk)` and takes the `top_k` best; it has no parameters. In
 training, context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a
-counter hash, so that they agree between devices, head splits and recomputation; every backend draws the same bits.
+counter hash of (seed, step, layer, global head, the sample's position in the run, the token's place in its sample), so
+that they agree between devices, ranks, packs, head splits and recomputation; every backend draws the same bits.
 
 Source: arXiv 2508.21058, section 3 (routing, causal routing, context drop-off and drop-in) and appendix I (outer loop).
 
@@ -96,7 +97,7 @@ def route(
         allowed = candidates.mask(layout, start, end)
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:
-            routes = apply_drops(routes, allowed, config, drops, start)
+            routes = apply_drops(routes, allowed, layout, config, drops, start)
         parts.append(routes)
     return torch.cat(parts, dim=1)
 
@@ -169,15 +170,18 @@ def drop_base(drops: DropKey) -> int:
     return word
 
 
-def query_words(drops: DropKey, num_heads: int, tokens: Tensor) -> Tensor:
-    """int64 [N, L]: one hashed word for each head and token (`tokens` are stream positions)."""
-    heads = torch.arange(drops.first_head, drops.first_head + num_heads, device=tokens.device)
+def query_words(drops: DropKey, num_heads: int, layout: ShotLayout, start: int, end: int) -> Tensor:
+    """int64 [N, end - start]: one hashed word for each head and token of a part of the stream."""
+    heads = torch.arange(drops.first_head, drops.first_head + num_heads, device=layout.device)
     by_head = hash32(drop_base(drops) ^ hash32(heads + _GOLDEN))
-    return hash32(by_head[:, None] ^ tokens.long())
+    sample = layout.token_sample[start:end]
+    token = torch.arange(start, end, device=layout.device) - layout.sample_cu_seqlens[sample]
+    by_sample = hash32(by_head[:, None] ^ hash32(layout.sample_position[sample].long() + _GOLDEN))
+    return hash32(by_sample ^ token)
 
 
 def draw(words: Tensor, stream: int, index: Tensor | int = 0) -> Tensor:
-    """A 32-bit draw of a query's stream; `index` (the chunk) broadcasts against `words`."""
+    """A 32-bit draw of a query's stream; `index` (a chunk's place in its sample) broadcasts against `words`."""
     return hash32(hash32(words ^ (stream * _GOLDEN & _WORD)) + index * _GOLDEN)
 
 
@@ -197,7 +201,9 @@ def poisson_thresholds(rate: float, most: int) -> tuple[float, ...]:
     return tuple(out)
 
 
-def apply_drops(routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropKey, first_token: int) -> Tensor:
+def apply_drops(
+    routes: Tensor, allowed: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey, first_token: int
+) -> Tensor:
     """Drop-off and drop-in on routes [N, L, top_k] of the queries from `first_token` on.
 
     Drop-off: p ~ U(0, drop_off_max), floor(p held) of the `held` routes go. Drop-in: min(Poisson(rate), drop_in_max)
@@ -206,12 +212,13 @@ def apply_drops(routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropK
     """
     num_heads, num_queries, _ = routes.shape
     num_chunks = allowed.shape[1]
-    tokens = torch.arange(first_token, first_token + num_queries, device=routes.device)
-    words = query_words(drops, num_heads, tokens)
+    last_token = first_token + num_queries
+    words = query_words(drops, num_heads, layout, first_token, last_token)
+    first_chunk = layout.sample_first_chunk[layout.token_sample[first_token:last_token], None]  # of the query's sample
 
     held = (routes >= 0).sum(-1)
     drop_count = (unit(draw(words, COUNT_OFF)) * config.drop_off_max * held).floor().long()
-    keys = draw(words[..., None], KEY_OFF, routes.long()).masked_fill(routes < 0, _WORD + 1)
+    keys = draw(words[..., None], KEY_OFF, routes.long() - first_chunk).masked_fill(routes < 0, _WORD + 1)
     rank = keys.argsort(dim=-1, stable=True).argsort(dim=-1)
     kept = routes.masked_fill(rank < drop_count[..., None], -1)
 
@@ -222,7 +229,7 @@ def apply_drops(routes: Tensor, allowed: Tensor, config: MoCConfig, drops: DropK
     taken = torch.zeros(num_heads, num_queries, num_chunks + 1, dtype=torch.bool, device=routes.device)
     taken.scatter_(-1, routes.long().masked_fill(routes < 0, num_chunks), True)
     free = allowed & ~taken[..., :num_chunks]
-    keys = draw(words[..., None], KEY_IN, chunk).masked_fill(~free, _WORD + 1)
+    keys = draw(words[..., None], KEY_IN, chunk - first_chunk).masked_fill(~free, _WORD + 1)
     values, order = keys.sort(dim=-1, stable=True)
     width = min(config.drop_in_max, num_chunks)
     slot = torch.arange(width, device=routes.device)

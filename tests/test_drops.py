@@ -9,6 +9,7 @@ from hypothesis import given
 import moc
 from tests import brute_force
 from tests.strategies import attention_tensors, configs, seeds, streams
+from tests.test_kernels_cpu import interpreted, same_chunks
 
 KEY = moc.DropKey(seed=1, step=2, layer=3)
 
@@ -245,6 +246,41 @@ def test_a_split_of_the_heads_draws_the_same(stream, config, seed):
     for first, last in ((0, 2), (2, 3), (3, 6)):
         part = route(q[:, first:last], k[:, first:last], layout, config, moc.DropKey(seed, 1, 2, first_head=first))
         assert torch.equal(part, whole[first:last])
+
+
+def packed(*positions: int, frames: int = 40) -> moc.ShotLayout:
+    """Samples of three shots, one for each position; the first has a global text, so that offsets are no multiples."""
+    shots = [moc.Shot(0, (frames, 1, 2)) for _ in range(3)]
+    text = [3, *[0] * (len(positions) - 1)]
+    samples = [moc.ShotLayout.build(shots, n, 2, position) for n, position in zip(text, positions, strict=True)]
+    return moc.ShotLayout.pack(samples)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
+def test_a_sample_draws_the_same_in_any_pack(backend):
+    """Keyed by the sample's position and the token's place in it, never by what else is in the pack."""
+    config = moc.MoCConfig(top_k=2, drop_in_rate=1.5)
+    layout = packed(7, 5, 9, frames=4).rechunk(3)
+    q, k, _ = attention_tensors(layout, num_heads=4, head_dim=16, dtype=torch.float32)
+    whole = moc.route(q, k, layout, config, KEY, backend=backend)
+    for sample, (start, end) in enumerate(layout.sample_ranges):
+        text, shots = layout.samples[sample]
+        alone = moc.ShotLayout.build(shots, text, 3, layout.positions[sample])
+        routes = moc.route(q[start:end], k[start:end], alone, config, KEY, backend=backend)
+        moved = torch.where(routes < 0, routes, routes + layout.sample_first_chunk[sample])
+        assert same_chunks(moved, whole[:, start:end])
+
+
+def test_samples_of_a_pack_draw_apart():
+    layout = packed(0, 1, 2**31 - 1)
+    config = moc.MoCConfig(top_k=5, drop_in_rate=0.0)
+    counts = []
+    for start, _ in layout.sample_ranges:
+        tokens = slice(start + (3 if not start else 0) + 160, None)  # the queries of the last shot
+        before, after = before_and_after(config, layout, tokens=tokens)
+        counts.append((before & ~after)[:, :80].sum(-1).double())
+    assert_unrelated(counts[0], counts[1])
+    assert_unrelated(counts[1], counts[2])
 
 
 def test_draws_do_not_depend_on_the_type_of_the_inputs():

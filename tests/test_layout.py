@@ -14,7 +14,15 @@ from tests import brute_force
 from tests.strategies import Stream, shots, streams
 
 INT_TABLES = [
-    *("sample_cu_seqlens", "group_cu_seqlens", "chunk_cu_seqlens", "chunk_group", "chunk_sample", "group_sample"),
+    *(
+        "sample_position",
+        "sample_cu_seqlens",
+        "group_cu_seqlens",
+        "chunk_cu_seqlens",
+        "chunk_group",
+        "chunk_sample",
+        "group_sample",
+    ),
     *("group_shot", "group_first_chunk", "sample_first_chunk", "token_chunk", "token_group", "token_sample"),
     *("token_shot_chunk", "token_video_chunk"),
 ]
@@ -244,6 +252,8 @@ def test_a_layout_comes_back_whole_from_a_busy_gpu():
         (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], -2), "global_text_tokens=-2"),
         (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], chunk_tokens=0), "chunk_tokens=0"),
         (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))]).rechunk(-1), "chunk_tokens=-1"),
+        (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], position=-1), "position=-1"),
+        (lambda: moc.ShotLayout.build([moc.Shot(0, (1, 1, 1))], position=2**31), "position=2147483648"),
         (lambda: moc.ShotLayout.pack([]), "at least one layout"),
     ],
 )
@@ -276,7 +286,7 @@ def test_make_batch_lays_latents_and_text_out():
         (1, 0, 1, (3, 2, 2)),
     ]
     assert (len(batch.latents), len(batch.text), batch.layout.chunk_tokens) == (3, 5, 8)
-    assert (batch.positions, batch.ids) == ([0, 9], ["a", "b"])
+    assert (batch.positions, batch.ids) == ((0, 9), ["a", "b"])
 
 
 def test_text_stays_out_of_the_stream_of_a_cross_attention_model():

@@ -1,6 +1,7 @@
 """Context drop-off and drop-in as one Triton kernel over finished routes; the same bits as `moc.routing.apply_drops`.
 
-Every draw is a counter hash of (seed, step, layer, head, token), so a recomputation or another head split draws alike.
+Every draw is a counter hash of (seed, step, layer, head, the sample's position in the run, the token's place in its
+sample), so a recomputation, another head split, another pack or another rank draws alike.
 
 Source: arXiv 2508.21058, section 3 (context drop-off, drop-in).
 Shape letters: L packed tokens, N heads, K routes a query, R drop_in_max.
@@ -46,7 +47,8 @@ def _unit(word):
 @triton.jit(do_not_specialize=["base", "first_head", "num_tokens", "num_chunks", "top_k", "drop_in_max"])
 def drop_kernel(
     routes, dropped, thresholds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
-    sample_first_chunk, base, first_head, drop_off_max, num_tokens, num_chunks, top_k, drop_in_max,
+    sample_first_chunk, sample_starts, sample_position, base, first_head, drop_off_max, num_tokens, num_chunks, top_k,
+    drop_in_max,
     CAUSAL: tl.constexpr, OWN: tl.constexpr, KP: tl.constexpr, RP: tl.constexpr,
     BQ: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +58,10 @@ def drop_kernel(
     valid = token < num_tokens
     golden = tl.full([1], 0x9E3779B9, tl.uint32)
     by_head = _hash32(base.to(tl.uint32) ^ _hash32((first_head + head).to(tl.uint32) + golden))
-    words = _hash32(by_head ^ token.to(tl.uint32))
+    sample = tl.load(chunk_sample + tl.load(token_chunk + token, mask=valid, other=0))
+    first_chunk = tl.load(sample_first_chunk + sample)[:, None]
+    by_sample = _hash32(by_head ^ _hash32(tl.load(sample_position + sample).to(tl.uint32) + golden))
+    words = _hash32(by_sample ^ (token - tl.load(sample_starts + sample)).to(tl.uint32))
     slot = tl.arange(0, KP)[None, :]
     row = (head.to(tl.int64) * num_tokens + token)[:, None]
     kept = tl.load(routes + row * top_k + slot, mask=valid[:, None] & (slot < top_k), other=-1)
@@ -66,7 +71,7 @@ def drop_kernel(
     held = tl.sum((kept >= 0).to(tl.int32), 1)
     zero = tl.zeros([1], tl.uint32)
     number = tl.floor(_unit(_draw(words, _COUNT_OFF, zero)) * drop_off_max * held.to(tl.float32)).to(tl.int32)
-    keys = tl.where(kept >= 0, _draw(words[:, None], _KEY_OFF, kept).to(tl.int64), NEVER)
+    keys = tl.where(kept >= 0, _draw(words[:, None], _KEY_OFF, kept - first_chunk).to(tl.int64), NEVER)
     survivors = kept
     for i in range(tl.max(number, 0)):
         lowest = tl.min(keys, 1)
@@ -92,7 +97,7 @@ def drop_kernel(
         for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
             chunk = start + tl.arange(0, BC)
             allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
-            draws = tl.where(allowed, _draw(words[:, None], _KEY_IN, chunk[None, :]).to(tl.int64), NEVER)
+            draws = tl.where(allowed, _draw(words[:, None], _KEY_IN, chunk[None, :] - first_chunk).to(tl.int64), NEVER)
             best, added = _keep_lowest(draws, chunk, best, added, kept)
         for i in range(drop_in_max):
             least = tl.min(tl.where(added >= 0, best, NEVER), 1)
@@ -130,8 +135,9 @@ def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
 
 def _drop_routes(
     routes: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor, chunk_is_text: Tensor,
-    group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor, causal: bool, own_anchor: int,
-    drop_off_max: float, drop_in_rate: float, drop_in_max: int, seed: int, step: int, layer: int, first_head: int,
+    group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor, sample_starts: Tensor,
+    sample_position: Tensor, causal: bool, own_anchor: int, drop_off_max: float, drop_in_rate: float, drop_in_max: int,
+    seed: int, step: int, layer: int, first_head: int,
 ) -> Tensor:  # fmt: skip
     num_heads, num_tokens, top_k = routes.shape
     dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
@@ -139,9 +145,10 @@ def _drop_routes(
     block = 32
     drop_kernel[(cdiv(num_tokens, block), num_heads)](
         routes, dropped, _thresholds(drop_in_rate, drop_in_max, routes.device), token_chunk, chunk_group, chunk_sample,
-        chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, base - (base >> 31 << 32), first_head,
-        drop_off_max, num_tokens, chunk_group.numel(), top_k, drop_in_max, CAUSAL=causal, OWN=own_anchor,
-        KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)), BQ=block, BC=32,
+        chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, sample_starts, sample_position,
+        base - (base >> 31 << 32), first_head, drop_off_max, num_tokens, chunk_group.numel(), top_k, drop_in_max,
+        CAUSAL=causal, OWN=own_anchor, KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)),
+        BQ=block, BC=32,
     )  # fmt: skip
     return dropped
 
@@ -152,14 +159,14 @@ _operator = torch.library.custom_op("moc::drop_routes", _drop_routes, mutates_ar
 @_operator.register_fake
 def _(routes: Tensor, *args) -> Tensor:
     num_heads, num_tokens, top_k = routes.shape
-    return routes.new_empty((num_heads, num_tokens, top_k + args[11]))
+    return routes.new_empty((num_heads, num_tokens, top_k + args[13]))
 
 
 def drop_routes(routes: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey) -> Tensor:
     """Routes int32 [N, L, K] after context drop-off and drop-in: [N, L, K + drop_in_max]."""
     return (_operator if torch.compiler.is_compiling() else _drop_routes)(
         routes, layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
-        layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk, config.causal,
-        OWN_ANCHORS[config.own_anchor], config.drop_off_max, config.drop_in_rate, config.drop_in_max,
-        drops.seed, drops.step, drops.layer, drops.first_head,
+        layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk, layout.sample_cu_seqlens,
+        layout.sample_position, config.causal, OWN_ANCHORS[config.own_anchor], config.drop_off_max,
+        config.drop_in_rate, config.drop_in_max, drops.seed, drops.step, drops.layer, drops.first_head,
     )  # fmt: skip

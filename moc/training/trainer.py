@@ -1,8 +1,8 @@
 """The training loop: steps of micro-batches, an optimizer, averaged weights, metrics, checkpoints, resuming.
 
 One optimizer step minimizes the loss averaged over all shots of the global batch: all processes, all micro-batches.
-Every random draw is keyed by the seed and the sample's place in the run (see `Flow.draw`), so a run on N processes
-equals a run on one, and a resumed run equals one that was never stopped.
+Every random draw is keyed by the seed and the sample's place in the run (see `Flow.draw_levels`, `DropKey`), so a run
+on N processes equals a run on one, and a resumed run equals one that was never stopped.
 """
 
 import gc
@@ -25,7 +25,6 @@ from moc.batch import Batch
 from moc.config import DropKey, MoCConfig
 from moc.diffusion.flow import Flow
 from moc.errors import UserError
-from moc.routing import hash32
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
 from moc.training.ema import EMA
@@ -171,11 +170,10 @@ class Trainer:
         targets = torch.tensor(sum(int(level.is_target.sum()) for level in levels), device=device)
         # DDP averages gradients over processes; the loss is a mean over the targets of all of them.
         scale = processes / self.accelerator.reduce(targets, reduction="sum")
+        drops = DropKey(self.seed, self.step)
         losses = []
         for index, (batch, level) in enumerate(zip(batches, levels, strict=True)):
             batch = batch.rechunk(moc.chunk_tokens).to(device)
-            # Keyed by the batch too: micro-batches and processes must not share their draws.
-            drops = DropKey(seed=hash32(self.seed ^ hash32(batch.positions[0])), step=self.step)
             last = index == len(batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops)
