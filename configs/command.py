@@ -7,19 +7,24 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
+from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
+from configs.overrides import readable
 from moc.errors import UserError
 
 T = TypeVar("T")
-
+_FULL = "HYDRA_FULL_ERROR"
 
 # Errors of the operating system that the user can mend: a wrong path, a missing right, no network, a full disk.
 _KINDS = (
@@ -40,44 +45,78 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
     What the user can mend (`for_user`) ends it with one line and status 1, and HYDRA_FULL_ERROR=1 shows the traceback;
     any other error is a bug and keeps its traceback.
     """
+    folder = Path(__file__).parent
 
     def decorate(run: Callable[[T], Any]) -> Callable[[], None]:
-        def main(cfg: DictConfig) -> None:
-            logging.basicConfig(format="%(message)s")
-            logging.getLogger("moc").setLevel(logging.INFO)  # such as which dense kernel attention has chosen
-            try:
-                run(parse(cfg, schema))
-            except Exception as error:
-                if os.environ.get("HYDRA_FULL_ERROR") == "1" or not for_user(error):
-                    raise
-                sys.exit(f"error: {message_of(error)}")
+        def main() -> None:
+            full = os.environ.get(_FULL) == "1"
 
-        folder = str(Path(__file__).parent)
-        return hydra.main(config_path=folder, config_name=config_name, version_base=None)(main)
+            def task(cfg: DictConfig) -> None:
+                logging.basicConfig(format="%(message)s")
+                logging.getLogger("moc").setLevel(logging.INFO)  # such as which dense kernel attention has chosen
+                with _full_errors(full), _ending(full):
+                    run(parse(cfg, schema))
+
+            with _ending(full), _full_errors(True):  # or Hydra would end the process with many lines of its own
+                sys.argv[1:] = [readable(argument, folder) for argument in sys.argv[1:]]
+                hydra.main(config_path=str(folder), config_name=config_name, version_base=None)(task)()
+
+        return main
 
     return decorate
 
 
+@contextmanager
+def _full_errors(wanted: bool) -> Iterator[None]:
+    """Has Hydra, and the processes started meanwhile, raise errors as they are, or not."""
+    before = os.environ.pop(_FULL, None)
+    try:
+        os.environ |= {_FULL: "1"} if wanted else {}
+        yield
+    finally:
+        os.environ.pop(_FULL, None)
+        os.environ |= {_FULL: before} if before is not None else {}
+
+
+@contextmanager
+def _ending(full: bool) -> Iterator[None]:
+    """Ends the process at an error: with one line where the user can mend it, else with the traceback.
+
+    full: raise it as it is instead.
+    """
+    try:
+        yield
+    except Exception as error:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # so that the message has a line of its own
+        if full:
+            raise
+        if for_user(error):
+            sys.exit(f"error: {message_of(error)}")
+        traceback.print_exception(error)
+        sys.exit(1)
+
+
 def for_user(error: Exception) -> bool:
     """Whether an error is one that the user can mend, rather than a bug of the code."""
-    if isinstance(error, OSError):
-        return isinstance(error, _KINDS) or error.errno in _DISK
-    return isinstance(error, (UserError, FloatingPointError))
+    if isinstance(error, (UserError, FloatingPointError, CompactHydraException, OmegaConfBaseException)):
+        return True
+    return isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _DISK)
 
 
 def message_of(error: Exception) -> str:
     """An error's message on one line; the operating system's own names the file first."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    return " ".join(str(error).partition("Config search path:")[0].split())
 
 
 def parse(cfg: DictConfig, schema: type[T]) -> T:
     """Hydra's config as a `schema` object; raises UserError with the full key of what is wrong."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:  # a merge would take the schema's default for them
-        raise UserError(f"{missing[0]} is not set; say {missing[0]}=VALUE")
     try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if missing:  # a merge would take the schema's default for them
+            raise UserError(f"{missing[0]} is not set; say {missing[0]}=VALUE")
         _check_elements(cfg, schema)
         typed = OmegaConf.merge(_structured(schema, cfg), cfg)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
@@ -119,4 +158,6 @@ def _writable(node: DictConfig) -> DictConfig:
 
 def _message(error: OmegaConfBaseException) -> str:
     reason = str(error.msg or error).splitlines()[0]
+    if reason.startswith("Cannot convert") and "to string" in reason:  # a path such as [2024] reads as a list
+        reason += f"; quote a text with brackets twice: {error.full_key}='\"[...]\"'"
     return f"{error.full_key}: {reason}" if error.full_key else reason

@@ -35,6 +35,11 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackerConfig = field(default_factory=TrackerConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("name", "output"):
+            if not getattr(self, name).strip():
+                raise UserError(f"{name} is empty; the run's folder is output/name, so say {name}=VALUE")
+
 
 @dataclass
 class SampleConfig:

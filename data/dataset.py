@@ -1,6 +1,7 @@
 """The training set: scenes of prepared caches as moc.Sample, and the settings of loading."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,7 +13,7 @@ from data.errors import DataError
 from data.online import LoadCodec
 from data.order import DRAW, Draw, Source, uniforms
 from data.shards import Cache, CachedScene, open_cache
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 
 
 class Kind(StrEnum):
@@ -31,6 +32,10 @@ class SourceConfig:
     path: str = ""
     weight: float = 1.0
     kind: Kind = Kind.any
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise UserError(f"data.sources: the weight {self.weight} of {self.path} must be positive and finite")
 
 
 @dataclass
@@ -55,11 +60,8 @@ class DataConfig:
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
-        if self.batch_tokens < 1:
-            raise UserError(f"data.batch_tokens must be positive, got {self.batch_tokens}")
-        for name in ("workers", "validation", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name} must be 0 or more, got {getattr(self, name)}")
+        check_least(self, "data", 1, "batch_tokens", "prefetch")
+        check_least(self, "data", 0, "workers", "validation", "seed", "local_cache_gigabytes")
 
 
 class ShotDataset:

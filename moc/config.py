@@ -4,13 +4,12 @@ Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, section
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 
 
 class OwnAnchor(StrEnum):
@@ -91,8 +90,7 @@ class MoCConfig:
             object.__setattr__(self, field.name, _typed(field.name, kind, getattr(self, field.name)))
         lowest = {"chunk_tokens": 1, "top_k": 0, "drop_in_max": 0, "drop_in_rate": 0, "dense_layers": 0, "cut_gap": 0}
         for name, low in lowest.items():
-            if not low <= getattr(self, name) < math.inf:
-                raise UserError(f"MoCConfig.{name}={getattr(self, name)} must be finite and at least {low}")
+            check_least(self, "MoCConfig", low, name)
         if not 0 <= self.drop_off_max <= 1:
             raise UserError(f"MoCConfig.drop_off_max={self.drop_off_max} must lie in [0, 1]")
 

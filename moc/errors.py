@@ -1,8 +1,21 @@
 """The one class of errors that are meant for the user."""
 
+import math
+from typing import Any
+
 
 class UserError(ValueError):
     """What the user can mend, in a setting, a file or a machine: a command ends with its message alone.
 
     The message names the value, the rule and the remedy. A bug raises anything else and keeps its traceback.
     """
+
+
+def check_least(config: Any, owner: str, least: float, *names: str) -> None:
+    """Raises UserError where a number among the fields `names` of a config is below `least`, infinite or not a number.
+
+    owner: what the fields belong to in the user's words, such as "optim".
+    """
+    for name in names:
+        if not least <= getattr(config, name) < math.inf:
+            raise UserError(f"{owner}.{name}={getattr(config, name)} must be finite and at least {least}")

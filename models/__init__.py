@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from moc import MoCConfig
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 from models.codec import CodecConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
 from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
@@ -70,6 +70,7 @@ class ModelConfig:
     lora_targets: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_least(self, "model", 1, "dim", "num_layers", "num_heads", "ffn_dim")
         if self.lora_rank < 0 or (self.lora_rank > 0) != bool(self.lora_targets):
             raise UserError(
                 f"model.lora_rank={self.lora_rank} must be 0, or above 0 with model.lora_targets=[NAME, ...]"

@@ -1,13 +1,18 @@
 """What ends a command in one line, and what keeps its traceback."""
 
 import errno
+import re
+import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from tqdm import tqdm
 
 from configs.command import for_user, message_of
+from configs.overrides import readable
 from data.errors import DataError
 from moc.errors import UserError
-from tests.pipeline import refusal
+from tests.pipeline import ROOT, command, refusal
 
 
 @pytest.mark.parametrize(
@@ -49,3 +54,56 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):
     assert "Traceback" in said
     assert "in broken" in said
     assert "ValueError: zip() argument 2 is longer" in said
+
+
+def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch):
+    def full_disk(config):
+        sys.bar = tqdm(total=3, desc="read")  # held, as an error's traceback holds the bar of a loop
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("data.dataset.open_dataset", full_disk)
+    monkeypatch.setattr(sys, "bar", None, raising=False)
+    with pytest.raises(SystemExit, match="error: No space left on device"):
+        command("train.py", "parallel=cpu")
+    assert capsys.readouterr().err.endswith("\n")
+
+
+# The command line
+
+TEXTS = ["/films [1]/a=b", "it's", "it's [1]", "a\\'[", "b[\\", "(1).mp4", "~/films", "{a}b", 'a"b', "é ü", "a, b [c]"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_texts_arrive_as_they_were_typed(text):
+    argument = readable(f"data.path={text}", ROOT / "configs")
+    assert OverridesParser.create().parse_override(argument).value() == text
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["optim.betas=[0.9,0.95]", "a={b: 1}", "a='x [1]'", "a=1,2", "+a=null", "~a", "--multirun", "-m", "a=[b}]"],
+)
+def test_what_hydra_can_read_is_left_as_it_is(argument):
+    assert readable(argument, ROOT / "configs") == argument
+
+
+def test_a_path_with_brackets_is_a_path(capsys, tmp_path):
+    said = refusal(capsys, "train.py", f"data.path={tmp_path}/films [1]", "parallel=cpu")
+    assert said.startswith(f"error: {tmp_path}/films [1]: no such folder")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("optim=null", "optim is a group of settings; leave it out or choose one of adamw"),
+        ("data.path=[2024]", "data.path: Cannot convert .* quote a text with brackets twice"),
+        ("experiment=none", "Could not find 'experiment/none' Available options in 'experiment': storyworld"),
+        ("trainer.steps=3", r"Could not override 'trainer\.steps'"),
+        ("optim.betas=[0.9,{0.9]", "Error parsing override|no viable alternative|mismatched input"),
+        ("data.path=a,b", "Ambiguous value for argument 'data.path=a,b'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(capsys, argument, said):
+    message = refusal(capsys, "train.py", argument, "parallel=cpu")
+    assert re.match(f"error: .*({said})", message)
+    assert "\n" not in message

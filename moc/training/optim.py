@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class OptimConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip_norm <= 0:
+        check_least(self, "optim", 0, "lr", "clip_norm", "weight_decay", "eps", "warmup_steps")
+        if self.lr == 0 or self.clip_norm == 0:
             raise UserError(f"optim.lr={self.lr} and optim.clip_norm={self.clip_norm} must be positive")
-        if len(self.betas) != 2:
-            raise UserError(f"optim.betas={list(self.betas)} must be two numbers")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
         if self.decay not in ("constant", "cosine"):
             raise UserError(f"optim.decay={self.decay!r} is not one of constant, cosine")
 

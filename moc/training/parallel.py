@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 
 PRECISIONS = ("no", "bf16")
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
@@ -26,8 +26,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UserError(f"parallel.precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
-        if self.accumulation < 1:
-            raise UserError(f"parallel.accumulation={self.accumulation} must be at least 1")
+        check_least(self, "parallel", 1, "accumulation")
 
 
 def join_processes(cpu: bool = False) -> PartialState:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from moc.batch import Batch
 from moc.config import DropKey, MoCConfig
 from moc.diffusion.flow import Flow
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
 from moc.training.ema import EMA
@@ -55,9 +55,8 @@ class TrainerConfig:
     ema_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name}={getattr(self, name)} must be at least 1")
+        check_least(self, "trainer", 1, "num_steps", "log_every", "keep_checkpoints")
+        check_least(self, "trainer", 0, "validate_every", "checkpoint_every")
 
 
 class Trainer:
