@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from data.documents import flag, parse_json, read_text
+from data.documents import flag, parse_json, read_objects, read_text
 from data.errors import DataError
 from data.manifest import Caption, SceneRecord, ShotRecord, check_caption, resolve
 
@@ -48,6 +48,8 @@ def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneR
     """A scene for each entry of the file, or what is wrong with it."""
     for where, fields in _entries(path):
         try:
+            if isinstance(fields, DataError):
+                raise fields
             yield _scene(path.parent, fields, where, image_suffixes)
         except DataError as error:
             yield error
@@ -79,16 +81,16 @@ def read_sidecar(path: Path) -> str:
     return str(check_caption(read_text(sidecar).strip(), str(sidecar))) if sidecar.is_file() else ""
 
 
-def _entries(path: Path) -> Iterable[tuple[str, dict]]:
-    """(place, fields) of each entry. Raises DataError where the file as a whole cannot be read."""
+def _entries(path: Path) -> Iterable[tuple[str, dict | DataError]]:
+    """(place, fields) of each entry, or what is wrong with its line. Raises DataError where the file as a whole cannot
+    be read."""
+    if path.suffix == ".jsonl":
+        return [(f"{path}:{n}", fields) for n, fields in read_objects(path)]
     text = read_text(path)
     if path.name == "videos.txt":
         return _paired_lines(path, text)
     if path.suffix == ".csv":
         return _rows(path, text)
-    if path.suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
-        return [(f"{path}:{n}", _object(parse_json(line, path, n), f"{path}:{n}")) for n, line in lines]
     whole = parse_json(text, path)
     if isinstance(whole, dict):
         return [(f"{path} {name}", {"path": name, "caption": caption}) for name, caption in whole.items()]
@@ -97,7 +99,7 @@ def _entries(path: Path) -> Iterable[tuple[str, dict]]:
     return [(f"{path} [{i}]", _object(entry, f"{path} [{i}]")) for i, entry in enumerate(whole)]
 
 
-def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
+def _rows(path: Path, text: str) -> Iterable[tuple[str, dict | DataError]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_TOO_MANY)
     try:
         names = reader.fieldnames or []
@@ -109,15 +111,20 @@ def _rows(path: Path, text: str) -> list[tuple[str, dict]]:
         raise DataError("bad-captions", path, f"not CSV after line {reader.line_num} ({error})") from error
 
 
-def _paired_lines(path: Path, text: str) -> list[tuple[str, dict]]:
+def _paired_lines(path: Path, text: str) -> Iterable[tuple[str, dict | DataError]]:
     prompts = next((path.with_name(n) for n in ("prompts.txt", "prompt.txt") if path.with_name(n).is_file()), None)
     if prompts is None:
         raise DataError("bad-captions", path, "needs prompts.txt beside it, a line for each video")
-    videos, captions = text.splitlines(), read_text(prompts).splitlines()
+    videos, captions = _lines(text), _lines(read_text(prompts))
     if len(videos) != len(captions):
         raise DataError("bad-captions", prompts, f"{len(captions)} lines for the {len(videos)} of {path.name}")
     pairs = zip(videos, captions, strict=True)
     return [(f"{path}:{n}", {"path": video, "caption": caption}) for n, (video, caption) in enumerate(pairs, start=1)]
+
+
+def _lines(text: str) -> list[str]:
+    """What line feeds end; str.splitlines would also end a line at U+2028, U+0085 and others that captions hold."""
+    return [line.removesuffix("\n") for line in io.StringIO(text)]
 
 
 def _object(value: object, where: str) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from data.errors import DataError
 
+_MAX_LINE_BYTES = 16_000_000
 _WORDS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -33,6 +35,34 @@ def parse_json(text: str, path: object, line: int = 1) -> Any:
         raise _twice(key, f"{path}:{line + repeated - 1}") from None
     except (ValueError, RecursionError) as error:  # a number too long, lists too deep
         raise DataError("not-json", f"{path}:{line}", f"not JSON ({error})") from error
+
+
+def read_objects(path: Path) -> Iterator[tuple[int, dict | DataError]]:
+    """(line, object) of each line of JSON Lines that is not blank, or what is wrong with it: huge-line, not-utf-8,
+    not-json, repeated-key, not-an-object. Only a line feed ends a line: texts may hold U+2028, U+0085 and their like.
+    Raises OSError."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                yield number, _object_of_line(raw, path, number)
+            except DataError as error:
+                yield number, error
+
+
+def _object_of_line(raw: bytes, path: Path, number: int) -> dict:
+    where = f"{path}:{number}"
+    if len(raw) > _MAX_LINE_BYTES:
+        raise DataError("huge-line", where, f"{len(raw)} bytes in one line, at most {_MAX_LINE_BYTES}")
+    try:
+        text = raw.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError("not-utf-8", where, f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
+    fields = parse_json(text, path, number)
+    if not isinstance(fields, dict):
+        raise DataError("not-an-object", where, f"a line is a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def parse_yaml(text: str, path: object) -> Any:

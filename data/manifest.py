@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.documents import parse_json
+from data.documents import read_objects
 from data.errors import DataError
 from moc.files import OutsideError, inside
 
@@ -21,7 +21,6 @@ Caption = str | tuple[str, ...]
 
 CUT_PREFIX = "[SHOT CUT]"
 MAX_CAPTION_CHARACTERS = 20_000
-_MAX_LINE_BYTES = 16_000_000
 _SCENE_FIELDS = frozenset({"id", "video", "image", "caption", "fps", "shots"})
 _SHOT_FIELDS = frozenset({"start", "end", "caption", "cut"})
 
@@ -104,23 +103,20 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
     if not path.is_file():
         raise DataError("missing-manifest", path, "no such file")
     first_line: dict[str, int] = {}
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                scene = _parse_line(raw, path, number)
-                if scene.id in first_line:
-                    raise DataError(
-                        "duplicate-id", f"{where} id", f"{scene.id!r} is already line {first_line[scene.id]}"
-                    )
-                first_line[scene.id] = number
-                resolve(root, scene.path, f"{where} {'video' if scene.video else 'image'}")
-            except DataError as error:
-                yield error
-            else:
-                yield scene
+    for number, fields in read_objects(path):
+        where = f"{path}:{number}"
+        try:
+            if isinstance(fields, DataError):
+                raise fields
+            scene = scene_from_dict(fields, where)
+            if scene.id in first_line:
+                raise DataError("duplicate-id", f"{where} id", f"{scene.id!r} is already line {first_line[scene.id]}")
+            first_line[scene.id] = number
+            resolve(root, scene.path, f"{where} {'video' if scene.video else 'image'}")
+        except DataError as error:
+            yield error
+        else:
+            yield scene
 
 
 def resolve(root: Path, relative: str, where: object) -> Path:
@@ -139,20 +135,6 @@ def resolve(root: Path, relative: str, where: object) -> Path:
     if missing:
         raise DataError("missing-file", where, f"{relative!r} is not in {root}")
     return path
-
-
-def _parse_line(raw: bytes, path: Path, number: int) -> SceneRecord:
-    where = f"{path}:{number}"
-    if len(raw) > _MAX_LINE_BYTES:
-        raise DataError("huge-line", where, f"{len(raw)} bytes in one line, at most {_MAX_LINE_BYTES}")
-    try:
-        text = raw.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise DataError("not-utf-8", where, f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
-    fields = parse_json(text, path, number)
-    if not isinstance(fields, dict):
-        raise DataError("not-an-object", where, f"a line is a JSON object, got {type(fields).__name__}")
-    return scene_from_dict(fields, where)
 
 
 def scene_from_dict(fields: dict, where: str) -> SceneRecord:

@@ -155,7 +155,6 @@ def test_unreadable_files(folder, text, kind):
     [
         ("captions.json", '{"a.mp4": "one",\n"b.mp4": "two",\n"a.mp4": "three"}', ":3: 'a.mp4'"),
         ("data.json", '[{"path": "b.mp4"},\n{"path": "a.mp4", "cap": "x", "cap": "y"}]', ":2: 'cap'"),
-        ("captions.jsonl", '{"path": "b.mp4"}\n\n{"path": "a.mp4", "cap": "x", "cap": "y"}', ":3: 'cap'"),
         ("data.csv", "path,text,text\na.mp4,x,y\n", ":1: the column 'text'"),
     ],
 )
@@ -176,3 +175,40 @@ def test_storymems_cuts_in_any_writing(folder, true):
     (folder / "data.json").write_text(json.dumps([{"path": "a.mp4", "scenes": scenes}]))
     (problem,) = find_scenes(folder).problems
     assert "cut: 'maybe' is not true or false" in str(problem)
+
+
+BAD_LINES = {
+    "not-json": b'{"video": "a.mp4", "caption"',
+    "not-utf-8": b'{"video": "caf\xe9.mp4"}',
+    "not-an-object": b'["a.mp4", "x"]',
+    "repeated-key": b'{"video": "a.mp4", "video": "a.mp4"}',
+    "huge-line": b'{"video": "' + b"x" * 16_000_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_bad_line_is_a_record_with_its_number_and_hides_no_other(folder, kind):
+    lines = [b'\xef\xbb\xbf{"video": "a.mp4", "caption": "first"}', b"", BAD_LINES[kind], b'{"video": "b.mp4"}\r', b""]
+    (folder / "captions.jsonl").write_bytes(b"\n".join(lines))
+    found = find_scenes(folder)
+    assert found.scenes == [video("a.mp4", "first"), video("b.mp4", "")]
+    assert [(problem.kind, problem.where) for problem in found.problems] == [(kind, f"{folder / 'captions.jsonl'}:3")]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_a_line_feed_ends_a_line(folder, mark):
+    """Marks that other programs take for line ends, and str.splitlines too, are part of the caption."""
+    caption = f"one{mark}two"
+    expected = [video("a.mp4", caption), video("videos/c.mp4", "third")]
+    if mark > " ":  # JSON takes no bare control character in a text
+        lines = [{"video": "a.mp4", "caption": caption}, {"video": "c.mp4", "caption": "third"}]
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+        assert find_scenes(folder).scenes == expected
+        (folder / "captions.jsonl").unlink()
+    (folder / "videos.txt").write_text("a.mp4\nc.mp4\n")
+    (folder / "prompts.txt").write_text(f"{caption}\nthird", encoding="utf-8")
+    assert find_scenes(folder).scenes == expected
+    (folder / "videos.txt").unlink()
+    (folder / "data.csv").write_text(f"video,caption\na.mp4,{caption}\nc.mp4,third\n", encoding="utf-8")
+    assert find_scenes(folder).scenes == expected
