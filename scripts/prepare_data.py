@@ -17,7 +17,7 @@ from data.prepare import prepare
 from data.process import joined
 from data.settings import PrepareConfig
 from data.sources import find_scenes, vocabulary
-from moc.training import join_processes
+from moc.training import join_processes, resolve_device
 from models import EncodersConfig, build_encoders
 
 
@@ -31,7 +31,8 @@ class Settings(PrepareConfig):
 @command("prepare", Settings)
 def main(settings: Settings) -> None:
     state = join_processes(settings.device == "cpu")
-    settings = replace(settings, device=str(state.device) if settings.device == "auto" else settings.device)
+    device = state.device if settings.device == "auto" else resolve_device(settings.device)
+    settings = replace(settings, device=str(device))
     found = find_scenes(settings.input, settings.output)
     encoders = build_encoders(settings.encoders, vocabulary(found))
     codec, text_encoder = encoders.codec.to(settings.device), encoders.text.to(settings.device)

@@ -5,6 +5,7 @@ import re
 import sys
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm import tqdm
 
@@ -107,3 +108,21 @@ def test_mistakes_on_the_command_line_are_one_line(capsys, argument, said):
     message = refusal(capsys, "train.py", argument, "parallel=cpu")
     assert re.match(f"error: .*({said})", message)
     assert "\n" not in message
+
+
+# Devices
+
+ABSENT = ["foo", "cuda:77", "meta", *([] if torch.cuda.is_available() else ["cuda"])]
+
+
+@pytest.mark.parametrize("device", ABSENT)
+def test_a_device_that_is_not_here_is_named(capsys, tmp_path, world, trained, device):
+    (tmp_path / "story.yaml").write_text("shots: [{prompt: A cat., seconds: 1}]")
+    refused = rf"error: device={device} is none that torch .* finds here; say one of auto, cpu"
+    for script, *arguments in (
+        ("sample.py", f"checkpoint={trained}", f"script={tmp_path / 'story.yaml'}", f"out={tmp_path / 'out'}"),
+        ("scripts/evaluate.py", f"checkpoint={trained}", "data.path=nowhere"),
+        ("scripts/prepare_data.py", f"input={world}", f"output={tmp_path / 'out'}"),
+    ):
+        assert re.match(refused, refusal(capsys, script, *arguments, f"device={device}"))
+    assert not (tmp_path / "out").exists()

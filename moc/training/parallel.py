@@ -54,5 +54,15 @@ def build_accelerator(config: ParallelConfig) -> Accelerator:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device a setting names; "auto" is the GPU where there is one."""
-    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    """The device a setting names; "auto" is the GPU where there is one. Raises UserError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device).cpu()
+    except Exception:  # of several types: an unknown name, a torch without CUDA, too large a number
+        here = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise UserError(
+            f"device={name} is none that torch {torch.__version__} finds here; say one of {', '.join(here)}"
+        ) from None
+    return device
