@@ -13,6 +13,7 @@ from pathlib import Path
 from moc.errors import UserError
 from moc.training.checkpoint import read_json, root_of
 from models.codec import Codec, CodecConfig, CodecKind
+from models.tensors import download_hint
 from models.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
 from models.vae import build_codec
 
@@ -60,6 +61,7 @@ def read_encoders(path: str | Path) -> EncodersConfig:
         raise UserError(
             f"{path} holds no encoders: neither {FILE}, which prepare_data and train.py write, nor "
             f"{', '.join(PIPELINE)} as a diffusers pipeline does; name a folder that does with encoders_path=FOLDER"
+            f"{download_hint(path)}"
         )
     return found
 

@@ -5,6 +5,7 @@ What cannot be read is one clear ValueError: a pickle, a truncated file, a folde
 
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,9 +27,7 @@ INDEX = ".safetensors.index.json"
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    "BOOL": torch.bool,
-}
+}  # of weights: whole numbers are those of a quantized release, which mean nothing without its scales
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Entry = tuple[str, torch.dtype, tuple[int, ...]]  # name, dtype and shape of a tensor to write
 Shapes = Mapping[str, tuple[int, ...]]
@@ -84,7 +83,10 @@ class TensorSource:
                 if name in self._place:
                     raise UserError(f"{name} is in {self._place[name][0]} and in {file}; fetch the folder again")
                 if piece.get_dtype() not in DTYPES:
-                    raise UserError(f"{file}: {name} is {piece.get_dtype()}; only {', '.join(DTYPES)} are read")
+                    raise UserError(
+                        f"{file}: {name} is {piece.get_dtype()}; weights of {', '.join(DTYPES)} are read: name a "
+                        "release that is not quantized"
+                    )
                 self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
                 self._place[name] = file, start
                 start += _num_bytes(self.dtypes[name], self.shapes[name])
@@ -97,6 +99,17 @@ class TensorSource:
         }
         if any(problems.values()):
             raise UserError(f"{self.path} is not what its index says: {listed(problems)}; fetch the folder again")
+
+
+def download_hint(path: str | Path) -> str:
+    """How to fetch what a path names, where it could be a repository of the Hugging Face hub; "" where it could not."""
+    match = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)", str(path))
+    if match is None or Path(path).parent.exists():
+        return ""
+    return (
+        f"; if it is a repository of the Hugging Face hub, fetch it (hf download {match[1]} --local-dir DIR) and name "
+        "the folder"
+    )
 
 
 def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -147,7 +160,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     if path.is_file():
         return [path], None
     if not path.is_dir():
-        raise UserError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist{download_hint(path)}")
     indexes, files = sorted(path.glob("*" + INDEX)), sorted(path.glob("*.safetensors"))
     if len(indexes) == 1:
         index = read_index(indexes[0])

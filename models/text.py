@@ -33,6 +33,7 @@ from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.fingerprint import fingerprint, weights_digest
 from models.strict import load_folder
+from models.tensors import download_hint
 
 END, UNKNOWN = "</s>", "[UNK]"
 CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("–—…")
@@ -217,7 +218,10 @@ class T5TextEncoder(TextEncoder):
         has_parts = (folder / "text_encoder").is_dir()
         model_folder = folder / "text_encoder" if has_parts else folder
         if not (model_folder / "config.json").is_file():
-            raise UserError(f"text.path={config.path!r} is not a folder of a T5 or UMT5 encoder (no config.json)")
+            raise UserError(
+                f"text.path={config.path!r} is not a folder of a T5 or UMT5 encoder (no config.json)"
+                f"{download_hint(config.path)}"
+            )
         settings = read_json(model_folder / "config.json")
         kind = settings.get("model_type")
         if kind not in T5_CLASSES:

@@ -20,6 +20,7 @@ from models.codec import Codec, CodecConfig, CodecKind, in_fp32
 from models.fingerprint import fingerprint, weights_digest
 from models.lapped import LappedCodec
 from models.strict import load_folder
+from models.tensors import download_hint
 
 TILE, TILE_STRIDE = 256, 192  # pixels, diffusers' own
 
@@ -50,6 +51,7 @@ class WanCodec(Codec):
         if kind != "AutoencoderKLWan":
             raise UserError(
                 f"codec.path={config.path!r} is not a diffusers folder of AutoencoderKLWan (its config.json: {kind})"
+                f"{download_hint(config.path)}"
             )
         self.vae = load_folder(file.parent, lambda: AutoencoderKLWan.from_config(record), torch.float32)
         self.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data.video import write_video
 from moc.diffusion.samplers import sample_shots
@@ -204,6 +204,51 @@ def test_sampling_from_what_is_no_model(capsys, tmp_path, script):
         arguments = (f"checkpoint={path}", f"script={script()}", f"out={tmp_path / 'film'}")
         assert_one_message(refusal(capsys, "sample.py", *arguments), path.name)
         assert not (tmp_path / "film").exists()
+
+
+def test_a_model_of_the_hub_is_fetched_first(capsys, tmp_path, script, trained):
+    name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    arguments = (f"script={script()}", f"out={tmp_path / 'film'}")
+    for wrong in (f"checkpoint={name}", f"checkpoint=https://huggingface.co/{name}"):
+        assert_one_message(refusal(capsys, "sample.py", wrong, *arguments), "does not exist", f"hf download {name} ")
+    wrong = (f"checkpoint={trained}", f"encoders_path={name}")
+    assert_one_message(refusal(capsys, "sample.py", *wrong, *arguments), f"hf download {name} ")
+    said = refusal(capsys, "sample.py", f"checkpoint={tmp_path}/run", *arguments)
+    assert_one_message(said, "does not exist")
+    assert "hf download" not in said
+
+
+def broken_weights(trained: Path, folder: Path, change) -> Path:
+    """The run's model, with one weight changed."""
+    shutil.copytree(trained / "checkpoints/step_0000003/ema", folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if name.endswith("ffn.0.weight"))
+    save_file(weights | {name: change(weights[name])}, file)
+    return folder
+
+
+def test_weights_that_are_not_finite_make_no_film(capsys, tmp_path, trained, script):
+    model = broken_weights(trained, tmp_path / "model", lambda weight: weight * torch.nan)
+    arguments = (f"checkpoint={model}", f"encoders_path={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
+    said = refusal(capsys, "sample.py", *arguments, "sampler.steps=2")
+    assert_one_message(said.splitlines()[-1], "shot 1, step 1 of 2", "not finite")
+    assert not [path for path in tmp_path.glob("film/**/*") if path.is_file()]
+
+
+def test_weights_of_whole_numbers_are_refused(capsys, tmp_path, trained, script):
+    model = broken_weights(trained, tmp_path / "model", lambda weight: (weight * 99).to(torch.int8))
+    arguments = (f"checkpoint={model}", f"encoders_path={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "ffn.0.weight is I8", "not quantized")
+    said = refusal(capsys, "sample.py", f"checkpoint={trained}", *arguments[2:], "dtype=int8")
+    assert_one_message(said, "dtype='int8'", "fp32, bf16")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1"])
+def test_a_guidance_scale_that_means_nothing(capsys, tmp_path, trained, script, scale):
+    arguments = (f"checkpoint={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
+    said = refusal(capsys, "sample.py", *arguments, f"sampler.guidance_scale={scale}")
+    assert_one_message(said, "sampler.guidance_scale", "finite")
 
 
 def test_a_checkpoint_with_the_encoders_of_another_model(capsys, tmp_path, trained, script, films):

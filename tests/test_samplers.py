@@ -225,8 +225,37 @@ def test_progress_counts_to_the_end():
     assert seen == [(step, 8) for step in range(1, 9)]
 
 
+@pytest.mark.parametrize("lag", [0.0, 0.4, 1.0])
+def test_a_latent_that_is_not_finite_ends_with_its_shot_and_step(lag):
+    """The second shot to be made breaks in its third step; a given one stands before both in the stream."""
+
+    class Breaking(Recording):
+        steps = 0
+
+        def __call__(self, latents, sigma, text, *others, **more):
+            velocity = super().__call__(latents, sigma, text, *others, **more)
+            shots = self.calls[-1][0]
+            if 2 in shots and 0 < sigma[shots.index(2)] < 1:
+                self.steps += 1
+            if self.steps == 2:
+                velocity[shots.index(2)] = velocity[shots.index(2)] * torch.nan
+            return velocity
+
+    config = SamplingConfig(5, lag=lag, **ONE_PASS)
+    with pytest.raises(FloatingPointError, match=r"shot 2, step 3 of 5: the latent is not finite"):
+        film(Breaking(entangled), config, story(3, given={0: torch.zeros(SHAPE)}))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"dense_steps": 51}, {"lag": 1.5}, {"history_sigma": 1.0}, {"context_shots": -1}]
+    "wrong",
+    [
+        *({"steps": 0}, {"dense_steps": 51}, {"lag": 1.5}, {"history_sigma": 1.0}, {"context_shots": -1}),
+        *({"guidance_scale": NAN}, {"guidance_scale": INF}, {"guidance_scale": -0.5}, {"lag": NAN}),
+        *({"high_noise_guidance_scale": -1.0}, {"high_noise_guidance_scale": NAN}, {"history_sigma": NAN}),
+    ],
 )
 def test_values_out_of_range_are_refused_by_name(wrong):
     (name,) = wrong

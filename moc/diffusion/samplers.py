@@ -13,6 +13,7 @@ and computes the new shot alone, with the same result.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -54,6 +55,9 @@ class SamplingConfig:
             raise UserError(f"sampler.steps={self.steps} must be at least 1")
         if not 0 <= self.dense_steps <= self.steps:
             raise UserError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
+        for name in ("guidance_scale", "high_noise_guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:  # nan neither
+                raise UserError(f"sampler.{name}={getattr(self, name)} must be finite and at least 0")
         if not 0 <= self.lag <= 1:
             raise UserError(f"sampler.lag={self.lag} must lie in [0, 1]: 0 is joint, 1 shot by shot")
         if not 0 <= self.history_sigma < 1:
@@ -97,6 +101,7 @@ def sample_shots(
     """Denoises a story; yields (index, clean latent [C, T, H, W]) of each shot as soon as it is finished, in order.
 
     `on_step(done, total)` reports progress; `routing_map` collects where the prompt's queries routed to.
+    Raises FloatingPointError where a latent is not finite any more, with its shot and step.
     """
     boundary = getattr(model, "boundary", None)
     if config.high_noise_guidance_scale and boundary is None:
@@ -122,8 +127,8 @@ def sample_shots(
             for i, s in zip(shots, sigma.tolist(), strict=True)
         ]
         stream = _Stream(shots, seen, sigma)
-        steps_done = int((table[: step + 1, moving[-1]] < 1).sum())  # of the shot that began last
-        attention = replace(moc, dense=True) if steps_done < config.dense_steps else moc
+        steps_done = (table[: step + 1] < 1).sum(dim=0).tolist()  # of each shot
+        attention = replace(moc, dense=True) if steps_done[moving[-1]] < config.dense_steps else moc
         is_high = boundary is not None and float(sigma.max()) >= boundary
         scale = (is_high and config.high_noise_guidance_scale) or config.guidance_scale
         observe = routing_map.observer(prompt.layout(stream, moc), shots, moving) if routing_map else None
@@ -139,6 +144,11 @@ def sample_shots(
             velocity = _guided_velocity(prompt, negative, stream, attention, scale, observe)
         for index in moving:
             latents[index] = latents[index] + float(after[index] - now[index]) * velocity[index]
+            if not latents[index].isfinite().all():
+                raise FloatingPointError(
+                    f"shot {unknown.index(index) + 1}, step {steps_done[index] + 1} of {config.steps}: the latent is "
+                    "not finite; weights may hold nan, or values overflow: try dtype=fp32, a lower guidance_scale"
+                )
         if on_step:
             on_step(step + 1, len(table) - 1)
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
