@@ -15,6 +15,7 @@ from itertools import accumulate
 from numbers import Integral
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int, int]
@@ -209,9 +210,12 @@ class ShotLayout:
             by_dtype.setdefault(getattr(self, name).dtype, []).append(name)
         for names in by_dtype.values():
             tensors = [getattr(self, name) for name in names]
-            packed = torch.cat(tensors).to(device, non_blocking=device.type != "cpu")  # there they are read at once
-            for name, part in zip(names, packed.split([t.numel() for t in tensors]), strict=True):
-                moved.__dict__[name] = part
+            # Each begins at 16 bytes, as a tensor of its own would: for others Triton compiles other kernels.
+            rooms = [-(-t.nbytes // 16) * 16 // t.itemsize for t in tensors]
+            padded = [F.pad(t, (0, room - len(t))) for t, room in zip(tensors, rooms, strict=True)]
+            packed = torch.cat(padded).to(device, non_blocking=device.type != "cpu")  # there they are read at once
+            for name, tensor, part in zip(names, tensors, packed.split(rooms), strict=True):
+                moved.__dict__[name] = part[: len(tensor)]
         return moved
 
     @property

@@ -193,7 +193,7 @@ def stages(case: Case) -> list[dict]:
             times[stage] += event.device_time_total / 1000
     q, k, v = (x.detach() for x in qkv)
     routes = moc.route(q, k, layout, config)
-    tile = triton_routed.blocks_for(q, layout.max_chunk_tokens).tile
+    tile = triton_routed.blocks_for(q, layout.chunk_tokens).tile
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
     kernel, calls = dense.choose(q, config.dense_kernel), anchors.anchor_calls(layout, config)
     out, lse = anchors.forward(kernel, q, k, v, layout.text_index, calls)

@@ -276,7 +276,7 @@ def test_the_operator_passes_opcheck():
     (q, k, v), _ = inputs(layout, head_dim=64)
     routes = triton_backend.route(q, k, layout, config)
     calls = [number for call in anchors.anchor_calls(layout, config) for number in call]
-    settings = (calls, layout.max_chunk_tokens, "fa2", True)
+    settings = (calls, layout.chunk_tokens, layout.max_chunk_tokens, "fa2", True)
     torch.library.opcheck(
         torch.ops.moc.attend,
         (q, k, v, routes, layout.chunk_cu_seqlens, layout.text_index, *settings),

@@ -213,6 +213,7 @@ def test_to_moves_every_table_and_leaves_the_original():
     for name, dtype in TABLES.items():
         tensor = getattr(moved, name)
         assert (tensor.device.type, tensor.dtype, tensor.shape) == ("meta", dtype, getattr(layout, name).shape)
+        assert tensor.storage_offset() * tensor.itemsize % 16 == 0
         assert getattr(layout, name).device.type == "cpu"
     assert layout.to("cpu").device == layout.device
     assert moved.rechunk(4).device.type == "meta"

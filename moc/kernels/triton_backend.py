@@ -47,7 +47,7 @@ def attend(
     calls = [number for call in anchors.anchor_calls(layout, config, first_query) for number in call]
     inputs = (
         q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, layout.text_index, calls,
-        layout.max_chunk_tokens, config.dense_kernel, config.deterministic,
+        layout.chunk_tokens, layout.max_chunk_tokens, config.dense_kernel, config.deterministic,
     )  # fmt: skip
     return _operator(*inputs)[0] if torch.compiler.is_compiling() else _Attend.apply(*inputs)
 
@@ -61,7 +61,7 @@ def _unpack(calls: Sequence[int]) -> list[AnchorCall]:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor, calls: Sequence[int],
-    max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
+    chunk_tokens: int, max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out [Lq, N, D], lse [N, Lq], and the tensors of the `Lists` for the backward."""
     kernel = dense.choose(q, dense_kernel, deterministic)
@@ -69,21 +69,23 @@ def _forward(
     if not routes.numel():
         none = [routes.new_empty(0) for _ in range(4)]
         return out, lse, none[0], none[1], none[2], none[3]
-    lists = build_lists(routes, chunk_starts.numel() - 1, blocks_for(q, max_chunk_tokens).tile)
-    lse = routed_forward(q, k, v, out, lse, lists, routes, chunk_starts, max_chunk_tokens)
+    blocks = blocks_for(q, chunk_tokens)
+    lists = build_lists(routes, chunk_starts.numel() - 1, blocks.tile)
+    lse = routed_forward(q, k, v, out, lse, lists, routes, chunk_starts, blocks)
     return out, lse, lists.entries, lists.starts, lists.tile_starts, lists.tile_list
 
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entries: Tensor, starts: Tensor,
     tile_starts: Tensor, tile_list: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor,
-    calls: Sequence[int], max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
+    calls: Sequence[int], chunk_tokens: int, max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kernel = dense.choose(q, dense_kernel, deterministic)
     grads = anchors.backward(kernel, dout, q, k, v, out, lse, text_index, _unpack(calls), deterministic)
     if routes.numel():
-        lists = Lists(entries, starts, tile_starts, tile_list, blocks_for(q, max_chunk_tokens).tile)
-        routed_backward(dout, q, k, v, out, lse, grads, lists, routes, chunk_starts, max_chunk_tokens)
+        blocks = blocks_for(q, chunk_tokens)
+        lists = Lists(entries, starts, tile_starts, tile_list, blocks.tile)
+        routed_backward(dout, q, k, v, out, lse, grads, lists, routes, chunk_starts, blocks, max_chunk_tokens)
     return grads
 
 
@@ -102,7 +104,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         anchors.refuse_second_derivative("triton")
-        return *_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), *(None,) * 7
+        return *_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), *(None,) * 8
 
 
 _operator = torch.library.custom_op("moc::attend", _forward, mutates_args=())
@@ -125,7 +127,7 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, ...
 
 def _differentiate(ctx, dout: Tensor, *_):
     grads = _backward_operator(dout.contiguous(), *ctx.saved_tensors, *ctx.settings)
-    return *grads, *(None,) * 7
+    return *grads, *(None,) * 8
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

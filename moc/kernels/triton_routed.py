@@ -60,18 +60,21 @@ SMALL_CHUNK = 200  # tokens
 MUCH_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))  # capabilities with 160 KiB or more a block: data-centre chips
 
 
-def blocks_for(q: Tensor, max_chunk_tokens: int) -> Blocks:
-    """The block sizes for q's dtype and device."""
+def blocks_for(q: Tensor, chunk_tokens: int) -> Blocks:
+    """The block sizes for q's dtype and device and a layout's `chunk_tokens`.
+
+    The layout's largest chunk changes with every stream, and for other blocks the kernels would be compiled anew.
+    """
     if q.dtype == torch.float32:
         return FULL
     if not has_much_memory(q):
         return HALF_SMALL_MEMORY
-    return HALF_SMALL_CHUNKS if max_chunk_tokens < SMALL_CHUNK else HALF
+    return HALF_SMALL_CHUNKS if chunk_tokens < SMALL_CHUNK else HALF
 
 
 def has_much_memory(x: Tensor) -> bool:
     """Whether a program may use 160 KiB of shared memory; on a CPU, interpreted, it may."""
-    return not x.is_cuda or capability(x.device) in MUCH_SHARED_MEMORY
+    return capability(x.device) in (None, *MUCH_SHARED_MEMORY)
 
 
 def use_tma(x: Tensor) -> bool:
@@ -116,13 +119,12 @@ def routed_forward(
     lists: Lists,
     routes: Tensor,
     chunk_starts: Tensor,
-    max_chunk_tokens: int,
+    blocks: Blocks,
 ) -> Tensor:
     """Adds the routed part to `out` [L, N, D], in place; returns `lse` [N, L] with it."""
     num_tokens, _, head_dim = q.shape
     num_chunks, num_slots, stride = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0)
     shape, tma = {"D": head_dim, "DP": padded(head_dim)}, use_tma(k)
-    blocks = blocks_for(q, max_chunk_tokens)
     key_sources = [_key_source(x, blocks.forward["BN"], tma) for x in (k, v)]
     partial_lse = torch.empty(routes.shape, dtype=torch.float32, device=q.device)
     merged_lse = torch.empty_like(lse)
@@ -143,7 +145,7 @@ def routed_forward(
 
 def routed_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grads: Sequence[Tensor], lists: Lists,
-    routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
+    routes: Tensor, chunk_starts: Tensor, blocks: Blocks, max_chunk_tokens: int,
 ) -> None:  # fmt: skip
     """Adds the routed part's gradients to `grads` (dq, dk, dv), in place."""
     num_tokens, num_heads, head_dim = q.shape
@@ -152,23 +154,22 @@ def routed_backward(
     kernels.delta_kernel[(cdiv(num_tokens, 64), num_heads)](
         out, dout, delta, num_tokens, q.stride(0), D=head_dim, DP=padded(head_dim), BT=64
     )
-    _add_dkv(dout, q, k, v, lse, delta, dk, dv, lists, routes, chunk_starts, max_chunk_tokens)
-    _add_dq(dout, q, k, v, lse, delta, dq, lists, routes, chunk_starts, max_chunk_tokens)
+    _add_dkv(dout, q, k, v, lse, delta, dk, dv, lists, routes, chunk_starts, blocks.dkv, max_chunk_tokens)
+    _add_dq(dout, q, k, v, lse, delta, dq, lists, routes, chunk_starts, blocks.dq)
 
 
 def _add_dkv(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, lists: Lists,
-    routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
+    routes: Tensor, chunk_starts: Tensor, block: dict[str, int], max_chunk_tokens: int,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, head_dim = q.shape
     num_chunks, num_slots, stride, scale = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
-    shape, block = {"D": head_dim, "DP": padded(head_dim)}, blocks_for(q, max_chunk_tokens).dkv
-    tma = use_tma(k)
+    shape, tma = {"D": head_dim, "DP": padded(head_dim)}, use_tma(k)
     num_lists, num_blocks = num_heads * num_chunks, cdiv(max_chunk_tokens, block["BN"])
     all_tiles = max_tiles(routes.numel(), num_lists, lists.tile)
     num_tiles = min(all_tiles, cdiv(_partial_numbers(q) // head_dim, lists.tile))
 
-    terms = 3 if q.is_cuda and q.dtype != torch.float32 else 1
+    terms = 3 if capability(q.device) and q.dtype != torch.float32 else 1
     q_list, dout_list = (q.new_empty(num_tiles * lists.tile, head_dim) for _ in range(2))
     terms_dtype = torch.bfloat16 if terms == 3 else torch.float32
     terms_list = torch.zeros(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)
@@ -186,12 +187,11 @@ def _add_dkv(
 
 def _add_dq(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, lists: Lists,
-    routes: Tensor, chunk_starts: Tensor, max_chunk_tokens: int,
+    routes: Tensor, chunk_starts: Tensor, block: dict[str, int],
 ) -> None:  # fmt: skip
     num_tokens, _, head_dim = q.shape
     num_chunks, num_slots, stride, scale = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
-    shape, block = {"D": head_dim, "DP": padded(head_dim)}, blocks_for(q, max_chunk_tokens).dq
-    tma = use_tma(k)
+    shape, tma = {"D": head_dim, "DP": padded(head_dim)}, use_tma(k)
     key_sources = [_key_source(x, block["BN"], tma) for x in (k, v)]
     for first, last in _head_groups(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)

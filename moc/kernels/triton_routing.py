@@ -74,7 +74,9 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
     return values, kept
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"], do_not_specialize_on_alignment=["token_chunk"]
+)
 def route_kernel(
     q, means, routes, counts, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
     sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moc.kernels.dense import capability
 from moc.kernels.sizes import cdiv, next_power_of_2
 from moc.kernels.triton_bounds import candidate_bounds, chunk_scores
 from moc.kernels.triton_kernels import load_rows
@@ -58,7 +59,9 @@ def _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text):
     return tl.where(video & (skipped == 0), 0.0, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"], do_not_specialize_on_alignment=["token_chunk"]
+)
 def bound_kernel(
     q, means, slack, bounds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
     sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
@@ -97,7 +100,10 @@ def bound_kernel(
         tl.store(bounds + head.to(tl.int64) * num_tokens + token, tl.where(enough, low, LOWEST), mask=valid)
 
 
-@triton.jit(do_not_specialize=["first_head", "num_tokens", "num_heads", "num_chunks"])
+@triton.jit(
+    do_not_specialize=["first_head", "num_tokens", "num_heads", "num_chunks"],
+    do_not_specialize_on_alignment=["token_chunk"],
+)
 def list_kernel(
     q, means, bounds, lists, counts, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk,
     group_shot, sample_first_chunk, first_head, num_tokens, num_heads, num_chunks, stride,
@@ -166,8 +172,8 @@ def select_kernel(
 
 def shortlist_pays(q: Tensor, top_k: int) -> bool:
     """Whether a shortlist is faster than ranking as one walks, on the devices it was measured on."""
-    fits = q.dtype != torch.float32 and has_much_memory(q)
-    return 16 < top_k <= GROUPS // 2 and (fits or not q.is_cuda)
+    measured = q.dtype != torch.float32 and has_much_memory(q)
+    return 16 < top_k <= GROUPS // 2 and (measured or not capability(q.device))
 
 
 def room_for(top_k: int) -> int:

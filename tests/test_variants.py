@@ -1,0 +1,69 @@
+"""How often kernels are compiled: once for each kind of model and settings, whatever the streams' lengths.
+
+Triton compiles a kernel anew for other types and constants, for integers that are 1 or multiples of 16, and for
+pointers that are no multiples of 16 bytes. What it would compile is counted here over many packs.
+"""
+
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+
+import moc
+from tests.strategies import attention_tensors
+from tests.test_kernels_cpu import interpreted
+
+CONFIGS = {
+    "causal": moc.MoCConfig(chunk_tokens=256, top_k=5, text_anchor="global_and_own"),
+    "not_causal": moc.MoCConfig(chunk_tokens=64, top_k=5, causal=False, own_anchor="chunk"),
+    "many_routes": moc.MoCConfig(chunk_tokens=16, top_k=20, causal=False),
+}
+
+
+def random_stream(rng: random.Random, chunk_tokens: int) -> moc.ShotLayout:
+    """A pack of one to three samples: stills, shots of one token and of several chunks, absent texts."""
+
+    def shot() -> moc.Shot:
+        return moc.Shot(rng.choice((0, 1, 5, 16)), (rng.randint(1, 9), rng.randint(1, 9), rng.choice((1, 4, 16))))
+
+    samples = [
+        moc.ShotLayout.build([shot() for _ in range(rng.randint(1, 4))], rng.choice((0, 1, 7)), chunk_tokens)
+        for _ in range(rng.randint(1, 3))
+    ]
+    return moc.ShotLayout.pack(samples)
+
+
+def as_on_a_device(layout: moc.ShotLayout, monkeypatch: pytest.MonkeyPatch) -> moc.ShotLayout:
+    """`layout` with its tables where `to` puts them on a device."""
+    with monkeypatch.context() as patch:
+        patch.setattr(moc.ShotLayout, "device", torch.device("meta"))
+        return layout.to("cpu")
+
+
+def train_and_sample(layout: moc.ShotLayout, config: moc.MoCConfig) -> None:
+    """Attention with drops, forward and backward, then without gradients and from a later shot on."""
+    q, k, v = attention_tensors(layout, dtype=torch.bfloat16, num_heads=3, head_dim=64, requires_grad=True)
+    drops = moc.DropKey(seed=0, step=layout.num_tokens)
+    moc.moc_attention(q, k, v, layout, config, backend="triton", drops=drops).sum().backward()
+    with torch.no_grad():
+        for first in (0, layout.groups[-1].start):
+            moc.moc_attention(q[first:], k, v, layout, config, backend="triton", first_query=first)
+
+
+@interpreted
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kernels_are_compiled_once_whatever_the_stream(name, capability, monkeypatch):
+    from moc.kernels import ahead
+
+    rng, config = random.Random(0), CONFIGS[name]
+    with ahead.recorded(capability) as launches:
+        for _ in range(12):
+            train_and_sample(as_on_a_device(random_stream(rng, config.chunk_tokens), monkeypatch), config)
+    variants = defaultdict(set)
+    for launch in launches:
+        variants[launch.name].add(launch.variant)
+    assert {"route_kernel", "drop_kernel", "place_kernel", "merge_kernel", "dkv_kernel", "dq_kernel"} <= set(variants)
+    several = {kernel: keys for kernel, keys in variants.items() if len(keys) > 1}
+    assert not several, "\n".join(key for keys in several.values() for key in sorted(keys))
