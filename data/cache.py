@@ -14,7 +14,6 @@ may fill it. Each scene is on disk as soon as it is added, so that a restarted r
 
 import hashlib
 import json
-import uuid
 import zlib
 from dataclasses import dataclass, field
 from itertools import count
@@ -26,10 +25,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from data.errors import DataError
+from data.records import read_record, write_record, write_whole
 
 CACHE_FORMAT = 1
 INDEX, COMPLETE = "index.json", "complete"
-PARTIAL = ".partial"
 NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
 
 
@@ -144,10 +143,10 @@ class CacheWriter:
         names = (f"{kind}-{self.writer}-{number:05d}.safetensors" for number in count())
         file = next(name for name in names if name not in self._parts)
         payload = save(content.tensors)
-        part = {"file": file, "bytes": len(payload), "scenes": content.scenes, "text": content.text}
+        record = {"bytes": len(payload), "scenes": content.scenes, "text": content.text}
         write_whole(self.folder / file, payload)
-        write_whole((self.folder / file).with_suffix(".json"), json.dumps(part).encode())
-        self._parts[file] = part
+        write_record((self.folder / file).with_suffix(".json"), record)
+        self._parts[file] = record | {"file": file}
         return file
 
     def _finite(self, tensor: Tensor, where: str) -> Tensor:
@@ -158,11 +157,18 @@ class CacheWriter:
 
 
 def read_parts(folder: Path) -> list[dict]:
-    """What each whole shard of the folder holds, in the order of their names; one deleted or cut short is passed
-    over, so that its scenes are made again."""
-    records = sorted([*folder.glob("scene-*.json"), *folder.glob("shard-*.json")])
-    parts = [json.loads(path.read_text()) for path in records]
-    return [part for part in parts if _size(folder / part["file"]) == part["bytes"]]
+    """What each whole shard of the folder holds, in the order of their names; one deleted or cut short, or whose record
+    is, is passed over, so that its scenes are made again."""
+    parts = []
+    for path in _records(folder):
+        record, file = read_record(path), path.with_suffix(".safetensors")
+        if record is not None and _size(file) == record["bytes"]:
+            parts.append(record | {"file": file.name})
+    return parts
+
+
+def _records(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("scene-*.json"), *folder.glob("shard-*.json")])
 
 
 def whole_scenes(parts: list[dict]) -> set[str]:
@@ -183,9 +189,13 @@ def remove_part(path: Path) -> None:
 
 
 def remove_damaged(folder: Path) -> list[DataError]:
-    """Delete shards that fail a checksum or cannot be read, with their records, and say which; what they held is
-    made again by the next run."""
-    damaged = []
+    """Delete shards that fail a checksum or cannot be read, with their records, and say which, and which records cannot
+    be read; what they held is made again by the next run."""
+    damaged = [
+        DataError("damaged-record", path, "is not as it was written; the scenes of its shard are made again")
+        for path in _records(folder)
+        if read_record(path) is None
+    ]
     for part in read_parts(folder):
         path = folder / part["file"]
         if not _intact(path, part):
@@ -200,9 +210,11 @@ def _intact(path: Path, part: dict) -> bool:
         wanted |= {f"{scene['key']}/{i}": shot["crc32"] for i, shot in enumerate(scene["shots"]) if "crc32" in shot}
     try:
         with safe_open(path, framework="pt") as file:
-            return all(checksum(file.get_tensor(name)) == crc32 for name, crc32 in wanted.items())
+            stored = all(checksum(file.get_tensor(name)) == crc32 for name, crc32 in wanted.items())
     except (SafetensorError, OSError):
         return False
+    videos = {scene["frames"].get("video_index") for scene in part["scenes"] if "frames" in scene} - {None}
+    return stored and all(read_record(path.parent / name) is not None for name in videos)
 
 
 def _size(path: Path) -> int:
@@ -236,18 +248,3 @@ def finish(folder: Path, recipe: dict, keys: list[str]) -> int:
     write_whole(folder / INDEX, json.dumps(index).encode())
     write_whole(folder / COMPLETE, f"{len(chosen)} scenes\n".encode())
     return len(chosen)
-
-
-def write_whole(path: Path, payload: bytes) -> None:
-    """Write beside, then rename, so that `path` is never half-written, even by two at once. Raises DataError
-    (cannot-write)."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(payload)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(
-            "cannot-write", path, f"{error.strerror}; free or choose another place, then run again to resume"
-        ) from error

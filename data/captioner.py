@@ -5,7 +5,6 @@ A sample gets a global caption "[character] ... [environment] ... [story] ...", 
 Answers are kept in files, so that a restarted run asks for no sample twice.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.cache import digest, write_whole
+from data.cache import digest
 from data.decoders import open_video
 from data.errors import DataError
 from data.images import read_image
 from data.manifest import Caption, captions, check_caption
 from data.planning import SamplePlan, replan
+from data.records import read_record, write_record
 
 TAGS = ("[character]", "[environment]", "[story]")
 _FRAMES_OF_SHOT = 4
@@ -95,7 +95,7 @@ class SampleCaptioner:
 
     def has(self, plan: SamplePlan) -> bool:
         """Whether the model was asked before."""
-        return self._record(plan).is_file()
+        return read_record(self._record(plan)) is not None
 
     def make(self, plan: SamplePlan) -> None:
         """Ask for a plan's captions. Raises DataError (bad-answer, and those of reading)."""
@@ -104,13 +104,13 @@ class SampleCaptioner:
         question = _GLOBAL_QUESTION.format(frames=len(few) // len(shots), shots=len(shots))
         whole = self._ask(plan, few, question, tagged=True)
         parts = [self._ask(plan, pictures, _SHOT_QUESTION.format(scene=whole)) for pictures in shots]
-        write_whole(self._record(plan), json.dumps({"global": whole, "shots": parts}).encode())
+        write_record(self._record(plan), {"global": whole, "shots": parts})
 
     def apply(self, plan: SamplePlan) -> SamplePlan:
         """The plan with its captions; as it is, if there are none for it."""
-        if not self.has(plan):
+        answers = read_record(self._record(plan))
+        if answers is None:
             return plan
-        answers = json.loads(self._record(plan).read_text())
         shots = tuple(
             replace(shot, caption=lengths(text)) for shot, text in zip(plan.scene.shots, answers["shots"], strict=False)
         )

@@ -12,8 +12,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.cache import write_whole
 from data.errors import DataError
+from data.records import write_whole
 from moc.errors import UserError
 
 CREDIT = "Big Buck Bunny, (c) 2008 Blender Foundation, www.bigbuckbunny.org, licensed CC-BY 3.0"

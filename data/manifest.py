@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.documents import read_objects
 from data.errors import DataError
+from data.records import write_whole
 from moc.files import OutsideError, inside
 
 Caption = str | tuple[str, ...]
@@ -74,13 +75,8 @@ def shot_prompt(caption: str, cut: bool) -> str:
 
 def write_manifest(path: str | Path, scenes: Iterable[SceneRecord]) -> None:
     """Write one line a scene; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for scene in scenes:
-            file.write(json.dumps(scene.to_dict(), ensure_ascii=False) + "\n")
-    partial.replace(path)
+    lines = [json.dumps(scene.to_dict(), ensure_ascii=False) + "\n" for scene in scenes]
+    write_whole(Path(path), "".join(lines).encode())
 
 
 def load_manifest(path: str | Path, root: str | Path | None = None) -> list[SceneRecord]:

@@ -3,7 +3,6 @@
 Slower to train on, and nothing to store; a codec in loader workers runs on the CPU. The latents equal stored ones.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from data.bucketing import read_shots
-from data.cache import digest, write_whole
+from data.cache import digest
 from data.errors import DataError
 from data.interfaces import Codec
 from data.planning import SamplePlan
+from data.records import parse_record, read_record, write_record
 from data.store import FileStore
 from data.video import VideoIndex
 
@@ -36,18 +36,22 @@ def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> 
         return frames
     index = asdict(plan.index)
     name = f"videos/{digest({'file': frames['file'], 'index': index})}.json"
-    if not (cache / name).is_file():
-        write_whole(cache / name, json.dumps(index).encode())
+    if read_record(cache / name) is None:
+        write_record(cache / name, index)
     return frames | {"video_index": name, "indices": plan.indices}
 
 
 def encode_frames(frames: dict, store: FileStore, codec: Codec, dtype: torch.dtype) -> list[Tensor]:
-    """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: missing-file, broken, ..."""
+    """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: missing-file, damaged-record,
+    and those of reading."""
     path, index = Path(frames["file"]), None
     if not path.is_file():
         raise DataError("missing-file", path, "no such file, but the cache names it; prepare again where it lies now")
     if "video_index" in frames:
-        fields = json.loads(store.read_bytes(frames["video_index"]))
+        fields = parse_record(store.read_bytes(frames["video_index"]))
+        if fields is None:
+            where = f"{store.url}/{frames['video_index']}"
+            raise DataError("damaged-record", where, "is not as it was written; run scripts/prepare_data.py again")
         index = VideoIndex(**fields | {key: fields[key] and tuple(fields[key]) for key in ("times", "pts")})
     shots = read_shots(path, frames["decoder"], index, frames.get("indices", ()), frames["size"])
     return [latent.to(dtype) for latent in map(codec.shot_encoder(), shots)]

@@ -11,7 +11,6 @@ bad file never stops a run (unless `strict`): it becomes a named record of the r
     output/report.json, report.html, thumbnails/
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from data.cache import PARTIAL, CacheWriter, digest, finish, read_parts, remove_damaged, whole_scenes, write_whole
+from data.cache import CacheWriter, digest, finish, read_parts, remove_damaged, whole_scenes
 from data.captioner import Captioner, SampleCaptioner, TransformersCaptioner
 from data.decoders import check_decoder
 from data.encode import SampleEncoder
@@ -28,11 +27,13 @@ from data.interfaces import Codec, TextEncoder
 from data.manifest import write_manifest
 from data.planning import SamplePlan, ShotRule, doubts, plan_scene
 from data.process import Process, held
+from data.records import read_record, write_record
 from data.report import Report
 from data.scan import Scan, scan_video
 from data.settings import PrepareConfig
 from data.shots import build_detector
 from data.sources import MANIFEST, Found, find_scenes
+from moc.files import PARTIAL
 
 _LATE_SECONDS = 90  # a network file system may show a file to other hosts that much later
 
@@ -220,18 +221,18 @@ class _Run:
         finally:
             writer.flush()
         self.report.seconds["encode"] = time.perf_counter() - start
-        write_whole(self._failures(rank), json.dumps(self.failures).encode())
+        write_record(self._failures(rank), self.failures)
 
     def _outcome(self, plans: list[SamplePlan]) -> set[str]:
         """Keys of the samples stored by all processes; reports those that failed. What other hosts wrote may show here
         late. Raises DataError (lost-work) where a sample is neither, so that no cache lacks one silently."""
         for _ in range(_LATE_SECONDS + 1):
-            notes = [self._failures(rank) for rank in range(self.process.world_size)]
-            failures = [failure for path in notes if path.is_file() for failure in json.loads(path.read_text())]
+            notes = [read_record(self._failures(rank)) for rank in range(self.process.world_size)]
+            failures = [failure for note in notes if note is not None for failure in note]
             done = whole_scenes(read_parts(self.cache))
             settled = done | {key for *_, key in failures}
             lost = [plan.scene.id for plan in plans if plan.key not in settled]
-            if not lost and all(path.is_file() for path in notes):
+            if not lost and None not in notes:
                 for *fields, _ in failures:
                     self.report.add_problem(DataError(*fields))
                 return done

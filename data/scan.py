@@ -1,6 +1,5 @@
 """First stage of preparing: decode each video once, for its exact frames and its shots, and remember both."""
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-from data.cache import digest, write_whole
+from data.cache import digest
 from data.errors import DataError
+from data.records import read_record, write_record
 from data.shots import ShotDetector, Span
 from data.video import VideoIndex, estimated_frames, scan
 
@@ -40,10 +40,11 @@ def scan_video(root: Path, relative: str, folder: Path, detector: ShotDetector |
         "version": _VERSION,
     }
     record = folder / f"{digest(made_of)}.json"
-    if record.is_file():
-        return _from_json(json.loads(record.read_text()))
+    fields = read_record(record)
+    if fields is not None:
+        return _from_json(fields)
     result = _scan_now(root / relative, detector, progress)
-    write_whole(record, json.dumps(_to_json(result)).encode())
+    write_record(record, _to_json(result))
     return result
 
 

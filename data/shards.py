@@ -15,6 +15,7 @@ from data.interfaces import Codec
 from data.online import LoadCodec, encode_frames
 from data.store import FileStore
 
+_TEXT_FIELDS = ("shape", "crc32", "shard")
 _MAX_OPEN = 64  # shards a process keeps open
 REMEDY = "run scripts/prepare_data.py again: it makes only what is missing"
 
@@ -49,18 +50,11 @@ class Cache:
         self._codec: Codec | None = None
         if store.size(COMPLETE) is None:
             raise DataError("unfinished-cache", store.url, f"is not a finished cache; {REMEDY}")
-        try:
-            index = json.loads(store.read_bytes(INDEX))
-        except (OSError, ValueError) as error:
-            raise DataError("damaged-index", f"{store.url}/{INDEX}", f"cannot be read ({error}); {REMEDY}") from error
-        if index["format"] != CACHE_FORMAT:
-            raise DataError(
-                "other-format", store.url, f"cache format {index['format']}, this code reads {CACHE_FORMAT}"
-            )
+        index = _read_index(store)
         self.recipe: dict = index["recipe"]
         self.text: dict[str, dict] = index["text"]
-        self.scenes = [_scene(entry) for entry in index["scenes"]]
-        self._shards = [shard["file"] for shard in index["shards"]]
+        self.scenes: list[CachedScene] = index["scenes"]
+        self._shards: list[str] = [shard["file"] for shard in index["shards"]]
         self._open: dict[int, Any] = {}
         for shard in index["shards"]:
             self._check_size(shard["file"], shard["bytes"])
@@ -129,6 +123,42 @@ class Cache:
         if checksum(tensor) != crc32:
             raise DataError("damaged-shard", where, f"{name!r} fails its checksum; delete the shard and {REMEDY}")
         return tensor
+
+
+def _read_index(store: FileStore) -> dict:
+    """The index, its scenes typed, and all that they refer to there. Raises DataError: damaged-index, other-format."""
+    where = f"{store.url}/{INDEX}"
+    try:
+        index = json.loads(store.read_bytes(INDEX))
+        number = index["format"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError("damaged-index", where, f"cannot be read ({_reason(error)}); {REMEDY}") from error
+    if number != CACHE_FORMAT:
+        raise DataError("other-format", store.url, f"cache format {number}, this code reads {CACHE_FORMAT}")
+    try:
+        index["recipe"] = dict(index["recipe"])
+        index["shards"] = [{"file": str(shard["file"]), "bytes": int(shard["bytes"])} for shard in index["shards"]]
+        index["text"] = {key: {name: entry[name] for name in _TEXT_FIELDS} for key, entry in index["text"].items()}
+        index["scenes"] = [_scene(entry) for entry in index["scenes"]]
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        reason = f"is not what prepare_data writes ({_reason(error)})"
+        raise DataError("damaged-index", where, f"{reason}; {REMEDY}") from error
+    lost = _unstored(index)
+    if lost:
+        raise DataError("damaged-index", where, f"does not say where {lost[0]!r} is stored; {REMEDY}")
+    return index
+
+
+def _unstored(index: dict) -> list[str]:
+    """What the index names and stores nowhere."""
+    shards, text = range(len(index["shards"])), index["text"]
+    keys = {key for scene in index["scenes"] for variant in scene.text_keys for key in variant}
+    homeless = [key for key, entry in text.items() if entry["shard"] not in shards]
+    return [*sorted(keys - text.keys()), *homeless, *(s.id for s in index["scenes"] if s.shard not in shards)]
+
+
+def _reason(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
 
 
 def _scene(entry: dict) -> CachedScene:

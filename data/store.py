@@ -7,10 +7,9 @@ from pathlib import Path
 import fsspec
 
 from data.errors import DataError
-from moc.files import OutsideError, inside
+from moc.files import PARTIAL, OutsideError, inside
 
-# Only the cache gives files these endings, so that making room never takes a file of the user's.
-_COPY, _PARTIAL = ".moc-copy", ".moc-partial"
+_COPY = ".moc-copy"  # an ending that nobody else gives a file, so that making room never takes one of the user's
 
 
 class FileStore:
@@ -95,7 +94,7 @@ class FileStore:
     def _fetch(self, name: str, copy: Path) -> None:
         fs, path = self._place(name)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             fs.get_file(path, str(partial))
             partial.replace(copy)
@@ -119,7 +118,7 @@ class FileStore:
 def _uses(folder: Path) -> list[tuple[float, int, Path]]:
     """(last use, bytes, path) of each copy, unfinished ones of killed processes too; others may be deleting them."""
     found = []
-    for path in [*folder.rglob(f"*{_COPY}"), *folder.rglob(f".*{_PARTIAL}")]:
+    for path in [*folder.rglob(f"*{_COPY}"), *folder.rglob(f".*{PARTIAL}")]:
         try:
             stat = path.stat()
         except FileNotFoundError:

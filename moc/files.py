@@ -10,7 +10,7 @@ import filelock
 
 from moc.errors import UserError
 
-PARTIAL = ".partial"
+PARTIAL = ".moc-partial"  # an ending that nobody else gives a file
 LOCK = ".lock"
 
 

@@ -23,7 +23,7 @@ from data.benchmark import (
     measure_loader,
     write_random_cache,
 )
-from data.cache import write_whole
+from data.records import write_whole
 
 
 @command("benchmark_data", DataBenchmarkConfig)

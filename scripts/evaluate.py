@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 from configs.command import command
-from data.cache import write_whole
 from data.dataset import DataConfig
 from data.loader import Validation, build_loader
+from data.records import write_whole
 from moc.errors import UserError
 from moc.training import Validator, find_checkpoint, resolve_device, rivals
 from moc.training.checkpoint import read_settings

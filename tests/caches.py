@@ -1,5 +1,6 @@
 """Small caches of made-up latents for tests: each scene's values tell its number."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -28,3 +29,26 @@ def write_cache(folder: Path, scenes: list[EncodedScene], recipe: dict | None = 
     writer.flush()
     finish(folder, recipe, [item.key for item in scenes])
     return folder
+
+
+# How a record, a small JSON file, comes to be not as it was written
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def alter(path: Path) -> None:
+    """Still JSON, and of the same form: one value is another."""
+    path.write_text(re.sub(r"[1-9]", lambda digit: str(int(digit[0]) % 9 + 1), path.read_text(), count=1))
+
+
+def replace_all(path: Path) -> None:
+    path.write_text('{"format": 1}')
+
+
+RECORD_FAULTS = [empty, cut, alter, replace_all]

@@ -12,11 +12,12 @@ import fsspec
 import pytest
 import torch
 
-from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts, write_whole
+from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts
 from data.errors import DataError
+from data.records import write_whole
 from data.shards import Cache, open_cache
 from data.store import FileStore
-from tests.caches import RECIPE, scene, write_cache
+from tests.caches import RECIPE, RECORD_FAULTS, scene, write_cache
 
 
 def test_round_trip_over_several_shards(tmp_path):
@@ -113,6 +114,21 @@ def test_a_deleted_shard_is_made_again(tmp_path):
     assert cache.latents(cache.scenes[1])[0].unique() == 1
 
 
+@pytest.mark.parametrize("harm", RECORD_FAULTS)
+def test_a_shard_whose_record_is_not_as_written_is_made_again(tmp_path, harm):
+    scenes = [scene(n) for n in range(3)]
+    write_cache(tmp_path, scenes, shard_bytes=1)
+    harm(tmp_path / "shard-0-00001.json")
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
+    lost = {item.key for item in scenes} - writer.done
+    assert len(lost) == 1
+    for item in scenes:
+        if item.key in lost:
+            writer.add(item)
+    assert finish(tmp_path, RECIPE, [s.key for s in scenes]) == 3
+    read_all(tmp_path)
+
+
 def flip_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-10] ^= 0x40
@@ -147,6 +163,26 @@ def test_damage_is_named(tmp_path, kind, harm):
     with pytest.raises(DataError) as caught:
         read_all(tmp_path)
     assert caught.value.kind == kind
+
+
+def test_an_index_that_prepare_did_not_write_is_one_clear_line(tmp_path):
+    """Each field in turn is missing, of another type, or names what is not there."""
+    path = write_cache(tmp_path, [scene(0)]) / "index.json"
+    index = json.loads(path.read_text())
+    changes = [{"format": 1}, [], 7, "x", None, index | {"scenes": [{"id": "a"}]}, index | {"text": {}}]
+    changes += [{name: value for name, value in index.items() if name != lost} for lost in index]
+    changes += [index | {name: wrong} for name in index for wrong in (None, 3, ["x"])]
+    changes += [index | {"shards": []}, index | {"scenes": [index["scenes"][0] | {"shard": 99}]}]
+    for changed in changes:
+        path.write_text(json.dumps(changed))
+        with pytest.raises(DataError) as caught:
+            open_cache(tmp_path)
+        assert caught.value.kind in ("damaged-index", "other-format"), changed
+        assert str(path.parent) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps({"format": 1}))
+    with pytest.raises(DataError, match=r"index\.json: .*it lacks 'recipe'.*prepare_data"):
+        open_cache(tmp_path)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from data.errors import DataError
 from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
 from data.prepare import prepare
 from data.settings import PrepareConfig
+from tests.caches import RECORD_FAULTS
 from tests.encoders import PoolCodec, WordText
 from tests.films import read_numbers, write_numbered
 
@@ -64,6 +65,16 @@ def test_the_model_is_asked_once(folder):
     assert second.manifest.read_text() == first.manifest.read_text()
     shutil.rmtree(folder / "out" / "captions")
     run(folder, again)
+    assert len(again.asked) == 3
+
+
+@pytest.mark.parametrize("harm", RECORD_FAULTS)
+def test_an_answer_that_is_not_as_written_is_asked_for_again(folder, harm):
+    first = run(folder, Scripted())
+    (record,) = (folder / "out/captions").glob("*.json")
+    harm(record)
+    again = Scripted()
+    assert run(folder, again).manifest.read_text() == first.manifest.read_text()
     assert len(again.asked) == 3
 
 

@@ -13,6 +13,7 @@ from data.dataset import DataConfig, open_dataset
 from data.errors import DataError
 from data.process import Process
 from data.shards import open_cache
+from tests.caches import RECORD_FAULTS
 from tests.encoders import PoolCodec, numbers_in
 from tests.preparing import film_folder, run, scene, scenes
 
@@ -130,7 +131,7 @@ def test_work_that_nobody_stored_is_an_error(folder, monkeypatch):
         run(folder, process=Process(0, 2))
     assert not list(folder.glob("out/cache/*/complete"))
     run(folder)
-    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob("*partial"))
 
 
 def test_damaged_and_missing_shards_are_made_again(folder):
@@ -148,6 +149,37 @@ def test_damaged_and_missing_shards_are_made_again(folder):
     assert codec.encoded == [0]
     stored = open_cache(cache)
     assert numbers_in(stored.latents(stored.scenes[0])[0]) == [0, 4, 8]
+
+
+@pytest.mark.parametrize("harm", RECORD_FAULTS)
+@pytest.mark.parametrize("records", ["scans/*.json", "cache/*/shard-*.json"])
+def test_records_that_are_not_as_written_are_made_again(folder, records, harm):
+    scenes(folder, scene("a", (0, 9)), scene("b", (20, 29)))
+    cache = run(folder).cache
+    (record,) = (folder / "out").glob(records)
+    harm(record)
+    codec = PoolCodec()
+    report = run(folder, codec).report
+    of_shard = record.parent == cache
+    assert codec.encoded == ([0, 20] if of_shard else [])
+    assert [(p["kind"], p["where"]) for p in report.problems] == ([("damaged-record", str(record))] if of_shard else [])
+    assert [numbers_in(open_cache(cache).latents(s)[0]) for s in open_cache(cache).scenes] == [[0, 4, 8], [20, 24, 28]]
+    again = PoolCodec()
+    assert run(folder, again).report.problems == []
+    assert again.encoded == []
+
+
+@pytest.mark.parametrize("harm", RECORD_FAULTS)
+def test_the_frames_of_an_online_cache_are_described_again(folder, harm):
+    scenes(folder, scene("a", (0, 9)))
+    cache = run(folder, online=True).cache
+    (record,) = cache.glob("videos/*.json")
+    harm(record)
+    stored = open_cache(cache, load_codec=lambda encoders: PoolCodec())
+    with pytest.raises(DataError, match=rf"{record.name}: is not as it was written; .*prepare_data"):
+        stored.latents(stored.scenes[0])
+    again = open_cache(run(folder, online=True).cache, load_codec=lambda encoders: PoolCodec())
+    assert numbers_in(again.latents(again.scenes[0])[0]) == [0, 4, 8]
 
 
 def test_a_full_disk_ends_the_run_and_the_next_goes_on(folder, monkeypatch):

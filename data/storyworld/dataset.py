@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.manifest import SceneRecord, ShotRecord, write_manifest
+from data.records import write_whole
 from data.storyworld.characters import BADGES
 from data.storyworld.config import StoryworldConfig
 from data.storyworld.render import Renderer, Sighting
@@ -43,8 +44,8 @@ def generate(config: StoryworldConfig) -> Path:
     root = Path(config.output)
     _clear(root, config.overwrite)
     truths = dict(_write_scenes(config))
-    _write_text(root / VOCABULARY, "\n".join(vocabulary()))
-    _write_text(root / TRUTH, "\n".join(json.dumps(truths[i]) for i in range(config.scenes)))
+    write_whole(root / VOCABULARY, "".join(f"{word}\n" for word in vocabulary()).encode())
+    write_whole(root / TRUTH, "".join(json.dumps(truths[i]) + "\n" for i in range(config.scenes)).encode())
     write_manifest(root / MANIFEST, (_record(config, i) for i in range(config.scenes)))
     return root / MANIFEST
 
@@ -164,11 +165,3 @@ def _scene_id(index: int) -> str:
 
 def _video_path(index: int) -> str:
     return f"{VIDEOS}/{_scene_id(index)}.mp4"
-
-
-def _write_text(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
