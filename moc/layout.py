@@ -8,17 +8,19 @@ device sync to know the stream.
 Source: arXiv 2508.21058, section 3 (content-aligned chunks); chunks never cross a shot or a modality.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int, int]
+T = TypeVar("T")
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -166,6 +168,7 @@ class ShotLayout:
         self.samples = tuple((text, tuple(shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
         self.positions = tuple(positions)
+        self._memo: dict[Hashable, Any] = {}
         self._tile()
         self._tabulate()
 
@@ -205,6 +208,7 @@ class ShotLayout:
             return self
         moved = object.__new__(ShotLayout)
         moved.__dict__.update(self.__dict__)
+        moved._memo = {}
         by_dtype: dict[torch.dtype, list[str]] = {}
         for name in self._TENSORS:
             by_dtype.setdefault(getattr(self, name).dtype, []).append(name)
@@ -217,6 +221,12 @@ class ShotLayout:
             for name, tensor, part in zip(names, tensors, packed.split(rooms), strict=True):
                 moved.__dict__[name] = part[: len(tensor)]
         return moved
+
+    def memo(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` derives from this layout, made once for each key: tables that every layer of a forward shares."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
 
     @property
     def device(self) -> torch.device:

@@ -195,16 +195,16 @@ def stages(case: Case) -> list[dict]:
     routes = moc.route(q, k, layout, config)
     tile = triton_routed.blocks_for(q, layout.chunk_tokens).tile
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
-    kernel, calls = dense.choose(q, config.dense_kernel), anchors.anchor_calls(layout, config)
-    out, lse = anchors.forward(kernel, q, k, v, layout.text_index, calls)
-    own = [call._replace(a0=0, a1=0, b0=0, b1=0) if call.num_own else call for call in calls]
+    kernel, plan = dense.choose(q, config.dense_kernel), anchors.anchor_plan(layout, config)
+    out, lse = anchors.forward(kernel, q, k, v, plan)
+    own = [call._replace(a0=0, a1=0, b0=0, b1=0) if call.num_own else call for call in plan.calls]
     for suffix, run in (
-        ("", lambda part: anchors.forward(kernel, q, k, v, layout.text_index, part)),
-        (", backward", lambda part: anchors.backward(kernel, direction, q, k, v, out, lse, layout.text_index, part)),
+        ("", lambda plan: anchors.forward(kernel, q, k, v, plan)),
+        (", backward", lambda plan: anchors.backward(kernel, direction, q, k, v, out, lse, plan)),
     ):
         # One dense call takes own shot and text together: text costs what it adds to the own shot's.
-        times[f"own shot{suffix}"] = median_ms(partial(run, own), 5)
-        times[f"text{suffix}"] = median_ms(partial(run, calls), 5) - times[f"own shot{suffix}"]
+        times[f"own shot{suffix}"] = median_ms(partial(run, plan._replace(calls=own)), 5) if own else 0.0
+        times[f"text{suffix}"] = median_ms(partial(run, plan), 5) - times[f"own shot{suffix}"]
     fields = {name: getattr(case, name) for name in ("impl", "shots", "chunk_tokens", "top_k", "inputs")}
     return [{**fields, "stage": stage, "ms": round(ms, 4)} for stage, ms in times.items()]
 

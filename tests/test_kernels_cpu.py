@@ -12,6 +12,8 @@ from hypothesis import given
 import moc
 from moc import attention, reference, routing
 from moc.kernels import anchors, dense, torch_parts
+from moc.kernels.packed import Packed
+from moc.kernels.packed import attend as packed_attend
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
 from tests.test_reference import two_samples
 
@@ -106,6 +108,48 @@ def test_the_calls_of_the_anchored_part_hold_every_anchor_once(stream, config, s
     for slot in range(own.shape[-1]):
         seen += (own[0, :, slot, None] == layout.token_chunk) & (own[0, :, slot, None] >= 0)
     assert torch.equal(seen, reference.anchor_mask(layout, config).int())
+
+
+@pytest.mark.parametrize("config", [{}, {"text_anchor": "global_and_own"}, {"own_anchor": "none"}, {"dense": True}])
+def test_a_call_a_group_equals_one_packed_call(config, monkeypatch):
+    """Short shots are packed; long ones, of which each is a call, are made of short ones here."""
+    config = moc.MoCConfig(top_k=2, **config)
+    q, k, v = attention_tensors(two_samples(), requires_grad=True)
+    direction = torch.randn_like(q)
+    results = []
+    for short in (anchors.SHORT, 0):
+        monkeypatch.setattr(anchors, "SHORT", short)
+        layout = two_samples()
+        assert (anchors.anchor_plan(layout, config).packed is not None) == (short > 0)
+        out = moc.moc_attention(q, k, v, layout, config, backend="torch")
+        results.append((out, *torch.autograd.grad(out, (q, k, v), direction)))
+    for packed, apart in zip(*results, strict=True):
+        torch.testing.assert_close(packed, apart)
+
+
+def test_runs_share_keys_and_leave_some_unread():
+    """Against one plain attention a run; keys 1 and 2 are read twice, key 5 never."""
+    keys = [torch.tensor([1, 2]), torch.tensor([2, 1, 4, 3]), torch.tensor([0])]
+    packed = Packed.build([2, 1, 3], keys, 6, torch.device("cpu"))
+    q, k, v = (torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = packed_attend(q, k, v, packed)
+    runs = [slice(0, 2), slice(2, 3), slice(3, 6)]
+    expected = torch.cat([
+        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q[run], k[own], v[own])))
+        .transpose(0, 1)
+        for run, own in zip(runs, keys, strict=True)
+    ])  # fmt: skip
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    mine, theirs = (torch.autograd.grad(x, (q, k, v), direction) for x in (out, expected))
+    torch.testing.assert_close(mine, theirs)
+    assert (mine[1][5] == 0).all()
+
+
+def test_a_plan_is_made_once_a_stream():
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    assert anchors.anchor_plan(layout, config) is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5))
+    assert anchors.anchor_plan(layout, config) is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True))
 
 
 # Backend torch
@@ -318,7 +362,8 @@ def test_queries_before_the_first_one_cost_no_call(name, monkeypatch):
     calls = []
 
     def counting(*args):
-        calls.append(len(args[5]))
+        plan = args[4]
+        calls.append(len(plan.packed.query_starts) - 1 if plan.packed else len(plan.calls))
         return forward(*args)
 
     forward = anchors.forward

@@ -275,11 +275,11 @@ def test_the_operator_passes_opcheck():
     layout, config = stream(), moc.MoCConfig(top_k=3)
     (q, k, v), _ = inputs(layout, head_dim=64)
     routes = triton_backend.route(q, k, layout, config)
-    calls = [number for call in anchors.anchor_calls(layout, config) for number in call]
-    settings = (calls, layout.chunk_tokens, layout.max_chunk_tokens, "fa2", True)
+    tables, numbers = triton_backend._flat(anchors.anchor_plan(layout, config))
+    settings = (tables, numbers, layout.chunk_tokens, layout.max_chunk_tokens, "fa2", True)
     torch.library.opcheck(
         torch.ops.moc.attend,
-        (q, k, v, routes, layout.chunk_cu_seqlens, layout.text_index, *settings),
+        (q, k, v, routes, layout.chunk_cu_seqlens, *settings),
         atol=1e-2,
         rtol=1e-2,
     )

@@ -171,10 +171,10 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
     config = moc.MoCConfig(top_k=1)
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1, requires_grad=True)
     routes = triton_backend.route(q, k, layout, config)
-    calls = [number for call in anchors.anchor_calls(layout, config) for number in call]
-    settings = (calls, layout.chunk_tokens, layout.max_chunk_tokens, "auto", False)
+    tables, numbers = triton_backend._flat(anchors.anchor_plan(layout, config))
+    settings = (tables, numbers, layout.chunk_tokens, layout.max_chunk_tokens, "auto", False)
     for table in (routes, routes.new_empty(0, 0, 0)):  # the latter for dense attention and top_k 0
-        arguments = (q, k, v, table, layout.chunk_cu_seqlens, layout.text_index, *settings)
+        arguments = (q, k, v, table, layout.chunk_cu_seqlens, *settings)
         torch.library.opcheck(torch.ops.moc.attend, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def attend(q, k, v):

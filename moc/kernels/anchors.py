@@ -2,7 +2,8 @@
 
 Anchors are contiguous runs of keys shared by contiguous runs of queries: a shot's queries see their own shot and the
 text of other groups. One dense call a shot takes both together (own rows and text rows side by side), so that there is
-one LSE and no separate text part. About 80 % of the work of the attention is in these calls.
+one LSE and no separate text part. About 80 % of the work of the attention is in these calls. Where shots are short,
+so that launches would cost more than work, all of them are one variable-length call (`packed`).
 
 The own *chunk* (`own_anchor: chunk`) is not here: backends add it to the routes, as one more chunk of each query.
 
@@ -16,8 +17,12 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.kernels import packed as packed_calls
 from moc.kernels.dense import DenseKernel
+from moc.kernels.packed import Packed
 from moc.layout import Group, ShotLayout
+
+SHORT = 4096  # mean keys of a call under which its launches cost more than its work, on an H100
 
 
 class AnchorCall(NamedTuple):
@@ -50,6 +55,35 @@ class AnchorCall(NamedTuple):
     def text_spans(self) -> list[tuple[int, int]]:
         """The runs of text rows, those that are not empty."""
         return [span for span in ((self.a0, self.a1), (self.b0, self.b1)) if span[1] > span[0]]
+
+
+class AnchorPlan(NamedTuple):
+    """How the anchored part is computed: its calls, and the same as one variable-length call where they are short.
+
+    text_index: the layout's; calls are empty where they are packed.
+    """
+
+    text_index: Tensor
+    calls: list[AnchorCall]
+    packed: Packed | None
+
+
+def anchor_plan(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> AnchorPlan:
+    """The plan of a stream, made once for each kind of anchors."""
+    key = ("anchors", config.dense, config.own_anchor, config.text_anchor, first_query)
+    return layout.memo(key, lambda: _plan(layout, anchor_calls(layout, config, first_query), first_query))
+
+
+def _plan(layout: ShotLayout, calls: list[AnchorCall], first_query: int) -> AnchorPlan:
+    short = len(calls) > 1 and sum(call.num_keys for call in calls) < SHORT * len(calls)
+    packed = None
+    if short and covers_all(calls, layout.num_tokens - first_query):
+        tokens = torch.arange(layout.num_tokens)
+        texts = [tokens[s.start : s.start + s.length] for s in layout.segments if s.kind == "text"]
+        text = torch.cat(texts) if texts else tokens[:0]
+        lengths = [call.end - call.start for call in calls]
+        packed = Packed.build(lengths, [_keys(call, tokens, text) for call in calls], len(tokens), layout.device)
+    return AnchorPlan(layout.text_index, [] if packed else calls, packed)
 
 
 def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> list[AnchorCall]:
@@ -138,10 +172,11 @@ def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def forward(
-    kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]
-) -> tuple[Tensor, Tensor]:
+def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, plan: AnchorPlan) -> tuple[Tensor, Tensor]:
     """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq] (fp32 at least); without anchors: 0 and -inf."""
+    text_index, calls, packed = plan
+    if packed is not None:
+        return packed_calls.forward(kernel, q, k, v, packed)
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
     covered = covers_all(calls, q.shape[0])
     if len(calls) == 1 and covered:
@@ -172,11 +207,13 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    text_index: Tensor,
-    calls: Sequence[AnchorCall],
+    plan: AnchorPlan,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of the anchored part, given the merged out and lse."""
+    text_index, calls, packed = plan
+    if packed is not None:
+        return packed_calls.backward(kernel, dout, q, k, v, out, lse, packed, deterministic)
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
     covered = covers_all(calls, q.shape[0])
     if len(calls) == 1 and covered:

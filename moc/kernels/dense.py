@@ -194,6 +194,8 @@ def _cudnn_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    if len(q) == len(k) == 1:  # which cuDNN refuses
+        return _fa2_forward(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)
     return out[0].transpose(0, 1), lse.reshape(q.shape[1], q.shape[0])
 
@@ -201,6 +203,8 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, ...]:
+    if len(q) == len(k) == 1:
+        return _fa2_backward(dout, q, k, v, out, lse, deterministic)
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which is off
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(

@@ -110,14 +110,14 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, routes, layout, config, first_query):
         kernel = dense.choose(q, config.dense_kernel, config.deterministic)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        calls = anchors.anchor_calls(layout, config, first_query)
-        out, lse = anchors.forward(kernel, q, k, v, layout.text_index, calls)
+        plan = anchors.anchor_plan(layout, config, first_query)
+        out, lse = anchors.forward(kernel, q, k, v, plan)
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
                 rows = _routed(q, kernel).forward(lists.rows(q), k, v, lists, layout)
                 _merge(out, lse, *rows, lists)
         ctx.save_for_backward(q, k, v, out, lse, routes)
-        ctx.layout, ctx.config, ctx.kernel, ctx.calls = layout, config, kernel, calls
+        ctx.layout, ctx.config, ctx.kernel, ctx.plan = layout, config, kernel, plan
         return out
 
     @staticmethod
@@ -125,9 +125,7 @@ class _Attend(torch.autograd.Function):
         anchors.refuse_second_derivative("torch")
         q, k, v, out, lse, routes = ctx.saved_tensors
         dout, layout, config, kernel = dout.contiguous(), ctx.layout, ctx.config, ctx.kernel
-        dq, dk, dv = anchors.backward(
-            kernel, dout, q, k, v, out, lse, layout.text_index, ctx.calls, config.deterministic
-        )
+        dq, dk, dv = anchors.backward(kernel, dout, q, k, v, out, lse, ctx.plan, config.deterministic)
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
                 dout_rows, q_rows, out_rows = (lists.rows(x) for x in (dout, q, out))

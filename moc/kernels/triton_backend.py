@@ -8,13 +8,15 @@ Shape letters: L packed tokens, Lq queries, N heads, D head dim, M chunks, K slo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
 from moc.kernels import anchors, dense
-from moc.kernels.anchors import AnchorCall
+from moc.kernels.anchors import AnchorCall, AnchorPlan
+from moc.kernels.packed import Packed
 from moc.kernels.triton_index import Lists, build_lists, max_tiles
 from moc.kernels.triton_routed import blocks_for, routed_backward, routed_forward
 from moc.kernels.triton_routing import route
@@ -44,28 +46,41 @@ def attend(
         routes = anchors.with_own_chunk(routes, layout, config, first_query).int().contiguous()
     if config.dense or routes is None or routes.shape[-1] == 0:
         routes = torch.empty(0, 0, 0, dtype=torch.int32, device=q.device)
-    calls = [number for call in anchors.anchor_calls(layout, config, first_query) for number in call]
+    tables, numbers = _flat(anchors.anchor_plan(layout, config, first_query))
     inputs = (
-        q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, layout.text_index, calls,
+        q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, tables, numbers,
         layout.chunk_tokens, layout.max_chunk_tokens, config.dense_kernel, config.deterministic,
     )  # fmt: skip
     return _operator(*inputs)[0] if torch.compiler.is_compiling() else _Attend.apply(*inputs)
 
 
-def _unpack(calls: Sequence[int]) -> list[AnchorCall]:
-    return [AnchorCall(*calls[i : i + CALL_INTS]) for i in range(0, len(calls), CALL_INTS)]
+def _flat(plan: AnchorPlan) -> tuple[list[Tensor], list[int]]:
+    """A plan as an operator takes it."""
+    if plan.packed is None:
+        return [plan.text_index], [number for call in plan.calls for number in call]
+    *tables, max_queries, max_keys = plan.packed
+    return [plan.text_index, *tables], [max_queries, max_keys]
+
+
+def _plan(tables: Sequence[Tensor], numbers: Sequence[int]) -> AnchorPlan:
+    """The inverse of `_flat`."""
+    text_index, *packed = tables
+    if packed:
+        return AnchorPlan(text_index, [], Packed._make([*packed, *numbers]))
+    calls = [AnchorCall(*numbers[i : i + CALL_INTS]) for i in range(0, len(numbers), CALL_INTS)]
+    return AnchorPlan(text_index, calls, None)
 
 
 # Forward and backward, the same for the operator and for the autograd function
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor, calls: Sequence[int],
-    chunk_tokens: int, max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, tables: Sequence[Tensor],
+    numbers: Sequence[int], chunk_tokens: int, max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """out [Lq, N, D], lse [N, Lq], and the tensors of the `Lists` for the backward."""
     kernel = dense.choose(q, dense_kernel, deterministic)
-    out, lse = anchors.forward(kernel, q, k, v, text_index, _unpack(calls))
+    out, lse = anchors.forward(kernel, q, k, v, _plan(tables, numbers))
     if not routes.numel():
         none = [routes.new_empty(0) for _ in range(4)]
         return out, lse, none[0], none[1], none[2], none[3]
@@ -77,11 +92,11 @@ def _forward(
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, entries: Tensor, starts: Tensor,
-    tile_starts: Tensor, tile_list: Tensor, routes: Tensor, chunk_starts: Tensor, text_index: Tensor,
-    calls: Sequence[int], chunk_tokens: int, max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
+    tile_starts: Tensor, tile_list: Tensor, routes: Tensor, chunk_starts: Tensor, tables: Sequence[Tensor],
+    numbers: Sequence[int], chunk_tokens: int, max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     kernel = dense.choose(q, dense_kernel, deterministic)
-    grads = anchors.backward(kernel, dout, q, k, v, out, lse, text_index, _unpack(calls), deterministic)
+    grads = anchors.backward(kernel, dout, q, k, v, out, lse, _plan(tables, numbers), deterministic)
     if routes.numel():
         blocks = blocks_for(q, chunk_tokens)
         lists = Lists(entries, starts, tile_starts, tile_list, blocks.tile)
@@ -90,8 +105,14 @@ def _backward(
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, routes, chunk_starts, text_index, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, routes, chunk_starts, text_index)
+    q, k, v, routes, chunk_starts, tables, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, routes, chunk_starts, *tables)
+
+
+def _arguments(ctx) -> list[Any]:
+    """What `_save` kept, as `_backward` takes it after dout."""
+    saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
+    return [*saved[:11], list(saved[11:]), *ctx.settings]
 
 
 class _Attend(torch.autograd.Function):
@@ -104,7 +125,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         anchors.refuse_second_derivative("triton")
-        return *_backward(dout.contiguous(), *ctx.saved_tensors, *ctx.settings), *(None,) * 8
+        return *_backward(dout.contiguous(), *_arguments(ctx)), *(None,) * 8
 
 
 _operator = torch.library.custom_op("moc::attend", _forward, mutates_args=())
@@ -126,8 +147,9 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args) -> tuple[Tensor, ...
 
 
 def _differentiate(ctx, dout: Tensor, *_):
-    grads = _backward_operator(dout.contiguous(), *ctx.saved_tensors, *ctx.settings)
-    return *grads, *(None,) * 8
+    arguments = _arguments(ctx)
+    no_tables = [None] * len(arguments[11])
+    return *_backward_operator(dout.contiguous(), *arguments), None, None, no_tables, *(None,) * 5
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,164 @@
+"""Many short attentions in one variable-length call: runs of queries, each with keys of its own, gathered once a layer.
+
+A launch costs the same for 72 tokens as for 4,000: a pack of hundreds of short shots is one call here, whatever the
+number of its shots. Keys that several runs share (text) are copied for each; their gradients are added in a fixed
+order. Which keys a run reads belongs to the stream, so it is tabulated once a batch and not once a layer.
+
+Shape letters: L tokens of the keys, Lq queries, R gathered keys, S runs, N heads, D head dim.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moc.kernels import dense
+from moc.kernels.dense import DenseKernel
+
+MAX_NUMBERS = 1 << 31  # FlashAttention-2 addresses gathered keys by 32-bit numbers
+MAX_RUNS = 65535
+
+
+class Packed(NamedTuple):
+    """Run i is the queries [query_starts[i], query_starts[i + 1]), which tile q; it attends to the keys
+    key_index[key_starts[i] : key_starts[i + 1]], of which there is at least one.
+
+    query_starts, key_starts: int32 [S + 1]. The others are int64, and empty where R = L and keys keep their order.
+    key_index [R]: the token of each gathered row. row [L]: a gathered row of each token (0 for those without).
+    shared [Ls]: tokens with several rows: shared_rows[shared_starts[i] : shared_starts[i + 1]] of token shared[i].
+    unread: tokens without a row. max_queries, max_keys: of any run.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    key_index: Tensor
+    row: Tensor
+    shared: Tensor
+    shared_rows: Tensor
+    shared_starts: Tensor
+    unread: Tensor
+    max_queries: int
+    max_keys: int
+
+    @classmethod
+    def build(
+        cls, lengths: Sequence[int], keys: Sequence[Tensor], num_tokens: int, device: torch.device
+    ) -> "Packed | None":
+        """lengths: of the runs of queries; keys: int64 on the CPU, the places of each run's keys among `num_tokens`.
+        None where FlashAttention-2 could not take so many runs."""
+        if len(lengths) > MAX_RUNS:
+            return None
+        counts = [len(x) for x in keys]
+        starts = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (lengths, counts)]
+        index = torch.cat(list(keys))
+        in_order = len(index) == num_tokens and bool((index == torch.arange(num_tokens)).all())
+        tables = [index[:0]] * 6 if in_order else _rows_of_tokens(index, num_tokens)
+        moved = [x.to(device, non_blocking=True) for x in (*starts, *tables)]
+        return cls._make([*moved, max(lengths), max(counts)])
+
+    def head_blocks(self, k: Tensor) -> list[slice]:
+        """Runs of heads of k [L, N, D] whose gathered rows can be addressed."""
+        num_heads, head_dim = k.shape[1:]
+        numbers = max(len(self.key_index), len(k)) * head_dim
+        size = max(1, min(num_heads, MAX_NUMBERS // numbers))
+        return [slice(first, first + size) for first in range(0, num_heads, size)]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[L, N, D] -> [R, N, D]."""
+        return x.index_select(0, self.key_index) if len(self.key_index) else x
+
+    def sum_rows(self, grad: Tensor) -> Tensor:
+        """Gradients of gathered rows [R, N, D] -> those of the tokens [L, N, D], added in fp32 at least."""
+        if not len(self.key_index):
+            return grad
+        total = grad.index_select(0, self.row)
+        if len(self.shared):
+            rows = grad.index_select(0, self.shared_rows).flatten(1)
+            rows = rows.to(torch.promote_types(grad.dtype, torch.float32))
+            sums = torch.segment_reduce(rows, "sum", offsets=self.shared_starts, unsafe=True)
+            total.index_copy_(0, self.shared, sums.to(grad.dtype).unflatten(1, grad.shape[1:]))
+        return total.index_fill_(0, self.unread, 0) if len(self.unread) else total
+
+    def runs(self) -> Iterator[tuple[slice, slice]]:
+        """The queries and the gathered keys of each run; waits for the device."""
+        q, k = self.query_starts.tolist(), self.key_starts.tolist()
+        for i in range(len(q) - 1):
+            yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
+
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        return self.query_starts, self.key_starts, self.max_queries, self.max_keys
+
+
+def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
+    """key_index, row, shared, shared_rows, shared_starts and unread of the tokens `index` of the gathered rows."""
+    counts = index.bincount(minlength=num_tokens)
+    row = torch.zeros(num_tokens, dtype=torch.int64).scatter_(0, index, torch.arange(len(index)))
+    shared = (counts > 1).nonzero().squeeze(1)
+    places = (counts[index] > 1).nonzero().squeeze(1)
+    shared_rows = places[index[places].argsort(stable=True)]
+    shared_starts = torch.nn.functional.pad(counts[shared].cumsum(0), (1, 0))
+    return [index, row, shared, shared_rows, shared_starts, (counts == 0).nonzero().squeeze(1)]
+
+
+def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq], fp32 at least."""
+    keys, values = packed.gather(k), packed.gather(v)
+    if dense.has_fa2(q):
+        parts = [
+            dense.fa2_varlen_forward(q[:, h], keys[:, h], values[:, h], *packed.lengths())
+            for h in packed.head_blocks(k)
+        ]
+        return _join([out for out, _ in parts], 1), _join([lse for _, lse in parts], 0)
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    for queries, rows in packed.runs():
+        out[queries], lse[:, queries] = kernel.forward(q[queries], keys[rows], values[rows])
+    return out, lse
+
+
+def backward(
+    kernel: DenseKernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, given out and lse, which may be those of a softmax over more keys."""
+    keys, values = packed.gather(k), packed.gather(v)
+    if dense.has_fa2(q):
+        parts = [
+            dense.fa2_varlen_backward(
+                dout[:, h], q[:, h], keys[:, h], values[:, h], out[:, h], lse[h], *packed.lengths(), deterministic
+            )
+            for h in packed.head_blocks(k)
+        ]
+        dq, dkeys, dvalues = (_join(grads, 1) for grads in zip(*parts, strict=True))
+    else:
+        dq, dkeys, dvalues = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(values)
+        for queries, rows in packed.runs():
+            dq[queries], dkeys[rows], dvalues[rows] = kernel.backward(
+                dout[queries], q[queries], keys[rows], values[rows], out[queries], lse[:, queries], deterministic
+            )
+    return dq, packed.sum_rows(dkeys), packed.sum_rows(dvalues)
+
+
+def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, packed):
+        ctx.kernel, ctx.packed = dense.choose(q), packed
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, lse = forward(ctx.kernel, q, k, v, packed)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, out, lse = ctx.saved_tensors
+        return *backward(ctx.kernel, dout.contiguous(), q, k, v, out, lse, ctx.packed), None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    """Attention of each run to its keys, differentiable: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype."""
+    return _Attend.apply(q, k, v, packed)
