@@ -3,7 +3,6 @@
 After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
 """
 
-import errno
 import logging
 import os
 import sys
@@ -21,12 +20,12 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from configs.overrides import readable
-from moc.errors import UserError
+from moc.errors import UserError, disk_error
 
 T = TypeVar("T")
 _FULL = "HYDRA_FULL_ERROR"
 
-# Errors of the operating system that the user can mend: a wrong path, a missing right, no network, a full disk.
+# Errors of the operating system that the user can mend: a wrong path, a missing right, no network.
 _KINDS = (
     FileNotFoundError,
     FileExistsError,
@@ -36,7 +35,6 @@ _KINDS = (
     ConnectionError,
     TimeoutError,
 )
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE}
 
 
 def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
@@ -101,7 +99,7 @@ def for_user(error: Exception) -> bool:
     """Whether an error is one that the user can mend, rather than a bug of the code."""
     if isinstance(error, (UserError, FloatingPointError, CompactHydraException, OmegaConfBaseException)):
         return True
-    return isinstance(error, _KINDS) or (isinstance(error, OSError) and error.errno in _DISK)
+    return isinstance(error, _KINDS) or disk_error(error) is not None
 
 
 def message_of(error: Exception) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.captions import find_caption_file, read_captions, read_sidecar
+from data.documents import read_text
 from data.errors import DataError
 from data.manifest import CUT_PREFIX, SceneRecord, captions, read_manifest, resolve
 from data.video import VIDEO_SUFFIXES
@@ -42,6 +43,8 @@ def find_scenes(root: str | Path, output: str | Path | None = None) -> Found:
     Raises DataError: missing-input, empty-input.
     """
     root = Path(root)
+    if root.is_file():
+        raise DataError("missing-input", root, f"is a file; name the folder that holds it, {root.parent}")
     if not root.is_dir():
         raise DataError("missing-input", root, "no such folder")
     found = Found(root)
@@ -85,10 +88,10 @@ def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataE
 
 def vocabulary(found: Found, limit: int = 8000) -> list[str]:
     """Words for a tokenizer made for this data: the folder's vocabulary.txt (one word a line) where it has one,
-    else the `limit` most frequent words of the captions."""
+    else the `limit` most frequent words of the captions. Raises DataError (not-utf-8)."""
     file = found.root / VOCABULARY
     if file.is_file():
-        return file.read_text(encoding="utf-8").split()
+        return read_text(file).split()
     counts: Counter[str] = Counter()
     for scene in found.scenes:
         for caption in (scene.caption, CUT_PREFIX, *scene.shot_captions, *(shot.caption for shot in scene.shots)):

@@ -1,7 +1,12 @@
 """The one class of errors that are meant for the user."""
 
+import errno
 import math
+import os
+import re
 from typing import Any
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE}
 
 
 class UserError(ValueError):
@@ -19,3 +24,10 @@ def check_least(config: Any, owner: str, least: float, *names: str) -> None:
     for name in names:
         if not least <= getattr(config, name) < math.inf:
             raise UserError(f"{owner}.{name}={getattr(config, name)} must be finite and at least {least}")
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What a disk refuses, such as "No space left on device"; None where the error is another one."""
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and other Rust libraries tell the number so
+    number = error.errno if isinstance(error, OSError) and error.errno else int(told[1]) if told else None
+    return os.strerror(number) if number in _DISK else None

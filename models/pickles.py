@@ -100,8 +100,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # code in it, or damage, which the old form shows in many ways
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} cannot be read safely: {reason}; fetch the release's own file again") from None
+        raise UserError(f"{file} cannot be read safely: {_reason(error)}; fetch the release's own file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} holds other things than tensors by name")
     quantized = [name for name, value in tensors.items() if value.dtype not in NAMES]
@@ -110,6 +109,15 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
             f"{file}: {quantized[0]} is {tensors[quantized[0]].dtype}; name a release that is not quantized"
         )
     return tensors
+
+
+def _reason(error: Exception) -> str:
+    """Why torch refuses a file; its own words would go on to say how to run the code in it."""
+    said = str(error)
+    if "weights_only" not in said:
+        return said.partition("\n")[0]
+    code = re.search(r"GLOBAL ([\w.]+)", said)
+    return f"it names {code[1]}, which is code" if code else "it holds more than tensors, or is damaged"
 
 
 def _require(stems: list[str], tensors: dict[str, Tensor], file: Path) -> None:

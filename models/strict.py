@@ -8,6 +8,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from moc.errors import UserError
+from moc.training.checkpoint import remedy
 from models.tensors import TensorSource, check_tensors, shapes
 
 
@@ -28,7 +29,7 @@ def load_folder(
         with init_empty_weights():
             model = build()
     except Exception as error:  # each library has its own for a wrong setting
-        raise UserError(f"{folder}/config.json does not describe a model: {error}; fetch it again") from None
+        raise UserError(f"{folder}/config.json does not describe a model: {error}; {remedy(folder)}") from None
     source = TensorSource(folder)
     stored = {name: name for name in source.names() if not name.startswith(ignored)}
     held = [name for name in tied if name in stored]

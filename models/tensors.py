@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moc.errors import UserError
 from moc.files import OutsideError, inside
-from moc.training.checkpoint import read_json
+from moc.training.checkpoint import read_json, remedy
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
 SAFE = "use the safetensors release"
@@ -72,7 +72,7 @@ class TensorSource:
         num_bytes = count * dtype.itemsize
         data = np.fromfile(file, np.uint8, count=num_bytes, offset=start + first * dtype.itemsize)
         if len(data) != num_bytes:
-            raise UserError(f"{file} has become shorter than when it was opened; fetch it again")
+            raise UserError(f"{file} has become shorter than when it was opened; {remedy(file)}")
         return torch.from_numpy(data).view(dtype)
 
     def _describe(self, file: Path) -> None:
@@ -98,7 +98,7 @@ class TensorSource:
             "in a shard but not in the index": sorted(place.keys() - index.keys()),
         }
         if any(problems.values()):
-            raise UserError(f"{self.path} is not what its index says: {listed(problems)}; fetch the folder again")
+            raise UserError(f"{self.path} is not what its index says: {listed(problems)}; {remedy(self.path)}")
 
 
 def download_hint(path: str | Path) -> str:
@@ -121,7 +121,7 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or no safetensors file ({error}); fetch it again") from None
+        raise UserError(f"{file} is damaged or no safetensors file ({error}); {remedy(file)}") from None
 
 
 def listed(problems: dict[str, list[str]], most: int = 10) -> str:
@@ -149,7 +149,7 @@ def check_tensors(path: str | Path, what: str, found: Shapes, expected: Shapes) 
         ],
     }
     if any(problems.values()):
-        raise UserError(f"{path} is not a whole {what}: {listed(problems)}; fetch it again, or name another")
+        raise UserError(f"{path} is not a whole {what}: {listed(problems)}; {remedy(path)}, or name another")
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
@@ -167,7 +167,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
         files = sorted(set(index.values()))
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise UserError(f"{path} lacks the shards {missing} that its index names; fetch them")
+            raise UserError(f"{path} lacks the shards {missing} that its index names; {remedy(path)}")
         return files, index
     if len(files) == 1:
         return files, None
@@ -188,7 +188,7 @@ def read_index(file: Path) -> dict[str, Path]:
     where it names a file outside its own folder."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UserError(f"{file} has no weight_map from tensors to shards; fetch it again")
+        raise UserError(f"{file} has no weight_map from tensors to shards; {remedy(file)}")
     try:
         return {name: inside(file.parent, str(shard)) for name, shard in weight_map.items()}
     except OutsideError as error:

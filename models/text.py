@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from moc.errors import UserError
-from moc.training.checkpoint import read_json
+from moc.training.checkpoint import read_json, remedy
 from models.fingerprint import fingerprint, weights_digest
 from models.strict import load_folder
 from models.tensors import download_hint
@@ -130,7 +130,7 @@ class EmbeddedTextEncoder(TextEncoder):
         settings = {key: asdict(self.config)[key] for key in ("dim", "num_layers", "seed", "max_tokens")}
         record = {**settings, "fingerprint": self.fingerprint}
         (folder / "text_encoder.json").write_text(json.dumps(record, indent=2) + "\n")
-        (folder / "vocabulary.txt").write_text("\n".join(self.vocabulary) + "\n")
+        (folder / "vocabulary.txt").write_text("\n".join(self.vocabulary) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> "EmbeddedTextEncoder":
@@ -141,7 +141,7 @@ class EmbeddedTextEncoder(TextEncoder):
         record = read_json(file)
         fingerprint = record.pop("fingerprint", None)
         try:
-            encoder = cls(vocabulary.read_text().split(), TextConfig(**record))
+            encoder = cls(_words(vocabulary), TextConfig(**record))
         except TypeError as error:
             raise UserError(f"{file} does not describe a text encoder: {error}; make the folder again") from None
         if encoder.fingerprint != fingerprint:
@@ -286,4 +286,13 @@ def build_text_encoder(config: TextConfig, vocabulary: Iterable[str] = ()) -> Te
     if not config.path:
         return EmbeddedTextEncoder(vocabulary, config)
     path = Path(config.path)
-    return EmbeddedTextEncoder.load(path) if path.is_dir() else EmbeddedTextEncoder(path.read_text().split(), config)
+    return EmbeddedTextEncoder.load(path) if path.is_dir() else EmbeddedTextEncoder(_words(path), config)
+
+
+def _words(file: Path) -> list[str]:
+    if not file.exists():
+        raise UserError(f"text.path={str(file)!r} does not exist{download_hint(file)}")
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no UTF-8 text ({error}); save it as UTF-8, or {remedy(file)}") from None

@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow
-from moc.errors import UserError
+from moc.errors import UserError, disk_error
 
 # Where a checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models; of two experts high noise first.
 MODEL_FOLDERS = ("ema", "model")
@@ -71,8 +72,13 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
         (partial / "complete").write_text("")
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if reason := disk_error(error):
+            raise UserError(
+                f"{final} cannot be written: {reason}; nothing of it is kept, and what was there before stands: make "
+                "room and start again"
+            ) from error
         raise
 
 
@@ -119,11 +125,22 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         save_torch_state_dict(tensors, folder, filename_pattern="optimizer{suffix}.safetensors")
 
 
+def remedy(path: str | Path) -> str:
+    """What to do about a damaged or incomplete file or folder: a checkpoint of one's own cannot be fetched again."""
+    path = Path(path).absolute()
+    checkpoint = next((f for f in (path, *path.parents) if _STEP_FOLDER.fullmatch(f.name)), None)
+    if checkpoint is None:
+        return "fetch it again"
+    if step_of(checkpoint) == 0:
+        return "convert the weights again"
+    return f"remove {checkpoint}, which is damaged, and go on from an earlier checkpoint or a copy"
+
+
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores what `save_optimizer` wrote; raises ValueError where a trained parameter has no state."""
     tensors: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("optimizer*.safetensors")):
-        tensors |= load_file(shard)
+        tensors |= _load(shard)
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, state = key.rpartition(".")
@@ -139,6 +156,13 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         }
 
 
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged ({error}); {remedy(file)}") from None
+
+
 def save_rng(folder: Path, rank: int) -> None:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -151,7 +175,7 @@ def load_rng(folder: Path, rank: int) -> None:
     path = folder / f"rng_{rank:05d}.safetensors"
     if not path.exists():
         return
-    states = load_file(path)
+    states = _load(path)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -162,7 +186,24 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint; raises UserError where it is damaged."""
     return read_json(folder / "state.json")
+
+
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    """The state of a run to resume; raises UserError for converted weights, and where part of the state is missing."""
+    state = read_state(checkpoint)
+    if "seed" not in state:
+        raise UserError(
+            f"{checkpoint} holds converted weights and nothing of a run to resume: start one of another name from "
+            f"them, with model.path={checkpoint}"
+        )
+    data = state.get("data")
+    numbers = {"step": state.get("step"), "data.position": data.get("position") if isinstance(data, dict) else None}
+    wrong = [f"{name}={value}" for name, value in numbers.items() if not isinstance(value, int) or value < 0]
+    if wrong:
+        raise UserError(f"{checkpoint / 'state.json'} has {', '.join(wrong)}; {remedy(checkpoint)}")
+    return state
 
 
 def read_settings(path: str | Path) -> tuple[MoCConfig, Flow]:
@@ -170,7 +211,10 @@ def read_settings(path: str | Path) -> tuple[MoCConfig, Flow]:
     the default ones where it does not say."""
     root = root_of(path)
     if (root / "state.json").exists():
-        flow = Flow(**read_state(root)["flow"])
+        try:
+            flow = Flow(**read_state(root)["flow"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{root / 'state.json'} tells no noise convention ({error}); {remedy(root)}") from None
     else:
         flow = _scheduler_flow(root / "scheduler" / "scheduler_config.json")
     return read_moc(path) or MoCConfig(), flow
@@ -198,7 +242,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
-        raise UserError(f"{file} is damaged or no JSON file ({error}); fetch it again") from None
+        raise UserError(f"{file} is damaged or no JSON file ({error}); {remedy(file)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; fetch it again")
+        raise UserError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; {remedy(file)}")
     return values

@@ -26,7 +26,8 @@ class TrackerConfig:
 class Metrics:
     """Appends to `metrics.jsonl` in a run's folder; a resumed run drops the lines past its checkpoint first.
 
-    Raises ValueError, and drops nothing, where the folder holds checkpoints past `first_step`.
+    Raises UserError where the folder holds checkpoints past `first_step`, before it drops anything, and where Weights &
+    Biases does not start.
     """
 
     def __init__(self, folder: Path, config: TrackerConfig, run_config: dict[str, Any], first_step: int = 0) -> None:
@@ -36,16 +37,7 @@ class Metrics:
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._wandb = None
         if config.tracker != "none":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.project,
-                name=folder.name,
-                dir=folder,
-                config=run_config,
-                mode="offline" if config.tracker == "wandb-offline" else "online",
-                resume="allow",
-            )
+            self._wandb = _start_wandb(folder, config, run_config)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         row = {"step": step, **values}
@@ -57,6 +49,25 @@ class Metrics:
     def close(self) -> None:
         if self._wandb:
             self._wandb.finish()
+
+
+def _start_wandb(folder: Path, config: TrackerConfig, run_config: dict[str, Any]) -> Any:
+    import wandb
+
+    try:
+        return wandb.init(
+            project=config.project,
+            name=folder.name,
+            dir=folder,
+            config=run_config,
+            mode="offline" if config.tracker == "wandb-offline" else "online",
+            resume="allow",
+        )
+    except wandb.Error as error:  # such as no key, or no network
+        raise UserError(
+            f"tracking.tracker={config.tracker}: Weights & Biases does not start ({error}); mend that, or say "
+            "tracking.tracker=wandb-offline and synchronize the run later"
+        ) from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

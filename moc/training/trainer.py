@@ -89,12 +89,7 @@ class Trainer:
 
     def resume(self, checkpoint: Path) -> dict[str, Any]:
         """Loads weights, averages, optimizer and random states; returns the state of the data."""
-        state = ckpt.read_state(checkpoint)
-        if "seed" not in state:
-            raise UserError(
-                f"{checkpoint} holds converted weights and nothing of a run to resume: start one of another name from "
-                f"them, with model.path={checkpoint}"
-            )
+        state = ckpt.read_run_state(checkpoint)
         if state["seed"] != self.seed:
             raise UserError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
         ckpt.check_same_model(checkpoint / "model", self.bare_model)
