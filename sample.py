@@ -1,27 +1,25 @@
 """Films a prompt script: `python sample.py checkpoint=PATH script=FILE out=DIR key=value ...`.
 
-Writes to DIR, each as soon as it is known: latents/NN.safetensors, shots/NN.mp4, then video.mp4, storyboard.png,
-routing.png and, last, metadata.json with everything to repeat it.
+Writes to DIR, each as soon as it is known: latents/NN.safetensors, shots/NN.mp4, then video.mp4, metadata.json with
+everything to repeat it, storyboard.png and routing.png.
 """
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
-from tqdm import tqdm
+from torch import Tensor
 
 from configs.command import command
 from configs.schema import SampleConfig
-from data.film import pictures, plan_film
+from data.film import plan_film
+from data.film_folder import FilmFolder
+from data.filmmaker import make_film
 from data.script import load_script
-from data.storyboard import draw_routing_map, draw_storyboard, pick_frames
-from data.video import write_video
+from data.storyboard import draw_routing_map, draw_storyboard
 from moc import MoCConfig
 from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap
@@ -33,9 +31,7 @@ from models import load_denoiser, load_encoders, place
 @command("sample", SampleConfig)
 def main(config: SampleConfig) -> None:
     """Loads model and script, films shot by shot, and writes what came of it."""
-    started, out = time.time(), Path(config.out)
-    if (out / "metadata.json").exists():
-        raise FileExistsError(f"out={out} already holds a film; choose another folder")
+    started, folder = time.time(), FilmFolder(config.out)
     script = load_script(config.script)
     device = resolve_device(config.device)
 
@@ -46,53 +42,35 @@ def main(config: SampleConfig) -> None:
     encoders = load_encoders(config.encoders_path or checkpoint)
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 
-    plan = plan_film(script, codec)
+    plan = plan_film(script, codec, device)
     story = Story(plan.shapes, *plan.texts(text, script), plan.given, plan.cuts)
     text.to("cpu")  # its memory is the model's from here on
     model = place(model, device, config.offload)
-    decode, routing_map = codec.shot_decoder(), RoutingMap(len(plan.shapes))
-    thumbnails: list[np.ndarray] = []
+    routing_map = RoutingMap(len(plan.shapes))
 
-    def film() -> Iterator[np.ndarray]:
-        with tqdm(desc="sample", unit="step") as bar:
-
-            def on_step(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            shots = sample_shots(model, model.stream, moc, flow, story, config.sampler, on_step, routing_map)
-            for number, (_, latent) in enumerate(shots, start=1):
-                save_file({"latent": latent.contiguous()}, _inside(out, f"latents/{number:02d}.safetensors"))
-                frames = np.concatenate([pictures(piece) for piece in decode(latent)])
-                write_video(_inside(out, f"shots/{number:02d}.mp4"), frames, script.fps)
-                thumbnails.append(frames[pick_frames(len(frames))])
-                yield from frames
+    def sampling(on_step: Callable[[int, int], None]) -> Iterator[tuple[int, Tensor]]:
+        return sample_shots(model, model.stream, moc, flow, story, config.sampler, on_step, routing_map)
 
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        num_frames = write_video(out / "video.mp4", film(), script.fps)
-    draw_storyboard(out / "storyboard.png", script.title, [shot.prompt for shot in script.shots], thumbnails)
-    draw_routing_map(out / "routing.png", routing_map.shares()[plan.filmed][:, plan.filmed])
+        film = make_film(folder, script.fps, codec, sampling)
     record = {
         "script": asdict(script),
         "config": asdict(config),
         "checkpoint": str(checkpoint.resolve()),
         "moc": moc.to_dict(),
         "flow": asdict(flow),
-        "num_frames": num_frames,
+        "num_frames": film.num_frames,
         "latent_shapes": plan.shapes,
         "routing": routing_map.shares().tolist(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "versions": {name: version(name) for name in ("moc", "torch", "diffusers", "transformers")},
         "seconds": round(time.time() - started, 1),
     }
-    (out / "metadata.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
-    print(f"{out / 'video.mp4'}\n{out / 'storyboard.png'}\n{out / 'routing.png'}")
-
-
-def _inside(out: Path, name: str) -> Path:
-    path = out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    folder.write_metadata(record)
+    captions = [shot.prompt for shot in script.shots]
+    folder.draw("storyboard.png", draw_storyboard, script.title, captions, film.thumbnails)
+    folder.draw("routing.png", draw_routing_map, routing_map.shares()[plan.filmed][:, plan.filmed])
+    print(*folder.files(), sep="\n")
 
 
 if __name__ == "__main__":

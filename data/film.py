@@ -1,11 +1,10 @@
-"""From a prompt script to what a sampler needs, and from its latents back to pictures.
+"""From a prompt script to what a sampler needs.
 
 Codec and text encoder are handed in; this module knows their interface only (data/interfaces.py).
 """
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +33,8 @@ class FilmPlan:
         return encoder.encode(script.global_caption, self.captions), encoder.encode(script.negative, nulls)
 
 
-def plan_film(script: Script, codec: Codec) -> FilmPlan:
-    """Lays the stream of a script out; raises DataError for a size the codec cannot take."""
+def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu") -> FilmPlan:
+    """Lays the stream of a script out; raises DataError for a size the codec cannot take. device: the codec's."""
     height, width = script.size
     factor = codec.spatial_factor
     if height % factor or width % factor:
@@ -44,7 +43,8 @@ def plan_film(script: Script, codec: Codec) -> FilmPlan:
     rest = 0.0  # what rounding took from the shots of one video so far, so that cuts stay where the script has them
     for place, shot in enumerate(script.shots):
         if shot.image:
-            plan.given[len(plan.shapes)] = codec.encode(fit(read_image(shot.image), script.size))
+            picture = fit(read_image(shot.image), script.size).to(device)
+            plan.given[len(plan.shapes)] = codec.encode(picture)
             plan.shapes.append((codec.latent_channels, 1, height // factor, width // factor))
             plan.captions.append(shot.caption)
             plan.cuts.append(True)
@@ -57,8 +57,3 @@ def plan_film(script: Script, codec: Codec) -> FilmPlan:
         plan.captions.append(shot.caption)
         plan.cuts.append(shot.cut or shot.image is not None)
     return plan
-
-
-def pictures(video: Tensor) -> np.ndarray:
-    """Decoded float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]."""
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()

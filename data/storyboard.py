@@ -1,14 +1,24 @@
-"""Pictures of a sampled story: the storyboard (a contact sheet) and the routing map."""
+"""Pictures of a sampled story: the storyboard (a contact sheet) and the routing map.
+
+Text is drawn by Pillow as it stands: "$" is no formula, and a character that the font lacks is an empty box.
+"""
 
 import textwrap
 from collections.abc import Sequence
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which may ask for a display
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data.cache import write_whole
+
 FRAMES_A_ROW = 5
+_CELL, _GAP, _HEAD = 330, 8, 48  # pixels: width of a frame or caption, space between them, height of the title
 
 
 def pick_frames(num_frames: int, count: int = FRAMES_A_ROW) -> list[int]:
@@ -19,23 +29,37 @@ def pick_frames(num_frames: int, count: int = FRAMES_A_ROW) -> list[int]:
 def draw_storyboard(path: Path, title: str, captions: Sequence[str], rows: Sequence[np.ndarray]) -> None:
     """A row for each shot: its caption, then its frames, uint8 [n, H, W, 3]."""
     height, width = rows[0].shape[1:3]
-    cell = 2.2
-    figure, axes = plt.subplots(
-        len(rows),
-        FRAMES_A_ROW + 1,
-        figsize=(cell * (FRAMES_A_ROW + 1), cell * height / width * len(rows) + 0.5),
-        gridspec_kw={"wspace": 0.03, "hspace": 0.06, "left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.93},
-        squeeze=False,
-    )
-    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
-    for index, (axis_row, caption, frames) in enumerate(zip(axes, captions, rows, strict=True)):
-        text = "\n".join(textwrap.wrap(f"{index + 1}. {caption}", width=34)[:7])
-        axis_row[0].text(0.02, 0.5, text, va="center", size=7.5, wrap=False)
-        for axis in axis_row:
-            axis.axis("off")
-        for axis, frame in zip(axis_row[1:], frames, strict=False):
-            axis.imshow(frame, interpolation="lanczos")
-    _save(figure, path)
+    cell = (_CELL, max(1, round(_CELL * height / width)))
+    across, down = cell[0] + _GAP, cell[1] + _GAP
+    sheet = Image.new("RGB", (_GAP + across * (FRAMES_A_ROW + 1), _HEAD + down * len(rows)), "white")
+    sheet.paste(_text(title, (sheet.width - 2 * _GAP, _HEAD), size=23, bold=True), (_GAP, 0))
+    for index, (caption, frames) in enumerate(zip(captions, rows, strict=True)):
+        top = _HEAD + down * index
+        sheet.paste(_text(f"{index + 1}. {caption}", cell, size=16), (_GAP, top))
+        for column, frame in enumerate(frames, start=1):
+            picture = Image.fromarray(frame).resize(cell, Image.Resampling.LANCZOS)
+            sheet.paste(picture, (_GAP + across * column, top))
+    _save(sheet, path)
+
+
+def _text(text: str, cell: tuple[int, int], size: int, bold: bool = False) -> Image.Image:
+    """A white picture of `cell` pixels (W, H) with as much of the text as fits, in the middle of its height."""
+    font, line_height = _font(size, bold), round(1.25 * size)
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    num_characters = int(0.95 * cell[0] * len(text) / max(1.0, font.getlength(text)))
+    lines = textwrap.wrap(text, max(1, num_characters), max_lines=max(1, cell[1] // line_height), placeholder="…")
+    picture = Image.new("RGB", cell, "white")
+    top = (cell[1] - line_height * len(lines)) // 2
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(picture).text((0, top + number * line_height), line, "black", font)
+    return picture
+
+
+@cache
+def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf", name), size)
 
 
 def draw_routing_map(path: Path, shares: Tensor) -> None:
@@ -43,8 +67,9 @@ def draw_routing_map(path: Path, shares: Tensor) -> None:
     query's own shot is no route but a mandatory link (paper, figure 2)."""
     table = np.ma.masked_array(shares.numpy(), mask=np.eye(len(shares), dtype=bool))
     size = max(3.2, 0.55 * len(shares) + 1.6)
-    figure, axis = plt.subplots(figsize=(size + 0.9, size))
-    colours = plt.get_cmap("Oranges").with_extremes(bad="#b8c4d6")
+    figure = Figure(figsize=(size + 0.9, size), dpi=150)
+    axis = figure.subplots()
+    colours = matplotlib.colormaps["Oranges"].with_extremes(bad="#b8c4d6")
     image = axis.imshow(table, cmap=colours, vmin=0, vmax=1)
     for row, column in np.ndindex(*table.shape):
         share = table[row, column]
@@ -61,6 +86,11 @@ def draw_routing_map(path: Path, shares: Tensor) -> None:
     _save(figure, path)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def _save(picture: Image.Image | Figure, path: Path) -> None:
+    """Writes a PNG, which appears when it is whole."""
+    png = BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(png, format="png")
+    else:
+        picture.save(png, format="png")
+    write_whole(path, png.getvalue())

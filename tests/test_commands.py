@@ -2,6 +2,7 @@
 
 import errno
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -281,12 +282,64 @@ def test_scripts_that_cannot_be_filmed(capsys, tmp_path, trained, script, change
     assert not list(tmp_path.glob("film/*"))
 
 
-def test_a_film_is_not_written_over(capsys, tmp_path, trained, script):
-    (tmp_path / "film").mkdir()
-    (tmp_path / "film/metadata.json").write_text("{}")
-    arguments = (f"checkpoint={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
-    assert_one_message(refusal(capsys, "sample.py", *arguments), "film", "another folder")
-    assert (tmp_path / "film/metadata.json").read_text() == "{}"
+def sample_arguments(trained: Path, story: Path, out: Path) -> list[str]:
+    return [f"checkpoint={trained}", f"script={story}", f"out={out}", "sampler.steps=1"]
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("part", ["metadata.json", "shots/02.mp4", "latents/02.safetensors"])
+def test_a_film_is_not_written_over(capsys, tmp_path, trained, script, part):
+    """Nor is one that was not finished: its later shots would stand beside the new film's metadata."""
+    (tmp_path / "film" / part).parent.mkdir(parents=True)
+    (tmp_path / "film" / part).write_text("{}")
+    arguments = sample_arguments(trained, script(), tmp_path / "film")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "film", part, "another folder")
+    assert names(tmp_path / "film") == {part}
+
+
+def test_any_prompt_is_drawn(capsys, tmp_path, trained):
+    """A dollar is no formula, an emoji may come as JSON writes it, and tabs indent."""
+    shots = '[{"prompt": "A \\ud83d\\udc07 for $5, $x_{1.", "seconds": 0.4}]'
+    story = tmp_path / "story.json"
+    story.write_text(f'{{\n\t"title": "$\\frac{{1",\n\t"size": [32, 48],\n\t"shots": {shots}\n}}')
+    command("sample.py", *sample_arguments(trained, story, tmp_path / "film"))
+    assert names(tmp_path / "film") >= {"storyboard.png", "routing.png", "metadata.json"}
+    record = json.loads((tmp_path / "film/metadata.json").read_text())
+    assert record["script"]["shots"][0]["prompt"] == "A \N{RABBIT} for $5, $x_{1."
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_a_picture_that_fails_costs_itself_alone(capsys, tmp_path, trained, script, monkeypatch, caplog):
+    """The command ends well, the metadata were written before, and a line names what is missing."""
+    there = []
+
+    def failing(path, *_):
+        there.append(names(path.parent))
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("data.storyboard.draw_storyboard", failing)
+    command("sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
+    assert there == [{"latents/01.safetensors", "shots/01.mp4", "video.mp4", "metadata.json"}]
+    assert names(tmp_path / "film") == {*there[0], "routing.png"}
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{tmp_path / 'film/storyboard.png'} is left out, the film is whole (RuntimeError"
+    ]
+    assert "storyboard" not in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full(capsys, tmp_path, trained, script):
+    """A limit on the size of files stands for the full disk; it is a real error of the file system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        said = refusal(capsys, "sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_one_message(said, "latents/01.safetensors", "File too large")
+    assert names(tmp_path / "film") == set()
 
 
 def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, script, monkeypatch):
@@ -300,8 +353,7 @@ def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, sc
     story = script(shots=[{"prompt": "A cat.", "seconds": 0.4}] * 2)
     arguments = (f"checkpoint={trained}", f"script={story}", f"out={tmp_path / 'film'}", "sampler.steps=2")
     assert_one_message(refusal(capsys, "sample.py", *arguments), "No space left")
-    names = {str(path.relative_to(tmp_path / "film")) for path in (tmp_path / "film").rglob("*") if path.is_file()}
-    assert names == {"latents/01.safetensors", "shots/01.mp4"}
+    assert names(tmp_path / "film") == {"latents/01.safetensors", "shots/01.mp4"}
 
 
 def test_a_run_that_diverges_leaves_no_checkpoint(capsys, tmp_path, prepared):
@@ -309,5 +361,4 @@ def test_a_run_that_diverges_leaves_no_checkpoint(capsys, tmp_path, prepared):
         train(prepared, tmp_path / "run", "optim.lr=1e30", "optim.warmup_steps=0", "trainer.checkpoint_every=1")
     assert_one_message(str(ending.value.code), "the loss is", "lower optim.lr")
     capsys.readouterr()
-    names = [path.name for path in tmp_path.glob("run/checkpoints/*")]
-    assert set(names) <= {"step_0000001"}  # before it was known
+    assert {path.name for path in tmp_path.glob("run/checkpoints/*")} <= {"step_0000001"}  # before it was known

@@ -143,6 +143,13 @@ def test_other_samplers_film_the_same_story_again_and_again(trained, story, film
     assert json.loads((one / "metadata.json").read_text())["moc"]["top_k"] == 1
 
 
+@pytest.mark.gpu
+def test_a_story_with_a_reference_picture_is_filmed_on_a_gpu(trained, story, tmp_path):
+    film = sample(trained, story, tmp_path / "film", "device=cuda")
+    assert [len(frames(film / f"shots/{n:02d}.mp4")) for n in (1, 2, 3, 4)] == [5, 5, 9, 1]
+    assert (film / "metadata.json").exists()
+
+
 def test_training_resumes_through_the_command(trained, prepared, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     train(prepared, tmp_path / "run", "trainer.num_steps=5")

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from data.errors import DataError
-from data.film import pictures, plan_film
+from data.film import plan_film
+from data.film_folder import FILES, FilmFolder
+from data.filmmaker import make_film, pictures
 from data.manifest import CUT_PREFIX
 from data.script import Script, ScriptShot
 from data.storyboard import draw_routing_map, draw_storyboard, pick_frames
@@ -97,6 +99,18 @@ def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
     assert latent[:, 0, :, 7:].mean((1, 2)).tolist() == pytest.approx([-1, -1, 1], abs=0.05)
 
 
+def test_a_reference_picture_is_encoded_on_the_codecs_device(picture):
+    """The meta device stands for a GPU: what is on it meets nothing that is not."""
+
+    class MetaCodec(MeanCodec):
+        def encode_piece(self, frames, memory, first):
+            return torch.nn.functional.conv3d(frames, torch.ones(3, 3, 1, 8, 8, device="meta"), stride=(1, 8, 8))
+
+    plan = plan_film(script(ScriptShot("a", 1.0, image=picture)), MetaCodec(), "meta")
+    assert plan.given[0].device.type == "meta"
+    assert plan.given[0].shape == (3, 1, 8, 12)
+
+
 def test_a_broken_picture_is_named(tmp_path):
     (tmp_path / "ref.png").write_text("no picture")
     with pytest.raises(DataError, match=r"ref\.png.*cannot be read as an image"):
@@ -111,7 +125,7 @@ def test_a_size_the_codec_cannot_take_is_refused():
 def test_pictures_are_bytes_in_their_place():
     video = torch.zeros(3, 2, 4, 6)
     video[0, 0, 1, 2], video[1, 1, 0, 0], video[2, 0, 0, 0] = 1.0, -1.0, 7.0
-    frames = pictures(video)
+    frames = pictures(video, "shot 1")
     assert (frames.shape, frames.dtype) == ((2, 4, 6, 3), np.uint8)
     assert frames[0, 1, 2].tolist() == [255, 128, 128]
     assert frames[1, 0, 0].tolist() == [128, 0, 128]
@@ -148,6 +162,40 @@ def test_the_storyboard_shows_a_row_for_each_shot(tmp_path):
     assert heights == sorted(heights)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "costs $5 or $x_1",
+        r"\frac{$a",
+        "\N{RABBIT} runs \N{SNOWMAN}",
+        "兔子在草地上" * 60,
+        "\ud83d",
+        "",
+        "a\nb\t\x00c",
+        "w" * 2000,
+    ],
+)
+def test_any_text_can_be_drawn(tmp_path, recwarn, text):
+    """Nothing is taken for a formula, and a character that the font lacks is drawn as a box, without a warning."""
+    rows = [np.zeros((5, 36, 64, 3), np.uint8)] * 2
+    draw_storyboard(tmp_path / "board.png", text, [text, "plain"], rows)
+    image = np.asarray(Image.open(tmp_path / "board.png").convert("L"))
+    top, bottom = image[48 : 48 + 186, :330], image[48 + 194 :, :330]  # the two captions
+    assert (top < 128).any()
+    assert (bottom < 128).any()
+    assert (image[:48] < 128).any() == bool(text)
+    assert (image[:, 330:338] == 255).all()  # no caption reaches the pictures
+    assert not recwarn
+
+
+def test_a_long_caption_is_cut_where_its_cell_ends(tmp_path):
+    rows = [np.full((5, 18, 64, 3), 255, np.uint8)] * 2
+    draw_storyboard(tmp_path / "board.png", "", ["word " * 300, ""], rows)
+    dark = (np.asarray(Image.open(tmp_path / "board.png").convert("L")) < 128).any(axis=1)
+    assert dark[48:141].sum() > 40
+    assert not dark[141:149].any()
+
+
 @pytest.mark.parametrize("num_shots", [1, 6])
 def test_the_routing_map_sets_own_shots_apart(tmp_path, num_shots):
     shares = torch.zeros(num_shots, num_shots, dtype=torch.float64)
@@ -161,3 +209,79 @@ def test_the_routing_map_sets_own_shots_apart(tmp_path, num_shots):
     assert diagonal > 0.01
     if num_shots == 6:
         assert square > 0.2 * diagonal / num_shots
+
+
+# The folder
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def latent(value: float = 0.5) -> torch.Tensor:
+    return torch.full((3, 2, 2, 2), value)
+
+
+class FlatCodec(MeanCodec):
+    """Decodes a latent to frames of one colour, its mean."""
+
+    def decode_piece(self, latent, memory, first):
+        return latent.mean().expand(3, 4 * latent.shape[1] - 3 * first, 32, 48)
+
+    latents_at_once = 1000
+
+
+def test_a_film_is_made_shot_by_shot(tmp_path):
+    """Each shot's files are there before the next shot is sampled."""
+    seen = []
+
+    def sampling(on_step):
+        for number in range(2):
+            seen.append(files(tmp_path) - {".video.partial.mp4"})
+            on_step(number + 1, 2)
+            yield number, latent()
+
+    film = make_film(FilmFolder(tmp_path), 12, FlatCodec(), sampling)
+    first = {"latents/01.safetensors", "shots/01.mp4"}
+    assert seen == [set(), first]
+    assert files(tmp_path) == {*first, "latents/02.safetensors", "shots/02.mp4", "video.mp4"}
+    assert film.num_frames == 10
+    assert [rows.shape for rows in film.thumbnails] == [(5, 32, 48, 3)] * 2
+    assert abs(int(film.thumbnails[0][0, 0, 0, 0]) - 191) <= 1
+
+
+def test_pictures_that_are_not_finite_are_no_film(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"shot 2.*not; the codec"):
+        make_film(FilmFolder(tmp_path), 12, FlatCodec(), lambda _: enumerate([latent(), latent(float("nan"))]))
+    assert files(tmp_path) == {"latents/01.safetensors", "shots/01.mp4", "latents/02.safetensors"}
+
+
+@pytest.mark.parametrize("pattern", FILES)
+def test_a_folder_with_any_part_of_a_film_is_not_written_to(tmp_path, pattern):
+    part = tmp_path / pattern.replace("*", "03")
+    part.parent.mkdir(exist_ok=True)
+    part.touch()
+    with pytest.raises(DataError, match=rf"already holds {pattern.replace('*', '03')} of a film; name another folder"):
+        FilmFolder(tmp_path)
+
+
+def test_a_folder_may_hold_other_things_but_must_be_one(tmp_path):
+    (tmp_path / "story.yaml").touch()
+    FilmFolder(tmp_path).write_metadata({"path": Path("a")})
+    assert (tmp_path / "metadata.json").read_text() == '{\n  "path": "a"\n}\n'
+    with pytest.raises(DataError, match=r"story\.yaml: is a file; name a folder"):
+        FilmFolder(tmp_path / "story.yaml")
+
+
+def test_a_picture_that_fails_costs_itself_alone(tmp_path, caplog):
+    def draw(path, title):
+        if title == "bad":
+            raise RuntimeError("no such glyph")
+        path.write_bytes(b"picture")
+
+    folder = FilmFolder(tmp_path)
+    folder.draw("storyboard.png", draw, "bad")
+    folder.draw("routing.png", draw, "good")
+    assert folder.files() == [tmp_path / "routing.png"]
+    (record,) = caplog.records
+    assert "storyboard.png is left out, the film is whole (RuntimeError: no such glyph)" in record.getMessage()
