@@ -1,18 +1,20 @@
 """Tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several processes.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER
+python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [POISONED SCENE]
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from data.dataset import DataConfig
 from data.loader import Validation, build_loader
-from moc import MoCConfig
+from moc import Batch, MoCConfig
 from moc.diffusion import Flow
 from moc.schedule import MoCSchedule
 from moc.training import (
@@ -108,12 +110,43 @@ def train(
     return trainer
 
 
+@contextmanager
+def poisoned(*scene_ids: str, gradient_only: bool = True) -> Iterator[None]:
+    """While it lasts, these scenes' gradients are not numbers, and their losses neither unless `gradient_only`."""
+    healthy = Flow.loss
+
+    def loss(self, model, batch: Batch, *others, **more) -> torch.Tensor:
+        by_shot = healthy(self, model, batch, *others, **more)
+        ids = [name for name, (_, shots) in zip(batch.ids, batch.layout.samples, strict=True) for _ in shots]
+        return torch.stack([spoil(x) if name in scene_ids else x for name, x in zip(ids, by_shot, strict=True)])
+
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        return x + (0 * x).sqrt() if gradient_only else x * torch.nan  # the root is 0, its slope there infinite
+
+    Flow.loss = loss
+    try:
+        yield
+    finally:
+        Flow.loss = healthy
+
+
+def launch(processes: int, *arguments: object) -> None:
+    """Runs this module in several processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *torchrun, "-m", "tests.runs", *map(str, arguments)]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder) if "loss" in row]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    trainer = train(Path(sys.argv[1]), Path(sys.argv[2]), moc=DROPS)
+    with poisoned(sys.argv[3]) if len(sys.argv) > 3 else nullcontext():
+        trainer = train(Path(sys.argv[1]), Path(sys.argv[2]), moc=DROPS)
     assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     torch.distributed.destroy_process_group()

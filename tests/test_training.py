@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +16,7 @@ from moc.schedule import Stage
 from moc.training import EMA, Metrics, OptimConfig, TrackerConfig, find_checkpoint, read_metrics
 from moc.training import checkpoint as ckpt
 from moc.training.optim import build_optimizer, learning_rate
-from tests.runs import DROPS, MOC, losses, make_cache, make_trainer, train
-
-ROOT = Path(__file__).parents[1]
+from tests.runs import DROPS, MOC, launch, losses, make_cache, make_trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +75,7 @@ def test_micro_batches_add_up_to_the_packed_step(cache, tmp_path):
 def test_two_processes_train_as_one(cache, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train(cache, one, moc=DROPS)  # all in one pack
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "tests.runs",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(
-        [*launch, str(cache), str(two)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(2, cache, two)
     assert losses(two) == pytest.approx(losses(one), rel=2e-6)
     assert_same_weights(one, two, atol=1e-5, rtol=1e-4)
 

@@ -114,6 +114,18 @@ def _checkpoints(run_folder: Path) -> list[Path]:
     return sorted((f for f in folders if _STEP_FOLDER.fullmatch(f.name)), key=step_of)
 
 
+def check_finite(model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raises FloatingPointError where a weight, an average or an optimizer state is not finite."""
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    tensors = {"weights": model.parameters(), "averaged weights": averaged.parameters(), "optimizer's states": states}
+    for name, values in tensors.items():
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            raise FloatingPointError(
+                f"the {name} are not finite after step {step}, and no checkpoint of it is written; lower optim.lr and "
+                "resume from the newest checkpoint"
+            )
+
+
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Optimizer states as `<parameter>.<state>` tensors."""
     tensors = {
@@ -150,10 +162,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         wrong = sorted(states.keys() ^ parameters.keys())
         raise UserError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
     for name, parameter in parameters.items():
-        # AdamW keeps its step counter on the CPU, its moments beside the parameter.
-        optimizer.state[parameter] = {
-            key: value if value.dim() == 0 else value.to(parameter.device) for key, value in states[name].items()
-        }
+        # Fused AdamW keeps its step counter beside the parameter, like its moments.
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in states[name].items()}
 
 
 def _load(file: Path) -> dict[str, Tensor]:

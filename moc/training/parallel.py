@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
@@ -66,3 +67,12 @@ def resolve_device(name: str) -> torch.device:
             f"device={name} is none that torch {torch.__version__} finds here; say one of {', '.join(here)}"
         ) from None
     return device
+
+
+def gather_lists(values: list) -> list:
+    """The lists of all processes, one after another, on each of them."""
+    if not dist.is_initialized():
+        return values
+    lists: list = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]

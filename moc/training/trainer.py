@@ -6,10 +6,10 @@ on N processes equals a run on one, and a resumed run equals one that was never 
 """
 
 import gc
-import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from moc.batch import Batch
@@ -30,6 +29,7 @@ from moc.training import checkpoint as ckpt
 from moc.training.ema import EMA
 from moc.training.metrics import Metrics
 from moc.training.optim import OptimConfig, build_optimizer, learning_rate
+from moc.training.outcome import Outcome, SkipCount, Totals
 from moc.training.validation import Validator
 
 
@@ -45,7 +45,8 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """num_steps: optimizer steps of the run. *_every: in steps, 0 is never. keep_checkpoints: the newest so many."""
+    """num_steps: optimizer steps of the run. *_every: in steps, 0 is never. keep_checkpoints: the newest so many.
+    max_skipped_steps: how many steps in a row may have no finite loss and gradient before the run ends."""
 
     num_steps: int = 20_000
     log_every: int = 10
@@ -53,10 +54,11 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     ema_decay: float = 0.999
+    max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
         check_least(self, "trainer", 1, "num_steps", "log_every", "keep_checkpoints")
-        check_least(self, "trainer", 0, "validate_every", "checkpoint_every")
+        check_least(self, "trainer", 0, "validate_every", "checkpoint_every", "max_skipped_steps")
 
 
 class Trainer:
@@ -86,6 +88,8 @@ class Trainer:
         self.ema = EMA(self.bare_model, config.ema_decay)
         self.model, self.optimizer = accelerator.prepare(self.bare_model, build_optimizer(self.bare_model, optim))
         self.step = 0
+        self.skips = SkipCount(config.max_skipped_steps)
+        self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
 
     def resume(self, checkpoint: Path) -> dict[str, Any]:
         """Loads weights, averages, optimizer and random states; returns the state of the data."""
@@ -99,6 +103,7 @@ class Trainer:
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer.optimizer)
         ckpt.load_rng(checkpoint, self.accelerator.process_index)
         self.step = state["step"]
+        self.skips.total = state.get("skipped_steps", 0)
         return state["data"]
 
     def run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None = None) -> None:
@@ -119,18 +124,26 @@ class Trainer:
         gc.freeze()  # a full collection over torch's own objects would stall a step by tens of milliseconds
         bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None)
         for batches in clock.waiting(steps):
-            result = self._train_step(batches)
-            self.step += 1
+            self._train_step(batches)
             bar.update()
             last = self.step == self.config.num_steps
             saves = _due(self.step, self.config.checkpoint_every)
-            # A checkpoint is never written without a look at the loss: it may have diverged.
             if last or saves or _due(self.step, self.config.log_every):
-                values = self._summary(result) | clock.read()
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                totals = self._look(metrics)
+                # The weights that a checkpoint will hold have given a finite loss, or it is not written.
+                if (last or saves) and not totals.num_finite:
+                    raise FloatingPointError(
+                        f"the loss is {totals.loss} at step {self.step}; lower optim.lr or resume from an earlier "
+                        "checkpoint"
+                    )
+                values = self._summary(totals) | clock.read()
+                if "loss" in values:
+                    bar.set_postfix(loss=f"{values['loss']:.4f}")
                 if metrics:
                     metrics.log(self.step, values)
                 last |= self._any_process(terminated.is_set())
+            else:
+                self._look(metrics, but=1)
             if validator and (last or _due(self.step, self.config.validate_every)):
                 self._validate(validator, metrics)
                 clock.reset()
@@ -143,6 +156,7 @@ class Trainer:
 
     def save(self, data_state: dict[str, Any]) -> None:
         """Writes a checkpoint of this step; every process takes part."""
+        ckpt.check_finite(self.bare_model, self.ema.model, self.optimizer.optimizer, self.step)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with ckpt.new_checkpoint(self.run_folder, self.step) as folder:
@@ -152,12 +166,13 @@ class Trainer:
                 ckpt.save_optimizer(folder, self.bare_model, self.optimizer.optimizer)
                 ckpt.save_rng(folder, 0)
                 state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
-                ckpt.write_state(folder, state)
+                ckpt.write_state(folder, state | {"skipped_steps": self.skips.total})
                 self.save_extras(folder)
             ckpt.remove_old(self.run_folder, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _train_step(self, batches: list[Batch]) -> "_StepResult":
+    def _train_step(self, batches: list[Batch]) -> None:
+        """One optimizer step, which leaves weights and moments alone where its loss or gradient is not finite."""
         moc = self.schedule.at(self.step, self.moc)
         device, processes = self.accelerator.device, self.accelerator.num_processes
         levels = [self.flow.draw_levels(batch, self.seed) for batch in batches]
@@ -177,24 +192,34 @@ class Trainer:
         grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.num_steps, self.optim)
+        by_shot = torch.cat(losses)
+        sums = torch.stack([by_shot.sum(), by_shot.isfinite().sum()])
+        loss_sum, num_finite = self.accelerator.reduce(sums, reduction="sum").unbind()
+        totals = torch.stack([loss_sum * scale / processes, grad_norm, num_finite])
+        self.optimizer.optimizer.found_inf = 1 - totals.isfinite().all().float()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.bare_model)
-        return _StepResult(torch.cat(losses), targets, grad_norm)
+        self.step += 1
+        self._outcomes.append(Outcome(self.step, batches, by_shot, totals))
 
-    def _summary(self, result: "_StepResult") -> dict[str, Any]:
-        """Loss over the targets of all processes; raises FloatingPointError where training has diverged."""
-        sums = torch.stack([result.losses.sum(), result.targets.float()])
-        loss_sum, targets = self.accelerator.reduce(sums, reduction="sum").tolist()
-        loss = loss_sum / targets
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}; lower optim.lr or resume from an earlier checkpoint"
-            )
+    def _look(self, metrics: Metrics | None, but: int = 0) -> Totals | None:
+        """Reads the outcomes of all steps `but` the newest so many, which the device may still be at; returns the last
+        one read. Skipped steps are told; raises FloatingPointError where they are too many."""
+        totals = None
+        while len(self._outcomes) > but:
+            outcome = self._outcomes.popleft()
+            totals = outcome.read()
+            scenes = self.skips.add(outcome, totals)
+            if scenes and metrics:
+                metrics.log(outcome.step, {"skipped_scenes": ", ".join(scenes)})
+        return totals
+
+    def _summary(self, totals: Totals) -> dict[str, Any]:
+        """What is logged of a step; the loss is over the targets of all processes."""
         moc = self.schedule.at(self.step - 1, self.moc)
-        return {
-            "loss": loss,
-            "grad_norm": float(result.grad_norm),
+        return totals.finite() | {
+            "skipped_steps": self.skips.total,
             "lr": learning_rate(self.step - 1, self.config.num_steps, self.optim),
             "chunk_tokens": moc.chunk_tokens,
             "top_k": moc.top_k,
@@ -212,15 +237,6 @@ class Trainer:
             values = {f"validation/loss_{sigma:g}": loss for sigma, loss in zip(validator.sigmas, mean, strict=True)}
             routing = validator.routing(self.ema.model, moc, device)
             metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
-
-
-@dataclass(frozen=True)
-class _StepResult:
-    """Of this process: losses [S], zero for history, and the number of targets. Of all: the gradient's norm."""
-
-    losses: Tensor
-    targets: Tensor
-    grad_norm: Tensor
 
 
 class _Clock:

@@ -1,0 +1,97 @@
+"""What a training step came to: its loss and its gradient's norm, read a step late so that the host never waits for it.
+
+A step whose loss or gradient is not finite is skipped on the device, before the optimizer steps (`found_inf`, which
+fused AdamW heeds). The host hears of it when the next step is under way, counts it and names its scenes.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moc.batch import Batch
+from moc.training.parallel import gather_lists
+
+logger = logging.getLogger(__name__)
+
+
+class Outcome:
+    """The outcome of one step. `read` waits for the device to have finished the step; the constructor does not."""
+
+    def __init__(self, step: int, batches: Sequence[Batch], losses: Tensor, totals: Tensor) -> None:
+        """step: counted from 1. losses [S]: this process's, of each shot. totals: the loss, the gradient's norm and the
+        number of finite shot losses, over all processes."""
+        self.step, self._losses = step, losses
+        self._shot_ids = [
+            name
+            for batch in batches
+            for name, (_, shots) in zip(batch.ids, batch.layout.samples, strict=True)
+            for _ in shots
+        ]
+        self._totals = totals.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if totals.is_cuda else None
+        if self._arrived:
+            self._arrived.record()
+
+    def read(self) -> "Totals":
+        if self._arrived:
+            self._arrived.synchronize()
+        return Totals(*self._totals.tolist())
+
+    def scenes(self) -> list[str]:
+        """Ids of the samples whose loss is not finite, or of all of the step where every loss is: nobody knows then
+        whose gradient it was. Every process takes part."""
+        finite = self._losses.isfinite().tolist()
+        broken = gather_lists([name for name, fine in zip(self._shot_ids, finite, strict=True) if not fine])
+        everyone = gather_lists(self._shot_ids)
+        return list(dict.fromkeys(broken or everyone))
+
+
+@dataclass(frozen=True)
+class Totals:
+    """loss, grad_norm: of the step, over all processes. num_finite: how many of its shots have a finite loss."""
+
+    loss: float
+    grad_norm: float
+    num_finite: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the optimizer left the step out."""
+        return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
+
+    def finite(self) -> dict[str, float]:
+        """Those of the loss and the norm that can be logged: JSON has no NaN."""
+        values = {"loss": self.loss, "grad_norm": self.grad_norm}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+class SkipCount:
+    """Counts skipped steps, names their scenes and ends the run past `most` of them in a row."""
+
+    def __init__(self, most: int, total: int = 0) -> None:
+        self.most, self.total, self.in_a_row = most, total, 0
+
+    def add(self, outcome: Outcome, totals: Totals) -> list[str]:
+        """The scenes of a skipped step, none for another. Every process takes part.
+
+        Raises FloatingPointError past `most` skipped steps in a row.
+        """
+        if not totals.skipped:
+            self.in_a_row = 0
+            return []
+        self.total += 1
+        self.in_a_row += 1
+        scenes = outcome.scenes()
+        what = f"loss {totals.loss:g}, gradient norm {totals.grad_norm:g}"
+        logger.warning("step %d is skipped (%s); its scenes: %s", outcome.step, what, ", ".join(scenes))
+        if self.in_a_row > self.most:
+            raise FloatingPointError(
+                f"{self.in_a_row} steps in a row had no finite loss and gradient, the last of them step {outcome.step} "
+                f"({what}; scenes {', '.join(scenes)}), which is more than trainer.max_skipped_steps={self.most}; the "
+                "newest checkpoint is from before: lower optim.lr, look at these scenes, or raise the limit"
+            )
+        return scenes
