@@ -300,16 +300,16 @@ def test_a_film_is_not_written_over(capsys, tmp_path, trained, script, part):
     assert names(tmp_path / "film") == {part}
 
 
-def test_any_prompt_is_drawn(capsys, tmp_path, trained):
-    """A dollar is no formula, an emoji may come as JSON writes it, and tabs indent."""
-    shots = '[{"prompt": "A \\ud83d\\udc07 for $5, $x_{1.", "seconds": 0.4}]'
-    story = tmp_path / "story.json"
-    story.write_text(f'{{\n\t"title": "$\\frac{{1",\n\t"size": [32, 48],\n\t"shots": {shots}\n}}')
-    command("sample.py", *sample_arguments(trained, story, tmp_path / "film"))
+def test_any_prompt_is_drawn(tmp_path, trained, recwarn):
+    """A dollar is no formula; JSON writes an emoji in two halves, and tabs may indent it."""
+    prompt = "A \N{RABBIT} for $5_{ or $6."
+    story = {"title": r"$\frac{$", "size": [32, 48], "shots": [{"prompt": prompt, "seconds": 0.4}]}
+    (tmp_path / "story.json").write_text(json.dumps(story, indent="\t"))
+    command("sample.py", *sample_arguments(trained, tmp_path / "story.json", tmp_path / "film"))
     assert names(tmp_path / "film") >= {"storyboard.png", "routing.png", "metadata.json"}
     record = json.loads((tmp_path / "film/metadata.json").read_text())
-    assert record["script"]["shots"][0]["prompt"] == "A \N{RABBIT} for $5, $x_{1."
-    assert "Warning" not in capsys.readouterr().err
+    assert record["script"]["shots"][0]["prompt"] == prompt
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
 def test_a_picture_that_fails_costs_itself_alone(capsys, tmp_path, trained, script, monkeypatch, caplog):
