@@ -67,11 +67,16 @@ def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str])
     resolve(root, relative, where)
     caption = _caption(next((fields[name] for name in _CAPTION if fields.get(name)), ""), where)
     if Path(relative).suffix.lower() in image_suffixes:
-        return SceneRecord(id=relative, image=relative, caption=caption)
+        return SceneRecord(id=relative, image=relative, caption=caption, origin=where)
     texts = _shot_captions(fields, where)
     shots = _shots(fields, texts, where)
     return SceneRecord(
-        id=relative, video=relative, caption=caption, shots=shots, shot_captions=() if shots else tuple(texts)
+        id=relative,
+        video=relative,
+        caption=caption,
+        shots=shots,
+        shot_captions=() if shots else tuple(texts),
+        origin=where,
     )
 
 

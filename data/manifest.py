@@ -10,7 +10,7 @@ string or a list of lengths. Without `shots` a video's shots are found by detect
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data.documents import read_objects
@@ -40,7 +40,8 @@ class ShotRecord:
 class SceneRecord:
     """One line. Exactly one of video and image is set; fps None: the video's own; shots empty: to be detected.
 
-    shot_captions: of the shots to be detected, from other tools' files; never in a manifest.
+    shot_captions: of the shots to be detected, from other tools' files; never in a manifest. origin: the file and line
+    that the scene was read from, "" where it was no line of a file; two scenes may be equal without it.
     """
 
     id: str
@@ -50,14 +51,21 @@ class SceneRecord:
     fps: float | None = None
     shots: tuple[ShotRecord, ...] = ()
     shot_captions: tuple[Caption, ...] = ()
+    origin: str = field(default="", compare=False)
 
     @property
     def path(self) -> str:
         return self.video or self.image or ""
 
+    @property
+    def where(self) -> str:
+        """What an error cites: the line it was read from, or its id."""
+        return self.origin or self.id
+
     def to_dict(self) -> dict:
         """The JSON object of the line, without the fields that say nothing."""
-        fields = {k: v for k, v in asdict(self).items() if v is not None and k not in ("shots", "shot_captions")}
+        other = ("shots", "shot_captions", "origin")
+        fields = {k: v for k, v in asdict(self).items() if v is not None and k not in other}
         return fields | ({"shots": [asdict(shot) for shot in self.shots]} if self.shots else {})
 
 
@@ -153,6 +161,7 @@ def scene_from_dict(fields: dict, where: str) -> SceneRecord:
         caption=check_caption(fields.get("caption", ""), f"{where} caption"),
         fps=_fps(fields, where),
         shots=_shots(fields.get("shots"), where),
+        origin=where,
         **{kinds[0]: media},
     )
 

@@ -56,13 +56,13 @@ def plan_scene(
         height, width = read_image(root / scene.image).shape[1:3]
         return [_plan(root, scene, ((0,),), nearest_bucket(height, width, rule.sizes), None)], []
     if scan is None or scan.index is None:
-        raise scan.error if scan and scan.error else DataError("no-frames", scene.id, "was not scanned")
+        raise scan.error if scan and scan.error else DataError("no-frames", scene.where, "was not scanned")
     index = scan.index
     skipped: list[DataError] = []
     pieces: list[tuple[ShotRecord, tuple[int, ...]]] = []
     records = scene.shots or _detected_shots(scene, scan.spans or ((0, index.num_frames),))
     for i, shot in enumerate(records):
-        where = f"{scene.id} shots[{i}]"
+        where = f"{scene.where} shots[{i}]"
         if shot.end > index.num_frames:
             raise DataError(
                 "out-of-range-shot",
@@ -93,7 +93,7 @@ def _detected_shots(scene: SceneRecord, spans: Sequence[Span]) -> list[ShotRecor
     if len(texts) != len(spans):
         raise DataError(
             "caption-count",
-            scene.id,
+            scene.where,
             f"has {len(texts)} shot captions, but {len(spans)} shots were found; give the shots in a manifest",
         )
     return [ShotRecord(start, end, text) for (start, end), text in zip(spans, texts, strict=True)]
@@ -104,19 +104,19 @@ def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
     that were mended, another rate."""
     found = []
     if not any(text.strip() for caption in _captions(scene) for text in captions(caption)):
-        found.append(DataError("empty-caption", scene.id, "neither the scene nor any shot has a caption"))
+        found.append(DataError("empty-caption", scene.where, "neither the scene nor any shot has a caption"))
     if scan is None or scan.index is None:
         return found
     index, claimed = scan.index, scan.claimed_frames
     if claimed and index.num_frames < _CLAIM_TOLERANCE * claimed - 2:
         found.append(
-            DataError("truncated", scene.id, f"{scene.video} claims {claimed} frames, {index.num_frames} decode")
+            DataError("truncated", scene.where, f"{scene.video} claims {claimed} frames, {index.num_frames} decode")
         )
     if index.stamp_fault:
-        found.append(DataError("bad-stamps", scene.id, f"{scene.video}: {index.stamp_fault}"))
+        found.append(DataError("bad-stamps", scene.where, f"{scene.video}: {index.stamp_fault}"))
     if scene.fps and abs(scene.fps - index.fps) > 0.01 * index.fps:
         found.append(
-            DataError("other-fps", scene.id, f"the manifest says {scene.fps} fps, {scene.video} has {index.fps}")
+            DataError("other-fps", scene.where, f"the manifest says {scene.fps} fps, {scene.video} has {index.fps}")
         )
     return found
 

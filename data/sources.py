@@ -30,7 +30,9 @@ class Found:
         if isinstance(entry, DataError):
             self.problems.append(entry)
         elif entry.id in self._ids:
-            self.problems.append(DataError("duplicate-id", entry.id, "is there twice; the first is taken"))
+            self.problems.append(
+                DataError("duplicate-id", entry.where, f"{entry.id!r} is there twice; the first is taken")
+            )
         else:
             self._ids.add(entry.id)
             self.scenes.append(entry)
