@@ -21,10 +21,6 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpre
 DROPS = moc.DropKey(seed=1, step=2, layer=3, first_head=4)
 
 
-def same_chunks(routes, expected) -> bool:
-    return torch.equal(routes.sort(-1).values, expected.sort(-1).values)
-
-
 def assert_equal_to_reference(attend, layout, config, routes, dtype=torch.float64, tolerance=1e-9, **kind):
     """Output and gradients of `attend` against the fp64 reference with the same routes."""
     q, k, v = attention_tensors(layout, dtype=dtype, **kind)

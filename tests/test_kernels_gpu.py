@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moc
 from moc import reference, routing
 from moc.kernels import anchors, dense, torch_parts
+from tests.routes import assert_same_choice, same_chunks
 
 pytestmark = pytest.mark.gpu
 if torch.cuda.is_available():
@@ -40,10 +41,6 @@ def inputs(layout, dtype=torch.bfloat16, num_heads=3, head_dim=128, seed=0, requ
     shape = (layout.num_tokens, num_heads, head_dim)
     made = [torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(4)]
     return [x.requires_grad_(requires_grad) for x in made[:3]], made[3]
-
-
-def same_chunks(routes, expected) -> bool:
-    return torch.equal(routes.sort(-1).values, expected.sort(-1).values)
 
 
 def with_gradients(function, tensors, direction):
@@ -81,7 +78,7 @@ def check(config, layout=None, drops=None, attend=None, **kind):
     tensors, direction = inputs(layout, **kind)
     q, k = (x.detach() for x in tensors[:2])
     routes = triton_backend.route(q, k, layout, config, drops)
-    assert same_chunks(routes, routing.route(q, k, layout, config, drops))
+    assert_same_choice(routes, q, k, layout, config, drops)
     assert_as_good_as_torch(attend or triton_backend.attend, layout, config, routes, tensors, direction)
 
 
@@ -214,7 +211,7 @@ def test_outputs_are_written_whole_and_unchosen_chunks_get_exactly_zero():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(x.isfinite().all() for x in results)
-    assert same_chunks(routes, routing.route(q, k, layout, config))
+    assert_same_choice(routes, q, k, layout, config)
     alone = (routes < 0).all(-1).T
     assert alone.any()
     assert (results[0][alone] == 0).all()

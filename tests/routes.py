@@ -1,0 +1,54 @@
+"""Routes of two backends compared, where hardware may round scores differently.
+
+Shape letters: L packed tokens, Lq queries, N heads, D head dim, K routes a query.
+"""
+
+import torch
+from torch import Tensor
+
+import moc
+from moc import routing
+
+
+def same_chunks(routes: Tensor, expected: Tensor) -> bool:
+    """Whether two tables [N, Lq, K] hold the same chunks for each query. Where scores are exact, ties included."""
+    return torch.equal(routes.sort(-1).values, expected.sort(-1).values)
+
+
+def assert_same_choice(
+    routes: Tensor,
+    q: Tensor,
+    k: Tensor,
+    layout: moc.ShotLayout,
+    config: moc.MoCConfig,
+    drops: moc.DropKey | None = None,
+    first_query: int = 0,
+) -> None:
+    """`routes` of q [Lq, N, D] and k [L, N, D] are the reference's, for each query whose choice rounding cannot change.
+
+    Such must be nearly all: inputs with many equal scores need exact ones and `same_chunks`.
+    """
+    clear = clear_choices(q, k, layout, config, first_query)
+    assert clear.double().mean() > 0.95
+    expected = routing.route(q, k, layout, config, drops, first_query)
+    assert routes.shape == expected.shape
+    assert same_chunks(routes[clear], expected[clear])
+
+
+@torch.no_grad()
+def clear_choices(
+    q: Tensor, k: Tensor, layout: moc.ShotLayout, config: moc.MoCConfig, first_query: int = 0, error: float = 1e-5
+) -> Tensor:
+    """bool [N, Lq]: the best `top_k` chunks beat all others though every score be off by `error` times the lengths of
+    its query and its mean."""
+    means = routing.descriptors(k.double(), layout)
+    scores = torch.einsum("lnd,mnd->nlm", q.double(), means)
+    off = error * q.double().norm(dim=-1).T[..., None] * means.norm(dim=-1).T[:, None]
+    allowed = routing.candidate_range(layout, config).mask(layout, first_query)
+    order = scores.masked_fill(~allowed, -torch.inf).argsort(-1, descending=True)
+    low = (scores - off).masked_fill(~allowed, torch.inf).gather(-1, order)
+    high = (scores + off).masked_fill(~allowed, -torch.inf).gather(-1, order)
+    none = scores.new_full((*scores.shape[:2], 1), torch.inf)
+    worst_kept = torch.cat([none, low[..., : config.top_k]], -1).amin(-1)
+    best_left = torch.cat([-none, high[..., config.top_k :]], -1).amax(-1)
+    return worst_kept > best_left
