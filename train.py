@@ -9,12 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from configs.command import command
 from configs.schema import TrainConfig
-from data.dataset import open_dataset
+from data.dataset import ShotDataset, open_dataset
 from data.loader import Validation, build_loader
+from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Trainer, Validator, build_accelerator, find_checkpoint
 from moc.training.checkpoint import refuse_later
@@ -23,16 +25,20 @@ from models import build_model, load_encoders
 
 @command("train", TrainConfig)
 def main(config: TrainConfig) -> None:
-    """Runs or resumes a training run."""
-    run_folder = Path(config.output, config.name)
-    checkpoint = _checkpoint_to_resume(config, run_folder)
+    """Runs or resumes a training run, which one launch at a time may do."""
     dataset = open_dataset(config.data)
+    accelerator = build_accelerator(config.parallel)
+    with held(config.run_folder, holds=accelerator.is_main_process):
+        _train(config, dataset, accelerator)
 
+
+def _train(config: TrainConfig, dataset: ShotDataset, accelerator: Accelerator) -> None:
+    run_folder = config.run_folder
+    checkpoint = _checkpoint_to_resume(config, run_folder)
     torch.manual_seed(config.seed)
     model = build_model(config.model, latent_channels=dataset.latent_channels, text_dim=dataset.text_dim)
     if config.parallel.activation_checkpointing:
         model.enable_gradient_checkpointing()
-    accelerator = build_accelerator(config.parallel)
     trainer = Trainer(
         accelerator,
         model,
@@ -61,7 +67,6 @@ def main(config: TrainConfig) -> None:
 
     metrics = None
     if accelerator.is_main_process:
-        run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step)
     trainer.run(loader, metrics, validator)

@@ -1,6 +1,7 @@
 """The typed configuration of the commands that compose the whole project; their values are YAML beside this file."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from data.dataset import DataConfig
 from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig
 from moc.errors import UserError
+from moc.files import OutsideError, inside
 from moc.schedule import Stage
 from moc.training import OptimConfig, ParallelConfig, TrackerConfig, TrainerConfig
 from models import ModelConfig
@@ -39,6 +41,16 @@ class TrainConfig:
         for name in ("name", "output"):
             if not getattr(self, name).strip():
                 raise UserError(f"{name} is empty; the run's folder is output/name, so say {name}=VALUE")
+        try:
+            is_output = self.run_folder == Path(self.output)
+        except OutsideError as error:
+            raise UserError(f"name={error}") from None
+        if is_output:
+            raise UserError(f"name={self.name} is the output folder itself; name a folder in it")
+
+    @property
+    def run_folder(self) -> Path:
+        return inside(self.output, self.name)
 
 
 @dataclass

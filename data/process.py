@@ -5,17 +5,17 @@ what there is to do, since hosts may see a shared folder at different ages. No c
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import filelock
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data.errors import DataError
+from moc import files
 
 Item = TypeVar("Item")
 _PATIENCE = timedelta(days=7)  # one may have hours of film left when another is done
@@ -70,22 +70,15 @@ def _lost_peers() -> Iterator[None]:
         ) from error
 
 
-class held:
-    """The output folder, for this run alone; the first process holds it for all."""
-
-    def __init__(self, output: Path, process: Process) -> None:
-        self.output, self.process = output, process
-
-    def __enter__(self) -> None:
+@contextmanager
+def held(output: Path, process: Process) -> Iterator[None]:
+    """The output folder, for this run alone; the first process holds it for all. Raises DataError: output-in-use,
+    cannot-write."""
+    with ExitStack() as stack:
         try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.lock = filelock.FileLock(self.output / ".lock", timeout=0)
-            if self.process.rank == 0:
-                self.lock.acquire()
-        except filelock.Timeout as error:
-            raise DataError("output-in-use", self.output, "another run is preparing into it") from error
+            stack.enter_context(files.held(output, holds=process.rank == 0))
+        except files.HeldError as error:
+            raise DataError("output-in-use", output, "another run is preparing into it") from error
         except OSError as error:
-            raise DataError("cannot-write", self.output, f"{error.strerror}") from error
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
+            raise DataError("cannot-write", output, f"{error.strerror}") from error
+        yield

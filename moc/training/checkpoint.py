@@ -33,6 +33,7 @@ from moc.errors import UserError, disk_error
 # Where a checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models; of two experts high noise first.
 MODEL_FOLDERS = ("ema", "model")
 EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+_PARTIAL_FOLDER = re.compile(r"partial_\d{7,}")
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
@@ -65,7 +66,9 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
     """A folder to fill; it becomes `checkpoints/step_...` when the block ends well, and is removed when it does not."""
     final = run_folder / "checkpoints" / f"step_{step:07d}"
     partial = final.with_name(f"partial_{step:07d}")
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in final.parent.glob("partial_*"):  # of a launch that was killed as it wrote
+        if _PARTIAL_FOLDER.fullmatch(stale.name):
+            shutil.rmtree(stale)
     partial.mkdir(parents=True)
     try:
         yield partial

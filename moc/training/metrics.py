@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moc.errors import UserError
+from moc.files import write_whole
 from moc.training.checkpoint import refuse_later
 
 TRACKERS = ("none", "wandb", "wandb-offline")
@@ -34,7 +35,7 @@ class Metrics:
         refuse_later(folder, first_step)
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode(), durable=True)
         self._wandb = None
         if config.tracker != "none":
             self._wandb = _start_wandb(folder, config, run_config)
@@ -75,4 +76,5 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
