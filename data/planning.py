@@ -82,7 +82,6 @@ def plan_scene(
     for number, window in enumerate(windows):
         name = scene.id if len(windows) == 1 else f"{scene.id}#{number:04d}"
         shots = tuple(shot for shot, _ in window)
-        shots = (replace(shots[0], cut=True), *shots[1:])
         part = replace(scene, id=name, fps=index.fps, shots=shots, shot_captions=())
         plans.append(_plan(root, part, tuple(indices for _, indices in window), size, index))
     return plans, skipped

@@ -49,6 +49,19 @@ def test_long_shots_become_continuations_and_fps_is_kept(folder):
     assert numbers_in(open_cache(slow.cache).latents(stored)[0])[:4] == [0, 8, 16, 24]
 
 
+def test_a_later_window_that_goes_on_with_a_shot_begins_without_a_cut(folder):
+    """Nothing cuts there: neither the manifest, nor the layout, nor the caption's prefix may say so."""
+    scenes(folder, scene("a", (0, 45), (45, 60)))
+    prepared = run(folder, max_frames=9, shots_per_sample=2)
+    windows = load_manifest(prepared.manifest, root=folder)
+    expected = [[(0, True), (9, False)], [(18, False), (27, False)], [(36, False), (45, True)]]
+    assert [[(shot.start, shot.cut) for shot in window.shots] for window in windows[:3]] == expected
+    cache = open_cache(prepared.cache)
+    assert [list(stored.cuts) for stored in cache.scenes[:3]] == [[cut for _, cut in window] for window in expected]
+    rows = [cache.text_rows(stored.text_keys[0][1]) for stored in cache.scenes[:3]]
+    assert rows == [6, 4, 4]  # "[SHOT CUT] shot at 0" and its end, then "shot at 0" and its end
+
+
 def test_captions_of_several_lengths_and_images(folder):
     Image.fromarray(np.full((100, 90, 3), 200, np.uint8)).save(folder / "still.png")
     shots = (ShotRecord(0, 9, ("one", "one two")), ShotRecord(9, 18, "three", cut=False))
