@@ -3,7 +3,7 @@
 A model says through its `StreamSpec` how latents become tokens; `make_batch` lays samples out accordingly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -76,13 +76,37 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """This batch on `device`, latents and text in fp32: loaders send halves, and the device widens them."""
-        non_blocking = torch.device(device).type != "cpu"  # there they are read at once
+        device = torch.device(device)
         return replace(
-            self,
-            latents=[x.to(device, non_blocking=non_blocking).float() for x in self.latents],
-            text=[x.to(device, non_blocking=non_blocking).float() for x in self.text],
-            layout=self.layout.to(device),
+            self, latents=_moved(self.latents, device), text=_moved(self.text, device), layout=self.layout.to(device)
         )
+
+
+def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """`tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
+    if device.type == "cpu" or tensors[0].device.type != "cpu" or len({x.dtype for x in tensors}) > 1:
+        return [x.to(device).float() for x in tensors]
+    flat = torch.empty(sum(x.numel() for x in tensors), dtype=tensors[0].dtype, pin_memory=device.type == "cuda")
+    torch.cat([x.reshape(-1) for x in tensors], out=flat)
+    pieces = flat.to(device, non_blocking=True).float().split([x.numel() for x in tensors])
+    return [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+
+
+def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
+    """`function` of the tensors of one shape at once, for as many launches as there are shapes.
+
+    lists: S tensors each; those whose first list's tensors share a shape are stacked to [n, ...] and handed over
+    together, one argument a list. Returns the S results, unstacked, in order.
+    """
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(lists[0]):
+        by_shape.setdefault(tensor.shape, []).append(index)
+    results: list[Tensor] = [lists[0][0]] * len(lists[0])
+    for members in by_shape.values():
+        stacked = function(*(torch.stack([tensors[i] for i in members]) for tensors in lists))
+        for index, result in zip(members, stacked.unbind(), strict=True):
+            results[index] = result
+    return results
 
 
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:

@@ -15,45 +15,48 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 
+from moc.batch import each_shape
 from moc.layout import Grid
 from models.fuse import fused
-from models.stream import Part
+from models.stream import Members, Part
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Spread(torch.autograd.Function):
-    """rows[group], whose gradient is a matmul: indexing's own adds 10^5 tokens into a few rows one by one."""
+    """rows[group], whose gradient sums tiles of tokens and then the tiles of each group: indexing's own adds 10^5
+    tokens into a few rows one by one."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, group: Tensor) -> Tensor:
-        ctx.save_for_backward(group)
+    def forward(ctx, rows: Tensor, group: Tensor, tiles: Tensor, tile_group: Tensor) -> Tensor:
+        ctx.save_for_backward(tiles, tile_group)
         ctx.num_rows = rows.shape[0]
         return rows.index_select(0, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (group,) = ctx.saved_tensors
-        member = torch.arange(ctx.num_rows, device=group.device)[:, None] == group
-        return member.to(grad.dtype) @ grad, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        tiles, tile_group = ctx.saved_tensors
+        sums = (grad[tiles.clamp(min=0)] * (tiles >= 0)[..., None]).sum(1)
+        member = torch.arange(ctx.num_rows, device=grad.device)[:, None] == tile_group
+        return member.to(sums.dtype) @ sums, None, None, None
 
 
-def spread(rows: Tensor, group: Tensor) -> Tensor:
-    """Gives each token its group's row: [G, C], int [Lx] -> [Lx, C]."""
-    return _Spread.apply(rows, group)
+def spread(rows: Tensor, members: Members) -> Tensor:
+    """Gives each token its group's row: [G, C] -> [Lx, C]."""
+    return _Spread.apply(rows, *members)
 
 
 @fused
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> Tensor:
     """Layer norm without parameters, then the group's scale and shift ([G, dim]); x [Lx, dim], computed in fp32."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (normed * (1 + spread(scale, group)) + spread(shift, group)).to(x.dtype)
+    return (normed * (1 + spread(scale, members)) + spread(shift, members)).to(x.dtype)
 
 
 @fused
-def add_gated(x: Tensor, change: Tensor, gate: Tensor, group: Tensor) -> Tensor:
+def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members) -> Tensor:
     """x + gate * change, the gate being the group's; computed in fp32, returned in x's dtype."""
-    return (x.float() + spread(gate, group) * change.float()).to(x.dtype)
+    return (x.float() + spread(gate, members) * change.float()).to(x.dtype)
 
 
 @fused
@@ -115,18 +118,18 @@ class TokenStream(nn.Module):
             self.to_out = nn.Linear(dim, dim)
             self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
-    def project(self, x: Tensor, modulation: Sequence[Tensor], group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> tuple[Tensor, Tensor, Tensor]:
         """x [Lx, dim] -> q, k, v, each [Lx, N, D]; q and k normed by head."""
         shift, scale = modulation[:2]
-        qkv = self.to_qkv(modulate(x, shift, scale, group))
+        qkv = self.to_qkv(modulate(x, shift, scale, members))
         q, k, v = rearrange(qkv, "l (three n d) -> three l n d", three=3, n=self.num_heads).unbind(0)
         return self.norm_q(q), self.norm_k(k), v
 
-    def update(self, x: Tensor, attended: Tensor, modulation: Sequence[Tensor], group: Tensor) -> Tensor:
+    def update(self, x: Tensor, attended: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
         """Adds the attention output [Lx, N, D] and the FFN to x [Lx, dim]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        x = add_gated(x, self.to_out(attended.flatten(1)), gate, group)
-        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, group)), ffn_gate, group)
+        x = add_gated(x, self.to_out(attended.flatten(1)), gate, members)
+        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, members)), ffn_gate, members)
 
 
 class JointBlock(nn.Module):
@@ -143,13 +146,13 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """text [Lt, dim], video [Lv, dim], condition fp32 [G, dim]; attend maps q, k, v [L, N, D] to [L, N, D]."""
         text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
-        text_qkv = self.text.project(text, text_mod, part.text_group)
-        video_qkv = self.video.project(video, video_mod, part.video_group)
+        text_qkv = self.text.project(text, text_mod, part.text_members)
+        video_qkv = self.video.project(video, video_mod, part.video_members)
         q, k, v = (join(t, x, part) for t, x in zip(text_qkv, video_qkv, strict=True))
         out = attend(q, k, v)
-        video = self.video.update(video, out[part.video_index], video_mod, part.video_group)
+        video = self.video.update(video, out[part.video_index], video_mod, part.video_members)
         if not self.last:
-            text = self.text.update(text, out[part.text_index], text_mod, part.text_group)
+            text = self.text.update(text, out[part.text_index], text_mod, part.text_members)
         return text, video
 
 
@@ -172,7 +175,8 @@ class FramePlace(nn.Module):
         self.linear = nn.Linear(self.num_cosines**2, dim, bias=False)
 
     def forward(self, grids: Sequence[Grid], dtype: torch.dtype) -> Tensor:
-        return self.linear(torch.cat([self._cosines(grid) for grid in grids]).to(dtype))
+        cosines = {grid: self._cosines(grid) for grid in set(grids)}
+        return self.linear(torch.cat([cosines[grid] for grid in grids]).to(dtype))
 
     def _cosines(self, grid: Grid) -> Tensor:
         """[T * H * W, 64] of one shot."""
@@ -222,23 +226,28 @@ class Output(nn.Module):
             nn.init.zeros_(self.gain.weight)
             nn.init.zeros_(self.gain.bias)
 
-    def forward(self, x: Tensor, patches: Tensor, condition: Tensor, group: Tensor) -> Tensor:
-        """condition: [G, dim] of each group; group: [Lv] of each token."""
-        out = self.linear(modulate(x, *self.modulation(condition), group)).float()
+    def forward(self, x: Tensor, patches: Tensor, condition: Tensor, members: Members) -> Tensor:
+        """condition: [G, dim] of each group; members: the video tokens of each."""
+        out = self.linear(modulate(x, *self.modulation(condition), members)).float()
         if self.gain is None:
             return out
         with torch.autocast(x.device.type, enabled=False):
             gain = self.gain(condition.to(self.gain.weight.dtype)).float()
-        return out + spread(gain, group) * patches.float()
+        return out + spread(gain, members) * patches.float()
 
 
-def patchify(latent: Tensor, patch: Grid) -> Tensor:
-    """[C, T, H, W] -> tokens [T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
+def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
+    """Shots [C, T, H, W] -> their tokens, in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
     a, b, c = patch
-    return rearrange(latent, "ch (t a) (h b) (w c) -> (t h w) (ch a b c)", a=a, b=b, c=c)
+
+    def tokens(x: Tensor) -> Tensor:
+        return rearrange(x, "n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
+
+    return torch.cat(each_shape(tokens, latents))
 
 
-def unpatchify(tokens: Tensor, grid: Grid, patch: Grid) -> Tensor:
-    """The inverse of `patchify`; grid is the (T, H, W) of tokens."""
-    (t, h, w), (a, b, c) = grid, patch
-    return rearrange(tokens, "(t h w) (ch a b c) -> ch (t a) (h b) (w c)", t=t, h=h, w=w, a=a, b=b, c=c)
+def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch: Grid) -> list[Tensor]:
+    """The inverse of `patchify`; grids are the (T, H, W) of each shot's tokens."""
+    a, b, c = patch
+    shots = [x.view(*grid, -1) for x, grid in zip(tokens.split([t * h * w for t, h, w in grids]), grids, strict=True)]
+    return each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)

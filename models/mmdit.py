@@ -95,15 +95,18 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         """
         part = Part(layout, cache.num_tokens if cache else 0)
         part.check(latents, sigma, text, self.stream, self.config.latent_channels, self.config.text_dim)
-        text = text[part.first_group :]
-        patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
+        words = torch.cat(text[part.first_group :])
+        patches = patchify(latents, self.stream.patch)
         video = self.video_in(patches.to(self.video_in.weight.dtype))
         if self.place is not None:
             video = video + self.place(part.grids, video.dtype)
-        words = self.text_in(torch.cat(text).to(self.text_in.weight.dtype))
-        condition = self.condition(part.group_sigma(sigma), pooled(text))
-        positions = interleaved_positions(layout)[part.start :]
-        table = rotary_table(positions, self.head_dim, self.config.rope_theta)
+        condition = self.condition(part.group_sigma(sigma), pooled(words, part.text_starts))
+        words = self.text_in(words.to(self.text_in.weight.dtype))
+        table = layout.memo(
+            ("interleaved", self.head_dim, self.config.rope_theta),
+            lambda: rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta),
+        )
+        table = (table[0][part.start :], table[1][part.start :])
         attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
         for layer, block in enumerate(self.blocks):
@@ -115,9 +118,8 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
 
         if cache is not None and remember:
             cache.num_tokens = layout.num_tokens
-        out = self.output(video, patches, condition, part.video_group)
-        pieces = out.split([t * h * w for t, h, w in part.grids])
-        return [unpatchify(x, grid, self.stream.patch) for x, grid in zip(pieces, part.grids, strict=True)]
+        out = self.output(video, patches, condition, part.video_members)
+        return unpatchify(out, part.grids, self.stream.patch)
 
     def new_cache(self) -> KeyValueCache:
         """The history of a story that has not begun."""
@@ -128,6 +130,10 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         return self.config.dim // self.config.num_heads
 
 
-def pooled(text: list[Tensor]) -> Tensor:
-    """Mean feature of each group's text, zero where there is none: [G, text_dim]."""
-    return torch.stack([x.float().mean(0) if len(x) else x.new_zeros(x.shape[1]).float() for x in text])
+def pooled(text: Tensor, starts: Tensor) -> Tensor:
+    """Mean feature of each group's text, zero where there is none: [Lt, text_dim] -> fp32 [G, text_dim].
+
+    starts: int64 [G + 1], each group's first row.
+    """
+    sums = torch.segment_reduce(text.float(), "sum", offsets=starts, unsafe=True, initial=0)
+    return sums / starts.diff().clamp(min=1)[:, None]

@@ -9,6 +9,7 @@ Shape letters: L packed tokens, N heads, D head dim.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,15 +19,16 @@ from moc.layout import Grid
 from models.fuse import fused
 
 
-def grid_coordinates(grid: Grid, device: torch.device, start: tuple[float, float, float] = (0, 0, 0)) -> Tensor:
-    """(t, h, w) of every token of a grid in stream order, counted from `start`: float64 [T * H * W, 3]."""
-    axes = [torch.arange(size, device=device, dtype=torch.float64) + x for size, x in zip(grid, start, strict=True)]
+@lru_cache(64)
+def grid_coordinates(grid: Grid) -> Tensor:
+    """(t, h, w) of every token of a grid in stream order: float64 [T * H * W, 3], on the CPU."""
+    axes = [torch.arange(size, dtype=torch.float64) for size in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
 def interleaved_positions(layout: ShotLayout) -> Tensor:
-    """Positions of mmdit's stream: float64 [L, 3] on the layout's device, without a device sync."""
-    return torch.cat(list(_interleaved(layout)))
+    """Positions of mmdit's stream: float64 [L, 3], made on the CPU and moved to the layout's device at once."""
+    return torch.cat(list(_interleaved(layout))).to(layout.device, non_blocking=True)
 
 
 def _interleaved(layout: ShotLayout) -> Iterator[Tensor]:
@@ -34,11 +36,11 @@ def _interleaved(layout: ShotLayout) -> Iterator[Tensor]:
     for group in layout.groups:
         if group.shot < 0:  # each sample starts anew
             start = 0
-        text = torch.arange(start, start + group.text_tokens, device=layout.device, dtype=torch.float64)
+        text = torch.arange(start, start + group.text_tokens, dtype=torch.float64)
         yield text[:, None].expand(-1, 3)
         start += group.text_tokens
         if group.grid is not None:
-            yield grid_coordinates(group.grid, layout.device, (start, start, start))
+            yield grid_coordinates(group.grid) + start
             start += max(group.grid)
 
 
@@ -50,9 +52,9 @@ def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
         start = 0.0
         for index, shot in enumerate(shots):
             start += gap if index and shot.cut else 0.0
-            pieces.append(grid_coordinates(shot.grid, layout.device, (start, 0, 0)))
+            pieces.append(grid_coordinates(shot.grid) + torch.tensor([start, 0, 0], dtype=torch.float64))
             start += shot.grid[0]
-    return torch.cat(pieces)
+    return torch.cat(pieces).to(layout.device, non_blocking=True)
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:

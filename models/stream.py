@@ -7,9 +7,11 @@ tokens after them only.
 Shape letters: L packed tokens, N heads, D head dim, G groups, S shots; latents C T H W.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from moc import Descriptor, DropKey, MoCConfig, ShotLayout, StreamSpec, moc_atte
 from moc.errors import UserError
 from moc.layout import Grid, Group
 from models.rope import rotate
+
+TILE = 64
 
 
 @dataclass
@@ -38,10 +42,34 @@ class KeyValueCache:
         return new
 
 
+class Members(NamedTuple):
+    """Which group each token of one modality belongs to, and the same as tiles of up to `TILE` tokens of one group.
+
+    group: int [Lx]. tiles: int64 [n, TILE], places of a tile's tokens, -1 past its end. tile_group: int64 [n].
+    """
+
+    group: Tensor
+    tiles: Tensor
+    tile_group: Tensor
+
+    @classmethod
+    def build(cls, group: Tensor, lengths: Sequence[int]) -> "Members":
+        """lengths: tokens of each group, in order; group: int [Lx] of each token, on the device."""
+        sizes = torch.tensor(lengths)
+        num_tiles = (sizes + TILE - 1) // TILE
+        tile_group = torch.arange(len(sizes)).repeat_interleave(num_tiles)
+        first_tile, start = num_tiles.cumsum(0) - num_tiles, sizes.cumsum(0) - sizes
+        within = (torch.arange(len(tile_group)) - first_tile[tile_group])[:, None] * TILE + torch.arange(TILE)
+        inside = within < sizes[tile_group, None]
+        tiles = (start[tile_group, None] + within).masked_fill(~inside, -1)
+        return cls(group, tiles.to(group.device, non_blocking=True), tile_group.to(group.device, non_blocking=True))
+
+
 class Part:
     """The tokens of a stream that a forward computes: those of the groups from `first_group` on.
 
-    text_index, video_index: their places within the part. text_group, video_group: rows of the part's groups.
+    text_index, video_index: their places within the part. text_members, video_members: which of the part's groups they
+    belong to. text_starts: int64 [G + 1], each group's first row of the text.
     """
 
     def __init__(self, layout: ShotLayout, start: int = 0) -> None:
@@ -59,8 +87,13 @@ class Part:
         self.num_tokens = layout.num_tokens - start
         self.text_index = layout.text_index[text_before:] - start
         self.video_index = layout.video_index[start - text_before :] - start
-        group = layout.token_group[start:] - self.first_group
-        self.text_group, self.video_group, self.group = group[self.text_index], group[self.video_index], group
+        self.text_members, self.video_members, self.text_starts = layout.memo(("part", start), self._tables)
+
+    def _tables(self) -> tuple[Members, Members, Tensor]:
+        group = self.layout.token_group[self.start :] - self.first_group
+        texts, videos = ([getattr(g, kind) for g in self.groups] for kind in ("text_tokens", "video_tokens"))
+        starts = torch.tensor([0, *accumulate(texts)]).to(self.layout.device, non_blocking=True)
+        return Members.build(group[self.text_index], texts), Members.build(group[self.video_index], videos), starts
 
     @property
     def groups(self) -> tuple[Group, ...]:

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
 from moc.errors import UserError
+from moc.kernels import packed
+from moc.kernels.packed import Packed
 from moc.layout import Grid
-from models.layers import Attend, LayerNorm, RMSNorm, add_gated, modulate, patchify
+from models.layers import Attend, LayerNorm, RMSNorm, add_gated, modulate, patchify, unpatchify
 from models.lora import Trainable
 from models.rope import rotary_table, running_positions
-from models.stream import KeyValueCache, Part, StreamAttention
+from models.stream import KeyValueCache, Members, Part, StreamAttention
 
 TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features, and visible
 
@@ -78,28 +80,26 @@ class Block(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, context: Tensor, time: Tensor, group: Tensor, attend: Attend, windows: list[Window]
+        self, x: Tensor, context: Tensor, time: Tensor, members: Members, attend: Attend, windows: Packed
     ) -> Tensor:
-        """x [L, dim]; context: text rows of all samples [R, dim]; time fp32 [G, 6, dim]; group int [L]."""
+        """x [L, dim]; context: text rows of all samples [R, dim], of which `windows` says who sees what; time fp32
+        [G, 6, dim]; members: the tokens of each group."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(1)
-        normed = modulate(x, shift, scale, group, self.eps)
+        normed = modulate(x, shift, scale, members, self.eps)
         q, k, v = self.attn1.project(normed, normed)
-        x = add_gated(x, self.attn1.output(attend(q, k, v)), gate, group)
+        x = add_gated(x, self.attn1.output(attend(q, k, v)), gate, members)
 
         q, k, v = self.attn2.project(self.norm2(x), context)
-        x = x + self.attn2.output(window_attention(q, k, v, windows)).to(x.dtype)
+        x = x + self.attn2.output(packed.attend(q, k, v, windows)).to(x.dtype)
 
-        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, group, self.eps)), ffn_gate, group)
+        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, members, self.eps)), ffn_gate, members)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: list[Window]) -> Tensor:
-    """Attention of each window's queries to its text rows: q [L, N, D], k and v [R, N, D] -> [L, N, D]."""
-    out = []
-    for start, end, ranges in windows:
-        keys, values = (torch.cat([x[a:b] for a, b in ranges]).transpose(0, 1)[None] for x in (k, v))
-        queries = q[start:end].transpose(0, 1)[None]
-        out.append(F.scaled_dot_product_attention(queries, keys, values)[0].transpose(0, 1))
-    return torch.cat(out)
+def pack_windows(windows: list[Window], num_rows: int, device: torch.device) -> Packed:
+    """The windows, which tile the queries, as one variable-length call over `num_rows` rows of text."""
+    rows = torch.arange(num_rows)
+    keys = [torch.cat([rows[first:last] for first, last in window.ranges]) for window in windows]
+    return Packed.build([window.end - window.start for window in windows], keys, num_rows, device)
 
 
 class TextTimeEmbedding(nn.Module):
@@ -188,18 +188,22 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
         """
         part = Part(layout, cache.num_tokens if cache else 0)
         part.check(latents, sigma, text, self.stream, self.config.in_channels, self.config.text_dim)
-        patches = torch.cat([patchify(latent, self.stream.patch) for latent in latents])
+        patches = patchify(latents, self.stream.patch)
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
         rows, windows = text_windows(text, layout, config)
         windows = [Window(w.start - part.start, w.end - part.start, w.ranges) for w in windows if w.start >= part.start]
+        packed_windows = layout.memo(("windows", *windows), lambda: pack_windows(windows, len(rows), layout.device))
         time, block_time, context = self.condition_embedder(part.group_sigma(sigma), rows)
-        positions = running_positions(layout, config.cut_gap)[part.start :]
-        table = rotary_table(positions, self.config.attention_head_dim)
+        table = layout.memo(
+            ("running", self.config.attention_head_dim, config.cut_gap),
+            lambda: rotary_table(running_positions(layout, config.cut_gap), self.config.attention_head_dim),
+        )
+        table = (table[0][part.start :], table[1][part.start :])
         attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
         for layer, block in enumerate(self.blocks):
-            args = (x, context, block_time, part.group, partial(attend, layer), windows)
+            args = (x, context, block_time, part.video_members, partial(attend, layer), packed_windows)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, *args)
             else:
@@ -208,7 +212,7 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
         if cache is not None and remember:
             cache.num_tokens = layout.num_tokens
         shift, scale = (self.scale_shift_table.float() + time[:, None]).unbind(1)
-        out = self.proj_out(modulate(x, shift, scale, part.group, self.config.eps)).float()
+        out = self.proj_out(modulate(x, shift, scale, part.video_members, self.config.eps)).float()
         return self._unpatchify(out, part.grids)
 
     def new_cache(self) -> KeyValueCache:
@@ -216,12 +220,9 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
         return KeyValueCache()
 
     def _unpatchify(self, tokens: Tensor, grids: list[Grid]) -> list[Tensor]:
-        a, b, c = self.stream.patch
-        pieces = tokens.split([t * h * w for t, h, w in grids])
-        return [
-            rearrange(piece, "(t h w) (a b c ch) -> ch (t a) (h b) (w c)", t=t, h=h, a=a, b=b, c=c)
-            for piece, (t, h, w) in zip(pieces, grids, strict=True)
-        ]
+        """The inverse of `patchify`, with channels last within a patch, as the family's output has them."""
+        patch = self.stream.patch
+        return unpatchify(rearrange(tokens, "l (p ch) -> l (ch p)", p=math.prod(patch)), grids, patch)
 
 
 def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, list[Window]]:

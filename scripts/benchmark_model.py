@@ -34,6 +34,7 @@ from moc.kernels import dense
 from moc.training.optim import OptimConfig, build_optimizer
 from models import ModelConfig, build_model
 from models.rope import rotary_table, rotate, running_positions
+from models.stream import Part
 from scripts.measuring import header, markdown_table, median_ms
 
 LATENT, TEXT_DIM = (16, 36, 40, 64), 4096  # 36 x 20 x 32 = 23,040 tokens
@@ -161,10 +162,10 @@ def block_row(model: nn.Module, num_shots: int) -> dict:
 
     def forward() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            return block(x, context, time, layout.token_group, attend, [])
+            return block(x, context, time, Part(layout).video_members, attend, None)
 
     leaves = [x, context, time, *block.parameters()]
-    with mock.patch.object(models.wan, "window_attention", lambda q, k, v, _: _NoAttention.apply(q, k, v)):
+    with mock.patch.object(models.wan.packed, "attend", lambda q, k, v, _: _NoAttention.apply(q, k, v)):
         with torch.no_grad():
             forward_ms = median_ms(forward, 5)
         both_ms = median_ms(lambda: torch.autograd.grad(forward(), leaves, direction, allow_unused=True), 5)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from models.layers import add_gated, layer_norm, modulate, rms_norm
 from models.rope import rotate
+from models.stream import Members
 
-GROUP = torch.tensor([0, 0, 1, 2, 2, 2, 1], dtype=torch.int32)
+MEMBERS = Members.build(torch.tensor([0, 0, 1, 2, 2, 2, 2], dtype=torch.int32), [2, 1, 4])
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -15,8 +16,8 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 CASES = {
-    "modulate": (modulate, lambda: (*tensors((7, 8), (3, 8), (3, 8)), GROUP)),
-    "add_gated": (add_gated, lambda: (*tensors((7, 8), (7, 8), (3, 8)), GROUP)),
+    "modulate": (modulate, lambda: (*tensors((7, 8), (3, 8), (3, 8)), MEMBERS)),
+    "add_gated": (add_gated, lambda: (*tensors((7, 8), (7, 8), (3, 8)), MEMBERS)),
     "layer_norm": (layer_norm, lambda: (*tensors((7, 8), (8,), (8,)), 1e-6)),
     "rms_norm": (rms_norm, lambda: (*tensors((7, 2, 8), (8,)), 1e-6)),
     "rotate": (rotate, lambda: (*tensors((7, 2, 8)), tuple(torch.randn(2, 7, 4)))),

@@ -11,7 +11,7 @@ from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch,
 from models import ModelConfig, build_model, load_model, save_model
 from models.layers import add_gated, layer_norm, modulate, patchify, rms_norm, spread, unpatchify
 from models.mmdit import MMDiT
-from models.stream import KeyValueCache, Part
+from models.stream import KeyValueCache, Members, Part
 from tests import plain_mmdit
 from tests.weights import randomized
 
@@ -202,12 +202,17 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
 def test_pointwise_functions_round_once() -> None:
     """In half precision they are the fp32 ones with a rounded result."""
     x, change = torch.randn(2, 64, 48).bfloat16()
-    weight, bias, rows, group = torch.randn(48), torch.randn(48), torch.randn(2, 48), torch.randint(2, (64,))
+    weight, bias, rows, members = (
+        torch.randn(48),
+        torch.randn(48),
+        torch.randn(2, 48),
+        Members.build(torch.arange(2).repeat_interleave(32), [32, 32]),
+    )
     for function, inputs, rest in (
         (rms_norm, [x], (weight, 1e-6)),
         (layer_norm, [x], (weight, bias, 1e-6)),
-        (modulate, [x], (rows, 2 * rows, group)),
-        (add_gated, [x, change], (rows, group)),
+        (modulate, [x], (rows, 2 * rows, members)),
+        (add_gated, [x, change], (rows, members)),
     ):
         exact = function(*(value.float() for value in inputs), *rest)
         assert torch.equal(function(*inputs, *rest), exact.bfloat16()), function
@@ -215,11 +220,15 @@ def test_pointwise_functions_round_once() -> None:
 
 def test_autocast_leaves_the_condition_alone() -> None:
     model = small_model(input_skip=True)
-    sigma, captions, group = torch.tensor([0.3]), torch.randn(1, TEXT_DIM), torch.zeros(1, dtype=torch.int32)
+    sigma, captions, members = (
+        torch.tensor([0.3]),
+        torch.randn(1, TEXT_DIM),
+        Members.build(torch.zeros(1, dtype=torch.int32), [1]),
+    )
 
     def conditions() -> list[Tensor]:
         condition = model.condition(sigma, captions)
-        gain = model.output(torch.zeros(1, 48), torch.ones(1, 16), condition, group)
+        gain = model.output(torch.zeros(1, 48), torch.ones(1, 16), condition, members)
         return [condition, *model.blocks[0].video.modulation(condition), gain]
 
     nn.init.zeros_(model.output.linear.weight)
@@ -264,6 +273,7 @@ def test_forward_never_waits_for_the_device() -> None:
     """Fake tensors have no values, so whatever would copy one to the host fails."""
     model = small_model()
     batch = pack(model, sample(), sample(num_shots=1))
+    run(model, batch, MOC, torch.rand(4), DropKey(0, 1))  # makes the tables of the stream, on the CPU
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = run(model, batch, MOC, torch.rand(4), DropKey(0, 1))
         sum(v.sum() for v in out).backward()
@@ -273,9 +283,11 @@ def test_forward_never_waits_for_the_device() -> None:
 
 def test_spread_has_the_gradient_of_indexing() -> None:
     rows = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    group = torch.tensor([0, 2, 2, 0, 2], dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda r: spread(r, group), rows)
-    assert torch.equal(spread(rows, group), rows[group.long()])
+    for lengths in ([2, 0, 3], [1, 70, 64]):  # the latter fill more than one tile
+        group = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+        members = Members.build(group.int(), lengths)
+        assert torch.autograd.gradcheck(lambda r, members=members: spread(r, members), rows)
+        assert torch.equal(spread(rows, members), rows[group])
 
 
 @pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
@@ -313,8 +325,12 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
             model(inputs.latents, torch.rand(6), inputs.text, inputs.layout, forward, cache=KeyValueCache(num_tokens))
 
 
-@pytest.mark.parametrize("patch", [(1, 2, 2), (2, 1, 3)])
+@pytest.mark.parametrize("patch", [(1, 2, 1), (2, 1, 3)])
 def test_patches_are_undone(patch: tuple[int, int, int]) -> None:
-    latent = torch.randn(3, 4, 4, 6)
-    grid = tuple(n // p for n, p in zip(latent.shape[1:], patch, strict=True))
-    assert torch.equal(unpatchify(patchify(latent, patch), grid, patch), latent)
+    """Shots of several sizes, of which some are alike."""
+    latents = [torch.randn(3, *size) for size in ((4, 4, 6), (2, 2, 3), (4, 4, 6))]
+    grids = [tuple(n // p for n, p in zip(x.shape[1:], patch, strict=True)) for x in latents]
+    tokens = patchify(latents, patch)
+    assert torch.equal(tokens[: len(patchify(latents[:1], patch))], patchify(latents[:1], patch))
+    for mine, latent in zip(unpatchify(tokens, grids, patch), latents, strict=True):
+        assert torch.equal(mine, latent)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moc.batch import Batch
+from moc.batch import Batch, each_shape
 from moc.config import DropKey, MoCConfig
 from moc.errors import UserError
 from moc.layout import ShotLayout
@@ -145,10 +145,13 @@ class Flow:
         """Mean squared velocity error of every shot, history included: fp32 [S]."""
         sigma = levels.sigma.to(batch.layout.device)
         latents, noise = [x.float() for x in batch.latents], self.draw_noise(batch, seed)
-        noisy = [self.add_noise(x, n, s) for x, n, s in zip(latents, noise, sigma, strict=True)]
+        noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, sigma.unbind())
         predicted = model(noisy, sigma, batch.text, batch.layout, moc, drops=drops, on_routes=on_routes)
-        errors = [p.float() - self.velocity(x, n) for p, x, n in zip(predicted, latents, noise, strict=True)]
-        return torch.stack([error.square().mean() for error in errors])
+        return torch.stack(
+            each_shape(
+                lambda p, x, n: (p.float() - self.velocity(x, n)).square().flatten(1).mean(1), predicted, latents, noise
+            )
+        )
 
 
 def draw_key(seed: int, number: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.kernels import packed as packed_calls
 from moc.kernels.dense import DenseKernel
-from moc.kernels.packed import Packed
+from moc.kernels.packed import MAX_RUNS, Packed
 from moc.layout import Group, ShotLayout
 
 SHORT = 4096  # mean keys of a call under which its launches cost more than its work, on an H100
@@ -75,7 +75,7 @@ def anchor_plan(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> 
 
 
 def _plan(layout: ShotLayout, calls: list[AnchorCall], first_query: int) -> AnchorPlan:
-    short = len(calls) > 1 and sum(call.num_keys for call in calls) < SHORT * len(calls)
+    short = 1 < len(calls) <= MAX_RUNS and sum(call.num_keys for call in calls) < SHORT * len(calls)
     packed = None
     if short and covers_all(calls, layout.num_tokens - first_query):
         tokens = torch.arange(layout.num_tokens)

@@ -42,13 +42,11 @@ class Packed(NamedTuple):
     max_keys: int
 
     @classmethod
-    def build(
-        cls, lengths: Sequence[int], keys: Sequence[Tensor], num_tokens: int, device: torch.device
-    ) -> "Packed | None":
+    def build(cls, lengths: Sequence[int], keys: Sequence[Tensor], num_tokens: int, device: torch.device) -> "Packed":
         """lengths: of the runs of queries; keys: int64 on the CPU, the places of each run's keys among `num_tokens`.
-        None where FlashAttention-2 could not take so many runs."""
+        Raises ValueError for more runs than FlashAttention-2 takes."""
         if len(lengths) > MAX_RUNS:
-            return None
+            raise ValueError(f"{len(lengths)} runs of queries in one call, of {MAX_RUNS} at most: pack fewer shots")
         counts = [len(x) for x in keys]
         starts = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (lengths, counts)]
         index = torch.cat(list(keys))
