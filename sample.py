@@ -23,7 +23,7 @@ from data.storyboard import draw_routing_map, draw_storyboard
 from moc import MoCConfig
 from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap
-from moc.training import resolve_device
+from moc.training import Parallel, ParallelConfig
 from moc.training.checkpoint import find_checkpoint, read_settings
 from models import load_denoiser, load_encoders, place
 
@@ -33,10 +33,11 @@ def main(config: SampleConfig) -> None:
     """Loads model and script, films shot by shot, and writes what came of it."""
     started, folder = time.time(), FilmFolder(config.out)
     script = load_script(config.script)
-    device = resolve_device(config.device)
+    parallel = Parallel(ParallelConfig(config.device, config.precision))
+    device = parallel.device
 
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
-    model = load_denoiser(checkpoint, config.low_noise_checkpoint, config.weights_dtype(device))
+    model = load_denoiser(checkpoint, config.low_noise_checkpoint, parallel.dtype)
     moc, flow = read_settings(checkpoint)
     moc, flow = MoCConfig.from_dict(moc.to_dict() | config.moc), replace(flow, shift=config.shift or flow.shift)
     encoders = load_encoders(config.encoders_path or checkpoint)
@@ -51,7 +52,7 @@ def main(config: SampleConfig) -> None:
     def sampling(on_step: Callable[[int, int], None]) -> Iterator[tuple[int, Tensor]]:
         return sample_shots(model, model.stream, moc, flow, story, config.sampler, on_step, routing_map)
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with parallel.autocast():
         film = make_film(folder, script.fps, codec, sampling)
     record = {
         "script": asdict(script),
@@ -62,7 +63,7 @@ def main(config: SampleConfig) -> None:
         "num_frames": film.num_frames,
         "latent_shapes": plan.shapes,
         "routing": routing_map.shares().tolist(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "versions": {name: version(name) for name in ("moc", "torch", "diffusers", "transformers")},
         "seconds": round(time.time() - started, 1),
     }

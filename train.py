@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from configs.command import command
@@ -18,7 +17,7 @@ from data.dataset import ShotDataset, open_dataset
 from data.loader import Validation, build_loader
 from moc.files import held
 from moc.schedule import MoCSchedule
-from moc.training import Metrics, Trainer, Validator, build_accelerator, find_checkpoint
+from moc.training import Metrics, Parallel, Trainer, Validator, find_checkpoint
 from moc.training.checkpoint import refuse_later
 from models import build_model, load_encoders
 
@@ -27,12 +26,12 @@ from models import build_model, load_encoders
 def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     dataset = open_dataset(config.data)
-    accelerator = build_accelerator(config.parallel)
-    with held(config.run_folder, holds=accelerator.is_main_process):
-        _train(config, dataset, accelerator)
+    parallel = Parallel(config.parallel)
+    with held(config.run_folder, holds=parallel.is_main):
+        _train(config, dataset, parallel)
 
 
-def _train(config: TrainConfig, dataset: ShotDataset, accelerator: Accelerator) -> None:
+def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> None:
     run_folder = config.run_folder
     checkpoint = _checkpoint_to_resume(config, run_folder)
     torch.manual_seed(config.seed)
@@ -40,7 +39,7 @@ def _train(config: TrainConfig, dataset: ShotDataset, accelerator: Accelerator) 
     if config.parallel.activation_checkpointing:
         model.enable_gradient_checkpointing()
     trainer = Trainer(
-        accelerator,
+        parallel,
         model,
         config.flow,
         config.moc,
@@ -57,8 +56,8 @@ def _train(config: TrainConfig, dataset: ShotDataset, accelerator: Accelerator) 
         config.data,
         model.stream,
         config.moc.chunk_tokens,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
         accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
         load_codec=lambda folder: load_encoders(folder).codec,
@@ -66,13 +65,13 @@ def _train(config: TrainConfig, dataset: ShotDataset, accelerator: Accelerator) 
     validator = Validator(list(Validation(loader)), config.flow) if config.data.validation else None
 
     metrics = None
-    if accelerator.is_main_process:
+    if parallel.is_main:
         (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step)
     trainer.run(loader, metrics, validator)
     if metrics:
         metrics.close()
-    accelerator.end_training()
+    parallel.close()
 
 
 def _checkpoint_to_resume(config: TrainConfig, run_folder: Path) -> Path | None:

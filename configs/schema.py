@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data.dataset import DataConfig
 from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig
@@ -14,8 +12,6 @@ from moc.files import OutsideError, inside
 from moc.schedule import Stage
 from moc.training import OptimConfig, ParallelConfig, TrackerConfig, TrainerConfig
 from models import ModelConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -58,8 +54,8 @@ class SampleConfig:
     """`sample.py`. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two noise experts
     (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise one, where
     checkpoint is the other. script: what to film. out: a folder to write. encoders_path: a folder of them, or a
-    diffusers pipeline; "" takes the checkpoint's. device: auto is the GPU where there is one. dtype: of the weights,
-    norms excepted: fp32, bf16, or auto, which is bf16 on a GPU. offload: of two experts only the one in use stays on
+    diffusers pipeline; "" takes the checkpoint's. device, precision: as in `moc.training.ParallelConfig`; the weights
+    take the precision too, norms excepted. offload: of two experts only the one in use stays on
     the GPU. shift: of the noise levels; 0 takes the checkpoint's. moc: settings other than the checkpoint's."""
 
     checkpoint: str = ""
@@ -68,7 +64,7 @@ class SampleConfig:
     out: str = ""
     encoders_path: str = ""
     device: str = "auto"
-    dtype: str = "auto"
+    precision: str = "auto"
     offload: bool = False
     shift: float = 0.0
     moc: dict[str, Any] = field(default_factory=dict)
@@ -78,8 +74,3 @@ class SampleConfig:
         for name in ("checkpoint", "script", "out"):
             if not getattr(self, name):
                 raise UserError(f"{name} is not set; say checkpoint=PATH script=FILE out=DIR")
-        if self.dtype not in ("auto", *DTYPES):
-            raise UserError(f"dtype={self.dtype!r} is not one of auto, {', '.join(DTYPES)}")
-
-    def weights_dtype(self, device: torch.device) -> torch.dtype:
-        return DTYPES[("bf16" if device.type == "cuda" else "fp32") if self.dtype == "auto" else self.dtype]

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moc.move import move
+
 Grid = tuple[int, int, int]
 T = TypeVar("T")
 
@@ -217,7 +219,7 @@ class ShotLayout:
             # Each begins at 16 bytes, as a tensor of its own would: for others Triton compiles other kernels.
             rooms = [-(-t.nbytes // 16) * 16 // t.itemsize for t in tensors]
             padded = [F.pad(t, (0, room - len(t))) for t, room in zip(tensors, rooms, strict=True)]
-            packed = torch.cat(padded).to(device, non_blocking=device.type != "cpu")  # there they are read at once
+            packed = move(torch.cat(padded), device)
             for name, tensor, part in zip(names, tensors, packed.split(rooms), strict=True):
                 moved.__dict__[name] = part[: len(tensor)]
         return moved

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moc.layout import ShotLayout
+from moc.move import move
 from moc.routing import check_whole
 
 
@@ -36,11 +37,11 @@ def chunk_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
 
 
 def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
-    """How often the queries of each shot routed to each shot: float64 [S, S] on the CPU, over all heads."""
-    counts = chunk_counts(routes, layout).cpu().double()
-    by_group = torch.zeros(layout.num_groups, layout.num_groups, dtype=torch.float64)
-    by_group.index_add_(1, torch.tensor([chunk.group for chunk in layout.chunks]), counts)
-    shots = torch.tensor(layout.shot_groups)
+    """How often the queries of each shot routed to each shot: float64 [S, S], over all heads. Never waits
+    for a GPU."""
+    counts = chunk_counts(routes, layout).double()
+    by_group = counts.new_zeros(layout.num_groups, layout.num_groups).index_add_(1, layout.chunk_group, counts)
+    shots = move(torch.tensor(layout.shot_groups), routes.device)
     return by_group[shots][:, shots]
 
 
@@ -54,8 +55,9 @@ class RoutingMap:
     def observer(self, layout: ShotLayout, shots: list[int], making: list[int]) -> Callable[[int, Tensor], None]:
         """A callback for the model's `on_routes`. shots: the story's indices of the stream's shots. making: those of
         them that are being made."""
-        rows, columns = torch.tensor(making), torch.tensor(shots)
-        places = [shots.index(shot) for shot in making]
+        self.counts = self.counts.to(layout.device)
+        made = [shots.index(shot) for shot in making]
+        rows, columns, places = (move(torch.tensor(index), layout.device) for index in (making, shots, made))
 
         def observe(layer: int, routes: Tensor) -> None:
             self.counts[rows[:, None], columns] += shot_counts(routes, layout)[places]
@@ -63,8 +65,9 @@ class RoutingMap:
         return observe
 
     def shares(self) -> Tensor:
-        """Of the routes of each shot, the share that goes to each: rows sum to 1, or to 0 where nothing was routed."""
-        return self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)
+        """Of the routes of each shot, the share that goes to each, on the CPU: rows sum to 1, or to 0 where nothing was
+        routed."""
+        return (self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)).cpu()
 
 
 def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:

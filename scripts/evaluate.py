@@ -18,7 +18,7 @@ from data.dataset import DataConfig
 from data.loader import Validation, build_loader
 from data.records import write_whole
 from moc.errors import UserError
-from moc.training import Validator, find_checkpoint, resolve_device, rivals
+from moc.training import Parallel, ParallelConfig, Validator, find_checkpoint, rivals
 from moc.training.checkpoint import read_settings
 from models import load_model, read_flow
 
@@ -30,6 +30,7 @@ class EvaluateConfig:
     checkpoint: str = ""
     output: str = ""
     device: str = "auto"
+    precision: str = "auto"
     seed: int = 0
     chunk_tokens: int = 0
     top_k: int = -1
@@ -40,9 +41,9 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     if not config.checkpoint:
         raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
-    device = resolve_device(config.device)
+    parallel = Parallel(ParallelConfig(config.device, config.precision))
     checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
-    model = load_model(checkpoint).to(device)
+    model = load_model(checkpoint).to(parallel.device)
     moc, flow = read_settings(checkpoint)[0], read_flow(checkpoint)
     moc = replace(
         moc,
@@ -55,9 +56,9 @@ def main(config: EvaluateConfig) -> None:
     for history in (False, True):
         validator = Validator(batches, flow, seed=config.seed, clean_history=history)
         for name, attention in rivals(moc).items():
-            sums = validator.losses(model, attention, device)
+            sums = validator.losses(model, attention, parallel)
             losses = dict(zip(validator.sigmas, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-            sparsity = validator.routing(model, attention, device)["sparsity"]
+            sparsity = validator.routing(model, attention, parallel)["sparsity"]
             rows.append({"attention": name, "clean_history": history, "sparsity": sparsity, "loss": losses})
             show(rows[-1])
     if config.output:

@@ -17,7 +17,7 @@ from data.prepare import prepare
 from data.process import joined
 from data.settings import PrepareConfig
 from data.sources import find_scenes, vocabulary
-from moc.training import join_processes, resolve_device
+from moc.training import Parallel, ParallelConfig
 from models import EncodersConfig, build_encoders
 
 
@@ -30,14 +30,13 @@ class Settings(PrepareConfig):
 
 @command("prepare", Settings)
 def main(settings: Settings) -> None:
-    state = join_processes(settings.device == "cpu")
-    device = state.device if settings.device == "auto" else resolve_device(settings.device)
-    settings = replace(settings, device=str(device))
+    parallel = Parallel(ParallelConfig(settings.device))
+    settings = replace(settings, device=str(parallel.device))
     found = find_scenes(settings.input, settings.output)
     encoders = build_encoders(settings.encoders, vocabulary(found))
     codec, text_encoder = encoders.codec.to(settings.device), encoders.text.to(settings.device)
     prepared = prepare(settings, codec, text_encoder, joined(), found, encoders.save)
-    if not state.is_main_process:
+    if not parallel.is_main:
         return
     report = prepared.report
     print(f"{len(report.samples)} samples in {prepared.cache}")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
+from accelerate import PartialState
 
 ROOT = Path(__file__).parents[1]
 TINY_MODEL = ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.ffn_dim=32")
@@ -13,7 +13,7 @@ TINY_MODEL = ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.
 
 def command(script: str, *arguments: str) -> None:
     """Runs a script of the checkout; raises SystemExit as it would end."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one for each process, and a command is one
+    PartialState._reset_state()  # one for each process, and a command is one
     before = sys.argv, list(sys.path)
     sys.argv = [str(ROOT / script), *arguments]
     try:

@@ -20,12 +20,12 @@ from moc.schedule import MoCSchedule
 from moc.training import (
     Metrics,
     OptimConfig,
+    Parallel,
     ParallelConfig,
     TrackerConfig,
     Trainer,
     TrainerConfig,
     Validator,
-    build_accelerator,
     find_checkpoint,
     read_metrics,
 )
@@ -63,7 +63,7 @@ def make_trainer(
     torch.manual_seed(seed)
     model = MMDiT(CHANNELS, TEXT_DIM, dim=dim, num_layers=2, num_heads=2, ffn_dim=32)
     return Trainer(
-        build_accelerator(ParallelConfig(precision="no", accumulation=accumulation, cpu=True)),
+        Parallel(ParallelConfig("cpu", accumulation=accumulation)),
         model,
         Flow(),
         moc,
@@ -94,14 +94,14 @@ def train(
         config,
         trainer.bare_model.stream,
         MOC.chunk_tokens,
-        rank=trainer.accelerator.process_index,
-        world_size=trainer.accelerator.num_processes,
+        rank=trainer.parallel.rank,
+        world_size=trainer.parallel.world_size,
         accumulation=accumulation,
         start_position=position,
     )
     validator = Validator(list(Validation(loader)), trainer.flow) if validation else None
     metrics = None
-    if trainer.accelerator.is_main_process:
+    if trainer.parallel.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(folder, TrackerConfig(), {}, trainer.step)
     trainer.run(Watched(loader, before_step) if before_step else loader, metrics, validator)
@@ -148,5 +148,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with poisoned(sys.argv[3]) if len(sys.argv) > 3 else nullcontext():
         trainer = train(Path(sys.argv[1]), Path(sys.argv[2]), moc=DROPS)
-    assert trainer.accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    assert trainer.parallel.world_size == int(os.environ["WORLD_SIZE"])
     torch.distributed.destroy_process_group()

@@ -241,7 +241,7 @@ MISTAKES = [
     ("train", "flow.shift=0", r"flow\.shift=0"),
     ("train", "flow.shift=nan", r"flow\.shift=nan"),
     ("train", "flow.logit_std=inf", r"flow\.logit_std=inf"),
-    ("train", "parallel.precision=fp8", r"parallel\.precision='fp8' is not one of"),
+    ("train", "parallel.precision=fp8", r"precision='fp8' is not one of"),
     ("train", "model=wan", r"model\.path"),
     ("sample", "sampler.steps=0", r"sampler\.steps=0"),
     ("sample", "+sampler.cfg=3", r"sampler\.cfg"),

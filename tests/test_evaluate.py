@@ -10,7 +10,7 @@ from data.dataset import DataConfig
 from data.loader import Validation, build_loader
 from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
-from moc.training import Validator, rivals
+from moc.training import Parallel, ParallelConfig, Validator, rivals
 from moc.training.checkpoint import read_settings
 from models import ModelConfig, build_model
 from models.mmdit import MMDiT
@@ -37,7 +37,7 @@ def test_dense_layers_count_as_dense():
 
     def routing(dense_layers: int) -> dict[str, float]:
         config = MoCConfig(chunk_tokens=4, top_k=0, text_anchor="none", dense_layers=dense_layers)
-        return validator.routing(model, config, torch.device("cpu"))
+        return validator.routing(model, config, Parallel(ParallelConfig("cpu")))
 
     none, some, most, every = (routing(count) for count in (0, 1, 3, 4))
     assert 0.5 < none["sparsity"] < 1

@@ -183,4 +183,4 @@ def test_two_trained_experts_film_together(trained, script, tmp_path, capsys):
     said = refusal(capsys, "sample.py", *arguments)
     assert f"{low}/checkpoints/step_0000003 is for noise levels from 0.0 on" in said
     assert "the high-noise expert is checkpoint" in said
-    assert "fp64" in refusal(capsys, "sample.py", *arguments, "dtype=fp64")
+    assert "fp64" in refusal(capsys, "sample.py", *arguments, "precision=fp64")

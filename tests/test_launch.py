@@ -90,7 +90,7 @@ def test_one_of_two_processes_is_killed_and_the_next_launch_goes_on(folder):
 def test_accelerate_trains_in_two_processes_as_in_one(prepared, tmp_path):
     one = pipeline.train(prepared, tmp_path / "one", "parallel.accumulation=2")
     arguments = pipeline.train_arguments(prepared, tmp_path / "two")
-    train = [*two_processes(), str(ROOT / "train.py"), *arguments, "parallel=single", "parallel.precision=no"]
+    train = [*two_processes(), str(ROOT / "train.py"), *arguments, "parallel=auto"]
     subprocess.run(train, check=True, env=environment(), timeout=300)
     losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (one, tmp_path / "two")]
     assert len(losses[0]) == 3

@@ -141,7 +141,7 @@ def test_optimizer_states_of_another_model_are_refused(whole, tmp_path):
     trainer = make_trainer(tmp_path, dim=48)
     trainer.bare_model.register_parameter("new", torch.nn.Parameter(torch.zeros(2)))
     with pytest.raises(ValueError, match=r"another model; they differ in \['new'\]"):
-        ckpt.load_optimizer(find_checkpoint(whole), trainer.bare_model, trainer.optimizer.optimizer)
+        ckpt.load_optimizer(find_checkpoint(whole), trainer.bare_model, trainer.optimizer)
 
 
 # Checkpoints

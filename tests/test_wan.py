@@ -210,9 +210,7 @@ def test_forward_never_waits_for_the_device() -> None:
     """Fake tensors have no values, so whatever would copy one to the host fails."""
     model = small_model()
     batch = make_batch([sample(), sample(num_shots=1)], model.stream, 12)
-    model(
-        batch.latents, torch.rand(4), batch.text, batch.layout, MOC, DropKey(0, 1)
-    )  # makes the stream's tables
+    model(batch.latents, torch.rand(4), batch.text, batch.layout, MOC, DropKey(0, 1))  # makes the stream's tables
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = model(batch.latents, torch.rand(4), batch.text, batch.layout, MOC, DropKey(0, 1))
         sum(v.sum() for v in out).backward()

@@ -20,6 +20,7 @@ from moc.batch import Batch, each_shape
 from moc.config import DropKey, MoCConfig
 from moc.errors import UserError
 from moc.layout import ShotLayout
+from moc.move import move
 from moc.routing import hash32
 
 Model = Callable[..., list[Tensor]]
@@ -143,7 +144,7 @@ class Flow:
         on_routes: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Mean squared velocity error of every shot, history included: fp32 [S]."""
-        sigma = levels.sigma.to(batch.layout.device)
+        sigma = move(levels.sigma, batch.layout.device)
         latents, noise = [x.float() for x in batch.latents], self.draw_noise(batch, seed)
         noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, sigma.unbind())
         predicted = model(noisy, sigma, batch.text, batch.layout, moc, drops=drops, on_routes=on_routes)

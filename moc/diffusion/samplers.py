@@ -27,6 +27,7 @@ from moc.config import MoCConfig
 from moc.diffusion.flow import Flow, Model, draw_key
 from moc.errors import UserError
 from moc.layout import ShotLayout
+from moc.move import move
 from moc.statistics import RoutingMap
 
 logger = logging.getLogger(__name__)
@@ -220,7 +221,7 @@ class _Side:
 
     def _run(self, stream: _Stream, moc: MoCConfig, first: int = 0, **others: Any) -> dict[int, Tensor]:
         """One forward for the shots of a stream from the `first` on."""
-        sigma = stream.sigma[first:].to(stream.latents[0].device)
+        sigma = move(stream.sigma[first:], stream.latents[0].device)
         layout = self.layout(stream, moc)
         out = self.model(stream.latents[first:], sigma, self._texts(stream), layout, moc, **others)
         return {index: velocity.float() for index, velocity in zip(stream.shots[first:], out, strict=True)}

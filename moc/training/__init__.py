@@ -4,7 +4,7 @@ from moc.training.checkpoint import find_checkpoint
 from moc.training.ema import EMA
 from moc.training.metrics import Metrics, TrackerConfig, read_metrics
 from moc.training.optim import OptimConfig
-from moc.training.parallel import ParallelConfig, build_accelerator, join_processes, resolve_device
+from moc.training.parallel import Parallel, ParallelConfig, join_processes
 from moc.training.trainer import Trainer, TrainerConfig
 from moc.training.validation import Validator, rivals
 
@@ -12,15 +12,14 @@ __all__ = [
     "EMA",
     "Metrics",
     "OptimConfig",
+    "Parallel",
     "ParallelConfig",
     "TrackerConfig",
     "Trainer",
     "TrainerConfig",
     "Validator",
-    "build_accelerator",
     "find_checkpoint",
     "join_processes",
     "read_metrics",
-    "resolve_device",
     "rivals",
 ]

@@ -1,38 +1,36 @@
 """Averaged weights: what validation and sampling use."""
 
-from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from moc.errors import UserError
 
 
 class EMA:
-    """An exponential moving average of a model's weights, in its dtype, warmed up by (1 + n) / (10 + n)."""
+    """An exponential moving average of a model's trained weights, in their dtype, warmed up by (1 + n) / (10 + n) after
+    n updates; the first one takes the weights as they are. Unlike torch's AveragedModel it never waits for the GPU.
+
+    model: has the averaged weights.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"ema decay={decay} must lie in [0, 1)")
-        self.decay = decay
-        self._averaged = AveragedModel(model, multi_avg_fn=self._average)
-        self._averaged.requires_grad_(False)
+        self.decay, self.num_updates = decay, 0
+        self.model: Any = deepcopy(model).requires_grad_(False)
 
-    @property
-    def model(self) -> Any:
-        """The model with the averaged weights."""
-        return self._averaged.module
-
+    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        self._averaged.update_parameters(model)
+        n = self.num_updates
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        pairs = [(a, p) for a, p in zip(self.model.parameters(), model.parameters(), strict=True) if p.requires_grad]
+        averaged, current = map(list, zip(*pairs, strict=True))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        self.num_updates += 1
 
     def restore(self, num_updates: int) -> None:
         """Says how many updates the weights already hold; the weights themselves are loaded into `model`."""
-        self._averaged.n_averaged.fill_(num_updates)
-
-    @torch.no_grad()
-    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], num_updates: Tensor | int) -> None:
-        decay = min(self.decay, (1 + int(num_updates)) / (10 + int(num_updates)))
-        torch._foreach_lerp_(list(averaged), list(current), 1 - decay)
+        self.num_updates = num_updates

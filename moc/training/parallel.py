@@ -1,40 +1,112 @@
-"""How a run is spread over processes: built once, from outside; models are single-device code."""
+"""The processes of a command, its device and its precision: `Parallel` owns them, and nobody else chooses.
 
+Models are single-device code; what spreads them is built once, here, from outside.
+"""
+
+import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from moc.errors import UserError, check_least
+from moc.move import move
 
-PRECISIONS = ("no", "bf16")
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """precision: of the forward pass ("no" is fp32). accumulation: micro-batches a step on each process.
-    activation_checkpointing: recompute blocks in backward; routes are kept. cpu: train on the CPU even beside a GPU."""
+    """device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
+    precision: of every forward pass, in training and out of it: auto (bf16 on a GPU, fp32 on the CPU), fp32 or bf16.
+    accumulation: micro-batches a step on each process. activation_checkpointing: recompute blocks in backward; routes
+    are kept."""
 
-    precision: str = "bf16"
+    device: str = "auto"
+    precision: str = "auto"
     accumulation: int = 1
     activation_checkpointing: bool = False
-    cpu: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UserError(f"parallel.precision={self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.precision not in ("auto", *PRECISIONS):
+            raise UserError(f"precision={self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
         check_least(self, "parallel", 1, "accumulation")
+
+
+class Parallel:
+    """This process among those of a command: rank, world_size, device, and dtype, that of its forward passes.
+
+    Raises UserError for a device that does not exist, and where accelerate started one process of several.
+    """
+
+    def __init__(self, config: ParallelConfig | None = None) -> None:
+        config = config or ParallelConfig()
+        self._state = join_processes(config.device == "cpu")
+        self.rank, self.world_size = self._state.process_index, self._state.num_processes
+        self.device = _find_device(config.device, self._state)
+        has_gpu = self.device.type == "cuda"
+        if has_gpu:
+            torch.cuda.set_device(self.device)  # kernels that we launch ourselves go to the current one
+        precision = ("bf16" if has_gpu else "fp32") if config.precision == "auto" else config.precision
+        self.dtype = PRECISIONS[precision]
+        if self.is_main:
+            name = f"{torch.cuda.get_device_name(self.device)} ({self.device})" if has_gpu else "the CPU"
+            processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+            logger.info("running on %s, precision %s, %s", name, precision, processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of a forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """The tensor on this process's device."""
+        return move(tensor, self.device)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """A model on the device as the training loop calls it: its gradients are averaged over all processes."""
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def keep_gradients(self, model: nn.Module) -> AbstractContextManager:
+        """While it lasts, backward adds to this process's own gradients of a wrapped model and averages none."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on each of them."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        self._state.wait_for_everyone()
+
+    def close(self) -> None:
+        """Takes leave of the other processes."""
+        self._state.destroy_process_group()
 
 
 def join_processes(cpu: bool = False) -> PartialState:
     """This process among those that `accelerate launch`, torchrun or a plain `python` started.
 
     Without a GPU the CPU is meant, which accelerate must be told: it overlooks the ranks of a launch otherwise.
-    Raises ValueError where accelerate was asked for several processes and started one.
+    Raises UserError where accelerate was asked for several processes and started one.
     """
     environment = os.environ.keys()
     if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment and environment.isdisjoint(_WORLD_SIZES):
@@ -42,31 +114,22 @@ def join_processes(cpu: bool = False) -> PartialState:
             "accelerate launch was asked for several processes and started one: it hands them to torch's launcher with "
             "--multi_gpu only; say that, which needs no GPU, and leave --cpu out"
         )
-    return PartialState(cpu=cpu or not torch.accelerator.is_available())
+    return PartialState(cpu=cpu or not torch.cuda.is_available())
 
 
-def build_accelerator(config: ParallelConfig) -> Accelerator:
-    """The processes of this run (data-parallel)."""
-    return Accelerator(
-        mixed_precision=config.precision,
-        cpu=join_processes(config.cpu).device.type == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device a setting names; "auto" is the GPU where there is one. Raises UserError for one that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()
-    except Exception:  # of several types: an unknown name, a torch without CUDA, too large a number
-        here = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise UserError(
-            f"device={name} is none that torch {torch.__version__} finds here; say one of {', '.join(here)}"
-        ) from None
-    return device
+def _find_device(name: str, state: Any) -> torch.device:
+    """The device that a setting names, for this process."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda") and state.num_processes > 1:
+        raise UserError(f"device={name} is one for {state.num_processes} processes; say auto, which gives each its own")
+    found = f"cuda:{state.local_process_index}" if name in ("auto", "cuda") else name
+    here = [f"cuda:{index}" for index in range(count)]
+    if found not in here:
+        names = ", ".join(["auto", "cpu", *here])
+        raise UserError(f"device={name} is none that torch {torch.__version__} finds here; say one of {names}")
+    return torch.device(found)
 
 
 def gather_lists(values: list) -> list:

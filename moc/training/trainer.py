@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from torch import nn
 from tqdm import tqdm
 
 from moc.batch import Batch
@@ -30,6 +30,7 @@ from moc.training.ema import EMA
 from moc.training.metrics import Metrics
 from moc.training.optim import OptimConfig, build_optimizer, learning_rate
 from moc.training.outcome import Outcome, SkipCount, Totals
+from moc.training.parallel import Parallel
 from moc.training.validation import Validator
 
 
@@ -69,7 +70,7 @@ class Trainer:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        parallel: Parallel,
         model: Any,
         flow: Flow,
         moc: MoCConfig,
@@ -80,13 +81,13 @@ class Trainer:
         seed: int,
         save_extras: Callable[[Path], None],
     ) -> None:
-        self.accelerator = accelerator
+        self.parallel = parallel
         self.flow, self.moc, self.schedule = flow, moc, schedule
         self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
         self.save_extras = save_extras
-        self.bare_model = model.to(accelerator.device)
+        self.bare_model = model.to(parallel.device)
         self.ema = EMA(self.bare_model, config.ema_decay)
-        self.model, self.optimizer = accelerator.prepare(self.bare_model, build_optimizer(self.bare_model, optim))
+        self.model, self.optimizer = parallel.wrap(self.bare_model), build_optimizer(self.bare_model, optim)
         self.step = 0
         self.skips = SkipCount(config.max_skipped_steps)
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
@@ -100,8 +101,8 @@ class Trainer:
         for folder, model in (("model", self.bare_model), ("ema", self.ema.model)):
             model.load_weights(checkpoint / folder)
         self.ema.restore(state["step"])
-        ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer.optimizer)
-        ckpt.load_rng(checkpoint, self.accelerator.process_index)
+        ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
+        ckpt.load_rng(checkpoint, self.parallel.rank)
         self.step = state["step"]
         self.skips.total = state.get("skipped_steps", 0)
         return state["data"]
@@ -130,6 +131,7 @@ class Trainer:
             saves = _due(self.step, self.config.checkpoint_every)
             if last or saves or _due(self.step, self.config.log_every):
                 totals = self._look(metrics)
+                assert totals is not None  # a step was just taken
                 # The weights that a checkpoint will hold have given a finite loss, or it is not written.
                 if (last or saves) and not totals.num_finite:
                     raise FloatingPointError(
@@ -156,47 +158,47 @@ class Trainer:
 
     def save(self, data_state: dict[str, Any]) -> None:
         """Writes a checkpoint of this step; every process takes part."""
-        ckpt.check_finite(self.bare_model, self.ema.model, self.optimizer.optimizer, self.step)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        ckpt.check_finite(self.bare_model, self.ema.model, self.optimizer, self.step)
+        self.parallel.wait()
+        if self.parallel.is_main:
             with ckpt.new_checkpoint(self.run_folder, self.step) as folder:
                 for name, model in (("model", self.bare_model), ("ema", self.ema.model)):
                     model.save_pretrained(folder / name)
                     self.schedule.at(self.step, self.moc).save(folder / name)
-                ckpt.save_optimizer(folder, self.bare_model, self.optimizer.optimizer)
+                ckpt.save_optimizer(folder, self.bare_model, self.optimizer)
                 ckpt.save_rng(folder, 0)
                 state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
                 ckpt.write_state(folder, state | {"skipped_steps": self.skips.total})
                 self.save_extras(folder)
             ckpt.remove_old(self.run_folder, self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        self.parallel.wait()
 
     def _train_step(self, batches: list[Batch]) -> None:
         """One optimizer step, which leaves weights and moments alone where its loss or gradient is not finite."""
         moc = self.schedule.at(self.step, self.moc)
-        device, processes = self.accelerator.device, self.accelerator.num_processes
         levels = [self.flow.draw_levels(batch, self.seed) for batch in batches]
-        targets = torch.tensor(sum(int(level.is_target.sum()) for level in levels), device=device)
+        targets = self.parallel.put(torch.tensor(sum(int(level.is_target.sum()) for level in levels)))
         # DDP averages gradients over processes; the loss is a mean over the targets of all of them.
-        scale = processes / self.accelerator.reduce(targets, reduction="sum")
+        scale = self.parallel.world_size / self.parallel.sum(targets)
         drops = DropKey(self.seed, self.step)
         losses = []
         for index, (batch, level) in enumerate(zip(batches, levels, strict=True)):
-            batch = batch.rechunk(moc.chunk_tokens).to(device)
+            batch = batch.rechunk(moc.chunk_tokens).to(self.parallel.device)
             last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
-                by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops)
-                target_losses = by_shot * level.is_target.to(device)
-                self.accelerator.backward(target_losses.sum() * scale)
+            with nullcontext() if last else self.parallel.keep_gradients(self.model):
+                with self.parallel.autocast():
+                    by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops)
+                target_losses = by_shot * self.parallel.put(level.is_target)
+                (target_losses.sum() * scale).backward()
             losses.append(target_losses.detach())
-        grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.num_steps, self.optim)
         by_shot = torch.cat(losses)
         sums = torch.stack([by_shot.sum(), by_shot.isfinite().sum()])
-        loss_sum, num_finite = self.accelerator.reduce(sums, reduction="sum").unbind()
-        totals = torch.stack([loss_sum * scale / processes, grad_norm, num_finite])
-        self.optimizer.optimizer.found_inf = 1 - totals.isfinite().all().float()
+        loss_sum, num_finite = self.parallel.sum(sums).unbind()
+        totals = torch.stack([loss_sum * scale / self.parallel.world_size, grad_norm, num_finite])
+        self.optimizer.found_inf = 1 - totals.isfinite().all().float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.bare_model)
@@ -226,16 +228,16 @@ class Trainer:
         }
 
     def _any_process(self, flag: bool) -> bool:
-        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.accelerator.device), reduction="sum"))
+        return bool(self.parallel.sum(self.parallel.put(torch.tensor(int(flag)))))
 
     def _validate(self, validator: Validator, metrics: Metrics | None) -> None:
         """Held-out loss of the averaged weights, each process taking its share of the scenes."""
-        moc, device = self.schedule.at(self.step, self.moc), self.accelerator.device
-        sums = self.accelerator.reduce(validator.losses(self.ema.model, moc, device), reduction="sum")
+        moc = self.schedule.at(self.step, self.moc)
+        sums = self.parallel.sum(validator.losses(self.ema.model, moc, self.parallel))
         if metrics:
             mean = (sums[:, 0] / sums[:, 1]).tolist()
             values = {f"validation/loss_{sigma:g}": loss for sigma, loss in zip(validator.sigmas, mean, strict=True)}
-            routing = validator.routing(self.ema.model, moc, device)
+            routing = validator.routing(self.ema.model, moc, self.parallel)
             metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
 
 

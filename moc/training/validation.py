@@ -12,6 +12,7 @@ from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.cost import attention_cost
 from moc.diffusion.flow import Flow, NoiseLevels
 from moc.statistics import routing_statistics
+from moc.training.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,18 @@ class Validator:
         return [self.flow.level(share) for share in self.shares]
 
     @torch.no_grad()
-    def losses(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> Tensor:
+    def losses(self, model: nn.Module, moc: MoCConfig, parallel: Parallel) -> Tensor:
         """Loss summed over this process's target shots at each noise level, and their number: [num sigmas, 2]."""
         was_training = model.training
         model.eval()
-        sums = torch.zeros(len(self.sigmas), 2, device=device)
+        sums = torch.zeros(len(self.sigmas), 2, device=parallel.device)
         for batch in self.batches:
-            batch = _on(batch, device, moc)
+            batch = _on(batch, parallel, moc)
             for row, level in zip(sums, self.sigmas, strict=True):
                 levels = self._levels(level, batch)
-                losses = self.flow.loss(model, batch, levels, moc, self.seed)
-                target = levels.is_target.to(device)
+                with parallel.autocast():
+                    losses = self.flow.loss(model, batch, levels, moc, self.seed)
+                target = parallel.put(levels.is_target)
                 row += torch.stack([(losses * target).sum(), target.sum()])
         model.train(was_training)
         return sums
@@ -52,11 +54,11 @@ class Validator:
         return NoiseLevels.equal(level, batch.num_shots)
 
     @torch.no_grad()
-    def routing(self, model: nn.Module, moc: MoCConfig, device: torch.device) -> dict[str, Any]:
+    def routing(self, model: nn.Module, moc: MoCConfig, parallel: Parallel) -> dict[str, Any]:
         """What attention did on the first held-out batch at sigma 0.8 (of an expert's range): sparsity and FLOPs
         averaged over all layers, dense ones among them; entropy and unused over those that route, and absent where none
         does."""
-        batch = _on(self.batches[0], device, moc)
+        batch = _on(self.batches[0], parallel, moc)
         rows: list[dict[str, float]] = []
 
         def observe(layer: int, routes: Tensor) -> None:
@@ -74,7 +76,8 @@ class Validator:
 
         if not moc.dense:
             levels = NoiseLevels.equal(self.flow.level(0.8), batch.num_shots)
-            self.flow.loss(model, batch, levels, moc, self.seed, on_routes=observe)
+            with parallel.autocast():
+                self.flow.loss(model, batch, levels, moc, self.seed, on_routes=observe)
         if not rows:
             return {"sparsity": 0.0, "flops_of_dense": 1.0}
         means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
@@ -91,5 +94,5 @@ def rivals(moc: MoCConfig) -> dict[str, MoCConfig]:
     return {"dense": replace(moc, dense=True), "MoC": routed, "own shot only": own}
 
 
-def _on(batch: Batch, device: torch.device, moc: MoCConfig) -> Batch:
-    return batch.rechunk(moc.chunk_tokens).to(device)
+def _on(batch: Batch, parallel: Parallel, moc: MoCConfig) -> Batch:
+    return batch.rechunk(moc.chunk_tokens).to(parallel.device)

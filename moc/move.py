@@ -1,0 +1,13 @@
+"""Moving tensors to a device."""
+
+import torch
+from torch import Tensor
+
+
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`. A copy from CPU memory to a GPU goes through pinned memory, so that the CPU does not wait
+    until the GPU has come to it."""
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
