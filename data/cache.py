@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.errors import DataError
@@ -77,17 +77,20 @@ class _Part:
 
 class CacheWriter:
     """Adds scenes to a cache folder: each at once as a file of its own, those of a shard together when it is full.
-    `writer` keeps processes apart in file names."""
+
+    writer: the number of this one among the `writers` that fill the folder now, which keeps them apart in file names.
+    """
 
     def __init__(
         self,
         folder: Path,
         recipe: dict,
-        writer: str = "0",
+        writer: int = 0,
+        writers: int = 1,
         dtype: torch.dtype = torch.float16,
         shard_bytes: int = 256 << 20,
     ) -> None:
-        self.folder, self.recipe, self.writer = Path(folder), recipe, writer
+        self.folder, self.recipe, self.writer, self.writers = Path(folder), recipe, writer, writers
         self.dtype, self.shard_bytes = dtype, shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._parts = {part["file"]: part for part in read_parts(self.folder)}
@@ -99,6 +102,19 @@ class CacheWriter:
     def done(self) -> set[str]:
         """Keys of the scenes that are stored."""
         return whole_scenes(list(self._parts.values()))
+
+    def adopt(self) -> None:
+        """Take over this writer's share of the one-scene files that killed writers left, of whatever number, so that
+        its shards take them. To be called when all writers are there, since each must know what is stored first."""
+        shards = [part for part in self._parts.values() if part["file"].startswith("shard-")]
+        gathered = {key for part in shards for key in _keys(part)}
+        for part in [part for part in self._parts.values() if self._falls_here(part["file"])]:
+            self._alone.append(part["file"])
+            if not _keys(part) <= gathered:  # else its writer was killed as it removed what its shard holds
+                tensors = load_file(self.folder / part["file"])
+                self._shard.take(_Part(tensors, part["text"], part["scenes"]))
+            if self._shard.nbytes >= self.shard_bytes:
+                self.flush()
 
     def add(self, scene: EncodedScene) -> None:
         """Store a scene. Raises DataError (nan-latents, cannot-write)."""
@@ -138,6 +154,10 @@ class CacheWriter:
             del self._parts[file]
         self._fresh, self._shard, self._alone = _Part(), _Part(), []
 
+    def _falls_here(self, file: str) -> bool:
+        kind, writer, _ = file.split("-")
+        return kind == "scene" and int(writer) % self.writers == self.writer
+
     def _write(self, kind: str, content: _Part) -> str:
         """Its record comes last; one whose record was never written is overwritten."""
         names = (f"{kind}-{self.writer}-{number:05d}.safetensors" for number in count())
@@ -169,6 +189,10 @@ def read_parts(folder: Path) -> list[dict]:
 
 def _records(folder: Path) -> list[Path]:
     return sorted([*folder.glob("scene-*.json"), *folder.glob("shard-*.json")])
+
+
+def _keys(part: dict) -> set[str]:
+    return {scene["key"] for scene in part["scenes"]} | part["text"].keys()
 
 
 def whole_scenes(parts: list[dict]) -> set[str]:

@@ -196,7 +196,12 @@ class _Run:
     def _encode(self, plans: list[SamplePlan]) -> None:
         config, rank = self.config, self.process.rank
         writer = CacheWriter(
-            self.cache, self.recipe, str(rank), getattr(torch, config.dtype), config.shard_megabytes << 20
+            self.cache,
+            self.recipe,
+            rank,
+            self.process.world_size,
+            getattr(torch, config.dtype),
+            config.shard_megabytes << 20,
         )
         encoder = SampleEncoder(
             self.codec,
@@ -207,6 +212,8 @@ class _Run:
             config.device,
             self.cache if config.online else None,
         )
+        self.process.wait()
+        writer.adopt()
         encoder.add_null_text(writer)
         start = time.perf_counter()
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
+from data.shards import Cache
 
 RECIPE = {"codec": "c", "text": "t"}
 CHANNELS, TEXT_DIM = 3, 8
@@ -31,6 +32,13 @@ def write_cache(folder: Path, scenes: list[EncodedScene], recipe: dict | None = 
     return folder
 
 
+def read_everything(cache: Cache) -> None:
+    for stored in cache.scenes:
+        cache.latents(stored)
+    for key in cache.text:
+        cache.text_features(key)
+
+
 # How a record, a small JSON file, comes to be not as it was written
 
 
@@ -52,3 +60,9 @@ def replace_all(path: Path) -> None:
 
 
 RECORD_FAULTS = [empty, cut, alter, replace_all]
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 0x40
+    path.write_bytes(data)

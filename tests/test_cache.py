@@ -2,22 +2,19 @@
 
 import errno
 import json
-import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 
-from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts
+from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts, remove_part
 from data.errors import DataError
 from data.records import write_whole
-from data.shards import Cache, open_cache
-from data.store import FileStore
-from tests.caches import RECIPE, RECORD_FAULTS, scene, write_cache
+from data.shards import open_cache
+from tests.caches import RECIPE, RECORD_FAULTS, flip_byte, read_everything, scene, write_cache
 
 
 def test_round_trip_over_several_shards(tmp_path):
@@ -58,6 +55,60 @@ def test_a_killed_writer_has_stored_every_scene(tmp_path):
     assert [cache.latents(stored)[0].unique() for stored in cache.scenes] == [0, 1, 2]
 
 
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_what_killed_writers_left_is_gathered_in_shards(tmp_path):
+    """Four writers were killed; two go on, one of them with scenes of its own."""
+    for rank in range(4):
+        killed = CacheWriter(tmp_path, RECIPE, rank, 4, shard_bytes=1 << 20)
+        for number in range(3):
+            killed.add(scene(10 * rank + number))
+    assert len(files_in(tmp_path)) == 12
+    writers = [CacheWriter(tmp_path, RECIPE, rank, 2, shard_bytes=1 << 20) for rank in range(2)]
+    for writer in writers:
+        writer.adopt()
+    assert len(writers[0].done) == 12
+    writers[0].add(scene(99))
+    for writer in writers:
+        writer.flush()
+    assert files_in(tmp_path) == ["shard-0-00000.safetensors", "shard-1-00000.safetensors"]
+    keys = [f"key{10 * rank + number}" for rank in range(4) for number in range(3)] + ["key99"]
+    assert finish(tmp_path, RECIPE, keys) == 13
+    cache = open_cache(tmp_path)
+    assert [cache.latents(stored)[0].unique().item() for stored in cache.scenes] == [float(key[3:]) for key in keys]
+    read_everything(cache)
+
+
+def test_no_number_of_kills_makes_more_files_than_shards(tmp_path):
+    for number in range(6):
+        writer = CacheWriter(tmp_path, RECIPE, shard_bytes=4000)
+        writer.adopt()
+        writer.add(scene(number))
+        writer.add(scene(100 + number))  # killed here
+        assert len([file for file in files_in(tmp_path) if file.startswith("scene")]) <= 4
+    sizes = [(tmp_path / file).stat().st_size for file in files_in(tmp_path) if file.startswith("shard")]
+    assert len(sizes) >= 3
+    assert min(sizes) >= 4000
+
+
+def test_a_writer_killed_as_it_gathers_stores_nothing_twice(tmp_path, monkeypatch):
+    """The shard is written, and of its scenes' files none, or some, are removed yet."""
+    writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
+    for number in range(3):
+        writer.add(scene(number))
+    with monkeypatch.context() as patch:
+        patch.setattr("data.cache.remove_part", lambda path: None if "00001" in path.name else remove_part(path))
+        writer.flush()
+    assert files_in(tmp_path) == ["scene-0-00001.safetensors", "shard-0-00000.safetensors"]
+    again = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
+    again.adopt()
+    again.flush()
+    assert files_in(tmp_path) == ["shard-0-00000.safetensors"]
+    assert again.done == {"key0", "key1", "key2"}
+
+
 def test_a_shard_takes_the_place_of_its_scenes_files(tmp_path):
     writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
     for number in range(3):
@@ -93,7 +144,7 @@ def test_one_file_written_by_many_at_once_is_whole(tmp_path):
 
 def test_writers_of_many_processes_meet_in_one_index(tmp_path):
     for rank in range(3):
-        writer = CacheWriter(tmp_path, RECIPE, writer=str(rank), shard_bytes=1)
+        writer = CacheWriter(tmp_path, RECIPE, writer=rank, writers=3, shard_bytes=1)
         writer.add(scene(rank))
     finish(tmp_path, RECIPE, ["key2", "key0", "key1"])
     cache = open_cache(tmp_path)
@@ -129,21 +180,8 @@ def test_a_shard_whose_record_is_not_as_written_is_made_again(tmp_path, harm):
     read_all(tmp_path)
 
 
-def flip_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-10] ^= 0x40
-    path.write_bytes(data)
-
-
 def read_all(folder: Path) -> None:
     read_everything(open_cache(folder))
-
-
-def read_everything(cache: Cache) -> None:
-    for stored in cache.scenes:
-        cache.latents(stored)
-    for key in cache.text:
-        cache.text_features(key)
 
 
 @pytest.mark.parametrize(
@@ -230,128 +268,3 @@ def test_an_open_cache_travels_to_workers(tmp_path):
     cache.latents(cache.scenes[0])
     copy = pickle.loads(pickle.dumps(cache))
     assert copy.latents(copy.scenes[0])[0].unique() == 4
-
-
-# Remote caches
-
-
-@pytest.fixture
-def remote(tmp_path):
-    """A cache in fsspec's memory file system."""
-    folder = write_cache(tmp_path / "made", [scene(n) for n in range(6)], shard_bytes=1)
-    fs = fsspec.filesystem("memory")
-    fs.rm("/bucket", recursive=True) if fs.exists("/bucket") else None
-    fs.put(str(folder), "/bucket/cache/aa", recursive=True)
-    return "memory://bucket"
-
-
-def test_a_remote_cache_reads_through_a_bounded_folder(remote, tmp_path):
-    sizes = [part["bytes"] for part in read_parts(tmp_path / "made")]
-    bound = 2 * max(sizes) + 10
-    cache = open_cache(remote, str(tmp_path / "copies"), bound)
-    order = [0, 1, 2, 3, 4, 5, 0, 5, 2]
-    for number in order:
-        assert cache.latents(cache.scenes[number])[0].unique() == number
-        cache._open.clear()  # as in a process that never had it open
-        held = list((tmp_path / "copies").rglob("*"))
-        assert sum(path.stat().st_size for path in held if path.is_file()) <= bound
-    assert not [path for path in held if "partial" in path.name]
-
-
-def test_the_least_recently_used_copy_goes_first(remote, tmp_path):
-    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
-    names = store.glob("*.safetensors")[:3]
-    for age, name in enumerate(names):
-        os.utime(store.local(name), (1000 + age, 1000 + age))
-    store.local(names[0])
-    store.max_bytes = sum(store.size(name) for name in names)
-    fourth = store.glob("*.safetensors")[3]
-    store.local(fourth)
-    held = {path.stem for path in (tmp_path / "copies").rglob("*.safetensors.moc-copy")}
-    assert names[0] in held
-    assert fourth in held
-    assert names[1] not in held
-
-
-def test_a_bad_local_copy_is_fetched_anew(remote, tmp_path):
-    cache = open_cache(remote, str(tmp_path / "copies"))
-    cache.latents(cache.scenes[0])
-    for copy in (tmp_path / "copies").rglob("*.safetensors.moc-copy"):
-        flip_byte(copy)
-    again = open_cache(remote, str(tmp_path / "copies"))
-    assert again.latents(again.scenes[0])[0].unique() == 0
-    read_everything(again)
-    fs, shard = fsspec.filesystem("memory"), "/bucket/cache/aa/shard-0-00003.safetensors"
-    data = bytearray(fs.cat_file(shard))
-    data[-10] ^= 0x40
-    fs.pipe_file(shard, bytes(data))
-    with pytest.raises(DataError, match=r"memory://bucket/.*fails its checksum"):
-        read_everything(open_cache(remote, str(tmp_path / "elsewhere")))
-
-
-def test_what_a_killed_process_left_counts_and_goes(remote, tmp_path):
-    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
-    name = store.glob("*.safetensors")[0]
-    left = store.local(name).with_name(".shard-9.safetensors.moc-copy.0.moc-partial")
-    left.write_bytes(bytes(5000))
-    os.utime(left, (1000, 1000))
-    store.max_bytes = 2 * store.size(name) + 100
-    store.local(store.glob("*.safetensors")[1])
-    assert not left.exists()
-
-
-def test_making_room_takes_only_what_the_cache_wrote(remote, tmp_path):
-    """A user's model in the folder for copies, and one beside the copies themselves."""
-    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
-    first, second = store.glob("*.safetensors")[:2]
-    copy = store.local(first)
-    own = [tmp_path / "copies" / "model.safetensors", copy.with_name("model.safetensors"), copy.with_name(".x.partial")]
-    for path in own:
-        path.write_bytes(bytes(5000))
-        os.utime(path, (1000, 1000))
-    store.max_bytes = store.size(second)
-    store.local(second)
-    assert not copy.exists()
-    assert all(path.stat().st_size == 5000 for path in own)
-
-
-@pytest.mark.parametrize("name", ["../../escaped", "/tmp/escaped", "a/../../../escaped", ".."])
-@pytest.mark.parametrize("is_remote", [True, False])
-def test_no_name_of_an_index_leaves_the_cache(remote, tmp_path, name, is_remote):
-    """The name stands where the index names a shard; a file of that name and size lies there to be read."""
-    fs, cache = fsspec.filesystem("memory"), "/bucket/cache/aa"
-    local = tmp_path / "made"
-    index = json.loads((local / "index.json").read_text())
-    index["shards"][0]["file"] = name
-    (local / "index.json").write_text(json.dumps(index))
-    shard = (local / "shard-0-00000.safetensors").read_bytes()
-    (tmp_path / "escaped").write_bytes(shard)
-    fs.pipe_file(f"{cache}/index.json", json.dumps(index).encode())
-    fs.pipe_file("/bucket/escaped", shard)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DataError) as caught:
-        read_everything(open_cache(remote if is_remote else local, str(tmp_path / "a/b/copies")))
-    assert caught.value.kind == "outside-root"
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_no_name_of_a_remote_folder_leaves_the_copies(remote, tmp_path, monkeypatch):
-    """A bucket may hold a file whose name has .. in it."""
-    store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
-    monkeypatch.setattr(FileStore, "glob", lambda self, pattern: ["encoders/../../../escaped"])
-    with pytest.raises(DataError, match="leads outside the cache"):
-        store.local_folder("encoders")
-    assert list(tmp_path.glob("escaped")) == []
-
-
-def test_remote_faults_are_named(remote, tmp_path):
-    with pytest.raises(DataError, match=r"set data\.local_cache"):
-        open_cache(remote)
-    with pytest.raises(DataError, match="no finished cache"):
-        open_cache("memory://elsewhere", str(tmp_path / "copies"))
-    cache = open_cache(remote, str(tmp_path / "copies"), max_bytes=10)
-    with pytest.raises(DataError, match="the local cache takes 10"):
-        cache.latents(cache.scenes[0])
-    fsspec.filesystem("memory").rm("/bucket/cache/aa/shard-0-00002.safetensors")
-    with pytest.raises(DataError, match="the index names it"):
-        open_cache(remote, str(tmp_path / "copies"))

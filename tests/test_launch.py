@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.cache import read_parts
+from data.cache import digest, read_parts
 from data.dataset import DataConfig, open_dataset
 from moc.training import join_processes, read_metrics
 from tests import pipeline
@@ -41,11 +41,11 @@ def two_processes():
 
 
 def stored(out):
-    """Number of each scene of the cache, and the time each file of it was written."""
+    """Number of each scene of the cache, and the times each was encoded, by the picture that encoding leaves."""
     (cache,) = (out / "cache").iterdir()
-    parts = read_parts(cache)
-    times = {part["file"]: (cache / part["file"]).stat().st_mtime_ns for part in parts}
-    return Counter(scene["key"] for part in parts for scene in part["scenes"]), times
+    keys = [scene["key"] for part in read_parts(cache) for scene in part["scenes"]]
+    pictures = {key: out / "thumbnails" / f"{digest({'key': key, 'shot': 0})}.jpg" for key in keys}
+    return Counter(keys), {key: path.stat().st_mtime_ns for key, path in pictures.items()}
 
 
 def assert_same_cache(one, two):
@@ -76,12 +76,15 @@ def test_one_of_two_processes_is_killed_and_the_next_launch_goes_on(folder):
     ranks["1"].kill()
     assert launch.wait(timeout=120) != 0
     assert not list(folder.glob("out/cache/*/complete"))
-    before, files = stored(folder / "out")
+    before, times = stored(folder / "out")
     assert 10 <= len(before) < 120
     subprocess.run(command(folder, *two_processes()), check=True, env=environment(), timeout=300)
-    after, files_after = stored(folder / "out")
-    assert files.items() <= files_after.items()
-    assert len(after) == after.total() == 120  # each once: none of those was encoded again
+    after, times_after = stored(folder / "out")
+    assert times.items() <= times_after.items()  # none of those was encoded again
+    assert len(after) == after.total() == 120
+    assert {path.name for path in folder.glob("out/cache/*/*.safetensors")} == {
+        f"shard-{rank}-00000.safetensors" for rank in range(2)
+    }
     subprocess.run(command(folder, sys.executable, output=folder / "one"), check=True, env=environment(), timeout=300)
     assert_same_cache(folder / "one", folder / "out")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data.prepare
-from data.cache import read_parts
+from data.cache import CacheWriter, read_parts
 from data.dataset import DataConfig, open_dataset
 from data.errors import DataError
 from data.process import Process
@@ -46,6 +46,23 @@ def test_an_interrupted_run_goes_on(folder):
     again = PoolCodec()
     assert len(open_cache(run(folder, again).cache).scenes) == 5
     assert codec.encoded + again.encoded == [0, 10, 20, 30, 40]
+
+
+def test_what_a_kill_left_is_gathered_by_the_next_run(folder, monkeypatch):
+    """Killed without a chance to write its shard, while it encodes the fourth scene."""
+    scenes(folder, *(scene(f"s{n}", (n, n + 9)) for n in range(0, 50, 10)))
+    codec = PoolCodec()
+    codec.fail_at, codec.error = 30, KeyboardInterrupt()
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "flush", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, codec)
+    assert len(list(folder.glob("out/cache/*/scene-0-*.safetensors"))) == 3
+    again = PoolCodec()
+    cache = run(folder, again).cache
+    assert again.encoded == [30, 40]
+    assert [path.name for path in cache.glob("*.safetensors")] == ["shard-0-00000.safetensors"]
+    assert len(open_cache(cache).scenes) == 5
 
 
 def test_other_settings_make_another_cache(folder):
