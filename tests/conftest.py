@@ -3,6 +3,7 @@ world, prepared and trained on once, for all tests that need such things."""
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -10,6 +11,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
+from data.video import write_video
 from tests import pipeline, wan_files
 
 torch.set_num_threads(1)
@@ -58,3 +60,11 @@ def reduced_folder(reduced, tmp_path):
 def reduced_file(reduced, tmp_path):
     """It under the release's names."""
     return wan_files.save_original(reduced, tmp_path / "wan.safetensors")
+
+
+@pytest.fixture
+def films(tmp_path):
+    """A folder with one short film."""
+    pictures = np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), np.uint8)
+    write_video(tmp_path / "films/a.mp4", pictures, 12)
+    return tmp_path / "films"

@@ -32,6 +32,14 @@ def refusal(capsys: pytest.CaptureFixture, script: str, *arguments: str) -> str:
     return code if isinstance(code, str) else said
 
 
+def assert_one_message(said: str, *parts: str) -> None:
+    """What a command said is an error of one line, and holds all `parts`."""
+    assert said.startswith("error: "), said
+    assert "\n" not in said.strip(), said
+    for part in parts:
+        assert part in said, said
+
+
 def make_world(output: Path, *arguments: str) -> Path:
     """Four scenes of three shots of five frames, 32 x 48."""
     sizes = ("scenes=4", "size=[32,48]", "frames_per_shot=[5]", "shots=[3]", "workers=1")

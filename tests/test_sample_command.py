@@ -1,0 +1,187 @@
+"""`sample.py` as a user calls it: what cannot be filmed is one message, and a film's folder holds one whole film."""
+
+import errno
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from moc.diffusion.samplers import sample_shots
+from tests.pipeline import assert_one_message, command, prepare, refusal
+
+GOOD = {"size": [32, 48], "fps": 12, "shots": [{"prompt": "A cat.", "seconds": 0.4}]}
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(**changes) -> Path:
+        path = tmp_path / "story.yaml"
+        path.write_text(yaml.safe_dump(GOOD | changes))
+        return path
+
+    return write
+
+
+# Models
+
+
+def test_sampling_from_what_is_no_model(capsys, tmp_path, script):
+    save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    for path in (tmp_path / "nowhere", tmp_path / "other.safetensors"):
+        arguments = (f"checkpoint={path}", f"script={script()}", f"out={tmp_path / 'film'}")
+        assert_one_message(refusal(capsys, "sample.py", *arguments), path.name)
+        assert not (tmp_path / "film").exists()
+
+
+def test_a_model_of_the_hub_is_fetched_first(capsys, tmp_path, script, trained):
+    name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    arguments = (f"script={script()}", f"out={tmp_path / 'film'}")
+    for wrong in (f"checkpoint={name}", f"checkpoint=https://huggingface.co/{name}"):
+        assert_one_message(refusal(capsys, "sample.py", wrong, *arguments), "does not exist", f"hf download {name} ")
+    wrong = (f"checkpoint={trained}", f"encoders_path={name}")
+    assert_one_message(refusal(capsys, "sample.py", *wrong, *arguments), f"hf download {name} ")
+    said = refusal(capsys, "sample.py", f"checkpoint={tmp_path}/run", *arguments)
+    assert_one_message(said, "does not exist")
+    assert "hf download" not in said
+
+
+def broken_weights(trained: Path, folder: Path, change) -> Path:
+    """The run's model, with one weight changed."""
+    shutil.copytree(trained / "checkpoints/step_0000003/ema", folder)
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    name = next(name for name in sorted(weights) if name.endswith("ffn.0.weight"))
+    save_file(weights | {name: change(weights[name])}, file)
+    return folder
+
+
+def test_weights_that_are_not_finite_make_no_film(capsys, tmp_path, trained, script):
+    model = broken_weights(trained, tmp_path / "model", lambda weight: weight * torch.nan)
+    arguments = (f"checkpoint={model}", f"encoders_path={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
+    said = refusal(capsys, "sample.py", *arguments, "sampler.steps=2")
+    assert_one_message(said.splitlines()[-1], "shot 1, step 1 of 2", "not finite")
+    assert not [path for path in tmp_path.glob("film/**/*") if path.is_file()]
+
+
+def test_weights_of_whole_numbers_are_refused(capsys, tmp_path, trained, script):
+    model = broken_weights(trained, tmp_path / "model", lambda weight: (weight * 99).to(torch.int8))
+    arguments = (f"checkpoint={model}", f"encoders_path={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "ffn.0.weight is I8", "not quantized")
+    said = refusal(capsys, "sample.py", f"checkpoint={trained}", *arguments[2:], "dtype=int8")
+    assert_one_message(said, "dtype='int8'", "fp32, bf16")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1"])
+def test_a_guidance_scale_that_means_nothing(capsys, tmp_path, trained, script, scale):
+    arguments = (f"checkpoint={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
+    said = refusal(capsys, "sample.py", *arguments, f"sampler.guidance_scale={scale}")
+    assert_one_message(said, "sampler.guidance_scale", "finite")
+
+
+def test_a_checkpoint_with_the_encoders_of_another_model(capsys, tmp_path, trained, script, films):
+    other = prepare(films, tmp_path / "out", "detector=adaptive", "encoders.text.dim=64")
+    shutil.copytree(trained, tmp_path / "run")
+    mixed = tmp_path / "run/checkpoints/step_0000003/encoders"
+    shutil.rmtree(mixed)
+    shutil.copytree(next(other.glob("cache/*/encoders")), mixed)
+    arguments = (f"checkpoint={tmp_path / 'run'}", f"script={script()}", f"out={tmp_path / 'film'}")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "64", "128", "text")
+    assert not list(tmp_path.glob("film/*"))
+
+
+# Scripts
+
+
+BAD_SCRIPTS = [
+    ({"shots": []}, ["shots", "no shot"]),
+    ({"shots": [{"prompt": "A cat.", "seconds": 0}]}, ["shots[0].seconds", "0 is not a positive number"]),
+    ({"size": [30, 48]}, ["size", "30x48", "multiple of 8"]),
+    ({"size": [40, 48]}, ["5, 6", "divisible"]),
+    ({"shot": 3}, ["unknown field 'shot'"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "parts"), BAD_SCRIPTS)
+def test_scripts_that_cannot_be_filmed(capsys, tmp_path, trained, script, changes, parts):
+    arguments = (f"checkpoint={trained}", f"script={script(**changes)}", f"out={tmp_path / 'film'}")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), *parts)
+    assert not list(tmp_path.glob("film/*"))
+
+
+def sample_arguments(trained: Path, story: Path, out: Path) -> list[str]:
+    return [f"checkpoint={trained}", f"script={story}", f"out={out}", "sampler.steps=1"]
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("part", ["metadata.json", "shots/02.mp4", "latents/02.safetensors"])
+def test_a_film_is_not_written_over(capsys, tmp_path, trained, script, part):
+    """Nor is one that was not finished: its later shots would stand beside the new film's metadata."""
+    (tmp_path / "film" / part).parent.mkdir(parents=True)
+    (tmp_path / "film" / part).write_text("{}")
+    arguments = sample_arguments(trained, script(), tmp_path / "film")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "film", part, "another folder")
+    assert names(tmp_path / "film") == {part}
+
+
+def test_any_prompt_is_drawn(tmp_path, trained, recwarn):
+    """A dollar is no formula; JSON writes an emoji in two halves, and tabs may indent it."""
+    prompt = "A \N{RABBIT} for $5_{ or $6."
+    story = {"title": r"$\frac{$", "size": [32, 48], "shots": [{"prompt": prompt, "seconds": 0.4}]}
+    (tmp_path / "story.json").write_text(json.dumps(story, indent="\t"))
+    command("sample.py", *sample_arguments(trained, tmp_path / "story.json", tmp_path / "film"))
+    assert names(tmp_path / "film") >= {"storyboard.png", "routing.png", "metadata.json"}
+    record = json.loads((tmp_path / "film/metadata.json").read_text())
+    assert record["script"]["shots"][0]["prompt"] == prompt
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+def test_a_picture_that_fails_costs_itself_alone(capsys, tmp_path, trained, script, monkeypatch, caplog):
+    """The command ends well, the metadata were written before, and a line names what is missing."""
+    there = []
+
+    def failing(path, *_):
+        there.append(names(path.parent))
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("data.storyboard.draw_storyboard", failing)
+    command("sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
+    assert there == [{"latents/01.safetensors", "shots/01.mp4", "video.mp4", "metadata.json"}]
+    assert names(tmp_path / "film") == {*there[0], "routing.png"}
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{tmp_path / 'film/storyboard.png'} is left out, the film is whole (RuntimeError"
+    ]
+    assert "storyboard" not in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full(capsys, tmp_path, trained, script):
+    """A limit on the size of files stands for the full disk; it is a real error of the file system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        said = refusal(capsys, "sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_one_message(said, "latents/01.safetensors", "File too large")
+    assert names(tmp_path / "film") == set()
+
+
+def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, script, monkeypatch):
+    """The disk is full at the second shot: the first one's latents and video stay; no film, no metadata."""
+
+    def dying(*arguments, **others):
+        yield next(sample_shots(*arguments, **others))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moc.diffusion.sample_shots", dying)
+    story = script(shots=[{"prompt": "A cat.", "seconds": 0.4}] * 2)
+    arguments = (f"checkpoint={trained}", f"script={story}", f"out={tmp_path / 'film'}", "sampler.steps=2")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "No space left")
+    assert names(tmp_path / "film") == {"latents/01.safetensors", "shots/01.mp4"}
