@@ -72,8 +72,8 @@ def test_weights_of_whole_numbers_are_refused(capsys, tmp_path, trained, script)
     model = broken_weights(trained, tmp_path / "model", lambda weight: (weight * 99).to(torch.int8))
     arguments = (f"checkpoint={model}", f"encoders_path={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
     assert_one_message(refusal(capsys, "sample.py", *arguments), "ffn.0.weight is I8", "not quantized")
-    said = refusal(capsys, "sample.py", f"checkpoint={trained}", *arguments[2:], "dtype=int8")
-    assert_one_message(said, "dtype='int8'", "fp32, bf16")
+    said = refusal(capsys, "sample.py", f"checkpoint={trained}", *arguments[2:], "precision=int8")
+    assert_one_message(said, "precision='int8'", "fp32", "bf16")
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "-1"])

@@ -148,7 +148,7 @@ def sample_shots(
             if not latents[index].isfinite().all():
                 raise FloatingPointError(
                     f"shot {unknown.index(index) + 1}, step {steps_done[index] + 1} of {config.steps}: the latent is "
-                    "not finite; weights may hold nan, or values overflow: try dtype=fp32, a lower guidance_scale"
+                    "not finite; weights may hold nan, or values overflow: try precision=fp32, a lower guidance_scale"
                 )
         if on_step:
             on_step(step + 1, len(table) - 1)
