@@ -42,8 +42,14 @@ def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> 
 
 
 def encode_frames(frames: dict, store: FileStore, codec: Codec, dtype: torch.dtype) -> list[Tensor]:
-    """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: missing-file, damaged-record,
-    and those of reading."""
+    """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: no-latents (a cache at a
+    URL, which may not name files of this machine), missing-file, damaged-record, and those of reading."""
+    if store.is_remote:
+        raise DataError(
+            "no-latents",
+            store.url,
+            "stores no latents, and where it says its videos lie is not for a URL to say; copy it to where they are",
+        )
     path, index = Path(frames["file"]), None
     if not path.is_file():
         raise DataError("missing-file", path, "no such file, but the cache names it; prepare again where it lies now")

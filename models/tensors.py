@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moc.errors import UserError
-from moc.files import OutsideError, inside
+from moc.files import PARTIAL, OutsideError, inside
 from moc.training.checkpoint import read_json, remedy
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
@@ -198,7 +198,7 @@ def read_index(file: Path) -> dict[str, Path]:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name when the block ends well and is removed when it does not."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -221,7 +221,7 @@ def write_tensors(file: Path, entries: Iterable[Entry], read: Callable[[str], Te
         header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f".{file.name}{PARTIAL}")
     try:
         with partial.open("wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)

@@ -34,6 +34,19 @@ def test_conversion_there_and_back(reduced, reduced_file: Path, tmp_path: Path) 
         convert(open_checkpoint(reduced_file), tmp_path / "folder")
 
 
+def test_conversion_leaves_what_lies_beside_its_output(reduced_file: Path, tmp_path: Path) -> None:
+    """Files of the user's, named as other programs name their unfinished ones."""
+    (tmp_path / "folder.partial").mkdir()
+    own = [tmp_path / "folder.partial/notes.txt", tmp_path / "file.safetensors.partial"]
+    for path in own:
+        path.write_text("mine")
+    convert(open_checkpoint(reduced_file), tmp_path / "folder")
+    convert(open_checkpoint(reduced_file), tmp_path / "file.safetensors")
+    assert [path.read_text() for path in own] == ["mine", "mine"]
+    names = {"folder", "folder.partial", "file.safetensors", "file.safetensors.partial"}
+    assert {path.name for path in tmp_path.iterdir()} - {reduced_file.name} == names
+
+
 @pytest.mark.parametrize("form", [Form.original, Form.diffusers, Form.checkpoint])
 def test_low_precision_keeps_what_must_stay_wide(reduced_file: Path, form: Form, tmp_path: Path) -> None:
     """In a converted file as in a loaded model, so that the two are the same."""

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -115,6 +116,18 @@ def test_online_latents_equal_stored_ones(folder):
     (folder / "film.mkv").unlink()
     with pytest.raises(DataError, match="no such file"):
         online.latents(online.scenes[0])
+
+
+def test_a_remote_cache_names_no_file_of_this_machine(folder):
+    """One without latents names its videos by path, which an index from elsewhere is not to choose here."""
+    scenes(folder, scene("a", (3, 20)))
+    made = run(folder, online=True).cache
+    fs = fsspec.filesystem("memory")
+    fs.put(str(made), "/online/cache", recursive=True)
+    cache = open_cache("memory://online/cache", str(folder / "copies"), load_codec=lambda encoders: PoolCodec())
+    cache.encoders_folder.mkdir(parents=True)
+    with pytest.raises(DataError, match=r"memory://online/cache: stores no latents, .*copy it"):
+        cache.latents(cache.scenes[0])
 
 
 def test_report_shows_every_shot(folder):
