@@ -2,7 +2,7 @@
 
 - modulation: one vector for each group (the global text or a shot) gives shift, scale and gate (AdaLN-zero)
 - norms, modulation and rotation are computed in fp32, whatever autocast or the weights' dtype
-- the pointwise functions are compiled on a GPU (`models.fuse`)
+- on a GPU each of the pointwise functions is one kernel (`models.fuse`, `models.pointwise`)
 
 Shape letters: L packed tokens, Lx tokens of one stream, N heads, D head dim, G groups; latents C T H W.
 """

@@ -9,8 +9,10 @@ from collections import defaultdict
 
 import pytest
 import torch
+from torch import Tensor
 
 import moc
+from models.stream import Members
 from tests.strategies import attention_tensors
 from tests.test_kernels_cpu import interpreted
 
@@ -67,3 +69,47 @@ def test_kernels_are_compiled_once_whatever_the_stream(name, capability, monkeyp
     assert {"route_kernel", "drop_kernel", "place_kernel", "merge_kernel", "dkv_kernel", "dq_kernel"} <= set(variants)
     several = {kernel: keys for kernel, keys in variants.items() if len(keys) > 1}
     assert not several, "\n".join(key for keys in several.values() for key in sorted(keys))
+
+
+def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, across_heads: bool) -> Tensor:
+    """Every pointwise function on one stream of bf16 tokens; across_heads: as Wan norms q and k."""
+    from models import pointwise
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.randn(num_tokens, *shape).bfloat16().requires_grad_()
+
+    dim, table = num_heads * head_dim, torch.randn(2, num_tokens, head_dim // 2)
+    group = torch.randint(0, groups, (num_tokens,), dtype=torch.int32).sort().values
+    members = Members.build(group, group.bincount(minlength=groups).tolist())
+    shift, scale, gate = torch.randn(groups, 6 * dim).requires_grad_().chunk(6, dim=-1)[:3]
+    weight, bias = torch.ones(dim).requires_grad_(), torch.zeros(dim)
+    heads = tokens(dim) if across_heads else tokens(3, num_heads, head_dim).unbind(1)[0]
+    parts = (
+        pointwise.modulate(tokens(dim), shift, scale, members),
+        pointwise.add_gated(tokens(dim), tokens(dim), gate, members),
+        pointwise.layer_norm(tokens(dim), weight, bias, 1e-6),
+        pointwise.rms_norm(heads, weight if across_heads else weight[:head_dim], 1e-6),
+        pointwise.rotate(tokens(num_heads, head_dim), (table[0], table[1])),
+    )
+    return sum(part.float().nan_to_num().sum() for part in parts)
+
+
+@interpreted
+@pytest.mark.parametrize("across_heads", [False, True])
+def test_pointwise_kernels_are_compiled_once_whatever_the_stream(across_heads):
+    from moc.kernels import ahead
+
+    with ahead.recorded((9, 0)) as launches:
+        for num_tokens, groups in ((100, 5), (1, 1), (7, 1), (1, 3), (160, 16), (33, 2)):
+            for train in (True, False):
+                with torch.set_grad_enabled(train):
+                    total = pointwise_work(num_tokens, groups, 12, 64, across_heads)
+                if train:
+                    total.backward()
+    variants = defaultdict(set)
+    for launch in launches:
+        variants[launch.name].add(launch.variant)
+    # Two of those that also serve a norm with weights: it has no groups, and adds nothing to its scale.
+    twice = {"modulate_kernel", "modulate_backward_kernel", "group_sums_kernel"}
+    assert {name: len(keys) for name, keys in variants.items()} == {name: 1 + (name in twice) for name in variants}
+    assert len(variants) == 8

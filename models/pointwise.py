@@ -1,0 +1,166 @@
+"""The pointwise functions of `models.layers` and `models.rope` on a GPU: each is one kernel, and one or two backward.
+
+Eager, each of their operations reads and writes all tokens in fp32. torch.compile makes as few kernels, but takes many
+seconds at the start of every process, and more for other lengths. `models.fuse` calls the functions here in place of
+those, by name; arguments and results are the same, to rounding.
+
+Shape letters: L tokens, N heads, D head dim or width, G groups.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moc.kernels.sizes import cdiv, next_power_of_2
+from models import pointwise_kernels as kernels
+from models.stream import Members
+
+ROWS = 32  # of a program of a backward kernel
+ELEMENTS = 512  # of a row for each warp
+
+
+def _sizes(width: int, num_heads: int | None = None) -> dict[str, int]:
+    """The constants of a kernel whose programs hold rows of num_heads * width numbers."""
+    sizes = {"D": width, "DP": next_power_of_2(width)}
+    if num_heads is not None:
+        sizes |= {"N": num_heads, "NP": next_power_of_2(num_heads)}
+    return sizes | {"num_warps": max(1, min(16, sizes["DP"] * sizes.get("NP", 1) // ELEMENTS))}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [G, D] with contiguous rows; they may lie apart, as those of a slice do."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _group_sums(sums: Tensor, group: Tensor | None, num_rows: int, num_groups: int) -> Tensor:
+    """fp32 [G, ...] from the tables [blocks + G, ...] of a backward kernel."""
+    out = sums.new_empty(num_groups, *sums.shape[1:])
+    width = out[0].numel()
+    kernels.group_sums_kernel[(num_groups, cdiv(width, 64))](sums, group, out, num_rows, width, ROWS=ROWS, BM=32, BN=64)
+    return out
+
+
+class _Modulate(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, group: Tensor | None, eps: float, one: float
+    ) -> Tensor:
+        """x [L, D], shift and scale [G, D]; `one` is added to scale."""
+        x, shift, scale = x.contiguous(), _rows(shift), _rows(scale)
+        if shift.stride() != scale.stride():
+            shift, scale = shift.contiguous(), scale.contiguous()
+        ctx.save_for_backward(x, scale, group)
+        ctx.eps, ctx.one, ctx.dtype = eps, one, shift.dtype
+        out = torch.empty_like(x)
+        if len(x):
+            kernels.modulate_kernel[(len(x),)](
+                x, shift, scale, group, out, scale.stride(0), eps, ONE=one, **_sizes(x.shape[-1])
+            )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, group = ctx.saved_tensors
+        num_rows, width = x.shape
+        dx, blocks = torch.empty_like(x), cdiv(num_rows, ROWS)
+        sums = x.new_empty(blocks + len(scale), 2, width, dtype=torch.float32)
+        if num_rows:
+            kernels.modulate_backward_kernel[(blocks,)](
+                x, scale, group, dout.contiguous(), dx, sums, num_rows, scale.stride(0), ctx.eps,
+                ONE=ctx.one, **_sizes(width), ROWS=ROWS,
+            )  # fmt: skip
+        dshift, dscale = _group_sums(sums, group, num_rows, len(scale)).unbind(1)
+        return dx, dshift.to(ctx.dtype), dscale.to(scale.dtype), None, None, None
+
+
+class _AddGated(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Tensor, gate: Tensor, group: Tensor) -> Tensor:
+        x, change, gate = x.contiguous(), change.contiguous(), _rows(gate)
+        ctx.save_for_backward(change, gate, group)
+        out = torch.empty_like(x)
+        if len(x):
+            kernels.add_gated_kernel[(len(x),)](x, change, gate, group, out, gate.stride(0), **_sizes(x.shape[-1]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        change, gate, group = ctx.saved_tensors
+        num_rows, width = change.shape
+        dchange, blocks = torch.empty_like(change), cdiv(num_rows, ROWS)
+        sums = change.new_empty(blocks + len(gate), width, dtype=torch.float32)
+        if num_rows:
+            kernels.add_gated_backward_kernel[(blocks,)](
+                change, gate, group, dout.contiguous(), dchange, sums, num_rows, gate.stride(0),
+                **_sizes(width), ROWS=ROWS,
+            )  # fmt: skip
+        return dout, dchange, _group_sums(sums, group, num_rows, len(gate)).to(gate.dtype), None
+
+
+class _RMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [L, N, D], whose tokens may lie apart."""
+        if x.stride()[1:] != (x.shape[2], 1):
+            x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        out = x.new_empty(x.shape)
+        if len(x):
+            kernels.rms_norm_kernel[(len(x),)](x, weight, out, x.stride(0), eps, **_sizes(x.shape[2], x.shape[1]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        num_rows, num_heads, width = x.shape
+        dx, blocks = x.new_empty(x.shape), cdiv(num_rows, ROWS)
+        sums = x.new_empty(blocks + 1, width, dtype=torch.float32)
+        if num_rows:
+            kernels.rms_norm_backward_kernel[(blocks,)](
+                x, weight, dout.contiguous(), dx, sums, num_rows, x.stride(0), ctx.eps,
+                **_sizes(width, num_heads), ROWS=ROWS,
+            )  # fmt: skip
+        return dx, _group_sums(sums, None, num_rows, 1)[0].to(weight.dtype), None
+
+
+class _Rotate(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.sign = sign
+        x, out = x.contiguous(), x.new_empty(x.shape)
+        if len(x):
+            kernels.rotate_kernel[(len(x),)](x, cos, sin, out, sign, **_sizes(x.shape[2], x.shape[1]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return _Rotate.apply(dout, *ctx.saved_tensors, -ctx.sign), None, None, None
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> Tensor:
+    return _Modulate.apply(x, shift, scale, members.group, eps, 1.0)
+
+
+def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members) -> Tensor:
+    return _AddGated.apply(x, change, gate, members.group)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _Modulate.apply(x, bias[None], weight[None], None, eps, 0.0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _RMSNorm.apply(x if x.dim() == 3 else x[:, None], weight, eps).view(x.shape)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    return _Rotate.apply(x, *table, 1.0)

@@ -1,0 +1,196 @@
+"""Triton kernels of the pointwise work around attention; `models.pointwise` launches them.
+
+Forward, a program owns one row (a token) and reads it once. Backward, a program owns ROWS rows, one after another, and
+keeps sums over them: over a group's rows for what its tokens share, over all rows for a norm's weight. Groups follow
+one another in the stream, so the sums of block b for group g have a place of their own, b + g, in a table of
+(blocks + groups) rows; `group_sums_kernel` adds them up in that order. There are no atomics, and gradients repeat.
+
+All is computed in fp32. Shape letters: L rows, N heads, D width of a row or head, G groups (NP, DP: powers of two).
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _group(group, row):
+    """The row's group; all rows are of group 0 where `group` is None."""
+    return 0 if group is None else tl.load(group + row).to(tl.int32)
+
+
+@triton.jit
+def _layer_norm(value, inside, eps, D: tl.constexpr):
+    """A row, normed, and the factor by which it was."""
+    value = tl.where(inside, value - tl.sum(value, 0) / D, 0.0)
+    factor = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
+    return value * factor, factor
+
+
+@triton.jit
+def modulate_kernel(
+    x, shift, scale, group, out, stride, eps, ONE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """out = norm(x) * (ONE + scale[group]) + shift[group]; shift and scale [G, D] have rows `stride` apart."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, DP)
+    inside = column < D
+    normed, _ = _layer_norm(tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32), inside, eps, D)
+    place = _group(group, row) * stride + column
+    gain = ONE + tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(shift + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + column, (normed * gain + added).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def modulate_backward_kernel(
+    x, scale, group, dout, dx, sums, num_rows, stride, eps,
+    ONE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx, and sums [blocks + G, 2, D]: of dout (for shift) and of dout * norm(x) (for scale)."""
+    block = tl.program_id(0)
+    column = tl.arange(0, DP)
+    inside = column < D
+    current = _group(group, block * ROWS)
+    dshift = tl.zeros([DP], tl.float32)
+    dscale = tl.zeros([DP], tl.float32)
+    for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
+        row = block.to(tl.int64) * ROWS + index
+        own = _group(group, row)
+        place = sums + (block + current) * (2 * D) + column
+        tl.store(place, dshift, mask=inside & (own != current))
+        tl.store(place + D, dscale, mask=inside & (own != current))
+        dshift = tl.where(own == current, dshift, 0.0)
+        dscale = tl.where(own == current, dscale, 0.0)
+        current = own
+        value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        gain = ONE + tl.load(scale + own * stride + column, mask=inside, other=0.0).to(tl.float32)
+        normed, factor = _layer_norm(value, inside, eps, D)
+        dshift += grad
+        dscale += grad * normed
+        grad *= gain
+        grad = (grad - tl.sum(grad, 0) / D - normed * (tl.sum(grad * normed, 0) / D)) * factor
+        tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
+    place = sums + (block + current) * (2 * D) + column
+    tl.store(place, dshift, mask=inside)
+    tl.store(place + D, dscale, mask=inside)
+
+
+@triton.jit
+def add_gated_kernel(x, change, gate, group, out, stride, D: tl.constexpr, DP: tl.constexpr):
+    """out = x + gate[group] * change; gate [G, D] has rows `stride` apart."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, DP)
+    inside = column < D
+    value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(change + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(gate + _group(group, row) * stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * D + column, (value + factor * added).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_gated_backward_kernel(
+    change, gate, group, dout, dchange, sums, num_rows, stride, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """dchange, and sums [blocks + G, D] of dout * change, for gate."""
+    block = tl.program_id(0)
+    column = tl.arange(0, DP)
+    inside = column < D
+    current = _group(group, block * ROWS)
+    dgate = tl.zeros([DP], tl.float32)
+    for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
+        row = block.to(tl.int64) * ROWS + index
+        own = _group(group, row)
+        tl.store(sums + (block + current) * D + column, dgate, mask=inside & (own != current))
+        dgate = tl.where(own == current, dgate, 0.0)
+        current = own
+        grad = tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        dgate += grad * tl.load(change + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        grad *= tl.load(gate + own * stride + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dchange + row * D + column, grad.to(dchange.dtype.element_ty), mask=inside)
+    tl.store(sums + (block + current) * D + column, dgate, mask=inside)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, weight, out, stride, eps, N: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Each head of a row over its root mean square, times weight [D]; rows of x are `stride` apart."""
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, NP)[:, None], tl.arange(0, DP)[None, :]
+    inside = (head < N) & (column < D)
+    value = tl.load(x + row * stride + head * D + column, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
+    tl.store(out + row * (N * D) + head * D + column, (value * factor[:, None] * gain).to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def rms_norm_backward_kernel(
+    x, weight, dout, dx, sums, num_rows, stride, eps,
+    N: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx [L, N, D], and sums [blocks, D] of dout * x over its root mean square, for weight."""
+    block = tl.program_id(0)
+    head, column = tl.arange(0, NP)[:, None], tl.arange(0, DP)[None, :]
+    inside = (head < N) & (column < D)
+    gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    dweight = tl.zeros([NP, DP], tl.float32)
+    for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
+        row = block.to(tl.int64) * ROWS + index
+        value = tl.load(x + row * stride + head * D + column, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(dout + row * (N * D) + head * D + column, mask=inside, other=0.0).to(tl.float32)
+        factor = (1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps))[:, None]
+        normed = value * factor
+        dweight += grad * normed
+        grad *= gain
+        grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
+        tl.store(dx + row * (N * D) + head * D + column, grad.to(dx.dtype.element_ty), mask=inside)
+    column = tl.arange(0, DP)
+    tl.store(sums + block * D + column, tl.sum(dweight, 0), mask=column < D)
+
+
+@triton.jit
+def rotate_kernel(
+    x, cos, sin, out, sign, N: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Channel pairs of each head of a row, turned by the angle of cos and sin [L, D / 2]; sign -1 turns them back."""
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, NP)[:, None] * D + tl.arange(0, DP)[None, :]
+    inside = (tl.arange(0, NP) < N)[:, None] & (tl.arange(0, DP) < D)[None, :]
+    value = tl.load(x + row * (N * D) + place, mask=inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(value, [NP, DP // 2, 2]))
+    pair = tl.arange(0, DP // 2)
+    a = tl.load(cos + row * (D // 2) + pair, mask=pair < D // 2, other=0.0)[None, :]
+    b = tl.load(sin + row * (D // 2) + pair, mask=pair < D // 2, other=0.0)[None, :] * sign
+    turned = tl.reshape(tl.join(even * a - odd * b, even * b + odd * a), [NP, DP])
+    tl.store(out + row * (N * D) + place, turned.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _first_row(group, num_rows, least):
+    """The first row of group `least` or a later one."""
+    low, high = 0, num_rows
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(group + middle).to(tl.int32) < least
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_rows", "width"])
+def group_sums_kernel(sums, group, out, num_rows, width, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """out [G, width]: what the blocks of ROWS rows have summed for each group, block b's for group g at b + g."""
+    own = tl.program_id(0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    first, last = 0, num_rows
+    if group is not None:
+        first, last = _first_row(group, num_rows, own), _first_row(group, num_rows, own + 1)
+    total = tl.zeros([BM, BN], tl.float32)
+    last_block = tl.where(first < last, (last + ROWS - 1) // ROWS, 0)
+    for start in range(first // ROWS, last_block, BM):
+        block = start + tl.arange(0, BM)
+        inside = (block < last_block)[:, None] & (column < width)[None, :]
+        total += tl.load(sums + (block + own)[:, None] * width + column[None, :], mask=inside, other=0.0)
+    tl.store(out + own * width + column, tl.sum(total, 0), mask=column < width)

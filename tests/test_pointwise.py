@@ -1,0 +1,61 @@
+"""The kernels of the pointwise work, interpreted on a CPU, against the plain functions: results and every gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import layers, rope
+from models.stream import Members
+from tests.test_kernels_cpu import interpreted
+
+pointwise = pytest.importorskip("models.pointwise", exc_type=ImportError)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+def cases(length: int, groups: int, dtype: torch.dtype) -> dict[str, tuple]:
+    """Each function with arguments for `length` tokens: no powers of two, slices, groups without tokens."""
+    group = torch.randint(0, groups, (length,), dtype=torch.int32).sort().values
+    members = Members.build(group, group.bincount(minlength=groups).tolist())
+    rows = numbers(groups, 6 * 24).chunk(6, dim=-1)
+    x, change = numbers(length, 24, dtype=dtype), numbers(length, 24, dtype=dtype)
+    heads = numbers(length, 3, 3, 12, dtype=dtype).unbind(1)[1]
+    angles = torch.randn(length, 6)
+    return {
+        "modulate": (layers.modulate, (x, rows[1], rows[3], members)),
+        "add_gated": (layers.add_gated, (x, change, rows[2], members)),
+        "layer_norm": (layers.layer_norm, (x, numbers(24), numbers(24), 1e-6)),
+        "rms_norm": (layers.rms_norm, (heads, numbers(12), 1e-6)),
+        "rms_norm_of_rows": (layers.rms_norm, (x, numbers(24), 1e-6)),
+        "rotate": (rope.rotate, (heads, (angles.cos(), angles.sin()))),
+    }
+
+
+def results(function, arguments) -> list[Tensor]:
+    inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
+    out = function(*arguments)
+    direction = torch.linspace(-1, 1, out.numel()).bfloat16().view_as(out)
+    return [out, *torch.autograd.grad(out, inputs, direction.to(out.dtype))]
+
+
+@interpreted
+@pytest.mark.parametrize("name", cases(1, 1, torch.float32))
+@pytest.mark.parametrize(("length", "groups"), [(70, 5), (33, 1), (1, 3), (0, 2)])
+def test_kernels_equal_the_plain_functions(name: str, length: int, groups: int):
+    function, arguments = cases(length, groups, torch.float32)[name]
+    kernel = getattr(pointwise, function.__name__)
+    for found, expected in zip(results(kernel, arguments), results(function, arguments), strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("name", cases(1, 1, torch.bfloat16))
+def test_kernels_in_half_precision_round_once(name: str):
+    function, arguments = cases(70, 5, torch.bfloat16)[name]
+    kernel = getattr(pointwise, function.__name__)
+    wide = [x.detach().float().requires_grad_() if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
+    for found, expected in zip(results(kernel, arguments), results(function, wide), strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-5)
