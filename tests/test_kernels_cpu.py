@@ -17,6 +17,8 @@ from moc.kernels.packed import attend as packed_attend
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
 from tests.test_reference import two_samples
 
+pytestmark = pytest.mark.usefixtures("listed")
+
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 DROPS = moc.DropKey(seed=1, step=2, layer=3, first_head=4)
 

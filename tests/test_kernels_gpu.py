@@ -16,7 +16,7 @@ from moc import reference, routing
 from moc.kernels import anchors, dense, torch_parts
 from tests.routes import assert_same_choice, same_chunks
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("listed")]
 if torch.cuda.is_available():
     from moc.kernels import triton_backend, triton_routed
 

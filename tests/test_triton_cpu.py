@@ -15,6 +15,8 @@ from tests.strategies import attention_tensors, configs, seeds, streams
 from tests.test_kernels_cpu import DROPS, assert_equal_to_reference, interpreted
 from tests.test_reference import OPTIONS, two_samples
 
+pytestmark = pytest.mark.usefixtures("listed")
+
 
 def larger_stream() -> moc.ShotLayout:
     """Chunks larger than a block of keys, ragged; more tokens than a block of queries; two samples."""

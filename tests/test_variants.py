@@ -16,6 +16,8 @@ from models.stream import Members
 from tests.strategies import attention_tensors
 from tests.test_kernels_cpu import interpreted
 
+pytestmark = pytest.mark.usefixtures("listed")
+
 CONFIGS = {
     "causal": moc.MoCConfig(chunk_tokens=256, top_k=5, text_anchor="global_and_own"),
     "not_causal": moc.MoCConfig(chunk_tokens=64, top_k=5, causal=False, own_anchor="chunk"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
-from moc.kernels import anchors, dense
+from moc.kernels import anchors, dense, triton_masked
 from moc.kernels.anchors import AnchorCall, AnchorPlan
 from moc.kernels.packed import Packed
 from moc.kernels.triton_index import Lists, build_lists, max_tiles
@@ -42,6 +42,10 @@ def attend(
     first_query: the place of q's first token in the stream; the kernels count queries from it.
     Head dims up to 128, fp32, fp16 and bf16. Has no second derivative.
     """
+    if routes is not None and routes.shape[-1] and not (config.dense or first_query or torch.compiler.is_compiling()):
+        plan = triton_masked.masked_plan(layout, config)
+        if plan is not None:
+            return triton_masked.attend(q, k, v, routes.int(), plan)
     if routes is not None and not config.dense:
         routes = anchors.with_own_chunk(routes, layout, config, first_query).int().contiguous()
     if config.dense or routes is None or routes.shape[-1] == 0:
