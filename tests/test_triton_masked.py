@@ -1,4 +1,4 @@
-"""The Triton kernels of short samples: equal to the reference, chosen where samples are short, never beside the lists."""
+"""The Triton kernels of short samples equal the reference, and are chosen where samples are short."""
 
 import pytest
 import torch
