@@ -164,11 +164,12 @@ def test_shortlists_take_what_they_can_and_say_what_they_leave(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("top_k", [3, 12, 20])  # 20 by a shortlist
+@pytest.mark.parametrize("top_k", [3, 12, 20])
 def test_triton_ties_go_to_the_lowest_chunk(top_k):
+    """Ranked as one walks and, at 20, by shortlists, which take a block of 64 queries of one shot."""
     from moc.kernels import triton_routing
 
-    layout = moc.ShotLayout.build([moc.Shot(2, (30, 1, 1)), moc.Shot(1, (20, 1, 1))], 3, chunk_tokens=1)
+    layout = moc.ShotLayout.build([moc.Shot(0, (64, 1, 1)), moc.Shot(1, (40, 1, 1))], 0, chunk_tokens=1)
     q, k, _ = (x.sign() for x in attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1))
     config = moc.MoCConfig(top_k=top_k, causal=False)
     assert same_chunks(triton_routing.route(q, k, layout, config), routing.route(q, k, layout, config))
