@@ -130,6 +130,8 @@ def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
             _check_elements(value, hint, f"{prefix}{name}.")
         elif OmegaConf.is_list(value) and is_dataclass(element := next(iter(get_args(hint)), None)):
             for index, item in enumerate(value):
+                if not OmegaConf.is_dict(item):
+                    raise UserError(f"{prefix}{name}[{index}] is {item!r}; it must be a mapping of settings")
                 try:
                     OmegaConf.merge(_writable(OmegaConf.structured(element)), item)
                 except OmegaConfBaseException as error:

@@ -12,7 +12,8 @@ def readable(argument: str, folder: Path) -> str:
     """The argument as Hydra reads it. A text that its grammar refuses, such as `/films [1]/a=b`, is quoted; what looks
     like a list or a mapping is left to Hydra's message.
 
-    folder: of the YAML files, where a group of settings is a folder. Raises UserError where a group is set to null.
+    folder: of the YAML files, where a group of settings is a folder. Raises UserError where a group is set to what is
+    no name, such as null.
     """
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-"):
@@ -21,7 +22,8 @@ def readable(argument: str, folder: Path) -> str:
         override = OverridesParser.create().parse_override(argument)
     except HydraException:
         return argument if value[:1] + value[-1:] in ("[]", "{}") else f"{key}={quoted(value)}"
-    if override.value() is None and (group := folder / key.lstrip("+")).is_dir():
+    group = folder / key.lstrip("+~")
+    if group.is_dir() and not override.is_sweep_override() and not _names_options(override.value()):
         options = ", ".join(sorted(file.stem for file in group.glob("*.yaml")))
         raise UserError(f"{argument}: {key} is a group of settings; leave it out or choose one of {options}")
     return argument
@@ -32,3 +34,8 @@ def quoted(text: str) -> str:
     pieces = text.split("'")
     doubled = [piece + "\\" * (len(piece) - len(piece.rstrip("\\"))) for piece in pieces]
     return "'" + "\\'".join(doubled) + "'"
+
+
+def _names_options(value: object) -> bool:
+    """Whether Hydra takes the value for a group: a name or a list of them, or settings for the group itself."""
+    return all(isinstance(name, str | dict) for name in (value if isinstance(value, list) else [value]))

@@ -23,7 +23,7 @@ from data.scan import scan_video
 from data.shots import DETECTORS, Span, build_detector
 from data.sources import MANIFEST
 from data.video import scan, write_video
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 
 _PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the shot's ends
 
@@ -51,6 +51,8 @@ class DataBenchmarkConfig:
     def __post_init__(self) -> None:
         if not self.folder:
             raise UserError("say folder=DIR, a place for the made-up cache")
+        check_least(self, "", 1, "scenes", "shots", "steps")
+        check_least(self, "", 0, "step_seconds", "workers")
 
 
 def write_random_cache(config: DataBenchmarkConfig) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.decoders import DECODERS
 from data.shots import DETECTORS
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -46,8 +46,8 @@ class PrepareConfig:
                 raise UserError(f"a size is [height, width] in pixels, got {size}")
         if not 1 <= self.min_frames <= self.max_frames:
             raise UserError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
-        if self.fps < 0 or self.shots_per_sample < 1 or self.shard_megabytes < 1:
-            raise UserError("fps must be 0 or more, shots_per_sample and shard_megabytes at least 1")
+        check_least(self, "", 0, "fps", "threshold")
+        check_least(self, "", 1, "shots_per_sample", "shard_megabytes")
         for name, known in (("decoder", DECODERS), ("detector", DETECTORS), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

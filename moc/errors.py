@@ -19,11 +19,12 @@ class UserError(ValueError):
 def check_least(config: Any, owner: str, least: float, *names: str) -> None:
     """Raises UserError where a number among the fields `names` of a config is below `least`, infinite or not a number.
 
-    owner: what the fields belong to in the user's words, such as "optim".
+    owner: the group of settings in the user's words, such as "optim"; "" where they belong to none.
     """
+    prefix = f"{owner}." if owner else ""
     for name in names:
         if not least <= getattr(config, name) < math.inf:
-            raise UserError(f"{owner}.{name}={getattr(config, name)} must be finite and at least {least}")
+            raise UserError(f"{prefix}{name}={getattr(config, name)} must be finite and at least {least}")
 
 
 def disk_error(error: BaseException) -> str | None:

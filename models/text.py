@@ -29,7 +29,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 from moc.training.checkpoint import read_json, remedy
 from models.fingerprint import fingerprint, weights_digest
 from models.strict import load_folder
@@ -68,6 +68,10 @@ class TextConfig:
     num_layers: int = 2
     seed: int = 0
     max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        check_least(self, "text", 1, "dim", "num_layers", "max_tokens")
+        check_least(self, "text", 0, "seed")
 
 
 class TextEncoder(nn.Module):

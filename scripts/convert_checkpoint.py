@@ -9,6 +9,7 @@ model.path=` take. Tensors pass one by one: 14B needs 1 GiB of memory. Of two ex
 converted by itself: `input=FOLDER/transformer`, then `input=FOLDER/transformer_2`; or the file of each.
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -60,8 +61,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.input:
             raise UserError("input= is missing: the file or folder to convert")
-        if self.max_shard_gb <= 0:
-            raise UserError(f"max_shard_gb={self.max_shard_gb} must be above 0")
+        if not 0 < self.max_shard_gb < math.inf:
+            raise UserError(f"max_shard_gb={self.max_shard_gb} must be above 0 and finite")
 
 
 @command("convert", Settings)

@@ -21,7 +21,7 @@ from data.dataset import DataConfig
 from data.script import load_script
 from data.shots import build_detector
 from data.storyworld.judge import held_out_floors, judge_film
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 from moc.training import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,9 @@ class DemoConfig:
     scenes: int = 120
     steps: int = 2000
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_least(self, "", 1, "scenes", "steps", "threads")
 
 
 @dataclass(frozen=True)

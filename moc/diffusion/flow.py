@@ -69,6 +69,8 @@ class Flow:
                 raise UserError(f"flow.{name}={getattr(self, name)} must lie in [0, 1]")
         if not 0 < self.logit_std < math.inf:
             raise UserError(f"flow.logit_std={self.logit_std} must be positive and finite")
+        if not math.isfinite(self.logit_mean):
+            raise UserError(f"flow.logit_mean={self.logit_mean} must be finite")
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
             raise UserError(
                 f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} must be a range in [0, 1]"

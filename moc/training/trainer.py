@@ -60,6 +60,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_least(self, "trainer", 1, "num_steps", "log_every", "keep_checkpoints")
         check_least(self, "trainer", 0, "validate_every", "checkpoint_every", "max_skipped_steps")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
 
 
 class Trainer:
