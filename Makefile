@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-all lint bench setup clean
+.PHONY: demo test test-all test-gpu lint bench setup clean
 
 demo: $(READY)
 	$(BIN)/python scripts/demo.py
@@ -13,6 +13,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Kernels, models and commands on a GPU; those of two GPUs are skipped where there is one.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

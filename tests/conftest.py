@@ -1,7 +1,10 @@
 """Settings of every test: one thread, fixed seeds, hypothesis without deadlines or state between runs. And one tiny
 world, prepared and trained on once, for all tests that need such things."""
 
+import logging
 import os
+import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -78,3 +81,22 @@ def films(tmp_path):
     pictures = np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), np.uint8)
     write_video(tmp_path / "films/a.mp4", pictures, 12)
     return tmp_path / "films"
+
+
+@pytest.fixture
+def on_gpu(caplog):
+    """A context for one command: it must say that it takes the GPU, and at which precision, and use its memory."""
+
+    @contextmanager
+    def check(precision: str = "bf16"):
+        caplog.clear()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with caplog.at_level(logging.INFO, "moc"):
+            yield
+        said = [message for message in caplog.messages if message.startswith("running on")]
+        assert len(said) == 1
+        assert re.fullmatch(rf"running on .+ \(cuda:0\), precision {precision}, 1 process", said[0])
+        assert torch.cuda.max_memory_allocated() > before
+
+    return check

@@ -1,0 +1,50 @@
+"""Runs of commands on a GPU, and what tests ask of what came of them."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from moc.training import find_checkpoint, read_metrics
+from tests import pipeline
+
+NUM_SHOTS = 3  # of the story
+
+
+def train(data: Path, run: Path, *arguments: str) -> Path:
+    """Three steps of a tiny model where the command itself chooses to."""
+    return pipeline.train(data, run, "parallel.device=auto", *arguments)
+
+
+def assert_trained(run: Path, steps: int) -> None:
+    """Every step has a finite loss and gradient, validation as well, and the last step's checkpoint is whole."""
+    rows = read_metrics(run)
+    numbers = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in numbers] == list(range(1, steps + 1))
+    validation = [value for row in rows for key, value in row.items() if key.startswith("validation/")]
+    assert validation
+    assert torch.tensor([*validation, *(row[key] for row in numbers for key in ("loss", "grad_norm"))]).isfinite().all()
+    assert find_checkpoint(run).name == f"step_{steps:07d}"
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]
+
+
+def assert_filmed(film: Path, shots: int = NUM_SHOTS) -> list[torch.Tensor]:
+    """Every file is there and the GPU is in the record; returns the latents, which are finite."""
+    names = {"video.mp4", "storyboard.png", "routing.png", "metadata.json"}
+    numbered = {f"shots/{n:02d}.mp4" for n in range(1, shots + 1)}
+    latents = [f"latents/{n:02d}.safetensors" for n in range(1, shots + 1)]
+    found = {str(path.relative_to(film)) for path in film.rglob("*") if path.is_file()}
+    assert found >= names | numbered | set(latents)
+    assert json.loads((film / "metadata.json").read_text())["device"] == torch.cuda.get_device_name()
+    tensors = [load_file(film / name)["latent"] for name in latents]
+    assert all(latent.isfinite().all() for latent in tensors)
+    return tensors
+
+
+def assert_alike(some: list[torch.Tensor], others: list[torch.Tensor], tolerance: float) -> None:
+    for a, b in zip(some, others, strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
