@@ -55,7 +55,8 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
                 with _full_errors(full), _ending(full):
                     run(parse(cfg, schema))
 
-            with _ending(full), _full_errors(True):  # or Hydra would end the process with many lines of its own
+            # Hydra would end the process with many lines of its own; it has a ValueError for options that do not agree.
+            with _ending(full, ValueError), _full_errors(True):
                 sys.argv[1:] = [readable(argument, folder) for argument in sys.argv[1:]]
                 hydra.main(config_path=str(folder), config_name=config_name, version_base=None)(task)()
 
@@ -77,10 +78,10 @@ def _full_errors(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _ending(full: bool) -> Iterator[None]:
+def _ending(full: bool, *mendable: type[Exception]) -> Iterator[None]:
     """Ends the process at an error: with one line where the user can mend it, else with the traceback.
 
-    full: raise it as it is instead.
+    full: raise it as it is instead. mendable: more types of errors that the user can mend.
     """
     try:
         yield
@@ -89,7 +90,7 @@ def _ending(full: bool) -> Iterator[None]:
             bar.close()  # so that the message has a line of its own
         if full:
             raise
-        if for_user(error):
+        if for_user(error) or isinstance(error, mendable):
             sys.exit(f"error: {message_of(error)}")
         traceback.print_exception(error)
         sys.exit(1)

@@ -41,7 +41,7 @@ class FileStore:
 
     def glob(self, pattern: str) -> list[str]:
         """Names under the folder that match, sorted."""
-        fs, root = fsspec.core.url_to_fs(self.url)
+        fs, root = self._root()
         return sorted(path[len(root) :].lstrip("/") for path in fs.glob(f"{root}/{pattern}"))
 
     def local(self, name: str) -> Path:
@@ -74,9 +74,17 @@ class FileStore:
                 self._fetch(file, self._copy(file))
         return self._copy(name)
 
+    def _root(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """The file system, kept by fsspec for each process since handles do not survive a fork, and the folder in it.
+        Raises DataError (no-file-system)."""
+        try:
+            return fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:  # a package that is not installed, an unknown kind of URL
+            raise DataError("no-file-system", self.url, f"cannot be opened here ({error})") from error
+
     def _place(self, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The file system, kept by fsspec for each process since handles do not survive a fork, and the path in it."""
-        fs, root = fsspec.core.url_to_fs(self.url)
+        """The file system and the path of a file in it."""
+        fs, root = self._root()
         self._inside(root, name)
         return fs, f"{root}/{name}"
 

@@ -9,6 +9,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm import tqdm
 
+import data.loader  # noqa: F401 - it takes open_dataset from its module, before the tests replace it there
 from configs.command import for_user, message_of
 from configs.overrides import readable
 from data.errors import DataError
@@ -102,11 +103,14 @@ def test_a_path_with_brackets_is_a_path(capsys, tmp_path):
         ("experiment=none", "Could not find 'experiment/none' Available options in 'experiment': storyworld"),
         ("trainer.steps=3", r"Could not override 'trainer\.steps'"),
         ("optim.betas=[0.9,{0.9]", "Error parsing override|no viable alternative|mismatched input"),
+        ("--resolve", "The --resolve flag can only be used"),
+        ("--config-dir nowhere", "Additional config directory '.*nowhere' not found"),
+        ("data.path=s9://bucket data.local_cache=copies", "s9://bucket: cannot be opened .*s9"),
         ("data.path=a,b", "Ambiguous value for argument 'data.path=a,b'"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(capsys, argument, said):
-    message = refusal(capsys, "train.py", argument, "parallel=cpu")
+    message = refusal(capsys, "train.py", *argument.split(), "parallel=cpu")
     assert re.match(f"error: .*({said})", message)
     assert "\n" not in message
 
