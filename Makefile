@@ -25,6 +25,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/benchmark_attention.py
+	$(BIN)/python scripts/benchmark_commands.py
 
 setup: $(READY)
 

@@ -1,0 +1,155 @@
+"""The README's commands on a GPU, one after another, each in a fresh process as a user starts it, and how long each
+takes: python scripts/benchmark_commands.py [folder=DIR] [only=[NAME,...]]
+
+Without a public checkpoint, Wan's are random weights of the 1.3B shape. What a command says goes to folder/logs/. One
+that fails does not end the others; the exit status then is 1.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import yaml
+
+from configs.command import command
+from data.records import write_whole
+from moc.errors import UserError
+from scripts.measuring import header, markdown_table
+
+ROOT = Path(__file__).parents[1]
+SMALL_STORY = "configs/scripts/storyworld.yaml"
+README_STORY = {
+    "title": "The lighthouse",
+    "global": "[character] Ann: old, red coat. [environment] a lighthouse. [story] Night falls.",
+    "size": [480, 832],
+    "fps": 16,
+    "negative": "blurry",
+    "shots": [
+        {"prompt": "Ann climbs the stairs.", "seconds": 8, "cut": True},
+        {"prompt": "She lights the lamp.", "seconds": 8, "cut": False},
+    ],
+}
+
+
+@dataclass(frozen=True)
+class CommandsConfig:
+    """See configs/benchmark_commands.yaml."""
+
+    folder: str = "outputs/gpu_commands"
+    output: str = "docs/benchmarks/gpu_commands.json"
+    only: list[str] = field(default_factory=list)
+
+
+def plan(folder: Path, num_gpus: int) -> dict[str, list[str]]:
+    """The commands by name, each as what follows `python`; later ones need what earlier ones made."""
+    f, runs = folder, folder / "runs"
+    story = f / "story.yaml"
+
+    def train(name: str, steps: int, *settings: str) -> list[str]:
+        place = [f"data.path={f / 'prepared'}", f"output={runs}", f"name={name}", "data.validation=2"]
+        return ["train.py", *place, f"trainer.num_steps={steps}", "trainer.log_every=1", *settings]
+
+    def sample(name: str, checkpoint: Path, script: str | Path, *settings: str) -> list[str]:
+        return ["sample.py", f"checkpoint={checkpoint}", f"script={script}", f"out={f / 'films' / name}", *settings]
+
+    base = ["model=base", "moc=paper", "data.batch_tokens=65536"]
+    wan = ["moc=paper", "data.batch_tokens=65536", "parallel.activation_checkpointing=true"]
+    lora = ["model=wan", f"model.path={f / 'wan'}", "model.lora_rank=16", "model.lora_targets=[to_q,to_v]"]
+    schedule = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5, chunk_tokens: 1280, top_k: 5}]"
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_gpus)]
+    world = [f"output={f / 'world'}", "scenes=160", "size=[128,192]", "shots=[4,6,8]", "mode=recall"]
+    prepare, convert = "scripts/prepare_data.py", "scripts/convert_checkpoint.py"
+    pair = [f"low_noise_checkpoint={runs / 'lora'}", "shift=12", "sampler.high_noise_guidance_scale=4", "offload=true"]
+    commands = {
+        "demo": ["scripts/demo.py", f"output={f / 'demo'}"],
+        "make_storyworld": ["scripts/make_storyworld.py", *world],
+        "prepare a manifest": [prepare, f"input={f / 'world'}", f"output={f / 'prepared'}", "size=[128,192]"],
+        "prepare films": [prepare, f"input={f / 'world/videos'}", f"output={f / 'found'}", "size=[128,192]"],
+        "train storyworld": train("small", 300, "experiment=storyworld", "data.batch_tokens=16384"),
+        "train base": train("mine", 20, *base),
+        "resume base": train("mine", 30, *base),
+        "train by a schedule": train("schedule", 10, *base, schedule),
+        "train base, all GPUs": [*launch, *train("spread", 20, *base)],
+        "train Wan 1.3B": train("wan", 5, "model=wan_1.3b", *wan),
+        "convert to diffusers": [convert, f"input={runs / 'wan'}", f"output={f / 'wan'}", "dtype=bfloat16"],
+        "convert to original names": [convert, f"input={f / 'wan'}", f"output={f / 'wan.safetensors'}"],
+        "train a LoRA on Wan 1.3B": train("lora", 5, *lora, *wan),
+        "evaluate": ["scripts/evaluate.py", f"checkpoint={runs / 'mine'}", f"data.path={f / 'prepared'}"],
+        "sample shot by shot": sample("mine", runs / "mine", story),
+        "sample staggered": sample("staggered", runs / "small", SMALL_STORY, "sampler=staggered"),
+        "sample joint": sample("joint", runs / "small", SMALL_STORY, "sampler=joint"),
+        "sample a LoRA of Wan 1.3B": sample("lora", runs / "lora", SMALL_STORY),
+        "sample two experts": sample("experts", runs / "wan", SMALL_STORY, *pair),
+    }
+    if num_gpus < 2:
+        del commands["train base, all GPUs"]
+    return commands
+
+
+@command("benchmark_commands", CommandsConfig)
+def main(config: CommandsConfig) -> None:
+    if not torch.cuda.is_available():
+        raise UserError("the commands are to be timed on a GPU, and torch finds none here")
+    folder, output = Path(config.folder).resolve(), Path(config.output)
+    commands = plan(folder, torch.cuda.device_count())
+    unknown = set(config.only) - commands.keys()
+    if unknown:
+        raise UserError(f"only={sorted(unknown)} names no command; there are {', '.join(commands)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "story.yaml").write_text(yaml.safe_dump(README_STORY, sort_keys=False))
+    head = header() | {"gpus": torch.cuda.device_count()}
+    rows = kept_rows(output, head)
+    for name in config.only or commands:
+        rows[name] = run(commands[name], folder / "logs" / f"{name}.log")
+        print(f"{name}: {rows[name]['seconds']} s, exit code {rows[name]['exit_code']}", flush=True)
+        ordered = [{"name": known} | rows[known] for known in commands if known in rows]
+        write_whole(output, (json.dumps({"header": head, "rows": ordered}, indent=1) + "\n").encode())
+        write_whole(output.with_suffix(".md"), table(head, ordered, folder).encode())
+    if any(rows[name]["exit_code"] for name in config.only or commands):
+        sys.exit(1)
+
+
+def kept_rows(output: Path, head: dict) -> dict[str, dict]:
+    """The rows of an earlier record by name, where it is of the same machine and code."""
+    if not output.exists():
+        return {}
+    record = json.loads(output.read_text())
+    same = {name: value for name, value in record["header"].items() if name != "date"}
+    if same != {name: value for name, value in head.items() if name != "date"}:
+        return {}
+    return {row.pop("name"): row for row in record["rows"]}
+
+
+def run(arguments: list[str], log: Path) -> dict:
+    """Runs `python ARGUMENTS`, what it says going to `log`; returns its row."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with log.open("w") as said:
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+    seconds = round(time.perf_counter() - start, 1)
+    return {"command": arguments, "seconds": seconds, "exit_code": done.returncode}
+
+
+def table(head: dict, rows: list[dict], folder: Path) -> str:
+    """The record as a Markdown page."""
+    versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "cudnn", "triton") if head[name])
+    about = (
+        f"{head['gpus']} x {head['gpu']}; {versions}; {head['date']}; commit {head['commit']}. Each command in a fresh "
+        "process, imports and start-up included, one after another on one machine, so that later ones find compiled "
+        "kernels. Made by scripts/benchmark_commands.py."
+    )
+    lines = []
+    for row in rows:
+        told = " ".join(row["command"]).replace(f"{folder}/", "").replace("|", "\\|")
+        lines.append([row["name"], f"{row['seconds']:.0f}", row["exit_code"], f"`python {told}`"])
+    return f"# Every command on a GPU\n\n{about}\n\n{markdown_table(['what', 's', 'exit code', 'command'], lines)}\n"
+
+
+if __name__ == "__main__":
+    main()
