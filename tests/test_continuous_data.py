@@ -154,7 +154,7 @@ def test_a_film_is_one_decode_of_the_joined_latents(
         written[path.name] = np.stack(list(frames))
         return len(written[path.name])
 
-    monkeypatch.setattr("data.video.write_video", keep)
+    monkeypatch.setattr("data.film_folder.write_video", keep)
     Image.new("RGB", (96, 64), (0, 200, 0)).save(tmp_path / "ref.png")
     shots = [
         {"prompt": "Mia walks.", "seconds": 5 / 12, "image": "ref.png"},
