@@ -157,6 +157,7 @@ def test_an_input_that_is_a_file(capsys, tmp_path):
 
 
 def test_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

