@@ -5,6 +5,7 @@ After `parse` there is no DictConfig any more. Unknown keys, wrong types and mis
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -85,11 +86,14 @@ def _ending(full: bool, *mendable: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # so that the message has a line of its own
         if full:
             raise
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)  # as a shell tells it
         if for_user(error) or isinstance(error, mendable):
             sys.exit(f"error: {message_of(error)}")
         traceback.print_exception(error)

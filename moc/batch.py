@@ -21,7 +21,7 @@ class StreamSpec:
     text_in_stream: bool = True
 
     def grid(self, latent: Tensor) -> tuple[int, int, int]:
-        """Token grid of a latent [C, T, H, W]; raises ValueError where the patch does not divide it."""
+        """Token grid of a latent [C, T, H, W]; raises UserError where the patch does not divide it."""
         sizes = latent.shape[-3:]
         if any(size % patch for size, patch in zip(sizes, self.patch, strict=True)):
             raise UserError(

@@ -113,7 +113,7 @@ class MoCConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MoCConfig":
-        """The inverse of `to_dict`; settings left out have their defaults. Raises ValueError for what does not fit."""
+        """The inverse of `to_dict`; settings left out have their defaults. Raises UserError for what does not fit."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
@@ -125,7 +125,7 @@ class MoCConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "MoCConfig":
-        """What `save` wrote; raises ValueError, naming the file, where it does not fit."""
+        """What `save` wrote; raises UserError, naming the file, where it does not fit."""
         file = Path(folder, "moc.json")
         try:
             values = json.loads(file.read_text())
@@ -140,7 +140,7 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _typed(name: str, kind: type, value: Any) -> Any:
-    """A setting's value as its field's type; raises ValueError for one of another type. Nothing is converted but names
+    """A setting's value as its field's type; raises UserError for one of another type. Nothing is converted but names
     to enums: "5" is no number, and neither is true."""
     if issubclass(kind, StrEnum):
         if value not in list(kind):

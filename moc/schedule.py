@@ -23,7 +23,7 @@ class Stage:
 class MoCSchedule:
     """Stages in order of step; before the first one, and with none at all, the config stands as it is.
 
-    Raises ValueError where steps do not increase; a stage itself where its sizes are out of range.
+    Raises UserError where steps do not increase; a stage itself where its sizes are out of range.
     """
 
     stages: Sequence[Stage] = ()

@@ -80,7 +80,7 @@ class ModelConfig:
 def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> ModelMixin:
     """A model with fresh random weights, or with those of `config.path`, in fp32 on the CPU.
 
-    Raises ValueError where the model there is of another family.
+    Raises UserError where the model there is of another family.
 
     latent_channels, text_dim: widths of the latents and text features it will see.
     """
@@ -121,7 +121,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weig
     An adapter comes merged into its base.
     dtype: of its weights, norms and time embedding excepted; None as they are stored.
     weights: "ema" or "model", where a training checkpoint has both.
-    Raises ValueError where the tensors are not exactly those of a model that is known.
+    Raises UserError where the tensors are not exactly those of a model that is known.
     """
     return load_checkpoint(open_checkpoint(path, weights), dtype)
 
@@ -134,7 +134,7 @@ def load_denoiser(
     path: of a folder with both (see `models.experts.expert_paths`), or of the high-noise one. low_noise: then the path
     of the other one. The boundary is where the high-noise one's noise levels begin (`models.experts.read_flow`), else
     the release's.
-    Raises ValueError where the two are no pair, are one, or change places.
+    Raises UserError where the two are no pair, are one, or change places.
     """
     pair = expert_paths(Path(path))
     if low_noise:

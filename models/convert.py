@@ -71,7 +71,7 @@ class Checkpoint:
         )
 
     def empty_model(self) -> ModelMixin:
-        """The model on the meta device; raises ValueError, listing names, unless the tensors are exactly its own."""
+        """The model on the meta device; raises UserError, listing names, unless the tensors are exactly its own."""
         try:
             with init_empty_weights():
                 model = CLASSES[self.kind](**self.config)
@@ -118,7 +118,7 @@ def _size(config: dict[str, Any]) -> tuple[int, ...]:
 def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
     """Finds out what `path` holds, without reading whole tensors. weights: ema or model, of a training checkpoint.
 
-    Raises ValueError where it is no model, or more than one, or a LoRA whose base is not what it was.
+    Raises UserError where it is no model, or more than one, or a LoRA whose base is not what it was.
     """
     root = root_of(path)
     path = model_path(Path(path), weights)
@@ -239,7 +239,7 @@ def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[st
 def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> ModelMixin:
     """The model on the CPU. dtype: of its weights (norms and time embedding stay fp32), None as they are stored.
 
-    Raises ValueError unless the stored tensors are exactly the model's.
+    Raises UserError unless the stored tensors are exactly the model's.
     """
     model = checkpoint.empty_model()
     state = {name: checkpoint.read(name).to(target) for name, target in checkpoint.dtypes(model, dtype).items()}

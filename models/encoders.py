@@ -50,12 +50,12 @@ def build_encoders(config: EncodersConfig, vocabulary: Iterable[str] = ()) -> En
 
 
 def load_encoders(path: str | Path) -> Encoders:
-    """The encoders at `path`, as `read_encoders` finds them; raises ValueError where they come out different."""
+    """The encoders at `path`, as `read_encoders` finds them; raises UserError where they come out different."""
     return build_encoders(read_encoders(path))
 
 
 def read_encoders(path: str | Path) -> EncodersConfig:
-    """As `find_encoders`; raises ValueError where there are none."""
+    """As `find_encoders`; raises UserError where there are none."""
     found = find_encoders(path)
     if found is None:
         raise UserError(

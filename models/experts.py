@@ -80,7 +80,7 @@ def expert_paths(path: Path) -> tuple[Path, Path] | None:
     """The high-noise and the low-noise model in a folder of both: a diffusers pipeline, the release, or two files such
     as HoloCine's full_high_noise.safetensors and full_low_noise.safetensors; None where there are not two.
 
-    Raises ValueError where there are several such pairs.
+    Raises UserError where there are several such pairs.
     """
     if not path.is_dir():
         return None
@@ -116,7 +116,7 @@ def _boundary_ratio(file: Path) -> float | None:
 
 
 def check_places(high: Path, low: Path) -> None:
-    """Raises ValueError where two experts' names say that they changed places. What their paths share says nothing."""
+    """Raises UserError where two experts' names say that they changed places. What their paths share says nothing."""
     said = [
         {
             word

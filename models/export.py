@@ -55,7 +55,7 @@ class Beside:
             raise UserError(f"encoders_path={self.encoders_path} and encoders exclude each other; leave one out")
 
     def check(self, form: Form) -> None:
-        """Raises ValueError where a form has no place for something given."""
+        """Raises UserError where a form has no place for something given."""
         kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: tuple(vars(self))}[form]
         lost = [name for name, value in vars(self).items() if value and name not in kept]
         if lost:
@@ -75,7 +75,7 @@ def convert(
 
     The training-checkpoint form is a run's folder with a checkpoint at step 0, to sample, evaluate and fine-tune from
     like one of ours. It has no optimizer: there is nothing to resume.
-    Raises ValueError where the form cannot hold the model or what is to stand beside it, or `output` exists.
+    Raises UserError where the form cannot hold the model or what is to stand beside it, or `output` exists.
     """
     beside = beside or Beside()
     is_file = output.suffix == ".safetensors"
@@ -162,7 +162,7 @@ def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:
 
 
 def _lasting(config: EncodersConfig) -> EncodersConfig:
-    """With paths that hold from any folder; raises ValueError where a codec or a text encoder has none."""
+    """With paths that hold from any folder; raises UserError where a codec or a text encoder has none."""
     for name, wanted, part in (("codec", CodecKind.wan, config.codec), ("text", TextKind.t5, config.text)):
         if part.kind is not wanted or not Path(part.path).is_dir():
             raise UserError(

@@ -39,7 +39,7 @@ class Lora:
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The layers of the model to adapt, by name; raises ValueError for a target that is the end of no name."""
+        """The layers of the model to adapt, by name; raises UserError for a target that is the end of no name."""
         # Linears alone: the models call each of them. Wan's patch_embedding, a Conv3d, gives its weights and is not.
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for target in self.targets:
@@ -90,7 +90,7 @@ class Trainable(PeftAdapterMixin):
     lora: Lora | None = None
 
     def add_lora(self, lora: Lora) -> None:
-        """Freezes the model and adds an adapter to each linear it names; raises ValueError for unknown targets."""
+        """Freezes the model and adds an adapter to each linear it names; raises UserError for unknown targets."""
         self.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.linears(self))))
         self.lora = lora
 
@@ -98,7 +98,7 @@ class Trainable(PeftAdapterMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """As diffusers', but raises ValueError, listing names, unless the tensors are exactly the model's: diffusers
+        """As diffusers', but raises UserError, listing names, unless the tensors are exactly the model's: diffusers
         would draw those that are missing and warn, and read whatever an index names."""
         wants_info = kwargs.pop("output_loading_info", False)
         for file in Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").glob("*" + INDEX):
@@ -122,7 +122,7 @@ class Trainable(PeftAdapterMixin):
         self.lora.save(Path(folder))
 
     def load_weights(self, folder: str | Path) -> None:
-        """Restores, in place, what `save_pretrained` of the same model wrote; raises ValueError for another model's."""
+        """Restores, in place, what `save_pretrained` of the same model wrote; raises UserError for another model's."""
         source = TensorSource(folder)
         stored = read_lora(Path(folder))
         if self.lora is None:
@@ -148,7 +148,7 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def read_lora(folder: Path) -> Lora | None:
-    """The settings beside an adapter; None where the folder holds none. Raises ValueError for what is no lora.json."""
+    """The settings beside an adapter; None where the folder holds none. Raises UserError for what is no lora.json."""
     file = folder / SETTINGS
     if not file.is_file():
         return None

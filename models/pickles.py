@@ -60,7 +60,7 @@ LEGACY = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # near the sta
 def convert_pickle(file: Path, output: Path) -> str:
     """Writes the T5 encoder or VAE in `file` as a folder that its library loads; returns what it was.
 
-    The tokenizer is no part of a T5 file: put its files into the folder. Raises ValueError for any other pickle.
+    The tokenizer is no part of a T5 file: put its files into the folder. Raises UserError for any other pickle.
     """
     if output.exists():
         raise UserError(f"{output} exists; name a new path")

@@ -1,4 +1,4 @@
-"""Strict loading: a folder's tensors are exactly those of its model, or one ValueError lists what is wrong."""
+"""Strict loading: a folder's tensors are exactly those of its model, or one UserError lists what is wrong."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def load_folder(
     """The model of a folder, on the CPU, in `dtype`, from its safetensors files alone.
 
     build: makes the model from the folder's config.json. tied: names of one tensor, of which the files may hold any.
-    ignored: prefixes of tensors that may be there and are left out. Raises ValueError where the config does not make a
+    ignored: prefixes of tensors that may be there and are left out. Raises UserError where the config does not make a
     model, or unless the tensors are exactly the model's.
     """
     try:

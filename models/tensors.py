@@ -1,6 +1,6 @@
 """Safetensors files read and written one tensor at a time, so that a checkpoint larger than memory passes through.
 
-What cannot be read is one clear ValueError: a pickle, a truncated file, a folder with two experts, a missing shard.
+What cannot be read is one clear UserError: a pickle, a truncated file, a folder with two experts, a missing shard.
 """
 
 import json
@@ -138,7 +138,7 @@ def shapes(state: Mapping[str, Tensor]) -> Shapes:
 
 
 def check_tensors(path: str | Path, what: str, found: Shapes, expected: Shapes) -> None:
-    """Raises ValueError, listing names, unless the tensors at `path` are exactly those expected of `what`."""
+    """Raises UserError, listing names, unless the tensors at `path` are exactly those expected of `what`."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),

@@ -138,7 +138,7 @@ class EmbeddedTextEncoder(TextEncoder):
 
     @classmethod
     def load(cls, folder: str | Path) -> "EmbeddedTextEncoder":
-        """The encoder that `save` wrote; raises ValueError if its weights do not come out the same here."""
+        """The encoder that `save` wrote; raises UserError if its weights do not come out the same here."""
         file, vocabulary = Path(folder, "text_encoder.json"), Path(folder, "vocabulary.txt")
         if not (file.is_file() and vocabulary.is_file()):
             raise UserError(f"{folder} holds no text encoder ({file.name}, {vocabulary.name}): name one that was saved")
@@ -272,7 +272,7 @@ class T5TextEncoder(TextEncoder):
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder; raises ValueError where transformers would make up an empty one, or name no file."""
+    """The tokenizer of a folder; raises UserError where transformers would make up an empty one, or name no file."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json or spiece.model): put the release's files there")
     for file in folder.glob("tokenizer*.json"):

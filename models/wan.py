@@ -125,7 +125,7 @@ class TextTimeEmbedding(nn.Module):
 class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
     """Predicts the velocity of every shot of a packed batch; its name and settings are diffusers'.
 
-    Raises ValueError for the family's image-to-video variants, whose extra inputs have no place here.
+    Raises UserError for the family's image-to-video variants, whose extra inputs have no place here.
     """
 
     _supports_gradient_checkpointing = True

@@ -70,6 +70,17 @@ def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch
     assert capsys.readouterr().err.endswith("\n")
 
 
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupted(config, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.dataset.open_dataset", interrupted)
+    with pytest.raises(SystemExit) as ending:
+        command("train.py", "parallel=cpu")
+    assert ending.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
 # The command line
 
 TEXTS = ["/films [1]/a=b", "it's", "it's [1]", "a\\'[", "b[\\", "(1).mp4", "~/films", "{a}b", 'a"b', "é ü", "a, b [c]"]

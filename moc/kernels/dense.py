@@ -54,7 +54,7 @@ class DenseKernel:
 def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseKernel:
     """The kernel called `name`, or the fastest that fits q's device, dtype and head dim (and determinism).
 
-    Raises ValueError for an unknown name and for a kernel that is not installed or does not fit.
+    Raises UserError for an unknown name and for a kernel that is not installed or does not fit.
     """
     return _choose(name, capability(q.device), q.dtype, q.shape[-1], deterministic)
 

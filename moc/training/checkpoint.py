@@ -86,7 +86,7 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
 
 
 def refuse_later(run_folder: Path, step: int) -> None:
-    """Raises ValueError where a run's folder holds checkpoints past `step`: those of another run, or of a part of this
+    """Raises UserError where a run's folder holds checkpoints past `step`: those of another run, or of a part of this
     one that is to be done again. They would be taken for the newest. At step 0 converted weights count as well: the run
     would remove them as its oldest checkpoint."""
     later = [folder.name for folder in _checkpoints(run_folder) if step_of(folder) > step or step == 0]
@@ -96,7 +96,7 @@ def refuse_later(run_folder: Path, step: int) -> None:
 
 
 def check_same_model(folder: Path, model: Any) -> None:
-    """Raises ValueError where the diffusers folder holds a model of another class or other sizes than `model`."""
+    """Raises UserError where the diffusers folder holds a model of another class or other sizes than `model`."""
     stored = read_json(folder / "config.json")
     sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
     current = json.loads(json.dumps({"_class_name": type(model).__name__} | sizes))  # tuples as JSON has them
@@ -152,7 +152,7 @@ def remedy(path: str | Path) -> str:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores what `save_optimizer` wrote; raises ValueError where a trained parameter has no state."""
+    """Restores what `save_optimizer` wrote; raises UserError where a trained parameter has no state."""
     tensors: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("optimizer*.safetensors")):
         tensors |= _load(shard)
@@ -251,7 +251,7 @@ def _scheduler_flow(file: Path) -> Flow:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError, naming the file, where it holds none."""
+    """The object in a JSON file; raises UserError, naming the file, where it holds none."""
     try:
         values = json.loads(file.read_text())
     except ValueError as error:
