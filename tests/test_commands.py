@@ -133,6 +133,13 @@ def test_the_demo_does_not_write_over_another(capsys, tmp_path):
     assert_one_message(refusal(capsys, "scripts/demo.py", f"output={tmp_path}"), f"output={tmp_path}", "another")
 
 
+def test_the_demo_s_verdict_is_of_the_levels_that_tell():
+    sigmas, linear = [0.2, 0.5, 0.8, 0.95], [0.2, 0.16, 0.1, 0.05]
+    ratio = demo.ratio_to_line(sigmas, [0.19, 0.152, 0.095, 0.5], linear)
+    assert ratio == pytest.approx(0.95)
+    assert demo.ratio_to_line(sigmas, [0.22, 0.176, 0.11, 0.01], linear) == pytest.approx(1.1)
+
+
 def test_the_demo_ends_with_the_stage_that_failed(capfd):
     stages = [demo.Stage("one", 60, ["-c", "print('did one')"]), demo.Stage("two", 60, ["-c", "raise SystemExit(3)"])]
     with pytest.raises(ValueError, match=r"failed.*SystemExit"):
