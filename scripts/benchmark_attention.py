@@ -1,6 +1,6 @@
 """Measures MoC attention against dense attention on one GPU, side by side in one run.
 
-python scripts/benchmark_attention.py [--suites shots chunks heads single million] [--impls fa2 cudnn fa4 fa3]
+python scripts/benchmark_attention.py [--suites shots chunks heads single million short] [--impls fa2 cudnn fa4 fa3]
     [--output docs/benchmarks/attention] [--keep]
 
 Writes OUTPUT.json (a header and rows), OUTPUT.md (tables) and OUTPUT.png (latency against shots, the paper's figure 5).
@@ -8,7 +8,8 @@ Writes OUTPUT.json (a header and rows), OUTPUT.md (tables) and OUTPUT.png (laten
 
 MoC rows carry routing and index in their forward time. Times are medians, in ms; peaks are of all memory allocated,
 inputs and gradients included. A short stream takes longer to launch than to compute: `graph` rows replay a CUDA graph
-of its forward and backward, `compiled` rows call both through torch.compile(mode="reduce-overhead").
+of its forward and backward, `compiled` rows call both through torch.compile(mode="reduce-overhead"). `short` packs many
+scenes of short shots; their dense rival is one variable-length FlashAttention-2 call over whole scenes.
 """
 
 import argparse
@@ -33,7 +34,9 @@ from scripts.measuring import header, median_ms
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
-SUITES = ("shots", "chunks", "heads", "single", "million")
+SUITES = ("shots", "chunks", "heads", "single", "million", "short")
+SHORT_TEXT, SHORT_GLOBAL_TEXT = 12, 30
+SHORT = [(220, (3, 4, 6), 24), (28, (6, 8, 12), 96), (4, (11, 18, 20), 360)]  # scenes of 4 shots, grid, chunk tokens
 HEAD_DIM = 128
 
 
@@ -49,16 +52,26 @@ class Case:
     top_k: int = 5
     inputs: str = "random"
     single: bool = False
+    scenes: int = 1
+    grid: tuple[int, int, int] = GRID
     repeats: int = 5
 
     @property
     def is_moc(self) -> bool:
         return self.impl.startswith("moc-")
 
+    @property
+    def is_short(self) -> bool:
+        return self.grid != GRID
+
     def layout(self) -> moc.ShotLayout:
         if self.single:
             return moc.ShotLayout.build([moc.Shot(77, (26, 12, 20))], 0, self.chunk_tokens).to("cuda")
-        shots = [moc.Shot(TEXT, GRID)] * self.shots
+        if self.is_short:
+            shots = [moc.Shot(SHORT_TEXT, self.grid)] * self.shots
+            scene = moc.ShotLayout.build(shots, SHORT_GLOBAL_TEXT, self.chunk_tokens)
+            return moc.ShotLayout.pack([scene] * self.scenes).to("cuda")
+        shots = [moc.Shot(TEXT, self.grid)] * self.shots
         return moc.ShotLayout.build(shots, GLOBAL_TEXT, self.chunk_tokens).to("cuda")
 
     def config(self) -> moc.MoCConfig:
@@ -66,27 +79,29 @@ class Case:
         common = {"chunk_tokens": self.chunk_tokens, "top_k": self.top_k, "dense_kernel": kernel, "backend": "triton"}
         if self.single:
             return moc.MoCConfig(causal=False, own_anchor="chunk", **common)
+        if self.is_short:
+            return moc.MoCConfig(dense=not self.is_moc, text_anchor="global_and_own", **common)
         return moc.MoCConfig(**common)
 
 
 def make_inputs(case: Case, layout: moc.ShotLayout) -> list[Tensor]:
     make = structured_inputs if case.inputs == "structured" else random_inputs
-    return make(layout, case.heads)
+    return make(layout, case.heads, case.head_dim)
 
 
-def random_inputs(layout: moc.ShotLayout, heads: int) -> list[Tensor]:
-    shape = (layout.num_tokens, heads, HEAD_DIM)
+def random_inputs(layout: moc.ShotLayout, heads: int, head_dim: int) -> list[Tensor]:
+    shape = (layout.num_tokens, heads, head_dim)
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
 
-def structured_inputs(layout: moc.ShotLayout, heads: int) -> list[Tensor]:
+def structured_inputs(layout: moc.ShotLayout, heads: int, head_dim: int) -> list[Tensor]:
     """Queries and keys that share a smooth field over space and time, and one of three identities a shot."""
-    q, k, v = random_inputs(layout, heads)
-    identities = torch.randn(3, heads, HEAD_DIM, device="cuda")
+    q, k, v = random_inputs(layout, heads, head_dim)
+    identities = torch.randn(3, heads, head_dim, device="cuda")
     for index, group in enumerate(g for g in layout.groups if g.grid is not None):
-        coarse = torch.randn(1, heads * HEAD_DIM, 6, 4, 4, device="cuda")
+        coarse = torch.randn(1, heads * head_dim, 6, 4, 4, device="cuda")
         field = torch.nn.functional.interpolate(coarse, size=group.grid, mode="trilinear")
-        field = field.flatten(2)[0].T.view(-1, heads, HEAD_DIM) + identities[index % 3]
+        field = field.flatten(2)[0].T.view(-1, heads, head_dim) + identities[index % 3]
         rows = slice(group.start + group.text_tokens, group.end)
         q[rows] += field.to(q.dtype)
         k[rows] += field.to(k.dtype)
@@ -121,8 +136,8 @@ def compiled_ms(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction
 
 
 def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> tuple[Callable, Callable]:
-    """forward() -> state, backward(state), each without side effects. Dense kernels are called directly."""
-    if case.is_moc:
+    """forward() -> state, backward(state), each without side effects. Dense kernels of one scene are called directly."""
+    if case.is_moc or case.is_short:
         config = case.config()
         leaves = [x.detach().requires_grad_() for x in qkv]
         return (
@@ -142,7 +157,7 @@ def measure(case: Case) -> list[dict]:
     density = 1.0
     if case.is_moc:
         routes = moc.route(qkv[0], qkv[1], layout, case.config())
-        density = attention_cost(layout, case.config(), routes, case.heads, HEAD_DIM).density
+        density = attention_cost(layout, case.config(), routes, case.heads, case.head_dim).density
         del routes
     forward, backward = passes(case, layout, qkv, direction)
     torch.cuda.reset_peak_memory_stats()
@@ -229,6 +244,10 @@ def cases(suites: list[str], impls: list[str]) -> list[Case]:
         if "single" in suites:
             single = Case(impl, 1, chunk_tokens=256, top_k=3, single=True, repeats=20)
             found += [single, *([replace(single, impl=f"moc-{impl}")] * with_moc)]
+    if "short" in suites:
+        for scenes, grid, chunk in SHORT:
+            short = Case("fa2", 4, head_dim=64, chunk_tokens=chunk, top_k=3, scenes=scenes, grid=grid, repeats=20)
+            found += [short, replace(short, impl="moc-fa2")]
     fastest = [impl for impl in impls if impl != "fa2"][-1:]
     if "million" in suites:
         found += [Case(f"moc-{impl}", 44, repeats=2) for impl in fastest]
@@ -241,7 +260,9 @@ def settings() -> dict:
 
 
 def _key(row: dict) -> tuple:
-    return tuple(str(value) for name, value in row.items() if name not in ("ms", "peak_bytes", "density"))
+    return tuple(
+        f"{name}={value}" for name, value in sorted(row.items()) if name not in ("ms", "peak_bytes", "density")
+    )
 
 
 def _replace(rows: list[dict], new: list[dict]) -> None:
@@ -268,6 +289,9 @@ def main() -> None:
     described = header() | settings()
     record.setdefault("header", {})
     record["header"] |= {name: value for name, value in described.items() if value is not None or not arguments.keep}
+    for row in record["rows"]:  # of records that know no packs
+        row.setdefault("scenes", 1)
+        row["grid"] = tuple(row.get("grid", GRID))
     file.parent.mkdir(parents=True, exist_ok=True)
     todo = cases(arguments.suites, impls)
     for number, case in enumerate(todo, 1):

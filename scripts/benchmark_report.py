@@ -27,6 +27,10 @@ def _grouped(rows: Iterable[dict]) -> dict[tuple, dict]:
     return out
 
 
+def _is_pack(case: dict) -> bool:
+    return case.get("scenes", 1) > 1
+
+
 def _dense(cases: list[dict], like: dict, impl: str) -> dict | None:
     same = ("shots", "heads", "single")
     return next((c for c in cases if c["impl"] == impl and all(c[n] == like[n] for n in same)), None)
@@ -53,7 +57,8 @@ def write_tables(record: dict, path: Path) -> str:
     """Writes the record as Markdown tables; returns the text."""
     cases = list(_grouped(record["rows"]).values())
     long = sorted(
-        (c for c in cases if not c["single"]), key=lambda c: (c["heads"], c["shots"], -c["chunk_tokens"], c["impl"])
+        (c for c in cases if not c["single"] and not _is_pack(c)),
+        key=lambda c: (c["heads"], c["shots"], -c["chunk_tokens"], c["impl"]),
     )
     head = [
         "impl", "shots", "tokens", "heads", "chunk, k", "inputs", "forward ms", "backward ms", "sum ms", "peak GiB",
@@ -87,10 +92,29 @@ def write_tables(record: dict, path: Path) -> str:
                 lines,
             ),
         ]
+    short = [c for c in cases if _is_pack(c)]
+    if short:
+        parts += [
+            "## Packs of short shots, 12 heads of 64, k 3: against dense attention within each scene",
+            markdown_table(
+                ["impl", "scenes", "shots", "grid", "tokens", "chunk", "forward ms", "backward ms", "sum ms", "density",
+                 "of dense"],
+                [_short_line(case, short) for case in short],
+            ),
+        ]  # fmt: skip
     parts += ["## Stages of MoC, 8 shots, ms", _stage_table(record["stages"])]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text)
     return text
+
+
+def _short_line(case: dict, cases: list[dict]) -> list[object]:
+    dense = next(c for c in cases if c["impl"] == "fa2" and c["grid"] == case["grid"])
+    return [
+        case["impl"], case["scenes"], case["shots"], "x".join(map(str, case["grid"])), case["tokens"],
+        case["chunk_tokens"], *(f"{case['ms'][name]:.2f}" for name in ("forward", "backward")), f"{case['total']:.2f}",
+        f"{case['density']:.3f}", f"{case['total'] / dense['total']:.2f}",
+    ]  # fmt: skip
 
 
 def _stage_table(stages: list[dict]) -> str:
@@ -116,7 +140,7 @@ def write_plot(record: dict, path: Path) -> None:
 
     cases = [
         c for c in _grouped(record["rows"]).values()
-        if not c["single"] and c["heads"] == 12 and c["inputs"] == "random" and c["chunk_tokens"] == 1280
+        if not c["single"] and not _is_pack(c) and (c["heads"], c["inputs"], c["chunk_tokens"]) == (12, "random", 1280)
     ]  # fmt: skip
     figure, axes = plt.subplots(figsize=(6, 4))
     for impl in sorted({case["impl"] for case in cases}):
