@@ -136,7 +136,7 @@ def compiled_ms(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction
 
 
 def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> tuple[Callable, Callable]:
-    """forward() -> state, backward(state), each without side effects. Dense kernels of one scene are called directly."""
+    """forward() -> state, backward(state). A dense kernel is called directly on one scene."""
     if case.is_moc or case.is_short:
         config = case.config()
         leaves = [x.detach().requires_grad_() for x in qkv]
