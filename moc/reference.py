@@ -12,7 +12,7 @@ from moc.layout import ShotLayout
 from moc.routing import route
 
 
-def anchor_mask(layout: ShotLayout, config: MoCConfig, tokens: slice = slice(None)) -> Tensor:
+def anchor_mask(layout: ShotLayout, config: MoCConfig, tokens: slice | Tensor = slice(None)) -> Tensor:
     """bool [L, L]: the keys that every head of a query attends to whatever the routes (for dense: the whole sample).
 
     `tokens` restricts queries and keys to a part of the stream.

@@ -29,13 +29,15 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, group: Tensor, tiles: Tensor, tile_group: Tensor) -> Tensor:
-        ctx.save_for_backward(tiles, tile_group)
+        ctx.save_for_backward(group, tiles, tile_group)
         ctx.num_rows = rows.shape[0]
         return rows.index_select(0, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        tiles, tile_group = ctx.saved_tensors
+        group, tiles, tile_group = ctx.saved_tensors
+        if grad.is_cpu:
+            return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_add_(0, group, grad), None, None, None
         sums = (grad[tiles.clamp(min=0)] * (tiles >= 0)[..., None]).sum(1)
         member = torch.arange(ctx.num_rows, device=grad.device)[:, None] == tile_group
         return member.to(sums.dtype) @ sums, None, None, None

@@ -4,6 +4,7 @@ Triton, interpreted, has tests of its own in test_triton_cpu.py.
 """
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 
 import moc
 from moc import attention, reference, routing
-from moc.kernels import anchors, dense, torch_parts
+from moc.kernels import anchors, dense, masked, torch_parts
 from moc.kernels.packed import Packed
 from moc.kernels.packed import attend as packed_attend
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
@@ -153,13 +154,23 @@ def test_a_plan_is_made_once_a_stream():
 # Backend torch
 
 
+@pytest.fixture(params=["masked", "in parts"])
+def way(request, monkeypatch):
+    """How the backend computes short samples, and how long ones."""
+    if request.param == "in parts":
+        monkeypatch.setattr(masked, "MAX_TOKENS", 0)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math"])
 @given(streams(), configs(), seeds)
-def test_torch_equals_the_reference(stream, config, seed):
-    layout = stream.layout()
+def test_torch_equals_the_reference(kernel, stream, config, seed):
+    """Masked, and in parts."""
+    layout, config = stream.layout(), replace(config, dense_kernel=kernel)
     q, k, _ = attention_tensors(layout, seed)
     assert_equal_to_reference(torch_parts.attend, layout, config, moc.route(q, k, layout, config))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dense_setting", [False, True])
 def test_torch_with_drops_and_dense(dense_setting):
     layout, config = two_samples(), moc.MoCConfig(dense=dense_setting, causal=False, top_k=3)
@@ -167,6 +178,7 @@ def test_torch_with_drops_and_dense(dense_setting):
     assert_equal_to_reference(torch_parts.attend, layout, config, moc.route(q, k, layout, config, DROPS))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.06), (torch.float16, 8e-3)])
 def test_torch_in_lower_precision(dtype, tolerance):
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
@@ -176,7 +188,7 @@ def test_torch_in_lower_precision(dtype, tolerance):
 
 
 def test_torch_a_few_heads_at_a_time_is_the_same(monkeypatch):
-    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    layout, config = two_samples(), moc.MoCConfig(top_k=2, dense_kernel="math")
     q, k, _ = attention_tensors(layout, num_heads=5)
     monkeypatch.setattr(torch_parts, "MAX_ELEMENTS", 2 * layout.num_tokens * 2 * 4)
     routes = moc.route(q, k, layout, config)
@@ -184,6 +196,7 @@ def test_torch_a_few_heads_at_a_time_is_the_same(monkeypatch):
     assert_equal_to_reference(torch_parts.attend, layout, config, routes, num_heads=5)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("own", ["shot", "chunk", "none"])
 def test_torch_gradcheck(own):
     layout = moc.ShotLayout.build([moc.Shot(1, (2, 2, 1)), moc.Shot(1, (2, 1, 2))], 1, chunk_tokens=2)
@@ -193,6 +206,29 @@ def test_torch_gradcheck(own):
     assert torch.autograd.gradcheck(lambda *x: torch_parts.attend(*x, routes, layout, config), (q, k, v))
 
 
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+def test_which_streams_are_masked(kernel):
+    """Those of short samples, however many, unless another kernel is asked for."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (1, 16, 10))] * 4, chunk_tokens=256)
+    q = torch.zeros(1, 2, 4)
+    config = moc.MoCConfig(dense_kernel=kernel)
+    assert masked.fits(q, moc.ShotLayout.pack([layout] * 3), config) == (kernel == "auto")
+    longer = moc.ShotLayout.build([moc.Shot(1, (1, 16, 10))] * 4, chunk_tokens=256)
+    assert not masked.fits(q, moc.ShotLayout.pack([layout, longer]), config)
+    assert not masked.fits(q, layout, replace(config, dense=True))
+
+
+def test_what_a_mask_takes_from_the_stream_is_made_once(monkeypatch):
+    made, anchor_mask = [], masked.anchor_mask
+    monkeypatch.setattr(masked, "anchor_mask", lambda *args: made.append(args) or anchor_mask(*args))
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout, requires_grad=True)
+    for _ in range(3):
+        moc.moc_attention(q, k, v, layout, config, backend="torch").sum().backward()
+    assert len(made) == layout.num_samples
+
+
+@pytest.mark.usefixtures("way")
 def test_deterministic_gradients_repeat_bit_for_bit():
     layout, config = two_samples(), moc.MoCConfig(top_k=2, deterministic=True)
     q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
@@ -219,6 +255,7 @@ def test_deterministic_rules_a_kernel_out_that_is_not(monkeypatch):
         dense._choose.cache_clear()
 
 
+@pytest.mark.usefixtures("way")
 def test_torch_refuses_a_second_derivative():
     """The plain kernel's backward could be differentiated, to wrong numbers."""
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
@@ -312,9 +349,12 @@ def test_callers_routes_lose_what_anchors_cover_and_repeats(stream, config, seed
 # The last queries of a stream alone
 
 
-@pytest.fixture(params=["reference", "torch", pytest.param("triton", marks=interpreted)])
-def backend(request):
-    return request.param
+@pytest.fixture(params=["reference", "torch", "torch in parts", pytest.param("triton", marks=interpreted)])
+def backend(request, monkeypatch):
+    name, _, in_parts = request.param.partition(" ")
+    if in_parts:
+        monkeypatch.setattr(masked, "MAX_TOKENS", 0)
+    return name
 
 
 @pytest.mark.parametrize(
@@ -358,6 +398,7 @@ def test_queries_before_the_first_one_cost_no_call(name, monkeypatch):
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16)
     config = moc.MoCConfig(top_k=1, text_anchor="global_and_own")
     calls = []
+    monkeypatch.setattr(masked, "MAX_TOKENS", 0)
 
     def counting(*args):
         plan = args[4]

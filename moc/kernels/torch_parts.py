@@ -2,7 +2,8 @@
 
 Anchored part: dense calls (`anchors`). Routed part: the queries that chose a chunk, gathered, against that chunk; one
 variable-length FlashAttention-2 call where the device has it, else one small dense call a list. A few heads at a time
-bound the memory. Each part's backward gets the merged output and LSE, which makes it exact.
+bound the memory. Each part's backward gets the merged output and LSE, which makes it exact. Short samples on a CPU are
+not taken in parts but under a mask (`masked`).
 
 Shape letters: L packed tokens, Lq queries, N heads, G heads of a group, D head dim, M chunks, K slots of a query, R
 routed rows. In lists and tables of slots, tokens are queries and count from the first of them.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
-from moc.kernels import anchors, dense
+from moc.kernels import anchors, dense, masked
 from moc.kernels.dense import DenseKernel
 from moc.layout import ShotLayout
 from moc.routing import route
@@ -44,6 +45,8 @@ def attend(
     if config.dense or routes is None:
         routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
     else:
+        if masked.fits(q, layout, config):
+            return masked.attend(q, k, v, routes, layout, config, first_query)
         routes = anchors.with_own_chunk(routes, layout, config, first_query)
     return _Attend.apply(q, k, v, routes, layout, config, first_query)
 
