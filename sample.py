@@ -24,7 +24,7 @@ from moc import MoCConfig
 from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
-from moc.training.checkpoint import find_checkpoint, read_settings
+from moc.training.checkpoint import read_settings, sound_checkpoint
 from models import load_denoiser, load_encoders, place
 
 
@@ -36,7 +36,7 @@ def main(config: SampleConfig) -> None:
     parallel = Parallel(ParallelConfig(config.device, config.precision))
     device = parallel.device
 
-    checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
+    checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
     model = load_denoiser(checkpoint, config.low_noise_checkpoint, parallel.dtype)
     moc, flow = read_settings(checkpoint)
     moc, flow = MoCConfig.from_dict(moc.to_dict() | config.moc), replace(flow, shift=config.shift or flow.shift)

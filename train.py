@@ -17,7 +17,7 @@ from data.dataset import ShotDataset, open_dataset
 from data.loader import Validation, build_loader
 from moc.files import held
 from moc.schedule import MoCSchedule
-from moc.training import Metrics, Parallel, Trainer, Validator, find_checkpoint
+from moc.training import Metrics, Parallel, Trainer, Validator, sound_checkpoint
 from moc.training.checkpoint import refuse_later
 from models import build_model, load_encoders
 
@@ -33,7 +33,7 @@ def main(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> None:
     run_folder = config.run_folder
-    checkpoint = _checkpoint_to_resume(config, run_folder)
+    checkpoint = parallel.of_main(lambda: _checkpoint_to_resume(config, run_folder))
     torch.manual_seed(config.seed)
     model = build_model(config.model, latent_channels=dataset.latent_channels, text_dim=dataset.text_dim)
     if config.parallel.activation_checkpointing:
@@ -78,8 +78,8 @@ def _checkpoint_to_resume(config: TrainConfig, run_folder: Path) -> Path | None:
     if config.resume == "none":
         return None
     if config.resume == "auto":
-        return find_checkpoint(run_folder)
-    checkpoint = find_checkpoint(config.resume)
+        return sound_checkpoint(run_folder, set_aside=True)
+    checkpoint = sound_checkpoint(config.resume)
     if checkpoint is None:
         raise FileNotFoundError(
             f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moc import MoCConfig
 from moc.errors import UserError
-from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, read_json, read_moc, root_of
+from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, read_json, read_moc, root_of, sound_checkpoint
 from models.experts import expert_paths
 from models.fingerprint import VALUES_PER_TENSOR, tensors_digest
 from models.lora import Adapter, Lora, read_lora
@@ -120,8 +120,8 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
 
     Raises UserError where it is no model, or more than one, or a LoRA whose base is not what it was.
     """
-    root = root_of(path)
-    path = model_path(Path(path), weights)
+    path = sound_checkpoint(path, weights) or Path(path)
+    root, path = root_of(path), model_path(path, weights)
     lora = read_lora(path)
     if lora is not None:
         base = _open_base(lora, path)

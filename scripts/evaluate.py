@@ -18,7 +18,7 @@ from data.dataset import DataConfig
 from data.loader import Validation, build_loader
 from data.records import write_whole
 from moc.errors import UserError
-from moc.training import Parallel, ParallelConfig, Validator, find_checkpoint, rivals
+from moc.training import Parallel, ParallelConfig, Validator, rivals, sound_checkpoint
 from moc.training.checkpoint import read_settings
 from models import load_model, read_flow
 
@@ -42,7 +42,7 @@ def main(config: EvaluateConfig) -> None:
     if not config.checkpoint:
         raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
     parallel = Parallel(ParallelConfig(config.device, config.precision))
-    checkpoint = find_checkpoint(config.checkpoint) or Path(config.checkpoint)
+    checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
     model = load_model(checkpoint).to(parallel.device)
     moc, flow = read_settings(checkpoint)[0], read_flow(checkpoint)
     moc = replace(

@@ -26,8 +26,8 @@ from moc.training import (
     Trainer,
     TrainerConfig,
     Validator,
-    find_checkpoint,
     read_metrics,
+    sound_checkpoint,
 )
 from models.mmdit import MMDiT
 from tests.caches import CHANNELS, TEXT_DIM, scene, write_cache
@@ -88,7 +88,11 @@ def train(
 ) -> Trainer:
     """A run of `num_steps`; its metrics and checkpoints come to lie in `folder`."""
     trainer = make_trainer(folder, num_steps=num_steps, accumulation=accumulation, **settings)
-    position = trainer.resume(find_checkpoint(folder))["position"] if resume else 0
+    position = (
+        trainer.resume(trainer.parallel.of_main(lambda: sound_checkpoint(folder, set_aside=True)))["position"]
+        if resume
+        else 0
+    )
     config = DataConfig(path=str(cache), batch_tokens=220, workers=0, seed=trainer.seed, validation=validation)
     loader = build_loader(
         config,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from moc import MoCConfig, Sample, make_batch
+from moc.training.integrity import seal
 from models import Experts, load_denoiser, load_model, place, read_flow
 from models.experts import expert_paths
 from models.wan import WanTransformer3DModel
@@ -164,6 +165,7 @@ def expert_of(trained: Path, folder: Path, **flow) -> Path:
     record = json.loads(state.read_text())
     record["flow"] |= flow
     state.write_text(json.dumps(record))
+    seal(state.parent)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Training on any number of processes: the trainer, its checkpoints, optimizer, averaged weights and metrics."""
 
-from moc.training.checkpoint import find_checkpoint
+from moc.training.checkpoint import find_checkpoint, sound_checkpoint
 from moc.training.ema import EMA
 from moc.training.metrics import Metrics, TrackerConfig, read_metrics
 from moc.training.optim import OptimConfig
@@ -22,4 +22,5 @@ __all__ = [
     "join_processes",
     "read_metrics",
     "rivals",
+    "sound_checkpoint",
 ]

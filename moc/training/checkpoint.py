@@ -6,17 +6,19 @@
         optimizer*.safetensors   states by parameter name, in shards with a JSON index where there are several
         rng_00000.safetensors    random states of the main process; a run's own draws are keyed and need none
         state.json        step, data position, what the run was
-        complete          written last, before the folder gets its name
+        complete          the other files' checksums; written last, before the folder gets its name
 
-It is written under a temporary name and renamed, so a crash leaves nothing that `find_checkpoint` would take.
+It is written under a temporary name and renamed when all of it is on the disk, so a crash leaves nothing that
+`find_checkpoint` would take.
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from torch import Tensor, nn
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow
 from moc.errors import UserError, disk_error
+from moc.training.integrity import COMPLETE, damaged_files, seal, sync
+
+logger = logging.getLogger(__name__)
 
 # Where a checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models; of two experts high noise first.
 MODEL_FOLDERS = ("ema", "model")
@@ -40,16 +45,55 @@ _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 def find_checkpoint(path: str | Path) -> Path | None:
     """The newest complete checkpoint of a run's folder, or `path` itself when it is one; None where there is none."""
     path = Path(path)
-    if (path / "complete").exists():
+    if (path / COMPLETE).exists():
         return path
-    return max((f for f in _checkpoints(path) if (f / "complete").exists()), key=step_of, default=None)
+    return next(iter(_newest_first(path)), None)
+
+
+def sound_checkpoint(path: str | Path, weights: str | None = None, set_aside: bool = False) -> Path | None:
+    """The newest complete checkpoint of a run's folder whose files are what was written, or `path` itself when it is
+    one; None where there is no complete one. Those passed over are told.
+
+    weights: look only at what sampling with these ("ema" or "model") reads, not at the optimizer. set_aside: rename
+    those passed over to damaged_0000100, so that the run can go on to their steps again.
+    Raises UserError where all are damaged.
+    """
+    path = Path(path)
+    damaged: list[tuple[Path, list[str]]] = []
+    for checkpoint in [path] if (path / COMPLETE).exists() else _newest_first(path):
+        chosen = weights if (checkpoint / (weights or "")).is_dir() else "model"
+        among = frozenset((chosen, "encoders", "state.json")) if weights else None
+        wrong = damaged_files(checkpoint, among)
+        if not wrong:
+            for passed_over, files in damaged:
+                kept = f", and it is kept as {_rename_damaged(passed_over)}" if set_aside else ""
+                what = f"{files[0]} is" if len(files) == 1 else f"{files[0]} and {len(files) - 1} other files are"
+                logger.warning(
+                    "%s is damaged: %s not what was written; %s is taken instead%s",
+                    *(passed_over, what, checkpoint.name, kept),
+                )
+            return checkpoint
+        damaged.append((checkpoint, wrong))
+    if not damaged:
+        return None
+    checkpoint, files = damaged[0]
+    others = f", and no earlier checkpoint of {path} is whole" if len(damaged) > 1 else ""
+    raise UserError(f"{checkpoint / files[0]} is not what was written{others}; {remedy(checkpoint)}")
+
+
+def _rename_damaged(checkpoint: Path) -> str:
+    name = f"damaged_{step_of(checkpoint):07d}"
+    names = chain([name], (f"{name}_{number}" for number in count(2)))
+    aside = next(path for path in map(checkpoint.with_name, names) if not path.exists())
+    checkpoint.rename(aside)
+    return aside.name
 
 
 def root_of(path: str | Path) -> Path:
     """The checkpoint or the diffusers pipeline that `path` is, or whose model's folder it is; else `path` itself."""
     path = Path(path)
     folders = {*MODEL_FOLDERS, *chain(*EXPERT_FOLDERS)}
-    is_part = path.name in folders and any((path.parent / mark).is_file() for mark in ("complete", "model_index.json"))
+    is_part = path.name in folders and any((path.parent / mark).is_file() for mark in (COMPLETE, "model_index.json"))
     return find_checkpoint(path) or (path.parent if is_part else path)
 
 
@@ -72,9 +116,10 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-        (partial / "complete").write_text("")
+        seal(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        sync(final.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if reason := disk_error(error):
@@ -111,22 +156,15 @@ def remove_old(run_folder: Path, keep: int) -> None:
         shutil.rmtree(folder)
 
 
+def _newest_first(run_folder: Path) -> list[Path]:
+    """The complete checkpoints of a run."""
+    return [folder for folder in reversed(_checkpoints(run_folder)) if (folder / COMPLETE).exists()]
+
+
 def _checkpoints(run_folder: Path) -> list[Path]:
     """Folders with a checkpoint's name, by step."""
     folders = run_folder.glob("checkpoints/step_*")
     return sorted((f for f in folders if _STEP_FOLDER.fullmatch(f.name)), key=step_of)
-
-
-def check_finite(model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Raises FloatingPointError where a weight, an average or an optimizer state is not finite."""
-    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    tensors = {"weights": model.parameters(), "averaged weights": averaged.parameters(), "optimizer's states": states}
-    for name, values in tensors.items():
-        if not torch.stack([value.isfinite().all() for value in values]).all():
-            raise FloatingPointError(
-                f"the {name} are not finite after step {step}, and no checkpoint of it is written; lower optim.lr and "
-                "resume from the newest checkpoint"
-            )
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moc.batch import Batch
 from moc.training.parallel import gather_lists
@@ -95,3 +95,15 @@ class SkipCount:
                 "newest checkpoint is from before: lower optim.lr, look at these scenes, or raise the limit"
             )
         return scenes
+
+
+def check_finite(model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raises FloatingPointError where a weight, an average or an optimizer state is not finite."""
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    tensors = {"weights": model.parameters(), "averaged weights": averaged.parameters(), "optimizer's states": states}
+    for name, values in tensors.items():
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            raise FloatingPointError(
+                f"the {name} are not finite after step {step}, and no checkpoint of it is written; lower optim.lr and "
+                "resume from the newest checkpoint"
+            )

@@ -5,9 +5,10 @@ Models are single-device code; what spreads them is built once, here, from outsi
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from moc.move import move
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
@@ -92,6 +94,10 @@ class Parallel:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def of_main(self, make: Callable[[], Result]) -> Result:
+        """What the main process makes, on all of them; the others make none."""
+        return gather_lists([make()] if self.is_main else [])[0]
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

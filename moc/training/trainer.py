@@ -29,7 +29,7 @@ from moc.training import checkpoint as ckpt
 from moc.training.ema import EMA
 from moc.training.metrics import Metrics
 from moc.training.optim import OptimConfig, build_optimizer, learning_rate
-from moc.training.outcome import Outcome, SkipCount, Totals
+from moc.training.outcome import Outcome, SkipCount, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.validation import Validator
 
@@ -160,7 +160,7 @@ class Trainer:
 
     def save(self, data_state: dict[str, Any]) -> None:
         """Writes a checkpoint of this step; every process takes part."""
-        ckpt.check_finite(self.bare_model, self.ema.model, self.optimizer, self.step)
+        check_finite(self.bare_model, self.ema.model, self.optimizer, self.step)
         self.parallel.wait()
         if self.parallel.is_main:
             with ckpt.new_checkpoint(self.run_folder, self.step) as folder:

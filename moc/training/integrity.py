@@ -1,0 +1,82 @@
+"""Folders that are what was written: every file is on the disk before the mark `complete` is, and its checksum in it.
+
+The mark holds one JSON object, from a file's path within the folder to the CRC32 of its bytes. Files that say where
+other weights lie are left out, since who moves those edits them. Checkpoints of earlier versions have an empty mark;
+they are taken as they are.
+"""
+
+import json
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+from moc.files import inside
+
+COMPLETE = "complete"
+_EDITED = {"lora.json", "encoders.json"}
+_BLOCK = 1 << 22  # bytes read at a time
+_THREADS = 8
+
+
+def seal(folder: Path) -> None:
+    """Writes the mark of a folder that is ready, after all of its files are safe on the disk."""
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file() and path.name not in (COMPLETE, *_EDITED)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        sums = dict(
+            zip([path.relative_to(folder).as_posix() for path in files], pool.map(_checksum, files), strict=True)
+        )
+        list(pool.map(sync, paths))
+    (folder / COMPLETE).write_text(json.dumps(sums, indent=1) + "\n")
+    sync(folder / COMPLETE)
+    sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, are safe on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damaged_files(folder: Path, among: frozenset[str] | None = None) -> list[str]:
+    """Paths within a sealed folder of the files that are missing, unreadable or changed since.
+
+    among: look only at files and folders of these names at the folder's top. What was found once is not looked at again
+    in the same process.
+    """
+    return _damaged_files(folder, among, (folder / COMPLETE).stat().st_mtime_ns)
+
+
+@lru_cache
+def _damaged_files(folder: Path, among: frozenset[str] | None, written: int) -> list[str]:
+    """written: when the mark was, so that a folder written anew is looked at anew."""
+    text = (folder / COMPLETE).read_text(errors="replace")
+    try:
+        sums = dict(json.loads(text or "{}"))
+        paths = [inside(folder, name) for name in sums]
+    except (ValueError, TypeError):
+        return [COMPLETE]
+    looked_at = [path for path in paths if among is None or path.relative_to(folder).parts[0] in among]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        names = [path.relative_to(folder).as_posix() for path in looked_at]
+        found = pool.map(_checksum, looked_at)
+        return [name for name, value in zip(names, found, strict=True) if value != sums[name]]
+
+
+def _checksum(path: Path) -> int | None:
+    """CRC32 of a file's bytes; None where they cannot be read. Raises PermissionError."""
+    value = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                value = zlib.crc32(block, value)
+    except PermissionError:
+        raise
+    except OSError:
+        return None
+    return value
