@@ -26,12 +26,10 @@ Span = tuple[int, int]
 _SMALL = (27, 48)  # TransNetV2's frame size
 _WIDE = (144, 256)  # about what PySceneDetect scales its input to
 _STEP, _MARGIN = 50, 25  # TransNetV2 predicts the middle 50 of each 100 frames
-_WEAK = 0.15  # a response that counts where the picture jumps as well
-_FAINT = 0.01  # one that counts where it jumps for good and alone
-_FADE, _FADE_FRAMES = 0.5, 5
-_JUMP_DIFFERENCE, _JUMP_RATIO = 15.0, 3.0
-_LASTING_FRAMES, _LASTING_RATIO = 6, 1.7
+_FAINT = 0.01  # a response that counts where the picture jumps as well
+_JUMP_DIFFERENCE, _JUMP_RATIO, _JUMP_FRAMES = 15.0, 1.4, 5
 _CHANGED, _CHANGED_SHARE = 10.0, 0.4  # a caption that pops up changes less of the picture
+_FADE, _FADE_FRAMES, _FADE_RESPONSE = 0.5, 5, 0.15
 _BLANK_DEVIATION = 3.0  # within a colour of a picture, of 0..255 values
 _FLASH_FRAMES = 4
 _FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash is far off its shot, and far more than its two sides are
@@ -96,9 +94,9 @@ class TransNetFinder:
             self._run_window()
         middle, whole = np.concatenate(self._responses)[:num_frames].T
         pictures = np.stack(self._pictures)
-        weak = middle > min(_WEAK, self.threshold)
-        transition = (middle > self.threshold) | (weak & jumps(pictures)) | fades(whole > _FADE, weak)
-        transition |= lasting_jumps(pictures, middle > min(_FAINT, self.threshold))
+        cuts = jumps(pictures, middle > min(_FAINT, self.threshold))
+        gradual = fades(whole > _FADE, middle > min(_FADE_RESPONSE, self.threshold))
+        transition = (middle > self.threshold) | cuts | gradual
         return without_blanks(join_flashes(spans_between(transition), pictures), pictures)
 
     @torch.inference_mode()
@@ -163,33 +161,22 @@ def spans_between(transition: np.ndarray) -> list[Span]:
     return [span for span in spans if span[0] < span[1]]
 
 
-def jumps(pictures: np.ndarray) -> np.ndarray:
-    """bool [F]: the next frame differs sharply from this one, and far more than frames do around it."""
-    if len(pictures) < 2:
-        return np.zeros(len(pictures), bool)
-    values = pictures.astype(np.float32)
-    change = _differences(values[1:], values[:-1])
-    around = np.pad(change, 2, mode="edge")
-    usual = (around[:-4] + around[1:-3] + around[3:-1] + around[4:]) / 4
-    return np.append((change > _JUMP_DIFFERENCE) & (change > _JUMP_RATIO * usual), False)
-
-
-def lasting_jumps(pictures: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def jumps(pictures: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """bool [F]: those of `wanted` after which most of the picture jumps, farther than in any step around, and stays."""
     out = np.zeros(len(pictures), bool)
     for i in np.flatnonzero(wanted[:-1]):
-        out[i] = _is_lasting_jump(pictures, int(i))
+        out[i] = _is_jump(pictures, int(i))
     return out
 
 
-def _is_lasting_jump(pictures: np.ndarray, i: int) -> bool:
-    before = pictures[max(0, i - _LASTING_FRAMES) : i + 1].astype(np.float32)
-    after = pictures[i + 1 : i + 2 + _LASTING_FRAMES].astype(np.float32)
+def _is_jump(pictures: np.ndarray, i: int) -> bool:
+    before = pictures[max(0, i - _JUMP_FRAMES) : i + 1].astype(np.float32)
+    after = pictures[i + 1 : i + 2 + _JUMP_FRAMES].astype(np.float32)
     if (np.abs(after[0] - before[-1]).mean(axis=2) > _CHANGED).mean() < _CHANGED_SHARE:
         return False
     across = min(_differences(before, after[0]).min(), _differences(after, before[-1]).min())  # small around a flash
     usual = max(_differences(side[1:], side[:-1]).max(initial=0.0) for side in (before, after))
-    return bool(across > max(_JUMP_DIFFERENCE, _LASTING_RATIO * usual))
+    return bool(across > max(_JUMP_DIFFERENCE, _JUMP_RATIO * usual))
 
 
 def fades(inside: np.ndarray, weak: np.ndarray) -> np.ndarray:
