@@ -4,14 +4,15 @@ From here to the inner loop: `Trainer.run` (moc/training/trainer.py), `Flow.loss
 forward (models/mmdit.py), `moc_attention` (moc/attention.py).
 """
 
+import logging
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 
 from configs.command import command
+from configs.run_record import check_same_run, record_settings
 from configs.schema import TrainConfig
 from data.dataset import ShotDataset, open_dataset
 from data.loader import Validation, build_loader
@@ -20,6 +21,8 @@ from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, sound_checkpoint
 from moc.training.checkpoint import refuse_later
 from models import build_model, load_encoders
+
+logger = logging.getLogger(__name__)
 
 
 @command("train", TrainConfig)
@@ -34,6 +37,8 @@ def main(config: TrainConfig) -> None:
 def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> None:
     run_folder = config.run_folder
     checkpoint = parallel.of_main(lambda: _checkpoint_to_resume(config, run_folder))
+    if checkpoint and config.resume == "auto":
+        check_same_run(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, latent_channels=dataset.latent_channels, text_dim=dataset.text_dim)
     if config.parallel.activation_checkpointing:
@@ -52,6 +57,8 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     refuse_later(run_folder, trainer.step)
+    if trainer.step >= config.trainer.num_steps:
+        logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, config.trainer.num_steps)
     loader = build_loader(
         config.data,
         model.stream,
@@ -66,7 +73,7 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
 
     metrics = None
     if parallel.is_main:
-        (run_folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        record_settings(config)
         metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step)
     trainer.run(loader, metrics, validator)
     if metrics:

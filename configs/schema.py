@@ -17,12 +17,14 @@ from models import ModelConfig
 @dataclass
 class TrainConfig:
     """`train.py`. name: of the run; its folder is output/name. resume: auto (the run's newest checkpoint, if there is
-    one), none, or a checkpoint's path."""
+    one), none, or a checkpoint's path. allow_changes: settings, or groups of them, that may differ from those that a
+    resumed run began with."""
 
     name: str = "run"
     output: str = "outputs"
     seed: int = 0
     resume: str = "auto"
+    allow_changes: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     moc: MoCConfig = field(default_factory=MoCConfig)
     schedule: list[Stage] = field(default_factory=list)

@@ -1,0 +1,75 @@
+"""A run's config.yaml: what it was trained with, which a later launch under the same name must not change unsaid."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from configs.schema import TrainConfig
+from moc.errors import UserError
+from moc.files import write_whole
+
+logger = logging.getLogger(__name__)
+
+# What changes neither the model nor what it learns from; all else is part of what a run is.
+FREE = (
+    "name", "output", "resume", "allow_changes", "tracking", "parallel",
+    "trainer.num_steps", "trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every",
+    "trainer.keep_checkpoints", "trainer.max_skipped_steps",
+    "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
+    "moc.backend", "moc.dense_kernel", "moc.deterministic",
+)  # fmt: skip
+
+
+def check_same_run(config: TrainConfig) -> None:
+    """Compares with the settings of the run that is resumed; tells of those that may change.
+
+    Raises UserError for others, unless `allow_changes` names them: their checkpoints would lie about what made them.
+    """
+    file = config.run_folder / "config.yaml"
+    if not file.exists():
+        return
+    before, now = (dict(_flat(values)) for values in (OmegaConf.to_container(OmegaConf.load(file)), _values(config)))
+    changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
+    free = {key for key in changed if _is_among(key, FREE) or _is_among(key, config.allow_changes)}
+    refused = [f"{key}={now[key]} (was {before[key]})" for key in changed if key not in free]
+    if refused:
+        raise UserError(
+            f"{config.run_folder} was trained with other settings: {', '.join(refused)}. Give the new run its own "
+            f"name, name=OTHER, or go on with them by allow_changes=[{','.join(k for k in changed if k not in free)}]"
+        )
+    for key in sorted(free - {"resume", "allow_changes"}):
+        logger.info("%s is now %s (was %s)", key, now[key], before[key])
+
+
+def record_settings(config: TrainConfig) -> None:
+    """Writes config.yaml; other settings that lie there are kept beside it, as config.1.yaml, config.2.yaml, ..."""
+    file, text = config.run_folder / "config.yaml", OmegaConf.to_yaml(_values(config))
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    if file.exists() and file.read_text() != text:
+        number = next(n for n in range(1, 10**6) if not _kept(file, n).exists())
+        file.rename(_kept(file, number))
+    write_whole(file, text.encode())
+
+
+def _kept(file: Path, number: int) -> Path:
+    return file.with_name(f"config.{number}.yaml")
+
+
+def _values(config: TrainConfig) -> Any:
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings; a list is one value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_among(key: str, names: Any) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -1,0 +1,53 @@
+"""A run goes on with the settings it began with; what it was trained with is never written over."""
+
+import logging
+import shutil
+
+import pytest
+import yaml
+
+from tests import pipeline
+from tests.pipeline import assert_one_message, command, refusal
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A finished run of three steps, to be launched again."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def launch(prepared, run, *settings):
+    return ["train.py", *pipeline.train_arguments(prepared, run), *settings]
+
+
+@pytest.mark.parametrize("setting", ["optim.lr=0.5", "flow.shift=7", "moc.top_k=1", "seed=3", "model.dim=64"])
+def test_another_run_under_the_same_name_is_refused(prepared, run, capsys, setting):
+    key, value = setting.split("=")
+    before = (run / "config.yaml").read_text()
+    said = refusal(capsys, *launch(prepared, run, setting, "trainer.num_steps=4"))
+    assert_one_message(said, f"{key}={value}", "was ", "name=OTHER", f"allow_changes=[{key}")
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_change_allowed_by_name_keeps_the_settings_before(prepared, run):
+    command(*launch(prepared, run, "optim.lr=0.001", "allow_changes=[optim.lr]", "trainer.num_steps=4"))
+    before, now = (yaml.safe_load((run / name).read_text()) for name in ("config.1.yaml", "config.yaml"))
+    assert before["optim"]["lr"] != now["optim"]["lr"] == 0.001
+    assert (run / "checkpoints/step_0000004").exists()
+
+
+def test_a_longer_run_and_more_workers_are_told_and_taken(prepared, run, caplog):
+    with caplog.at_level(logging.INFO):
+        command(*launch(prepared, run, "trainer.num_steps=4", "data.prefetch=2"))
+    assert "trainer.num_steps is now 4 (was 3)" in caplog.text
+    assert (run / "checkpoints/step_0000004").exists()
+    assert yaml.safe_load((run / "config.1.yaml").read_text())["trainer"]["num_steps"] == 3
+
+
+def test_a_finished_run_says_so(prepared, run, caplog):
+    for _ in range(2):  # the first notes that the copied run lies elsewhere
+        with caplog.at_level(logging.INFO):
+            command(*launch(prepared, run))
+    assert f"{run} is already finished: step 3 of 3" in caplog.text
+    assert not (run / "config.2.yaml").exists()
