@@ -23,6 +23,7 @@ from moc.layout import ShotLayout
 from moc.routing import drop_covered
 
 logger = logging.getLogger(__name__)
+HAS_TRITON = find_spec("triton") is not None
 
 
 def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
@@ -61,19 +62,9 @@ def _module(backend: Backend) -> ModuleType:
     return reference
 
 
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return _find_triton()
-
-
-@cache
-def _find_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def _triton_fits(q: Tensor) -> bool:
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    if not _has_triton() or q.dtype not in dtypes or not 16 <= q.shape[-1] <= 128:
+    if not HAS_TRITON or q.dtype not in dtypes or not 16 <= q.shape[-1] <= 128:
         return False
     interpreted = q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     return interpreted or (q.is_cuda and (capability(q.device) or (0, 0)) >= (8, 0))

@@ -12,12 +12,11 @@ from moc import MoCConfig
 from moc.errors import UserError, check_least
 from models.codec import CodecConfig
 from models.convert import load_checkpoint, model_path, open_checkpoint
-from models.encoders import Encoders, EncodersConfig, build_encoders, load_encoders
+from models.encoders import Encoders, EncodersConfig, build_codec, build_encoders, load_encoders
 from models.experts import BOUNDARY, Experts, check_places, expert_paths, read_flow
 from models.lora import Lora
 from models.mmdit import MMDiT
 from models.text import TextConfig, build_text_encoder
-from models.vae import build_codec
 from models.wan import WanTransformer3DModel
 
 __all__ = [

@@ -13,9 +13,9 @@ from pathlib import Path
 from moc.errors import UserError
 from moc.training.checkpoint import read_json, root_of
 from models.codec import Codec, CodecConfig, CodecKind
+from models.lapped import LappedCodec
 from models.tensors import download_hint
 from models.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
-from models.vae import build_codec
 
 FILE = "encoders.json"
 PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of Wan has besides the transformer
@@ -42,6 +42,15 @@ class Encoders:
         _write_config(self.config, folder)
         if isinstance(self.text, EmbeddedTextEncoder):
             self.text.save(folder)
+
+
+def build_codec(config: CodecConfig) -> Codec:
+    """The codec a configuration names, on the CPU."""
+    if config.kind is not CodecKind.wan:
+        return LappedCodec(config)
+    from models.vae import WanCodec  # imports much of diffusers: only where it is used
+
+    return WanCodec(config)
 
 
 def build_encoders(config: EncodersConfig, vocabulary: Iterable[str] = ()) -> Encoders:

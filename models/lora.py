@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers import WanPipeline
-from diffusers.loaders import PeftAdapterMixin
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from moc.errors import UserError
@@ -84,14 +81,17 @@ class Adapter:
         return weight.float().addmm_(self.source.read(b).float(), self.source.read(a).float())  # lora_alpha is the rank
 
 
-class Trainable(PeftAdapterMixin):
-    """Mix in before ModelMixin."""
+class Trainable:
+    """Mix in before ModelMixin. peft, and the pipelines' form, are imported where an adapter is: they take seconds."""
 
     lora: Lora | None = None
 
     def add_lora(self, lora: Lora) -> None:
         """Freezes the model and adds an adapter to each linear it names; raises UserError for unknown targets."""
-        self.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=list(lora.linears(self))))
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = list(lora.linears(self))
+        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets), self)
         self.lora = lora
 
     @classmethod
@@ -117,6 +117,9 @@ class Trainable(PeftAdapterMixin):
         if self.lora is None:
             super().save_pretrained(folder, **kwargs)
             return
+        from diffusers import WanPipeline
+        from peft import get_peft_model_state_dict
+
         self.save_config(folder)
         WanPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(self))
         self.lora.save(Path(folder))
@@ -129,6 +132,8 @@ class Trainable(PeftAdapterMixin):
             check_tensors(folder, type(self).__name__, source.shapes, shapes(self.state_dict()))
             self.load_state_dict({name: source.read(name) for name in source.names()}, strict=True)
             return
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
         if stored is not None and stored.fingerprint != self.lora.fingerprint:
             raise UserError(
                 f"{folder} holds a LoRA of {stored.base}, whose weights are not those of {self.lora.base}: "

@@ -15,25 +15,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ftfy
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    T5Config,
-    T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
 
 from moc.errors import UserError, check_least
 from moc.training.checkpoint import read_json, remedy
 from models.fingerprint import fingerprint, weights_digest
 from models.strict import load_folder
 from models.tensors import download_hint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 END, UNKNOWN = "</s>", "[UNK]"
 CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("–—…")
@@ -96,6 +92,8 @@ class EmbeddedTextEncoder(TextEncoder):
 
     def __init__(self, vocabulary: Iterable[str], config: TextConfig | None = None) -> None:
         super().__init__()
+        from transformers import T5Config, T5EncoderModel  # seconds to import
+
         self.config = config or TextConfig()
         self.vocabulary = sorted({word.lower() for word in vocabulary if word.strip()})
         self.tokenizer = word_piece_tokenizer(self.vocabulary)
@@ -183,7 +181,7 @@ def seed_weights(model: nn.Module, seed: int) -> None:
 
 # T5 and UMT5
 
-T5_CLASSES = {"t5": (T5EncoderModel, T5Config), "umt5": (UMT5EncoderModel, UMT5Config)}
+T5_CLASSES = {"t5": "T5", "umt5": "UMT5"}  # transformers': T5EncoderModel, ...
 TIED = ("encoder.embed_tokens.weight", "shared.weight")  # files hold one of them, or both
 DECODER = ("decoder.", "lm_head.")  # of a whole T5, whose encoder is all we take
 
@@ -232,7 +230,9 @@ class T5TextEncoder(TextEncoder):
             raise UserError(
                 f"{model_folder} holds a {kind!r} model; the text encoder must be one of {list(T5_CLASSES)}"
             )
-        model, model_config = T5_CLASSES[kind]
+        import transformers  # seconds
+
+        model, model_config = (getattr(transformers, T5_CLASSES[kind] + part) for part in ("EncoderModel", "Config"))
         self.model = load_folder(
             model_folder, lambda: model(model_config.from_dict(settings)), torch.bfloat16, tied=TIED, ignored=DECODER
         )
@@ -271,12 +271,14 @@ class T5TextEncoder(TextEncoder):
         return features, [start for start, _ in tokens.offset_mapping]
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder; raises UserError where transformers would make up an empty one, or name no file."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json or spiece.model): put the release's files there")
     for file in folder.glob("tokenizer*.json"):
         read_json(file)
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the libraries have several of their own

@@ -1,5 +1,4 @@
-"""AutoencoderKLWan behind the codec interface (Wan2.1: 16 channels, 4x8x8; Wan2.2: 48 channels, 4x16x16), and
-`build_codec`, which makes the codec that a configuration names.
+"""AutoencoderKLWan behind the codec interface (Wan2.1: 16 channels, 4x8x8; Wan2.2: 48 channels, 4x16x16).
 
 Encoder and decoder run one latent frame at a time with the causal convolutions' feature caches, as diffusers' own
 `encode` and `decode` do, so that a video may go on where its last piece ended and memory does not grow with it.
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
-from models.codec import Codec, CodecConfig, CodecKind, in_fp32
+from models.codec import Codec, CodecConfig, in_fp32
 from models.fingerprint import fingerprint, weights_digest
-from models.lapped import LappedCodec
 from models.strict import load_folder
 from models.tensors import download_hint
 
@@ -135,8 +133,3 @@ def no_features(network: nn.Module) -> Features:
 
 def moved(features: Features, device: torch.device) -> Features:
     return [x.to(device) if isinstance(x, Tensor) else x for x in features]
-
-
-def build_codec(config: CodecConfig) -> Codec:
-    """The codec a configuration names, on the CPU."""
-    return WanCodec(config) if config.kind is CodecKind.wan else LappedCodec(config)

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from models.codec import Codec, CodecConfig, CodecKind
-from models.vae import WanCodec, build_codec
+from models.encoders import build_codec
+from models.vae import WanCodec
 from tests.test_vae import WAN21, WAN22
 
 

@@ -8,8 +8,9 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from models.codec import CodecConfig, CodecKind
+from models.encoders import build_codec
 from models.lapped import LappedCodec
-from models.vae import WanCodec, build_codec
+from models.vae import WanCodec
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
 WAN22 = {
