@@ -61,7 +61,7 @@ def sound_checkpoint(path: str | Path, weights: str | None = None, set_aside: bo
     path = Path(path)
     damaged: list[tuple[Path, list[str]]] = []
     for checkpoint in [path] if (path / COMPLETE).exists() else _newest_first(path):
-        chosen = weights if (checkpoint / (weights or "")).is_dir() else "model"
+        chosen = weights if weights and (checkpoint / weights).is_dir() else "model"
         among = frozenset((chosen, "encoders", "state.json")) if weights else None
         wrong = damaged_files(checkpoint, among)
         if not wrong:
