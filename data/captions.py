@@ -80,10 +80,13 @@ def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str])
     )
 
 
-def read_sidecar(path: Path) -> str:
-    """The caption in NAME.txt beside NAME.mp4, or "". Raises DataError (not-utf-8, huge-caption)."""
-    sidecar = path.with_suffix(".txt")
-    return str(check_caption(read_text(sidecar).strip(), str(sidecar))) if sidecar.is_file() else ""
+def read_sidecar(root: Path, media: str) -> str:
+    """The caption in NAME.txt beside NAME.mp4, or "". Raises DataError (not-utf-8, huge-caption, outside-root)."""
+    sidecar = Path(media).with_suffix(".txt").as_posix()
+    if not (root / sidecar).is_file():
+        return ""
+    path = resolve(root, sidecar, sidecar)
+    return str(check_caption(read_text(path).strip(), str(path)))
 
 
 def _entries(path: Path) -> Iterable[tuple[str, dict | DataError]]:

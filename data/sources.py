@@ -78,7 +78,7 @@ def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataE
         relative = path.relative_to(root).as_posix()
         try:
             resolve(root, relative, relative)
-            caption = read_sidecar(path)
+            caption = read_sidecar(root, relative)
         except DataError as error:
             yield error
             continue

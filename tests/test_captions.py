@@ -65,6 +65,16 @@ def test_sidecars(folder):
     ]
 
 
+def test_a_sidecar_that_leads_out_is_not_read(folder, tmp_path_factory):
+    """A link, as an archive of someone else's may hold, to a file of this machine."""
+    secret = tmp_path_factory.mktemp("elsewhere") / "secret"
+    secret.write_text("not a caption")
+    (folder / "a.txt").symlink_to(secret)
+    found = find_scenes(folder)
+    assert [(problem.kind, problem.where) for problem in found.problems] == [("outside-root", "a.txt")]
+    assert "not a caption" not in [scene.caption for scene in found.scenes]
+
+
 def test_multi_shot_forms(folder):
     storymem = {
         "story_overview": "a story",

@@ -158,8 +158,9 @@ def test_resuming_from_another_model(capsys, tmp_path, trained, prepared):
     before = sorted(tmp_path.rglob("*"))
     arguments = (f"data.path={prepared}", f"output={tmp_path}", "name=run", "parallel=cpu", "data.workers=0")
     other = ("model.dim=48", *TINY_MODEL[1:], "trainer.num_steps=9")
-    assert_one_message(refusal(capsys, "train.py", *arguments, *other), "another model", "dim=32, not 48")
-    assert_one_message(refusal(capsys, "train.py", *arguments, *TINY_MODEL, "seed=4"), "seed=0, not 4")
+    from_it = f"resume={tmp_path}/run"
+    assert_one_message(refusal(capsys, "train.py", *arguments, *other, from_it), "another model", "dim=32, not 48")
+    assert_one_message(refusal(capsys, "train.py", *arguments, *TINY_MODEL, "seed=4", from_it), "seed=0, not 4")
     assert_one_message(refusal(capsys, "train.py", *arguments, f"resume={tmp_path}/no"), "resume=", "no complete")
     assert sorted(tmp_path.rglob("*")) == before
 
