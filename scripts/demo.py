@@ -38,7 +38,7 @@ WORLD = [
     "cameras=[static]",
     "frames_per_shot=[9]",
 ]
-# At higher noise 16 held-out scenes do not tell: 0.66 to 1.13 of the line on two machines with the same seed.
+# Higher noise is not judged: one seed gave 0.66 of the line on one machine and 1.13 on another.
 JUDGED_SIGMA = 0.8
 # Fewer of the codec's channels, and detail scaled up less: else so small a model spends its minutes on detail.
 CODEC = ["encoders.codec.channels=32", "encoders.codec.whitening=0.3"]

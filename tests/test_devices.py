@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 class Kernels:
-    """In place of a backend: results of the right shapes, of tensors that must share a device."""
+    """This backend gives results of the right shapes, and fails where its tensors do not share a device."""
 
     @staticmethod
     def route(q, k, layout, config, drops, first_query):

@@ -143,6 +143,7 @@ def masked_forward_kernel(
     q, k, v, out, lse, routes, blocks, token_chunk, first_chunk, anchors, num_tokens, num_slots, stride, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """A program computes output and LSE of a block of queries; a query without keys gets 0 and -inf."""
     block, head = blocks + tl.program_id(0) * 4, tl.program_id(1)
     first, end = tl.load(block + 2), tl.load(block + 3)
     token = tl.load(block) + tl.arange(0, BM)
@@ -177,6 +178,7 @@ def masked_dq_kernel(
     q, k, v, dout, lse, delta, dq, routes, blocks, token_chunk, first_chunk, anchors, num_tokens, num_slots, stride,
     scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """A program computes dQ of a block of queries."""
     block, head = blocks + tl.program_id(0) * 4, tl.program_id(1)
     first, end = tl.load(block + 2), tl.load(block + 3)
     token = tl.load(block) + tl.arange(0, BM)
@@ -207,6 +209,7 @@ def masked_dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, routes, blocks, token_chunk, first_chunk, anchors, num_tokens, num_slots, stride,
     scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
+    """A program computes dK, dV of a block of keys; it passes over blocks of queries that attend to none of them."""
     block, head = blocks + tl.program_id(0) * 4, tl.program_id(1)
     key_start, key_end = tl.load(block), tl.load(block + 1)
     first, end = tl.load(block + 2), tl.load(block + 3)
