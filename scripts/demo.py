@@ -8,6 +8,7 @@ show the scripted places, or the model is no better than the best linear predict
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -47,16 +48,19 @@ CODEC = ["encoders.codec.channels=32", "encoders.codec.whitening=0.3"]
 @dataclass(frozen=True)
 class DemoConfig:
     """output: the folder of all the demo makes. scenes: of the world. steps: of training. threads: for torch; one is
-    fastest for a model so small. seed: of the world, of training and of the film."""
+    fastest for a model so small. workers: processes that render the world, 0 for one a core. seed: of the world, of
+    training and of the film."""
 
     output: str = "outputs/demo"
     scenes: int = 120
     steps: int = 2000
     threads: int = 1
+    workers: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "scenes", "steps", "threads")
+        check_least(self, "", 0, "workers")
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def plan(config: DemoConfig) -> list[Stage]:
         "scripts/make_storyworld.py",
         f"output={out}/world",
         f"scenes={config.scenes}",
+        f"workers={config.workers}",
         f"seed={config.seed}",
         *WORLD,
     ]
@@ -132,7 +137,9 @@ def report(out: Path, seconds: dict[str, float]) -> bool:
     found = f"found at {verdict.found_cuts}: {verdict.accuracy.score:.2f}"
     print(f"cuts         scripted at {verdict.scripted_cuts}, {found}")
     print("places       " + ", ".join(f"{a} {'seen' if a == b else f'looks like {b}'}" for a, b in verdict.places))
-    print("time         " + ", ".join(f"{title} {taken:.0f} s" for title, taken in seconds.items()))
+    minutes = cpu_minutes()
+    stages = ", ".join(f"{title} {taken:.0f} s" for title, taken in seconds.items())
+    print(f"time         {stages}; {minutes:.1f} CPU-minutes in all")
     for name in ("video.mp4", "storyboard.png", "routing.png"):
         print(f"look at      {out / 'film' / name}")
 
@@ -147,6 +154,7 @@ def report(out: Path, seconds: dict[str, float]) -> bool:
         "places": verdict.places,
         "cuts": verdict.accuracy.score,
         "seconds": seconds,
+        "cpu_minutes": minutes,
     }
     write_whole(out / "verdict.json", (json.dumps(record, indent=1) + "\n").encode())
     places_ok = verdict.places_right >= 0.75 * len(verdict.places)
@@ -156,6 +164,12 @@ def report(out: Path, seconds: dict[str, float]) -> bool:
     if not loss_ok:
         print("FAILED: the held-out loss does not beat the best linear predictor's")
     return places_ok and loss_ok
+
+
+def cpu_minutes() -> float:
+    """CPU time of this process and of all that it started and that are over."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used) / 60
 
 
 def ratio_to_line(sigmas: Sequence[float], losses: Sequence[float], linear: Sequence[float]) -> float:
