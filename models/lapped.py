@@ -4,7 +4,7 @@
   transformed (Malvar's lapped orthogonal transform as a pre-filter, which leaves constants alone), in both directions
   of a frame. All of it stays orthonormal, and a coefficient sees 16 x 16 pixels at the cost of 8 x 8.
 - Which coefficients: the largest of a fixed law. The first latent frame has one frame to hold, so all of its channels
-  go to the frequencies of space.
+  go to the frequencies of space (unless `still_detail` is off).
 - Decoding: of all videos with the stored coefficients, nearly the one of least total variation over space and time,
   which is what flat colours and sharp edges have in common.
 
@@ -59,16 +59,19 @@ def amplitudes() -> Tensor:
     return AMPLITUDE * opponent * (1 + 4 * (TEMPO * t + u + v)) ** -DECAY
 
 
-def kept_coefficients(channels: int) -> Tensor:
+def kept_coefficients(channels: int, still_detail: bool = True) -> Tensor:
     """Which of a block's 768 coefficients each channel holds: int64 [2, C], for the first latent frame and for others.
 
-    A channel of temporal frequency 0 holds the same in both; the others have in the first the next of those.
+    A channel of temporal frequency 0 holds the same in both; the others have in the first the next of those, or
+    without `still_detail` the same as well, which is 0 where nothing moves.
     """
     law = amplitudes()
     still = torch.zeros_like(law, dtype=torch.bool)
     still[:, 0] = True
     order = law.flatten().argsort(descending=True, stable=True)
     later = order[:channels]
+    if not still_detail:
+        return torch.stack([later, later])
     of_space = order[still.flatten()[order]][:channels]
     steady = still.flatten()[later]
     first = torch.empty_like(later)
@@ -110,13 +113,13 @@ class LappedCodec(Codec):
         super().__init__()
         config = config or CodecConfig()
         self.latent_channels, self.continuous = config.channels, config.continuous
-        kept = kept_coefficients(config.channels)
+        kept = kept_coefficients(config.channels, config.still_detail)
         self.register_buffer("basis", block_transform()[kept].float(), persistent=False)  # [2, C, 768]
         scale = AMPLITUDE * (amplitudes().flatten()[kept] / AMPLITUDE) ** config.whitening
         self.register_buffer("scale", scale.float(), persistent=False)  # [2, C]
         rotation = torch.kron(border_rotation(), border_rotation())
         self.register_buffer("rotation", rotation.float(), persistent=False)
-        law = (BLOCK, AMPLITUDE, OPPONENT, TEMPO, DECAY)
+        law = (BLOCK, AMPLITUDE, OPPONENT, TEMPO, DECAY) + (() if config.still_detail else ("motion alone",))
         self.fingerprint = fingerprint("lapped", law, config.channels, config.whitening, config.continuous)
 
     @in_fp32

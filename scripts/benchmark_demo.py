@@ -62,11 +62,15 @@ def main(config: DemoSeedsConfig) -> None:
             pool.submit(run, seed, setting, folder / f"{index}_{seed}", config)
             for (index, setting), seed in product(enumerate(config.settings), range(config.seeds))
         ]
-        for demo in as_completed(demos):
-            rows.append(demo.result())
-            print(json.dumps(rows[-1]), flush=True)
-            record = {"header": header, "rows": sorted(rows, key=lambda row: (row["setting"], row["seed"]))}
-            write_whole(Path(config.output), (json.dumps(record, indent=1) + "\n").encode())
+        try:
+            for demo in as_completed(demos):
+                rows.append(demo.result())
+                print(json.dumps(rows[-1]), flush=True)
+                record = {"header": header, "rows": sorted(rows, key=lambda row: (row["setting"], row["seed"]))}
+                write_whole(Path(config.output), (json.dumps(record, indent=1) + "\n").encode())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     ratios = [row["ratio"] for row in rows if "ratio" in row]
     failed = sum(row["exit_code"] != 0 for row in rows)
     print(f"{len(rows)} demos, {failed} failed; loss over the line's from {min(ratios, default=float('nan')):.3f} "

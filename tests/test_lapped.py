@@ -93,6 +93,35 @@ def test_the_first_latent_frame_holds_space_alone() -> None:
     assert psnr(codec.decode(still), video[:, :1]) > 40
 
 
+def test_without_still_detail_a_channel_is_one_frequency() -> None:
+    """The first latent frame then has 0 in the channels of motion, and decodes the same whatever a model puts there."""
+    first, later = kept_coefficients(54, still_detail=False)
+    assert torch.equal(first, later)
+    assert torch.equal(later, kept_coefficients(54)[1])
+    moves = later // 64 % 4 > 0
+    codec, full, video = LappedCodec(CodecConfig(still_detail=False)), LappedCodec(), moving_gradient(9)
+    latent = codec.encode(video)
+    assert moves.sum() > 10
+    torch.testing.assert_close(latent[moves, 0], torch.zeros_like(latent[moves, 0]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(latent[:, 1:], full.encode(video)[:, 1:])
+    still = latent[:, :1].clone()
+    disturbed = torch.where(moves[:, None, None, None], still + 1, still)
+    torch.testing.assert_close(codec.encode(codec.decode(disturbed))[~moves], still[~moves], rtol=0, atol=0.05)
+    assert codec.fingerprint != full.fingerprint
+
+
+def test_the_demo_s_first_frames_are_as_good_as_the_rest(tmp_path: Path) -> None:
+    """Without detail of their own they lose some 2 dB and still keep no less than the frames after them."""
+    shots = [shot[:, :9] for shot in storyworld_shots(tmp_path, scenes=2)]
+    codec = LappedCodec(CodecConfig(channels=32, whitening=0.3, still_detail=False))
+    decoded = [codec.decode(codec.encode(shot)) for shot in shots]
+    first, rest = (
+        sum(psnr(a[:, part], b[:, part]) for a, b in zip(decoded, shots, strict=True)) / len(shots)
+        for part in (slice(0, 1), slice(1, None))
+    )
+    assert first >= rest >= 26
+
+
 def test_the_gradient_of_variation_is_autograd_s() -> None:
     torch.manual_seed(0)
     video = torch.randn(3, 4, 6, 8, dtype=torch.float64, requires_grad=True)

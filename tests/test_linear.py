@@ -94,6 +94,22 @@ def test_the_floor_lies_below_predicting_the_mean_and_above_the_truth():
         assert floor > 0.9 * posterior / sigma**2
 
 
+def test_values_that_never_vary_are_known():
+    """Two of four channels are constant in the first frame, where no linear predictor errs, one of tokens neither."""
+    generator = torch.Generator().manual_seed(0)
+
+    def latents(count: int):
+        x = torch.randn(count, 4, 2, 4, 4, generator=generator)
+        x[:, 2:, 0] = 0.3
+        return x
+
+    train, held_out = latents(100), latents(50)
+    noise = torch.randn(held_out.shape, generator=generator)
+    for sigma, floor in zip(SIGMAS, linear_losses(train, held_out, noise, SIGMAS), strict=True):
+        bayes = 0.75 / ((1 - sigma) ** 2 + sigma**2)  # of unit variance, in three values of four
+        assert 0.9 * bayes < floor < 1.1 * bayes
+
+
 def test_tokens_are_predicted_apart_where_that_is_better():
     """Independent tokens with a covariance of their own: the whole shot has too few rows to learn it from."""
     generator = torch.Generator().manual_seed(0)

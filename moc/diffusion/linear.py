@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CONSTANT = 1e-6  # of the mean variance: a value that varies less is constant up to rounding
+
 
 @dataclass(frozen=True)
 class LinearPredictor:
@@ -52,15 +54,22 @@ def linear_losses(
     train: Tensor, latents: Tensor, noise: Tensor, sigmas: Sequence[float], patch: int = 2
 ) -> list[float]:
     """Held-out velocity error at each noise level of the better of two linear predictors fitted to `train`: one of the
-    whole shot, and one of each token apart about the mean of its place. train, latents, noise: [n, C, T, H, W]."""
+    whole shot, and one of each token apart about the mean of its place. Both know the values that do not vary, and so
+    have no error there: a codec's constant channels are no loss that a model could seem to save. train, latents,
+    noise: [n, C, T, H, W]."""
     mean = train.mean(0, keepdim=True)
+    variance = (train - mean).square().mean(0, keepdim=True)
+    varies = variance > CONSTANT * variance.mean()
     views: list[Callable[[Tensor], Tensor]] = [lambda x: x.flatten(1), lambda x: _tokens(x, patch)]
     predictors = [LinearPredictor.fit(view(train - mean)) for view in views]
     best = []
     for sigma in sigmas:
         noisy = (1 - sigma) * (latents - mean) + sigma * noise
         target = noise - (latents - mean)
-        errors = [p.velocity(view(noisy), sigma) - view(target) for p, view in zip(predictors, views, strict=True)]
+        errors = [
+            (p.velocity(view(noisy), sigma) - view(target)) * view(varies.expand_as(target))
+            for p, view in zip(predictors, views, strict=True)
+        ]
         best.append(min(float(error.square().mean()) for error in errors))
     return best
 
