@@ -73,8 +73,9 @@ def _write_scenes(config: StoryworldConfig) -> Iterator[tuple[int, dict]]:
                 yield index, write_scene(config, index)
                 bar.update()
             return
-        # Spawned, not forked: the parent may hold threads.
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process of their own, since the parent may hold threads, which imports once for all of them.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
             jobs = {pool.submit(write_scene, config, index): index for index in range(config.scenes)}
             try:
