@@ -6,20 +6,21 @@ forward (models/mmdit.py), `moc_attention` (moc/attention.py).
 
 import logging
 import shutil
-from dataclasses import asdict
-from pathlib import Path
+import sys
+from dataclasses import asdict, replace
 
 import torch
 
 from configs.command import command
-from configs.run_record import check_same_run, record_settings
+from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_settings
 from configs.schema import TrainConfig
 from data.dataset import ShotDataset, open_dataset
 from data.loader import Validation, build_loader
 from moc.files import held
 from moc.schedule import MoCSchedule
-from moc.training import Metrics, Parallel, Trainer, Validator, sound_checkpoint
+from moc.training import Metrics, Parallel, Trainer, Validator
 from moc.training.checkpoint import refuse_later
+from moc.training.interruption import NOT_FINISHED, ignore_signals
 from models import build_model, load_encoders
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 @command("train", TrainConfig)
 def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
+    config = replace(config, name=own_name(config.name))
     dataset = open_dataset(config.data)
     parallel = Parallel(config.parallel)
     with held(config.run_folder, holds=parallel.is_main):
@@ -36,7 +38,7 @@ def main(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> None:
     run_folder = config.run_folder
-    checkpoint = parallel.of_main(lambda: _checkpoint_to_resume(config, run_folder))
+    checkpoint = parallel.of_main(lambda: checkpoint_to_resume(config))
     if checkpoint and config.resume == "auto":
         check_same_run(config)
     torch.manual_seed(config.seed)
@@ -75,23 +77,14 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
     if parallel.is_main:
         record_settings(config)
         metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step)
-    trainer.run(loader, metrics, validator)
+    finished = trainer.run(loader, metrics, validator)
+    if not finished:
+        ignore_signals()
     if metrics:
         metrics.close()
     parallel.close()
-
-
-def _checkpoint_to_resume(config: TrainConfig, run_folder: Path) -> Path | None:
-    if config.resume == "none":
-        return None
-    if config.resume == "auto":
-        return sound_checkpoint(run_folder, set_aside=True)
-    checkpoint = sound_checkpoint(config.resume)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder"
-        )
-    return checkpoint
+    if not finished:
+        sys.exit(NOT_FINISHED)
 
 
 if __name__ == "__main__":

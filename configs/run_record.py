@@ -1,15 +1,19 @@
-"""A run's config.yaml: what it was trained with, which a later launch under the same name must not change unsaid."""
+"""A run and its launches: where one goes on, and config.yaml, what the run was trained with, which a later launch under
+the same name must not change unsaid."""
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from configs.schema import TrainConfig
 from moc.errors import UserError
 from moc.files import write_whole
+from moc.training import sound_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,27 @@ FREE = (
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
     "moc.backend", "moc.dense_kernel", "moc.deterministic",
 )  # fmt: skip
+
+
+def own_name(name: str) -> str:
+    """A run's name; that of a sweep's job (`-m`) has its number added, since a run of its own needs a folder of its
+    own."""
+    hydra = HydraConfig.get()
+    return f"{name}-{hydra.job.num}" if hydra.mode is RunMode.MULTIRUN else name
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """Where `resume` has the run go on, if anywhere. Raises FileNotFoundError where a folder that it names has none."""
+    if config.resume == "none":
+        return None
+    if config.resume == "auto":
+        return sound_checkpoint(config.run_folder, set_aside=True)
+    checkpoint = sound_checkpoint(config.resume)
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder"
+        )
+    return checkpoint
 
 
 def check_same_run(config: TrainConfig) -> None:

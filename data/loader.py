@@ -4,14 +4,15 @@
 cache. Workers read ahead; neither their number nor the number of ranks changes which samples a step holds.
 """
 
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import moc
+from data.ahead import ahead
 from data.collate import check_budget, deal, plan_steps
 from data.dataset import DataConfig, ShotDataset, open_dataset
 from data.errors import DataError
@@ -69,16 +70,15 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[moc.Batch]]:
         ends: deque[int] = deque()
-        parcels = iter(_data_loader(self, self._planned(ends), self.config.workers))
-        with ThreadPoolExecutor(1) as thread:  # fetches the next micro-batch while this one is computed on
-            ahead = thread.submit(next, parcels)
-            step: deque[moc.Batch] = deque()
-            while True:
-                step.append(_arrived(ahead.result()))
-                ahead = thread.submit(next, parcels)
-                if len(step) == self.accumulation:
-                    self.position = ends.popleft()
-                    yield [step.popleft() for _ in range(self.accumulation)]  # keeping none of them alive here
+        # Made in the thread that asks it, where torch leaves the end of a worker to be found there: in the main thread
+        # it would raise it anywhere, in the middle of a checkpoint too.
+        parcels = ahead(lambda: iter(_data_loader(self, self._planned(ends), self.config.workers)))
+        step: deque[moc.Batch] = deque()
+        while True:
+            step.append(_arrived(next(parcels)))
+            if len(step) == self.accumulation:
+                self.position = ends.popleft()
+                yield [step.popleft() for _ in range(self.accumulation)]  # keeping none of them alive here
 
     def _planned(self, ends: deque[int]) -> Iterator[list[Draw]]:
         """This rank's micro-batches, planned ahead of their reading; notes where each step ends."""
@@ -143,7 +143,14 @@ def _data_loader(loader: Loader, draws: Iterator[list[Draw]], workers: int) -> D
         num_workers=workers,
         prefetch_factor=loader.config.prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals,
     )
+
+
+def _leave_signals(worker: int) -> None:
+    """A terminal and a scheduler send these to every process of a run; the main one is to answer."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(parcel: Parcel) -> Parcel:

@@ -1,11 +1,13 @@
 """Tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several processes.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [POISONED SCENE]
+python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [--poisoned SCENE] [--told RANK]
 """
 
 import os
+import signal
 import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -108,7 +110,7 @@ def train(
     if trainer.parallel.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(folder, TrackerConfig(), {}, trainer.step)
-    trainer.run(Watched(loader, before_step) if before_step else loader, metrics, validator)
+    trainer.finished = trainer.run(Watched(loader, before_step) if before_step else loader, metrics, validator)
     if metrics:
         metrics.close()
     return trainer
@@ -150,7 +152,19 @@ def losses(folder: Path) -> list[float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with poisoned(sys.argv[3]) if len(sys.argv) > 3 else nullcontext():
-        trainer = train(Path(sys.argv[1]), Path(sys.argv[2]), moc=DROPS)
+    parser = ArgumentParser()
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--poisoned")
+    parser.add_argument("--told", help="the rank that alone is told to end, after two steps")
+    asked = parser.parse_args()
+
+    def before_step(number: int) -> None:
+        if number == 2 and os.environ["RANK"] == asked.told:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    with poisoned(asked.poisoned) if asked.poisoned else nullcontext():
+        trainer = train(asked.cache, asked.folder, moc=DROPS, before_step=before_step)
+    assert (trainer.step, trainer.finished) == ((2, False) if asked.told else (4, True))
     assert trainer.parallel.world_size == int(os.environ["WORLD_SIZE"])
     torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from moc.training import read_metrics
 from tests import pipeline
 from tests.pipeline import assert_one_message, command, refusal
 
@@ -51,3 +52,13 @@ def test_a_finished_run_says_so(prepared, run, caplog):
             command(*launch(prepared, run))
     assert f"{run} is already finished: step 3 of 3" in caplog.text
     assert not (run / "config.2.yaml").exists()
+
+
+def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where Hydra notes the sweep
+    command("train.py", "-m", *pipeline.train_arguments(prepared, tmp_path / "run"), "optim.lr=1e-3,1e-4")
+    for number, rate in enumerate((1e-3, 1e-4)):
+        folder = tmp_path / f"run-{number}"
+        assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == rate
+        assert [row["step"] for row in read_metrics(folder) if "loss" in row] == [1, 2, 3]
+    assert not (tmp_path / "run").exists()

@@ -78,7 +78,7 @@ def test_a_run_goes_on_as_if_skipped_steps_were_not_there(cache, tmp_path):
 def test_two_processes_skip_the_same_steps(cache, tmp_path):
     with poisoned("scene0.75"):
         train(cache, tmp_path / "one", moc=DROPS)
-    launch(2, cache, tmp_path / "two", "scene0.75")
+    launch(2, cache, tmp_path / "two", "--poisoned", "scene0.75")
     steps = [{step: set(names.split(", ")) for step, names in skipped(tmp_path / n).items()} for n in ("one", "two")]
     assert steps[0]
     assert steps[1] == steps[0]

@@ -1,9 +1,7 @@
 """Training: one loss whatever the processes, the packing or a restart; checkpoints whole or absent; what is logged."""
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,21 +96,6 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resuming(cache, whole, tmp_p
         file.write('{"step": 7, "loss": 1')  # a crash while writing
     train(cache, tmp_path, num_steps=4, resume=True)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
-
-
-def test_a_termination_signal_saves_and_the_rest_follows(cache, whole, tmp_path):
-    def terminate(step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    stopped = train(cache, tmp_path, num_steps=6, before_step=terminate)
-    assert stopped.step == 4
-    assert find_checkpoint(tmp_path).name == "step_0000004"
-    assert signal.getsignal(signal.SIGTERM) is before
-    train(cache, tmp_path, num_steps=6, resume=True)
-    assert losses(tmp_path) == losses(whole)
-    assert_same_weights(tmp_path, whole, atol=0, rtol=0)
 
 
 def test_a_finished_run_stays_finished(cache, whole, tmp_path):

@@ -54,9 +54,9 @@ class Outcome:
 class Totals:
     """loss, grad_norm: of the step, over all processes. num_finite: how many of its shots have a finite loss."""
 
-    loss: float
-    grad_norm: float
-    num_finite: float
+    loss: float = math.nan
+    grad_norm: float = math.nan
+    num_finite: float = 0
 
     @property
     def skipped(self) -> bool:

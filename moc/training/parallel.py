@@ -60,6 +60,8 @@ class Parallel:
             torch.cuda.set_device(self.device)  # kernels that we launch ourselves go to the current one
         precision = ("bf16" if has_gpu else "fp32") if config.precision == "auto" else config.precision
         self.dtype = PRECISIONS[precision]
+        distinct = self.world_size > 1 and dist.get_backend() != "gloo"
+        self._hosts = dist.new_group(backend="gloo") if distinct else None
         if self.is_main:
             name = f"{torch.cuda.get_device_name(self.device)} ({self.device})" if has_gpu else "the CPU"
             processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
@@ -94,6 +96,14 @@ class Parallel:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. It travels between the hosts, waiting for no device."""
+        if self.world_size == 1:
+            return flag
+        number = torch.tensor(int(flag))
+        dist.all_reduce(number, group=self._hosts)
+        return bool(number)
 
     def of_main(self, make: Callable[[], Result]) -> Result:
         """What the main process makes, on all of them; the others make none."""

@@ -6,12 +6,10 @@ on N processes equals a run on one, and a resumed run equals one that was never 
 """
 
 import gc
-import signal
-import threading
-import time
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,16 +24,20 @@ from moc.diffusion.flow import Flow
 from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
+from moc.training.clock import Clock
 from moc.training.ema import EMA
+from moc.training.interruption import Interruption
 from moc.training.metrics import Metrics
 from moc.training.optim import OptimConfig, build_optimizer, learning_rate
 from moc.training.outcome import Outcome, SkipCount, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.validation import Validator
 
+logger = logging.getLogger(__name__)
+
 
 class Steps(Protocol):
-    """The data of a run: iterates over steps, each a list of this process's micro-batches."""
+    """The data of a run: iterates over steps, endlessly, each a list of this process's micro-batches."""
 
     def __iter__(self) -> Any: ...
 
@@ -93,6 +95,10 @@ class Trainer:
         self.step = 0
         self.skips = SkipCount(config.max_skipped_steps)
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
+        self._proven = True  # whether the weights have given a finite loss, as far as is known
+        self._validation_due = True
+        self._saved_step = 0
+        self._interruption = Interruption()
 
     def resume(self, checkpoint: Path) -> dict[str, Any]:
         """Loads weights, averages, optimizer and random states; returns the state of the data."""
@@ -106,36 +112,47 @@ class Trainer:
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
         ckpt.load_rng(checkpoint, self.parallel.rank)
         self.step = state["step"]
+        self._saved_step = self.step
         self.skips.total = state.get("skipped_steps", 0)
+        self._validation_due = state.get("validation_due", False)
         return state["data"]
 
-    def run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None = None) -> None:
-        """Trains until `num_steps`; a termination signal saves a checkpoint and ends the run early."""
+    def run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None = None) -> bool:
+        """Trains until `num_steps`; whether it came there. A signal to end, on any process, has what is done of a step
+        dropped, a checkpoint saved and the run left; another run goes on from there."""
         ckpt.refuse_later(self.run_folder, self.step)
         if self.step >= self.config.num_steps:
-            return
-        with _termination() as terminated:
-            self._run(steps, metrics, validator, terminated)
+            return True
+        with (
+            Interruption() as self._interruption,
+            tqdm(
+                total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None
+            ) as bar,
+        ):
+            finished = self._run(steps, metrics, validator, bar)
+            if not finished:
+                bar.close()
+                self._leave(metrics)
+        return finished
 
-    def _run(
-        self, steps: Steps, metrics: Metrics | None, validator: Validator | None, terminated: threading.Event
-    ) -> None:
-        clock = _Clock()
-        if validator and self.step == 0:
-            self._validate(validator, metrics)
+    def _run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None, bar: tqdm) -> bool:
+        clock, source = Clock(), iter(steps)
+        self._data_state = steps.state()
+        if validator and self._validation_due and not self._validate(validator, metrics):
+            return False
         self.model.train()
         gc.freeze()  # a full collection over torch's own objects would stall a step by tens of milliseconds
-        bar = tqdm(total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None)
-        for batches in clock.waiting(steps):
-            self._train_step(batches)
+        while self.step < self.config.num_steps:
+            batches = clock.wait(lambda: self._interruption.wait(lambda: next(source)))
+            if self._interrupted() or not self._train_step(batches or []):
+                return False
+            self._data_state = steps.state()
             bar.update()
             last = self.step == self.config.num_steps
-            saves = _due(self.step, self.config.checkpoint_every)
-            if last or saves or _due(self.step, self.config.log_every):
+            saves = last or _due(self.step, self.config.checkpoint_every)
+            if saves or _due(self.step, self.config.log_every):
                 totals = self._look(metrics)
-                assert totals is not None  # a step was just taken
-                # The weights that a checkpoint will hold have given a finite loss, or it is not written.
-                if (last or saves) and not totals.num_finite:
+                if saves and not self._proven:
                     raise FloatingPointError(
                         f"the loss is {totals.loss} at step {self.step}; lower optim.lr or resume from an earlier "
                         "checkpoint"
@@ -145,18 +162,36 @@ class Trainer:
                     bar.set_postfix(loss=f"{values['loss']:.4f}")
                 if metrics:
                     metrics.log(self.step, values)
-                last |= self._any_process(terminated.is_set())
             else:
                 self._look(metrics, but=1)
-            if validator and (last or _due(self.step, self.config.validate_every)):
-                self._validate(validator, metrics)
+            self._validation_due |= last or _due(self.step, self.config.validate_every)
+            validated = not (validator and self._validation_due) or self._validate(validator, metrics)
+            if saves:
+                self.save(self._data_state)
+            if not validated and not last:
+                return False
+            if saves or validator:
                 clock.reset()
-            if last or saves:
-                self.save(steps.state())
-                clock.reset()
-            if last:
-                break
-        bar.close()
+        return True
+
+    def _interrupted(self) -> bool:
+        """Whether any process was told to end; all processes ask at the same places."""
+        return self.parallel.any(bool(self._interruption.signal))
+
+    def _leave(self, metrics: Metrics | None) -> None:
+        """Saves what no checkpoint holds yet, and says so."""
+        self.optimizer.zero_grad()  # of a step that was not finished
+        self._look(metrics)
+        if not self._proven:
+            saved = "the weights give no finite loss and are not saved"
+        elif self.step > self._saved_step:
+            self.save(self._data_state)
+            saved = f"step {self.step} of {self.config.num_steps} is saved"
+        else:
+            saved = "no step was taken since the newest checkpoint"
+        if self.parallel.is_main:
+            name = self._interruption.signal or "another process was told to end"
+            logger.warning("%s: %s; the same command goes on", name, saved)
 
     def save(self, data_state: dict[str, Any]) -> None:
         """Writes a checkpoint of this step; every process takes part."""
@@ -170,13 +205,16 @@ class Trainer:
                 ckpt.save_optimizer(folder, self.bare_model, self.optimizer)
                 ckpt.save_rng(folder, 0)
                 state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
-                ckpt.write_state(folder, state | {"skipped_steps": self.skips.total})
+                state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
+                ckpt.write_state(folder, state)
                 self.save_extras(folder)
             ckpt.remove_old(self.run_folder, self.config.keep_checkpoints)
         self.parallel.wait()
+        self._saved_step = self.step
 
-    def _train_step(self, batches: list[Batch]) -> None:
-        """One optimizer step, which leaves weights and moments alone where its loss or gradient is not finite."""
+    def _train_step(self, batches: Sequence[Batch]) -> bool:
+        """One optimizer step, which leaves weights and moments alone where its loss or gradient is not finite; whether
+        it was taken, rather than interrupted."""
         moc = self.schedule.at(self.step, self.moc)
         levels = [self.flow.draw_levels(batch, self.seed) for batch in batches]
         targets = self.parallel.put(torch.tensor(sum(int(level.is_target.sum()) for level in levels)))
@@ -186,6 +224,8 @@ class Trainer:
         losses = []
         for index, (batch, level) in enumerate(zip(batches, levels, strict=True)):
             batch = batch.rechunk(moc.chunk_tokens).to(self.parallel.device)
+            if index and self._interrupted():
+                return False
             last = index == len(batches) - 1
             with nullcontext() if last else self.parallel.keep_gradients(self.model):
                 with self.parallel.autocast():
@@ -206,14 +246,16 @@ class Trainer:
         self.ema.update(self.bare_model)
         self.step += 1
         self._outcomes.append(Outcome(self.step, batches, by_shot, totals))
+        return True
 
-    def _look(self, metrics: Metrics | None, but: int = 0) -> Totals | None:
+    def _look(self, metrics: Metrics | None, but: int = 0) -> Totals:
         """Reads the outcomes of all steps `but` the newest so many, which the device may still be at; returns the last
         one read. Skipped steps are told; raises FloatingPointError where they are too many."""
-        totals = None
+        totals = Totals()
         while len(self._outcomes) > but:
             outcome = self._outcomes.popleft()
             totals = outcome.read()
+            self._proven = totals.num_finite > 0
             scenes = self.skips.add(outcome, totals)
             if scenes and metrics:
                 metrics.log(outcome.step, {"skipped_scenes": ", ".join(scenes)})
@@ -229,68 +271,22 @@ class Trainer:
             "top_k": moc.top_k,
         }
 
-    def _any_process(self, flag: bool) -> bool:
-        return bool(self.parallel.sum(self.parallel.put(torch.tensor(int(flag)))))
-
-    def _validate(self, validator: Validator, metrics: Metrics | None) -> None:
-        """Held-out loss of the averaged weights, each process taking its share of the scenes."""
+    def _validate(self, validator: Validator, metrics: Metrics | None) -> bool:
+        """Held-out loss of the averaged weights, each process taking its share of the scenes; whether it was finished,
+        rather than interrupted."""
         moc = self.schedule.at(self.step, self.moc)
-        sums = self.parallel.sum(validator.losses(self.ema.model, moc, self.parallel))
+        sums = validator.losses(self.ema.model, moc, self.parallel, lambda: bool(self._interruption.signal))
+        if self._interrupted():
+            return False
+        sums = self.parallel.sum(sums)
         if metrics:
             mean = (sums[:, 0] / sums[:, 1]).tolist()
             values = {f"validation/loss_{sigma:g}": loss for sigma, loss in zip(validator.sigmas, mean, strict=True)}
             routing = validator.routing(self.ema.model, moc, self.parallel)
             metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
-
-
-class _Clock:
-    """Times steps and how long they waited for data."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.start, self.waited, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
-
-    def waiting(self, steps: Iterable[list[Batch]]) -> Iterator[list[Batch]]:
-        """Passes `steps` on, timing how long each takes to come."""
-        source = iter(steps)
-        while True:
-            asked = time.perf_counter()
-            try:
-                batches = next(source)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - asked
-            self.steps += 1
-            self.tokens += sum(batch.layout.num_tokens for batch in batches)
-            yield batches
-
-    def read(self) -> dict[str, float]:
-        """Seconds a step, the share of it spent waiting for data, and tokens a second, since the last reading."""
-        elapsed = time.perf_counter() - self.start
-        values = {
-            "step_seconds": elapsed / max(1, self.steps),
-            "data_wait": self.waited / elapsed,
-            "tokens_per_second": self.tokens / elapsed,
-        }
-        self.reset()
-        return values
+        self._validation_due = False
+        return True
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, as schedulers send it before they take a machine."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,6 @@
 """Held-out loss at fixed noise: the same batches, noise and noise levels each time, so that numbers compare."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +32,19 @@ class Validator:
         return [self.flow.level(share) for share in self.shares]
 
     @torch.no_grad()
-    def losses(self, model: nn.Module, moc: MoCConfig, parallel: Parallel) -> Tensor:
-        """Loss summed over this process's target shots at each noise level, and their number: [num sigmas, 2]."""
+    def losses(
+        self, model: nn.Module, moc: MoCConfig, parallel: Parallel, is_over: Callable[[], bool] = lambda: False
+    ) -> Tensor:
+        """Loss summed over this process's target shots at each noise level, and their number: [num sigmas, 2].
+
+        is_over: asked before each batch; where true, those left are left out.
+        """
         was_training = model.training
         model.eval()
         sums = torch.zeros(len(self.sigmas), 2, device=parallel.device)
         for batch in self.batches:
+            if is_over():
+                break
             batch = _on(batch, parallel, moc)
             for row, level in zip(sums, self.sigmas, strict=True):
                 levels = self._levels(level, batch)

@@ -1,0 +1,69 @@
+"""Taking items ahead in a thread, one while the one before is in use."""
+
+import atexit
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+
+
+_PATIENCE = 5.0  # seconds in all
+_running: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[bool]] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _wait_for_threads() -> None:
+    """Python ends a thread that is left wherever it is, and within torch's operators that aborts the whole process."""
+    deadline = time.monotonic() + _PATIENCE
+    for thread, wanted in list(_running.items()):
+        wanted.put(False)
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+def ahead(make: Callable[[], Iterator[Item]]) -> Iterator[Item]:
+    """The items of `make()`, an endless iterator, which is made and asked in a thread.
+
+    A slow or hanging item does not hold up the end of this iterator, and that of the program for some seconds at most;
+    a signal reaches the thread that waits here. An error of an item is raised in its place.
+    """
+    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    taken: queue.SimpleQueue[Item | _Failure] = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def take() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # a new thread has the first one
+        try:
+            items = make()
+            while wanted.get():
+                taken.put(next(items))
+        except BaseException as error:
+            taken.put(_Failure(error))
+
+    thread = threading.Thread(target=take, daemon=True)
+    _running[thread] = wanted
+    thread.start()
+    try:
+        wanted.put(True)
+        while True:
+            item = taken.get()
+            if isinstance(item, _Failure):
+                raise item.error
+            wanted.put(True)
+            held = [item]
+            del item
+            yield held.pop()  # which keeps it alive no longer than its user does
+    finally:
+        wanted.put(False)

@@ -1,0 +1,69 @@
+"""Signals that tell a run to end: looked at within a step, and answered with a checkpoint and an exit status.
+
+Schedulers send SIGTERM or SIGUSR1 before they take a machine, a user presses Ctrl-C. Repeated ones change nothing.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, TypeVar
+
+NOT_FINISHED = os.EX_TEMPFAIL  # 75, the exit status of a run that the same command goes on with
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+Result = TypeVar("Result")
+
+
+def ignore_signals() -> None:
+    """Lets a process that was told to end do so undisturbed: those who tell it do so twice."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Interrupted(BaseException):
+    """Ends a wait. Only the first signal raises it."""
+
+
+class Interruption:
+    """Notes in `signal` the name of the first signal that comes while it is entered. Python hands signals to the main
+    thread alone; in another one it notes nothing."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        self._waiting = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wait(self, take: Callable[[], Result]) -> Result | None:
+        """What `take` returns, or None as soon as a signal has come, however long `take` would have taken."""
+        try:
+            try:
+                self._waiting = True
+                return None if self.signal else take()
+            finally:
+                self._waiting = False
+        except _Interrupted:
+            return None
+        except Exception:
+            if self.signal:  # the helpers of `take` were told to end as well
+                return None
+            raise
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.signal:
+            return
+        self.signal = signal.Signals(number).name
+        if self._waiting:
+            raise _Interrupted

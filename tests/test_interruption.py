@@ -1,0 +1,302 @@
+"""A run that is told to end saves within a step and says that it is not finished, whatever it is doing just then."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from moc.diffusion import Flow
+from moc.training import Metrics, Validator, find_checkpoint, read_metrics
+from moc.training.interruption import NOT_FINISHED, SIGNALS, Interruption
+from tests import pipeline
+from tests.pipeline import ROOT, train_arguments
+from tests.runs import DROPS, launch, losses, make_cache, poisoned, train
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+    """Six steps of three micro-batches that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(cache, folder, num_steps=6, accumulation=3)
+    return folder
+
+
+def at_call(number, act):
+    """A stand-in for Flow.loss that acts before its `number`-th call."""
+    healthy, calls = Flow.loss, []
+
+    def loss(*arguments, **others):
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return healthy(*arguments, **others)
+
+    return loss
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+def at_step(step, number):
+    return lambda n: send(number) if n == step else None
+
+
+def same_end(a: Path, b: Path) -> bool:
+    """Whether two runs ended with the same weights, byte for byte."""
+    one, two = ((find_checkpoint(folder) / "ema/diffusion_pytorch_model.safetensors").read_bytes() for folder in (a, b))
+    return one == two
+
+
+def told(run: Path) -> dict[tuple[int, str], float]:
+    """What a run says of what it learned, by step."""
+    rows = read_metrics(run)
+    return {(row["step"], key): row[key] for row in rows for key in row if key == "loss" or "/" in key}
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_waiting_for_data(cache, whole, tmp_path, number, caplog):
+    before = [signal.getsignal(n) for n in SIGNALS]
+    stopped = train(
+        cache,
+        tmp_path,
+        num_steps=6,
+        accumulation=3,
+        log_every=100,
+        before_step=at_step(3, number),
+    )
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+    assert (stopped.step, stopped.finished) == (3, False)
+    assert find_checkpoint(tmp_path).name == "step_0000003"
+    assert caplog.messages[-1] == f"{number.name}: step 3 of 6 is saved; the same command goes on"
+    assert train(cache, tmp_path, num_steps=6, accumulation=3, resume=True).finished
+    assert same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("call", [4, 5, 6])
+def test_a_signal_within_a_step(cache, whole, tmp_path, monkeypatch, call):
+    """The second step has micro-batches 4 to 6: it is dropped, but for the last one, which ends it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Flow, "loss", at_call(call, lambda: send(signal.SIGTERM)))
+        stopped = train(cache, tmp_path, num_steps=6, accumulation=3, log_every=100)
+    assert stopped.step == (2 if call == 6 else 1)
+    train(cache, tmp_path, num_steps=6, accumulation=3, resume=True)
+    assert same_end(tmp_path, whole)
+
+
+def test_a_signal_in_validation(cache, tmp_path, monkeypatch):
+    """It is left, and made up for when the run goes on."""
+    settings = {"num_steps": 4, "validation": 3, "validate_every": 2}
+    train(cache, tmp_path / "whole", **settings)
+    calls = 3 * 4 + 1 + 2 + 4  # before the first step with routing, two steps, one scene of three
+    with monkeypatch.context() as patch:
+        patch.setattr(Flow, "loss", at_call(calls, lambda: send(signal.SIGUSR1)))
+        stopped = train(cache, tmp_path / "run", **settings)
+    assert stopped.step == 2
+    train(cache, tmp_path / "run", resume=True, **settings)
+    assert told(tmp_path / "run") == told(tmp_path / "whole")
+
+
+def test_nothing_is_saved_twice_nor_before_the_first_step(cache, tmp_path):
+    stopped = train(cache, tmp_path, num_steps=6, before_step=at_step(0, signal.SIGTERM))
+    assert not stopped.finished
+    assert find_checkpoint(tmp_path) is None
+    train(cache, tmp_path, num_steps=6, checkpoint_every=2, before_step=at_step(2, signal.SIGTERM))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000002"]
+
+
+def test_a_signal_at_the_last_step_finds_a_finished_run(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(Flow, "loss", at_call(2, lambda: send(signal.SIGTERM)))
+    stopped = train(cache, tmp_path, num_steps=2)
+    assert stopped.finished
+    assert find_checkpoint(tmp_path).name == "step_0000002"
+
+
+def test_weights_that_give_no_finite_loss_are_not_saved(cache, tmp_path, caplog):
+    with poisoned(*(f"scene{number / 4}" for number in range(8)), gradient_only=False):
+        train(cache, tmp_path, num_steps=6, before_step=at_step(2, signal.SIGTERM))
+    assert find_checkpoint(tmp_path) is None
+    assert caplog.messages[-1].startswith("SIGTERM: the weights give no finite loss and are not saved")
+
+
+def test_one_process_that_is_told_ends_all_at_the_same_step(cache, tmp_path):
+    launch(2, cache, tmp_path / "run", "--told", "1")  # which asserts that each has taken two steps
+    assert find_checkpoint(tmp_path / "run").name == "step_0000002"
+    train(cache, tmp_path / "whole", moc=DROPS)
+    train(cache, tmp_path / "run", moc=DROPS, resume=True)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_only_the_first_signal_counts():
+    with Interruption() as interruption:
+        send(signal.SIGUSR1)
+        send(signal.SIGINT)
+        assert interruption.signal == "SIGUSR1"
+        assert interruption.wait(pytest.fail) is None
+
+
+def test_a_failure_of_helpers_that_were_told_to_end_as_well():
+    def fail():
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated")
+
+    def both():
+        interruption.signal = "SIGTERM"
+        fail()
+
+    with Interruption() as interruption:
+        with pytest.raises(RuntimeError, match="is killed"):
+            interruption.wait(fail)
+        assert interruption.wait(both) is None
+
+
+# The command
+
+
+@pytest.fixture
+def handlers():
+    """Puts back what a command that was told to end has changed for good."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared, tmp_path_factory):
+    return pipeline.train(prepared, tmp_path_factory.mktemp("undisturbed") / "run", "trainer.validate_every=1")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("place", ["step", "validation"])
+def test_the_command_says_that_it_is_not_finished_and_goes_on(
+    prepared, undisturbed, tmp_path, monkeypatch, handlers, place, number, caplog, capfd
+):
+    """Its losses are those of a run that nothing disturbed, bit for bit. One who is impatient presses Ctrl-C again."""
+    run = tmp_path / "run"
+    validation = len(Validator.shares) + 1  # losses of the one scene at each level, and its routing
+    call = validation + (1 if place == "step" else 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Flow, "loss", at_call(call, lambda: send(number)))
+        patch.setattr(Metrics, "close", lambda _: send(signal.SIGINT))
+        with pytest.raises(SystemExit) as ending:
+            pipeline.train(prepared, run, "trainer.validate_every=1")
+    assert ending.value.code == NOT_FINISHED == 75
+    assert find_checkpoint(run).name == "step_0000001"
+    assert caplog.messages[-1] == f"{number.name}: step 1 of 3 is saved; the same command goes on"
+    assert "Traceback" not in capfd.readouterr().err
+    pipeline.train(prepared, run, "trainer.validate_every=1")
+    assert told(run) == told(undisturbed)
+    assert same_end(run, undisturbed)
+
+
+# The command, whose loader hangs
+
+HANGING = """
+import pathlib, runpy, sys, time
+import data.dataset
+
+read, hung = data.dataset.ShotDataset.sample, pathlib.Path(sys.argv.pop(1))
+
+def sample(self, draw):
+    if draw.position >= 60:
+        hung.touch()
+        time.sleep(3600)
+    return read(self, draw)
+
+data.dataset.ShotDataset.sample = sample
+sys.path.insert(0, ".")
+sys.argv[0] = "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@contextmanager
+def hanging(prepared: Path, run: Path, *launcher: str) -> Iterator[subprocess.Popen]:
+    """A training command in a session of its own, after some steps, when a worker of its loader hangs for good."""
+    program = run.with_suffix(".py")
+    program.write_text(HANGING)
+    settings = ("trainer.num_steps=999", "trainer.log_every=1", "trainer.checkpoint_every=0", "data.workers=2")
+    command = [sys.executable, *launcher, str(program), str(run) + ".hung", *train_arguments(prepared, run), *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not (run.with_suffix(".hung").exists() and len(read_metrics(run)) > 2):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in SIGNALS if n != signal.SIGINT)]
+)
+def test_a_command_with_a_hanging_worker(prepared, tmp_path, number):
+    """The whole process group gets the signal, as from a terminal or a scheduler."""
+    run = tmp_path / "run"
+    with hanging(prepared, run) as process:
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == NOT_FINISHED
+        with pytest.raises(ProcessLookupError):  # no worker is left
+            os.killpg(process.pid, 0)
+    step = json.loads((find_checkpoint(run) / "state.json").read_text())["step"]
+    assert step >= 2
+    assert said.splitlines()[-1] == f"{number.name}: step {step} of 999 is saved; the same command goes on"
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_processes_agree_where_to_end(prepared, tmp_path):
+    """The launcher hands its signal to both, while a worker of each hangs at another time."""
+    run = tmp_path / "run"
+    handled = "--signals-to-handle=" + ",".join(n.name for n in SIGNALS)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", handled)
+    with hanging(prepared, run, *launcher) as process:
+        process.send_signal(signal.SIGUSR1)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    step = json.loads((find_checkpoint(run) / "state.json").read_text())["step"]
+    assert f"SIGUSR1: step {step} of 999 is saved" in said
+    assert len(read_metrics(run)) >= step
+
+
+LEFT = """
+import torch
+from data.ahead import ahead
+
+def products():
+    x = torch.randn(600, 600)
+    while True:
+        for _ in range(20):
+            x = (x @ x).tanh()
+        yield x
+
+items = ahead(products)
+next(items)
+"""
+
+
+@pytest.mark.parametrize("more", ["", "raise SystemExit(3)"])
+def test_a_program_ends_well_while_an_item_is_taken_ahead(more):
+    """The thread is within an operator of torch then, where Python would end it with the whole process."""
+    program = [sys.executable, "-c", LEFT + more]
+    done = subprocess.run(
+        program, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (3 if "3" in more else 0, b"")
