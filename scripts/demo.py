@@ -1,8 +1,9 @@
 """The main job in one command: make demo, or python scripts/demo.py [output=DIR] [key=value ...]
 
 Makes a storyworld, prepares its films, trains a small model with Mixture of Contexts, samples a story, and checks what
-came out. Every stage is a command of this project, as a user would call it. Ends with status 1 where the film does not
-show the scripted places, or the model is no better than the best linear predictor.
+came out; where there is a GPU, the world and the model are larger (configs/demo.yaml). Every stage is a command of this
+project, as a user would call it. Ends with status 1 where the film does not show the scripted places, or the model is
+no better than the best linear predictor.
 """
 
 import json
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -28,45 +29,58 @@ from data.shots import build_detector
 from data.storyworld.judge import held_out_floors, judge_film
 from moc.errors import UserError, check_least
 from moc.training import read_metrics
+from moc.training.parallel import visible_gpus
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "configs/scripts/storyworld.yaml"
-# What a small model can learn in minutes: four places, four names with a look each, a camera that stands still.
-WORLD = [
-    "familiar=true",
-    "places=[meadow,volcano,reef,town]",
-    "names=[Mia,Gus,Kit,Bo]",
-    "cameras=[static]",
-    "frames_per_shot=[9]",
-]
 # Higher noise is not judged: one seed gave 0.66 of the line on one machine and 1.13 on another.
 JUDGED_SIGMA = 0.8
-# Fewer of the codec's channels, and detail scaled up less: else so small a model spends its minutes on detail. First
-# frames have no finer detail than the rest, which the model would learn last: it was their grain.
-CODEC = ["encoders.codec.channels=32", "encoders.codec.whitening=0.3", "encoders.codec.still_detail=false"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A world, and what a model learns of it: see configs/demo.yaml. world, prepare, sample: settings of these
+    commands. size: of frames, height and width. script: what to film, a path in the checkout. threads: for torch.
+    seconds: what each of the four stages took on the machine it was tuned on."""
+
+    scenes: int = 1
+    size: list[int] = field(default_factory=list)
+    world: list[str] = field(default_factory=list)
+    prepare: list[str] = field(default_factory=list)
+    experiment: str = ""
+    script: str = ""
+    sample: list[str] = field(default_factory=list)
+    threads: int = 1
+    seconds: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """output: the folder of all the demo makes. scenes: of the world. steps: of training. threads: for torch; one is
-    fastest for a model so small. workers: processes that render the world, 0 for one a core. seed: of the world, of
-    training and of the film."""
+    """output: the folder of all the demo makes. scale: small, large or auto, which is large where there is a GPU.
+    scenes: of the world; steps: of training; 0 takes the scale's. workers: processes that render the world, 0 for one a
+    core. seed: of the world, of training and of the film."""
 
     output: str = "outputs/demo"
-    scenes: int = 120
-    steps: int = 2000
-    threads: int = 1
+    scale: str = "auto"
+    scenes: int = 0
+    steps: int = 0
     workers: int = 0
     seed: int = 0
+    small: Scale = field(default_factory=Scale)
+    large: Scale = field(default_factory=Scale)
 
     def __post_init__(self) -> None:
-        check_least(self, "", 1, "scenes", "steps", "threads")
-        check_least(self, "", 0, "workers")
+        check_least(self, "", 0, "scenes", "steps", "workers")
+        if self.scale not in ("auto", "small", "large"):
+            raise UserError(f"scale={self.scale} is none; say auto, small or large")
+
+    def chosen(self) -> Scale:
+        large = self.scale == "large" or (self.scale == "auto" and bool(visible_gpus()))
+        return self.large if large else self.small
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of the demo, and the seconds it took on the two CPU cores it was tuned on."""
+    """A command of the demo, and the seconds it took on the machine it was tuned on."""
 
     title: str
     seconds: int
@@ -74,34 +88,30 @@ class Stage:
 
 
 def plan(config: DemoConfig) -> list[Stage]:
-    out = Path(config.output).resolve()
-    world = [
-        "scripts/make_storyworld.py",
-        f"output={out}/world",
-        f"scenes={config.scenes}",
-        f"workers={config.workers}",
-        f"seed={config.seed}",
-        *WORLD,
-    ]
-    prepare = ["scripts/prepare_data.py", f"input={out}/world", f"output={out}/prepared", "size=[64,96]", *CODEC]
-    train = ["train.py", "experiment=storyworld", f"data.path={out}/prepared", f"output={out}", "name=run"]
-    train += [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
-    sample = ["sample.py", f"checkpoint={out}/run", f"script={SCRIPT}", f"out={out}/film"]
-    settings = ["sampler=staggered", "sampler.steps=24", "sampler.guidance_scale=3", f"sampler.seed={config.seed}"]
-    return [
-        Stage("make a storyworld", 25, world),
-        Stage("prepare its films", 15, prepare),
-        Stage("train with Mixture of Contexts", 345, train),
-        Stage("sample a story", 15, [*sample, *settings]),
-    ]
+    scale, out = config.chosen(), Path(config.output).resolve()
+    size = f"size=[{scale.size[0]},{scale.size[1]}]"
+    steps = [f"trainer.num_steps={config.steps}"] if config.steps else []
+    world = [f"output={out}/world", f"scenes={config.scenes or scale.scenes}", f"workers={config.workers}", size]
+    prepare = [f"input={out}/world", f"output={out}/prepared", size]
+    train = [f"experiment={scale.experiment}", f"data.path={out}/prepared", f"output={out}", "name=run", *steps]
+    sample = [f"checkpoint={out}/run", f"script={ROOT / scale.script}", f"out={out}/film"]
+    seed = f"seed={config.seed}"
+    stages = {
+        "make a storyworld": ["scripts/make_storyworld.py", *world, seed, *scale.world],
+        "prepare its films": ["scripts/prepare_data.py", *prepare, *scale.prepare],
+        "train with Mixture of Contexts": ["train.py", *train, seed],
+        "sample a story": ["sample.py", *sample, f"sampler.{seed}", *scale.sample],
+    }
+    return [Stage(title, s, words) for (title, words), s in zip(stages.items(), scale.seconds, strict=True)]
 
 
 @command("demo", DemoConfig)
 def main(config: DemoConfig) -> None:
     if Path(config.output).exists():
         raise FileExistsError(f"output={config.output} exists; remove it (make clean) or choose another output=DIR")
-    seconds = run(plan(config), config.threads)
-    if not report(Path(config.output), seconds):
+    scale = config.chosen()
+    seconds = run(plan(config), scale.threads)
+    if not report(Path(config.output), ROOT / scale.script, seconds):
         sys.exit(1)
 
 
@@ -121,9 +131,9 @@ def run(stages: list[Stage], threads: int) -> dict[str, float]:
     return taken
 
 
-def report(out: Path, seconds: dict[str, float]) -> bool:
+def report(out: Path, script: Path, seconds: dict[str, float]) -> bool:
     """Prints what came out; True where it passed."""
-    verdict = judge_film(out / "film", load_script(SCRIPT), build_detector("transnetv2"))
+    verdict = judge_film(out / "film", load_script(script), build_detector("transnetv2"))
     rows = [row for row in read_metrics(out / "run") if "routing/sparsity" in row]
     levels = [key for key in rows[0] if key.startswith("validation/loss_")]
     sigmas = [float(level.removeprefix("validation/loss_")) for level in levels]

@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from data.decoders import open_video
+from data.script import load_script
+from data.storyworld import place_of_caption
+from moc.errors import UserError
+from models import build_model
 from scripts import demo
 from tests.pipeline import ROOT, TINY_MODEL, assert_one_message, command, prepare, refusal, train, train_arguments
+from tests.test_configs import parsed
 
 SCRIPTS = ["train.py", "sample.py"]
 SCRIPTS += sorted(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())
@@ -138,6 +144,50 @@ def test_the_demo_s_verdict_is_of_the_levels_that_tell():
     ratio = demo.ratio_to_line(sigmas, [0.19, 0.152, 0.095, 0.5], linear)
     assert ratio == pytest.approx(0.95)
     assert demo.ratio_to_line(sigmas, [0.22, 0.176, 0.11, 0.01], linear) == pytest.approx(1.1)
+
+
+def test_the_demo_is_larger_where_there_is_a_gpu(monkeypatch):
+    config = parsed("demo", "output=o")
+    for gpus, scale in (([], config.small), (["cuda:0"], config.large)):
+        monkeypatch.setattr(demo, "visible_gpus", lambda gpus=gpus: gpus)
+        assert config.chosen() == scale
+        assert parsed("demo", "output=o", "scale=small").chosen() == config.small
+    with pytest.raises(UserError, match="scale=huge"):
+        parsed("demo", "scale=huge")
+
+
+@pytest.mark.parametrize("scale", [pytest.param("small", marks=pytest.mark.slow), "large"])
+def test_the_demo_s_stages_fit_each_other(scale, tmp_path):
+    """All four with their own sizes of frames, shots and codec, a tiny model and one step. A film as long as the
+    script's comes out, of the size of the world's."""
+    config = parsed("demo", f"output={tmp_path}", f"scale={scale}", "scenes=2", "steps=1", "workers=1")
+    extra = [
+        [],
+        ["device=cpu"],
+        [*TINY_MODEL, "parallel=cpu", "data.batch_tokens=3000", "data.validation=1", "data.workers=0"],
+        ["device=cpu", "sampler.steps=1"],
+    ]
+    for stage, arguments in zip(demo.plan(config), extra, strict=True):
+        command(stage.arguments[0], *stage.arguments[1:], *arguments)
+    script = load_script(ROOT / config.chosen().script)
+    film = open_video(tmp_path / "film/video.mp4")
+    frames = json.loads((tmp_path / "world/truth.jsonl").read_text().splitlines()[0])["shots"][0]["end"]
+    assert script.size == tuple(config.chosen().size) == (film.height, film.width)
+    assert film.num_frames == frames * len(script.shots)
+    settings = " ".join(config.chosen().world)
+    assert all(place_of_caption(shot.prompt) in settings for shot in script.shots)
+
+
+def test_the_large_demo_s_training_is_of_its_world():
+    """A chunk is one latent frame of its films, and a step holds ten scenes at least."""
+    config = parsed("demo", "output=o")
+    train = parsed("train", "experiment=storyworld_large")
+    frame = config.large.size[0] * config.large.size[1] // 16**2
+    assert train.moc.chunk_tokens == frame
+    assert train.data.batch_tokens >= 10 * 6 * 4 * frame
+    assert train.parallel.device == "auto"
+    model = build_model(train.model, latent_channels=32, text_dim=128)
+    assert 10e6 < sum(p.numel() for p in model.parameters()) < 50e6
 
 
 def test_the_demo_ends_with_the_stage_that_failed(capfd):

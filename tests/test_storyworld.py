@@ -19,7 +19,7 @@ from data.storyworld.render import Renderer
 from data.storyworld.story import Scene, place_of_caption, plan_scene, view_at, vocabulary, words_of
 
 SIZE = (64, 96)
-SCRIPT = Path(__file__).parents[1] / "configs/scripts/storyworld.yaml"
+SCRIPTS = sorted((Path(__file__).parents[1] / "configs/scripts").glob("storyworld*.yaml"))
 
 
 def settings(**changes) -> StoryworldConfig:
@@ -234,8 +234,9 @@ def test_caption_without_one_place_is_refused(prompt):
         place_of_caption(prompt)
 
 
-def test_prompt_script_speaks_the_worlds_language():
-    script = load_script(SCRIPT)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_prompt_script_speaks_the_worlds_language(path):
+    script = load_script(path)
     words = set(vocabulary())
     assert len(script.shots) >= 4
     assert set(words_of(script.global_caption)) <= words

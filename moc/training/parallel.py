@@ -133,15 +133,19 @@ def join_processes(cpu: bool = False) -> PartialState:
     return PartialState(cpu=cpu or not torch.cuda.is_available())
 
 
+def visible_gpus() -> list[str]:
+    """The devices that `device=auto` takes before the CPU: "cuda:0" and so on."""
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
 def _find_device(name: str, state: Any) -> torch.device:
     """The device that a setting names, for this process."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and not count):
+    here = visible_gpus()
+    if name == "cpu" or (name == "auto" and not here):
         return torch.device("cpu")
     if name not in ("auto", "cuda") and state.num_processes > 1:
         raise UserError(f"device={name} is one for {state.num_processes} processes; say auto, which gives each its own")
     found = f"cuda:{state.local_process_index}" if name in ("auto", "cuda") else name
-    here = [f"cuda:{index}" for index in range(count)]
     if found not in here:
         names = ", ".join(["auto", "cpu", *here])
         raise UserError(f"device={name} is none that torch {torch.__version__} finds here; say one of {names}")
