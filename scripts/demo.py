@@ -110,6 +110,8 @@ def main(config: DemoConfig) -> None:
     if Path(config.output).exists():
         raise FileExistsError(f"output={config.output} exists; remove it (make clean) or choose another output=DIR")
     scale = config.chosen()
+    found = ", ".join(visible_gpus()) or "no GPU"
+    print(f"{found} found, scale={config.scale}: films of {scale.size[0]}x{scale.size[1]}, {scale.experiment}")
     seconds = run(plan(config), scale.threads)
     if not report(Path(config.output), ROOT / scale.script, seconds):
         sys.exit(1)
