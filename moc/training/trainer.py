@@ -24,6 +24,7 @@ from moc.diffusion.flow import Flow
 from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
+from moc.training import memory
 from moc.training.clock import Clock
 from moc.training.ema import EMA
 from moc.training.interruption import Interruption
@@ -144,8 +145,9 @@ class Trainer:
         gc.freeze()  # a full collection over torch's own objects would stall a step by tens of milliseconds
         while self.step < self.config.num_steps:
             batches = clock.wait(lambda: self._interruption.wait(lambda: next(source)))
-            if self._interrupted() or not self._train_step(batches or []):
-                return False
+            with memory.enough_for(f"step {self.step + 1}", batches or [], memory.STEP):
+                if self._interrupted() or not self._train_step(batches or []):
+                    return False
             self._data_state = steps.state()
             bar.update()
             last = self.step == self.config.num_steps
@@ -275,7 +277,8 @@ class Trainer:
         """Held-out loss of the averaged weights, each process taking its share of the scenes; whether it was finished,
         rather than interrupted."""
         moc = self.schedule.at(self.step, self.moc)
-        sums = validator.losses(self.ema.model, moc, self.parallel, lambda: bool(self._interruption.signal))
+        with memory.enough_for("validation", validator.batches, memory.VALIDATION):
+            sums = validator.losses(self.ema.model, moc, self.parallel, lambda: bool(self._interruption.signal))
         if self._interrupted():
             return False
         sums = self.parallel.sum(sums)
