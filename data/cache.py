@@ -245,8 +245,10 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
-def finish(folder: Path, recipe: dict, keys: list[str]) -> int:
+def finish(folder: Path, recipe: dict, keys: list[str], films: dict[str, str] | None = None) -> int:
     """Merge the shards' records into the index, the scenes of `keys` in that order; returns their number.
+
+    films: where the videos lie of scenes without latents (data/online.py).
 
     Scenes of the shards that are not asked for stay out of the index. Raises DataError (no-usable-samples).
     """
@@ -268,7 +270,7 @@ def finish(folder: Path, recipe: dict, keys: list[str]) -> int:
         "shards": [{"file": part["file"], "bytes": part["bytes"]} for part in parts],
         "text": text,
         "scenes": chosen,
-    }
+    } | ({"films": films} if films else {})
     write_whole(folder / INDEX, json.dumps(index).encode())
     write_whole(folder / COMPLETE, f"{len(chosen)} scenes\n".encode())
     return len(chosen)

@@ -14,10 +14,12 @@ from data.bucketing import read_shots
 from data.cache import digest
 from data.errors import DataError
 from data.interfaces import Codec
+from data.manifest import resolve
 from data.planning import SamplePlan
 from data.records import parse_record, read_record, write_record
 from data.store import FileStore
 from data.video import VideoIndex
+from moc.files import inside
 
 LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
 
@@ -29,9 +31,18 @@ def latent_shapes(plan: SamplePlan, codec: Codec) -> list[list[int]]:
     return [[codec.latent_channels, length, height, width] for length in lengths]
 
 
+def name_films(root: Path, cache: Path) -> dict[str, str]:
+    """Where the videos lie, for the index: their folder, and where that is beside, around or in the prepared one also
+    its name from there, by which it is found when both have moved together."""
+    root, around = root.resolve(), _around(cache)
+    beside = {"beside": root.relative_to(around).as_posix()} if root.is_relative_to(around) else {}
+    return {"absolute": str(root)} | beside
+
+
 def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> dict:
     """What `encode_frames` needs, for the index; leaves the video's own index in the cache folder."""
-    frames = {"file": str((root / plan.scene.path).resolve()), "decoder": decoder, "size": plan.size}
+    size = (root / plan.scene.path).stat().st_size
+    frames = {"file": plan.scene.path, "bytes": size, "decoder": decoder, "size": plan.size}
     if plan.index is None:
         return frames
     index = asdict(plan.index)
@@ -41,18 +52,19 @@ def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> 
     return frames | {"video_index": name, "indices": plan.indices}
 
 
-def encode_frames(frames: dict, store: FileStore, codec: Codec, dtype: torch.dtype) -> list[Tensor]:
+def encode_frames(
+    frames: dict, films: dict[str, str], store: FileStore, codec: Codec, dtype: torch.dtype
+) -> list[Tensor]:
     """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: no-latents (a cache at a
-    URL, which may not name files of this machine), missing-file, damaged-record, and those of reading."""
+    URL, which may not name files of this machine), missing-file, outside-root, changed-file, damaged-record, and those
+    of reading."""
     if store.is_remote:
         raise DataError(
             "no-latents",
             store.url,
             "stores no latents, and where it says its videos lie is not for a URL to say; copy it to where they are",
         )
-    path, index = Path(frames["file"]), None
-    if not path.is_file():
-        raise DataError("missing-file", path, "no such file, but the cache names it; prepare again where it lies now")
+    path, index = _find_video(frames, films, store), None
     if "video_index" in frames:
         fields = parse_record(store.read_bytes(frames["video_index"]))
         if fields is None:
@@ -61,3 +73,22 @@ def encode_frames(frames: dict, store: FileStore, codec: Codec, dtype: torch.dty
         index = VideoIndex(**fields | {key: fields[key] and tuple(fields[key]) for key in ("times", "pts")})
     shots = read_shots(path, frames["decoder"], index, frames.get("indices", ()), frames["size"])
     return [latent.to(dtype) for latent in map(codec.shot_encoder(), shots)]
+
+
+def _find_video(frames: dict, films: dict[str, str], store: FileStore) -> Path:
+    remedy = "run scripts/prepare_data.py again with the films where they lie now"
+    folder = Path(films["absolute"])
+    if "beside" in films and (beside := inside(_around(store.local(".")), films["beside"])).is_dir():
+        folder = beside
+    path = folder / frames["file"]
+    if not path.is_file():
+        raise DataError("missing-file", path, f"no such file, but the cache names it; {remedy}")
+    path = resolve(folder, frames["file"], store.url)
+    if path.stat().st_size != frames["bytes"]:
+        raise DataError("changed-file", path, f"has not the {frames['bytes']} bytes that were prepared; {remedy}")
+    return path
+
+
+def _around(cache: Path) -> Path:
+    """The folder that PREPARED lies in, of PREPARED/cache/DIGEST."""
+    return (cache / "../../..").resolve()

@@ -25,6 +25,7 @@ from data.encode import SampleEncoder
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.manifest import write_manifest
+from data.online import name_films
 from data.planning import SamplePlan, ShotRule, doubts, plan_scene
 from data.process import Process, held
 from data.records import read_record, write_record
@@ -124,7 +125,8 @@ class _Run:
             self._report(plans)
             if save_encoders:
                 save_encoders(self.cache / "encoders")
-            finish(self.cache, self.recipe, [plan.key for plan in plans])
+            films = name_films(self.found.root, self.cache) if self.config.online else None
+            finish(self.cache, self.recipe, [plan.key for plan in plans], films)
         self.process.wait()
         return Prepared(self.cache, manifest, self.report)
 

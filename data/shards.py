@@ -54,6 +54,7 @@ class Cache:
         self.recipe: dict = index["recipe"]
         self.text: dict[str, dict] = index["text"]
         self.scenes: list[CachedScene] = index["scenes"]
+        self.films: dict[str, str] = index["films"]
         self._shards: list[str] = [shard["file"] for shard in index["shards"]]
         self._open: dict[int, Any] = {}
         for shard in index["shards"]:
@@ -62,7 +63,8 @@ class Cache:
     def latents(self, scene: CachedScene) -> list[Tensor]:
         """[C, T, H, W] of each shot, as stored, or as they would be. Raises DataError: damaged-shard, no-codec."""
         if scene.frames:
-            return encode_frames(scene.frames, self.store, self._codec_now(), getattr(torch, self.recipe["dtype"]))
+            dtype = getattr(torch, self.recipe["dtype"])
+            return encode_frames(scene.frames, self.films, self.store, self._codec_now(), dtype)
         return [self._read(scene.shard, f"{scene.key}/{i}", crc32) for i, crc32 in enumerate(scene.latent_checksums)]
 
     def text_features(self, key: str) -> Tensor:
@@ -140,9 +142,17 @@ def _read_index(store: FileStore) -> dict:
         index["shards"] = [{"file": str(shard["file"]), "bytes": int(shard["bytes"])} for shard in index["shards"]]
         index["text"] = {key: {name: entry[name] for name in _TEXT_FIELDS} for key, entry in index["text"].items()}
         index["scenes"] = [_scene(entry) for entry in index["scenes"]]
+        index["films"] = dict(index.get("films", {}))
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         reason = f"is not what prepare_data writes ({_reason(error)})"
         raise DataError("damaged-index", where, f"{reason}; {REMEDY}") from error
+    frames = [scene.frames for scene in index["scenes"] if scene.frames]
+    if frames and ("absolute" not in index["films"] or any("bytes" not in entry for entry in frames)):
+        raise DataError(
+            "other-format",
+            where,
+            f"is of an older version, which named videos otherwise; delete it and {REMEDY}",
+        )
     lost = _unstored(index)
     if lost:
         raise DataError("damaged-index", where, f"does not say where {lost[0]!r} is stored; {REMEDY}")

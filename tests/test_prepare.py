@@ -1,22 +1,18 @@
 """Preparing: exact latents, captions, shots and report, and data that loads."""
 
 import json
-from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import moc
 from data.dataset import DataConfig, open_dataset
-from data.errors import DataError
 from data.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest
 from data.shards import open_cache
 from data.video import write_video
-from tests.encoders import PoolCodec, numbers_in
+from tests.encoders import numbers_in
 from tests.preparing import film_folder, run, scene, scenes
 
 
@@ -94,40 +90,6 @@ def test_detected_shots_of_a_folder(tmp_path):
     spans = [(shot.start, shot.end, shot.cut) for shot in line.shots]
     assert spans == [(0, 25, True), (25, 30, False), (30, 51, True)]
     assert set(prepared.report.speed()) == {"decode", "shot detection", "encode"}
-
-
-def test_online_latents_equal_stored_ones(folder):
-    Image.fromarray(np.full((64, 160, 3), 90, np.uint8)).save(folder / "still.png")
-    still = SceneRecord(id="still", image="still.png", caption="grey")
-    scenes(folder, scene("a", (3, 20), (20, 29)), scene("b", (31, 56)), still)
-    stored = open_cache(run(folder).cache)
-    codec = PoolCodec()
-    online = open_cache(run(folder, codec, online=True).cache, load_codec=lambda encoders: PoolCodec())
-    assert codec.encoded == []
-    assert sum(path.stat().st_size for path in Path(online.store.url).glob("*.safetensors")) < 10_000
-    for now, then in zip(online.scenes, stored.scenes, strict=True):
-        assert now.latent_shapes == then.latent_shapes
-        assert all(torch.equal(a, b) for a, b in zip(online.latents(now), stored.latents(then), strict=True))
-    data = DataConfig(path=str(online.store.url), batch_tokens=900, workers=1)
-    loader = build_loader(data, moc.StreamSpec(), 64, load_codec=lambda encoders: PoolCodec())
-    assert next(iter(loader))[0].latents[0].dtype == torch.float16
-    with pytest.raises(DataError, match="stores no latents"):
-        open_cache(online.store.url).latents(online.scenes[0])
-    (folder / "film.mkv").unlink()
-    with pytest.raises(DataError, match="no such file"):
-        online.latents(online.scenes[0])
-
-
-def test_a_remote_cache_names_no_file_of_this_machine(folder):
-    """One without latents names its videos by path, which an index from elsewhere is not to choose here."""
-    scenes(folder, scene("a", (3, 20)))
-    made = run(folder, online=True).cache
-    fs = fsspec.filesystem("memory")
-    fs.put(str(made), "/online/cache", recursive=True)
-    cache = open_cache("memory://online/cache", str(folder / "copies"), load_codec=lambda encoders: PoolCodec())
-    cache.encoders_folder.mkdir(parents=True)
-    with pytest.raises(DataError, match=r"memory://online/cache: stores no latents, .*copy it"):
-        cache.latents(cache.scenes[0])
 
 
 def test_report_shows_every_shot(folder):
