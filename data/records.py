@@ -1,12 +1,16 @@
 """Small files that a run of preparing leaves for the next: written whole, and made anew if they are not as written."""
 
 import json
+import logging
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
 from moc import files
+
+logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, payload: bytes) -> None:
@@ -26,11 +30,16 @@ def write_record(path: Path, content: Any) -> None:
 
 
 def read_record(path: Path) -> Any:
-    """The content of a record; None where there is none, or one that is empty, cut short or altered."""
+    """The content of a record; None where there is none, or, which is said once for each folder, one that is empty, cut
+    short, altered or of an older version."""
     try:
-        return parse_record(path.read_bytes())
+        payload = path.read_bytes()
     except FileNotFoundError:
         return None
+    content = parse_record(payload)
+    if content is None:
+        _tell(path.parent, _is_old(payload))
+    return content
 
 
 def parse_record(payload: bytes) -> Any:
@@ -41,6 +50,20 @@ def parse_record(payload: bytes) -> Any:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return fields["content"] if whole else None
+
+
+def _is_old(payload: bytes) -> bool:
+    try:
+        fields = json.loads(payload)
+    except (ValueError, RecursionError):
+        return False
+    return not (isinstance(fields, dict) and fields.keys() & {"crc32", "content"})
+
+
+@cache
+def _tell(folder: Path, are_old: bool) -> None:
+    what = "were made by an older version, without checksums" if are_old else "are not as they were written"
+    logger.warning("%s: records %s; what they tell of is made again", folder, what)
 
 
 def _checksum(text: str) -> int:

@@ -153,6 +153,8 @@ def _read_index(store: FileStore) -> dict:
             where,
             f"is of an older version, which named videos otherwise; delete it and {REMEDY}",
         )
+    if any(not scene.frames and len(scene.latent_checksums) < scene.num_shots for scene in index["scenes"]):
+        raise DataError("damaged-index", where, f"lacks checksums of latents; delete the cache and {REMEDY}")
     lost = _unstored(index)
     if lost:
         raise DataError("damaged-index", where, f"does not say where {lost[0]!r} is stored; {REMEDY}")

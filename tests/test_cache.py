@@ -193,6 +193,7 @@ def read_all(folder: Path) -> None:
         ("unfinished-cache", lambda path: path.with_name(COMPLETE).unlink()),
         ("damaged-index", lambda path: path.with_name("index.json").write_text("{")),
         ("other-format", lambda path: path.with_name("index.json").write_text('{"format": 99}')),
+        ("damaged-index", lambda path: _without_checksums(path.with_name("index.json"))),
     ],
 )
 def test_damage_is_named(tmp_path, kind, harm):
@@ -268,3 +269,10 @@ def test_an_open_cache_travels_to_workers(tmp_path):
     cache.latents(cache.scenes[0])
     copy = pickle.loads(pickle.dumps(cache))
     assert copy.latents(copy.scenes[0])[0].unique() == 4
+
+
+def _without_checksums(path):
+    index = json.loads(path.read_text())
+    for shot in index["scenes"][0]["shots"]:
+        del shot["crc32"]
+    path.write_text(json.dumps(index))

@@ -13,7 +13,7 @@ from data.dataset import DataConfig, open_dataset
 from data.errors import DataError
 from data.process import Process
 from data.shards import open_cache
-from tests.caches import RECORD_FAULTS
+from tests.caches import RECORD_FAULTS, replace_all
 from tests.encoders import PoolCodec, numbers_in
 from tests.preparing import film_folder, run, scene, scenes
 
@@ -170,14 +170,17 @@ def test_damaged_and_missing_shards_are_made_again(folder):
 
 @pytest.mark.parametrize("harm", RECORD_FAULTS)
 @pytest.mark.parametrize("records", ["scans/*.json", "cache/*/shard-*.json"])
-def test_records_that_are_not_as_written_are_made_again(folder, records, harm):
+def test_records_that_are_not_as_written_are_made_again(folder, records, harm, caplog):
     scenes(folder, scene("a", (0, 9)), scene("b", (20, 29)))
     cache = run(folder).cache
     (record,) = (folder / "out").glob(records)
     harm(record)
     codec = PoolCodec()
+    caplog.clear()
     report = run(folder, codec).report
     of_shard = record.parent == cache
+    what = "were made by an older version, without checksums" if harm is replace_all else "are not as they were written"
+    assert caplog.messages.count(f"{record.parent}: records {what}; what they tell of is made again") == 1
     assert codec.encoded == ([0, 20] if of_shard else [])
     assert [(p["kind"], p["where"]) for p in report.problems] == ([("damaged-record", str(record))] if of_shard else [])
     assert [numbers_in(open_cache(cache).latents(s)[0]) for s in open_cache(cache).scenes] == [[0, 4, 8], [20, 24, 28]]
