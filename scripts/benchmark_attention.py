@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import moc
 from moc.cost import attention_cost
-from moc.kernels import anchors, dense, triton_index, triton_routed
+from moc.kernels import anchors, dense, sizes, triton_index
 from scripts.benchmark_report import write_plot, write_tables
 from scripts.measuring import header, median_ms
 
@@ -208,7 +208,7 @@ def stages(case: Case) -> list[dict]:
             times[stage] += event.device_time_total / 1000
     q, k, v = (x.detach() for x in qkv)
     routes = moc.route(q, k, layout, config)
-    tile = triton_routed.blocks_for(q, layout.chunk_tokens).tile
+    tile = sizes.blocks_for(q, layout.chunk_tokens).tile
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
     kernel, plan = dense.choose(q, config.dense_kernel), anchors.anchor_plan(layout, config)
     out, lse = anchors.forward(kernel, q, k, v, plan)

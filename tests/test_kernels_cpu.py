@@ -13,6 +13,7 @@ from hypothesis import given
 import moc
 from moc import attention, reference, routing
 from moc.kernels import anchors, dense, masked, torch_parts
+from moc.kernels import packed as packed_kernels
 from moc.kernels.packed import Packed
 from moc.kernels.packed import attend as packed_attend
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
@@ -143,6 +144,37 @@ def test_runs_share_keys_and_leave_some_unread():
     mine, theirs = (torch.autograd.grad(x, (q, k, v), direction) for x in (out, expected))
     torch.testing.assert_close(mine, theirs)
     assert (mine[1][5] == 0).all()
+
+
+@pytest.mark.parametrize("heads_at_a_time", [1, 2, 3, 5])
+def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch):
+    """FlashAttention-2, here stood in for by a dense kernel a run, gets few heads at a time, and all of them once."""
+    lengths, keys = [2, 1, 3], [torch.tensor(x) for x in ([0, 1, 5], [2], [0, 3, 4, 5])]
+    packed = Packed.build(lengths, keys, 6, torch.device("cpu"))
+    q, k, v, dout = torch.randn(4, 6, 5, 16)
+    kernel, numbers = dense.choose(q), []
+
+    def forward(q, k, v, *_):
+        numbers.append(k.numel())
+        parts = [kernel.forward(q[a], k[b], v[b]) for a, b in packed.runs()]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+    def backward(dout, q, k, v, out, lse, *_):
+        grads = [kernel.backward(dout[a], q[a], k[b], v[b], out[a], lse[:, a]) for a, b in packed.runs()]
+        return tuple(torch.cat(parts) for parts in zip(*grads, strict=True))
+
+    out, lse = packed_kernels.forward(kernel, q, k, v, packed)
+    expected = out, lse, *packed_kernels.backward(kernel, dout, q, k, v, out, lse, packed)
+    monkeypatch.setattr(packed_kernels, "MAX_NUMBERS", heads_at_a_time * 8 * 16)  # 8 gathered rows
+    monkeypatch.setattr(dense, "has_fa2", lambda q: True)
+    monkeypatch.setattr(dense, "fa2_varlen_forward", forward)
+    monkeypatch.setattr(dense, "fa2_varlen_backward", backward)
+    out, lse = packed_kernels.forward(kernel, q, k, v, packed)
+    found = out, lse, *packed_kernels.backward(kernel, dout, q, k, v, out, lse, packed)
+    assert len(numbers) == -(-5 // heads_at_a_time)
+    assert max(numbers) <= packed_kernels.MAX_NUMBERS
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_plan_is_made_once_a_stream():

@@ -116,8 +116,9 @@ def test_every_head_dim(head_dim):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_every_dtype(dtype):
-    check(moc.MoCConfig(top_k=3, causal=False), dtype=dtype, head_dim=64)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_dtype(dtype, head_dim):
+    check(moc.MoCConfig(top_k=3, causal=False), dtype=dtype, head_dim=head_dim)
 
 
 @pytest.mark.parametrize(("causal", "own", "text"), OPTIONS)

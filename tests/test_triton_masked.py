@@ -15,7 +15,7 @@ def assert_equal_to_reference(layout, config, routes, seed=0, head_dim=16):
 
     q, k, v = attention_tensors(layout, seed, dtype=torch.float32, head_dim=head_dim, requires_grad=True)
     direction = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
-    out = triton_masked.attend(q, k, v, routes.int(), triton_masked.masked_plan(layout, config))
+    out = triton_masked.attend(q, k, v, routes.int(), triton_masked.masked_plan(q, layout, config))
     expected = reference.attend(q, k, v, routes, layout, config)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     mine, theirs = (torch.autograd.grad(x, (q, k, v), direction) for x in (out, expected))
@@ -29,9 +29,9 @@ def test_masked_equals_the_reference(stream, config, seed):
     from moc.kernels import triton_masked
 
     layout = stream.layout()
-    if config.dense or triton_masked.masked_plan(layout, config) is None:
-        return
     q, k, _ = attention_tensors(layout, seed, dtype=torch.float32, head_dim=16)
+    if config.dense or triton_masked.masked_plan(q, layout, config) is None:
+        return
     assert_equal_to_reference(layout, config, moc.route(q, k, layout, config), seed)
 
 
@@ -70,10 +70,22 @@ def test_short_samples_are_masked_and_long_ones_listed(monkeypatch):
     config = moc.MoCConfig(top_k=1, chunk_tokens=4096)
     for shots, is_short in (([(1, 8, 8)] * 3, True), ([(1, 40, 30)] * 2, False)):
         layout = moc.ShotLayout.build([moc.Shot(1, grid) for grid in shots], 2, chunk_tokens=4096)
-        assert (triton_masked.masked_plan(layout, config) is not None) == is_short
         q = torch.randn(layout.num_tokens, 1, 16)
+        assert (triton_masked.masked_plan(q, layout, config) is not None) == is_short
         moc.moc_attention(q, q, q, layout, config, backend="triton")
         assert chosen == ([layout.num_tokens] if is_short else [])
         chosen.clear()
     many = moc.ShotLayout.build([moc.Shot(0, (70, 1, 1))], 0, chunk_tokens=1)
-    assert triton_masked.masked_plan(many, config) is None
+    assert triton_masked.masked_plan(q, many, config) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
+def test_masked_on_a_gpu(head_dim, dtype):
+    """Errors against those of torch's attention, as in test_kernels_gpu."""
+    from tests.test_kernels_gpu import check, stream
+
+    layout = stream()
+    assert len(layout.chunks) <= 64
+    check(moc.MoCConfig(top_k=3), layout, dtype=dtype, head_dim=head_dim)

@@ -1,27 +1,38 @@
 """What the Triton kernels are compiled for, and to, on a machine without a GPU.
 
-The launchers run as they do on a GPU of a given compute capability, on small CPU tensors; each launch is written down
-instead of done. Its *variant* is what Triton would compile it for: types, constants, alignments, block sizes.
+The launchers run as they do on a GPU of a given compute capability, but on small CPU tensors, and each launch is
+written down instead of done. Its *variant* is what Triton compiles a kernel for: types, constants, alignments, options.
+
+Compiling needs Triton as it is, not its interpreter (TRITON_INTERPRET=0), and the assembler that its package brings.
 """
 
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, make_backend
 from triton.runtime import jit
 
-from moc.kernels import triton_routed, triton_shortlist
+from moc.kernels import sizes, triton_routed, triton_shortlist
 
 Capability = tuple[int, int]
+# Shared memory that one program may have, in bytes, by compute capability.
+SHARED_MEMORY = {
+    (8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10,
+    (12, 0): 99 << 10,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and its arguments as Triton sees them: `specialization` holds the type and the attributes of each."""
+    """A kernel and its arguments; specialization: the type and the attributes of each, as Triton sees them."""
 
     kernel: Any
     capability: Capability
@@ -36,14 +47,23 @@ class Launch:
     @property
     def variant(self) -> str:
         """The key under which Triton keeps what it has compiled for this launch."""
-        constants = [self.arguments[name] for name, kind in self._kinds() if kind == "constexpr"]
+        kinds = zip(self.arguments, self.specialization, strict=True)
+        constants = [self.arguments[name] for name, kind in kinds if kind[0] == "constexpr"]
         return f"{self.name} {self.specialization} {constants} {sorted(self.options.items())}"
 
-    def _kinds(self) -> Iterator[tuple[str, str]]:
-        return ((name, spec[0]) for name, spec in zip(self.arguments, self.specialization, strict=True))
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel takes on a GPU. spilled: bytes of a thread's registers that went to memory; shared: bytes."""
+
+    name: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
 
 
-def target(capability: Capability) -> GPUTarget:
+def _target(capability: Capability) -> GPUTarget:
     return GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
 
 
@@ -54,7 +74,7 @@ def recorded(capability: Capability) -> Iterator[list[Launch]]:
     What kernels should have written stays as it was allocated.
     """
     launches: list[Launch] = []
-    backend = make_backend(target(capability))
+    backend = make_backend(_target(capability))
 
     def get_launcher(kernel, grid):
         settings = getattr(kernel, "kwargs", {})  # an interpreted kernel keeps those of its decorator here
@@ -64,6 +84,30 @@ def recorded(capability: Capability) -> Iterator[list[Launch]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(jit.KernelInterface, "__getitem__", get_launcher))
-        for module in (triton_routed, triton_shortlist):
+        for module in (sizes, triton_routed, triton_shortlist):
             stack.enter_context(patch.object(module, "capability", lambda device: capability))
         yield launches
+
+
+def compiled(launch: Launch) -> Compiled:
+    """Compiles the kernel of a launch for its GPU; raises what Triton and the assembler raise."""
+    backend = make_backend(_target(launch.capability))
+    bound = (backend, launch.options, launch.arguments, launch.specialization, launch.options)
+    options, signature, constants, attributes = launch.kernel._pack_args(*bound)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    kernel = triton.compile(source, target=backend.target, options=options.__dict__)
+    registers, spilled = _usage(kernel.asm["cubin"])
+    return Compiled(launch.name, kernel.metadata.num_warps, registers, spilled, kernel.metadata.shared)
+
+
+def _usage(binary: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack: the kernels have no arrays of their own, so these are spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if numbers is None:
+        raise RuntimeError(f"cuobjdump tells no registers: {text}")
+    return int(numbers[1]), int(numbers[2])

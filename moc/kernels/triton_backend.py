@@ -17,8 +17,9 @@ from moc.config import MoCConfig
 from moc.kernels import anchors, dense, triton_masked
 from moc.kernels.anchors import AnchorCall, AnchorPlan
 from moc.kernels.packed import Packed
+from moc.kernels.sizes import blocks_for
 from moc.kernels.triton_index import Lists, build_lists, max_tiles
-from moc.kernels.triton_routed import blocks_for, routed_backward, routed_forward
+from moc.kernels.triton_routed import routed_backward, routed_forward
 from moc.kernels.triton_routing import route
 from moc.layout import ShotLayout
 
@@ -43,7 +44,7 @@ def attend(
     Head dims up to 128, fp32, fp16 and bf16. Has no second derivative.
     """
     if routes is not None and routes.shape[-1] and not (config.dense or first_query or torch.compiler.is_compiling()):
-        plan = triton_masked.masked_plan(layout, config)
+        plan = triton_masked.masked_plan(q, layout, config)
         if plan is not None:
             return triton_masked.attend(q, k, v, routes.int(), plan)
     if routes is not None and not config.dense:

@@ -53,5 +53,5 @@ def chunk_scores(
     for term in tl.static_range(TERMS):
         table = means + (TERMS - 1 - term) * num_heads * num_chunks * DP
         mean = tl.load(table + rows, mask=(chunk < num_chunks)[:, None], other=0.0)
-        scores = tl.dot(queries, mean.T, scores, input_precision="ieee")
+        scores = tl.dot(queries, mean.T, scores, input_precision="tf32x3")
     return scores

@@ -73,7 +73,7 @@ def _forward_blocks(
     """Online softmax of q over keys [first, last); `peak` is the largest score, not yet scaled."""
     for start in range(first, last, BN):
         keys = load_keys(k, head, start, last, stride, D, DP, BN, TMA)
-        scores = tl.dot(q, keys.T, input_precision="ieee")
+        scores = tl.dot(q, keys.T, input_precision="tf32x3")
         if MASKED:
             scores = tl.where((start + tl.arange(0, BN) < last)[None, :], scores, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -81,7 +81,7 @@ def _forward_blocks(
         shrink = tl.exp2((peak - new_peak) * scale_log2)
         total = total * shrink + tl.sum(weights, 1)
         values = load_keys(v, head, start, last, stride, D, DP, BN, TMA)
-        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="tf32x3")
         peak = new_peak
     return acc, total, peak
 
@@ -171,12 +171,12 @@ def _dq_blocks(
     for start in range(first, last, BN):
         keys = load_keys(k, head, start, last, stride, D, DP, BN, TMA)
         values = load_keys(v, head, start, last, stride, D, DP, BN, TMA)
-        weights = tl.exp2(tl.dot(q, keys.T, input_precision="ieee") * scale_log2 - lse[:, None])
-        dweights = tl.dot(do, values.T, input_precision="ieee")
+        weights = tl.exp2(tl.dot(q, keys.T, input_precision="tf32x3") * scale_log2 - lse[:, None])
+        dweights = tl.dot(do, values.T, input_precision="tf32x3")
         dscores = weights * (dweights - delta[:, None])
         if MASKED:
             dscores = tl.where((start + tl.arange(0, BN) < last)[None, :], dscores, 0.0)
-        acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
+        acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="tf32x3")
     return acc
 
 
@@ -306,14 +306,14 @@ def dkv_kernel(
         for start in range(first, last, BM):
             terms = load_list(terms_list, start, 16, 16, BM, TMA).T
             queries = load_list(q_list, start, D, DP, BM, TMA)
-            scores = tl.dot(take_lse, terms, input_precision="ieee")
-            scores = tl.dot(keys, queries.T, scores, input_precision="ieee")
+            scores = tl.dot(take_lse, terms, input_precision="tf32x3")
+            scores = tl.dot(keys, queries.T, scores, input_precision="tf32x3")
             weights = tl.exp2(scores * (scale * LOG2E))
             grads = load_list(dout_list, start, D, DP, BM, TMA)
-            dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="ieee")
-            dweights = tl.dot(take_delta, terms, input_precision="ieee")
-            dweights = tl.dot(values, grads.T, dweights, input_precision="ieee")
-            dkeys = tl.dot((weights * dweights).to(queries.dtype), queries, dkeys, input_precision="ieee")
+            dvalues = tl.dot(weights.to(grads.dtype), grads, dvalues, input_precision="tf32x3")
+            dweights = tl.dot(take_delta, terms, input_precision="tf32x3")
+            dweights = tl.dot(values, grads.T, dweights, input_precision="tf32x3")
+            dkeys = tl.dot((weights * dweights).to(queries.dtype), queries, dkeys, input_precision="tf32x3")
         dkeys = dkeys * scale + load_rows(dk + head * D, row, stride, inside, D, DP).to(tl.float32)
         dvalues += load_rows(dv + head * D, row, stride, inside, D, DP).to(tl.float32)
         store_rows(dk + head * D, row, stride, dkeys, inside, D, DP)

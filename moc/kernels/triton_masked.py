@@ -23,17 +23,16 @@ from torch import Tensor
 
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.kernels.anchors import refuse_second_derivative
-from moc.kernels.sizes import cdiv, padded
+from moc.kernels.sizes import cdiv, masked_blocks, padded
 from moc.kernels.triton_kernels import LOG2E, delta_kernel, load_rows, store_rows
 from moc.layout import ShotLayout
 
 MAX_CHUNKS = 64  # of a sample: the bits of a word
 MAX_TOKENS = 2048  # of a sample, on average: up to there, lists to leave keys out cost what they save, on an H100
-BM, BN = 64, 64
 
 
 class MaskedPlan(NamedTuple):
-    """blocks int32 [n, 4]: up to BM tokens of one sample each: start, end, and start and end of the sample.
+    """blocks int32 [n, 4]: up to a tile of tokens of one sample each: start, end, and start and end of the sample.
 
     token_chunk int32 [L]: each token's chunk, counted within its sample. first_chunk int32 [L]: its sample's first one.
     anchors int64 [L]: the chunks of its sample that a token attends to whatever its routes, as bits.
@@ -45,10 +44,14 @@ class MaskedPlan(NamedTuple):
     anchors: Tensor
 
 
-def masked_plan(layout: ShotLayout, config: MoCConfig) -> MaskedPlan | None:
-    """The plan of a stream of short samples, made once; None where they are long or have too many chunks."""
-    key = ("masked", config.own_anchor, config.text_anchor)
-    return layout.memo(key, lambda: _plan(layout, config)) if _is_short(layout) else None
+def masked_plan(q: Tensor, layout: ShotLayout, config: MoCConfig) -> MaskedPlan | None:
+    """The plan of a stream of short samples, made once for q's tile; None where they are long or have too many chunks.
+
+    Of q [L, N, D] it takes dtype, head dim and device.
+    """
+    tile = masked_blocks(q).tile
+    key = ("masked", config.own_anchor, config.text_anchor, tile)
+    return layout.memo(key, lambda: _plan(layout, config, tile)) if _is_short(layout) else None
 
 
 def _is_short(layout: ShotLayout) -> bool:
@@ -60,11 +63,11 @@ def _is_short(layout: ShotLayout) -> bool:
     return max(counts) <= MAX_CHUNKS
 
 
-def _plan(layout: ShotLayout, config: MoCConfig) -> MaskedPlan:
+def _plan(layout: ShotLayout, config: MoCConfig, tile: int) -> MaskedPlan:
     blocks = [
-        (block, min(block + BM, end), start, end)
+        (block, min(block + tile, end), start, end)
         for start, end in layout.sample_ranges
-        for block in range(start, end, BM)
+        for block in range(start, end, tile)
     ]
     device = layout.device
     first_chunk = layout.sample_first_chunk[layout.token_sample]
@@ -107,6 +110,13 @@ def _anchor_bits(layout: ShotLayout, config: MoCConfig) -> list[int]:
 
 
 @triton.jit
+def _open_block(blocks):
+    """Start and end of this program's block, and of its sample."""
+    block = blocks + tl.program_id(0) * 4
+    return tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+
+
+@triton.jit
 def _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_slots):
     """[BM] int64: the chunks of its sample that each query attends to."""
     bits = tl.load(anchors + token, mask=valid, other=0)
@@ -144,10 +154,10 @@ def masked_forward_kernel(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program computes output and LSE of a block of queries; a query without keys gets 0 and -inf."""
-    block, head = blocks + tl.program_id(0) * 4, tl.program_id(1)
-    first, end = tl.load(block + 2), tl.load(block + 3)
-    token = tl.load(block) + tl.arange(0, BM)
-    valid = token < tl.load(block + 1)
+    head = tl.program_id(1)
+    query_start, query_end, first, end = _open_block(blocks)
+    token = query_start + tl.arange(0, BM)
+    valid = token < query_end
     bits = _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_slots)
     queries = load_rows(q + head * D, token, stride, valid, D, DP)
     acc = tl.zeros([BM, DP], tl.float32)
@@ -158,14 +168,14 @@ def masked_forward_kernel(
         inside = key < end
         keys = load_rows(k + head * D, key, stride, inside, D, DP)
         seen = _seen(bits, tl.load(token_chunk + key, mask=inside, other=0), inside)
-        scores = tl.where(seen, tl.dot(queries, keys.T, input_precision="ieee") * scale_log2, -float("inf"))
+        scores = tl.where(seen, tl.dot(queries, keys.T, input_precision="tf32x3") * scale_log2, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # no key so far
         weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(peak - shift)
         total = total * shrink + tl.sum(weights, 1)
         values = load_rows(v + head * D, key, stride, inside, D, DP)
-        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="tf32x3")
         peak = new_peak
     some = tl.where(total > 0, total, 1.0)
     store_rows(out + head * D, token, stride, acc / some[:, None], valid, D, DP)
@@ -179,10 +189,10 @@ def masked_dq_kernel(
     scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program computes dQ of a block of queries."""
-    block, head = blocks + tl.program_id(0) * 4, tl.program_id(1)
-    first, end = tl.load(block + 2), tl.load(block + 3)
-    token = tl.load(block) + tl.arange(0, BM)
-    valid = token < tl.load(block + 1)
+    head = tl.program_id(1)
+    query_start, query_end, first, end = _open_block(blocks)
+    token = query_start + tl.arange(0, BM)
+    valid = token < query_end
     bits = _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_slots)
     queries = load_rows(q + head * D, token, stride, valid, D, DP)
     grads = load_rows(dout + head * D, token, stride, valid, D, DP)
@@ -196,11 +206,11 @@ def masked_dq_kernel(
         keys = load_rows(k + head * D, key, stride, inside, D, DP)
         values = load_rows(v + head * D, key, stride, inside, D, DP)
         seen = _seen(bits, tl.load(token_chunk + key, mask=inside, other=0), inside)
-        scores = tl.dot(queries, keys.T, input_precision="ieee") * (scale * LOG2E)
+        scores = tl.dot(queries, keys.T, input_precision="tf32x3") * (scale * LOG2E)
         weights = tl.where(seen, tl.exp2(scores - row_lse[:, None]), 0.0)
-        dweights = tl.dot(grads, values.T, input_precision="ieee")
+        dweights = tl.dot(grads, values.T, input_precision="tf32x3")
         dscores = weights * (dweights - row_delta[:, None])
-        acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
+        acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="tf32x3")
     store_rows(dq + head * D, token, stride, acc * scale, valid, D, DP)
 
 
@@ -210,9 +220,8 @@ def masked_dkv_kernel(
     scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """A program computes dK, dV of a block of keys; it passes over blocks of queries that attend to none of them."""
-    block, head = blocks + tl.program_id(0) * 4, tl.program_id(1)
-    key_start, key_end = tl.load(block), tl.load(block + 1)
-    first, end = tl.load(block + 2), tl.load(block + 3)
+    head = tl.program_id(1)
+    key_start, key_end, first, end = _open_block(blocks)
     key = key_start + tl.arange(0, BN)
     inside = key < key_end
     keys = load_rows(k + head * D, key, stride, inside, D, DP)
@@ -236,12 +245,12 @@ def masked_dkv_kernel(
             row_lse = tl.load(lse + row, mask=valid, other=0.0) * LOG2E
             row_delta = tl.load(delta + row, mask=valid, other=0.0)
             seen = _seen(bits, chunk, inside) & valid[:, None]
-            scores = tl.dot(queries, keys.T, input_precision="ieee") * (scale * LOG2E)
+            scores = tl.dot(queries, keys.T, input_precision="tf32x3") * (scale * LOG2E)
             weights = tl.where(seen, tl.exp2(scores - row_lse[:, None]), 0.0)
-            dvalues = tl.dot(weights.to(grads.dtype).T, grads, dvalues, input_precision="ieee")
-            dweights = tl.dot(grads, values.T, input_precision="ieee")
+            dvalues = tl.dot(weights.to(grads.dtype).T, grads, dvalues, input_precision="tf32x3")
+            dweights = tl.dot(grads, values.T, input_precision="tf32x3")
             dscores = weights * (dweights - row_delta[:, None])
-            dkeys = tl.dot(dscores.to(queries.dtype).T, queries, dkeys, input_precision="ieee")
+            dkeys = tl.dot(dscores.to(queries.dtype).T, queries, dkeys, input_precision="tf32x3")
     store_rows(dk + head * D, key, stride, dkeys * scale, inside, D, DP)
     store_rows(dv + head * D, key, stride, dvalues, inside, D, DP)
 
@@ -250,11 +259,11 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, routes, plan):
         num_tokens, num_heads, head_dim = q.shape
-        out = torch.empty_like(q)
+        out, blocks = torch.empty_like(q), masked_blocks(q)
         lse = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
         masked_forward_kernel[(len(plan.blocks), num_heads)](
             q, k, v, out, lse, routes, *plan, num_tokens, routes.shape[-1], q.stride(0),
-            head_dim**-0.5 * LOG2E.value, D=head_dim, DP=padded(head_dim), BM=BM, BN=BN, num_warps=4,
+            head_dim**-0.5 * LOG2E.value, D=head_dim, DP=padded(head_dim), BM=blocks.tile, **blocks.forward,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, routes, *plan)
         return out
@@ -269,13 +278,20 @@ class _Masked(torch.autograd.Function):
         shape = {"D": head_dim, "DP": padded(head_dim)}
         delta_kernel[(cdiv(num_tokens, 64), num_heads)](out, dout, delta, num_tokens, q.stride(0), **shape, BT=64)
         sizes = (num_tokens, routes.shape[-1], q.stride(0), head_dim**-0.5)
-        for kernel, grads in ((masked_dq_kernel, (dq,)), (masked_dkv_kernel, (dk, dv))):
+        blocks = masked_blocks(q)
+        for kernel, grads, block in (
+            (masked_dq_kernel, (dq,), {"BM": blocks.tile, **blocks.dq}),
+            (masked_dkv_kernel, (dk, dv), {"BN": blocks.tile, **blocks.dkv}),
+        ):
             kernel[(len(plan[0]), num_heads)](
-                q, k, v, dout, lse, delta, *grads, routes, *plan, *sizes, **shape, BM=BM, BN=BN, num_warps=4
+                q, k, v, dout, lse, delta, *grads, routes, *plan, *sizes, **shape, **block
             )
         return dq, dk, dv, None, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: MaskedPlan) -> Tensor:
-    """Attention over anchors and routed chunks: q, k, v [L, N, D], routes int32 [N, L, K] -> [L, N, D], same dtype."""
+    """Attention over anchors and routed chunks: q, k, v [L, N, D], routes int32 [N, L, K] -> [L, N, D], same dtype.
+
+    plan: `masked_plan` of this q.
+    """
     return _Masked.apply(q.contiguous(), k.contiguous(), v.contiguous(), routes.contiguous(), plan)

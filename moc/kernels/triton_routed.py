@@ -4,7 +4,6 @@ Shape letters: L packed tokens, N heads, D head dim, M chunks, K slots of a quer
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,69 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moc.kernels import triton_kernels as kernels
 from moc.kernels.dense import capability
-from moc.kernels.sizes import cdiv, next_power_of_2, padded
+from moc.kernels.sizes import Blocks, cdiv, next_power_of_2, padded
 from moc.kernels.triton_index import Lists, max_tiles
 
 # Partial results and gathered queries held at a time: so many times q, or so many numbers where q is small and every
 # launch counts.
 PARTIAL_SIZE = 1.25
 PARTIAL_NUMBERS = 1 << 26
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Block sizes of the attention kernels: BM queries, BN keys, num_warps and num_stages of each."""
-
-    tile: int
-    forward: dict[str, int]
-    dq: dict[str, int]
-    dkv: dict[str, int]
-
-
-# Measured on an H100 with head dim 128.
-HALF = Blocks(
-    tile=128,
-    forward={"BN": 64, "num_warps": 4, "num_stages": 2},
-    dq={"BN": 64, "num_warps": 8, "num_stages": 3},
-    dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
-)
-HALF_SMALL_CHUNKS = Blocks(
-    tile=128,
-    forward={"BN": 32, "num_warps": 8, "num_stages": 3},
-    dq={"BN": 32, "num_warps": 4, "num_stages": 3},
-    dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
-)
-HALF_SMALL_MEMORY = Blocks(
-    tile=128,
-    forward={"BN": 32, "num_warps": 8, "num_stages": 2},
-    dq={"BN": 32, "num_warps": 8, "num_stages": 1},
-    dkv={"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2},
-)
-FULL = Blocks(
-    tile=64,
-    forward={"BN": 32, "num_warps": 4, "num_stages": 2},
-    dq={"BN": 32, "num_warps": 4, "num_stages": 1},
-    dkv={"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1},
-)
-SMALL_CHUNK = 200  # tokens
-MUCH_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))  # capabilities with 160 KiB or more a block: data-centre chips
-
-
-def blocks_for(q: Tensor, chunk_tokens: int) -> Blocks:
-    """The block sizes for q's dtype and device and a layout's `chunk_tokens`.
-
-    The layout's largest chunk changes with every stream, and for other blocks the kernels would be compiled anew.
-    """
-    if q.dtype == torch.float32:
-        return FULL
-    if not has_much_memory(q):
-        return HALF_SMALL_MEMORY
-    return HALF_SMALL_CHUNKS if chunk_tokens < SMALL_CHUNK else HALF
-
-
-def has_much_memory(x: Tensor) -> bool:
-    """Whether a program may use 160 KiB of shared memory; on a CPU, interpreted, it may."""
-    return capability(x.device) in (None, *MUCH_SHARED_MEMORY)
 
 
 def use_tma(x: Tensor) -> bool:
@@ -169,7 +112,7 @@ def _add_dkv(
     all_tiles = max_tiles(routes.numel(), num_lists, lists.tile)
     num_tiles = min(all_tiles, cdiv(_partial_numbers(q) // head_dim, lists.tile))
 
-    terms = 3 if capability(q.device) and q.dtype != torch.float32 else 1
+    terms = 3 if capability(q.device) else 1  # interpreted, fp32
     q_list, dout_list = (q.new_empty(num_tiles * lists.tile, head_dim) for _ in range(2))
     terms_dtype = torch.bfloat16 if terms == 3 else torch.float32
     terms_list = torch.zeros(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig
-from moc.kernels.sizes import cdiv, next_power_of_2, padded
+from moc.kernels.sizes import cdiv, next_power_of_2, padded, route_blocks
 from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask, chunk_scores
 from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
@@ -142,12 +142,12 @@ def _route(
     settings = {
         "TERMS": TERMS[q.dtype], "CAUSAL": causal, "OWN": own_anchor, "D": head_dim, "DP": means.shape[-1]
     }  # fmt: skip
-    block, counts, room = 128 if top_k <= 8 and q.dtype != torch.float32 else 64, None, 0
+    block, counts, room = route_blocks(q, top_k), None, 0
     if shortlist_pays(q, top_k):
         counts, room = shortlist_routes(q, means, slack, routes, tables, **settings), room_for(top_k)
-    route_kernel[(cdiv(num_tokens, block), num_heads)](
+    route_kernel[(cdiv(num_tokens, block["BQ"]), num_heads)](
         q, means, routes, counts, *tables, num_tokens, num_heads, means.shape[2], q.stride(0), top_k, **settings,
-        KP=max(2, next_power_of_2(top_k)), BQ=block, BC=32, ROOM=room, num_warps=4,
+        KP=max(2, next_power_of_2(top_k)), ROOM=room, **block,
     )  # fmt: skip
     return routes
 

@@ -1,0 +1,162 @@
+"""Compiles every Triton kernel for every generation of GPUs, without a GPU, and writes what each takes.
+
+    python scripts/compile_kernels.py              # all of them, minutes; writes docs/benchmarks/kernels_ahead.md
+    python scripts/compile_kernels.py --gpus 90 --settings bf16-64 --output kernels.json
+
+Ends with exit status 1 where a kernel takes more shared memory than a program may have, or spills registers.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # the interpreter compiles nothing
+
+import torch
+import triton
+from tqdm import tqdm
+
+import moc
+from moc.kernels import ahead, triton_backend, triton_masked
+from models import pointwise
+from models.stream import Members
+from scripts.measuring import markdown_table
+
+NUM_HEADS = 12
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A kind of model: what kernels are compiled anew for."""
+
+    dtype: torch.dtype
+    head_dim: int
+    chunk_tokens: int
+    top_k: int
+
+
+SETTINGS = {
+    "bf16-64": Setting(torch.bfloat16, 64, 1280, 5),
+    "bf16-96": Setting(torch.bfloat16, 96, 1280, 5),
+    "bf16-128": Setting(torch.bfloat16, 128, 1280, 5),
+    "bf16-64-small-chunks": Setting(torch.bfloat16, 64, 160, 20),
+    "bf16-128-small-chunks": Setting(torch.bfloat16, 128, 160, 20),
+    "fp16-128": Setting(torch.float16, 128, 1280, 5),
+    "fp32-64": Setting(torch.float32, 64, 1280, 5),
+    "fp32-128": Setting(torch.float32, 128, 1280, 5),
+    "fp32-128-small-chunks": Setting(torch.float32, 128, 160, 20),
+}
+FEW_BYTES = 64  # of a thread's registers in memory, which no loop notices
+# Bytes that kernels spill with blocks that were fastest nevertheless, as measured: of dq, small chunks on an H100.
+MEASURED_SPILLS = {("dq_kernel", "90"): 136}
+
+
+def attention(setting: Setting) -> None:
+    """Routing with drops, attention and its backward, on two shots: as in short samples, then as in long ones."""
+    config = moc.MoCConfig(chunk_tokens=setting.chunk_tokens, top_k=setting.top_k)
+    layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, setting.chunk_tokens)
+    q, k, v = torch.zeros(3, layout.num_tokens, NUM_HEADS, setting.head_dim, dtype=setting.dtype).requires_grad_()
+    routes = triton_backend.route(q, k, layout, config, moc.DropKey(seed=0, step=0))
+    for max_tokens in (triton_masked.MAX_TOKENS, 0):
+        with patch.object(triton_masked, "MAX_TOKENS", max_tokens):
+            triton_backend.attend(q, k, v, routes, layout, config).sum().backward()
+
+
+def pointwise_work(setting: Setting) -> None:
+    """The functions around attention, as both model families call them, and their backward."""
+    num_tokens, dim = 40, NUM_HEADS * setting.head_dim
+    members = Members.build(torch.zeros(num_tokens, dtype=torch.int32), [num_tokens])
+    rows, weight, table = torch.zeros(1, dim), torch.zeros(dim), torch.zeros(num_tokens, setting.head_dim // 2)
+    x = torch.zeros(num_tokens, dim, dtype=setting.dtype).requires_grad_()
+    heads = x.unflatten(1, (NUM_HEADS, setting.head_dim))
+    parts = (
+        pointwise.modulate(x, rows, rows, members),
+        pointwise.add_gated(x, x, rows, members),
+        pointwise.layer_norm(x, weight, weight, 1e-6),
+        pointwise.rms_norm(x, weight, 1e-6),
+        pointwise.rms_norm(heads, weight[: setting.head_dim], 1e-6),
+        pointwise.rotate(heads, (table, table)),
+    )
+    for part in parts:
+        part.sum().backward(retain_graph=True)
+
+
+def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, ahead.Launch]]:
+    """(GPU, setting, launch): one launch of each variant; a variant that several settings share goes with the first."""
+    for gpu in gpus:
+        variants = set()
+        for name in settings:
+            with ahead.recorded((int(gpu[:-1]), int(gpu[-1]))) as found:
+                attention(SETTINGS[name])
+                pointwise_work(SETTINGS[name])
+            for launch in found:
+                if launch.variant not in variants:
+                    variants.add(launch.variant)
+                    yield gpu, name, launch
+
+
+def faults(rows: list[dict]) -> list[str]:
+    """A line for each kernel that takes more shared memory than its GPU has, or spills more than FEW_BYTES."""
+    found = []
+    for row in rows:
+        gpu, name = row["gpu"], row["name"]
+        kernel, limit = f"{name} for sm_{gpu} ({row['setting']})", ahead.SHARED_MEMORY[int(gpu[:-1]), int(gpu[-1])]
+        if row["shared"] > limit:
+            found.append(f"{kernel} takes {row['shared']} bytes of shared memory, of {limit}")
+        if row["spilled"] > MEASURED_SPILLS.get((name, gpu), FEW_BYTES):
+            found.append(f"{kernel} spills {row['spilled']} bytes of registers a thread: give it smaller blocks")
+    return found
+
+
+def write_tables(rows: list[dict], path: Path) -> None:
+    """One table a setting: its kernels by GPU."""
+    gpus = list(dict.fromkeys(row["gpu"] for row in rows))
+    text = [
+        "# What the Triton kernels take",
+        f"Compiled ahead by `scripts/compile_kernels.py` with Triton {triton.__version__}, for {NUM_HEADS} heads. Each "
+        "cell: registers a thread / KiB of shared memory a program, and bytes of registers spilled, if any. A program "
+        "may have " + ", ".join(f"{size >> 10} KiB (sm_{a}{b})" for (a, b), size in ahead.SHARED_MEMORY.items()) + ".",
+    ]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        cells: dict[str, dict[str, str]] = {}
+        for row in rows:
+            if row["setting"] == setting:
+                spills = f", {row['spilled']} spilled" if row["spilled"] else ""
+                cell = f"{row['registers']} / {row['shared'] / 1024:.0f}{spills}"
+                by_gpu = cells.setdefault(row["name"], {})
+                by_gpu[row["gpu"]] = "; ".join(filter(None, (by_gpu.get(row["gpu"]), cell)))
+        lines = [[name, *(by_gpu.get(gpu, "") for gpu in gpus)] for name, by_gpu in cells.items()]
+        text += [f"## {setting}", markdown_table(["kernel", *(f"sm_{gpu}" for gpu in gpus)], lines)]
+    path.write_text("\n\n".join(text) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [f"{a}{b}" for a, b in ahead.SHARED_MEMORY]
+    parser.add_argument("--gpus", nargs="+", choices=known, default=known, help="compute capabilities")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/kernels_ahead.json"))
+    args = parser.parse_args()
+    found = list(launches(args.gpus, args.settings))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(tqdm(pool.map(lambda row: ahead.compiled(row[2]), found), total=len(found), unit="kernel"))
+    rows = [
+        {"gpu": gpu, "setting": setting, **asdict(result)}
+        for (gpu, setting, _), result in zip(found, results, strict=True)
+    ]
+    record = {"triton": triton.__version__, "num_heads": NUM_HEADS, "rows": rows}
+    lines = json.dumps(record).replace('{"gpu"', '\n{"gpu"')  # a row a line
+    args.output.write_text(lines + "\n")
+    write_tables(rows, args.output.with_suffix(".md"))
+    if found_faults := faults(rows):
+        raise SystemExit("\n".join(found_faults))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Triton kernels compile for GPUs that are not here, within their shared memory and registers."""
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton brings its assembler to x86 Linux"
+)
+ROOT = Path(__file__).parents[1]
+
+
+def compile_kernels(output: Path, *options: str) -> list[dict]:
+    """The rows that the script writes; it fails where a kernel takes too much memory or too many registers."""
+    command = [sys.executable, "scripts/compile_kernels.py", "--output", output, *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(output.read_text())["rows"]
+
+
+def kernels() -> set[str]:
+    """The names of all kernels, by their sources."""
+    sources = [*(ROOT / "moc/kernels").glob("triton_*.py"), ROOT / "models/pointwise_kernels.py"]
+    return {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.MULTILINE)}
+
+
+def test_every_kernel_compiles_without_a_gpu(tmp_path):
+    """For one with little shared memory."""
+    rows = compile_kernels(tmp_path / "few.json", "--gpus", "120", "--settings", "bf16-64-small-chunks")
+    assert {row["name"] for row in rows} == kernels()
+    assert all(row["registers"] > 0 for row in rows)
+    assert max(row["shared"] for row in rows) > 0
+    assert "| dkv_kernel |" in (tmp_path / "few.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_every_gpu_and_dtype(tmp_path):
+    rows = compile_kernels(tmp_path / "all.json")
+    assert {row["gpu"] for row in rows} == {"80", "86", "89", "90", "100", "103", "120"}
+    fp32 = {row["name"] for row in rows if row["setting"].startswith("fp32")}
+    assert fp32 >= {"masked_dkv_kernel", "dkv_kernel", "dq_kernel", "route_kernel"}
+
+
+def test_what_takes_too_much_is_named():
+    from scripts import compile_kernels
+
+    fits = {"gpu": "86", "setting": "bf16-64", "name": "dq_kernel", "registers": 255, "spilled": 64, "shared": 99 << 10}
+    assert compile_kernels.faults([fits]) == []
+    assert compile_kernels.faults([fits | {"spilled": 72}]) == [
+        "dq_kernel for sm_86 (bf16-64) spills 72 bytes of registers a thread: give it smaller blocks"
+    ]
+    assert "takes 101377 bytes of shared memory, of 101376" in compile_kernels.faults([fits | {"shared": 101377}])[0]
