@@ -15,11 +15,11 @@ from torch import Tensor
 
 from configs.command import command
 from configs.schema import SampleConfig
-from data.film import plan_film
-from data.film_folder import FilmFolder
-from data.filmmaker import make_film
-from data.script import load_script
-from data.storyboard import draw_routing_map, draw_storyboard
+from film.filmmaker import make_film
+from film.folder import FilmFolder
+from film.plan import plan_film
+from film.script import load_script
+from film.storyboard import draw_routing_map, draw_storyboard
 from moc import MoCConfig
 from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap

@@ -14,8 +14,8 @@ import torch
 from configs.command import command
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_settings
 from configs.schema import TrainConfig
-from data.dataset import ShotDataset, open_dataset
-from data.loader import Validation, build_loader
+from data.loading.dataset import ShotDataset, open_dataset
+from data.loading.loader import Validation, build_loader
 from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator

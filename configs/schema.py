@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.dataset import DataConfig
+from data.loading.dataset import DataConfig
 from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig
 from moc.errors import UserError

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from data.benchmark import (
+from data.records import write_whole
+from evaluation.data_benchmark import (
     DataBenchmarkConfig,
     join_films,
     measure_cuts,
@@ -23,7 +24,6 @@ from data.benchmark import (
     measure_loader,
     write_random_cache,
 )
-from data.records import write_whole
 
 
 @command("benchmark_data", DataBenchmarkConfig)

@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from omegaconf import OmegaConf
 
 from configs.command import command, parse
-from data.dataset import DataConfig
+from data.loading.dataset import DataConfig
+from data.prepare.shots import build_detector
 from data.records import write_whole
-from data.script import load_script
-from data.shots import build_detector
-from data.storyworld.judge import held_out_floors, judge_film
+from evaluation.judge import held_out_floors, judge_film
+from film.script import load_script
 from moc.errors import UserError, check_least
 from moc.training import read_metrics
 from moc.training.parallel import visible_gpus

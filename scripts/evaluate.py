@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 from configs.command import command
-from data.dataset import DataConfig
-from data.loader import Validation, build_loader
+from data.loading.dataset import DataConfig
+from data.loading.loader import Validation, build_loader
 from data.records import write_whole
 from moc.errors import UserError
 from moc.training import Parallel, ParallelConfig, Validator, rivals, sound_checkpoint

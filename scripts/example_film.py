@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from data.example_film import CREDIT, ExampleFilmConfig, fetch
+from data.media.example_film import CREDIT, ExampleFilmConfig, fetch
 
 
 @command("example_film", ExampleFilmConfig)

@@ -13,10 +13,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from data.prepare import prepare
-from data.process import joined
-from data.settings import PrepareConfig
-from data.sources import find_scenes, vocabulary
+from data.prepare.pipeline import prepare
+from data.prepare.ranks import joined
+from data.prepare.settings import PrepareConfig
+from data.prepare.sources import find_scenes, vocabulary
 from moc.training import Parallel, ParallelConfig
 from models import EncodersConfig, build_encoders
 

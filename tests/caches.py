@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
-from data.shards import Cache
+from data.cache.reader import Cache
+from data.cache.writer import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
 
 RECIPE = {"codec": "c", "text": "t"}
 CHANNELS, TEXT_DIM = 3, 8

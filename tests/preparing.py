@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from data.manifest import SceneRecord, ShotRecord, write_manifest
-from data.prepare import Prepared, prepare
-from data.process import Process
-from data.settings import PrepareConfig
+from data.prepare.pipeline import Prepared, prepare
+from data.prepare.ranks import Process
+from data.prepare.settings import PrepareConfig
 from tests.encoders import PoolCodec, WordText
 from tests.films import write_numbered
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from data.dataset import DataConfig
-from data.loader import Validation, build_loader
+from data.loading.dataset import DataConfig
+from data.loading.loader import Validation, build_loader
 from moc import Batch, MoCConfig
 from moc.diffusion import Flow
 from moc.schedule import MoCSchedule

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.dataset import DataConfig, open_dataset
+from data.cache.reader import open_cache
 from data.errors import DataError
-from data.shards import open_cache
+from data.loading.dataset import DataConfig, open_dataset
 from tests.encoders import PoolCodec
 from tests.films import write_numbered, write_paired
 from tests.preparing import film_folder, run, scene, scenes

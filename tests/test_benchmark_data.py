@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data.benchmark import (
+from data.manifest import load_manifest
+from data.media.decode import open_video
+from evaluation.data_benchmark import (
     DataBenchmarkConfig,
     join_films,
     measure_cuts,
@@ -12,8 +14,6 @@ from data.benchmark import (
     measure_loader,
     write_random_cache,
 )
-from data.decoders import open_video
-from data.manifest import load_manifest
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.cache import COMPLETE, CacheWriter, digest, finish, read_parts, remove_part
+from data.cache.reader import open_cache
+from data.cache.writer import COMPLETE, CacheWriter, digest, finish, read_parts, remove_part
 from data.errors import DataError
 from data.records import write_whole
-from data.shards import open_cache
 from tests.caches import RECIPE, RECORD_FAULTS, flip_byte, read_everything, scene, write_cache
 
 
@@ -99,7 +99,7 @@ def test_a_writer_killed_as_it_gathers_stores_nothing_twice(tmp_path, monkeypatc
     for number in range(3):
         writer.add(scene(number))
     with monkeypatch.context() as patch:
-        patch.setattr("data.cache.remove_part", lambda path: None if "00001" in path.name else remove_part(path))
+        patch.setattr("data.cache.writer.remove_part", lambda path: None if "00001" in path.name else remove_part(path))
         writer.flush()
     assert files_in(tmp_path) == ["scene-0-00001.safetensors", "shard-0-00000.safetensors"]
     again = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.captioner import TransformersCaptioner, has_tags, lengths
 from data.errors import DataError
 from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
-from data.prepare import prepare
-from data.settings import PrepareConfig
+from data.prepare.captioner import TransformersCaptioner, has_tags, lengths
+from data.prepare.pipeline import prepare
+from data.prepare.settings import PrepareConfig
 from tests.caches import RECORD_FAULTS
 from tests.encoders import PoolCodec, WordText
 from tests.films import read_numbers, write_numbered

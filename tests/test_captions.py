@@ -6,7 +6,7 @@ import pytest
 
 from data.errors import DataError
 from data.manifest import SceneRecord, ShotRecord
-from data.sources import find_scenes
+from data.prepare.sources import find_scenes
 
 
 @pytest.fixture

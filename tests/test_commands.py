@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.decoders import open_video
-from data.script import load_script
+from data.media.decode import open_video
 from data.storyworld import place_of_caption
+from film.script import load_script
 from moc.errors import UserError
 from models import build_model
 from scripts import demo

@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from data.dataset import DataConfig, open_dataset
+from data.loading.dataset import DataConfig, open_dataset
 from moc.training import Trainer, find_checkpoint, read_metrics
 from scripts import demo
 from tests import pipeline

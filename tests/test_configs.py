@@ -13,9 +13,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from configs.command import parse
-from data.cache import EncodedScene
-from data.loader import Validation, build_loader
-from data.script import load_script
+from data.cache.writer import EncodedScene
+from data.loading.loader import Validation, build_loader
+from film.script import load_script
 from moc import StreamSpec
 from moc.errors import UserError
 from models import build_model

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from data import bucketing
-from data.dataset import DataConfig, open_dataset
-from data.decoders import open_video
+from data.cache.reader import open_cache
 from data.errors import DataError
+from data.loading.dataset import DataConfig, open_dataset
 from data.manifest import SceneRecord, ShotRecord, write_manifest
-from data.prepare import PrepareConfig, Prepared, prepare
-from data.shards import open_cache
+from data.media import resize
+from data.media.decode import open_video
+from data.prepare.pipeline import PrepareConfig, Prepared, prepare
 from models import load_encoders
 from models.codec import Codec, CodecConfig, CodecKind
 from models.encoders import EncodersConfig, build_encoders
@@ -76,9 +76,9 @@ def test_online_latents_equal_stored_ones(films: Path) -> None:
 
 @pytest.mark.parametrize("online", [False, True])
 def test_preparing_holds_few_frames(films: Path, monkeypatch: pytest.MonkeyPatch, online: bool) -> None:
-    watch, fit = Watch(), bucketing.fit
-    monkeypatch.setattr(bucketing, "_READ_PIXELS", 5 * 64 * 160)
-    monkeypatch.setattr(bucketing, "fit", lambda frames, size: watch(fit(frames, size)))
+    watch, fit = Watch(), resize.fit
+    monkeypatch.setattr(resize, "_READ_PIXELS", 5 * 64 * 160)
+    monkeypatch.setattr(resize, "fit", lambda frames, size: watch(fit(frames, size)))
     codec = PoolCodec(continuous=True)
     codec.latents_at_once = 1
     cache = open_cache(prepared(films, (0, 25), (25, 60), codec=codec, online=online).cache, load_codec=lambda _: codec)
@@ -139,7 +139,7 @@ def test_the_cache_holds_one_encode_of_the_joined_shots(world: Path, tuned: Path
     reader = open_video(world / line["video"])
     frames = [reader.read(shot["start"], shot["end"]) for shot in line["shots"]]
     assert [len(part) for part in frames] == [5, 4, 4]
-    expected, _ = whole(codec, bucketing.fit(torch.cat(frames), (32, 48)))
+    expected, _ = whole(codec, resize.fit(torch.cat(frames), (32, 48)))
     sample = next(sample for sample in (dataset[i] for i in range(len(dataset))) if sample.id == line["id"])
     assert [latent.shape[1] for latent in sample.latents] == [2, 1, 1]
     torch.testing.assert_close(torch.cat(sample.latents, 1).float(), expected, rtol=2e-3, atol=2e-3)
@@ -154,7 +154,7 @@ def test_a_film_is_one_decode_of_the_joined_latents(
         written[path.name] = np.stack(list(frames))
         return len(written[path.name])
 
-    monkeypatch.setattr("data.film_folder.write_video", keep)
+    monkeypatch.setattr("film.folder.write_video", keep)
     Image.new("RGB", (96, 64), (0, 200, 0)).save(tmp_path / "ref.png")
     shots = [
         {"prompt": "Mia walks.", "seconds": 5 / 12, "image": "ref.png"},

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from data.errors import DataError
-from data.sources import Found, find_scenes, vocabulary
+from data.prepare.sources import Found, find_scenes, vocabulary
 from moc.errors import UserError
 from moc.training import Metrics, TrackerConfig, find_checkpoint
 from moc.training.checkpoint import read_settings

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moc
-from data.cache import NULL_GLOBAL, NULL_SHOT
-from data.collate import Step, deal, plan_steps
-from data.dataset import DataConfig, Kind, ShotDataset, SourceConfig, open_dataset
+from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
-from data.loader import Validation, build_loader
-from data.order import Draw, SampleOrder, Source
-from data.parcel import unwrap, wrap
+from data.loading.dataset import DataConfig, Kind, ShotDataset, SourceConfig, open_dataset
+from data.loading.loader import Validation, build_loader
+from data.loading.order import Draw, SampleOrder, Source
+from data.loading.packing import Step, deal, plan_steps
+from data.loading.parcel import unwrap, wrap
 from tests.caches import scene, write_cache
 
 SPEC = moc.StreamSpec()

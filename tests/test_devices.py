@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.film import plan_film
-from data.script import Script, ScriptShot
+from film.plan import plan_film
+from film.script import Script, ScriptShot
 from moc import DropKey, MoCConfig, Sample, attention, make_batch
 from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
 from moc.statistics import RoutingMap

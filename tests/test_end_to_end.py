@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.dataset import DataConfig, open_dataset
-from data.decoders import open_video
+from data.loading.dataset import DataConfig, open_dataset
 from data.manifest import load_manifest
+from data.media.decode import open_video
 from data.storyworld.readers import name_place
 from moc import MoCConfig
 from moc.training import read_metrics

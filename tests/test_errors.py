@@ -9,7 +9,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm import tqdm
 
-import data.loader  # noqa: F401 - it takes open_dataset from its module, before the tests replace it there
+import data.loading.loader  # noqa: F401 - it takes open_dataset from its module, before the tests replace it there
 from configs.command import for_user, message_of
 from configs.overrides import readable
 from data.errors import DataError
@@ -51,7 +51,7 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):
     def broken(config):
         return list(zip([1], [1, 2], strict=True))
 
-    monkeypatch.setattr("data.dataset.open_dataset", broken)
+    monkeypatch.setattr("data.loading.dataset.open_dataset", broken)
     said = refusal(capsys, "train.py", f"output={tmp_path}", "parallel=cpu")
     assert "Traceback" in said
     assert "in broken" in said
@@ -63,7 +63,7 @@ def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch
         sys.bar = tqdm(total=3, desc="read")  # held, as an error's traceback holds the bar of a loop
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("data.dataset.open_dataset", full_disk)
+    monkeypatch.setattr("data.loading.dataset.open_dataset", full_disk)
     monkeypatch.setattr(sys, "bar", None, raising=False)
     with pytest.raises(SystemExit, match="error: No space left on device"):
         command("train.py", "parallel=cpu")
@@ -74,7 +74,7 @@ def test_an_interrupt_is_one_line(capsys, monkeypatch):
     def interrupted(config, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.dataset.open_dataset", interrupted)
+    monkeypatch.setattr("data.loading.dataset.open_dataset", interrupted)
     with pytest.raises(SystemExit) as ending:
         command("train.py", "parallel=cpu")
     assert ending.value.code == 130

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.dataset import DataConfig
-from data.loader import Validation, build_loader
+from data.loading.dataset import DataConfig
+from data.loading.loader import Validation, build_loader
 from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
 from moc.training import Parallel, ParallelConfig, Validator, rivals

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from data.errors import DataError
-from data.film import plan_film
-from data.film_folder import FILES, FilmFolder
-from data.filmmaker import make_film, pictures
 from data.manifest import CUT_PREFIX
-from data.script import Script, ScriptShot
-from data.storyboard import draw_routing_map, draw_storyboard, pick_frames
+from film.filmmaker import make_film, pictures
+from film.folder import FILES, FilmFolder
+from film.plan import plan_film
+from film.script import Script, ScriptShot
+from film.storyboard import draw_routing_map, draw_storyboard, pick_frames
 from models.codec import Codec
 
 

@@ -205,9 +205,9 @@ def test_the_command_says_that_it_is_not_finished_and_goes_on(
 
 HANGING = """
 import pathlib, runpy, sys, time
-import data.dataset
+import data.loading.dataset
 
-read, hung = data.dataset.ShotDataset.sample, pathlib.Path(sys.argv.pop(1))
+read, hung = data.loading.dataset.ShotDataset.sample, pathlib.Path(sys.argv.pop(1))
 
 def sample(self, draw):
     if draw.position >= 60:
@@ -215,7 +215,7 @@ def sample(self, draw):
         time.sleep(3600)
     return read(self, draw)
 
-data.dataset.ShotDataset.sample = sample
+data.loading.dataset.ShotDataset.sample = sample
 sys.path.insert(0, ".")
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
@@ -278,7 +278,7 @@ def test_processes_agree_where_to_end(prepared, tmp_path):
 
 LEFT = """
 import torch
-from data.ahead import ahead
+from data.loading.ahead import ahead
 
 def products():
     x = torch.randn(600, 600)

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from data.dataset import DataConfig
-from data.decoders import open_video
-from data.script import Script, ScriptShot
-from data.shots import build_detector
+from data.loading.dataset import DataConfig
+from data.media.decode import open_video
+from data.media.video import write_video
+from data.prepare.shots import build_detector
 from data.storyworld import StoryworldConfig, generate
-from data.storyworld.judge import held_out_floors, judge_film
-from data.video import write_video
+from evaluation.judge import held_out_floors, judge_film
+from film.script import Script, ScriptShot
 
 
 @pytest.fixture(scope="module")

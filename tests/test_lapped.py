@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.decoders import open_video
 from data.manifest import load_manifest
+from data.media.decode import open_video
 from data.storyworld import Mode, StoryworldConfig, generate
 from models.codec import CodecConfig
 from models.encoders import build_codec

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.cache import digest, read_parts
-from data.dataset import DataConfig, open_dataset
+from data.cache.writer import digest, read_parts
+from data.loading.dataset import DataConfig, open_dataset
 from moc.training import join_processes, read_metrics
 from tests import pipeline
 from tests.films import write_numbered

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.manifest import SceneRecord, ShotRecord, captions, load_manifest, read_manifest, write_manifest
-from data.report import Report
-from data.sources import find_scenes, vocabulary
+from data.prepare.report import Report
+from data.prepare.sources import find_scenes, vocabulary
 
 SHOT = {"start": 0, "end": 96, "caption": "a dog", "cut": True}
 SCENE = {"id": "one", "video": "a.mp4", "caption": "at the sea", "fps": 24, "shots": [SHOT]}

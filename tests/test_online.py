@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import moc
-from data.dataset import DataConfig
+from data.cache.reader import open_cache
 from data.errors import DataError
-from data.loader import build_loader
+from data.loading.dataset import DataConfig
+from data.loading.loader import build_loader
 from data.manifest import SceneRecord
-from data.shards import open_cache
 from moc.errors import UserError
 from tests.encoders import PoolCodec, numbers_in
 from tests.preparing import film_folder, run, scene, scenes

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import data.prepare
-from data.cache import CacheWriter, read_parts
-from data.dataset import DataConfig, open_dataset
+from data.cache.reader import open_cache
+from data.cache.writer import CacheWriter, read_parts
 from data.errors import DataError
-from data.process import Process
-from data.shards import open_cache
+from data.loading.dataset import DataConfig, open_dataset
+from data.prepare import pipeline
+from data.prepare.ranks import Process
 from tests.caches import RECORD_FAULTS, replace_all
 from tests.encoders import PoolCodec, numbers_in
 from tests.preparing import film_folder, run, scene, scenes
@@ -143,7 +143,7 @@ def test_what_another_host_wrote_may_show_late(folder, monkeypatch):
 
 def test_work_that_nobody_stored_is_an_error(folder, monkeypatch):
     scenes(folder, scene("a", (0, 9)), scene("b", (20, 29)))
-    monkeypatch.setattr(data.prepare, "_LATE_SECONDS", 0)
+    monkeypatch.setattr(pipeline, "_LATE_SECONDS", 0)
     with pytest.raises(DataError, match=r"no process stored 1 samples \(b \.\.\.\)"):
         run(folder, process=Process(0, 2))
     assert not list(folder.glob("out/cache/*/complete"))

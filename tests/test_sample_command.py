@@ -153,7 +153,7 @@ def test_a_picture_that_fails_costs_itself_alone(capsys, tmp_path, trained, scri
         there.append(names(path.parent))
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("data.storyboard.draw_storyboard", failing)
+    monkeypatch.setattr("film.storyboard.draw_storyboard", failing)
     command("sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
     assert there == [{"latents/01.safetensors", "shots/01.mp4", "video.mp4", "metadata.json"}]
     assert names(tmp_path / "film") == {*there[0], "routing.png"}

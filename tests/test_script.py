@@ -7,7 +7,7 @@ import yaml
 
 from data.errors import DataError
 from data.manifest import CUT_PREFIX
-from data.script import load_script
+from film.script import load_script
 
 SHOT = {"prompt": "Ann climbs the stairs.", "seconds": 2}
 

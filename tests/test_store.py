@@ -6,10 +6,10 @@ import os
 import fsspec
 import pytest
 
-from data.cache import read_parts
+from data.cache.reader import open_cache
+from data.cache.store import FileStore
+from data.cache.writer import read_parts
 from data.errors import DataError
-from data.shards import open_cache
-from data.store import FileStore
 from tests.caches import flip_byte, read_everything, scene, write_cache
 
 

@@ -8,15 +8,15 @@ import cv2
 import numpy as np
 import pytest
 
-from data.decoders import open_video
 from data.manifest import load_manifest
-from data.script import load_script
+from data.media.decode import open_video
 from data.storyworld import Mode, StoryworldConfig, dataset, generate, name_looks, name_place
 from data.storyworld.characters import COLOURS
 from data.storyworld.motion import pose_at
 from data.storyworld.places import PLACES
 from data.storyworld.render import Renderer
 from data.storyworld.story import Scene, place_of_caption, plan_scene, view_at, vocabulary, words_of
+from film.script import load_script
 
 SIZE = (64, 96)
 SCRIPTS = sorted((Path(__file__).parents[1] / "configs/scripts").glob("storyworld*.yaml"))

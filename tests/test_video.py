@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import bucketing, decoders
-from data.bucketing import fit, nearest_bucket, read_pieces, resample
-from data.decoders import check_decoder, open_video
 from data.errors import DataError
-from data.video import scan, write_video
+from data.media import decode, resize
+from data.media.decode import check_decoder, open_video
+from data.media.resize import fit, nearest_bucket, read_pieces, resample
+from data.media.video import scan, write_video
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered, write_paired
 
 NUM_FRAMES = 150
@@ -138,7 +138,7 @@ def test_a_missing_decoder_is_said_with_its_remedy(monkeypatch):
         raise RuntimeError(message)
 
     check_decoder("pyav")
-    monkeypatch.setattr(decoders, "import_module", broken)
+    monkeypatch.setattr(decode, "import_module", broken)
     with pytest.raises(DataError, match=r"\(libavutil.* file\): pip install 'torchcodec==0\.13\.\*'") as caught:
         check_decoder("torchcodec")
     assert "\n" not in str(caught.value)
@@ -257,7 +257,7 @@ def test_fit_covers_and_crops_the_centre():
 
 
 def test_reading_in_pieces_changes_nothing(films, monkeypatch):
-    monkeypatch.setattr(bucketing, "_READ_PIXELS", 40 * 64 * 160)
+    monkeypatch.setattr(resize, "_READ_PIXELS", 40 * 64 * 160)
     reader = open_video(films["plain"])
     indices = [0, 0, 3, 31, 32, 33, 90, 91, 91, 149]
     pieces = list(read_pieces(reader, indices, (64, 160)))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from data.dataset import DataConfig, open_dataset
+from data.loading.dataset import DataConfig, open_dataset
 from models import load_model
 from tests import pipeline
 from tests.wan_files import REDUCED

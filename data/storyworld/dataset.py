@@ -23,12 +23,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data.manifest import SceneRecord, ShotRecord, write_manifest
+from data.media.video import write_video
 from data.records import write_whole
 from data.storyworld.characters import BADGES
 from data.storyworld.config import StoryworldConfig
 from data.storyworld.render import Renderer, Sighting
 from data.storyworld.story import Scene, Shot, plan_scene, vocabulary
-from data.video import write_video
 
 # Without mbtree=0 x264 does not repeat its own bytes (seen with x264 core 165, one thread).
 X264 = {"preset": "veryfast", "x264-params": "mbtree=0"}

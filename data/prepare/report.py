@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.cache import digest
+from data.cache.writer import digest
 from data.errors import DataError
 from data.manifest import captions
-from data.planning import SamplePlan
+from data.prepare.planning import SamplePlan
+from data.prepare.scan import Scan
 from data.records import write_whole
-from data.scan import Scan
 
 REPORT_JSON, REPORT_HTML, THUMBNAILS = "report.json", "report.html", "thumbnails"
 _THUMBNAIL_HEIGHT = 96

@@ -248,7 +248,7 @@ def _size(path: Path) -> int:
 def finish(folder: Path, recipe: dict, keys: list[str], films: dict[str, str] | None = None) -> int:
     """Merge the shards' records into the index, the scenes of `keys` in that order; returns their number.
 
-    films: where the videos lie of scenes without latents (data/online.py).
+    films: where the videos lie of scenes without latents (data/cache/online.py).
 
     Scenes of the shards that are not asked for stay out of the index. Raises DataError (no-usable-samples).
     """

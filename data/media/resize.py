@@ -8,9 +8,9 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.decoders import open_video
-from data.images import read_image
-from data.video import IndexedReader, VideoIndex
+from data.media.decode import open_video
+from data.media.images import read_image
+from data.media.video import IndexedReader, VideoIndex
 
 _READ_PIXELS = 16 << 20  # of a piece, before or after fitting
 

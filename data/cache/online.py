@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.bucketing import read_shots
-from data.cache import digest
+from data.cache.store import FileStore
+from data.cache.writer import digest
 from data.errors import DataError
 from data.interfaces import Codec
 from data.manifest import resolve
-from data.planning import SamplePlan
+from data.media.resize import read_shots
+from data.media.video import VideoIndex
+from data.prepare.planning import SamplePlan
 from data.records import parse_record, read_record, write_record
-from data.store import FileStore
-from data.video import VideoIndex
 from moc.files import inside
 
 LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder

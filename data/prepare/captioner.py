@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.cache import digest
-from data.decoders import open_video
+from data.cache.writer import digest
 from data.errors import DataError
-from data.images import read_image
 from data.manifest import Caption, captions, check_caption
-from data.planning import SamplePlan, replan
+from data.media.decode import open_video
+from data.media.images import read_image
+from data.prepare.planning import SamplePlan, replan
 from data.records import read_record, write_record
 
 TAGS = ("[character]", "[environment]", "[story]")

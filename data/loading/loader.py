@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import moc
-from data.ahead import ahead
-from data.collate import check_budget, deal, plan_steps
-from data.dataset import DataConfig, ShotDataset, open_dataset
+from data.cache.online import LoadCodec
 from data.errors import DataError
-from data.online import LoadCodec
-from data.order import Draw, SampleOrder
-from data.parcel import Parcel, unwrap, wrap
+from data.loading.ahead import ahead
+from data.loading.dataset import DataConfig, ShotDataset, open_dataset
+from data.loading.order import Draw, SampleOrder
+from data.loading.packing import check_budget, deal, plan_steps
+from data.loading.parcel import Parcel, unwrap, wrap
 from moc.errors import UserError
 
 

@@ -7,7 +7,7 @@ bad file never stops a run (unless `strict`): it becomes a named record of the r
     output/scans/*.json        what decoding each video found
     output/captions/*.json     what a captioner answered
     output/manifest.jsonl      the samples, paths relative to the input
-    output/cache/<digest>/     latents and text (data/cache.py)
+    output/cache/<digest>/     latents and text (data/cache/writer.py)
     output/report.json, report.html, thumbnails/
 """
 
@@ -18,22 +18,22 @@ from pathlib import Path
 
 import torch
 
-from data.cache import CacheWriter, digest, finish, read_parts, remove_damaged, whole_scenes
-from data.captioner import Captioner, SampleCaptioner, TransformersCaptioner
-from data.decoders import check_decoder
-from data.encode import SampleEncoder
+from data.cache.online import name_films
+from data.cache.writer import CacheWriter, digest, finish, read_parts, remove_damaged, whole_scenes
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.manifest import write_manifest
-from data.online import name_films
-from data.planning import SamplePlan, ShotRule, doubts, plan_scene
-from data.process import Process, held
+from data.media.decode import check_decoder
+from data.prepare.captioner import Captioner, SampleCaptioner, TransformersCaptioner
+from data.prepare.encode import SampleEncoder
+from data.prepare.planning import SamplePlan, ShotRule, doubts, plan_scene
+from data.prepare.ranks import Process, held
+from data.prepare.report import Report
+from data.prepare.scan import Scan, scan_video
+from data.prepare.settings import PrepareConfig
+from data.prepare.shots import build_detector
+from data.prepare.sources import MANIFEST, Found, find_scenes
 from data.records import read_record, write_record
-from data.report import Report
-from data.scan import Scan, scan_video
-from data.settings import PrepareConfig
-from data.shots import build_detector
-from data.sources import MANIFEST, Found, find_scenes
 from moc.files import PARTIAL
 
 _LATE_SECONDS = 90  # a network file system may show a file to other hosts that much later

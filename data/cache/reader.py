@@ -9,11 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.cache import CACHE_FORMAT, COMPLETE, INDEX, checksum
+from data.cache.online import LoadCodec, encode_frames
+from data.cache.store import FileStore
+from data.cache.writer import CACHE_FORMAT, COMPLETE, INDEX, checksum
 from data.errors import DataError
 from data.interfaces import Codec
-from data.online import LoadCodec, encode_frames
-from data.store import FileStore
 
 _TEXT_FIELDS = ("shape", "crc32", "shard")
 _MAX_OPEN = 64  # shards a process keeps open

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.captions import find_caption_file, read_captions, read_sidecar
 from data.documents import read_text
 from data.errors import DataError
 from data.manifest import CUT_PREFIX, SceneRecord, captions, read_manifest, resolve
-from data.video import VIDEO_SUFFIXES
+from data.media.video import VIDEO_SUFFIXES
+from data.prepare.captions import find_caption_file, read_captions, read_sidecar
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 MANIFEST, VOCABULARY = "manifest.jsonl", "vocabulary.txt"
@@ -39,8 +39,8 @@ class Found:
 
 
 def find_scenes(root: str | Path, output: str | Path | None = None) -> Found:
-    """Scenes of the folder's manifest.jsonl, or of a caption file of another tool (data/captions.py); without either,
-    one for each video and image in it, but for those under `output` (thumbnails of an earlier run).
+    """Scenes of the folder's manifest.jsonl, or of a caption file of another tool (data/prepare/captions.py); without
+    either, one for each video and image in it, but for those under `output` (thumbnails of an earlier run).
 
     Raises DataError: missing-input, empty-input.
     """

@@ -16,9 +16,9 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from data.cache import write_whole
+from data.cache.writer import write_whole
 from data.errors import DataError
-from data.video import write_video
+from data.media.video import write_video
 
 FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", "metadata.json", "storyboard.png", "routing.png")
 logger = logging.getLogger(__name__)

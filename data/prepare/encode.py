@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.bucketing import read_shots
-from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene
+from data.cache.online import describe_frames, latent_shapes
+from data.cache.writer import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.manifest import captions, shot_prompt
-from data.online import describe_frames, latent_shapes
-from data.planning import SamplePlan
-from data.report import save_thumbnail
+from data.media.resize import read_shots
+from data.prepare.planning import SamplePlan
+from data.prepare.report import save_thumbnail
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Video files: write frames, and count and time them exactly.
 
 Frame counts and times come from decoding the whole stream once (`scan`), never from headers. Frames are read by index
-through `data.decoders.open_video`.
+through `data.media.decode.open_video`.
 """
 
 from collections.abc import Callable, Iterable, Sequence

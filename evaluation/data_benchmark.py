@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 import moc
-from data.bucketing import fit
-from data.cache import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
-from data.cuts import cut_accuracy
-from data.dataset import DataConfig
-from data.decoders import open_video
-from data.loader import build_loader
+from data.cache.writer import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
+from data.loading.dataset import DataConfig
+from data.loading.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
-from data.scan import scan_video
-from data.shots import DETECTORS, Span, build_detector
-from data.sources import MANIFEST
-from data.video import scan, write_video
+from data.media.decode import open_video
+from data.media.resize import fit
+from data.media.video import scan, write_video
+from data.prepare.scan import scan_video
+from data.prepare.shots import DETECTORS, Span, build_detector
+from data.prepare.sources import MANIFEST
+from evaluation.cuts import cut_accuracy
 from moc.errors import UserError, check_least
 
 _PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the shot's ends

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # not pyplot, which may ask for a display
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.cache import write_whole
+from data.cache.writer import write_whole
 
 FRAMES_A_ROW = 5
 _CELL, _GAP, _HEAD = 330, 8, 48  # pixels: width of a frame or caption, space between them, height of the title

@@ -8,11 +8,11 @@ from enum import StrEnum
 from pathlib import Path
 
 import moc
-from data.cache import NULL_GLOBAL, NULL_SHOT
+from data.cache.online import LoadCodec
+from data.cache.reader import Cache, CachedScene, open_cache
+from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
-from data.online import LoadCodec
-from data.order import DRAW, Draw, Source, uniforms
-from data.shards import Cache, CachedScene, open_cache
+from data.loading.order import DRAW, Draw, Source, uniforms
 from moc.errors import UserError, check_least
 
 

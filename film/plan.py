@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from data.bucketing import fit
 from data.errors import DataError
-from data.images import read_image
 from data.interfaces import Codec, TextEncoder
-from data.script import Script
+from data.media.images import read_image
+from data.media.resize import fit
+from film.script import Script
 
 
 @dataclass

@@ -7,11 +7,11 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-from data.cache import digest
+from data.cache.writer import digest
 from data.errors import DataError
+from data.media.video import VideoIndex, estimated_frames, scan
+from data.prepare.shots import ShotDetector, Span
 from data.records import read_record, write_record
-from data.shots import ShotDetector, Span
-from data.video import VideoIndex, estimated_frames, scan
 
 _VERSION = 2  # of what a scan finds; records of another are made anew
 

@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from data.errors import DataError
-from data.video import IndexedReader, VideoIndex, opened, scan, to_rgb
+from data.media.video import IndexedReader, VideoIndex, opened, scan, to_rgb
 
 DECODERS = ("pyav", "decord", "torchcodec")
 _INSTALL = {

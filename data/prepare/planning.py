@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.bucketing import nearest_bucket, resample
-from data.cache import digest
+from data.cache.writer import digest
 from data.errors import DataError
-from data.images import read_image
 from data.interfaces import Codec
 from data.manifest import Caption, SceneRecord, ShotRecord, captions
-from data.scan import Scan
-from data.shots import Span
-from data.video import VideoIndex
+from data.media.images import read_image
+from data.media.resize import nearest_bucket, resample
+from data.media.video import VideoIndex
+from data.prepare.scan import Scan
+from data.prepare.shots import Span
 
 _CLAIM_TOLERANCE = 0.98
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data.errors import DataError
-from data.order import Draw
+from data.loading.order import Draw
 
 
 @dataclass(frozen=True)

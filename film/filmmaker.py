@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.film_folder import FilmFolder
 from data.interfaces import Codec
-from data.storyboard import pick_frames
+from film.folder import FilmFolder
+from film.storyboard import pick_frames
 
 OnStep = Callable[[int, int], None]
 Sampling = Callable[[OnStep], Iterable[tuple[int, Tensor]]]

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from data.cuts import CutAccuracy, cut_accuracy
-from data.dataset import DataConfig
-from data.decoders import open_video
-from data.loader import Validation, build_loader
-from data.scan import scan_video
-from data.script import Script
-from data.shots import ShotDetector
+from data.loading.dataset import DataConfig
+from data.loading.loader import Validation, build_loader
+from data.media.decode import open_video
+from data.prepare.scan import scan_video
+from data.prepare.shots import ShotDetector
 from data.storyworld.readers import name_place
 from data.storyworld.story import place_of_caption
+from evaluation.cuts import CutAccuracy, cut_accuracy
+from film.script import Script
 from moc import StreamSpec
 from moc.diffusion import Flow
 from moc.diffusion.linear import linear_losses

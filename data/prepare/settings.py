@@ -1,10 +1,10 @@
-"""The settings of preparing (data/prepare.py)."""
+"""The settings of preparing (data/prepare/pipeline.py)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.decoders import DECODERS
-from data.shots import DETECTORS
+from data.media.decode import DECODERS
+from data.prepare.shots import DETECTORS
 from moc.errors import UserError, check_least
 
 DTYPES = ("float16", "bfloat16", "float32")

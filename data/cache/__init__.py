@@ -1,0 +1,1 @@
+"""The cache of prepared latents and text: its writer and its reader."""

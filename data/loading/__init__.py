@@ -1,0 +1,1 @@
+"""Loading: from prepared caches to packed batches, in one order whatever the ranks."""

@@ -1,0 +1,1 @@
+"""Video and image files: decoded to exact frames, resized, written."""
