@@ -1,8 +1,8 @@
 """LoRA for either model, through peft, and what a trainer asks of a model: to save and to restore itself, wholly.
 
 A model with an adapter saves the adapter alone, in the form that diffusers' pipelines load (`load_lora_weights`), with
-`lora.json` beside it: rank, target layers, and which weights it adapts. `models.convert.open_checkpoint` reads such a
-folder as the two merged.
+`lora.json` beside it: rank, target layers, and which weights it adapts. `open_checkpoint`
+(models/checkpoints/opening.py) reads such a folder as the two merged.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
-from models.tensors import INDEX, Shapes, TensorSource, check_tensors, read_index, shapes
+from models.checkpoints.tensors import INDEX, Shapes, TensorSource, check_tensors, read_index, shapes
 
 SETTINGS = "lora.json"
 PREFIX = "transformer."  # of the adapter's names in a pipeline's file
@@ -25,7 +25,7 @@ PREFIX = "transformer."  # of the adapter's names in a pipeline's file
 @dataclass(frozen=True)
 class Lora:
     """Settings of an adapter. targets: what its layers' names end in. base: path of the weights that it adapts, and
-    fingerprint: which those are, should others come to lie there (`models.convert.Checkpoint.fingerprint`)."""
+    fingerprint: which those are, should others come to lie there (`Checkpoint.fingerprint`)."""
 
     rank: int
     targets: Sequence[str]

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs.command import command
 from moc.errors import UserError
 from models import EncodersConfig
-from models.convert import open_checkpoint
-from models.export import Beside, Form, convert
-from models.pickles import convert_pickle
-from models.tensors import PICKLES
+from models.checkpoints.export import Beside, Form, convert
+from models.checkpoints.opening import open_checkpoint
+from models.checkpoints.pickles import convert_pickle
+from models.checkpoints.tensors import PICKLES
 
 
 class Weights(StrEnum):
@@ -45,7 +45,7 @@ class Dtype(StrEnum):
 class Settings:
     """convert.yaml. weights: of a training checkpoint. dtype: of the output; norms, modulation and the time
     embedder are fp32 in each but stored. max_shard_gb: size of a folder's files.
-    form: see `models.export.Form`. moc, shift, encoders_path, encoders: see `models.export.Beside`."""
+    form: see `Form` in models/checkpoints/export.py. moc, shift, encoders_path, encoders: see `Beside` there."""
 
     input: str = ""
     output: str = ""

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from models.codec import Codec, CodecConfig, CodecKind
-from models.encoders import build_codec
-from models.vae import WanCodec
+from models.encoders.codec import Codec, CodecConfig, CodecKind
+from models.encoders.pair import build_codec
+from models.encoders.vae import WanCodec
 from tests.test_vae import WAN21, WAN22
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.codec import Codec
+from models.encoders.codec import Codec
 from tests.films import read_numbers
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.codec import regroup
+from models.encoders.codec import regroup
 from tests.codecs import TinyCodecs, Watch, decode_shots, encode_shots, split, whole
 from tests.encoders import PoolCodec
 from tests.test_vae import moving_gradient

@@ -18,8 +18,8 @@ from data.media import resize
 from data.media.decode import open_video
 from data.prepare.pipeline import PrepareConfig, Prepared, prepare
 from models import load_encoders
-from models.codec import Codec, CodecConfig, CodecKind
-from models.encoders import EncodersConfig, build_encoders
+from models.encoders.codec import Codec, CodecConfig, CodecKind
+from models.encoders.pair import EncodersConfig, build_encoders
 from tests import pipeline
 from tests.codecs import Watch, save_tiny_wan, whole
 from tests.encoders import PoolCodec, WordText, numbers_in

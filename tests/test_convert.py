@@ -15,11 +15,11 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
 from models import Family, ModelConfig, build_model, load_model, save_model
-from models.codec import CodecConfig, CodecKind
+from models.checkpoints.names import to_diffusers_name, to_original_name
+from models.checkpoints.pickles import VAE22, convert_pickle
+from models.encoders.codec import CodecConfig, CodecKind
+from models.encoders.vae import WanCodec
 from models.mmdit import MMDiT
-from models.names import to_diffusers_name, to_original_name
-from models.pickles import VAE22, convert_pickle
-from models.vae import WanCodec
 from models.wan import WanTransformer3DModel
 from tests.wan_files import MMDIT, REDUCED, same, save_original
 from tests.weights import randomized

@@ -15,8 +15,8 @@ from data.prepare.sources import Found, find_scenes, vocabulary
 from moc.errors import UserError
 from moc.training import Metrics, TrackerConfig, find_checkpoint
 from moc.training.checkpoint import read_settings
-from models.tensors import TensorSource
-from models.text import EmbeddedTextEncoder, TextConfig, build_text_encoder
+from models.checkpoints.tensors import TensorSource
+from models.encoders.text import EmbeddedTextEncoder, TextConfig, build_text_encoder
 from tests.pipeline import command, refusal, train_arguments
 from tests.runs import make_cache, make_trainer, train
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moc import MoCConfig
 from models import load_model, save_model
-from models.convert import open_checkpoint
-from models.export import Form, convert
+from models.checkpoints.export import Form, convert
+from models.checkpoints.opening import open_checkpoint
+from models.checkpoints.tensors import TensorSource, write_sharded, write_tensors
 from models.mmdit import MMDiT
-from models.tensors import TensorSource, write_sharded, write_tensors
 from tests.wan_files import MMDIT, same, save_hole
 
 

@@ -16,10 +16,10 @@ from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training.checkpoint import find_checkpoint, read_settings
 from models import EncodersConfig, build_encoders, load_encoders, load_model
-from models.convert import load_checkpoint, open_checkpoint
-from models.encoders import find_encoders, read_encoders
-from models.export import Beside, Form, convert
-from models.names import COMFYUI_PREFIX, to_original_name
+from models.checkpoints.export import Beside, Form, convert
+from models.checkpoints.names import COMFYUI_PREFIX, to_original_name
+from models.checkpoints.opening import load_checkpoint, open_checkpoint
+from models.encoders.pair import find_encoders, read_encoders
 from models.wan import WanTransformer3DModel
 from tests import pipeline
 from tests.wan_files import same, save_hole, save_original
@@ -212,7 +212,7 @@ def test_a_failed_conversion_leaves_no_run(
     def full(*_) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("models.export.write_state", full)
+    monkeypatch.setattr("models.checkpoints.export.write_state", full)
     with pytest.raises(OSError, match="No space left"):
         as_run(reduced_folder, tmp_path / "run")
     assert not list(tmp_path.glob("run*"))

@@ -14,7 +14,7 @@ from film.folder import FILES, FilmFolder
 from film.plan import plan_film
 from film.script import Script, ScriptShot
 from film.storyboard import draw_routing_map, draw_storyboard, pick_frames
-from models.codec import Codec
+from models.encoders.codec import Codec
 
 
 class MeanCodec(Codec):

@@ -9,7 +9,7 @@ from torch import nn
 from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
 from moc.statistics import RoutingMap
-from models.experts import Experts
+from models.checkpoints.experts import Experts
 from models.mmdit import MMDiT
 from models.wan import WanTransformer3DModel
 from tests.weights import randomized

@@ -9,9 +9,9 @@ from torch import Tensor
 from data.manifest import load_manifest
 from data.media.decode import open_video
 from data.storyworld import Mode, StoryworldConfig, generate
-from models.codec import CodecConfig
-from models.encoders import build_codec
-from models.lapped import LappedCodec, border_rotation, kept_coefficients, variation_gradient
+from models.encoders.codec import CodecConfig
+from models.encoders.lapped import LappedCodec, border_rotation, kept_coefficients, variation_gradient
+from models.encoders.pair import build_codec
 from tests.test_configs import REQUIRED, parsed
 from tests.test_vae import moving_gradient, psnr
 

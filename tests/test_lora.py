@@ -17,11 +17,11 @@ from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
 from moc.training.checkpoint import new_checkpoint, read_settings, write_state
 from models import Family, ModelConfig, build_model, load_model, save_model
-from models.convert import open_checkpoint
-from models.export import Form, convert
-from models.fingerprint import tensors_digest
+from models.checkpoints.export import Form, convert
+from models.checkpoints.opening import open_checkpoint
+from models.checkpoints.tensors import TensorSource
+from models.encoders.fingerprint import tensors_digest
 from models.mmdit import MMDiT
-from models.tensors import TensorSource
 from models.wan import TEXT_TOKENS, WanTransformer3DModel
 from tests import pipeline
 from tests.wan_files import MMDIT, REDUCED, reduced_wan, same, save_original

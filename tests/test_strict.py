@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from models.codec import CodecConfig, CodecKind
-from models.text import T5TextEncoder, TextConfig, TextKind
-from models.vae import WanCodec
+from models.encoders.codec import CodecConfig, CodecKind
+from models.encoders.text import T5TextEncoder, TextConfig, TextKind
+from models.encoders.vae import WanCodec
 
 T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
 WORDS = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -2.0), ("▁a", -1.0), ("▁red", -1.0), ("▁fox", -1.0)]

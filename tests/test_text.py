@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from models.text import (
+from models.encoders.text import (
     EmbeddedTextEncoder,
     PromptForm,
     T5TextEncoder,

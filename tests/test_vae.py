@@ -7,10 +7,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from models.codec import CodecConfig, CodecKind
-from models.encoders import build_codec
-from models.lapped import LappedCodec
-from models.vae import WanCodec
+from models.encoders.codec import CodecConfig, CodecKind
+from models.encoders.lapped import LappedCodec
+from models.encoders.pair import build_codec
+from models.encoders.vae import WanCodec
 
 WAN21 = {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1}
 WAN22 = {

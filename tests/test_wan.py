@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moc import DropKey, MoCConfig, Sample, make_batch
-from models.experts import Experts
+from models.checkpoints.experts import Experts
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
 from tests.weights import randomized
 

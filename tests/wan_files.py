@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.names import to_original_name
+from models.checkpoints.names import to_original_name
 from tests.weights import randomized
 
 REDUCED = {

@@ -18,13 +18,13 @@ from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.training.checkpoint import new_checkpoint, write_state
-from models.codec import CodecKind
-from models.convert import Checkpoint
-from models.encoders import EncodersConfig, find_encoders, read_encoders, write_encoders
-from models.experts import read_flow
-from models.names import to_original_name
-from models.tensors import Entry, new_folder, write_sharded, write_tensors
-from models.text import TextKind
+from models.checkpoints.experts import read_flow
+from models.checkpoints.names import to_original_name
+from models.checkpoints.opening import Checkpoint
+from models.checkpoints.tensors import Entry, new_folder, write_sharded, write_tensors
+from models.encoders.codec import CodecKind
+from models.encoders.pair import EncodersConfig, find_encoders, read_encoders, write_encoders
+from models.encoders.text import TextKind
 
 
 class Form(StrEnum):
@@ -41,7 +41,7 @@ class Beside:
     """What goes beside the weights; what is left empty comes from the input, where that has it.
 
     moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, what
-    `models.encoders.read_encoders` reads; embedded encoders are copied, others noted by path; or encoders, their
+    `models.encoders.pair.read_encoders` reads; embedded encoders are copied, others noted by path; or encoders, their
     settings themselves, which say what a path cannot: how HoloCine's weights were trained.
     """
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from moc.errors import UserError
-from models.tensors import NAMES, check_tensors, new_folder, shapes, write_sharded
+from models.checkpoints.tensors import NAMES, check_tensors, new_folder, shapes, write_sharded
 
 # Stems of the release's T5 encoder -> transformers'; {} is the layer.
 T5_TOP = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}

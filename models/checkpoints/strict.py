@@ -9,7 +9,7 @@ from torch import nn
 
 from moc.errors import UserError
 from moc.training.checkpoint import remedy
-from models.tensors import TensorSource, check_tensors, shapes
+from models.checkpoints.tensors import TensorSource, check_tensors, shapes
 
 
 def load_folder(

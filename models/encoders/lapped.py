@@ -19,8 +19,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from models.codec import Codec, CodecConfig, in_fp32
-from models.fingerprint import fingerprint
+from models.encoders.codec import Codec, CodecConfig, in_fp32
+from models.encoders.fingerprint import fingerprint
 
 BLOCK = (4, 8, 8)
 HALF = BLOCK[1] // 2

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from moc.errors import UserError, check_least
 from moc.training.checkpoint import read_json, remedy
-from models.fingerprint import fingerprint, weights_digest
-from models.strict import load_folder
-from models.tensors import download_hint
+from models.checkpoints.strict import load_folder
+from models.checkpoints.tensors import download_hint
+from models.encoders.fingerprint import fingerprint, weights_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

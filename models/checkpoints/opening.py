@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what a path holds, and strict loading; `models/export.py` writes them in other forms.
+"""Checkpoints on disk: what a path holds, and strict loading; `export.py` beside it writes them in other forms.
 
 Forms that are read: a diffusers folder (sharded or not), a file or folder with the Wan release's original names, with
 or without ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint, also of a LoRA, which reads as
@@ -20,12 +20,12 @@ from torch import Tensor
 from moc import MoCConfig
 from moc.errors import UserError
 from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, read_json, read_moc, root_of, sound_checkpoint
-from models.experts import expert_paths
-from models.fingerprint import VALUES_PER_TENSOR, tensors_digest
+from models.checkpoints.experts import expert_paths
+from models.checkpoints.names import COMFYUI_PREFIX, to_diffusers_name
+from models.checkpoints.tensors import TensorSource, check_tensors, listed, shapes
+from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
 from models.lora import Adapter, Lora, read_lora
 from models.mmdit import MMDiT
-from models.names import COMFYUI_PREFIX, to_diffusers_name
-from models.tensors import TensorSource, check_tensors, listed, shapes
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}

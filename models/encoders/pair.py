@@ -12,10 +12,10 @@ from pathlib import Path
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json, root_of
-from models.codec import Codec, CodecConfig, CodecKind
-from models.lapped import LappedCodec
-from models.tensors import download_hint
-from models.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
+from models.checkpoints.tensors import download_hint
+from models.encoders.codec import Codec, CodecConfig, CodecKind
+from models.encoders.lapped import LappedCodec
+from models.encoders.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
 
 FILE = "encoders.json"
 PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of Wan has besides the transformer
@@ -48,7 +48,7 @@ def build_codec(config: CodecConfig) -> Codec:
     """The codec a configuration names, on the CPU."""
     if config.kind is not CodecKind.wan:
         return LappedCodec(config)
-    from models.vae import WanCodec  # imports much of diffusers: only where it is used
+    from models.encoders.vae import WanCodec  # imports much of diffusers: only where it is used
 
     return WanCodec(config)
 

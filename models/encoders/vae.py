@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
-from models.codec import Codec, CodecConfig, in_fp32
-from models.fingerprint import fingerprint, weights_digest
-from models.strict import load_folder
-from models.tensors import download_hint
+from models.checkpoints.strict import load_folder
+from models.checkpoints.tensors import download_hint
+from models.encoders.codec import Codec, CodecConfig, in_fp32
+from models.encoders.fingerprint import fingerprint, weights_digest
 
 TILE, TILE_STRIDE = 256, 192  # pixels, diffusers' own
 

@@ -1,0 +1,1 @@
+"""Checkpoints: what a path holds, opened strictly, and written in other forms."""
