@@ -10,7 +10,7 @@ from torch import Tensor
 from models.encoders.codec import Codec, CodecConfig, CodecKind
 from models.encoders.pair import build_codec
 from models.encoders.vae import WanCodec
-from tests.test_vae import WAN21, WAN22
+from tests.models.test_vae import WAN21, WAN22
 
 
 def save_tiny_wan(folder: Path, settings: dict = WAN21) -> Path:

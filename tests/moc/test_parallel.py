@@ -11,8 +11,8 @@ from moc.errors import UserError
 from moc.training import Parallel, ParallelConfig
 from models.mmdit import MMDiT
 from tests import pipeline
+from tests.commands.test_configs import composed
 from tests.pipeline import ROOT
-from tests.test_configs import composed
 
 STORY = {"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia walks.", "seconds": 0.4}]}
 

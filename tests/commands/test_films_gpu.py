@@ -1,4 +1,5 @@
-"""Evaluation, conversion, sampling and Wan on a GPU, as a user calls them: pytest -m gpu tests/test_films_gpu.py"""
+"""Evaluation, conversion, sampling and Wan on a GPU, as a user calls them:
+pytest -m gpu tests/commands/test_films_gpu.py"""
 
 import json
 from pathlib import Path
@@ -14,9 +15,9 @@ from moc.training import find_checkpoint
 from models import load_model
 from tests import pipeline
 from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, train
+from tests.models.test_experts import expert_of
+from tests.models.test_export_runs import save_tiny_encoders
 from tests.pipeline import command
-from tests.test_experts import expert_of
-from tests.test_export_runs import save_tiny_encoders
 from tests.wan_files import REDUCED
 from tests.weights import randomized
 

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64", reason="Triton brings its assembler to x86 Linux"
 )
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def compile_kernels(output: Path, *options: str) -> list[dict]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from models.encoders.codec import regroup
 from tests.codecs import TinyCodecs, Watch, decode_shots, encode_shots, split, whole
 from tests.encoders import PoolCodec
-from tests.test_vae import moving_gradient
+from tests.models.test_vae import moving_gradient
 
 KINDS = ("lapped", "wan 2.1", "wan 2.2")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import moc
 from models.stream import Members
+from tests.moc.test_kernels_cpu import interpreted
 from tests.strategies import attention_tensors
-from tests.test_kernels_cpu import interpreted
 
 pytestmark = pytest.mark.usefixtures("listed")
 

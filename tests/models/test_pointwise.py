@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models import layers, rope
 from models.stream import Members
-from tests.test_kernels_cpu import interpreted
+from tests.moc.test_kernels_cpu import interpreted
 
 pointwise = pytest.importorskip("models.pointwise", exc_type=ImportError)
 

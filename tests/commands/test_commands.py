@@ -14,8 +14,8 @@ from film.script import load_script
 from moc.errors import UserError
 from models import build_model
 from scripts import demo
+from tests.commands.test_configs import parsed
 from tests.pipeline import ROOT, TINY_MODEL, assert_one_message, command, prepare, refusal, train, train_arguments
-from tests.test_configs import parsed
 
 SCRIPTS = ["train.py", "sample.py"]
 SCRIPTS += sorted(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())

@@ -101,7 +101,7 @@ def test_the_encoder_is_rebuilt_from_its_folder(embedded: EmbeddedTextEncoder, t
 
 @pytest.mark.parametrize("name", ["wan", "holocine"])
 def test_wans_configurations_take_the_releases_512_tokens(name: str) -> None:
-    assert OmegaConf.load(Path(__file__).parents[1] / "configs" / "encoders" / f"{name}.yaml").text.max_tokens == 512
+    assert OmegaConf.load(Path(__file__).parents[2] / "configs" / "encoders" / f"{name}.yaml").text.max_tokens == 512
 
 
 def test_cleaning_is_wans() -> None:

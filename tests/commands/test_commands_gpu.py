@@ -1,4 +1,4 @@
-"""Data, training and the demo on a GPU, as a user calls them: pytest -m gpu tests/test_commands_gpu.py
+"""Data, training and the demo on a GPU, as a user calls them: pytest -m gpu tests/commands/test_commands_gpu.py
 
 All but those that start processes run in this one, which spares imports. The log of each tells that a GPU was taken.
 """
@@ -16,9 +16,9 @@ from data.loading.dataset import DataConfig, open_dataset
 from moc.training import Trainer, find_checkpoint, read_metrics
 from scripts import demo
 from tests import pipeline
+from tests.commands.test_configs import parsed
 from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, losses, train
 from tests.pipeline import ROOT, command
-from tests.test_configs import parsed
 
 pytestmark = pytest.mark.gpu
 

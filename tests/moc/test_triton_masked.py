@@ -6,8 +6,8 @@ from hypothesis import given
 
 import moc
 from moc import reference
+from tests.moc.test_kernels_cpu import interpreted
 from tests.strategies import attention_tensors, configs, seeds, streams
-from tests.test_kernels_cpu import interpreted
 
 
 def assert_equal_to_reference(layout, config, routes, seed=0, head_dim=16):
@@ -84,7 +84,7 @@ def test_short_samples_are_masked_and_long_ones_listed(monkeypatch):
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
 def test_masked_on_a_gpu(head_dim, dtype):
     """Errors against those of torch's attention, as in test_kernels_gpu."""
-    from tests.test_kernels_gpu import check, stream
+    from tests.moc.test_kernels_gpu import check, stream
 
     layout = stream()
     assert len(layout.chunks) <= 64

@@ -1,4 +1,4 @@
-"""Whole models on a GPU: pytest -m gpu tests/test_models_gpu.py"""
+"""Whole models on a GPU: pytest -m gpu tests/models/test_models_gpu.py"""
 
 from copy import deepcopy
 from dataclasses import replace

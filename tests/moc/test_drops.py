@@ -8,9 +8,9 @@ from hypothesis import given
 
 import moc
 from tests import brute_force
+from tests.moc.test_kernels_cpu import interpreted
 from tests.routes import same_chunks
 from tests.strategies import attention_tensors, configs, seeds, streams
-from tests.test_kernels_cpu import interpreted
 
 KEY = moc.DropKey(seed=1, step=2, layer=3)
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 import moc
 from moc import routing
 from moc.kernels import anchors
+from tests.moc.test_kernels_cpu import DROPS, assert_equal_to_reference, interpreted
+from tests.moc.test_reference import OPTIONS, two_samples
 from tests.routes import assert_same_choice, same_chunks
 from tests.strategies import attention_tensors, configs, seeds, streams
-from tests.test_kernels_cpu import DROPS, assert_equal_to_reference, interpreted
-from tests.test_reference import OPTIONS, two_samples
 
 pytestmark = pytest.mark.usefixtures("listed")
 

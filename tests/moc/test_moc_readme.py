@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-README = Path(__file__).parents[1] / "moc/README.md"
+README = Path(__file__).parents[2] / "moc/README.md"
 
 
 def test_the_code_runs_and_is_short(capsys):

@@ -19,7 +19,7 @@ from data.storyworld.story import Scene, place_of_caption, plan_scene, view_at, 
 from film.script import load_script
 
 SIZE = (64, 96)
-SCRIPTS = sorted((Path(__file__).parents[1] / "configs/scripts").glob("storyworld*.yaml"))
+SCRIPTS = sorted((Path(__file__).parents[2] / "configs/scripts").glob("storyworld*.yaml"))
 
 
 def settings(**changes) -> StoryworldConfig:

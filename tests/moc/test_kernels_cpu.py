@@ -16,8 +16,8 @@ from moc.kernels import anchors, dense, masked, torch_parts
 from moc.kernels import packed as packed_kernels
 from moc.kernels.packed import Packed
 from moc.kernels.packed import attend as packed_attend
+from tests.moc.test_reference import two_samples
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
-from tests.test_reference import two_samples
 
 pytestmark = pytest.mark.usefixtures("listed")
 

@@ -17,7 +17,7 @@ from tests import pipeline
 from tests.films import write_numbered
 from tests.preparing import film_folder, scene, scenes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from moc.errors import UserError
 from models import build_model
 from tests.caches import scene, write_cache
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 GROUPS = sorted(
     path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("scripts", "__pycache__")
