@@ -79,7 +79,7 @@ def routed_forward(
             num_tokens, num_chunks, num_slots, stride, head_dim**-0.5 * kernels.LOG2E.value,
             **shape, BM=lists.tile, TMA=tma, **blocks.forward,
         )  # fmt: skip
-        # At least 8 slots: few routes are then one variant, with drop-in and without.
+        # The kernel has at least 8 slots, so that few routes are one variant, with drop-in and without.
         kernels.merge_kernel[(cdiv(num_tokens, 8), last - first)](
             out, lse, merged_lse, partial, partial_lse, routes, first, num_tokens, num_slots, stride,
             **shape, SLOTS=max(8, next_power_of_2(num_slots)), BT=8,

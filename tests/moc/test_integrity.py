@@ -11,14 +11,9 @@ import torch
 from moc.errors import UserError
 from moc.training import find_checkpoint, sound_checkpoint
 from models import load_model
-from tests.runs import losses, make_cache, train
+from tests.runs import losses, train
 
 STEPS = ("step_0000002", "step_0000004")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

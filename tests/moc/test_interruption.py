@@ -17,12 +17,7 @@ from moc.training import Metrics, Validator, find_checkpoint, read_metrics
 from moc.training.interruption import NOT_FINISHED, SIGNALS, Interruption
 from tests import pipeline
 from tests.pipeline import ROOT, train_arguments
-from tests.runs import DROPS, launch, losses, make_cache, poisoned, train
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"))
+from tests.runs import DROPS, launch, losses, poisoned, train
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from moc.training import OptimConfig, find_checkpoint, read_metrics
-from tests.runs import DROPS, launch, losses, make_cache, poisoned, train
+from tests.runs import DROPS, launch, losses, poisoned, train
 
 SCENES = [f"scene{number / 4}" for number in range(8)]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"))
 
 
 def tensors(checkpoint, *names):

@@ -14,12 +14,7 @@ from moc.schedule import Stage
 from moc.training import EMA, Metrics, OptimConfig, TrackerConfig, find_checkpoint, read_metrics
 from moc.training import checkpoint as ckpt
 from moc.training.optim import build_optimizer, learning_rate
-from tests.runs import DROPS, MOC, launch, losses, make_cache, make_trainer, train
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"))
+from tests.runs import DROPS, MOC, launch, losses, make_trainer, train
 
 
 @pytest.fixture(scope="module")
