@@ -9,12 +9,14 @@ Ends with exit status 1 where a kernel takes more shared memory than a program m
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # the interpreter compiles nothing
 

@@ -22,11 +22,14 @@ SCRIPTS += sorted(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py") i
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_lists_the_settings(name, capsys):
-    with pytest.raises(SystemExit) as ending:
-        command(name, "--help")
-    assert ending.value.code in (0, None)
-    said = capsys.readouterr().out
+def test_help_lists_the_settings(name, capfd):
+    if name == "scripts/compile_kernels.py":  # imports the kernels without Triton's interpreter: a process of its own
+        subprocess.run([sys.executable, str(ROOT / name), "--help"], check=True)
+    else:
+        with pytest.raises(SystemExit) as ending:
+            command(name, "--help")
+        assert ending.value.code in (0, None)
+    said = capfd.readouterr().out
     assert "output" in said or "out:" in said
     assert len(said.splitlines()) > 5
 
