@@ -20,7 +20,7 @@ from film.folder import FilmFolder
 from film.plan import plan_film
 from film.script import load_script
 from film.storyboard import draw_routing_map, draw_storyboard
-from moc import MoCConfig
+from moc import MoCConfig, __version__
 from moc.diffusion import Story, sample_shots
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
@@ -64,7 +64,7 @@ def main(config: SampleConfig) -> None:
         "latent_shapes": plan.shapes,
         "routing": routing_map.shares().tolist(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "versions": {name: version(name) for name in ("moc", "torch", "diffusers", "transformers")},
+        "versions": {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "seconds": round(time.time() - started, 1),
     }
     folder.write_metadata(record)

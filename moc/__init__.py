@@ -7,6 +7,8 @@ from moc.config import Backend, Descriptor, DropKey, MoCConfig, OwnAnchor, TextA
 from moc.layout import Shot, ShotLayout
 from moc.routing import select_shots
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Backend",
     "Batch",

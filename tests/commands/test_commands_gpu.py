@@ -101,10 +101,10 @@ def test_a_step_waits_for_nothing_on_the_gpu(prepared, tmp_path, monkeypatch):
     """From the sixth step on, when all is compiled, a step that made the host wait for the GPU would raise."""
     step = Trainer._train_step
 
-    def strictly(self, batches) -> None:
+    def strictly(self, batches) -> bool:
         torch.cuda.set_sync_debug_mode("error" if self.step >= 5 else "default")
         try:
-            step(self, batches)
+            return step(self, batches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
