@@ -1,7 +1,7 @@
 """Trains a multi-shot video model: `python train.py experiment=NAME key=value ...`, or with `accelerate launch`.
 
-From here to the inner loop: `Trainer.run` (moc/training/trainer.py), `Flow.loss` (moc/diffusion/flow.py), the model's
-forward (models/mmdit.py), `moc_attention` (moc/attention.py).
+From here to the inner loop: `Trainer.run` (moc/training/trainer.py), `Flow.loss` (moc/diffusion/flow.py),
+`StreamModel.forward` (models/stream.py), `moc_attention` (moc/attention.py).
 """
 
 import logging

@@ -7,7 +7,7 @@
 Shape letters: L packed tokens, Lx tokens of one stream, N heads, D head dim, G groups; latents C T H W.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,9 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 
-from moc.batch import each_shape
 from moc.layout import Grid
 from models.fuse import fused
-from models.stream import Members, Part
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from models.stream import Attend, Members, Part
 
 
 class _Spread(torch.autograd.Function):
@@ -144,9 +141,10 @@ class JointBlock(nn.Module):
         self.last = last
 
     def forward(
-        self, text: Tensor, video: Tensor, condition: Tensor, part: Part, attend: Attend
+        self, tokens: tuple[Tensor, Tensor], condition: Tensor, part: Part, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """text [Lt, dim], video [Lv, dim], condition fp32 [G, dim]; attend maps q, k, v [L, N, D] to [L, N, D]."""
+        """tokens: text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]; attend: q, k, v [L, N, D] -> [L, N, D]."""
+        text, video = tokens
         text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
         text_qkv = self.text.project(text, text_mod, part.text_members)
         video_qkv = self.video.project(video, video_mod, part.video_members)
@@ -236,20 +234,3 @@ class Output(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             gain = self.gain(condition.to(self.gain.weight.dtype)).float()
         return out + spread(gain, members) * patches.float()
-
-
-def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
-    """Shots [C, T, H, W] -> their tokens, in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
-    a, b, c = patch
-
-    def tokens(x: Tensor) -> Tensor:
-        return rearrange(x, "n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
-
-    return torch.cat(each_shape(tokens, latents))
-
-
-def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch: Grid) -> list[Tensor]:
-    """The inverse of `patchify`; grids are the (T, H, W) of each shot's tokens."""
-    a, b, c = patch
-    shots = [x.view(*grid, -1) for x, grid in zip(tokens.split([t * h * w for t, h, w in grids]), grids, strict=True)]
-    return each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)

@@ -10,32 +10,27 @@
 Shape letters: L packed tokens (Lt text, Lv video), N heads, D head dim, G groups, S shots; latents C T H W.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import ClassVar
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from moc import DropKey, MoCConfig, ShotLayout, StreamSpec
+from moc import MoCConfig, ShotLayout, StreamSpec
 from moc.errors import UserError
-from models.layers import Condition, FramePlace, JointBlock, Output, patchify, unpatchify
-from models.lora import Trainable
+from models.layers import Condition, FramePlace, JointBlock, Output
 from models.rope import interleaved_positions, rotary_table
-from models.stream import KeyValueCache, Part, StreamAttention
+from models.stream import Embedded, Part, StreamModel
 
 
-class MMDiT(Trainable, ModelMixin, ConfigMixin):
-    """Predicts the velocity (noise - latent) of every shot of a packed batch.
+class MMDiT(StreamModel):
+    """The multi-shot transformer that is trained from nothing; its forward is `models.stream.StreamModel`'s.
 
     latent_channels, text_dim: widths of the codec's latents and of the text encoder's features.
     patch_size: latent (frames, height, width) of a token. input_skip: see `models.layers.Output`.
     frame_place: see `models.layers.FramePlace`.
     """
 
-    _supports_gradient_checkpointing = True
     _keep_in_fp32_modules: ClassVar = ["condition", "modulation", "gain", "norm_q", "norm_k"]
     _no_split_modules: ClassVar = ["JointBlock"]
     _repeated_blocks: ClassVar = ["JointBlock"]
@@ -59,6 +54,7 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
             raise UserError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=True)
+        self.latent_channels = latent_channels
         patch_dim = latent_channels * patch_size[0] * patch_size[1] * patch_size[2]
         self.video_in = nn.Linear(patch_dim, dim)
         self.place = FramePlace(dim) if frame_place else None
@@ -67,63 +63,24 @@ class MMDiT(Trainable, ModelMixin, ConfigMixin):
         last = num_layers - 1
         self.blocks = nn.ModuleList(JointBlock(dim, num_heads, ffn_dim, last=i == last) for i in range(num_layers))
         self.output = Output(dim, patch_dim, input_skip)
-        self.gradient_checkpointing = False
 
-    def forward(
-        self,
-        latents: list[Tensor],
-        sigma: Tensor,
-        text: list[Tensor],
-        layout: ShotLayout,
-        config: MoCConfig,
-        drops: DropKey | None = None,
-        on_routes: Callable[[int, Tensor], None] | None = None,
-        cache: KeyValueCache | None = None,
-        remember: bool = False,
-    ) -> list[Tensor]:
-        """The velocity of each shot, fp32, in the form of `latents`.
-
-        latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
-        text: text-encoder features [T_i, text_dim] of each group: of each sample the global caption's, then its shots'.
-        layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
-        config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
-        on_routes: told each layer's index and routes, int [N, L, K], for statistics.
-        cache: history of a story generated shot by shot; latents and sigma are then those of the shots after it, text
-            and layout the whole stream's, and config must flow strictly forward.
-        remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
-        Raises ValueError where latents or text do not fit the layout or the model.
-        """
-        part = Part(layout, cache.num_tokens if cache else 0)
-        part.check(latents, sigma, text, self.stream, self.config.latent_channels, self.config.text_dim)
+    def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
         words = torch.cat(text[part.first_group :])
-        patches = patchify(latents, self.stream.patch)
         video = self.video_in(patches.to(self.video_in.weight.dtype))
         if self.place is not None:
             video = video + self.place(part.grids, video.dtype)
-        condition = self.condition(part.group_sigma(sigma), pooled(words, part.text_starts))
+        condition = self.condition(sigma, pooled(words, part.text_starts))
         words = self.text_in(words.to(self.text_in.weight.dtype))
-        table = layout.memo(
+        return Embedded((words, video), (condition, part), condition)
+
+    def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:
+        return layout.memo(
             ("interleaved", self.head_dim, self.config.rope_theta),
             lambda: rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta),
         )
-        table = (table[0][part.start :], table[1][part.start :])
-        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
-        for layer, block in enumerate(self.blocks):
-            args = (words, video, condition, part, partial(attend, layer))
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                words, video = self._gradient_checkpointing_func(block, *args)
-            else:
-                words, video = block(*args)
-
-        if cache is not None and remember:
-            cache.num_tokens = layout.num_tokens
-        out = self.output(video, patches, condition, part.video_members)
-        return unpatchify(out, part.grids, self.stream.patch)
-
-    def new_cache(self) -> KeyValueCache:
-        """The history of a story that has not begun."""
-        return KeyValueCache()
+    def project(self, tokens: tuple[Tensor, Tensor], patches: Tensor, condition: Tensor, part: Part) -> Tensor:
+        return self.output(tokens[1], patches, condition, part.video_members)
 
     @property
     def head_dim(self) -> int:

@@ -1,4 +1,4 @@
-"""What both models share about the packed stream: which of its tokens a forward computes, and their self-attention.
+"""The forward that both models share: which tokens of the packed stream it computes, and their self-attention.
 
 Usually a forward computes the whole stream. In context-causal generation (Long Context Tuning, arXiv 2503.10589,
 section 3.4) finished shots are history: their keys and values stay in a `KeyValueCache`, and a forward computes the
@@ -9,18 +9,24 @@ Shape letters: L packed tokens, N heads, D head dim, G groups, S shots; latents 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from diffusers import ConfigMixin, ModelMixin
+from einops import rearrange
+from torch import Tensor, nn
 
 from moc import Descriptor, DropKey, MoCConfig, ShotLayout, StreamSpec, moc_attention, route
+from moc.batch import each_shape
 from moc.errors import UserError
 from moc.layout import Grid, Group
+from models.lora import Trainable
 from models.rope import rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 TILE = 64
 
@@ -191,3 +197,102 @@ class StreamAttention:
         if torch.is_grad_enabled():
             self.routes[layer] = routes
         return routes
+
+
+class Embedded(NamedTuple):
+    """What the blocks of a model work on.
+
+    tokens: what a block takes first and returns changed. inputs: what every block is given besides.
+    condition: the vector of each group that modulates the output, fp32 [G, dim].
+    """
+
+    tokens: Any
+    inputs: tuple[Any, ...]
+    condition: Tensor
+
+
+class StreamModel(Trainable, ModelMixin, ConfigMixin):
+    """Predicts the velocity (noise - latent) of every shot of a packed batch.
+
+    A family sets `stream`, `latent_channels` and `blocks`, and says how tokens are embedded, rotated and projected.
+    """
+
+    stream: StreamSpec
+    latent_channels: int
+    blocks: nn.ModuleList
+    gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
+
+    def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
+        """patches [Lv, patch_dim] and sigma [G] of the part computed; text [T_i, text_dim] of all groups."""
+        raise NotImplementedError
+
+    def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:
+        """The rotary table of the whole stream (see `models.rope.rotary_table`)."""
+        raise NotImplementedError
+
+    def project(self, tokens: Any, patches: Tensor, condition: Tensor, part: Part) -> Tensor:
+        """Tokens after the last block -> the velocity of their patches, fp32 [Lv, patch_dim]."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        latents: list[Tensor],
+        sigma: Tensor,
+        text: list[Tensor],
+        layout: ShotLayout,
+        config: MoCConfig,
+        drops: DropKey | None = None,
+        on_routes: Callable[[int, Tensor], None] | None = None,
+        cache: KeyValueCache | None = None,
+        remember: bool = False,
+    ) -> list[Tensor]:
+        """The velocity of each shot, fp32, in the form of `latents`.
+
+        latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
+        text: text-encoder features [T_i, text_dim] of each group: of each sample the global caption's, then its shots'.
+        layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
+        config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
+        on_routes: told each layer's index and routes, int [N, L, K], for statistics.
+        cache: history of a story generated shot by shot; latents and sigma are then those of the shots after it, text
+            and layout the whole stream's, and config must flow strictly forward.
+        remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
+        Raises ValueError where latents or text do not fit the layout, UserError where they do not fit the model.
+        """
+        part = Part(layout, cache.num_tokens if cache else 0)
+        part.check(latents, sigma, text, self.stream, self.latent_channels, self.config.text_dim)
+        patches = patchify(latents, self.stream.patch)
+        tokens, inputs, condition = self.embed(patches, part.group_sigma(sigma), text, part, config)
+        cos, sin = self.rotations(layout, config)
+        table = (cos[part.start :], sin[part.start :])
+        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
+        for layer, block in enumerate(self.blocks):
+            args = (tokens, *inputs, partial(attend, layer))
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, *args)
+            else:
+                tokens = block(*args)
+        if cache is not None and remember:
+            cache.num_tokens = layout.num_tokens
+        return unpatchify(self.project(tokens, patches, condition, part), part.grids, self.stream.patch)
+
+    def new_cache(self) -> KeyValueCache:
+        """The history of a story that has not begun."""
+        return KeyValueCache()
+
+
+def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
+    """Shots [C, T, H, W] -> their tokens, in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
+    a, b, c = patch
+
+    def tokens(x: Tensor) -> Tensor:
+        return rearrange(x, "n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
+
+    return torch.cat(each_shape(tokens, latents))
+
+
+def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch: Grid) -> list[Tensor]:
+    """The inverse of `patchify`; grids are the (T, H, W) of each shot's tokens."""
+    a, b, c = patch
+    shots = [x.view(*grid, -1) for x, grid in zip(tokens.split([t * h * w for t, h, w in grids]), grids, strict=True)]
+    return each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)

@@ -10,29 +10,24 @@ Shape letters: L packed tokens, N heads, D head dim, G groups, R text rows, S sh
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
 from itertools import accumulate, pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 
-from moc import DropKey, MoCConfig, ShotLayout, StreamSpec, TextAnchor
+from moc import MoCConfig, ShotLayout, StreamSpec, TextAnchor
 from moc.errors import UserError
 from moc.kernels import packed
 from moc.kernels.packed import Packed
-from moc.layout import Grid
-from models.layers import Attend, LayerNorm, RMSNorm, add_gated, modulate, patchify, unpatchify
-from models.lora import Trainable
+from models.layers import LayerNorm, RMSNorm, add_gated, modulate
 from models.rope import rotary_table, running_positions
-from models.stream import KeyValueCache, Members, Part, StreamAttention
+from models.stream import Attend, Embedded, Members, Part, StreamModel
 
 TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features, and visible
 
@@ -80,7 +75,7 @@ class Block(nn.Module):
         self.eps = eps
 
     def forward(
-        self, x: Tensor, context: Tensor, time: Tensor, members: Members, attend: Attend, windows: Packed
+        self, x: Tensor, context: Tensor, time: Tensor, members: Members, windows: Packed, attend: Attend
     ) -> Tensor:
         """x [L, dim]; context: text rows of all samples [R, dim], of which `windows` says who sees what; time fp32
         [G, 6, dim]; members: the tokens of each group."""
@@ -122,13 +117,12 @@ class TextTimeEmbedding(nn.Module):
         return time.float(), parts.float().unflatten(1, (6, -1)), rows
 
 
-class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
-    """Predicts the velocity of every shot of a packed batch; its name and settings are diffusers'.
+class WanTransformer3DModel(StreamModel):
+    """Wan's transformer under diffusers' name and settings; its forward is `models.stream.StreamModel`'s.
 
     Raises UserError for the family's image-to-video variants, whose extra inputs have no place here.
     """
 
-    _supports_gradient_checkpointing = True
     _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm2", "norm_q", "norm_k"]
     _no_split_modules: ClassVar = ["Block"]
     _repeated_blocks: ClassVar = ["Block"]
@@ -158,6 +152,7 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
             raise UserError("this is an image-to-video Wan model; only the text-to-video models are supported")
         if not cross_attn_norm or qk_norm != "rms_norm_across_heads":
             raise UserError(f"cross_attn_norm={cross_attn_norm}, qk_norm={qk_norm!r} is no Wan model that is supported")
+        self.latent_channels = in_channels
         dim = num_attention_heads * attention_head_dim
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=False)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.stream.patch, stride=self.stream.patch)
@@ -165,64 +160,29 @@ class WanTransformer3DModel(Trainable, ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
-        self.gradient_checkpointing = False
 
-    def forward(
-        self,
-        latents: list[Tensor],
-        sigma: Tensor,
-        text: list[Tensor],
-        layout: ShotLayout,
-        config: MoCConfig,
-        drops: DropKey | None = None,
-        on_routes: Callable[[int, Tensor], None] | None = None,
-        cache: KeyValueCache | None = None,
-        remember: bool = False,
-    ) -> list[Tensor]:
-        """The velocity of each shot, fp32, in the form of `latents`.
-
-        latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
-        text: features [T_i, text_dim] of each group's span of its sample's prompt (at most 512 rows a sample).
-        layout: of video only (`stream.text_in_stream`). The rest: as in `models.mmdit.MMDiT`.
-        Raises ValueError where latents or text do not fit the layout or the model.
-        """
-        part = Part(layout, cache.num_tokens if cache else 0)
-        part.check(latents, sigma, text, self.stream, self.config.in_channels, self.config.text_dim)
-        patches = patchify(latents, self.stream.patch)
+    def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
+        """text: features of each group's span of its sample's prompt, at most 512 rows a sample."""
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
+        layout = part.layout
         rows, windows = text_windows(text, layout, config)
         windows = [Window(w.start - part.start, w.end - part.start, w.ranges) for w in windows if w.start >= part.start]
         packed_windows = layout.memo(("windows", *windows), lambda: pack_windows(windows, len(rows), layout.device))
-        time, block_time, context = self.condition_embedder(part.group_sigma(sigma), rows)
-        table = layout.memo(
+        time, block_time, context = self.condition_embedder(sigma, rows)
+        return Embedded(x, (context, block_time, part.video_members, packed_windows), time)
+
+    def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:
+        return layout.memo(
             ("running", self.config.attention_head_dim, config.cut_gap),
             lambda: rotary_table(running_positions(layout, config.cut_gap), self.config.attention_head_dim),
         )
-        table = (table[0][part.start :], table[1][part.start :])
-        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
 
-        for layer, block in enumerate(self.blocks):
-            args = (x, context, block_time, part.video_members, partial(attend, layer), packed_windows)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, *args)
-            else:
-                x = block(*args)
-
-        if cache is not None and remember:
-            cache.num_tokens = layout.num_tokens
-        shift, scale = (self.scale_shift_table.float() + time[:, None]).unbind(1)
-        out = self.proj_out(modulate(x, shift, scale, part.video_members, self.config.eps)).float()
-        return self._unpatchify(out, part.grids)
-
-    def new_cache(self) -> KeyValueCache:
-        """The history of a story that has not begun."""
-        return KeyValueCache()
-
-    def _unpatchify(self, tokens: Tensor, grids: list[Grid]) -> list[Tensor]:
-        """The inverse of `patchify`, with channels last within a patch, as the family's output has them."""
-        patch = self.stream.patch
-        return unpatchify(rearrange(tokens, "l (p ch) -> l (ch p)", p=math.prod(patch)), grids, patch)
+    def project(self, tokens: Tensor, patches: Tensor, condition: Tensor, part: Part) -> Tensor:
+        shift, scale = (self.scale_shift_table.float() + condition[:, None]).unbind(1)
+        out = self.proj_out(modulate(tokens, shift, scale, part.video_members, self.config.eps)).float()
+        # The family's output has a patch's channels last, its input has them first.
+        return rearrange(out, "l (p ch) -> l (ch p)", p=math.prod(self.stream.patch))
 
 
 def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, list[Window]]:

@@ -162,7 +162,7 @@ def block_row(model: nn.Module, num_shots: int) -> dict:
 
     def forward() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            return block(x, context, time, Part(layout).video_members, attend, None)
+            return block(x, context, time, Part(layout).video_members, None, attend)
 
     leaves = [x, context, time, *block.parameters()]
     with mock.patch.object(models.wan.packed, "attend", lambda q, k, v, _: _NoAttention.apply(q, k, v)):

@@ -43,10 +43,10 @@ def film(model, what: Story, config: SamplingConfig, moc: MoCConfig = FORWARD):
     """Latents of a film, shares of its routing map, and the video tokens of each forward."""
     counted, routing = [], RoutingMap(len(what.shapes))
     experts = [model.high, model.low] if isinstance(model, Experts) else [model]
-    video = 1 if isinstance(model, MMDiT) else 0  # which argument of a block
 
     def count(block, args, out) -> None:
-        counted.append(len(args[video]))
+        _, video = out if isinstance(model, MMDiT) else (None, out)
+        counted.append(len(video))
 
     hooks = [expert.blocks[0].register_forward_hook(count) for expert in experts]
     shots = dict(sample_shots(model, model.stream, moc, FLOW, what, config, routing_map=routing))
