@@ -17,19 +17,18 @@ HoloCine: `global_caption`, `shot_captions`, `num_frames`, optionally `shot_cut_
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data.documents import flag, parse_json, parse_yaml, read_text
+from data.documents import parse_json, parse_yaml, read_text
 from data.errors import DataError
 from data.manifest import resolve, shot_prompt
+from data.stories import prompts_and_cuts, refuse_unknown, spans_between
 
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots"}
 _SHOT_FIELDS = {"prompt", "seconds", "cut", "image"}
 _SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # that the peers' forms may add to their own
-_SCENE_FIELDS = {"scene_num", "video_prompts", "cut"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def load_script(path: str | Path) -> Script:
 
 
 def _parse(raw: dict[str, Any], path: Path) -> Script:
-    _refuse_unknown(raw, _FIELDS, str(path))
+    refuse_unknown(raw, _FIELDS, str(path), "bad-script")
     size = raw.get("size", DEFAULT_SIZE)
     if not (isinstance(size, Sequence) and len(size) == 2 and all(type(x) is int and x > 0 for x in size)):
         raise DataError("bad-script", f"{path} size", f"{size!r} is not [height, width] in pixels")
@@ -97,7 +96,7 @@ def _parse(raw: dict[str, Any], path: Path) -> Script:
 def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
     if not isinstance(raw, dict):
         raise DataError("bad-script", where, f"{raw!r} is not a mapping with prompt and seconds")
-    _refuse_unknown(raw, _SHOT_FIELDS, where)
+    refuse_unknown(raw, _SHOT_FIELDS, where, "bad-script")
     prompt, cut, image = raw.get("prompt"), raw.get("cut", True), raw.get("image")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError("bad-script", f"{where}.prompt", f"{prompt!r} is not a text; say what the shot shows")
@@ -130,19 +129,13 @@ def _positive(value: Any, where: str) -> float:
     return float(value)
 
 
-def _refuse_unknown(raw: dict, known: set[str], where: str) -> None:
-    unknown = sorted(str(key) for key in raw if key not in known)
-    if unknown:
-        raise DataError("bad-script", where, f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
-
-
 # The peers' forms, rewritten as ours
 
 
 def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """HoloCine: captions apart with a frame count, or one tagged prompt."""
     own = {"global_caption", "shot_captions", "num_frames", "shot_cut_frames", "prompt"}
-    _refuse_unknown(raw, own | _SHARED_FIELDS, str(path))
+    refuse_unknown(raw, own | _SHARED_FIELDS, str(path), "bad-script")
     apart = sorted({"global_caption", "shot_captions"} & raw.keys())
     if "prompt" in raw and apart:
         raise DataError(
@@ -159,18 +152,10 @@ def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     cuts = raw.get("shot_cut_frames")
     if cuts is None:
         cuts = [num_frames * i / len(captions) for i in range(1, len(captions))]
-    if not (isinstance(cuts, list) and all(isinstance(cut, int | float) for cut in cuts)):
-        raise DataError("bad-script", f"{path} shot_cut_frames", f"{cuts!r} is not a list of frame numbers")
-    bounds = [0, *cuts, num_frames]
-    if len(bounds) != len(captions) + 1 or any(a >= b for a, b in pairwise(bounds)):
-        raise DataError(
-            "bad-script",
-            f"{path} shot_cut_frames",
-            f"{cuts} are not {len(captions) - 1} rising frames in {num_frames:g}",
-        )
+    spans = spans_between(cuts, num_frames, len(captions), f"{path} shot_cut_frames", "bad-script")
     shots = [
         {"prompt": caption, "seconds": (end - start) / fps}
-        for caption, (start, end) in zip(captions, pairwise(bounds), strict=True)
+        for caption, (start, end) in zip(captions, spans, strict=True)
     ]
     global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption, flags=re.IGNORECASE)
     return _shared(raw) | {"global": global_caption, "shots": shots}
@@ -190,20 +175,7 @@ def _tagged(prompt: str) -> tuple[str, list[str]]:
 
 def _from_storymem(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     """StoryMem: scenes, each with a list of prompts and a list that says which of them a cut begins."""
-    _refuse_unknown(raw, {"story_overview", "scenes"} | _SHARED_FIELDS, str(path))
-    if not isinstance(raw["scenes"], list) or not all(isinstance(scene, dict) for scene in raw["scenes"]):
-        raise DataError("bad-script", f"{path} scenes", "is not a list of mappings with video_prompts and cut")
-    shots = []
-    for index, scene in enumerate(raw["scenes"]):
-        where, prompts = f"{path} scenes[{index}]", scene.get("video_prompts")
-        _refuse_unknown(scene, _SCENE_FIELDS, where)
-        if not isinstance(prompts, list):
-            raise DataError("bad-script", f"{where}.video_prompts", f"{prompts!r} is not a list of prompts")
-        cuts = [True] * len(prompts) if scene.get("cut") is None else scene["cut"]
-        if not isinstance(cuts, list) or len(cuts) != len(prompts):
-            raise DataError("bad-script", f"{where}.cut", f"{cuts!r} is not a list of {len(prompts)}, one a prompt")
-        flags = [flag(cut) for cut in cuts]
-        if None in flags:
-            raise DataError("bad-script", f"{where}.cut", f"{cuts[flags.index(None)]!r} is not true or false")
-        shots += [{"prompt": prompt, "cut": cut} for prompt, cut in zip(prompts, flags, strict=True)]
+    refuse_unknown(raw, {"story_overview", "scenes"} | _SHARED_FIELDS, str(path), "bad-script")
+    prompts = prompts_and_cuts(raw["scenes"], f"{path} scenes", "bad-script")
+    shots = [{"prompt": prompt, "cut": cut} for prompt, cut in prompts]
     return _shared(raw) | {"global": raw.get("story_overview"), "shots": shots}

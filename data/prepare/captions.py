@@ -13,12 +13,12 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
-from data.documents import flag, parse_json, read_objects, read_text
+from data.documents import parse_json, read_objects, read_text
 from data.errors import DataError
 from data.manifest import Caption, SceneRecord, ShotRecord, check_caption, resolve
+from data.stories import prompts_and_cuts, spans_between
 
 CAPTION_FILES = (
     "videos2caption.json",
@@ -165,18 +165,11 @@ def _shot_captions(fields: dict, where: str) -> list[Caption]:
         texts: list = next((fields[name] for name in _SHOT_CAPTIONS if isinstance(fields.get(name), list)), [])
         return [_caption(text, f"{where} shot {i}") for i, text in enumerate(texts)]
     joined: list[str] = []
-    for scene in scenes:
-        prompts, cuts = (_object(scene, f"{where} scenes").get(name, []) for name in ("video_prompts", "cut"))
-        if not isinstance(prompts, list) or not isinstance(cuts, list):
-            raise DataError("bad-captions", f"{where} scenes", "video_prompts and cut are lists")
-        flags = [flag(cut) for cut in cuts]
-        if None in flags:
-            raise DataError("bad-captions", f"{where} scenes", f"cut: {cuts[flags.index(None)]!r} is not true or false")
-        for i, prompt in enumerate(prompts):
-            if joined and i < len(flags) and not flags[i]:
-                joined[-1] += f" {prompt}"
-            else:
-                joined.append(str(prompt))
+    for prompt, cut in prompts_and_cuts(scenes, f"{where} scenes", "bad-captions"):
+        if joined and not cut:
+            joined[-1] += f" {prompt}"
+        else:
+            joined.append(str(prompt))
     return [_caption(text, f"{where} shot {i}") for i, text in enumerate(joined)]
 
 
@@ -186,9 +179,7 @@ def _shots(fields: dict, texts: list[Caption], where: str) -> tuple[ShotRecord, 
     if not texts or cuts is None:
         return ()
     where = f"{where} shot_cut_frames"
-    if not isinstance(cuts, list) or not all(type(n) is int for n in [*cuts, num_frames]):
-        raise DataError("bad-shot", where, f"a list of frames, with num_frames beside it, got {cuts} and {num_frames}")
-    spans = list(pairwise([0, *cuts, num_frames]))
-    if len(spans) != len(texts) or any(start >= end for start, end in spans):
-        raise DataError("bad-shot", where, f"{cuts} of {num_frames} frames does not cut {len(texts)} ascending shots")
-    return tuple(ShotRecord(start, end, text) for (start, end), text in zip(spans, texts, strict=True))
+    spans = spans_between(cuts, num_frames, len(texts), where, "bad-shot")
+    if not all(isinstance(frame, int) for span in spans for frame in span):
+        raise DataError("bad-shot", where, f"{cuts} of {num_frames} frames are not whole numbers")
+    return tuple(ShotRecord(int(start), int(end), text) for (start, end), text in zip(spans, texts, strict=True))
