@@ -5,6 +5,7 @@ from moc.attention import moc_attention, route
 from moc.batch import Batch, Sample, StreamSpec, make_batch, make_layout
 from moc.config import Backend, Descriptor, DropKey, MoCConfig, OwnAnchor, TextAnchor
 from moc.layout import Shot, ShotLayout
+from moc.routes import Routes
 from moc.routing import select_shots
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "DropKey",
     "MoCConfig",
     "OwnAnchor",
+    "Routes",
     "Sample",
     "Shot",
     "ShotLayout",

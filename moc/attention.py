@@ -1,7 +1,8 @@
 """`moc_attention` and `route`: the two calls a model makes, and the only place that chooses a backend.
 
-A backend is a module with `attend(q, k, v, routes, layout, config, first_query)`, differentiable in q, k and v, and
-`route(q, k, layout, config, drops, first_query)`; it is imported when it is first chosen.
+A backend is a module with `attend(q, k, v, routes, layout, config)`, differentiable in q, k and v, and
+`route(q, k, layout, config, drops)`; both read from the number of queries which ones they are, the last of the stream.
+It is imported when it is first chosen.
 
 Shape letters: L packed tokens, Lq queries (L, or those from `first_query` on), N heads, D head dim, K routes.
 """
@@ -20,7 +21,7 @@ from moc.config import Backend, Descriptor, DropKey, MoCConfig
 from moc.errors import UserError
 from moc.kernels.dense import capability
 from moc.layout import ShotLayout
-from moc.routing import drop_covered
+from moc.routes import Routes
 
 logger = logging.getLogger(__name__)
 HAS_TRITON = find_spec("triton") is not None
@@ -85,7 +86,7 @@ def route(
     drop_in_max. Not differentiable. first_query: as in `moc_attention`.
     """
     _check("q, k", (q, k), layout, first_query)
-    return resolve_backend(q, config, backend).route(q, k, layout, config, drops, first_query)
+    return resolve_backend(q, config, backend).route(q, k, layout, config, drops)
 
 
 def moc_attention(
@@ -94,21 +95,19 @@ def moc_attention(
     v: Tensor,
     layout: ShotLayout,
     config: MoCConfig,
-    routes: Tensor | None = None,
+    routes: Routes | Tensor | None = None,
     backend: Backend | str | None = None,
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
     first_query: int = 0,
-    checked: bool = False,
 ) -> Tensor:
     """Mixture-of-Contexts attention over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
 
     Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks.
 
     layout: describes the stream; on the device of q. config: what to attend to; `config.dense` is plain attention.
-    routes: int [N, Lq, K], to use instead of routing here: those of `route` (recomputation) or the caller's own, of
-        which repeats, chunks that anchors cover and those of other samples do not count.
-    checked: routes come from `route` with this layout and config, which makes none of these: they are not looked for.
+    routes: to use instead of routing here. `Routes`, with a first query of their own, are taken as they are (those of
+        `route`, in recomputation); int [N, Lq, K] are the caller's own, which go through `Routes.checked`.
     backend: overrides `config.backend`. route_qk: the (q, k) to score with `descriptor: pre_rope`.
     drops: the key of context drop-off and drop-in, in training; None leaves them out.
     first_query: q holds the queries of the stream from this token on; nothing is computed for those before it, whose
@@ -116,21 +115,23 @@ def moc_attention(
 
     Raises ValueError where shapes, dtypes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
     """
+    first_query = routes.first_query if isinstance(routes, Routes) else first_query
     _check("q, k, v", (q, k, v), layout, first_query)
     module = resolve_backend(q, config, backend)
     if config.dense:
-        routes = None
+        indices = None
     elif routes is not None:
-        _check_routes(routes, q)
-        if not checked:
-            routes = drop_covered(routes, layout, config, first_query)
+        routes = Routes.checked(routes, layout, config) if isinstance(routes, Tensor) else routes
+        indices = routes.indices
+        if indices.shape[:2] != (q.shape[1], len(q)):
+            raise ValueError(f"routes must be [{q.shape[1]}, {len(q)}, K] for this q; got {tuple(indices.shape)}")
     else:
         if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
         if route_qk is not None:
             _check_route_qk(route_qk, q, layout, first_query)
-        routes = module.route(*(route_qk or (q, k)), layout, config, drops, first_query)
-    return module.attend(q, k, v, routes, layout, config, first_query)
+        indices = module.route(*(route_qk or (q, k)), layout, config, drops)
+    return module.attend(q, k, v, indices, layout, config)
 
 
 def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout, first_query: int) -> None:
@@ -154,11 +155,3 @@ def _check_route_qk(route_qk: tuple[Tensor, Tensor], q: Tensor, layout: ShotLayo
     _check("the q, k of route_qk", route_qk, layout, first_query)
     if route_qk[0].shape[1] != q.shape[1]:
         raise ValueError(f"route_qk has {route_qk[0].shape[1]} heads, q {q.shape[1]}: every head routes by its own")
-
-
-def _check_routes(routes: Tensor, q: Tensor) -> None:
-    length, num_heads, _ = q.shape
-    if routes.dim() != 3 or routes.shape[:2] != (num_heads, length):
-        raise ValueError(f"routes must be [{num_heads}, {length}, K] for this q; got {tuple(routes.shape)}")
-    if routes.dtype not in (torch.int16, torch.int32, torch.int64):
-        raise ValueError(f"routes must be chunk indices of an int type; got {routes.dtype}")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.layout import ShotLayout
-from moc.routing import candidate_range, check_whole, drop_covered
+from moc.routes import check_whole, drop_covered
+from moc.routing import candidate_range
 
 FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
 

@@ -224,6 +224,10 @@ class ShotLayout:
                 moved.__dict__[name] = part[: len(tensor)]
         return moved
 
+    def first_query(self, num_queries: int) -> int:
+        """The token of the first of `num_queries` queries, which are the last ones of the stream."""
+        return self.num_tokens - num_queries
+
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from this layout, made once for each key: tables that every layer of a forward shares."""
         if key not in self._memo:

@@ -60,16 +60,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return torch.einsum("nij,jnd->ind", weights, v.to(wide)).to(q.dtype)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor | None,
-    layout: ShotLayout,
-    config: MoCConfig,
-    first_query: int = 0,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Attention over anchors and routed chunks together, each key once: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D]."""
+    first_query = layout.first_query(len(q))
     if first_query:  # as all queries, of which those before it are left out again
         q = F.pad(q, (0, 0, 0, 0, first_query, 0))
         routes = None if routes is None else F.pad(routes, (0, 0, first_query, 0), value=-1)
@@ -87,9 +80,9 @@ def moc_attention(
     routes: Tensor | None = None,
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
-    first_query: int = 0,
 ) -> Tensor:
-    """`moc.moc_attention` by the plain reference; arguments and result as there, but nothing is checked."""
+    """`moc.moc_attention` by the plain reference; arguments and result as there, but nothing is checked, and
+    fewer queries than keys are the last ones of the stream."""
     if routes is None and not config.dense:
-        routes = route(*(route_qk or (q, k)), layout, config, drops, first_query)
-    return attend(q, k, v, routes, layout, config, first_query)
+        routes = route(*(route_qk or (q, k)), layout, config, drops)
+    return attend(q, k, v, routes, layout, config)

@@ -17,7 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moc.config import DropKey, MoCConfig, OwnAnchor, TextAnchor
+from moc.config import DropKey, MoCConfig, OwnAnchor
 from moc.layout import ShotLayout
 
 SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a time, over all heads
@@ -72,19 +72,12 @@ def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
 
 
 @torch.no_grad()
-def route(
-    q: Tensor,
-    k: Tensor,
-    layout: ShotLayout,
-    config: MoCConfig,
-    drops: DropKey | None = None,
-    first_query: int = 0,
-) -> Tensor:
+def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
     """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], best first, -1 where a slot is
     empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the
-    lowest chunk index. Scores are exact to fp32 rounding, under autocast too. first_query: the place of q's first token
-    in the stream.
+    lowest chunk index. Scores are exact to fp32 rounding, under autocast too.
     """
+    first_query = layout.first_query(len(q))
     means = descriptors(k, layout)
     candidates = candidate_range(layout, config)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
@@ -108,41 +101,6 @@ def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
     values, order = scores.sort(dim=-1, descending=True, stable=True)
     routes = order[..., :top_k].masked_fill(values[..., :top_k] == -torch.inf, -1).int()
     return torch.nn.functional.pad(routes, (0, top_k - routes.shape[-1]), value=-1)
-
-
-@torch.no_grad()
-def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> Tensor:
-    """A caller's routes int [N, Lq, K] as attention takes them: repeats, chunks that anchors cover and those of other
-    samples become -1."""
-    return torch.stack([_drop_covered(of_head.long(), layout, config, first_query) for of_head in routes.unbind()])
-
-
-def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int) -> Tensor:
-    routes = routes.sort(dim=-1).values
-    group, key_group = layout.token_group[first_query:, None], layout.chunk_group[routes]
-    in_shot = layout.group_shot[group] >= 0
-    own_sample = layout.token_sample[first_query:, None]
-    covered = (routes < 0) | (layout.chunk_sample[routes] != own_sample)
-    covered[:, 1:] |= routes[:, 1:] == routes[:, :-1]
-    if config.own_anchor is OwnAnchor.shot:
-        covered |= (key_group == group) & in_shot
-    elif config.own_anchor is OwnAnchor.chunk:
-        covered |= (routes == layout.token_chunk[first_query:, None]) & in_shot
-    if config.text_anchor is not TextAnchor.none:
-        text = layout.chunk_is_text[routes]
-        if config.text_anchor is TextAnchor.global_and_own:
-            text &= (layout.group_shot[key_group] < 0) | (key_group == group)
-        covered |= text
-    return routes.masked_fill(covered, -1).int()
-
-
-def check_whole(routes: Tensor, layout: ShotLayout) -> None:
-    """Raises ValueError unless routes [N, L, K] hold a row for every token of the stream."""
-    if routes.dim() != 3 or routes.shape[1] != layout.num_tokens:
-        raise ValueError(
-            f"routes must be [N, {layout.num_tokens}, K], of the whole stream; got {tuple(routes.shape)}: "
-            "pad those from a first_query on with rows of -1"
-        )
 
 
 # Context drop-off and drop-in

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moc.layout import ShotLayout
 from moc.move import move
-from moc.routing import check_whole
+from moc.routes import check_whole
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,11 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from moc import Descriptor, DropKey, MoCConfig, ShotLayout, StreamSpec, moc_attention, route
+from moc import Descriptor, DropKey, MoCConfig, Routes, ShotLayout, StreamSpec, moc_attention, route
 from moc.batch import each_shape
 from moc.errors import UserError
 from moc.layout import Grid, Group
@@ -164,7 +163,7 @@ class StreamAttention:
     on_routes: Callable[[int, Tensor], None] | None = None
     cache: KeyValueCache | None = None
     remember: bool = False
-    routes: dict[int, Tensor] = field(default_factory=dict)
+    routes: dict[int, Routes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cache is not None and not self.config.flows_forward:
@@ -185,15 +184,15 @@ class StreamAttention:
         routes = None
         if not config.dense:
             routes = self._route(layer, q if pre_rope else queries, kept[2 if pre_rope else 0], first)
-        return moc_attention(queries, *kept[:2], self.layout, config, routes=routes, first_query=first, checked=True)
+        return moc_attention(queries, *kept[:2], self.layout, config, routes=routes)
 
-    def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Tensor:
+    def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Routes:
         if layer in self.routes:
             return self.routes[layer]
         drops = replace(self.drops, layer=layer) if self.drops else None
-        routes = route(q, k, self.layout, self.config, drops, first_query=first)
+        routes = Routes(route(q, k, self.layout, self.config, drops, first_query=first), first)
         if self.on_routes:
-            self.on_routes(layer, F.pad(routes, (0, 0, first, 0), value=-1))
+            self.on_routes(layer, routes.whole())
         if torch.is_grad_enabled():
             self.routes[layer] = routes
         return routes

@@ -22,29 +22,26 @@ def assert_same_choice(
     layout: moc.ShotLayout,
     config: moc.MoCConfig,
     drops: moc.DropKey | None = None,
-    first_query: int = 0,
 ) -> None:
     """`routes` of q [Lq, N, D] and k [L, N, D] are the reference's, for each query whose choice rounding cannot change.
 
     Such must be nearly all: inputs with many equal scores need exact ones and `same_chunks`.
     """
-    clear = clear_choices(q, k, layout, config, first_query)
+    clear = clear_choices(q, k, layout, config)
     assert clear.double().mean() > 0.95
-    expected = routing.route(q, k, layout, config, drops, first_query)
+    expected = routing.route(q, k, layout, config, drops)
     assert routes.shape == expected.shape
     assert same_chunks(routes[clear], expected[clear])
 
 
 @torch.no_grad()
-def clear_choices(
-    q: Tensor, k: Tensor, layout: moc.ShotLayout, config: moc.MoCConfig, first_query: int = 0, error: float = 1e-5
-) -> Tensor:
+def clear_choices(q: Tensor, k: Tensor, layout: moc.ShotLayout, config: moc.MoCConfig, error: float = 1e-5) -> Tensor:
     """bool [N, Lq]: the best `top_k` chunks beat all others though every score be off by `error` times the lengths of
     its query and its mean."""
     means = routing.descriptors(k.double(), layout)
     scores = torch.einsum("lnd,mnd->nlm", q.double(), means)
     off = error * q.double().norm(dim=-1).T[..., None] * means.norm(dim=-1).T[:, None]
-    allowed = routing.candidate_range(layout, config).mask(layout, first_query)
+    allowed = routing.candidate_range(layout, config).mask(layout, layout.first_query(len(q)))
     order = scores.masked_fill(~allowed, -torch.inf).argsort(-1, descending=True)
     low = (scores - off).masked_fill(~allowed, torch.inf).gather(-1, order)
     high = (scores + off).masked_fill(~allowed, -torch.inf).gather(-1, order)

@@ -102,7 +102,7 @@ def covers_all(calls: Sequence[AnchorCall], num_tokens: int) -> bool:
     return sum(call.end - call.start for call in calls) == num_tokens
 
 
-def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> Tensor:
+def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Routes with the own chunk as one more slot, for `own_anchor: chunk`: [N, Lq, K] -> [N, Lq, K + 1].
 
     Global text has no own chunk, and the own chunk of a text token is left out where its text anchors cover it.
@@ -110,6 +110,7 @@ def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig, first_
     if config.own_anchor is not OwnAnchor.chunk:
         return routes
     own = layout.token_shot_chunk if config.text_anchor is TextAnchor.none else layout.token_video_chunk
+    first_query = layout.first_query(routes.shape[1])
     return torch.cat([routes, own[first_query:, None].expand(routes.shape[0], -1, 1)], dim=-1)
 
 

@@ -50,11 +50,10 @@ def fits(q: Tensor, layout: ShotLayout, config: MoCConfig) -> bool:
     return q.device.type == "cpu" and short and config.dense_kernel in ("auto", "cpu") and not config.dense
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int = 0
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D], routes int [N, Lq, K] ->
     [Lq, N, D], same dtype, of any floating dtype. Arguments as those of `torch_parts.attend`."""
+    first_query = layout.first_query(len(q))
     key = ("masked on a CPU", config.own_anchor, config.text_anchor, first_query)
     samples = layout.memo(key, lambda: _samples(layout, config, first_query))
     return _Attend.apply(q, k, v, routes, samples)

@@ -27,28 +27,19 @@ MAX_ELEMENTS = 1 << 29  # gathered queries held at a time, in numbers; FA2 fault
 MAX_SEQUENCES = 65535  # of one FA2 call
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor | None,
-    layout: ShotLayout,
-    config: MoCConfig,
-    first_query: int = 0,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
-    first_query: the place of q's first token in the stream.
     Any device and floating dtype. Waits for the device once for each group of heads. Has no second derivative.
     """
     if config.dense or routes is None:
         routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
     else:
         if masked.fits(q, layout, config):
-            return masked.attend(q, k, v, routes, layout, config, first_query)
-        routes = anchors.with_own_chunk(routes, layout, config, first_query)
-    return _Attend.apply(q, k, v, routes, layout, config, first_query)
+            return masked.attend(q, k, v, routes, layout, config)
+        routes = anchors.with_own_chunk(routes, layout, config)
+    return _Attend.apply(q, k, v, routes, layout, config)
 
 
 @dataclass(frozen=True)
@@ -110,10 +101,10 @@ def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, routes, layout, config, first_query):
+    def forward(ctx, q, k, v, routes, layout, config):
         kernel = dense.choose(q, config.dense_kernel, config.deterministic)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        plan = anchors.anchor_plan(layout, config, first_query)
+        plan = anchors.anchor_plan(layout, config, layout.first_query(len(q)))
         out, lse = anchors.forward(kernel, q, k, v, plan)
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
@@ -141,7 +132,7 @@ class _Attend(torch.autograd.Function):
                     (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_part, dv_part), strict=True
                 ):
                     total[:, lists.heads] = (total[:, lists.heads].to(wide) + part).to(total.dtype)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, lists: _Lists) -> None:

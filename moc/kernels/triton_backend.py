@@ -28,27 +28,19 @@ __all__ = ["attend", "route"]
 CALL_INTS = len(AnchorCall._fields)
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    routes: Tensor | None,
-    layout: ShotLayout,
-    config: MoCConfig,
-    first_query: int = 0,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
-    first_query: the place of q's first token in the stream; the kernels count queries from it.
     Head dims up to 128, fp32, fp16 and bf16. Has no second derivative.
     """
+    first_query = layout.first_query(len(q))  # the kernels count queries from it
     if routes is not None and routes.shape[-1] and not (config.dense or first_query or torch.compiler.is_compiling()):
         plan = triton_masked.masked_plan(q, layout, config)
         if plan is not None:
             return triton_masked.attend(q, k, v, routes.int(), plan)
     if routes is not None and not config.dense:
-        routes = anchors.with_own_chunk(routes, layout, config, first_query).int().contiguous()
+        routes = anchors.with_own_chunk(routes, layout, config).int().contiguous()
     if config.dense or routes is None or routes.shape[-1] == 0:
         routes = torch.empty(0, 0, 0, dtype=torch.int32, device=q.device)
     tables, numbers = _flat(anchors.anchor_plan(layout, config, first_query))

@@ -160,17 +160,11 @@ def _(q: Tensor, k: Tensor, *args) -> Tensor:
     return q.new_empty((q.shape[1], q.shape[0], args[8]), dtype=torch.int32)
 
 
-def route(
-    q: Tensor,
-    k: Tensor,
-    layout: ShotLayout,
-    config: MoCConfig,
-    drops: DropKey | None = None,
-    first_query: int = 0,
-) -> Tensor:
+def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
     """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], in no order, -1 where a slot is
-    empty. K is top_k, and top_k + drop_in_max where drops apply. first_query: the place of q's first token.
+    empty. K is top_k, and top_k + drop_in_max where drops apply.
     """
+    first_query = layout.first_query(len(q))
     routes = (_operator if torch.compiler.is_compiling() else _route)(
         q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk[first_query:],
         layout.chunk_group, layout.chunk_sample, layout.chunk_is_text, layout.group_first_chunk, layout.group_shot,

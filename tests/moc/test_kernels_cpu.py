@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 
 import moc
-from moc import attention, reference, routing
+from moc import attention, reference
 from moc.kernels import anchors, dense, masked, torch_parts
 from moc.kernels import packed as packed_kernels
 from moc.kernels.packed import Packed
 from moc.kernels.packed import attend as packed_attend
+from moc.routes import drop_covered
 from tests.moc.test_reference import two_samples
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
 
@@ -367,7 +368,7 @@ def test_callers_routes_lose_what_anchors_cover_and_repeats(stream, config, seed
     layout = stream.layout()
     generator = torch.Generator().manual_seed(seed)
     wild = torch.randint(-1, layout.num_chunks, (2, layout.num_tokens, 5), generator=generator)
-    kept = routing.drop_covered(wild, layout, config)
+    kept = drop_covered(wild, layout, config)
     anchored = reference.anchor_mask(layout, config).float()
     for head, token in ((h, t) for h in range(2) for t in range(layout.num_tokens)):
         row = [c for c in kept[head, token].tolist() if c >= 0]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import moc
 from moc import reference, routing
 from moc.kernels import anchors, dense, torch_parts
+from moc.routes import drop_covered
 from tests.routes import assert_same_choice, same_chunks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("listed")]
@@ -161,7 +162,7 @@ def test_callers_routes():
     tensors, direction = inputs(layout)
     wild = torch.randint(-1, layout.num_chunks, (3, layout.num_tokens, 4), device="cuda")
     triton = partial(moc.moc_attention, layout=layout, config=config, routes=wild, backend="triton")
-    kept = routing.drop_covered(wild, layout, config)  # none into another sample
+    kept = drop_covered(wild, layout, config)  # none into another sample
     assert_as_good_as_torch(lambda q, k, v, *_: triton(q, k, v), layout, config, kept, tensors, direction)
 
 

@@ -356,6 +356,26 @@ def test_wrong_routes_are_refused():
     refused(r"routes.*int.*float", q, k, v, routes=routes.float())
 
 
+def test_routes_know_their_first_query_and_are_checked_once():
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout)
+    first = layout.num_tokens - 5
+    chosen = moc.route(q[first:], k, layout, config, first_query=first)
+    routes = moc.Routes(chosen, first)
+    expected = attention(q[first:], k, v, layout, config, routes=chosen, first_query=first)
+    assert torch.equal(attention(q[first:], k, v, layout, config, routes=routes), expected)
+    assert torch.equal(routes.whole()[:, first:], chosen)
+    assert (routes.whole()[:, :first] == -1).all()
+    again = moc.Routes.checked(torch.cat([chosen, chosen], -1), layout, config)  # each chunk is named twice
+    assert again.first_query == first
+    assert torch.equal((again.indices >= 0).sum(-1), (chosen >= 0).sum(-1))
+    refused("one shape", q, k, v, routes=routes)
+    refused(r"routes must be \[1, 5, K\]", q[first:, :1], k[:, :1], v[:, :1], routes=routes)
+    for wrong in (chosen[0], chosen[:, :0], chosen.float()):
+        with pytest.raises(ValueError, match="routes must be"):
+            moc.Routes.checked(wrong, layout, config)
+
+
 def test_route_refuses_the_layout_of_another_stream():
     q, k, _ = attention_tensors(two_samples())
     other = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2))])

@@ -133,11 +133,11 @@ def test_triton_with_many_routes(top_k, causal, own, inputs):
         k[50] *= 1e6
     config = moc.MoCConfig(top_k=top_k, causal=causal, own_anchor=own)
     first = 100 if inputs == "periodic" else 0
-    routes = triton_routing.route(q[first:], k, layout, config, first_query=first)
+    routes = triton_routing.route(q[first:], k, layout, config)
     if inputs == "equal":
         assert same_chunks(routes, routing.route(q, k, layout, config))
     else:
-        assert_same_choice(routes, q[first:], k, layout, config, first_query=first)
+        assert_same_choice(routes, q[first:], k, layout, config)
 
 
 @interpreted

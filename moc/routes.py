@@ -1,0 +1,76 @@
+"""Routes: the chunks that the queries of a stream attend to besides their anchors, from `moc.route` or from a caller.
+
+Shape letters: L packed tokens, Lq queries, N heads, K routes a query.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.layout import ShotLayout
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Routes that attention takes as they are: indices int [N, Lq, K], -1 where a slot is empty, of the queries from
+    `first_query` on.
+
+    No query has a chunk twice, a chunk that its anchors cover or one of another sample. `moc.route` makes such indices
+    for the same layout and config; those of a caller go through `checked`.
+    """
+
+    indices: Tensor
+    first_query: int = 0
+
+    @classmethod
+    def checked(cls, indices: Tensor, layout: ShotLayout, config: MoCConfig) -> "Routes":
+        """A caller's indices, int [N, Lq, K], without those that do not count: repeats, chunks that anchors cover and
+        those of other samples. Raises ValueError for another shape or type."""
+        if indices.dim() != 3 or not 0 < indices.shape[1] <= layout.num_tokens:
+            raise ValueError(f"routes must be [N, Lq, K], Lq at most {layout.num_tokens}; got {tuple(indices.shape)}")
+        if indices.dtype not in (torch.int16, torch.int32, torch.int64):
+            raise ValueError(f"routes must be chunk indices of an int type; got {indices.dtype}")
+        return cls(drop_covered(indices, layout, config), layout.first_query(indices.shape[1]))
+
+    def whole(self) -> Tensor:
+        """The indices of all queries of the stream, int [N, L, K]; those before `first_query` have no routes."""
+        return F.pad(self.indices, (0, 0, self.first_query, 0), value=-1)
+
+
+@torch.no_grad()
+def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """A caller's routes int [N, Lq, K] as attention takes them: repeats, chunks that anchors cover and those of other
+    samples become -1."""
+    return torch.stack([_drop_covered(of_head.long(), layout, config) for of_head in routes.unbind()])
+
+
+def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
+    first_query = layout.first_query(len(routes))
+    routes = routes.sort(dim=-1).values
+    group, key_group = layout.token_group[first_query:, None], layout.chunk_group[routes]
+    in_shot = layout.group_shot[group] >= 0
+    own_sample = layout.token_sample[first_query:, None]
+    covered = (routes < 0) | (layout.chunk_sample[routes] != own_sample)
+    covered[:, 1:] |= routes[:, 1:] == routes[:, :-1]
+    if config.own_anchor is OwnAnchor.shot:
+        covered |= (key_group == group) & in_shot
+    elif config.own_anchor is OwnAnchor.chunk:
+        covered |= (routes == layout.token_chunk[first_query:, None]) & in_shot
+    if config.text_anchor is not TextAnchor.none:
+        text = layout.chunk_is_text[routes]
+        if config.text_anchor is TextAnchor.global_and_own:
+            text &= (layout.group_shot[key_group] < 0) | (key_group == group)
+        covered |= text
+    return routes.masked_fill(covered, -1).int()
+
+
+def check_whole(routes: Tensor, layout: ShotLayout) -> None:
+    """Raises ValueError unless routes [N, L, K] hold a row for every token of the stream."""
+    if routes.dim() != 3 or routes.shape[1] != layout.num_tokens:
+        raise ValueError(
+            f"routes must be [N, {layout.num_tokens}, K], of the whole stream; got {tuple(routes.shape)}: "
+            "pad those from a first_query on with rows of -1"
+        )
