@@ -22,6 +22,7 @@ from film.script import load_script
 from film.storyboard import draw_routing_map, draw_storyboard
 from moc import MoCConfig, __version__
 from moc.diffusion import Story, sample_shots
+from moc.memory import SAMPLING, enough_for
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
 from moc.training.checkpoint import read_settings, sound_checkpoint
@@ -46,13 +47,13 @@ def main(config: SampleConfig) -> None:
     plan = plan_film(script, codec, device)
     story = Story(plan.shapes, *plan.texts(text, script), plan.given, plan.cuts)
     text.to("cpu")  # its memory is the model's from here on
-    model = place(model, device, config.offload)
     routing_map = RoutingMap(len(plan.shapes))
 
     def sampling(on_step: Callable[[int, int], None]) -> Iterator[tuple[int, Tensor]]:
         return sample_shots(model, model.stream, moc, flow, story, config.sampler, on_step, routing_map)
 
-    with parallel.autocast():
+    with parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
+        model = place(model, device, config.offload)
         film = make_film(folder, script.fps, codec, sampling)
     record = {
         "script": asdict(script),

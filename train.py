@@ -20,7 +20,7 @@ from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator
 from moc.training.checkpoint import refuse_later
-from moc.training.interruption import NOT_FINISHED, ignore_signals
+from moc.training.interruption import NOT_FINISHED, ending_at_signals, ignore_signals
 from models import build_model, load_encoders
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,11 @@ logger = logging.getLogger(__name__)
 def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
-    dataset = open_dataset(config.data)
-    parallel = Parallel(config.parallel)
-    with held(config.run_folder, holds=parallel.is_main):
-        _train(config, dataset, parallel)
+    with ending_at_signals():
+        dataset = open_dataset(config.data)
+        parallel = Parallel(config.parallel)
+        with held(config.run_folder, holds=parallel.is_main):
+            _train(config, dataset, parallel)
 
 
 def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> None:

@@ -1,12 +1,16 @@
-"""Signals that tell a run to end: looked at within a step, and answered with a checkpoint and an exit status.
+"""Signals that tell a run to end: looked at within a step, and answered with a checkpoint and an exit status; before
+training begins, with the exit status alone.
 
 Schedulers send SIGTERM or SIGUSR1 before they take a machine, a user presses Ctrl-C. Repeated ones change nothing.
 """
 
+import logging
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,12 +18,33 @@ NOT_FINISHED = os.EX_TEMPFAIL  # 75, the exit status of a run that the same comm
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 def ignore_signals() -> None:
     """Lets a process that was told to end do so undisturbed: those who tell it do so twice."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def ending_at_signals() -> Iterator[None]:
+    """Has a signal end the process with one line and NOT_FINISHED, since there is nothing to save yet. An
+    `Interruption` that is entered meanwhile takes the signals until it is left."""
+
+    def end(number: int, frame: object) -> None:
+        ignore_signals()
+        name = signal.Signals(number).name
+        logger.warning("%s: no step was taken since the newest checkpoint; the same command goes on", name)
+        sys.exit(NOT_FINISHED)
+
+    before = {number: signal.signal(number, end) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        if not isinstance(sys.exception(), SystemExit):  # a process that was told to end does so undisturbed
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _Interrupted(BaseException):

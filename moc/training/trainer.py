@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from moc import memory
 from moc.batch import Batch
 from moc.config import DropKey, MoCConfig
 from moc.diffusion.flow import Flow
 from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
-from moc.training import memory
 from moc.training.clock import Clock
 from moc.training.ema import EMA
 from moc.training.interruption import Interruption
@@ -145,7 +145,7 @@ class Trainer:
         gc.freeze()  # a full collection over torch's own objects would stall a step by tens of milliseconds
         while self.step < self.config.num_steps:
             batches = clock.wait(lambda: self._interruption.wait(lambda: next(source)))
-            with memory.enough_for(f"step {self.step + 1}", batches or [], memory.STEP):
+            with memory.enough_for(f"step {self.step + 1}", memory.STEP, batches or []):
                 if self._interrupted() or not self._train_step(batches or []):
                     return False
             self._data_state = steps.state()
@@ -277,7 +277,7 @@ class Trainer:
         """Held-out loss of the averaged weights, each process taking its share of the scenes; whether it was finished,
         rather than interrupted."""
         moc = self.schedule.at(self.step, self.moc)
-        with memory.enough_for("validation", validator.batches, memory.VALIDATION):
+        with memory.enough_for("validation", memory.VALIDATION, validator.batches):
             sums = validator.losses(self.ema.model, moc, self.parallel, lambda: bool(self._interruption.signal))
         if self._interrupted():
             return False

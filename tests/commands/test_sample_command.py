@@ -175,15 +175,27 @@ def test_a_disk_that_is_full(capsys, tmp_path, trained, script):
     assert names(tmp_path / "film") == set()
 
 
-def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, script, monkeypatch):
-    """The disk is full at the second shot: the first one's latents and video stay; no film, no metadata."""
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), ["No space left"]),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),
+            ["a film of 2 shots does not fit", "Tried to allocate 2.00 GiB)", "sampler=shot_by_shot"],
+        ),
+    ],
+    ids=["disk", "memory"],
+)
+def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, script, monkeypatch, error, parts):
+    """The disk, or the GPU's memory, is full at the second shot: the first one's latents and video stay; no film, no
+    metadata."""
 
     def dying(*arguments, **others):
         yield next(sample_shots(*arguments, **others))
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr("moc.diffusion.sample_shots", dying)
     story = script(shots=[{"prompt": "A cat.", "seconds": 0.4}] * 2)
     arguments = (f"checkpoint={trained}", f"script={story}", f"out={tmp_path / 'film'}", "sampler.steps=2")
-    assert_one_message(refusal(capsys, "sample.py", *arguments), "No space left")
+    assert_one_message(refusal(capsys, "sample.py", *arguments), *parts)
     assert names(tmp_path / "film") == {"latents/01.safetensors", "shots/01.mp4"}

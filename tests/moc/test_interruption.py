@@ -196,6 +196,32 @@ def test_the_command_says_that_it_is_not_finished_and_goes_on(
     assert same_end(run, undisturbed)
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("opened", ["open_dataset", "build_model"])
+def test_a_signal_before_training_begins(
+    prepared, undisturbed, tmp_path, monkeypatch, handlers, number, opened, caplog, capfd
+):
+    """There is nothing to save; one who is impatient tells it twice."""
+    module = {"open_dataset": "data.loading.dataset", "build_model": "models"}[opened]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{opened}", lambda *_, **__: send(number))
+        with pytest.raises(SystemExit) as ending:
+            pipeline.train(prepared, tmp_path / "run", "trainer.validate_every=1")
+    send(number)
+    assert ending.value.code == NOT_FINISHED
+    said = f"{number.name}: no step was taken since the newest checkpoint; the same command goes on"
+    assert caplog.messages[-1] == said
+    assert "Traceback" not in capfd.readouterr().err
+    pipeline.train(prepared, tmp_path / "run", "trainer.validate_every=1")
+    assert same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_finished_command_leaves_signals_as_they_were(undisturbed, prepared):
+    before = [signal.getsignal(number) for number in SIGNALS]
+    pipeline.train(prepared, undisturbed, "trainer.validate_every=1")
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
 # The command, whose loader hangs
 
 HANGING = """

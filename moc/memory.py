@@ -1,0 +1,31 @@
+"""What training and sampling say when the GPU's memory is full."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from moc.batch import Batch
+from moc.errors import UserError
+
+STEP = (
+    "lower data.batch_tokens, raise parallel.accumulation, which deals a step's tokens to more micro-batches, or set "
+    "parallel.activation_checkpointing=true"
+)
+VALIDATION = "hold out shorter scenes, or none: data.validation=0"
+SAMPLING = (
+    "take sampler=shot_by_shot, or sampler=staggered with a smaller sampler.context_shots, which hold fewer shots at "
+    "once, offload=true where there are two experts, or a script of shorter shots or a smaller size"
+)
+
+
+@contextmanager
+def enough_for(what: str, remedy: str, batches: Sequence[Batch] = ()) -> Iterator[None]:
+    """Raises UserError, with the tokens of the batches, where what is done meanwhile fills the GPU's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tokens = [batch.layout.num_tokens for batch in batches]
+        size = f" of {sum(tokens)} tokens, the most in one batch {max(tokens)}," if tokens else ""
+        reason = str(error).partition(". GPU")[0].rstrip(".")
+        raise UserError(f"{what}{size} does not fit into the GPU's memory ({reason}): {remedy}") from error
