@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.cache.online import LoadCodec, encode_frames
-from data.cache.store import FileStore
-from data.cache.writer import CACHE_FORMAT, COMPLETE, INDEX, checksum
+from data.cache.store import FileStore, checksum
+from data.cache.writer import CACHE_FORMAT, COMPLETE, INDEX
 from data.errors import DataError
 from data.interfaces import Codec
 

@@ -2,14 +2,22 @@
 
 import os
 import uuid
+import zlib
 from pathlib import Path
 
 import fsspec
+import torch
+from torch import Tensor
 
 from data.errors import DataError
 from moc.files import PARTIAL, OutsideError, inside
 
 _COPY = ".moc-copy"  # an ending that nobody else gives a file, so that making room never takes one of the user's
+
+
+def checksum(tensor: Tensor) -> int:
+    """The CRC32 of a CPU tensor's bytes, which the index of a cache keeps for each."""
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 class FileStore:

@@ -14,7 +14,6 @@ may fill it. Each scene is on disk as soon as it is added, so that a restarted r
 
 import hashlib
 import json
-import zlib
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data.cache.store import checksum
 from data.errors import DataError
 from data.records import read_record, write_record, write_whole
 
@@ -35,10 +35,6 @@ NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
 def digest(recipe: dict) -> str:
     """16 hex digits naming a cache: the same for equal recipes whatever the order of their keys."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
