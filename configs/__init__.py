@@ -1,1 +1,1 @@
-"""Typed configuration: YAML holds the values, dataclasses beside their owners the types."""
+"""Typed configuration: dataclasses beside their owners hold types and defaults, YAML what differs from them."""

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
 from configs.overrides import readable
+from moc import MoCConfig
 from moc.errors import UserError, disk_error
 
 T = TypeVar("T")
+CONFIGS = Path(__file__).parent
 _FULL = "HYDRA_FULL_ERROR"
 
 # Errors of the operating system that the user can mend: a wrong path, a missing right, no network.
@@ -44,7 +47,7 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
     What the user can mend (`for_user`) ends it with one line and status 1, and HYDRA_FULL_ERROR=1 shows the traceback;
     any other error is a bug and keeps its traceback.
     """
-    folder = Path(__file__).parent
+    store_defaults(config_name, schema)
 
     def decorate(run: Callable[[T], Any]) -> Callable[[], None]:
         def main() -> None:
@@ -58,12 +61,29 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
 
             # Hydra would end the process with many lines of its own; it has a ValueError for options that do not agree.
             with _ending(full, ValueError), _full_errors(True):
-                sys.argv[1:] = [readable(argument, folder) for argument in sys.argv[1:]]
-                hydra.main(config_path=str(folder), config_name=config_name, version_base=None)(task)()
+                sys.argv[1:] = [readable(argument, CONFIGS) for argument in sys.argv[1:]]
+                hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(task)()
 
         return main
 
     return decorate
+
+
+def store_defaults(config_name: str, schema: type) -> None:
+    """Gives Hydra a schema's defaults, which the command's YAML names as `<config_name>_schema` and the options of its
+    groups as `schema`, so that YAML holds only what differs from them."""
+    store = ConfigStore.instance()
+    store.store(f"{config_name}_schema", defaults(schema))
+    store.store("schema", defaults(MoCConfig), group="moc")  # whatever a command makes of it
+    for name, hint in get_type_hints(schema).items():
+        group = next(filter(is_dataclass, (hint, *get_args(hint))), None)
+        if group and (CONFIGS / name).is_dir():
+            store.store("schema", defaults(group), group=name)
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """The defaults of a schema as plain values; `parse` gives them their types."""
+    return OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)  # type: ignore[return-value]
 
 
 @contextmanager
@@ -115,11 +135,12 @@ def message_of(error: Exception) -> str:
 
 
 def parse(cfg: DictConfig, schema: type[T]) -> T:
-    """Hydra's config as a `schema` object; raises UserError with the full key of what is wrong."""
+    """Hydra's config as a `schema` object; raises UserError with the full key of what is wrong.
+
+    A value `${required}` in YAML is one that the user must give: a merge would take the schema's default for `???`.
+    """
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
-        if missing:  # a merge would take the schema's default for them
-            raise UserError(f"{missing[0]} is not set; say {missing[0]}=VALUE")
+        OmegaConf.missing_keys(cfg)  # an interpolation that leads nowhere is named here, with its key
         _check_elements(cfg, schema)
         typed = OmegaConf.merge(_structured(schema, cfg), cfg)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
@@ -163,6 +184,8 @@ def _writable(node: DictConfig) -> DictConfig:
 
 def _message(error: OmegaConfBaseException) -> str:
     reason = str(error.msg or error).splitlines()[0]
+    if isinstance(error, InterpolationKeyError) and "'required'" in reason:
+        return f"{error.full_key} is not set; say {error.full_key}=VALUE"
     if reason.startswith("Cannot convert") and "to string" in reason:  # a path such as [2024] reads as a list
         reason += f"; quote a text with brackets twice: {error.full_key}='\"[...]\"'"
     return f"{error.full_key}: {reason}" if error.full_key else reason

@@ -1,4 +1,4 @@
-"""The typed configuration of the commands that compose the whole project; their values are YAML beside this file."""
+"""The typed configuration of the commands that compose the whole project; YAML beside it holds what groups change."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -60,7 +60,7 @@ class ModelConfig:
     family: Family = Family.mmdit
     path: str = ""
     dim: int = 128
-    num_layers: int = 4
+    num_layers: int = 3
     num_heads: int = 4
     ffn_dim: int = 512
     input_skip: bool = False

@@ -49,7 +49,7 @@ class Scale:
     experiment: str = ""
     script: str = ""
     sample: list[str] = field(default_factory=list)
-    threads: int = 1
+    threads: int = 1  # fastest for a small model
     seconds: list[int] = field(default_factory=list)
 
 

@@ -7,7 +7,7 @@ accelerate launch --multi_gpu --num_processes N scripts/prepare_data.py ...; for
 """
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,17 +25,18 @@ from models import EncodersConfig, build_encoders
 class Settings(PrepareConfig):
     """prepare.yaml: the stages' settings, and the codec and text encoder that make the cache."""
 
+    device: str = "auto"
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
 
 
 @command("prepare", Settings)
 def main(settings: Settings) -> None:
     parallel = Parallel(ParallelConfig(settings.device))
-    settings = replace(settings, device=str(parallel.device))
+    device = str(parallel.device)
     found = find_scenes(settings.input, settings.output)
     encoders = build_encoders(settings.encoders, vocabulary(found))
-    codec, text_encoder = encoders.codec.to(settings.device), encoders.text.to(settings.device)
-    prepared = prepare(settings, codec, text_encoder, joined(), found, encoders.save)
+    codec, text_encoder = encoders.codec.to(device), encoders.text.to(device)
+    prepared = prepare(settings, codec, text_encoder, joined(), found, encoders.save, device=device)
     if not parallel.is_main:
         return
     report = prepared.report

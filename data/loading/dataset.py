@@ -54,7 +54,7 @@ class DataConfig:
     drop_captions: float = 0.1  # all captions of a sample, for guidance
     drop_global_caption: float = 0.0
     drop_shot_caption: float = 0.0  # each shot's, on its own
-    drop_to_still: float = 0.0  # each shot, to its first latent frame
+    drop_to_still: float = 0.1  # each shot, to its first latent frame, as in LCT, which does not say how often
 
     def __post_init__(self) -> None:
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):

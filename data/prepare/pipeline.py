@@ -56,10 +56,11 @@ def prepare(
     found: Found | None = None,
     save_encoders: Callable[[Path], None] | None = None,
     captioner: Captioner | None = None,
+    device: str = "cpu",
 ) -> Prepared:
     """Run all stages. found: what `find_scenes(config.input, config.output)` gave, if it was called before.
     save_encoders: called with cache/encoders before the cache counts as complete. captioner: instead of the one that
-    config names.
+    config names. device: where detector, codec and captioner compute.
 
     Raises DataError: missing-input, empty-input, output-in-use, cannot-write, bad-size, bad-length, decoder-missing,
     no-usable-samples, lost-work, with `strict` the first problem of any file. The report is written before
@@ -72,17 +73,23 @@ def prepare(
     found = found or find_scenes(config.input, config.output)
     with held(output, process):
         if config.captioner and captioner is None:
-            captioner = TransformersCaptioner(config.captioner, config.device)
-        return _Run(config, codec, text_encoder, process, found).all_stages(captioner, save_encoders)
+            captioner = TransformersCaptioner(config.captioner, device)
+        return _Run(config, codec, text_encoder, process, found, device).all_stages(captioner, save_encoders)
 
 
 class _Run:
     """One run's state: the configuration, the found scenes and the report being filled."""
 
     def __init__(
-        self, config: PrepareConfig, codec: Codec, text_encoder: TextEncoder, process: Process, found: Found
+        self,
+        config: PrepareConfig,
+        codec: Codec,
+        text_encoder: TextEncoder,
+        process: Process,
+        found: Found,
+        device: str,
     ) -> None:
-        self.config, self.codec, self.text_encoder = config, codec, text_encoder
+        self.config, self.codec, self.text_encoder, self.device = config, codec, text_encoder, device
         self.process, self.found = process, found
         self.output = Path(config.output)
         self.rule = ShotRule(
@@ -90,7 +97,7 @@ class _Run:
         )
         self.report = Report()
         self.failures: list[list[str]] = []  # of this process: kind, where, message, and key of the sample if lost
-        self.detector = build_detector(config.detector, config.threshold, config.device)
+        self.detector = build_detector(config.detector, config.threshold, device)
         self.recipe = {
             "decoder": config.decoder,
             "codec": codec.fingerprint,
@@ -211,7 +218,7 @@ class _Run:
             self.found.root,
             self.output,
             config.decoder,
-            config.device,
+            self.device,
             self.cache if config.online else None,
         )
         self.process.wait()

@@ -29,7 +29,6 @@ class PrepareConfig:
     captioner: str = ""  # a folder with a vision-language model, to caption what has no caption
     dtype: str = "float16"  # of stored latents and text
     shard_megabytes: int = 256
-    device: str = "cpu"  # of shot detection and encoders
     strict: bool = False  # stop at the first bad file
 
     def __post_init__(self) -> None:

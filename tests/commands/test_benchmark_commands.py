@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from configs.command import parse
+from configs.command import parse, store_defaults
 from configs.schema import SampleConfig, TrainConfig
 from scripts import benchmark_commands
 from scripts.benchmark_commands import kept_rows, plan, run, table
@@ -26,6 +26,7 @@ def test_every_command_is_one_that_its_script_takes(tmp_path, num_gpus):
         assert (ROOT / arguments[script]).is_file()
         if arguments[script] in SCHEMAS:
             name, schema = SCHEMAS[arguments[script]]
+            store_defaults(name, schema)
             with initialize_config_dir(str(ROOT / "configs"), version_base=None):
                 assert isinstance(parse(compose(name, arguments[script + 1 :]), schema), schema)
 

@@ -10,9 +10,9 @@ from typing import get_type_hints
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from configs.command import parse
+from configs.command import defaults, parse, store_defaults
 from data.cache.writer import EncodedScene
 from data.loading.loader import Validation, build_loader
 from film.script import load_script
@@ -27,6 +27,7 @@ GROUPS = sorted(
     path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("scripts", "__pycache__")
 )
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
+OWNERS = {"moc": "train", "encoders": "prepare"}  # the command whose schema has the group's type
 # What a command cannot do without.
 REQUIRED = {
     "sample": ["checkpoint=c", "script=s", "out=o"],
@@ -59,6 +60,7 @@ def schema_of(name: str) -> type:
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
+    store_defaults(name, schema_of(name))
     with initialize_config_dir(str(CONFIGS), version_base=None):
         return compose(name, list(overrides))
 
@@ -79,6 +81,7 @@ def test_every_command_composes_and_parses(name):
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_commands_leave_no_log_file_behind(name):
+    store_defaults(name, schema_of(name))
     with initialize_config_dir(str(CONFIGS), version_base=None):
         hydra = compose(name, return_hydra_config=True).hydra
     assert not (hydra.job_logging.get("handlers") or {}).get("file")
@@ -124,6 +127,61 @@ def test_every_setting_can_be_seen_in_the_help(name):
     """A setting without a value in YAML could not be set as `key=value`, and `--help` would not show it."""
     schema = schema_of(name)
     assert values(composed(name, *REQUIRED.get(name, [])), schema) == settings(schema)
+
+
+def inherited(path: Path, schema: type) -> DictConfig:
+    """What a YAML file's values are merged into: what its `defaults` name, in order."""
+    merged = OmegaConf.create()
+    for entry in OmegaConf.load(path).get("defaults", []):
+        option, package = entry, None
+        if OmegaConf.is_dict(entry):
+            ((key, option),) = entry.items()
+            package = key.removeprefix("override ").lstrip("/")
+        if option in (None, "_self_", "none"):
+            continue
+        folder = path.parent if package is None else CONFIGS / package
+        if str(option).endswith("schema"):
+            values = OmegaConf.create(defaults(schema))
+        else:
+            values = whole(folder / f"{option}.yaml", schema if package is None else get_type_hints(schema)[package])
+        merged = OmegaConf.merge(merged, {package: values} if package else values)
+    return merged
+
+
+def whole(path: Path, schema: type) -> DictConfig:
+    own = OmegaConf.load(path)
+    own.pop("defaults", None)
+    return OmegaConf.merge(inherited(path, schema), own)
+
+
+def leaves(cfg: DictConfig) -> dict[str, object]:
+    """Dotted key -> value, interpolations as they are written."""
+
+    def walk(values: dict, prefix: str = ""):
+        for name, value in values.items():
+            nested = isinstance(value, dict) and value
+            yield from walk(value, f"{prefix}{name}.") if nested else [(prefix + name, value)]
+
+    return dict(walk(OmegaConf.to_container(cfg)))
+
+
+def yaml_files() -> list:
+    """(file, schema of its values) of every command, option and experiment."""
+    found = [(CONFIGS / f"{name}.yaml", schema_of(name)) for name in sorted(COMMANDS)]
+    for group, option in OPTIONS:
+        command = schema_of(OWNERS.get(group) or users_of(group)[0])
+        schema = command if group == "experiment" else get_type_hints(command)[group]
+        found.append((CONFIGS / group / f"{option}.yaml", schema))
+    return [pytest.param(*pair, id=f"{pair[0].parent.name}/{pair[0].stem}") for pair in found]
+
+
+@pytest.mark.parametrize(("path", "schema"), yaml_files())
+def test_a_default_stands_once(path, schema):
+    """The dataclass has the default; a YAML file holds only what differs from what it builds on."""
+    own = OmegaConf.load(path)
+    own = leaves(OmegaConf.masked_copy(own, [key for key in own if key not in ("defaults", "hydra")]))
+    before = leaves(inherited(path, schema))
+    assert not {key: value for key, value in own.items() if key in before and before[key] == value}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "scripts").glob("*.yaml")), ids=lambda path: path.stem)
