@@ -94,7 +94,8 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
 
 
 def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
-    """Of one head: a candidate's score is a multiply and an add for each of its dims, pooling an add for each key's."""
+    """FLOPs of one head: scoring a candidate takes a multiply and an add for each dim, pooling an add for each dim of a
+    key."""
     if config.dense or not config.top_k:
         return 0
     bounds = candidate_range(layout, config)
@@ -130,7 +131,7 @@ def _own_keys(layout: ShotLayout, config: MoCConfig) -> Tensor:
 
 
 def _own_text(layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Of `_own_keys`, how many are text. float64 [L]."""
+    """How many of `_own_keys` are text, float64 [L]."""
     own = _own_keys(layout, config)
     if config.dense:
         by_sample = torch.zeros(layout.num_samples, dtype=torch.float64, device=layout.device)

@@ -65,8 +65,7 @@ class RoutingMap:
         return observe
 
     def shares(self) -> Tensor:
-        """Of the routes of each shot, the share that goes to each, on the CPU: rows sum to 1, or to 0 where nothing was
-        routed."""
+        """Which share of each shot's routes goes to each shot, on the CPU: rows sum to 1, or to 0 without routes."""
         return (self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)).cpu()
 
 

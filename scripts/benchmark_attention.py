@@ -212,7 +212,10 @@ def stages(case: Case) -> list[dict]:
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
     kernel, plan = dense.choose(q, config.dense_kernel), anchors.anchor_plan(layout, config)
     out, lse = anchors.forward(kernel, q, k, v, plan)
-    own = [call._replace(a0=0, a1=0, b0=0, b1=0) if call.num_own else call for call in plan.calls]
+    own = [
+        call._replace(text_start=0, text_end=0, later_start=0, later_end=0) if call.num_own else call
+        for call in plan.calls
+    ]
     for suffix, run in (
         ("", lambda plan: anchors.forward(kernel, q, k, v, plan)),
         (", backward", lambda plan: anchors.backward(kernel, direction, q, k, v, out, lse, plan)),

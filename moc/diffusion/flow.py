@@ -48,10 +48,15 @@ class NoiseLevels:
 
 @dataclass(frozen=True)
 class Flow:
-    """shift: moves noise levels up for larger latents, in training and sampling (Wan: 3 at 480p, 5 above).
-    logit_mean, logit_std: of the logit-normal sigma. sigma_min, sigma_max: what the shifted sigma is cut off to.
-    history_rate: share of samples (of two shots or more) with a near-clean history, whose sigma is uniform in
-    [0, history_sigma], whatever the range."""
+    """The noise convention and how training draws noise levels.
+
+    shift: moves noise levels up for larger latents, in training and sampling (Wan: 3 at 480p, 5 above).
+    logit_mean, logit_std: mean and deviation of sigma's logits before the shift.
+    sigma_min, sigma_max: the range that the shifted sigma is cut off to.
+    history_rate: the share of samples of two shots or more that have a near-clean history.
+    history_sigma: the history's sigma is uniform in [0, history_sigma], whatever the range.
+    Raises UserError where a value leaves its range.
+    """
 
     shift: float = 3.0
     logit_mean: float = 0.0
@@ -83,7 +88,7 @@ class Flow:
             )
 
     def shifted(self, sigma: Tensor) -> Tensor:
-        """A uniform time in [0, 1] as the noise level the shift makes of it."""
+        """The noise level that the shift makes of an unshifted one; both lie in [0, 1]."""
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def level(self, share: float) -> float:
@@ -91,9 +96,14 @@ class Flow:
         return self.sigma_min + share * (self.sigma_max - self.sigma_min)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+        """The latent at noise level sigma in [0, 1]: 0 gives the latent, 1 the noise.
+
+        latent, noise: of one shape, such as [C, T, H, W]. sigma: a number, or a tensor that broadcasts against them.
+        """
         return (1 - sigma) * latent + sigma * noise
 
     def velocity(self, latent: Tensor, noise: Tensor) -> Tensor:
+        """What a model predicts: the derivative of `add_noise` by sigma, in the shape of latent and noise."""
         return noise - latent
 
     def draw_levels(self, batch: Batch, seed: int) -> NoiseLevels:
@@ -122,7 +132,10 @@ class Flow:
         return self.shifted(logits.sigmoid()).clamp(self.sigma_min, self.sigma_max).float()
 
     def _quantiles(self) -> Tensor:
-        """Of sigma_min and sigma_max in the shifted logit-normal: float64 [2]. A shift adds its log to the logits."""
+        """The quantiles of sigma_min and sigma_max in the shifted logit-normal, float64 [2].
+
+        A shift adds its logarithm to the logits.
+        """
         bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64).logit() - math.log(self.shift)
         return torch.special.ndtr((bounds - self.logit_mean) / self.logit_std)
 
@@ -145,7 +158,11 @@ class Flow:
         drops: DropKey | None = None,
         on_routes: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Mean squared velocity error of every shot, history included: fp32 [S]."""
+        """The mean squared velocity error of every shot, history included: fp32 [S].
+
+        levels: noise levels of the batch's shots, on the CPU. moc: what attention attends to. seed: of the noise.
+        drops, on_routes: handed to the model.
+        """
         sigma = move(levels.sigma, batch.layout.device)
         latents, noise = [x.float() for x in batch.latents], self.draw_noise(batch, seed)
         noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, sigma.unbind())

@@ -69,15 +69,35 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Story:
-    """What is to be sampled. shapes: (C, T, H, W) of each shot's latent. text, negative: features [T_i, text_dim] of
-    the global caption and of each shot's, to steer to and away from. given: clean latents of shots known already.
-    cuts: as in `moc.Sample`."""
+    """What is to be sampled: one shot or more, of which at least one is not given.
+
+    shapes: (C, T, H, W) of each shot's latent.
+    text, negative: features [T_i, text_dim] of the global caption, then of each shot's, to steer to and away from.
+    given: clean latents [C, T, H, W] of shots that are known already, by index.
+    cuts: whether a true cut begins each shot; empty means cuts everywhere.
+    Raises ValueError where these do not describe the same shots.
+    """
 
     shapes: list[tuple[int, int, int, int]]
     text: list[Tensor]
     negative: list[Tensor]
     given: dict[int, Tensor] = field(default_factory=dict)
     cuts: Sequence[bool] = ()
+
+    def __post_init__(self) -> None:
+        shots = len(self.shapes)
+        if (len(self.text), len(self.negative)) != (shots + 1, shots + 1):
+            raise ValueError(
+                f"a story of {shots} shots has {len(self.text)} texts and {len(self.negative)} negative ones; it needs "
+                "one for the global caption and one for each shot"
+            )
+        if self.cuts and len(self.cuts) != shots:
+            raise ValueError(f"a story of {shots} shots has {len(self.cuts)} cuts; it needs one for each shot, or none")
+        if not self.given.keys() < set(range(shots)):
+            raise ValueError(f"shots {sorted(self.given)} of {shots} are given; at least one must be left to sample")
+        for index, latent in self.given.items():
+            if tuple(latent.shape) != tuple(self.shapes[index]):
+                raise ValueError(f"shot {index} is given as {tuple(latent.shape)}; its shape is {self.shapes[index]}")
 
 
 def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
@@ -99,10 +119,14 @@ def sample_shots(
     on_step: Callable[[int, int], None] | None = None,
     routing_map: RoutingMap | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Denoises a story; yields (index, clean latent [C, T, H, W]) of each shot as soon as it is finished, in order.
+    """Denoises a story; yields (index, clean latent) of each shot, fp32 [C, T, H, W], as soon as it is finished.
 
-    `on_step(done, total)` reports progress; `routing_map` collects where the prompt's queries routed to.
-    Raises FloatingPointError where a latent is not finite any more, with its shot and step.
+    model: is called as `Flow.loss` calls it; it and the story's text are on one device.
+    spec: how the model lays out its stream. moc: what attention attends to. flow: the noise convention and its shift.
+    on_step: called after each step with the steps done and all steps. routing_map: collects where the prompt's queries
+        route to. Shots come in order; given ones are not yielded.
+    Raises FloatingPointError, with shot and step, where a latent is no longer finite, and UserError where the config
+    sets `high_noise_guidance_scale` for a single model.
     """
     boundary = getattr(model, "boundary", None)
     if config.high_noise_guidance_scale and boundary is None:

@@ -26,19 +26,20 @@ SHORT = 4096  # mean keys of a call under which its launches cost more than its 
 
 
 class AnchorCall(NamedTuple):
-    """Queries [start, end) attend to tokens [own_start, own_end) and to text rows [a0, a1) and [b0, b1).
+    """Queries [start, end) attend to tokens [own_start, own_end) and to two runs of text rows.
 
-    Queries count from the first one that is asked for, text rows along the text tokens alone (`layout.text_index`).
+    The runs are [text_start, text_end) and, after it, [later_start, later_end); either may be empty. Queries count from
+    the first one that is asked for, text rows along the text tokens alone (`layout.text_index`).
     """
 
     start: int
     end: int
     own_start: int
     own_end: int
-    a0: int
-    a1: int
-    b0: int
-    b1: int
+    text_start: int
+    text_end: int
+    later_start: int
+    later_end: int
 
     @property
     def num_own(self) -> int:
@@ -46,15 +47,16 @@ class AnchorCall(NamedTuple):
 
     @property
     def num_text(self) -> int:
-        return self.a1 - self.a0 + self.b1 - self.b0
+        return self.text_end - self.text_start + self.later_end - self.later_start
 
     @property
     def num_keys(self) -> int:
         return self.num_own + self.num_text
 
     def text_spans(self) -> list[tuple[int, int]]:
-        """The runs of text rows, those that are not empty."""
-        return [span for span in ((self.a0, self.a1), (self.b0, self.b1)) if span[1] > span[0]]
+        """The runs of text rows that are not empty."""
+        spans = ((self.text_start, self.text_end), (self.later_start, self.later_end))
+        return [(start, end) for start, end in spans if end > start]
 
 
 class AnchorPlan(NamedTuple):
@@ -145,20 +147,21 @@ def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
         global_last = rows[0][2]
         for group, text_first, text_last in rows:
             own_end = group.start
-            a0, a1, b0, b1 = first, first, last, last
+            text_start, text_end, later_start, later_end = first, first, last, last
             if config.text_anchor is TextAnchor.all:
-                a1, b0 = last, last
+                text_end, later_start = last, last
             elif config.text_anchor is TextAnchor.global_and_own:
-                a1, b0, b1 = global_last, text_first, text_last
+                text_end, later_start, later_end = global_last, text_first, text_last
                 if group.shot < 0:
-                    b0 = b1
+                    later_start = later_end
             if config.own_anchor is OwnAnchor.shot and group.shot >= 0:
                 own_end = group.end  # with its own text, so those rows are not taken twice
                 if config.text_anchor is TextAnchor.all:
-                    a1, b0 = text_first, text_last
+                    text_end, later_start = text_first, text_last
                 else:
-                    b0 = b1
-            yield AnchorCall(group.start, group.end, group.start, own_end, a0, a1, b0, b1)
+                    later_start = later_end
+            own = (group.start, own_end)
+            yield AnchorCall(group.start, group.end, *own, text_start, text_end, later_start, later_end)
 
 
 def _text_rows(x: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]) -> Tensor:

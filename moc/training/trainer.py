@@ -49,8 +49,11 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """num_steps: optimizer steps of the run. *_every: in steps, 0 is never. keep_checkpoints: the newest so many.
-    max_skipped_steps: how many steps in a row may have no finite loss and gradient before the run ends."""
+    """How long a run is and how often it reports.
+
+    num_steps: optimizer steps of the run. *_every: in steps; 0 is never. keep_checkpoints: how many of the newest stay.
+    max_skipped_steps: how many steps in a row may have no finite loss and gradient before the run ends.
+    """
 
     num_steps: int = 20_000
     log_every: int = 10
@@ -102,7 +105,11 @@ class Trainer:
         self._interruption = Interruption()
 
     def resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Loads weights, averages, optimizer and random states; returns the state of the data."""
+        """Continues from a checkpoint: loads weights, averages, optimizer, step and random states.
+
+        checkpoint: a folder `step_NNNNNNN` of a run with the same seed and the same model.
+        Returns the state of the data, as `Steps.state` gave it. Raises UserError where seed or model differ.
+        """
         state = ckpt.read_run_state(checkpoint)
         if state["seed"] != self.seed:
             raise UserError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
@@ -119,8 +126,12 @@ class Trainer:
         return state["data"]
 
     def run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None = None) -> bool:
-        """Trains until `num_steps`; whether it came there. A signal to end, on any process, has what is done of a step
-        dropped, a checkpoint saved and the run left; another run goes on from there."""
+        """Trains until `num_steps`; returns whether it came there.
+
+        A signal to end, sent to any process, ends the run early: the step that is not finished is dropped and a
+        checkpoint is saved, from which the next run goes on. metrics: None on all processes but the main one.
+        Raises FloatingPointError where too many steps in a row have no finite loss and gradient.
+        """
         ckpt.refuse_later(self.run_folder, self.step)
         if self.step >= self.config.num_steps:
             return True
@@ -215,8 +226,10 @@ class Trainer:
         self._saved_step = self.step
 
     def _train_step(self, batches: Sequence[Batch]) -> bool:
-        """One optimizer step, which leaves weights and moments alone where its loss or gradient is not finite; whether
-        it was taken, rather than interrupted."""
+        """Takes one optimizer step; returns whether it was taken, rather than interrupted.
+
+        Weights and moments stay as they are where the loss or the gradient is not finite.
+        """
         moc = self.schedule.at(self.step, self.moc)
         levels = [self.flow.draw_levels(batch, self.seed) for batch in batches]
         targets = self.parallel.put(torch.tensor(sum(int(level.is_target.sum()) for level in levels)))
@@ -251,8 +264,10 @@ class Trainer:
         return True
 
     def _look(self, metrics: Metrics | None, but: int = 0) -> Totals:
-        """Reads the outcomes of all steps `but` the newest so many, which the device may still be at; returns the last
-        one read. Skipped steps are told; raises FloatingPointError where they are too many."""
+        """Reads the outcomes of all steps but the `but` newest, which the device may still be at; returns the last one.
+
+        Skipped steps are logged. Raises FloatingPointError where they are too many.
+        """
         totals = Totals()
         while len(self._outcomes) > but:
             outcome = self._outcomes.popleft()
@@ -264,7 +279,7 @@ class Trainer:
         return totals
 
     def _summary(self, totals: Totals) -> dict[str, Any]:
-        """What is logged of a step; the loss is over the targets of all processes."""
+        """The values to log for a step; the loss is over the targets of all processes."""
         moc = self.schedule.at(self.step - 1, self.moc)
         return totals.finite() | {
             "skipped_steps": self.skips.total,
@@ -274,8 +289,10 @@ class Trainer:
         }
 
     def _validate(self, validator: Validator, metrics: Metrics | None) -> bool:
-        """Held-out loss of the averaged weights, each process taking its share of the scenes; whether it was finished,
-        rather than interrupted."""
+        """Logs the held-out loss of the averaged weights; returns whether it was finished, rather than interrupted.
+
+        Each process takes its share of the scenes.
+        """
         moc = self.schedule.at(self.step, self.moc)
         with memory.enough_for("validation", memory.VALIDATION, validator.batches):
             sums = validator.losses(self.ema.model, moc, self.parallel, lambda: bool(self._interruption.signal))

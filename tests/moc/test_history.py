@@ -36,6 +36,7 @@ def build(name: str) -> nn.Module:
 
 def story(num_shots: int = 4, given: tuple[int, ...] = ()) -> Story:
     texts = [[torch.randn(n, TEXT_DIM) for n in lengths] for lengths in ([3, 2, 4, 1, 3], [2, 1, 1, 1, 1])]
+    texts = [text[: num_shots + 1] for text in texts]
     return Story([SHAPE] * num_shots, *texts, {index: torch.randn(SHAPE) for index in given})
 
 

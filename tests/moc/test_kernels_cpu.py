@@ -99,8 +99,8 @@ def test_the_calls_of_the_anchored_part_hold_every_anchor_once(stream, config, s
     for call in anchors.anchor_calls(layout, config):
         keys = torch.cat([
             torch.arange(call.own_start, call.own_end),
-            layout.text_index[call.a0 : call.a1],
-            layout.text_index[call.b0 : call.b1],
+            layout.text_index[call.text_start : call.text_end],
+            layout.text_index[call.later_start : call.later_end],
         ])  # fmt: skip
         assert len(keys) == call.num_keys
         seen[call.start : call.end, keys] += 1

@@ -261,3 +261,23 @@ def test_values_out_of_range_are_refused_by_name(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"sampler\.{name}"):
         SamplingConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": 1}, "1 texts and 3 negative ones"),
+        ({"negative": 4}, "3 texts and 4 negative ones"),
+        ({"cuts": (True,)}, "has 1 cuts"),
+        ({"given": {2: SHAPE}}, "at least one must be left"),
+        ({"given": {0: SHAPE, 1: SHAPE}}, "at least one must be left"),
+        ({"given": {0: (1, 1, 2, 2)}}, "shot 0 is given as"),
+    ],
+)
+def test_a_story_describes_one_set_of_shots(changes, message):
+    text = [torch.zeros(1, 2)] * 4
+    fields = {"text": 3, "negative": 3, "cuts": (), "given": {}} | changes
+    texts = {name: text[: fields[name]] for name in ("text", "negative")}
+    given = {index: torch.zeros(shape) for index, shape in fields["given"].items()}
+    with pytest.raises(ValueError, match=message):
+        Story([SHAPE] * 2, **texts, cuts=fields["cuts"], given=given)
