@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
@@ -76,7 +76,7 @@ def store_defaults(config_name: str, schema: type) -> None:
     store.store(f"{config_name}_schema", defaults(schema))
     store.store("schema", defaults(MoCConfig), group="moc")  # whatever a command makes of it
     for name, hint in get_type_hints(schema).items():
-        group = next(filter(is_dataclass, (hint, *get_args(hint))), None)
+        group = next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
         if group and (CONFIGS / name).is_dir():
             store.store("schema", defaults(group), group=name)
 
@@ -152,9 +152,9 @@ def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
     """Lists of dataclasses, one element after another: OmegaConf's message would not say which of them is wrong."""
     for name, hint in get_type_hints(schema).items():
         value = cfg.get(name) if name in cfg else None
-        if is_dataclass(hint) and OmegaConf.is_dict(value):
+        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, DictConfig):
             _check_elements(value, hint, f"{prefix}{name}.")
-        elif OmegaConf.is_list(value) and is_dataclass(element := next(iter(get_args(hint)), None)):
+        elif isinstance(value, ListConfig) and is_dataclass(element := next(iter(get_args(hint)), None)):
             for index, item in enumerate(value):
                 if not OmegaConf.is_dict(item):
                     raise UserError(f"{prefix}{name}[{index}] is {item!r}; it must be a mapping of settings")

@@ -125,7 +125,7 @@ def _first_repeated_key(text: str) -> tuple[str, int]:
 class _StrictLoader(yaml.SafeLoader):
     """YAML's safe loader, but for keys that are given twice, where it would keep the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:

@@ -22,6 +22,9 @@ class Codec(Protocol):
     def shot_encoder(self) -> Callable[[Iterable[Tensor]], Tensor]:
         """For one sample: called with the pieces of each shot in order, gives its latent."""
 
+    def shot_decoder(self) -> Callable[[Tensor], Iterable[Tensor]]:
+        """For one sample: called with the latent of each shot in order, gives its video piece by piece."""
+
     def begins_video(self, shot: int) -> bool:
         """Whether the shot starts afresh, not where the one before ended."""
 

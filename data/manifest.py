@@ -158,11 +158,12 @@ def scene_from_dict(fields: dict, where: str) -> SceneRecord:
         raise DataError("image-with-shots", f"{where} shots", "an image has no shots; leave the field out")
     return SceneRecord(
         id=scene_id,
+        video=media if kinds == ["video"] else None,
+        image=media if kinds == ["image"] else None,
         caption=check_caption(fields.get("caption", ""), f"{where} caption"),
         fps=_fps(fields, where),
         shots=_shots(fields.get("shots"), where),
         origin=where,
-        **{kinds[0]: media},
     )
 
 
@@ -182,7 +183,7 @@ def check_caption(value: object, where: str) -> Caption:
         raise DataError("huge-caption", where, f"{longest} characters, at most {MAX_CAPTION_CHARACTERS}")
     for text in texts:
         _check_utf8(text, where)
-    return value if isinstance(value, str) else tuple(value)
+    return value if isinstance(value, str) else tuple(texts)
 
 
 def _check_utf8(text: str, where: str) -> None:

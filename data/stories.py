@@ -12,7 +12,7 @@ from data.errors import DataError
 _SCENE_FIELDS = {"scene_num", "video_prompts", "cut"}
 
 
-def spans_between(cuts: Any, num_frames: float, shots: int, where: str, kind: str) -> list[tuple[float, float]]:
+def spans_between(cuts: Any, num_frames: Any, shots: int, where: str, kind: str) -> list[tuple[float, float]]:
     """The (first, end) frames of each of `shots` shots, from HoloCine's `shot_cut_frames` and `num_frames`.
 
     Raises DataError of `kind` where the cuts are not numbers that rise within the video, one fewer than the shots.

@@ -17,7 +17,7 @@ _COPY = ".moc-copy"  # an ending that nobody else gives a file, so that making r
 
 def checksum(tensor: Tensor) -> int:
     """The CRC32 of a CPU tensor's bytes, which the index of a cache keeps for each."""
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 class FileStore:

@@ -7,6 +7,7 @@ cache. Workers read ahead; neither their number nor the number of ranks changes 
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -153,7 +154,7 @@ def _leave_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_is(parcel: Parcel) -> Parcel:
+def _as_is(parcel: Any) -> Any:
     return parcel
 
 

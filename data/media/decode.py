@@ -126,9 +126,12 @@ class PyAVReader(IndexedReader):
         pts = self.index.pts
         for frame in self._decoded:
             self._num_decoded += 1
-            if pts is not None and frame.pts is None:
+            if pts is None:
+                ahead = self._num_decoded - 1 - i
+            elif frame.pts is None:
                 return None
-            ahead = self._num_decoded - 1 - i if pts is None else frame.pts - pts[i]
+            else:
+                ahead = frame.pts - pts[i]
             if ahead == 0:
                 return frame
             if ahead > 0:

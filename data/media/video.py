@@ -104,8 +104,9 @@ def write_video(
         with av.open(str(partial), "w") as container:
             stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
             stream.codec_context.thread_count = 1
+            assert isinstance(stream, av.VideoStream), codec
             repeatable = {"x264-params": "mbtree=0"} if codec == "libx264" else {}  # x264's MB-tree is not
-            stream.options = {"crf": str(crf)} | repeatable | (options or {})
+            stream.codec_context.options = {"crf": str(crf)} | repeatable | (options or {})
             for count, picture in enumerate(frames, start=1):
                 array = np.ascontiguousarray(picture)
                 if count == 1:
@@ -179,7 +180,7 @@ def _index(stamps: list[int | None], height: int, width: int, fps: float, time_b
     if count == 1:
         return VideoIndex(height, width, fps or 1.0, (0.0,), None)
     known = [(i, stamp) for i, stamp in enumerate(stamps) if stamp is not None]
-    own = [pair for last, pair in pairwise([(-1, None), *known]) if pair[1] != last[1]]
+    own = known[:1] + [pair for last, pair in pairwise(known) if pair[1] != last[1]]
     frames, ticks = [i for i, _ in own], [stamp for _, stamp in own]
     if time_base is None or len(own) < 2 or frames[0] or any(a > b for a, b in pairwise(ticks)):
         fps = fps or 25.0

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class TransformersCaptioner:
         self.max_new_tokens = max_new_tokens
         try:
             self.processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-            model = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, dtype="auto")
+            model: Any = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True, dtype="auto")
         except (ImportError, OSError, ValueError) as error:  # such as a Qwen-VL processor, which needs torchvision
             reason = " ".join(str(error).split())[:200]
             raise DataError(

@@ -144,14 +144,16 @@ def paint_layers(
     place = PLACES[name]
     if occluder:
         place = replace(place, front=(*place.front, place.occluder))
-    layers = []
     painters = ((_paint_far, FAR_PARALLAX), (_paint_ground, 1.0), (_paint_front, FRONT_PARALLAX))
-    for depth, (painter, parallax) in enumerate(painters):
+
+    def layer(depth: int) -> Layer:
+        painter, parallax = painters[depth]
         half = aspect / 2 + MARGIN * parallax
         canvas = Canvas.blank(round(scale), round(2 * half * scale), scale, left=-half)
         painter(canvas, place, np.random.default_rng((*seed, depth)), half)
-        layers.append(Layer(canvas.pixels, scale, -half, parallax))
-    return tuple(layers)
+        return Layer(canvas.pixels, scale, -half, parallax)
+
+    return layer(0), layer(1), layer(2)
 
 
 def _paint_far(canvas: Canvas, place: Place, rng: np.random.Generator, half: float) -> None:

@@ -53,8 +53,8 @@ def _bands(frames: np.ndarray) -> np.ndarray:
 
 def _palette(name: str) -> np.ndarray:
     place = PLACES[name]
-    sky = mix(*map(rgb, place.sky), 0.2 / HORIZON)
-    ground = mix(*map(rgb, place.ground), 0.5)
+    (zenith, horizon), (near, far) = map(rgb, place.sky), map(rgb, place.ground)
+    sky, ground = mix(zenith, horizon, 0.2 / HORIZON), mix(near, far, 0.5)
     return np.stack([_lab(sky), _lab(ground)])
 
 

@@ -168,7 +168,8 @@ class Renderer:
             cover += cutout.alpha * (1 - cover)
             top, left = cutout.window[0].start, cutout.window[1].start
             box = (left + columns[0], top + rows[0], left + columns[-1] + 1, top + rows[-1] + 1)
-            sightings[cutout.actor] = Sighting(tuple(float(edge) / self.fine for edge in box), visible)
+            x0, y0, x1, y1 = (float(edge) / self.fine for edge in box)
+            sightings[cutout.actor] = Sighting((x0, y0, x1, y1), visible)
         return [sightings[i] for i in range(len(cutouts))]
 
     def _make_vignette(self) -> np.ndarray:
