@@ -20,7 +20,7 @@ from film.folder import FilmFolder
 from film.plan import plan_film
 from film.script import load_script
 from film.storyboard import draw_routing_map, draw_storyboard
-from moc import MoCConfig, __version__
+from moc import __version__
 from moc.diffusion import Story, sample_shots
 from moc.memory import SAMPLING, enough_for
 from moc.statistics import RoutingMap
@@ -40,7 +40,7 @@ def main(config: SampleConfig) -> None:
     checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
     model = load_denoiser(checkpoint, config.low_noise_checkpoint, parallel.dtype)
     moc, flow = read_settings(checkpoint)
-    moc, flow = MoCConfig.from_dict(moc.to_dict() | config.moc), replace(flow, shift=config.shift or flow.shift)
+    moc, flow = moc.override(config.moc), replace(flow, shift=config.shift or flow.shift)
     encoders = load_encoders(config.encoders_path or checkpoint)
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 

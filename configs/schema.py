@@ -57,8 +57,8 @@ class SampleConfig:
     (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise one, where
     checkpoint is the other. script: what to film. out: a folder to write. encoders_path: a folder of them, or a
     diffusers pipeline; "" takes the checkpoint's. device, precision: as in `moc.training.ParallelConfig`; the weights
-    take the precision too, norms excepted. offload: of two experts only the one in use stays on
-    the GPU. shift: of the noise levels; 0 takes the checkpoint's. moc: settings other than the checkpoint's."""
+    take the precision too, norms excepted. offload: of two experts only the one in use stays on the GPU. shift: of the
+    noise levels; 0 takes the checkpoint's. moc: settings other than the checkpoint's, which null takes."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str = ""
@@ -69,7 +69,7 @@ class SampleConfig:
     precision: str = "auto"
     offload: bool = False
     shift: float = 0.0
-    moc: dict[str, Any] = field(default_factory=dict)
+    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     sampler: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:

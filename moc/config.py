@@ -119,6 +119,15 @@ class MoCConfig:
             raise UserError(f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
         return cls(**values)
 
+    @classmethod
+    def unset(cls) -> dict[str, Any]:
+        """Every setting as None, which `override` leaves as it is."""
+        return dict.fromkeys(field.name for field in fields(cls))
+
+    def override(self, values: dict[str, Any]) -> "MoCConfig":
+        """These settings with those of `values` that are not None. Raises UserError for what does not fit."""
+        return self.from_dict(self.to_dict() | {name: value for name, value in values.items() if value is not None})
+
     def save(self, folder: str | Path) -> None:
         """Writes `moc.json` beside a model's weights."""
         Path(folder, "moc.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")

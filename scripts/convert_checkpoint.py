@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
+from moc import MoCConfig
 from moc.errors import UserError
 from models import EncodersConfig
 from models.checkpoints.export import Beside, Form, convert
@@ -53,7 +54,7 @@ class Settings:
     weights: Weights = Weights.ema
     dtype: Dtype = Dtype.stored
     max_shard_gb: float = 10.0
-    moc: dict[str, Any] = field(default_factory=dict)
+    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     shift: float = 0.0
     encoders_path: str = ""
     encoders: EncodersConfig | None = None
@@ -80,7 +81,8 @@ def main(settings: Settings) -> None:
         print(f"{source}: {checkpoint.describe()}")
         if settings.output:
             dtype = None if settings.dtype == Dtype.stored else getattr(torch, settings.dtype)
-            beside = Beside(settings.moc, settings.shift, settings.encoders_path, settings.encoders)
+            moc = {name: value for name, value in settings.moc.items() if value is not None}
+            beside = Beside(moc, settings.shift, settings.encoders_path, settings.encoders)
             convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3), settings.form, beside)
     if settings.output:
         print(f"wrote {output}")

@@ -7,8 +7,9 @@ noise on all shots the rows barely differ; a clean history before one noisy shot
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -17,6 +18,7 @@ from configs.command import command
 from data.loading.dataset import DataConfig
 from data.loading.loader import Validation, build_loader
 from data.records import write_whole
+from moc import MoCConfig
 from moc.errors import UserError
 from moc.training import Parallel, ParallelConfig, Validator, rivals, sound_checkpoint
 from moc.training.checkpoint import read_settings
@@ -25,15 +27,15 @@ from models import load_model, read_flow
 
 @dataclass
 class EvaluateConfig:
-    """See configs/evaluate.yaml. data.validation: how many held-out scenes."""
+    """See configs/evaluate.yaml. data.validation: how many held-out scenes. moc: settings other than the checkpoint's,
+    which null takes."""
 
     checkpoint: str = ""
     output: str = ""
     device: str = "auto"
     precision: str = "auto"
     seed: int = 0
-    chunk_tokens: int = 0
-    top_k: int = -1
+    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     data: DataConfig = field(default_factory=DataConfig)
 
 
@@ -44,12 +46,7 @@ def main(config: EvaluateConfig) -> None:
     parallel = Parallel(ParallelConfig(config.device, config.precision))
     checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
     model = load_model(checkpoint).to(parallel.device)
-    moc, flow = read_settings(checkpoint)[0], read_flow(checkpoint)
-    moc = replace(
-        moc,
-        chunk_tokens=config.chunk_tokens or moc.chunk_tokens,
-        top_k=moc.top_k if config.top_k < 0 else config.top_k,
-    )
+    moc, flow = read_settings(checkpoint)[0].override(config.moc), read_flow(checkpoint)
     batches = list(Validation(build_loader(config.data, model.stream, moc.chunk_tokens)))
 
     rows = []

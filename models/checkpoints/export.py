@@ -145,7 +145,7 @@ def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
     """The input's attention settings with the given ones; None where there are neither."""
     if not beside.moc:
         return checkpoint.moc
-    return MoCConfig.from_dict((checkpoint.moc or MoCConfig()).to_dict() | beside.moc)
+    return (checkpoint.moc or MoCConfig()).override(beside.moc)
 
 
 def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:

@@ -16,7 +16,7 @@ from configs.command import defaults, parse, store_defaults
 from data.cache.writer import EncodedScene
 from data.loading.loader import Validation, build_loader
 from film.script import load_script
-from moc import StreamSpec
+from moc import MoCConfig, StreamSpec
 from moc.errors import UserError
 from models import build_model
 from tests.caches import scene, write_cache
@@ -327,5 +327,14 @@ def test_mistakes_are_refused_with_their_key(name, override, message):
     assert "\n" not in str(error.value)
 
 
-def test_chances_of_attention_settings_reach_sampling():
-    assert parsed("sample", "+moc.top_k=3").moc == {"top_k": 3}
+@pytest.mark.parametrize("name", ["sample", "evaluate", "convert"])
+def test_every_command_sets_attention_in_the_words_of_training(name):
+    trained = MoCConfig(top_k=2, causal=False)
+    assert trained.override(parsed(name).moc) == trained
+    assert trained.override(parsed(name, "moc.top_k=3").moc) == MoCConfig(top_k=3, causal=False)
+    assert (
+        trained.override(parsed(name, "moc=forward", "moc.top_k=3").moc)
+        == parsed("train", "moc=forward", "moc.top_k=3").moc
+    )
+    with pytest.raises(UserError, match="unknown MoC settings"):
+        trained.override(parsed(name, "+moc.top=3").moc)

@@ -135,7 +135,7 @@ def test_metadata_tells_all_to_repeat_it(film, trained, story):
 
 @pytest.mark.parametrize("sampler", ["joint", "staggered"])
 def test_other_samplers_film_the_same_story_again_and_again(trained, story, film, tmp_path, sampler):
-    arguments = (f"sampler={sampler}", "sampler.seed=3", "+moc.top_k=1")
+    arguments = (f"sampler={sampler}", "sampler.seed=3", "moc.top_k=1")
     one, two = (sample(trained, story, tmp_path / name, *arguments) for name in ("one", "two"))
     assert torch.equal(frames(one / "video.mp4"), frames(two / "video.mp4"))
     assert not torch.equal(frames(one / "video.mp4"), frames(film / "video.mp4"))

@@ -81,7 +81,7 @@ def test_converting_and_sampling_what_came_of_it(run, story, tmp_path, on_gpu):
         ("sampler=staggered", "sampler.context_shots=1"),
         ("sampler=shot_by_shot",),
         ("sampler=shot_by_shot", "sampler.cache=false"),
-        ("sampler=joint", "+moc.dense=true"),
+        ("sampler=joint", "moc.dense=true"),
     ],
     ids=" ".join,
 )
@@ -172,5 +172,5 @@ def test_wan_is_trained_resumed_evaluated_and_sampled(wan_prepared, release, sto
 
 def test_a_wan_pipeline_is_sampled_as_it_is(release, story, tmp_path, on_gpu):
     with on_gpu():
-        pipeline.sample(release, story, tmp_path / "film", "+moc.dense=true", "sampler=joint")
+        pipeline.sample(release, story, tmp_path / "film", "moc.dense=true", "sampler=joint")
     assert_filmed(tmp_path / "film")

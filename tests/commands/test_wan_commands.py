@@ -49,7 +49,7 @@ def test_a_trained_model_is_diffusers_again(dense_run, release):
 def test_a_dense_run_is_evaluated_with_moc_untrained(dense_run, release, prepared, tmp_path):
     where = ("data.validation=1", f"data.path={prepared}", "device=cpu", f"output={tmp_path / 'rows.json'}")
     for checkpoint in (dense_run, release):
-        pipeline.command("scripts/evaluate.py", f"checkpoint={checkpoint}", *where, "chunk_tokens=6", "top_k=1")
+        pipeline.command("scripts/evaluate.py", f"checkpoint={checkpoint}", *where, "moc.chunk_tokens=6", "moc.top_k=1")
         rows = json.loads((tmp_path / "rows.json").read_text())
         dense, moc, own = (row for row in rows if row["clean_history"])
         assert dense["sparsity"] == 0 < moc["sparsity"] < own["sparsity"]
@@ -61,7 +61,7 @@ def test_a_pipelines_expert_is_evaluated_at_its_own_noise_levels(release, prepar
     expert = Path(shutil.copytree(release, tmp_path / "pipeline/transformer_2"))
     (expert.parent / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.5}))
     where = ("data.validation=1", f"data.path={prepared}", "device=cpu", f"output={tmp_path / 'rows.json'}")
-    pipeline.command("scripts/evaluate.py", f"checkpoint={expert}", *where, "chunk_tokens=6")
+    pipeline.command("scripts/evaluate.py", f"checkpoint={expert}", *where, "moc.chunk_tokens=6")
     for row in json.loads((tmp_path / "rows.json").read_text()):
         assert [float(level) for level in row["loss"]] == pytest.approx([0.1, 0.25, 0.4, 0.475])
 
@@ -70,7 +70,7 @@ def test_a_dense_run_films_with_moc_untrained(dense_run, tmp_path):
     shots = [{"prompt": "Mia walks.", "seconds": 5 / 12}, {"prompt": "Gus waves.", "seconds": 5 / 12}]
     (tmp_path / "story.yaml").write_text(yaml.safe_dump({"size": [32, 48], "fps": 12, "shots": shots}))
     films = {}
-    for name, settings in {"dense": (), "moc": ("+moc.dense=false", "+moc.chunk_tokens=6", "+moc.top_k=1")}.items():
+    for name, settings in {"dense": (), "moc": ("moc.dense=false", "moc.chunk_tokens=6", "moc.top_k=1")}.items():
         out = pipeline.sample(dense_run, tmp_path / "story.yaml", tmp_path / name, *settings)
         record = json.loads((out / "metadata.json").read_text())
         assert record["moc"]["dense"] == (name == "dense")

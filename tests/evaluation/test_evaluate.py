@@ -95,7 +95,7 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
     # The same command again gives the same numbers: noise is keyed, not drawn.
     pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}")
     assert json.loads(rows_file.read_text()) == rows
-    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}", "seed=1", "top_k=0")
+    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}", "seed=1", "moc.top_k=0")
     for row, other in zip(rows, json.loads(rows_file.read_text()), strict=True):
         assert row["loss"].keys() == other["loss"].keys()
         assert row["loss"] != other["loss"]
@@ -111,7 +111,7 @@ def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkey
         return forward(self, latents, sigma, text, layout, config, on_routes=on_routes, **others)
 
     monkeypatch.setattr(MMDiT, "forward", spy)
-    settings = (f"data.path={prepared}", "data.validation=1", "device=cpu", "chunk_tokens=12")
+    settings = (f"data.path={prepared}", "data.validation=1", "device=cpu", "moc.chunk_tokens=12")
     pipeline.command("scripts/evaluate.py", f"checkpoint={trained}", *settings)
     moc, flow = read_settings(trained / "checkpoints/step_0000003")
     moc = replace(moc, chunk_tokens=12)

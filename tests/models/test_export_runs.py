@@ -277,7 +277,7 @@ def test_a_converted_run_is_sampled_evaluated_and_trained_from(
     script, published, run = "scripts/convert_checkpoint.py", tmp_path / "published", tmp_path / "run"
     pipeline.command(script, f"input={trained}", f"output={published}")
     encoders = find_checkpoint(trained) / "encoders"
-    beside = (f"encoders_path={encoders}", "+moc.top_k=1", "shift=2")
+    beside = (f"encoders_path={encoders}", "moc.top_k=1", "shift=2")
     pipeline.command(script, f"input={published}", f"output={run}", "form=checkpoint", *beside)
     moc, flow = read_settings(find_checkpoint(run))
     assert (moc.top_k, moc.chunk_tokens, flow.shift) == (1, 6, 2)
