@@ -13,9 +13,9 @@ def candidate_bounds(
     token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
     CAUSAL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """First and last chunk that each query may route to, and the run of chunks to skip between them.
+    """Finds the chunks [first, last) that each query may route to, and the run [skip_first, skip_last) to skip in them.
 
-    As `moc.routing.candidate_range`; OWN is 0 (own_anchor shot), 1 (chunk) or 2 (none).
+    It equals `moc.routing.candidate_range`. token, valid: [BQ]. OWN is 0 (own_anchor shot), 1 (chunk) or 2 (none).
     """
     chunk = tl.load(token_chunk + token, mask=valid, other=0)
     group = tl.load(chunk_group + chunk)
@@ -35,7 +35,7 @@ def candidate_bounds(
 
 @triton.jit
 def candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks):
-    """[BQ, BC]: which of the chunks each query may route to."""
+    """Returns bool [BQ, BC]: which of the chunks [BC] each query may route to."""
     video = tl.load(chunk_is_text + chunk, mask=chunk < num_chunks, other=1) == 0
     chunk = chunk[None, :]
     skipped = (chunk >= skip_first[:, None]) & (chunk < skip_last[:, None])
@@ -47,7 +47,7 @@ def chunk_scores(
     queries, means, head, chunk, num_heads, num_chunks,
     TERMS: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """[BQ, BC]: q . mean of each chunk, with the first TERMS terms of the means."""
+    """Returns fp32 [BQ, BC]: queries [BQ, DP] times the mean keys of chunks, by the means' first TERMS terms."""
     rows = (head * num_chunks + chunk).to(tl.int64)[:, None] * DP + tl.arange(0, DP)[None, :]
     scores = tl.zeros([BQ, BC], tl.float32)
     for term in tl.static_range(TERMS):

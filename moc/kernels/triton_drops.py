@@ -26,6 +26,7 @@ _KEY_OFF, _KEY_IN = tl.constexpr(KEY_OFF), tl.constexpr(KEY_IN)
 
 @triton.jit
 def _hash32(x):
+    """Equals `moc.routing.hash32`."""
     x = x ^ (x >> 16)
     x = x * tl.full([1], 0x7FEB352D, tl.uint32)
     x = x ^ (x >> 15)
@@ -35,12 +36,14 @@ def _hash32(x):
 
 @triton.jit
 def _draw(words, STREAM: tl.constexpr, index):
+    """Equals `moc.routing.draw`: the random word of a query's word, a stream and an index."""
     golden = tl.full([1], 0x9E3779B9, tl.uint32)
     return _hash32(_hash32(words ^ (golden * STREAM)) + index.to(tl.uint32) * golden)
 
 
 @triton.jit
 def _unit(word):
+    """Equals `moc.routing.unit`: the upper 24 bits of a word as fp32 in [0, 1)."""
     return (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
 
 
@@ -52,6 +55,10 @@ def drop_kernel(
     CAUSAL: tl.constexpr, OWN: tl.constexpr, KP: tl.constexpr, RP: tl.constexpr,
     BQ: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    """A program drops from, and adds to, the routes of BQ queries of one head: [N, L, K] -> dropped [N, L, K + R].
+
+    thresholds [R]: cumulative Poisson probabilities of the number added. KP, RP: K and R padded to powers of two.
+    """
     NEVER: tl.constexpr = 1 << 32  # above every key
     token = tl.program_id(0) * BQ + tl.arange(0, BQ)
     head = tl.program_id(1)

@@ -44,6 +44,7 @@ def max_tiles(num_entries: int, num_lists: int, tile: int) -> int:
 
 @triton.jit
 def _popcount(x):
+    """Counts the bits set in each int32."""
     x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -53,7 +54,7 @@ def _popcount(x):
 
 @triton.jit
 def _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK: tl.constexpr):
-    """Of BLOCK slots of the route table: index, chunk, place of the word in the masks, bit in the word, validity."""
+    """Reads BLOCK slots of one head's route table: their index, chunk, offset of the mask word, bit in it, validity."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)
     chunk = tl.load(routes + (first_head + head) * num_entries + entry, mask=entry < num_entries, other=-1)
@@ -65,6 +66,7 @@ def _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BL
 def mark_kernel(
     routes, masks, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """A program sets the bits of BLOCK slots of one head in masks [G, W, M]: bit t % 32 of word t // 32 of a chunk."""
     _, _, word, bit, valid = _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK)
     tl.atomic_or(masks + word, tl.full([BLOCK], 1, tl.int32) << bit, mask=valid, sem="relaxed")
 
@@ -73,7 +75,10 @@ def mark_kernel(
 def count_kernel(
     masks, before, counts, first_head, num_words, num_chunks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """before [G, W, M]: how many tokens of earlier words chose the chunk; counts [N, M]: how many in all."""
+    """A program counts along the stream, for COLUMNS chunks of one head, the tokens that chose each.
+
+    before [G, W, M]: how many tokens of earlier words did. counts [N, M]: how many did in all.
+    """
     chunk = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     head = tl.program_id(1).to(tl.int64)
     total = tl.zeros([COLUMNS], tl.int32)
@@ -89,7 +94,7 @@ def count_kernel(
 
 @triton.jit(do_not_specialize=["first_list", "last_list"])
 def scan_kernel(counts, starts, tile_starts, first_list, last_list, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """starts and tile_starts of the lists [first_list, last_list), going on from those of earlier lists."""
+    """One program sums counts to starts and tile_starts of lists [first_list, last_list), from earlier ones on."""
     entries = tl.load(starts + first_list, mask=first_list > 0, other=0)
     tiles = tl.load(tile_starts + first_list, mask=first_list > 0, other=0)
     tl.store(starts + first_list, entries)
@@ -110,6 +115,10 @@ def place_kernel(
     routes, masks, before, starts, tile_starts, entries, tile_list, first_head, num_entries, num_slots, num_words,
     num_chunks, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """A program writes BLOCK entries of one head to their places in the lists, and the list of each tile.
+
+    An entry's place is the number of entries before it: earlier words' from `before`, its own word's by its bits.
+    """
     entry, chunk, word, bit, valid = _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK)
     first_list = (first_head + tl.program_id(1)) * num_chunks
     start = tl.load(starts + first_list + chunk, mask=valid, other=0)

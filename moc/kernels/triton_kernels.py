@@ -23,7 +23,10 @@ FAR = tl.constexpr(1e30)  # an LSE that leaves no weight to any key
 
 @triton.jit
 def load_rows(base, row, stride, mask, D: tl.constexpr, DP: tl.constexpr):
-    """Rows of one head as [rows, DP]; `base` points at that head of token 0; masked rows and columns are 0."""
+    """Loads rows of one head as [rows, DP]; masked rows and columns are 0.
+
+    base: points at that head of token 0. row: [rows], tokens. stride: elements from one token to the next.
+    """
     column = tl.arange(0, DP)
     mask = mask[:, None]
     if DP != D:
@@ -33,6 +36,7 @@ def load_rows(base, row, stride, mask, D: tl.constexpr, DP: tl.constexpr):
 
 @triton.jit
 def store_rows(base, row, stride, value, mask, D: tl.constexpr, DP: tl.constexpr):
+    """Stores value [rows, DP] in base's dtype; the arguments are those of `load_rows`."""
     column = tl.arange(0, DP)
     mask = mask[:, None]
     if DP != D:
@@ -44,7 +48,10 @@ def store_rows(base, row, stride, value, mask, D: tl.constexpr, DP: tl.constexpr
 def load_keys(
     source, head, start, last, stride, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
 ):
-    """BN rows of one head from `start` on, of a tensor descriptor (rows past `last` are not masked) or a pointer."""
+    """Loads BN rows of one head from `start` on as [BN, DP].
+
+    source: with TMA a tensor descriptor, whose rows past `last` are not masked; else a pointer.
+    """
     if TMA:
         rows = source.load([start, head, 0]).reshape([BN, DP])
     else:
@@ -55,7 +62,10 @@ def load_keys(
 
 @triton.jit
 def _open_tile(entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM: tl.constexpr):
-    """Head, chunk, entries, tokens and validity of a tile's queries."""
+    """Reads which head and chunk a tile belongs to, and the entries, tokens and validity [BM] of its queries.
+
+    An entry is the index of a (token, slot) pair in the route table of one head.
+    """
     list_id = tl.load(tile_list + tile)
     first = tl.load(starts + list_id)
     count = tl.load(starts + list_id + 1) - first
@@ -70,7 +80,11 @@ def _forward_blocks(
     acc, total, peak, q, k, v, head, first, last, stride, scale_log2,
     MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of q over keys [first, last); `peak` is the largest score, not yet scaled."""
+    """Takes keys [first, last) into the online softmax of q [BM, DP].
+
+    acc [BM, DP]: weighted sum of the values so far. total [BM]: sum of the weights. peak [BM]: the largest score, not
+    yet scaled. MASKED says whether the last block of keys reaches past `last`.
+    """
     for start in range(first, last, BN):
         keys = load_keys(k, head, start, last, stride, D, DP, BN, TMA)
         scores = tl.dot(q, keys.T, input_precision="tf32x3")
@@ -92,6 +106,10 @@ def forward_kernel(
     first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """A program attends from one tile to its chunk and writes partial output and LSE of each of its (query, slot).
+
+    Programs take the tiles of lists [first_list, last_list); the grid may have more of them than there are tiles.
+    """
     tile = tl.load(tile_starts + first_list) + tl.program_id(0)
     if tile < tl.load(tile_starts + last_list):
         head, chunk, entry, token, valid = _open_tile(
@@ -120,9 +138,10 @@ def merge_kernel(
     out, lse, merged_lse, partial, partial_lse, routes, first_head, num_tokens, num_slots, stride,
     D: tl.constexpr, DP: tl.constexpr, SLOTS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partials of every slot that holds a route to `out`, in place; merged_lse: `lse` with theirs.
+    """A program merges, for BT queries of one head, the partials of every slot that holds a route into `out`.
 
-    Not in place: several warps load the few LSE of a program, and one may store before another has loaded.
+    out: the anchored part's output, changed in place. merged_lse: the LSE of both, which is not written to `lse`:
+    several warps load the few LSE of a program, and one may store before another has loaded.
     """
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     head = first_head + tl.program_id(1)
@@ -154,7 +173,7 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def delta_kernel(out, dout, delta, num_tokens, stride, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
-    """delta = rowsum(dO * O)."""
+    """A program writes delta = rowsum(dO * O), fp32, of BT tokens of one head."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     head = tl.program_id(1)
     valid = token < num_tokens
@@ -168,6 +187,10 @@ def _dq_blocks(
     acc, q, do, lse, delta, k, v, head, first, last, stride, scale_log2,
     MASKED: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """Adds dS K over keys [first, last) to acc [BM, DP], which is dQ before its scale.
+
+    lse, delta [BM]: of the queries, lse in base 2. MASKED says whether the last block of keys reaches past `last`.
+    """
     for start in range(first, last, BN):
         keys = load_keys(k, head, start, last, stride, D, DP, BN, TMA)
         values = load_keys(v, head, start, last, stride, D, DP, BN, TMA)
@@ -186,6 +209,7 @@ def dq_kernel(
     first_list, last_list, num_tokens, num_chunks, num_slots, stride, scale,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """A program computes what one tile's chunk gives to dQ, and writes it as the partial of each (query, slot)."""
     tile = tl.load(tile_starts + first_list) + tl.program_id(0)
     if tile < tl.load(tile_starts + last_list):
         head, chunk, entry, token, valid = _open_tile(
@@ -217,7 +241,7 @@ def add_dq_kernel(
     dq, partial, routes, first_head, num_tokens, num_slots, stride,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """dq += the partial dQ of every slot that holds a route."""
+    """A program adds to `dq`, for BT queries of one head, the partial dQ of every slot that holds a route."""
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     head = first_head + tl.program_id(1)
     valid = token < num_tokens
@@ -233,7 +257,7 @@ def add_dq_kernel(
 
 @triton.jit
 def _store_terms(base, place, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
-    """Writes -value as terms of base's dtype that add up to it, in columns FIRST, FIRST + 1 .. of rows of 16."""
+    """Writes -value as TERMS terms of base's dtype that add up to it, into columns from FIRST on of rows of 16."""
     rest = -value
     for i in tl.static_range(TERMS):
         term = rest.to(base.dtype.element_ty)
@@ -247,7 +271,9 @@ def gather_kernel(
     first_tile, num_lists, num_tokens, num_chunks, num_slots, stride, scale,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Copies what `dkv_kernel` reads of the queries into tiles of BM rows; rows no query fills get no weight.
+    """A program copies one tile's queries, gradients and terms to BM rows, which `dkv_kernel` then reads in order.
+
+    A row that no query fills gets an LSE so large that it has no weight.
 
     terms_list [rows, 16]: -lse / scale and -delta of each query, TERMS columns each; the other columns stay 0.
     """
@@ -264,7 +290,7 @@ def gather_kernel(
 
 @triton.jit
 def load_list(source, start, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, TMA: tl.constexpr):
-    """BM rows from `start` on, of a tensor descriptor or a pointer."""
+    """Loads BM gathered rows from `start` on as [BM, DP]; source is a tensor descriptor with TMA, else a pointer."""
     if TMA:
         rows = source.load([start, 0])
     else:
@@ -280,9 +306,10 @@ def dkv_kernel(
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV of BN keys of one chunk and head from the queries of its list, added to what is there.
+    """A program owns BN keys of one chunk and head; it adds what the queries of their list give to dK and dV.
 
-    Takes the part of the list that lies in the gathered tiles [first_tile, first_tile + num_tiles).
+    It loads the keys once and walks over the part of the list in the gathered tiles [first_tile, first_tile +
+    num_tiles).
 
     LSE and delta come through the matrix unit, as further columns of Q and dO: loaded as vectors they would stall
     every step and be spread over many registers.

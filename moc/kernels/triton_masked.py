@@ -111,14 +111,14 @@ def _anchor_bits(layout: ShotLayout, config: MoCConfig) -> list[int]:
 
 @triton.jit
 def _open_block(blocks):
-    """Start and end of this program's block, and of its sample."""
+    """Reads start and end of this program's block, and of its sample, in tokens."""
     block = blocks + tl.program_id(0) * 4
     return tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
 
 
 @triton.jit
 def _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_slots):
-    """[BM] int64: the chunks of its sample that each query attends to."""
+    """Returns int64 [BM]: bit c says whether a query attends to chunk c of its sample, by an anchor or a route."""
     bits = tl.load(anchors + token, mask=valid, other=0)
     first = tl.load(first_chunk + token, mask=valid, other=0)
     row = (head.to(tl.int64) * num_tokens + token) * num_slots
@@ -131,7 +131,7 @@ def _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_
 
 @triton.jit
 def _last_key(bits, start, end, token_chunk, STEP: tl.constexpr):
-    """The end of the blocks of STEP keys from `start` on that some of the queries attend to."""
+    """Returns where the last block of STEP keys, counted from `start`, ends that some query attends to."""
     last = end
     searching = True
     while searching:
@@ -144,7 +144,7 @@ def _last_key(bits, start, end, token_chunk, STEP: tl.constexpr):
 
 @triton.jit
 def _seen(bits, chunk, inside):
-    """[BM, BN]: whether each query attends to each key."""
+    """Returns bool [BM, BN]: whether each query attends to each key. chunk [BN]: of the keys, within the sample."""
     return (((bits[:, None] >> chunk.to(tl.int64)[None, :]) & 1) != 0) & inside[None, :]
 
 
@@ -153,7 +153,10 @@ def masked_forward_kernel(
     q, k, v, out, lse, routes, blocks, token_chunk, first_chunk, anchors, num_tokens, num_slots, stride, scale_log2,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A program computes output and LSE of a block of queries; a query without keys gets 0 and -inf."""
+    """A program computes output and LSE of BM queries of one head; a query without keys gets 0 and -inf.
+
+    It loads its queries once and walks over the keys of their sample, BN at a time.
+    """
     head = tl.program_id(1)
     query_start, query_end, first, end = _open_block(blocks)
     token = query_start + tl.arange(0, BM)
@@ -188,7 +191,7 @@ def masked_dq_kernel(
     q, k, v, dout, lse, delta, dq, routes, blocks, token_chunk, first_chunk, anchors, num_tokens, num_slots, stride,
     scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A program computes dQ of a block of queries."""
+    """A program computes dQ of BM queries of one head, walking over keys as the forward does."""
     head = tl.program_id(1)
     query_start, query_end, first, end = _open_block(blocks)
     token = query_start + tl.arange(0, BM)
@@ -219,7 +222,7 @@ def masked_dkv_kernel(
     q, k, v, dout, lse, delta, dk, dv, routes, blocks, token_chunk, first_chunk, anchors, num_tokens, num_slots, stride,
     scale, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """A program computes dK, dV of a block of keys; it passes over blocks of queries that attend to none of them."""
+    """A program computes dK and dV of BN keys of one head, from blocks of BM queries that attend to some of them."""
     head = tl.program_id(1)
     key_start, key_end, first, end = _open_block(blocks)
     key = key_start + tl.arange(0, BN)

@@ -33,8 +33,9 @@ def means_kernel(
     k, means, slack, chunk_starts, num_heads, num_chunks, stride,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """means [TERMS, N, M, DP]: the mean key of each chunk, split into terms of k's dtype that add up to it.
+    """A program computes the mean key of one chunk and head.
 
+    means [TERMS, N, M, DP]: the mean, split into terms of k's dtype that add up to it.
     slack [N, M]: what a unit query's score with the first term alone can lack, rounding included.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -63,7 +64,7 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
     while tl.max((best > worst).to(tl.int32), 0) > 0:
         takes = (best > worst)[:, None]
         found = tl.min(tl.where(scores == best[:, None], chunk[None, :], NONE), 1)
-        # Of equally bad kept chunks the one with the highest index goes.
+        # The chunk with the highest index goes where several kept ones are equally bad.
         victim = tl.max(tl.where(values == worst[:, None], kept, -NONE), 1)
         place = takes & (kept == victim[:, None])
         values = tl.where(place, best[:, None], values)
@@ -83,7 +84,10 @@ def route_kernel(
     TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     KP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """routes of BQ queries of one head; with a ROOM, only where some of them has a count [N, L] above it."""
+    """A program routes BQ queries of one head; with a ROOM, only where some of them has a count [N, L] above it.
+
+    routes [N, L, K]: the chunks chosen, -1 in empty slots. KP: K padded to a power of two.
+    """
     NONE: tl.constexpr = 1 << 30
     head = tl.program_id(1)
     token = tl.program_id(0) * BQ + tl.arange(0, BQ)

@@ -39,7 +39,7 @@ def _shared_range(
     start, end, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
     CAUSAL: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Whether the queries [start, end) may all route to the same chunks, and the bounds of the first one's."""
+    """Returns whether queries [start, end) may all route to the same chunks, and the bounds of the first query's."""
     a, b = tl.load(token_chunk + start), tl.load(token_chunk + end - 1)
     if OWN == 0:
         a, b = tl.load(chunk_group + a), tl.load(chunk_group + b)
@@ -67,7 +67,10 @@ def bound_kernel(
     TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BQ: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """bounds [N, L]: a score that at least top_k chunks reach, of few more; the lowest number where there are fewer."""
+    """A program writes, for BQ queries of one head, a bound that at least top_k chunks' scores reach, and few others.
+
+    bounds [N, L]: the lowest number where there are fewer than top_k chunks.
+    """
     head, start = tl.program_id(1), tl.program_id(0) * BQ
     shared, first, last, skip_first, skip_last = _shared_range(
         start, tl.minimum(start + BQ, num_tokens), token_chunk, chunk_group, chunk_sample, group_first_chunk,
@@ -109,7 +112,10 @@ def list_kernel(
     TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     ROOM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """lists [G, L, S]: score (upper half) and chunk of those that reach the bound; counts [N, L]: how many do."""
+    """A program lists, for BQ queries of one head, the chunks whose scores reach the bound, in stream order.
+
+    lists int64 [G, L, S]: score in the upper half, chunk in the lower. counts [N, L]: how many reach it.
+    """
     head, start = first_head + tl.program_id(1), tl.program_id(0) * BQ
     token = start + tl.arange(0, BQ)
     valid = token < num_tokens
@@ -144,7 +150,7 @@ def list_kernel(
 def select_kernel(
     lists, counts, routes, first_head, num_tokens, top_k, ROOM: tl.constexpr, BQ: tl.constexpr
 ):  # fmt: skip
-    """routes [N, L, K]: the top_k best of each list that fits its room."""
+    """A program writes the top_k best of each of BQ lists that fit their room to routes [N, L, K]."""
     GONE: tl.constexpr = (1 << 63) - 1  # above every key
     token = tl.program_id(0) * BQ + tl.arange(0, BQ)
     place = (first_head + tl.program_id(1)).to(tl.int64) * num_tokens + token
