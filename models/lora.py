@@ -46,7 +46,7 @@ class Lora:
         return {name: linears[name] for name in linears if any(_ends_in(name, target) for target in self.targets)}
 
     def shapes(self, model: nn.Module) -> Shapes:
-        """Of the adapter's tensors for a model without it, by their names in the file."""
+        """The shapes of the adapter's tensors for a model without it, by their names in the file."""
         expected: dict[str, tuple[int, ...]] = {}
         for name, linear in self.linears(model).items():
             a, b = _names(name)
@@ -59,7 +59,7 @@ def _ends_in(name: str, target: str) -> bool:
 
 
 def _names(linear: str) -> tuple[str, str]:
-    """Of the two tensors that adapt a layer."""
+    """The names of the two tensors that adapt a layer."""
     return f"{PREFIX}{linear}.lora_A.weight", f"{PREFIX}{linear}.lora_B.weight"
 
 

@@ -18,8 +18,11 @@ _VERSION = 2  # of what a scan finds; records of another are made anew
 
 @dataclass(frozen=True)
 class Scan:
-    """Of one video: its index, its shots if they were looked for, the fault that ended the scan, the number of frames
-    its header claims (None: no claim), and the seconds that decoding and shot detection took."""
+    """What is known of one video.
+
+    It holds the index, the shots if they were looked for, the fault that ended the scan, the number of frames that the
+    header claims (None: no claim), and the seconds that decoding and shot detection took.
+    """
 
     index: VideoIndex | None
     spans: tuple[Span, ...] | None

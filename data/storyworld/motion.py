@@ -74,7 +74,7 @@ def smoothstep(t: float) -> float:
 
 
 def _integral(t: float) -> float:
-    """Of smoothstep, from 0 to t in [0, 1]."""
+    """The integral of smoothstep from 0 to t in [0, 1]."""
     return t**3 - t**4 / 2
 
 

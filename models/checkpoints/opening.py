@@ -51,7 +51,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """Of the model's own file or folder; of a LoRA the adapter's."""
+        """The model's own file or folder, or the adapter's where the checkpoint is a LoRA."""
         return self.adapters[-1].source.path if self.adapters else self.source.path
 
     def read(self, name: str) -> Tensor:
