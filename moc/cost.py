@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.config import MoCConfig
+from moc.context import is_candidate, is_own_anchor, is_text_anchor, pairs
 from moc.layout import ShotLayout
 from moc.routes import check_whole, drop_covered
-from moc.routing import candidate_range
 
 FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
 
@@ -69,24 +69,27 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
     Raises ValueError for routes of a part of the stream.
     Synchronizes with the device: a thing to call once in a while, not in the hot path.
     """
-    own, text = _own_keys(layout, config), _text_keys(layout, config)
-    routed = routed_video = torch.zeros_like(own)
+    chunks = torch.arange(layout.num_chunks, device=layout.device)
+    pair = pairs(layout, chunks[:, None], chunks)
+    own = pair.same_sample if config.dense else is_own_anchor(pair, config)
+    text = is_text_anchor(pair, config) & ~own
+    lengths = layout.chunk_cu_seqlens.diff().double()
+    video_lengths = lengths.masked_fill(layout.chunk_is_text, 0)
+    routed = routed_video = lengths.new_zeros(layout.num_tokens)
     if routes is not None and not config.dense:
         check_whole(routes, layout)
         routes = drop_covered(routes, layout, config)
-        lengths = _lengths(layout.chunk_cu_seqlens)
-        routed = _routed_keys(routes, lengths)
-        routed_video = _routed_keys(routes, lengths.masked_fill(layout.chunk_is_text, 0))
+        routed, routed_video = _routed_keys(routes, lengths), _routed_keys(routes, video_lengths)
     samples = [(end - start, sum(g.video_tokens for g in layout.groups if g.sample == index))
                for index, (start, end) in enumerate(layout.sample_ranges)]  # fmt: skip
     is_video = ~layout.token_is_text
-    own_video = (own - _own_text(layout, config))[is_video]
+    own_video = (own.double() @ video_lengths)[layout.token_chunk]
     return Cost(
-        own=float(own.sum()),
-        text=float(text.sum()),
+        own=float(lengths @ own.double() @ lengths),
+        text=float(lengths @ text.double() @ lengths),
         routed=float(routed.sum()),
         dense=float(sum(length**2 for length, _ in samples)),
-        video=float((own_video + routed_video[is_video]).sum()),
+        video=float((own_video + routed_video)[is_video].sum()),
         video_dense=float(sum(video**2 for _, video in samples)),
         routing_flops=float(_routing_flops(layout, config, head_dim) * num_heads),
         flops_per_pair=FLOPS_PER_PAIR * head_dim * num_heads,
@@ -98,63 +101,10 @@ def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
     key."""
     if config.dense or not config.top_k:
         return 0
-    bounds = candidate_range(layout, config)
-    video_chunks = torch.nn.functional.pad((~layout.chunk_is_text).cumsum(0), (1, 0))  # before each chunk
-    first, last, skip_first, skip_last = (
-        video_chunks[bound.long()] for bound in (bounds.first, bounds.last, bounds.skip_first, bounds.skip_last)
-    )
-    scores = int((last - first - (skip_last - skip_first)).sum())
+    chunks = torch.arange(layout.num_chunks, device=layout.device)
+    candidates = is_candidate(layout, config, chunks[:, None], chunks).sum(-1)
+    scores = int(candidates[layout.token_chunk].sum())
     return (int((~layout.token_is_text).sum()) + 2 * scores) * head_dim
-
-
-def _lengths(cu_seqlens: Tensor) -> Tensor:
-    return cu_seqlens.diff().double()
-
-
-def _text_by_group(layout: ShotLayout) -> Tensor:
-    tokens = [group.text_tokens for group in layout.groups]
-    return torch.tensor(tokens, dtype=torch.float64, device=layout.device)
-
-
-def _own_keys(layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Keys a query has by its own anchor (dense: its sample), text included. float64 [L]."""
-    if config.dense:
-        return _lengths(layout.sample_cu_seqlens)[layout.token_sample]
-    if config.own_anchor is OwnAnchor.none:
-        return torch.zeros(layout.num_tokens, dtype=torch.float64, device=layout.device)
-    by_chunk = config.own_anchor is OwnAnchor.chunk
-    index, cu_seqlens = (
-        (layout.token_chunk, layout.chunk_cu_seqlens) if by_chunk else (layout.token_group, layout.group_cu_seqlens)
-    )
-    is_global = layout.group_shot[layout.token_group] < 0
-    return _lengths(cu_seqlens)[index].masked_fill(is_global, 0)
-
-
-def _own_text(layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """How many of `_own_keys` are text, float64 [L]."""
-    own = _own_keys(layout, config)
-    if config.dense:
-        by_sample = torch.zeros(layout.num_samples, dtype=torch.float64, device=layout.device)
-        return by_sample.index_add(0, layout.group_sample, _text_by_group(layout))[layout.token_sample]
-    if config.own_anchor is OwnAnchor.shot:
-        return _text_by_group(layout)[layout.token_group].masked_fill(own == 0, 0)
-    return own * layout.token_is_text
-
-
-def _text_keys(layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Text anchors of a query outside its own anchor. float64 [L]."""
-    if config.dense or config.text_anchor is TextAnchor.none:
-        return torch.zeros(layout.num_tokens, dtype=torch.float64, device=layout.device)
-    text = _text_by_group(layout)
-    is_global = layout.group_shot < 0
-    by_sample = torch.zeros(layout.num_samples, dtype=torch.float64, device=layout.device)
-    if config.text_anchor is TextAnchor.all:
-        anchors = by_sample.index_add(0, layout.group_sample, text)[layout.token_sample]
-    else:
-        global_text = by_sample.index_add(0, layout.group_sample, text * is_global)
-        own_text = (text * ~is_global)[layout.token_group]
-        anchors = global_text[layout.token_sample] + own_text
-    return anchors - _own_text(layout, config)
 
 
 def _routed_keys(routes: Tensor, lengths: Tensor) -> Tensor:

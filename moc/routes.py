@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.config import MoCConfig
+from moc.context import is_anchor
 from moc.layout import ShotLayout
 
 
@@ -48,23 +49,11 @@ def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tenso
 
 
 def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    first_query = layout.first_query(len(routes))
     routes = routes.sort(dim=-1).values
-    group, key_group = layout.token_group[first_query:, None], layout.chunk_group[routes]
-    in_shot = layout.group_shot[group] >= 0
-    own_sample = layout.token_sample[first_query:, None]
-    covered = (routes < 0) | (layout.chunk_sample[routes] != own_sample)
+    query = layout.token_chunk[layout.first_query(len(routes)) :, None]
+    covered = (routes < 0) | (layout.chunk_sample[routes] != layout.chunk_sample[query])
     covered[:, 1:] |= routes[:, 1:] == routes[:, :-1]
-    if config.own_anchor is OwnAnchor.shot:
-        covered |= (key_group == group) & in_shot
-    elif config.own_anchor is OwnAnchor.chunk:
-        covered |= (routes == layout.token_chunk[first_query:, None]) & in_shot
-    if config.text_anchor is not TextAnchor.none:
-        text = layout.chunk_is_text[routes]
-        if config.text_anchor is TextAnchor.global_and_own:
-            text &= (layout.group_shot[key_group] < 0) | (key_group == group)
-        covered |= text
-    return routes.masked_fill(covered, -1).int()
+    return routes.masked_fill(covered | is_anchor(layout, config, query, routes), -1).int()
 
 
 def check_whole(routes: Tensor, layout: ShotLayout) -> None:

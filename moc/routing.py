@@ -11,58 +11,16 @@ Shape letters: L packed tokens, N heads, D head dim, M chunks, K routes a query,
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from moc.config import DropKey, MoCConfig, OwnAnchor
+from moc.config import DropKey, MoCConfig
+from moc.context import is_candidate
 from moc.layout import ShotLayout
 
 SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a time, over all heads
-
-
-@dataclass(frozen=True)
-class CandidateRange:
-    """Chunks a query may route to: those in [first, last) outside [skip_first, skip_last), text excepted. int32 [L]."""
-
-    first: Tensor
-    last: Tensor
-    skip_first: Tensor
-    skip_last: Tensor
-
-    def mask(self, layout: ShotLayout, start: int = 0, end: int | None = None) -> Tensor:
-        """bool [end - start, M]: the candidates of the queries in [start, end)."""
-        chunk = torch.arange(layout.num_chunks, device=layout.device, dtype=torch.int32)
-        first, last, skip_first, skip_last = (
-            bound[start:end, None] for bound in (self.first, self.last, self.skip_first, self.skip_last)
-        )
-        inside = (chunk >= first) & (chunk < last) & ~((chunk >= skip_first) & (chunk < skip_last))
-        return inside & ~layout.chunk_is_text
-
-
-def candidate_range(layout: ShotLayout, config: MoCConfig) -> CandidateRange:
-    """The candidates of every query: video chunks its anchors do not cover and, when causal, earlier ones only.
-
-    Causal with the own shot as anchor means chunks of earlier shots; else earlier chunks of the stream. Global text
-    precedes every shot, so its queries have no candidates under causal routing.
-    """
-    sample, group, chunk = layout.token_sample, layout.token_group, layout.token_chunk
-    first = layout.sample_first_chunk[sample]
-    last = layout.sample_first_chunk[sample + 1]
-    nothing = torch.zeros_like(first)
-    group_first, group_last = layout.group_first_chunk[group], layout.group_first_chunk[group + 1]
-    by_shot = config.own_anchor is OwnAnchor.shot
-    if config.causal:
-        before = group_first if by_shot else chunk
-        is_global = layout.group_shot[group] < 0
-        return CandidateRange(first, torch.where(is_global, first, before), nothing, nothing)
-    if by_shot:
-        return CandidateRange(first, last, group_first, group_last)
-    if config.own_anchor is OwnAnchor.chunk:
-        return CandidateRange(first, last, chunk, chunk + 1)
-    return CandidateRange(first, last, nothing, nothing)
 
 
 def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
@@ -79,7 +37,7 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     """
     first_query = layout.first_query(len(q))
     means = descriptors(k, layout)
-    candidates = candidate_range(layout, config)
+    chunks = torch.arange(layout.num_chunks, device=layout.device)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
     parts = []
     for start in range(first_query, layout.num_tokens, block):
@@ -87,7 +45,7 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
         queries = q[start - first_query : end - first_query].to(means.dtype)
         with torch.autocast(q.device.type, enabled=False):
             scores = torch.einsum("lnd,mnd->nlm", queries, means)
-        allowed = candidates.mask(layout, start, end)
+        allowed = is_candidate(layout, config, layout.token_chunk[start:end, None], chunks)
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:
             routes = apply_drops(routes, allowed, layout, config, drops, start)

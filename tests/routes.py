@@ -8,6 +8,7 @@ from torch import Tensor
 
 import moc
 from moc import routing
+from moc.context import is_candidate
 
 
 def same_chunks(routes: Tensor, expected: Tensor) -> bool:
@@ -41,7 +42,8 @@ def clear_choices(q: Tensor, k: Tensor, layout: moc.ShotLayout, config: moc.MoCC
     means = routing.descriptors(k.double(), layout)
     scores = torch.einsum("lnd,mnd->nlm", q.double(), means)
     off = error * q.double().norm(dim=-1).T[..., None] * means.norm(dim=-1).T[:, None]
-    allowed = routing.candidate_range(layout, config).mask(layout, layout.first_query(len(q)))
+    chunks = torch.arange(layout.num_chunks, device=layout.device)
+    allowed = is_candidate(layout, config, layout.token_chunk[layout.first_query(len(q)) :, None], chunks)
     order = scores.masked_fill(~allowed, -torch.inf).argsort(-1, descending=True)
     low = (scores - off).masked_fill(~allowed, torch.inf).gather(-1, order)
     high = (scores + off).masked_fill(~allowed, -torch.inf).gather(-1, order)

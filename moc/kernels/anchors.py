@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.context import Pair, is_own_anchor, is_text_anchor
 from moc.kernels import packed as packed_calls
 from moc.kernels.dense import DenseKernel
 from moc.kernels.packed import MAX_RUNS, Packed
@@ -143,25 +144,31 @@ def _by_sample(layout: ShotLayout) -> Iterator[AnchorCall]:
 
 
 def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
-    for rows, first, last in _sample_groups(layout):
-        global_last = rows[0][2]
-        for group, text_first, text_last in rows:
-            own_end = group.start
-            text_start, text_end, later_start, later_end = first, first, last, last
-            if config.text_anchor is TextAnchor.all:
-                text_end, later_start = last, last
-            elif config.text_anchor is TextAnchor.global_and_own:
-                text_end, later_start, later_end = global_last, text_first, text_last
-                if group.shot < 0:
-                    later_start = later_end
-            if config.own_anchor is OwnAnchor.shot and group.shot >= 0:
-                own_end = group.end  # with its own text, so those rows are not taken twice
-                if config.text_anchor is TextAnchor.all:
-                    text_end, later_start = text_first, text_last
-                else:
-                    later_start = later_end
-            own = (group.start, own_end)
-            yield AnchorCall(group.start, group.end, *own, text_start, text_end, later_start, later_end)
+    for rows, _, _ in _sample_groups(layout):
+        for group, _, _ in rows:
+            has_own = is_own_anchor(_pair(group, group), config)
+            # The own shot is taken with its own text, so those rows are not taken twice.
+            seen = [
+                (first, last)
+                for other, first, last in rows
+                if is_text_anchor(_pair(group, other), config) and not (has_own and other is group)
+            ]
+            yield AnchorCall(group.start, group.end, group.start, group.end if has_own else group.start, *_runs(seen))
+
+
+def _pair(group: Group, other: Group) -> Pair[bool]:
+    """The tokens of a group, and the text of another one of its sample."""
+    return Pair(True, group is other, False, in_shot=group.shot >= 0, is_text=True, is_global=other.shot < 0)
+
+
+def _runs(spans: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:
+    """Spans of rows in order, joined where they touch: the bounds of two runs at most, the second one often empty."""
+    bounds: list[int] = []
+    for first, last in spans:
+        if last > first:
+            bounds = [*bounds[:-1], last] if bounds and bounds[-1] == first else [*bounds, first, last]
+    text_start, text_end, later_start, later_end = [*bounds, *[0] * (4 - len(bounds))]
+    return text_start, text_end, later_start, later_end
 
 
 def _text_rows(x: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]) -> Tensor:

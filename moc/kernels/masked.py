@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
+from moc.context import is_anchor
 from moc.kernels.anchors import refuse_second_derivative
 from moc.layout import ShotLayout
-from moc.reference import anchor_mask
 
 MAX_TOKENS = 640  # of a sample: beyond, the keys that parts leave out are worth their calls
 
@@ -65,8 +65,8 @@ def _samples(layout: ShotLayout, config: MoCConfig, first_query: int) -> list[_S
     for (start, end), first, last in zip(layout.sample_ranges, chunk_bounds, chunk_bounds[1:], strict=False):
         begin = max(start, first_query)
         if begin < end:
-            tokens = layout.chunk_cu_seqlens[first:last].long()  # one of each chunk: all of its tokens have its anchors
-            barred = ~anchor_mask(layout, config, tokens)
+            chunks = torch.arange(first, last)
+            barred = ~is_anchor(layout, config, chunks[:, None], chunks)
             table = torch.zeros(barred.shape).masked_fill(barred, -torch.inf)
             key_chunk = layout.token_chunk[start:end].long() - first
             anchors = torch.nn.functional.pad(table, (0, 1))[key_chunk[begin - start :]]

@@ -1,4 +1,4 @@
-"""Which chunks a query may route to and how it scores them, inside Triton kernels; as `moc.routing`."""
+"""Which chunks a query may route to and how it scores them, inside Triton kernels; as `moc.context`."""
 
 import triton
 import triton.language as tl
@@ -15,7 +15,7 @@ def candidate_bounds(
 ):  # fmt: skip
     """Finds the chunks [first, last) that each query may route to, and the run [skip_first, skip_last) to skip in them.
 
-    It equals `moc.routing.candidate_range`. token, valid: [BQ]. OWN is 0 (own_anchor shot), 1 (chunk) or 2 (none).
+    It equals `moc.context.is_candidate`. token, valid: [BQ]. OWN is 0 (own_anchor shot), 1 (chunk) or 2 (none).
     """
     chunk = tl.load(token_chunk + token, mask=valid, other=0)
     group = tl.load(chunk_group + chunk)

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.config import MoCConfig
+from moc.context import is_anchor
 from moc.kernels.anchors import refuse_second_derivative
 from moc.kernels.sizes import cdiv, masked_blocks, padded
 from moc.kernels.triton_kernels import LOG2E, delta_kernel, load_rows, store_rows
@@ -71,42 +72,21 @@ def _plan(layout: ShotLayout, config: MoCConfig, tile: int) -> MaskedPlan:
     ]
     device = layout.device
     first_chunk = layout.sample_first_chunk[layout.token_sample]
-    bits = torch.tensor(_anchor_bits(layout, config), dtype=torch.int64).to(device, non_blocking=True)
     return MaskedPlan(
         torch.tensor(blocks, dtype=torch.int32).to(device, non_blocking=True),
         layout.token_chunk - first_chunk,
         first_chunk,
-        bits[layout.token_chunk],
+        _anchor_bits(layout, config)[layout.token_chunk],
     )
 
 
-def _anchor_bits(layout: ShotLayout, config: MoCConfig) -> list[int]:
-    """For each chunk, the chunks of its sample that its tokens attend to whatever their routes: bits of an int64."""
-    first = [group.first_chunk for group in layout.groups if group.shot < 0]
-    bit = [1 << (index - first[chunk.sample]) for index, chunk in enumerate(layout.chunks)]
-    text, global_text = [0] * layout.num_samples, [0] * layout.num_samples
-    own, own_text = [0] * layout.num_groups, [0] * layout.num_groups
-    for chunk, place in zip(layout.chunks, bit, strict=True):
-        own[chunk.group] |= place
-        if chunk.kind == "text":
-            own_text[chunk.group] |= place
-            text[chunk.sample] |= place
-            if layout.groups[chunk.group].shot < 0:
-                global_text[chunk.sample] |= place
-    found = []
-    for chunk, place in zip(layout.chunks, bit, strict=True):
-        bits = 0
-        if config.text_anchor is TextAnchor.all:
-            bits = text[chunk.sample]
-        elif config.text_anchor is TextAnchor.global_and_own:
-            bits = global_text[chunk.sample] | own_text[chunk.group]
-        if layout.groups[chunk.group].shot >= 0:
-            if config.own_anchor is OwnAnchor.shot:
-                bits |= own[chunk.group]
-            elif config.own_anchor is OwnAnchor.chunk:
-                bits |= place
-        found.append(bits - (1 << 64) if bits >> 63 else bits)
-    return found
+def _anchor_bits(layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """int64 [M]: for each chunk, the chunks of its sample that its tokens attend to whatever their routes, as bits."""
+    query = torch.arange(layout.num_chunks, device=layout.device)[:, None]
+    place = torch.arange(MAX_CHUNKS, device=layout.device)
+    key = layout.sample_first_chunk[layout.chunk_sample[query]] + place
+    seen = is_anchor(layout, config, query, key.clamp(max=layout.num_chunks - 1)) & (key < layout.num_chunks)
+    return (seen.long() << place).sum(-1)
 
 
 @triton.jit

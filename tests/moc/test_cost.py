@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 
 import moc
+from moc.context import is_candidate
 from moc.cost import attention_cost
-from moc.routing import candidate_range
 from moc.statistics import chunk_counts
 from tests import brute_force
 from tests.strategies import attention_tensors, configs, seeds, streams
@@ -82,7 +82,7 @@ def test_flops_follow_the_paper(num_heads, head_dim):
 def test_routing_scores_candidates_alone(stream, config):
     """Text chunks, chunks of anchors and, when causal, later chunks cost nothing."""
     layout = stream.layout()
-    candidates = candidate_range(layout, config).mask(layout)
+    candidates = is_candidate(layout, config, layout.token_chunk[:, None], torch.arange(layout.num_chunks))
     routes = torch.full((1, layout.num_tokens, 0), -1)
     cost = attention_cost(layout, config, routes, num_heads=3, head_dim=8)
     pooled = int((~layout.token_is_text).sum())

@@ -252,8 +252,8 @@ def test_which_streams_are_masked(kernel):
 
 
 def test_what_a_mask_takes_from_the_stream_is_made_once(monkeypatch):
-    made, anchor_mask = [], masked.anchor_mask
-    monkeypatch.setattr(masked, "anchor_mask", lambda *args: made.append(args) or anchor_mask(*args))
+    made, is_anchor = [], masked.is_anchor
+    monkeypatch.setattr(masked, "is_anchor", lambda *args: made.append(args) or is_anchor(*args))
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
     q, k, v = attention_tensors(layout, requires_grad=True)
     for _ in range(3):

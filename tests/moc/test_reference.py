@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import moc
+from moc.context import is_anchor
 from tests import brute_force
 from tests.strategies import attention_tensors, configs, seeds, streams, tensors
 
@@ -354,6 +355,14 @@ def test_wrong_routes_are_refused():
     refused(r"routes", q, k, v, routes=routes[:, 1:])
     refused(r"routes", q, k, v, routes=routes[0])
     refused(r"routes.*int.*float", q, k, v, routes=routes.float())
+
+
+@given(streams(max_samples=3), configs())
+def test_the_rule_for_chunks_is_the_one_for_tokens(stream, config):
+    """`moc.context`, by which all backends plan, gives the anchors that the reference has by itself."""
+    layout = stream.layout()
+    chunk = layout.token_chunk
+    assert torch.equal(is_anchor(layout, config, chunk[:, None], chunk), moc.reference.anchor_mask(layout, config))
 
 
 def test_routes_know_their_first_query_and_are_checked_once():

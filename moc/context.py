@@ -1,0 +1,81 @@
+"""What a query may see: the rule of anchors and candidates, written once for routing, attention's plans and cost.
+
+All tokens of a chunk see the same, so the rule speaks of a chunk of queries and a chunk of keys. `moc.reference` states
+anchors on its own, and Triton's routing states candidates in its kernels: tests compare them with this.
+
+Source: arXiv 2508.21058, section 3 (anchors, causal routing).
+"""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+
+from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.layout import ShotLayout
+
+Flag = TypeVar("Flag", bool, Tensor)
+
+
+@dataclass(frozen=True)
+class Pair(Generic[Flag]):
+    """How a chunk of queries and a chunk of keys stand to each other: bools, or bool tensors of many pairs.
+
+    in_shot: the queries are of a shot, not of global text. is_text, is_global: the keys are text, are global text.
+    """
+
+    same_sample: Flag
+    same_group: Flag
+    same_chunk: Flag
+    in_shot: Flag
+    is_text: Flag
+    is_global: Flag
+
+
+def pairs(layout: ShotLayout, query: Tensor, key: Tensor) -> Pair[Tensor]:
+    """The pairs of two int tensors of chunks, which broadcast."""
+    query_group, key_group = layout.chunk_group[query], layout.chunk_group[key]
+    return Pair(
+        same_sample=layout.chunk_sample[query] == layout.chunk_sample[key],
+        same_group=query_group == key_group,
+        same_chunk=query == key,
+        in_shot=layout.group_shot[query_group] >= 0,
+        is_text=layout.chunk_is_text[key],
+        is_global=layout.group_shot[key_group] < 0,
+    )
+
+
+def is_own_anchor(pair: Pair[Flag], config: MoCConfig) -> Flag:
+    """Whether the queries always attend to the keys as a part of their own shot."""
+    if config.own_anchor is OwnAnchor.shot:
+        return pair.same_group & pair.in_shot
+    if config.own_anchor is OwnAnchor.chunk:
+        return pair.same_chunk & pair.in_shot
+    return pair.same_chunk & False
+
+
+def is_text_anchor(pair: Pair[Flag], config: MoCConfig) -> Flag:
+    """Whether the queries always attend to the keys as text."""
+    text = pair.same_sample & pair.is_text
+    if config.text_anchor is TextAnchor.all:
+        return text
+    if config.text_anchor is TextAnchor.global_and_own:
+        return text & (pair.is_global | pair.same_group)
+    return text & False
+
+
+def is_anchor(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the queries of each pair of chunks attend to the keys whatever their routes; bool, broadcast."""
+    pair = pairs(layout, query, key)
+    return is_own_anchor(pair, config) | is_text_anchor(pair, config)
+
+
+def is_candidate(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tensor) -> Tensor:
+    """Whether the queries of each pair of chunks may route to the keys; bool, broadcast.
+
+    Candidates are the video chunks that no anchor covers and, when causal, earlier ones only: with the own shot as
+    anchor those of earlier shots. Global text precedes every shot, so it has none under causal routing.
+    """
+    pair = pairs(layout, query, key)
+    found = pair.same_sample & ~pair.is_text & ~is_own_anchor(pair, config)
+    return found & (key < query) if config.causal else found
