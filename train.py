@@ -15,7 +15,7 @@ from configs.command import command
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_settings
 from configs.schema import TrainConfig
 from data.loading.dataset import ShotDataset, open_dataset
-from data.loading.loader import Validation, build_loader
+from data.loading.loader import build_loader
 from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator
@@ -72,7 +72,7 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
         start_position=data_state["position"],
         load_codec=lambda folder: load_encoders(folder).codec,
     )
-    validator = Validator(list(Validation(loader)), config.flow) if config.data.validation else None
+    validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
 
     metrics = None
     if parallel.is_main:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from data.loading.dataset import DataConfig
-from data.loading.loader import Validation, build_loader
+from data.loading.dataset import DataConfig, open_dataset
+from data.loading.loader import held_out
 from data.media.decode import open_video
 from data.prepare.scan import scan_video
 from data.prepare.shots import ShotDetector
@@ -52,10 +52,11 @@ def judge_film(film: Path, script: Script, detector: ShotDetector) -> Verdict:
 def held_out_floors(config: DataConfig, sigmas: Sequence[float]) -> tuple[float, list[float]]:
     """Losses on the held-out scenes, at the noise that validation draws: of predicting the mean velocity, and at each
     noise level of the best linear predictor of the training scenes. All shots must have one size."""
-    loader = build_loader(config, StreamSpec(), chunk_tokens=1)
-    training = torch.stack([x.float() for i in loader.training_items for x in loader.dataset[i].latents])
-    held_out = list(Validation(loader))
-    latents = torch.stack([x.float() for batch in held_out for x in batch.latents])
-    noise = torch.stack([x for batch in held_out for x in Flow().draw_noise(batch, seed=0)])
+    dataset = open_dataset(config)
+    training_items = dataset.split(config.validation).training_items
+    training = torch.stack([x.float() for i in training_items for x in dataset[i].latents])
+    batches = list(held_out(dataset, config.validation, StreamSpec(), chunk_tokens=1))
+    latents = torch.stack([x.float() for batch in batches for x in batch.latents])
+    noise = torch.stack([x for batch in batches for x in Flow().draw_noise(batch, seed=0)])
     mean = float((noise - latents + training.mean(0)).square().mean())
     return mean, linear_losses(training, latents, noise, sigmas)

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 from configs.command import command
-from data.loading.dataset import DataConfig
-from data.loading.loader import Validation, build_loader
+from data.loading.dataset import DataConfig, open_dataset
+from data.loading.loader import held_out
 from data.records import write_whole
 from moc import MoCConfig
 from moc.errors import UserError
@@ -47,7 +47,7 @@ def main(config: EvaluateConfig) -> None:
     checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
     model = load_model(checkpoint).to(parallel.device)
     moc, flow = read_settings(checkpoint)[0].override(config.moc), read_flow(checkpoint)
-    batches = list(Validation(build_loader(config.data, model.stream, moc.chunk_tokens)))
+    batches = list(held_out(open_dataset(config.data), config.data.validation, model.stream, moc.chunk_tokens))
 
     rows = []
     for history in (False, True):

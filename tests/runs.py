@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data.loading.dataset import DataConfig
-from data.loading.loader import Validation, build_loader
+from data.loading.loader import build_loader
 from moc import Batch, MoCConfig
 from moc.diffusion import Flow
 from moc.schedule import MoCSchedule
@@ -105,7 +105,7 @@ def train(
         accumulation=accumulation,
         start_position=position,
     )
-    validator = Validator(list(Validation(loader)), trainer.flow) if validation else None
+    validator = Validator(list(loader.held_out()), trainer.flow) if validation else None
     metrics = None
     if trainer.parallel.is_main:
         folder.mkdir(parents=True, exist_ok=True)

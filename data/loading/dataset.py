@@ -12,7 +12,7 @@ from data.cache.online import LoadCodec
 from data.cache.reader import Cache, CachedScene, open_cache
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
-from data.loading.order import DRAW, Draw, Source, uniforms
+from data.loading.order import DRAW, Draw, Source, Split, uniforms
 from moc.errors import UserError, check_least
 
 
@@ -113,15 +113,15 @@ class ShotDataset:
     def text_dim(self) -> int:
         return self.caches[0].text[NULL_SHOT]["shape"][1]
 
-    def split(self, validation: int) -> tuple[list[Source], list[int]]:
-        """Training sources and held-out items: the `validation` scenes whose ids hash lowest, the same whatever
-        else the folder holds in whatever order. Raises DataError where nothing is left to train on."""
+    def split(self, validation: int) -> Split:
+        """Holds out the `validation` scenes whose ids hash lowest, the same whatever else the folder holds in whatever
+        order. Raises DataError where nothing is left to train on."""
         ids = sorted({scene.id for _, scene in self.items}, key=_id_hash)
         held_out = set(ids[:validation])
-        training = [
+        training = tuple(
             Source(tuple(i for i in items if self.items[i][1].id not in held_out), weight)
             for weight, items in self.source_items
-        ]
+        )
         if any(not source.items for source in training):
             raise DataError(
                 "no-usable-samples",
@@ -129,7 +129,7 @@ class ShotDataset:
                 f"{validation} of {len(ids)} scenes held out leaves none to train",
             )
         first = {scene.id: i for i, (_, scene) in reversed(list(enumerate(self.items)))}
-        return training, [first[scene_id] for scene_id in ids[:validation]]
+        return Split(training, tuple(first[scene_id] for scene_id in ids[:validation]))
 
     def draw(self, position: int, item: int, config: DataConfig) -> Draw:
         """What position `position` drops, by (seed, position) alone."""

@@ -6,7 +6,7 @@ cache. Workers read ahead; neither their number nor the number of ranks changes 
 
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,12 +56,11 @@ class Loader:
         self.dataset, self.config, self.spec = dataset, config, spec
         self.chunk_tokens, self.rank, self.world_size = chunk_tokens, rank, world_size
         self.accumulation, self.position = accumulation, start_position
-        sources, self.validation_items = dataset.split(config.validation)
-        self.order = SampleOrder(sources, config.seed)
-        self.num_training = sum(len(source.items) for source in sources)
-        self.training_items = [i for source in sources for i in source.items]
-        sizes = {i: dataset.max_tokens(i, spec) for i in self.training_items}
-        largest = max(self.training_items, key=sizes.__getitem__)
+        split = dataset.split(config.validation)
+        self.order = SampleOrder(split.sources, config.seed)
+        self.num_training = len(split.training_items)
+        sizes = {i: dataset.max_tokens(i, spec) for i in split.training_items}
+        largest = max(sizes, key=sizes.__getitem__)
         scene_id = dataset.items[largest][1].id
         check_budget(sizes[largest], scene_id, config.batch_tokens, world_size * accumulation)
 
@@ -73,13 +72,19 @@ class Loader:
         ends: deque[int] = deque()
         # Made in the thread that asks it, where torch leaves the end of a worker to be found there: in the main thread
         # it would raise it anywhere, in the middle of a checkpoint too.
-        parcels = ahead(lambda: iter(_data_loader(self, self._planned(ends), self.config.workers)))
+        micro_batches, workers = MicroBatches(self.dataset, self.spec, self.chunk_tokens), self.config.workers
+        parcels = ahead(lambda: iter(_data_loader(micro_batches, self._planned(ends), workers, self.config.prefetch)))
         step: deque[moc.Batch] = deque()
         while True:
             step.append(_arrived(next(parcels)))
             if len(step) == self.accumulation:
                 self.position = ends.popleft()
                 yield [step.popleft() for _ in range(self.accumulation)]  # keeping none of them alive here
+
+    def held_out(self) -> Iterator[moc.Batch]:
+        """This rank's share of the scenes that it does not train on; see `held_out`."""
+        spec, chunk_tokens = self.spec, self.chunk_tokens
+        return held_out(self.dataset, self.config.validation, spec, chunk_tokens, self.rank, self.world_size)
 
     def _planned(self, ends: deque[int]) -> Iterator[list[Draw]]:
         """This rank's micro-batches, planned ahead of their reading; notes where each step ends."""
@@ -118,31 +123,27 @@ def build_loader(
     )
 
 
-class Validation:
-    """The held-out scenes, in one fixed order, one a batch, nothing dropped, fp32; every `world_size`-th for a rank."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.items = loader.validation_items[loader.rank :: loader.world_size]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __iter__(self) -> Iterator[moc.Batch]:
-        places = {item: place for place, item in enumerate(self.loader.validation_items)}
-        draws = ([Draw(position=places[item], item=item)] for item in self.items)
-        for parcel in _data_loader(self.loader, draws, workers=0):
-            yield _arrived(parcel).to("cpu")
+def held_out(
+    dataset: ShotDataset, validation: int, spec: moc.StreamSpec, chunk_tokens: int, rank: int = 0, world_size: int = 1
+) -> Iterator[moc.Batch]:
+    """The held-out scenes in one fixed order, one a batch, nothing dropped, fp32; every `world_size`-th for a rank.
+    They may be of any size: a training step's budget is not theirs. Raises DataError as `ShotDataset.split` does."""
+    items = dataset.split(validation).held_out
+    draws = [[Draw(position=place, item=item)] for place, item in enumerate(items)][rank::world_size]
+    for parcel in _data_loader(MicroBatches(dataset, spec, chunk_tokens), draws):
+        yield _arrived(parcel).to("cpu")
 
 
-def _data_loader(loader: Loader, draws: Iterator[list[Draw]], workers: int) -> DataLoader:
+def _data_loader(
+    micro_batches: MicroBatches, draws: Iterable[list[Draw]], workers: int = 0, prefetch: int | None = None
+) -> DataLoader:
     return DataLoader(
-        MicroBatches(loader.dataset, loader.spec, loader.chunk_tokens),
+        micro_batches,
         sampler=draws,
         batch_size=None,
         collate_fn=_as_is,
         num_workers=workers,
-        prefetch_factor=loader.config.prefetch if workers else None,
+        prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals,
     )

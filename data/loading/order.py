@@ -32,6 +32,18 @@ class Source:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Split:
+    """What of a dataset is trained on, and the items held out of that, in one fixed order."""
+
+    sources: tuple[Source, ...]
+    held_out: tuple[int, ...]
+
+    @property
+    def training_items(self) -> list[int]:
+        return [item for source in self.sources for item in source.items]
+
+
 class SampleOrder:
     """Position -> (item, epoch of its source). Each source is shuffled anew each epoch and gone through whole, so
     within an epoch no item is lost or doubled; sources are interleaved by weight, exactly over 1000 positions."""

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.command import defaults, parse, store_defaults
 from data.cache.writer import EncodedScene
-from data.loading.loader import Validation, build_loader
+from data.loading.dataset import open_dataset
+from data.loading.loader import build_loader, held_out
 from film.script import load_script
 from moc import MoCConfig, StreamSpec
 from moc.errors import UserError
@@ -242,7 +243,7 @@ def test_scenes_of_any_size_are_evaluated(tmp_path):
     scenes = [EncodedScene(str(n), str(n), "single", [torch.zeros(shape)], [[torch.zeros(1, 8)] * 2]) for n in range(2)]
     cache = write_cache(tmp_path, scenes)
     config = parsed("evaluate", f"data.path={cache}", "data.validation=1").data
-    (batch,) = Validation(build_loader(config, StreamSpec(), chunk_tokens=6))
+    (batch,) = held_out(open_dataset(config), config.validation, StreamSpec(), chunk_tokens=6)
     assert batch.layout.num_tokens > parsed("train").data.batch_tokens
 
 

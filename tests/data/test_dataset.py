@@ -12,7 +12,7 @@ import moc
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
 from data.loading.dataset import DataConfig, Kind, ShotDataset, SourceConfig, open_dataset
-from data.loading.loader import Validation, build_loader
+from data.loading.loader import build_loader
 from data.loading.order import Draw, SampleOrder, Source
 from data.loading.packing import Step, deal, plan_steps
 from data.loading.parcel import unwrap, wrap
@@ -211,12 +211,12 @@ def test_stills_and_dropped_captions_in_the_sample(cache):
 
 def test_validation_is_held_out_and_fixed(cache):
     made = loader(config(cache, validation=3))
-    held = [batch.ids[0] for batch in Validation(made)]
+    held = [batch.ids[0] for batch in made.held_out()]
     assert len(held) == len(set(held)) == 3
     trained = {name for step in islice(made, 20) for batch in step for name in batch.ids}
     assert trained.isdisjoint(held)
     assert len(trained) == 9
-    parts = [[b.ids[0] for b in Validation(loader(config(cache, validation=3), rank, 2))] for rank in range(2)]
+    parts = [[b.ids[0] for b in loader(config(cache, validation=3), rank, 2).held_out()] for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == sorted(held)
     with pytest.raises(DataError, match="none to train"):
         loader(config(cache, validation=12))

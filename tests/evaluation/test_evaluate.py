@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.loading.dataset import DataConfig
-from data.loading.loader import Validation, build_loader
+from data.loading.dataset import DataConfig, open_dataset
+from data.loading.loader import held_out
 from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
 from moc.training import Parallel, ParallelConfig, Validator, rivals
@@ -117,7 +117,7 @@ def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkey
     moc = replace(moc, chunk_tokens=12)
     rows = [seen[at : at + 4] for at in range(0, len(seen), 4)]  # of four noise levels
     assert [{config for config, _, _ in row} for row in rows] == [{config} for config in rivals(moc).values()] * 2
-    (scene,) = Validation(build_loader(DataConfig(str(prepared), validation=1), StreamSpec(), moc.chunk_tokens))
+    (scene,) = held_out(open_dataset(DataConfig(str(prepared))), 1, StreamSpec(), moc.chunk_tokens)
     noise = flow.draw_noise(scene, seed=0)
     for row, clean in zip(rows, [False] * 3 + [True] * 3, strict=True):
         for (_, latents, sigma), level in zip(row, (0.2, 0.5, 0.8, 0.95), strict=True):
