@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -242,21 +243,16 @@ def write_sharded(
 ) -> None:
     """Writes a folder as diffusers does: one file, or shards of at most `shard_bytes` with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[Entry]] = [[]]
-    filled = total = 0
-    for name, dtype, shape in entries:
-        size = _num_bytes(dtype, shape)
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append((name, dtype, shape))
-        filled, total = filled + size, total + size
-    if len(shards) == 1:
-        write_tensors(folder / f"{stem}.safetensors", shards[0], read)
+    by_name = {entry[0]: entry for entry in entries}
+    plan = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda entry: _num_bytes(*entry[1:]),
+        filename_pattern=stem + "{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        write_tensors(folder / file, [by_name[name] for name in names], read)
+    if not plan.is_sharded:
         return
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(names, shards, strict=True):
-        write_tensors(folder / file, shard, read)
-    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
     (folder / (stem + INDEX)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
