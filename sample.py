@@ -25,8 +25,9 @@ from moc.diffusion import Story, sample_shots
 from moc.memory import SAMPLING, enough_for
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
-from moc.training.checkpoint import read_settings, sound_checkpoint
+from moc.training.checkpoint import sound_checkpoint
 from models import load_denoiser, load_encoders, place
+from models.checkpoints.contents import read_settings
 
 
 @command("sample", SampleConfig)

@@ -10,8 +10,9 @@ from torch import nn
 
 from moc import MoCConfig
 from moc.errors import UserError, check_least
-from models.checkpoints.experts import BOUNDARY, Experts, check_places, expert_paths, read_flow
-from models.checkpoints.opening import load_checkpoint, model_path, open_checkpoint
+from models.checkpoints.contents import expert_paths, model_path, read_flow
+from models.checkpoints.experts import BOUNDARY, Experts, check_places
+from models.checkpoints.opening import load_checkpoint, open_checkpoint
 from models.encoders.codec import CodecConfig
 from models.encoders.pair import Encoders, EncodersConfig, build_codec, build_encoders, load_encoders
 from models.encoders.text import TextConfig, build_text_encoder
@@ -130,9 +131,9 @@ def load_denoiser(
 ) -> ModelMixin | Experts:
     """What a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
-    path: of a folder with both (see `models.checkpoints.experts.expert_paths`), or of the high-noise one. low_noise:
+    path: of a folder with both (see `models.checkpoints.contents.expert_paths`), or of the high-noise one. low_noise:
     then the path of the other one. The boundary is where the high-noise one's noise levels begin
-    (`models.checkpoints.experts.read_flow`), else the release's.
+    (`models.checkpoints.contents.read_flow`), else the release's.
     Raises UserError where the two are no pair, are one, or change places.
     """
     pair = expert_paths(Path(path))

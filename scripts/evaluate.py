@@ -21,8 +21,8 @@ from data.records import write_whole
 from moc import MoCConfig
 from moc.errors import UserError
 from moc.training import Parallel, ParallelConfig, Validator, rivals, sound_checkpoint
-from moc.training.checkpoint import read_settings
-from models import load_model, read_flow
+from models import load_model
+from models.checkpoints.contents import read_flow, read_settings
 
 
 @dataclass

@@ -28,16 +28,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moc.config import MoCConfig
-from moc.diffusion.flow import Flow
 from moc.errors import UserError, disk_error
 from moc.training.integrity import COMPLETE, damaged_files, seal, sync
 
 logger = logging.getLogger(__name__)
 
-# Where a checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models; of two experts high noise first.
-MODEL_FOLDERS = ("ema", "model")
-EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 _PARTIAL_FOLDER = re.compile(r"partial_\d{7,}")
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
@@ -87,14 +82,6 @@ def _rename_damaged(checkpoint: Path) -> str:
     aside = next(path for path in map(checkpoint.with_name, names) if not path.exists())
     checkpoint.rename(aside)
     return aside.name
-
-
-def root_of(path: str | Path) -> Path:
-    """The checkpoint or the diffusers pipeline that `path` is, or whose model's folder it is; else `path` itself."""
-    path = Path(path)
-    folders = {*MODEL_FOLDERS, *chain(*EXPERT_FOLDERS)}
-    is_part = path.name in folders and any((path.parent / mark).is_file() for mark in (COMPLETE, "model_index.json"))
-    return find_checkpoint(path) or (path.parent if is_part else path)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -255,37 +242,6 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{checkpoint / 'state.json'} has {', '.join(wrong)}; {remedy(checkpoint)}")
     return state
-
-
-def read_settings(path: str | Path) -> tuple[MoCConfig, Flow]:
-    """The attention settings and the noise convention of a run, a checkpoint, a diffusers pipeline or a model's folder;
-    the default ones where it does not say."""
-    root = root_of(path)
-    if (root / "state.json").exists():
-        try:
-            flow = Flow(**read_state(root)["flow"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{root / 'state.json'} tells no noise convention ({error}); {remedy(root)}") from None
-    else:
-        flow = _scheduler_flow(root / "scheduler" / "scheduler_config.json")
-    return read_moc(path) or MoCConfig(), flow
-
-
-def read_moc(path: str | Path) -> MoCConfig | None:
-    """The attention settings beside the weights, wherever those are; None where there are none."""
-    names = ("", *MODEL_FOLDERS, *chain(*EXPERT_FOLDERS))
-    folders = [place / name for place in (Path(path), root_of(path)) for name in names]
-    folder = next((f for f in folders if (f / "moc.json").is_file()), None)
-    return MoCConfig.load(folder) if folder else None
-
-
-def _scheduler_flow(file: Path) -> Flow:
-    """With the shift of a pipeline's scheduler: UniPC and its like call it flow_shift, the Euler one shift."""
-    config = read_json(file) if file.is_file() else {}
-    shift = config.get("flow_shift", config.get("shift", Flow.shift))
-    if not isinstance(shift, int | float) or shift <= 0:
-        raise UserError(f"{file}: the flow shift {shift!r} must be a number above 0; fetch it again, or set shift")
-    return Flow(shift=float(shift))
 
 
 def read_json(file: Path) -> dict[str, Any]:

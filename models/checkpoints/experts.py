@@ -5,7 +5,6 @@ that is not in use in CPU memory.
 """
 
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import torch
 from accelerate import cpu_offload_with_hook
 from torch import Tensor, nn
 
-from moc.diffusion import Flow
 from moc.errors import UserError
-from moc.training.checkpoint import EXPERT_FOLDERS, read_json, read_settings, root_of
+from models.checkpoints.contents import EXPERT_FOLDERS
 from models.stream import KeyValueCache
 from models.wan import WanTransformer3DModel
 
@@ -74,45 +72,6 @@ class Experts(nn.Module):
         _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)
         _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)
         of_high.hook.prev_module_hook = of_low
-
-
-def expert_paths(path: Path) -> tuple[Path, Path] | None:
-    """The high-noise and the low-noise model in a folder of both: a diffusers pipeline, the release, or two files such
-    as HoloCine's full_high_noise.safetensors and full_low_noise.safetensors; None where there are not two.
-
-    Raises UserError where there are several such pairs.
-    """
-    if not path.is_dir():
-        return None
-    pairs = [(path / high, path / low) for high, low in EXPERT_FOLDERS]
-    for high in path.glob("*high_noise*.safetensors"):
-        pairs.append((high, high.with_name(high.name.replace("high_noise", "low_noise"))))
-    found = sorted(pair for pair in pairs if all(part.exists() for part in pair))
-    if len(found) > 1:
-        raise UserError(
-            f"{path} holds several pairs of noise experts, {[high.name for high, _ in found]} and their counterparts: "
-            "name the two of one pair (sample.py: checkpoint=HIGH low_noise_checkpoint=LOW)"
-        )
-    return found[0] if found else None
-
-
-def read_flow(path: Path) -> Flow:
-    """The noise convention of a run, a checkpoint, a pipeline or a model's folder. That of a pipeline's expert covers
-    its own noise levels alone: from the pipeline's boundary_ratio on, or up to it."""
-    flow, boundary = read_settings(path)[1], _boundary_ratio(root_of(path) / "model_index.json")
-    high, low = zip(*EXPERT_FOLDERS, strict=True)
-    if boundary is not None and path.name in high:
-        return replace(flow, sigma_min=boundary)
-    if boundary is not None and path.name in low:
-        return replace(flow, sigma_max=boundary)
-    return flow
-
-
-def _boundary_ratio(file: Path) -> float | None:
-    ratio = read_json(file).get("boundary_ratio") if file.is_file() else None
-    if ratio is not None and not (isinstance(ratio, float) and 0 < ratio < 1):
-        raise UserError(f"{file}: boundary_ratio={ratio!r} must be a number between 0 and 1; fetch it again")
-    return ratio
 
 
 def check_places(high: Path, low: Path) -> None:

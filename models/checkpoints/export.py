@@ -18,7 +18,7 @@ from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.training.checkpoint import new_checkpoint, write_state
-from models.checkpoints.experts import read_flow
+from models.checkpoints.contents import read_flow
 from models.checkpoints.names import to_original_name
 from models.checkpoints.opening import Checkpoint
 from models.checkpoints.tensors import Entry, new_folder, write_sharded, write_tensors

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moc import MoCConfig
 from moc.errors import UserError
-from moc.training.checkpoint import EXPERT_FOLDERS, find_checkpoint, read_json, read_moc, root_of, sound_checkpoint
-from models.checkpoints.experts import expert_paths
+from moc.training.checkpoint import read_json, sound_checkpoint
+from models.checkpoints.contents import model_path, read_moc, root_of
 from models.checkpoints.names import COMFYUI_PREFIX, to_diffusers_name
 from models.checkpoints.tensors import TensorSource, check_tensors, listed, shapes
 from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
@@ -156,24 +156,6 @@ def _open_base(lora: Lora, path: Path) -> Checkpoint:
             f"or set base in {path}/lora.json to where they are"
         )
     return base
-
-
-def model_path(path: Path, weights: str) -> Path:
-    """The file or folder of the model itself: inside a run, a checkpoint or a pipeline."""
-    if not path.is_dir():
-        return path
-    checkpoint = find_checkpoint(path)
-    if checkpoint is not None:
-        folder = checkpoint / weights
-        return folder if folder.is_dir() else checkpoint / "model"
-    experts = expert_paths(path)
-    if experts:
-        raise UserError(
-            f"{path} holds two noise experts, {[expert.name for expert in experts]}: name the path of one; they are "
-            "trained one at a time"
-        )
-    parts = [path / name for pair in EXPERT_FOLDERS for name in pair if (path / name).is_dir()]
-    return parts[0] if parts else path
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from moc.errors import UserError
-from moc.training.checkpoint import read_json, root_of
+from moc.training.checkpoint import read_json
+from models.checkpoints.contents import root_of
 from models.checkpoints.tensors import download_hint
 from models.encoders.codec import Codec, CodecConfig, CodecKind
 from models.encoders.lapped import LappedCodec

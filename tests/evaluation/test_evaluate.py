@@ -11,8 +11,8 @@ from data.loading.loader import held_out
 from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
 from moc.training import Parallel, ParallelConfig, Validator, rivals
-from moc.training.checkpoint import read_settings
 from models import ModelConfig, build_model
+from models.checkpoints.contents import read_settings
 from models.mmdit import MMDiT
 from tests import pipeline
 from tests.caches import CHANNELS, TEXT_DIM

@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.prepare.sources import Found, find_scenes, vocabulary
 from moc.errors import UserError
 from moc.training import Metrics, TrackerConfig, find_checkpoint
-from moc.training.checkpoint import read_settings
+from models.checkpoints.contents import read_settings
 from models.checkpoints.tensors import TensorSource
 from models.encoders.text import EmbeddedTextEncoder, TextConfig, build_text_encoder
 from tests.pipeline import command, refusal, train_arguments

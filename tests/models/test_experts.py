@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from moc import MoCConfig, Sample, make_batch
 from moc.training.integrity import seal
 from models import Experts, load_denoiser, load_model, place, read_flow
-from models.checkpoints.experts import expert_paths
+from models.checkpoints.contents import expert_paths
 from models.wan import WanTransformer3DModel
 from tests.pipeline import command, refusal, sample
 from tests.wan_files import reduced_wan, save_original

@@ -14,8 +14,9 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
 from moc.diffusion import Flow
-from moc.training.checkpoint import find_checkpoint, read_settings
+from moc.training.checkpoint import find_checkpoint
 from models import EncodersConfig, build_encoders, load_encoders, load_model
+from models.checkpoints.contents import read_settings
 from models.checkpoints.export import Beside, Form, convert
 from models.checkpoints.names import COMFYUI_PREFIX, to_original_name
 from models.checkpoints.opening import load_checkpoint, open_checkpoint

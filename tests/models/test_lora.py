@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
-from moc.training.checkpoint import new_checkpoint, read_settings, write_state
+from moc.training.checkpoint import new_checkpoint, write_state
 from models import Family, ModelConfig, build_model, load_model, save_model
+from models.checkpoints.contents import read_settings
 from models.checkpoints.export import Form, convert
 from models.checkpoints.opening import open_checkpoint
 from models.checkpoints.tensors import TensorSource
