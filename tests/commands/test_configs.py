@@ -247,6 +247,12 @@ def test_scenes_of_any_size_are_evaluated(tmp_path):
     assert batch.layout.num_tokens > parsed("train").data.batch_tokens
 
 
+@pytest.mark.parametrize("name", ["wan", "holocine"])
+def test_wans_configurations_take_the_releases_512_tokens(name):
+    chosen = f"encoders={name}"
+    assert parsed("prepare", chosen, *REQUIRED[chosen]).encoders.text.max_tokens == 512
+
+
 def test_the_two_experts_share_the_noise_levels():
     low, high = (parsed("train", f"experiment=wan_a14b_{name}") for name in ("low", "high"))
     levels = [low.flow.sigma_min, low.flow.sigma_max, high.flow.sigma_min, high.flow.sigma_max]

@@ -6,7 +6,6 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
@@ -97,11 +96,6 @@ def test_the_encoder_is_rebuilt_from_its_folder(embedded: EmbeddedTextEncoder, t
     file.unlink()
     with pytest.raises(ValueError, match=f"{tmp_path} holds no text encoder"):
         EmbeddedTextEncoder.load(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["wan", "holocine"])
-def test_wans_configurations_take_the_releases_512_tokens(name: str) -> None:
-    assert OmegaConf.load(Path(__file__).parents[2] / "configs" / "encoders" / f"{name}.yaml").text.max_tokens == 512
 
 
 def test_cleaning_is_wans() -> None:
