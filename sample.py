@@ -41,7 +41,7 @@ def main(config: SampleConfig) -> None:
     checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
     model = load_denoiser(checkpoint, config.low_noise_checkpoint, parallel.dtype)
     moc, flow = read_settings(checkpoint)
-    moc, flow = moc.override(config.moc), replace(flow, shift=config.shift or flow.shift)
+    moc, flow = moc.override(config.moc), flow if config.shift is None else replace(flow, shift=config.shift)
     encoders = load_encoders(config.encoders_path or checkpoint)
     codec, text = encoders.codec.to(device), encoders.text.to(device)
 

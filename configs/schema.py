@@ -56,19 +56,19 @@ class SampleConfig:
     """`sample.py`. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two noise experts
     (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise one, where
     checkpoint is the other. script: what to film. out: a folder to write. encoders_path: a folder of them, or a
-    diffusers pipeline; "" takes the checkpoint's. device, precision: as in `moc.training.ParallelConfig`; the weights
-    take the precision too, norms excepted. offload: of two experts only the one in use stays on the GPU. shift: of the
-    noise levels; 0 takes the checkpoint's. moc: settings other than the checkpoint's, which null takes."""
+    diffusers pipeline. device, precision: as in `moc.training.ParallelConfig`; the weights take the precision too,
+    norms excepted. offload: of two experts only the one in use stays on the GPU. shift: of the noise levels. moc: the
+    settings of attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's."""
 
     checkpoint: str = ""
-    low_noise_checkpoint: str = ""
+    low_noise_checkpoint: str | None = None
     script: str = ""
     out: str = ""
-    encoders_path: str = ""
+    encoders_path: str | None = None
     device: str = "auto"
     precision: str = "auto"
     offload: bool = False
-    shift: float = 0.0
+    shift: float | None = None
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     sampler: SamplingConfig = field(default_factory=SamplingConfig)
 

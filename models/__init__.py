@@ -127,7 +127,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weig
 
 
 def load_denoiser(
-    path: str | Path, low_noise: str | Path = "", dtype: torch.dtype | None = torch.float32
+    path: str | Path, low_noise: str | Path | None = None, dtype: torch.dtype | None = torch.float32
 ) -> ModelMixin | Experts:
     """What a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 

@@ -55,8 +55,8 @@ class Settings:
     dtype: Dtype = Dtype.stored
     max_shard_gb: float = 10.0
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
-    shift: float = 0.0
-    encoders_path: str = ""
+    shift: float | None = None
+    encoders_path: str | None = None
     encoders: EncodersConfig | None = None
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Beside:
-    """What goes beside the weights; what is left empty comes from the input, where that has it.
+    """What goes beside the weights; what is None or empty comes from the input, where that has it.
 
     moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, what
     `models.encoders.pair.read_encoders` reads; embedded encoders are copied, others noted by path; or encoders, their
@@ -46,8 +46,8 @@ class Beside:
     """
 
     moc: dict[str, Any] = field(default_factory=dict)
-    shift: float = 0.0
-    encoders_path: str = ""
+    shift: float | None = None
+    encoders_path: str | None = None
     encoders: EncodersConfig | None = None
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class Beside:
     def check(self, form: Form) -> None:
         """Raises UserError where a form has no place for something given."""
         kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: tuple(vars(self))}[form]
-        lost = [name for name, value in vars(self).items() if value and name not in kept]
+        lost = [name for name, value in vars(self).items() if value not in (None, {}) and name not in kept]
         if lost:
             raise UserError(f"form={form} has no place for {', '.join(lost)}; use form=checkpoint")
 
@@ -151,7 +151,7 @@ def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
 def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
     """The input's, with the given shift; an expert that leaves its pipeline takes its range of noise levels along."""
     flow = read_flow(checkpoint.path)
-    return replace(flow, shift=beside.shift or flow.shift)
+    return flow if beside.shift is None else replace(flow, shift=beside.shift)
 
 
 def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:

@@ -222,6 +222,14 @@ def test_settings_that_may_be_absent_are_typed_where_they_are_set():
             parsed("convert", "encoders=holocine", *paths, override)
 
 
+def test_what_is_the_checkpoints_is_null():
+    sample, convert = parsed("sample"), parsed("convert")
+    assert sample.low_noise_checkpoint is None
+    assert {sample.shift, sample.encoders_path, convert.shift, convert.encoders_path} == {None}
+    assert parsed("sample", "shift=null", "encoders_path=null") == sample
+    assert parsed("sample", "shift=5").shift == 5
+
+
 def test_the_seed_of_a_run_is_that_of_its_data():
     assert parsed("train", "seed=7").data.seed == 7
 
@@ -321,6 +329,7 @@ MISTAKES = [
     ("sample", "sampler.steps=0", r"sampler\.steps=0"),
     ("sample", "+sampler.cfg=3", r"sampler\.cfg"),
     ("sample", "script=", "script is not set"),
+    ("sample", "shift=none", r"shift.*'none'"),
     ("prepare", "size=[480]", "size"),
     ("prepare", "decoder=gpu", "decoder must be one of"),
     ("storyworld", "mode=strange", "mode"),
