@@ -17,8 +17,9 @@ from data.loading.dataset import DataConfig
 from data.loading.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
 from data.media.decode import open_video
+from data.media.index import index_video
 from data.media.resize import fit
-from data.media.video import scan, write_video
+from data.media.write import write_video
 from data.prepare.scan import scan_video
 from data.prepare.shots import DETECTORS, Span, build_detector
 from data.prepare.sources import MANIFEST
@@ -171,5 +172,5 @@ def join_films(films: Sequence[Path], folder: Path, num_cuts: int = 60, seed: in
 
 def _long_shots(film: Path) -> list[Span]:
     finder = build_detector("adaptive").finder()
-    scan(film, finder.see)
+    index_video(film, finder.see)
     return [(start, end) for start, end in finder.spans() if end - start >= _PIECE[0] + 2 * _MARGIN]

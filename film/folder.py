@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.cache.writer import write_whole
 from data.errors import DataError
-from data.media.video import write_video
+from data.media.write import write_video
 
 FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", "metadata.json", "storyboard.png", "routing.png")
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
-from data.media.video import write_video
+from data.media.write import write_video
 from tests import pipeline, wan_files
 
 torch.set_num_threads(1)

@@ -15,8 +15,8 @@ from data.cache.writer import digest
 from data.errors import DataError
 from data.interfaces import Codec
 from data.manifest import resolve
+from data.media.index import VideoIndex
 from data.media.resize import read_shots
-from data.media.video import VideoIndex
 from data.prepare.planning import SamplePlan
 from data.records import parse_record, read_record, write_record
 from moc.files import inside

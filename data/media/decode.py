@@ -19,7 +19,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from data.errors import DataError
-from data.media.video import IndexedReader, VideoIndex, opened, scan, to_rgb
+from data.media.index import IndexedReader, VideoIndex, index_video, opened, to_rgb
 
 DECODERS = ("pyav", "decord", "torchcodec")
 _INSTALL = {
@@ -57,7 +57,7 @@ class PyAVReader(IndexedReader):
     the last one goes on decoding."""
 
     def __init__(self, path: Path, index: VideoIndex | None = None) -> None:
-        super().__init__(path, index or scan(path))
+        super().__init__(path, index or index_video(path))
         self._file: opened | None = None
         self._reformatter = VideoReformatter()
         self._decoded: Iterator[av.VideoFrame] = iter(())
@@ -143,7 +143,7 @@ class DecordReader(IndexedReader):
     """decord, for files it reads right."""
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
-        super().__init__(path, index or scan(path))
+        super().__init__(path, index or index_video(path))
         decord = _load("decord")
         fault = decord_fault(path)
         if fault:
@@ -190,7 +190,7 @@ class TorchCodecReader(IndexedReader):
     """torchcodec in its exact mode."""
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
-        super().__init__(path, index or scan(path))
+        super().__init__(path, index or index_video(path))
         torchcodec = _load("torchcodec")
         with _faults("torchcodec", path):
             self._decoder = torchcodec.decoders.VideoDecoder(str(path), seek_mode="exact", dimension_order="NHWC")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.media.decode import open_video
 from data.media.images import read_image
-from data.media.video import IndexedReader, VideoIndex
+from data.media.index import IndexedReader, VideoIndex
 
 _READ_PIXELS = 16 << 20  # of a piece, before or after fitting
 

@@ -9,8 +9,8 @@ from data.errors import DataError
 from data.interfaces import Codec
 from data.manifest import Caption, SceneRecord, ShotRecord, captions
 from data.media.images import read_image
+from data.media.index import VideoIndex
 from data.media.resize import nearest_bucket, resample
-from data.media.video import VideoIndex
 from data.prepare.scan import Scan
 from data.prepare.shots import Span
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data.cache.writer import digest
 from data.errors import DataError
-from data.media.video import VideoIndex, estimated_frames, scan
+from data.media.index import VideoIndex, estimated_frames, index_video
 from data.prepare.shots import ShotDetector, Span
 from data.records import read_record, write_record
 
@@ -65,7 +65,7 @@ def _scan_now(path: Path, detector: ShotDetector | None, progress: bool) -> Scan
 
     start = time.perf_counter()
     try:
-        index = scan(path, see)
+        index = index_video(path, see)
     except DataError as error:
         return Scan(None, None, error)
     finally:

@@ -18,7 +18,7 @@ from av.video.reformatter import VideoReformatter
 from torch import nn
 
 from data.errors import DataError
-from data.media.video import to_rgb
+from data.media.index import to_rgb
 
 DETECTORS = ("transnetv2", "adaptive", "content")
 Span = tuple[int, int]

@@ -9,7 +9,7 @@ from pathlib import Path
 from data.documents import read_text
 from data.errors import DataError
 from data.manifest import CUT_PREFIX, SceneRecord, captions, read_manifest, resolve
-from data.media.video import VIDEO_SUFFIXES
+from data.media.index import VIDEO_SUFFIXES
 from data.prepare.captions import find_caption_file, read_captions, read_sidecar
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.manifest import SceneRecord, ShotRecord, write_manifest
-from data.media.video import write_video
+from data.media.write import write_video
 from data.records import write_whole
 from data.storyworld.characters import BADGES
 from data.storyworld.config import StoryworldConfig

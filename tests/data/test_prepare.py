@@ -11,7 +11,7 @@ from data.cache.reader import open_cache
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest
-from data.media.video import write_video
+from data.media.write import write_video
 from tests.encoders import numbers_in
 from tests.preparing import film_folder, run, scene, scenes
 

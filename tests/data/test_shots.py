@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from data.media.decode import open_video
-from data.media.video import scan, write_video
+from data.media.index import index_video
+from data.media.write import write_video
 from data.prepare.shots import (
     TransNetFinder,
     build_detector,
@@ -50,7 +51,7 @@ def bikes(real_films):
 
 def spans(path, method):
     finder = build_detector(method).finder()
-    scan(path, finder.see)
+    index_video(path, finder.see)
     return finder.spans()
 
 
@@ -131,7 +132,7 @@ def test_faint_responses_find_the_cuts_of_moving_cameras_and_nothing_else(tmp_pa
     for line in manifest.read_text().splitlines():
         record = json.loads(line)
         finder = TransNetFinder(Faint(), 0.5, "cpu")
-        scan(manifest.parent / record["video"], finder.see)
+        index_video(manifest.parent / record["video"], finder.see)
         cuts = [shot["start"] for shot in record["shots"][1:] if shot["cut"]]
         assert [start for start, _ in finder.spans()[1:]] == cuts
 
@@ -162,7 +163,7 @@ def test_windows_of_the_network_cover_every_frame(tmp_path):
         write_video(tmp_path / "a.mkv", pictures, fps=25, codec="ffv1", options={"crf": "0"}, pixel_format="bgr0")
         finder = build_detector("transnetv2").finder()
         finder.model = Position()
-        scan(tmp_path / "a.mkv", finder.see)
+        index_video(tmp_path / "a.mkv", finder.see)
         finder.spans()
         responses = np.concatenate(finder._responses)[:length, 0]
         assert responses == pytest.approx(torch.sigmoid(torch.arange(length).float()).numpy(), abs=1e-4)

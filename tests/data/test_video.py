@@ -11,8 +11,9 @@ import torch
 from data.errors import DataError
 from data.media import decode, resize
 from data.media.decode import check_decoder, open_video
+from data.media.index import index_video
 from data.media.resize import fit, nearest_bucket, read_pieces, resample
-from data.media.video import scan, write_video
+from data.media.write import write_video
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered, write_paired
 
 NUM_FRAMES = 150
@@ -66,7 +67,7 @@ def test_reads_are_exact_by_index(films, kind, decoder):
 
 
 def test_variable_frame_rate_keeps_its_times(films):
-    times = scan(films["vfr"]).times
+    times = index_video(films["vfr"]).times
     ticks = KINDS["vfr"]["ticks"]
     assert times == pytest.approx([(t - ticks[0]) / 100 for t in ticks], abs=2e-3)
 
@@ -82,10 +83,10 @@ def test_repeated_stamps_are_spread_over_the_time_they_share(tmp_path):
 def test_a_film_whose_stamps_cannot_be_mended_says_what_rate_it_gets(tmp_path):
     """A raw stream has no stamps; an AVI of x264 gives those of B-frames in the order of decoding."""
     for name in ("raw.h264", "jumbled.avi"):
-        index = scan(write_numbered(tmp_path / name, 30))
+        index = index_video(write_numbered(tmp_path / name, 30))
         assert index.times == pytest.approx([i / 25 for i in range(30)])
         assert "25 fps is assumed" in index.stamp_fault
-    assert scan(write_numbered(tmp_path / "sound.mkv", 30)).stamp_fault == ""
+    assert index_video(write_numbered(tmp_path / "sound.mkv", 30)).stamp_fault == ""
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "torchcodec"])
@@ -155,7 +156,7 @@ def test_truncated_film_counts_decoded_frames_not_the_header(tmp_path):
 
 
 def test_a_changed_file_is_not_read_by_an_old_scan(tmp_path):
-    index = scan(write_numbered(tmp_path / "a.mkv", 50))
+    index = index_video(write_numbered(tmp_path / "a.mkv", 50))
     shorter = write_numbered(tmp_path / "a.mkv", 20)
     with pytest.raises(DataError, match="as they did in the scan"):
         open_video(shorter, index=index).read(30, 40)
@@ -200,7 +201,7 @@ def size_change(path):
 def test_unreadable_files_are_named(tmp_path, kind, make):
     path = make(tmp_path / "film.mp4")
     with pytest.raises(DataError) as caught:
-        scan(path)
+        index_video(path)
     assert caught.value.kind == kind
     assert "film" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ import pytest
 
 from data.loading.dataset import DataConfig
 from data.media.decode import open_video
-from data.media.video import write_video
+from data.media.write import write_video
 from data.prepare.shots import build_detector
 from data.storyworld import StoryworldConfig, generate
 from evaluation.judge import held_out_floors, judge_film

@@ -1,10 +1,10 @@
-"""Video files: write frames, and count and time them exactly.
+"""The frames of a video file are counted and timed exactly.
 
-Frame counts and times come from decoding the whole stream once (`scan`), never from headers. Frames are read by index
+Counts and times come from decoding the whole stream once (`index_video`), never from headers. Frames are read by index
 through `data.media.decode.open_video`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -17,7 +17,6 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from data.errors import DataError
-from moc.errors import UserError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
 _MAX_SIDE = 16384
@@ -82,58 +81,7 @@ class IndexedReader:
             )
 
 
-def write_video(
-    path: str | Path,
-    frames: Iterable[np.ndarray | Tensor],
-    fps: float,
-    codec: str = "libx264",
-    crf: int = 16,
-    options: dict[str, str] | None = None,
-    pixel_format: str = "yuv420p",
-) -> int:
-    """Encode uint8 [H, W, 3] RGB frames and return how many; the file appears under `path` only when whole.
-
-    One encoder thread, so that the same frames give the same bytes on any machine.
-    Raises ValueError for no frames, sizes that differ, or odd sizes (4:2:0 video needs even ones).
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    count = 0
-    try:
-        with av.open(str(partial), "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
-            stream.codec_context.thread_count = 1
-            assert isinstance(stream, av.VideoStream), codec
-            repeatable = {"x264-params": "mbtree=0"} if codec == "libx264" else {}  # x264's MB-tree is not
-            stream.codec_context.options = {"crf": str(crf)} | repeatable | (options or {})
-            for count, picture in enumerate(frames, start=1):
-                array = np.ascontiguousarray(picture)
-                if count == 1:
-                    _check_writable(path, array)
-                    stream.height, stream.width, stream.pix_fmt = array.shape[0], array.shape[1], pixel_format
-                elif array.shape[:2] != (stream.height, stream.width):
-                    raise ValueError(
-                        f"{path}: frame {count - 1} is {array.shape}, frame 0 {stream.height}x{stream.width}"
-                    )
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-            if count == 0:
-                raise ValueError(f"{path}: no frames to write")
-            container.mux(stream.encode(None))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
-def _check_writable(path: Path, array: np.ndarray) -> None:
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        raise ValueError(f"{path}: a frame is uint8 [H, W, 3], got {array.dtype} {array.shape}")
-    if array.shape[0] % 2 or array.shape[1] % 2:
-        raise UserError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
-
-
-def scan(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = None) -> VideoIndex:
+def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = None) -> VideoIndex:
     """Decode the whole video once; `on_frame(frame)` sees every frame (shot detection rides along).
 
     Raises DataError: zero-byte, not-a-video, audio-only, no-frames, broken, size-change, too-large.
