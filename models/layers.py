@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from moc.layout import Grid
 from models.fuse import fused
-from models.stream import Attend, Members, Part
+from models.members import Members
+from models.stream import Attend, Part
 
 
 class _Spread(torch.autograd.Function):

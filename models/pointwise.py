@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from moc.kernels.sizes import cdiv, next_power_of_2
 from models import pointwise_kernels as kernels
-from models.stream import Members
+from models.members import Members
 
 ROWS = 32  # of a program of a backward kernel
 ELEMENTS = 512  # of a row for each warp

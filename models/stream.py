@@ -23,11 +23,10 @@ from moc.batch import each_shape
 from moc.errors import UserError
 from moc.layout import Grid, Group
 from models.lora import Trainable
+from models.members import Members
 from models.rope import rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-TILE = 64
 
 
 @dataclass
@@ -45,29 +44,6 @@ class KeyValueCache:
         if remember:
             self.layers[layer] = tuple(x.detach() for x in new)
         return new
-
-
-class Members(NamedTuple):
-    """Which group each token of one modality belongs to, and the same as tiles of up to `TILE` tokens of one group.
-
-    group: int [Lx]. tiles: int64 [n, TILE], places of a tile's tokens, -1 past its end. tile_group: int64 [n].
-    """
-
-    group: Tensor
-    tiles: Tensor
-    tile_group: Tensor
-
-    @classmethod
-    def build(cls, group: Tensor, lengths: Sequence[int]) -> "Members":
-        """lengths: tokens of each group, in order; group: int [Lx] of each token, on the device."""
-        sizes = torch.tensor(lengths)
-        num_tiles = (sizes + TILE - 1) // TILE
-        tile_group = torch.arange(len(sizes)).repeat_interleave(num_tiles)
-        first_tile, start = num_tiles.cumsum(0) - num_tiles, sizes.cumsum(0) - sizes
-        within = (torch.arange(len(tile_group)) - first_tile[tile_group])[:, None] * TILE + torch.arange(TILE)
-        inside = within < sizes[tile_group, None]
-        tiles = (start[tile_group, None] + within).masked_fill(~inside, -1)
-        return cls(group, tiles.to(group.device, non_blocking=True), tile_group.to(group.device, non_blocking=True))
 
 
 class Part:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import moc
 from moc.kernels import ahead, triton_backend, triton_masked
 from models import pointwise
-from models.stream import Members
+from models.members import Members
 from scripts.measuring import markdown_table
 
 NUM_HEADS = 12

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import moc
-from models.stream import Members
+from models.members import Members
 from tests.moc.test_kernels_cpu import interpreted
 from tests.strategies import attention_tensors
 

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
 from models import ModelConfig, build_model, load_model, save_model
 from models.layers import add_gated, layer_norm, modulate, rms_norm, spread
+from models.members import Members
 from models.mmdit import MMDiT
-from models.stream import KeyValueCache, Members, Part, patchify, unpatchify
+from models.stream import KeyValueCache, Part, patchify, unpatchify
 from tests import plain_mmdit
 from tests.weights import randomized
 

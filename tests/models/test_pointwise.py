@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models import layers, rope
-from models.stream import Members
+from models.members import Members
 from tests.moc.test_kernels_cpu import interpreted
 
 pointwise = pytest.importorskip("models.pointwise", exc_type=ImportError)
