@@ -1,6 +1,7 @@
 """The benchmark of the demo's verdict: every seed in every environment, and no row lost when it is stopped."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -20,6 +21,14 @@ folder = Path(said["output"])
 folder.mkdir()
 (folder / "verdict.json").write_text(json.dumps({"ratio": 0.9, "B": os.environ.get("B"), "said": said}))
 """
+
+
+@pytest.fixture
+def interruptible():
+    """Python answers SIGINT, which a shell that runs the tests in the background has it ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def rows_of(tmp_path, monkeypatch, seeds: int) -> list[dict]:
@@ -43,7 +52,7 @@ def test_a_row_for_each_seed_in_each_environment(tmp_path, monkeypatch):
     assert rows[0]["said"]["steps"] == "3"
 
 
-def test_a_stopped_benchmark_keeps_what_it_had(tmp_path, monkeypatch):
+def test_a_stopped_benchmark_keeps_what_it_had(tmp_path, monkeypatch, interruptible):
     rows = rows_of(tmp_path, monkeypatch, seeds=3)
     assert [(row["seed"], row["exit_code"]) for row in rows][:2] == [(0, 0), (1, 2)]
     assert len(list((tmp_path / "demos").glob("*.log"))) < 6  # no further demos were begun
