@@ -20,10 +20,10 @@ class Codec(Protocol):
         """A still, or a sample's only shot."""
 
     def shot_encoder(self) -> Callable[[Iterable[Tensor]], Tensor]:
-        """For one sample: called with the pieces of each shot in order, gives its latent."""
+        """Returns a function for one sample: it takes the pieces of each shot in order, and gives its latent."""
 
     def shot_decoder(self) -> Callable[[Tensor], Iterable[Tensor]]:
-        """For one sample: called with the latent of each shot in order, gives its video piece by piece."""
+        """Returns a function for one sample: it takes the latent of each shot in order, and gives its pieces."""
 
     def begins_video(self, shot: int) -> bool:
         """Whether the shot starts afresh, not where the one before ended."""

@@ -35,14 +35,14 @@ class DataBenchmarkConfig:
     truth: folders with a manifest whose shots are true, to measure detectors on; films: joined by known cuts for that.
     """
 
-    folder: str = ""  # where the made-up cache goes
+    folder: str = ""  # where the made-up cache goes, about 250 MB
     output: str = "docs/benchmarks/data.json"
     film: str = ""
     truth: list[str] = field(default_factory=list)
     films: list[str] = field(default_factory=list)
     scenes: int = 8
     shots: int = 8
-    latent: list[int] = field(default_factory=lambda: [16, 14, 60, 104])  # C, T, H, W of a shot
+    latent: list[int] = field(default_factory=lambda: [16, 14, 60, 104])  # C, T, H, W of a shot: 480x832, 53 frames
     text: list[int] = field(default_factory=lambda: [128, 4096])  # rows, text_dim of a caption
     steps: int = 40
     step_seconds: float = 0.2

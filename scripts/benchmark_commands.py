@@ -39,11 +39,11 @@ README_STORY = {
 
 @dataclass(frozen=True)
 class CommandsConfig:
-    """See configs/benchmark_commands.yaml."""
+    """What to time, and where what the commands make goes."""
 
-    folder: str = "outputs/gpu_commands"
-    output: str = "docs/benchmarks/gpu_commands.json"
-    only: list[str] = field(default_factory=list)
+    folder: str = "outputs/gpu_commands"  # holds about 60 GB
+    output: str = "docs/benchmarks/gpu_commands.json"  # a table of the same name, .md, comes to lie beside it
+    only: list[str] = field(default_factory=list)  # names of commands to run again; the rows of the others stay
 
 
 def plan(folder: Path, num_gpus: int) -> dict[str, list[str]]:

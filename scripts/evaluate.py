@@ -27,11 +27,11 @@ from models.checkpoints.contents import read_flow, read_settings
 
 @dataclass
 class EvaluateConfig:
-    """See configs/evaluate.yaml. data.validation: how many held-out scenes. moc: settings other than the checkpoint's,
-    which null takes."""
+    """What to evaluate and how. data.validation: how many held-out scenes. device, precision: as in
+    `moc.training.ParallelConfig`. moc: settings other than the checkpoint's, which null takes."""
 
-    checkpoint: str = ""
-    output: str = ""
+    checkpoint: str = ""  # a run's folder, a checkpoint, or a model folder
+    output: str = ""  # also write the rows there, as JSON
     device: str = "auto"
     precision: str = "auto"
     seed: int = 0

@@ -108,7 +108,7 @@ def read_moc(path: str | Path) -> MoCConfig | None:
 
 
 def _scheduler_flow(file: Path) -> Flow:
-    """With the shift of a pipeline's scheduler: UniPC and its like call it flow_shift, the Euler one shift."""
+    """Returns the flow of a pipeline's scheduler; UniPC and its like call the shift flow_shift, Euler shift."""
     config = read_json(file) if file.is_file() else {}
     shift = config.get("flow_shift", config.get("shift", Flow.shift))
     if not isinstance(shift, int | float) or shift <= 0:
