@@ -36,13 +36,15 @@ class StreamSpec:
 class Sample:
     """One scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's, then
     one for each shot. `position` is its place in the run's order of samples and keys its draws: noise, levels, drops.
-    cuts: whether a true cut begins each shot, or it continues the one before; empty is cuts everywhere."""
+    cuts: whether a true cut begins each shot, or it continues the one before; empty is cuts everywhere. source: which
+    part of a mix it comes from."""
 
     latents: list[Tensor]
     text: list[Tensor]
     position: int = 0
     id: str = ""
     cuts: Sequence[bool] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         if len(self.text) != len(self.latents) + 1:
@@ -60,6 +62,7 @@ class Batch:
     text: list[Tensor]
     layout: ShotLayout
     ids: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
 
     @property
     def num_shots(self) -> int:
@@ -124,4 +127,5 @@ def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -
         text=[text for sample in samples for text in sample.text],
         layout=ShotLayout.pack([make_layout(sample, spec, chunk_tokens) for sample in samples]),
         ids=[sample.id for sample in samples],
+        sources=[sample.source for sample in samples],
     )

@@ -19,6 +19,11 @@ SAMPLING = (
 )
 
 
+def peak_gib(device: torch.device) -> dict[str, float]:
+    """The most memory that tensors of this process took on a GPU; nothing is known of a CPU."""
+    return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
+
+
 @contextmanager
 def enough_for(what: str, remedy: str, batches: Sequence[Batch] = ()) -> Iterator[None]:
     """Raises UserError, with the tokens of the batches, where what is done meanwhile fills the GPU's memory."""

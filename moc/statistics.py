@@ -69,15 +69,22 @@ class RoutingMap:
         return (self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)).cpu()
 
 
-def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:
-    """Summary of one layer's routes, int [N, L, K]. Synchronizes with the device once."""
-    counts = chunk_counts(routes, layout).cpu().double()
+def routes_by_distance(counts: Tensor, layout: ShotLayout) -> dict[int, float]:
+    """How many routes of shots' queries go how many shots back (negative: forward). counts [G, M]: of `chunk_counts`,
+    float64 on the CPU."""
     group_shot = torch.tensor([group.shot for group in layout.groups])
     chunk_shot = torch.tensor([layout.groups[chunk.group].shot for chunk in layout.chunks])
     distance = group_shot[:, None] - chunk_shot
     of_shots = counts * (group_shot >= 0)[:, None]
-    total = of_shots.sum().clamp(min=1)
-    shares = {int(d): float(of_shots[distance == d].sum() / total) for d in distance[of_shots > 0].unique()}
+    return {int(d): float(of_shots[distance == d].sum()) for d in distance[of_shots > 0].unique()}
+
+
+def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:
+    """Summary of one layer's routes, int [N, L, K]. Synchronizes with the device once."""
+    counts = chunk_counts(routes, layout).cpu().double()
+    by_distance = routes_by_distance(counts, layout)
+    total = max(1.0, sum(by_distance.values()))
+    shares = {distance: number / total for distance, number in by_distance.items()}
     by_chunk = counts.sum(0)[torch.tensor([chunk.kind == "video" for chunk in layout.chunks])]
     p = by_chunk / by_chunk.sum().clamp(min=1)
     entropy = float(torch.special.entr(p).sum()) / max(math.log(len(p)), 1e-9)

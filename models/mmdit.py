@@ -54,7 +54,7 @@ class MMDiT(StreamModel):
         if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
             raise UserError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=True)
-        self.latent_channels = latent_channels
+        self.latent_channels, self.attention_dim = latent_channels, dim
         patch_dim = latent_channels * patch_size[0] * patch_size[1] * patch_size[2]
         self.video_in = nn.Linear(patch_dim, dim)
         self.place = FramePlace(dim) if frame_place else None

@@ -189,11 +189,13 @@ class Embedded(NamedTuple):
 class StreamModel(Trainable, ModelMixin, ConfigMixin):
     """Predicts the velocity (noise - latent) of every shot of a packed batch.
 
-    A family sets `stream`, `latent_channels` and `blocks`, and says how tokens are embedded, rotated and projected.
+    A family sets `stream`, `latent_channels`, `attention_dim` (the width of all heads together) and `blocks`, and says
+    how tokens are embedded, rotated and projected.
     """
 
     stream: StreamSpec
     latent_channels: int
+    attention_dim: int
     blocks: nn.ModuleList
     gradient_checkpointing = False
     _supports_gradient_checkpointing = True

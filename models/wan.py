@@ -153,8 +153,8 @@ class WanTransformer3DModel(StreamModel):
             raise UserError("this is an image-to-video Wan model; only the text-to-video models are supported")
         if not cross_attn_norm or qk_norm != "rms_norm_across_heads":
             raise UserError(f"cross_attn_norm={cross_attn_norm}, qk_norm={qk_norm!r} is no Wan model that is supported")
-        self.latent_channels = in_channels
         dim = num_attention_heads * attention_head_dim
+        self.latent_channels, self.attention_dim = in_channels, dim
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=False)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.stream.patch, stride=self.stream.patch)
         self.condition_embedder = TextTimeEmbedding(dim, freq_dim, text_dim)

@@ -37,6 +37,11 @@ class SourceConfig:
         if not 0 < self.weight < math.inf:
             raise UserError(f"data.sources: the weight {self.weight} of {self.path} must be positive and finite")
 
+    @property
+    def name(self) -> str:
+        """What the source is called in the run's metrics."""
+        return self.path if self.kind is Kind.any else f"{self.path} ({self.kind})"
+
 
 @dataclass
 class DataConfig:
@@ -80,6 +85,7 @@ class ShotDataset:
         self.caches: list[Cache] = []
         self.items: list[tuple[int, CachedScene]] = []
         self.source_items: list[tuple[float, list[int]]] = []
+        self.source_names: list[str] = []  # of each item, where there are several sources
         opened: dict[str, int] = {}
         for source in sources:
             if source.path not in opened:
@@ -92,6 +98,7 @@ class ShotDataset:
             first = len(self.items)
             self.items += [(cache, scene) for scene in scenes]
             self.source_items.append((source.weight, list(range(first, len(self.items)))))
+            self.source_names += [source.name if len(sources) > 1 else ""] * len(scenes)
         self._check_same_encoders()
 
     def __len__(self) -> int:
@@ -187,7 +194,8 @@ class ShotDataset:
         stills = draw.to_still or (False,) * len(latents)
         latents = [x[:, :1].contiguous() if still else x for x, still in zip(latents, stills, strict=True)]
         text = [cache.text_features(key) for key in self.text_keys(draw)]
-        return moc.Sample(latents=latents, text=text, position=draw.position, id=scene.id, cuts=scene.cuts)
+        source = self.source_names[draw.item]
+        return moc.Sample(latents, text, draw.position, scene.id, scene.cuts, source)
 
     def _check_same_encoders(self) -> None:
         first = self.caches[0].recipe

@@ -1,19 +1,26 @@
-"""How long steps take, and how long they wait for data."""
+"""How long steps take: as a whole, waiting for data, and in each of their phases."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
 
 from moc.batch import Batch
 
 
 class Clock:
-    """Times steps and how long they waited for data."""
+    """Times steps, how long they wait for data, and how long the device is at each phase of them. device: on a GPU the
+    phases are timed there, by events, for which the host never waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._on_gpu = torch.device(device).type == "cuda"
         self.reset()
 
     def reset(self) -> None:
         self.start, self.waited, self.steps, self.tokens = time.perf_counter(), 0.0, 0, 0
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def wait(self, take: Callable[[], Sequence[Batch] | None]) -> Sequence[Batch] | None:
         """The batches of a step that `take` waits for, if any come."""
@@ -24,13 +31,32 @@ class Clock:
         self.tokens += sum(batch.layout.num_tokens for batch in batches or ())
         return batches
 
+    def begin(self, phase: str) -> None:
+        """What the device is given from now on, until the next call, belongs to this phase; to none if it is ""."""
+        mark: float | torch.cuda.Event = time.perf_counter()
+        if self._on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((phase, mark))
+
     def read(self) -> dict[str, float]:
-        """Seconds a step, the share of it spent waiting for data, and tokens a second, since the last reading."""
-        elapsed = time.perf_counter() - self.start
+        """Seconds a step and of each of its phases, the share of it spent waiting for data, and tokens a second, since
+        the last reading. On a GPU the last step must be finished."""
+        elapsed, steps = time.perf_counter() - self.start, max(1, self.steps)
         values = {
-            "step_seconds": elapsed / max(1, self.steps),
+            "step_seconds": elapsed / steps,
             "data_wait": self.waited / elapsed,
             "tokens_per_second": self.tokens / elapsed,
         }
+        phases: dict[str, float] = defaultdict(float, data=self.waited)
+        for (phase, begun), (_, ended) in pairwise(self._marks):
+            if phase:
+                phases[phase] += _seconds(begun, ended)
         self.reset()
-        return values
+        return values | {f"{phase}_seconds": seconds / steps for phase, seconds in phases.items()}
+
+
+def _seconds(begun: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
+    if isinstance(begun, float) and isinstance(ended, float):
+        return ended - begun
+    return begun.elapsed_time(ended) / 1000  # type: ignore[union-attr, arg-type]

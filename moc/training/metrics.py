@@ -78,3 +78,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def headline(values: dict[str, Any]) -> dict[str, str]:
+    """What the progress line says of a logged step."""
+    shown = {
+        "loss": f"{values['loss']:.4f}" if "loss" in values else "not finite",
+        "tokens/s": f"{values['tokens_per_second']:,.0f}",
+    }
+    return shown | ({"MFU": f"{values['mfu']:.0%}"} if "mfu" in values else {})

@@ -6,13 +6,14 @@ fused AdamW heeds). The host hears of it when the next step is under way, counts
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from moc.batch import Batch
+from moc.diffusion.flow import NoiseLevels
 from moc.training.parallel import gather_lists
 
 logger = logging.getLogger(__name__)
@@ -21,17 +22,15 @@ logger = logging.getLogger(__name__)
 class Outcome:
     """The outcome of one step. `read` waits for the device to have finished the step; the constructor does not."""
 
-    def __init__(self, step: int, batches: Sequence[Batch], losses: Tensor, totals: Tensor) -> None:
-        """step: counted from 1. losses [S]: this process's, of each shot. totals: the loss, the gradient's norm and the
-        number of finite shot losses, over all processes."""
-        self.step, self._losses = step, losses
-        self._shot_ids = [
-            name
-            for batch in batches
-            for name, (_, shots) in zip(batch.ids, batch.layout.samples, strict=True)
-            for _ in shots
-        ]
-        self._totals = totals.to("cpu", non_blocking=True)
+    def __init__(
+        self, step: int, batches: Sequence[Batch], levels: Sequence[NoiseLevels], losses: Tensor, totals: Tensor
+    ) -> None:
+        """step: counted from 1. levels: of each batch. losses [S]: this process's, of each shot. totals: the loss, the
+        gradient's norm and the number of finite shot losses, over all processes."""
+        self.step, self._layouts, self._levels = step, [batch.layout for batch in batches], levels
+        self._shot_ids = _of_each_shot(batches, [batch.ids for batch in batches])
+        self._sources = _of_each_shot(batches, [batch.sources for batch in batches])
+        self._losses, self._totals = (values.to("cpu", non_blocking=True) for values in (losses, totals))
         self._arrived = torch.cuda.Event() if totals.is_cuda else None
         if self._arrived:
             self._arrived.record()
@@ -41,6 +40,16 @@ class Outcome:
             self._arrived.synchronize()
         return Totals(*self._totals.tolist())
 
+    def target_shots(self) -> Iterator["ShotLoss"]:
+        """This process's target shots of finite loss; once `read` has returned."""
+        indices = (group.shot + 1 for layout in self._layouts for group in layout.groups if group.shot >= 0)
+        sigmas, targets = (
+            torch.cat([getattr(level, name) for level in self._levels]).tolist() for name in ("sigma", "is_target")
+        )
+        columns = (self._losses.tolist(), sigmas, indices, self._shot_ids, self._sources)
+        shots = (ShotLoss(*row) for row in zip(*columns, strict=True))
+        return (shot for shot, target in zip(shots, targets, strict=True) if target and math.isfinite(shot.loss))
+
     def scenes(self) -> list[str]:
         """Ids of the samples whose loss is not finite, or of all of the step where every loss is: nobody knows then
         whose gradient it was. Every process takes part."""
@@ -48,6 +57,27 @@ class Outcome:
         broken = gather_lists([name for name, fine in zip(self._shot_ids, finite, strict=True) if not fine])
         everyone = gather_lists(self._shot_ids)
         return list(dict.fromkeys(broken or everyone))
+
+
+@dataclass(frozen=True)
+class ShotLoss:
+    """The loss of one shot, its noise level, its place in its film from 1 on, its scene and the source of that."""
+
+    loss: float
+    sigma: float
+    index: int
+    scene: str
+    source: str
+
+
+def _of_each_shot(batches: Sequence[Batch], by_sample: Sequence[Sequence[str]]) -> list[str]:
+    """What is said of each sample of each batch, once for each of its shots."""
+    return [
+        value
+        for batch, values in zip(batches, by_sample, strict=True)
+        for value, (_, shots) in zip(values, batch.layout.samples, strict=True)
+        for _ in shots
+    ]
 
 
 @dataclass(frozen=True)

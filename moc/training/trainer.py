@@ -25,13 +25,15 @@ from moc.diffusion.flow import Flow
 from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
+from moc.training.breakdown import Breakdown
 from moc.training.clock import Clock
 from moc.training.ema import EMA
 from moc.training.interruption import Interruption
-from moc.training.metrics import Metrics
+from moc.training.metrics import Metrics, headline
 from moc.training.optim import OptimConfig, build_optimizer, learning_rate
 from moc.training.outcome import Outcome, SkipCount, Totals, check_finite
 from moc.training.parallel import Parallel
+from moc.training.survey import Survey
 from moc.training.validation import Validator
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ class Trainer:
         self.step = 0
         self.skips = SkipCount(config.max_skipped_steps)
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
+        self._clock, self._breakdown = Clock(parallel.device), Breakdown()
+        self._survey: Survey | None = None  # of the newest step, at every log_every-th
         self._proven = True  # whether the weights have given a finite loss, as far as is known
         self._validation_due = True
         self._saved_step = 0
@@ -148,14 +152,15 @@ class Trainer:
         return finished
 
     def _run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None, bar: tqdm) -> bool:
-        clock, source = Clock(), iter(steps)
+        source = iter(steps)
         self._data_state = steps.state()
         if validator and self._validation_due and not self._validate(validator, metrics):
             return False
         self.model.train()
+        self._clock.reset()
         gc.freeze()  # a full collection over torch's own objects would stall a step by tens of milliseconds
         while self.step < self.config.num_steps:
-            batches = clock.wait(lambda: self._interruption.wait(lambda: next(source)))
+            batches = self._clock.wait(lambda: self._interruption.wait(lambda: next(source)))
             with memory.enough_for(f"step {self.step + 1}", memory.STEP, batches or []):
                 if self._interrupted() or not self._train_step(batches or []):
                     return False
@@ -170,9 +175,8 @@ class Trainer:
                         f"the loss is {totals.loss} at step {self.step}; lower optim.lr or resume from an earlier "
                         "checkpoint"
                     )
-                values = self._summary(totals) | clock.read()
-                if "loss" in values:
-                    bar.set_postfix(loss=f"{values['loss']:.4f}")
+                values = self._summary(totals)
+                bar.set_postfix(headline(values))
                 if metrics:
                     metrics.log(self.step, values)
             else:
@@ -184,7 +188,7 @@ class Trainer:
             if not validated and not last:
                 return False
             if saves or validator:
-                clock.reset()
+                self._clock.reset()
         return True
 
     def _interrupted(self) -> bool:
@@ -236,18 +240,23 @@ class Trainer:
         # DDP averages gradients over processes; the loss is a mean over the targets of all of them.
         scale = self.parallel.world_size / self.parallel.sum(targets)
         drops = DropKey(self.seed, self.step)
+        self._survey = Survey(self.bare_model, moc) if _due(self.step + 1, self.config.log_every) else None
         losses = []
         for index, (batch, level) in enumerate(zip(batches, levels, strict=True)):
             batch = batch.rechunk(moc.chunk_tokens).to(self.parallel.device)
             if index and self._interrupted():
                 return False
             last = index == len(batches) - 1
+            watched = self._survey.forward(batch.layout) if self._survey else nullcontext()
             with nullcontext() if last else self.parallel.keep_gradients(self.model):
-                with self.parallel.autocast():
-                    by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops)
+                self._clock.begin("forward")
+                with self.parallel.autocast(), watched as on_routes:
+                    by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops, on_routes)
+                self._clock.begin("backward")
                 target_losses = by_shot * self.parallel.put(level.is_target)
                 (target_losses.sum() * scale).backward()
             losses.append(target_losses.detach())
+        self._clock.begin("optimizer")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.num_steps, self.optim)
@@ -259,8 +268,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.bare_model)
+        self._clock.begin("")
         self.step += 1
-        self._outcomes.append(Outcome(self.step, batches, by_shot, totals))
+        self._outcomes.append(Outcome(self.step, batches, levels, by_shot, totals))
         return True
 
     def _look(self, metrics: Metrics | None, but: int = 0) -> Totals:
@@ -273,20 +283,26 @@ class Trainer:
             outcome = self._outcomes.popleft()
             totals = outcome.read()
             self._proven = totals.num_finite > 0
+            self._breakdown.add(outcome)
             scenes = self.skips.add(outcome, totals)
             if scenes and metrics:
                 metrics.log(outcome.step, {"skipped_scenes": ", ".join(scenes)})
         return totals
 
     def _summary(self, totals: Totals) -> dict[str, Any]:
-        """The values to log for a step; the loss is over the targets of all processes."""
-        moc = self.schedule.at(self.step - 1, self.moc)
-        return totals.finite() | {
+        """The values to log for a step; the loss is over the targets of all processes, which all take part."""
+        moc, timing = self.schedule.at(self.step - 1, self.moc), self._clock.read()
+        speed = timing["tokens_per_second"]
+        survey = self._survey.read(speed, self.parallel.dtype) if self._survey else {}
+        timing["tokens_per_second"] = float(self.parallel.sum(self.parallel.put(torch.tensor(speed))))
+        settings = {
             "skipped_steps": self.skips.total,
             "lr": learning_rate(self.step - 1, self.config.num_steps, self.optim),
             "chunk_tokens": moc.chunk_tokens,
             "top_k": moc.top_k,
         }
+        memory_peak = memory.peak_gib(self.parallel.device)
+        return totals.finite() | settings | timing | memory_peak | self._breakdown.read() | survey
 
     def _validate(self, validator: Validator, metrics: Metrics | None) -> bool:
         """Logs the held-out loss of the averaged weights; returns whether it was finished, rather than interrupted.
