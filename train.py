@@ -8,18 +8,20 @@ import logging
 import shutil
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
 from configs.command import command
-from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_settings
+from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
 from configs.schema import TrainConfig
 from data.loading.dataset import ShotDataset, open_dataset
 from data.loading.loader import build_loader
 from moc.files import held
 from moc.schedule import MoCSchedule
-from moc.training import Metrics, Parallel, Trainer, Validator
+from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
 from moc.training.checkpoint import refuse_later
+from moc.training.curves import draw_curves
 from moc.training.interruption import NOT_FINISHED, ending_at_signals, ignore_signals
 from models import build_model, load_encoders
 
@@ -46,6 +48,11 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
     model = build_model(config.model, latent_channels=dataset.latent_channels, text_dim=dataset.text_dim)
     if config.parallel.activation_checkpointing:
         model.enable_gradient_checkpointing()
+
+    def save_extras(folder: Path) -> None:
+        shutil.copytree(dataset.encoders_folder, folder / "encoders")
+        draw_curves(run_folder, read_metrics(run_folder))
+
     trainer = Trainer(
         parallel,
         model,
@@ -56,7 +63,7 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
         config.trainer,
         run_folder,
         config.seed,
-        save_extras=lambda folder: shutil.copytree(dataset.encoders_folder, folder / "encoders"),
+        save_extras=save_extras,
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     refuse_later(run_folder, trainer.step)
@@ -74,10 +81,8 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
     )
     validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
 
-    metrics = None
-    if parallel.is_main:
-        record_settings(config)
-        metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step)
+    record_launch(config, parallel, trainer.step)
+    metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step) if parallel.is_main else None
     finished = trainer.run(loader, metrics, validator)
     if not finished:
         ignore_signals()

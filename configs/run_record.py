@@ -1,8 +1,16 @@
-"""A run and its launches: where one goes on, and config.yaml, what the run was trained with, which a later launch under
-the same name must not change unsaid."""
+"""A run and its launches: where one goes on; config.yaml, what the run was trained with, which a later launch under the
+same name must not change unsaid; and launches.jsonl, a line for each launch."""
 
+import json
 import logging
+import shlex
+import socket
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +21,8 @@ from omegaconf import OmegaConf
 from configs.schema import TrainConfig
 from moc.errors import UserError
 from moc.files import write_whole
-from moc.training import sound_checkpoint
+from moc.training import Parallel, sound_checkpoint
+from moc.training.parallel import gather_lists
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +78,29 @@ def check_same_run(config: TrainConfig) -> None:
         logger.info("%s is now %s (was %s)", key, now[key], before[key])
 
 
-def record_settings(config: TrainConfig) -> None:
+def record_launch(config: TrainConfig, parallel: Parallel, step: int) -> None:
+    """Writes config.yaml and adds a line to launches.jsonl: when and at which step, the command, the code's commit and
+    whether files were changed since, versions, and how many processes each host has. Every process takes part."""
+    hosts = gather_lists([socket.gethostname()])
+    if not parallel.is_main:
+        return
+    _record_settings(config)
+    row = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": shlex.join(sys.argv),
+        "commit": _git("rev-parse", "HEAD"),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "hosts": Counter(hosts),
+        "device": parallel.device_name,
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    }
+    with (config.run_folder / "launches.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _record_settings(config: TrainConfig) -> None:
     """Writes config.yaml; other settings that lie there are kept beside it, as config.1.yaml, config.2.yaml, ..."""
     file, text = config.run_folder / "config.yaml", OmegaConf.to_yaml(_values(config))
     config.run_folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +108,17 @@ def record_settings(config: TrainConfig) -> None:
         number = next(n for n in range(1, 10**6) if not _kept(file, n).exists())
         file.rename(_kept(file, number))
     write_whole(file, text.encode())
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where it is none, or there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _kept(file: Path, number: int) -> Path:

@@ -1,20 +1,23 @@
-"""Metrics of a run: one JSON line each in `metrics.jsonl`, always; Weights & Biases besides, if asked for."""
+"""Metrics of a run: one JSON line each in `metrics.jsonl`, always; Weights & Biases or TensorBoard besides, if asked
+for."""
 
 import json
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from moc.errors import UserError
 from moc.files import write_whole
 from moc.training.checkpoint import refuse_later
 
-TRACKERS = ("none", "wandb", "wandb-offline")
+TRACKERS = ("none", "wandb", "wandb-offline", "tensorboard")
 
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """tracker: none (the file alone), wandb, or wandb-offline (to be synchronized later; needs no account)."""
+    """tracker: none (the file alone), wandb, wandb-offline (to be synchronized later; needs no account), or
+    tensorboard. project: of Weights & Biases."""
 
     tracker: str = "none"
     project: str = "moc"
@@ -27,8 +30,8 @@ class TrackerConfig:
 class Metrics:
     """Appends to `metrics.jsonl` in a run's folder; a resumed run drops the lines past its checkpoint first.
 
-    Raises UserError where the folder holds checkpoints past `first_step`, before it drops anything, and where Weights &
-    Biases does not start.
+    Raises UserError where the folder holds checkpoints past `first_step`, before it drops anything, and where a tracker
+    does not start.
     """
 
     def __init__(self, folder: Path, config: TrackerConfig, run_config: dict[str, Any], first_step: int = 0) -> None:
@@ -36,39 +39,86 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(folder) if row["step"] <= first_step]
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode(), durable=True)
-        self._wandb = None
-        if config.tracker != "none":
-            self._wandb = _start_wandb(folder, config, run_config)
+        self._tracker: Tracker | None = None
+        if config.tracker == "tensorboard":
+            self._tracker = TensorBoard(folder, first_step)
+        elif config.tracker != "none":
+            self._tracker = WeightsAndBiases(folder, config, run_config)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         row = {"step": step, **values}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self._wandb:
-            self._wandb.log(values, step=step)
+        if self._tracker:
+            self._tracker.log(step, values)
 
     def close(self) -> None:
-        if self._wandb:
-            self._wandb.finish()
+        if self._tracker:
+            self._tracker.close()
 
 
-def _start_wandb(folder: Path, config: TrackerConfig, run_config: dict[str, Any]) -> Any:
-    import wandb
+class Tracker(Protocol):
+    """Where metrics go besides the file."""
 
-    try:
-        return wandb.init(
-            project=config.project,
-            name=folder.name,
-            dir=folder,
-            config=run_config,
-            mode="offline" if config.tracker == "wandb-offline" else "online",
-            resume="allow",
-        )
-    except wandb.Error as error:  # such as no key, or no network
-        raise UserError(
-            f"tracking.tracker={config.tracker}: Weights & Biases does not start ({error}); mend that, or say "
-            "tracking.tracker=wandb-offline and synchronize the run later"
-        ) from None
+    def log(self, step: int, values: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class WeightsAndBiases:
+    """One run there for one folder, however often it is resumed: its id is kept in the folder."""
+
+    def __init__(self, folder: Path, config: TrackerConfig, run_config: dict[str, Any]) -> None:
+        import wandb
+
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            write_whole(id_file, uuid.uuid4().hex.encode())
+        try:
+            self._run = wandb.init(
+                id=id_file.read_text(),
+                project=config.project,
+                name=folder.name,
+                dir=folder,
+                config=run_config,
+                mode="offline" if config.tracker == "wandb-offline" else "online",
+                resume="allow",
+                allow_val_change=True,
+            )
+        except wandb.Error as error:  # such as no key, or no network
+            raise UserError(
+                f"tracking.tracker={config.tracker}: Weights & Biases does not start ({error}); mend that, or say "
+                "tracking.tracker=wandb-offline and synchronize the run later"
+            ) from None
+        # A step of our own, since theirs refuses the steps that a killed run does again.
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files in the run's folder; a resumed run replaces the steps past its checkpoint."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError(
+                "tracking.tracker=tensorboard needs a package that is not installed: pip install tensorboard"
+            ) from None
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

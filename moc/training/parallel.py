@@ -63,7 +63,7 @@ class Parallel:
         distinct = self.world_size > 1 and dist.get_backend() != "gloo"
         self._hosts = dist.new_group(backend="gloo") if distinct else None
         if self.is_main:
-            name = f"{torch.cuda.get_device_name(self.device)} ({self.device})" if has_gpu else "the CPU"
+            name = f"{self.device_name} ({self.device})" if has_gpu else self.device_name
             processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
             logger.info("running on %s, precision %s, %s", name, precision, processes)
 
@@ -71,6 +71,11 @@ class Parallel:
     def is_main(self) -> bool:
         """Whether this process writes the files and the log."""
         return self.rank == 0
+
+    @property
+    def device_name(self) -> str:
+        """What the device is called."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
 
     def autocast(self) -> AbstractContextManager:
         """The precision of a forward pass."""

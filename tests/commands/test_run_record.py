@@ -1,7 +1,11 @@
 """A run goes on with the settings it began with; what it was trained with is never written over."""
 
+import importlib.metadata
+import json
 import logging
+import re
 import shutil
+import socket
 
 import pytest
 import yaml
@@ -62,3 +66,17 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypat
         assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == rate
         assert [row["step"] for row in read_metrics(folder) if "loss" in row] == [1, 2, 3]
     assert not (tmp_path / "run").exists()
+
+
+def test_every_launch_is_recorded(prepared, run):
+    """Its command, code, versions and hosts; the lines of earlier launches stay."""
+    command(*launch(prepared, run, "trainer.num_steps=4"))
+    first, second = (json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"]) == (0, 3)
+    assert second["command"].split()[0].endswith("train.py")
+    assert "trainer.num_steps=4" in second["command"].split()
+    assert second["hosts"] == {socket.gethostname(): 1}
+    assert second["device"] == "the CPU"
+    assert second["versions"]["torch"] == importlib.metadata.version("torch")
+    assert second["commit"] is None or re.fullmatch("[0-9a-f]{40}", second["commit"])
+    assert (run / "curves.png").exists()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from moc import MoCConfig
 from moc.schedule import Stage
-from moc.training import EMA, Metrics, OptimConfig, TrackerConfig, find_checkpoint, read_metrics
+from moc.training import EMA, OptimConfig, find_checkpoint, read_metrics
 from moc.training import checkpoint as ckpt
 from moc.training.optim import build_optimizer, learning_rate
 from tests.runs import DROPS, MOC, launch, losses, make_trainer, train
@@ -277,24 +277,3 @@ def test_averages_go_on_after_a_restart():
         elif number > 2:
             resumed.update(model)
     assert torch.equal(ema.model.weight, resumed.model.weight)
-
-
-# Trackers
-
-
-def test_wandb_needs_no_account_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    metrics = Metrics(tmp_path, TrackerConfig(tracker="wandb-offline"), {"lr": 1.0})
-    metrics.log(1, {"loss": 2.0})
-    metrics.close()
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-def test_an_unknown_tracker_is_refused():
-    with pytest.raises(ValueError, match="none, wandb, wandb-offline"):
-        TrackerConfig(tracker="tensorboard")
