@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from data.loading.dataset import DataConfig
+from film.filmmaker import FilmmakerConfig
 from moc import MoCConfig
-from moc.diffusion import Flow, SamplingConfig
+from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.files import OutsideError, inside
 from moc.schedule import Stage
@@ -52,27 +52,14 @@ class TrainConfig:
 
 
 @dataclass
-class SampleConfig:
-    """`sample.py`. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two noise experts
-    (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise one, where
-    checkpoint is the other. script: what to film. out: a folder to write. encoders_path: a folder of them, or a
-    diffusers pipeline. device, precision: as in `moc.training.ParallelConfig`; the weights take the precision too,
-    norms excepted. offload: of two experts only the one in use stays on the GPU. shift: of the noise levels. moc: the
-    settings of attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's."""
+class SampleConfig(FilmmakerConfig):
+    """`sample.py`. script: what to film. out: a folder to write. The rest is the filmmaker's."""
 
-    checkpoint: str = ""
-    low_noise_checkpoint: str | None = None
     script: str = ""
     out: str = ""
-    encoders_path: str | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    offload: bool = False
-    shift: float | None = None
-    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
-    sampler: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint", "script", "out"):
+        super().__post_init__()
+        for name in ("script", "out"):
             if not getattr(self, name):
                 raise UserError(f"{name} is not set; say checkpoint=PATH script=FILE out=DIR")

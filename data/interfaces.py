@@ -34,6 +34,9 @@ class Codec(Protocol):
     def whole_frames(self, frames: int, shot: int = 0) -> int:
         """The longest run within `frames` that is whole latent frames; 0 where there is none."""
 
+    def enclosing_frames(self, frames: int, shot: int = 0) -> int:
+        """The shortest length of whole latent frames that is at least `frames`."""
+
     def nearest_frames(self, frames: float, shot: int = 0) -> int:
         """The length of whole latent frames, one at least, nearest to `frames`."""
 

@@ -1,58 +1,156 @@
-"""From latents that a sampler gives shot by shot to the files of a film."""
+"""A model with its encoders, ready to film prompt scripts."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from data.interfaces import Codec
 from film.folder import FilmFolder
-from film.storyboard import pick_frames
-
-OnStep = Callable[[int, int], None]
-Sampling = Callable[[OnStep], Iterable[tuple[int, Tensor]]]
+from film.plan import FilmPlan, plan_film
+from film.script import Script
+from film.shooting import OnStep, Shooting
+from film.storyboard import draw_routing_map, draw_storyboard, pick_frames
+from moc import MoCConfig, __version__
+from moc.diffusion import Progress, SamplingConfig, sample_shots
+from moc.errors import UserError
+from moc.memory import SAMPLING, enough_for
+from moc.statistics import RoutingMap
+from moc.training import Parallel, ParallelConfig
+from moc.training.checkpoint import sound_checkpoint
+from models import load_denoiser, load_encoders, place
+from models.checkpoints.contents import read_settings
+from models.encoders.fingerprint import fingerprint, weights_digest
 
 
 @dataclass
-class Film:
-    """What was made. thumbnails: a few frames of each shot, uint8 [n, H, W, 3]."""
+class FilmmakerConfig:
+    """What films are made with. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two
+    noise experts (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise
+    one, where checkpoint is the other. encoders_path: a folder of them, or a diffusers pipeline. device, precision: as
+    in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. offload: of two experts only
+    the one in use stays on the GPU. shift: of the noise levels. moc: the settings of attention. null, in encoders_path,
+    shift and each setting of moc, takes the checkpoint's. keep_every: sampling is kept after so many steps, and after
+    each shot."""
 
-    num_frames: int = 0
-    thumbnails: list[np.ndarray] = field(default_factory=list)
+    checkpoint: str = ""
+    low_noise_checkpoint: str | None = None
+    encoders_path: str | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    offload: bool = False
+    shift: float | None = None
+    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
+    sampler: SamplingConfig = field(default_factory=SamplingConfig)
+    keep_every: int = 5
 
-
-def make_film(folder: FilmFolder, fps: float, codec: Codec, sampling: Sampling) -> Film:
-    """Writes each shot as soon as it is sampled, and all of them as one video.
-
-    sampling: is told what to call after each step, with (steps done, steps in all), and yields (index in the stream,
-    latent [C, T, H, W]) of each shot in order. Raises FloatingPointError, with the shot, where its pictures are not
-    finite.
-    """
-    film, decode = Film(), codec.shot_decoder()
-    with tqdm(desc="sample", unit="step") as bar:
-
-        def on_step(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        def frames() -> Iterator[np.ndarray]:
-            for number, (_, latent) in enumerate(sampling(on_step), start=1):
-                folder.write_latent(number, latent)
-                shot = np.concatenate([pictures(piece, f"shot {number}") for piece in decode(latent)])
-                folder.write_shot(number, shot, fps)
-                film.thumbnails.append(shot[pick_frames(len(shot))])
-                yield from shot
-
-        film.num_frames = folder.write_video(frames(), fps)
-    return film
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise UserError("checkpoint is not set; say checkpoint=PATH script=FILE out=DIR")
+        if self.keep_every < 1:
+            raise UserError(f"keep_every={self.keep_every} must be at least 1")
 
 
-def pictures(video: Tensor, of: str) -> np.ndarray:
-    """Decoded float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]. Raises FloatingPointError, naming what they are
-    `of`, where they are not finite: they would be shown as black."""
-    if not video.isfinite().all():
-        raise FloatingPointError(f"{of}: its latent is finite, its decoded pictures are not; the codec may hold nan")
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
+class Filmmaker:
+    """A model and its encoders, opened once to film any number of scripts."""
+
+    def __init__(self, config: FilmmakerConfig) -> None:
+        self.config, self.sampler = config, config.sampler
+        self.parallel = Parallel(ParallelConfig(config.device, config.precision))
+        self.checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
+        model: Any = load_denoiser(self.checkpoint, config.low_noise_checkpoint, self.parallel.dtype)
+        self._model = model
+        moc, flow = read_settings(self.checkpoint)
+        self.moc = moc.override(config.moc)
+        self.flow = flow if config.shift is None else replace(flow, shift=config.shift)
+        encoders = load_encoders(config.encoders_path or self.checkpoint)
+        self.codec, self.text = encoders.codec.to(self.parallel.device), encoders.text
+        self.fingerprints = {
+            "model": fingerprint("model", weights_digest(model)),
+            "codec": self.codec.fingerprint,
+            "text": self.text.fingerprint,
+        }
+
+    @cached_property
+    def model(self) -> Any:
+        """The model on its device, which it takes when the first story is told."""
+        return place(self._model, self.parallel.device, self.config.offload)
+
+    def plan(self, script: Script) -> FilmPlan:
+        """Lays the stream of a script out and encodes what it says and shows."""
+        device = self.parallel.device
+        plan = plan_film(script, self.codec, device, self.sampler.seed)
+        plan.encode_texts(self.text.to(device))
+        self.text.to("cpu")  # its memory is the model's from here on
+        return plan
+
+    def request(self, plan: FilmPlan) -> dict[str, Any]:
+        """All that decides the frames of a film."""
+        return {
+            "script": plan.record(),
+            "moc": self.moc.to_dict(),
+            "flow": asdict(self.flow),
+            "sampler": {name: value for name, value in asdict(self.sampler).items() if name != "seed"},  # shots have it
+            "precision": str(self.parallel.dtype),
+            "fingerprints": self.fingerprints,
+        }
+
+    def film(self, plan: FilmPlan, folder: FilmFolder) -> None:
+        """Makes a film, goes on with it where it was stopped, or leaves it where it is whole.
+
+        Raises DataError where the folder holds another film.
+        """
+        request = self.request(plan)
+        folder.check_request(request)
+        with folder.held():
+            if not folder.is_finished:
+                self._make(plan, folder, request)
+            routing = torch.tensor(folder.read_metadata()["routing"])[plan.filmed][:, plan.filmed]
+            draw_pictures(folder, plan.script, routing)
+
+    def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> None:
+        started, routing_map, device = time.time(), RoutingMap(len(plan.shapes)), self.parallel.device
+        folder.copy_pictures(plan.pictures)
+        shooting = Shooting(folder, plan, self.codec, request, routing_map, self.config.keep_every)
+
+        def sampling(on_step: OnStep, start: Progress | None) -> Iterator[tuple[int, Tensor]]:
+            model, settings = self.model, (self.moc, self.flow, plan.story(), self.sampler)
+            return sample_shots(model, model.stream, *settings, on_step, routing_map, start)
+
+        with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
+            num_frames = shooting.run(sampling)
+        facts = {
+            "num_frames": num_frames,
+            "latent_shapes": plan.shapes,
+            "routing": routing_map.shares().tolist(),
+            "config": asdict(self.config),
+            "checkpoint": str(self.checkpoint.resolve()),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "versions": versions(),
+            "seconds": round(time.time() - started, 1),
+        }
+        folder.write_metadata(request | facts)
+        folder.forget()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a film's bits, and the commit where this is a checkout."""
+    found = {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    git = subprocess.run(
+        ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return found if git.returncode else found | {"commit": git.stdout.strip()}
+
+
+def draw_pictures(folder: FilmFolder, script: Script, routing: Tensor) -> None:
+    """Draws those pictures of a whole film that are not there. routing: as `RoutingMap.shares`, of filmed shots."""
+    rows = [folder.frames(number, pick_frames) for number in range(1, len(script.shots) + 1)]
+    captions = [shot.prompt for shot in script.shots]
+    folder.draw("storyboard.png", draw_storyboard, script.title, captions, rows)
+    folder.draw("routing.png", draw_routing_map, routing)

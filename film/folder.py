@@ -2,26 +2,54 @@
 
 latents/01.safetensors, shots/01.mp4, ...    as soon as a shot is known
 video.mp4                                    the shots one after another
-metadata.json                                everything to repeat the film
+metadata.json                                everything to repeat the film; written when the film is whole
 storyboard.png, routing.png                  pictures of it, which it is whole without
+given/<digest>.png, ...                      copies of the pictures that its script names
+.progress.safetensors                        how far an unfinished film is, and what it was asked to be
+
+A film is tied to its request, a JSON object of all that decides its frames: another request in its folder is refused.
 """
 
+import fcntl
 import json
 import logging
-from collections.abc import Callable, Iterable
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data.cache.store import checksum
 from data.cache.writer import write_whole
 from data.errors import DataError
-from data.media.write import write_video
+from data.media.decode import open_video
+from data.media.write import join_videos, write_video
+from moc.errors import UserError
+from moc.files import PARTIAL, HeldError
+from moc.training.checkpoint import read_json
 
-FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", "metadata.json", "storyboard.png", "routing.png")
+METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
+REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # what of the metadata decides the frames
+FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, "storyboard.png", "routing.png")
+REMEDY = "name another folder, or remove this one"
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Kept:
+    """What an unfinished film keeps. step: of sampling. made: the checksum of the latent of each finished shot, by its
+    number, which counts from 1. tensors: whatever else sampling goes on from."""
+
+    step: int = 0
+    made: dict[int, int] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class FilmFolder:
@@ -33,31 +61,148 @@ class FilmFolder:
         if self.path.exists() and not self.path.is_dir():
             raise DataError("not-a-folder", self.path, "is a file; name a folder for the film")
         there = next((file for pattern in FILES for file in sorted(self.path.glob(pattern))), None)
-        if there is not None:
+        if there is not None and self._request() is None:
             raise DataError(
                 "film-exists", self.path, f"already holds {there.relative_to(self.path)} of a film; name another folder"
             )
 
-    def write_latent(self, number: int, latent: Tensor) -> None:
-        """The latent [C, T, H, W] of a shot, counted from 1."""
-        write_whole(self.path / f"latents/{number:02d}.safetensors", save({"latent": latent.contiguous()}))
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder, made if need be, for this process alone. Raises HeldError where another one films there."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in self.path.rglob(f".*{PARTIAL}"):  # of a process that was killed
+                path.unlink()
+            yield
+        except BlockingIOError:
+            raise HeldError(f"{self.path} is in use by another process; wait for it to end, or name another") from None
+        finally:
+            os.close(handle)
 
-    def write_shot(self, number: int, frames: np.ndarray, fps: float) -> None:
-        """The frames of a shot, uint8 [F, H, W, 3]."""
-        write_video(self.path / f"shots/{number:02d}.mp4", frames, fps)
+    @property
+    def is_finished(self) -> bool:
+        return not (self.path / PROGRESS).exists() and (self.path / METADATA).exists()
 
-    def write_video(self, frames: Iterable[np.ndarray], fps: float) -> int:
-        """All frames of the film, uint8 [H, W, 3] each; returns how many."""
-        return write_video(self.path / "video.mp4", frames, fps)
+    def check_request(self, request: Mapping[str, Any]) -> None:
+        """Raises DataError (other-film) where the folder holds a film, finished or not, of another request."""
+        before = self._request()
+        if before is None:
+            return
+        changed = _difference(before, json.loads(json.dumps(request)))
+        if changed:
+            raise DataError("other-film", self.path, f"holds another film: {changed}; {REMEDY}")
+
+    def _request(self) -> dict[str, Any] | None:
+        """The request of the film that the folder holds; None where it holds none."""
+        if (self.path / PROGRESS).exists():
+            return self._read_progress()[0]
+        try:
+            record = self.read_metadata()
+        except (FileNotFoundError, UserError):  # none of ours
+            return None
+        return {name: record[name] for name in REQUEST} if record.keys() >= set(REQUEST) else None
+
+    # An unfinished film
+
+    def keep(self, request: Mapping[str, Any], kept: Kept) -> None:
+        """Keeps how far the film is, in the place of what was kept before."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.tensors.items()}
+        state = {"request": request, "step": kept.step, "made": kept.made}
+        text = json.dumps(state | {"crc32": {name: checksum(tensor) for name, tensor in tensors.items()}})
+        metadata = {"state": text, "crc32": str(zlib.crc32(text.encode()))}
+        write_whole(self.path / PROGRESS, save(tensors, metadata))
+
+    def kept(self) -> Kept:
+        """What was kept last; raises DataError (damaged-film) where it, or a latent it tells of, is not as written."""
+        if not (self.path / PROGRESS).exists():
+            return Kept()
+        _, kept = self._read_progress()
+        for number, crc32 in kept.made.items():
+            if checksum(self.read_latent(number)) != crc32:
+                raise self._damaged(self._latent(number))
+        return kept
+
+    def forget(self) -> None:
+        """Lets go of what is kept, once the film is whole."""
+        (self.path / PROGRESS).unlink(missing_ok=True)
+
+    def _read_progress(self) -> tuple[dict[str, Any], Kept]:
+        file = self.path / PROGRESS
+        try:
+            with safe_open(file, framework="pt") as opened:
+                fields = opened.metadata()
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            state = json.loads(fields["state"])
+            whole = zlib.crc32(fields["state"].encode()) == int(fields["crc32"])
+            whole &= state["crc32"] == {name: checksum(tensor) for name, tensor in tensors.items()}
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise self._damaged(file)
+        made = {int(number): crc32 for number, crc32 in state["made"].items()}
+        return state["request"], Kept(state["step"], made, tensors)
+
+    def _damaged(self, file: Path) -> DataError:
+        return DataError("damaged-film", file, f"is not what was written; {REMEDY}")
+
+    # Files of the film
+
+    def _latent(self, number: int) -> Path:
+        return self.path / f"latents/{number:02d}.safetensors"
+
+    def shot(self, number: int) -> Path:
+        """The video of a shot, counted from 1."""
+        return self.path / f"shots/{number:02d}.mp4"
+
+    def write_latent(self, number: int, latent: Tensor) -> int:
+        """The latent [C, T, H, W] of a shot; returns its checksum."""
+        latent = latent.cpu().contiguous()
+        write_whole(self._latent(number), save({"latent": latent}))
+        return checksum(latent)
+
+    def read_latent(self, number: int) -> Tensor:
+        """The latent of a shot; raises DataError (damaged-film) where it cannot be read."""
+        try:
+            return load_file(self._latent(number))["latent"]
+        except (SafetensorError, KeyError, FileNotFoundError):
+            raise self._damaged(self._latent(number)) from None
+
+    def write_shot(self, number: int, frames: Iterable[np.ndarray], fps: float) -> int:
+        """The frames of a shot, uint8 [H, W, 3] each; returns how many."""
+        return write_video(self.shot(number), frames, fps)
+
+    def join_shots(self, num_shots: int) -> int:
+        """All shots as one video, their frames as they are; returns how many."""
+        return join_videos(self.path / "video.mp4", [self.shot(number) for number in range(1, num_shots + 1)])
+
+    def frames(self, number: int, pick: Callable[[int], list[int]]) -> np.ndarray:
+        """Some frames of a shot as its video shows them, uint8 [n, H, W, 3]. pick: which, of how many."""
+        reader = open_video(self.shot(number))
+        frames = reader.pick(pick(reader.num_frames)).numpy()
+        reader.close()
+        return frames
+
+    def copy_pictures(self, names: Mapping[Path, str]) -> None:
+        """Copies the pictures of a script to where its record names them."""
+        for file, name in names.items():
+            write_whole(self.path / name, file.read_bytes())
+
+    def read_metadata(self) -> dict[str, Any]:
+        return read_json(self.path / METADATA)
 
     def write_metadata(self, record: dict[str, Any]) -> None:
         """What makes the film repeatable, as JSON; what JSON does not know is written as text."""
         text = json.dumps(record, indent=2, default=str) + "\n"
-        write_whole(self.path / "metadata.json", text.encode())
+        write_whole(self.path / METADATA, text.encode())
 
     def draw(self, name: str, draw: Callable[..., None], *what: Any) -> None:
-        """Has `draw(path, *what)` make a picture of the film. One that fails costs no more than itself: a warning."""
+        """Has `draw(path, *what)` make a picture of the film, unless it is there. One that fails costs no more than
+        itself: a warning."""
         path = self.path / name
+        if path.exists():
+            return
         try:
             draw(path, *what)
         except Exception as error:
@@ -65,4 +210,23 @@ class FilmFolder:
 
     def files(self) -> list[Path]:
         """What there is to look at."""
-        return [path for name in FILES[2:] if name != "metadata.json" and (path := self.path / name).exists()]
+        return [path for name in FILES[2:] if name != METADATA and (path := self.path / name).exists()]
+
+
+def _difference(before: Any, now: Any, key: str = "") -> str:
+    """The first value in which two JSON objects differ, in words; "" where they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            said = _difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            if said:
+                return said
+        return ""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return next(filter(None, (_difference(*pair, f"{key}[{index}]") for index, pair in pairs)), "")
+    return "" if before == now else f"its {key} is {_short(before)}, not {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,9 @@
     negative: "..."
     shots:
       - {prompt: "...", seconds: 8, cut: true}
-      - {prompt: "...", seconds: 8, cut: false, image: ref.png}
+      - {prompt: "...", seconds: 8, cut: false, image: ref.png, seed: 3}
+
+A film's metadata.json is read as the script of that film, with the seed of each shot.
 
 HoloCine: `global_caption`, `shot_captions`, `num_frames`, optionally `shot_cut_frames`; or `prompt`, one string with
 [global caption], [per shot caption] and [shot cut] tags. StoryMem: `story_overview` and `scenes` of `video_prompts` and
@@ -15,7 +17,7 @@ HoloCine: `global_caption`, `shot_captions`, `num_frames`, optionally `shot_cut_
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,19 +29,25 @@ from data.stories import prompts_and_cuts, refuse_unknown, spans_between
 
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots"}
-_SHOT_FIELDS = {"prompt", "seconds", "cut", "image"}
+_SHOT_FIELDS = {"prompt", "seconds", "cut", "image", "seed"}
 _SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # that the peers' forms may add to their own
 
 
 @dataclass(frozen=True)
 class ScriptShot:
     """One shot to film. cut: a true cut begins it; false: it goes on from the shot before. image: a picture, already
-    inside the script's folder, that the shot shall look like."""
+    inside the script's folder, that the shot shall look like. seed: of its noise; None takes the film's."""
 
     prompt: str
     seconds: float
     cut: bool = True
     image: Path | None = None
+    seed: int | None = None
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether it does not go on from the shot before, but from a cut or a picture."""
+        return self.cut or self.image is not None
 
     @property
     def caption(self) -> str:
@@ -58,6 +66,16 @@ class Script:
     negative: str
     shots: tuple[ScriptShot, ...]
 
+    def record(self, seed: int, names: Mapping[Path, str]) -> dict[str, Any]:
+        """The script as JSON has it. seed: of the shots without one. names: under which pictures are named."""
+        shots: list[dict[str, Any]] = []
+        for shot in self.shots:
+            fields = {"prompt": shot.prompt, "seconds": shot.seconds, "cut": shot.cut}
+            image = {"image": names[shot.image]} if shot.image else {}
+            shots.append(fields | image | {"seed": seed if shot.seed is None else shot.seed})
+        top = {"title": self.title, "global": self.global_caption, "size": list(self.size), "fps": self.fps}
+        return top | {"negative": self.negative, "shots": shots}
+
 
 def load_script(path: str | Path) -> Script:
     """Reads a script in any of the forms; raises DataError citing file and field."""
@@ -68,6 +86,8 @@ def load_script(path: str | Path) -> Script:
     raw = parse_json(text, path) if path.suffix.lower() == ".json" else parse_yaml(text, path)
     if not isinstance(raw, dict):
         raise DataError("unreadable-script", path, "must be a mapping with `shots` (see the README)")
+    if "fingerprints" in raw and isinstance(raw.get("script"), dict):  # the metadata of a film
+        raw = raw["script"]
     if "shot_captions" in raw or isinstance(raw.get("prompt"), str):
         raw = _from_holocine(raw, path)
     elif "scenes" in raw:
@@ -97,14 +117,16 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
     if not isinstance(raw, dict):
         raise DataError("bad-script", where, f"{raw!r} is not a mapping with prompt and seconds")
     refuse_unknown(raw, _SHOT_FIELDS, where, "bad-script")
-    prompt, cut, image = raw.get("prompt"), raw.get("cut", True), raw.get("image")
+    prompt, cut, image, seed = raw.get("prompt"), raw.get("cut", True), raw.get("image"), raw.get("seed")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError("bad-script", f"{where}.prompt", f"{prompt!r} is not a text; say what the shot shows")
     if not isinstance(cut, bool):
         raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
+    if seed is not None and not (type(seed) is int and seed >= 0):
+        raise DataError("bad-script", f"{where}.seed", f"{seed!r} is not a whole number of at least 0")
     seconds = _positive(raw.get("seconds", DEFAULT_SECONDS), f"{where}.seconds")
     picture = resolve(root, str(image), f"{where}.image") if image is not None else None
-    return ScriptShot(_whole(prompt, f"{where}.prompt").strip(), seconds, cut, picture)
+    return ScriptShot(_whole(prompt, f"{where}.prompt").strip(), seconds, cut, picture, seed)
 
 
 def _text(raw: dict[str, Any], name: str, where: object) -> str:

@@ -1,6 +1,6 @@
 """Frames are written to a video file, which appears only when it is whole."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -53,6 +53,39 @@ def write_video(
     finally:
         partial.unlink(missing_ok=True)
     return count
+
+
+def join_videos(path: str | Path, parts: Sequence[str | Path]) -> int:
+    """Joins videos of one size, rate and codec, as `write_video` wrote them, without decoding them; returns how many
+    frames they are. The file appears under `path` only when whole."""
+    path, num_frames = Path(path), 0
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        with av.open(str(partial), "w") as joined:
+            stream = None
+            delay = max(_delay(part) for part in parts)
+            for part in parts:
+                with av.open(str(part)) as source:
+                    stream = stream or joined.add_stream_from_template(source.streams.video[0])
+                    start = num_frames
+                    for packet in source.demux(video=0):
+                        if packet.pts is None or packet.duration is None:  # the end of the file
+                            continue
+                        packet.pts += start * packet.duration
+                        packet.dts = num_frames * packet.duration - delay
+                        packet.stream = stream
+                        joined.mux(packet)
+                        num_frames += 1
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return num_frames
+
+
+def _delay(path: str | Path) -> int:
+    """How long before it is shown a video's first frame is decoded, in units of its time stamps."""
+    with av.open(str(path)) as source:
+        return -(next(source.demux(video=0)).dts or 0)
 
 
 def _check_writable(path: Path, array: np.ndarray) -> None:

@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Story:
     text, negative: features [T_i, text_dim] of the global caption, then of each shot's, to steer to and away from.
     given: clean latents [C, T, H, W] of shots that are known already, by index.
     cuts: whether a true cut begins each shot; empty means cuts everywhere.
+    noise_keys: seed the noise of each shot (`noise_key`); empty keys it by the config's seed and the shot's index.
     Raises ValueError where these do not describe the same shots.
     """
 
@@ -83,6 +84,7 @@ class Story:
     negative: list[Tensor]
     given: dict[int, Tensor] = field(default_factory=dict)
     cuts: Sequence[bool] = ()
+    noise_keys: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         shots = len(self.shapes)
@@ -91,13 +93,31 @@ class Story:
                 f"a story of {shots} shots has {len(self.text)} texts and {len(self.negative)} negative ones; it needs "
                 "one for the global caption and one for each shot"
             )
-        if self.cuts and len(self.cuts) != shots:
-            raise ValueError(f"a story of {shots} shots has {len(self.cuts)} cuts; it needs one for each shot, or none")
+        for name, values in (("cuts", self.cuts), ("noise keys", self.noise_keys)):
+            if values and len(values) != shots:
+                raise ValueError(
+                    f"a story of {shots} shots has {len(values)} {name}; it needs one for each shot, or none"
+                )
         if not self.given.keys() < set(range(shots)):
             raise ValueError(f"shots {sorted(self.given)} of {shots} are given; at least one must be left to sample")
         for index, latent in self.given.items():
             if tuple(latent.shape) != tuple(self.shapes[index]):
                 raise ValueError(f"shot {index} is given as {tuple(latent.shape)}; its shape is {self.shapes[index]}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of every shot
+    that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index."""
+
+    step: int
+    num_steps: int
+    latents: dict[int, Tensor]
+
+
+def noise_key(seed: int, number: int) -> int:
+    """The seed of the noise of shot `number` in a story of `seed`."""
+    return draw_key(seed, number)
 
 
 def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
@@ -116,15 +136,17 @@ def sample_shots(
     flow: Flow,
     story: Story,
     config: SamplingConfig,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[Progress], None] | None = None,
     routing_map: RoutingMap | None = None,
+    start: Progress | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Denoises a story; yields (index, clean latent) of each shot, fp32 [C, T, H, W], as soon as it is finished.
 
     model: is called as `Flow.loss` calls it; it and the story's text are on one device.
     spec: how the model lays out its stream. moc: what attention attends to. flow: the noise convention and its shift.
-    on_step: called after each step with the steps done and all steps. routing_map: collects where the prompt's queries
-        route to. Shots come in order; given ones are not yielded.
+    on_step: called after each step, once the shots that it finished are taken. routing_map: collects where the prompt's
+        queries route to. start: where an earlier call stood, to go on from as if it had never stopped.
+    Shots come in order; given ones are not yielded, nor are those that `start` holds finished.
     Raises FloatingPointError, with shot and step, where a latent is no longer finite, and UserError where the config
     sets `high_noise_guidance_scale` for a single model.
     """
@@ -133,8 +155,10 @@ def sample_shots(
         raise UserError("sampler.high_noise_guidance_scale is for a pair of experts; this model is a single one")
     device = story.text[0].device
     num_shots = len(story.shapes)
-    noise = [_shot_noise(shape, config.seed, index, device) for index, shape in enumerate(story.shapes)]
-    latents = [story.given.get(index, noise[index]).to(device).float() for index in range(num_shots)]
+    keys = story.noise_keys or [noise_key(config.seed, index) for index in range(num_shots)]
+    noise = [_shot_noise(shape, key, device) for shape, key in zip(story.shapes, keys, strict=True)]
+    known = story.given | (start.latents if start else {})
+    latents = [known.get(index, noise[index]).to(device).float() for index in range(num_shots)]
     unknown = [index for index in range(num_shots) if index not in story.given]
     clocks = sigma_table(len(unknown), config, flow)
     table = torch.zeros(len(clocks), num_shots)
@@ -143,7 +167,7 @@ def sample_shots(
     cuts = story.cuts or [True] * num_shots
     prompt, negative = (_Side(model, spec, text, cuts, keeps_history) for text in (story.text, story.negative))
 
-    for step, (now, after) in enumerate(pairwise(table)):
+    for step, (now, after) in islice(enumerate(pairwise(table)), start.step if start else 0, None):
         moving = [index for index in unknown if after[index] < now[index]]
         shots = _stream(now, moving, config.context_shots)
         sigma = torch.where(now == 0, config.history_sigma, now)[shots]
@@ -174,14 +198,15 @@ def sample_shots(
                     f"shot {unknown.index(index) + 1}, step {steps_done[index] + 1} of {config.steps}: the latent is "
                     "not finite; weights may hold nan, or values overflow: try precision=fp32, a lower guidance_scale"
                 )
-        if on_step:
-            on_step(step + 1, len(table) - 1)
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
+        if on_step:
+            begun = {index: latents[index] for index in range(num_shots) if after[index] < 1}
+            on_step(Progress(step + 1, len(table) - 1, begun))
 
 
-def _shot_noise(shape: tuple[int, ...], seed: int, index: int, device: torch.device) -> Tensor:
-    """Noise of one shot, drawn on the CPU so that a seed means the same story on every device."""
-    generator = torch.Generator().manual_seed(draw_key(seed, index))
+def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:
+    """Noise of one shot, drawn on the CPU so that a key means the same noise on every device."""
+    generator = torch.Generator().manual_seed(key)
     return torch.randn(shape, generator=generator).to(device)
 
 
@@ -226,9 +251,9 @@ class _Side:
         if self.cache is None or not moc.flows_forward:
             return self._run(stream, moc, on_routes=on_routes)
         history = len(stream.shots) - 1
-        if self._num_remembered < history:
-            self._run(stream.up_to(history), moc, self._num_remembered, cache=self.cache, remember=True)
-            self._num_remembered = history
+        while self._num_remembered < history:  # shot by shot, so that a resumed story computes the same bits
+            first, self._num_remembered = self._num_remembered, self._num_remembered + 1
+            self._run(stream.up_to(first + 1), moc, first, cache=self.cache, remember=True)
         return self._run(stream, moc, history, on_routes=on_routes, cache=self.cache)
 
     def layout(self, stream: _Stream, moc: MoCConfig) -> ShotLayout:

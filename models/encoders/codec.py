@@ -123,6 +123,10 @@ class Codec(nn.Module):
         lone = int(self.begins_video(shot))
         return self.pixel_frames(max(1, lone + round((frames - lone) / self.temporal_factor)), shot)
 
+    def enclosing_frames(self, frames: int, shot: int = 0) -> int:
+        """The shortest length of whole latent frames that is at least `frames`."""
+        return self.whole_frames(max(frames, self.pixel_frames(1, shot)) + self.temporal_factor - 1, shot)
+
     def latent_frames(self, frames: int, shot: int = 0) -> int:
         """Latent frames of a shot; raises ValueError where its frames are not whole latent frames."""
         lone = int(self.begins_video(shot))

@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from film.folder import PROGRESS
 from moc.diffusion.samplers import sample_shots
 from moc.training.integrity import seal
 from tests.pipeline import assert_one_message, command, prepare, refusal
@@ -153,7 +154,7 @@ def test_a_picture_that_fails_costs_itself_alone(capsys, tmp_path, trained, scri
         there.append(names(path.parent))
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("film.storyboard.draw_storyboard", failing)
+    monkeypatch.setattr("film.filmmaker.draw_storyboard", failing)
     command("sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
     assert there == [{"latents/01.safetensors", "shots/01.mp4", "video.mp4", "metadata.json"}]
     assert names(tmp_path / "film") == {*there[0], "routing.png"}
@@ -191,11 +192,16 @@ def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, sc
     metadata."""
 
     def dying(*arguments, **others):
-        yield next(sample_shots(*arguments, **others))
+        shots = sample_shots(*arguments, **others)
+        yield next(shots)
+        next(shots)
         raise error
 
-    monkeypatch.setattr("moc.diffusion.sample_shots", dying)
+    monkeypatch.setattr("film.filmmaker.sample_shots", dying)
     story = script(shots=[{"prompt": "A cat.", "seconds": 0.4}] * 2)
     arguments = (f"checkpoint={trained}", f"script={story}", f"out={tmp_path / 'film'}", "sampler.steps=2")
     assert_one_message(refusal(capsys, "sample.py", *arguments), *parts)
-    assert names(tmp_path / "film") == {"latents/01.safetensors", "shots/01.mp4"}
+    assert names(tmp_path / "film") == {"latents/01.safetensors", "shots/01.mp4", PROGRESS}
+    monkeypatch.undo()
+    command("sample.py", *arguments)
+    assert names(tmp_path / "film") >= {"latents/02.safetensors", "shots/02.mp4", "video.mp4", "metadata.json"}

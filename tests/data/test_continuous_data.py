@@ -16,6 +16,7 @@ from data.loading.dataset import DataConfig, open_dataset
 from data.manifest import SceneRecord, ShotRecord, write_manifest
 from data.media import resize
 from data.media.decode import open_video
+from data.media.write import write_video
 from data.prepare.pipeline import PrepareConfig, Prepared, prepare
 from models import load_encoders
 from models.encoders.codec import Codec, CodecConfig, CodecKind
@@ -152,7 +153,7 @@ def test_a_film_is_one_decode_of_the_joined_latents(
 
     def keep(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
         written[path.name] = np.stack(list(frames))
-        return len(written[path.name])
+        return write_video(path, written[path.name], fps)
 
     monkeypatch.setattr("film.folder.write_video", keep)
     Image.new("RGB", (96, 64), (0, 200, 0)).save(tmp_path / "ref.png")
@@ -164,7 +165,7 @@ def test_a_film_is_one_decode_of_the_joined_latents(
     (tmp_path / "story.json").write_text(json.dumps({"size": [32, 48], "fps": 12, "shots": shots}))
     film = pipeline.sample(tuned, tmp_path / "story.json", tmp_path / "film")
     shots = [written[f"{number:02d}.mp4"] for number in (1, 2, 3)]
-    assert [len(frames) for frames in shots] == [5, 4, 8]
+    assert [len(frames) for frames in shots] == [5, 4, 7]  # of the last one's 8 the script asks for 7
     record = json.loads((film / "metadata.json").read_text())
     assert [shape[1] for shape in record["latent_shapes"]] == [1, 2, 1, 1, 2]
     latents = [load_file(film / f"latents/{number:02d}.safetensors")["latent"] for number in (1, 2, 3)]
@@ -174,5 +175,7 @@ def test_a_film_is_one_decode_of_the_joined_latents(
     with torch.no_grad():
         decoded = codec.vae.decode(z[None]).sample[0].permute(1, 2, 3, 0)
     expected = ((decoded + 1) * 127.5).numpy()
-    assert np.abs(np.concatenate(shots) - expected).max() < 0.6
-    assert np.array_equal(np.concatenate(shots), written["video.mp4"])
+    assert np.abs(np.concatenate(shots) - expected[:16]).max() < 0.6
+    readers = [open_video(film / name) for name in ("shots/01.mp4", "shots/02.mp4", "shots/03.mp4", "video.mp4")]
+    *parts, video = [reader.read(0, reader.num_frames) for reader in readers]
+    assert torch.equal(torch.cat(parts), video)

@@ -9,11 +9,15 @@ from PIL import Image
 
 from data.errors import DataError
 from data.manifest import CUT_PREFIX
-from film.filmmaker import make_film, pictures
-from film.folder import FILES, FilmFolder
+from data.media.decode import open_video
+from film.folder import FILES, PROGRESS, FilmFolder
 from film.plan import plan_film
 from film.script import Script, ScriptShot
+from film.shooting import Shooting, pictures
 from film.storyboard import draw_routing_map, draw_storyboard, pick_frames
+from moc.diffusion import Progress, noise_key
+from moc.files import HeldError
+from moc.statistics import RoutingMap
 from models.encoders.codec import Codec
 
 
@@ -55,10 +59,22 @@ def picture(tmp_path) -> Path:
     ("frames", "latents"),
     [(1, 1), (2, 1), (3.5, 2), (5, 2), (6.5, 2), (7.5, 3), (9, 3), (81, 21), (80, 21), (0.2, 1)],
 )
-def test_a_shot_gets_the_nearest_whole_length(frames, latents):
-    plan = plan_film(script(ScriptShot("a", frames / 16), fps=16), MeanCodec())
+def test_a_shot_that_another_goes_on_from_gets_the_nearest_whole_length(frames, latents):
+    plan = plan_film(script(ScriptShot("a", frames / 16), ScriptShot("b", 1.0, cut=False), fps=16), MeanCodec())
     assert plan.shapes[0][1] == latents
-    assert abs(4 * (latents - 1) + 1 - frames) <= 2
+    assert plan.num_frames[0] == 4 * (latents - 1) + 1
+    assert abs(plan.num_frames[0] - frames) <= 2
+
+
+@pytest.mark.parametrize(
+    ("frames", "latents"),
+    [(1, 1), (2, 2), (3.6, 2), (5, 2), (6.4, 3), (61, 16), (62, 17), (81, 21), (80, 21), (0.2, 1)],
+)
+def test_a_shot_before_a_cut_is_as_long_as_the_script_says(frames, latents):
+    shots = [ScriptShot("a", frames / 16), ScriptShot("b", frames / 16)]
+    plan = plan_film(script(*shots, fps=16), MeanCodec())
+    assert [shape[1] for shape in plan.shapes] == [latents] * 2
+    assert plan.num_frames == [max(1, round(frames))] * 2
 
 
 def test_cuts_of_one_video_do_not_drift(picture):
@@ -70,6 +86,8 @@ def test_cuts_of_one_video_do_not_drift(picture):
         made = sum(lengths[:place])
         assert abs(made - place * 5 * 16.3) <= 2
         assert made % 4 == 1
+    assert plan.num_frames[:-1] == lengths[:-1]
+    assert sum(plan.num_frames) == round(8 * 5 * 16.3)
     assert plan.given.keys() == {3}
 
 
@@ -80,9 +98,9 @@ def test_a_plan_has_a_latent_for_each_shot():
     assert plan.filmed == [0, 1]
     assert plan.given == {}
     assert plan.cuts == [True, False]
-    text, negative = plan.texts(EchoText(), what)
-    assert text == ["whole story", f"{CUT_PREFIX} a", "b"]
-    assert negative == ["ugly", "", ""]
+    plan.encode_texts(EchoText())
+    assert plan.text == ["whole story", f"{CUT_PREFIX} a", "b"]
+    assert plan.negative == ["ugly", "", ""]
 
 
 def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
@@ -92,11 +110,22 @@ def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
     assert plan.filmed == [0, 2, 3]
     assert plan.cuts == [True, True, True, False]  # the picture stands between a shot and what it continues
     assert list(plan.given) == [1]
-    assert plan.texts(EchoText(), what)[0] == ["whole story", f"{CUT_PREFIX} a", "b", "b", "c"]
+    plan.encode_texts(EchoText())
+    assert plan.text == ["whole story", f"{CUT_PREFIX} a", "b", "b", "c"]
     latent = plan.given[1]
     assert latent.shape == (3, 1, 8, 12)
     assert latent[:, 0, :, :5].mean((1, 2)).tolist() == pytest.approx([1, -1, -1], abs=0.05)
     assert latent[:, 0, :, 7:].mean((1, 2)).tolist() == pytest.approx([-1, -1, 1], abs=0.05)
+
+
+def test_a_picture_leaves_the_noise_of_the_shots_as_it_is(picture):
+    shots = [ScriptShot("a", 1.0), ScriptShot("b", 1.0, seed=4), ScriptShot("c", 1.0)]
+    plain = plan_film(script(*shots), MeanCodec(), seed=7)
+    assert plain.noise_keys == [noise_key(7, 0), noise_key(4, 1), noise_key(7, 2)]
+    shots[0] = ScriptShot("a", 1.0, image=picture)
+    plan = plan_film(script(*shots), MeanCodec(), seed=7)
+    assert [plan.noise_keys[index] for index in plan.filmed] == plain.noise_keys
+    assert plan.noise_keys[0] not in plain.noise_keys
 
 
 def test_a_reference_picture_is_encoded_on_the_codecs_device(picture):
@@ -231,29 +260,140 @@ class FlatCodec(MeanCodec):
     latents_at_once = 1000
 
 
+REQUEST = {
+    "script": {"shots": [{"seed": 1}]},
+    "moc": {},
+    "flow": {},
+    "sampler": {},
+    "precision": "",
+    "fingerprints": {},
+}
+
+
+def shooting(folder: Path, num_shots: int = 2, keep_every: int = 100) -> Shooting:
+    """Of shots of 4 frames, whose latents hold 5."""
+    plan = plan_film(script(*[ScriptShot("a", 4 / 12)] * num_shots), FlatCodec())
+    return Shooting(FilmFolder(folder), plan, FlatCodec(), REQUEST, RoutingMap(num_shots), keep_every)
+
+
+def plays(*latents: torch.Tensor):
+    """Sampling that finishes a shot at each step."""
+
+    def sampling(on_step, start):
+        done = start.step if start else 0
+        for index, made in enumerate(latents[done:], start=done):
+            yield index, made
+            on_step(Progress(index + 1, len(latents), dict(enumerate(latents[: index + 1]))))
+
+    return sampling
+
+
 def test_a_film_is_made_shot_by_shot(tmp_path):
     """Each shot's files are there before the next shot is sampled."""
     seen = []
 
-    def sampling(on_step):
-        for number in range(2):
-            seen.append(files(tmp_path) - {".video.partial.mp4"})
-            on_step(number + 1, 2)
-            yield number, latent()
+    def sampling(on_step, start):
+        for index, item in plays(latent(), latent(0.2))(on_step, start):
+            seen.append(files(tmp_path))
+            yield index, item
 
-    film = make_film(FilmFolder(tmp_path), 12, FlatCodec(), sampling)
     first = {"latents/01.safetensors", "shots/01.mp4"}
-    assert seen == [set(), first]
-    assert files(tmp_path) == {*first, "latents/02.safetensors", "shots/02.mp4", "video.mp4"}
-    assert film.num_frames == 10
-    assert [rows.shape for rows in film.thumbnails] == [(5, 32, 48, 3)] * 2
-    assert abs(int(film.thumbnails[0][0, 0, 0, 0]) - 191) <= 1
+    assert shooting(tmp_path).run(sampling) == 8
+    assert seen == [set(), {*first, PROGRESS}]
+    assert files(tmp_path) == {*first, "latents/02.safetensors", "shots/02.mp4", "video.mp4", PROGRESS}
+    reader = open_video(tmp_path / "video.mp4")
+    assert reader.num_frames == 8
+    frames = reader.read(0, 8)
+    assert (frames[:4].float() - 191).abs().max() <= 2
+    assert (frames[4:].float() - 153).abs().max() <= 2
+    rows = FilmFolder(tmp_path).frames(1, pick_frames)
+    assert rows.shape == (4, 32, 48, 3)
+    assert np.array_equal(rows, frames[:4].numpy())
 
 
 def test_pictures_that_are_not_finite_are_no_film(tmp_path):
     with pytest.raises(FloatingPointError, match=r"shot 2.*not; the codec"):
-        make_film(FilmFolder(tmp_path), 12, FlatCodec(), lambda _: enumerate([latent(), latent(float("nan"))]))
-    assert files(tmp_path) == {"latents/01.safetensors", "shots/01.mp4", "latents/02.safetensors"}
+        shooting(tmp_path).run(plays(latent(), latent(float("nan"))))
+    assert files(tmp_path) == {"latents/01.safetensors", "shots/01.mp4", "latents/02.safetensors", PROGRESS}
+
+
+# A film that was stopped
+
+
+def test_what_is_kept_is_what_sampling_goes_on_from(tmp_path):
+    """Two steps a shot, kept after each; a shot that is finished is read from its own file."""
+    counts = [torch.eye(2, dtype=torch.float64) * step for step in range(5)]
+    noisy = {step: latent(step / 10) for step in range(1, 5)}
+
+    def first(on_step, start):
+        assert start is None
+        filmed.routing_map.counts = counts[1]
+        on_step(Progress(1, 4, {0: noisy[1]}))
+        yield 0, noisy[2]
+        filmed.routing_map.counts = counts[3]
+        on_step(Progress(2, 4, {0: noisy[2]}))
+        on_step(Progress(3, 4, {0: noisy[2], 1: noisy[3]}))
+        raise KeyboardInterrupt
+
+    filmed = shooting(tmp_path, keep_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        filmed.run(first)
+
+    def second(on_step, start):
+        assert start.step == 3
+        assert torch.equal(start.latents[0], noisy[2])
+        assert torch.equal(start.latents[1], noisy[3])
+        assert torch.equal(filmed.routing_map.counts, counts[3])
+        yield 1, noisy[4]
+        on_step(Progress(4, 4, {0: noisy[2], 1: noisy[4]}))
+
+    filmed = shooting(tmp_path, keep_every=1)
+    assert filmed.run(second) == 8
+    assert torch.equal(FilmFolder(tmp_path).read_latent(2), noisy[4])
+
+
+def test_a_lost_video_of_a_shot_is_made_again_from_its_latent(tmp_path):
+    shooting(tmp_path).run(plays(latent(0.1), latent(0.2)))
+    there = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    for name in ("shots/01.mp4", "video.mp4"):
+        (tmp_path / name).unlink()
+    assert shooting(tmp_path).run(plays(latent(0.1), latent(0.2))) == 8
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == there
+
+
+@pytest.mark.parametrize("name", ["latents/01.safetensors", PROGRESS])
+@pytest.mark.parametrize("damage", [lambda x: x[:-1], lambda x: x[:-1] + bytes([x[-1] ^ 1]), lambda x: b""])
+def test_what_is_kept_and_is_not_as_written_is_refused(tmp_path, name, damage):
+    shooting(tmp_path).run(plays(latent(), latent(0.2)))
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(DataError, match=rf"{name}: is not what was written; name another folder"):
+        shooting(tmp_path)
+
+
+def test_a_folder_is_tied_to_what_its_film_is_asked_to_be(tmp_path):
+    folder = FilmFolder(tmp_path)
+    folder.check_request(REQUEST)
+    other = REQUEST | {"script": {"shots": [{"seed": 2}]}}
+    shooting(tmp_path).run(plays(latent(), latent(0.2)))
+    assert not folder.is_finished
+    folder.check_request(REQUEST)
+    with pytest.raises(DataError, match=r"holds another film: its script\.shots\[0\]\.seed is 1, not 2; name another"):
+        folder.check_request(other)
+    folder.write_metadata(REQUEST | {"seconds": 3})
+    folder.forget()
+    assert folder.is_finished
+    FilmFolder(tmp_path).check_request(REQUEST)
+    with pytest.raises(DataError, match="holds another film"):
+        folder.check_request(other | {"sampler": {"steps": 3}})
+
+
+def test_one_process_at_a_time_has_a_folder(tmp_path):
+    with FilmFolder(tmp_path).held():
+        with pytest.raises(HeldError, match="in use by another process"), FilmFolder(tmp_path).held():
+            pass
+        assert files(tmp_path) == set()
+    with FilmFolder(tmp_path).held():
+        pass
 
 
 @pytest.mark.parametrize("pattern", FILES)

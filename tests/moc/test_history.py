@@ -165,3 +165,14 @@ def test_the_high_noise_expert_has_a_guidance_of_its_own():
         assert len(film(model, what, config)[2]) == forwards
     with pytest.raises(ValueError, match="for a pair of experts"):
         film(build("wan"), what, replace(CONFIG, high_noise_guidance_scale=2.0))
+
+
+@pytest.mark.parametrize("name", ["mmdit", "wan", "experts"])
+def test_a_story_goes_on_with_the_same_bits(name):
+    """Its history is remembered anew, shot by shot as it was the first time."""
+    model, stops = build(name), []
+    arguments = (model, model.high.stream if name == "experts" else model.stream, FORWARD, FLOW, story(), CONFIG)
+    whole = dict(sample_shots(*arguments, on_step=stops.append))
+    for stop in (stops[STEPS], stops[2 * STEPS - 1], stops[-2]):
+        for index, latent in sample_shots(*arguments, start=stop):
+            assert torch.equal(latent, whole[index])

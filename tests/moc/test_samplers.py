@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moc import MoCConfig, StreamSpec
-from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
+from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
 from moc.diffusion.samplers import sigma_table
 from moc.statistics import RoutingMap
 
@@ -220,7 +220,7 @@ def test_progress_counts_to_the_end():
         Recording(entangled),
         SamplingConfig(4, lag=0.5),
         story(3),
-        on_step=lambda done, total: seen.append((done, total)),
+        on_step=lambda progress: seen.append((progress.step, progress.num_steps)),
     )
     assert seen == [(step, 8) for step in range(1, 9)]
 
@@ -246,6 +246,44 @@ def test_a_latent_that_is_not_finite_ends_with_its_shot_and_step(lag):
         film(Breaking(entangled), config, story(3, given={0: torch.zeros(SHAPE)}))
 
 
+@pytest.mark.parametrize("lag", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("given", [{}, {1: torch.full(SHAPE, 9.0)}])
+def test_a_story_goes_on_from_any_step_as_if_it_had_never_stopped(lag, given):
+    config, stops = SamplingConfig(3, lag=lag, guidance_scale=2.0), []
+    whole = film(Recording(entangled), config, story(4, given), on_step=stops.append)
+    for stop in stops[:-1]:
+        model = Recording(entangled)
+        rest = film(model, config, story(4, given), start=stop)
+        assert len(model.calls) == 2 * (stop.num_steps - stop.step)
+        assert [index for index, _ in rest] == [index for index, _ in whole[-len(rest) :]]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(rest, whole[-len(rest) :], strict=True))
+    assert film(Recording(entangled), config, story(4, given), start=stops[-1]) == []
+
+
+def test_progress_is_told_once_the_finished_shots_are_taken():
+    events = []
+    config = SamplingConfig(2, guidance_scale=1.0)
+    shots = sample_shots(
+        *(Recording(entangled), StreamSpec(), MOC, FLOW, story(2), config),
+        on_step=lambda progress: events.append((progress.step, sorted(progress.latents))),
+    )
+    for index, _ in shots:
+        events.append(index)
+    assert events == [(1, [0]), 0, (2, [0]), (3, [0, 1]), 1, (4, [0, 1])]
+
+
+def test_a_key_means_the_noise_of_a_shot_wherever_it_stands():
+    keys = [noise_key(0, number) for number in (0, 7, 1)]
+    model = Recording(entangled)
+    film(model, SamplingConfig(1, lag=0.0, **ONE_PASS), replace(story(3), noise_keys=keys))
+    plain = Recording(entangled)
+    film(plain, SamplingConfig(1, lag=0.0, **ONE_PASS), story(3))
+    (first, other, second), expected = model.calls[0][2], plain.calls[0][2]
+    assert torch.equal(first, expected[0])
+    assert torch.equal(second, expected[1])
+    assert not any(torch.equal(other, noise) for noise in expected)
+
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -269,6 +307,7 @@ def test_values_out_of_range_are_refused_by_name(wrong):
         ({"text": 1}, "1 texts and 3 negative ones"),
         ({"negative": 4}, "3 texts and 4 negative ones"),
         ({"cuts": (True,)}, "has 1 cuts"),
+        ({"noise_keys": (1, 2, 3)}, "has 3 noise keys"),
         ({"given": {2: SHAPE}}, "at least one must be left"),
         ({"given": {0: SHAPE, 1: SHAPE}}, "at least one must be left"),
         ({"given": {0: (1, 1, 2, 2)}}, "shot 0 is given as"),
@@ -276,8 +315,8 @@ def test_values_out_of_range_are_refused_by_name(wrong):
 )
 def test_a_story_describes_one_set_of_shots(changes, message):
     text = [torch.zeros(1, 2)] * 4
-    fields = {"text": 3, "negative": 3, "cuts": (), "given": {}} | changes
+    fields = {"text": 3, "negative": 3, "cuts": (), "noise_keys": (), "given": {}} | changes
     texts = {name: text[: fields[name]] for name in ("text", "negative")}
     given = {index: torch.zeros(shape) for index, shape in fields["given"].items()}
     with pytest.raises(ValueError, match=message):
-        Story([SHAPE] * 2, **texts, cuts=fields["cuts"], given=given)
+        Story([SHAPE] * 2, **texts, cuts=fields["cuts"], noise_keys=fields["noise_keys"], given=given)

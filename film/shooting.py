@@ -1,0 +1,109 @@
+"""From latents that a sampler gives shot by shot to the files of a film.
+
+Each shot is written as soon as it is sampled. How far sampling is, is kept after each shot and every few steps, so that
+the same command goes on from there and gives the same bytes as one that was never stopped.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.interfaces import Codec
+from film.folder import FilmFolder, Kept
+from film.plan import FilmPlan
+from moc.diffusion import Progress
+from moc.statistics import RoutingMap
+
+OnStep = Callable[[Progress], None]
+Sampling = Callable[[OnStep, Progress | None], Iterable[tuple[int, Tensor]]]
+ROUTING = "routing"  # the counts of the routing map, among the tensors that are kept
+
+
+class Shooting:
+    """One film in the making. request: what it is asked to be, as its folder keeps it. routing_map: what sampling
+    counts routes in. keep_every: steps after which sampling is kept. Takes up what the folder keeps."""
+
+    def __init__(
+        self,
+        folder: FilmFolder,
+        plan: FilmPlan,
+        codec: Codec,
+        request: Mapping[str, Any],
+        routing_map: RoutingMap,
+        keep_every: int,
+    ) -> None:
+        self.folder, self.plan, self.codec, self.request = folder, plan, codec, request
+        self.routing_map, self.keep_every = routing_map, keep_every
+        self.numbers = {index: number for number, index in enumerate(plan.filmed, start=1)}
+        self.decode = codec.shot_decoder()
+        self.kept = folder.kept()
+        routing_map.counts = self.kept.tensors.pop(ROUTING, routing_map.counts)
+
+    def run(self, sampling: Sampling) -> int:
+        """Writes what is missing of the film; returns its frames.
+
+        sampling: is told what to call after each step and where to go on from, and yields (index in the stream, latent
+        [C, T, H, W]) of each shot in order. Raises FloatingPointError, with the shot, where its pictures are not
+        finite.
+        """
+        start = self._start()
+        with tqdm(desc="sample", unit="step", initial=self.kept.step) as bar:
+
+            def on_step(progress: Progress) -> None:
+                bar.total = progress.num_steps
+                bar.update(progress.step - bar.n)
+                if progress.step % self.keep_every == 0 or self._is_new:
+                    self._keep(progress)
+
+            for index, latent in sampling(on_step, start):
+                number = self.numbers[index]
+                self.kept.made[number] = self.folder.write_latent(number, latent)
+                self._is_new = True
+                self._write_shot(number, latent)
+        return self.folder.join_shots(len(self.numbers))
+
+    _is_new = False  # whether a shot was finished that is not kept yet
+
+    def _start(self) -> Progress | None:
+        """Where sampling goes on from. Shots whose latents alone are there get their videos."""
+        if not self.kept.step:
+            return None
+        latents = {int(index): latent for index, latent in self.kept.tensors.items()}
+        for number in sorted(self.kept.made):
+            latents[self.plan.filmed[number - 1]] = latent = self.folder.read_latent(number)
+            if not self.folder.shot(number).exists():
+                self._write_shot(number, latent)
+            elif not self.codec.begins_video(number):
+                for _ in self.decode(latent):  # the next shot's pictures go on from these
+                    pass
+        return Progress(self.kept.step, 0, latents)
+
+    def _keep(self, progress: Progress) -> None:
+        self.kept.step, self._is_new = progress.step, False
+        self.kept.tensors = {
+            str(index): latent
+            for index, latent in progress.latents.items()
+            if self.numbers.get(index, 0) not in {0, *self.kept.made}  # no picture, and no shot with a file of its own
+        }
+        tensors = self.kept.tensors | {ROUTING: self.routing_map.counts}
+        self.folder.keep(self.request, Kept(self.kept.step, self.kept.made, tensors))
+
+    def _write_shot(self, number: int, latent: Tensor) -> None:
+        pieces = (pictures(piece, f"shot {number}") for piece in self.decode(latent.to(self.plan.device)))
+        frames: Iterator[np.ndarray] = (frame for piece in pieces for frame in piece)
+        self.folder.write_shot(number, islice(frames, self.plan.num_frames[number - 1]), self.plan.script.fps)
+        for _ in frames:  # which are past the shot's end
+            pass
+
+
+def pictures(video: Tensor, of: str) -> np.ndarray:
+    """Decoded float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]. Raises FloatingPointError, naming what they are
+    `of`, where they are not finite: they would be shown as black."""
+    if not video.isfinite().all():
+        raise FloatingPointError(f"{of}: its latent is finite, its decoded pictures are not; the codec may hold nan")
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
