@@ -130,12 +130,18 @@ def _values(config: TrainConfig) -> Any:
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings; a list is one value."""
+    """(dotted key, value) of nested mappings; a list is one value, without what its items leave at null."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", [_without_nulls(item) for item in value]
         else:
             yield f"{prefix}{key}", value
+
+
+def _without_nulls(item: Any) -> Any:
+    return {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
 
 
 def _is_among(key: str, names: Any) -> bool:

@@ -1,7 +1,8 @@
-"""The progressive schedule: chunk size and top_k by training step (paper, table of training runs: 10240 -> 1280)."""
+"""The progressive schedule: chunk size, top_k and drops by training step (paper, table of training runs: chunk sizes of
+10240 -> 1280)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
 from moc.config import MoCConfig
 from moc.errors import UserError
@@ -9,21 +10,27 @@ from moc.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """From `step` on, route over chunks of `chunk_tokens` tokens and take `top_k` of them."""
+    """From `step` on these settings of attention hold; null leaves one as it was before."""
 
     step: int
-    chunk_tokens: int
-    top_k: int
+    chunk_tokens: int | None = None
+    top_k: int | None = None
+    drop_off_max: float | None = None
+    drop_in_rate: float | None = None
 
     def __post_init__(self) -> None:
-        MoCConfig(chunk_tokens=self.chunk_tokens, top_k=self.top_k)  # its limits, now and not at step 10,000
+        MoCConfig().override(self.settings())  # their limits, now and not at step 10,000
+
+    def settings(self) -> dict[str, float | None]:
+        """What it sets, in the words of `MoCConfig`."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
 
 
 @dataclass(frozen=True)
 class MoCSchedule:
     """Stages in order of step; before the first one, and with none at all, the config stands as it is.
 
-    Raises UserError where steps do not increase; a stage itself where its sizes are out of range.
+    Raises UserError where steps do not increase; a stage itself where its settings are out of range.
     """
 
     stages: Sequence[Stage] = ()
@@ -35,7 +42,7 @@ class MoCSchedule:
 
     def at(self, step: int, config: MoCConfig) -> MoCConfig:
         """The MoC settings of a training step."""
-        for stage in reversed(self.stages):
-            if step >= stage.step:
-                return replace(config, chunk_tokens=stage.chunk_tokens, top_k=stage.top_k)
+        for stage in self.stages:
+            if stage.step <= step:
+                config = config.override(stage.settings())
         return config

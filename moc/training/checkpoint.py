@@ -33,6 +33,7 @@ from moc.training.integrity import COMPLETE, damaged_files, seal, sync
 
 logger = logging.getLogger(__name__)
 
+_NUMBERS = {int: torch.int64, float: torch.float64}
 _PARTIAL_FOLDER = re.compile(r"partial_\d{7,}")
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
@@ -155,12 +156,18 @@ def _checkpoints(run_folder: Path) -> list[Path]:
 
 
 def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Optimizer states as `<parameter>.<state>` tensors."""
-    tensors = {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """Optimizer states as `<parameter>.<state>` tensors; a number of Python's becomes an int64 or a float64 of no
+    dimension, which no optimizer keeps as a tensor."""
+    tensors: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is None:
+                continue
+            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS.get(type(value)))
+            # A table that parameters share would be stored under one of their names alone.
+            tensors[f"{name}.{key}"] = tensor.clone() if tensor.data_ptr() in stored else tensor
+            stored.add(tensor.data_ptr())
     if tensors:
         save_torch_state_dict(tensors, folder, filename_pattern="optimizer{suffix}.safetensors")
 
@@ -177,7 +184,8 @@ def remedy(path: str | Path) -> str:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores what `save_optimizer` wrote; raises UserError where a trained parameter has no state."""
+    """Restores what `save_optimizer` wrote; raises UserError where other parameters have states than are trained. There
+    are none at all of an optimizer that keeps none."""
     tensors: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("optimizer*.safetensors")):
         tensors |= _load(shard)
@@ -186,12 +194,16 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         name, _, state = key.rpartition(".")
         states.setdefault(name, {})[state] = value
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if states.keys() != parameters.keys():
+    if states and states.keys() != parameters.keys():
         wrong = sorted(states.keys() ^ parameters.keys())
         raise UserError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
-    for name, parameter in parameters.items():
+    for name, stored in states.items():
         # Fused AdamW keeps its step counter beside the parameter, like its moments.
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in states[name].items()}
+        device = parameters[name].device
+        optimizer.state[parameters[name]] = {
+            key: value.item() if value.dim() == 0 and value.dtype in _NUMBERS.values() else value.to(device)
+            for key, value in stored.items()
+        }
 
 
 def _load(file: Path) -> dict[str, Tensor]:

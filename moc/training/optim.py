@@ -1,18 +1,46 @@
-"""AdamW and its learning rate: both plain functions of the config and the step, so that resuming needs no scheduler."""
+"""Optimizers by name, and their learning rate: a plain function of the step, so that resuming needs no scheduler."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moc.errors import UserError, check_least
+
+Group = dict[str, Any]  # of an optimizer: its parameters and their settings
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """A part of the model: the parameters whose names match (with * and ?), and the factor of their learning rate. 0
+    freezes them."""
+
+    match: str = "*"
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_least(self, "optim.parts", 0, "factor")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """lr rises over warmup_steps, then stays (decay "constant") or falls to zero over the run ("cosine")."""
+    """lr rises over warmup_steps, then stays (decay "constant") or falls to zero over the run ("cosine").
 
+    name: adamw, adamw8bit (of bitsandbytes), muon (weights of two dimensions in the blocks, adamw for the rest), or
+    where a class that keeps its state by parameter is imported from, such as torch.optim.Adafactor, which is given
+    lr and args.
+    args: more arguments of the optimizer's class, as +optim.args.momentum=0.9; muon's are of Muon.
+    parts: the first one that a parameter matches says the factor of its learning rate; without one it is 1.
+    """
+
+    name: str = "adamw"
+    args: dict[str, Any] = field(default_factory=dict)
+    parts: list[PartConfig] = field(default_factory=list)
     lr: float = 9e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.01
@@ -29,17 +57,50 @@ class OptimConfig:
             raise UserError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
         if self.decay not in ("constant", "cosine"):
             raise UserError(f"optim.decay={self.decay!r} is not one of constant, cosine")
+        if self.name not in _BUILDERS and "." not in self.name:
+            raise UserError(
+                f"optim.name={self.name!r} is not one of {', '.join(_BUILDERS)}, nor a class such as torch.optim.SGD"
+            )
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only. Fused, since it then heeds `found_inf`."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)  # type: ignore[arg-type]
+def freeze_parts(model: nn.Module, parts: Sequence[PartConfig]) -> None:
+    """Takes the gradient from parameters whose factor is 0. Raises UserError where a part matches no parameter, or
+    nothing is left to train."""
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(fnmatchcase(name, part.match) for name in names):
+            raise UserError(f"optim.parts: no parameter's name matches {part.match!r}; they are like {names[0]}")
+    for name, parameter in model.named_parameters():
+        if _factor(name, parts) == 0:
+            parameter.requires_grad_(False)
+    if parts and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("optim.parts freeze every parameter; leave some with a factor above 0")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters; weight decay on matrices only. Raises UserError where it is not
+    installed or does not take its arguments."""
+    build = _BUILDERS.get(config.name, _build_imported)
+    try:
+        return build({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
+    except TypeError as error:
+        raise UserError(f"optim.name={config.name} does not take optim.args={config.args}: {error}") from None
+
+
+def take_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Steps where `finite` is true, and otherwise leaves weights and states as they are. Fused AdamW is told so on the
+    device; other optimizers make the host wait for the answer."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives each group the learning rate times its part's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["factor"]
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
@@ -49,3 +110,78 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
         return config.lr * warmup
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Several(torch.optim.Optimizer):
+    """Optimizers over different parameters as one, with the groups and the states of all."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        groups = iter(self.param_groups)
+        for optimizer in self.optimizers:
+            optimizer.state = self.state  # which loading a checkpoint may have replaced, like the groups
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            optimizer.step()
+
+
+def _factor(name: str, parts: Sequence[PartConfig]) -> float:
+    return next((part.factor for part in parts if fnmatchcase(name, part.match)), 1.0)
+
+
+def _groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[Group]:
+    """Parameters of one factor and one weight decay together; matrices come first."""
+    groups: dict[tuple[float, float], Group] = {}
+    for is_matrix in (True, False):
+        for name, parameter in parameters.items():
+            if (parameter.dim() >= 2) is is_matrix:
+                factor, decay = _factor(name, config.parts), config.weight_decay if is_matrix else 0.0
+                new = {"params": [], "weight_decay": decay, "factor": factor}
+                groups.setdefault((factor, decay), new)["params"].append(parameter)
+    return list(groups.values())
+
+
+def _build_adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """Fused, since it then heeds `found_inf`."""
+    settings: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps, "fused": True} | config.args
+    return torch.optim.AdamW(_groups(parameters, config), lr=config.lr, **settings)
+
+
+def _build_adamw8bit(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UserError(
+            "optim.name=adamw8bit needs a package that is not installed: pip install bitsandbytes"
+        ) from None
+    settings = {"betas": tuple(config.betas), "eps": config.eps} | config.args
+    return AdamW8bit(_groups(parameters, config), lr=config.lr, **settings)
+
+
+def _build_muon(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """Steps of Muon have the size of AdamW's, so that one learning rate suits both (arXiv 2502.16982)."""
+    hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and name.startswith("blocks.")}
+    others = {name: p for name, p in parameters.items() if name not in hidden}
+    optimizers: list[torch.optim.Optimizer] = []
+    if hidden:
+        settings = {"adjust_lr_fn": "match_rms_adamw"} | config.args
+        optimizers.append(torch.optim.Muon(_groups(hidden, config), lr=config.lr, **settings))
+    if others:
+        adamw: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps, "fused": True}
+        optimizers.append(torch.optim.AdamW(_groups(others, config), lr=config.lr, **adamw))
+    return Several(optimizers)
+
+
+def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    module, _, name = config.name.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"optim.name={config.name} cannot be imported ({error}); install its package") from None
+    return kind(_groups(parameters, config), lr=config.lr, **config.args)
+
+
+_BUILDERS = {"adamw": _build_adamw, "adamw8bit": _build_adamw8bit, "muon": _build_muon}

@@ -132,7 +132,8 @@ def check_finite(model: nn.Module, averaged: nn.Module, optimizer: torch.optim.O
     states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     tensors = {"weights": model.parameters(), "averaged weights": averaged.parameters(), "optimizer's states": states}
     for name, values in tensors.items():
-        if not torch.stack([value.isfinite().all() for value in values]).all():
+        finite = [value.isfinite().all() for value in values]
+        if finite and not torch.stack(finite).all():
             raise FloatingPointError(
                 f"the {name} are not finite after step {step}, and no checkpoint of it is written; lower optim.lr and "
                 "resume from the newest checkpoint"

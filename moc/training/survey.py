@@ -71,8 +71,9 @@ class Survey:
                 hook.remove()
 
     def _add_linear(self, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Forward, gradient of the input, and gradient of the weight where it is trained."""
-        self.linear_flops += 2 * inputs[0].numel() * linear.out_features * (2 + linear.weight.requires_grad)
+        """The forward; where gradients are taken, that of the input, and of the weight if it is trained."""
+        times = 2 + linear.weight.requires_grad if torch.is_grad_enabled() else 1
+        self.linear_flops += 2 * inputs[0].numel() * linear.out_features * times
 
     def read(self, tokens_per_second: float, dtype: torch.dtype) -> dict[str, float]:
         """density: attended pairs of those of dense attention, over all layers. flops_per_token: of the model's linears

@@ -30,7 +30,14 @@ from moc.training.clock import Clock
 from moc.training.ema import EMA
 from moc.training.interruption import Interruption
 from moc.training.metrics import Metrics, headline
-from moc.training.optim import OptimConfig, build_optimizer, learning_rate
+from moc.training.optim import (
+    OptimConfig,
+    build_optimizer,
+    freeze_parts,
+    learning_rate,
+    set_learning_rate,
+    take_step,
+)
 from moc.training.outcome import Outcome, SkipCount, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.survey import Survey
@@ -95,6 +102,7 @@ class Trainer:
         self.flow, self.moc, self.schedule = flow, moc, schedule
         self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
         self.save_extras = save_extras
+        freeze_parts(model, optim.parts)
         self.bare_model = model.to(parallel.device)
         self.ema = EMA(self.bare_model, config.ema_decay)
         self.model, self.optimizer = parallel.wrap(self.bare_model), build_optimizer(self.bare_model, optim)
@@ -258,14 +266,12 @@ class Trainer:
             losses.append(target_losses.detach())
         self._clock.begin("optimizer")
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config.num_steps, self.optim)
+        set_learning_rate(self.optimizer, learning_rate(self.step, self.config.num_steps, self.optim))
         by_shot = torch.cat(losses)
         sums = torch.stack([by_shot.sum(), by_shot.isfinite().sum()])
         loss_sum, num_finite = self.parallel.sum(sums).unbind()
         totals = torch.stack([loss_sum * scale / self.parallel.world_size, grad_norm, num_finite])
-        self.optimizer.found_inf = 1 - totals.isfinite().all().float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        take_step(self.optimizer, totals.isfinite().all())
         self.optimizer.zero_grad()
         self.ema.update(self.bare_model)
         self._clock.begin("")

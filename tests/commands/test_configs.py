@@ -271,6 +271,15 @@ def test_the_two_experts_share_the_noise_levels():
 def test_a_progressive_schedule_is_given_on_the_command_line():
     override = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5000, chunk_tokens: 1280, top_k: 5}]"
     assert [stage.chunk_tokens for stage in parsed("train", override).schedule] == [10240, 1280]
+    (stage,) = parsed("train", "schedule=[{step: 9, drop_off_max: 0, drop_in_rate: 0.1}]").schedule
+    assert (stage.step, stage.top_k, stage.drop_off_max, stage.drop_in_rate) == (9, None, 0.0, 0.1)
+
+
+def test_any_optimizer_is_named_with_its_arguments():
+    parts = 'optim.parts=[{match: "*.to_qkv.*"}, {match: "*", factor: 0}]'
+    optim = parsed("train", "optim.name=torch.optim.SGD", "+optim.args.momentum=0.9", parts).optim
+    assert (optim.name, optim.args) == ("torch.optim.SGD", {"momentum": 0.9})
+    assert [(part.match, part.factor) for part in optim.parts] == [("*.to_qkv.*", 1.0), ("*", 0.0)]
 
 
 @pytest.mark.parametrize(("size", "millions"), [("small", 15), ("base", 300), ("3b", 3000)])
@@ -294,6 +303,10 @@ MISTAKES = [
     ("train", "seed=null", "seed"),
     ("train", "data.path=null", r"data\.path"),
     ("train", "optim.betas=[0.9]", r"optim\.betas"),
+    ("train", "optim.name=sgd", r"optim\.name='sgd' is not one of adamw"),
+    ("train", "optim.parts=[{match: a, factor: -1}]", r"optim\.parts\.factor=-1"),
+    ("train", "optim.parts=[{pattern: a}]", r"optim\.parts|pattern"),
+    ("train", "schedule=[{step: 5, drop_off_max: 2}]", r"drop_off_max=2"),
     ("train", "optim.betas=[0.9,big]", r"optim\.betas\[1\].*'big'"),
     ("train", "schedule=[{step: 0, chunk_tokens: x, top_k: 1}]", r"schedule\[0\]\.chunk_tokens"),
     ("train", "schedule=[{step: 0, chunks: 4}]", r"schedule\[0\]\.chunks"),

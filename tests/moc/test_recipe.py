@@ -1,0 +1,156 @@
+"""The recipe of a run: any optimizer by name, parts of the model, drop schedules."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moc import MoCConfig
+from moc.schedule import MoCSchedule, Stage
+from moc.training import OptimConfig, find_checkpoint
+from moc.training.optim import PartConfig, build_optimizer, freeze_parts, set_learning_rate
+from models.mmdit import MMDiT
+from tests.runs import DROPS, losses, poisoned, train
+
+OPTIMIZERS = {
+    "adamw": OptimConfig(lr=3e-3),
+    "muon": OptimConfig("muon", lr=3e-3),
+    "adamw8bit": OptimConfig("adamw8bit", lr=3e-3),
+    "torch.optim.Adafactor": OptimConfig("torch.optim.Adafactor", lr=3e-3),
+    "torch.optim.SGD": OptimConfig("torch.optim.SGD", {"momentum": 0.9}, lr=1e-2),
+    "plain SGD": OptimConfig("torch.optim.SGD", lr=1e-2),
+}
+ATTENTION = [PartConfig("blocks.*.to_qkv.*"), PartConfig("*", 0)]
+
+
+def model():
+    torch.manual_seed(0)
+    return MMDiT(3, 8, dim=32, num_layers=2, num_heads=2, ffn_dim=32)
+
+
+def tensors(folder, pattern="model/*.safetensors"):
+    return {name: x for file in find_checkpoint(folder).glob(pattern) for name, x in load_file(file).items()}
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_run_with_any_optimizer_learns_and_resumes_as_if_never_stopped(cache, tmp_path, name):
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    optim = replace(OPTIMIZERS[name], warmup_steps=2)
+    train(cache, tmp_path / "whole", num_steps=4, optim=optim)
+    before, after = model().state_dict(), tensors(tmp_path / "whole")
+    assert sum(not torch.equal(before[key], after[key]) for key in after) > 5
+    train(cache, tmp_path / "half", num_steps=2, optim=optim)
+    train(cache, tmp_path / "half", num_steps=4, optim=optim, resume=True)
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    one, two = (tensors(tmp_path / run, "*/*.safetensors") for run in ("half", "whole"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("name", ["muon", "torch.optim.SGD"])
+def test_a_step_that_is_not_finite_is_left_out_by_any_optimizer(cache, tmp_path, name):
+    optim = OPTIMIZERS[name]
+    with poisoned(*(f"scene{number / 4}" for number in range(8))):
+        train(cache, tmp_path, num_steps=2, optim=optim)
+    before, after = model().state_dict(), tensors(tmp_path)
+    assert all(torch.equal(before[key], after[key]) for key in after)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    net = model()
+    muon, adamw = build_optimizer(net, OptimConfig("muon")).optimizers
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    taken = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert "blocks.0.video.to_qkv.weight" in taken
+    assert all(name.startswith("blocks.") and net.get_parameter(name).dim() == 2 for name in taken)
+    rest = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert taken | rest == set(names.values())
+    assert not taken & rest
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: OptimConfig("sgd"), "is not one of adamw, adamw8bit, muon, nor a class"),
+        (lambda: build_optimizer(model(), OptimConfig("torch.optim.None_")), "torch.optim.None_ cannot be imported"),
+        (lambda: build_optimizer(model(), OptimConfig("nowhere.Adam")), "nowhere.Adam cannot be imported"),
+        (lambda: build_optimizer(model(), OptimConfig(args={"speed": 3})), "optim.args={'speed': 3}: .*'speed'"),
+        (lambda: PartConfig(factor=-1), "optim.parts.factor=-1"),
+        (lambda: freeze_parts(model(), [PartConfig("attn.*")]), "no parameter's name matches 'attn.\\*'"),
+        (lambda: freeze_parts(model(), [PartConfig("*", 0)]), "freeze every parameter"),
+    ],
+)  # fmt: skip
+def test_optimizers_that_cannot_be_are_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        config()
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        build_optimizer(model(), OptimConfig("adamw8bit"))
+
+
+# Parts of the model
+
+
+def test_parts_learn_at_their_own_rates():
+    net = model()
+    parts = [PartConfig("blocks.0.*", 0.5), PartConfig("blocks.*", 2)]
+    optimizer = build_optimizer(net, OptimConfig(parts=parts))
+    set_learning_rate(optimizer, 1e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in net.named_parameters():
+        expected = 5e-4 if name.startswith("blocks.0.") else 2e-3 if name.startswith("blocks.") else 1e-3
+        assert rates[id(parameter)] == pytest.approx(expected)
+    decays = {group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {0.0, 0.01}
+
+
+def test_all_but_attention_is_frozen(cache, tmp_path):
+    """Also over a restart; the averages are of what is trained alone."""
+    optim = OptimConfig(lr=3e-3, warmup_steps=1, parts=ATTENTION)
+    train(cache, tmp_path / "whole", num_steps=3, optim=optim)
+    before = model().state_dict()
+    for part in ("model", "ema"):
+        after = tensors(tmp_path / "whole", f"{part}/*.safetensors")
+        changed = {name for name in after if not torch.equal(before[name], after[name])}
+        assert {f"blocks.{block}.video.to_qkv.weight" for block in range(2)} <= changed
+        assert all(".to_qkv." in name for name in changed)
+    train(cache, tmp_path / "half", num_steps=2, optim=optim)
+    train(cache, tmp_path / "half", num_steps=3, optim=optim, resume=True)
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+
+
+# Schedules
+
+
+def test_drops_follow_the_schedule():
+    schedule = MoCSchedule([Stage(2, drop_off_max=0.0, drop_in_rate=0.0), Stage(4, 640, 3), Stage(6, drop_in_rate=2.0)])
+    config = MoCConfig(drop_off_max=0.8, drop_in_rate=0.3)
+    seen = [schedule.at(step, config) for step in (0, 2, 4, 6)]
+    assert [(c.drop_off_max, c.drop_in_rate) for c in seen] == [(0.8, 0.3), (0, 0), (0, 0), (0, 2.0)]
+    assert [(c.chunk_tokens, c.top_k) for c in seen] == [(1280, 5), (1280, 5), (640, 3), (640, 3)]
+    with pytest.raises(ValueError, match=r"drop_off_max=1\.5"):
+        Stage(2, drop_off_max=1.5)
+
+
+def test_a_run_without_drops_from_a_step_on(cache, tmp_path):
+    without = replace(DROPS, drop_off_max=0.0, drop_in_rate=0.0)
+    for name, moc, schedule in (
+        ("never", without, ()),
+        ("always", DROPS, ()),
+        ("until", DROPS, [Stage(0, drop_off_max=0.0, drop_in_rate=0.0)]),
+        ("from", DROPS, [Stage(2, drop_off_max=0.0, drop_in_rate=0.0)]),
+    ):
+        train(cache, tmp_path / name, num_steps=3, moc=moc, schedule=schedule)
+    never, always, until, from_2 = (losses(tmp_path / name) for name in ("never", "always", "until", "from"))
+    assert until == never != always
+    assert from_2[:2] == always[:2]
+    assert from_2[2] != always[2]
