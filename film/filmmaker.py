@@ -86,7 +86,9 @@ class Filmmaker:
         """Lays the stream of a script out and encodes what it says and shows."""
         device = self.parallel.device
         plan = plan_film(script, self.codec, device, self.sampler.seed)
-        plan.encode_texts(self.text.to(device))
+        windowed = self.moc.text_flows_forward and not self._model.stream.text_in_stream
+        text = self.text.to(device)
+        plan.encode_texts(text.encode_windows if windowed else text.encode)
         self.text.to("cpu")  # its memory is the model's from here on
         return plan
 

@@ -1,9 +1,10 @@
 """From a prompt script to what a sampler needs.
 
-Codec and text encoder are handed in; this module knows their interface only (data/interfaces.py).
+Codec and text encoder are handed in; of the codec this module knows the interface only (data/interfaces.py).
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
-from data.interfaces import Codec, TextEncoder
+from data.interfaces import Codec
 from data.media.images import read_image
 from data.media.resize import fit
 from film.script import Script
@@ -47,10 +48,10 @@ class FilmPlan:
     text: list[Tensor] = field(default_factory=list)
     negative: list[Tensor] = field(default_factory=list)
 
-    def encode_texts(self, encoder: TextEncoder) -> None:
+    def encode_texts(self, encode: Callable[[str, Sequence[str]], list[Tensor]]) -> None:
         """Encodes what to steer to, and away from: the negative prompt as global caption, null shot captions."""
-        self.text = encoder.encode(self.script.global_caption, self.captions)
-        self.negative = encoder.encode(self.script.negative, [""] * len(self.captions))
+        self.text = encode(self.script.global_caption, self.captions)
+        self.negative = encode(self.script.negative, [""] * len(self.captions))
 
     def story(self) -> Story:
         """What to sample; texts must be encoded."""

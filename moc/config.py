@@ -101,8 +101,12 @@ class MoCConfig:
     @property
     def flows_forward(self) -> bool:
         """Whether a token depends on its own and earlier shots only."""
-        forward = self.causal and self.own_anchor is OwnAnchor.shot and self.text_anchor is TextAnchor.global_and_own
-        return forward and not self.dense and not self.dense_layers
+        return self.text_flows_forward and not self.dense and not self.dense_layers
+
+    @property
+    def text_flows_forward(self) -> bool:
+        """Whether a shot's text must not depend on later shots. Dense steps and layers do not change that."""
+        return self.causal and self.own_anchor is OwnAnchor.shot and self.text_anchor is TextAnchor.global_and_own
 
     def at_layer(self, layer: int) -> "MoCConfig":
         """The settings of one layer: this, or dense for the first `dense_layers`."""

@@ -163,7 +163,7 @@ class WanTransformer3DModel(StreamModel):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
-        """text: features of each group's span of its sample's prompt, at most 512 rows a sample."""
+        """text: features of each group's span of its sample's prompt; see `text_windows`."""
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
         layout = part.layout
@@ -190,8 +190,9 @@ def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> t
     """Text rows of all samples [R, text_dim], and which of them the tokens of each shot see.
 
     text_anchor all: the sample's prompt, padded to 512 rows. global_and_own: the global caption's rows, the own shot's,
-    and the padding; that of the whole prompt, as HoloCine was trained, or, where config flows strictly forward, as much
-    as fills these two up to 512, so that no later caption counts. A single shot sees the same in all cases.
+    and the padding; that of the whole prompt, as HoloCine was trained, or, where text flows strictly forward, as much
+    as fills these two up to 512, so that no later caption counts. A single shot sees the same in all cases. Raises
+    UserError where what counts is more than 512 rows.
     """
     if config.text_anchor == TextAnchor.none:
         raise UserError("text_anchor=none leaves a Wan model without text; use all or global_and_own")
@@ -201,15 +202,14 @@ def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> t
         members = [pair for pair in zip(layout.groups, text, strict=True) if pair[0].sample == sample]
         base = sum(len(x) for x in rows)
         ends = list(accumulate((len(features) for _, features in members), initial=base))
-        if ends[-1] - base > TEXT_TOKENS:
-            raise UserError(
-                f"a prompt of {ends[-1] - base} text rows exceeds Wan's {TEXT_TOKENS}: shorten its captions"
-            )
         whole, *shots = pairwise(ends)
         for (group, _), own in zip(members[1:], shots, strict=True):
             seen = [(base, ends[-1])] if config.text_anchor == TextAnchor.all else [whole, own]
-            counted = seen if config.flows_forward else [(base, ends[-1])]
-            padding = TEXT_TOKENS - sum(end - start for start, end in counted)
+            counted = seen if config.text_flows_forward else [(base, ends[-1])]
+            num_rows = sum(end - start for start, end in counted)
+            if num_rows > TEXT_TOKENS:
+                raise UserError(f"a prompt of {num_rows} text rows exceeds Wan's {TEXT_TOKENS}: shorten its captions")
+            padding = TEXT_TOKENS - num_rows
             windows.append(Window(group.start, group.end, (*seen, (ends[-1], ends[-1] + padding))))
         zeros = max(window.ranges[-1][1] for window in windows[-len(shots) :]) - ends[-1]
         rows += [*(features for _, features in members), text[0].new_zeros(zeros, text[0].shape[1])]

@@ -9,6 +9,7 @@ each shot's. An absent caption is "", which has null features of its own; in a p
 
 import html
 import json
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,8 @@ from models.encoders.fingerprint import fingerprint, weights_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 END, UNKNOWN = "</s>", "[UNK]"
 CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("–—…")
 
@@ -41,10 +44,12 @@ class TextKind(StrEnum):
 
 
 class PromptForm(StrEnum):
-    """separate: each caption is encoded apart. The others encode all captions as one prompt and cut its features by
-    span: joined: captions one after another (Wan); holocine: with that model's tags and shot count."""
+    """separate: each caption is encoded apart. windowed: each shot's with the global one before it, which then has no
+    features of its own. The others encode all captions as one prompt and cut its features by span: joined: captions one
+    after another (Wan); holocine: with that model's tags and shot count."""
 
     separate = "separate"
+    windowed = "windowed"
     joined = "joined"
     holocine = "holocine"
 
@@ -79,6 +84,11 @@ class TextEncoder(nn.Module):
     def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
         """Features of the global caption and of each shot's: 1 + S tensors [T_i, text_dim]."""
         raise NotImplementedError
+
+    def encode_windows(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
+        """The same for a model whose shots see the global caption and their own alone: no caption counts in the
+        features of another shot, and no number of shots makes a prompt too long."""
+        return self.encode(global_caption, shot_captions)
 
 
 # The embedded encoder
@@ -121,6 +131,11 @@ class EmbeddedTextEncoder(TextEncoder):
     def encode_caption(self, caption: str) -> Tensor:
         """fp32 [T, text_dim]; the last row is the end of the text, and "" has that row alone."""
         ids = self.tokenizer.encode(clean(caption)).ids
+        if len(ids) >= self.config.max_tokens:
+            logger.warning(
+                "a caption of %d tokens is cut after %d, which are all that the model sees of it (%r...)",
+                *(len(ids), self.config.max_tokens - 1, caption[:60]),
+            )
         ids = torch.tensor([[*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)]])
         with torch.autocast(self.model.device.type, enabled=False):
             return self.model(ids.to(self.model.device)).last_hidden_state[0]
@@ -249,6 +264,8 @@ class T5TextEncoder(TextEncoder):
     def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
         if self.config.form == PromptForm.separate:
             return [self._features(clean(caption))[0] for caption in (global_caption, *shot_captions)]
+        if self.config.form == PromptForm.windowed:
+            return self._encode_windows(global_caption, shot_captions)
         prompt, starts = join_prompt(self.config.form, global_caption, shot_captions)
         features, offsets = self._features(prompt)
         # A piece may begin with the space before its word; the end of the text goes with the last caption, or, where no
@@ -257,13 +274,27 @@ class T5TextEncoder(TextEncoder):
         owner.append(max(owner, default=0))
         return list(features.split([owner.count(part) for part in range(len(starts))]))
 
+    def encode_windows(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
+        """HoloCine's weights know their own form alone, which stays one prompt."""
+        if self.config.form == PromptForm.joined:
+            return self._encode_windows(global_caption, shot_captions)
+        return self.encode(global_caption, shot_captions)
+
+    @torch.no_grad()
+    def _encode_windows(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
+        prompts = [join_prompt(PromptForm.joined, global_caption, [caption])[0] for caption in shot_captions]
+        features = {prompt: self._features(prompt)[0] for prompt in dict.fromkeys(prompts)}
+        none = next(iter(features.values()))[:0]
+        return [none, *(features[prompt] for prompt in prompts)]
+
     def _features(self, prompt: str) -> tuple[Tensor, list[int]]:
         """bf16 [T, text_dim] of a prompt with its end token, and the character at which each token starts."""
         tokens = self.tokenizer(prompt, return_offsets_mapping=True)
         if len(tokens.input_ids) > self.config.max_tokens:
             raise UserError(
                 f"a prompt of {len(tokens.input_ids)} tokens is over the text encoder's {self.config.max_tokens}: "
-                f"shorten its captions ({prompt[:60]!r}...)"
+                f"shorten its captions ({prompt[:60]!r}...), or let each shot see the global one and its own alone "
+                "(moc.text_anchor=global_and_own), which are then a prompt each"
             )
         ids = torch.tensor([tokens.input_ids], device=self.model.device)
         with torch.autocast(ids.device.type, enabled=False):

@@ -35,11 +35,9 @@ class MeanCodec(Codec):
         return torch.nn.functional.avg_pool3d(frames, (1, 8, 8))[:, ::4]
 
 
-class EchoText:
-    """Notes what it is asked for."""
-
-    def encode(self, global_caption, shot_captions):
-        return [global_caption, *shot_captions]
+def echo(global_caption, shot_captions):
+    """Features that are the captions."""
+    return [global_caption, *shot_captions]
 
 
 def script(*shots: ScriptShot, size=(64, 96), fps=12.0) -> Script:
@@ -98,7 +96,7 @@ def test_a_plan_has_a_latent_for_each_shot():
     assert plan.filmed == [0, 1]
     assert plan.given == {}
     assert plan.cuts == [True, False]
-    plan.encode_texts(EchoText())
+    plan.encode_texts(echo)
     assert plan.text == ["whole story", f"{CUT_PREFIX} a", "b"]
     assert plan.negative == ["ugly", "", ""]
 
@@ -110,7 +108,7 @@ def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
     assert plan.filmed == [0, 2, 3]
     assert plan.cuts == [True, True, True, False]  # the picture stands between a shot and what it continues
     assert list(plan.given) == [1]
-    plan.encode_texts(EchoText())
+    plan.encode_texts(echo)
     assert plan.text == ["whole story", f"{CUT_PREFIX} a", "b", "b", "c"]
     latent = plan.given[1]
     assert latent.shape == (3, 1, 8, 12)

@@ -159,6 +159,34 @@ def test_separate_captions_do_not_see_each_other(t5_folder: Path) -> None:
     assert len(encoder.encode("", ["a"])[0]) == 1
 
 
+def test_a_window_is_the_global_caption_and_one_shots(t5_folder: Path) -> None:
+    """An encoder of joined captions gives windows where they are asked for, and takes a story of any length so."""
+    joined, windowed, holocine = (
+        T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), form, max_tokens=12))
+        for form in (PromptForm.joined, PromptForm.windowed, PromptForm.holocine)
+    )
+    story = ("the dog", ["a red fox", "", "Mira walks"] * 30)
+    parts = joined.encode_windows(*story)
+    assert [len(part) for part in parts[:4]] == [0, 6, 3, 5]  # each with the end of its text
+    for part, own in zip(parts[1:], story[1], strict=True):
+        assert torch.equal(part, torch.cat(joined.encode("the dog", [own])))
+    for encode in (windowed.encode, windowed.encode_windows):
+        assert all(torch.equal(a, b) for a, b in zip(encode(*story), parts, strict=True))
+    for encode in (joined.encode, holocine.encode_windows):
+        with pytest.raises(ValueError, match=r"over the text encoder's 12.*moc\.text_anchor=global_and_own"):
+            encode(*story)
+
+
+def test_a_caption_that_is_cut_is_told(caplog) -> None:
+    encoder = EmbeddedTextEncoder(["cat"], TextConfig(max_tokens=4))
+    assert len(encoder.encode_caption("cat cat cat")) == 4
+    assert not caplog.messages
+    assert len(encoder.encode_caption("cat cat cat cat")) == 4
+    assert caplog.messages == [
+        "a caption of 4 tokens is cut after 3, which are all that the model sees of it ('cat cat cat cat'...)"
+    ]
+
+
 def test_the_fingerprint_tells_whatever_changes_features(t5_folder: Path, tmp_path: Path) -> None:
     def print_of(folder: Path = t5_folder, **changes) -> str:
         return T5TextEncoder(TextConfig(TextKind.t5, str(folder), **changes)).fingerprint

@@ -109,10 +109,12 @@ def test_samples_of_a_batch_never_see_each_other() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "paddings"), [(replace(MOC, dense=True), (504, 504)), (MOC, (507, 506))])
-def test_windows_show_the_global_caption_the_own_one_and_the_padding(config, paddings) -> None:
-    """The padding is the whole prompt's; under strict forward flow what fills the captions seen up to 512."""
-    model = small_model()
+@pytest.mark.parametrize("dense", [{}, {"dense": True}, {"dense_layers": 1}], ids=str)
+@pytest.mark.parametrize(("config", "paddings"), [(replace(MOC, causal=False), (504, 504)), (MOC, (507, 506))])
+def test_windows_show_the_global_caption_the_own_one_and_the_padding(config, paddings, dense) -> None:
+    """The padding is the whole prompt's; under strict forward flow what fills the captions seen up to 512, in dense
+    steps and layers as in others."""
+    model, config = small_model(), replace(config, **dense)
     batch = make_batch([sample(num_shots=2), sample(num_shots=1)], model.stream, 12)
     rows, windows = text_windows(batch.text, batch.layout, config)
     second = 8 + max(paddings)  # the second sample's first row
@@ -124,6 +126,20 @@ def test_windows_show_the_global_caption_the_own_one_and_the_padding(config, pad
         ((second, second + 3), (second + 3, second + 5), (second + 5, second + 512)),
     ]
     assert [(window.start, window.end) for window in windows] == [(0, 12), (12, 24), (24, 36)]
+
+
+def test_512_rows_bound_what_a_shot_sees_not_a_story() -> None:
+    texts = [torch.randn(0, TEXT_DIM), *(torch.randn(500, TEXT_DIM) for _ in range(80))]
+    item = Sample([torch.randn(16, 1, 2, 2) for _ in range(80)], texts)
+    model = small_model()
+    layout = make_batch([item], model.stream, 12).layout
+    rows, windows = text_windows(texts, layout, MOC)
+    assert len(rows) == 80 * 500 + 12
+    assert {sum(end - start for start, end in window.ranges) for window in windows} == {TEXT_TOKENS}
+    with pytest.raises(ValueError, match="a prompt of 40000 text rows exceeds Wan's 512"):
+        text_windows(texts, layout, replace(MOC, text_anchor="all"))
+    with pytest.raises(ValueError, match="a prompt of 513 text rows exceeds Wan's 512"):
+        text_windows([torch.randn(13, TEXT_DIM), *texts[1:]], layout, MOC)
 
 
 @torch.no_grad()
