@@ -8,14 +8,13 @@ from configs.command import command
 from configs.schema import SampleConfig
 from film.filmmaker import Filmmaker
 from film.folder import FilmFolder
-from film.script import load_script
 
 
 @command("sample", SampleConfig)
 def main(config: SampleConfig) -> None:
     """Loads model and script, films shot by shot, and tells what to look at."""
-    folder, script = FilmFolder(config.out), load_script(config.script)
-    filmmaker = Filmmaker(config)
+    folder, filmmaker = FilmFolder(config.out), Filmmaker(config)
+    script = filmmaker.read(config.script, config.size, config.fps)
     filmmaker.film(filmmaker.plan(script), folder)
     print(*folder.files(), sep="\n")
 

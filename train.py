@@ -24,6 +24,7 @@ from moc.training.checkpoint import refuse_later
 from moc.training.curves import draw_curves
 from moc.training.interruption import NOT_FINISHED, ending_at_signals, ignore_signals
 from models import build_model, load_encoders
+from models.checkpoints.seen import Seen
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
 
     def save_extras(folder: Path) -> None:
         shutil.copytree(dataset.encoders_folder, folder / "encoders")
+        Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots).write(folder)
         draw_curves(run_folder, read_metrics(run_folder))
 
     trainer = Trainer(

@@ -53,10 +53,13 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig(FilmmakerConfig):
-    """`sample.py`. script: what to film. out: a folder to write. The rest is the filmmaker's."""
+    """`sample.py`. script: what to film. out: a folder to write. size, fps: of the film; null takes the script's, or
+    where it has none those of the films that the model was trained on. The rest is the filmmaker's."""
 
     script: str = ""
     out: str = ""
+    size: list[int] | None = None
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

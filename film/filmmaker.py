@@ -1,5 +1,6 @@
 """A model with its encoders, ready to film prompt scripts."""
 
+import logging
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,19 +15,22 @@ from torch import Tensor
 
 from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
-from film.script import Script
+from film.script import Script, load_script
 from film.shooting import OnStep, Shooting
 from film.storyboard import draw_routing_map, draw_storyboard, pick_frames
 from moc import MoCConfig, __version__
-from moc.diffusion import Progress, SamplingConfig, sample_shots
+from moc.diffusion import Flow, Progress, SamplingConfig, sample_shots
 from moc.errors import UserError
 from moc.memory import SAMPLING, enough_for
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
 from moc.training.checkpoint import sound_checkpoint
-from models import load_denoiser, load_encoders, place
+from models import Encoders, load_denoiser, load_encoders, place
 from models.checkpoints.contents import read_settings
+from models.checkpoints.seen import Seen, is_untrained
 from models.encoders.fingerprint import fingerprint, weights_digest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -58,38 +62,70 @@ class FilmmakerConfig:
 
 
 class Filmmaker:
-    """A model and its encoders, opened once to film any number of scripts."""
+    """A model and its encoders, loaded once, when they are first needed, to film any number of scripts."""
 
     def __init__(self, config: FilmmakerConfig) -> None:
         self.config, self.sampler = config, config.sampler
         self.parallel = Parallel(ParallelConfig(config.device, config.precision))
         self.checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
-        model: Any = load_denoiser(self.checkpoint, config.low_noise_checkpoint, self.parallel.dtype)
-        self._model = model
-        moc, flow = read_settings(self.checkpoint)
-        self.moc = moc.override(config.moc)
-        self.flow = flow if config.shift is None else replace(flow, shift=config.shift)
-        encoders = load_encoders(config.encoders_path or self.checkpoint)
-        self.codec, self.text = encoders.codec.to(self.parallel.device), encoders.text
-        self.fingerprints = {
-            "model": fingerprint("model", weights_digest(model)),
-            "codec": self.codec.fingerprint,
-            "text": self.text.fingerprint,
-        }
+        self.seen = Seen.read(self.checkpoint)
+
+    @cached_property
+    def _loaded(self) -> Any:
+        """The model on the CPU."""
+        return load_denoiser(self.checkpoint, self.config.low_noise_checkpoint, self.parallel.dtype)
 
     @cached_property
     def model(self) -> Any:
-        """The model on its device, which it takes when the first story is told."""
-        return place(self._model, self.parallel.device, self.config.offload)
+        """The model on its device, which it takes when the first film is sampled."""
+        return place(self._loaded, self.parallel.device, self.config.offload)
+
+    @cached_property
+    def moc(self) -> MoCConfig:
+        moc = read_settings(self.checkpoint)[0].override(self.config.moc)
+        if is_untrained(self.checkpoint, moc):
+            logger.warning(
+                "%s was trained without Mixture of Contexts (it has no moc.json), which is thus untrained in it; "
+                "moc=dense attends as it was trained",
+                self.checkpoint,
+            )
+        return moc
+
+    @cached_property
+    def flow(self) -> Flow:
+        flow = read_settings(self.checkpoint)[1]
+        return flow if self.config.shift is None else replace(flow, shift=self.config.shift)
+
+    @cached_property
+    def encoders(self) -> Encoders:
+        return load_encoders(self.config.encoders_path or self.checkpoint)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {
+            "model": fingerprint("model", weights_digest(self._loaded)),
+            "codec": self.encoders.codec.fingerprint,
+            "text": self.encoders.text.fingerprint,
+        }
+
+    def read(self, path: str | Path, size: list[int] | None = None, fps: float | None = None) -> Script:
+        """A script in the given size and frame rate, else in its own, else in those of the films that the model was
+        trained on. Tells of what the model never saw."""
+        given = {name: value for name, value in {"size": size, "fps": fps}.items() if value is not None}
+        script = load_script(path, given, self.seen.defaults)
+        unseen = self.seen.unseen(script.size, script.fps, len(script.shots))
+        if unseen:
+            logger.warning("%s was never trained on %s; expect less of the film", self.checkpoint, ", ".join(unseen))
+        return script
 
     def plan(self, script: Script) -> FilmPlan:
         """Lays the stream of a script out and encodes what it says and shows."""
-        device = self.parallel.device
-        plan = plan_film(script, self.codec, device, self.sampler.seed)
-        windowed = self.moc.text_flows_forward and not self._model.stream.text_in_stream
-        text = self.text.to(device)
+        device, stream = self.parallel.device, self._loaded.stream
+        plan = plan_film(script, self.encoders.codec.to(device), device, self.sampler.seed)
+        text = self.encoders.text.to(device)
+        windowed = self.moc.text_flows_forward and not stream.text_in_stream
         plan.encode_texts(text.encode_windows if windowed else text.encode)
-        self.text.to("cpu")  # its memory is the model's from here on
+        text.to("cpu")  # its memory is the model's from here on
         return plan
 
     def request(self, plan: FilmPlan) -> dict[str, Any]:
@@ -119,7 +155,7 @@ class Filmmaker:
     def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> None:
         started, routing_map, device = time.time(), RoutingMap(len(plan.shapes)), self.parallel.device
         folder.copy_pictures(plan.pictures)
-        shooting = Shooting(folder, plan, self.codec, request, routing_map, self.config.keep_every)
+        shooting = Shooting(folder, plan, self.encoders.codec, request, routing_map, self.config.keep_every)
 
         def sampling(on_step: OnStep, start: Progress | None) -> Iterator[tuple[int, Tensor]]:
             model, settings = self.model, (self.moc, self.flow, plan.story(), self.sampler)

@@ -77,8 +77,13 @@ class Script:
         return top | {"negative": self.negative, "shots": shots}
 
 
-def load_script(path: str | Path) -> Script:
-    """Reads a script in any of the forms; raises DataError citing file and field."""
+def load_script(
+    path: str | Path,
+    given: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Script:
+    """Reads a script in any of the forms; raises DataError citing file and field. given, defaults: a `size` and `fps`
+    instead of the script's, and where it has none."""
     path = Path(path)
     if not path.is_file():
         raise DataError("missing-script", path, "no such file; give script=FILE, a YAML or JSON prompt script")
@@ -88,6 +93,7 @@ def load_script(path: str | Path) -> Script:
         raise DataError("unreadable-script", path, "must be a mapping with `shots` (see the README)")
     if "fingerprints" in raw and isinstance(raw.get("script"), dict):  # the metadata of a film
         raw = raw["script"]
+    raw = {**(defaults or {}), **raw, **(given or {})}
     if "shot_captions" in raw or isinstance(raw.get("prompt"), str):
         raw = _from_holocine(raw, path)
     elif "scenes" in raw:

@@ -117,6 +117,22 @@ class ShotDataset:
         return self.caches[0].encoders_folder
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths that films were prepared in, those of the first cache first."""
+        return list(dict.fromkeys((size[0], size[1]) for c in self.caches for size in c.recipe.get("sizes", [])))
+
+    @property
+    def frame_rates(self) -> list[float]:
+        """Frames a second that films were prepared at, those of the first cache first."""
+        rates = [cache.recipe.get("fps") for cache in self.caches]
+        return list(dict.fromkeys(float(rate) for rate in rates if rate))  # 0 leaves each film its own
+
+    @property
+    def max_shots(self) -> int:
+        """Shots of the longest scene."""
+        return max(scene.num_shots for _, scene in self.items)
+
+    @property
     def text_dim(self) -> int:
         return self.caches[0].text[NULL_SHOT]["shape"][1]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +13,10 @@ from data.errors import DataError
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.folder import METADATA, FilmFolder
 from film.script import load_script
+from moc import MoCConfig
 from moc.diffusion import SamplingConfig
+from moc.errors import UserError
+from models.checkpoints.seen import Seen
 
 SHOT = {"prompt": "Mia walks.", "seconds": 4 / 12}
 STORY = {"size": [32, 48], "fps": 12, "global": "A journey.", "shots": [SHOT, SHOT | {"cut": False}, SHOT]}
@@ -96,3 +100,48 @@ def test_a_whole_film_is_left_as_it_is_and_another_one_is_refused(trained, write
     other = filmmaker.plan(load_script(write(STORY | {"shots": [SHOT, SHOT | {"prompt": "Gus waves."}, SHOT]})))
     with pytest.raises(DataError, match=r"another film: its script\.shots\[1\]\.prompt is \"Mia walks\.\", not \"Gus"):
         filmmaker.film(other, folder)
+
+
+def test_a_script_without_a_size_is_filmed_as_the_model_was_trained(trained, write, caplog):
+    """The tiny world has samples of three shots, 32x48, in its own frame rate."""
+    filmmaker = open_filmmaker(trained)
+    assert (filmmaker.seen.sizes, filmmaker.seen.max_shots) == ([[32, 48]], 3)
+    bare = {"shots": [SHOT] * 3}
+    script = filmmaker.read(write(bare))
+    assert script.size == (32, 48)
+    assert not caplog.messages or "never trained" not in caplog.text
+    assert filmmaker.read(write(bare | {"size": [64, 96]})).size == (64, 96)
+    assert "was never trained on 64x96 (but 32x48); expect less of the film" in caplog.text
+    caplog.clear()
+    script = filmmaker.read(write(bare | {"size": [64, 96], "shots": [SHOT] * 4}), size=[32, 48], fps=7.5)
+    assert (script.size, script.fps) == ((32, 48), 7.5)
+    (message,) = caplog.messages
+    assert "4 shots (but 3 at most)" in message
+
+
+def test_a_dense_model_is_told_to_have_never_seen_moc(trained, tmp_path, write, caplog):
+    model = shutil.copytree(trained / "checkpoints/step_0000003/ema", tmp_path / "model")
+    (model / "moc.json").unlink()
+    for settings, is_told in ((MoCConfig.unset(), True), (MoCConfig.unset() | {"dense": True}, False)):
+        caplog.clear()
+        filmmaker = Filmmaker(FilmmakerConfig(str(model), encoders_path=str(trained), device="cpu", moc=settings))
+        assert filmmaker.moc.dense != is_told
+        assert ("has no moc.json" in caplog.text) == is_told
+
+
+def test_seen_says_nothing_where_nothing_is_known(tmp_path):
+    assert Seen.read(tmp_path) == Seen()
+    assert Seen().defaults == {}
+    assert Seen().unseen((480, 832), 16, 80) == []
+    Seen([[32, 48], [48, 32]], [12, 24.5], 3).write(tmp_path)
+    seen = Seen.read(tmp_path)
+    assert seen.defaults == {"size": [32, 48], "fps": 12}
+    assert seen.unseen((48, 32), 24.5, 3) == []
+    assert seen.unseen((48, 33), 24, 4) == [
+        "48x33 (but 32x48, 48x32)",
+        "24 frames a second (but 12, 24.5)",
+        "4 shots (but 3 at most)",
+    ]
+    (tmp_path / "films.json").write_text('{"size": 3}')
+    with pytest.raises(UserError, match=r"films\.json does not say"):
+        Seen.read(tmp_path)

@@ -1,0 +1,58 @@
+"""What a checkpoint was trained on, kept beside its weights in films.json: sampling takes its size and frame rate from
+there, and tells of what the model never saw."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moc import MoCConfig
+from moc.errors import UserError
+from moc.training.checkpoint import read_json, remedy
+from models.checkpoints.contents import read_moc, root_of
+
+FILE = "films.json"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Sizes (height, width) and frame rates of the films that a model was trained on, the most usual first, and how
+    many shots a sample had at most; nothing where that is not known."""
+
+    sizes: Sequence[Sequence[int]] = ()
+    fps: Sequence[float] = ()
+    max_shots: int = 0
+
+    def write(self, folder: Path) -> None:
+        (folder / FILE).write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Seen":
+        """What `write` left in a checkpoint. Raises UserError where that is damaged."""
+        file = root_of(checkpoint) / FILE
+        try:
+            return cls(**read_json(file)) if file.is_file() else cls()
+        except TypeError:
+            raise UserError(f"{file} does not say what the model was trained on; {remedy(file)}") from None
+
+    @property
+    def defaults(self) -> dict[str, object]:
+        """The size and the frame rate to film in, as a script has them."""
+        found = {"size": list(next(iter(self.sizes), ())), "fps": next(iter(self.fps), None)}
+        return {name: value for name, value in found.items() if value}
+
+    def unseen(self, size: Sequence[int], fps: float, num_shots: int) -> list[str]:
+        """What of a film the model was never trained on, in words."""
+        told = []
+        if self.sizes and list(size) not in [list(known) for known in self.sizes]:
+            told.append(f"{size[0]}x{size[1]} (but {', '.join(f'{h}x{w}' for h, w in self.sizes)})")
+        if self.fps and fps not in self.fps:
+            told.append(f"{fps:g} frames a second (but {', '.join(f'{known:g}' for known in self.fps)})")
+        if self.max_shots and num_shots > self.max_shots:
+            told.append(f"{num_shots} shots (but {self.max_shots} at most)")
+        return told
+
+
+def is_untrained(checkpoint: Path, moc: MoCConfig) -> bool:
+    """Whether weights that never saw Mixture of Contexts are asked to attend with it."""
+    return not moc.dense and read_moc(checkpoint) is None
