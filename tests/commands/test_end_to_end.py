@@ -90,7 +90,10 @@ def test_every_output_is_there(film):
         for folder, kind in (("shots", "mp4"), ("latents", "safetensors"))
         for n in (1, 2, 3, 4)
     }
-    assert names == {"video.mp4", "storyboard.png", "routing.png", "metadata.json"} | numbered
+    (picture,) = film.glob("given/*.png")  # a copy of the script's, under the name that the metadata give it
+    assert names == {"video.mp4", "storyboard.png", "routing.png", "metadata.json", f"given/{picture.name}"} | numbered
+    shots = json.loads((film / "metadata.json").read_text())["script"]["shots"]
+    assert [shot["image"] for shot in shots if "image" in shot] == [f"given/{picture.name}"]
 
 
 def test_the_film_is_its_shots(film):
