@@ -1,10 +1,9 @@
 """Measures MoC attention against dense attention on one GPU, side by side in one run.
 
-python scripts/benchmark_attention.py [--suites shots chunks heads single million short] [--impls fa2 cudnn fa4 fa3]
-    [--output docs/benchmarks/attention] [--keep]
+python scripts/benchmark_attention.py [suites=[shots,chunks,heads,single,million,short]] [impls=[fa2,cudnn,fa3,fa4]]
+    [output=docs/benchmarks/attention] [keep=true]
 
 Writes OUTPUT.json (a header and rows), OUTPUT.md (tables) and OUTPUT.png (latency against shots, the paper's figure 5).
-`--keep` keeps rows of the JSON that this run does not measure again (a kernel measured apart, on the same GPU).
 
 MoC rows carry routing and index in their forward time. Times are medians, in ms; peaks are of all memory allocated,
 inputs and gradients included. A short stream takes longer to launch than to compute: `graph` rows replay a CUDA graph
@@ -12,11 +11,11 @@ of its forward and backward, `compiled` rows call both through torch.compile(mod
 scenes of short shots; their dense rival is one variable-length FlashAttention-2 call over whole scenes.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
@@ -27,17 +26,52 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import moc
+from configs.command import command
 from moc.cost import attention_cost
+from moc.errors import UserError
 from moc.kernels import anchors, dense, sizes, triton_index
 from scripts.benchmark_report import write_plot, write_tables
 from scripts.measuring import header, median_ms
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
-SUITES = ("shots", "chunks", "heads", "single", "million", "short")
 SHORT_TEXT, SHORT_GLOBAL_TEXT = 12, 30
 SHORT = [(220, (3, 4, 6), 24), (28, (6, 8, 12), 96), (4, (11, 18, 20), 360)]  # scenes of 4 shots, grid, chunk tokens
 HEAD_DIM = 128
+
+
+class Suite(StrEnum):
+    shots = "shots"
+    chunks = "chunks"
+    heads = "heads"
+    single = "single"
+    million = "million"
+    short = "short"
+
+
+class Impl(StrEnum):
+    fa2 = "fa2"
+    cudnn = "cudnn"
+    fa3 = "fa3"
+    fa4 = "fa4"
+
+
+@dataclass(frozen=True)
+class AttentionBenchmarkConfig:
+    """What to measure.
+
+    suites: the sets of cases: number of shots, sizes of chunks, number of heads, a single short shot, a million tokens,
+    packs of short shots.
+    impls: the dense kernels to compare; null takes every one that is installed.
+    output: the path of the files to write, without their endings.
+    keep: rows of OUTPUT.json that are not measured again stay, such as those of a kernel measured apart on the same
+    GPU.
+    """
+
+    suites: list[Suite] = field(default_factory=lambda: list(Suite))
+    impls: list[Impl] | None = None
+    output: str = "docs/benchmarks/attention"
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,29 +308,25 @@ def _replace(rows: list[dict], new: list[dict]) -> None:
     rows[:] = [row for row in rows if _key(row) not in keys] + new
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--impls", nargs="+", choices=("fa2", "cudnn", "fa4", "fa3"), default=None)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/attention"))
-    parser.add_argument("--keep", action="store_true", help="keep rows of OUTPUT.json that are not measured again")
-    arguments = parser.parse_args()
+@command("benchmark_attention", AttentionBenchmarkConfig)
+def main(config: AttentionBenchmarkConfig) -> None:
     if not torch.cuda.is_available():
-        parser.error("no CUDA GPU here; this benchmark measures one")
-    impls = arguments.impls or [name for name in ("fa2", "cudnn", "fa3", "fa4") if dense.is_installed(name)]
-    file = arguments.output.with_suffix(".json")
-    record = json.loads(file.read_text()) if arguments.keep and file.exists() else {"rows": [], "stages": []}
+        raise UserError("torch finds no CUDA GPU here, and this benchmark measures one; run it where there is a GPU")
+    impls = config.impls or [impl for impl in Impl if dense.is_installed(impl)]
+    output = Path(config.output)
+    file = output.with_suffix(".json")
+    record = json.loads(file.read_text()) if config.keep and file.exists() else {"rows": [], "stages": []}
     if record["rows"] and record["header"]["gpu"] != torch.cuda.get_device_name():
-        parser.error(f"{file} was measured on {record['header']['gpu']}; write to another --output")
+        raise UserError(f"{file} was measured on {record['header']['gpu']}; write to another output=PATH")
 
     described = header() | settings()
     record.setdefault("header", {})
-    record["header"] |= {name: value for name, value in described.items() if value is not None or not arguments.keep}
+    record["header"] |= {name: value for name, value in described.items() if value is not None or not config.keep}
     for row in record["rows"]:  # of records that know no packs
         row.setdefault("scenes", 1)
         row["grid"] = tuple(row.get("grid", GRID))
     file.parent.mkdir(parents=True, exist_ok=True)
-    todo = cases(arguments.suites, impls)
+    todo = cases(config.suites, impls)
     for number, case in enumerate(todo, 1):
         rows = measure(case)
         print(
@@ -308,8 +338,8 @@ def main() -> None:
             _replace(record["stages"], stages(case))
         record["header"]["impls"] = sorted({row["impl"] for row in record["rows"]})
         file.write_text(json.dumps(record, indent=1) + "\n")
-    print(write_tables(record, arguments.output.with_suffix(".md")))
-    write_plot(record, arguments.output.with_suffix(".png"))
+    print(write_tables(record, output.with_suffix(".md")))
+    write_plot(record, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.media.decode import open_video
 from data.storyworld import place_of_caption
@@ -32,6 +33,18 @@ def test_help_lists_the_settings(name, capfd):
     said = capfd.readouterr().out
     assert "output" in said or "out:" in said
     assert len(said.splitlines()) > 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+@pytest.mark.parametrize("name", ["attention"])
+def test_a_benchmark_of_a_gpu_says_that_there_is_none(tmp_path, capsys, name):
+    said = refusal(capsys, f"scripts/benchmark_{name}.py", f"output={tmp_path / 'out'}")
+    assert_one_message(said, "GPU")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_suites_of_a_benchmark_are_known(capsys):
+    assert_one_message(refusal(capsys, "scripts/benchmark_attention.py", "suites=[shots,shot]"), "suites", "chunks")
 
 
 def test_a_process_ends_as_it_should(tmp_path):
