@@ -1,8 +1,10 @@
 """Tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several processes.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [--poisoned SCENE] [--told RANK]
+    [--hung RANK] [--full STEP]
 """
 
+import errno
 import os
 import signal
 import subprocess
@@ -60,12 +62,21 @@ class Watched:
 
 
 def make_trainer(
-    folder: Path, seed=0, accumulation=1, moc=MOC, schedule=(), dim=32, optim=None, save_extras=None, **trainer
+    folder: Path,
+    seed=0,
+    accumulation=1,
+    moc=MOC,
+    schedule=(),
+    dim=32,
+    optim=None,
+    save_extras=None,
+    timeout=600.0,
+    **trainer,
 ) -> Trainer:
     torch.manual_seed(seed)
     model = MMDiT(CHANNELS, TEXT_DIM, dim=dim, num_layers=2, num_heads=2, ffn_dim=32)
     return Trainer(
-        Parallel(ParallelConfig("cpu", accumulation=accumulation)),
+        Parallel(ParallelConfig("cpu", accumulation=accumulation, timeout=timeout)),
         model,
         Flow(),
         moc,
@@ -136,14 +147,29 @@ def poisoned(*scene_ids: str, gradient_only: bool = True) -> Iterator[None]:
         Flow.loss = healthy
 
 
+def full_at(step: int):
+    """Makes the disk full for the checkpoint of one step."""
+
+    def save_extras(folder: Path) -> None:
+        if folder.name == f"partial_{step:07d}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return save_extras
+
+
 def launch(processes: int, *arguments: object) -> None:
+    """Runs this module in several processes, which must end well."""
+    result = launched(processes, *arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def launched(processes: int, *arguments: object) -> subprocess.CompletedProcess:
     """Runs this module in several processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [sys.executable, "-m", *torchrun, "-m", "tests.runs", *map(str, arguments)]
     root = Path(__file__).parents[1]
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
 def losses(folder: Path) -> list[float]:
@@ -157,14 +183,23 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--poisoned")
     parser.add_argument("--told", help="the rank that alone is told to end, after two steps")
+    parser.add_argument("--hung", help="the rank that hangs after two steps, on which the others wait three seconds")
+    parser.add_argument("--full", type=int, help="the step whose checkpoint the disk does not take; each step has one")
     asked = parser.parse_args()
+    settings: dict = {}
+    if asked.hung:
+        settings["timeout"] = 3.0
+    if asked.full:
+        settings |= {"save_extras": full_at(asked.full), "checkpoint_every": 1, "keep_checkpoints": 9}
 
     def before_step(number: int) -> None:
+        if number == 2 and os.environ["RANK"] == asked.hung:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if number == 2 and os.environ["RANK"] == asked.told:
             os.kill(os.getpid(), signal.SIGUSR1)
 
     with poisoned(asked.poisoned) if asked.poisoned else nullcontext():
-        trainer = train(asked.cache, asked.folder, moc=DROPS, before_step=before_step)
+        trainer = train(asked.cache, asked.folder, moc=DROPS, before_step=before_step, **settings)
     assert (trainer.step, trainer.finished) == ((2, False) if asked.told else (4, True))
     assert trainer.parallel.world_size == int(os.environ["WORLD_SIZE"])
     torch.distributed.destroy_process_group()

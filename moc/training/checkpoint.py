@@ -38,6 +38,14 @@ _PARTIAL_FOLDER = re.compile(r"partial_\d{7,}")
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
+class DiskError(UserError):
+    """A checkpoint that the disk does not take; `problem` says why, and that the earlier ones stand."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"{problem}: make room and start again")
+
+
 def find_checkpoint(path: str | Path) -> Path | None:
     """The newest complete checkpoint of a run's folder, or `path` itself when it is one; None where there is none."""
     path = Path(path)
@@ -111,9 +119,8 @@ def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if reason := disk_error(error):
-            raise UserError(
-                f"{final} cannot be written: {reason}; nothing of it is kept, and what was there before stands: make "
-                "room and start again"
+            raise DiskError(
+                f"{final} cannot be written: {reason}; nothing of it is kept, and what was there before stands"
             ) from error
         raise
 
@@ -138,10 +145,11 @@ def check_same_model(folder: Path, model: Any) -> None:
         raise UserError(f"{folder} is of another model: {'; '.join(wrong)}. Set model to match it, or another name")
 
 
-def remove_old(run_folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of a run."""
+def remove_old(run_folder: Path, keep: int, every: int = 0) -> None:
+    """Removes all but the newest `keep` checkpoints of a run, and those of steps that `every` divides, if it is set."""
     for folder in _checkpoints(run_folder)[:-keep]:
-        shutil.rmtree(folder)
+        if not every or step_of(folder) % every:
+            shutil.rmtree(folder)
 
 
 def _newest_first(run_folder: Path) -> list[Path]:

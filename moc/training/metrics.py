@@ -1,7 +1,10 @@
 """Metrics of a run: one JSON line each in `metrics.jsonl`, always; Weights & Biases or TensorBoard besides, if asked
 for."""
 
+import errno
 import json
+import logging
+import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ from moc.errors import UserError
 from moc.files import write_whole
 from moc.training.checkpoint import refuse_later
 
+logger = logging.getLogger(__name__)
 TRACKERS = ("none", "wandb", "wandb-offline", "tensorboard")
 
 
@@ -46,11 +50,20 @@ class Metrics:
             self._tracker = WeightsAndBiases(folder, config, run_config)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        row = {"step": step, **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._write(json.dumps({"step": step, **values}) + "\n")
         if self._tracker:
             self._tracker.log(step, values)
+
+    def _write(self, line: str) -> None:
+        """Appends the line whole or, on a full disk, not at all, which costs the run no more."""
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(line.encode()) < len(line.encode()):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                file.truncate(size)
+                logger.warning("%s does not take a line: %s; the run goes on", self.path, error.strerror)
 
     def close(self) -> None:
         if self._tracker:

@@ -58,6 +58,11 @@ class Outcome:
         everyone = gather_lists(self._shot_ids)
         return list(dict.fromkeys(broken or everyone))
 
+    def worst_scenes(self, most: int = 3) -> list[str]:
+        """The scenes of the largest losses, the worst first. Every process takes part."""
+        shots = gather_lists([(shot.loss, shot.scene) for shot in self.target_shots()])
+        return list(dict.fromkeys(scene for _, scene in sorted(shots, reverse=True)))[:most]
+
 
 @dataclass(frozen=True)
 class ShotLoss:
@@ -125,6 +130,43 @@ class SkipCount:
                 "newest checkpoint is from before: lower optim.lr, look at these scenes, or raise the limit"
             )
         return scenes
+
+
+class Spikes:
+    """Tells losses and gradient norms far above what they were before, with the scenes of the largest losses.
+
+    Far is so many standard deviations of their logarithm, over the past hundred steps or so, and twice the usual value.
+    """
+
+    DEVIATIONS, WARM_UP, MEMORY = 6.0, 50, 100
+
+    def __init__(self) -> None:
+        self._moments = {"loss": (0.0, 0.0), "grad_norm": (0.0, 0.0)}  # mean and variance of the logarithms
+        self._steps = 0
+
+    def add(self, outcome: Outcome, totals: Totals) -> list[str]:
+        """The scenes of a spike, none for another step. Every process takes part, and all see the same totals."""
+        if totals.skipped:
+            return []
+        self._steps += 1
+        told = [self._look(name, getattr(totals, name)) for name in self._moments]
+        if self._steps <= self.WARM_UP or not any(told):
+            return []
+        scenes = outcome.worst_scenes()
+        what = ", ".join(filter(None, told))
+        logger.warning(
+            "step %d is a spike (%s); its scenes of the largest loss: %s", outcome.step, what, ", ".join(scenes)
+        )
+        return scenes
+
+    def _look(self, name: str, value: float) -> str:
+        """What is to be told of a value, if anything; takes it into the moments."""
+        logarithm, (mean, variance) = math.log(max(value, 1e-30)), self._moments[name]
+        above = logarithm - mean
+        weight = max(1 / self._steps, 1 / self.MEMORY)
+        self._moments[name] = mean + weight * above, (1 - weight) * (variance + weight * above**2)
+        far = above > max(math.log(2), self.DEVIATIONS * math.sqrt(variance))
+        return f"{name} {value:g}, usually {math.exp(mean):g}" if far else ""
 
 
 def check_finite(model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -5,9 +5,13 @@ Models are single-device code; what spreads them is built once, here, from outsi
 
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PATIENT = timedelta(days=1)  # how long the processes wait for one that writes files
+_BROKEN = re.compile(r"gloo|nccl|timed out|connection (closed|reset)|broken pipe", re.IGNORECASE)
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
 
@@ -31,17 +37,18 @@ class ParallelConfig:
     """device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
     precision: of every forward pass, in training and out of it: auto (bf16 on a GPU, fp32 on the CPU), fp32 or bf16.
     accumulation: micro-batches a step on each process. activation_checkpointing: recompute blocks in backward; routes
-    are kept."""
+    are kept. timeout: seconds after which processes that wait for another one end the job and name it."""
 
     device: str = "auto"
     precision: str = "auto"
     accumulation: int = 1
     activation_checkpointing: bool = False
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", *PRECISIONS):
             raise UserError(f"precision={self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
-        check_least(self, "parallel", 1, "accumulation")
+        check_least(self, "parallel", 1, "accumulation", "timeout")
 
 
 class Parallel:
@@ -52,7 +59,7 @@ class Parallel:
 
     def __init__(self, config: ParallelConfig | None = None) -> None:
         config = config or ParallelConfig()
-        self._state = join_processes(config.device == "cpu")
+        self._state, self._timeout = join_processes(config.device == "cpu", config.timeout), config.timeout
         self.rank, self.world_size = self._state.process_index, self._state.num_processes
         self.device = _find_device(config.device, self._state)
         has_gpu = self.device.type == "cuda"
@@ -60,8 +67,10 @@ class Parallel:
             torch.cuda.set_device(self.device)  # kernels that we launch ourselves go to the current one
         precision = ("bf16" if has_gpu else "fp32") if config.precision == "auto" else config.precision
         self.dtype = PRECISIONS[precision]
-        distinct = self.world_size > 1 and dist.get_backend() != "gloo"
-        self._hosts = dist.new_group(backend="gloo") if distinct else None
+        if self.world_size > 1:
+            self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENT)
+            _store().set(f"moc/host/{self.rank}", socket.gethostname())
         if self.is_main:
             name = f"{self.device_name} ({self.device})" if has_gpu else self.device_name
             processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
@@ -102,13 +111,35 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. It travels between the hosts, waiting for no device."""
+    def any(self, flag: bool, patient: bool = False) -> bool:
+        """Whether the flag is set on any process. It travels between the hosts, waiting for no device. patient: wait
+        beyond the timeout, for a process that writes files."""
         if self.world_size == 1:
             return flag
         number = torch.tensor(int(flag))
-        dist.all_reduce(number, group=self._hosts)
+        dist.all_reduce(number, group=self._patient if patient else self._hosts)
         return bool(number)
+
+    @contextmanager
+    def naming_absent(self) -> Iterator[None]:
+        """Raises UserError that names the processes that are dead or hang, where one of the others waits in vain."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not _BROKEN.search(str(error)):
+                raise
+            absent = ", ".join(self._absent()) or "none, so the network may have failed"
+            raise UserError(
+                f"a process waited in vain (parallel.timeout={self._timeout:g} seconds); those that do not answer: "
+                f"{absent}. Look at their logs and hosts; the same command goes on from the newest checkpoint"
+            ) from error
+
+    def _absent(self) -> list[str]:
+        """The processes that do not say within some seconds that they wait in vain too."""
+        _store().set(f"moc/waits/{self.rank}", "")
+        time.sleep(min(10.0, self._timeout))
+        absent = [rank for rank in range(self.world_size) if not _store().check([f"moc/waits/{rank}"])]
+        return [f"rank {rank} on {_store().get(f'moc/host/{rank}').decode()}" for rank in absent]
 
     def of_main(self, make: Callable[[], Result]) -> Result:
         """What the main process makes, on all of them; the others make none."""
@@ -123,8 +154,15 @@ class Parallel:
         self._state.destroy_process_group()
 
 
-def join_processes(cpu: bool = False) -> PartialState:
+def _store() -> Any:
+    """The key-value store through which the processes found each other; it outlives any of them."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def join_processes(cpu: bool = False, timeout: float | None = None) -> PartialState:
     """This process among those that `accelerate launch`, torchrun or a plain `python` started.
+
+    timeout: seconds that they wait for each other at most; None is torch's own.
 
     Without a GPU the CPU is meant, which accelerate must be told: it overlooks the ranks of a launch otherwise.
     Raises UserError where accelerate was asked for several processes and started one.
@@ -135,7 +173,8 @@ def join_processes(cpu: bool = False) -> PartialState:
             "accelerate launch was asked for several processes and started one: it hands them to torch's launcher with "
             "--multi_gpu only; say that, which needs no GPU, and leave --cpu out"
         )
-    return PartialState(cpu=cpu or not torch.cuda.is_available())
+    settings = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
+    return PartialState(cpu=cpu or not torch.cuda.is_available(), **settings)
 
 
 def visible_gpus() -> list[str]:

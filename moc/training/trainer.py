@@ -38,7 +38,7 @@ from moc.training.optim import (
     set_learning_rate,
     take_step,
 )
-from moc.training.outcome import Outcome, SkipCount, Totals, check_finite
+from moc.training.outcome import Outcome, SkipCount, Spikes, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.survey import Survey
 from moc.training.validation import Validator
@@ -60,7 +60,8 @@ class Steps(Protocol):
 class TrainerConfig:
     """How long a run is and how often it reports.
 
-    num_steps: optimizer steps of the run. *_every: in steps; 0 is never. keep_checkpoints: how many of the newest stay.
+    num_steps: optimizer steps of the run. *_every: in steps; 0 is never. keep_checkpoints: how many of the newest stay;
+    those of every keep_every-th step stay besides.
     max_skipped_steps: how many steps in a row may have no finite loss and gradient before the run ends.
     """
 
@@ -69,12 +70,13 @@ class TrainerConfig:
     validate_every: int = 500
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
+    keep_every: int = 0
     ema_decay: float = 0.999
     max_skipped_steps: int = 10
 
     def __post_init__(self) -> None:
         check_least(self, "trainer", 1, "num_steps", "log_every", "keep_checkpoints")
-        check_least(self, "trainer", 0, "validate_every", "checkpoint_every", "max_skipped_steps")
+        check_least(self, "trainer", 0, "validate_every", "checkpoint_every", "keep_every", "max_skipped_steps")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
 
@@ -107,7 +109,7 @@ class Trainer:
         self.ema = EMA(self.bare_model, config.ema_decay)
         self.model, self.optimizer = parallel.wrap(self.bare_model), build_optimizer(self.bare_model, optim)
         self.step = 0
-        self.skips = SkipCount(config.max_skipped_steps)
+        self.skips, self.spikes = SkipCount(config.max_skipped_steps), Spikes()
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
         self._clock, self._breakdown = Clock(parallel.device), Breakdown()
         self._survey: Survey | None = None  # of the newest step, at every log_every-th
@@ -148,6 +150,7 @@ class Trainer:
         if self.step >= self.config.num_steps:
             return True
         with (
+            self.parallel.naming_absent(),
             Interruption() as self._interruption,
             tqdm(
                 total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None
@@ -192,7 +195,7 @@ class Trainer:
             self._validation_due |= last or _due(self.step, self.config.validate_every)
             validated = not (validator and self._validation_due) or self._validate(validator, metrics)
             if saves:
-                self.save(self._data_state)
+                self._save_or_go_on(last)
             if not validated and not last:
                 return False
             if saves or validator:
@@ -218,24 +221,42 @@ class Trainer:
             name = self._interruption.signal or "another process was told to end"
             logger.warning("%s: %s; the same command goes on", name, saved)
 
+    def _save_or_go_on(self, last: bool) -> None:
+        """Saves this step. A full disk costs the run a checkpoint and no more, unless it is the last."""
+        try:
+            self.save(self._data_state)
+        except ckpt.DiskError as error:
+            if last:
+                raise
+            logger.warning("%s; the run goes on: make room before the next one", error.problem)
+
     def save(self, data_state: dict[str, Any]) -> None:
-        """Writes a checkpoint of this step; every process takes part."""
+        """Writes a checkpoint of this step; every process takes part. Raises DiskError on all of them where the disk
+        does not take it."""
         check_finite(self.bare_model, self.ema.model, self.optimizer, self.step)
         self.parallel.wait()
+        failure = None
         if self.parallel.is_main:
-            with ckpt.new_checkpoint(self.run_folder, self.step) as folder:
-                for name, model in (("model", self.bare_model), ("ema", self.ema.model)):
-                    model.save_pretrained(folder / name)
-                    self.schedule.at(self.step, self.moc).save(folder / name)
-                ckpt.save_optimizer(folder, self.bare_model, self.optimizer)
-                ckpt.save_rng(folder, 0)
-                state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
-                state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
-                ckpt.write_state(folder, state)
-                self.save_extras(folder)
-            ckpt.remove_old(self.run_folder, self.config.keep_checkpoints)
-        self.parallel.wait()
+            try:
+                self._write(data_state)
+            except ckpt.DiskError as error:
+                failure = error
+        if self.parallel.any(failure is not None, patient=True):
+            raise failure or ckpt.DiskError(f"the checkpoint of step {self.step} cannot be written")
         self._saved_step = self.step
+
+    def _write(self, data_state: dict[str, Any]) -> None:
+        with ckpt.new_checkpoint(self.run_folder, self.step) as folder:
+            for name, model in (("model", self.bare_model), ("ema", self.ema.model)):
+                model.save_pretrained(folder / name)
+                self.schedule.at(self.step, self.moc).save(folder / name)
+            ckpt.save_optimizer(folder, self.bare_model, self.optimizer)
+            ckpt.save_rng(folder, 0)
+            state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
+            state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
+            ckpt.write_state(folder, state)
+            self.save_extras(folder)
+        ckpt.remove_old(self.run_folder, self.config.keep_checkpoints, self.config.keep_every)
 
     def _train_step(self, batches: Sequence[Batch]) -> bool:
         """Takes one optimizer step; returns whether it was taken, rather than interrupted.
@@ -293,6 +314,9 @@ class Trainer:
             scenes = self.skips.add(outcome, totals)
             if scenes and metrics:
                 metrics.log(outcome.step, {"skipped_scenes": ", ".join(scenes)})
+            spike = self.spikes.add(outcome, totals)
+            if spike and metrics:
+                metrics.log(outcome.step, {"spike_scenes": ", ".join(spike)})
         return totals
 
     def _summary(self, totals: Totals) -> dict[str, Any]:

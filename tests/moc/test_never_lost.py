@@ -1,0 +1,149 @@
+"""A run outlives a full disk, names what hangs and what is out of the ordinary, and keeps the checkpoints it is to."""
+
+import errno
+import logging
+import os
+import time
+
+import pytest
+import torch
+
+from moc.diffusion import Flow
+from moc.training import Metrics, TrackerConfig, read_metrics
+from moc.training import checkpoint as ckpt
+from moc.training.outcome import Outcome, Spikes, Totals
+from tests.runs import full_at, launch, launched, losses, train
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+# A full disk
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(cache, tmp_path, caplog):
+    settings = {"num_steps": 3, "checkpoint_every": 1}
+    assert train(cache, tmp_path / "run", save_extras=full_at(2), **settings).finished
+    assert checkpoints(tmp_path / "run") == ["step_0000001", "step_0000003"]
+    (warning,) = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert "step_0000002 cannot be written: No space left on device" in warning
+    assert "the run goes on" in warning
+    train(cache, tmp_path / "whole", **settings)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_the_last_checkpoint_must_be_written(cache, tmp_path):
+    with pytest.raises(ckpt.DiskError, match=r"step_0000002 cannot be written: No space.*make room and start again"):
+        train(cache, tmp_path, num_steps=2, checkpoint_every=1, save_extras=full_at(2))
+    assert checkpoints(tmp_path) == ["step_0000001"]
+
+
+def test_a_full_disk_of_the_main_process_stops_no_other(cache, tmp_path):
+    launch(2, cache, tmp_path / "run", "--full", 2)
+    assert checkpoints(tmp_path / "run") == ["step_0000001", "step_0000003", "step_0000004"]
+
+
+def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch, caplog):
+    metrics = Metrics(tmp_path, TrackerConfig(), {})
+    metrics.log(1, {"loss": 1.0})
+    opened = type(metrics.path).open
+
+    class Full:
+        """A file on a disk with room for three more bytes."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, payload):
+            return self.file.write(payload[:3])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(metrics.path), "open", lambda *arguments, **others: Full(opened(*arguments, **others)))
+        metrics.log(2, {"loss": 2.0})
+    assert f"metrics.jsonl does not take a line: {os.strerror(errno.ENOSPC)}" in caplog.text
+    metrics.log(3, {"loss": 3.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+
+
+# Processes
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_job_and_is_named(cache, tmp_path):
+    """It is stopped, as by a debugger: it neither answers nor ends."""
+    started = time.monotonic()
+    done = launched(2, cache, tmp_path, "--hung", 1)
+    assert done.returncode != 0
+    assert "those that do not answer: rank 1 on " in done.stderr
+    assert "parallel.timeout=3 seconds" in done.stderr
+    assert time.monotonic() - started < 120  # torchrun itself waits 30 seconds for a stopped process
+
+
+# Which checkpoints stay
+
+
+def test_the_newest_checkpoints_stay_and_some_for_good(cache, tmp_path):
+    train(cache, tmp_path, num_steps=7, checkpoint_every=1, keep_checkpoints=2, keep_every=3)
+    assert checkpoints(tmp_path) == ["step_0000003", "step_0000006", "step_0000007"]
+
+
+# Spikes
+
+
+class Steps(Outcome):
+    """The outcome of a step of which the totals alone matter."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def worst_scenes(self, most=3):
+        return ["scene"]
+
+
+def told(losses_, norms=None):
+    """Which of the steps are told, by their index."""
+    spikes, norms = Spikes(), norms or [1.0] * len(losses_)
+    return [i for i, pair in enumerate(zip(losses_, norms, strict=True)) if spikes.add(Steps(i), Totals(*pair, 1))]
+
+
+def test_what_is_a_spike():
+    generator = torch.Generator().manual_seed(0)
+    usual = (0.1 + 0.05 * torch.rand(200, generator=generator)).tolist()
+    assert told(usual) == []
+    assert told([*usual[:120], 1.0, *usual[120:]]) == [120]
+    assert told(usual, [*[1.0] * 99, 80.0, *[1.0] * 100]) == [99]
+    assert told([5.0 / step for step in range(1, 100)]) == []  # it falls
+    assert told([0.1, 9.0, 0.1]) == []  # nobody knows yet what is usual
+    assert 200 in told([*usual, *[1.0] * 200])
+    assert len(told([*usual, *[1.0] * 200])) < 30  # a new level becomes the usual one
+
+
+def test_a_spike_is_told_with_its_scenes(cache, tmp_path, monkeypatch, caplog):
+    healthy = Flow.loss
+
+    def loss(self, model, batch, *others, **more):
+        by_shot = healthy(self, model, batch, *others, **more)
+        scale = [
+            100.0 if name == "scene0.75" else 1.0
+            for name, (_, n) in zip(batch.ids, batch.layout.samples, strict=True)
+            for _ in n
+        ]
+        return by_shot * torch.tensor(scale)
+
+    monkeypatch.setattr(Spikes, "WARM_UP", 1)
+    monkeypatch.setattr(Flow, "loss", loss)
+    train(cache, tmp_path, num_steps=8)
+    rows = [row for row in read_metrics(tmp_path) if "spike_scenes" in row]
+    assert rows
+    assert all(row["spike_scenes"].split(", ")[0] == "scene0.75" for row in rows)
+    assert f"step {rows[0]['step']} is a spike (loss " in caplog.text
