@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
 from film.script import Script, load_script
 from film.shooting import OnStep, Shooting
-from film.storyboard import draw_routing_map, draw_storyboard, pick_frames
+from film.storyboard import ROWS_A_PAGE, Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
 from moc import MoCConfig, __version__
 from moc.diffusion import Flow, Progress, SamplingConfig, sample_shots
 from moc.errors import UserError
@@ -149,8 +149,7 @@ class Filmmaker:
         with folder.held():
             if not folder.is_finished:
                 self._make(plan, folder, request)
-            routing = torch.tensor(folder.read_metadata()["routing"])[plan.filmed][:, plan.filmed]
-            draw_pictures(folder, plan.script, routing)
+            draw_pictures(folder, plan, torch.tensor(folder.read_metadata()["routing"]))
 
     def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> None:
         started, routing_map, device = time.time(), RoutingMap(len(plan.shapes)), self.parallel.device
@@ -186,9 +185,17 @@ def versions() -> dict[str, str]:
     return found if git.returncode else found | {"commit": git.stdout.strip()}
 
 
-def draw_pictures(folder: FilmFolder, script: Script, routing: Tensor) -> None:
-    """Draws those pictures of a whole film that are not there. routing: as `RoutingMap.shares`, of filmed shots."""
-    rows = [folder.frames(number, pick_frames) for number in range(1, len(script.shots) + 1)]
-    captions = [shot.prompt for shot in script.shots]
-    folder.draw("storyboard.png", draw_storyboard, script.title, captions, rows)
-    folder.draw("routing.png", draw_routing_map, routing)
+def draw_pictures(folder: FilmFolder, plan: FilmPlan, shares: Tensor) -> None:
+    """Draws those pictures of a whole film that are not there. shares: as `RoutingMap.shares` of its stream."""
+
+    def panel(number: int) -> Panel:
+        shot, seconds = plan.script.shots[number - 1], plan.num_frames[number - 1] / plan.script.fps
+        return Panel(number, shot.prompt, seconds, shot.cut, folder.frames(number, pick_frames, page_size))
+
+    def page(first: int, path: Path) -> None:
+        last = min(first + ROWS_A_PAGE - 1, len(plan.filmed))
+        draw_storyboard(path, plan.script.title, [panel(number) for number in range(first, last + 1)])
+
+    for number, first in enumerate(range(1, len(plan.filmed) + 1, ROWS_A_PAGE), start=1):
+        folder.draw("storyboard.png" if number == 1 else f"storyboard_{number}.png", partial(page, first))
+    folder.draw("routing.png", lambda path: draw_routing_map(path, shares[plan.filmed][:, plan.filmed]))

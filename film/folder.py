@@ -3,7 +3,8 @@
 latents/01.safetensors, shots/01.mp4, ...    as soon as a shot is known
 video.mp4                                    the shots one after another
 metadata.json                                everything to repeat the film; written when the film is whole
-storyboard.png, routing.png                  pictures of it, which it is whole without
+storyboard.png, storyboard_2.png, ...        ten shots each
+routing.png                                  where routes go; the film is whole without such pictures
 given/<digest>.png, ...                      copies of the pictures that its script names
 .progress.safetensors                        how far an unfinished film is, and what it was asked to be
 
@@ -21,7 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -29,7 +32,7 @@ from torch import Tensor
 from data.cache.store import checksum
 from data.cache.writer import write_whole
 from data.errors import DataError
-from data.media.decode import open_video
+from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
 from moc.errors import UserError
 from moc.files import PARTIAL, HeldError
@@ -37,7 +40,7 @@ from moc.training.checkpoint import read_json
 
 METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
 REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # what of the metadata decides the frames
-FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, "storyboard.png", "routing.png")
+FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, "storyboard*.png", "routing.png")
 REMEDY = "name another folder, or remove this one"
 logger = logging.getLogger(__name__)
 
@@ -171,18 +174,23 @@ class FilmFolder:
 
     def write_shot(self, number: int, frames: Iterable[np.ndarray], fps: float) -> int:
         """The frames of a shot, uint8 [H, W, 3] each; returns how many."""
-        return write_video(self.shot(number), frames, fps)
+        return write_video(self.shot(number), frames, fps, bt709=True)
 
     def join_shots(self, num_shots: int) -> int:
         """All shots as one video, their frames as they are; returns how many."""
         return join_videos(self.path / "video.mp4", [self.shot(number) for number in range(1, num_shots + 1)])
 
-    def frames(self, number: int, pick: Callable[[int], list[int]]) -> np.ndarray:
-        """Some frames of a shot as its video shows them, uint8 [n, H, W, 3]. pick: which, of how many."""
-        reader = open_video(self.shot(number))
-        frames = reader.pick(pick(reader.num_frames)).numpy()
-        reader.close()
-        return frames
+    def frames(
+        self, number: int, pick: Callable[[int], list[int]], fit: Callable[[int, int], tuple[int, int]]
+    ) -> np.ndarray:
+        """Some frames of a shot as its video shows them, uint8 [n, H, W, 3]. pick: which, of how many. fit: the size
+        that they get, of the (height, width) they have."""
+        with av.open(str(self.shot(number))) as container:
+            stream, reformatter = container.streams.video[0], VideoReformatter()
+            stream.thread_type = "AUTO"
+            wanted, size = pick(stream.frames), fit(stream.height, stream.width)
+            frames = enumerate(container.decode(stream))
+            return np.stack([to_rgb(frame, reformatter, size) for index, frame in frames if index in wanted])
 
     def copy_pictures(self, names: Mapping[Path, str]) -> None:
         """Copies the pictures of a script to where its record names them."""
@@ -197,20 +205,20 @@ class FilmFolder:
         text = json.dumps(record, indent=2, default=str) + "\n"
         write_whole(self.path / METADATA, text.encode())
 
-    def draw(self, name: str, draw: Callable[..., None], *what: Any) -> None:
-        """Has `draw(path, *what)` make a picture of the film, unless it is there. One that fails costs no more than
+    def draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Has `draw` make a picture of the film at a path, unless it is there. One that fails costs no more than
         itself: a warning."""
         path = self.path / name
         if path.exists():
             return
         try:
-            draw(path, *what)
+            draw(path)
         except Exception as error:
             logger.warning("%s is left out, the film is whole (%s: %s)", path, type(error).__name__, error)
 
     def files(self) -> list[Path]:
         """What there is to look at."""
-        return [path for name in FILES[2:] if name != METADATA and (path := self.path / name).exists()]
+        return [path for pattern in FILES[2:] if pattern != METADATA for path in sorted(self.path.glob(pattern))]
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from torch import Tensor
 
 from moc.errors import UserError
@@ -19,9 +20,12 @@ def write_video(
     crf: int = 16,
     options: dict[str, str] | None = None,
     pixel_format: str = "yuv420p",
+    bt709: bool = False,
 ) -> int:
     """Encode uint8 [H, W, 3] RGB frames and return how many; the file appears under `path` only when whole.
 
+    bt709: convert colours by BT.709 and say so in the file, so that every player shows the same; else by FFmpeg's own
+    default, which the file does not tell.
     One encoder thread, so that the same frames give the same bytes on any machine.
     Raises ValueError for no frames, sizes that differ, or odd sizes (4:2:0 video needs even ones).
     """
@@ -35,6 +39,11 @@ def write_video(
             stream.codec_context.thread_count = 1
             assert isinstance(stream, av.VideoStream), codec
             repeatable = {"x264-params": "mbtree=0"} if codec == "libx264" else {}  # x264's MB-tree is not
+            if bt709:
+                stream.codec_context.color_primaries = ColorPrimaries.BT709
+                stream.codec_context.color_trc = ColorTrc.BT709
+                stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
+            reformatter = VideoReformatter()
             stream.codec_context.options = {"crf": str(crf)} | repeatable | (options or {})
             for count, picture in enumerate(frames, start=1):
                 array = np.ascontiguousarray(picture)
@@ -45,7 +54,10 @@ def write_video(
                     raise ValueError(
                         f"{path}: frame {count - 1} is {array.shape}, frame 0 {stream.height}x{stream.width}"
                     )
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+                if bt709:
+                    frame = reformatter.reformat(frame, format=pixel_format, dst_colorspace=Colorspace.ITU709)
+                container.mux(stream.encode(frame))
             if count == 0:
                 raise ValueError(f"{path}: no frames to write")
             container.mux(stream.encode(None))

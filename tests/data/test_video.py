@@ -13,7 +13,7 @@ from data.media import decode, resize
 from data.media.decode import check_decoder, open_video
 from data.media.index import index_video
 from data.media.resize import fit, nearest_bucket, read_pieces, resample
-from data.media.write import write_video
+from data.media.write import join_videos, write_video
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered, write_paired
 
 NUM_FRAMES = 150
@@ -265,3 +265,37 @@ def test_reading_in_pieces_changes_nothing(films, monkeypatch):
     assert [piece.shape[1] for piece in pieces] == [6, 3, 1]
     frames = ((torch.cat(pieces, 1) + 1) * 127.5).round().permute(1, 2, 3, 0)
     assert read_numbers(frames) == indices
+
+
+def test_colours_are_tagged_and_come_back(tmp_path):
+    """Pure colours differ most between BT.601 and BT.709."""
+    picture = np.zeros((64, 96, 3), np.uint8)
+    colours = [(200, 30, 30), (30, 200, 30), (30, 60, 200)]
+    for index, colour in enumerate(colours):
+        picture[:, 32 * index : 32 * index + 32] = colour
+    write_video(tmp_path / "film.mp4", [picture] * 3, 12, bt709=True)
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc, context.color_range) == (1, 1, 1, 1)
+    frame = open_video(tmp_path / "film.mp4").read(1, 2)[0].numpy()
+    for index, colour in enumerate(colours):
+        assert np.abs(frame[32, 32 * index + 16].astype(int) - colour).max() <= 4
+
+
+@pytest.mark.parametrize("lengths", [[1], [9, 1, 2, 40, 5], [2, 30], [30, 2, 1, 1]])
+def test_joined_videos_show_the_frames_of_their_parts(tmp_path, lengths):
+    """Short parts are stored without reordered frames, long ones with them."""
+    rng = np.random.default_rng(0)
+    parts = [tmp_path / f"{index}.mp4" for index in range(len(lengths))]
+    for part, length in zip(parts, lengths, strict=True):
+        still = rng.integers(0, 255, (64, 96, 3), np.uint8)
+        write_video(part, [np.roll(still, shift, 1) for shift in range(length)], 12)
+    assert join_videos(tmp_path / "film.mp4", parts) == sum(lengths)
+    readers = [open_video(path) for path in (*parts, tmp_path / "film.mp4")]
+    *frames, whole = [reader.read(0, reader.num_frames) for reader in readers]
+    assert torch.equal(torch.cat(frames), whole)
+    assert readers[-1].index.stamp_fault == ""
+    assert readers[-1].index.times == pytest.approx([index / 12 for index in range(sum(lengths))])
+    with pytest.raises(FileNotFoundError):
+        join_videos(tmp_path / "other.mp4", [parts[0], tmp_path / "nowhere.mp4"])
+    assert not list(tmp_path.glob("*other*"))

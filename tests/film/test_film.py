@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -10,11 +11,12 @@ from PIL import Image
 from data.errors import DataError
 from data.manifest import CUT_PREFIX
 from data.media.decode import open_video
+from film import storyboard
 from film.folder import FILES, PROGRESS, FilmFolder
 from film.plan import plan_film
 from film.script import Script, ScriptShot
 from film.shooting import Shooting, pictures
-from film.storyboard import draw_routing_map, draw_storyboard, pick_frames
+from film.storyboard import Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
 from moc.diffusion import Progress, noise_key
 from moc.files import HeldError
 from moc.statistics import RoutingMap
@@ -171,11 +173,21 @@ def colour_share(image: Image.Image, colour) -> float:
     return float((np.abs(pixels - colour).max(-1) < 12).mean())
 
 
+def panels(captions, rows) -> list[Panel]:
+    pairs = zip(captions, rows, strict=True)
+    return [Panel(number, caption, 5.0, number != 2, frames) for number, (caption, frames) in enumerate(pairs, start=1)]
+
+
+def test_a_panel_tells_its_length_and_its_cut():
+    first, second = panels(["a", "b"], [None, None])
+    assert (first.head, second.head) == ("1 · 5.0 s · cut", "2 · 5.0 s · goes on from 1")
+
+
 def test_the_storyboard_shows_a_row_for_each_shot(tmp_path):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     rows = [np.full((5, 36, 64, 3), colour, np.uint8) for colour in colours]
     rows[1] = rows[1][:2]  # a short shot
-    draw_storyboard(tmp_path / "board.png", "A story", ["one", "two " * 90, "three"], rows)
+    draw_storyboard(tmp_path / "board.png", "A story", panels(["one", "two " * 90, "three"], rows))
     image = Image.open(tmp_path / "board.png")
     assert image.width > image.height > 300
     shares = [colour_share(image, colour) for colour in colours]
@@ -205,7 +217,7 @@ def test_the_storyboard_shows_a_row_for_each_shot(tmp_path):
 def test_any_text_can_be_drawn(tmp_path, recwarn, text):
     """Nothing is taken for a formula, and a character that the font lacks is drawn as a box, without a warning."""
     rows = [np.zeros((5, 36, 64, 3), np.uint8)] * 2
-    draw_storyboard(tmp_path / "board.png", text, [text, "plain"], rows)
+    draw_storyboard(tmp_path / "board.png", text, panels([text, "plain"], rows))
     image = np.asarray(Image.open(tmp_path / "board.png").convert("L"))
     top, bottom = image[48 : 48 + 186, :330], image[48 + 194 :, :330]  # the two captions
     assert (top < 128).any()
@@ -217,10 +229,35 @@ def test_any_text_can_be_drawn(tmp_path, recwarn, text):
 
 def test_a_long_caption_is_cut_where_its_cell_ends(tmp_path):
     rows = [np.full((5, 18, 64, 3), 255, np.uint8)] * 2
-    draw_storyboard(tmp_path / "board.png", "", ["word " * 300, ""], rows)
+    draw_storyboard(tmp_path / "board.png", "", panels(["word " * 300, ""], rows))
     dark = (np.asarray(Image.open(tmp_path / "board.png").convert("L")) < 128).any(axis=1)
     assert dark[48:141].sum() > 40
     assert not dark[141:149].any()
+
+
+def test_a_map_of_many_shots_stays_small(tmp_path):
+    for num_shots in (12, 13, 80):
+        shares = torch.tril(torch.ones(num_shots, num_shots, dtype=torch.float64), -1) / num_shots
+        draw_routing_map(tmp_path / "routing.png", shares)
+        assert max(Image.open(tmp_path / "routing.png").size) < 1500
+
+
+def test_a_font_that_has_the_characters_is_taken(tmp_path, monkeypatch, caplog):
+    """A font of mathematics, with its script capitals, stands for one of the system that has Chinese."""
+    fonts = Path(matplotlib.get_data_path(), "fonts/ttf")
+    text, usual = "a \N{SCRIPT CAPITAL L} \N{MATHEMATICAL SCRIPT CAPITAL A}", fonts / "DejaVuSans.ttf"
+    storyboard._font_file.cache_clear()
+    system = [str(tmp_path / "broken.ttf"), str(fonts / "STIXGeneral.ttf")]
+    monkeypatch.setattr(storyboard, "_system_fonts", lambda: system)
+    assert Path(storyboard._font_file("abc", False)) == usual
+    assert Path(storyboard._font_file(text, False)).name == "STIXGeneral.ttf"
+    assert not caplog.messages
+    storyboard._tell_missing.cache_clear()
+    for caption in ("兔子 a", "草地 a"):
+        storyboard._font_file(caption, False)
+    assert len(caplog.messages) == 1
+    assert "fonts-noto-cjk" in caplog.text
+    storyboard._font_file.cache_clear()
 
 
 @pytest.mark.parametrize("num_shots", [1, 6])
@@ -304,9 +341,10 @@ def test_a_film_is_made_shot_by_shot(tmp_path):
     frames = reader.read(0, 8)
     assert (frames[:4].float() - 191).abs().max() <= 2
     assert (frames[4:].float() - 153).abs().max() <= 2
-    rows = FilmFolder(tmp_path).frames(1, pick_frames)
+    rows = FilmFolder(tmp_path).frames(1, pick_frames, lambda height, width: (height, width))
     assert rows.shape == (4, 32, 48, 3)
     assert np.array_equal(rows, frames[:4].numpy())
+    assert FilmFolder(tmp_path).frames(2, lambda n: [0, n - 1], page_size).shape == (2, 220, 330, 3)
 
 
 def test_pictures_that_are_not_finite_are_no_film(tmp_path):
@@ -412,14 +450,12 @@ def test_a_folder_may_hold_other_things_but_must_be_one(tmp_path):
 
 
 def test_a_picture_that_fails_costs_itself_alone(tmp_path, caplog):
-    def draw(path, title):
-        if title == "bad":
-            raise RuntimeError("no such glyph")
-        path.write_bytes(b"picture")
+    def bad(path):
+        raise RuntimeError("no such glyph")
 
     folder = FilmFolder(tmp_path)
-    folder.draw("storyboard.png", draw, "bad")
-    folder.draw("routing.png", draw, "good")
+    folder.draw("storyboard.png", bad)
+    folder.draw("routing.png", lambda path: path.write_bytes(b"picture"))
     assert folder.files() == [tmp_path / "routing.png"]
     (record,) = caplog.records
     assert "storyboard.png is left out, the film is whole (RuntimeError: no such glyph)" in record.getMessage()
