@@ -5,7 +5,6 @@ From here to the inner loop: `Trainer.run` (moc/training/trainer.py), `Flow.loss
 """
 
 import logging
-import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,14 +15,17 @@ from configs.command import command
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
 from configs.schema import TrainConfig
 from data.loading.dataset import ShotDataset, open_dataset
-from data.loading.loader import build_loader
+from data.loading.endless import EndlessLoader, RecallWorld
+from data.loading.loader import Loader, build_loader
+from data.storyworld import vocabulary
+from moc import StreamSpec
 from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
 from moc.training.checkpoint import refuse_later
 from moc.training.curves import draw_curves
 from moc.training.interruption import NOT_FINISHED, ending_at_signals, ignore_signals
-from models import build_model, load_encoders
+from models import build_encoders, build_model, load_encoders
 from models.checkpoints.seen import Seen
 
 logger = logging.getLogger(__name__)
@@ -34,13 +36,33 @@ def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
     with ending_at_signals():
-        dataset = open_dataset(config.data)
+        dataset = None if config.data.recall else open_dataset(config.data)
         parallel = Parallel(config.parallel)
         with held(config.run_folder, holds=parallel.is_main):
-            _train(config, dataset, parallel)
+            _train(config, dataset or recall_world(config, parallel.device), parallel)
 
 
-def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> None:
+def recall_world(config: TrainConfig, device: torch.device) -> RecallWorld:
+    encoders = build_encoders(config.encoders, vocabulary())
+    return RecallWorld(config.data.recall, encoders.codec.to(device), encoders.text, encoders.save, device)
+
+
+def _loader(
+    config: TrainConfig, dataset: ShotDataset | RecallWorld, spec: StreamSpec, parallel: Parallel, position: int
+) -> Loader | EndlessLoader:
+    share = {
+        "rank": parallel.rank,
+        "world_size": parallel.world_size,
+        "accumulation": config.parallel.accumulation,
+        "start_position": position,
+    }
+    chunk_tokens, data = config.moc.chunk_tokens, config.data
+    if isinstance(dataset, RecallWorld):
+        return EndlessLoader(dataset, spec, chunk_tokens, data.batch_tokens, data.validation, **share)
+    return build_loader(data, spec, chunk_tokens, load_codec=lambda folder: load_encoders(folder).codec, **share)
+
+
+def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Parallel) -> None:
     run_folder = config.run_folder
     checkpoint = parallel.of_main(lambda: checkpoint_to_resume(config))
     if checkpoint and config.resume == "auto":
@@ -51,7 +73,7 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
         model.enable_gradient_checkpointing()
 
     def save_extras(folder: Path) -> None:
-        shutil.copytree(dataset.encoders_folder, folder / "encoders")
+        dataset.save_encoders(folder / "encoders")
         Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots).write(folder)
         draw_curves(run_folder, read_metrics(run_folder))
 
@@ -71,16 +93,7 @@ def _train(config: TrainConfig, dataset: ShotDataset, parallel: Parallel) -> Non
     refuse_later(run_folder, trainer.step)
     if trainer.step >= config.trainer.num_steps:
         logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, config.trainer.num_steps)
-    loader = build_loader(
-        config.data,
-        model.stream,
-        config.moc.chunk_tokens,
-        rank=parallel.rank,
-        world_size=parallel.world_size,
-        accumulation=config.parallel.accumulation,
-        start_position=data_state["position"],
-        load_codec=lambda folder: load_encoders(folder).codec,
-    )
+    loader = _loader(config, dataset, model.stream, parallel, data_state["position"])
     validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
 
     record_launch(config, parallel, trainer.step)

@@ -11,13 +11,13 @@ from moc.errors import UserError
 from moc.files import OutsideError, inside
 from moc.schedule import Stage
 from moc.training import OptimConfig, ParallelConfig, TrackerConfig, TrainerConfig
-from models import ModelConfig
+from models import EncodersConfig, ModelConfig
 
 
 @dataclass
 class TrainConfig:
     """`train.py`. name: of the run; its folder is output/name. resume: auto (the run's newest checkpoint, if there is
-    one), none, or a checkpoint's path. allow_changes: settings, or groups of them, that may differ from those that a
+    one), none, or a checkpoint's path. encoders: of data.recall; prepared data have their own. allow_changes: settings, or groups of them, that may differ from those that a
     resumed run began with."""
 
     name: str = "run"
@@ -29,6 +29,7 @@ class TrainConfig:
     moc: MoCConfig = field(default_factory=MoCConfig)
     schedule: list[Stage] = field(default_factory=list)
     data: DataConfig = field(default_factory=DataConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
     flow: Flow = field(default_factory=Flow)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -114,10 +114,17 @@ def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> lis
 
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:
     """The stream of one sample as a model with this spec sees it."""
-    texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
-    cuts = sample.cuts or [True] * len(sample.latents)
-    shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
-    return ShotLayout.build(shots, texts[0], chunk_tokens, sample.position)
+    return _make_layout([sample], spec, chunk_tokens)
+
+
+def _make_layout(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -> ShotLayout:
+    streams = []
+    for sample in samples:
+        texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
+        cuts = sample.cuts or [True] * len(sample.latents)
+        shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
+        streams.append((texts[0], tuple(shots)))
+    return ShotLayout(streams, chunk_tokens, [sample.position for sample in samples])
 
 
 def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -> Batch:
@@ -125,7 +132,7 @@ def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -
     return Batch(
         latents=[latent for sample in samples for latent in sample.latents],
         text=[text for sample in samples for text in sample.text],
-        layout=ShotLayout.pack([make_layout(sample, spec, chunk_tokens) for sample in samples]),
+        layout=_make_layout(samples, spec, chunk_tokens),
         ids=[sample.id for sample in samples],
         sources=[sample.source for sample in samples],
     )

@@ -167,6 +167,9 @@ class ShotLayout:
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
         if not samples or any(not shots for _, shots in samples):
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
+        for position in positions:
+            if not _is_whole(position, 0) or position >= 1 << 31:
+                raise ValueError(f"position={position!r} must be a whole number in [0, 2**31)")
         self.samples = tuple((text, tuple(shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
         self.positions = tuple(positions)
@@ -182,8 +185,6 @@ class ShotLayout:
         place in the run, below 2**31; it keys the sample's draws of context drop-off and drop-in."""
         if not _is_whole(global_text_tokens, 0):
             raise ValueError(f"global_text_tokens={global_text_tokens!r} must be a whole number of at least 0")
-        if not _is_whole(position, 0) or position >= 1 << 31:
-            raise ValueError(f"position={position!r} must be a whole number in [0, 2**31)")
         return cls([(global_text_tokens, tuple(shots))], chunk_tokens, [position])
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,6 +14,7 @@ from data.cache.reader import Cache, CachedScene, open_cache
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
 from data.loading.order import DRAW, Draw, Source, Split, uniforms
+from data.storyworld.recall import RecallConfig
 from moc.errors import UserError, check_least
 
 
@@ -49,6 +51,7 @@ class DataConfig:
 
     path: str = ""  # a folder made by scripts/prepare_data.py
     sources: list[SourceConfig] = field(default_factory=list)  # instead of path: a mix by weight
+    recall: RecallConfig | None = None  # instead of path: scenes composed on the trainer's device, without a disk
     batch_tokens: int = 8192  # tokens of one optimizer step, over all ranks and accumulation
     seed: int = 0
     workers: int = 2
@@ -65,6 +68,10 @@ class DataConfig:
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
+            if self.recall and getattr(self, name):
+                raise UserError(f"data.{name}={getattr(self, name)}: recall scenes are whole; set it to 0")
+        if self.recall and (self.path or self.sources):
+            raise UserError("data.recall is set together with data.path or data.sources; set one of them")
         check_least(self, "data", 1, "batch_tokens", "prefetch")
         check_least(self, "data", 0, "workers", "validation", "seed", "local_cache_gigabytes")
 
@@ -115,6 +122,9 @@ class ShotDataset:
     def encoders_folder(self) -> Path:
         """What decodes these latents and prompts with this text; every checkpoint carries a copy."""
         return self.caches[0].encoders_folder
+
+    def save_encoders(self, folder: Path) -> None:
+        shutil.copytree(self.encoders_folder, folder)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from data.storyworld.canvas import Canvas, darker, ellipse, lay_over, rgb
+from data.storyworld.canvas import Canvas, Colour, darker, ellipse, lay_over, rgb
 from data.storyworld.characters import SIZES, Pose, draw_character
 from data.storyworld.motion import View, pose_at
-from data.storyworld.places import PLACES, Drift, Layer, paint_layers
+from data.storyworld.places import PLACES, Drift, Layer, Place, paint_layers
 from data.storyworld.story import CLOSE, Scene, Shot, view_at
 
 SHUTTER = 0.35  # of a frame's time
@@ -88,22 +88,22 @@ class Renderer:
     def _draw(self, shot: Shot, time: float) -> tuple[np.ndarray, list[Cutout], np.ndarray]:
         """The picture [H, W, 4], a cutout of each actor, and the front layer's alpha [H, W]."""
         view = view_at(shot, time)
-        image, ground, front = (self._warp(layer, view) for layer in self.layers[shot.place])
+        image, ground, front = (self.warp(layer, view) for layer in self.layers[shot.place])
         lay_over(image, ground)
         place = PLACES[shot.place]
-        world = self._world(view)
+        world = self.world(view)
         cutouts = []
         poses = [pose_at(actor, shot.timing, time) for actor in shot.actors]
         for i in sorted(range(len(poses)), key=lambda i: poses[i].y):
             look = shot.actors[i].look
-            self._draw_shadow(Canvas(image, world), poses[i], SIZES[look.size], rgb(place.ground[1]))
+            draw_shadow(Canvas(image, world), poses[i], SIZES[look.size], shadow_colour(place))
             window = self._window(world, poses[i], SIZES[look.size])
             patch = np.zeros_like(image[window])
             shift = np.array([[0, 0, window[1].start], [0, 0, window[0].start]])
             draw_character(Canvas(patch, world - shift), look, poses[i], rgb(place.light))
             lay_over(image[window], patch)
             cutouts.append(Cutout(i, window, patch[..., 3]))
-        self._draw_drift(Canvas(image, world), place.drift, shot.clock + time)
+        self.draw_drift(Canvas(image, world), place.drift, shot.clock + time)
         lay_over(image, front)
         return image, cutouts, front[..., 3]
 
@@ -115,13 +115,13 @@ class Renderer:
         columns = slice(min(max(x0, 0), self.width), min(max(x1, 0), self.width))
         return slice(min(max(y0, 0), self.height), min(max(y1, 0), self.height)), columns
 
-    def _world(self, view: View) -> np.ndarray:
+    def world(self, view: View) -> np.ndarray:
         """The map [2, 3] from world units to the frame's (fine) pixels."""
         scale = self.height * view.zoom
         left, top = view.x - self.aspect / 2 / view.zoom, view.y - 0.5 / view.zoom
         return np.array([[scale, 0.0, -left * scale], [0.0, scale, -top * scale]])
 
-    def _warp(self, layer: Layer, view: View) -> np.ndarray:
+    def warp(self, layer: Layer, view: View) -> np.ndarray:
         """The layer as the camera sees it: nearer layers move and grow more."""
         zoom = 1 + (view.zoom - 1) * layer.parallax
         x, y = view.x * layer.parallax, 0.5 + (view.y - 0.5) * layer.parallax
@@ -136,12 +136,7 @@ class Renderer:
             borderMode=cv2.BORDER_REPLICATE,
         )
 
-    def _draw_shadow(self, canvas: Canvas, pose: Pose, size: float, ground) -> None:
-        grow = 1 / (1 + 3 * pose.lift)
-        shadow = ellipse(pose.x + 0.06 * size, pose.y, 0.3 * size * grow, 0.06 * size * grow)
-        canvas.fill(shadow, darker(ground, 0.7), opacity=0.5 * grow, blur=0.04 * size)
-
-    def _draw_drift(self, canvas: Canvas, drift: Drift, clock: float) -> None:
+    def draw_drift(self, canvas: Canvas, drift: Drift, clock: float) -> None:
         start = self.air[: drift.count]
         reach = self.aspect + 0.6
         across = (np.arange(drift.count) + start[:, 0]) / drift.count
@@ -176,3 +171,14 @@ class Renderer:
         y = np.linspace(-1, 1, self.height, dtype=np.float32)[:, None]
         x = np.linspace(-1, 1, self.width, dtype=np.float32)
         return (1 - 0.1 * np.clip((x**2 + y**2) / 2, 0, 1) ** 1.5)[..., None]
+
+
+def draw_shadow(canvas: Canvas, pose: Pose, size: float, colour: Colour) -> None:
+    """The soft shadow at the feet of a character of `size` frame heights."""
+    grow = 1 / (1 + 3 * pose.lift)
+    shadow = ellipse(pose.x + 0.06 * size, pose.y, 0.3 * size * grow, 0.06 * size * grow)
+    canvas.fill(shadow, colour, opacity=0.5 * grow, blur=0.04 * size)
+
+
+def shadow_colour(place: Place) -> Colour:
+    return darker(rgb(place.ground[1]), 0.7)

@@ -1,0 +1,157 @@
+"""Recall scenes composed as they are asked for, on the trainer's device: endless, and nothing is read from a disk.
+
+Position p of a run is scene p of the world, so that ranks, packs and resumed runs agree. The pixels go straight to the
+codec: unlike films of `scripts/make_storyworld.py` they were never H.264.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import moc
+from data.errors import DataError
+from data.interfaces import Codec, TextEncoder
+from data.storyworld.recall import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
+from data.storyworld.stock import Stock
+
+HELD_OUT_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class EncodedScenes:
+    """Scenes as a model sees them, B scenes of S shots. latents: fp32 [B, S, C, T, H, W]. text: of each scene 1 + S
+    features [T_i, text_dim]. cover: [B, S, T, H, W], the character's share of what a value of the latent holds."""
+
+    scenes: RecallScenes
+    latents: Tensor
+    text: list[list[Tensor]]
+    cover: Tensor
+
+    def samples(self, positions: list[int]) -> list[moc.Sample]:
+        ids = [f"recall_{position}" for position in positions]
+        return [
+            moc.Sample(list(latents.unbind()), text, position, name)
+            for latents, text, position, name in zip(self.latents, self.text, positions, ids, strict=True)
+        ]
+
+
+class RecallWorld:
+    """A world of recall scenes in one codec's latents and one text encoder's features, on `device`."""
+
+    def __init__(
+        self,
+        config: RecallConfig,
+        codec: Codec,
+        text: TextEncoder,
+        save_encoders: Callable[[Path], None],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """codec: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where the codec
+        cannot take such shots."""
+        if codec.whole_frames(config.frames) != config.frames or any(n % codec.spatial_factor for n in config.size):
+            raise DataError(
+                "unfit-size",
+                "data.recall",
+                f"shots of {config.frames} frames of {config.size[0]}x{config.size[1]} are not whole latents of the "
+                f"codec: take {codec.nearest_frames(config.frames)} frames, and sizes that {codec.spatial_factor} "
+                "divides",
+            )
+        self.config, self.codec, self.text_encoder, self.save_encoders = config, codec, text, save_encoders
+        self.stock = Stock(config, device)
+        self.latent_frames = codec.latent_frames(config.frames)
+        self._features: dict[str, Tensor] = {}
+
+    @property
+    def latent_channels(self) -> int:
+        return self.codec.latent_channels
+
+    @property
+    def text_dim(self) -> int:
+        return self._text("").shape[1]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(self.config.size[0], self.config.size[1])]
+
+    @property
+    def frame_rates(self) -> list[float]:
+        return [float(self.config.fps)]
+
+    @property
+    def max_shots(self) -> int:
+        return self.config.shots
+
+    def encode(self, scenes: RecallScenes) -> EncodedScenes:
+        composed = self.stock.compose(scenes)
+        shape = (len(scenes), self.config.shots)
+        latents = torch.vmap(self.codec.encode)(composed.frames)
+        text = [[self._text(caption) for caption in captions(scenes, i)] for i in range(len(scenes))]
+        return EncodedScenes(
+            scenes, latents.unflatten(0, shape), text, self._pooled(composed.cover, latents.shape).unflatten(0, shape)
+        )
+
+    def _text(self, caption: str) -> Tensor:
+        if caption not in self._features:
+            features = self.text_encoder.encode(caption, [])[0]
+            self._features[caption] = features.to(self.stock.device).float()
+        return self._features[caption]
+
+    def _pooled(self, cover: Tensor, latents: torch.Size) -> Tensor:
+        """[N, F, H, W] of pixels -> [N, T, H', W'] of latents: the first frame is a latent frame of its own."""
+        first, rest = cover[:, :1], cover[:, 1:]
+        groups = rest.unflatten(1, (latents[2] - 1, -1)).mean(2) if latents[2] > 1 else rest
+        return torch.nn.functional.adaptive_avg_pool2d(torch.cat([first, groups], 1), latents[-2:])
+
+
+class EndlessLoader:
+    """Endless optimizer steps of one rank, as `data.loading.loader.Loader` gives them."""
+
+    def __init__(
+        self,
+        world: RecallWorld,
+        spec: moc.StreamSpec,
+        chunk_tokens: int,
+        batch_tokens: int,
+        validation: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        start_position: int = 0,
+    ) -> None:
+        """validation: how many scenes are held out. Raises DataError where a step cannot hold a scene for each rank and
+        accumulation."""
+        self.world, self.spec, self.chunk_tokens = world, spec, chunk_tokens
+        self.position, self.rank, self.stride = start_position, rank, world_size
+        self.bins, self.validation = world_size * accumulation, validation
+        tokens = self._batch([0]).layout.num_tokens
+        self.scenes = batch_tokens // tokens
+        if self.scenes < self.bins:
+            raise DataError(
+                "batch-too-small",
+                "data.batch_tokens",
+                f"{batch_tokens} tokens hold {self.scenes} scenes of {tokens}, but ranks x accumulation is "
+                f"{self.bins}; raise the budget to {self.bins * tokens}",
+            )
+
+    def state(self) -> dict[str, int]:
+        return {"position": self.position, "epoch": 0}
+
+    def __iter__(self) -> Iterator[list[moc.Batch]]:
+        while True:
+            positions = list(range(self.position, self.position + self.scenes))
+            self.position += self.scenes
+            yield [self._batch(positions[part :: self.bins]) for part in range(self.rank, self.bins, self.stride)]
+
+    def held_out(self) -> Iterator[moc.Batch]:
+        """This rank's share of the scenes that no training sees."""
+        positions = list(range(self.rank, self.validation, self.stride))
+        for start in range(0, len(positions), HELD_OUT_AT_ONCE):
+            yield self._batch(positions[start : start + HELD_OUT_AT_ONCE], HELD_OUT)
+
+    def _batch(self, positions: list[int], first: int = 0) -> moc.Batch:
+        scenes = draw_scenes(self.world.config, [first + position for position in positions])
+        return moc.make_batch(self.world.encode(scenes).samples(positions), self.spec, self.chunk_tokens)

@@ -1,0 +1,219 @@
+"""Recall scenes by the thousand: each is a few numbers, drawn from its seed and its index alone.
+
+In a recall scene the last shot returns to a name that exactly one earlier shot showed, and no caption tells its looks.
+These scenes are of storyworld's parts as `stock` paints them: the camera stands still, one character is in a shot, it
+stands on a whole pixel, and its action begins at one moment. `scene` gives a scene as the CPU renderer takes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from data.storyworld.characters import BADGES, COLOURS, Look
+from data.storyworld.config import Mode
+from data.storyworld.motion import ACTIONS, Actor, Timing, View
+from data.storyworld.places import PLACES
+from data.storyworld.story import Recall, Scene, Shot, global_caption, shot_caption
+from moc.errors import UserError, check_least
+
+NAMES, COLOUR_NAMES, PLACE_NAMES, ACTION_NAMES = map(list, (BADGES, COLOURS, PLACES, ACTIONS))
+FACINGS = (-1.0, 1.0)
+STAGE, DEPTH = 0.25, 0.03  # how far a character stands from the middle of the stage, world units
+GROUND = 0.86  # where it stands, about
+REACH = 0.33  # of a walk, to either side
+HELD_OUT = 1 << 40  # the first index of scenes that no training sees
+
+
+@dataclass
+class RecallConfig:
+    """A world of recall scenes.
+
+    size: height and width. frames: of a shot. characters: names in a scene. places: in a scene, each shot in another
+    than the shot before. paintings: how many paintings of each place there are. look_alikes: a second name has the
+    returning one's fur, and a third its outfit.
+    """
+
+    seed: int = 0
+    size: list[int] = field(default_factory=lambda: [64, 96])
+    fps: int = 12
+    frames: int = 5
+    shots: int = 8
+    characters: int = 4
+    places: int = 3
+    paintings: int = 8
+    look_alikes: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, "recall", 0, "seed")
+        check_least(self, "recall", 1, "fps", "frames", "paintings")
+        check_least(self, "recall", 2, "shots")
+        if len(self.size) != 2 or any(n < 32 or n > 256 or n % 2 for n in self.size):
+            raise UserError(f"recall.size={self.size} must be an even height and width from 32 to 256")
+        if not 2 + self.look_alikes <= self.characters <= len(NAMES):
+            raise UserError(
+                f"recall.characters={self.characters} must lie in [{2 + self.look_alikes}, {len(NAMES)}], so that the "
+                "name which returns can be away"
+            )
+        if not 2 <= self.places <= len(PLACES):
+            raise UserError(f"recall.places={self.places} must lie in [2, {len(PLACES)}], so that a cut changes place")
+
+
+@dataclass(frozen=True)
+class RecallScenes:
+    """Many scenes as arrays of int64, B scenes, S shots, C characters; the first character is the one that returns.
+
+    name, fur, outfit [B, C]: numbers in NAMES and COLOUR_NAMES. cast [B, S]: which character is in a shot. place,
+    action, facing [B, S]. column, row [B, S]: where it stands, fine pixels from (0, GROUND). painting, shown [B]: of
+    the places; the shot that shows the returning one. places [B, P]: those of the scene.
+    """
+
+    name: np.ndarray
+    fur: np.ndarray
+    outfit: np.ndarray
+    cast: np.ndarray
+    place: np.ndarray
+    action: np.ndarray
+    facing: np.ndarray
+    column: np.ndarray
+    row: np.ndarray
+    painting: np.ndarray
+    shown: np.ndarray
+    places: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.painting)
+
+    @property
+    def distance(self) -> np.ndarray:
+        """How many shots ago the returning name was last shown."""
+        return self.cast.shape[1] - 1 - self.shown
+
+    def of_shots(self, characters: np.ndarray) -> np.ndarray:
+        """What [B, C] says of each shot's character: [B, S]."""
+        return np.take_along_axis(characters, self.cast, axis=1)
+
+    def part(self, start: int, end: int) -> "RecallScenes":
+        return RecallScenes(*(getattr(self, f.name)[start:end] for f in fields(self)))
+
+
+def fine_height(config: RecallConfig) -> int:
+    """Rows of the grid that frames are drawn on, twice as fine as their pixels."""
+    return 2 * config.size[0]
+
+
+def draw_scenes(config: RecallConfig, indices: Sequence[int]) -> RecallScenes:
+    """The scenes of these indices, each the same whatever others are drawn with it."""
+    shots, names, places = config.shots, config.characters, config.places
+    widths = [len(NAMES), names, names, shots, shots, shots, shots, shots, shots, len(PLACES), 1, 1]
+    parts = np.split(_uniforms(config.seed, indices, sum(widths)), np.cumsum(widths)[:-1], axis=1)
+    u_name, u_fur, u_outfit, u_cast, u_place, u_action, u_facing, u_column, u_row, u_stock, u_painting, u_shown = parts
+
+    fur, outfit = _choices(u_fur, len(COLOURS)), _choices(u_outfit, len(COLOURS))
+    if config.look_alikes:
+        fur[:, 1], outfit[:, 2] = fur[:, 0], outfit[:, 0]
+    shown = _choices(u_shown[:, 0], shots - 1)
+    cast = 1 + _choices(u_cast, names - 1)
+    cast[:, -1] = 0
+    cast[np.arange(len(cast)), shown] = 0
+    stock = u_stock.argsort(axis=1)[:, :places]
+    steps = np.concatenate([_choices(u_place[:, :1], places), 1 + _choices(u_place[:, 1:], places - 1)], axis=1)
+    scale = fine_height(config)
+    return RecallScenes(
+        name=u_name.argsort(axis=1)[:, :names],
+        fur=fur,
+        outfit=outfit,
+        cast=cast,
+        place=np.take_along_axis(stock, steps.cumsum(axis=1) % places, axis=1),
+        action=_choices(u_action, len(ACTIONS)),
+        facing=_choices(u_facing, len(FACINGS)),
+        column=_offsets(u_column, int(STAGE * scale)),
+        row=_offsets(u_row, int(DEPTH * scale)),
+        painting=_choices(u_painting[:, 0], config.paintings),
+        shown=shown,
+        places=stock,
+    )
+
+
+def captions(scenes: RecallScenes, i: int) -> list[str]:
+    """The global caption of scene i, then each shot's; names and places stand in the order of the alphabet, so that
+    few captions are many scenes'."""
+    looks = sorted((Look(NAMES[name], "", "") for name in scenes.name[i]), key=lambda look: look.name)
+    places = sorted(PLACE_NAMES[place] for place in scenes.places[i])
+    shots = zip(scenes.place[i], scenes.of_shots(scenes.name)[i], scenes.action[i], strict=True)
+    return [
+        global_caption(looks, places, "journey", Mode.recall),
+        *(shot_caption(PLACE_NAMES[p], [(NAMES[n], ACTION_NAMES[a])], "static", cut=True) for p, n, a in shots),
+    ]
+
+
+def scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
+    """Scene i as `Renderer` draws it."""
+    looks = tuple(
+        Look(NAMES[n], COLOUR_NAMES[f], COLOUR_NAMES[o])
+        for n, f, o in zip(scenes.name[i], scenes.fur[i], scenes.outfit[i], strict=True)
+    )
+    caption, *of_shots = captions(scenes, i)
+    shots = tuple(
+        stock_shot(
+            config,
+            PLACE_NAMES[scenes.place[i, s]],
+            actor_of(config, looks[scenes.cast[i, s]], scenes.action[i, s], scenes.facing[i, s],
+                     scenes.column[i, s], scenes.row[i, s]),
+            of_shots[s],
+        )
+        for s in range(config.shots)
+    )  # fmt: skip
+    cast = scenes.cast[i].tolist()
+    recalls = []
+    for s, who in enumerate(cast):
+        before = tuple(t for t in range(s) if cast[t] == who)
+        if before:
+            recalls.append(Recall(s, looks[who].name, before, s - before[-1]))
+    seed = (config.seed, int(scenes.painting[i]))
+    return Scene(looks, shots, caption, tuple(recalls), False, seed, seed)
+
+
+def stock_shot(config: RecallConfig, place: str, actor: Actor | None, caption: str = "") -> Shot:
+    """A shot of the stock: its camera stands still, and what drifts in the air is where a scene has it at first."""
+    timing, view = Timing(config.frames / config.fps), View()
+    return Shot(place, True, config.frames, timing, "static", view, view, (actor,) if actor else (), 0.0, caption)
+
+
+def actor_of(config: RecallConfig, look: Look, action: int, facing: int, column: int = 0, row: int = 0) -> Actor:
+    """A character of the stock, whose action begins at a moment of its own."""
+    scale = fine_height(config)
+    x, y = column / scale, (round(GROUND * scale) + row) / scale
+    clip = clip_number(NAMES.index(look.name), action, facing)
+    return Actor(look, ACTION_NAMES[action], x, y, FACINGS[facing], (x - REACH, x + REACH), phase=0.61 * clip % 5)
+
+
+def clip_number(name, action, facing):
+    """Where the clip of a name's action, seen from one side, stands in the stock; of ints or arrays of them."""
+    return (name * len(ACTION_NAMES) + action) * len(FACINGS) + facing
+
+
+def _choices(uniform: np.ndarray, count: int) -> np.ndarray:
+    return (uniform * count).astype(np.int64)
+
+
+def _offsets(uniform: np.ndarray, most: int) -> np.ndarray:
+    """Whole numbers in [-most, most]."""
+    return _choices(uniform, 2 * most + 1) - most
+
+
+def _uniforms(seed: int, indices: Sequence[int], count: int) -> np.ndarray:
+    """float64 [B, count] in [0, 1), a row for each index, by SplitMix64 of (seed, index, column)."""
+    with np.errstate(over="ignore"):
+        rows = _mixed(np.asarray(indices, np.uint64) + _mixed(np.uint64(seed) + _GOLDEN))
+        bits = _mixed(rows[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,172 @@
+"""Storyworld's parts, painted once, and shots composed of them on any torch device by the thousand.
+
+A pixel of a shot is affine in the colours of fur, outfit and light, so that a clip of a character is a few masks:
+
+    frame = (under * keep + shadow colour * shade + own + fur * furred + outfit * dressed + trim * trimmed) * clear + over
+
+`under` is the place behind the character, `over` with `clear` = 1 - its alpha what drifts and stands before it. All but
+the place's two are the clip's; they hold the average over an open shutter. What drifts in the air moves with the
+shutter in the CPU renderer, but not here: frames in which nobody moves are the same within rounding, others nearly.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.storyworld.animals import CREAM
+from data.storyworld.canvas import Canvas, lay_over, rgb
+from data.storyworld.characters import COLOURS, SIZES, Look, draw_in_colours
+from data.storyworld.motion import Actor, View, pose_at
+from data.storyworld.places import PLACES
+from data.storyworld.recall import (
+    ACTION_NAMES,
+    DEPTH,
+    FACINGS,
+    NAMES,
+    PLACE_NAMES,
+    STAGE,
+    RecallConfig,
+    RecallScenes,
+    actor_of,
+    clip_number,
+    fine_height,
+    stock_shot,
+)
+from data.storyworld.render import SHUTTER, Renderer, draw_shadow, shadow_colour
+from data.storyworld.story import Scene, Shot
+
+SHOTS_AT_ONCE = 512  # bounds the memory of composing
+_BLACK = np.array([0, 0, 0, 1], np.float32)
+_RED, _GREEN, _BLUE = (_BLACK + np.eye(4, dtype=np.float32)[i] for i in range(3))
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Shots as pixels: frames [N, 3, F, H, W] in [-1, 1], and cover [N, F, H, W], the character's share of a pixel."""
+
+    frames: Tensor
+    cover: Tensor
+
+
+class Stock:
+    """The parts of a world of recall scenes, on a device.
+
+    clips: fp16 [names x actions x facings, F, 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
+    pixels with a margin for where a character may stand. under, over: fp16 [places x paintings, 3, H, W] and
+    [..., F, 4, H, W], premultiplied RGBA.
+    """
+
+    def __init__(self, config: RecallConfig, device: torch.device | str = "cpu") -> None:
+        self.config, self.device = config, torch.device(device)
+        scale = fine_height(config)
+        self.margin = (int(DEPTH * scale), int(STAGE * scale))  # rows, columns
+        renderers = [_place_renderer(config, painting) for painting in range(config.paintings)]
+        self.vignette = self._put(renderers[0].vignette[..., 0], torch.float32)
+        places = [_paint_place(config, renderer, place) for place in PLACE_NAMES for renderer in renderers]
+        self.under, self.over = (self._put(np.stack(parts)) for parts in zip(*places, strict=True))
+        clips = [
+            _paint_clip(renderers[0], actor_of(config, Look(name, "red", "red"), action, facing), self.margin)
+            for name in NAMES
+            for action in range(len(ACTION_NAMES))
+            for facing in range(len(FACINGS))
+        ]
+        self.clips = self._put(np.stack(clips))
+        lights = np.stack([rgb(place.light)[:3] for place in PLACES.values()])
+        colours = np.stack([colour[:3] for colour in COLOURS.values()])
+        self.lit = self._put(lights[:, None] * colours, torch.float32)  # [places, colours, 3]
+        self.trim = self._put(lights * CREAM[:3], torch.float32)
+        self.shadow = self._put(np.stack([shadow_colour(place)[:3] for place in PLACES.values()]), torch.float32)
+
+    def _put(self, values: np.ndarray, dtype: torch.dtype = torch.float16) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
+
+    @torch.no_grad()
+    def compose(self, scenes: RecallScenes) -> Composed:
+        """All shots of the scenes, in order: N = B x S."""
+        place = scenes.place.ravel()
+        painted = place * self.config.paintings + scenes.painting.repeat(self.config.shots)
+        clip = clip_number(scenes.of_shots(scenes.name), scenes.action, scenes.facing).ravel()
+        numbers = [place, painted, scenes.of_shots(scenes.fur).ravel(), scenes.of_shots(scenes.outfit).ravel()]
+        shots = torch.from_numpy(np.stack(numbers)).to(self.device).split(SHOTS_AT_ONCE, dim=1)
+        where = np.stack([clip, scenes.row.ravel(), scenes.column.ravel()], axis=1).tolist()
+        parts = [
+            self._compose(*group, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE])
+            for n, group in enumerate(map(torch.unbind, shots))
+        ]
+        return Composed(torch.cat([part.frames for part in parts]), torch.cat([part.cover for part in parts]))
+
+    def _compose(self, place: Tensor, painted: Tensor, fur: Tensor, outfit: Tensor, where: list) -> Composed:
+        """where: clip, row and column of each shot's character."""
+        clips = torch.stack([self._placed(*one) for one in where])
+        keep, shade, own, masks = clips.split((1, 1, 3, 3), dim=2)
+        colours = torch.stack([self.lit[place, fur], self.lit[place, outfit], self.trim[place]], dim=1)
+        shadow = self.shadow[place][:, None, :, None, None]
+        frames = self.under[painted][:, None] * keep.float() + shadow * shade + own
+        frames += torch.einsum("nfkhw,nkc->nfchw", masks.float(), colours)
+        colour, alpha = self.over[painted].float().split((3, 1), dim=2)
+        frames = ((frames * (1 - alpha) + colour) * self.vignette).flatten(0, 1)
+        pixels = (F.avg_pool2d(frames, 2) * 255 + 0.5).clamp(0, 255).floor() / 127.5 - 1
+        cover = F.avg_pool2d((1 - keep.float() - shade.float()).flatten(0, 1), 2)
+        return Composed(
+            pixels.unflatten(0, (len(place), -1)).transpose(1, 2), cover.squeeze(1).unflatten(0, (len(place), -1))
+        )
+
+    def _placed(self, clip: int, row: int, column: int) -> Tensor:
+        """A clip [F, 8, H, W] with its character moved by whole fine pixels."""
+        (rows, columns), (height, width) = self.margin, self.vignette.shape
+        top, left = rows - row, columns - column
+        return self.clips[clip, :, :, top : top + height, left : left + width]
+
+
+def _place_renderer(config: RecallConfig, painting: int) -> Renderer:
+    """All places in one of their paintings."""
+    shots = tuple(stock_shot(config, place, None) for place in PLACE_NAMES)
+    seed = (config.seed, painting)
+    return Renderer(Scene((), shots, "", (), False, seed, seed), (config.size[0], config.size[1]), config.fps)
+
+
+def _paint_place(config: RecallConfig, renderer: Renderer, place: str) -> tuple[np.ndarray, np.ndarray]:
+    """What is behind a character [3, H, W], and before it in each frame [F, 4, H, W], premultiplied."""
+    under, ground, front = (renderer.warp(layer, View()) for layer in renderer.layers[place])
+    lay_over(under, ground)
+    over = []
+    for frame in range(config.frames):
+        canvas = Canvas(np.zeros_like(under), renderer.world(View()))
+        renderer.draw_drift(canvas, PLACES[place].drift, (frame + 0.5) / config.fps)
+        lay_over(canvas.pixels, front)
+        over.append(canvas.pixels.transpose(2, 0, 1))
+    return under[..., :3].transpose(2, 0, 1), np.stack(over)
+
+
+def _paint_clip(renderer: Renderer, actor: Actor, margin: tuple[int, int]) -> np.ndarray:
+    """The masks of a clip [F, 8, H', W'], each frame averaged over the shutter as the renderer does it."""
+    shot = next(shot for shot in renderer.scene.shots)
+    shot = Shot(**{**vars(shot), "actors": (actor,)})
+    half = SHUTTER / 2 / renderer.fps
+    frames = []
+    for frame in range(shot.frames):
+        time = (frame + 0.5) / renderer.fps
+        count = renderer.count_samples(shot, time - half, time + half)
+        moments = [time + half * ((2 * sample + 1) / count - 1) for sample in range(count)]
+        frames.append(np.mean([_masks(renderer, shot, moment, margin) for moment in moments], axis=0))
+    return np.stack(frames)
+
+
+def _masks(renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int]) -> np.ndarray:
+    """[8, H', W'] at one moment."""
+    actor = shot.actors[0]
+    pose, size = pose_at(actor, shot.timing, time), SIZES[actor.look.size]
+    world = renderer.world(View()) + np.array([[0, 0, margin[1]], [0, 0, margin[0]]])
+    shape = (renderer.height + 2 * margin[0], renderer.width + 2 * margin[1], 4)
+    shadow, plain, coloured = (Canvas(np.zeros(shape, np.float32), world) for _ in range(3))
+    draw_shadow(shadow, pose, size, _BLACK)
+    draw_in_colours(plain, actor.look, pose, _BLACK, _BLACK, _BLACK)
+    draw_in_colours(coloured, actor.look, pose, _RED, _GREEN, _BLUE)
+    shade, alpha = shadow.pixels[..., 3:], plain.pixels[..., 3:]
+    own = plain.pixels[..., :3]
+    masks = (coloured.pixels[..., :3] - own) / np.array([1, 1, CREAM[2]], np.float32)
+    parts = [(1 - shade) * (1 - alpha), shade * (1 - alpha), own, masks]
+    return np.concatenate(parts, axis=2).transpose(2, 0, 1)
