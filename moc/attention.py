@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from moc import reference
-from moc.config import Backend, Descriptor, DropKey, MoCConfig
+from moc import reference, routing
+from moc.config import Backend, Candidates, Descriptor, DropKey, MoCConfig
 from moc.errors import UserError
 from moc.kernels.dense import capability
 from moc.layout import ShotLayout
@@ -86,7 +86,12 @@ def route(
     drop_in_max. Not differentiable. first_query: as in `moc_attention`.
     """
     _check("q, k", (q, k), layout, first_query)
-    return resolve_backend(q, config, backend).route(q, k, layout, config, drops)
+    return _router(q, config, backend).route(q, k, layout, config, drops)
+
+
+def _router(q: Tensor, config: MoCConfig, backend: Backend | str | None) -> ModuleType:
+    """The module that will route; Triton's kernels know no candidates but all."""
+    return resolve_backend(q, config, backend) if config.candidates is Candidates.all else routing
 
 
 def moc_attention(
@@ -130,7 +135,7 @@ def moc_attention(
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
         if route_qk is not None:
             _check_route_qk(route_qk, q, layout, first_query)
-        indices = module.route(*(route_qk or (q, k)), layout, config, drops)
+        indices = _router(q, config, backend).route(*(route_qk or (q, k)), layout, config, drops)
     return module.attend(q, k, v, indices, layout, config)
 
 

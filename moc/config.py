@@ -28,6 +28,13 @@ class TextAnchor(StrEnum):
     none = "none"
 
 
+class Candidates(StrEnum):
+    """Which video chunks routing may choose from: all, or the first of each shot alone."""
+
+    all = "all"
+    first = "first"
+
+
 class Descriptor(StrEnum):
     """Which tensors routing scores: q and k as attention uses them, or those passed as `route_qk`."""
 
@@ -55,6 +62,7 @@ class MoCConfig:
         chunks of the stream where the own shot is no anchor.
     own_anchor, text_anchor: what a query attends to whatever its routes: its own `shot`, `chunk` or `none`; the text of
         `all` shots, `global_and_own` or `none`. A query of global text, which stands in no shot, has text anchors only.
+    candidates: which video chunks routing may choose from: `all`, or the `first` of each shot, such as its first frame.
     descriptor: what routing scores: q and k as attention uses them (`post_rope`) or those of `route_qk` (`pre_rope`).
     drop_off_max: p_max of context drop-off (training only); a query loses floor(p k) of k routes, p ~ U(0, p_max).
     drop_in_rate, drop_in_max: lambda of context drop-in (training only), and its bound; a query gains
@@ -74,6 +82,7 @@ class MoCConfig:
     causal: bool = True
     own_anchor: OwnAnchor = OwnAnchor.shot
     text_anchor: TextAnchor = TextAnchor.all
+    candidates: Candidates = Candidates.all
     descriptor: Descriptor = Descriptor.post_rope
     drop_off_max: float = 1.0
     drop_in_rate: float = 0.5

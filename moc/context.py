@@ -9,9 +9,10 @@ Source: arXiv 2508.21058, section 3 (anchors, causal routing).
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from moc.config import MoCConfig, OwnAnchor, TextAnchor
+from moc.config import Candidates, MoCConfig, OwnAnchor, TextAnchor
 from moc.layout import ShotLayout
 
 Flag = TypeVar("Flag", bool, Tensor)
@@ -78,4 +79,13 @@ def is_candidate(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tens
     """
     pair = pairs(layout, query, key)
     found = pair.same_sample & ~pair.is_text & ~is_own_anchor(pair, config)
+    if config.candidates is Candidates.first:
+        found = found & layout.memo("first video chunks", lambda: _is_first(layout))[key]
     return found & (key < query) if config.causal else found
+
+
+def _is_first(layout: ShotLayout) -> Tensor:
+    """Whether each chunk is the first one of a shot's video; bool [M]."""
+    before = torch.arange(-1, layout.num_chunks - 1, device=layout.device)
+    follows_video = (layout.chunk_group[before] == layout.chunk_group) & ~layout.chunk_is_text[before]
+    return ~layout.chunk_is_text & ~(follows_video & (before >= 0))

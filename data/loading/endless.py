@@ -85,13 +85,16 @@ class RecallWorld:
         return self.config.shots
 
     def encode(self, scenes: RecallScenes) -> EncodedScenes:
-        composed = self.stock.compose(scenes)
-        shape = (len(scenes), self.config.shots)
+        composed, shape = self.stock.compose(scenes), (len(scenes), self.config.shots)
         latents = torch.vmap(self.codec.encode)(composed.frames)
+        cover = self._pooled(composed.cover, latents.shape)
         text = [[self._text(caption) for caption in captions(scenes, i)] for i in range(len(scenes))]
-        return EncodedScenes(
-            scenes, latents.unflatten(0, shape), text, self._pooled(composed.cover, latents.shape).unflatten(0, shape)
-        )
+        return EncodedScenes(scenes, latents.unflatten(0, shape), text, cover.unflatten(0, shape))
+
+    def encode_latents(self, scenes: RecallScenes) -> Tensor:
+        """The latents alone: fp32 [B, S, C, T, H, W]."""
+        latents = torch.vmap(self.codec.encode)(self.stock.compose(scenes).frames)
+        return latents.unflatten(0, (len(scenes), self.config.shots))
 
     def _text(self, caption: str) -> Tensor:
         if caption not in self._features:
@@ -103,7 +106,7 @@ class RecallWorld:
         """[N, F, H, W] of pixels -> [N, T, H', W'] of latents: the first frame is a latent frame of its own."""
         first, rest = cover[:, :1], cover[:, 1:]
         groups = rest.unflatten(1, (latents[2] - 1, -1)).mean(2) if latents[2] > 1 else rest
-        return torch.nn.functional.adaptive_avg_pool2d(torch.cat([first, groups], 1), latents[-2:])
+        return torch.nn.functional.adaptive_avg_pool2d(torch.cat([first, groups], 1), (latents[-2], latents[-1]))
 
 
 class EndlessLoader:

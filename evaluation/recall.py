@@ -1,0 +1,269 @@
+"""Does a model remember? The looks of a name that returns, read from the shot it makes after a true history.
+
+The last shot of a recall scene (data/storyworld/recall.py) returns to a name that one earlier shot showed. Its history
+is given clean and it alone is sampled, or its loss is taken at set noise; a reader then tells fur and outfit. The reader
+is a small network of its own, trained on true latents of the same world, which knows no history; its accuracy on true
+shots is the ceiling of every score.
+
+Shape letters: B scenes, S shots, C T H W of a latent, M layers, N heads.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moc
+from data.loading.endless import EncodedScenes, RecallWorld
+from data.storyworld.recall import COLOUR_NAMES, HELD_OUT, NAMES, PLACE_NAMES, RecallConfig, RecallScenes, draw_scenes
+from moc import MoCConfig, ShotLayout
+from moc.config import DropKey
+from moc.cost import attention_cost
+from moc.diffusion import Flow
+from moc.training import Parallel
+
+LOOKS = ("fur", "outfit")
+ATTRIBUTES = {"fur": len(COLOUR_NAMES), "outfit": len(COLOUR_NAMES), "name": len(NAMES), "place": len(PLACE_NAMES)}
+SIGMAS = (0.8, 0.95)
+COVERED = 0.5  # the share of a latent value's pixels that must be the character's for it to be of the recalled region
+READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
+
+
+class Reader(nn.Module):
+    """Reads a shot's attributes from its latent: [N, C, T, H, W] -> logits by attribute, each [N, values]."""
+
+    def __init__(self, channels: int, width: int = 256) -> None:
+        """channels: of all latent frames together."""
+        super().__init__()
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(4)
+        )
+        self.heads = nn.ModuleDict({name: nn.Linear(2 * width, count) for name, count in ATTRIBUTES.items()})
+
+    def forward(self, latents: Tensor) -> dict[str, Tensor]:
+        x = self.enter(latents.flatten(1, 2))
+        for block in self.blocks:
+            x = x + block(x)
+        x = F.silu(x)
+        pooled = torch.cat([x.amax((2, 3)), x.mean((2, 3))], dim=1)
+        return {name: head(pooled) for name, head in self.heads.items()}
+
+
+def attributes(scenes: RecallScenes) -> dict[str, Tensor]:
+    """What each shot shows: int64 [B, S] by attribute."""
+    found = {name: scenes.of_shots(getattr(scenes, name)) for name in (*LOOKS, "name")} | {"place": scenes.place}
+    return {name: torch.from_numpy(values) for name, values in found.items()}
+
+
+def train_reader(world: RecallWorld, steps: int, batch: int = 32, noise: float = 0.3, lr: float = 1e-3) -> Reader:
+    """A reader of the world's true shots; up to `noise` of noise on them teaches it to bear a sampled shot's flaws."""
+    device, shots = world.stock.device, world.config.shots
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        reader = Reader(world.latent_channels * world.latent_frames).to(device)
+        optimizer = torch.optim.AdamW(reader.parameters(), lr)
+        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2))
+        for step in range(steps):
+            first = READER_SCENES + step * batch
+            scenes = draw_scenes(world.config, range(first, first + batch))
+            latents = world.encode_latents(scenes).flatten(0, 1)
+            sigma = noise * torch.rand(batch * shots, 1, 1, 1, 1, device=device)
+            logits = reader((1 - sigma) * latents + sigma * torch.randn_like(latents))
+            truth = {name: values.flatten().to(device) for name, values in attributes(scenes).items()}
+            loss = torch.stack([F.cross_entropy(logits[name], truth[name]) for name in ATTRIBUTES]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+    return reader.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def read(reader: Reader, latents: Tensor) -> dict[str, Tensor]:
+    """The values seen in shots [N, C, T, H, W]: int64 [N] by attribute, on the CPU."""
+    return {name: logits.argmax(-1).cpu() for name, logits in reader(latents).items()}
+
+
+def accuracy(reader: Reader, world: RecallWorld, scenes: int = 512, batch: int = 64) -> dict[str, float]:
+    """The share of true shots, of scenes that nobody trained on, that the reader reads right."""
+    right: dict[str, list[Tensor]] = {name: [] for name in ATTRIBUTES}
+    for first in range(HELD_OUT, HELD_OUT + scenes, batch):
+        drawn = draw_scenes(world.config, range(first, first + batch))
+        seen = read(reader, world.encode_latents(drawn).flatten(0, 1))
+        for name, values in attributes(drawn).items():
+            right[name].append(seen[name] == values.flatten())
+    return {name: float(torch.cat(parts).float().mean()) for name, parts in right.items()}
+
+
+@dataclass
+class Tally:
+    """What was found in many scenes. All but the routes' have a row for each scene.
+
+    distance [B]: in shots. right: bool [B, 4] of ATTRIBUTES. copied: bool [B, 2], wrong, and the look of another of the
+    scene. loss, region_loss: fp32 [B, sigmas], of the last shot whole and of its character.
+    hits, routed, reached, asked: [M, N], routes of the character's tokens that lead to the shot which shows it, all of
+    those routes, tokens with such a route, and tokens.
+    """
+
+    distance: Tensor
+    right: Tensor
+    copied: Tensor
+    loss: Tensor
+    region_loss: Tensor
+    sparsity: Tensor
+    hits: Tensor
+    routed: Tensor
+    reached: Tensor
+    asked: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence["Tally"]) -> "Tally":
+        sums = ("hits", "routed", "reached", "asked")
+        return cls(**{
+            f.name: (sum if f.name in sums else torch.cat)([getattr(part, f.name) for part in parts])
+            for f in fields(cls)
+        })  # fmt: skip
+
+
+class RecallBench:
+    """Tests one model on the scenes of a world that no training saw."""
+
+    def __init__(
+        self, world: RecallWorld, reader: Reader, parallel: Parallel, steps: int = 10, seed: int = 0, batch: int = 64
+    ) -> None:
+        """steps: Euler steps of a sampled shot. seed: of the noise, the same for every model. batch: scenes at once."""
+        self.world, self.reader, self.parallel = world, reader, parallel
+        self.steps, self.seed, self.batch = steps, seed, batch
+
+    @torch.no_grad()
+    def run(self, model: Any, config: MoCConfig, flow: Flow, scenes: int, look_alikes: bool = False) -> Tally:
+        model.eval()
+        recall = replace(self.world.config, look_alikes=look_alikes)
+        parts = []
+        for first in range(0, scenes, self.batch):
+            positions = list(range(first, min(first + self.batch, scenes)))
+            parts.append(self._run(model, config, flow, recall, positions))
+        return Tally.join(parts)
+
+    def _run(self, model: Any, config: MoCConfig, flow: Flow, recall: RecallConfig, positions: list[int]) -> Tally:
+        scenes = draw_scenes(recall, [HELD_OUT + position for position in positions])
+        encoded = self.world.encode(scenes)
+        batch = moc.make_batch(encoded.samples(positions), model.stream, config.chunk_tokens).to(self.parallel.device)
+        noise = torch.stack(flow.draw_noise(batch, self.seed)).unflatten(0, encoded.latents.shape[:2])[:, -1]
+        # Routes that are drawn at random are drawn in tests too.
+        drops = DropKey(self.seed, 0) if config.top_k == 0 and config.drop_in_rate and not config.dense else None
+
+        def velocity(last: Tensor, sigma: float, on_routes=None) -> Tensor:
+            shots = [x for history, x in zip(encoded.latents, last, strict=True) for x in (*history[:-1], x)]
+            sigmas = torch.zeros(encoded.latents.shape[:2], device=last.device)
+            sigmas[:, -1] = sigma
+            with self.parallel.autocast():
+                out = model(shots, sigmas.flatten(), batch.text, batch.layout, config, drops=drops, on_routes=on_routes)
+            return torch.stack(out[recall.shots - 1 :: recall.shots]).float()
+
+        truth, seen = encoded.latents[:, -1], noise
+        table = flow.shifted(1 - torch.arange(self.steps + 1) / self.steps).tolist()
+        for now, after in pairwise(table):
+            seen = seen + (after - now) * velocity(seen, now)
+        routes = RouteCount(encoded, batch.layout, model.stream, config)
+        losses = []
+        for sigma in SIGMAS:
+            predicted = velocity(flow.add_noise(truth, noise, sigma), sigma, routes if sigma == SIGMAS[-1] else None)
+            losses.append((predicted - flow.velocity(truth, noise)).square().mean(1))  # [B, T, H, W]
+        error = torch.stack(losses, dim=1)
+        region = (encoded.cover[:, -1] > COVERED).float()[:, None]
+        of_region = (error * region).flatten(2).sum(2) / region.flatten(2).sum(2).clamp(min=1)
+        values = read(self.reader, seen)
+        wanted = {name: shown[:, -1] for name, shown in attributes(scenes).items()}
+        others = {name: torch.from_numpy(getattr(scenes, name))[:, 1:] for name in LOOKS}
+        return Tally(
+            distance=torch.from_numpy(scenes.distance),
+            right=torch.stack([values[name] == wanted[name] for name in ATTRIBUTES], dim=1),
+            copied=torch.stack(
+                [(values[n] != wanted[n]) & (values[n][:, None] == others[n]).any(1) for n in LOOKS], dim=1
+            ),
+            loss=error.flatten(2).mean(2).cpu(),
+            region_loss=of_region.cpu(),
+            sparsity=torch.tensor(routes.sparsity or [0.0]).mean().expand(len(scenes)),
+            **routes.counts(),
+        )
+
+
+class RouteCount:
+    """Counts, layer by layer, where the tokens of the returning characters route to."""
+
+    def __init__(self, encoded: EncodedScenes, layout: ShotLayout, spec: moc.StreamSpec, config: MoCConfig) -> None:
+        self.layout, self.config = layout, config
+        device = layout.device
+        shots = encoded.latents.shape[1]
+        patches = F.avg_pool3d(encoded.cover[:, -1], spec.patch).flatten(1) > COVERED  # [B, tokens of a shot]
+        in_last = layout.group_shot[layout.token_group[layout.video_index]] == shots - 1
+        self.tokens = layout.video_index[in_last][patches.flatten()]
+        self.shown = torch.from_numpy(encoded.scenes.shown).to(device)[layout.token_sample[self.tokens]]
+        self.chunk_shot = layout.group_shot[layout.chunk_group]
+        self.rows: list[Tensor] = []
+        self.sparsity: list[float] = []  # of video-video pairs
+
+    def __call__(self, layer: int, routes: Tensor) -> None:
+        self.sparsity.append(attention_cost(self.layout, self.config, routes, num_heads=1, head_dim=1).video_sparsity)
+        of_tokens = routes[:, self.tokens].long()  # [N, tokens, K]
+        valid = of_tokens >= 0
+        hit = valid & (self.chunk_shot[of_tokens.clamp(min=0)] == self.shown[:, None])
+        counts = [hit.sum((1, 2)), valid.sum((1, 2)), hit.any(2).sum(1), torch.full_like(hit.sum((1, 2)), hit.shape[1])]
+        self.rows.append(torch.stack(counts))
+
+    def counts(self) -> dict[str, Tensor]:
+        rows = torch.stack(self.rows).cpu() if self.rows else torch.zeros(1, 4, 1, dtype=torch.long)
+        return dict(zip(("hits", "routed", "reached", "asked"), rows.unbind(1), strict=True))
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share, by Wilson's score."""
+    if not count:
+        return 0.0, 1.0
+    share, square = right / count, z * z / count
+    middle, half = share + square / 2, z * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return (middle - half) / (1 + square), (middle + half) / (1 + square)
+
+
+def summary(tally: Tally) -> dict:
+    """A tally as plain numbers: recall is the share of looks (fur and outfit) that reappear right."""
+    looks = tally.right[:, : len(LOOKS)]
+    low, high = wilson(int(looks.sum()), looks.numel())
+    by_distance = {}
+    for distance in tally.distance.unique().tolist():
+        of_it = looks[tally.distance == distance]
+        bounds = wilson(int(of_it.sum()), of_it.numel())
+        by_distance[distance] = [_rounded(float(of_it.float().mean())), *map(_rounded, bounds), of_it.numel()]
+    half = 1.96 / math.sqrt(len(looks))
+    found = {
+        "readings": looks.numel(),
+        "recall": _rounded(float(looks.float().mean())),
+        "interval": [_rounded(low), _rounded(high)],
+        "sparsity": _rounded(float(tally.sparsity.mean())),
+        "copied": _rounded(float(tally.copied.float().mean())),
+        "by_attribute": {
+            name: _rounded(float(right.float().mean()))
+            for name, right in zip(ATTRIBUTES, tally.right.unbind(1), strict=True)
+        },
+        "by_distance": by_distance,
+    }
+    for name, loss in (("loss", tally.loss), ("region_loss", tally.region_loss)):
+        found[name] = {
+            str(sigma): [_rounded(float(of.mean()), 5), _rounded(half * float(of.std()), 5)]
+            for sigma, of in zip(SIGMAS, loss.unbind(1), strict=True)
+        }
+    if tally.routed.any():
+        found["precision"] = (tally.hits / tally.routed.clamp(min=1)).mul(1000).round().div(1000).tolist()
+        found["reached"] = (tally.reached / tally.asked.clamp(min=1)).mul(1000).round().div(1000).tolist()
+    return found
+
+
+def _rounded(value: float, digits: int = 4) -> float:
+    return round(value, digits)

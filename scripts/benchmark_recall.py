@@ -1,0 +1,241 @@
+"""Rows side by side: what does a model remember under one kind of attention or another, trained alike?
+
+python scripts/benchmark_recall.py rows=[dense,own_shot] [steps=N] [minutes=N] [seed=N] [settings=[key=value, ...]]
+
+Each row is `python train.py experiment=recall` with its own settings, all rows at once on one device; a row that is not
+finished after `minutes` is tested where it stands, and the same command goes on with it. Tests are those of
+evaluation/recall.py. A row is printed and put into the output as soon as it is tested, with its command; a row of the
+same name, seed and steps is replaced. `folder/NAME_seedN.tar.gz` holds its averaged weights in bf16.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from configs.command import command, parse
+from configs.schema import TrainConfig
+from data.loading.endless import RecallWorld
+from data.records import write_whole
+from data.storyworld import vocabulary
+from evaluation.recall import Reader, RecallBench, accuracy, summary, train_reader
+from moc.errors import UserError, check_least
+from moc.training import Parallel, ParallelConfig, find_checkpoint
+from models import build_encoders, load_model
+from models.checkpoints.contents import read_flow, read_settings
+
+ROOT = Path(__file__).parents[1]
+# Whole shots over, which is dense attention to all that went before; then chunks of a frame, and fewer of them.
+PROGRESSIVE = ((0.0, 48, 7), (0.25, 48, 3), (0.4, 24, 3), (0.55, 24, 2), (0.7, 24, 1))
+
+
+@dataclass(frozen=True)
+class RecallRowsConfig:
+    """rows: of ROWS. steps: of training. minutes: of training in this call, at most. scenes: that are tested; each
+    gives two readings. look_alikes: scenes with look-alikes tested besides. reader_steps: of the reader's training.
+    sampling_steps: of each sampled shot. settings: of train.py, for all rows. device: as in `moc.training`."""
+
+    rows: list[str] = field(default_factory=lambda: ["dense", "own_shot"])
+    steps: int = 4000
+    minutes: float = 8.0
+    seed: int = 0
+    scenes: int = 5120
+    look_alikes: int = 1024
+    reader_steps: int = 1500
+    sampling_steps: int = 10
+    batch: int = 64
+    settings: list[str] = field(default_factory=list)
+    folder: str = "outputs/recall"
+    output: str = "docs/benchmarks/recall.json"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_least(self, "", 1, "steps", "scenes", "reader_steps", "sampling_steps", "batch")
+        unknown = sorted(set(self.rows) - set(ROWS))
+        if unknown or not self.rows:
+            raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
+
+
+def progressive(steps: int) -> str:
+    stages = (f"{{step: {int(share * steps)}, chunk_tokens: {c}, top_k: {k}}}" for share, c, k in PROGRESSIVE)
+    return f"schedule=[{', '.join(stages)}]"
+
+
+NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
+ROWS = {
+    "dense": lambda steps: ["moc=dense"],
+    "moc_from_dense": lambda steps: [progressive(steps)],
+    "moc": lambda steps: [],
+    "own_shot": lambda steps: ["moc.top_k=0", *NO_DROPS],
+    "first_frame": lambda steps: ["moc.candidates=first", "moc.top_k=7", *NO_DROPS],
+    "random": lambda steps: ["moc.top_k=0", "moc.drop_off_max=0", "moc.drop_in_rate=100", "moc.drop_in_max=1"],
+    "moc_k2": lambda steps: ["moc.top_k=2"],
+    "moc_no_drops": lambda steps: NO_DROPS,
+    "moc_all_text": lambda steps: ["moc.text_anchor=all"],
+    "dense_causal": lambda steps: ["moc.chunk_tokens=48", "moc.top_k=7", *NO_DROPS],
+}
+
+
+@command("benchmark_recall", RecallRowsConfig)
+def main(config: RecallRowsConfig) -> None:
+    folder = Path(config.folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(config.rows)) as pool:
+        trainings = {pool.submit(train, row, config, folder): row for row in config.rows}
+        tester = Tester(config, composed(config, folder), folder)  # while they train
+        for training in as_completed(trainings):
+            row = tester.test(trainings[training], training.result())
+            print(json.dumps(row), flush=True)
+            append(Path(config.output), row)
+
+
+def run_name(row: str, config: RecallRowsConfig) -> str:
+    return f"{row}_seed{config.seed}_{config.steps}"
+
+
+def arguments(row: str, config: RecallRowsConfig) -> list[str]:
+    """Of train.py."""
+    steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
+    return ["experiment=recall", *config.settings, *steps, *ROWS[row](config.steps)]
+
+
+def composed(config: RecallRowsConfig, folder: Path) -> TrainConfig:
+    """The settings that all rows share."""
+    words = [f"output={folder}", "name=composed", *config.settings]
+    shown = subprocess.run(
+        [sys.executable, "train.py", "experiment=recall", *words, "--cfg", "job"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return parse(OmegaConf.create(shown.stdout), TrainConfig)
+
+
+def train(row: str, config: RecallRowsConfig, folder: Path) -> float:
+    """Trains, or goes on training, for so many minutes at most; returns the minutes it took."""
+    words = [*arguments(row, config), f"output={folder}", f"name={run_name(row, config)}"]
+    if config.device != "auto":
+        words.append(f"parallel.device={config.device}")
+    start = time.monotonic()
+    with (folder / f"{run_name(row, config)}.log").open("a") as log:
+        job = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=log, stderr=log)
+        try:
+            job.wait(config.minutes * 60)
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGTERM)  # it saves a checkpoint
+            job.wait()
+        finally:
+            job.kill()
+    return (time.monotonic() - start) / 60
+
+
+class Tester:
+    """Tests the checkpoints of rows with one reader, which it trains or finds in the folder."""
+
+    def __init__(self, config: RecallRowsConfig, shared: TrainConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.parallel = Parallel(ParallelConfig(config.device))
+        encoders = build_encoders(shared.encoders, vocabulary())
+        device = self.parallel.device
+        start = time.monotonic()
+        world = RecallWorld(shared.data.recall, encoders.codec.to(device), encoders.text, encoders.save, device)
+        print(f"the world's parts are painted, {time.monotonic() - start:.0f} s", flush=True)
+        self.reader = self._reader(world)
+        self.accuracy = accuracy(self.reader, world)
+        print(f"reader on true shots, {time.monotonic() - start:.0f} s: {self.accuracy}", flush=True)
+        self.bench = RecallBench(world, self.reader, self.parallel, config.sampling_steps, batch=config.batch)
+
+    def _reader(self, world: RecallWorld) -> Reader:
+        file = self.folder / "reader.safetensors"
+        if not file.exists():
+            save_file(train_reader(world, self.config.reader_steps).state_dict(), file)
+        weights = load_file(file)
+        reader = Reader(world.latent_channels * world.latent_frames).to(self.parallel.device)
+        reader.load_state_dict(weights)
+        return reader.eval().requires_grad_(False)
+
+    def test(self, row: str, minutes: float) -> dict:
+        name = run_name(row, self.config)
+        checkpoint = find_checkpoint(self.folder / name)
+        if checkpoint is None:
+            log = (self.folder / f"{name}.log").read_text()
+            return {"row": row, "seed": self.config.seed, "steps": self.config.steps, "failed": log[-2000:]}
+        moc, flow = read_settings(checkpoint)[0], read_flow(checkpoint)
+        model = load_model(checkpoint).to(self.parallel.device)
+        start = time.monotonic()
+        tally = self.bench.run(model, moc, flow, self.config.scenes)
+        found = {"all": summary(tally)}
+        if self.config.look_alikes:
+            twins = self.bench.run(model, moc, flow, self.config.look_alikes, look_alikes=True)
+            found["look_alikes"] = summary(twins)
+        state = json.loads((checkpoint / "state.json").read_text())
+        metrics = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        pack(checkpoint / "ema", self.folder / f"{row}_seed{self.config.seed}.tar.gz")
+        return {
+            "row": row,
+            "seed": self.config.seed,
+            "steps": self.config.steps,
+            "steps_done": state["step"],
+            "scenes_seen": state["data"]["position"],
+            "train_minutes": round(minutes, 2),
+            "test_seconds": round(time.monotonic() - start, 1),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "moc": moc.to_dict(),
+            "train_loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
+            "reader": self.accuracy,
+            **found,
+            "command": " ".join(["python train.py", *arguments(row, self.config)]),
+            "machine": machine(self.parallel),
+            "beside": [other for other in self.config.rows if other != row],
+        }
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """A model's folder with its weights in bf16."""
+    with tempfile.TemporaryDirectory() as place:
+        for file in folder.iterdir():
+            target = Path(place, file.name)
+            if file.suffix == ".safetensors":
+                save_file({key: value.bfloat16() for key, value in load_file(file).items()}, target)
+            else:
+                target.write_bytes(file.read_bytes())
+        with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+            for file in sorted(Path(place).iterdir()):
+                tar.add(file, file.name)
+
+
+def machine(parallel: Parallel) -> dict:
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "device": parallel.device_name,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def append(output: Path, row: dict) -> None:
+    """Puts a row into the record, in the place of an earlier one of its name, seed and steps."""
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    key = [row["row"], row["seed"], row["steps"]]
+    rows = [other for other in rows if [other["row"], other["seed"], other["steps"]] != key] + [row]
+    write_whole(output, (json.dumps({"rows": rows}, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
