@@ -14,18 +14,16 @@ import torch
 from configs.command import command
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
 from configs.schema import TrainConfig
+from configs.world import recall_world
 from data.loading.dataset import ShotDataset, open_dataset
-from data.loading.endless import EndlessLoader, RecallWorld
-from data.loading.loader import Loader, build_loader
-from data.storyworld import vocabulary
-from moc import StreamSpec
+from data.loading.endless import RecallWorld, open_loader
 from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
 from moc.training.checkpoint import refuse_later
 from moc.training.curves import draw_curves
 from moc.training.interruption import NOT_FINISHED, ending_at_signals, ignore_signals
-from models import build_encoders, build_model, load_encoders
+from models import build_model, load_encoders
 from models.checkpoints.seen import Seen
 
 logger = logging.getLogger(__name__)
@@ -40,26 +38,6 @@ def main(config: TrainConfig) -> None:
         parallel = Parallel(config.parallel)
         with held(config.run_folder, holds=parallel.is_main):
             _train(config, dataset or recall_world(config, parallel.device), parallel)
-
-
-def recall_world(config: TrainConfig, device: torch.device) -> RecallWorld:
-    encoders = build_encoders(config.encoders, vocabulary())
-    return RecallWorld(config.data.recall, encoders.codec.to(device), encoders.text, encoders.save, device)
-
-
-def _loader(
-    config: TrainConfig, dataset: ShotDataset | RecallWorld, spec: StreamSpec, parallel: Parallel, position: int
-) -> Loader | EndlessLoader:
-    share = {
-        "rank": parallel.rank,
-        "world_size": parallel.world_size,
-        "accumulation": config.parallel.accumulation,
-        "start_position": position,
-    }
-    chunk_tokens, data = config.moc.chunk_tokens, config.data
-    if isinstance(dataset, RecallWorld):
-        return EndlessLoader(dataset, spec, chunk_tokens, data.batch_tokens, data.validation, **share)
-    return build_loader(data, spec, chunk_tokens, load_codec=lambda folder: load_encoders(folder).codec, **share)
 
 
 def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Parallel) -> None:
@@ -93,7 +71,17 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     refuse_later(run_folder, trainer.step)
     if trainer.step >= config.trainer.num_steps:
         logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, config.trainer.num_steps)
-    loader = _loader(config, dataset, model.stream, parallel, data_state["position"])
+    loader = open_loader(
+        dataset,
+        config.data,
+        model.stream,
+        config.moc.chunk_tokens,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        accumulation=config.parallel.accumulation,
+        start_position=data_state["position"],
+        load_codec=lambda folder: load_encoders(folder).codec,
+    )
     validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
 
     record_launch(config, parallel, trainer.step)

@@ -17,8 +17,8 @@ from models import EncodersConfig, ModelConfig
 @dataclass
 class TrainConfig:
     """`train.py`. name: of the run; its folder is output/name. resume: auto (the run's newest checkpoint, if there is
-    one), none, or a checkpoint's path. encoders: of data.recall; prepared data have their own. allow_changes: settings, or groups of them, that may differ from those that a
-    resumed run began with."""
+    one), none, or a checkpoint's path. encoders: of data.recall; prepared data have their own. allow_changes: settings,
+    or groups of them, that may differ from those that a resumed run began with."""
 
     name: str = "run"
     output: str = "outputs"

@@ -1,9 +1,9 @@
 """Does a model remember? The looks of a name that returns, read from the shot it makes after a true history.
 
 The last shot of a recall scene (data/storyworld/recall.py) returns to a name that one earlier shot showed. Its history
-is given clean and it alone is sampled, or its loss is taken at set noise; a reader then tells fur and outfit. The reader
-is a small network of its own, trained on true latents of the same world, which knows no history; its accuracy on true
-shots is the ceiling of every score.
+is given clean and it alone is sampled, or its loss is taken at set noise; a reader then tells fur and outfit. The
+reader is a small network of its own, trained on true latents of the same world, which knows no history; its accuracy on
+true shots is the ceiling of every score.
 
 Shape letters: B scenes, S shots, C T H W of a latent, M layers, N heads.
 """

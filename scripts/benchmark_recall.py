@@ -30,13 +30,13 @@ from safetensors.torch import load_file, save_file
 
 from configs.command import command, parse
 from configs.schema import TrainConfig
+from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.records import write_whole
-from data.storyworld import vocabulary
 from evaluation.recall import Reader, RecallBench, accuracy, summary, train_reader
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
-from models import build_encoders, load_model
+from models import load_model
 from models.checkpoints.contents import read_flow, read_settings
 
 ROOT = Path(__file__).parents[1]
@@ -148,13 +148,11 @@ class Tester:
     def __init__(self, config: RecallRowsConfig, shared: TrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.parallel = Parallel(ParallelConfig(config.device))
-        encoders = build_encoders(shared.encoders, vocabulary())
-        device = self.parallel.device
         start = time.monotonic()
-        world = RecallWorld(shared.data.recall, encoders.codec.to(device), encoders.text, encoders.save, device)
+        world = recall_world(shared, self.parallel.device)
         print(f"the world's parts are painted, {time.monotonic() - start:.0f} s", flush=True)
         self.reader = self._reader(world)
-        self.accuracy = accuracy(self.reader, world)
+        self.accuracy = accuracy(self.reader, world, min(config.scenes, 512))
         print(f"reader on true shots, {time.monotonic() - start:.0f} s: {self.accuracy}", flush=True)
         self.bench = RecallBench(world, self.reader, self.parallel, config.sampling_steps, batch=config.batch)
 

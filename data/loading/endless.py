@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 import moc
+from data.cache.online import LoadCodec
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
+from data.loading.dataset import DataConfig, ShotDataset
+from data.loading.loader import Loader, build_loader
 from data.storyworld.recall import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
 from data.storyworld.stock import Stock
 
@@ -49,8 +52,8 @@ class RecallWorld:
         save_encoders: Callable[[Path], None],
         device: torch.device | str = "cpu",
     ) -> None:
-        """codec: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where the codec
-        cannot take such shots."""
+        """codec: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where the
+        codec cannot take such shots."""
         if codec.whole_frames(config.frames) != config.frames or any(n % codec.spatial_factor for n in config.size):
             raise DataError(
                 "unfit-size",
@@ -158,3 +161,18 @@ class EndlessLoader:
     def _batch(self, positions: list[int], first: int = 0) -> moc.Batch:
         scenes = draw_scenes(self.world.config, [first + position for position in positions])
         return moc.make_batch(self.world.encode(scenes).samples(positions), self.spec, self.chunk_tokens)
+
+
+def open_loader(
+    dataset: ShotDataset | RecallWorld,
+    config: DataConfig,
+    spec: moc.StreamSpec,
+    chunk_tokens: int,
+    *,
+    load_codec: LoadCodec | None = None,
+    **share: int,
+) -> Loader | EndlessLoader:
+    """The loader of one rank's `share`, as `build_loader` takes it, of whatever a config names."""
+    if isinstance(dataset, RecallWorld):
+        return EndlessLoader(dataset, spec, chunk_tokens, config.batch_tokens, config.validation, **share)
+    return build_loader(config, spec, chunk_tokens, load_codec=load_codec, **share)

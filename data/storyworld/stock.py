@@ -2,7 +2,8 @@
 
 A pixel of a shot is affine in the colours of fur, outfit and light, so that a clip of a character is a few masks:
 
-    frame = (under * keep + shadow colour * shade + own + fur * furred + outfit * dressed + trim * trimmed) * clear + over
+    shown = under * keep + shadow colour * shade + own + fur * furred + outfit * dressed + trim * trimmed
+    frame = shown * clear + over
 
 `under` is the place behind the character, `over` with `clear` = 1 - its alpha what drifts and stands before it. All but
 the place's two are the clip's; they hold the average over an open shutter. What drifts in the air moves with the
