@@ -76,14 +76,13 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         config.data,
         model.stream,
         config.moc.chunk_tokens,
+        lambda folder: load_encoders(folder).codec,
         rank=parallel.rank,
         world_size=parallel.world_size,
         accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
-        load_codec=lambda folder: load_encoders(folder).codec,
     )
     validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
-
     record_launch(config, parallel, trainer.step)
     metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step) if parallel.is_main else None
     finished = trainer.run(loader, metrics, validator)

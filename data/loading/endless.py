@@ -168,7 +168,6 @@ def open_loader(
     config: DataConfig,
     spec: moc.StreamSpec,
     chunk_tokens: int,
-    *,
     load_codec: LoadCodec | None = None,
     **share: int,
 ) -> Loader | EndlessLoader:
