@@ -77,8 +77,8 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         model.stream,
         config.moc.chunk_tokens,
         lambda folder: load_encoders(folder).codec,
-        rank=parallel.rank,
-        world_size=parallel.world_size,
+        rank=parallel.data_rank,
+        world_size=parallel.data_ranks,
         accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
     )

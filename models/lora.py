@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
+from moc.training.shards import fill
 from models.checkpoints.tensors import INDEX, Shapes, TensorSource, check_tensors, read_index, shapes
 
 SETTINGS = "lora.json"
@@ -130,18 +131,22 @@ class Trainable:
         stored = read_lora(Path(folder))
         if self.lora is None:
             check_tensors(folder, type(self).__name__, source.shapes, shapes(self.state_dict()))
-            self.load_state_dict({name: source.read(name) for name in source.names()}, strict=True)
+            weights = self.state_dict()
+            for name in source.names():
+                fill(weights[name], source.read(name))
             return
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
         if stored is not None and stored.fingerprint != self.lora.fingerprint:
             raise UserError(
                 f"{folder} holds a LoRA of {stored.base}, whose weights are not those of {self.lora.base}: "
                 "set model.path to the former"
             )
-        expected = {PREFIX + name: tuple(w.shape) for name, w in get_peft_model_state_dict(self).items()}
-        check_tensors(folder, f"LoRA of rank {self.lora.rank} on {list(self.lora.targets)}", source.shapes, expected)
-        set_peft_model_state_dict(self, {name.removeprefix(PREFIX): source.read(name) for name in source.names()})
+        weights = {PREFIX + name: weight for name, weight in get_peft_model_state_dict(self).items()}
+        kind = f"LoRA of rank {self.lora.rank} on {list(self.lora.targets)}"
+        check_tensors(folder, kind, source.shapes, shapes(weights))
+        for name in source.names():
+            fill(weights[name], source.read(name))
 
 
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -68,9 +68,9 @@ class MMDiT(StreamModel):
         words = torch.cat(text[part.first_group :])
         video = self.video_in(patches.to(self.video_in.weight.dtype))
         if self.place is not None:
-            video = video + self.place(part.grids, video.dtype)
+            video = video + self.place(part.grids, video.dtype)[part.video_rows]
         condition = self.condition(sigma, pooled(words, part.text_starts))
-        words = self.text_in(words.to(self.text_in.weight.dtype))
+        words = self.text_in(words[part.text_rows].to(self.text_in.weight.dtype))
         return Embedded((words, video), (condition, part), condition)
 
     def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ Shape letters: L packed tokens, N heads, D head dim, G groups, S shots; latents 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moc import Descriptor, DropKey, MoCConfig, Routes, ShotLayout, StreamSpec, moc_attention, route
 from moc.batch import each_shape
 from moc.errors import UserError
+from moc.exchange import Exchange
 from moc.layout import Grid, Group
 from models.lora import Trainable
 from models.members import Members
@@ -47,14 +48,16 @@ class KeyValueCache:
 
 
 class Part:
-    """The tokens of a stream that a forward computes: those of the groups from `first_group` on.
+    """The tokens of a stream that a forward computes: those of the groups from `first_group` on, or, where several
+    processes share a stream, this one's run of them.
 
-    text_index, video_index: their places within the part. text_members, video_members: which of the part's groups they
-    belong to. text_starts: int64 [G + 1], each group's first row of the text.
+    start, end: of the run in the stream. text_rows, video_rows: which rows of the groups' text and video it holds.
+    text_index, video_index: their places within the run. text_members, video_members: which of the groups they belong
+    to. text_starts: int64 [G + 1], each group's first row of the text of all groups.
     """
 
-    def __init__(self, layout: ShotLayout, start: int = 0) -> None:
-        """start: tokens before the part; they end a group of a stream of one sample, or there are none."""
+    def __init__(self, layout: ShotLayout, start: int = 0, exchange: Exchange | None = None) -> None:
+        """start: tokens before the groups; they end a group of a stream of one sample, or there are none."""
         firsts = [index for index, group in enumerate(layout.groups) if group.start == start]
         if start and (layout.num_samples > 1 or not firsts):
             raise ValueError(
@@ -62,19 +65,42 @@ class Part:
                 "story, and add shots in order"
             )
         # Empty groups share their start with the next one; only the first global text can be empty, and it is first.
-        self.layout, self.start, self.first_group = layout, start, firsts[0]
-        done = layout.groups[: self.first_group]
-        text_before = sum(group.text_tokens for group in done)
-        self.num_tokens = layout.num_tokens - start
-        self.text_index = layout.text_index[text_before:] - start
-        self.video_index = layout.video_index[start - text_before :] - start
-        self.text_members, self.video_members, self.text_starts = layout.memo(("part", start), self._tables)
+        self.layout, self.exchange, self.first_group = layout, exchange, firsts[0]
+        end = layout.num_tokens
+        self._bounds = exchange.bounds(start, end) if exchange else [start, end]
+        rank = exchange.rank if exchange else 0
+        self.start, self.end = self._bounds[rank : rank + 2]
+        self.num_tokens = self.end - self.start
+        before, first, last = (self._text_before(place) for place in (start, self.start, self.end))
+        self.text_rows = slice(first - before, last - before)
+        self.video_rows = slice(self.start - start - self.text_rows.start, self.end - start - self.text_rows.stop)
+        self.text_index = layout.text_index[first:last] - self.start
+        self.video_index = layout.video_index[self.start - first : self.end - last] - self.start
+        tables = layout.memo(("part", self.start, self.end), self._tables)
+        self.text_members, self.video_members, self.text_starts = tables
+
+    def _text_before(self, place: int) -> int:
+        """Text tokens of the stream before one of its places."""
+        return sum(min(max(place - group.start, 0), group.text_tokens) for group in self.layout.groups)
 
     def _tables(self) -> tuple[Members, Members, Tensor]:
-        group = self.layout.token_group[self.start :] - self.first_group
-        texts, videos = ([getattr(g, kind) for g in self.groups] for kind in ("text_tokens", "video_tokens"))
-        starts = torch.tensor([0, *accumulate(texts)]).to(self.layout.device, non_blocking=True)
-        return Members.build(group[self.text_index], texts), Members.build(group[self.video_index], videos), starts
+        group = self.layout.token_group[self.start : self.end] - self.first_group
+        places = [(g.start, g.start + g.text_tokens, g.end) for g in self.groups]
+        inside = [[min(max(place, self.start), self.end) for place in of_group] for of_group in places]
+        texts, videos = [b - a for a, b, _ in inside], [c - b for _, b, c in inside]
+        starts = torch.tensor([0, *accumulate(g.text_tokens for g in self.groups)])
+        return (
+            Members.build(group[self.text_index], texts),
+            Members.build(group[self.video_index], videos),
+            starts.to(self.layout.device, non_blocking=True),
+        )
+
+    def gather(self, video: Tensor) -> Tensor:
+        """What is computed of the run's video rows [Lr, C] -> that of all rows, on every process of the exchange."""
+        if self.exchange is None:
+            return video
+        rows = [place - self._text_before(place) for place in self._bounds]
+        return self.exchange.gather(video, [b - a for a, b in pairwise(rows)])
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -130,6 +156,7 @@ class StreamAttention:
     that recomputation under activation checkpointing attends to the same chunks and does not route twice.
 
     table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
+    exchange: the processes that hold the tokens; each attends with its share of the heads.
     """
 
     layout: ShotLayout
@@ -139,6 +166,7 @@ class StreamAttention:
     on_routes: Callable[[int, Tensor], None] | None = None
     cache: KeyValueCache | None = None
     remember: bool = False
+    exchange: Exchange | None = None
     routes: dict[int, Routes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,9 +177,11 @@ class StreamAttention:
             )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [L, N, D] of the tokens computed, before rotation -> [L, N, D]."""
+        """q, k, v [L, N, D] of the part's tokens, before rotation -> [L, N, D]."""
         config = self.config.at_layer(layer)
         first = self.cache.num_tokens if self.cache else 0
+        if self.exchange:
+            q, k, v = (self.exchange.to_heads(x, self.layout.num_tokens - first) for x in (q, k, v))
         pre_rope = config.descriptor is Descriptor.pre_rope
         queries = rotate(q, self.table)
         kept = (rotate(k, self.table), v, k) if pre_rope else (rotate(k, self.table), v)
@@ -160,12 +190,14 @@ class StreamAttention:
         routes = None
         if not config.dense:
             routes = self._route(layer, q if pre_rope else queries, kept[2 if pre_rope else 0], first)
-        return moc_attention(queries, *kept[:2], self.layout, config, routes=routes)
+        out = moc_attention(queries, *kept[:2], self.layout, config, routes=routes)
+        return self.exchange.to_tokens(out) if self.exchange else out
 
     def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Routes:
         if layer in self.routes:
             return self.routes[layer]
-        drops = replace(self.drops, layer=layer) if self.drops else None
+        first_head = self.exchange.rank * q.shape[1] if self.exchange else 0
+        drops = replace(self.drops, layer=layer, first_head=first_head) if self.drops else None
         routes = Routes(route(q, k, self.layout, self.config, drops, first_query=first), first)
         if self.on_routes:
             self.on_routes(layer, routes.whole())
@@ -190,18 +222,20 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
     """Predicts the velocity (noise - latent) of every shot of a packed batch.
 
     A family sets `stream`, `latent_channels`, `attention_dim` (the width of all heads together) and `blocks`, and says
-    how tokens are embedded, rotated and projected.
+    how tokens are embedded, rotated and projected. exchange: set from outside where processes share a stream; all of
+    them are then given, and give, whole latents.
     """
 
     stream: StreamSpec
     latent_channels: int
     attention_dim: int
     blocks: nn.ModuleList
+    exchange: Exchange | None = None
     gradient_checkpointing = False
     _supports_gradient_checkpointing = True
 
     def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
-        """patches [Lv, patch_dim] and sigma [G] of the part computed; text [T_i, text_dim] of all groups."""
+        """patches [Lv, patch_dim] of the part's rows, sigma [G] of its groups; text [T_i, text_dim] of all groups."""
         raise NotImplementedError
 
     def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:
@@ -230,19 +264,20 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         text: text-encoder features [T_i, text_dim] of each group: of each sample the global caption's, then its shots'.
         layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
         config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
-        on_routes: told each layer's index and routes, int [N, L, K], for statistics.
+        on_routes: told each layer's index and the routes of this process's heads, int [N, L, K], for statistics.
         cache: history of a story generated shot by shot; latents and sigma are then those of the shots after it, text
             and layout the whole stream's, and config must flow strictly forward.
         remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
         Raises ValueError where latents or text do not fit the layout, UserError where they do not fit the model.
         """
-        part = Part(layout, cache.num_tokens if cache else 0)
+        first = cache.num_tokens if cache else 0
+        part = Part(layout, first, self.exchange)
         part.check(latents, sigma, text, self.stream, self.latent_channels, self.config.text_dim)
-        patches = patchify(latents, self.stream.patch)
+        patches = patchify(latents, self.stream.patch)[part.video_rows]
         tokens, inputs, condition = self.embed(patches, part.group_sigma(sigma), text, part, config)
         cos, sin = self.rotations(layout, config)
-        table = (cos[part.start :], sin[part.start :])
-        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember)
+        table = (cos[first:], sin[first:])
+        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, self.exchange)
         for layer, block in enumerate(self.blocks):
             args = (tokens, *inputs, partial(attend, layer))
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -251,7 +286,8 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
                 tokens = block(*args)
         if cache is not None and remember:
             cache.num_tokens = layout.num_tokens
-        return unpatchify(self.project(tokens, patches, condition, part), part.grids, self.stream.patch)
+        velocity = part.gather(self.project(tokens, patches, condition, part))
+        return unpatchify(velocity, part.grids, self.stream.patch)
 
     def new_cache(self) -> KeyValueCache:
         """The history of a story that has not begun."""

@@ -168,7 +168,11 @@ class WanTransformer3DModel(StreamModel):
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
         layout = part.layout
         rows, windows = text_windows(text, layout, config)
-        windows = [Window(w.start - part.start, w.end - part.start, w.ranges) for w in windows if w.start >= part.start]
+        windows = [
+            Window(max(w.start, part.start) - part.start, min(w.end, part.end) - part.start, w.ranges)
+            for w in windows
+            if w.start < part.end and w.end > part.start
+        ]
         packed_windows = layout.memo(("windows", *windows), lambda: pack_windows(windows, len(rows), layout.device))
         time, block_time, context = self.condition_embedder(sigma, rows)
         return Embedded(x, (context, block_time, part.video_members, packed_windows), time)

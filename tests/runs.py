@@ -111,8 +111,8 @@ def train(
         config,
         trainer.bare_model.stream,
         MOC.chunk_tokens,
-        rank=trainer.parallel.rank,
-        world_size=trainer.parallel.world_size,
+        rank=trainer.parallel.data_rank,
+        world_size=trainer.parallel.data_ranks,
         accumulation=accumulation,
         start_position=position,
     )

@@ -60,7 +60,7 @@ class Drawn:
 class Owner:
     """What validation asks of `Parallel`."""
 
-    device = META
+    device, is_sharded = META, False
 
     def autocast(self):
         return nullcontext()

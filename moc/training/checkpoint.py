@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from moc.errors import UserError, disk_error
 from moc.training.integrity import COMPLETE, damaged_files, seal, sync
+from moc.training.shards import local, sharded_like
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def _checkpoints(run_folder: Path) -> list[Path]:
     return sorted((f for f in folders if _STEP_FOLDER.fullmatch(f.name)), key=step_of)
 
 
-def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def optimizer_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer states as `<parameter>.<state>` tensors; a number of Python's becomes an int64 or a float64 of no
     dimension, which no optimizer keeps as a tensor."""
     tensors: dict[str, Tensor] = {}
@@ -174,8 +175,14 @@ def save_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
                 continue
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS.get(type(value)))
             # A table that parameters share would be stored under one of their names alone.
-            tensors[f"{name}.{key}"] = tensor.clone() if tensor.data_ptr() in stored else tensor
-            stored.add(tensor.data_ptr())
+            place = local(tensor).data_ptr()
+            tensors[f"{name}.{key}"] = tensor.clone() if place in stored else tensor
+            stored.add(place)
+    return tensors
+
+
+def save_optimizer(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes whole states, named by `optimizer_states`."""
     if tensors:
         save_torch_state_dict(tensors, folder, filename_pattern="optimizer{suffix}.safetensors")
 
@@ -207,11 +214,16 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
         raise UserError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
     for name, stored in states.items():
         # Fused AdamW keeps its step counter beside the parameter, like its moments.
-        device = parameters[name].device
-        optimizer.state[parameters[name]] = {
-            key: value.item() if value.dim() == 0 and value.dtype in _NUMBERS.values() else value.to(device)
+        parameter = parameters[name]
+        optimizer.state[parameter] = {
+            key: value.item() if value.dim() == 0 and value.dtype in _NUMBERS.values() else _placed(value, parameter)
             for key, value in stored.items()
         }
+
+
+def _placed(state: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A state on its parameter's device; one of the same shape is sharded as the parameter is."""
+    return sharded_like(state, parameter) if state.shape == parameter.shape else state.to(parameter.device)
 
 
 def _load(file: Path) -> dict[str, Tensor]:

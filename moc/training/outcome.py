@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from moc.batch import Batch
 from moc.diffusion.flow import NoiseLevels
-from moc.training.parallel import gather_lists
+from moc.training.ema import EMA
+from moc.training.parallel import Parallel, gather_lists
+from moc.training.shards import local
 
 logger = logging.getLogger(__name__)
 
@@ -169,13 +171,13 @@ class Spikes:
         return f"{name} {value:g}, usually {math.exp(mean):g}" if far else ""
 
 
-def check_finite(model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Raises FloatingPointError where a weight, an average or an optimizer state is not finite."""
+def check_finite(parallel: Parallel, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Raises FloatingPointError, on every process, where a weight, an average or an optimizer state is not finite."""
     states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    tensors = {"weights": model.parameters(), "averaged weights": averaged.parameters(), "optimizer's states": states}
+    tensors = {"weights": model.parameters(), "averaged weights": ema.averages.values(), "optimizer's states": states}
     for name, values in tensors.items():
-        finite = [value.isfinite().all() for value in values]
-        if finite and not torch.stack(finite).all():
+        finite = [local(value).isfinite().all() for value in values]
+        if parallel.any(bool(finite) and not torch.stack(finite).all()):
             raise FloatingPointError(
                 f"the {name} are not finite after step {step}, and no checkpoint of it is written; lower optim.lr and "
                 "resume from the newest checkpoint"

@@ -1,6 +1,9 @@
 """The processes of a command, its device and its precision: `Parallel` owns them, and nobody else chooses.
 
-Models are single-device code; what spreads them is built once, here, from outside.
+Processes form a mesh of replicate x shard x sequence. Those along `sequence` hold one stream together (`moc.exchange`);
+all others have samples of their own. Weights, averages and the optimizer's states are sharded over shard x sequence
+(FSDP2) and replicated besides; without either axis every process has them whole (DDP). Models are single-device code;
+what spreads them is built once, here, from outside.
 """
 
 import logging
@@ -8,6 +11,7 @@ import os
 import re
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,9 +22,12 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moc.errors import UserError, check_least
+from moc.exchange import Exchange
 from moc.move import move
 
 logger = logging.getLogger(__name__)
@@ -37,24 +44,34 @@ class ParallelConfig:
     """device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
     precision: of every forward pass, in training and out of it: auto (bf16 on a GPU, fp32 on the CPU), fp32 or bf16.
     accumulation: micro-batches a step on each process. activation_checkpointing: recompute blocks in backward; routes
-    are kept. timeout: seconds after which processes that wait for another one end the job and name it."""
+    are kept. timeout: seconds after which processes that wait for another one end the job and name it.
+    sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
+    with samples of their own the weights are sharded, and over those of the streams besides. replicate: how often that
+    is repeated; 0 is as often as there are processes for."""
 
     device: str = "auto"
     precision: str = "auto"
     accumulation: int = 1
     activation_checkpointing: bool = False
     timeout: float = 600.0
+    replicate: int = 0
+    shard: int = 1
+    sequence: int = 1
 
     def __post_init__(self) -> None:
         if self.precision not in ("auto", *PRECISIONS):
             raise UserError(f"precision={self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
-        check_least(self, "parallel", 1, "accumulation", "timeout")
+        check_least(self, "parallel", 1, "accumulation", "timeout", "shard", "sequence")
+        check_least(self, "parallel", 0, "replicate")
 
 
 class Parallel:
     """This process among those of a command: rank, world_size, device, and dtype, that of its forward passes.
 
-    Raises UserError for a device that does not exist, and where accelerate started one process of several.
+    data_rank, data_ranks: among the processes with samples of their own; those that hold a stream together count as
+    one. is_sharded: whether forward passes of all processes must keep step.
+    Raises UserError for a device that does not exist, for a mesh that the processes do not fill, and where accelerate
+    started one process of several.
     """
 
     def __init__(self, config: ParallelConfig | None = None) -> None:
@@ -71,6 +88,15 @@ class Parallel:
             self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENT)
             _store().set(f"moc/host/{self.rank}", socket.gethostname())
+        self._check_mesh(config)
+        self.data_rank, self.data_ranks = self.rank // config.sequence, self.world_size // config.sequence
+        self._data_group = self._exchange = None
+        if config.sequence > 1:
+            mesh = self._mesh(data=self.data_ranks, sequence=config.sequence)
+            self._data_group, group = mesh.get_group("data"), mesh.get_group("sequence")
+            self._exchange = Exchange(group, self.rank % config.sequence, config.sequence)
+        self._shards = config.shard * config.sequence
+        self.is_sharded = self._shards > 1
         if self.is_main:
             name = f"{self.device_name} ({self.device})" if has_gpu else self.device_name
             processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
@@ -87,28 +113,40 @@ class Parallel:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of a forward pass."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """The precision of a forward pass. Casts of sharded weights are not kept, as the weights are not."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not self.is_sharded)
 
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on this process's device."""
         return move(tensor, self.device)
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """A model on the device as the training loop calls it: its gradients are averaged over all processes."""
-        if self.world_size == 1:
+    def wrap(self, model: Any) -> nn.Module:
+        """A model as the training loop calls it, on the device: its gradients are averaged over all processes. Where
+        it is sharded, it is so in place, and each of its `blocks` is gathered while it computes."""
+        if self._exchange:
+            model.exchange = self._exchange
+        if self.is_sharded:
+            mesh = self._mesh(replicate=self.world_size // self._shards, shard=self._shards)
+            mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
+            # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            for unit in (*model.blocks, model):
+                fully_shard(unit, mesh=mesh, reshard_after_forward=True)
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        model.to(self.device)
+        return model if self.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def keep_gradients(self, model: nn.Module) -> AbstractContextManager:
-        """While it lasts, backward adds to this process's own gradients of a wrapped model and averages none."""
+        """While it lasts, backward adds to this process's own gradients of a wrapped model and averages none. Those of
+        a sharded one are averaged each time: whole ones would not fit."""
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, on each of them."""
-        if self.world_size > 1:
+        """The sum over all processes with samples of their own, on each process."""
+        if self.data_ranks > 1:
             values = values.clone()
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._data_group)
         return values
 
     def any(self, flag: bool, patient: bool = False) -> bool:
@@ -152,6 +190,20 @@ class Parallel:
     def close(self) -> None:
         """Takes leave of the other processes."""
         self._state.destroy_process_group()
+
+    def _check_mesh(self, config: ParallelConfig) -> None:
+        """Raises UserError unless the processes fill the mesh."""
+        size = max(1, config.replicate) * config.shard * config.sequence
+        if self.world_size % size or (config.replicate and self.world_size != size):
+            wanted = "divide" if not config.replicate else "be"
+            axes = f"replicate={config.replicate}, shard={config.shard}, sequence={config.sequence}"
+            raise UserError(
+                f"parallel.{axes}: their product {size} must {wanted} the number of processes, {self.world_size}; "
+                "change one of them, or start other processes (replicate=0 takes what is left over)"
+            )
+
+    def _mesh(self, **axes: int) -> DeviceMesh:
+        return init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
 
 def _store() -> Any:

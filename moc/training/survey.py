@@ -84,7 +84,8 @@ class Survey:
         tokens_per_second: of this process. dtype: of the forward. Waits for the device.
         """
         attended = dense = 0.0
-        flops, by_distance = self.linear_flops, Counter[int]()
+        sharing = self.model.exchange.size if self.model.exchange else 1  # processes, each with its share of the tokens
+        flops, by_distance = self.linear_flops * sharing, Counter[int]()
         for forward in self.forwards:
             layout, layers = forward.layout.to("cpu"), len(self.model.blocks)
             cost = attention_cost(layout, self.moc, None, num_heads=1, head_dim=self.model.attention_dim)
@@ -98,5 +99,5 @@ class Survey:
         tokens, routes = sum(forward.layout.num_tokens for forward in self.forwards), sum(by_distance.values())
         shares = {f"routes/back_{distance}": number / routes for distance, number in sorted(by_distance.items())}
         peak = peak_flops(self.forwards[0].layout.device, dtype)
-        use = {"mfu": flops / tokens * tokens_per_second / peak} if peak else {}
+        use = {"mfu": flops / tokens * tokens_per_second / (peak * sharing)} if peak else {}
         return {"density": attended / dense, "flops_per_token": flops / tokens} | use | shares

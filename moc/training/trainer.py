@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from moc import memory
@@ -40,6 +40,7 @@ from moc.training.optim import (
 )
 from moc.training.outcome import Outcome, SkipCount, Spikes, Totals, check_finite
 from moc.training.parallel import Parallel
+from moc.training.shards import filled, gathered, hollow, whole
 from moc.training.survey import Survey
 from moc.training.validation import Validator
 
@@ -105,9 +106,9 @@ class Trainer:
         self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
         self.save_extras = save_extras
         freeze_parts(model, optim.parts)
-        self.bare_model = model.to(parallel.device)
-        self.ema = EMA(self.bare_model, config.ema_decay)
-        self.model, self.optimizer = parallel.wrap(self.bare_model), build_optimizer(self.bare_model, optim)
+        self._hollow: Any = hollow(model)  # says what the model is, and is filled to be saved
+        self.bare_model, self.model = model, parallel.wrap(model)
+        self.ema, self.optimizer = EMA(model, config.ema_decay), build_optimizer(model, optim)
         self.step = 0
         self.skips, self.spikes = SkipCount(config.max_skipped_steps), Spikes()
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
@@ -127,9 +128,10 @@ class Trainer:
         state = ckpt.read_run_state(checkpoint)
         if state["seed"] != self.seed:
             raise UserError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
-        ckpt.check_same_model(checkpoint / "model", self.bare_model)
-        for folder, model in (("model", self.bare_model), ("ema", self.ema.model)):
-            model.load_weights(checkpoint / folder)
+        ckpt.check_same_model(checkpoint / "model", self._hollow)
+        self.bare_model.load_weights(checkpoint / "model")
+        with self.ema.applied(self.bare_model):
+            self.bare_model.load_weights(checkpoint / "ema")
         self.ema.restore(state["step"])
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
         ckpt.load_rng(checkpoint, self.parallel.rank)
@@ -149,6 +151,11 @@ class Trainer:
         ckpt.refuse_later(self.run_folder, self.step)
         if self.step >= self.config.num_steps:
             return True
+        if self.parallel.is_sharded and self.parallel.any(validator is not None and not validator.batches):
+            raise UserError(
+                f"data.validation is too small: a sharded model needs a scene or more for each of "
+                f"{self.parallel.data_ranks} processes with samples of their own; raise it, or set it to 0"
+            )
         with (
             self.parallel.naming_absent(),
             Interruption() as self._interruption,
@@ -233,24 +240,31 @@ class Trainer:
     def save(self, data_state: dict[str, Any]) -> None:
         """Writes a checkpoint of this step; every process takes part. Raises DiskError on all of them where the disk
         does not take it."""
-        check_finite(self.bare_model, self.ema.model, self.optimizer, self.step)
+        check_finite(self.parallel, self.bare_model, self.ema, self.optimizer, self.step)
+        is_main, weights, averages = self.parallel.is_main, self.bare_model.state_dict(), self.ema.averages
+        if self._hollow.lora:  # an adapter is saved alone
+            weights = {name: weights[name] for name in averages}
+        models = {"model": gathered(weights, is_main), "ema": gathered(weights | averages, is_main)}
+        optimizer = gathered(ckpt.optimizer_states(self.bare_model, self.optimizer), is_main)
         self.parallel.wait()
         failure = None
-        if self.parallel.is_main:
+        if is_main:
             try:
-                self._write(data_state)
+                self._write(models, optimizer, data_state)
             except ckpt.DiskError as error:
                 failure = error
         if self.parallel.any(failure is not None, patient=True):
             raise failure or ckpt.DiskError(f"the checkpoint of step {self.step} cannot be written")
         self._saved_step = self.step
 
-    def _write(self, data_state: dict[str, Any]) -> None:
+    def _write(
+        self, models: dict[str, dict[str, Tensor]], optimizer: dict[str, Tensor], data_state: dict[str, Any]
+    ) -> None:
         with ckpt.new_checkpoint(self.run_folder, self.step) as folder:
-            for name, model in (("model", self.bare_model), ("ema", self.ema.model)):
-                model.save_pretrained(folder / name)
+            for name, tensors in models.items():
+                filled(self._hollow, tensors).save_pretrained(folder / name)
                 self.schedule.at(self.step, self.moc).save(folder / name)
-            ckpt.save_optimizer(folder, self.bare_model, self.optimizer)
+            ckpt.save_optimizer(folder, optimizer)
             ckpt.save_rng(folder, 0)
             state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
             state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
@@ -266,7 +280,7 @@ class Trainer:
         moc = self.schedule.at(self.step, self.moc)
         levels = [self.flow.draw_levels(batch, self.seed) for batch in batches]
         targets = self.parallel.put(torch.tensor(sum(int(level.is_target.sum()) for level in levels)))
-        # DDP averages gradients over processes; the loss is a mean over the targets of all of them.
+        # Gradients are averaged over all processes; the loss is a mean over the targets of all of them.
         scale = self.parallel.world_size / self.parallel.sum(targets)
         drops = DropKey(self.seed, self.step)
         self._survey = Survey(self.bare_model, moc) if _due(self.step + 1, self.config.log_every) else None
@@ -286,7 +300,7 @@ class Trainer:
                 (target_losses.sum() * scale).backward()
             losses.append(target_losses.detach())
         self._clock.begin("optimizer")
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm))
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config.num_steps, self.optim))
         by_shot = torch.cat(losses)
         sums = torch.stack([by_shot.sum(), by_shot.isfinite().sum()])
@@ -340,15 +354,19 @@ class Trainer:
         Each process takes its share of the scenes.
         """
         moc = self.schedule.at(self.step, self.moc)
-        with memory.enough_for("validation", memory.VALIDATION, validator.batches):
-            sums = validator.losses(self.ema.model, moc, self.parallel, lambda: bool(self._interruption.signal))
-        if self._interrupted():
-            return False
+        with (
+            memory.enough_for("validation", memory.VALIDATION, validator.batches),
+            self.ema.applied(self.bare_model),
+        ):
+            sums = validator.losses(self.bare_model, moc, self.parallel, self._interrupted)
+            if self._interrupted():
+                return False
+            shown = metrics or self.parallel.is_sharded
+            routing = validator.routing(self.bare_model, moc, self.parallel) if shown else {}
         sums = self.parallel.sum(sums)
         if metrics:
             mean = (sums[:, 0] / sums[:, 1]).tolist()
             values = {f"validation/loss_{sigma:g}": loss for sigma, loss in zip(validator.sigmas, mean, strict=True)}
-            routing = validator.routing(self.ema.model, moc, self.parallel)
             metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
         self._validation_due = False
         return True

@@ -12,7 +12,7 @@ from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.cost import attention_cost
 from moc.diffusion.flow import Flow, NoiseLevels
 from moc.statistics import routing_statistics
-from moc.training.parallel import Parallel
+from moc.training.parallel import Parallel, gather_lists
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,25 @@ class Validator:
     ) -> Tensor:
         """Loss summed over this process's target shots at each noise level, and their number: [num sigmas, 2].
 
-        is_over: asked before each batch; where true, those left are left out.
+        Where the model is sharded, a process with fewer batches than others keeps step: it computes one again.
+        is_over: asked before each batch, by all processes equally often; where true, those left are left out.
         """
         was_training = model.training
         model.eval()
         sums = torch.zeros(len(self.sigmas), 2, device=parallel.device)
-        for batch in self.batches:
+        for index in range(max(gather_lists([len(self.batches)]))):
             if is_over():
                 break
-            batch = _on(batch, parallel, moc)
+            is_own = index < len(self.batches)
+            if not (is_own or parallel.is_sharded):
+                continue
+            batch = _on(self.batches[index if is_own else 0], parallel, moc)
             for row, level in zip(sums, self.sigmas, strict=True):
                 levels = self._levels(level, batch)
                 with parallel.autocast():
                     losses = self.flow.loss(model, batch, levels, moc, self.seed)
                 target = parallel.put(levels.is_target)
-                row += torch.stack([(losses * target).sum(), target.sum()])
+                row += is_own * torch.stack([(losses * target).sum(), target.sum()])
         model.train(was_training)
         return sums
 

@@ -260,8 +260,21 @@ def test_averaged_weights_warm_up():
         ema.update(model)
         decay = min(0.5, (1 + number) / (10 + number))
         expected = number**2 if number == 0 else decay * expected + (1 - decay) * number**2
-        assert ema.model.weight.item() == pytest.approx(expected)
-    assert not ema.model.weight.requires_grad
+        assert ema.averages["weight"].item() == pytest.approx(expected)
+    assert not ema.averages["weight"].requires_grad
+
+
+def test_a_model_has_the_averages_for_a_while_and_a_frozen_weight_none():
+    model = torch.nn.Linear(1, 1)
+    model.bias.requires_grad_(False)
+    ema = EMA(model, decay=0.5)
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+        ema.averages["weight"].fill_(3.0)
+    with ema.applied(model):
+        assert (model.weight.item(), ema.averages["weight"].item()) == (3.0, 7.0)
+    assert (model.weight.item(), ema.averages["weight"].item()) == (7.0, 3.0)
+    assert ema.averages.keys() == {"weight"}
 
 
 def test_averages_go_on_after_a_restart():
@@ -272,8 +285,8 @@ def test_averages_go_on_after_a_restart():
             model.weight.fill_(float(number))
         ema.update(model)
         if number == 2:
-            resumed.model.load_state_dict(ema.model.state_dict())
+            resumed.averages["weight"].copy_(ema.averages["weight"])
             resumed.restore(3)
         elif number > 2:
             resumed.update(model)
-    assert torch.equal(ema.model.weight, resumed.model.weight)
+    assert torch.equal(ema.averages["weight"], resumed.averages["weight"])

@@ -1,0 +1,45 @@
+"""One loss and one gradient, whatever the mesh of processes: data, shards, sequence and their products."""
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from moc.errors import UserError
+from moc.training import Parallel, ParallelConfig
+from tests import meshes
+
+
+@pytest.fixture
+def expected(tmp_path, request):
+    """A folder with what one process makes of each case, on the device of the test."""
+    PartialState._reset_state()
+    meshes.write_expected(tmp_path, request.param)
+    return tmp_path
+
+
+@pytest.mark.parametrize("expected", ["cpu"], indirect=True)
+def test_two_processes_take_the_step_of_one(expected):
+    meshes.launch(2, expected, "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expected", ["cpu"], indirect=True)
+def test_four_processes_take_the_step_of_one(expected):
+    meshes.launch(4, expected, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("expected", ["auto"], indirect=True)
+def test_gpus_take_the_step_of_one(expected, processes):
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs")
+    meshes.launch(processes, expected, "auto")
+
+
+@pytest.mark.parametrize("axes", [{"shard": 2}, {"sequence": 3}, {"replicate": 2}])
+def test_a_mesh_that_the_processes_do_not_fill(axes):
+    PartialState._reset_state()
+    with pytest.raises(UserError, match=r"their product \d must (be|divide) the number of processes, 1"):
+        Parallel(ParallelConfig("cpu", **axes))
