@@ -3,13 +3,14 @@
 After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
 """
 
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -22,6 +23,7 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
 from configs.overrides import readable
+from configs.words import explained, words
 from moc import MoCConfig
 from moc.errors import UserError, disk_error
 
@@ -62,7 +64,8 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
             # Hydra would end the process with many lines of its own; it has a ValueError for options that do not agree.
             with _ending(full, ValueError), _full_errors(True):
                 sys.argv[1:] = [readable(argument, CONFIGS) for argument in sys.argv[1:]]
-                hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(task)()
+                with _explaining(schema):
+                    hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(task)()
 
         return main
 
@@ -84,6 +87,20 @@ def store_defaults(config_name: str, schema: type) -> None:
 def defaults(schema: type) -> dict[str, Any]:
     """The defaults of a schema as plain values; `parse` gives them their types."""
     return OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)  # type: ignore[return-value]
+
+
+@contextmanager
+def _explaining(schema: type) -> Iterator[None]:
+    """Has `--help`, which ends the process, say what each key is."""
+    if {"--help", "-h"}.isdisjoint(sys.argv):
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            yield
+    finally:
+        print(explained(said.getvalue(), words(schema)), end="")
 
 
 @contextmanager

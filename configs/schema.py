@@ -16,9 +16,24 @@ from models import EncodersConfig, ModelConfig
 
 @dataclass
 class TrainConfig:
-    """`train.py`. name: of the run; its folder is output/name. resume: auto (the run's newest checkpoint, if there is
-    one), none, or a checkpoint's path. encoders: of data.recall; prepared data have their own. allow_changes: settings,
-    or groups of them, that may differ from those that a resumed run began with."""
+    """What `train.py` does.
+
+    name: the run's name.
+    output: the folder of runs; this one's is output/name.
+    seed: the seed of every random draw.
+    resume: auto (the run's newest checkpoint, if there is one), none, or a checkpoint's path.
+    allow_changes: settings, or groups of them, that may differ from those that a resumed run began with.
+    model: the model and its sizes.
+    moc: what attention attends to.
+    schedule: the settings of attention that change during the run.
+    data: the samples of a step.
+    encoders: those of data.recall; prepared data have their own.
+    flow: the noise levels that are trained on.
+    optim: the optimizer and its learning rate.
+    parallel: the device, and how a step is spread.
+    trainer: how long the run is and how often it reports.
+    tracking: where metrics go besides the run's folder.
+    """
 
     name: str = "run"
     output: str = "outputs"
@@ -54,8 +69,14 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig(FilmmakerConfig):
-    """`sample.py`. script: what to film. out: a folder to write. size, fps: of the film; null takes the script's, or
-    where it has none those of the films that the model was trained on. The rest is the filmmaker's."""
+    """What `sample.py` does.
+
+    script: the file that says what to film.
+    out: the folder to write.
+    size, fps: those of the film; null takes the script's, or where it has none those of the films that the model was
+    trained on.
+    sampler: how shots are sampled.
+    """
 
     script: str = ""
     out: str = ""

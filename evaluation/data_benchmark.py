@@ -31,19 +31,32 @@ _PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the s
 
 @dataclass
 class DataBenchmarkConfig:
-    """Samples as in the paper: 8 shots of 480x832, about 180k tokens, T5's text. film: also measure decoding it.
-    truth: folders with a manifest whose shots are true, to measure detectors on; films: joined by known cuts for that.
+    """Samples as in the paper: 8 shots of 480x832, about 180k tokens, T5's text.
+
+    folder: where the made-up cache goes, about 250 MB.
+    output: the record to write.
+    film: a video whose decoding is measured too.
+    truth: folders with a manifest whose shots are true, to measure detectors on.
+    films: videos to measure detectors on, joined by known cuts.
+    scenes: how many the cache has.
+    shots: how many a scene has.
+    latent: channels, frames, height and width of a shot's latent; the default is 53 frames of 480x832.
+    text: rows and width of a caption's features.
+    steps: how many are measured.
+    step_seconds: how long a training step is taken to last.
+    workers: processes that read samples.
+    detectors: the finders of shots to measure.
     """
 
-    folder: str = ""  # where the made-up cache goes, about 250 MB
+    folder: str = ""
     output: str = "docs/benchmarks/data.json"
     film: str = ""
     truth: list[str] = field(default_factory=list)
     films: list[str] = field(default_factory=list)
     scenes: int = 8
     shots: int = 8
-    latent: list[int] = field(default_factory=lambda: [16, 14, 60, 104])  # C, T, H, W of a shot: 480x832, 53 frames
-    text: list[int] = field(default_factory=lambda: [128, 4096])  # rows, text_dim of a caption
+    latent: list[int] = field(default_factory=lambda: [16, 14, 60, 104])
+    text: list[int] = field(default_factory=lambda: [128, 4096])
     steps: int = 40
     step_seconds: float = 0.2
     workers: int = 2

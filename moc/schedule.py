@@ -10,7 +10,12 @@ from moc.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """From `step` on these settings of attention hold; null leaves one as it was before."""
+    """Settings of attention from one step on; null leaves one as it was before.
+
+    step: the first step of the stage.
+    chunk_tokens: the target size of a chunk. top_k: the chunks that a query routes to.
+    drop_off_max, drop_in_rate: the rates of context drop-off and drop-in.
+    """
 
     step: int
     chunk_tokens: int | None = None

@@ -51,11 +51,19 @@ FAMILIES = {Family.mmdit: MMDiT, Family.wan: WanTransformer3DModel}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's sizes. path: weights to start from (anything `load_model` reads); the sizes then come from there.
+    """A model and its sizes.
 
-    input_skip, frame_place: see `models.layers.Output` and `FramePlace`.
-    lora_rank: above 0, train adapters of that rank on the linears whose names end in one of lora_targets
-    (wan: to_q to_k to_v to_out.0 net.0.proj net.2; mmdit: to_qkv to_out ffn.0 ffn.2).
+    family: the kind of transformer.
+    path: weights to start from (anything `load_model` reads); the sizes then come from there.
+    dim: the width of a token.
+    num_layers: the number of blocks.
+    num_heads: the attention heads of a block.
+    ffn_dim: the width of the hidden layer of a block's feed-forward network.
+    input_skip: see `models.layers.Output`.
+    frame_place: see `models.layers.FramePlace`.
+    lora_rank: above 0, train adapters of that rank.
+    lora_targets: the linears that have adapters, by the ends of their names (wan: to_q to_k to_v to_out.0 net.0.proj
+    net.2; mmdit: to_qkv to_out ffn.0 ffn.2).
     """
 
     family: Family = Family.mmdit

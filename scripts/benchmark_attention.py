@@ -60,8 +60,8 @@ class Impl(StrEnum):
 class AttentionBenchmarkConfig:
     """What to measure.
 
-    suites: the sets of cases: number of shots, sizes of chunks, number of heads, a single short shot, a million tokens,
-    packs of short shots.
+    suites: the sets of cases, namely number of shots, sizes of chunks, number of heads, a single short shot, a million
+    tokens, packs of short shots.
     impls: the dense kernels to compare; null takes every one that is installed.
     output: the path of the files to write, without their endings.
     keep: rows of OUTPUT.json that are not measured again stay, such as those of a kernel measured apart on the same

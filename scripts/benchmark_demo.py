@@ -31,13 +31,20 @@ DEMO = ROOT / "scripts/demo.py"
 
 @dataclass(frozen=True)
 class DemoSeedsConfig:
-    """Which demos to run. settings: environments, each for every seed, such as "ATEN_CPU_CAPABILITY=avx2
-    MKL_CBWR=AVX2". arguments: of scripts/demo.py, such as steps=500."""
+    """The demos to run.
+
+    folder: where the demos go.
+    output: the record to write.
+    seeds: how many demos run with each setting.
+    processes: demos at a time, one thread each.
+    settings: environments, each for every seed, such as "ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2".
+    arguments: settings of scripts/demo.py, such as steps=500.
+    """
 
     folder: str = "outputs/demo_seeds"
     output: str = "docs/benchmarks/demo.json"
     seeds: int = 8
-    processes: int = 8  # demos at a time, one thread each
+    processes: int = 8
     settings: list[str] = field(default_factory=lambda: [""])
     arguments: list[str] = field(default_factory=list)
 

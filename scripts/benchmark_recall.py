@@ -46,9 +46,22 @@ PROGRESSIVE = ((0.0, 48, 7), (0.25, 48, 3), (0.4, 24, 3), (0.55, 24, 2), (0.7, 2
 
 @dataclass(frozen=True)
 class RecallRowsConfig:
-    """rows: of ROWS. steps: of training. minutes: of training in this call, at most. scenes: that are tested; each
-    gives two readings. look_alikes: scenes with look-alikes tested besides. reader_steps: of the reader's training.
-    sampling_steps: of each sampled shot. settings: of train.py, for all rows. device: as in `moc.training`."""
+    """What to train and to read.
+
+    rows: names among ROWS.
+    steps: how long each is trained.
+    minutes: how long training lasts in this call, at most.
+    seed: the seed of training and of the reader.
+    scenes: how many are tested; each gives two readings.
+    look_alikes: how many scenes with look-alikes are tested besides.
+    reader_steps: how long the reader is trained.
+    sampling_steps: those of each sampled shot.
+    batch: scenes that are sampled at a time.
+    settings: those of train.py, for all rows.
+    folder: where the runs and the reader go.
+    output: the record to write.
+    device: as in `moc.training.ParallelConfig`.
+    """
 
     rows: list[str] = field(default_factory=lambda: ["dense", "own_shot"])
     steps: int = 4000

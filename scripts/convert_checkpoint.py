@@ -44,9 +44,19 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """convert.yaml. weights: of a training checkpoint. dtype: of the output; norms, modulation and the time
-    embedder are fp32 in each but stored. max_shard_gb: size of a folder's files.
-    form: see `Form` in models/checkpoints/export.py. moc, shift, encoders_path, encoders: see `Beside` there."""
+    """What to convert, and into what.
+
+    input: the file or folder to convert.
+    output: the file or folder to write; empty only looks.
+    form: the form of the output; auto is original for a path that ends in .safetensors, else diffusers.
+    weights: those of a training checkpoint to take.
+    dtype: that of the output; norms, modulation and the time embedder are fp32 in each but stored.
+    max_shard_gb: the size of a folder's largest file.
+    moc: settings of attention to write beside the weights; null takes the input's.
+    shift: the flow's, in a training checkpoint; null takes the input's.
+    encoders_path: a folder of encoders for a training checkpoint; null takes the input's.
+    encoders: the settings of its encoders themselves, in place of encoders_path.
+    """
 
     input: str = ""
     output: str = ""

@@ -38,9 +38,16 @@ JUDGED_SIGMA = 0.8
 
 @dataclass(frozen=True)
 class Scale:
-    """A world, and what a model learns of it: see configs/demo.yaml. world, prepare, sample: settings of these
-    commands. size: of frames, height and width. script: what to film, a path in the checkout. threads: for torch.
-    seconds: what each of the four stages took on the machine it was tuned on."""
+    """A world, and what a model learns of it: see configs/demo.yaml.
+
+    scenes: how many the world has.
+    size: height and width of its frames.
+    world, prepare, sample: settings of these commands.
+    experiment: that of train.py.
+    script: the file that says what to film, a path in the checkout.
+    threads: how many torch has; one is fastest for a small model.
+    seconds: what each of the four stages took on the machine it was tuned on.
+    """
 
     scenes: int = 1
     size: list[int] = field(default_factory=list)
@@ -49,15 +56,22 @@ class Scale:
     experiment: str = ""
     script: str = ""
     sample: list[str] = field(default_factory=list)
-    threads: int = 1  # fastest for a small model
+    threads: int = 1
     seconds: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """output: the folder of all the demo makes. scale: small, large or auto, which is large where there is a GPU.
-    scenes: of the world; steps: of training; 0 takes the scale's. workers: processes that render the world, 0 for one a
-    core. seed: of the world, of training and of the film."""
+    """What the demo does.
+
+    output: the folder of all that it makes.
+    scale: small, large or auto, which is large where there is a GPU.
+    scenes: how many the world has; 0 takes the scale's.
+    steps: how long training is; 0 takes the scale's.
+    workers: processes that render the world; 0 is one a core.
+    seed: the seed of the world, of training and of the film.
+    small, large: the settings of each scale.
+    """
 
     output: str = "outputs/demo"
     scale: str = "auto"

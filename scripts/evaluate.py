@@ -27,11 +27,18 @@ from models.checkpoints.contents import read_flow, read_settings
 
 @dataclass
 class EvaluateConfig:
-    """What to evaluate and how. data.validation: how many held-out scenes. device, precision: as in
-    `moc.training.ParallelConfig`. moc: settings other than the checkpoint's, which null takes."""
+    """What to evaluate and how.
 
-    checkpoint: str = ""  # a run's folder, a checkpoint, or a model folder
-    output: str = ""  # also write the rows there, as JSON
+    checkpoint: a run's folder, a checkpoint, or a model folder.
+    output: a file for the rows, as JSON; empty only prints them.
+    device, precision: as in `moc.training.ParallelConfig`.
+    seed: the seed of the noise.
+    moc: settings of attention; null takes the checkpoint's.
+    data: the scenes, of which data.validation are held out and evaluated.
+    """
+
+    checkpoint: str = ""
+    output: str = ""
     device: str = "auto"
     precision: str = "auto"
     seed: int = 0

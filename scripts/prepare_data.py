@@ -23,7 +23,11 @@ from models import EncodersConfig, build_encoders
 
 @dataclass
 class Settings(PrepareConfig):
-    """prepare.yaml: the stages' settings, and the codec and text encoder that make the cache."""
+    """The stages' settings, and what makes the cache.
+
+    device: as in `moc.training.ParallelConfig`.
+    encoders: the codec and the text encoder.
+    """
 
     device: str = "auto"
     encoders: EncodersConfig = field(default_factory=EncodersConfig)

@@ -29,7 +29,12 @@ class Kind(StrEnum):
 
 @dataclass
 class SourceConfig:
-    """One part of a mix: scenes of `kind` in a prepared folder, and its share of the samples."""
+    """One part of a mix.
+
+    path: a folder made by scripts/prepare_data.py.
+    weight: its share of the samples, relative to the other parts'.
+    kind: the kind of scenes taken from it.
+    """
 
     path: str = ""
     weight: float = 1.0
@@ -47,22 +52,40 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    """What training reads and how. Rates are probabilities, drawn for each sample by (seed, position)."""
+    """What training reads and how.
 
-    path: str = ""  # a folder made by scripts/prepare_data.py
-    sources: list[SourceConfig] = field(default_factory=list)  # instead of path: a mix by weight
-    recall: RecallConfig | None = None  # instead of path: scenes composed on the trainer's device, without a disk
-    batch_tokens: int = 8192  # tokens of one optimizer step, over all ranks and accumulation
+    path: a folder made by scripts/prepare_data.py.
+    sources: a mix of several such folders, in place of path.
+    recall: scenes composed on the trainer's device without a disk, in place of path.
+    batch_tokens: tokens of one optimizer step, over all ranks and accumulation.
+    seed: the seed of the order of samples and of the rates' draws.
+    workers: processes that read samples.
+    prefetch: micro-batches that each worker holds ready.
+    local_cache: a local folder for copies of shards, where a path is a URL (s3://, gs://, https://, ...).
+    local_cache_gigabytes: the size at which its oldest copies go.
+    validation: how many scenes are held out of training, chosen by a hash of their id.
+    drop_captions: the rate at which a sample loses all its captions, for guidance.
+    drop_global_caption: the rate at which it loses its global caption.
+    drop_shot_caption: the rate at which a shot loses its caption.
+    drop_to_still: the rate at which a shot becomes its first latent frame, as in LCT, which does not say how often.
+
+    Rates are probabilities, drawn for each sample by (seed, position).
+    """
+
+    path: str = ""
+    sources: list[SourceConfig] = field(default_factory=list)
+    recall: RecallConfig | None = None
+    batch_tokens: int = 8192
     seed: int = 0
     workers: int = 2
-    prefetch: int = 4  # micro-batches each worker holds ready
-    local_cache: str = ""  # a local folder for copies of shards, where a path is a URL (s3://, gs://, https://, ...)
+    prefetch: int = 4
+    local_cache: str = ""
     local_cache_gigabytes: float = 50.0
-    validation: int = 0  # scenes held out of training, chosen by a hash of their id
-    drop_captions: float = 0.1  # all captions of a sample, for guidance
+    validation: int = 0
+    drop_captions: float = 0.1
     drop_global_caption: float = 0.0
-    drop_shot_caption: float = 0.0  # each shot's, on its own
-    drop_to_still: float = 0.1  # each shot, to its first latent frame, as in LCT, which does not say how often
+    drop_shot_caption: float = 0.0
+    drop_to_still: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):

@@ -34,7 +34,9 @@ _FILM_MEMBER = "moviepy_10_minutes/resources/bbb.mp4"
 
 @dataclass
 class ExampleFilmConfig:
-    """output: the folder to put the film in."""
+    """Where the film goes.
+
+    output: the folder to put the film in."""
 
     output: str = ""
 

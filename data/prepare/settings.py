@@ -12,24 +12,42 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass
 class PrepareConfig:
-    """What to prepare and how."""
+    """What to prepare and how.
 
-    input: str = ""  # a folder of videos and images, or one with a manifest.jsonl
+    input: a folder of videos and images, or one with a manifest.jsonl.
+    output: the folder to write, which training reads.
+    size: height and width.
+    buckets: more sizes; each file takes the nearest aspect.
+    fps: the frame rate; 0 is each video's own.
+    min_frames: shots shorter than this, at the set rate, are skipped.
+    max_frames: longer shots are cut into continuations.
+    shots_per_sample: the most that a sample has.
+    decoder: what reads videos.
+    detector: what finds shots.
+    threshold: that of the detector; 0 is its own.
+    online: no latents are stored; training reads the videos and encodes.
+    captioner: a folder with a vision-language model, to caption what has no caption.
+    dtype: that of stored latents and text.
+    shard_megabytes: the size of a file of the cache.
+    strict: stop at the first bad file.
+    """
+
+    input: str = ""
     output: str = ""
-    size: list[int] = field(default_factory=lambda: [480, 832])  # height, width
-    buckets: list[list[int]] = field(default_factory=list)  # more sizes; each file takes the nearest aspect
-    fps: float = 0.0  # 0: each video's own
-    min_frames: int = 5  # shots shorter than this, at the set rate, are skipped
-    max_frames: int = 241  # longer ones are cut into continuations
+    size: list[int] = field(default_factory=lambda: [480, 832])
+    buckets: list[list[int]] = field(default_factory=list)
+    fps: float = 0.0
+    min_frames: int = 5
+    max_frames: int = 241
     shots_per_sample: int = 8
     decoder: str = "pyav"
     detector: str = "transnetv2"
-    threshold: float = 0.0  # of the detector; 0: its own
-    online: bool = False  # store no latents: training reads the videos and encodes
-    captioner: str = ""  # a folder with a vision-language model, to caption what has no caption
-    dtype: str = "float16"  # of stored latents and text
+    threshold: float = 0.0
+    online: bool = False
+    captioner: str = ""
+    dtype: str = "float16"
     shard_megabytes: int = 256
-    strict: bool = False  # stop at the first bad file
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if not self.input or not self.output:

@@ -20,12 +20,22 @@ class Mode(StrEnum):
 class StoryworldConfig:
     """What to write, and where.
 
-    frames_per_shot, shots: the choices a scene draws from. characters: names in one scene. names, places, cameras:
-    which to use, all if empty. places_per_scene: a true cut changes place if there are two or more. continuation: the
-    share of shots after the first that go on without a cut (described mode only). familiar: every scene has the same
-    places and every name the same look, which a small model learns in minutes. look_alikes: two others share the fur
-    and the outfit of the name that the last shot of a recall scene returns to. workers: processes; 0 means one for
-    each core.
+    output: the folder to write.
+    scenes: how many.
+    seed: the seed of every scene.
+    mode: what captions tell.
+    size: height and width.
+    fps: the frame rate.
+    frames_per_shot, shots: the choices a scene draws from.
+    characters: names in one scene.
+    characters_per_shot: the most that one shot shows.
+    names, places, cameras: those to use, all if empty.
+    places_per_scene: a true cut changes place if there are two or more.
+    continuation: the share of shots after the first that go on without a cut (described mode only).
+    familiar: every scene has the same places and every name the same look, which a small model learns in minutes.
+    look_alikes: two others share the fur and the outfit of the name that the last shot of a recall scene returns to.
+    crf: the quality of the videos, lower is better.
+    workers: processes; 0 means one for each core.
     overwrite: replace the storyworld already in `output`.
     """
 
@@ -33,7 +43,7 @@ class StoryworldConfig:
     scenes: int = 200
     seed: int = 0
     mode: Mode = Mode.described
-    size: list[int] = field(default_factory=lambda: [64, 96])  # height, width
+    size: list[int] = field(default_factory=lambda: [64, 96])
     fps: int = 12
     frames_per_shot: list[int] = field(default_factory=lambda: [17])
     shots: list[int] = field(default_factory=lambda: [4])

@@ -35,11 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """steps: Euler steps of each shot. dense_steps: in so many first steps of a shot attention is dense.
-    guidance_scale: 1 is without guidance. high_noise_guidance_scale: that of the high-noise expert of a pair; 0 is the
-    same. lag: see the module. context_shots: how many finished shots the others see at most, the latest ones; 0 is all.
+    """How shots are sampled.
+
+    steps: Euler steps of each shot.
+    dense_steps: in so many first steps of a shot attention is dense.
+    guidance_scale: 1 is without guidance.
+    high_noise_guidance_scale: that of the high-noise expert of a pair; 0 is the same.
+    lag: how long after the one before it a shot starts, in units of a whole denoising; 0 is joint, 1 shot by shot.
+    history_sigma: the noise level of finished shots.
+    context_shots: how many finished shots the others see at most, the latest ones; 0 is all.
     cache: keep the keys and values of finished shots where the result is the same, as long as memory lasts.
-    seed: of the noise, drawn shot by shot."""
+    seed: the seed of the noise, which is drawn shot by shot.
+    """
 
     steps: int = 50
     dense_steps: int = 0

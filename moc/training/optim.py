@@ -17,8 +17,11 @@ Group = dict[str, Any]  # of an optimizer: its parameters and their settings
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A part of the model: the parameters whose names match (with * and ?), and the factor of their learning rate. 0
-    freezes them."""
+    """A part of the model.
+
+    match: the parameters whose names match it, with * and ?.
+    factor: what their learning rate is multiplied by; 0 freezes them.
+    """
 
     match: str = "*"
     factor: float = 1.0
@@ -29,13 +32,20 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """lr rises over warmup_steps, then stays (decay "constant") or falls to zero over the run ("cosine").
+    """The optimizer.
 
     name: adamw, adamw8bit (of bitsandbytes), muon (weights of two dimensions in the blocks, adamw for the rest), or
     where a class that keeps its state by parameter is imported from, such as torch.optim.Adafactor, which is given
     lr and args.
     args: more arguments of the optimizer's class, as +optim.args.momentum=0.9; muon's are of Muon.
     parts: the first one that a parameter matches says the factor of its learning rate; without one it is 1.
+    lr: the learning rate after its rise.
+    betas: the decay rates of the averages of the gradient and of its square.
+    weight_decay: the share of a weight, times the learning rate, that each step takes off.
+    eps: what is added to the denominator of a step.
+    warmup_steps: the steps over which the learning rate rises.
+    decay: "constant", or "cosine", which falls to zero over the run.
+    clip_norm: the norm that gradients are clipped to.
     """
 
     name: str = "adamw"

@@ -41,7 +41,9 @@ _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORL
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
+    """Where and how a step is computed.
+
+    device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
     precision: of every forward pass, in training and out of it: auto (bf16 on a GPU, fp32 on the CPU), fp32 or bf16.
     accumulation: micro-batches a step on each process. activation_checkpointing: recompute blocks in backward; routes
     are kept. timeout: seconds after which processes that wait for another one end the job and name it.

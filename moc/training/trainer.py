@@ -61,8 +61,11 @@ class Steps(Protocol):
 class TrainerConfig:
     """How long a run is and how often it reports.
 
-    num_steps: optimizer steps of the run. *_every: in steps; 0 is never. keep_checkpoints: how many of the newest stay;
-    those of every keep_every-th step stay besides.
+    num_steps: optimizer steps of the run.
+    log_every, validate_every, checkpoint_every: how many steps lie between two; 0 is never.
+    keep_checkpoints: how many of the newest stay.
+    keep_every: the checkpoints of every so many steps stay besides; 0 is none.
+    ema_decay: the share of the moving average of the weights that each step keeps.
     max_skipped_steps: how many steps in a row may have no finite loss and gradient before the run ends.
     """
 

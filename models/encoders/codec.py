@@ -32,8 +32,9 @@ class CodecKind(StrEnum):
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Which codec: `lapped`, which needs no download, or `wan`.
+    """A codec.
 
+    kind: `lapped`, which needs no download, or `wan`.
     path: wan only: folder of an AutoencoderKLWan.
     channels: lapped only: coefficients kept of each block's 768, at most 64. A shot's first frame takes as much as four
     others, so 1/12 of the pixel values is 48 channels in shots of 9 frames, 54 in shots of 17, and tends to 64.

@@ -24,6 +24,12 @@ PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of 
 
 @dataclass(frozen=True)
 class EncodersConfig:
+    """The codec and the text encoder that make a cache.
+
+    codec: between frames and latents.
+    text: between captions and features.
+    """
+
     codec: CodecConfig = field(default_factory=CodecConfig)
     text: TextConfig = field(default_factory=TextConfig)
 

@@ -56,10 +56,14 @@ class PromptForm(StrEnum):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Which text encoder. `path`: embedded: a folder written by `save`, or a word list (one word a line), or "" for
-    the words given at build; t5: a folder with a T5 or UMT5 encoder and its tokenizer.
+    """A text encoder.
 
-    form: t5 only. dim, num_layers, seed: of the embedded encoder. max_tokens: longest prompt.
+    kind: `embedded`, which needs no download, or `t5`.
+    path: for embedded a folder written by `save`, a word list (one word a line), or "" for the words given at build;
+    for t5 a folder with a T5 or UMT5 encoder and its tokenizer.
+    form: for t5 only; see `PromptForm`.
+    dim, num_layers, seed: the sizes and the seed of the embedded encoder.
+    max_tokens: the length of the longest prompt.
     """
 
     kind: TextKind = TextKind.embedded

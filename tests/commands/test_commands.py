@@ -35,6 +35,15 @@ def test_help_lists_the_settings(name, capfd):
     assert len(said.splitlines()) > 5
 
 
+def test_help_says_what_each_key_is(capfd):
+    with pytest.raises(SystemExit):
+        command("train.py", "--help")
+    said = capfd.readouterr().out
+    assert "\n# the optimizer and its learning rate.\noptim:\n" in said
+    assert "\n  # the learning rate after its rise.\n  lr: 9.0e-05\n" in said
+    assert "step: the first step of the stage." in said.partition("\nschedule:")[0].replace("\n# ", " ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 @pytest.mark.parametrize("name", ["attention"])
 def test_a_benchmark_of_a_gpu_says_that_there_is_none(tmp_path, capsys, name):

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from configs.command import defaults, parse, store_defaults
+from configs.words import words
 from data.cache.writer import EncodedScene
 from data.loading.dataset import open_dataset
 from data.loading.loader import build_loader, held_out
@@ -128,6 +129,14 @@ def test_every_setting_can_be_seen_in_the_help(name):
     """A setting without a value in YAML could not be set as `key=value`, and `--help` would not show it."""
     schema = schema_of(name)
     assert values(composed(name, *REQUIRED.get(name, [])), schema) == settings(schema)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"benchmark_commands"}))
+def test_the_help_has_words_on_every_setting(name):
+    """A dataclass's docstring holds them, as "name: words." or "name, other: words."."""
+    said = words(schema_of(name))
+    assert said.keys() >= settings(schema_of(name))
+    assert not [key for key, text in said.items() if len(text.split()) < 2]
 
 
 def inherited(path: Path, schema: type) -> DictConfig:
