@@ -2,7 +2,7 @@
 
 In a recall scene the last shot returns to a name that exactly one earlier shot showed, and no caption tells its looks.
 These scenes are of storyworld's parts as `stock` paints them: the camera stands still, one character is in a shot, it
-stands on a whole pixel, and its action begins at one moment. `scene` gives a scene as the CPU renderer takes it.
+stands on a whole pixel, and its action begins at one moment. `make_scene` gives a scene as the CPU renderer takes it.
 """
 
 from collections.abc import Sequence
@@ -147,7 +147,7 @@ def captions(scenes: RecallScenes, i: int) -> list[str]:
     ]
 
 
-def scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
+def make_scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
     """Scene i as `Renderer` draws it."""
     looks = tuple(
         Look(NAMES[n], COLOUR_NAMES[f], COLOUR_NAMES[o])
@@ -205,7 +205,7 @@ def _offsets(uniform: np.ndarray, most: int) -> np.ndarray:
 def _uniforms(seed: int, indices: Sequence[int], count: int) -> np.ndarray:
     """float64 [B, count] in [0, 1), a row for each index, by SplitMix64 of (seed, index, column)."""
     with np.errstate(over="ignore"):
-        rows = _mixed(np.asarray(indices, np.uint64) + _mixed(np.uint64(seed) + _GOLDEN))
+        rows = _mixed(np.asarray(indices, np.uint64) + _mixed(np.array([seed], np.uint64) + _GOLDEN))
         bits = _mixed(rows[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
     return (bits >> np.uint64(11)) * 2.0**-53
 

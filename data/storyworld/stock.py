@@ -94,13 +94,14 @@ class Stock:
         shots = torch.from_numpy(np.stack(numbers)).to(self.device).split(SHOTS_AT_ONCE, dim=1)
         where = np.stack([clip, scenes.row.ravel(), scenes.column.ravel()], axis=1).tolist()
         parts = [
-            self._compose(*group, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE])
-            for n, group in enumerate(map(torch.unbind, shots))
+            self._compose(group, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE]) for n, group in enumerate(shots)
         ]
         return Composed(torch.cat([part.frames for part in parts]), torch.cat([part.cover for part in parts]))
 
-    def _compose(self, place: Tensor, painted: Tensor, fur: Tensor, outfit: Tensor, where: list) -> Composed:
-        """where: clip, row and column of each shot's character."""
+    def _compose(self, numbers: Tensor, where: list[list[int]]) -> Composed:
+        """numbers: place, painted place, fur and outfit of each shot, [4, N]. where: clip, row and column of its
+        character."""
+        place, painted, fur, outfit = numbers.unbind()
         clips = torch.stack([self._placed(*one) for one in where])
         keep, shade, own, masks = clips.split((1, 1, 3, 3), dim=2)
         colours = torch.stack([self.lit[place, fur], self.lit[place, outfit], self.trim[place]], dim=1)

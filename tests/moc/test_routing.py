@@ -303,3 +303,19 @@ def test_select_shots_refuses_features_of_another_stream():
 
 def shot_of_tokens(layout: moc.ShotLayout) -> list[int]:
     return layout.group_shot[layout.token_group].tolist()
+
+
+def test_first_candidates_are_the_first_video_chunk_of_each_shot():
+    shots = [moc.Shot(text, (3, 2, 2)) for text in (2, 0, 3)]
+    layout = moc.ShotLayout.build(shots, global_text_tokens=1, chunk_tokens=4)
+    config = moc.MoCConfig(top_k=5, candidates="first", causal=False)
+    q, k = torch.randn(2, layout.num_tokens, 2, 8).unbind()
+    routes = moc.route(q, k, layout, config)
+    firsts = {chunk for chunk, c in enumerate(layout.chunks) if c.kind == "video"}
+    firsts = {c for c in firsts if c - 1 not in firsts or layout.chunks[c - 1].group != layout.chunks[c].group}
+    assert len(firsts) == 3
+    for token in layout.video_index.tolist():
+        own = int(layout.token_group[token])
+        wanted = {chunk for chunk in firsts if layout.chunks[chunk].group != own}
+        for head in range(2):
+            assert set(routes[head, token].tolist()) - {-1} == wanted

@@ -1,0 +1,141 @@
+"""Recall scenes composed of parts: against the CPU renderer, their story, and the loader that trains on them."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.errors import DataError
+from data.loading.endless import EndlessLoader, RecallWorld
+from data.storyworld import vocabulary
+from data.storyworld.characters import COLOURS
+from data.storyworld.dataset import recall_truth
+from data.storyworld.recall import ACTION_NAMES, NAMES, RecallConfig, captions, draw_scenes, make_scene
+from data.storyworld.render import SHUTTER, Renderer
+from data.storyworld.stock import Composed
+from data.storyworld.story import words_of
+from moc import StreamSpec
+from moc.errors import UserError
+from models import EncodersConfig, build_encoders
+
+CONFIG = RecallConfig(size=[32, 48], frames=5, shots=4, paintings=2)
+
+
+@pytest.fixture(scope="module")
+def world() -> RecallWorld:
+    encoders = build_encoders(EncodersConfig(), vocabulary())
+    return RecallWorld(CONFIG, encoders.codec, encoders.text, encoders.save)
+
+
+def pixels(composed: Composed) -> np.ndarray:
+    """[N, F, H, W, 3] in 0 .. 255."""
+    return ((composed.frames + 1) * 127.5).permute(0, 2, 3, 4, 1).numpy()
+
+
+def test_composed_shots_are_those_of_the_renderer(world):
+    """Within rounding where nobody moves in an open shutter; where somebody does, drift alone differs."""
+    scenes = draw_scenes(CONFIG, range(6))
+    composed = pixels(world.stock.compose(scenes)).reshape(6, CONFIG.shots, CONFIG.frames, *CONFIG.size, 3)
+    half, still_frames = SHUTTER / 2 / CONFIG.fps, 0
+    for i in range(len(scenes)):
+        scene = make_scene(CONFIG, scenes, i)
+        renderer = Renderer(scene, (32, 48), CONFIG.fps)
+        for shot, found in zip(scene.shots, composed[i], strict=True):
+            for number, (frame, _) in enumerate(renderer.render(shot)):
+                time = (number + 0.5) / CONFIG.fps
+                still = renderer.count_samples(shot, time - half, time + half) == 1
+                difference = np.abs(found[number] - frame)
+                assert difference.max() < (1.01 if still else 40)
+                assert difference.mean() < (0.05 if still else 0.3)
+                still_frames += still
+    assert still_frames > 60
+
+
+def test_cover_is_where_the_character_is(world):
+    scenes = draw_scenes(CONFIG, [3])
+    cover = world.stock.compose(scenes).cover
+    for shot, of_shot in zip(recall_truth(CONFIG, 3)["shots"], cover, strict=True):
+        (actor,) = shot["actors"]
+        for (x0, y0, x1, y1), mask in zip(actor["boxes"], of_shot > 0.5, strict=True):
+            rows, columns = (mask.any(dim).nonzero().flatten() for dim in (1, 0))
+            found = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+            assert found == pytest.approx([x0, y0, x1, y1], abs=1.01)
+
+
+def test_a_scene_is_the_same_whatever_is_drawn_with_it():
+    many, few = draw_scenes(CONFIG, range(50)), draw_scenes(CONFIG, [41, 7])
+    for place, index in enumerate((41, 7)):
+        assert repr(make_scene(CONFIG, many, index)) == repr(make_scene(CONFIG, few, place))
+    other = draw_scenes(RecallConfig(**{**vars(CONFIG), "seed": 1}), [7])
+    assert repr(make_scene(CONFIG, few, 1)) != repr(make_scene(CONFIG, other, 0))
+
+
+def test_the_last_shot_returns_to_a_name_that_one_shot_showed():
+    scenes = draw_scenes(CONFIG, range(300))
+    names = scenes.of_shots(scenes.name)
+    assert ((names == names[:, -1:]).sum(1) == 2).all()
+    assert (names[np.arange(300), scenes.shown] == names[:, -1]).all()
+    assert set(scenes.distance.tolist()) == {1, 2, 3}
+    assert (scenes.place[:, 1:] != scenes.place[:, :-1]).all()
+    for values, count in ((scenes.fur, len(COLOURS)), (scenes.action, len(ACTION_NAMES)), (scenes.name, len(NAMES))):
+        assert set(values.ravel().tolist()) == set(range(count))
+    truth = recall_truth(CONFIG, 5)
+    last = [recall for recall in truth["recalls"] if recall["shot"] == CONFIG.shots - 1]
+    assert [(recall["name"], recall["distance"]) for recall in last] == [(NAMES[names[5, -1]], scenes.distance[5])]
+
+
+def test_captions_tell_no_looks_and_have_one_length(world):
+    scenes = draw_scenes(CONFIG, range(40))
+    told = [captions(scenes, i) for i in range(40)]
+    words = {word for texts in told for text in texts for word in words_of(text)}
+    assert not words & set(COLOURS)
+    assert words <= set(vocabulary())
+    lengths = {tuple(len(world.text_encoder.encode(text, [])[0]) for text in texts) for texts in told}
+    assert len(lengths) == 1
+
+
+def test_look_alikes_share_the_returning_names_colours():
+    config = RecallConfig(**{**vars(CONFIG), "look_alikes": True})
+    scenes = draw_scenes(config, range(20))
+    assert (scenes.fur[:, 1] == scenes.fur[:, 0]).all()
+    assert (scenes.outfit[:, 2] == scenes.outfit[:, 0]).all()
+
+
+def test_latents_are_the_codecs_of_each_shot(world):
+    scenes = draw_scenes(CONFIG, [9])
+    encoded = world.encode(scenes)
+    one_by_one = torch.stack([world.codec.encode(frames) for frames in world.stock.compose(scenes).frames])
+    torch.testing.assert_close(encoded.latents[0], one_by_one)
+    assert encoded.cover.shape == (1, CONFIG.shots, *one_by_one.shape[2:])
+
+
+def test_ranks_together_and_a_resumed_loader_give_the_same_scenes(world):
+    def steps(count: int, **share: int) -> list[list[tuple[int, ...]]]:
+        loader = EndlessLoader(world, StreamSpec(), 6, 1000, **share)
+        return [[batch.positions for batch in step] for step, _ in zip(loader, range(count), strict=False)]
+
+    one = steps(3)
+    assert one[0][0] == tuple(range(len(one[0][0])))
+    ranks = [steps(3, rank=rank, world_size=2) for rank in range(2)]
+    for whole, first, second in zip(one, *ranks, strict=True):
+        assert sorted(whole[0]) == sorted(first[0] + second[0])
+    assert steps(2, start_position=len(one[0][0])) == one[1:]
+    accumulated = steps(1, accumulation=2)
+    assert sorted(sum(accumulated[0], ())) == sorted(one[0][0])
+
+
+def test_held_out_scenes_are_no_training_scenes(world):
+    loader = EndlessLoader(world, StreamSpec(), 6, 1000, validation=3)
+    (batch,) = loader.held_out()
+    assert batch.num_shots == 3 * CONFIG.shots
+    trained = next(iter(loader))[0].latents
+    assert not any(torch.equal(a, b) for a, b in zip(batch.latents, trained, strict=False))
+
+
+def test_what_does_not_fit_is_told(world):
+    with pytest.raises(DataError, match="batch_tokens"):
+        EndlessLoader(world, StreamSpec(), 6, 100)
+    encoders = build_encoders(EncodersConfig(), vocabulary())
+    with pytest.raises(DataError, match="take 5 frames"):
+        RecallWorld(RecallConfig(frames=6), encoders.codec, encoders.text, encoders.save)
+    with pytest.raises(UserError, match="recall.characters=1"):
+        RecallConfig(characters=1)
