@@ -17,7 +17,7 @@ from data.storyworld.places import PLACES
 from data.storyworld.story import Recall, Scene, Shot, global_caption, shot_caption
 from moc.errors import UserError, check_least
 
-NAMES, COLOUR_NAMES, PLACE_NAMES, ACTION_NAMES = map(list, (BADGES, COLOURS, PLACES, ACTIONS))
+NAMES, COLOUR_NAMES, PLACE_NAMES, ACTION_NAMES = list(BADGES), list(COLOURS), list(PLACES), list(ACTIONS)
 FACINGS = (-1.0, 1.0)
 STAGE, DEPTH = 0.25, 0.03  # how far a character stands from the middle of the stage, world units
 GROUND = 0.86  # where it stands, about

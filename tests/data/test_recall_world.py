@@ -137,5 +137,5 @@ def test_what_does_not_fit_is_told(world):
     encoders = build_encoders(EncodersConfig(), vocabulary())
     with pytest.raises(DataError, match="take 5 frames"):
         RecallWorld(RecallConfig(frames=6), encoders.codec, encoders.text, encoders.save)
-    with pytest.raises(UserError, match="recall.characters=1"):
+    with pytest.raises(UserError, match=r"recall\.characters=1"):
         RecallConfig(characters=1)
