@@ -62,7 +62,7 @@ def make_model(case: Case) -> nn.Module:
     """Random weights throughout: those that begin at zero would hide what comes before them."""
     torch.manual_seed(0)
     extra = {"input_skip": True, "frame_place": True} if case.family == "mmdit" else {}
-    config = ModelConfig(case.family, dim=12 * HEADS, num_layers=3, num_heads=HEADS, ffn_dim=40, **extra)
+    config = ModelConfig(case.family, dim=16 * HEADS, num_layers=3, num_heads=HEADS, ffn_dim=40, **extra)
     model = build_model(config, CHANNELS, TEXT_DIM)
     if case.lora:
         model.add_lora(Lora(2, LORA[case.family], "", ""))

@@ -347,6 +347,8 @@ MISTAKES = [
     ("train", "flow.shift=nan", r"flow\.shift=nan"),
     ("train", "flow.logit_std=inf", r"flow\.logit_std=inf"),
     ("train", "parallel.precision=fp8", r"precision='fp8' is not one of"),
+    ("train", "parallel.sequence=0", r"parallel\.sequence=0"),
+    ("benchmark_parallel", "meshes=[tensor]", r"meshes=.*one, data, shard, sequence"),
     ("train", "model=wan", r"model\.path"),
     ("sample", "sampler.steps=0", r"sampler\.steps=0"),
     ("sample", "+sampler.cfg=3", r"sampler\.cfg"),

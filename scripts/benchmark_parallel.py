@@ -1,0 +1,238 @@
+"""A training step on one and on several GPUs of a host, dense and MoC, along each axis of the mesh:
+python scripts/benchmark_parallel.py [processes=2] [model=wan_1.3b] [shots=[1,2,4]] [meshes=[one,data,shard,sequence]]
+
+A step is the trainer's own (noise, forward, backward, clipping, AdamW, moving average) on films of random latents, with
+blocks recomputed in backward. `one` is one process; `data` and `shard` give each process a film of its own, `sequence`
+all of them one film. Each row is written as soon as it is measured, and the same command goes on where it was stopped;
+where a film does not fit, that is a row, and longer ones are left out.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from configs.command import command
+from data.records import write_whole
+from moc import MoCConfig
+from moc.batch import Batch, Sample, StreamSpec, make_batch
+from moc.diffusion import Flow
+from moc.errors import UserError
+from moc.schedule import MoCSchedule
+from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
+from moc.training.parallel import gather_lists
+from models import ModelConfig, build_model
+from scripts.measuring import header, markdown_table
+
+AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0}, "sequence": {"sequence": 0}}
+IMPLEMENTATIONS = ("moc", "dense")
+TEXT_TOKENS = 64  # of each caption
+LONG = 20.0  # seconds of a step that is measured once, without a step before it
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to measure. processes: of the meshes other than `one`, each on a GPU of its own. latent: (channels, frames,
+    height, width) of a shot; Wan's patch makes 23,040 tokens of the default. text_dim: of the captions' features.
+    longest_dense: most shots of a dense step. steps: whose median counts. mesh: set by this command itself, for the
+    processes of one mesh."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moc: MoCConfig = field(default_factory=MoCConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    processes: int = 2
+    meshes: list[str] = field(default_factory=lambda: list(AXES))
+    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    latent: list[int] = field(default_factory=lambda: [16, 36, 40, 64])
+    text_dim: int = 4096
+    longest_dense: int = 8
+    steps: int = 3
+    output: str = "docs/benchmarks/parallel.json"
+    mesh: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.meshes) - AXES.keys()
+        if unknown or self.processes < 2:
+            raise UserError(
+                f"meshes={self.meshes} must be of {', '.join(AXES)}, and processes={self.processes} at least 2"
+            )
+
+
+@command("benchmark_parallel", BenchmarkConfig)
+def main(config: BenchmarkConfig) -> None:
+    if config.mesh:
+        measure_mesh(config)
+        return
+    for mesh in config.meshes:
+        while cases := remaining(config, mesh):
+            launch(mesh, config)
+            if remaining(config, mesh) == cases:  # the processes ended without a row
+                add_row(config, describe(config, mesh, *cases[0]) | {"problem": "ended, see the messages"})
+    print(f"{config.output} holds all rows")
+
+
+def remaining(config: BenchmarkConfig, mesh: str) -> list[tuple[str, int]]:
+    """What is still to be measured on a mesh: implementations and numbers of shots. What is longer than a film that
+    failed is not."""
+    rows = [row for row in read_rows(config) if row["mesh"] == mesh]
+    done = {(row["impl"], row["shots"]) for row in rows}
+    failed = {row["impl"]: row["shots"] for row in rows if "problem" in row}
+    most = {impl: failed.get(impl, max(config.shots)) for impl in IMPLEMENTATIONS}
+    most["dense"] = min(most["dense"], config.longest_dense)
+    wanted = [(impl, shots) for impl in IMPLEMENTATIONS for shots in sorted(config.shots) if shots <= most[impl]]
+    return [case for case in wanted if case not in done]
+
+
+def launch(mesh: str, config: BenchmarkConfig) -> None:
+    """Runs this command again as the processes of a mesh."""
+    count = 1 if mesh == "one" else config.processes
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    on_cpu = config.parallel.device == "cpu" or not torch.cuda.is_available()
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})
+    subprocess.run([sys.executable, "-m", *torchrun, *sys.argv, f"mesh={mesh}"], env=environment, check=False)
+
+
+def measure_mesh(config: BenchmarkConfig) -> None:
+    """Measures what remains on this mesh; ends at the first film that does not fit."""
+    axes = dict.fromkeys(AXES[config.mesh], config.processes)
+    parallel = Parallel(replace(config.parallel, **axes))
+    with parallel.device:
+        model = build_model(config.model, latent_channels=config.latent[0], text_dim=config.text_dim)
+    if config.parallel.activation_checkpointing:
+        model.enable_gradient_checkpointing()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            parallel, model, Flow(history_rate=0), config.moc, MoCSchedule(), OptimConfig(), TrainerConfig(),
+            Path(folder), 0, lambda _: None,
+        )  # fmt: skip
+        for impl, shots in parallel.of_main(lambda: remaining(config, config.mesh)):
+            trainer.moc = replace(config.moc, dense=impl == "dense")
+            batch = make_film(config, model.stream, shots, parallel.data_rank)
+            row = describe(config, config.mesh, impl, shots) | {"tokens": batch.layout.num_tokens * parallel.data_ranks}
+            try:
+                row |= measure(trainer, batch, config.steps)
+            except torch.OutOfMemoryError:
+                row |= {"problem": "out of memory"}
+            if parallel.is_main:
+                add_row(config, row)
+            if "problem" in row:
+                return  # what is left of the step stays in memory
+    parallel.close()
+
+
+def make_film(config: BenchmarkConfig, stream: StreamSpec, shots: int, position: int) -> Batch:
+    text = [torch.randn(TEXT_TOKENS, config.text_dim) for _ in range(min(shots, 7) + 1)]  # Wan takes 512 rows at most
+    text += [torch.randn(0, config.text_dim)] * (shots + 1 - len(text))
+    return make_batch(
+        [Sample([torch.randn(*config.latent) for _ in range(shots)], text, position)], stream, config.moc.chunk_tokens
+    )
+
+
+def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
+    """The median step, memory, and what share of a step the device is at collectives, waiting included."""
+    parallel = trainer.parallel
+    on_gpu = parallel.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times = [step_seconds(trainer, batch)]
+    if times[0] < LONG:
+        times = [step_seconds(trainer, batch) for _ in range(most)]
+    seconds = sorted(times)[len(times) // 2]
+    values: dict[str, Any] = {"step_seconds": round(seconds, 4), "steps": len(times)}
+    values["tokens_per_second"] = round(batch.layout.num_tokens * parallel.data_ranks / seconds)
+    if not on_gpu:
+        return values
+    values["peak_bytes"] = max(gather_lists([torch.cuda.max_memory_allocated()]))
+    if parallel.world_size > 1 and seconds < LONG:
+        values |= shares(trainer, batch)
+    return values
+
+
+def step_seconds(trainer: Trainer, batch: Batch) -> float:
+    """Of all processes, which begin together."""
+    trainer.parallel.wait()
+    start = time.perf_counter()
+    trainer._train_step([batch])
+    trainer._look(None)  # waits for the device
+    trainer.parallel.wait()
+    return time.perf_counter() - start
+
+
+def shares(trainer: Trainer, batch: Batch) -> dict[str, float]:
+    """Shares of a step that the device spends in the exchanges around attention and in all collectives. Those of the
+    weights run beside the computation, so that their share is not what they cost."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        seconds = step_seconds(trainer, batch)
+    names = {event.key.lower(): event.self_device_time_total / 1e6 for event in profile.key_averages()}
+    exchange = sum(time for name, time in names.items() if "nccl" in name and "sendrecv" in name)
+    collective = sum(time for name, time in names.items() if "nccldevkernel" in name)
+    return {"exchange_share": round(exchange / seconds, 4), "collective_share": round(collective / seconds, 4)}
+
+
+def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[str, Any]:
+    count = 1 if mesh == "one" else config.processes
+    return {"mesh": mesh, "processes": count, "impl": impl, "shots": shots}
+
+
+def head(config: BenchmarkConfig) -> dict[str, Any]:
+    sizes = {name: asdict(config.model)[name] for name in ("family", "dim", "num_layers", "num_heads", "ffn_dim")}
+    measured = {"latent": list(config.latent), "recomputed": config.parallel.activation_checkpointing}
+    return header() | {"model": {k: str(v) for k, v in sizes.items()}, "moc": config.moc.to_dict()} | measured
+
+
+def read_rows(config: BenchmarkConfig) -> list[dict[str, Any]]:
+    """The rows of an earlier call, where it measured the same on the same machine and code."""
+    output = Path(config.output)
+    if not output.exists():
+        return []
+    record = json.loads(output.read_text())
+    same = {name: value for name, value in head(config).items() if name != "date"}
+    return record["rows"] if record["header"] == same | {"date": record["header"]["date"]} else []
+
+
+def add_row(config: BenchmarkConfig, row: dict[str, Any]) -> None:
+    print(row, flush=True)
+    record = {"header": head(config), "rows": [*read_rows(config), row]}
+    output = Path(config.output)
+    write_whole(output, (json.dumps(record, indent=1) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(record).encode())
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as a Markdown page."""
+    about, rows = record["header"], record["rows"]
+    one = {(row["impl"], row["shots"]): row.get("tokens_per_second") for row in rows if row["mesh"] == "one"}
+    lines = []
+    for row in rows:
+        base, speed = one.get((row["impl"], row["shots"])), row.get("tokens_per_second")
+        lines.append([
+            row["mesh"], row["processes"], row["impl"], row["shots"], row.get("tokens", ""),
+            row.get("step_seconds", row.get("problem")), speed or "",
+            f"{speed / base:.2f}" if speed and base else "",
+            f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "",
+            *(f"{row[name]:.1%}" if name in row else "" for name in ("exchange_share", "collective_share")),
+        ])  # fmt: skip
+    columns = [
+        "mesh", "processes", "attention", "shots", "tokens a step", "step s", "tokens/s", "of one", "peak GiB",
+        "exchange", "collectives",
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "cuda", "triton") if about[name])
+    sizes = ", ".join(f"{name} {value}" for name, value in about["model"].items())
+    return (
+        f"# A training step on several GPUs\n\n{about['gpu'] or 'CPU'}; {versions}; {about['date']}; commit "
+        f"{about['commit']}. {sizes}; shots of latents {about['latent']}. Made by scripts/benchmark_parallel.py, which "
+        f"says what the columns are.\n\n{markdown_table(columns, lines)}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
