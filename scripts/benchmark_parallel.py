@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,11 @@ def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[
 def head(config: BenchmarkConfig) -> dict[str, Any]:
     sizes = {name: asdict(config.model)[name] for name in ("family", "dim", "num_layers", "num_heads", "ffn_dim")}
     measured = {"latent": list(config.latent), "recomputed": config.parallel.activation_checkpointing}
-    return header() | {"model": {k: str(v) for k, v in sizes.items()}, "moc": config.moc.to_dict()} | measured
+    on_gpu = torch.cuda.is_available()
+    machine = (
+        header() if on_gpu else {"gpu": None, "torch": torch.__version__, "commit": None, "date": str(date.today())}
+    )
+    return machine | {"model": {k: str(v) for k, v in sizes.items()}, "moc": config.moc.to_dict()} | measured
 
 
 def read_rows(config: BenchmarkConfig) -> list[dict[str, Any]]:
@@ -225,7 +230,7 @@ def table(record: dict[str, Any]) -> str:
         "mesh", "processes", "attention", "shots", "tokens a step", "step s", "tokens/s", "of one", "peak GiB",
         "exchange", "collectives",
     ]  # fmt: skip
-    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "cuda", "triton") if about[name])
+    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "cuda", "triton") if about.get(name))
     sizes = ", ".join(f"{name} {value}" for name, value in about["model"].items())
     return (
         f"# A training step on several GPUs\n\n{about['gpu'] or 'CPU'}; {versions}; {about['date']}; commit "

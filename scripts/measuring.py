@@ -31,12 +31,12 @@ def median_ms(function: Callable[[], object], repeats: int, warm_up: float = 0.4
 
 
 def header() -> dict:
-    """GPU (none on a CPU), versions, commit and date of a measurement."""
+    """GPU, versions, commit and date of a measurement."""
     import triton
 
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),

@@ -1,6 +1,6 @@
 """Tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several processes.
 
-python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [--poisoned SCENE] [--told RANK]
+python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [--poisoned SCENE] [--told RANK] ...
     [--hung RANK] [--full STEP]
 """
 
@@ -71,12 +71,13 @@ def make_trainer(
     optim=None,
     save_extras=None,
     timeout=600.0,
+    axes=None,
     **trainer,
 ) -> Trainer:
     torch.manual_seed(seed)
     model = MMDiT(CHANNELS, TEXT_DIM, dim=dim, num_layers=2, num_heads=2, ffn_dim=32)
     return Trainer(
-        Parallel(ParallelConfig("cpu", accumulation=accumulation, timeout=timeout)),
+        Parallel(ParallelConfig("cpu", accumulation=accumulation, timeout=timeout, **(axes or {}))),
         model,
         Flow(),
         moc,
@@ -185,8 +186,12 @@ if __name__ == "__main__":
     parser.add_argument("--told", help="the rank that alone is told to end, after two steps")
     parser.add_argument("--hung", help="the rank that hangs after two steps, on which the others wait three seconds")
     parser.add_argument("--full", type=int, help="the step whose checkpoint the disk does not take; each step has one")
+    parser.add_argument("--axis", help="an axis of the mesh along which all processes lie")
+    parser.add_argument("--validation", type=int, default=0, help="scenes held out")
     asked = parser.parse_args()
-    settings: dict = {}
+    settings: dict = {"validation": asked.validation}
+    if asked.axis:
+        settings["axes"] = {asked.axis: int(os.environ["WORLD_SIZE"])}
     if asked.hung:
         settings["timeout"] = 3.0
     if asked.full:
