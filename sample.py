@@ -15,7 +15,7 @@ def main(config: SampleConfig) -> None:
     """Loads model and script, films shot by shot, and tells what to look at."""
     folder, filmmaker = FilmFolder(config.out), Filmmaker(config)
     script = filmmaker.read(config.script, config.size, config.fps)
-    filmmaker.film(filmmaker.plan(script), folder)
+    filmmaker.make(script, folder, config.redo)
     print(*folder.files(), sep="\n")
 
 

@@ -75,6 +75,7 @@ class SampleConfig(FilmmakerConfig):
     out: the folder to write.
     size, fps: those of the film; null takes the script's, or where it has none those of the films that the model was
     trained on.
+    redo: numbers of shots, from 1, of a whole film in `out` that are made anew, with another prompt or seed.
     sampler: how shots are sampled.
     """
 
@@ -82,6 +83,7 @@ class SampleConfig(FilmmakerConfig):
     out: str = ""
     size: list[int] | None = None
     fps: float | None = None
+    redo: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()

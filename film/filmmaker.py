@@ -3,7 +3,7 @@
 import logging
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import DataError
 from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
 from film.script import Script, load_script
-from film.shooting import OnStep, Shooting
+from film.shooting import ROUTING, OnStep, Shooting
 from film.storyboard import ROWS_A_PAGE, Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
 from moc import MoCConfig, __version__
 from moc.diffusion import Flow, Progress, SamplingConfig, sample_shots
@@ -139,29 +140,61 @@ class Filmmaker:
             "fingerprints": self.fingerprints,
         }
 
-    def film(self, plan: FilmPlan, folder: FilmFolder) -> None:
+    def make(self, script: Script, folder: FilmFolder, redo: Sequence[int] = ()) -> None:
+        """Films a script; see `film`."""
+        if redo:
+            script = self._with_seeds_of(folder, script, redo)
+        self.film(self.plan(script), folder, redo)
+
+    def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = ()) -> None:
         """Makes a film, goes on with it where it was stopped, or leaves it where it is whole.
 
-        Raises DataError where the folder holds another film.
+        redo: numbers of shots of a whole film, from 1, that are made anew; the others stay as they are, and a new shot
+        sees those before it. Raises DataError where the folder holds another film.
         """
         request = self.request(plan)
-        folder.check_request(request)
         with folder.held():
+            folder.check_request(request, redo)
+            if folder.is_finished and redo:
+                routing = torch.tensor(folder.read_metadata()["routing"], dtype=torch.float64)
+                routing[[plan.filmed[number - 1] for number in redo]] = 0
+                folder.reopen(request, redo, {ROUTING: routing})
             if not folder.is_finished:
                 self._make(plan, folder, request)
             draw_pictures(folder, plan, torch.tensor(folder.read_metadata()["routing"]))
+
+    def _with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:
+        """The script, with the seeds of the folder's film in the shots that stay as they are."""
+        before = folder.request()
+        if before is None:
+            raise DataError("no-film", folder.path, f"holds no film to make shots {list(redo)} of anew; leave out redo")
+        shots, old = script.shots, before["script"]["shots"]
+        wrong = [number for number in redo if not 1 <= number <= min(len(shots), len(old))]
+        if wrong:
+            raise UserError(f"redo={list(redo)}: the film has shots 1 to {len(old)}, and no {wrong[0]}")
+        if len(old) > 1 and not self.encoders.codec.begins_video(1):
+            raise UserError(
+                f"redo={list(redo)}: this codec makes one video of all shots, of which none can be made anew alone"
+            )
+        kept = [
+            shot if number in redo or shot.seed is not None else replace(shot, seed=past["seed"])
+            for number, (shot, past) in enumerate(zip(shots, old, strict=False), start=1)
+        ]
+        return replace(script, shots=(*kept, *shots[len(kept) :]))
 
     def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> None:
         started, routing_map, device = time.time(), RoutingMap(len(plan.shapes)), self.parallel.device
         folder.copy_pictures(plan.pictures)
         shooting = Shooting(folder, plan, self.encoders.codec, request, routing_map, self.config.keep_every)
+        story = replace(plan.story(), given=plan.given | shooting.given())
 
         def sampling(on_step: OnStep, start: Progress | None) -> Iterator[tuple[int, Tensor]]:
-            model, settings = self.model, (self.moc, self.flow, plan.story(), self.sampler)
+            model, settings = self.model, (self.moc, self.flow, story, self.sampler)
             return sample_shots(model, model.stream, *settings, on_step, routing_map, start)
 
         with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
             num_frames = shooting.run(sampling)
+        folder.remove_pictures()
         facts = {
             "num_frames": num_frames,
             "latent_shapes": plan.shapes,
@@ -170,6 +203,7 @@ class Filmmaker:
             "checkpoint": str(self.checkpoint.resolve()),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "versions": versions(),
+            "redone": shooting.kept.redo,
             "seconds": round(time.time() - started, 1),
         }
         folder.write_metadata(request | facts)

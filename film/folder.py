@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +48,12 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Kept:
     """What an unfinished film keeps. step: of sampling. made: the checksum of the latent of each finished shot, by its
-    number, which counts from 1. tensors: whatever else sampling goes on from."""
+    number, which counts from 1. redo: the shots that are made anew, in a film that was whole before. tensors: whatever
+    else sampling goes on from."""
 
     step: int = 0
     made: dict[int, int] = field(default_factory=dict)
+    redo: list[int] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -64,7 +66,7 @@ class FilmFolder:
         if self.path.exists() and not self.path.is_dir():
             raise DataError("not-a-folder", self.path, "is a file; name a folder for the film")
         there = next((file for pattern in FILES for file in sorted(self.path.glob(pattern))), None)
-        if there is not None and self._request() is None:
+        if there is not None and self.request() is None:
             raise DataError(
                 "film-exists", self.path, f"already holds {there.relative_to(self.path)} of a film; name another folder"
             )
@@ -75,12 +77,15 @@ class FilmFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise HeldError(
+                    f"{self.path} is in use by another process; wait for it to end, or name another folder"
+                ) from None
             for path in self.path.rglob(f".*{PARTIAL}"):  # of a process that was killed
                 path.unlink()
             yield
-        except BlockingIOError:
-            raise HeldError(f"{self.path} is in use by another process; wait for it to end, or name another") from None
         finally:
             os.close(handle)
 
@@ -88,16 +93,30 @@ class FilmFolder:
     def is_finished(self) -> bool:
         return not (self.path / PROGRESS).exists() and (self.path / METADATA).exists()
 
-    def check_request(self, request: Mapping[str, Any]) -> None:
-        """Raises DataError (other-film) where the folder holds a film, finished or not, of another request."""
-        before = self._request()
+    def check_request(self, request: Mapping[str, Any], redo: Sequence[int] = ()) -> None:
+        """Raises DataError (other-film) where the folder holds a film, finished or not, of another request. redo: shots
+        of a finished film that may differ, and must: the same prompt and seed would give the same shot."""
+        before, now = self.request(), json.loads(json.dumps(request))
         if before is None:
             return
-        changed = _difference(before, json.loads(json.dumps(request)))
+        if self.is_finished:
+            same = [number for number in redo if before["script"]["shots"][number - 1] == _shot(now, number)]
+            if same:
+                raise DataError("same-shot", self.path, f"shot {same[0]} is asked to be what it is; change its prompt, "
+                                "its seed in the script, or sampler.seed")  # fmt: skip
+            for number in redo:
+                before["script"]["shots"][number - 1] = _shot(now, number)
+        changed = _difference(before, now)
         if changed:
             raise DataError("other-film", self.path, f"holds another film: {changed}; {REMEDY}")
 
-    def _request(self) -> dict[str, Any] | None:
+    def reopen(self, request: Mapping[str, Any], redo: Sequence[int], tensors: dict[str, Tensor]) -> None:
+        """Makes a finished film an unfinished one, without the shots `redo`. tensors: as in `Kept`."""
+        others = set(range(1, len(request["script"]["shots"]) + 1)) - set(redo)
+        made = {number: checksum(self.read_latent(number)) for number in sorted(others)}
+        self.keep(request, Kept(0, made, sorted(redo), tensors))
+
+    def request(self) -> dict[str, Any] | None:
         """The request of the film that the folder holds; None where it holds none."""
         if (self.path / PROGRESS).exists():
             return self._read_progress()[0]
@@ -112,7 +131,7 @@ class FilmFolder:
     def keep(self, request: Mapping[str, Any], kept: Kept) -> None:
         """Keeps how far the film is, in the place of what was kept before."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.tensors.items()}
-        state = {"request": request, "step": kept.step, "made": kept.made}
+        state = {"request": request, "step": kept.step, "made": kept.made, "redo": kept.redo}
         text = json.dumps(state | {"crc32": {name: checksum(tensor) for name, tensor in tensors.items()}})
         metadata = {"state": text, "crc32": str(zlib.crc32(text.encode()))}
         write_whole(self.path / PROGRESS, save(tensors, metadata))
@@ -145,7 +164,7 @@ class FilmFolder:
         if not whole:
             raise self._damaged(file)
         made = {int(number): crc32 for number, crc32 in state["made"].items()}
-        return state["request"], Kept(state["step"], made, tensors)
+        return state["request"], Kept(state["step"], made, state["redo"], tensors)
 
     def _damaged(self, file: Path) -> DataError:
         return DataError("damaged-film", file, f"is not what was written; {REMEDY}")
@@ -200,6 +219,12 @@ class FilmFolder:
     def read_metadata(self) -> dict[str, Any]:
         return read_json(self.path / METADATA)
 
+    def remove_pictures(self) -> None:
+        """Removes what was drawn of the film as it was before."""
+        for pattern in ("storyboard*.png", "routing.png"):
+            for path in self.path.glob(pattern):
+                path.unlink()
+
     def write_metadata(self, record: dict[str, Any]) -> None:
         """What makes the film repeatable, as JSON; what JSON does not know is written as text."""
         text = json.dumps(record, indent=2, default=str) + "\n"
@@ -219,6 +244,12 @@ class FilmFolder:
     def files(self) -> list[Path]:
         """What there is to look at."""
         return [path for pattern in FILES[2:] if pattern != METADATA for path in sorted(self.path.glob(pattern))]
+
+
+def _shot(request: dict[str, Any], number: int) -> Any:
+    """What a request asks of a shot; None where its script has none of that number."""
+    shots = request["script"]["shots"]
+    return shots[number - 1] if number <= len(shots) else None
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:

@@ -5,6 +5,7 @@ the same command goes on from there and gives the same bytes as one that was nev
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.interfaces import Codec
-from film.folder import FilmFolder, Kept
+from film.folder import FilmFolder
 from film.plan import FilmPlan
 from moc.diffusion import Progress
 from moc.statistics import RoutingMap
@@ -71,17 +72,23 @@ class Shooting:
 
     def _start(self) -> Progress | None:
         """Where sampling goes on from. Shots whose latents alone are there get their videos."""
-        if not self.kept.step:
-            return None
-        latents = {int(index): latent for index, latent in self.kept.tensors.items()}
-        for number in sorted(self.kept.made):
-            latents[self.plan.filmed[number - 1]] = latent = self.folder.read_latent(number)
+        for number, latent in self._made():
             if not self.folder.shot(number).exists():
                 self._write_shot(number, latent)
             elif not self.codec.begins_video(number):
-                for _ in self.decode(latent):  # the next shot's pictures go on from these
+                for _ in self.decode(latent.to(self.plan.device)):  # the next shot's pictures go on from these
                     pass
-        return Progress(self.kept.step, 0, latents)
+        latents = {int(index): latent for index, latent in self.kept.tensors.items()}
+        latents |= {self.plan.filmed[number - 1]: latent for number, latent in self._made()}
+        return Progress(self.kept.step, 0, latents) if self.kept.step else None
+
+    def given(self) -> dict[int, Tensor]:
+        """Latents, by their index in the stream, of the shots that stay while others are made anew."""
+        stay = [pair for pair in self._made() if self.kept.redo and pair[0] not in self.kept.redo]
+        return {self.plan.filmed[number - 1]: latent for number, latent in stay}
+
+    def _made(self) -> Iterator[tuple[int, Tensor]]:
+        return ((number, self.folder.read_latent(number)) for number in sorted(self.kept.made))
 
     def _keep(self, progress: Progress) -> None:
         self.kept.step, self._is_new = progress.step, False
@@ -91,7 +98,7 @@ class Shooting:
             if self.numbers.get(index, 0) not in {0, *self.kept.made}  # no picture, and no shot with a file of its own
         }
         tensors = self.kept.tensors | {ROUTING: self.routing_map.counts}
-        self.folder.keep(self.request, Kept(self.kept.step, self.kept.made, tensors))
+        self.folder.keep(self.request, replace(self.kept, tensors=tensors))
 
     def _write_shot(self, number: int, latent: Tensor) -> None:
         pieces = (pictures(piece, f"shot {number}") for piece in self.decode(latent.to(self.plan.device)))

@@ -145,3 +145,66 @@ def test_seen_says_nothing_where_nothing_is_known(tmp_path):
     (tmp_path / "films.json").write_text('{"size": 3}')
     with pytest.raises(UserError, match=r"films\.json does not say"):
         Seen.read(tmp_path)
+
+
+# Shots made anew
+
+
+def film_of(filmmaker: Filmmaker, story: Path, folder: Path, redo=()) -> dict[str, bytes]:
+    filmmaker.make(filmmaker.read(story), FilmFolder(folder), redo)
+    return contents(folder)
+
+
+@pytest.mark.parametrize("lag", [0.0, 1.0])
+def test_one_shot_is_made_anew_and_the_others_stay(trained, write, tmp_path, lag):
+    before = film_of(open_filmmaker(trained, lag=lag), write(STORY), tmp_path / "film")
+    after = film_of(open_filmmaker(trained, lag=lag, seed=8), write(STORY), tmp_path / "film", redo=[2])
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    of_shot = {"latents/02.safetensors", "shots/02.mp4", "video.mp4", "storyboard.png", METADATA}
+    assert changed - {"routing.png"} == of_shot  # where routes go may look the same
+    old, new = (json.loads(film[METADATA]) for film in (before, after))
+    assert [shot["seed"] for shot in new["script"]["shots"]] == [0, 8, 0]
+    assert new["redone"] == [2]
+    assert new["routing"][2] == pytest.approx(old["routing"][2])
+    prompt = STORY | {"shots": [SHOT, SHOT | {"cut": False, "seed": 8}, SHOT | {"prompt": "Gus waves."}]}
+    last = film_of(open_filmmaker(trained, lag=lag), write(prompt), tmp_path / "film", redo=[3])
+    assert last["latents/02.safetensors"] == after["latents/02.safetensors"]
+    assert last["latents/03.safetensors"] != after["latents/03.safetensors"]
+
+
+def test_a_shot_made_anew_shot_by_shot_is_the_one_a_film_of_that_seed_has(trained, write, tmp_path):
+    """The last shot sees the same history in both."""
+    seeded = STORY | {"shots": [SHOT, SHOT | {"cut": False}, SHOT | {"seed": 5}]}
+    filmmaker = open_filmmaker(trained)
+    whole = film_of(filmmaker, write(seeded), tmp_path / "whole")
+    film_of(filmmaker, write(STORY), tmp_path / "film")
+    redone = film_of(filmmaker, write(seeded), tmp_path / "film", redo=[3])
+    assert all(redone[name] == payload for name, payload in whole.items() if name.split("/")[0] in ("latents", "shots"))
+
+
+def test_making_anew_is_killed_and_goes_on(trained, write, tmp_path):
+    first, second = open_filmmaker(trained), open_filmmaker(trained, seed=8)
+    for name in ("whole", "killed"):
+        film_of(first, write(STORY), tmp_path / name)
+    whole = film_of(second, write(STORY), tmp_path / "whole", redo=[2])
+    plan = second.plan(second._with_seeds_of(FilmFolder(tmp_path / "killed"), second.read(write(STORY)), [2]))
+    kills = 0
+    while killed_at(1 + kills, lambda: second.film(plan, FilmFolder(tmp_path / "killed"), [2])):
+        kills += 1
+    assert kills > 3
+    assert contents(tmp_path / "killed") == whole
+
+
+def test_what_cannot_be_made_anew_is_refused(trained, write, tmp_path):
+    filmmaker = open_filmmaker(trained)
+    with pytest.raises(DataError, match="holds no film"):
+        film_of(filmmaker, write(STORY), tmp_path / "film", redo=[2])
+    film_of(filmmaker, write(STORY), tmp_path / "film")
+    for redo in ([4], [0], [2, -1]):
+        with pytest.raises(UserError, match="the film has shots 1 to 3"):
+            film_of(filmmaker, write(STORY), tmp_path / "film", redo=redo)
+    with pytest.raises(DataError, match=r"shot 2 is asked to be what it is; change its prompt, its seed"):
+        film_of(filmmaker, write(STORY), tmp_path / "film", redo=[2])
+    other = STORY | {"shots": [SHOT, SHOT | {"prompt": "Gus waves."}, SHOT | {"prompt": "Gus waves."}]}
+    with pytest.raises(DataError, match=r"another film: its script\.shots\[1\]"):
+        film_of(filmmaker, write(other), tmp_path / "film", redo=[3])
