@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import moc
 from data.loading.endless import EncodedScenes, RecallWorld
 from data.storyworld.recall import COLOUR_NAMES, HELD_OUT, NAMES, PLACE_NAMES, RecallConfig, RecallScenes, draw_scenes
+from evaluation.mass import Mass, watched
 from moc import MoCConfig, ShotLayout
 from moc.config import DropKey
 from moc.cost import attention_cost
@@ -31,6 +32,7 @@ LOOKS = ("fur", "outfit")
 ATTRIBUTES = {"fur": len(COLOUR_NAMES), "outfit": len(COLOUR_NAMES), "name": len(NAMES), "place": len(PLACE_NAMES)}
 SIGMAS = (0.8, 0.95)
 COVERED = 0.5  # the share of a latent value's pixels that must be the character's for it to be of the recalled region
+MASS_AT_ONCE = 8  # scenes, whose attention is laid out whole
 READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
 
 
@@ -160,12 +162,7 @@ class RecallBench:
         drops = DropKey(self.seed, 0) if config.top_k == 0 and config.drop_in_rate and not config.dense else None
 
         def velocity(last: Tensor, sigma: float, on_routes=None) -> Tensor:
-            shots = [x for history, x in zip(encoded.latents, last, strict=True) for x in (*history[:-1], x)]
-            sigmas = torch.zeros(encoded.latents.shape[:2], device=last.device)
-            sigmas[:, -1] = sigma
-            with self.parallel.autocast():
-                out = model(shots, sigmas.flatten(), batch.text, batch.layout, config, drops=drops, on_routes=on_routes)
-            return torch.stack(out[recall.shots - 1 :: recall.shots]).float()
+            return self._velocity(model, encoded, batch, config, last, sigma, drops=drops, on_routes=on_routes)
 
         truth, seen = encoded.latents[:, -1], noise
         table = flow.shifted(1 - torch.arange(self.steps + 1) / self.steps).tolist()
@@ -194,6 +191,48 @@ class RecallBench:
             **routes.counts(),
         )
 
+    def _velocity(
+        self,
+        model: Any,
+        encoded: EncodedScenes,
+        batch: moc.Batch,
+        config: MoCConfig,
+        last: Tensor,
+        sigma: float,
+        **more,
+    ) -> Tensor:
+        """Of the last shots [B, C, T, H, W] at a noise level, after clean history."""
+        shots = [x for history, x in zip(encoded.latents, last, strict=True) for x in (*history[:-1], x)]
+        sigmas = torch.zeros(encoded.latents.shape[:2], device=last.device)
+        sigmas[:, -1] = sigma
+        with self.parallel.autocast():
+            out = model(shots, sigmas.flatten(), batch.text, batch.layout, config, **more)
+        return torch.stack(out[encoded.latents.shape[1] - 1 :: encoded.latents.shape[1]]).float()
+
+    @torch.no_grad()
+    def mass(self, model: Any, config: MoCConfig, routing: MoCConfig, flow: Flow, scenes: int = 64) -> dict:
+        """What routes by `routing` would keep of dense attention, for the returning characters (evaluation/mass.py)."""
+        model.eval()
+        mass = Mass()
+        for first in range(0, scenes, MASS_AT_ONCE):
+            positions = list(range(first, first + MASS_AT_ONCE))
+            encoded = self.world.encode(draw_scenes(self.world.config, [HELD_OUT + n for n in positions]))
+            batch = moc.make_batch(encoded.samples(positions), model.stream, routing.chunk_tokens)
+            batch = batch.to(self.parallel.device)
+            noise = torch.stack(flow.draw_noise(batch, self.seed)).unflatten(0, encoded.latents.shape[:2])[:, -1]
+            last = flow.add_noise(encoded.latents[:, -1], noise, SIGMAS[-1])
+            queries = returning_tokens(encoded, batch.layout, model.stream)
+            with watched(model, batch.layout, queries, routing, mass):
+                self._velocity(model, encoded, batch, config, last, SIGMAS[-1])
+        return mass.table()
+
+
+def returning_tokens(encoded: EncodedScenes, layout: ShotLayout, spec: moc.StreamSpec) -> Tensor:
+    """The video tokens of the last shots that hold the returning character, int64."""
+    patches = F.avg_pool3d(encoded.cover[:, -1], spec.patch).flatten(1) > COVERED  # [B, tokens of a shot]
+    is_last = layout.group_shot[layout.token_group[layout.video_index]] == encoded.latents.shape[1] - 1
+    return layout.video_index[is_last][patches.flatten()]
+
 
 class RouteCount:
     """Counts, layer by layer, where the tokens of the returning characters route to."""
@@ -201,10 +240,7 @@ class RouteCount:
     def __init__(self, encoded: EncodedScenes, layout: ShotLayout, spec: moc.StreamSpec, config: MoCConfig) -> None:
         self.layout, self.config = layout, config
         device = layout.device
-        shots = encoded.latents.shape[1]
-        patches = F.avg_pool3d(encoded.cover[:, -1], spec.patch).flatten(1) > COVERED  # [B, tokens of a shot]
-        in_last = layout.group_shot[layout.token_group[layout.video_index]] == shots - 1
-        self.tokens = layout.video_index[in_last][patches.flatten()]
+        self.tokens = returning_tokens(encoded, layout, spec)
         self.shown = torch.from_numpy(encoded.scenes.shown).to(device)[layout.token_sample[self.tokens]]
         self.chunk_shot = layout.group_shot[layout.chunk_group]
         self.rows: list[Tensor] = []

@@ -34,6 +34,7 @@ from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.records import write_whole
 from evaluation.recall import Reader, RecallBench, accuracy, summary, train_reader
+from moc import MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from models import load_model
@@ -89,6 +90,7 @@ def progressive(steps: int) -> str:
     return f"schedule=[{', '.join(stages)}]"
 
 
+SWAPS = (1, 2, 4, 7, 14)  # chunks that a dense model routes to, untrained
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
     "dense": lambda steps: ["moc=dense"],
@@ -192,6 +194,13 @@ class Tester:
         if self.config.look_alikes:
             twins = self.bench.run(model, moc, flow, self.config.look_alikes, look_alikes=True)
             found["look_alikes"] = summary(twins)
+        if moc.dense:
+            for chunks in SWAPS:
+                swap = MoCConfig(chunk_tokens=moc.chunk_tokens, top_k=chunks)
+                tally = self.bench.run(model, swap, flow, max(1, self.config.scenes // 8))
+                found.setdefault("swapped", {})[chunks] = brief(summary(tally))
+        routing = moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=moc.chunk_tokens, top_k=1)
+        found["mass"] = self.bench.mass(model, moc, routing, flow)
         state = json.loads((checkpoint / "state.json").read_text())
         metrics = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         pack(checkpoint / "ema", self.folder / f"{row}_seed{self.config.seed}.tar.gz")
@@ -212,6 +221,11 @@ class Tester:
             "machine": machine(self.parallel),
             "beside": [other for other in self.config.rows if other != row],
         }
+
+
+def brief(found: dict) -> dict:
+    """A summary without its tables."""
+    return {name: found[name] for name in ("readings", "recall", "interval", "sparsity", "loss", "region_loss")}
 
 
 def pack(folder: Path, archive: Path) -> None:

@@ -97,3 +97,18 @@ def test_wilson_interval():
     low, high = wilson(8, 10)
     assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_mass_kept_by_all_routes_is_all_there_is(world, reader):
+    sizes = ModelConfig(dim=32, num_layers=2, num_heads=2, ffn_dim=32)
+    model = build_model(sizes, world.latent_channels, world.text_dim)
+    bench = RecallBench(world, reader, CPU)
+    dense, few, all_of_it = MoCConfig(dense=True), MoCConfig(chunk_tokens=6, top_k=1), MoCConfig(chunk_tokens=6)
+    whole = bench.mass(model, dense, all_of_it, Flow(), scenes=8)
+    assert whole["kept"] == whole["best"] == [[1.0, 1.0], [1.0, 1.0]]
+    part = bench.mass(model, dense, few, Flow(), scenes=8)
+    assert part["elsewhere"] == whole["elsewhere"]
+    kept, best = (torch.tensor(part[name]) for name in ("kept", "best"))
+    assert (kept > 0.3).all()
+    assert (kept <= best).all()
+    assert (best < 0.9).all()

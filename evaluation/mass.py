@@ -1,0 +1,86 @@
+"""How much of dense attention do routes keep? The softmax mass that a query would spend on the video of other shots,
+and the share of it that lies on the chunks it routes to.
+
+Shape letters: L packed tokens, N heads, D head dim, M chunks, K routes, Q queries that are asked about.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import moc
+from moc import MoCConfig, ShotLayout
+from models.rope import rotate
+
+
+@dataclass
+class Mass:
+    """Sums over queries, fp32 [N] each, by layer. elsewhere: mass on other shots' video. kept: of that on the routed
+    chunks. best: of that on the chunks that hold most of it, as many. queries: how many."""
+
+    elsewhere: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    best: dict[int, Tensor] = field(default_factory=dict)
+    queries: int = 0
+
+    def add(self, layer: int, elsewhere: Tensor, kept: Tensor, best: Tensor) -> None:
+        """Each [N, Q]."""
+        for sums, values in ((self.elsewhere, elsewhere), (self.kept, kept), (self.best, best)):
+            sums[layer] = sums.get(layer, 0) + values.sum(1).cpu()
+        self.queries += elsewhere.shape[1] if layer == 0 else 0
+
+    def table(self) -> dict[str, list[list[float]]]:
+        """By layer and head: elsewhere, the mass; kept and best, shares of that."""
+        layers = sorted(self.kept)
+        elsewhere = torch.stack([self.elsewhere[layer] for layer in layers])
+        shares = {
+            name: torch.stack([sums[layer] for layer in layers]) / elsewhere.clamp(min=1e-9)
+            for name, sums in (("kept", self.kept), ("best", self.best))
+        }
+        values = {"elsewhere": elsewhere / max(1, self.queries)} | shares
+        return {name: [[round(x, 3) for x in row] for row in of.tolist()] for name, of in values.items()}
+
+
+@contextmanager
+def watched(model: Any, layout: ShotLayout, queries: Tensor, config: MoCConfig, mass: Mass) -> Iterator[None]:
+    """Adds to `mass` what dense attention would do in the forwards meanwhile, for the tokens `queries`, and what of it
+    lies on the chunks that `config` routes to."""
+
+    def watch(layer: int) -> Callable[[nn.Module, tuple], tuple]:
+        def hook(block: nn.Module, args: tuple) -> tuple:
+            *others, attend = args
+
+            def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                table = attend.func.table
+                _measure(layer, rotate(q, table), rotate(k, table), layout, queries, config, mass)
+                return attend(q, k, v)
+
+            return (*others, partial(seen))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer, block in enumerate(model.blocks):
+            hooks.enter_context(block.register_forward_pre_hook(watch(layer)))
+        yield
+
+
+def _measure(
+    layer: int, q: Tensor, k: Tensor, layout: ShotLayout, queries: Tensor, config: MoCConfig, mass: Mass
+) -> None:
+    routes = moc.route(q, k, layout, config)[:, queries].long()  # [N, Q, K]
+    logits = torch.einsum("qnd,lnd->nql", q[queries].float(), k.float()) * q.shape[-1] ** -0.5
+    foreign = layout.token_sample[queries][:, None] != layout.token_sample
+    weights = logits.masked_fill(foreign, -torch.inf).softmax(-1)
+    chunks = torch.zeros(*weights.shape[:2], layout.num_chunks + 1, device=weights.device)
+    chunks.scatter_add_(2, layout.token_chunk.long().expand_as(weights), weights)
+    own = layout.chunk_group == layout.token_group[queries][:, None]
+    chunks[..., :-1].masked_fill_(own | layout.chunk_is_text, 0)  # the last column is that of no chunk
+    kept = chunks.gather(2, routes.masked_fill(routes < 0, layout.num_chunks)).sum(2)
+    best = chunks.topk(min(routes.shape[2], layout.num_chunks), dim=2).values.sum(2)
+    mass.add(layer, chunks.sum(2), kept, best)
