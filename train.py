@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from configs.command import command
+from configs.preflight import preflight
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
 from configs.schema import TrainConfig
 from configs.world import recall_world
@@ -22,7 +23,7 @@ from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
 from moc.training.checkpoint import refuse_later
 from moc.training.curves import draw_curves
-from moc.training.interruption import NOT_FINISHED, ending_at_signals, ignore_signals
+from moc.training.interruption import ending_at_signals, ignore_signals, leave_unfinished
 from models import build_model, load_encoders
 from models.checkpoints.seen import Seen
 
@@ -37,10 +38,17 @@ def main(config: TrainConfig) -> None:
         dataset = None if config.data.recall else open_dataset(config.data)
         parallel = Parallel(config.parallel)
         with held(config.run_folder, holds=parallel.is_main):
-            _train(config, dataset or recall_world(config, parallel.device), parallel)
+            dataset = dataset or recall_world(config, parallel.device)
+            if config.preflight:
+                sys.exit(not preflight(config, dataset, parallel, _train))
+            finished = _train(config, dataset, parallel)
+        parallel.close()
+    if not finished:
+        leave_unfinished()
 
 
-def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Parallel) -> None:
+def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Parallel) -> bool:
+    """Trains until the end, or until a signal comes; returns whether it came to the end."""
     run_folder = config.run_folder
     checkpoint = parallel.of_main(lambda: checkpoint_to_resume(config))
     if checkpoint and config.resume == "auto":
@@ -55,17 +63,9 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots).write(folder)
         draw_curves(run_folder, read_metrics(run_folder))
 
+    moc, schedule, optim, length = config.moc, MoCSchedule(config.schedule), config.optim, config.trainer
     trainer = Trainer(
-        parallel,
-        model,
-        config.flow,
-        config.moc,
-        MoCSchedule(config.schedule),
-        config.optim,
-        config.trainer,
-        run_folder,
-        config.seed,
-        save_extras=save_extras,
+        parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras=save_extras
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     refuse_later(run_folder, trainer.step)
@@ -90,9 +90,7 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         ignore_signals()
     if metrics:
         metrics.close()
-    parallel.close()
-    if not finished:
-        sys.exit(NOT_FINISHED)
+    return finished
 
 
 if __name__ == "__main__":

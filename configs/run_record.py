@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # What changes neither the model nor what it learns from; all else is part of what a run is.
 FREE = (
-    "name", "output", "resume", "allow_changes", "tracking", "parallel",
+    "name", "output", "resume", "allow_changes", "preflight", "tracking", "parallel",
     "trainer.num_steps", "trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every",
     "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",

@@ -23,6 +23,7 @@ class TrainConfig:
     seed: the seed of every random draw.
     resume: auto (the run's newest checkpoint, if there is one), none, or a checkpoint's path.
     allow_changes: settings, or groups of them, that may differ from those that a resumed run began with.
+    preflight: whether only to look if the run can start, and what it will take.
     model: the model and its sizes.
     moc: what attention attends to.
     schedule: the settings of attention that change during the run.
@@ -40,6 +41,7 @@ class TrainConfig:
     seed: int = 0
     resume: str = "auto"
     allow_changes: list[str] = field(default_factory=list)
+    preflight: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     moc: MoCConfig = field(default_factory=MoCConfig)
     schedule: list[Stage] = field(default_factory=list)

@@ -11,10 +11,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 NOT_FINISHED = os.EX_TEMPFAIL  # 75, the exit status of a run that the same command goes on with
+MARKER = "MOC_UNFINISHED"  # environment variable: a file to make then, for launchers whose own status is another
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Result = TypeVar("Result")
@@ -27,6 +29,13 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def leave_unfinished() -> NoReturn:
+    """Ends the process with NOT_FINISHED, and makes the file that tells it."""
+    if os.environ.get(MARKER):
+        Path(os.environ[MARKER]).touch()
+    sys.exit(NOT_FINISHED)
+
+
 @contextmanager
 def ending_at_signals() -> Iterator[None]:
     """Has a signal end the process with one line and NOT_FINISHED, since there is nothing to save yet. An
@@ -36,7 +45,7 @@ def ending_at_signals() -> Iterator[None]:
         ignore_signals()
         name = signal.Signals(number).name
         logger.warning("%s: no step was taken since the newest checkpoint; the same command goes on", name)
-        sys.exit(NOT_FINISHED)
+        leave_unfinished()
 
     before = {number: signal.signal(number, end) for number in SIGNALS}
     try:

@@ -1,0 +1,136 @@
+"""Looks whether a run can start, and what it will take, before hours are spent on it: `train.py preflight=true`."""
+
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from configs.command import for_user, message_of
+from configs.run_record import check_same_run
+from configs.schema import TrainConfig
+from data.loading.dataset import ShotDataset
+from data.loading.endless import RecallWorld
+from moc.errors import UserError
+from moc.training import Parallel, TrackerConfig, read_metrics, sound_checkpoint
+from moc.training.checkpoint import COMPLETE, read_run_state
+from moc.training.parallel import gather_lists
+
+Data = ShotDataset | RecallWorld
+Train = Callable[[TrainConfig, Data, Parallel], bool]
+
+_SCENES = 32  # that are read
+_STEPS = 3  # that are tried; the first ones compile kernels
+
+
+def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> bool:
+    """Prints a line for each thing that a run needs; returns whether all is well. Every process takes part.
+
+    train: runs a configuration; it is given a short run in a folder of its own, which is removed.
+    """
+    checks: dict[str, Callable[[], str]] = {
+        "processes": lambda: _processes(parallel),
+        "data": lambda: _data(dataset),
+        "checkpoint": lambda: _checkpoint(config),
+        "trial": lambda: _trial(config, dataset, parallel, train),
+    }
+    well = True
+    for name, check in checks.items():
+        told, failed = "another process says what is wrong", False
+        try:
+            told = check()
+        except Exception as error:
+            if not for_user(error):
+                raise
+            told, failed = message_of(error), True
+        if parallel.any(failed):
+            well = False
+        if parallel.is_main or failed:
+            print(f"{'FAIL' if failed else 'ok':6}{name:12}{told}", flush=True)
+    return well
+
+
+def _processes(parallel: Parallel) -> str:
+    """Whether the processes reach each other from device to device, and where they are."""
+    total = int(parallel.sum(parallel.put(torch.ones(()))))
+    if total != parallel.data_ranks:
+        raise UserError(f"{parallel.data_ranks} processes sum ones to {total}; look at the network and NCCL's settings")
+    hosts = Counter(gather_lists([socket.gethostname()]))
+    where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
+    return f"{where}; each has {parallel.device_name}, and they reach each other"
+
+
+def _data(dataset: Data) -> str:
+    """Whether a share of the scenes is as it was written. Raises DataError where one is not."""
+    if isinstance(dataset, RecallWorld):
+        return "scenes are composed as they are asked for"
+    some = range(0, len(dataset), max(1, len(dataset) // _SCENES))
+    for index in some:
+        dataset[index]
+    return f"{len(some)} of {len(dataset)} scenes read; their checksums fit"
+
+
+def _checkpoint(config: TrainConfig) -> str:
+    """Whether the run can go on where it stopped. Raises UserError where it cannot."""
+    found, step = _start(config)
+    if found and config.resume == "auto":
+        check_same_run(config)
+    return f"{found} is whole; the run goes on from step {step}" if found else "none; the run begins"
+
+
+def _start(config: TrainConfig) -> tuple[Path | None, int]:
+    """The checkpoint to go on from, if any, and its step."""
+    places = {"none": None, "auto": config.run_folder}
+    place = places.get(config.resume, Path(config.resume))
+    found = sound_checkpoint(place) if place else None
+    return found, read_run_state(found)["step"] if found else 0
+
+
+def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> str:
+    """Some steps and a save of the run itself. Raises UserError where memory or the disk does not suffice."""
+    found, first = _start(config)
+    length = replace(config.trainer, num_steps=first + _STEPS, log_every=1, validate_every=0, checkpoint_every=0)
+    trial = replace(
+        config,
+        output=str(config.run_folder),
+        name="preflight",
+        resume=str(found) if found else "none",
+        trainer=length,
+        data=replace(config.data, validation=0),
+        tracking=TrackerConfig(),
+    )
+    try:
+        train(trial, dataset, parallel)
+        parallel.wait()
+        return _told(config, trial, first, parallel)
+    finally:
+        parallel.wait()
+        if parallel.is_main:
+            shutil.rmtree(trial.run_folder, ignore_errors=True)
+
+
+def _told(config: TrainConfig, trial: TrainConfig, first: int, parallel: Parallel) -> str:
+    """What the run will take, by its trial. Raises UserError where its checkpoints do not fit on the disk."""
+    row = read_metrics(trial.run_folder)[-1]
+    (saved,) = trial.run_folder.glob("checkpoints/step_*")
+    size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
+    seconds = (saved / COMPLETE).stat().st_mtime - (trial.run_folder / "metrics.jsonl").stat().st_mtime
+    free, kept = shutil.disk_usage(trial.run_folder).free + size, config.trainer.keep_checkpoints + 1
+    if free < kept * size:
+        raise UserError(
+            f"{config.run_folder} has {free / 1e9:.1f} GB free; {kept} checkpoints of {size / 1e9:.1f} GB (one of them "
+            "while it is written) do not fit: make room or lower trainer.keep_checkpoints"
+        )
+    days = row["step_seconds"] * (config.trainer.num_steps - first) / 86400
+    memory = "memory not measured"
+    if "memory_gib" in row:
+        whole = torch.cuda.get_device_properties(parallel.device).total_memory / 2**30
+        memory = f"{row['memory_gib']:.1f} of {whole:.0f} GiB of memory"
+    return (
+        f"a step takes {row['step_seconds']:.2f} s ({row['tokens_per_second']:,.0f} tokens/s) and {memory}; a save "
+        f"{seconds:.1f} s and {size / 1e9:.2f} of {free / 1e9:.0f} GB free; steps {first + 1} to "
+        f"{config.trainer.num_steps} will take {days:.2f} days"
+    )
