@@ -4,6 +4,7 @@ Counts follow DESIGN and correct the published formula, which leaves the anchors
 keys per query = own shot + text + routed chunks. All counts are averages over heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from moc.context import is_candidate, is_own_anchor, is_text_anchor, pairs
 from moc.layout import ShotLayout
 from moc.routes import check_whole, drop_covered
 
+QUERY_CHUNKS = 256  # looked at together
 FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
 
 
@@ -69,12 +71,17 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
     Raises ValueError for routes of a part of the stream.
     Synchronizes with the device: a thing to call once in a while, not in the hot path.
     """
-    chunks = torch.arange(layout.num_chunks, device=layout.device)
-    pair = pairs(layout, chunks[:, None], chunks)
-    own = pair.same_sample if config.dense else is_own_anchor(pair, config)
-    text = is_text_anchor(pair, config) & ~own
     lengths = layout.chunk_cu_seqlens.diff().double()
     video_lengths = lengths.masked_fill(layout.chunk_is_text, 0)
+
+    def keys(query: Tensor, key: Tensor) -> Tensor:
+        """Keys that the queries of chunks always attend to, float64 [Q, 3]: of the own shot, of text, of own video."""
+        pair = pairs(layout, query, key)
+        own = pair.same_sample if config.dense else is_own_anchor(pair, config)
+        text = is_text_anchor(pair, config) & ~own
+        return torch.stack([own.double() @ lengths, text.double() @ lengths, own.double() @ video_lengths], dim=-1)
+
+    own, text, own_video = _by_query_chunk(layout, keys).unbind(-1)
     routed = routed_video = lengths.new_zeros(layout.num_tokens)
     if routes is not None and not config.dense:
         check_whole(routes, layout)
@@ -83,13 +90,12 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
     samples = [(end - start, sum(g.video_tokens for g in layout.groups if g.sample == index))
                for index, (start, end) in enumerate(layout.sample_ranges)]  # fmt: skip
     is_video = ~layout.token_is_text
-    own_video = (own.double() @ video_lengths)[layout.token_chunk]
     return Cost(
-        own=float(lengths @ own.double() @ lengths),
-        text=float(lengths @ text.double() @ lengths),
+        own=float(lengths @ own),
+        text=float(lengths @ text),
         routed=float(routed.sum()),
         dense=float(sum(length**2 for length, _ in samples)),
-        video=float((own_video + routed_video)[is_video].sum()),
+        video=float((own_video[layout.token_chunk] + routed_video)[is_video].sum()),
         video_dense=float(sum(video**2 for _, video in samples)),
         routing_flops=float(_routing_flops(layout, config, head_dim) * num_heads),
         flops_per_pair=FLOPS_PER_PAIR * head_dim * num_heads,
@@ -101,10 +107,16 @@ def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
     key."""
     if config.dense or not config.top_k:
         return 0
-    chunks = torch.arange(layout.num_chunks, device=layout.device)
-    candidates = is_candidate(layout, config, chunks[:, None], chunks).sum(-1)
+    candidates = _by_query_chunk(layout, lambda query, key: is_candidate(layout, config, query, key).sum(-1))
     scores = int(candidates[layout.token_chunk].sum())
     return (int((~layout.token_is_text).sum()) + 2 * scores) * head_dim
+
+
+def _by_query_chunk(layout: ShotLayout, count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What `count` says of query chunks [Q, 1] and all key chunks [M], for every query chunk: a block of them at a time,
+    since a table of all pairs takes gigabytes at 10,000 chunks."""
+    chunks = torch.arange(layout.num_chunks, device=layout.device)
+    return torch.cat([count(block[:, None], chunks) for block in chunks.split(QUERY_CHUNKS)])
 
 
 def _routed_keys(routes: Tensor, lengths: Tensor) -> Tensor:

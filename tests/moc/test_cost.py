@@ -1,5 +1,7 @@
 """Cost against a count of the mask, and against figures worked out by hand and in print."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,6 +40,14 @@ def test_pairs_equal_a_count_of_the_mask(stream, config, seed):
     assert cost.sparsity == pytest.approx(1 - cost.attended / cost.dense)
     assert cost.density == pytest.approx(1 - cost.sparsity)
     assert cost.video_sparsity == pytest.approx(1 - cost.video / cost.video_dense)
+
+
+@given(streams(max_samples=3), configs())
+def test_blocks_of_query_chunks_change_nothing(stream, config):
+    layout = stream.layout()
+    whole = attention_cost(layout, config, None, num_heads=3, head_dim=8)
+    with mock.patch("moc.cost.QUERY_CHUNKS", 2):
+        assert attention_cost(layout, config, None, num_heads=3, head_dim=8) == whole
 
 
 @given(streams(max_samples=3), configs())
