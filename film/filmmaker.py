@@ -25,9 +25,8 @@ from moc.errors import UserError
 from moc.memory import SAMPLING, enough_for
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
-from moc.training.checkpoint import sound_checkpoint
 from models import Encoders, load_denoiser, load_encoders, place
-from models.checkpoints.contents import read_settings
+from models.checkpoints.contents import Contents
 from models.checkpoints.seen import Seen, is_untrained
 from models.encoders.fingerprint import fingerprint, weights_digest
 
@@ -68,8 +67,9 @@ class Filmmaker:
     def __init__(self, config: FilmmakerConfig) -> None:
         self.config, self.sampler = config, config.sampler
         self.parallel = Parallel(ParallelConfig(config.device, config.precision))
-        self.checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
-        self.seen = Seen.read(self.checkpoint)
+        self.contents = Contents.sound(config.checkpoint)
+        self.checkpoint = self.contents.path
+        self.seen = Seen.read(self.contents)
 
     @cached_property
     def _loaded(self) -> Any:
@@ -83,8 +83,8 @@ class Filmmaker:
 
     @cached_property
     def moc(self) -> MoCConfig:
-        moc = read_settings(self.checkpoint)[0].override(self.config.moc)
-        if is_untrained(self.checkpoint, moc):
+        moc = self.contents.moc.override(self.config.moc)
+        if is_untrained(self.contents, moc):
             logger.warning(
                 "%s was trained without Mixture of Contexts (it has no moc.json), which is thus untrained in it; "
                 "moc=dense attends as it was trained",
@@ -94,7 +94,7 @@ class Filmmaker:
 
     @cached_property
     def flow(self) -> Flow:
-        flow = read_settings(self.checkpoint)[1]
+        flow = self.contents.flow
         return flow if self.config.shift is None else replace(flow, shift=self.config.shift)
 
     @cached_property

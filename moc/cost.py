@@ -113,8 +113,8 @@ def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
 
 
 def _by_query_chunk(layout: ShotLayout, count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """What `count` says of query chunks [Q, 1] and all key chunks [M], for every query chunk: a block of them at a time,
-    since a table of all pairs takes gigabytes at 10,000 chunks."""
+    """`count` of query chunks [Q, 1] and all key chunks [M], for every query chunk: a block of them at a time, since a
+    table of all pairs takes gigabytes at 10,000 chunks."""
     chunks = torch.arange(layout.num_chunks, device=layout.device)
     return torch.cat([count(block[:, None], chunks) for block in chunks.split(QUERY_CHUNKS)])
 

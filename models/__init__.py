@@ -10,7 +10,7 @@ from torch import nn
 
 from moc import MoCConfig
 from moc.errors import UserError, check_least
-from models.checkpoints.contents import expert_paths, model_path, read_flow
+from models.checkpoints.contents import Contents
 from models.checkpoints.experts import BOUNDARY, Experts, check_places
 from models.checkpoints.opening import load_checkpoint, open_checkpoint
 from models.encoders.codec import CodecConfig
@@ -22,6 +22,7 @@ from models.wan import WanTransformer3DModel
 
 __all__ = [
     "CodecConfig",
+    "Contents",
     "Encoders",
     "EncodersConfig",
     "Experts",
@@ -36,7 +37,6 @@ __all__ = [
     "load_encoders",
     "load_model",
     "place",
-    "read_flow",
     "save_model",
 ]
 
@@ -139,29 +139,29 @@ def load_denoiser(
 ) -> ModelMixin | Experts:
     """What a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
-    path: of a folder with both (see `models.checkpoints.contents.expert_paths`), or of the high-noise one. low_noise:
-    then the path of the other one. The boundary is where the high-noise one's noise levels begin
-    (`models.checkpoints.contents.read_flow`), else the release's.
+    path: of a folder with both (see `Contents.experts`), or of the high-noise one. low_noise: then the path of the
+    other one. The boundary is where the high-noise one's noise levels begin (`Contents.own_flow`), else the release's.
     Raises UserError where the two are no pair, are one, or change places.
     """
-    pair = expert_paths(Path(path))
+    pair = Contents(Path(path)).experts
     if low_noise:
         if pair:
             raise UserError(f"{path} holds two experts; with low_noise_checkpoint={low_noise} name the high-noise one")
         pair = Path(path), Path(low_noise)
     if pair is None:
         return load_model(path, dtype)
-    if len({model_path(expert, "ema").resolve() for expert in pair}) == 1:
-        raise UserError(f"{pair[0]} and {pair[1]} are one model; name the high-noise expert and the low-noise one")
-    high, low = (read_flow(expert) for expert in pair)
-    if high.sigma_min < low.sigma_min:
+    high, low = (Contents(expert) for expert in pair)
+    if high.model_path("ema").resolve() == low.model_path("ema").resolve():
+        raise UserError(f"{high.path} and {low.path} are one model; name the high-noise expert and the low-noise one")
+    starts = high.own_flow.sigma_min, low.own_flow.sigma_min
+    if starts[0] < starts[1]:
         raise UserError(
-            f"{pair[0]} is for noise levels from {high.sigma_min} on, {pair[1]} from {low.sigma_min}: "
+            f"{high.path} is for noise levels from {starts[0]} on, {low.path} from {starts[1]}: "
             "the high-noise expert is checkpoint, the other one low_noise_checkpoint"
         )
-    if high.sigma_min == low.sigma_min:
+    if starts[0] == starts[1]:
         check_places(*pair)
-    return Experts(*(load_model(expert, dtype) for expert in pair), boundary=high.sigma_min or BOUNDARY)
+    return Experts(*(load_model(expert, dtype) for expert in pair), boundary=starts[0] or BOUNDARY)
 
 
 def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:

@@ -42,10 +42,21 @@ LONG = 20.0  # seconds of a step that is measured once, without a step before it
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure. processes: of the meshes other than `one`, each on a GPU of its own. latent: (channels, frames,
-    height, width) of a shot; Wan's patch makes 23,040 tokens of the default. text_dim: of the captions' features.
-    longest_dense: most shots of a dense step. steps: whose median counts. mesh: set by this command itself, for the
-    processes of one mesh."""
+    """What to measure.
+
+    model: the model and its sizes.
+    moc: what attention attends to.
+    parallel: the precision; the mesh is each mesh's own.
+    processes: how many the meshes other than `one` have, each on a GPU of its own.
+    meshes: names of the meshes.
+    shots: the numbers of shots in a stream.
+    latent: channels, frames, height and width of a shot; Wan's patch makes 23,040 tokens of the default.
+    text_dim: the width of the captions' features.
+    longest_dense: the most shots of a dense step.
+    steps: how many the median is of.
+    output: the record to write.
+    mesh: set by this command itself, for the processes of one mesh.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moc: MoCConfig = field(default_factory=MoCConfig)

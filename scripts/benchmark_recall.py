@@ -38,7 +38,7 @@ from moc import MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from models import load_model
-from models.checkpoints.contents import read_flow, read_settings
+from models.checkpoints.contents import Contents
 
 ROOT = Path(__file__).parents[1]
 # Whole shots over, which is dense attention to all that went before; then chunks of a frame, and fewer of them.
@@ -186,7 +186,7 @@ class Tester:
         if checkpoint is None:
             log = (self.folder / f"{name}.log").read_text()
             return {"row": row, "seed": self.config.seed, "steps": self.config.steps, "failed": log[-2000:]}
-        moc, flow = read_settings(checkpoint)[0], read_flow(checkpoint)
+        moc, flow = Contents(checkpoint).moc, Contents(checkpoint).own_flow
         model = load_model(checkpoint).to(self.parallel.device)
         start = time.monotonic()
         tally = self.bench.run(model, moc, flow, self.config.scenes)

@@ -7,22 +7,21 @@ noise on all shots the rows barely differ; a clean history before one noisy shot
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-
 from configs.command import command
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
 from data.records import write_whole
+from evaluation.rivals import compare
 from moc import MoCConfig
 from moc.errors import UserError
-from moc.training import Parallel, ParallelConfig, Validator, rivals, sound_checkpoint
-from models import load_model
-from models.checkpoints.contents import read_flow, read_settings
+from moc.training import Parallel, ParallelConfig
+from models import Contents, load_model
 
 
 @dataclass
@@ -51,28 +50,15 @@ def main(config: EvaluateConfig) -> None:
     if not config.checkpoint:
         raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
     parallel = Parallel(ParallelConfig(config.device, config.precision))
-    checkpoint = sound_checkpoint(config.checkpoint, "ema") or Path(config.checkpoint)
-    model = load_model(checkpoint).to(parallel.device)
-    moc, flow = read_settings(checkpoint)[0].override(config.moc), read_flow(checkpoint)
+    contents = Contents.sound(config.checkpoint)
+    model, moc = load_model(contents.path).to(parallel.device), contents.moc.override(config.moc)
     batches = list(held_out(open_dataset(config.data), config.data.validation, model.stream, moc.chunk_tokens))
-
     rows = []
-    for history in (False, True):
-        validator = Validator(batches, flow, seed=config.seed, clean_history=history)
-        for name, attention in rivals(moc).items():
-            sums = validator.losses(model, attention, parallel)
-            losses = dict(zip(validator.sigmas, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-            sparsity = validator.routing(model, attention, parallel)["sparsity"]
-            rows.append({"attention": name, "clean_history": history, "sparsity": sparsity, "loss": losses})
-            show(rows[-1])
+    for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel):
+        print(row.line, flush=True)
+        rows.append(asdict(row))
     if config.output:
         write_whole(Path(config.output), (json.dumps(rows, indent=1) + "\n").encode())
-
-
-def show(row: dict) -> None:
-    history = "clean history, last shot" if row["clean_history"] else "equal noise, all shots  "
-    losses = "  ".join(f"sigma {sigma:g}: {loss:.4f}" for sigma, loss in row["loss"].items())
-    print(f"{history}  {row['attention']:<14} sparsity {row['sparsity']:.0%}  {losses}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.training.checkpoint import new_checkpoint, write_state
-from models.checkpoints.contents import read_flow
+from models.checkpoints.contents import Contents
 from models.checkpoints.names import to_original_name
 from models.checkpoints.opening import Checkpoint
 from models.checkpoints.tensors import Entry, new_folder, write_sharded, write_tensors
@@ -150,7 +150,7 @@ def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
 
 def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
     """The input's, with the given shift; an expert that leaves its pipeline takes its range of noise levels along."""
-    flow = read_flow(checkpoint.path)
+    flow = Contents(checkpoint.path).own_flow
     return flow if beside.shift is None else replace(flow, shift=beside.shift)
 
 

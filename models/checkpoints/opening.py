@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moc import MoCConfig
 from moc.errors import UserError
-from moc.training.checkpoint import read_json, sound_checkpoint
-from models.checkpoints.contents import model_path, read_moc, root_of
+from moc.training.checkpoint import read_json
+from models.checkpoints.contents import Contents
 from models.checkpoints.names import COMFYUI_PREFIX, to_diffusers_name
 from models.checkpoints.tensors import TensorSource, check_tensors, listed, shapes
 from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
@@ -120,13 +120,13 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
 
     Raises UserError where it is no model, or more than one, or a LoRA whose base is not what it was.
     """
-    path = sound_checkpoint(path, weights) or Path(path)
-    root, path = root_of(path), model_path(path, weights)
+    contents = Contents.sound(path, weights)
+    root, path = contents.root, contents.model_path(weights)
     lora = read_lora(path)
     if lora is not None:
         base = _open_base(lora, path)
         adapters = (*base.adapters, Adapter(lora, TensorSource(path)))
-        return replace(base, root=root, moc=read_moc(path) or base.moc, adapters=adapters)
+        return replace(base, root=root, moc=Contents(path).stored_moc or base.moc, adapters=adapters)
     settings = _read_config(path)
     kind = settings.get("_class_name", RELEASE_CLASS)
     if kind not in (*CLASSES, RELEASE_CLASS):
@@ -139,7 +139,7 @@ def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
         config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
     else:
         config = _class_config(CLASSES[kind], settings, path)
-    return Checkpoint(root, form, kind, config, source, stored, read_moc(path))
+    return Checkpoint(root, form, kind, config, source, stored, Contents(path).stored_moc)
 
 
 def _open_base(lora: Lora, path: Path) -> Checkpoint:

@@ -9,7 +9,7 @@ from pathlib import Path
 from moc import MoCConfig
 from moc.errors import UserError
 from moc.training.checkpoint import read_json, remedy
-from models.checkpoints.contents import read_moc, root_of
+from models.checkpoints.contents import Contents
 
 FILE = "films.json"
 
@@ -27,9 +27,9 @@ class Seen:
         (folder / FILE).write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Seen":
+    def read(cls, contents: Contents) -> "Seen":
         """What `write` left in a checkpoint. Raises UserError where that is damaged."""
-        file = root_of(checkpoint) / FILE
+        file = contents.root / FILE
         try:
             return cls(**read_json(file)) if file.is_file() else cls()
         except TypeError:
@@ -53,6 +53,6 @@ class Seen:
         return told
 
 
-def is_untrained(checkpoint: Path, moc: MoCConfig) -> bool:
+def is_untrained(contents: Contents, moc: MoCConfig) -> bool:
     """Whether weights that never saw Mixture of Contexts are asked to attend with it."""
-    return not moc.dense and read_moc(checkpoint) is None
+    return not moc.dense and contents.stored_moc is None

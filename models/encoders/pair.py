@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
-from models.checkpoints.contents import root_of
+from models.checkpoints.contents import Contents
 from models.checkpoints.tensors import download_hint
 from models.encoders.codec import Codec, CodecConfig, CodecKind
 from models.encoders.lapped import LappedCodec
@@ -85,7 +85,7 @@ def read_encoders(path: str | Path) -> EncodersConfig:
 def find_encoders(path: str | Path) -> EncodersConfig | None:
     """The encoders of a folder that `Encoders.save` wrote, of a run or checkpoint, or of a diffusers pipeline of Wan,
     which its transformer's folder names as well. An embedded text encoder's path is where it lies."""
-    root = root_of(path)
+    root = Contents(Path(path)).root
     for folder in (root, root / "encoders"):
         if (folder / FILE).is_file():
             return _read_config(folder)

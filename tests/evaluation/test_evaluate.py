@@ -12,7 +12,7 @@ from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
 from moc.training import Parallel, ParallelConfig, Validator, rivals
 from models import ModelConfig, build_model
-from models.checkpoints.contents import read_settings
+from models.checkpoints.contents import Contents
 from models.mmdit import MMDiT
 from tests import pipeline
 from tests.caches import CHANNELS, TEXT_DIM
@@ -113,7 +113,8 @@ def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkey
     monkeypatch.setattr(MMDiT, "forward", spy)
     settings = (f"data.path={prepared}", "data.validation=1", "device=cpu", "moc.chunk_tokens=12")
     pipeline.command("scripts/evaluate.py", f"checkpoint={trained}", *settings)
-    moc, flow = read_settings(trained / "checkpoints/step_0000003")
+    contents = Contents(trained / "checkpoints/step_0000003")
+    moc, flow = contents.moc, contents.flow
     moc = replace(moc, chunk_tokens=12)
     rows = [seen[at : at + 4] for at in range(0, len(seen), 4)]  # of four noise levels
     assert [{config for config, _, _ in row} for row in rows] == [{config} for config in rivals(moc).values()] * 2

@@ -16,6 +16,7 @@ from film.script import load_script
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
 from moc.errors import UserError
+from models.checkpoints.contents import Contents
 from models.checkpoints.seen import Seen
 
 SHOT = {"prompt": "Mia walks.", "seconds": 4 / 12}
@@ -130,11 +131,11 @@ def test_a_dense_model_is_told_to_have_never_seen_moc(trained, tmp_path, write, 
 
 
 def test_seen_says_nothing_where_nothing_is_known(tmp_path):
-    assert Seen.read(tmp_path) == Seen()
+    assert Seen.read(Contents(tmp_path)) == Seen()
     assert Seen().defaults == {}
     assert Seen().unseen((480, 832), 16, 80) == []
     Seen([[32, 48], [48, 32]], [12, 24.5], 3).write(tmp_path)
-    seen = Seen.read(tmp_path)
+    seen = Seen.read(Contents(tmp_path))
     assert seen.defaults == {"size": [32, 48], "fps": 12}
     assert seen.unseen((48, 32), 24.5, 3) == []
     assert seen.unseen((48, 33), 24, 4) == [
@@ -144,7 +145,7 @@ def test_seen_says_nothing_where_nothing_is_known(tmp_path):
     ]
     (tmp_path / "films.json").write_text('{"size": 3}')
     with pytest.raises(UserError, match=r"films\.json does not say"):
-        Seen.read(tmp_path)
+        Seen.read(Contents(tmp_path))
 
 
 # Shots made anew

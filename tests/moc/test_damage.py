@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.prepare.sources import Found, find_scenes, vocabulary
 from moc.errors import UserError
 from moc.training import Metrics, TrackerConfig, find_checkpoint
-from models.checkpoints.contents import read_settings
+from models.checkpoints.contents import Contents
 from models.checkpoints.tensors import TensorSource
 from models.encoders.text import EmbeddedTextEncoder, TextConfig, build_text_encoder
 from tests.pipeline import command, refusal, train_arguments
@@ -93,7 +93,7 @@ def test_a_state_without_its_noise_convention(checkpoint, flow):
     file = checkpoint / "state.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"flow": json.loads(flow)}))
     with pytest.raises(UserError, match=r"state\.json tells no noise convention"):
-        read_settings(checkpoint)
+        _ = Contents(checkpoint).flow
 
 
 def test_a_converted_checkpoint_is_to_be_converted_again(tmp_path):

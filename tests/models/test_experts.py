@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from moc import MoCConfig, Sample, make_batch
 from moc.training.integrity import seal
-from models import Experts, load_denoiser, load_model, place, read_flow
-from models.checkpoints.contents import expert_paths
+from models import Experts, load_denoiser, load_model, place
+from models.checkpoints.contents import Contents
 from models.wan import WanTransformer3DModel
 from tests.pipeline import command, refusal, sample
 from tests.wan_files import reduced_wan, save_original
@@ -56,12 +56,12 @@ def test_the_boundary_is_the_pipelines_and_stays_with_what_leaves_it(experts, tm
     index = experts["diffusers"] / "model_index.json"
     index.write_text(json.dumps({"boundary_ratio": 0.9}))
     assert load_denoiser(experts["diffusers"]).boundary == 0.9
-    parts = expert_paths(experts["diffusers"])
+    parts = Contents(experts["diffusers"]).experts
     runs = tmp_path / "high", tmp_path / "low"
     for part, run, levels in zip(parts, runs, ((0.9, 1.0), (0.0, 0.9)), strict=True):
         command("scripts/convert_checkpoint.py", f"input={part}", f"output={run}", "form=checkpoint", "shift=8")
-        assert read_flow(run) == replace(read_flow(part), shift=8)
-        assert (read_flow(run).sigma_min, read_flow(run).sigma_max) == levels
+        assert Contents(run).own_flow == replace(Contents(part).own_flow, shift=8)
+        assert (Contents(run).own_flow.sigma_min, Contents(run).own_flow.sigma_max) == levels
     model = load_denoiser(*runs)
     assert (model.boundary, marks(model)) == (0.9, [1.0, 2.0])
     for high, low in (runs, parts):
@@ -74,7 +74,7 @@ def test_the_boundary_is_the_pipelines_and_stays_with_what_leaves_it(experts, tm
 
 
 def test_two_in_places_of_their_own(experts):
-    high, low = expert_paths(experts["files"])
+    high, low = Contents(experts["files"]).experts
     flow, tune = (shutil.copy(p, p.parents[1] / f"{n}.safetensors") for p, n in ((high, "flow"), (low, "tune")))
     assert marks(load_denoiser(tune, flow)) == [2.0, 1.0]  # whose names say nothing
     with pytest.raises(ValueError, match="holds two experts; with low_noise_checkpoint="):
@@ -86,13 +86,13 @@ def test_two_in_places_of_their_own(experts):
 
 
 def test_one_model_twice_and_names_that_change_places_are_refused(experts):
-    high, low = expert_paths(experts["files"])
+    high, low = Contents(experts["files"]).experts
     link = low.with_name("link.safetensors")
     link.symlink_to(high)
     for other in (high, link):
         with pytest.raises(ValueError, match="are one model; name the high-noise expert and the low-noise one"):
             load_denoiser(high, other)
-    folders = [expert_paths(experts[form]) for form in ("diffusers", "release")]
+    folders = [Contents(experts[form]).experts for form in ("diffusers", "release")]
     for first, second in ((low, high), *((b, a) for a, b in folders)):
         with pytest.raises(
             ValueError, match=f"{first} is named as the low-noise expert and {second} as the high-noise"
@@ -105,7 +105,7 @@ def test_one_model_stays_one(experts, tmp_path):
     shutil.rmtree(experts["diffusers"] / "transformer_2")
     (experts["files"] / "full_low_noise.safetensors").unlink()
     for path in (experts["diffusers"], experts["files"], experts["release"] / "low_noise_model"):
-        assert expert_paths(path) is None
+        assert Contents(path).experts is None
         assert isinstance(load_denoiser(path), WanTransformer3DModel)
     with pytest.raises(ValueError, match="offload=true is for a pair"):
         place(load_denoiser(experts["files"]), torch.device("cpu"), offload=True)

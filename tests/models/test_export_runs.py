@@ -16,7 +16,7 @@ from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training.checkpoint import find_checkpoint
 from models import EncodersConfig, build_encoders, load_encoders, load_model
-from models.checkpoints.contents import read_settings
+from models.checkpoints.contents import Contents
 from models.checkpoints.export import Beside, Form, convert
 from models.checkpoints.names import COMFYUI_PREFIX, to_original_name
 from models.checkpoints.opening import load_checkpoint, open_checkpoint
@@ -69,10 +69,10 @@ def test_a_public_file_becomes_a_run(reduced, reduced_file: Path, tmp_path: Path
         "state.json",
     ]
     assert same(load_model(tmp_path / "run"), reduced.state_dict())
-    assert read_settings(step) == (MoCConfig(top_k=2, causal=False), Flow(shift=5.0))
+    assert (Contents(step).moc, Contents(step).flow) == (MoCConfig(top_k=2, causal=False), Flow(shift=5.0))
     # What is not given comes from the input.
     again = as_run(tmp_path / "run", tmp_path / "again", moc={"top_k": 4})
-    assert read_settings(again) == (MoCConfig(top_k=4, causal=False), Flow(shift=5.0))
+    assert (Contents(again).moc, Contents(again).flow) == (MoCConfig(top_k=4, causal=False), Flow(shift=5.0))
     convert(open_checkpoint(tmp_path / "run"), tmp_path / "folder", beside=Beside({"top_k": 3}))
     assert MoCConfig.load(tmp_path / "folder") == MoCConfig(top_k=3, causal=False)
 
@@ -146,24 +146,24 @@ def test_attention_settings_are_found_beside_the_weights(reduced_folder: Path, p
         (whole / "complete").write_text("")  # of a training checkpoint
     MoCConfig(top_k=2).save(whole / part)
     for path in (whole, whole / part):
-        assert read_settings(path)[0] == open_checkpoint(path).moc == MoCConfig(top_k=2)
+        assert Contents(path).moc == open_checkpoint(path).moc == MoCConfig(top_k=2)
 
 
 def test_the_schedulers_shift_comes_along(release: Path, tmp_path: Path) -> None:
     for number, (source, settings, shift) in enumerate(
         ((release, {}, 5), (release / "transformer", {}, 5), (release, {"shift": 8.0}, 8))
     ):
-        assert read_settings(as_run(source, tmp_path / f"run_{number}", **settings))[1] == Flow(shift=shift)
+        assert Contents(as_run(source, tmp_path / f"run_{number}", **settings)).flow == Flow(shift=shift)
     file = release / "scheduler/scheduler_config.json"
     diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0).save_pretrained(release / "scheduler")
-    assert read_settings(release)[1] == Flow(shift=7.0)
+    assert Contents(release).flow == Flow(shift=7.0)
     for text, message in (
         ('{"flow_shift": "5"}', "flow shift '5' must be a number above 0"),
         ("{", "is damaged or no"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=f"scheduler_config.json.*{message}"):
-            read_settings(release)
+            _ = Contents(release).flow
 
 
 def test_holocines_file_becomes_a_run_as_it_was_trained(
@@ -176,7 +176,8 @@ def test_holocines_file_becomes_a_run_as_it_was_trained(
     encoders = read_encoders(tmp_path / "run")
     assert (encoders.codec.continuous, encoders.text.form) == (True, "holocine")
     monkeypatch.chdir("/")
-    moc, flow = read_settings(tmp_path / "run")
+    contents = Contents(tmp_path / "run")
+    moc, flow = contents.moc, contents.flow
     assert (moc.dense, moc.causal, moc.text_anchor, flow.shift) == (True, False, "global_and_own", 5)
     assert (pipeline.sample(tmp_path / "run", story, tmp_path / "film") / "video.mp4").is_file()
 
@@ -280,7 +281,8 @@ def test_a_converted_run_is_sampled_evaluated_and_trained_from(
     encoders = find_checkpoint(trained) / "encoders"
     beside = (f"encoders_path={encoders}", "moc.top_k=1", "shift=2")
     pipeline.command(script, f"input={published}", f"output={run}", "form=checkpoint", *beside)
-    moc, flow = read_settings(find_checkpoint(run))
+    contents = Contents(find_checkpoint(run))
+    moc, flow = contents.moc, contents.flow
     assert (moc.top_k, moc.chunk_tokens, flow.shift) == (1, 6, 2)
 
     assert (pipeline.sample(run, story, tmp_path / "film") / "video.mp4").is_file()

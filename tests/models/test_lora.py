@@ -17,7 +17,7 @@ from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
 from moc.training.checkpoint import new_checkpoint, write_state
 from models import Family, ModelConfig, build_model, load_model, save_model
-from models.checkpoints.contents import read_settings
+from models.checkpoints.contents import Contents
 from models.checkpoints.export import Form, convert
 from models.checkpoints.opening import open_checkpoint
 from models.checkpoints.tensors import TensorSource
@@ -240,7 +240,8 @@ def test_the_command_merges_a_run_into_every_form(dtype: str, wan: Path, tmp_pat
         assert found.stored.keys() == expected.keys()
         for name, weight in expected.items():
             torch.testing.assert_close(found.read(name), weight, rtol=0 if dtype == "stored" else 1e-6, atol=1e-6)
-    assert read_settings(tmp_path / "out_run/checkpoints/step_0000000") == (MoCConfig(top_k=3), Flow(shift=7.0))
+    written = Contents(tmp_path / "out_run/checkpoints/step_0000000")
+    assert (written.moc, written.flow) == (MoCConfig(top_k=3), Flow(shift=7.0))
 
 
 def test_merging_holds_one_tensor_of_the_base(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
