@@ -46,7 +46,7 @@ class BenchmarkConfig:
 
     model: the model and its sizes.
     moc: what attention attends to.
-    parallel: the precision; the mesh is each mesh's own.
+    parallel: device and precision; each mesh sets its own axes.
     processes: how many the meshes other than `one` have, each on a GPU of its own.
     meshes: names of the meshes.
     shots: the numbers of shots in a stream.
