@@ -18,8 +18,9 @@ from data.cache.writer import EncodedScene
 from data.loading.dataset import open_dataset
 from data.loading.loader import build_loader, held_out
 from film.script import load_script
-from moc import MoCConfig, StreamSpec
+from moc import MoCConfig, Shot, ShotLayout, StreamSpec
 from moc.errors import UserError
+from moc.schedule import MoCSchedule
 from models import build_model
 from tests.caches import scene, write_cache
 
@@ -268,6 +269,34 @@ def test_scenes_of_any_size_are_evaluated(tmp_path):
 def test_wans_configurations_take_the_releases_512_tokens(name):
     chosen = f"encoders={name}"
     assert parsed("prepare", chosen, *REQUIRED[chosen]).encoders.text.max_tokens == 512
+
+
+EXPERIMENTS = sorted((CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_head_of_an_experiment_has_a_command_that_composes(path):
+    head = path.read_text().split("defaults:")[0].replace("\\\n#", " ")
+    commands = re.findall(r"train\.py (.+)", head)
+    assert any(f"experiment={path.stem}" in command for command in commands)
+    for command in commands:
+        arguments = re.findall(r"[\w.]+=[^\s,;)]+", command)
+        assert parsed("train", *arguments).name
+    if path.stem.startswith(("wan", "single", "multi")):
+        assert "ardware" in head
+        assert "not measured" in head
+
+
+def test_the_papers_models_have_the_papers_attention():
+    single, multi = (parsed("train", f"experiment={name}", "data.path=p") for name in ("single_shot", "multi_shot"))
+    assert (single.moc.chunk_tokens, single.moc.top_k, single.moc.causal) == (256, 3, False)
+    assert str(single.moc.own_anchor) == "chunk"
+    assert [MoCSchedule(multi.schedule).at(step, multi.moc).chunk_tokens for step in (0, 5000, 10_000, 15_000)] == [
+        10240, 5120, 2560, 1280
+    ]  # fmt: skip
+    assert (multi.moc.top_k, multi.moc.causal, multi.optim.lr, multi.trainer.num_steps) == (5, True, 9e-5, 20_000)
+    layout = ShotLayout.build([Shot(0, (25, 30, 30))] * 8)
+    assert layout.num_tokens == 180_000
 
 
 def test_the_two_experts_share_the_noise_levels():
