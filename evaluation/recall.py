@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -289,6 +290,7 @@ def summary(tally: Tally) -> dict:
             for name, right in zip(ATTRIBUTES, tally.right.unbind(1), strict=True)
         },
         "by_distance": by_distance,
+        "right": np.packbits(looks.flatten().numpy()).tobytes().hex(),  # each look of each scene, to compare rows by
     }
     for name, loss in (("loss", tally.loss), ("region_loss", tally.region_loss)):
         found[name] = {

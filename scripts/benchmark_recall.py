@@ -39,6 +39,7 @@ from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from models import load_model
 from models.checkpoints.contents import Contents
+from scripts.recall_report import write_report
 
 ROOT = Path(__file__).parents[1]
 # Whole shots over, which is dense attention to all that went before; then chunks of a frame, and fewer of them.
@@ -49,7 +50,7 @@ PROGRESSIVE = ((0.0, 48, 7), (0.25, 48, 3), (0.4, 24, 3), (0.55, 24, 2), (0.7, 2
 class RecallRowsConfig:
     """What to train and to read.
 
-    rows: names among ROWS.
+    rows: names among ROWS; without any, the tables of the output's rows are made anew.
     steps: how long each is trained.
     minutes: how long training lasts in this call, at most.
     seed: the seed of training and of the reader.
@@ -81,7 +82,7 @@ class RecallRowsConfig:
     def __post_init__(self) -> None:
         check_least(self, "", 1, "steps", "scenes", "reader_steps", "sampling_steps", "batch")
         unknown = sorted(set(self.rows) - set(ROWS))
-        if unknown or not self.rows:
+        if unknown:
             raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
 
 
@@ -108,7 +109,10 @@ ROWS = {
 
 @command("benchmark_recall", RecallRowsConfig)
 def main(config: RecallRowsConfig) -> None:
-    folder = Path(config.folder).resolve()
+    folder, output = Path(config.folder).resolve(), Path(config.output)
+    if not config.rows:
+        write_report(json.loads(output.read_text())["rows"], output)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(config.rows)) as pool:
         trainings = {pool.submit(train, row, config, folder): row for row in config.rows}
@@ -116,7 +120,7 @@ def main(config: RecallRowsConfig) -> None:
         for training in as_completed(trainings):
             row = tester.test(trainings[training], training.result())
             print(json.dumps(row), flush=True)
-            append(Path(config.output), row)
+            append(output, row)
 
 
 def run_name(row: str, config: RecallRowsConfig) -> str:
@@ -259,7 +263,9 @@ def append(output: Path, row: dict) -> None:
     rows = json.loads(output.read_text())["rows"] if output.exists() else []
     key = [row["row"], row["seed"], row["steps"]]
     rows = [other for other in rows if [other["row"], other["seed"], other["steps"]] != key] + [row]
-    write_whole(output, (json.dumps({"rows": rows}, indent=1) + "\n").encode())
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+    write_whole(output, f'{{"rows": {text}}}\n'.encode())
+    write_report(rows, output)
 
 
 if __name__ == "__main__":

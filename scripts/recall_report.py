@@ -1,0 +1,157 @@
+"""Tables and plots from the rows of `benchmark_recall.py`."""
+
+from pathlib import Path
+
+import numpy as np
+
+from scripts.measuring import markdown_table
+
+TITLES = {
+    "dense": "dense",
+    "dense_causal": "all earlier shots, by routing",
+    "moc_from_dense": "MoC from dense, progressive",
+    "moc": "MoC from scratch",
+    "moc_k2": "MoC from scratch, k = 2",
+    "moc_no_drops": "MoC from scratch, no drops",
+    "moc_all_text": "MoC from scratch, all text anchored",
+    "first_frame": "first frame of every shot",
+    "random": "random routes",
+    "own_shot": "own shot only",
+}
+SIGMAS = ("0.8", "0.95")
+
+
+def write_report(rows: list[dict], output: Path) -> None:
+    """Writes `output` with .md and .png in the place of .json."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    rows = sorted((row for row in rows if "all" in row), key=lambda row: (list(TITLES).index(row["row"]), row["seed"]))
+    if rows:
+        output.with_suffix(".md").write_text(tables(rows))
+        draw(rows, output.with_suffix(".png"))
+
+
+def tables(rows: list[dict]) -> str:
+    first = rows[0]["machine"]
+    reader = rows[0]["reader"]
+    parts = [
+        "# Recall, row beside row\n\n"
+        f"{first['device']}; torch {first['torch']}; {first['date']}; commit {first['commit']}. Made by "
+        "scripts/benchmark_recall.py. Recall is the share of looks (fur and outfit, six colours each: chance 0.167) "
+        "that reappear right in a last shot sampled after a true history; the reader tells true shots to "
+        f"{min(reader['fur'], reader['outfit']):.3f} at least. Intervals hold 95 %.",
+        "## Recall, and loss of the last shot\n\n" + _main(rows),
+        "## Recall by distance in shots\n\n" + _by_distance(rows),
+        "## Beside look-alikes\n\n" + _look_alikes(rows),
+        "## Retrieval: where the returning character routes to\n\n" + _retrieval(rows),
+        *(f"## The dense model, seed {row['seed']}, with its attention swapped\n\n" + _swapped(row)
+          for row in rows if "swapped" in row),
+        "## Commands\n\n" + "\n".join(f"- {_title(row)}: `{row['command']}`" for row in rows),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _title(row: dict) -> str:
+    done = "" if row["steps_done"] == row["steps"] else f" (stopped at step {row['steps_done']})"
+    return f"{TITLES[row['row']]}, seed {row['seed']}{done}"
+
+
+def _main(rows: list[dict]) -> str:
+    head = ["row", "recall", "minus dense", "sparsity of video pairs", "fur", "outfit", "wrong, but of the scene",
+            *(f"loss, sigma {s}" for s in SIGMAS), *(f"of the character, sigma {s}" for s in SIGMAS),
+            "scenes seen", "minutes"]  # fmt: skip
+    lines = []
+    for row in rows:
+        found = row["all"]
+        low, high = found["interval"]
+        losses = [
+            f"{found[name][s][0]:.4f} ± {found[name][s][1]:.4f}" for name in ("loss", "region_loss") for s in SIGMAS
+        ]
+        lines.append([
+            _title(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})", _minus_dense(row, rows),
+            f"{found['sparsity']:.1%}", *(f"{found['by_attribute'][name]:.3f}" for name in ("fur", "outfit")),
+            f"{found['copied']:.3f}", *losses, row["scenes_seen"], f"{row['train_minutes']:.1f}",
+        ])  # fmt: skip
+    return markdown_table(head, lines)
+
+
+def _minus_dense(row: dict, rows: list[dict]) -> str:
+    """The difference over the same scenes."""
+    rivals = [r for r in rows if r["row"] == "dense" and r["seed"] == row["seed"] and r is not row]
+    if not rivals or len(rivals[0]["all"]["right"]) != len(row["all"]["right"]):
+        return ""
+    difference = (_right(row) - _right(rivals[0])).mean(1)
+    half = 1.96 * difference.std() / len(difference) ** 0.5
+    return f"{difference.mean():+.3f} ± {half:.3f}"
+
+
+def _right(row: dict) -> np.ndarray:
+    """Whether each look of each scene is right, float [B, 2]."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["all"]["right"]), np.uint8))
+    return bits[: row["all"]["readings"]].reshape(-1, 2).astype(float)
+
+
+def _by_distance(rows: list[dict]) -> str:
+    distances = list(rows[0]["all"]["by_distance"])
+    lines = []
+    for row in rows:
+        cells = [row["all"]["by_distance"][d] for d in distances]
+        lines.append([_title(row), *(f"{share:.3f} ({low:.3f} to {high:.3f})" for share, low, high, _ in cells)])
+    return markdown_table(["row", *distances], lines)
+
+
+def _look_alikes(rows: list[dict]) -> str:
+    lines = []
+    for row in (row for row in rows if "look_alikes" in row):
+        found = row["look_alikes"]
+        low, high = found["interval"]
+        lines.append([_title(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})", f"{found['copied']:.3f}"])
+    return markdown_table(["row", "recall", "wrong, but of the scene"], lines)
+
+
+def _retrieval(rows: list[dict]) -> str:
+    head = ["row", "layer", "heads: routes that lead to the shot which shows it", "tokens with such a route",
+            "dense mass on other shots", "of that on its routes", "on the best as many"]  # fmt: skip
+    lines = []
+    for row in rows:
+        precision, reached, mass = row["all"].get("precision"), row["all"].get("reached"), row["mass"]
+        for layer in range(len(mass["kept"])):
+            cells = [table[layer] if table else [] for table in (precision, reached)]
+            cells += [mass[name][layer] for name in ("elsewhere", "kept", "best")]
+            lines.append([_title(row), layer + 1, *(" ".join(f"{x:.2f}" for x in cell) for cell in cells)])
+    return markdown_table(head, lines)
+
+
+def _swapped(row: dict) -> str:
+    lines = [["dense", "0.0%", *_recall_and_loss(row["all"])]]
+    lines += [[f"k = {k}", f"{found['sparsity']:.1%}", *_recall_and_loss(found)] for k, found in row["swapped"].items()]
+    return markdown_table(["routed chunks", "sparsity of video pairs", "recall", "character's loss, 0.95"], lines)
+
+
+def _recall_and_loss(found: dict) -> list[str]:
+    low, high = found["interval"]
+    loss, half = found["region_loss"]["0.95"]
+    return [f"{found['recall']:.3f} ({low:.3f} to {high:.3f})", f"{loss:.4f} ± {half:.4f}"]
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Recall against distance, and the character's loss against the pairs attended to."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for row in rows:
+        found = row["all"]
+        distances = [int(d) for d in found["by_distance"]]
+        shares, lows, highs, _ = np.array(list(found["by_distance"].values())).T
+        label = _title(row)
+        (line,) = left.plot(distances, shares, marker="o", markersize=3, label=label)
+        left.fill_between(distances, lows, highs, color=line.get_color(), alpha=0.15)
+        loss, half = found["region_loss"]["0.95"]
+        right.errorbar(100 * (1 - found["sparsity"]), loss, half, marker="o", color=line.get_color(), label=label)
+    left.axhline(1 / 6, color="grey", linestyle=":", linewidth=1)
+    left.set(xlabel="shots since the name was shown", ylabel="looks recalled", ylim=(0, 1.02))
+    right.set(xlabel="pairs of video tokens attended to, % of dense", ylabel="loss of the character, sigma 0.95")
+    left.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

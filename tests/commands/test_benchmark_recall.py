@@ -1,0 +1,57 @@
+"""The record of the recall rows: rows replace their like, and tables compare rows scene by scene."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from moc.errors import UserError
+from scripts.benchmark_recall import ROWS, RecallRowsConfig, append, arguments
+from scripts.recall_report import TITLES, tables
+
+
+def row(name: str, right: list[int], steps: int = 10) -> dict:
+    """A tested row whose looks were read so, two for each scene."""
+    share = [0.5, 0.4, 0.6, len(right)]
+    losses = {"0.8": [0.2, 0.01], "0.95": [0.3, 0.01]}
+    found = {
+        "readings": len(right), "recall": float(np.mean(right)), "interval": [0.4, 0.6], "sparsity": 0.8, "copied": 0.1,
+        "by_attribute": {"fur": 0.5, "outfit": 0.5}, "by_distance": {"1": share, "2": share}, "loss": losses,
+        "region_loss": losses, "right": np.packbits(right).tobytes().hex(),
+    }  # fmt: skip
+    mass = {name: [[0.5, 0.25]] for name in ("elsewhere", "kept", "best")}
+    return {
+        "row": name, "seed": 0, "steps": steps, "steps_done": steps, "scenes_seen": 20, "train_minutes": 1.0,
+        "reader": {"fur": 0.99, "outfit": 1.0}, "all": found, "look_alikes": copy.deepcopy(found), "mass": mass,
+        "command": "python train.py", "machine": {"device": "a GPU", "torch": "2", "date": "today", "commit": "c"},
+    }  # fmt: skip
+
+
+def test_every_row_has_a_title_and_settings():
+    assert ROWS.keys() == TITLES.keys()
+    shared = arguments("dense", RecallRowsConfig(steps=100, settings=["optim.lr=0.1"]))
+    assert shared == ["experiment=recall", "optim.lr=0.1", "trainer.num_steps=100", "seed=0", "moc=dense"]
+    (stages,) = ROWS["moc_from_dense"](100)
+    assert stages.startswith("schedule=[{step: 0, chunk_tokens: 48, top_k: 7}, {step: 25,")
+    with pytest.raises(UserError, match="lame"):
+        RecallRowsConfig(rows=["lame"])
+
+
+def test_a_row_takes_the_place_of_its_like_and_of_no_other(tmp_path):
+    output = tmp_path / "recall.json"
+    for given in (row("dense", [1, 1]), row("moc", [1, 0]), row("dense", [1, 0]), row("dense", [1, 1], steps=20)):
+        append(output, given)
+    rows = json.loads(output.read_text())["rows"]
+    found = [(r["row"], r["steps"], r["all"]["recall"]) for r in rows]
+    assert found == [("moc", 10, 0.5), ("dense", 10, 0.5), ("dense", 20, 1.0)]
+    assert output.with_suffix(".png").stat().st_size > 1000
+    assert "MoC from scratch, seed 0" in output.with_suffix(".md").read_text()
+
+
+def test_rows_are_compared_with_dense_over_the_same_scenes():
+    dense = row("dense", [1, 1, 1, 0, 1, 1, 0, 0])
+    text = tables([dense, row("moc", [1, 1, 1, 0, 0, 1, 0, 1])])
+    # By scene: 0, 0, -1/2, 1/2.
+    assert "+0.000 ± 0.346" in text
+    assert tables([row("moc", [1, 0])]).count("±") == 4  # of the losses
