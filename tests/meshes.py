@@ -1,4 +1,5 @@
-"""One training step on meshes of processes, against the step of one process: losses and gradients must be the same.
+"""One training step on meshes of processes, against the step of one process: losses and gradients must be the same. And
+what is saved then comes back.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.meshes FOLDER [--device cpu]
 
@@ -12,18 +13,18 @@ from argparse import ArgumentParser
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moc.batch import Batch, Sample, make_batch
+from moc.batch import Sample, make_batch
 from moc.config import MoCConfig
 from moc.diffusion import Flow
 from moc.schedule import MoCSchedule
-from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
-from moc.training.shards import whole
+from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig, find_checkpoint
+from moc.training.checkpoint import optimizer_states
+from moc.training.shards import local, whole
 from models import ModelConfig, build_model
 from models.lora import Lora
 
@@ -93,49 +94,71 @@ def make_samples() -> list[Sample]:
     ]
 
 
-def step(case: Case, parallel: Parallel) -> dict[str, Tensor]:
-    """The loss, the gradient's norm before clipping, and whole gradients by name as the optimizer is given them."""
-    model, samples = make_model(case), make_samples()
-    settings = SETTINGS[case.family]
+def make_trainer(case: Case, parallel: Parallel, folder: Path) -> Trainer:
+    return Trainer(
+        parallel, make_model(case), Flow(), SETTINGS[case.family], MoCSchedule(), OptimConfig(clip_norm=0.5),
+        TrainerConfig(), folder, 0, save_extras=lambda _: None,
+    )  # fmt: skip
+
+
+def step(case: Case, trainer: Trainer) -> dict[str, Tensor]:
+    """Takes a step. Returns the loss, the gradient's norm before clipping, and whole gradients by name as the optimizer
+    is given them."""
+    model, parallel, samples = trainer.bare_model, trainer.parallel, make_samples()
     bins = parallel.data_ranks * case.accumulation
     packs = [samples[n::bins] for n in range(parallel.data_rank, bins, parallel.data_ranks)]
-    batches: list[Batch] = [make_batch(pack, model.stream, settings.chunk_tokens) for pack in packs]
+    batches = [make_batch(pack, model.stream, trainer.moc.chunk_tokens) for pack in packs]
     found: dict[str, Tensor] = {}
-    with TemporaryDirectory() as folder:
-        trainer = Trainer(
-            parallel, model, Flow(), settings, MoCSchedule(), OptimConfig(clip_norm=0.5), TrainerConfig(),
-            Path(folder), 0, save_extras=lambda _: None,
-        )  # fmt: skip
 
-        def capture(*_: object) -> None:
-            for name, weight in model.named_parameters():
-                if weight.requires_grad:
-                    found[name] = whole(weight.grad).cpu().clone()
+    def capture(*_: object) -> None:
+        for name, weight in model.named_parameters():
+            if weight.requires_grad:
+                found[name] = whole(weight.grad).cpu().clone()
 
-        trainer.optimizer.register_step_pre_hook(capture)
-        assert trainer._train_step(batches)
-        totals = trainer._look(None)
+    trainer.optimizer.register_step_pre_hook(capture)
+    assert trainer._train_step(batches)
+    totals = trainer._look(None)
     assert not totals.skipped
     return found | {"loss": torch.tensor(totals.loss), "grad_norm": torch.tensor(totals.grad_norm)}
+
+
+def state(trainer: Trainer) -> list[Tensor]:
+    """What this process holds of the weights, their averages and the optimizer's states."""
+    states = optimizer_states(trainer.bare_model, trainer.optimizer)
+    tensors = (trainer.bare_model.state_dict(), trainer.ema.averages, states)
+    return [local(tensor).clone() for by_name in tensors for _, tensor in sorted(by_name.items())]
 
 
 def write_expected(folder: Path, device: str) -> None:
     """What one process makes of each case."""
     for case in CASES:
-        save_file(step(case, Parallel(ParallelConfig(device, "fp32"))), folder / f"{case.name}.safetensors")
+        trainer = make_trainer(case, Parallel(ParallelConfig(device, "fp32")), folder)
+        save_file(step(case, trainer), folder / f"{case.name}.safetensors")
 
 
 def check(folder: Path, device: str) -> None:
-    """Raises AssertionError where a mesh of these processes makes other losses or gradients."""
+    """Raises AssertionError where a mesh of these processes makes other losses or gradients, or where what a checkpoint
+    gives back is not what was saved."""
     for axes, case in product(MESHES[int(os.environ["WORLD_SIZE"])], CASES):
-        found = step(case, Parallel(ParallelConfig(device, "fp32", **axes)))
-        expected = load_file(folder / f"{case.name}.safetensors")
-        assert found.keys() == expected.keys()
-        size = torch.stack([x.norm() for name, x in expected.items() if name not in ("loss", "grad_norm")]).norm()
-        for name, value in expected.items():
-            least = 1e-3 * size if value.dim() else 0  # a gradient that is all but zero counts as so large
-            wrong = float((found[name] - value).norm() / max(value.norm(), least))
-            assert wrong < 1e-4, f"{case.name} on {axes}: {name} differs by {wrong:.1e} of its size"
+        what = f"{case.name} on {axes}"
+        parallel = Parallel(ParallelConfig(device, "fp32", **axes))
+        run = folder / what
+        trainer = make_trainer(case, parallel, run)
+        assert_alike(step(case, trainer), load_file(folder / f"{case.name}.safetensors"), what)
+        trainer.save({"position": 0})
+        resumed = make_trainer(case, parallel, run)
+        resumed.resume(find_checkpoint(run))
+        assert len(state(resumed)) == len(state(trainer)), what
+        assert all(map(torch.equal, state(resumed), state(trainer))), f"{what}: the checkpoint holds something else"
+
+
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    assert found.keys() == expected.keys(), what
+    size = torch.stack([x.norm() for name, x in expected.items() if name not in ("loss", "grad_norm")]).norm()
+    for name, value in expected.items():
+        least = 1e-3 * size if value.dim() else 0  # a gradient that is all but zero counts as so large
+        wrong = float((found[name] - value).norm() / max(value.norm(), least))
+        assert wrong < 1e-4, f"{what}: {name} differs by {wrong:.1e} of its size"
 
 
 def launch(processes: int, folder: Path, device: str) -> None:

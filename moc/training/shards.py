@@ -48,7 +48,8 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         value = whole(tensor)
         if keep:
-            kept[name] = tensor if value is tensor else value.cpu()
+            # A gathered tensor may be a view of a padded one, which a file would not take.
+            kept[name] = tensor if value is tensor else value.to("cpu", copy=True)
     return kept
 
 

@@ -1,4 +1,5 @@
-"""One loss and one gradient, whatever the mesh of processes: data, shards, sequence and their products."""
+"""One loss and one gradient, whatever the mesh of processes: data, shards, sequence and their products. And checkpoints
+that open under any of them."""
 
 import pytest
 import torch
