@@ -1,5 +1,7 @@
 """What can be wrong with the user's data: one exception, named, so that a report can list it."""
 
+from collections.abc import Mapping, Set
+
 from moc.errors import UserError
 
 
@@ -16,3 +18,12 @@ class DataError(UserError):
 
     def __reduce__(self) -> tuple:  # keeps the three fields when a loader worker passes the error on
         return type(self), (self.kind, self.where, self.message)
+
+
+def refuse_unknown(fields: Mapping, known: Set[str], where: str, kind: str) -> None:
+    """Raises DataError of `kind` for the first field that is not a known one."""
+    unknown = sorted(str(key) for key in fields if key not in known)
+    if unknown:
+        raise DataError(
+            kind, f"{where} {unknown[0]}", f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}"
+        )

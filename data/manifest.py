@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data.documents import read_objects
-from data.errors import DataError
+from data.errors import DataError, refuse_unknown
 from data.records import write_whole
 from moc.files import OutsideError, inside
 
@@ -143,7 +143,7 @@ def resolve(root: Path, relative: str, where: object) -> Path:
 
 def scene_from_dict(fields: dict, where: str) -> SceneRecord:
     """Check one line's object. Raises DataError citing `where` and the field."""
-    _refuse_unknown(fields, _SCENE_FIELDS, where)
+    refuse_unknown(fields, _SCENE_FIELDS, where, "unknown-field")
     scene_id = fields.get("id")
     if not isinstance(scene_id, str) or not 0 < len(scene_id) <= 200:
         raise DataError("bad-id", f"{where} id", f"must be a string of 1 to 200 characters, got {scene_id!r}")
@@ -165,12 +165,6 @@ def scene_from_dict(fields: dict, where: str) -> SceneRecord:
         shots=_shots(fields.get("shots"), where),
         origin=where,
     )
-
-
-def _refuse_unknown(fields: dict, known: frozenset[str], where: str) -> None:
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise DataError("unknown-field", f"{where} {unknown[0]}", f"fields are {', '.join(sorted(known))}")
 
 
 def check_caption(value: object, where: str) -> Caption:
@@ -221,7 +215,7 @@ def _shots(values: object, where: str) -> tuple[ShotRecord, ...]:
 def _shot(fields: object, where: str) -> ShotRecord:
     if not isinstance(fields, dict):
         raise DataError("bad-shot", where, f"a shot is an object, got {fields!r}")
-    _refuse_unknown(fields, _SHOT_FIELDS, where)
+    refuse_unknown(fields, _SHOT_FIELDS, where, "unknown-field")
     for name in ("start", "end"):
         value = fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from data.documents import flag
-from data.errors import DataError
+from data.errors import DataError, refuse_unknown
 
 _SCENE_FIELDS = {"scene_num", "video_prompts", "cut"}
 
@@ -46,10 +46,3 @@ def prompts_and_cuts(scenes: Any, where: str, kind: str) -> list[tuple[Any, bool
             raise DataError(kind, f"{here}.cut", f"{cuts[flags.index(None)]!r} is not true or false")
         found += [(prompt, bool(cut)) for prompt, cut in zip(prompts, flags, strict=True)]
     return found
-
-
-def refuse_unknown(fields: dict, known: set[str], where: str, kind: str) -> None:
-    """Raises DataError of `kind` for the first field that is not a known one."""
-    unknown = sorted(str(key) for key in fields if key not in known)
-    if unknown:
-        raise DataError(kind, where, f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")

@@ -47,9 +47,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Kept:
-    """What an unfinished film keeps. step: of sampling. made: the checksum of the latent of each finished shot, by its
-    number, which counts from 1. redo: the shots that are made anew, in a film that was whole before. tensors: whatever
-    else sampling goes on from."""
+    """The record of an unfinished film. step: of sampling. made: the checksum of the latent of each finished shot, by
+    its number, which counts from 1. redo: the shots that are made anew, in a film that was whole before. tensors:
+    whatever else sampling goes on from."""
 
     step: int = 0
     made: dict[int, int] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class FilmFolder:
         write_whole(self.path / PROGRESS, save(tensors, metadata))
 
     def kept(self) -> Kept:
-        """What was kept last; raises DataError (damaged-film) where it, or a latent it tells of, is not as written."""
+        """Returns what was kept last; raises DataError (damaged-film) where it or a latent of it is not as written."""
         if not (self.path / PROGRESS).exists():
             return Kept()
         _, kept = self._read_progress()
@@ -226,7 +226,7 @@ class FilmFolder:
                 path.unlink()
 
     def write_metadata(self, record: dict[str, Any]) -> None:
-        """What makes the film repeatable, as JSON; what JSON does not know is written as text."""
+        """Writes what makes the film repeatable, as JSON; what JSON does not know is written as text."""
         text = json.dumps(record, indent=2, default=str) + "\n"
         write_whole(self.path / METADATA, text.encode())
 
@@ -242,7 +242,7 @@ class FilmFolder:
             logger.warning("%s is left out, the film is whole (%s: %s)", path, type(error).__name__, error)
 
     def files(self) -> list[Path]:
-        """What there is to look at."""
+        """Lists what there is to look at."""
         return [path for pattern in FILES[2:] if pattern != METADATA for path in sorted(self.path.glob(pattern))]
 
 

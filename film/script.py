@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from data.documents import parse_json, parse_yaml, read_text
-from data.errors import DataError
+from data.errors import DataError, refuse_unknown
 from data.manifest import resolve, shot_prompt
-from data.stories import prompts_and_cuts, refuse_unknown, spans_between
+from data.stories import prompts_and_cuts, spans_between
 
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots"}

@@ -137,7 +137,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weig
 def load_denoiser(
     path: str | Path, low_noise: str | Path | None = None, dtype: torch.dtype | None = torch.float32
 ) -> ModelMixin | Experts:
-    """What a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
+    """Loads what a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
     path: of a folder with both (see `Contents.experts`), or of the high-noise one. low_noise: then the path of the
     other one. The boundary is where the high-noise one's noise levels begin (`Contents.own_flow`), else the release's.

@@ -1,4 +1,4 @@
-"""Which group of the stream each token belongs to, as the work around attention asks for it."""
+"""The group of the stream that each token belongs to, as the work around attention asks for it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ TILE = 64
 
 
 class Members(NamedTuple):
-    """Which group each token of one modality belongs to, and the same as tiles of up to `TILE` tokens of one group.
+    """The group of each token of one modality, and the same as tiles of up to `TILE` tokens of one group.
 
     group: int [Lx]. tiles: int64 [n, TILE], places of a tile's tokens, -1 past its end. tile_group: int64 [n].
     """

@@ -207,7 +207,7 @@ class StreamAttention:
 
 
 class Embedded(NamedTuple):
-    """What the blocks of a model work on.
+    """The things that the blocks of a model work on.
 
     tokens: what a block takes first and returns changed. inputs: what every block is given besides.
     condition: the vector of each group that modulates the output, fp32 [G, dim].

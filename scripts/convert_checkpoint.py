@@ -11,19 +11,16 @@ converted by itself: `input=FOLDER/transformer`, then `input=FOLDER/transformer_
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs.command import command
-from moc import MoCConfig
 from moc.errors import UserError
-from models import EncodersConfig
 from models.checkpoints.export import Beside, Form, convert
 from models.checkpoints.opening import open_checkpoint
 from models.checkpoints.pickles import convert_pickle
@@ -43,7 +40,7 @@ class Dtype(StrEnum):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Beside):
     """What to convert, and into what.
 
     input: the file or folder to convert.
@@ -52,10 +49,6 @@ class Settings:
     weights: those of a training checkpoint to take.
     dtype: that of the output; norms, modulation and the time embedder are fp32 in each but stored.
     max_shard_gb: the size of a folder's largest file.
-    moc: settings of attention to write beside the weights; null takes the input's.
-    shift: the flow's, in a training checkpoint; null takes the input's.
-    encoders_path: a folder of encoders for a training checkpoint; null takes the input's.
-    encoders: the settings of its encoders themselves, in place of encoders_path.
     """
 
     input: str = ""
@@ -64,12 +57,9 @@ class Settings:
     weights: Weights = Weights.ema
     dtype: Dtype = Dtype.stored
     max_shard_gb: float = 10.0
-    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
-    shift: float | None = None
-    encoders_path: str | None = None
-    encoders: EncodersConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.input:
             raise UserError("input= is missing: the file or folder to convert")
         if not 0 < self.max_shard_gb < math.inf:
@@ -82,7 +72,7 @@ def main(settings: Settings) -> None:
     if source.suffix in PICKLES:
         if not settings.output:
             raise UserError("output= is missing: the folder to write")
-        if settings != Settings(settings.input, settings.output):
+        if settings != Settings(input=settings.input, output=settings.output):
             raise UserError(f"{source} is a pickle, with which only input and output go; leave the other settings out")
         print(f"{source}: {convert_pickle(source, output)}")
     else:
@@ -91,9 +81,7 @@ def main(settings: Settings) -> None:
         print(f"{source}: {checkpoint.describe()}")
         if settings.output:
             dtype = None if settings.dtype == Dtype.stored else getattr(torch, settings.dtype)
-            moc = {name: value for name, value in settings.moc.items() if value is not None}
-            beside = Beside(moc, settings.shift, settings.encoders_path, settings.encoders)
-            convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3), settings.form, beside)
+            convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3), settings.form, settings)
     if settings.output:
         print(f"wrote {output}")
 

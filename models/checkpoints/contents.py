@@ -1,4 +1,4 @@
-"""What a path holds: a run, a training checkpoint, a diffusers pipeline, the release of Wan2.2 or a model by itself.
+"""`Contents` tells what a path holds: a run, a training checkpoint, a diffusers pipeline, Wan2.2's release or a model.
 
 Only this module knows the names of the folders in them. It answers with paths and settings; `opening.py` beside it
 reads the weights, `models/encoders/pair.py` the encoders.
@@ -23,7 +23,7 @@ PIPELINE_FILE = "model_index.json"  # the file that makes a folder a diffusers p
 
 @dataclass(frozen=True)
 class Contents:
-    """What `path` holds; nothing is read before it is asked for.
+    """Answers what `path` holds; nothing is read before it is asked for.
 
     Raises UserError, as it is asked, where a file is not what it should be.
     """

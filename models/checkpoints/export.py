@@ -5,7 +5,7 @@ Written are a diffusers folder, one file with Wan's original names, or a run's f
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from models.encoders.text import TextKind
 
 
 class Form(StrEnum):
-    """What to write. auto: original for a path that ends in .safetensors, else diffusers."""
+    """The form to write. auto: original for a path that ends in .safetensors, else diffusers."""
 
     auto = "auto"
     diffusers = "diffusers"
@@ -38,14 +38,17 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Beside:
-    """What goes beside the weights; what is None or empty comes from the input, where that has it.
+    """The settings beside the weights; null takes the input's, where it has them. All but moc are for a training
+    checkpoint.
 
-    moc: attention settings (moc.json). In a training checkpoint only: shift, of its flow; encoders_path, what
-    `models.encoders.pair.read_encoders` reads; embedded encoders are copied, others noted by path; or encoders, their
-    settings themselves, which say what a path cannot: how HoloCine's weights were trained.
+    moc: the settings of attention, moc.json.
+    shift: that of the flow.
+    encoders_path: what `models.encoders.pair.read_encoders` reads; embedded encoders are copied, others noted by path.
+    encoders: the settings of the encoders themselves, in place of encoders_path; they say what a path cannot: how
+    HoloCine's weights were trained.
     """
 
-    moc: dict[str, Any] = field(default_factory=dict)
+    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     shift: float | None = None
     encoders_path: str | None = None
     encoders: EncodersConfig | None = None
@@ -54,10 +57,16 @@ class Beside:
         if self.encoders_path and self.encoders:
             raise UserError(f"encoders_path={self.encoders_path} and encoders exclude each other; leave one out")
 
+    def given(self) -> list[str]:
+        """The names of those that do not come from the input."""
+        values = {field.name: getattr(self, field.name) for field in fields(Beside)}
+        values["moc"] = next((value for value in self.moc.values() if value is not None), None)
+        return [name for name, value in values.items() if value is not None]
+
     def check(self, form: Form) -> None:
         """Raises UserError where a form has no place for something given."""
-        kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: tuple(vars(self))}[form]
-        lost = [name for name, value in vars(self).items() if value not in (None, {}) and name not in kept]
+        kept = {Form.original: (), Form.diffusers: ("moc",), Form.checkpoint: tuple(self.given())}[form]
+        lost = [name for name in self.given() if name not in kept]
         if lost:
             raise UserError(f"form={form} has no place for {', '.join(lost)}; use form=checkpoint")
 
@@ -143,7 +152,7 @@ def _write_diffusers(
 
 def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
     """The input's attention settings with the given ones; None where there are neither."""
-    if not beside.moc:
+    if "moc" not in beside.given():
         return checkpoint.moc
     return (checkpoint.moc or MoCConfig()).override(beside.moc)
 

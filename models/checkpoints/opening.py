@@ -86,7 +86,7 @@ class Checkpoint:
         return model
 
     def dtypes(self, model: ModelMixin, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-        """What each weight of `model` is to be held in where `dtype` is asked for: norms, modulation and the time
+        """The dtype that each weight of `model` is held in where `dtype` is asked for: norms, modulation and the time
         embedder in fp32, whatever it is. None: as they are stored."""
         names, wide = list(model.state_dict()), set(model._keep_in_fp32_modules)
         if dtype is None:

@@ -103,7 +103,7 @@ class TensorSource:
 
 
 def download_hint(path: str | Path) -> str:
-    """How to fetch what a path names, where it could be a repository of the Hugging Face hub; "" where it could not."""
+    """Tells how to fetch what a path names, where it could be a repository of the Hugging Face hub; else ""."""
     match = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)", str(path))
     if match is None or Path(path).parent.exists():
         return ""

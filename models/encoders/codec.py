@@ -1,4 +1,4 @@
-"""What a codec is: video to latents and back, shot by shot, in memory independent of length.
+"""Codecs turn video into latents and back, shot by shot, in memory independent of length.
 
 A codec is causal: the first frame of a video is a latent frame of its own, so that a still image is one latent frame,
 and every `temporal_factor` frames after it are one more. What a video is to it, `CodecConfig.continuous` says:
@@ -63,7 +63,7 @@ class CodecConfig:
 
 
 class Codec(nn.Module):
-    """What data, trainer and sampler rely on. A codec supplies `encode_piece` and `decode_piece`."""
+    """The interface that data, trainer and sampler rely on. A codec supplies `encode_piece` and `decode_piece`."""
 
     latent_channels: int
     temporal_factor: int = 4

@@ -60,7 +60,7 @@ def amplitudes() -> Tensor:
 
 
 def kept_coefficients(channels: int, still_detail: bool = True) -> Tensor:
-    """Which of a block's 768 coefficients each channel holds: int64 [2, C], for the first latent frame and for others.
+    """The one of a block's 768 coefficients that each channel holds: int64 [2, C], of first latent frames, of others.
 
     A channel of temporal frequency 0 holds the same in both; the others have in the first the next of those, or
     without `still_detail` the same as well, which is 0 where nothing moves.

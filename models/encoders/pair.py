@@ -36,7 +36,7 @@ class EncodersConfig:
 
 @dataclass(frozen=True)
 class Encoders:
-    """What `build_encoders` and `load_encoders` give."""
+    """A codec and a text encoder, and the settings they were built by."""
 
     config: EncodersConfig
     codec: Codec

@@ -80,7 +80,7 @@ class TextConfig:
 
 
 class TextEncoder(nn.Module):
-    """What data, trainer and sampler rely on."""
+    """The interface that data, trainer and sampler rely on."""
 
     text_dim: int
     fingerprint: str
