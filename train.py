@@ -18,6 +18,7 @@ from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.dataset import ShotDataset, open_dataset
 from data.loading.endless import RecallWorld, open_loader
+from film.progress import scene_drawer
 from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
@@ -63,9 +64,10 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots).write(folder)
         draw_curves(run_folder, read_metrics(run_folder))
 
+    draw_samples = scene_drawer(dataset, config, parallel) if config.trainer.sample_every else None
     moc, schedule, optim, length = config.moc, MoCSchedule(config.schedule), config.optim, config.trainer
     trainer = Trainer(
-        parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras=save_extras
+        parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras, draw_samples
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     refuse_later(run_folder, trainer.step)

@@ -92,7 +92,8 @@ def _start(config: TrainConfig) -> tuple[Path | None, int]:
 def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> str:
     """Some steps and a save of the run itself. Raises UserError where memory or the disk does not suffice."""
     found, first = _start(config)
-    length = replace(config.trainer, num_steps=first + _STEPS, log_every=1, validate_every=0, checkpoint_every=0)
+    never = {"validate_every": 0, "checkpoint_every": 0, "sample_every": 0}
+    length = replace(config.trainer, num_steps=first + _STEPS, log_every=1, **never)
     trial = replace(
         config,
         output=str(config.run_folder),

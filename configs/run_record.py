@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FREE = (
     "name", "output", "resume", "allow_changes", "preflight", "tracking", "parallel",
     "trainer.num_steps", "trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every",
-    "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
+    "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
     "moc.backend", "moc.dense_kernel", "moc.deterministic",
 )  # fmt: skip

@@ -63,6 +63,7 @@ class TrainerConfig:
 
     num_steps: optimizer steps of the run.
     log_every, validate_every, checkpoint_every: how many steps lie between two; 0 is never.
+    sample_every: how many steps lie between two samples of a held-out scene; 0 is never.
     keep_checkpoints: how many of the newest stay.
     keep_every: the checkpoints of every so many steps stay besides; 0 is none.
     ema_decay: the share of the moving average of the weights that each step keeps.
@@ -72,6 +73,7 @@ class TrainerConfig:
     num_steps: int = 20_000
     log_every: int = 10
     validate_every: int = 500
+    sample_every: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     keep_every: int = 0
@@ -80,7 +82,9 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "trainer", 1, "num_steps", "log_every", "keep_checkpoints")
-        check_least(self, "trainer", 0, "validate_every", "checkpoint_every", "keep_every", "max_skipped_steps")
+        check_least(
+            self, "trainer", 0, "validate_every", "sample_every", "checkpoint_every", "keep_every", "max_skipped_steps"
+        )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
 
@@ -103,11 +107,12 @@ class Trainer:
         run_folder: Path,
         seed: int,
         save_extras: Callable[[Path], None],
+        draw_samples: Callable[[Any, MoCConfig, int], None] | None = None,
     ) -> None:
         self.parallel = parallel
         self.flow, self.moc, self.schedule = flow, moc, schedule
         self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
-        self.save_extras = save_extras
+        self.save_extras, self.draw_samples = save_extras, draw_samples
         freeze_parts(model, optim.parts)
         self._hollow: Any = hollow(model)  # says what the model is, and is filled to be saved
         self.bare_model, self.model = model, parallel.wrap(model)
@@ -208,7 +213,10 @@ class Trainer:
                 self._save_or_go_on(last)
             if not validated and not last:
                 return False
-            if saves or validator:
+            samples = self.draw_samples and _due(self.step, self.config.sample_every)
+            if samples:
+                self._draw_samples()
+            if saves or validator or samples:
                 self._clock.reset()
         return True
 
@@ -373,6 +381,14 @@ class Trainer:
             metrics.log(self.step, values | {f"routing/{key}": value for key, value in routing.items()})
         self._validation_due = False
         return True
+
+    def _draw_samples(self) -> None:
+        """Has the averaged weights sample; every process takes part."""
+        assert self.draw_samples
+        self.model.eval()
+        with self.ema.applied(self.bare_model), self.parallel.autocast(), torch.no_grad():
+            self.draw_samples(self.bare_model, self.schedule.at(self.step, self.moc), self.step)
+        self.model.train()
 
 
 def _due(step: int, every: int) -> bool:

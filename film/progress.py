@@ -1,0 +1,68 @@
+"""Samples of a held-out scene while a model trains, always from the same noise, so that the pictures compare."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from configs.schema import TrainConfig
+from data.loading.dataset import ShotDataset
+from data.loading.order import Draw
+from film.shooting import pictures
+from film.storyboard import Panel, draw_routing_map, draw_storyboard, pick_frames
+from moc.batch import Sample
+from moc.config import MoCConfig
+from moc.diffusion import SamplingConfig, Story, sample_shots
+from moc.errors import UserError
+from moc.statistics import RoutingMap
+from moc.training import Parallel
+from models import load_encoders
+
+# Keys and values are not kept: a model that is spread over processes computes whole streams.
+SAMPLING = SamplingConfig(steps=20, guidance_scale=3.0, lag=0.3, cache=False)
+
+logger = logging.getLogger(__name__)
+
+
+def scene_drawer(dataset: Any, config: TrainConfig, parallel: Parallel) -> Callable[[Any, MoCConfig, int], None]:
+    """What draws a model's sample at a step, as storyboard and routing map in `samples/` of the run's folder; every
+    process takes part.
+
+    The scene is the first one held out, or of all where none is. Raises UserError for data without scenes.
+    """
+    if not isinstance(dataset, ShotDataset):
+        raise UserError("trainer.sample_every needs prepared data; set it to 0 with data.recall")
+    (scene, null), folder = _scene(dataset, config.data.validation), config.run_folder / "samples"
+    codec, fps = load_encoders(dataset.encoders_folder).codec, dataset.frame_rates[0] if dataset.frame_rates else 24.0
+
+    def draw(model: Any, moc: MoCConfig, step: int) -> None:
+        text, negative = ([parallel.put(x.float()) for x in sample.text] for sample in (scene, null))
+        shapes: list[Any] = [tuple(latent.shape) for latent in scene.latents]
+        story = Story(shapes, text, negative, cuts=scene.cuts)
+        routing, panels = RoutingMap(len(story.shapes)), []
+        decode = codec.to(parallel.device).shot_decoder()
+        try:
+            shots = sample_shots(model, model.stream, moc, config.flow, story, SAMPLING, routing_map=routing)
+            for index, latent in shots:
+                frames = np.concatenate([pictures(piece, f"shot {index + 1}") for piece in decode(latent)])
+                cut = not scene.cuts or bool(scene.cuts[index])
+                panels.append(Panel(index + 1, "", len(frames) / fps, cut, frames[pick_frames(len(frames))]))
+        except FloatingPointError as error:
+            logger.warning("no sample is drawn at step %d: %s", step, error)
+            return
+        finally:
+            codec.to("cpu")
+        if parallel.is_main:
+            draw_storyboard(folder / f"step_{step:07d}.png", f"{scene.id}, step {step}", panels)
+            draw_routing_map(folder / f"step_{step:07d}_routing.png", routing.shares())
+
+    return draw
+
+
+def _scene(dataset: ShotDataset, validation: int) -> tuple[Sample, Sample]:
+    """A scene with its captions, and without."""
+    item = dataset.split(validation).held_out[0] if validation else 0
+    dropped = (True,) * len(dataset[item].latents)
+    null = Draw(0, item, drop_global_caption=True, drop_shot_captions=dropped)
+    return dataset[item], dataset.sample(null)

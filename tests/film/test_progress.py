@@ -1,0 +1,29 @@
+"""Samples of a held-out scene while a model trains: drawn at their steps, from one noise, no trace left in the run."""
+
+from PIL import Image
+
+from moc.training import read_metrics
+from tests import pipeline
+from tests.pipeline import assert_one_message, refusal
+
+
+def losses(run):
+    return [row["loss"] for row in read_metrics(run) if "loss" in row]
+
+
+def test_samples_are_drawn_at_their_steps_and_change_nothing(prepared, trained, tmp_path):
+    run = pipeline.train(prepared, tmp_path / "run", "trainer.sample_every=2", "data.validation=1")
+    names = sorted(path.name for path in (run / "samples").iterdir())
+    assert names == ["step_0000002.png", "step_0000002_routing.png"]
+    assert losses(run) == losses(trained)
+    whole = (run / "samples/step_0000002.png").read_bytes()
+    assert Image.open(run / "samples/step_0000002.png").height > 3 * 100  # a row for each of three shots
+    again = pipeline.train(prepared, tmp_path / "again", "trainer.sample_every=1")
+    assert (again / "samples/step_0000002.png").read_bytes() == whole
+    assert (again / "samples/step_0000003.png").read_bytes() != whole
+
+
+def test_samples_need_prepared_data(tmp_path, capsys):
+    place = (f"output={tmp_path}", "name=run", "parallel=cpu", "trainer.num_steps=1")
+    said = refusal(capsys, "train.py", "experiment=recall", *place, "trainer.sample_every=1")
+    assert_one_message(said, "trainer.sample_every needs prepared data; set it to 0 with data.recall")
