@@ -1,22 +1,29 @@
 """Films a prompt script: `python sample.py checkpoint=PATH script=FILE out=DIR key=value ...`.
 
 Writes to DIR, each as soon as it is known: latents/NN.safetensors, shots/NN.mp4, then video.mp4, metadata.json with
-everything to repeat it, storyboard.png and routing.png. A command that was killed goes on where it was.
+everything to repeat it, storyboard.png and routing.png. A command that was killed goes on where it was. script=FOLDER
+films each script in it, to DIR/NAME; dry_run=true tells what the films will cost, and makes none.
 """
 
 from configs.command import command
 from configs.schema import SampleConfig
+from film.batch import find_films
 from film.filmmaker import Filmmaker
-from film.folder import FilmFolder
 
 
 @command("sample", SampleConfig)
 def main(config: SampleConfig) -> None:
-    """Loads model and script, films shot by shot, and tells what to look at."""
-    folder, filmmaker = FilmFolder(config.out), Filmmaker(config)
-    script = filmmaker.read(config.script, config.size, config.fps)
-    filmmaker.make(script, folder, config.redo)
-    print(*folder.files(), sep="\n")
+    """Loads model and scripts, films shot by shot, and tells what to look at."""
+    filmmaker, found = Filmmaker(config), find_films(config.script, config.out)
+    films = [(filmmaker.read(path, config.size, config.fps), folder) for path, folder in found]
+    if config.dry_run:
+        for script, folder in films:
+            plan = filmmaker.plan(script)
+            print(f"{folder.path}: {script.title}", *filmmaker.estimate(plan).lines(plan), sep="\n")
+        return
+    filmmaker.make(films, config.redo)
+    for _, folder in films:
+        print(*folder.files(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -73,11 +73,12 @@ class TrainConfig:
 class SampleConfig(FilmmakerConfig):
     """What `sample.py` does.
 
-    script: the file that says what to film.
-    out: the folder to write.
+    script: the file that says what to film, or a folder of such files.
+    out: the folder to write; of several scripts each has a folder of its name in it.
     size, fps: those of the film; null takes the script's, or where it has none those of the films that the model was
     trained on.
     redo: numbers of shots, from 1, of a whole film in `out` that are made anew, with another prompt or seed.
+    dry_run: tell what the films will cost, and make none.
     sampler: how shots are sampled.
     """
 
@@ -86,6 +87,7 @@ class SampleConfig(FilmmakerConfig):
     size: list[int] | None = None
     fps: float | None = None
     redo: list[int] = field(default_factory=list)
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
+from film.estimate import Estimate, estimate
 from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
 from film.script import Script, load_script
@@ -140,11 +141,20 @@ class Filmmaker:
             "fingerprints": self.fingerprints,
         }
 
-    def make(self, script: Script, folder: FilmFolder, redo: Sequence[int] = ()) -> None:
-        """Films a script; see `film`."""
-        if redo:
-            script = self._with_seeds_of(folder, script, redo)
-        self.film(self.plan(script), folder, redo)
+    def make(self, films: Sequence[tuple[Script, FilmFolder]], redo: Sequence[int] = ()) -> None:
+        """Films scripts, as `film` does. All are encoded before the first is sampled; each process of several takes its
+        share of them."""
+        films = films[self.parallel.rank :: self.parallel.world_size]
+        plans = []
+        for script, folder in films:
+            seeded = self._with_seeds_of(folder, script, redo) if redo else script
+            plans.append((self.plan(seeded), folder))
+        for plan, folder in plans:
+            self.film(plan, folder, redo)
+
+    def estimate(self, plan: FilmPlan) -> Estimate:
+        """What a film will cost."""
+        return estimate(plan, self._loaded, self.moc, self.flow, self.sampler)
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = ()) -> None:
         """Makes a film, goes on with it where it was stopped, or leaves it where it is whole.

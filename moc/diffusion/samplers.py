@@ -14,7 +14,7 @@ and computes the new shot alone, with the same result.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any
@@ -72,6 +72,11 @@ class SamplingConfig:
             raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
         if self.context_shots < 0:
             raise UserError(f"sampler.context_shots={self.context_shots} must be at least 0 (0 is all)")
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether keys and values of finished shots may be kept, where attention flows strictly forward."""
+        return self.cache and self.lag == 1 and not self.context_shots
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,35 @@ def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
     return flow.shifted(1 - done)
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of sampling. now, after: float32 [S], the noise level of each shot of the story before it and after it.
+    shots: those of the stream. moving: those of them that take the step. steps_done: by each shot before it. is_dense:
+    whether attention is."""
+
+    now: Tensor
+    after: Tensor
+    shots: list[int]
+    moving: list[int]
+    steps_done: list[int]
+    is_dense: bool
+
+
+def plan_steps(num_shots: int, given: Container[int], config: SamplingConfig, flow: Flow) -> list[Step]:
+    """The steps of a story, of which the shots `given` are known."""
+    unknown = [index for index in range(num_shots) if index not in given]
+    clocks = sigma_table(len(unknown), config, flow)
+    table = torch.zeros(len(clocks), num_shots)
+    table[:, unknown] = clocks
+    steps = []
+    for number, (now, after) in enumerate(pairwise(table)):
+        moving = [index for index in unknown if after[index] < now[index]]
+        steps_done = (table[: number + 1] < 1).sum(dim=0).tolist()
+        is_dense = steps_done[moving[-1]] < config.dense_steps
+        steps.append(Step(now, after, _stream(now, moving, config.context_shots), moving, steps_done, is_dense))
+    return steps
+
+
 @torch.no_grad()
 def sample_shots(
     model: Model,
@@ -167,24 +201,20 @@ def sample_shots(
     known = story.given | (start.latents if start else {})
     latents = [known.get(index, noise[index]).to(device).float() for index in range(num_shots)]
     unknown = [index for index in range(num_shots) if index not in story.given]
-    clocks = sigma_table(len(unknown), config, flow)
-    table = torch.zeros(len(clocks), num_shots)
-    table[:, unknown] = clocks
-    keeps_history = config.cache and config.lag == 1 and not config.context_shots and hasattr(model, "new_cache")
+    steps = plan_steps(num_shots, story.given, config, flow)
+    keeps_history = config.keeps_history and hasattr(model, "new_cache")
     cuts = story.cuts or [True] * num_shots
     prompt, negative = (_Side(model, spec, text, cuts, keeps_history) for text in (story.text, story.negative))
 
-    for step, (now, after) in islice(enumerate(pairwise(table)), start.step if start else 0, None):
-        moving = [index for index in unknown if after[index] < now[index]]
-        shots = _stream(now, moving, config.context_shots)
+    for number, step in islice(enumerate(steps, start=1), start.step if start else 0, None):
+        now, after, shots, moving = step.now, step.after, step.shots, step.moving
         sigma = torch.where(now == 0, config.history_sigma, now)[shots]
         seen = [
             flow.add_noise(latents[i], noise[i], s) if now[i] == 0 else latents[i]
             for i, s in zip(shots, sigma.tolist(), strict=True)
         ]
         stream = _Stream(shots, seen, sigma)
-        steps_done = (table[: step + 1] < 1).sum(dim=0).tolist()  # of each shot
-        attention = replace(moc, dense=True) if steps_done[moving[-1]] < config.dense_steps else moc
+        attention = replace(moc, dense=True) if step.is_dense else moc
         is_high = boundary is not None and float(sigma.max()) >= boundary
         scale = (is_high and config.high_noise_guidance_scale) or config.guidance_scale
         observe = routing_map.observer(prompt.layout(stream, moc), shots, moving) if routing_map else None
@@ -201,14 +231,15 @@ def sample_shots(
         for index in moving:
             latents[index] = latents[index] + float(after[index] - now[index]) * velocity[index]
             if not latents[index].isfinite().all():
+                place = f"shot {unknown.index(index) + 1}, step {step.steps_done[index] + 1} of {config.steps}"
                 raise FloatingPointError(
-                    f"shot {unknown.index(index) + 1}, step {steps_done[index] + 1} of {config.steps}: the latent is "
-                    "not finite; weights may hold nan, or values overflow: try precision=fp32, a lower guidance_scale"
+                    f"{place}: the latent is not finite; weights may hold nan, or values overflow: try precision=fp32, "
+                    "a lower guidance_scale"
                 )
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
         if on_step:
             begun = {index: latents[index] for index in range(num_shots) if after[index] < 1}
-            on_step(Progress(step + 1, len(table) - 1, begun))
+            on_step(Progress(number, len(steps), begun))
 
 
 def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:

@@ -7,17 +7,20 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from data.errors import DataError
+from film.batch import find_films
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.folder import METADATA, FilmFolder
 from film.script import load_script
 from moc import MoCConfig
-from moc.diffusion import SamplingConfig
+from moc.diffusion import SamplingConfig, sample_shots
 from moc.errors import UserError
 from models.checkpoints.contents import Contents
 from models.checkpoints.seen import Seen
+from tests.pipeline import command
 
 SHOT = {"prompt": "Mia walks.", "seconds": 4 / 12}
 STORY = {"size": [32, 48], "fps": 12, "global": "A journey.", "shots": [SHOT, SHOT | {"cut": False}, SHOT]}
@@ -152,7 +155,7 @@ def test_seen_says_nothing_where_nothing_is_known(tmp_path):
 
 
 def film_of(filmmaker: Filmmaker, story: Path, folder: Path, redo=()) -> dict[str, bytes]:
-    filmmaker.make(filmmaker.read(story), FilmFolder(folder), redo)
+    filmmaker.make([(filmmaker.read(story), FilmFolder(folder))], redo)
     return contents(folder)
 
 
@@ -209,3 +212,70 @@ def test_what_cannot_be_made_anew_is_refused(trained, write, tmp_path):
     other = STORY | {"shots": [SHOT, SHOT | {"prompt": "Gus waves."}, SHOT | {"prompt": "Gus waves."}]}
     with pytest.raises(DataError, match=r"another film: its script\.shots\[1\]"):
         film_of(filmmaker, write(other), tmp_path / "film", redo=[3])
+
+
+# Several films, and what they cost
+
+
+def test_a_folder_of_scripts_is_filmed_one_after_another(trained, write, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    for name in ("b.yaml", "a.yml", "notes.txt"):
+        write(STORY | {"title": name}, f"scripts/{name}")
+    found = find_films(tmp_path / "scripts", tmp_path / "films")
+    assert [(path.name, folder.path.name) for path, folder in found] == [("a.yml", "a"), ("b.yaml", "b")]
+    filmmaker = open_filmmaker(trained)
+    filmmaker.make([(filmmaker.read(path), folder) for path, folder in found])
+    films = [json.loads((tmp_path / "films" / name / METADATA).read_text()) for name in "ab"]
+    assert [film["script"]["title"] for film in films] == ["a.yml", "b.yaml"]
+    write(STORY, "scripts/a.json")
+    with pytest.raises(DataError, match="two scripts named a"):
+        find_films(tmp_path / "scripts", tmp_path / "films")
+    with pytest.raises(DataError, match="holds no script"):
+        find_films(tmp_path / "films", tmp_path / "other")
+
+
+def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypatch):
+    filmmaker, made = open_filmmaker(trained), []
+    monkeypatch.setattr(filmmaker, "film", lambda plan, folder, redo: made.append(folder.path.name))
+    films = [(filmmaker.read(write(STORY)), FilmFolder(tmp_path / name)) for name in "abcde"]
+    monkeypatch.setattr(filmmaker.parallel, "world_size", 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(filmmaker.parallel, "rank", rank)
+        filmmaker.make(films)
+    assert made == ["a", "c", "e", "b", "d"]
+
+
+@pytest.mark.parametrize("settings", [{"lag": 0.0}, {"lag": 1.0}, {"lag": 1.0, "cache": False}], ids=str)
+def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, monkeypatch):
+    """Its forwards are those that sampling has, and so are the tokens in their linear layers."""
+    filmmaker = open_filmmaker(trained, **settings)
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+    guess = filmmaker.estimate(plan)
+    calls, forward = [], filmmaker.model.forward
+
+    def counting(latents, *arguments, remember=False, **others):
+        if not remember:
+            calls.append(sum(x.shape[-3] * x.shape[-2] * x.shape[-1] // 4 for x in latents))
+        return forward(latents, *arguments, remember=remember, **others)
+
+    monkeypatch.setattr(filmmaker.model, "forward", counting)
+    list(
+        sample_shots(
+            filmmaker.model, filmmaker.model.stream, filmmaker.moc, filmmaker.flow, plan.story(), filmmaker.sampler
+        )
+    )
+    assert guess.forwards == len(calls)
+    layers = list(filmmaker.model.blocks)
+    linears = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    assert 2 * linears * sum(calls) < guess.flops < guess.dense_flops
+    assert 0 < guess.sparsity < 1
+    text = "\n".join(guess.lines(plan))
+    assert "goes on" in text
+    assert f"{sum(guess.shot_tokens)} tokens" in text
+
+
+def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):
+    arguments = (f"checkpoint={trained}", f"script={write(STORY)}", f"out={tmp_path / 'film'}", "device=cpu")
+    command("sample.py", *arguments, "dry_run=true")
+    assert "3 shots, 13 frames" in capsys.readouterr().out
+    assert not (tmp_path / "film").exists()

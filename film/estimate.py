@@ -1,0 +1,116 @@
+"""What a film will cost, counted from its plan before anything is sampled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from film.plan import FilmPlan
+from moc import MoCConfig, ShotLayout
+from moc.batch import Sample, make_layout
+from moc.cost import FLOPS_PER_PAIR
+from moc.diffusion import Flow, SamplingConfig, plan_steps
+
+WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a film costs.
+
+    shot_tokens: of each shot of the stream, its text included.
+    sparsity: of attention in the last step's stream, each query with as many routes as it can have.
+    forwards: calls of the model.
+    flops, dense_flops: of all of them, with this attention and with a dense one that remembers nothing.
+    memory: bytes of the weights, of keys and values that are kept and of a forward, roughly.
+    """
+
+    shot_tokens: list[int]
+    sparsity: float
+    forwards: int
+    flops: float
+    dense_flops: float
+    memory: float
+
+    def lines(self, plan: FilmPlan) -> list[str]:
+        """A table for the user."""
+        rows = ["shot  begins      frames  seconds   latent frames  tokens"]
+        for number, index in enumerate(plan.filmed, start=1):
+            shot, frames = plan.script.shots[number - 1], plan.num_frames[number - 1]
+            begins = "picture" if shot.image else "cut" if shot.cut else "goes on"
+            seconds = frames / plan.script.fps
+            rows.append(
+                f"{number:<4}  {begins:<10}  {frames:<6}  {seconds:<8.2f}  {plan.shapes[index][1]:<13}  "
+                f"{self.shot_tokens[index]}"
+            )
+        return [
+            *rows,
+            f"{len(plan.filmed)} shots, {sum(plan.num_frames)} frames, {sum(self.shot_tokens)} tokens",
+            f"{self.forwards} forwards of {self.flops / 1e15:.3g} PFLOP in all "
+            f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
+            f"sparsity {self.sparsity:.0%} at the end",
+            f"about {self.memory / 2**30:.2g} GiB of memory: weights, what is remembered, and a forward",
+        ]
+
+
+def estimate(plan: FilmPlan, model: Any, moc: MoCConfig, flow: Flow, sampler: SamplingConfig) -> Estimate:
+    """model: a `StreamModel`, or two experts, of which one is called at a time."""
+    network = getattr(model, "high", model)
+    latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
+    stream = _Stream(make_layout(Sample(latents, plan.text), network.stream, moc.chunk_tokens), moc)
+    linears = sum(module.weight.numel() for module in network.blocks.modules() if isinstance(module, nn.Linear))
+    layers, width = len(network.blocks), network.attention_dim
+    sides = 1 if sampler.guidance_scale == 1 else 2
+    remembers = sampler.keeps_history and moc.flows_forward
+
+    def flops(tokens: int, pairs: float) -> float:
+        return sides * (2.0 * linears * tokens + layers * FLOPS_PER_PAIR * width * pairs)
+
+    spent = dense = 0.0
+    most_tokens = 0
+    steps = plan_steps(len(plan.shapes), plan.given, sampler, flow)
+    for step in steps:
+        computed = step.moving if remembers and not step.is_dense else step.shots
+        tokens, total = (sum(stream.tokens[shot] for shot in shots) for shots in (computed, step.shots))
+        spent += flops(tokens, stream.pairs(computed, step.shots, moc.dense or step.is_dense))
+        dense += flops(total, total**2)
+        most_tokens = max(most_tokens, tokens)
+    last = steps[-1].shots
+    weights = sum(weight.nbytes for weight in model.parameters())
+    size = next(network.parameters()).itemsize
+    kept = sides * 2 * layers * sum(stream.tokens) * width * size if remembers else 0
+    return Estimate(
+        shot_tokens=stream.tokens,
+        sparsity=1 - stream.pairs(last, last, moc.dense) / sum(stream.tokens[shot] for shot in last) ** 2,
+        forwards=sides * len(steps),
+        flops=spent,
+        dense_flops=dense,
+        memory=weights + kept + WIDE * most_tokens * width * size,
+    )
+
+
+class _Stream:
+    """Tokens and chunks of the shots of a story."""
+
+    def __init__(self, layout: ShotLayout, moc: MoCConfig) -> None:
+        shots = [layout.groups[index] for index in layout.shot_groups]
+        self.moc = moc
+        self.tokens = [shot.text_tokens + shot.video_tokens for shot in shots]
+        self.video_chunks = [
+            [chunk.length for chunk in layout.chunks if chunk.group == index and chunk.kind == "video"]
+            for index in layout.shot_groups
+        ]
+
+    def pairs(self, queries: Sequence[int], shots: Sequence[int], dense: bool) -> float:
+        """Pairs of a query and a key that it attends to, of the shots `queries` in a stream of `shots`."""
+        if dense:
+            return float(sum(self.tokens[shot] for shot in queries) * sum(self.tokens[shot] for shot in shots))
+        pairs = 0.0
+        for query in queries:
+            others = [shot for shot in shots if (shot < query if self.moc.causal else shot != query)]
+            chunks = [length for shot in others for length in self.video_chunks[shot]]
+            routed = min(self.moc.top_k, len(chunks)) * sum(chunks) / max(1, len(chunks))
+            pairs += self.tokens[query] * (self.tokens[query] + routed)
+        return pairs
