@@ -9,8 +9,9 @@ from moc.batch import Batch
 from moc.errors import UserError
 
 STEP = (
-    "lower data.batch_tokens, raise parallel.accumulation, which deals a step's tokens to more micro-batches, or set "
-    "parallel.activation_checkpointing=true"
+    "lower data.batch_tokens, raise parallel.accumulation, which deals a step's tokens to more micro-batches, set "
+    "parallel.activation_checkpointing=true, or spread weights or films over several processes: parallel.shard, "
+    "parallel.sequence"
 )
 VALIDATION = "hold out shorter scenes, or none: data.validation=0"
 SAMPLING = (

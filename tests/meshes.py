@@ -139,9 +139,11 @@ def write_expected(folder: Path, device: str) -> None:
 def check(folder: Path, device: str) -> None:
     """Raises AssertionError where a mesh of these processes makes other losses or gradients, or where what a checkpoint
     gives back is not what was saved."""
-    for axes, case in product(MESHES[int(os.environ["WORLD_SIZE"])], CASES):
+    meshes = [
+        (axes, Parallel(ParallelConfig(device, "fp32", **axes))) for axes in MESHES[int(os.environ["WORLD_SIZE"])]
+    ]
+    for (axes, parallel), case in product(meshes, CASES):
         what = f"{case.name} on {axes}"
-        parallel = Parallel(ParallelConfig(device, "fp32", **axes))
         run = folder / what
         trainer = make_trainer(case, parallel, run)
         assert_alike(step(case, trainer), load_file(folder / f"{case.name}.safetensors"), what)

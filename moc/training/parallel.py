@@ -97,8 +97,11 @@ class Parallel:
             mesh = self._mesh(data=self.data_ranks, sequence=config.sequence)
             self._data_group, group = mesh.get_group("data"), mesh.get_group("sequence")
             self._exchange = Exchange(group, self.rank % config.sequence, config.sequence)
-        self._shards = config.shard * config.sequence
-        self.is_sharded = self._shards > 1
+        shards = config.shard * config.sequence
+        self.is_sharded = shards > 1
+        if self.is_sharded:
+            mesh = self._mesh(replicate=self.world_size // shards, shard=shards)
+            self._shard_mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
         if self.is_main:
             name = f"{self.device_name} ({self.device})" if has_gpu else self.device_name
             processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
@@ -129,12 +132,10 @@ class Parallel:
         if self._exchange:
             model.exchange = self._exchange
         if self.is_sharded:
-            mesh = self._mesh(replicate=self.world_size // self._shards, shard=self._shards)
-            mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
             # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             for unit in (*model.blocks, model):
-                fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+                fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
             return model
         model.to(self.device)
         return model if self.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
