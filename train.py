@@ -36,7 +36,7 @@ def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
     with ending_at_signals():
-        dataset = None if config.data.recall else open_dataset(config.data)
+        dataset: ShotDataset | RecallWorld | None = None if config.data.recall else open_dataset(config.data)
         parallel = Parallel(config.parallel)
         with held(config.run_folder, holds=parallel.is_main):
             dataset = dataset or recall_world(config, parallel.device)

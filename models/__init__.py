@@ -5,7 +5,6 @@ from enum import StrEnum
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 from torch import nn
 
 from moc import MoCConfig
@@ -18,6 +17,7 @@ from models.encoders.pair import Encoders, EncodersConfig, build_codec, build_en
 from models.encoders.text import TextConfig, build_text_encoder
 from models.lora import Lora
 from models.mmdit import MMDiT
+from models.stream import StreamModel
 from models.wan import WanTransformer3DModel
 
 __all__ = [
@@ -85,7 +85,7 @@ class ModelConfig:
             )
 
 
-def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> ModelMixin:
+def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamModel:
     """A model with fresh random weights, or with those of `config.path`, in fp32 on the CPU.
 
     Raises UserError where the model there is of another family.
@@ -123,7 +123,7 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Mod
     )
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weights: str = "ema") -> ModelMixin:
+def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weights: str = "ema") -> StreamModel:
     """The model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original names.
 
     An adapter comes merged into its base.
@@ -136,7 +136,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weig
 
 def load_denoiser(
     path: str | Path, low_noise: str | Path | None = None, dtype: torch.dtype | None = torch.float32
-) -> ModelMixin | Experts:
+) -> StreamModel | Experts:
     """Loads what a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
     path: of a folder with both (see `Contents.experts`), or of the high-noise one. low_noise: then the path of the
@@ -161,7 +161,7 @@ def load_denoiser(
         )
     if starts[0] == starts[1]:
         check_places(*pair)
-    return Experts(*(load_model(expert, dtype) for expert in pair), boundary=starts[0] or BOUNDARY)
+    return Experts(load_model(high.path, dtype), load_model(low.path, dtype), starts[0] or BOUNDARY)
 
 
 def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:
@@ -174,7 +174,7 @@ def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.M
     return model.eval()
 
 
-def save_model(model: ModelMixin, folder: str | Path, config: MoCConfig) -> None:
+def save_model(model: StreamModel, folder: str | Path, config: MoCConfig) -> None:
     """Writes a diffusers folder, and the attention settings as `moc.json` beside the weights."""
     model.save_pretrained(folder)
     config.save(folder)

@@ -14,7 +14,8 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 

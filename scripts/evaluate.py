@@ -51,7 +51,8 @@ def main(config: EvaluateConfig) -> None:
         raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
     parallel = Parallel(ParallelConfig(config.device, config.precision))
     contents = Contents.sound(config.checkpoint)
-    model, moc = load_model(contents.path).to(parallel.device), contents.moc.override(config.moc)
+    model = load_model(contents.path).to(parallel.device)  # type: ignore[arg-type]
+    moc = contents.moc.override(config.moc)
     batches = list(held_out(open_dataset(config.data), config.data.validation, model.stream, moc.chunk_tokens))
     rows = []
     for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel):

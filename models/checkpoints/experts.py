@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from moc.errors import UserError
 from models.checkpoints.contents import EXPERT_FOLDERS
-from models.stream import KeyValueCache
-from models.wan import WanTransformer3DModel
+from models.stream import KeyValueCache, StreamModel
 
 BOUNDARY = 0.875  # of the release
 NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # in a name: no "flow", no "lower"
@@ -29,7 +28,7 @@ class Experts(nn.Module):
     boundary: in [0, 1]. The noisiest shot is the one being made: history is almost clean.
     """
 
-    def __init__(self, high: WanTransformer3DModel, low: WanTransformer3DModel, boundary: float = BOUNDARY) -> None:
+    def __init__(self, high: StreamModel, low: StreamModel, boundary: float = BOUNDARY) -> None:
         super().__init__()
         if not 0 <= boundary <= 1:
             raise ValueError(f"boundary={boundary} must lie in [0, 1]")
@@ -69,8 +68,8 @@ class Experts(nn.Module):
     def offload(self, device: torch.device) -> None:
         """Keeps both in CPU memory, and on `device` the one that was called last."""
         device = torch.empty(0, device=device).device  # with its index, as the hooks compare it
-        _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)
-        _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)
+        _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)  # type: ignore[arg-type]
+        _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)  # type: ignore[arg-type]
         of_high.hook.prev_module_hook = of_low
 
 

@@ -129,7 +129,7 @@ def _write_original(
     if checkpoint.kind == "MMDiT":
         raise UserError(f"{file}: only Wan models have a form with original names; name a folder for an MMDiT")
     ours = {to_original_name(name) or name: name for name in checkpoint.stored}
-    entries = [(to_original_name(name) or name, *rest) for name, *rest in _entries(checkpoint, dtype)]
+    entries = [(to_original_name(name) or name, held, shape) for name, held, shape in _entries(checkpoint, dtype)]
     write_tensors(file, entries, lambda name: read(ours[name]))
 
 
@@ -178,5 +178,5 @@ def _lasting(config: EncodersConfig) -> EncodersConfig:
                 f"encoders.{name}.kind={part.kind}, encoders.{name}.path={part.path!r} must be {wanted} and a folder; "
                 "encoders_path=FOLDER takes those of another kind from where they were made"
             )
-    codec, text = (replace(part, path=str(Path(part.path).resolve())) for part in (config.codec, config.text))
-    return EncodersConfig(codec, text)
+    codec, text = (str(Path(part.path).resolve()) for part in (config.codec, config.text))
+    return EncodersConfig(replace(config.codec, path=codec), replace(config.text, path=text))

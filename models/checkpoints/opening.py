@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from torch import Tensor
 
 from moc import MoCConfig
@@ -26,9 +25,10 @@ from models.checkpoints.tensors import TensorSource, check_tensors, listed, shap
 from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
 from models.lora import Adapter, Lora, read_lora
 from models.mmdit import MMDiT
+from models.stream import StreamModel
 from models.wan import WanTransformer3DModel
 
-CLASSES: dict[str, type[ModelMixin]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
+CLASSES: dict[str, type[StreamModel]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
 RELEASE_CLASS = "WanModel"  # in a config.json of the release, whose settings the tensors' shapes tell as well
 HEAD_DIM = 128  # of every Wan model; files without a config do not tell it
 
@@ -70,7 +70,7 @@ class Checkpoint:
             for name, key in sorted(stored.items())
         )
 
-    def empty_model(self) -> ModelMixin:
+    def empty_model(self) -> StreamModel:
         """The model on the meta device; raises UserError, listing names, unless the tensors are exactly its own."""
         try:
             with init_empty_weights():
@@ -85,10 +85,10 @@ class Checkpoint:
             check_tensors(adapter.source.path, "LoRA", adapter.source.shapes, adapter.lora.shapes(model))
         return model
 
-    def dtypes(self, model: ModelMixin, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    def dtypes(self, model: StreamModel, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
         """The dtype that each weight of `model` is held in where `dtype` is asked for: norms, modulation and the time
         embedder in fp32, whatever it is. None: as they are stored."""
-        names, wide = list(model.state_dict()), set(model._keep_in_fp32_modules)
+        names, wide = list(model.state_dict()), set[str](model._keep_in_fp32_modules or ())
         if dtype is None:
             return {name: self.source.dtypes[self.stored[name]] for name in names}
         return {name: torch.float32 if wide & set(name.split(".")) else dtype for name in names}
@@ -104,7 +104,7 @@ class Checkpoint:
         return f"{''.join(loras)}{what}: {size}, {', '.join(dtypes)}, {self.form} names"
 
 
-WAN_NAMES = {
+WAN_NAMES: dict[tuple[int, ...], str] = {
     (12, 8960, 30, 16): "Wan2.1-T2V-1.3B",
     (40, 13824, 40, 16): "Wan2.1-T2V-14B, an expert of Wan2.2-T2V-A14B, or HoloCine (same shapes)",
     (24, 14336, 30, 48): "Wan2.2-TI2V-5B",
@@ -183,7 +183,7 @@ def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
     return form, {new: name for name, new in renamed.items() if new is not None}
 
 
-def _class_config(kind: type[ModelMixin], settings: dict[str, Any], path: Path) -> dict[str, Any]:
+def _class_config(kind: type[StreamModel], settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """The class's arguments from a config.json; a setting it does not know must be empty."""
     known = signature(kind.__init__).parameters.keys() - {"self"}
     unknown = [key for key, value in settings.items() if key not in known and not key.startswith("_") and value]
@@ -218,7 +218,7 @@ def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[st
     }
 
 
-def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> ModelMixin:
+def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> StreamModel:
     """The model on the CPU. dtype: of its weights (norms and time embedding stay fp32), None as they are stored.
 
     Raises UserError unless the stored tensors are exactly the model's.

@@ -228,7 +228,7 @@ def write_tensors(file: Path, entries: Iterable[Entry], read: Callable[[str], Te
             out.write(struct.pack("<Q", len(text)) + text)
             for name, dtype, shape in ordered:
                 tensor = read(name).to(dtype).reshape(shape).contiguous()
-                out.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+                out.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

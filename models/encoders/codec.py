@@ -152,7 +152,8 @@ class ShotEncoder:
     """Encodes the shots of one sample, one call each, in order."""
 
     def __init__(self, codec: Codec) -> None:
-        self.codec, self.shot, self.memory = codec, 0, {}
+        self.codec, self.shot = codec, 0
+        self.memory: dict = {}
 
     def __call__(self, pieces: Iterable[Tensor]) -> Tensor:
         """Pieces float [3, f, H, W] in [-1, 1] of the next shot, of any lengths -> fp32 [C, T, H / s, W / s].
@@ -180,7 +181,8 @@ class ShotDecoder:
     """Decodes the shots of one sample, one call each, in order: a shot's frames come out as its latent is known."""
 
     def __init__(self, codec: Codec) -> None:
-        self.codec, self.shot, self.memory = codec, 0, {}
+        self.codec, self.shot = codec, 0
+        self.memory: dict = {}
 
     def __call__(self, latent: Tensor) -> Iterator[Tensor]:
         """[C, T, H', W'] of the next shot -> its frames in pieces float [3, f, H, W]; take them all before the next."""
