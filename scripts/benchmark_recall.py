@@ -33,6 +33,7 @@ from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.records import write_whole
+from data.storyworld.recall import draw_scenes
 from evaluation.recall import Reader, RecallBench, accuracy, summary, train_reader
 from moc import MoCConfig
 from moc.errors import UserError, check_least
@@ -172,6 +173,8 @@ class Tester:
         print(f"the world's parts are painted, {time.monotonic() - start:.0f} s", flush=True)
         self.reader = self._reader(world)
         self.accuracy = accuracy(self.reader, world, min(config.scenes, 512))
+        self.speed = composing_speed(world, config.batch)
+        print(f"{self.speed:.0f} scenes a second are composed and encoded, beside the trainings", flush=True)
         print(f"reader on true shots, {time.monotonic() - start:.0f} s: {self.accuracy}", flush=True)
         self.bench = RecallBench(world, self.reader, self.parallel, config.sampling_steps, batch=config.batch)
 
@@ -220,11 +223,21 @@ class Tester:
             "moc": moc.to_dict(),
             "train_loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
             "reader": self.accuracy,
+            "composed_per_second": round(self.speed),
             **found,
             "command": " ".join(["python train.py", *arguments(row, self.config)]),
             "machine": machine(self.parallel),
             "beside": [other for other in self.config.rows if other != row],
         }
+
+
+def composing_speed(world: RecallWorld, batch: int, repeats: int = 5) -> float:
+    """Scenes a second that become latents."""
+    start = time.monotonic()
+    for number in range(repeats):
+        latents = world.encode_latents(draw_scenes(world.config, range(number * batch, (number + 1) * batch)))
+    latents.sum().item()  # the device is done
+    return repeats * batch / (time.monotonic() - start)
 
 
 def brief(found: dict) -> dict:

@@ -55,7 +55,7 @@ class Composed:
 class Stock:
     """The parts of a world of recall scenes, on a device.
 
-    clips: fp16 [names x actions x facings, F, 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
+    clips: fp16 [names x actions x facings, F x 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
     pixels with a margin for where a character may stand. under, over: fp16 [places x paintings, 3, H, W] and
     [..., F, 4, H, W], premultiplied RGBA.
     """
@@ -74,7 +74,7 @@ class Stock:
             for action in range(len(ACTION_NAMES))
             for facing in range(len(FACINGS))
         ]
-        self.clips = self._put(np.stack(clips))
+        self.clips = self._put(np.stack(clips)).flatten(1, 2)
         lights = np.stack([rgb(place.light)[:3] for place in PLACES.values()])
         colours = np.stack([colour[:3] for colour in COLOURS.values()])
         self.lit = self._put(lights[:, None] * colours, torch.float32)  # [places, colours, 3]
@@ -102,7 +102,7 @@ class Stock:
         """numbers: place, painted place, fur and outfit of each shot, [4, N]. where: clip, row and column of its
         character."""
         place, painted, fur, outfit = numbers.unbind()
-        clips = torch.stack([self._placed(*one) for one in where])
+        clips = torch.stack([self._placed(*one) for one in where]).unflatten(1, (self.config.frames, -1))
         keep, shade, own, masks = clips.split((1, 1, 3, 3), dim=2)
         colours = torch.stack([self.lit[place, fur], self.lit[place, outfit], self.trim[place]], dim=1)
         shadow = self.shadow[place][:, None, :, None, None]
@@ -117,10 +117,10 @@ class Stock:
         )
 
     def _placed(self, clip: int, row: int, column: int) -> Tensor:
-        """A clip [F, 8, H, W] with its character moved by whole fine pixels."""
+        """A clip [F x 8, H, W] with its character moved by whole fine pixels."""
         (rows, columns), (height, width) = self.margin, self.vignette.shape
         top, left = rows - row, columns - column
-        return self.clips[clip, :, :, top : top + height, left : left + width]
+        return self.clips[clip, :, top : top + height, left : left + width]
 
 
 def _place_renderer(config: RecallConfig, painting: int) -> Renderer:
