@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from configs.schema import TrainConfig
+from moc.config import HOW_COMPUTED
 from moc.errors import UserError
 from moc.files import write_whole
 from moc.training import Parallel, sound_checkpoint
@@ -32,7 +33,7 @@ FREE = (
     "trainer.num_steps", "trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every",
     "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
-    "moc.backend", "moc.dense_kernel", "moc.deterministic",
+    *(f"moc.{name}" for name in HOW_COMPUTED),
 )  # fmt: skip
 
 

@@ -51,6 +51,9 @@ class Backend(StrEnum):
     triton = "triton"
 
 
+HOW_COMPUTED = ("backend", "dense_kernel", "deterministic")  # settings that leave what is attended to as it is
+
+
 @dataclass(frozen=True)
 class MoCConfig:
     """Settings of `moc.moc_attention`; strings are accepted for the enums.
@@ -142,18 +145,21 @@ class MoCConfig:
         return self.from_dict(self.to_dict() | {name: value for name, value in values.items() if value is not None})
 
     def save(self, folder: str | Path) -> None:
-        """Writes `moc.json` beside a model's weights."""
-        Path(folder, "moc.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Writes what is attended to as `moc.json` beside a model's weights. How it is computed belongs to whoever
+        computes: another machine may lack the kernel."""
+        semantics = {name: value for name, value in self.to_dict().items() if name not in HOW_COMPUTED}
+        Path(folder, "moc.json").write_text(json.dumps(semantics, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "MoCConfig":
-        """What `save` wrote; raises UserError, naming the file, where it does not fit."""
+        """What `save` wrote; raises UserError, naming the file, where it does not fit. Files of earlier versions also
+        say how attention was computed, which is left out."""
         file = Path(folder, "moc.json")
         try:
             values = json.loads(file.read_text())
             if not isinstance(values, dict):
                 raise UserError(f"it must hold one JSON object, not {str(values)[:20]!r}")
-            return cls.from_dict(values)
+            return cls.from_dict({name: value for name, value in values.items() if name not in HOW_COMPUTED})
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
 

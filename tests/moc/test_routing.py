@@ -1,5 +1,6 @@
 """Routes against a brute force: scores, candidates, ties, missing candidates; and the outer loop, `select_shots`."""
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -210,6 +211,14 @@ def test_settings_survive_plain_data_and_a_file(tmp_path_factory, config):
     folder = tmp_path_factory.mktemp("model")
     config.save(folder)
     assert moc.MoCConfig.load(folder) == config
+
+
+def test_a_file_of_settings_does_not_say_how_attention_is_computed(tmp_path):
+    config = moc.MoCConfig(top_k=3, dense_kernel="fa3", backend="triton", deterministic=True)
+    config.save(tmp_path)
+    assert moc.MoCConfig.load(tmp_path) == moc.MoCConfig(top_k=3)
+    (tmp_path / "moc.json").write_text(json.dumps(config.to_dict()))  # as earlier versions wrote it
+    assert moc.MoCConfig.load(tmp_path) == moc.MoCConfig(top_k=3)
 
 
 def test_every_setting_is_explained():
