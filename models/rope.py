@@ -8,7 +8,6 @@ wan: space as in the base model; time runs on over the shots of a sample, with a
 Shape letters: L packed tokens, N heads, D head dim.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -26,35 +25,43 @@ def grid_coordinates(grid: Grid) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
 
+@lru_cache(1024)
+def _group_coordinates(text_tokens: int, grid: Grid | None) -> Tensor:
+    """A group's own positions in mmdit's stream: its text, then its video from the end of the text on."""
+    text = torch.arange(text_tokens, dtype=torch.float64)[:, None].expand(-1, 3)
+    return text if grid is None else torch.cat([text, grid_coordinates(grid) + text_tokens])
+
+
 def interleaved_positions(layout: ShotLayout) -> Tensor:
     """Positions of mmdit's stream: float64 [L, 3], made on the CPU and moved to the layout's device at once."""
-    return torch.cat(list(_interleaved(layout))).to(layout.device, non_blocking=True)
-
-
-def _interleaved(layout: ShotLayout) -> Iterator[Tensor]:
-    start = 0
+    pieces, starts, start = [], [], 0.0
     for group in layout.groups:
-        if group.shot < 0:  # each sample starts anew
-            start = 0
-        text = torch.arange(start, start + group.text_tokens, dtype=torch.float64)
-        yield text[:, None].expand(-1, 3)
-        start += group.text_tokens
-        if group.grid is not None:
-            yield grid_coordinates(group.grid) + start
-            start += max(group.grid)
+        start = 0.0 if group.shot < 0 else start  # each sample starts anew
+        pieces.append(_group_coordinates(group.text_tokens, group.grid))
+        starts.append(start)
+        start += group.text_tokens + max(group.grid or (0,))
+    return _shifted(pieces, torch.tensor(starts, dtype=torch.float64)[:, None]).to(layout.device, non_blocking=True)
 
 
 def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
     """Positions of wan's stream of video only: float64 [L, 3]. Time runs on over the shots of a sample; `gap` latent
     frames are left out at each true cut, so that with gap 0, or one shot, it is the base model's."""
-    pieces = []
+    pieces, starts = [], []
     for _, shots in layout.samples:
         start = 0.0
         for index, shot in enumerate(shots):
             start += gap if index and shot.cut else 0.0
-            pieces.append(grid_coordinates(shot.grid) + torch.tensor([start, 0, 0], dtype=torch.float64))
+            pieces.append(grid_coordinates(shot.grid))
+            starts.append((start, 0.0, 0.0))
             start += shot.grid[0]
-    return torch.cat(pieces).to(layout.device, non_blocking=True)
+    return _shifted(pieces, torch.tensor(starts, dtype=torch.float64)).to(layout.device, non_blocking=True)
+
+
+def _shifted(pieces: list[Tensor], starts: Tensor) -> Tensor:
+    """Pieces one after another, the rows of each moved by its start: starts [pieces, 3 or 1]. A stream may have a
+    thousand pieces, so that operations on each of them would take longer than a step."""
+    lengths = torch.tensor([len(piece) for piece in pieces])
+    return torch.cat(pieces) + starts.repeat_interleave(lengths, dim=0)
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:

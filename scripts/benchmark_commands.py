@@ -6,6 +6,7 @@ that fails does not end the others; the exit status then is 1.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -72,6 +73,11 @@ def plan(folder: Path, num_gpus: int) -> dict[str, list[str]]:
         "prepare a manifest": [prepare, f"input={f / 'world'}", f"output={f / 'prepared'}", "size=[128,192]"],
         "prepare films": [prepare, f"input={f / 'world/videos'}", f"output={f / 'found'}", "size=[128,192]"],
         "train storyworld": train("small", 300, "experiment=storyworld", "data.batch_tokens=16384"),
+        **{
+            f"start {name} {caches}": train(f"start_{kind}_{caches}", 2, *settings, "trainer.validate_every=0")
+            for name, kind, settings in (("base", "base", base), ("Wan 1.3B", "wan", ["model=wan_1.3b", *wan]))
+            for caches in ("cold", "warm")
+        },
         "train base": train("mine", 20, *base),
         "resume base": train("mine", 30, *base),
         "train by a schedule": train("schedule", 10, *base, schedule),
@@ -106,7 +112,8 @@ def main(config: CommandsConfig) -> None:
     head = header() | {"gpus": torch.cuda.device_count()}
     rows = kept_rows(output, head)
     for name in config.only or commands:
-        rows[name] = run(commands[name], folder / "logs" / f"{name}.log")
+        log = folder / "logs" / f"{name}.log"
+        rows[name] = start(commands[name], log, name) if name.startswith("start ") else run(commands[name], log)
         print(f"{name}: {rows[name]['seconds']} s, exit code {rows[name]['exit_code']}", flush=True)
         ordered = [{"name": known} | rows[known] for known in commands if known in rows]
         write_whole(output, (json.dumps({"header": head, "rows": ordered}, indent=1) + "\n").encode())
@@ -136,13 +143,34 @@ def run(arguments: list[str], log: Path) -> dict:
     return {"command": arguments, "seconds": seconds, "exit_code": done.returncode}
 
 
+def start(arguments: list[str], log: Path, name: str) -> dict:
+    """Runs a training with a cache of compiled kernels of its own, which is empty at first; the row's seconds are those
+    from the command to the end of its second step."""
+    folder = log.parents[1]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / name.rsplit(" ", 1)[0].replace(" ", "_"))}
+    given = dict(argument.split("=", 1) for argument in arguments[1:])
+    metrics = Path(given["output"]) / given["name"] / "metrics.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None and '"step": 2' not in (metrics.read_text() if metrics.exists() else ""):
+            time.sleep(0.05)
+        seconds = round(time.perf_counter() - began, 1)
+        exit_code = process.wait()
+    return {"command": arguments, "seconds": seconds, "exit_code": exit_code}
+
+
 def table(head: dict, rows: list[dict], folder: Path) -> str:
     """The record as a Markdown page."""
     versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "cudnn", "triton") if head[name])
     about = (
         f"{head['gpus']} x {head['gpu']}; {versions}; {head['date']}; commit {head['commit']}. Each command in a fresh "
         "process, imports and start-up included, one after another on one machine, so that later ones find compiled "
-        "kernels. Made by scripts/benchmark_commands.py."
+        "kernels; `start` rows have a cache of kernels of their own, and end with the second step. Made by "
+        "scripts/benchmark_commands.py."
     )
     lines = []
     for row in rows:

@@ -35,7 +35,7 @@ from moc.training.optim import OptimConfig, build_optimizer
 from models import ModelConfig, build_model
 from models.rope import rotary_table, rotate, running_positions
 from models.stream import Part
-from scripts.measuring import header, markdown_table, median_ms
+from scripts.measuring import copy_bytes_per_ms, header, markdown_table, median_ms
 
 LATENT, TEXT_DIM = (16, 36, 40, 64), 4096  # 36 x 20 x 32 = 23,040 tokens
 HEAD_DIM = 128
@@ -174,7 +174,7 @@ def block_row(model: nn.Module, num_shots: int) -> dict:
                for name, module in block.attn2.named_modules() if isinstance(module, nn.Linear)}  # fmt: skip
     linears |= {m: length for part in (block.attn1, block.ffn) for m in part.modules() if isinstance(m, nn.Linear)}
     matmuls = [_matmul_ms(linear, rows) for linear, rows in linears.items()]
-    copy_speed = _copy_bytes_per_ms()
+    copy_speed = copy_bytes_per_ms()
     forward_units = sum(FORWARD_UNITS.values()) + FORWARD_FFN_UNITS * CONFIG.ffn_dim / dim
     backward_units = sum(BACKWARD_UNITS.values()) + BACKWARD_FFN_UNITS * CONFIG.ffn_dim / dim
     unit_ms = 2 * length * dim / copy_speed
@@ -197,13 +197,6 @@ def _matmul_ms(linear: nn.Linear, rows: int) -> tuple[float, float]:
     grad = torch.randn(rows, linear.out_features, device="cuda", dtype=torch.bfloat16)
     backward = median_ms(lambda: grad @ weight, 5, 0.1) + median_ms(lambda: grad.T @ x, 5, 0.1)
     return median_ms(lambda: F.linear(x, weight, bias), 5, 0.1), backward
-
-
-def _copy_bytes_per_ms() -> float:
-    """Bytes read and written a millisecond by a copy of 4 GB."""
-    source = torch.empty(1 << 31, device="cuda", dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), 10)
 
 
 def write_report(record: dict, output: Path) -> str:

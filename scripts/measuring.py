@@ -30,6 +30,19 @@ def median_ms(function: Callable[[], object], repeats: int, warm_up: float = 0.4
     return statistics.median(times)
 
 
+def copy_bytes_per_ms() -> float:
+    """Bytes read and written a millisecond by a copy of 4 GB."""
+    source = torch.empty(1 << 31, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), 10)
+
+
+def matmul_flops_per_ms(size: int = 8192) -> float:
+    """FLOPs a millisecond of one square bf16 matmul."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b, 20)
+
+
 def header() -> dict:
     """GPU, versions, commit and date of a measurement."""
     import triton

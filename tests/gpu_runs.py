@@ -1,6 +1,8 @@
 """Runs of commands on a GPU, and what tests ask of what came of them."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +12,20 @@ from moc.training import find_checkpoint, read_metrics
 from tests import pipeline
 
 NUM_SHOTS = 3  # of the story
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the Triton kernels that are compiled, or loaded from Triton's cache, meanwhile."""
+    from triton import knobs
+
+    names: list[str] = []
+    before = knobs.runtime.jit_post_compile_hook
+    knobs.runtime.jit_post_compile_hook = lambda *, fn, **_: names.append(fn.name)
+    try:
+        yield names
+    finally:
+        knobs.runtime.jit_post_compile_hook = before
 
 
 def train(data: Path, run: Path, *arguments: str) -> Path:

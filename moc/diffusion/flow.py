@@ -113,16 +113,18 @@ class Flow:
             self._draw_sample(len(shots), torch.Generator().manual_seed(draw_key(seed, 2 * position)))
             for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True)
         ]
-        sigma, is_target = zip(*draws, strict=True)
-        return NoiseLevels(torch.cat(sigma), torch.cat(is_target))
+        # A pack may hold hundreds of samples: what follows the draws is computed for all of them at once.
+        normal, history, is_target = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        sigma = torch.where(is_target, self._level_of(normal), history * self.history_sigma)
+        return NoiseLevels(sigma, is_target)
 
-    def _draw_sample(self, num_shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        sigma = self._level_of(torch.randn(num_shots, generator=generator))
-        history = torch.rand(num_shots, generator=generator) * self.history_sigma
-        has_history = torch.rand((), generator=generator) < self.history_rate
-        first_target = torch.randint(min(1, num_shots - 1), num_shots, (), generator=generator)
-        is_target = ~has_history | (torch.arange(num_shots) >= first_target)
-        return torch.where(is_target, sigma, history), is_target
+    def _draw_sample(self, num_shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each shot a normal and a uniform number, and whether it is a target."""
+        normal, uniform = torch.randn(num_shots, generator=generator), torch.rand(num_shots, generator=generator)
+        has_history = bool(torch.rand((), generator=generator) < self.history_rate)
+        first_target = int(torch.randint(min(1, num_shots - 1), num_shots, (), generator=generator))
+        is_target = [not has_history or shot >= first_target for shot in range(num_shots)]
+        return normal, uniform, torch.tensor(is_target)
 
     def _level_of(self, normal: Tensor) -> Tensor:
         """The noise levels of normal draws, float32: the draws' quantiles are squeezed into those of the range."""

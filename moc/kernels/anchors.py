@@ -11,6 +11,7 @@ Shape letters: L packed tokens, Lq queries, Lt text tokens, N heads, D head dim.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -121,20 +122,17 @@ def _same_for_all(config: MoCConfig) -> bool:
     return config.own_anchor is not OwnAnchor.shot and config.text_anchor is TextAnchor.all
 
 
-def _text_starts(layout: ShotLayout) -> list[int]:
-    """First text row of each group, and the number of text rows at the end."""
-    starts = [0]
-    for group in layout.groups:
-        starts.append(starts[-1] + group.text_tokens)
-    return starts
-
-
 def _sample_groups(layout: ShotLayout) -> Iterator[tuple[list[tuple[Group, int, int]], int, int]]:
     """For each sample its groups, each with the bounds of its text rows, and the bounds of the sample's text rows."""
-    starts = _text_starts(layout)
-    for sample in range(layout.num_samples):
-        rows = [(g, starts[i], starts[i + 1]) for i, g in enumerate(layout.groups) if g.sample == sample]
-        yield rows, rows[0][1], rows[-1][2]
+    rows: list[tuple[Group, int, int]] = []
+    start = 0
+    for group in layout.groups:
+        if rows and group.sample != rows[-1][0].sample:
+            yield rows, rows[0][1], start
+            rows = []
+        rows.append((group, start, start + group.text_tokens))
+        start += group.text_tokens
+    yield rows, rows[0][1], start
 
 
 def _by_sample(layout: ShotLayout) -> Iterator[AnchorCall]:
@@ -144,21 +142,23 @@ def _by_sample(layout: ShotLayout) -> Iterator[AnchorCall]:
 
 
 def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
+    @cache  # a pack has thousands of pairs of groups, and eight kinds of them
+    def anchors(in_shot: bool, same_group: bool, is_global: bool) -> tuple[bool, bool]:
+        """Whether tokens of one group attend to their own shot, and to the text of the other group."""
+        pair = Pair(True, same_group, False, in_shot=in_shot, is_text=True, is_global=is_global)
+        return is_own_anchor(pair, config), is_text_anchor(pair, config)
+
     for rows, _, _ in _sample_groups(layout):
         for group, _, _ in rows:
-            has_own = is_own_anchor(_pair(group, group), config)
+            in_shot = group.shot >= 0
+            has_own, _ = anchors(in_shot, True, not in_shot)
             # The own shot is taken with its own text, so those rows are not taken twice.
             seen = [
                 (first, last)
                 for other, first, last in rows
-                if is_text_anchor(_pair(group, other), config) and not (has_own and other is group)
+                if not (has_own and other is group) and anchors(in_shot, other is group, other.shot < 0)[1]
             ]
             yield AnchorCall(group.start, group.end, group.start, group.end if has_own else group.start, *_runs(seen))
-
-
-def _pair(group: Group, other: Group) -> Pair[bool]:
-    """The tokens of a group, and the text of another one of its sample."""
-    return Pair(True, group is other, False, in_shot=group.shot >= 0, is_text=True, is_global=other.shot < 0)
 
 
 def _runs(spans: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:

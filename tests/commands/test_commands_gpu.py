@@ -17,7 +17,7 @@ from moc.training import Trainer, find_checkpoint, read_metrics
 from scripts import demo
 from tests import pipeline
 from tests.commands.test_configs import parsed
-from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, losses, train
+from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, compilations, losses, train
 from tests.pipeline import ROOT, command
 
 pytestmark = pytest.mark.gpu
@@ -112,6 +112,27 @@ def test_a_step_waits_for_nothing_on_the_gpu(prepared, tmp_path, monkeypatch):
     length = ("trainer.num_steps=9", "trainer.log_every=9", "data.drop_captions=0")
     train(prepared, tmp_path / "run", *length)
     assert find_checkpoint(tmp_path / "run").name == "step_0000009"
+
+
+def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
+    """Though shots, lengths and packs change from step to step. No other test has this head width, so that the first
+    steps do compile."""
+    sizes = ("scenes=10", "shots=[1,2,3,4]", "frames_per_shot=[1,5,9]")
+    pipeline.prepare(pipeline.make_world(tmp_path / "world", *sizes), tmp_path / "prepared", "min_frames=1")
+    step, steps = Trainer._train_step, []
+
+    def counted(self, batches) -> bool:
+        with compilations() as names:
+            taken = step(self, batches)
+        steps.append((batches[0].layout.num_tokens, names))
+        return taken
+
+    monkeypatch.setattr(Trainer, "_train_step", counted)
+    width = ("model.dim=112", "model.num_heads=2", "trainer.num_steps=14", "trainer.validate_every=0")
+    train(tmp_path / "prepared", tmp_path / "run", *width, "data.drop_captions=0.2")
+    assert steps[0][1]
+    assert len({tokens for tokens, _ in steps}) > 8
+    assert [names for _, names in steps[2:]] == [[]] * 12
 
 
 # Processes of their own

@@ -2,6 +2,7 @@
 pytest -m gpu tests/commands/test_films_gpu.py"""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import diffusers
@@ -13,8 +14,9 @@ from safetensors.torch import load_file
 
 from moc.training import find_checkpoint
 from models import load_model
+from models.stream import StreamModel
 from tests import pipeline
-from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, train
+from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, compilations, train
 from tests.models.test_experts import expert_of
 from tests.models.test_export_runs import save_tiny_encoders
 from tests.pipeline import command
@@ -72,6 +74,25 @@ def test_converting_and_sampling_what_came_of_it(run, story, tmp_path, on_gpu):
 
 
 # Sampling
+
+
+@pytest.mark.parametrize("sampler", ["joint", "staggered", "shot_by_shot"])
+def test_nothing_compiles_after_the_first_steps(run, story, tmp_path, monkeypatch, sampler):
+    """Of a story, though its shots differ in length: each kind of forward (with history or without, to be remembered or
+    not) compiles in its first two alone, with the prompt and without it."""
+    forward, calls = StreamModel.forward, defaultdict(list)
+
+    def counted(*args, cache=None, remember=False, **kwargs):
+        kind = (bool(cache and cache.num_tokens), remember)
+        with compilations() as names:
+            out = forward(*args, cache=cache, remember=remember, **kwargs)
+        calls[kind].append(names)
+        return out
+
+    monkeypatch.setattr(StreamModel, "forward", counted)
+    pipeline.sample(run, story, tmp_path / "film", f"sampler={sampler}", "sampler.steps=6")
+    assert sum(map(len, calls.values())) > 10
+    assert [names for forwards in calls.values() for names in forwards[2:] if names] == []
 
 
 @pytest.mark.parametrize(
