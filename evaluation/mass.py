@@ -57,7 +57,9 @@ def watched(model: Any, layout: ShotLayout, queries: Tensor, config: MoCConfig, 
 
             def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 table = attend.func.table
-                _measure(layer, rotate(q, table), rotate(k, table), layout, queries, config, mass)
+                turned = rotate(q, table), rotate(k, table)
+                with torch.autocast(q.device.type, enabled=False):
+                    _measure(layer, *turned, layout, queries, config, mass)
                 return attend(q, k, v)
 
             return (*others, partial(seen))

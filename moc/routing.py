@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moc.config import DropKey, MoCConfig
+from moc.config import Candidates, DropKey, MoCConfig
 from moc.context import is_candidate
 from moc.layout import ShotLayout
 
@@ -37,6 +37,9 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     """
     first_query = layout.first_query(len(q))
     means = descriptors(k, layout)
+    applies_drops = drops is not None and config.has_drops
+    if config.candidates is Candidates.first and not applies_drops:
+        return _route_to_first(q, means, layout, config, first_query)
     chunks = torch.arange(layout.num_chunks, device=layout.device)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
     parts = []
@@ -51,6 +54,35 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
             routes = apply_drops(routes, allowed, layout, config, drops, start)
         parts.append(routes)
     return torch.cat(parts, dim=1)
+
+
+def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int) -> Tensor:
+    """The same for `candidates: first`: a query is scored against the first chunks of its sample's shots alone."""
+    table = layout.memo("first chunks", lambda: _first_chunks(layout))
+    block = max(1, SCORES_PER_BLOCK // (table.shape[1] * means[0].numel()))
+    parts = []
+    for start in range(first_query, layout.num_tokens, block):
+        end = min(start + block, layout.num_tokens)
+        queries = q[start - first_query : end - first_query].to(means.dtype)
+        chunks = table[layout.token_sample[start:end]]  # [block, S]
+        with torch.autocast(q.device.type, enabled=False):
+            scores = torch.einsum("lnd,lsnd->nls", queries, means[chunks.clamp(min=0)])
+        query_chunk = layout.token_chunk[start:end, None]
+        allowed = (chunks >= 0) & is_candidate(layout, config, query_chunk, chunks.clamp(min=0))
+        best = best_chunks(scores, allowed, config.top_k)
+        named = chunks.expand(len(best), -1, -1).gather(2, best.clamp(min=0).long())
+        parts.append(named.masked_fill(best < 0, -1).int())
+    return torch.cat(parts, dim=1)
+
+
+def _first_chunks(layout: ShotLayout) -> Tensor:
+    """The first video chunk of each shot of each sample, int64 [samples, S], -1 where there are fewer shots."""
+    rows: list[list[int]] = [[] for _ in range(layout.num_samples)]
+    for group in layout.groups:
+        if group.video_tokens:
+            rows[group.sample].append(group.first_chunk + (group.text_tokens > 0))
+    width = max(map(len, rows))
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows]).to(layout.device, non_blocking=True)
 
 
 def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:

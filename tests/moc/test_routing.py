@@ -328,3 +328,17 @@ def test_first_candidates_are_the_first_video_chunk_of_each_shot():
         wanted = {chunk for chunk in firsts if layout.chunks[chunk].group != own}
         for head in range(2):
             assert set(routes[head, token].tolist()) - {-1} == wanted
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+@pytest.mark.parametrize("causal", [True, False])
+def test_first_candidates_are_chosen_as_from_all_scores(top_k, causal):
+    """Drops that draw nothing take the general way."""
+    samples = [(1, [(2, 3), (0, 2)]), (0, [(3, 1), (1, 2), (2, 3)])]
+    layout = moc.ShotLayout.pack(
+        [moc.ShotLayout.build([moc.Shot(t, (f, 2, 2)) for t, f in shots], text, 4) for text, shots in samples]
+    )
+    config = moc.MoCConfig(top_k=top_k, candidates="first", causal=causal, drop_off_max=1e-9, drop_in_rate=0)
+    q, k = torch.randn(2, layout.num_tokens, 2, 8).unbind()
+    general = routing.route(q, k, layout, config, moc.DropKey(0, 0))[..., :top_k]
+    assert torch.equal(routing.route(q, k, layout, config), general)
