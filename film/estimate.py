@@ -70,7 +70,7 @@ def estimate(plan: FilmPlan, model: Any, moc: MoCConfig, flow: Flow, sampler: Sa
 
     spent = dense = 0.0
     most_tokens = 0
-    steps = plan_steps(len(plan.shapes), plan.given, sampler, flow)
+    steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, len(plan.script.references))
     for step in steps:
         computed = step.moving if remembers and not step.is_dense else step.shots
         tokens, total = (sum(stream.tokens[shot] for shot in shots) for shots in (computed, step.shots))

@@ -19,7 +19,9 @@ from data.media.resize import fit
 from film.script import Script
 from moc.diffusion import Story, noise_key
 
-PICTURES = 1 << 20  # the noise of the picture before shot i has number PICTURES + i, so that pictures renumber no shot
+# The noise of the picture before shot i has number PICTURES + i, that of reference i REFERENCES + i, whatever the seed:
+# shots are numbered without them, and one made anew with another seed sees the same references.
+PICTURES, REFERENCES = 1 << 20, 1 << 21
 
 
 @dataclass
@@ -27,7 +29,8 @@ class FilmPlan:
     """The stream of a film. device: the codec's.
 
     shapes: (C, T, H, W) of each latent. cuts, noise_keys, text, negative: as in `moc.diffusion.Story`.
-    given: latents of reference pictures, each a one-frame shot of its own before the shot that shall look like it. A
+    given: latents of pictures: the script's references, each a one-frame shot of its own before all shots, and those of
+        shots, each before the shot that shall look like it. A
         picture is encoded apart, never decoded, and a continuous codec does not count it as a shot. Its name in
         `pictures` tells its content. A cut stands before and after it.
     filmed, num_frames: where each of the script's shots stands in the stream, and its length. It is as long as the
@@ -55,7 +58,9 @@ class FilmPlan:
 
     def story(self) -> Story:
         """What to sample; texts must be encoded."""
-        return Story(self.shapes, self.text, self.negative, self.given, self.cuts, self.noise_keys)
+        return Story(
+            self.shapes, self.text, self.negative, self.given, self.cuts, self.noise_keys, len(self.script.references)
+        )
 
     def record(self) -> dict[str, Any]:
         """The script in its own form, as JSON has it, with every seed and with the pictures' names."""
@@ -77,13 +82,18 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
         plan.cuts.append(cut)
         plan.noise_keys.append(key)
 
+    def add_picture(image: Path, caption: str, key: int) -> None:
+        plan.given[len(plan.shapes)] = codec.encode(fit(read_image(image), script.size).to(device))
+        plan.pictures[image] = _content_name(image)
+        add(1, caption, True, key)
+
+    for number, reference in enumerate(script.references):
+        add_picture(reference.image, reference.prompt, noise_key(0, REFERENCES + number))
     rest = 0.0  # what rounding took from the shots of one video so far, so that cuts stay where the script has them
     for place, shot in enumerate(script.shots):
         own_seed = seed if shot.seed is None else shot.seed
         if shot.image:
-            plan.given[len(plan.shapes)] = codec.encode(fit(read_image(shot.image), script.size).to(device))
-            plan.pictures[shot.image] = _content_name(shot.image)
-            add(1, shot.caption, True, noise_key(own_seed, PICTURES + place))
+            add_picture(shot.image, shot.caption, noise_key(own_seed, PICTURES + place))
         plan.filmed.append(len(plan.shapes))
         wanted = shot.seconds * script.fps + (0 if codec.begins_video(place) else rest)
         ends = place + 1 == len(script.shots) or (script.shots[place + 1].begins_anew and codec.begins_video(place + 1))

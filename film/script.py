@@ -8,6 +8,8 @@
     shots:
       - {prompt: "...", seconds: 8, cut: true}
       - {prompt: "...", seconds: 8, cut: false, image: ref.png, seed: 3}
+    references:              # pictures of characters and places that every shot may look back to, never filmed
+      - {prompt: "...", image: ann.png}
 
 A film's metadata.json is read as the script of that film, with the seed of each shot.
 
@@ -28,7 +30,7 @@ from data.manifest import resolve, shot_prompt
 from data.stories import prompts_and_cuts, spans_between
 
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
-_FIELDS = {"title", "global", "size", "fps", "negative", "shots"}
+_FIELDS = {"title", "global", "size", "fps", "negative", "shots", "references"}
 _SHOT_FIELDS = {"prompt", "seconds", "cut", "image", "seed"}
 _SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # that the peers' forms may add to their own
 
@@ -56,8 +58,16 @@ class ScriptShot:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A picture of a character or a place, already inside the script's folder, and what it shows."""
+
+    prompt: str
+    image: Path
+
+
+@dataclass(frozen=True)
 class Script:
-    """A story. size: (height, width) in pixels."""
+    """A story. size: (height, width) in pixels. references: what every shot may look back to."""
 
     title: str
     global_caption: str
@@ -65,6 +75,7 @@ class Script:
     fps: float
     negative: str
     shots: tuple[ScriptShot, ...]
+    references: tuple[Reference, ...] = ()
 
     def record(self, seed: int, names: Mapping[Path, str]) -> dict[str, Any]:
         """The script as JSON has it. seed: of the shots without one. names: under which pictures are named."""
@@ -74,7 +85,8 @@ class Script:
             image = {"image": names[shot.image]} if shot.image else {}
             shots.append(fields | image | {"seed": seed if shot.seed is None else shot.seed})
         top = {"title": self.title, "global": self.global_caption, "size": list(self.size), "fps": self.fps}
-        return top | {"negative": self.negative, "shots": shots}
+        pictures = [{"prompt": one.prompt, "image": names[one.image]} for one in self.references]
+        return top | {"negative": self.negative, "shots": shots} | ({"references": pictures} if pictures else {})
 
 
 def load_script(
@@ -116,7 +128,23 @@ def _parse(raw: dict[str, Any], path: Path) -> Script:
         fps=_positive(raw.get("fps", DEFAULT_FPS), f"{path} fps"),
         negative=_text(raw, "negative", path),
         shots=tuple(_shot(shot, f"{path} shots[{index}]", path.parent) for index, shot in enumerate(shots)),
+        references=_references(raw.get("references"), path),
     )
+
+
+def _references(raw: Any, path: Path) -> tuple[Reference, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list):
+        raise DataError("bad-script", f"{path} references", f"{raw!r} is not a list of prompts and images")
+    found = []
+    for index, one in enumerate(raw):
+        where = f"{path} references[{index}]"
+        if not isinstance(one, dict) or one.keys() != {"prompt", "image"}:
+            raise DataError("bad-script", where, f"{one!r} is not a mapping of prompt and image")
+        prompt, image = _text(one, "prompt", where), resolve(path.parent, str(one["image"]), f"{where}.image")
+        found.append(Reference(prompt, image))
+    return tuple(found)
 
 
 def _shot(raw: Any, where: str, root: Path) -> ScriptShot:

@@ -87,6 +87,7 @@ class Story:
     text, negative: features [T_i, text_dim] of the global caption, then of each shot's, to steer to and away from.
     given: clean latents [C, T, H, W] of shots that are known already, by index.
     cuts: whether a true cut begins each shot; empty means cuts everywhere.
+    num_references: how many of the first shots, all given, every shot sees, whatever `context_shots` is.
     noise_keys: seed the noise of each shot (`noise_key`); empty keys it by the config's seed and the shot's index.
     Raises ValueError where these do not describe the same shots.
     """
@@ -97,6 +98,7 @@ class Story:
     given: dict[int, Tensor] = field(default_factory=dict)
     cuts: Sequence[bool] = ()
     noise_keys: Sequence[int] = ()
+    num_references: int = 0
 
     def __post_init__(self) -> None:
         shots = len(self.shapes)
@@ -112,6 +114,8 @@ class Story:
                 )
         if not self.given.keys() < set(range(shots)):
             raise ValueError(f"shots {sorted(self.given)} of {shots} are given; at least one must be left to sample")
+        if not set(range(self.num_references)) <= self.given.keys():
+            raise ValueError(f"the first {self.num_references} shots are references, but not all of them are given")
         for index, latent in self.given.items():
             if tuple(latent.shape) != tuple(self.shapes[index]):
                 raise ValueError(f"shot {index} is given as {tuple(latent.shape)}; its shape is {self.shapes[index]}")
@@ -154,8 +158,10 @@ class Step:
     is_dense: bool
 
 
-def plan_steps(num_shots: int, given: Container[int], config: SamplingConfig, flow: Flow) -> list[Step]:
-    """The steps of a story, of which the shots `given` are known."""
+def plan_steps(
+    num_shots: int, given: Container[int], config: SamplingConfig, flow: Flow, num_references: int = 0
+) -> list[Step]:
+    """The steps of a story, of which the shots `given` are known; num_references: as in `Story`."""
     unknown = [index for index in range(num_shots) if index not in given]
     clocks = sigma_table(len(unknown), config, flow)
     table = torch.zeros(len(clocks), num_shots)
@@ -165,7 +171,8 @@ def plan_steps(num_shots: int, given: Container[int], config: SamplingConfig, fl
         moving = [index for index in unknown if after[index] < now[index]]
         steps_done = (table[: number + 1] < 1).sum(dim=0).tolist()
         is_dense = steps_done[moving[-1]] < config.dense_steps
-        steps.append(Step(now, after, _stream(now, moving, config.context_shots), moving, steps_done, is_dense))
+        shots = _stream(now, moving, config.context_shots, num_references)
+        steps.append(Step(now, after, shots, moving, steps_done, is_dense))
     return steps
 
 
@@ -201,7 +208,7 @@ def sample_shots(
     known = story.given | (start.latents if start else {})
     latents = [known.get(index, noise[index]).to(device).float() for index in range(num_shots)]
     unknown = [index for index in range(num_shots) if index not in story.given]
-    steps = plan_steps(num_shots, story.given, config, flow)
+    steps = plan_steps(num_shots, story.given, config, flow, story.num_references)
     keeps_history = config.keeps_history and hasattr(model, "new_cache")
     cuts = story.cuts or [True] * num_shots
     prompt, negative = (_Side(model, spec, text, cuts, keeps_history) for text in (story.text, story.negative))
@@ -248,10 +255,11 @@ def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tenso
     return torch.randn(shape, generator=generator).to(device)
 
 
-def _stream(now: Tensor, moving: list[int], context_shots: int) -> list[int]:
-    """The shots of a step's stream: those on the move, and finished ones before them (the latest `context_shots`)."""
-    finished = [index for index in range(max(moving)) if now[index] == 0]
-    return sorted(moving + finished[-context_shots:])
+def _stream(now: Tensor, moving: list[int], context_shots: int, num_references: int) -> list[int]:
+    """The shots of a step's stream: references, finished ones before those on the move (the latest `context_shots`),
+    and these."""
+    finished = [index for index in range(num_references, max(moving)) if now[index] == 0]
+    return sorted([*range(num_references), *moving, *finished[-context_shots:]])
 
 
 @dataclass(frozen=True)

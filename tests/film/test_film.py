@@ -1,5 +1,6 @@
 """From script to stream, and from latents to pictures, storyboard and routing map."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ from data.media.decode import open_video
 from film import storyboard
 from film.folder import FILES, PROGRESS, FilmFolder
 from film.plan import plan_film
-from film.script import Script, ScriptShot
+from film.script import Reference, Script, ScriptShot
 from film.shooting import Shooting, pictures
 from film.storyboard import Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
 from moc.diffusion import Progress, noise_key
@@ -116,6 +117,19 @@ def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
     assert latent.shape == (3, 1, 8, 12)
     assert latent[:, 0, :, :5].mean((1, 2)).tolist() == pytest.approx([1, -1, -1], abs=0.05)
     assert latent[:, 0, :, 7:].mean((1, 2)).tolist() == pytest.approx([-1, -1, 1], abs=0.05)
+
+
+def test_references_stand_before_all_shots_and_are_never_filmed(picture):
+    shots = [ScriptShot("a", 1.0), ScriptShot("b", 1.0)]
+    plain, what = script(*shots), replace(script(*shots), references=(Reference("Ann", picture),))
+    plan = plan_film(what, MeanCodec(), seed=7)
+    assert (plan.filmed, list(plan.given)) == ([1, 2], [0])
+    assert plan.noise_keys[1:] == plan_film(plain, MeanCodec(), seed=7).noise_keys
+    plan.encode_texts(lambda _, captions: [torch.zeros(1, 2)] * (1 + len(captions)))
+    assert plan.story().num_references == 1
+    (name,) = plan.pictures.values()
+    assert plan.record()["references"] == [{"prompt": "Ann", "image": name}]
+    assert plan.captions[0] == "Ann"
 
 
 def test_a_picture_leaves_the_noise_of_the_shots_as_it_is(picture):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from data.errors import DataError
 from film.batch import find_films
@@ -83,12 +84,17 @@ def test_a_film_that_is_killed_again_and_again_is_the_film_that_never_was(traine
 
 
 def test_a_film_is_repeated_from_its_metadata(trained, write, tmp_path):
-    filmmaker = open_filmmaker(trained, seed=3)
-    filmmaker.film(filmmaker.plan(load_script(write(STORY))), FilmFolder(tmp_path / "film"))
-    other_seed = open_filmmaker(trained)
+    for name, colour in (("mia.png", "red"), ("reef.png", "blue")):
+        Image.new("RGB", (48, 32), colour).save(tmp_path / name)
+    references = [{"prompt": "Mia.", "image": "mia.png"}, {"prompt": "The reef.", "image": "reef.png"}]
+    story = STORY | {"references": references, "shots": [SHOT, SHOT | {"image": "reef.png"}, SHOT]}
+    filmmaker = open_filmmaker(trained, seed=3, context_shots=1)
+    filmmaker.film(filmmaker.plan(load_script(write(story))), FilmFolder(tmp_path / "film"))
+    other_seed = open_filmmaker(trained, context_shots=1)
     script = load_script(tmp_path / "film" / METADATA)
     other_seed.film(other_seed.plan(script), FilmFolder(tmp_path / "again"))
     first, again = contents(tmp_path / "film"), contents(tmp_path / "again")
+    assert len([name for name in first if name.startswith("given/")]) == 2
     assert first.keys() == again.keys()
     assert all(again[name] == payload for name, payload in first.items() if name != METADATA)
     assert json.loads(again[METADATA])["script"] == json.loads(first[METADATA])["script"]

@@ -7,7 +7,7 @@ import yaml
 
 from data.errors import DataError
 from data.manifest import CUT_PREFIX
-from film.script import load_script
+from film.script import Reference, load_script
 
 SHOT = {"prompt": "Ann climbs the stairs.", "seconds": 2}
 
@@ -45,6 +45,12 @@ def test_every_field_is_read(write, tmp_path):
     first, last = script.shots
     assert (first.prompt, first.seconds, first.cut, first.image) == ("Ann climbs the stairs.", 2.0, True, None)
     assert (last.seconds, last.cut, last.image) == (1.5, False, tmp_path / "ref.png")
+
+
+def test_references_are_pictures_with_what_they_show(write, tmp_path):
+    (tmp_path / "ann.png").touch()
+    script = load_script(write(ours(references=[{"prompt": "Ann, a keeper.", "image": "ann.png"}])))
+    assert script.references == (Reference("Ann, a keeper.", tmp_path / "ann.png"),)
 
 
 def test_a_true_cut_is_marked_in_the_caption_as_in_training(write):
@@ -217,6 +223,15 @@ BAD = {
     "image missing": (ours(shots=[SHOT | {"image": "ref.png"}]), r"shots\[0\]\.image", "'ref.png' is not in"),
     "image elsewhere": (ours(shots=[SHOT | {"image": "/etc/passwd"}]), r"shots\[0\]\.image", "outside"),
     "image outside": (ours(shots=[SHOT | {"image": "../x.png"}]), r"shots\[0\]\.image", "outside"),
+    "references no list": (ours(references={"image": "a.png"}), "references", "not a list"),
+    "reference without prompt": (ours(references=[{"image": "a.png"}]), r"references\[0\]", "not a mapping of prompt"),
+    "reference missing": (
+        ours(references=[{"prompt": "Ann", "image": "ann.png"}]),
+        r"references\[0\]\.image",
+        "'ann.png' is not in",
+    ),
+    "seed negative": (ours(shots=[SHOT | {"seed": -1}]), r"shots\[0\]\.seed", "-1 is not a whole number"),
+    "seed as text": (ours(shots=[SHOT | {"seed": "1"}]), r"shots\[0\]\.seed", "'1' is not a whole number"),
     "not a mapping": ("- a\n- b", "story.yaml", "must be a mapping"),
     "not yaml": ("shots: [", "story.yaml:1", "not YAML"),
     "empty": ("", "story.yaml", "must be a mapping"),

@@ -272,6 +272,16 @@ def test_progress_is_told_once_the_finished_shots_are_taken():
     assert events == [(1, [0]), 0, (2, [0]), (3, [0, 1]), 1, (4, [0, 1])]
 
 
+def test_every_shot_sees_the_references_whatever_the_context():
+    model, given = Recording(towards_points), {0: torch.full(SHAPE, 9.0), 1: torch.full(SHAPE, -9.0)}
+    config = SamplingConfig(1, context_shots=1, **ONE_PASS)
+    finished = film(model, config, replace(story(5, given), num_references=2))
+    assert [index for index, _ in finished] == [2, 3, 4]
+    assert [shots for shots, *_ in model.calls] == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 3, 4]]
+    with pytest.raises(ValueError, match="the first 3 shots are references"):
+        replace(story(5, given), num_references=3)
+
+
 def test_a_key_means_the_noise_of_a_shot_wherever_it_stands():
     keys = [noise_key(0, number) for number in (0, 7, 1)]
     model = Recording(entangled)
