@@ -344,6 +344,7 @@ MISTAKES = [
     ("train", "optim.name=sgd", r"optim\.name='sgd' is not one of adamw"),
     ("train", "optim.parts=[{match: a, factor: -1}]", r"optim\.parts\.factor=-1"),
     ("train", "optim.parts=[{pattern: a}]", r"optim\.parts|pattern"),
+    ("train", "flow.dense_target=2", r"flow\.dense_target=2"),
     ("train", "schedule=[{step: 5, drop_off_max: 2}]", r"drop_off_max=2"),
     ("train", "optim.betas=[0.9,big]", r"optim\.betas\[1\].*'big'"),
     ("train", "schedule=[{step: 0, chunk_tokens: x, top_k: 1}]", r"schedule\[0\]\.chunk_tokens"),

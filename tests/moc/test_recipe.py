@@ -1,4 +1,4 @@
-"""The recipe of a run: any optimizer by name, parts of the model, drop schedules."""
+"""The recipe of a run: any optimizer by name, parts of the model, drop schedules, the dense model as target."""
 
 import sys
 from dataclasses import replace
@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moc import MoCConfig
+from moc import MoCConfig, Sample, make_batch
+from moc.diffusion import Flow
+from moc.diffusion.flow import NoiseLevels
 from moc.schedule import MoCSchedule, Stage
 from moc.training import OptimConfig, find_checkpoint
 from moc.training.optim import PartConfig, build_optimizer, freeze_parts, set_learning_rate
@@ -154,3 +156,43 @@ def test_a_run_without_drops_from_a_step_on(cache, tmp_path):
     assert until == never != always
     assert from_2[:2] == always[:2]
     assert from_2[2] != always[2]
+
+
+# The dense model as target
+
+
+def test_the_target_holds_a_share_of_the_dense_models_velocity():
+    """At a share of one, a model that is dense itself has nothing to learn; validation compares with the data."""
+    net, moc = model(), MoCConfig(chunk_tokens=6, top_k=1, text_anchor="none")
+    sample = Sample([torch.randn(3, 2, 4, 6)] * 3, [torch.randn(2, 8)] * 4)
+    batch, levels = make_batch([sample], net.stream, 6), NoiseLevels.equal(0.5, 3)
+
+    def loss(share, config):
+        return Flow(dense_target=share).loss(net, batch, levels, config, 0)
+
+    def gradient(share):
+        return torch.autograd.grad(loss(share, moc).sum(), list(net.parameters()), allow_unused=True)
+
+    assert loss(1.0, replace(moc, dense=True)).abs().max() == 0
+    assert not torch.equal(loss(0.5, moc), loss(0.0, moc))
+    with torch.no_grad():
+        assert torch.equal(loss(0.5, moc), loss(0.0, moc))
+    plain, mixed, whole = (
+        [*torch.autograd.grad(loss(s, moc).sum(), net.parameters(), allow_unused=True)] for s in (0.0, 0.25, 1.0)
+    )
+    for a, b, c in zip(plain, mixed, whole, strict=True):
+        if a is not None:  # the gradient is linear in the target
+            torch.testing.assert_close(b, 0.75 * a + 0.25 * c, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"flow\.dense_target=1\.5"):
+        Flow(dense_target=1.5)
+
+
+def test_a_run_with_the_dense_target_trains_and_resumes(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.runs.Flow", lambda: Flow(dense_target=0.5))
+    train(cache, tmp_path / "whole", num_steps=3, moc=DROPS)
+    train(cache, tmp_path / "half", num_steps=2, moc=DROPS)
+    train(cache, tmp_path / "half", num_steps=3, moc=DROPS, resume=True)
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    monkeypatch.undo()
+    train(cache, tmp_path / "plain", num_steps=3, moc=DROPS)
+    assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
