@@ -31,7 +31,7 @@ from moc.cost import attention_cost
 from moc.errors import UserError
 from moc.kernels import anchors, dense, sizes, triton_index
 from scripts.benchmark_report import write_plot, write_tables
-from scripts.measuring import header, median_ms
+from scripts.measuring import check_gpu, header, median_ms
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
@@ -310,8 +310,7 @@ def _replace(rows: list[dict], new: list[dict]) -> None:
 
 @command("benchmark_attention", AttentionBenchmarkConfig)
 def main(config: AttentionBenchmarkConfig) -> None:
-    if not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA GPU here, and this benchmark measures one; run it where there is a GPU")
+    check_gpu()
     impls = config.impls or [impl for impl in Impl if dense.is_installed(impl)]
     output = Path(config.output)
     file = output.with_suffix(".json")

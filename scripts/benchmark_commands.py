@@ -21,7 +21,7 @@ import yaml
 from configs.command import command
 from data.records import write_whole
 from moc.errors import UserError
-from scripts.measuring import header, markdown_table
+from scripts.measuring import check_gpu, header, markdown_table
 
 ROOT = Path(__file__).parents[1]
 SMALL_STORY = "configs/scripts/storyworld.yaml"
@@ -40,11 +40,16 @@ README_STORY = {
 
 @dataclass(frozen=True)
 class CommandsConfig:
-    """What to time, and where what the commands make goes."""
+    """What to time, and where what the commands make goes.
 
-    folder: str = "outputs/gpu_commands"  # holds about 60 GB
-    output: str = "docs/benchmarks/gpu_commands.json"  # a table of the same name, .md, comes to lie beside it
-    only: list[str] = field(default_factory=list)  # names of commands to run again; the rows of the others stay
+    folder: where what they make goes, about 60 GB.
+    output: the record to write; a table of the same name, .md, comes to lie beside it.
+    only: names of commands to run again; the rows of the others stay.
+    """
+
+    folder: str = "outputs/gpu_commands"
+    output: str = "docs/benchmarks/gpu_commands.json"
+    only: list[str] = field(default_factory=list)
 
 
 def plan(folder: Path, num_gpus: int) -> dict[str, list[str]]:
@@ -100,8 +105,7 @@ def plan(folder: Path, num_gpus: int) -> dict[str, list[str]]:
 
 @command("benchmark_commands", CommandsConfig)
 def main(config: CommandsConfig) -> None:
-    if not torch.cuda.is_available():
-        raise UserError("the commands are to be timed on a GPU, and torch finds none here")
+    check_gpu()
     folder, output = Path(config.folder).resolve(), Path(config.output)
     commands = plan(folder, torch.cuda.device_count())
     unknown = set(config.only) - commands.keys()

@@ -1,6 +1,6 @@
 """Measures whole models on one GPU, dense against MoC, side by side in one run.
 
-python scripts/benchmark_model.py [--shots 1 2 4 8] [--output docs/benchmarks/model]
+python scripts/benchmark_model.py [shots=[1,2,4,8]] [output=docs/benchmarks/model]
 
 The shape of Wan2.1-T2V-1.3B with random weights, fp32 under bf16 autocast, shots of 23,040 tokens:
 - forward: one prediction, without gradients
@@ -12,10 +12,10 @@ pointwise operations must move, at the speed of a copy.
 Writes OUTPUT.json (a header and rows), OUTPUT.md and OUTPUT.png.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models.wan
+from configs.command import command
 from moc import DropKey, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
@@ -35,7 +36,7 @@ from moc.training.optim import OptimConfig, build_optimizer
 from models import ModelConfig, build_model
 from models.rope import rotary_table, rotate, running_positions
 from models.stream import Part
-from scripts.measuring import copy_bytes_per_ms, header, markdown_table, median_ms
+from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, median_ms
 
 LATENT, TEXT_DIM = (16, 36, 40, 64), 4096  # 36 x 20 x 32 = 23,040 tokens
 HEAD_DIM = 128
@@ -53,6 +54,18 @@ BACKWARD_UNITS = {
     "norm before the text": 3, "norm of its q": 3, "sums of gradients at three forks": 3 * 3,
 }  # fmt: skip
 FORWARD_FFN_UNITS, BACKWARD_FFN_UNITS = 2, 3  # of the activation, in units of the FFN's width
+
+
+@dataclass(frozen=True)
+class ModelBenchmarkConfig:
+    """What to measure.
+
+    shots: the numbers of shots of a story, one row each.
+    output: the path of the files to write, without their endings.
+    """
+
+    shots: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    output: str = "docs/benchmarks/model"
 
 
 def make_story(num_shots: int, shape: tuple[int, ...] = LATENT) -> Batch:
@@ -256,15 +269,11 @@ def _plot(record: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shots", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/model"))
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA GPU here; this benchmark measures one")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-
+@command("benchmark_model", ModelBenchmarkConfig)
+def main(config: ModelBenchmarkConfig) -> None:
+    check_gpu()
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = build_model(CONFIG, latent_channels=LATENT[0], text_dim=TEXT_DIM)
@@ -274,11 +283,11 @@ def main() -> None:
     kernel = dense.choose(torch.empty(1, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)).name
     record: dict = {"header": header() | {"dense_kernel": kernel}, "rows": [], "blocks": []}
     compile_all(model, optimizer)
-    for shots in arguments.shots:
+    for shots in config.shots:
         record["rows"] += model_rows(model, optimizer, shots)
         record["blocks"].append(block_row(model, shots))
         print(record["blocks"][-1], flush=True)
-        tables = write_report(record, arguments.output)
+        tables = write_report(record, output)
     print(tables)
 
 

@@ -30,13 +30,12 @@ from moc import MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
-from moc.errors import UserError
 from moc.schedule import MoCSchedule
 from moc.training import Trainer, TrainerConfig
 from moc.training.optim import OptimConfig
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
-from scripts.measuring import copy_bytes_per_ms, header, markdown_table, matmul_flops_per_ms
+from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, matmul_flops_per_ms
 
 SHOTS, TEXT_TOKENS, CHANNELS, TEXT_DIM = 4, 16, 64, 128
 WARM_UP, STEPS = 6, 10
@@ -51,7 +50,14 @@ WEIGHT_BYTES = 62
 
 @dataclass(frozen=True)
 class StepConfig:
-    """tokens: of a step, about. packs: for each row the token grid (frames, height, width) of a shot."""
+    """What to measure.
+
+    model: the model and its sizes.
+    moc: what attention attends to.
+    tokens: about how many a step has.
+    packs: for each row the token grid (frames, height, width) of a shot.
+    output: the record to write.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moc: MoCConfig = field(default_factory=MoCConfig)
@@ -62,8 +68,7 @@ class StepConfig:
 
 @command("benchmark_step", StepConfig)
 def main(config: StepConfig) -> None:
-    if not torch.cuda.is_available():
-        raise UserError("a step is to be timed on a GPU, and torch finds none here")
+    check_gpu()
     parallel = Parallel()
     model = build_model(config.model, latent_channels=CHANNELS, text_dim=TEXT_DIM)
     rates = {"flops": matmul_flops_per_ms(), "bytes": copy_bytes_per_ms()}  # a millisecond

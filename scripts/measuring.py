@@ -9,7 +9,14 @@ from importlib.metadata import version
 
 import torch
 
+from moc.errors import UserError
 from moc.kernels import dense
+
+
+def check_gpu() -> None:
+    """Raises UserError where there is no GPU to measure."""
+    if not torch.cuda.is_available():
+        raise UserError("this is to be timed on a CUDA GPU, and torch finds none here; run it where there is one")
 
 
 def median_ms(function: Callable[[], object], repeats: int, warm_up: float = 0.4) -> float:

@@ -132,7 +132,7 @@ def test_every_setting_can_be_seen_in_the_help(name):
     assert values(composed(name, *REQUIRED.get(name, [])), schema) == settings(schema)
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"benchmark_commands"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_the_help_has_words_on_every_setting(name):
     """A dataclass's docstring holds them, as "name: words." or "name, other: words."."""
     said = words(schema_of(name))
