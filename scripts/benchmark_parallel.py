@@ -37,7 +37,7 @@ from scripts.measuring import header, markdown_table
 AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0}, "sequence": {"sequence": 0}}
 IMPLEMENTATIONS = ("moc", "dense")
 TEXT_TOKENS = 64  # of each caption
-LONG = 20.0  # seconds of a step that is measured once, without a step before it
+LONG = 20.0  # seconds of a first step after which one is measured, not a median
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,8 @@ def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
     on_gpu = parallel.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    times = [step_seconds(trainer, batch)]
-    if times[0] < LONG:
-        times = [step_seconds(trainer, batch) for _ in range(most)]
+    first = step_seconds(trainer, batch)  # may compile kernels
+    times = [step_seconds(trainer, batch) for _ in range(most if first < LONG else 1)]
     seconds = sorted(times)[len(times) // 2]
     values: dict[str, Any] = {"step_seconds": round(seconds, 4), "steps": len(times)}
     values["tokens_per_second"] = round(batch.layout.num_tokens * parallel.data_ranks / seconds)

@@ -275,6 +275,7 @@ def append(output: Path, row: dict) -> None:
     """Puts a row into the record, in the place of an earlier one of its name, seed and steps."""
     rows = json.loads(output.read_text())["rows"] if output.exists() else []
     key = [row["row"], row["seed"], row["steps"]]
+    row = json.loads(json.dumps(row))  # with keys of text, as the earlier ones have
     rows = [other for other in rows if [other["row"], other["seed"], other["steps"]] != key] + [row]
     text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
     write_whole(output, f'{{"rows": {text}}}\n'.encode())
