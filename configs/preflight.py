@@ -5,6 +5,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -31,11 +32,12 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
 
     train: runs a configuration; it is given a short run in a folder of its own, which is removed.
     """
+    start = cache(partial(_start, config))  # a checkpoint is read whole to see that it is sound
     checks: dict[str, Callable[[], str]] = {
         "processes": lambda: _processes(parallel),
         "data": lambda: _data(dataset),
-        "checkpoint": lambda: _checkpoint(config),
-        "trial": lambda: _trial(config, dataset, parallel, train),
+        "checkpoint": lambda: _checkpoint(config, *start()),
+        "trial": lambda: _trial(config, dataset, parallel, train, *start()),
     }
     well = True
     for name, check in checks.items():
@@ -73,9 +75,8 @@ def _data(dataset: Data) -> str:
     return f"{len(some)} of {len(dataset)} scenes read; their checksums fit"
 
 
-def _checkpoint(config: TrainConfig) -> str:
+def _checkpoint(config: TrainConfig, found: Path | None, step: int) -> str:
     """Whether the run can go on where it stopped. Raises UserError where it cannot."""
-    found, step = _start(config)
     if found and config.resume == "auto":
         check_same_run(config)
     return f"{found} is whole; the run goes on from step {step}" if found else "none; the run begins"
@@ -89,9 +90,8 @@ def _start(config: TrainConfig) -> tuple[Path | None, int]:
     return found, read_run_state(found)["step"] if found else 0
 
 
-def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> str:
+def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train, found: Path | None, first: int) -> str:
     """Some steps and a save of the run itself. Raises UserError where memory or the disk does not suffice."""
-    found, first = _start(config)
     never = {"validate_every": 0, "checkpoint_every": 0, "sample_every": 0}
     length = replace(config.trainer, num_steps=first + _STEPS, log_every=1, **never)
     trial = replace(

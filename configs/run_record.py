@@ -5,7 +5,6 @@ import json
 import logging
 import shlex
 import socket
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from configs.schema import TrainConfig
+from moc.checkout import commit, git
 from moc.config import HOW_COMPUTED
 from moc.errors import UserError
 from moc.files import write_whole
@@ -90,8 +90,8 @@ def record_launch(config: TrainConfig, parallel: Parallel, step: int) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         "command": shlex.join(sys.argv),
-        "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit(),
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
         "hosts": Counter(hosts),
         "device": parallel.device_name,
         "python": sys.version.split()[0],
@@ -109,17 +109,6 @@ def _record_settings(config: TrainConfig) -> None:
         number = next(n for n in range(1, 10**6) if not _kept(file, n).exists())
         file.rename(_kept(file, number))
     write_whole(file, text.encode())
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of this checkout; None where it is none, or there is no git."""
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _kept(file: Path, number: int) -> Path:

@@ -35,7 +35,7 @@ class Mass:
         self.queries += elsewhere.shape[1] if layer == 0 else 0
 
     def table(self) -> dict[str, list[list[float]]]:
-        """By layer and head: elsewhere, the mass; kept and best, shares of that."""
+        """Gives by layer and head the mass that lies elsewhere, and the shares of it kept and, at best, to be kept."""
         layers = sorted(self.kept)
         elsewhere = torch.stack([self.elsewhere[layer] for layer in layers])
         shares = {

@@ -1,7 +1,6 @@
 """A model with its encoders, ready to film prompt scripts."""
 
 import logging
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +20,7 @@ from film.script import Script, load_script
 from film.shooting import ROUTING, OnStep, Shooting
 from film.storyboard import ROWS_A_PAGE, Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
 from moc import MoCConfig, __version__
+from moc.checkout import commit
 from moc.diffusion import Flow, Progress, SamplingConfig, sample_shots
 from moc.errors import UserError
 from moc.memory import SAMPLING, enough_for
@@ -75,7 +75,7 @@ class Filmmaker:
     @cached_property
     def _loaded(self) -> Any:
         """The model on the CPU."""
-        return load_denoiser(self.checkpoint, self.config.low_noise_checkpoint, self.parallel.dtype)
+        return load_denoiser(self.contents, self.config.low_noise_checkpoint, self.parallel.dtype)
 
     @cached_property
     def model(self) -> Any:
@@ -223,10 +223,8 @@ class Filmmaker:
 def versions() -> dict[str, str]:
     """Versions of what decides a film's bits, and the commit where this is a checkout."""
     found = {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    git = subprocess.run(
-        ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return found if git.returncode else found | {"commit": git.stdout.strip()}
+    at = commit()
+    return found | {"commit": at} if at else found
 
 
 def draw_pictures(folder: FilmFolder, plan: FilmPlan, shares: Tensor) -> None:

@@ -123,8 +123,11 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Str
     )
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weights: str = "ema") -> StreamModel:
-    """The model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original names.
+def load_model(
+    path: str | Path | Contents, dtype: torch.dtype | None = torch.float32, weights: str = "ema"
+) -> StreamModel:
+    """The model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original names, or
+    `Contents.sound` of one of them.
 
     An adapter comes merged into its base.
     dtype: of its weights, norms and time embedding excepted; None as they are stored.
@@ -135,7 +138,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32, weig
 
 
 def load_denoiser(
-    path: str | Path, low_noise: str | Path | None = None, dtype: torch.dtype | None = torch.float32
+    path: str | Path | Contents, low_noise: str | Path | None = None, dtype: torch.dtype | None = torch.float32
 ) -> StreamModel | Experts:
     """Loads what a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
@@ -143,11 +146,14 @@ def load_denoiser(
     other one. The boundary is where the high-noise one's noise levels begin (`Contents.own_flow`), else the release's.
     Raises UserError where the two are no pair, are one, or change places.
     """
-    pair = Contents(Path(path)).experts
+    contents = path if isinstance(path, Contents) else Contents(Path(path))
+    pair = contents.experts
     if low_noise:
         if pair:
-            raise UserError(f"{path} holds two experts; with low_noise_checkpoint={low_noise} name the high-noise one")
-        pair = Path(path), Path(low_noise)
+            raise UserError(
+                f"{contents.path} holds two experts; with low_noise_checkpoint={low_noise} name the high-noise one"
+            )
+        pair = contents.path, Path(low_noise)
     if pair is None:
         return load_model(path, dtype)
     high, low = (Contents(expert) for expert in pair)

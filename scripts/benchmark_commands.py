@@ -137,34 +137,30 @@ def kept_rows(output: Path, head: dict) -> dict[str, dict]:
     return {row.pop("name"): row for row in record["rows"]}
 
 
-def run(arguments: list[str], log: Path) -> dict:
-    """Runs `python ARGUMENTS`, what it says going to `log`; returns its row."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    with log.open("w") as said:
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
-    seconds = round(time.perf_counter() - start, 1)
-    return {"command": arguments, "seconds": seconds, "exit_code": done.returncode}
+def run(arguments: list[str], log: Path, settings: dict[str, str] | None = None, until: Path | None = None) -> dict:
+    """Runs `python ARGUMENTS`, what it says going to `log`; returns its row.
 
-
-def start(arguments: list[str], log: Path, name: str) -> dict:
-    """Runs a training with a cache of compiled kernels of its own, which is empty at first; the row's seconds are those
-    from the command to the end of its second step."""
-    folder = log.parents[1]
-    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / name.rsplit(" ", 1)[0].replace(" ", "_"))}
-    given = dict(argument.split("=", 1) for argument in arguments[1:])
-    metrics = Path(given["output"]) / given["name"] / "metrics.jsonl"
+    settings: added to its environment. until: the metrics of a training whose second step ends the row's seconds.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with log.open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT
-        )
-        while process.poll() is None and '"step": 2' not in (metrics.read_text() if metrics.exists() else ""):
+        command, environment = [sys.executable, *arguments], os.environ | (settings or {})
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=subprocess.STDOUT)
+        while until and process.poll() is None and '"step": 2' not in (until.read_text() if until.exists() else ""):
             time.sleep(0.05)
+        if until is None:
+            process.wait()
         seconds = round(time.perf_counter() - began, 1)
-        exit_code = process.wait()
-    return {"command": arguments, "seconds": seconds, "exit_code": exit_code}
+    return {"command": arguments, "seconds": seconds, "exit_code": process.wait()}
+
+
+def start(arguments: list[str], log: Path, name: str) -> dict:
+    """Runs a training to the end of its second step, with a cache of compiled kernels of its own, empty at first."""
+    kernels = log.parents[1] / name.rsplit(" ", 1)[0].replace(" ", "_")
+    given = dict(argument.split("=", 1) for argument in arguments[1:])
+    metrics = Path(given["output"]) / given["name"] / "metrics.jsonl"
+    return run(arguments, log, {"TRITON_CACHE_DIR": str(kernels)}, metrics)
 
 
 def table(head: dict, rows: list[dict], folder: Path) -> str:

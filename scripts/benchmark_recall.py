@@ -36,6 +36,7 @@ from data.records import write_whole
 from data.storyworld.recall import draw_scenes
 from evaluation.recall import Reader, RecallBench, accuracy, summary, train_reader
 from moc import MoCConfig
+from moc.checkout import commit
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from models import load_model
@@ -260,13 +261,12 @@ def pack(folder: Path, archive: Path) -> None:
 
 
 def machine(parallel: Parallel) -> dict:
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": parallel.device_name,
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

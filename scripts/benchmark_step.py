@@ -72,7 +72,7 @@ def main(config: StepConfig) -> None:
     parallel = Parallel()
     model = build_model(config.model, latent_channels=CHANNELS, text_dim=TEXT_DIM)
     rates = {"flops": matmul_flops_per_ms(), "bytes": copy_bytes_per_ms()}  # a millisecond
-    rows = []
+    rows, head = [], header()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             parallel, model, Flow(), config.moc, MoCSchedule(), OptimConfig(), TrainerConfig(), Path(folder), 0,
@@ -81,8 +81,8 @@ def main(config: StepConfig) -> None:
         for grid in config.packs:
             rows.append(measure(trainer, tuple(grid), config, rates))
             print(rows[-1], flush=True)
-            write_whole(Path(config.output), (json.dumps({"header": header(), "rows": rows}, indent=1) + "\n").encode())
-    write_whole(Path(config.output).with_suffix(".md"), table(rows).encode())
+            write_whole(Path(config.output), (json.dumps({"header": head, "rows": rows}, indent=1) + "\n").encode())
+    write_whole(Path(config.output).with_suffix(".md"), table(head, rows).encode())
 
 
 def make_pack(model: nn.Module, grid: tuple[int, int, int], scenes: int, chunk_tokens: int) -> Batch:
@@ -131,9 +131,9 @@ def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, ra
 def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
     """FLOPs and bytes of one step, forward and backward."""
     model = trainer.bare_model
-    layout = pack.to(trainer.parallel.device).layout
-    routes: dict[int, torch.Tensor] = {}
     batch = pack.to(trainer.parallel.device)
+    layout = batch.layout
+    routes: dict[int, torch.Tensor] = {}
     with torch.no_grad(), trainer.parallel.autocast():
         sigma = torch.ones(layout.num_shots, device=layout.device)
         model(batch.latents, sigma, batch.text, layout, trainer.moc, on_routes=routes.setdefault)
@@ -153,8 +153,8 @@ def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
     return attention + matmuls, pointwise + WEIGHT_BYTES * sum(p.numel() for p in model.parameters())
 
 
-def table(rows: list[dict]) -> str:
-    head = header()
+def table(head: dict, rows: list[dict]) -> str:
+    """The record as a Markdown page."""
     versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "cudnn", "triton") if head[name])
     lines = []
     for row in rows:

@@ -51,7 +51,7 @@ def main(config: EvaluateConfig) -> None:
         raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
     parallel = Parallel(ParallelConfig(config.device, config.precision))
     contents = Contents.sound(config.checkpoint)
-    model = load_model(contents.path).to(parallel.device)  # type: ignore[arg-type]
+    model = load_model(contents).to(parallel.device)  # type: ignore[arg-type]
     moc = contents.moc.override(config.moc)
     batches = list(held_out(open_dataset(config.data), config.data.validation, model.stream, moc.chunk_tokens))
     rows = []

@@ -1,7 +1,6 @@
 """What the GPU benchmarks share: a warm median of device times, and the header of a record."""
 
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from importlib.metadata import version
 
 import torch
 
+from moc.checkout import commit
 from moc.errors import UserError
 from moc.kernels import dense
 
@@ -54,7 +54,6 @@ def header() -> dict:
     """GPU, versions, commit and date of a measurement."""
     import triton
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -63,7 +62,7 @@ def header() -> dict:
         "triton": triton.__version__,
         "fa4": version("flash-attn-4") if dense.is_installed("fa4") else None,
         "fa3": "installed" if dense.is_installed("fa3") else None,
-        "commit": None if git.returncode else git.stdout.strip(),
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 

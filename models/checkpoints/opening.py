@@ -115,12 +115,14 @@ def _size(config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(config[key] for key in ("num_attention_heads", "ffn_dim", "num_layers", "in_channels"))
 
 
-def open_checkpoint(path: str | Path, weights: str = "ema") -> Checkpoint:
-    """Finds out what `path` holds, without reading whole tensors. weights: ema or model, of a training checkpoint.
+def open_checkpoint(path: str | Path | Contents, weights: str = "ema") -> Checkpoint:
+    """Finds out what `path` holds, without reading whole tensors; `Contents` were looked through for damage before.
+
+    weights: ema or model, of a training checkpoint.
 
     Raises UserError where it is no model, or more than one, or a LoRA whose base is not what it was.
     """
-    contents = Contents.sound(path, weights)
+    contents = path if isinstance(path, Contents) else Contents.sound(path, weights)
     root, path = contents.root, contents.model_path(weights)
     lora = read_lora(path)
     if lora is not None:

@@ -52,6 +52,6 @@ def test_a_row_takes_the_place_of_its_like_and_of_no_other(tmp_path):
 def test_rows_are_compared_with_dense_over_the_same_scenes():
     dense = row("dense", [1, 1, 1, 0, 1, 1, 0, 0])
     text = tables([dense, row("moc", [1, 1, 1, 0, 0, 1, 0, 1])])
-    # By scene: 0, 0, -1/2, 1/2.
+    # The scenes differ by 0, 0, -1/2 and 1/2.
     assert "+0.000 ± 0.346" in text
     assert tables([row("moc", [1, 0])]).count("±") == 4  # of the losses

@@ -78,7 +78,7 @@ def test_converting_and_sampling_what_came_of_it(run, story, tmp_path, on_gpu):
 
 @pytest.mark.parametrize("sampler", ["joint", "staggered", "shot_by_shot"])
 def test_nothing_compiles_after_the_first_steps(run, story, tmp_path, monkeypatch, sampler):
-    """Of a story, though its shots differ in length: each kind of forward (with history or without, to be remembered or
+    """Though the shots of a story differ in length, each kind of forward (with history or without, to be remembered or
     not) compiles in its first two alone, with the prompt and without it."""
     forward, calls = StreamModel.forward, defaultdict(list)
 

@@ -1,0 +1,22 @@
+"""What git says of the checkout that this code runs from; its commit is noted beside whatever the code makes."""
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def commit() -> str | None:
+    """The commit of the checkout; None where this is none, or there is no git."""
+    return git("rev-parse", "HEAD")
+
+
+def git(*arguments: str) -> str | None:
+    """What git answers, without spaces around it; None where this is no checkout, or there is no git."""
+    if not (ROOT / ".git").exists():  # an installed package may lie below somebody else's
+        return None
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
