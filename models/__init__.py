@@ -15,6 +15,7 @@ from models.checkpoints.opening import load_checkpoint, open_checkpoint
 from models.encoders.codec import CodecConfig
 from models.encoders.pair import Encoders, EncodersConfig, build_codec, build_encoders, load_encoders
 from models.encoders.text import TextConfig, build_text_encoder
+from models.frozen import Base
 from models.lora import Lora
 from models.mmdit import MMDiT
 from models.stream import StreamModel
@@ -64,6 +65,7 @@ class ModelConfig:
     lora_rank: above 0, train adapters of that rank.
     lora_targets: the linears that have adapters, by the ends of their names (wan: to_q to_k to_v to_out.0 net.0.proj
     net.2; mmdit: to_qkv to_out ffn.0 ffn.2).
+    lora_base: how the linears of the blocks under adapters are kept: fp32, bf16, or fp8 or int8 with a scale a row.
     """
 
     family: Family = Family.mmdit
@@ -76,6 +78,7 @@ class ModelConfig:
     frame_place: bool = False
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=list)
+    lora_base: Base = Base.fp32
 
     def __post_init__(self) -> None:
         check_least(self, "model", 1, "dim", "num_layers", "num_heads", "ffn_dim")
@@ -83,10 +86,12 @@ class ModelConfig:
             raise UserError(
                 f"model.lora_rank={self.lora_rank} must be 0, or above 0 with model.lora_targets=[NAME, ...]"
             )
+        if self.lora_base != Base.fp32 and not self.lora_rank:
+            raise UserError(f"model.lora_base={self.lora_base} is of weights under an adapter: set model.lora_rank")
 
 
 def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamModel:
-    """A model with fresh random weights, or with those of `config.path`, in fp32 on the CPU.
+    """A model with fresh random weights, or with those of `config.path`, on the CPU; in fp32 but for `lora_base`.
 
     Raises UserError where the model there is of another family.
 
@@ -101,7 +106,7 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Str
                 f"model.path={config.path} holds a {checkpoint.kind}, not one of model.family={config.family}; "
                 "set the family that fits (for Wan's weights: model=wan)"
             )
-        model = load_checkpoint(checkpoint)
+        model = load_checkpoint(checkpoint, base=config.lora_base)
         if config.lora_rank:
             base = str(checkpoint.path.resolve())  # not the run, which may train on
             model.add_lora(Lora(config.lora_rank, config.lora_targets, base, checkpoint.fingerprint()))

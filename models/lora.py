@@ -88,11 +88,18 @@ class Trainable:
     lora: Lora | None = None
 
     def add_lora(self, lora: Lora) -> None:
-        """Freezes the model and adds an adapter to each linear it names; raises UserError for unknown targets."""
+        """Freezes the model and adds an adapter in fp32 to each linear it names; raises UserError for unknown
+        targets."""
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
 
         targets = list(lora.linears(self))
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets), self)
+        for layer in self.modules():
+            if isinstance(layer, LoraLayer):
+                layer.lora_A.float()  # peft takes the dtype of the weights
+                layer.lora_B.float()
+                layer.cast_input_dtype_enabled = False  # autocast would cast a copy in fp32 back, and backward keep it
         self.lora = lora
 
     @classmethod

@@ -26,6 +26,7 @@ from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, Trainer
 from moc.training.checkpoint import optimizer_states
 from moc.training.shards import local, whole
 from models import ModelConfig, build_model
+from models.frozen import Base, freeze_linears
 from models.lora import Lora
 
 CHANNELS, TEXT_DIM, HEADS = 4, 8, 4
@@ -34,6 +35,7 @@ SETTINGS = {
     "mmdit": MoCConfig(chunk_tokens=6, top_k=2, own_anchor="chunk", text_anchor="none", drop_in_rate=1.0),
     "wan": MoCConfig(chunk_tokens=6, top_k=2, own_anchor="chunk", drop_in_rate=1.0, dense_layers=1),
 }
+BASES = {"mmdit": Base.int8, "wan": Base.fp8}  # of what an adapter's weights are kept in
 LORA = {"mmdit": ["to_qkv", "ffn.0"], "wan": ["to_q", "net.2"]}
 # What the processes of a mesh are along each axis; `replicate` takes what is left over.
 MESHES = {
@@ -65,15 +67,21 @@ def make_model(case: Case) -> nn.Module:
     extra = {"input_skip": True, "frame_place": True} if case.family == "mmdit" else {}
     config = ModelConfig(case.family, dim=16 * HEADS, num_layers=3, num_heads=HEADS, ffn_dim=40, **extra)
     model = build_model(config, CHANNELS, TEXT_DIM)
+    _draw(model)
     if case.lora:
+        freeze_linears(model, BASES[case.family])
         model.add_lora(Lora(2, LORA[case.family], "", ""))
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() >= 2:
-                weight.normal_(std=0.7 * weight.shape[-1] ** -0.5)
+        _draw(model)
     if case.recomputed:
         model.enable_gradient_checkpointing()
     return model
+
+
+def _draw(model: nn.Module) -> None:
+    """Draws the trained weights of two dimensions or more."""
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dim() >= 2:
+            nn.init.normal_(weight, std=0.7 * weight.shape[-1] ** -0.5)
 
 
 def make_samples() -> list[Sample]:

@@ -23,6 +23,7 @@ from models.checkpoints.contents import Contents
 from models.checkpoints.names import COMFYUI_PREFIX, to_diffusers_name
 from models.checkpoints.tensors import TensorSource, check_tensors, listed, shapes
 from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
+from models.frozen import Base, freeze_linears, packed_tensors
 from models.lora import Adapter, Lora, read_lora
 from models.mmdit import MMDiT
 from models.stream import StreamModel
@@ -220,12 +221,19 @@ def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[st
     }
 
 
-def load_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> StreamModel:
-    """The model on the CPU. dtype: of its weights (norms and time embedding stay fp32), None as they are stored.
+def load_checkpoint(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, base: Base = Base.fp32
+) -> StreamModel:
+    """The model on the CPU. dtype: of its weights (norms and time embedding stay fp32), None as they are stored. base:
+    how the linears of its blocks are kept, frozen unless it is fp32; each is packed as it is read.
 
     Raises UserError unless the stored tensors are exactly the model's.
     """
     model = checkpoint.empty_model()
-    state = {name: checkpoint.read(name).to(target) for name, target in checkpoint.dtypes(model, dtype).items()}
+    dtypes = checkpoint.dtypes(model, dtype)
+    frozen = freeze_linears(model, base)
+    state: dict[str, Tensor] = {}
+    for name, target in dtypes.items():
+        state.update(packed_tensors(name, checkpoint.read(name).to(target), frozen, base))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()

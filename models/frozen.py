@@ -1,0 +1,117 @@
+"""Linears that are never trained, kept in few bytes under an adapter: as bf16, as fp8 or as int8 with a scale a row.
+
+torchao has such weights too, as tensors of a class of its own. They have no memory that one copy could move between
+the host and a GPU, and safetensors stores none. These are plain tensors, which DDP sends, FSDP2 shards and a swap of
+blocks copies as any other.
+"""
+
+from collections.abc import Collection, Iterator
+from enum import StrEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_LARGEST = {"fp8": 448.0, "int8": 127.0}  # numbers of each format
+_FP8 = torch.float8_e4m3fn
+
+
+class Base(StrEnum):
+    """How the weights under an adapter are kept."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp8 = "fp8"
+    int8 = "int8"
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer that computes as `linear` does, with its weight rounded to a format.
+
+    weight: bfloat16, int8, or the bits of fp8 (e4m3) as uint8, since neither gloo nor NCCL sends that type everywhere.
+    scale: fp32 [out_features, 1], what a row of whole numbers or fp8 is multiplied by; none in bf16. The product is
+    taken in fp32 and rounded once, to autocast's dtype or to the input's, whenever the layer is used: the only memory
+    it takes then is that of one weight.
+    """
+
+    scale: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, base: Base) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        kept = packed(linear.weight.detach(), base)
+        self.weight = nn.Parameter(kept["weight"], False)
+        self.register_parameter("scale", nn.Parameter(kept["scale"], False) if "scale" in kept else None)
+        self.register_parameter("bias", linear.bias)
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return _Linear.apply(x, self.weight, self.scale, self.bias, dtype)
+
+
+def packed(weight: Tensor, base: Base) -> dict[str, Tensor]:
+    """The `weight` and, where it has one, the `scale` of a `FrozenLinear` for a weight [out, in] of any dtype. The
+    largest number of a row becomes the largest of the format."""
+    if base is Base.bf16:
+        return {"weight": weight.bfloat16()}
+    weight, largest = weight.float(), _LARGEST[base]
+    # A row of zeros has a scale too: it would divide by none.
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
+    scaled = weight / scale
+    numbers = scaled.round().to(torch.int8) if base is Base.int8 else scaled.to(_FP8).view(torch.uint8)
+    return {"weight": numbers, "scale": scale}
+
+
+def unpacked(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight that `packed` was given, to the format's rounding, in `dtype`."""
+    if scale is None:
+        return weight.to(dtype)
+    numbers = weight.view(_FP8) if weight.dtype == torch.uint8 else weight
+    return (numbers.float() * scale).to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the packed weight for backward, where autograd of the operations would keep the unpacked one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.dtype = x.dtype
+        return F.linear(x.to(dtype), unpacked(weight, scale, dtype), bias if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale = ctx.saved_tensors
+        return (grad @ unpacked(weight, scale, grad.dtype)).to(ctx.dtype), None, None, None, None
+
+
+def freeze_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
+    """Makes the linears of a model's blocks frozen ones, but for those that it keeps in fp32, and returns them by name.
+    model: a `StreamModel`, which may lie on the meta device. base: fp32 leaves it as it is."""
+    if base is Base.fp32:
+        return {}
+    wide = set(model._keep_in_fp32_modules or ())
+    frozen: dict[str, FrozenLinear] = {}
+    for name, module in list(model.blocks.named_modules()):
+        if type(module) is nn.Linear and not wide & set(name.split(".")):
+            frozen[f"blocks.{name}"] = FrozenLinear(module, base)
+            model.blocks.set_submodule(name, frozen[f"blocks.{name}"])
+    return frozen
+
+
+def packed_tensors(name: str, value: Tensor, frozen: Collection[str], base: Base) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that hold one of a model's own: of the weight of a frozen linear, by `freeze_linears`, its packed
+    ones; any other is as it is."""
+    layer, _, kind = name.rpartition(".")
+    if layer not in frozen or kind != "weight":
+        yield name, value
+        return
+    for part, tensor in packed(value, base).items():
+        yield f"{layer}.{part}", tensor
