@@ -10,7 +10,8 @@ from moc.errors import UserError
 
 STEP = (
     "lower data.batch_tokens, raise parallel.accumulation, which deals a step's tokens to more micro-batches, set "
-    "parallel.activation_checkpointing=true, or spread weights or films over several processes: parallel.shard, "
+    "parallel.activation_checkpointing=true and parallel.offload_activations=true, under an adapter set "
+    "model.lora_base=fp8 and parallel.swap_blocks, or spread weights or films over several processes: parallel.shard, "
     "parallel.sequence"
 )
 VALIDATION = "hold out shorter scenes, or none: data.validation=0"

@@ -142,10 +142,9 @@ class JointBlock(nn.Module):
         self.last = last
 
     def forward(
-        self, tokens: tuple[Tensor, Tensor], condition: Tensor, part: Part, attend: Attend
+        self, text: Tensor, video: Tensor, condition: Tensor, part: Part, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """tokens: text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]; attend: q, k, v [L, N, D] -> [L, N, D]."""
-        text, video = tokens
+        """text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]; attend: q, k, v [L, N, D] -> [L, N, D]."""
         text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
         text_qkv = self.text.project(text, text_mod, part.text_members)
         video_qkv = self.video.project(video, video_mod, part.video_members)

@@ -210,7 +210,8 @@ class StreamAttention:
 class Embedded(NamedTuple):
     """The things that the blocks of a model work on.
 
-    tokens: what a block takes first and returns changed. inputs: what every block is given besides.
+    tokens: what a block takes first and returns changed, a tensor or a tuple of them. inputs: what every block is given
+    besides.
     condition: the vector of each group that modulates the output, fp32 [G, dim].
     """
 
@@ -280,7 +281,8 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         table = (cos[first:], sin[first:])
         attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, self.exchange)
         for layer, block in enumerate(self.blocks):
-            args = (tokens, *inputs, partial(attend, layer))
+            # One tensor after another: what offloads inputs of recomputed blocks looks into no tuple.
+            args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, partial(attend, layer))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, *args)
             else:

@@ -58,7 +58,9 @@ class Case:
         return f"{self.family}{'_lora' * self.lora}_{self.accumulation}{'_recomputed' * self.recomputed}"
 
 
-CASES = [Case(f, lora, 2 if lora else 1, not lora) for f, lora in product(("mmdit", "wan"), (False, True))]
+CASES = [
+    Case(f, lora, 2 if lora else 1, not lora or f == "wan") for f, lora in product(("mmdit", "wan"), (False, True))
+]
 
 
 def make_model(case: Case) -> nn.Module:
@@ -150,7 +152,9 @@ def check(folder: Path, device: str) -> None:
     meshes = [
         (axes, Parallel(ParallelConfig(device, "fp32", **axes))) for axes in MESHES[int(os.environ["WORLD_SIZE"])]
     ]
+    swapping = Parallel(ParallelConfig(device, "fp32", activation_checkpointing=True, swap_blocks=2))
     for (axes, parallel), case in product(meshes, CASES):
+        parallel = swapping if case.lora and case.recomputed and not axes else parallel
         what = f"{case.name} on {axes}"
         run = folder / what
         trainer = make_trainer(case, parallel, run)

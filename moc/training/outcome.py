@@ -174,7 +174,8 @@ class Spikes:
 def check_finite(parallel: Parallel, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, step: int) -> None:
     """Raises FloatingPointError, on every process, where a weight, an average or an optimizer state is not finite."""
     states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-    tensors = {"weights": model.parameters(), "averaged weights": ema.averages.values(), "optimizer's states": states}
+    trained = (weight for weight in model.parameters() if weight.requires_grad)
+    tensors = {"weights": trained, "averaged weights": ema.averages.values(), "optimizer's states": states}
     for name, values in tensors.items():
         finite = [local(value).isfinite().all() for value in values]
         if parallel.any(bool(finite) and not torch.stack(finite).all()):

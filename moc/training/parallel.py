@@ -29,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from moc.errors import UserError, check_least
 from moc.exchange import Exchange
 from moc.move import move
+from moc.training.offload import OffloadActivations
+from moc.training.swap import Swap
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,9 @@ class ParallelConfig:
     device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
     precision: of every forward pass, in training and out of it: auto (bf16 on a GPU, fp32 on the CPU), fp32 or bf16.
     accumulation: micro-batches a step on each process. activation_checkpointing: recompute blocks in backward; routes
-    are kept. timeout: seconds after which processes that wait for another one end the job and name it.
+    are kept. offload_activations: large tensors that backward needs wait in the host's memory. swap_blocks: of how many
+    blocks the frozen weights wait there, each coming back while the block before it computes; it needs
+    activation_checkpointing. timeout: seconds after which processes that wait for another one end the job and name it.
     sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
     with samples of their own the weights are sharded, and over those of the streams besides. replicate: how often that
     is repeated; 0 is as often as there are processes for."""
@@ -55,6 +59,8 @@ class ParallelConfig:
     precision: str = "auto"
     accumulation: int = 1
     activation_checkpointing: bool = False
+    offload_activations: bool = False
+    swap_blocks: int = 0
     timeout: float = 600.0
     replicate: int = 0
     shard: int = 1
@@ -64,7 +70,17 @@ class ParallelConfig:
         if self.precision not in ("auto", *PRECISIONS):
             raise UserError(f"precision={self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
         check_least(self, "parallel", 1, "accumulation", "timeout", "shard", "sequence")
-        check_least(self, "parallel", 0, "replicate")
+        check_least(self, "parallel", 0, "replicate", "swap_blocks")
+        if self.swap_blocks and not self.activation_checkpointing:
+            raise UserError(
+                f"parallel.swap_blocks={self.swap_blocks} needs blocks to be computed once more in backward: set "
+                "parallel.activation_checkpointing=true"
+            )
+        if self.swap_blocks and (self.shard > 1 or self.sequence > 1):
+            raise UserError(
+                f"parallel.swap_blocks={self.swap_blocks} is for weights that every process has whole: take it without "
+                "parallel.shard and parallel.sequence, which shard them"
+            )
 
 
 class Parallel:
@@ -90,6 +106,8 @@ class Parallel:
             self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENT)
             _store().set(f"moc/host/{self.rank}", socket.gethostname())
+        self._swap_blocks = config.swap_blocks
+        self._offload = OffloadActivations(self.device) if config.offload_activations else None
         self._check_mesh(config)
         self.data_rank, self.data_ranks = self.rank // config.sequence, self.world_size // config.sequence
         self._data_group = self._exchange = None
@@ -122,13 +140,18 @@ class Parallel:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not self.is_sharded)
 
+    def saving(self) -> AbstractContextManager:
+        """Where a forward pass keeps what its backward needs."""
+        return self._offload or nullcontext()
+
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on this process's device."""
         return move(tensor, self.device)
 
     def wrap(self, model: Any) -> nn.Module:
         """A model as the training loop calls it, on the device: its gradients are averaged over all processes. Where
-        it is sharded, it is so in place, and each of its `blocks` is gathered while it computes."""
+        it is sharded, it is so in place, and each of its `blocks` is gathered while it computes. Raises UserError where
+        no blocks can be swapped."""
         if self._exchange:
             model.exchange = self._exchange
         if self.is_sharded:
@@ -137,7 +160,13 @@ class Parallel:
             for unit in (*model.blocks, model):
                 fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
             return model
-        model.to(self.device)
+        if self._swap_blocks:
+            Swap(model, self._swap_blocks, self.device)
+            # DDP would send weights from the main process, all on one device; frozen ones are alike without.
+            frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        else:
+            model.to(self.device)
         return model if self.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def keep_gradients(self, model: nn.Module) -> AbstractContextManager:

@@ -1,0 +1,151 @@
+"""Weights and activations that wait on the host: steps are those without, bit for bit, and the right ones move."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moc.batch import make_batch
+from moc.diffusion import Flow
+from moc.errors import UserError
+from moc.schedule import MoCSchedule
+from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
+from moc.training.offload import OffloadActivations
+from moc.training.optim import PartConfig
+from moc.training.swap import Swap
+from models.mmdit import MMDiT
+from tests import runs
+from tests.meshes import SETTINGS, Case, make_model, make_samples, state, step
+from tests.runs import losses, make_cache, train
+
+GPU = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+def make_trainer(case: Case, device: str, **parallel: object) -> Trainer:
+    PartialState._reset_state()
+    torch.manual_seed(0)
+    config = ParallelConfig(device, "fp32", activation_checkpointing=True, **parallel)
+    return Trainer(
+        Parallel(config), make_model(case), Flow(), SETTINGS[case.family], MoCSchedule(), OptimConfig(),
+        TrainerConfig(), Path(), 0, save_extras=lambda _: None,
+    )  # fmt: skip
+
+
+def two_steps(case: Case, device: str, **parallel: object) -> list[Tensor]:
+    """Losses, gradients and what is left after them."""
+    trainer = make_trainer(case, device, **parallel)
+    return [*step(case, trainer).values(), *step(case, trainer).values(), *state(trainer)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["mmdit", "wan"])
+def test_steps_are_those_without(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(family, True, 2, True)
+    plain = two_steps(case, device)
+    monkeypatch.setattr("moc.training.offload._LEAST", 1)
+    monkeypatch.setattr("moc.training.offload._PIECE", 64)
+    for more in ({"swap_blocks": 1}, {"swap_blocks": 2}, {"swap_blocks": 3}, {"offload_activations": True}):
+        found = two_steps(case, device, **more)
+        assert len(found) == len(plain)
+        if device == "cpu":
+            assert all(map(torch.equal, found, plain)), more
+        else:  # attention adds up its gradients in no fixed order
+            for x, y in zip(found, plain, strict=True):
+                torch.testing.assert_close(x.cpu(), y.cpu(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_block_comes_while_the_one_before_it_computes(device: str) -> None:
+    """In forward and in backward: when a block begins, it and the next one of that direction are on the device, and the
+    frozen weights of all others on the host."""
+    case = Case("wan", True, 1, True)
+    model = make_model(case)
+    alone = {name: weight.clone() for name, weight in model.named_parameters()}
+    swap = Swap(model, len(model.blocks), torch.device(device))
+    begun: list[tuple[int, list[int]]] = []
+
+    def here() -> list[int]:
+        held = [slot.holds for slot in swap._slots]
+        for index, block in enumerate(model.blocks):
+            frozen = [weight for weight in block.parameters() if not weight.requires_grad]
+            memory = swap._slots[held.index(index)].memory if index in held else swap._waiting[index].host
+            places = {weight.untyped_storage().data_ptr() for weight in frozen}
+            assert places == {memory.untyped_storage().data_ptr()}
+        return sorted(x for x in held if x is not None)
+
+    for index, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: begun.append((index, here())))
+    batch = make_batch(make_samples(), model.stream, 6).to(torch.device(device))
+    sigma = torch.full((batch.layout.num_shots,), 0.5, device=device)
+    for _ in range(2):
+        found = model(batch.latents, sigma, batch.text, batch.layout, SETTINGS["wan"])
+        torch.stack([x.square().mean() for x in found]).sum().backward()
+    both = [(0, [0, 1]), (1, [1, 2]), (2, [1, 2]), (2, [1, 2]), (1, [0, 1]), (0, [0, 1])]
+    assert begun == both + both
+    assert all(torch.equal(weight.cpu(), alone[name]) for name, weight in model.named_parameters())
+
+
+def test_frozen_parts_are_swapped_and_saved_too(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no adapter is trained but some of the weights themselves, a run goes on as it would without."""
+    optim = OptimConfig(lr=3e-3, warmup_steps=1, parts=[PartConfig("blocks.*.to_qkv.*"), PartConfig("*", 0)])
+    enable = MMDiT.enable_gradient_checkpointing
+    monkeypatch.setattr(runs, "MMDiT", lambda *args, **sizes: enable(net := MMDiT(*args, **sizes)) or net)
+    for name, axes in (("plain", {}), ("swapped", {"swap_blocks": 2, "activation_checkpointing": True})):
+        train(cache, tmp_path / name, num_steps=2, optim=optim, axes=axes)
+        train(cache, tmp_path / name, num_steps=3, optim=optim, axes=axes, resume=True)
+    assert losses(tmp_path / "swapped") == losses(tmp_path / "plain")
+    for file in sorted((tmp_path / "plain/checkpoints").rglob("*/*.safetensors")):
+        one, two = load_file(file), load_file(tmp_path / "swapped" / file.relative_to(tmp_path / "plain"))
+        assert all(torch.equal(one[name], two[name]) for name in one), file
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_saved_for_backward_waits_on_the_host(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large tensors alone, in pieces that end where the tensor does; a weight stays."""
+    monkeypatch.setattr("moc.training.offload._LEAST", 400)
+    monkeypatch.setattr("moc.training.offload._PIECE", 256)
+    hooks, kept = OffloadActivations(torch.device(device)), []
+    pack = hooks.pack_hook
+    hooks.pack_hook = lambda x: kept.append(pack(x)) or kept[-1]
+    weight = torch.nn.Parameter(torch.randn(10, 10, device=device))
+    small, large = (torch.randn(n, 10, device=device, requires_grad=True) for n in (9, 13))
+    with hooks:
+        out = ((small @ weight).square().sum() + (large @ weight).sin().sum()) * weight.sum()
+    gradients = torch.autograd.grad(out, [weight, small, large])
+    plain = ((small @ weight).square().sum() + (large @ weight).sin().sum()) * weight.sum()
+    assert all(map(torch.equal, gradients, torch.autograd.grad(plain, [weight, small, large])))
+    moved = [x for x in kept if not isinstance(x, Tensor)]
+    assert {x.shape for x in moved} == {large.shape}
+    assert [len(piece) for piece in moved[0].pieces] == [64, 64, 2]
+    assert all(piece.device.type == "cpu" for x in moved for piece in x.pieces)
+    assert any(x is weight for x in kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"swap_blocks": 1}, "swap_blocks=1 needs blocks to be computed once more"),
+        ({"swap_blocks": 1, "activation_checkpointing": True, "shard": 2}, "take it without parallel.shard"),
+        ({"swap_blocks": -1}, "parallel.swap_blocks=-1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ParallelConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("lora", "count", "message"), [(True, 4, "more than the model's 3"), (False, 1, "set model.lo")]
+)
+def test_blocks_that_cannot_be_swapped_are_refused(lora: bool, count: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_trainer(Case("mmdit", lora, 1, True), "cpu", swap_blocks=count)
