@@ -92,8 +92,9 @@ def _start(config: TrainConfig) -> tuple[Path | None, int]:
 
 def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train, found: Path | None, first: int) -> str:
     """Some steps and a save of the run itself. Raises UserError where memory or the disk does not suffice."""
-    never = {"validate_every": 0, "checkpoint_every": 0, "sample_every": 0}
-    length = replace(config.trainer, num_steps=first + _STEPS, log_every=1, **never)
+    length = replace(
+        config.trainer, num_steps=first + _STEPS, log_every=1, validate_every=0, checkpoint_every=0, sample_every=0
+    )
     trial = replace(
         config,
         output=str(config.run_folder),

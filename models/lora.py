@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
-from moc.training.shards import fill
+from moc.training.storage import read_tensors
 from models.checkpoints.tensors import INDEX, Shapes, TensorSource, check_tensors, read_index, shapes
 
 SETTINGS = "lora.json"
@@ -125,35 +126,44 @@ class Trainable:
         if self.lora is None:
             super().save_pretrained(folder, **kwargs)
             return
-        from diffusers import WanPipeline
+        self.save_settings(Path(folder))
+        file = Path(folder, f"{self.weights_stem}.safetensors")
+        save_file(self.stored(self.state_dict()), file, metadata={"format": "pt"})
+
+    def save_settings(self, folder: Path) -> None:
+        """What `save_pretrained` writes but for the weights."""
+        self.save_config(folder)
+        if self.lora is not None:
+            self.lora.save(folder)
+
+    @property
+    def weights_stem(self) -> str:
+        """What the files of the weights that `save_pretrained` writes are called, but for their ending."""
+        return "diffusion_pytorch_model" if self.lora is None else "pytorch_lora_weights"
+
+    def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the tensors of a state dict that `save_pretrained` writes, by their names in its files; an adapter's
+        are those of a pipeline's file."""
+        if self.lora is None:
+            return state
         from peft import get_peft_model_state_dict
 
-        self.save_config(folder)
-        WanPipeline.save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(self))
-        self.lora.save(Path(folder))
+        return {PREFIX + name: tensor for name, tensor in get_peft_model_state_dict(self, state).items()}
 
     def load_weights(self, folder: str | Path) -> None:
-        """Restores, in place, what `save_pretrained` of the same model wrote; raises UserError for another model's."""
-        source = TensorSource(folder)
-        stored = read_lora(Path(folder))
-        if self.lora is None:
-            check_tensors(folder, type(self).__name__, source.shapes, shapes(self.state_dict()))
-            weights = self.state_dict()
-            for name in source.names():
-                fill(weights[name], source.read(name))
-            return
-        from peft import get_peft_model_state_dict
-
-        if stored is not None and stored.fingerprint != self.lora.fingerprint:
-            raise UserError(
-                f"{folder} holds a LoRA of {stored.base}, whose weights are not those of {self.lora.base}: "
-                "set model.path to the former"
-            )
-        weights = {PREFIX + name: weight for name, weight in get_peft_model_state_dict(self).items()}
-        kind = f"LoRA of rank {self.lora.rank} on {list(self.lora.targets)}"
+        """Restores, in place, what `save_pretrained` of the same model wrote; raises UserError for another model's.
+        Where the model is sharded, each process reads its own rows."""
+        source, adapter = TensorSource(folder), read_lora(Path(folder))
+        weights, kind = self.stored(self.state_dict()), type(self).__name__
+        if self.lora is not None:
+            if adapter is not None and adapter.fingerprint != self.lora.fingerprint:
+                raise UserError(
+                    f"{folder} holds a LoRA of {adapter.base}, whose weights are not those of {self.lora.base}: "
+                    "set model.path to the former"
+                )
+            kind = f"LoRA of rank {self.lora.rank} on {list(self.lora.targets)}"
         check_tensors(folder, kind, source.shapes, shapes(weights))
-        for name in source.names():
-            fill(weights[name], source.read(name))
+        read_tensors(Path(folder), weights)
 
 
 RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -1,7 +1,7 @@
 """Tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several processes.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [--poisoned SCENE] [--told RANK] ...
-    [--hung RANK] [--full STEP]
+    [--hung RANK] [--full STEP] [--steps N] [--resume] [--every N] [--background]
 """
 
 import errno
@@ -30,6 +30,7 @@ from moc.training import (
     Trainer,
     TrainerConfig,
     Validator,
+    find_checkpoint,
     read_metrics,
     sound_checkpoint,
 )
@@ -188,8 +189,14 @@ if __name__ == "__main__":
     parser.add_argument("--full", type=int, help="the step whose checkpoint the disk does not take; each step has one")
     parser.add_argument("--axis", help="an axis of the mesh along which all processes lie")
     parser.add_argument("--validation", type=int, default=0, help="scenes held out")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
+    parser.add_argument("--every", type=int, default=0, help="steps between checkpoints")
+    parser.add_argument("--background", action="store_true", help="save in a thread")
     asked = parser.parse_args()
-    settings: dict = {"validation": asked.validation}
+    settings: dict = {"validation": asked.validation, "num_steps": asked.steps, "checkpoint_every": asked.every}
+    settings["save_in_background"] = asked.background
+    settings["resume"] = asked.resume and find_checkpoint(asked.folder) is not None
     if asked.axis:
         settings["axes"] = {asked.axis: int(os.environ["WORLD_SIZE"])}
     if asked.hung:
@@ -205,6 +212,6 @@ if __name__ == "__main__":
 
     with poisoned(asked.poisoned) if asked.poisoned else nullcontext():
         trainer = train(asked.cache, asked.folder, moc=DROPS, before_step=before_step, **settings)
-    assert (trainer.step, trainer.finished) == ((2, False) if asked.told else (4, True))
+    assert (trainer.step, trainer.finished) == ((2, False) if asked.told else (asked.steps, True))
     assert trainer.parallel.world_size == int(os.environ["WORLD_SIZE"])
     torch.distributed.destroy_process_group()

@@ -3,7 +3,7 @@
     step_0000100/
         model/            a diffusers folder (config.json, safetensors) with moc.json: loads anywhere by itself
         ema/              the same with the averaged weights
-        optimizer*.safetensors   states by parameter name, in shards with a JSON index where there are several
+        optimizer*.safetensors   states by parameter name, in shards with a JSON index where they are large
         rng_00000.safetensors    random states of the main process; a run's own draws are keyed and need none
         state.json        step, data position, what the run was
         complete          the other files' checksums; written last, before the folder gets its name
@@ -17,23 +17,24 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moc.errors import UserError, disk_error
-from moc.training.integrity import COMPLETE, damaged_files, seal, sync
-from moc.training.shards import local, sharded_like
+from moc.training.integrity import COMPLETE, checksums, damaged_files, seal, sync
+from moc.training.storage import read_tensors
+from moc.training.tensor_files import DTYPES, Entry
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
 _NUMBERS = {int: torch.int64, float: torch.float64}
 _PARTIAL_FOLDER = re.compile(r"partial_\d{7,}")
 _STEP_FOLDER = re.compile(r"step_(\d{7,})")
@@ -102,28 +103,72 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
+class Alone:
+    """The process that writes a checkpoint by itself; `Parallel` stands for several that write one together."""
+
+    is_main, rank, world_size = True, 0, 1
+
+    def together(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def gather(self, value: Result) -> list[Result]:
+        return [value]
+
+
+class Team(Protocol):
+    """The processes that write a checkpoint; see `Parallel`."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    rank: int
+    world_size: int
+
+    def together(self) -> AbstractContextManager: ...
+
+    def gather(self, value: Result) -> list[Result]: ...
+
+
 @contextmanager
-def new_checkpoint(run_folder: Path, step: int) -> Iterator[Path]:
-    """A folder to fill; it becomes `checkpoints/step_...` when the block ends well, and is removed when it does not."""
+def new_checkpoint(run_folder: Path, step: int, team: Team | None = None) -> Iterator[Path]:
+    """A folder to fill; it becomes `checkpoints/step_...` when the block ends well, and is removed when it does not.
+
+    team: the processes that fill it, where they are several; all come here, and what the block raises it must raise on
+    all of them. Raises DiskError where the disk does not take it.
+    """
+    team = team or Alone()
     final = run_folder / "checkpoints" / f"step_{step:07d}"
     partial = final.with_name(f"partial_{step:07d}")
-    for stale in final.parent.glob("partial_*"):  # of a launch that was killed as it wrote
-        if _PARTIAL_FOLDER.fullmatch(stale.name):
-            shutil.rmtree(stale)
-    partial.mkdir(parents=True)
     try:
+        with team.together():
+            if team.is_main:
+                _remove_partial(final.parent)
+                partial.mkdir(parents=True)
         yield partial
-        seal(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync(final.parent)
+        with team.together():
+            share = checksums(partial, team.rank, team.world_size)
+        shares = team.gather(share)
+        with team.together():
+            if team.is_main:
+                seal(partial, {name: value for share in shares for name, value in share.items()})
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                sync(final.parent)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if team.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
         if reason := disk_error(error):
             raise DiskError(
                 f"{final} cannot be written: {reason}; nothing of it is kept, and what was there before stands"
             ) from error
         raise
+
+
+def _remove_partial(folder: Path) -> None:
+    """Removes what a launch left that was killed as it wrote."""
+    for stale in folder.glob("partial_*"):
+        if _PARTIAL_FOLDER.fullmatch(stale.name):
+            shutil.rmtree(stale)
 
 
 def refuse_later(run_folder: Path, step: int) -> None:
@@ -167,24 +212,12 @@ def _checkpoints(run_folder: Path) -> list[Path]:
 def optimizer_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer states as `<parameter>.<state>` tensors; a number of Python's becomes an int64 or a float64 of no
     dimension, which no optimizer keeps as a tensor."""
-    tensors: dict[str, Tensor] = {}
-    stored: set[int] = set()
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is None:
-                continue
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS.get(type(value)))
-            # A table that parameters share would be stored under one of their names alone.
-            place = local(tensor).data_ptr()
-            tensors[f"{name}.{key}"] = tensor.clone() if place in stored else tensor
-            stored.add(place)
-    return tensors
-
-
-def save_optimizer(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes whole states, named by `optimizer_states`."""
-    if tensors:
-        save_torch_state_dict(tensors, folder, filename_pattern="optimizer{suffix}.safetensors")
+    return {
+        f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS.get(type(value)))
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
 
 
 def remedy(path: str | Path) -> str:
@@ -199,44 +232,60 @@ def remedy(path: str | Path) -> str:
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores what `save_optimizer` wrote; raises UserError where other parameters have states than are trained. There
-    are none at all of an optimizer that keeps none."""
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(folder.glob("optimizer*.safetensors")):
-        tensors |= _load(shard)
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, state = key.rpartition(".")
-        states.setdefault(name, {})[state] = value
+    """Restores what `optimizer_states` named, each process its own rows; raises UserError where other parameters have
+    states than are trained. There are none at all of an optimizer that keeps none."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if states and states.keys() != parameters.keys():
-        wrong = sorted(states.keys() ^ parameters.keys())
+    found = _stored_states(folder)
+    names = {key.rpartition(".")[0] for key in found}
+    if names and names != parameters.keys():
+        wrong = sorted(names ^ parameters.keys())
         raise UserError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
-    for name, stored in states.items():
-        # Fused AdamW keeps its step counter beside the parameter, like its moments.
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            key: value.item() if value.dim() == 0 and value.dtype in _NUMBERS.values() else _placed(value, parameter)
-            for key, value in stored.items()
-        }
+    states = {key: _empty_state(entry, parameters[key.rpartition(".")[0]]) for key, entry in found.items()}
+    read_tensors(folder, states)
+    for key, value in states.items():
+        name, _, state = key.rpartition(".")
+        is_number = value.dim() == 0 and value.dtype in _NUMBERS.values()
+        optimizer.state[parameters[name]][state] = value.item() if is_number else value
 
 
-def _placed(state: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A state on its parameter's device; one of the same shape is sharded as the parameter is."""
-    return sharded_like(state, parameter) if state.shape == parameter.shape else state.to(parameter.device)
+def _stored_states(folder: Path) -> dict[str, Entry]:
+    """The optimizer states in a checkpoint, by the names of `optimizer_states`. Raises UserError for a damaged file."""
+    found: dict[str, Entry] = {}
+    for file in sorted(folder.glob("optimizer*.safetensors")):
+        with _damage_told(file), safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # noqa: SIM118, it is no mapping
+                values = stored.get_slice(key)
+                found[key] = key, DTYPES[values.get_dtype()], tuple(values.get_shape())
+    return found
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _empty_state(entry: Entry, parameter: nn.Parameter) -> Tensor:
+    """A tensor for a state: on its parameter's device, like fused AdamW's step; one of the same shape is sharded as the
+    parameter is."""
+    _, dtype, shape = entry
+    if shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=parameter.device)
+
+
+@contextmanager
+def _damage_told(file: Path) -> Iterator[None]:
+    """Raises UserError for a safetensors file that cannot be read."""
     try:
-        return load_file(file)
+        yield
     except SafetensorError as error:
         raise UserError(f"{file} is damaged ({error}); {remedy(file)}") from None
 
 
-def save_rng(folder: Path, rank: int) -> None:
+def rng_states() -> dict[str, Tensor]:
+    """The random states of this process."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def save_rng(folder: Path, states: dict[str, Tensor], rank: int) -> None:
     save_file(states, folder / f"rng_{rank:05d}.safetensors")
 
 
@@ -245,7 +294,8 @@ def load_rng(folder: Path, rank: int) -> None:
     path = folder / f"rng_{rank:05d}.safetensors"
     if not path.exists():
         return
-    states = _load(path)
+    with _damage_told(path):
+        states = load_file(path)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -8,6 +8,7 @@ they are taken as they are.
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -20,16 +21,20 @@ _BLOCK = 1 << 22  # bytes read at a time
 _THREADS = 8
 
 
-def seal(folder: Path) -> None:
-    """Writes the mark of a folder that is ready, after all of its files are safe on the disk."""
-    paths = sorted(folder.rglob("*"))
-    files = [path for path in paths if path.is_file() and path.name not in (COMPLETE, *_EDITED)]
+def checksums(folder: Path, share: int = 0, shares: int = 1) -> dict[str, int]:
+    """The checksum of every file of a folder by its path within it, or of one of so many shares of them."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (COMPLETE, *_EDITED)]
+    mine = files[share::shares]
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = dict(
-            zip([path.relative_to(folder).as_posix() for path in files], pool.map(_checksum, files), strict=True)
-        )
-        list(pool.map(sync, paths))
-    (folder / COMPLETE).write_text(json.dumps(sums, indent=1) + "\n")
+        sums = pool.map(_checksum, mine)
+        return {path.relative_to(folder).as_posix(): value for path, value in zip(mine, sums, strict=True)}
+
+
+def seal(folder: Path, sums: Mapping[str, int]) -> None:
+    """Writes the mark of a folder that is ready, after all of its files are safe on the disk. sums: `checksums`."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(sync, sorted(folder.rglob("*"))))
+    (folder / COMPLETE).write_text(json.dumps(dict(sorted(sums.items())), indent=1) + "\n")
     sync(folder / COMPLETE)
     sync(folder)
 
@@ -64,19 +69,24 @@ def _damaged_files(folder: Path, among: frozenset[str] | None, written: int) -> 
     looked_at = [path for path in paths if among is None or path.relative_to(folder).parts[0] in among]
     with ThreadPoolExecutor(_THREADS) as pool:
         names = [path.relative_to(folder).as_posix() for path in looked_at]
-        found = pool.map(_checksum, looked_at)
+        found = pool.map(_checksum_if_there, looked_at)
         return [name for name, value in zip(names, found, strict=True) if value != sums[name]]
 
 
-def _checksum(path: Path) -> int | None:
-    """CRC32 of a file's bytes; None where they cannot be read. Raises PermissionError."""
+def _checksum(path: Path) -> int:
+    """CRC32 of a file's bytes. Raises OSError."""
     value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _checksum_if_there(path: Path) -> int | None:
+    """CRC32 of a file's bytes; None where they cannot be read. Raises PermissionError."""
     try:
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                value = zlib.crc32(block, value)
+        return _checksum(path)
     except PermissionError:
         raise
     except OSError:
         return None
-    return value

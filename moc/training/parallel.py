@@ -102,9 +102,10 @@ class Parallel:
             torch.cuda.set_device(self.device)  # kernels that we launch ourselves go to the current one
         precision = ("bf16" if has_gpu else "fp32") if config.precision == "auto" else config.precision
         self.dtype = PRECISIONS[precision]
+        self.file_group: Any = None  # of the processes as they write files together
         if self.world_size > 1:
             self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
-            self._patient = dist.new_group(backend="gloo", timeout=_PATIENT)
+            self.file_group = dist.new_group(backend="gloo", timeout=_PATIENT)
             _store().set(f"moc/host/{self.rank}", socket.gethostname())
         self._swap_blocks = config.swap_blocks
         self._offload = OffloadActivations(self.device) if config.offload_activations else None
@@ -181,14 +182,37 @@ class Parallel:
             dist.all_reduce(values, group=self._data_group)
         return values
 
-    def any(self, flag: bool, patient: bool = False) -> bool:
-        """Whether the flag is set on any process. It travels between the hosts, waiting for no device. patient: wait
-        beyond the timeout, for a process that writes files."""
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. It travels between the hosts, waiting for no device."""
         if self.world_size == 1:
             return flag
         number = torch.tensor(int(flag))
-        dist.all_reduce(number, group=self._patient if patient else self._hosts)
+        dist.all_reduce(number, group=self._hosts)
         return bool(number)
+
+    def gather(self, value: Result) -> list[Result]:
+        """The values of all processes, on each of them. It waits for those that write files beyond the timeout, and may
+        run in a thread of its own beside the training."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.file_group)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one process raises meanwhile is raised on all of them; they must not wait for each other within."""
+        failure, told = None, ""
+        try:
+            yield
+        except Exception as error:
+            failure, number = error, getattr(error, "errno", None)
+            told = f"another process failed: {error!r}" + (f" (os error {number})" if number else "")
+        elsewhere = [one for one in self.gather(told) if one]
+        if failure:
+            raise failure
+        if elsewhere:
+            raise RuntimeError(elsewhere[0])
 
     @contextmanager
     def naming_absent(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from moc import memory
@@ -40,7 +40,8 @@ from moc.training.optim import (
 )
 from moc.training.outcome import Outcome, SkipCount, Spikes, Totals, check_finite
 from moc.training.parallel import Parallel
-from moc.training.shards import filled, gathered, hollow, whole
+from moc.training.saving import Saver, Snapshot
+from moc.training.shards import hollow, whole
 from moc.training.survey import Survey
 from moc.training.validation import Validator
 
@@ -66,6 +67,8 @@ class TrainerConfig:
     sample_every: how many steps lie between two samples of a held-out scene; 0 is never.
     keep_checkpoints: how many of the newest stay.
     keep_every: the checkpoints of every so many steps stay besides; 0 is none.
+    save_in_background: go on as soon as a checkpoint is copied to the host's memory, which takes 16 bytes a parameter,
+    divided by the processes that share them.
     ema_decay: the share of the moving average of the weights that each step keeps.
     max_skipped_steps: how many steps in a row may have no finite loss and gradient before the run ends.
     """
@@ -77,6 +80,7 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
     keep_every: int = 0
+    save_in_background: bool = False
     ema_decay: float = 0.999
     max_skipped_steps: int = 10
 
@@ -112,9 +116,17 @@ class Trainer:
         self.parallel = parallel
         self.flow, self.moc, self.schedule = flow, moc, schedule
         self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
-        self.save_extras, self.draw_samples = save_extras, draw_samples
+        self.draw_samples = draw_samples
         freeze_parts(model, optim.parts)
-        self._hollow: Any = hollow(model)  # says what the model is, and is filled to be saved
+        self._saver = Saver(
+            parallel,
+            run_folder,
+            hollow(model),
+            config.keep_checkpoints,
+            config.keep_every,
+            config.save_in_background,
+            save_extras,
+        )
         self.bare_model, self.model = model, parallel.wrap(model)
         self.ema, self.optimizer = EMA(model, config.ema_decay), build_optimizer(model, optim)
         self.step = 0
@@ -124,7 +136,6 @@ class Trainer:
         self._survey: Survey | None = None  # of the newest step, at every log_every-th
         self._proven = True  # whether the weights have given a finite loss, as far as is known
         self._validation_due = True
-        self._saved_step = 0
         self._interruption = Interruption()
 
     def resume(self, checkpoint: Path) -> dict[str, Any]:
@@ -136,7 +147,7 @@ class Trainer:
         state = ckpt.read_run_state(checkpoint)
         if state["seed"] != self.seed:
             raise UserError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
-        ckpt.check_same_model(checkpoint / "model", self._hollow)
+        ckpt.check_same_model(checkpoint / "model", self._saver.model)
         self.bare_model.load_weights(checkpoint / "model")
         with self.ema.applied(self.bare_model):
             self.bare_model.load_weights(checkpoint / "ema")
@@ -144,7 +155,7 @@ class Trainer:
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
         ckpt.load_rng(checkpoint, self.parallel.rank)
         self.step = state["step"]
-        self._saved_step = self.step
+        self._saver.saved_step = self.step
         self.skips.total = state.get("skipped_steps", 0)
         self._validation_due = state.get("validation_due", False)
         return state["data"]
@@ -210,7 +221,7 @@ class Trainer:
             self._validation_due |= last or _due(self.step, self.config.validate_every)
             validated = not (validator and self._validation_due) or self._validate(validator, metrics)
             if saves:
-                self._save_or_go_on(last)
+                self.save(self._data_state, last)
             if not validated and not last:
                 return False
             samples = self.draw_samples and _due(self.step, self.config.sample_every)
@@ -228,10 +239,11 @@ class Trainer:
         """Saves what no checkpoint holds yet, and says so."""
         self.optimizer.zero_grad()  # of a step that was not finished
         self._look(metrics)
+        self._saver.join()
         if not self._proven:
             saved = "the weights give no finite loss and are not saved"
-        elif self.step > self._saved_step:
-            self.save(self._data_state)
+        elif self.step > self._saver.saved_step:
+            self.save(self._data_state, last=True)
             saved = f"step {self.step} of {self.config.num_steps} is saved"
         else:
             saved = "no step was taken since the newest checkpoint"
@@ -239,49 +251,21 @@ class Trainer:
             name = self._interruption.signal or "another process was told to end"
             logger.warning("%s: %s; the same command goes on", name, saved)
 
-    def _save_or_go_on(self, last: bool) -> None:
-        """Saves this step. A full disk costs the run a checkpoint and no more, unless it is the last."""
-        try:
-            self.save(self._data_state)
-        except ckpt.DiskError as error:
-            if last:
-                raise
-            logger.warning("%s; the run goes on: make room before the next one", error.problem)
-
-    def save(self, data_state: dict[str, Any]) -> None:
-        """Writes a checkpoint of this step; every process takes part. Raises DiskError on all of them where the disk
-        does not take it."""
+    def save(self, data_state: dict[str, Any], last: bool = False) -> None:
+        """Saves a checkpoint of this step; every process takes part. last: see `Saver.save`."""
         check_finite(self.parallel, self.bare_model, self.ema, self.optimizer, self.step)
-        is_main, weights, averages = self.parallel.is_main, self.bare_model.state_dict(), self.ema.averages
-        if self._hollow.lora:  # an adapter is saved alone
-            weights = {name: weights[name] for name in averages}
-        models = {"model": gathered(weights, is_main), "ema": gathered(weights | averages, is_main)}
-        optimizer = gathered(ckpt.optimizer_states(self.bare_model, self.optimizer), is_main)
-        self.parallel.wait()
-        failure = None
-        if is_main:
-            try:
-                self._write(models, optimizer, data_state)
-            except ckpt.DiskError as error:
-                failure = error
-        if self.parallel.any(failure is not None, patient=True):
-            raise failure or ckpt.DiskError(f"the checkpoint of step {self.step} cannot be written")
-        self._saved_step = self.step
-
-    def _write(
-        self, models: dict[str, dict[str, Tensor]], optimizer: dict[str, Tensor], data_state: dict[str, Any]
-    ) -> None:
-        with ckpt.new_checkpoint(self.run_folder, self.step) as folder:
-            for name, tensors in models.items():
-                filled(self._hollow, tensors).save_pretrained(folder / name)
-                self.schedule.at(self.step, self.moc).save(folder / name)
-            ckpt.save_optimizer(folder, optimizer)
-            ckpt.save_rng(folder, 0)
-            state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
-            state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
-            ckpt.write_state(folder, state)
-            self.save_extras(folder)
-        ckpt.remove_old(self.run_folder, self.config.keep_checkpoints, self.config.keep_every)
+        weights, averages = self.bare_model.state_dict(), self.ema.averages
+        state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
+        state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
+        stored = self._saver.model.stored
+        snapshot = Snapshot(
+            self.step,
+            {"model": stored(weights), "ema": stored(weights | averages)},
+            ckpt.optimizer_states(self.bare_model, self.optimizer),
+            state,
+            self.schedule.at(self.step, self.moc),
+        )
+        self._saver.save(snapshot, last)
 
     def _train_step(self, batches: Sequence[Batch]) -> bool:
         """Takes one optimizer step; returns whether it was taken, rather than interrupted.

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from moc.errors import UserError
-from models.checkpoints.tensors import NAMES, check_tensors, new_folder, shapes, write_sharded
+from models.checkpoints.tensors import WEIGHT_DTYPES, check_tensors, new_folder, shapes, write_sharded
 
 # Stems of the release's T5 encoder -> transformers'; {} is the layer.
 T5_TOP = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
@@ -103,7 +103,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} cannot be read safely: {_reason(error)}; fetch the release's own file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} holds other things than tensors by name")
-    quantized = [name for name, value in tensors.items() if value.dtype not in NAMES]
+    quantized = [name for name, value in tensors.items() if value.dtype not in WEIGHT_DTYPES.values()]
     if quantized:
         raise UserError(
             f"{file}: {quantized[0]} is {tensors[quantized[0]].dtype}; name a release that is not quantized"

@@ -3,7 +3,6 @@
 What cannot be read is one clear UserError: a pickle, a truncated file, a folder with two experts, a missing shard.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,23 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moc.errors import UserError
 from moc.files import PARTIAL, OutsideError, inside
 from moc.training.checkpoint import read_json, remedy
+from moc.training.tensor_files import DTYPES, INDEX, Entry, deal_to_files, file_header, num_bytes
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
 SAFE = "use the safetensors release"
-INDEX = ".safetensors.index.json"
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}  # of weights: whole numbers are those of a quantized release, which mean nothing without its scales
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Entry = tuple[str, torch.dtype, tuple[int, ...]]  # name, dtype and shape of a tensor to write
+# Of weights: whole numbers are those of a quantized release, which mean nothing without its scales.
+WEIGHT_DTYPES = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -83,14 +77,14 @@ class TensorSource:
                 piece = source.get_slice(name)
                 if name in self._place:
                     raise UserError(f"{name} is in {self._place[name][0]} and in {file}; fetch the folder again")
-                if piece.get_dtype() not in DTYPES:
+                if piece.get_dtype() not in WEIGHT_DTYPES:
                     raise UserError(
-                        f"{file}: {name} is {piece.get_dtype()}; weights of {', '.join(DTYPES)} are read: name a "
-                        "release that is not quantized"
+                        f"{file}: {name} is {piece.get_dtype()}; weights of {', '.join(WEIGHT_DTYPES)} are read: name "
+                        "a release that is not quantized"
                     )
-                self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), DTYPES[piece.get_dtype()]
+                self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), WEIGHT_DTYPES[piece.get_dtype()]
                 self._place[name] = file, start
-                start += _num_bytes(self.dtypes[name], self.shapes[name])
+                start += num_bytes((name, self.dtypes[name], self.shapes[name]))
 
     def _check_index(self, index: dict[str, Path]) -> None:
         place = {name: file for name, (file, _) in self._place.items()}
@@ -111,10 +105,6 @@ def download_hint(path: str | Path) -> str:
         f"; if it is a repository of the Hugging Face hub, fetch it (hf download {match[1]} --local-dir DIR) and name "
         "the folder"
     )
-
-
-def _num_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * torch.Size(shape).numel()
 
 
 def _open(file: Path):
@@ -214,19 +204,14 @@ def write_tensors(file: Path, entries: Iterable[Entry], read: Callable[[str], Te
 
     read(name) returns a tensor, in any dtype. The file appears when it is whole.
     """
-    ordered = sorted(entries, key=lambda entry: (-entry[1].itemsize, entry[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape in ordered:
-        start, end = end, end + _num_bytes(dtype, shape)
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    by_name = {entry[0]: entry for entry in entries}
+    header, starts = file_header(by_name.values())
     partial = file.with_name(f".{file.name}{PARTIAL}")
     try:
         with partial.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for name, dtype, shape in ordered:
+            out.write(header)
+            for name in starts:
+                _, dtype, shape = by_name[name]
                 tensor = read(name).to(dtype).reshape(shape).contiguous()
                 out.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         os.replace(partial, file)
@@ -243,16 +228,5 @@ def write_sharded(
 ) -> None:
     """Writes a folder as diffusers does: one file, or shards of at most `shard_bytes` with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    by_name = {entry[0]: entry for entry in entries}
-    plan = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda entry: _num_bytes(*entry[1:]),
-        filename_pattern=stem + "{suffix}.safetensors",
-        max_shard_size=shard_bytes,
-    )
-    for file, names in plan.filename_to_tensors.items():
-        write_tensors(folder / file, [by_name[name] for name in names], read)
-    if not plan.is_sharded:
-        return
-    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-    (folder / (stem + INDEX)).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for file, dealt in deal_to_files(folder, entries, stem, shard_bytes).items():
+        write_tensors(file, dealt, read)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from moc import MoCConfig, Sample, make_batch
-from moc.training.integrity import seal
+from moc.training.integrity import checksums, seal
 from models import Experts, load_denoiser, load_model, place
 from models.checkpoints.contents import Contents
 from models.wan import WanTransformer3DModel
@@ -165,7 +165,7 @@ def expert_of(trained: Path, folder: Path, **flow) -> Path:
     record = json.loads(state.read_text())
     record["flow"] |= flow
     state.write_text(json.dumps(record))
-    seal(state.parent)
+    seal(state.parent, checksums(state.parent))
     return folder
 
 
