@@ -11,7 +11,7 @@ from film.plan import FilmPlan
 from moc import MoCConfig, ShotLayout
 from moc.batch import Sample, make_layout
 from moc.cost import FLOPS_PER_PAIR
-from moc.diffusion import Flow, SamplingConfig, plan_steps
+from moc.diffusion import Flow, SamplingConfig, guidance_scales, plan_steps
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
 
@@ -39,7 +39,7 @@ class Estimate:
         rows = ["shot  begins      frames  seconds   latent frames  tokens"]
         for number, index in enumerate(plan.filmed, start=1):
             shot, frames = plan.script.shots[number - 1], plan.num_frames[number - 1]
-            begins = "picture" if shot.image else "cut" if shot.cut else "goes on"
+            begins = "given" if shot.video else "picture" if shot.image else "cut" if shot.cut else "goes on"
             seconds = frames / plan.script.fps
             rows.append(
                 f"{number:<4}  {begins:<10}  {frames:<6}  {seconds:<8.2f}  {plan.shapes[index][1]:<13}  "
@@ -62,29 +62,31 @@ def estimate(plan: FilmPlan, model: Any, moc: MoCConfig, flow: Flow, sampler: Sa
     stream = _Stream(make_layout(Sample(latents, plan.text), network.stream, moc.chunk_tokens), moc)
     linears = sum(module.weight.numel() for module in network.blocks.modules() if isinstance(module, nn.Linear))
     layers, width = len(network.blocks), network.attention_dim
-    sides = 1 if sampler.guidance_scale == 1 else 2
     remembers = sampler.keeps_history and moc.flows_forward
 
     def flops(tokens: int, pairs: float) -> float:
-        return sides * (2.0 * linears * tokens + layers * FLOPS_PER_PAIR * width * pairs)
+        return 2.0 * linears * tokens + layers * FLOPS_PER_PAIR * width * pairs
 
     spent = dense = 0.0
-    most_tokens = 0
-    steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, len(plan.script.references))
+    most_tokens = forwards = 0
+    story = plan.story()
+    steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, story.num_references)
     for step in steps:
         computed = step.moving if remembers and not step.is_dense else step.shots
         tokens, total = (sum(stream.tokens[shot] for shot in shots) for shots in (computed, step.shots))
-        spent += flops(tokens, stream.pairs(computed, step.shots, moc.dense or step.is_dense))
-        dense += flops(total, total**2)
+        sides = 1 if set(guidance_scales(step, story, sampler).values()) == {1.0} else 2
+        forwards += sides
+        spent += sides * flops(tokens, stream.pairs(computed, step.shots, moc.dense or step.is_dense))
+        dense += sides * flops(total, total**2)
         most_tokens = max(most_tokens, tokens)
     last = steps[-1].shots
     weights = sum(weight.nbytes for weight in model.parameters())
     size = next(network.parameters()).itemsize
-    kept = sides * 2 * layers * sum(stream.tokens) * width * size if remembers else 0
+    kept = (2 if forwards > len(steps) else 1) * 2 * layers * sum(stream.tokens) * width * size if remembers else 0
     return Estimate(
         shot_tokens=stream.tokens,
         sparsity=1 - stream.pairs(last, last, moc.dense) / sum(stream.tokens[shot] for shot in last) ** 2,
-        forwards=sides * len(steps),
+        forwards=forwards,
         flops=spent,
         dense_flops=dense,
         memory=weights + kept + WIDE * most_tokens * width * size,

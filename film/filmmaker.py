@@ -182,6 +182,9 @@ class Filmmaker:
         wrong = [number for number in redo if not 1 <= number <= min(len(shots), len(old))]
         if wrong:
             raise UserError(f"redo={list(redo)}: the film has shots 1 to {len(old)}, and no {wrong[0]}")
+        given = [number for number in redo if shots[number - 1].video or "video" in old[number - 1]]
+        if given:
+            raise UserError(f"redo={list(redo)}: shot {given[0]} is a given video, which is not made; name others")
         if len(old) > 1 and not self.encoders.codec.begins_video(1):
             raise UserError(
                 f"redo={list(redo)}: this codec makes one video of all shots, of which none can be made anew alone"

@@ -5,7 +5,7 @@ video.mp4                                    the shots one after another
 metadata.json                                everything to repeat the film; written when the film is whole
 storyboard.png, storyboard_2.png, ...        ten shots each
 routing.png                                  where routes go; the film is whole without such pictures
-given/<digest>.png, ...                      copies of the pictures that its script names
+given/<digest>.png, ...                      copies of the pictures and videos that its script names
 .progress.safetensors                        how far an unfinished film is, and what it was asked to be
 
 A film is tied to its request, a JSON object of all that decides its frames: another request in its folder is refused.
@@ -35,7 +35,7 @@ from data.errors import DataError
 from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
 from moc.errors import UserError
-from moc.files import PARTIAL, HeldError
+from moc.files import PARTIAL, HeldError, copy_whole
 from moc.training.checkpoint import read_json
 
 METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
@@ -212,9 +212,10 @@ class FilmFolder:
             return np.stack([to_rgb(frame, reformatter, size) for index, frame in frames if index in wanted])
 
     def copy_pictures(self, names: Mapping[Path, str]) -> None:
-        """Copies the pictures of a script to where its record names them."""
+        """Copies the pictures and videos of a script to where its record names them."""
         for file, name in names.items():
-            write_whole(self.path / name, file.read_bytes())
+            if not (self.path / name).exists():  # whose name tells its content
+                copy_whole(file, self.path / name)
 
     def read_metadata(self) -> dict[str, Any]:
         return read_json(self.path / METADATA)

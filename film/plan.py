@@ -14,9 +14,8 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.interfaces import Codec
-from data.media.images import read_image
-from data.media.resize import fit
-from film.script import Script
+from film.footage import Footage, picture
+from film.script import Script, ScriptShot
 from moc.diffusion import Story, noise_key
 
 # The noise of the picture before shot i has number PICTURES + i, that of reference i REFERENCES + i, whatever the seed:
@@ -29,10 +28,11 @@ class FilmPlan:
     """The stream of a film. device: the codec's.
 
     shapes: (C, T, H, W) of each latent. cuts, noise_keys, text, negative: as in `moc.diffusion.Story`.
-    given: latents of pictures: the script's references, each a one-frame shot of its own before all shots, and those of
-        shots, each before the shot that shall look like it. A
-        picture is encoded apart, never decoded, and a continuous codec does not count it as a shot. Its name in
-        `pictures` tells its content. A cut stands before and after it.
+    given: latents of pictures and of given videos. A picture is a one-frame shot of its own with a cut before and after
+        it: the script's references stand before all shots, that of a shot before the shot that shall look like it. It
+        is encoded apart, never decoded, and a continuous codec does not count it as a shot.
+    ends: the last latent frame of shots that end in a picture.
+    pictures: what the script names, under names that tell the content.
     filmed, num_frames: where each of the script's shots stands in the stream, and its length. It is as long as the
         script says, and what its latent holds more is left out, unless the next shot goes on from there.
     """
@@ -43,6 +43,7 @@ class FilmPlan:
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     given: dict[int, Tensor] = field(default_factory=dict)
+    ends: dict[int, Tensor] = field(default_factory=dict)
     filmed: list[int] = field(default_factory=list)
     num_frames: list[int] = field(default_factory=list)
     cuts: list[bool] = field(default_factory=list)
@@ -58,8 +59,19 @@ class FilmPlan:
 
     def story(self) -> Story:
         """What to sample; texts must be encoded."""
+        guidance: list[float | None] = [None] * len(self.shapes)
+        for index, shot in zip(self.filmed, self.script.shots, strict=True):
+            guidance[index] = shot.guidance
         return Story(
-            self.shapes, self.text, self.negative, self.given, self.cuts, self.noise_keys, len(self.script.references)
+            self.shapes,
+            self.text,
+            self.negative,
+            given=self.given,
+            ends=self.ends,
+            guidance=guidance,
+            cuts=self.cuts,
+            noise_keys=self.noise_keys,
+            num_references=len(self.script.references),
         )
 
     def record(self) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
     factor = codec.spatial_factor
     if height % factor or width % factor:
         raise DataError("bad-script", "size", f"{height}x{width} is not a multiple of {factor}, as this codec needs")
-    plan = FilmPlan(script, seed, device)
+    plan, encode = FilmPlan(script, seed, device), codec.shot_encoder()
 
     def add(latent_frames: int, caption: str, cut: bool, key: int) -> None:
         plan.shapes.append((codec.latent_channels, latent_frames, height // factor, width // factor))
@@ -83,7 +95,7 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
         plan.noise_keys.append(key)
 
     def add_picture(image: Path, caption: str, key: int) -> None:
-        plan.given[len(plan.shapes)] = codec.encode(fit(read_image(image), script.size).to(device))
+        plan.given[len(plan.shapes)] = codec.encode(picture(image, script.size).to(device))
         plan.pictures[image] = _content_name(image)
         add(1, caption, True, key)
 
@@ -97,13 +109,48 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
         plan.filmed.append(len(plan.shapes))
         wanted = shot.seconds * script.fps + (0 if codec.begins_video(place) else rest)
         ends = place + 1 == len(script.shots) or (script.shots[place + 1].begins_anew and codec.begins_video(place + 1))
+        footage = Footage(shot.video, shot.start, shot.seconds, script.fps) if shot.video else None
+        if footage:
+            _check_order(script.shots, place, codec)
+            wanted = min(wanted, len(footage.frames))
         frames = max(1, round(wanted)) if ends else codec.nearest_frames(wanted, place)
+        if footage and not ends and frames > wanted:  # no frame stands still where the next shot goes on
+            frames = codec.whole_frames(round(wanted), place) or frames
         rest = wanted - frames
         plan.num_frames.append(frames)
-        length = codec.latent_frames(codec.enclosing_frames(frames, place), place)
+        whole = codec.enclosing_frames(frames, place)
+        length, index = codec.latent_frames(whole, place), len(plan.shapes)
+        if footage:
+            plan.given[index] = encode(footage.pieces(whole, script.size, device))
+            plan.pictures[footage.file] = _content_name(footage.file)
+        if shot.last_image:
+            plan.ends[index] = _end(shot.last_image, length, script.size, codec, device)
+            plan.pictures[shot.last_image] = _content_name(shot.last_image)
         add(length, shot.caption, shot.begins_anew, noise_key(own_seed, place))
     return plan
 
 
+def _check_order(shots: Sequence[ScriptShot], place: int, codec: Codec) -> None:
+    """Raises DataError where a given video cannot be encoded: a continuous codec needs the shots before it."""
+    if not codec.begins_video(place) and not all(shot.video for shot in shots[:place]):
+        raise DataError(
+            "bad-script",
+            f"shots[{place}].video",
+            "stands after a shot that is to be made; this codec makes one video of all shots, in which given ones come "
+            "first",
+        )
+
+
+def _end(image: Path, latent_frames: int, size: tuple[int, int], codec: Codec, device: torch.device | str) -> Tensor:
+    """The last latent frame [C, 1, H', W'] of a shot that ends in a picture. It codes change, and a still has none:
+    three latent frames of the picture are enough to forget where it began."""
+    frames = codec.enclosing_frames(1)
+    while codec.latent_frames(frames) < min(3, latent_frames):
+        frames = codec.enclosing_frames(frames + 1)
+    still = picture(image, size).to(device)
+    return codec.encode(still.expand(-1, frames, -1, -1).contiguous())[:, -1:]
+
+
 def _content_name(file: Path) -> str:
-    return f"given/{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}{file.suffix.lower()}"
+    with file.open("rb") as opened:
+        return f"given/{hashlib.file_digest(opened, 'sha256').hexdigest()[:16]}{file.suffix.lower()}"

@@ -7,7 +7,8 @@
     negative: "..."
     shots:
       - {prompt: "...", seconds: 8, cut: true}
-      - {prompt: "...", seconds: 8, cut: false, image: ref.png, seed: 3}
+      - {prompt: "...", seconds: 8, cut: false, image: ref.png, last_image: end.png, seed: 3, guidance: 4}
+      - {prompt: "...", video: take.mp4, start: 2.5, seconds: 4}    # given, not made: the others go on from it
     references:              # pictures of characters and places that every shot may look back to, never filmed
       - {prompt: "...", image: ann.png}
 
@@ -28,23 +29,32 @@ from data.documents import parse_json, parse_yaml, read_text
 from data.errors import DataError, refuse_unknown
 from data.manifest import resolve, shot_prompt
 from data.stories import prompts_and_cuts, spans_between
+from film.footage import seconds_after
 
 DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots", "references"}
-_SHOT_FIELDS = {"prompt", "seconds", "cut", "image", "seed"}
+_SHOT_FIELDS = {"prompt", "seconds", "cut", "image", "last_image", "video", "start", "guidance", "seed"}
 _SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # that the peers' forms may add to their own
 
 
 @dataclass(frozen=True)
 class ScriptShot:
-    """One shot to film. cut: a true cut begins it; false: it goes on from the shot before. image: a picture, already
-    inside the script's folder, that the shot shall look like. seed: of its noise; None takes the film's."""
+    """One shot of a film. Files lie inside the script's folder.
+
+    cut: a true cut begins it; false: it goes on from the shot before. image: a picture that the shot shall look like.
+    last_image: the picture that it ends in. video: what the shot is, from `start` seconds on, so that it is not made.
+    guidance: the guidance scale. seed: of its noise. None takes the film's.
+    """
 
     prompt: str
     seconds: float
     cut: bool = True
     image: Path | None = None
     seed: int | None = None
+    last_image: Path | None = None
+    video: Path | None = None
+    start: float = 0.0
+    guidance: float | None = None
 
     @property
     def begins_anew(self) -> bool:
@@ -82,8 +92,11 @@ class Script:
         shots: list[dict[str, Any]] = []
         for shot in self.shots:
             fields = {"prompt": shot.prompt, "seconds": shot.seconds, "cut": shot.cut}
-            image = {"image": names[shot.image]} if shot.image else {}
-            shots.append(fields | image | {"seed": seed if shot.seed is None else shot.seed})
+            files = {"image": shot.image, "last_image": shot.last_image, "video": shot.video}
+            fields |= {field: names[file] for field, file in files.items() if file}
+            fields |= {"start": shot.start} if shot.video else {}
+            fields |= {"guidance": shot.guidance} if shot.guidance is not None else {}
+            shots.append(fields | {"seed": seed if shot.seed is None else shot.seed})
         top = {"title": self.title, "global": self.global_caption, "size": list(self.size), "fps": self.fps}
         pictures = [{"prompt": one.prompt, "image": names[one.image]} for one in self.references]
         return top | {"negative": self.negative, "shots": shots} | ({"references": pictures} if pictures else {})
@@ -121,13 +134,16 @@ def _parse(raw: dict[str, Any], path: Path) -> Script:
     shots = raw.get("shots")
     if not isinstance(shots, list) or not shots:
         raise DataError("bad-script", f"{path} shots", "there is no shot; give a list of at least one")
+    made = [_shot(shot, f"{path} shots[{index}]", path.parent) for index, shot in enumerate(shots)]
+    if all(shot.video for shot in made):
+        raise DataError("bad-script", f"{path} shots", "every shot is a given video; leave one at least to be made")
     return Script(
         title=_text(raw, "title", path) or path.stem,
         global_caption=_text(raw, "global", path),
         size=(size[0], size[1]),
         fps=_positive(raw.get("fps", DEFAULT_FPS), f"{path} fps"),
         negative=_text(raw, "negative", path),
-        shots=tuple(_shot(shot, f"{path} shots[{index}]", path.parent) for index, shot in enumerate(shots)),
+        shots=tuple(made),
         references=_references(raw.get("references"), path),
     )
 
@@ -151,16 +167,39 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
     if not isinstance(raw, dict):
         raise DataError("bad-script", where, f"{raw!r} is not a mapping with prompt and seconds")
     refuse_unknown(raw, _SHOT_FIELDS, where, "bad-script")
-    prompt, cut, image, seed = raw.get("prompt"), raw.get("cut", True), raw.get("image"), raw.get("seed")
+    prompt, cut, seed = raw.get("prompt"), raw.get("cut", True), raw.get("seed")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError("bad-script", f"{where}.prompt", f"{prompt!r} is not a text; say what the shot shows")
     if not isinstance(cut, bool):
         raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
     if seed is not None and not (type(seed) is int and seed >= 0):
         raise DataError("bad-script", f"{where}.seed", f"{seed!r} is not a whole number of at least 0")
-    seconds = _positive(raw.get("seconds", DEFAULT_SECONDS), f"{where}.seconds")
-    picture = resolve(root, str(image), f"{where}.image") if image is not None else None
-    return ScriptShot(_whole(prompt, f"{where}.prompt").strip(), seconds, cut, picture, seed)
+    files = {
+        field: resolve(root, str(raw[field]), f"{where}.{field}")
+        for field in ("image", "last_image", "video")
+        if raw.get(field) is not None
+    }
+    video, start, guidance = files.get("video"), raw.get("start"), raw.get("guidance")
+    beside = next((field for field in ("image", "last_image", "guidance") if raw.get(field) is not None), None)
+    if video and beside:
+        raise DataError("bad-script", f"{where}.{beside}", "has no use beside video, which is the shot; leave out one")
+    if start is not None and not video:
+        raise DataError(
+            "bad-script", f"{where}.start", f"{start!r} says where a video begins; add video, or leave it out"
+        )
+    start = 0.0 if start is None else _number(start, f"{where}.start")
+    default = seconds_after(video, start) if video and "seconds" not in raw else DEFAULT_SECONDS
+    return ScriptShot(
+        prompt=_whole(prompt, f"{where}.prompt").strip(),
+        seconds=_positive(raw.get("seconds", default), f"{where}.seconds"),
+        cut=cut,
+        image=files.get("image"),
+        seed=seed,
+        last_image=files.get("last_image"),
+        video=video,
+        start=start,
+        guidance=None if guidance is None else _number(guidance, f"{where}.guidance"),
+    )
 
 
 def _text(raw: dict[str, Any], name: str, where: object) -> str:
@@ -180,9 +219,19 @@ def _whole(text: str, where: str) -> str:
 
 
 def _positive(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+    if not _is_number(value) or not 0 < value < 1e6:
         raise DataError("bad-script", where, f"{value!r} is not a positive number")
     return float(value)
+
+
+def _number(value: Any, where: str) -> float:
+    if not _is_number(value) or not 0 <= value < 1e6:
+        raise DataError("bad-script", where, f"{value!r} is not a number of at least 0")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # The peers' forms, rewritten as ours

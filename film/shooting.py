@@ -71,7 +71,12 @@ class Shooting:
     _is_new = False  # whether a shot was finished that is not kept yet
 
     def _start(self) -> Progress | None:
-        """Where sampling goes on from. Shots whose latents alone are there get their videos."""
+        """Where sampling goes on from. Shots whose latents alone are there get their videos, given ones first."""
+        if self.folder.request() is None:  # so that what is written first is known to be of this film
+            self.folder.keep(self.request, self.kept)
+        for number, index in enumerate(self.plan.filmed, start=1):
+            if index in self.plan.given and number not in self.kept.made:
+                self.kept.made[number] = self.folder.write_latent(number, self.plan.given[index])
         for number, latent in self._made():
             if not self.folder.shot(number).exists():
                 self._write_shot(number, latent)

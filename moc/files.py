@@ -1,6 +1,7 @@
 """Files and folders shared with others: names that stay inside a folder, whole files, and one holder at a time."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,13 +44,26 @@ def write_whole(path: Path, payload: bytes, durable: bool = False) -> None:
     durable: the bytes are on the disk before the name is, so that a power cut leaves the old file or the new one.
     Raises OSError, leaving nothing behind.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with _beside(path) as partial:
         partial.write_bytes(payload)
         if durable:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copies a file of any size as `write_whole` writes one. Raises OSError, leaving nothing behind."""
+    with _beside(path) as partial:
+        shutil.copyfile(source, partial)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A new path in the same folder, to be written; it gets the name `path` when the block ends well."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

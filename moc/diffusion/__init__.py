@@ -1,6 +1,18 @@
 """Rectified flow over shots: one noise convention for the loss and for sampling."""
 
 from moc.diffusion.flow import Flow, NoiseLevels
-from moc.diffusion.samplers import Progress, SamplingConfig, Story, noise_key, plan_steps, sample_shots
+from moc.diffusion.samplers import sample_shots
+from moc.diffusion.steps import guidance_scales, plan_steps
+from moc.diffusion.story import Progress, SamplingConfig, Story, noise_key
 
-__all__ = ["Flow", "NoiseLevels", "Progress", "SamplingConfig", "Story", "noise_key", "plan_steps", "sample_shots"]
+__all__ = [
+    "Flow",
+    "NoiseLevels",
+    "Progress",
+    "SamplingConfig",
+    "Story",
+    "guidance_scales",
+    "noise_key",
+    "plan_steps",
+    "sample_shots",
+]

@@ -348,7 +348,7 @@ def test_a_film_is_made_shot_by_shot(tmp_path):
 
     first = {"latents/01.safetensors", "shots/01.mp4"}
     assert shooting(tmp_path).run(sampling) == 8
-    assert seen == [set(), {*first, PROGRESS}]
+    assert seen == [{PROGRESS}, {*first, PROGRESS}]
     assert files(tmp_path) == {*first, "latents/02.safetensors", "shots/02.mp4", "video.mp4", PROGRESS}
     reader = open_video(tmp_path / "video.mp4")
     assert reader.num_frames == 8

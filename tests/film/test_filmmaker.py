@@ -251,11 +251,16 @@ def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypa
     assert made == ["a", "c", "e", "b", "d"]
 
 
-@pytest.mark.parametrize("settings", [{"lag": 0.0}, {"lag": 1.0}, {"lag": 1.0, "cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"lag": 0.0}, {"lag": 1.0}, {"lag": 1.0, "cache": False, "guidance_interval": [0.0, 0.9]}],
+    ids=str,
+)
 def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, monkeypatch):
     """Its forwards are those that sampling has, and so are the tokens in their linear layers."""
     filmmaker = open_filmmaker(trained, **settings)
-    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+    story = STORY | {"shots": [SHOT, SHOT | {"cut": False, "guidance": 1}, SHOT]}
+    plan = filmmaker.plan(filmmaker.read(write(story)))
     guess = filmmaker.estimate(plan)
     calls, forward = [], filmmaker.model.forward
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from moc import MoCConfig, StreamSpec
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
-from moc.diffusion.samplers import sigma_table
+from moc.diffusion.steps import sigma_table
 from moc.statistics import RoutingMap
 
 SHAPE = (2, 1, 4, 4)
@@ -190,6 +191,49 @@ def test_guidance_leads_away_from_the_negative_prompt():
     torch.testing.assert_close(change, torch.full(SHAPE, -(-2.0 + 3.0 * 4.0)))
 
 
+def test_guidance_is_by_shot_and_noise_level():
+    """Staggered: a step's shots stand at different levels. The negative side is asked where one shot needs it."""
+
+    def by_text(latents, sigma, texts):
+        return [torch.full_like(x, float(rows[0, 0])) for x, rows in zip(latents, texts, strict=True)]
+
+    def moved(what: Story, **settings) -> tuple[list[Tensor], int]:
+        model = Recording(by_text)
+        config = SamplingConfig(steps=4, lag=0.5, guidance_scale=3.0, **settings)
+        latents = film(model, config, what, Flow(shift=1.0))
+        noise = [next(x[0] for shots, _, x, _ in model.calls if shots[0] == 0)]
+        noise.append(next(x[1] for shots, _, x, _ in model.calls if len(shots) > 1))
+        return [a - b for (_, a), b in zip(latents, noise, strict=True)], sum(not call[3] for call in model.calls)
+
+    for own, settings, shares, negatives in (
+        ((), {}, (3.0, 3.0), 6),
+        ((None, 1.0), {}, (3.0, 1.0), 4),
+        ((2.0, None), {}, (2.0, 3.0), 6),
+        ((), {"guidance_interval": [0.4, 0.8]}, (2.0, 2.0), 4),  # two steps of four, at 0.75 and 0.5
+        ((1.0, None), {"guidance_interval": [0.4, 0.8]}, (1.0, 2.0), 2),
+    ):
+        changes, asked = moved(replace(story(2), guidance=own), **settings)
+        assert asked == negatives
+        for change, text, scale in zip(changes, (2.0, 3.0), shares, strict=True):  # the negative text is -text
+            torch.testing.assert_close(change, torch.full(SHAPE, -(-text + scale * 2 * text)))
+
+
+@pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
+def test_a_shot_moves_towards_the_end_it_must_have(lag):
+    """Its last frame is the end at the shot's noise level in every step, and the end itself at last."""
+    shape, end = (2, 3, 4, 4), torch.full((2, 1, 4, 4), 7.0)
+    what = replace(story(2), shapes=[shape] * 2, ends={1: end})
+    model = Recording(towards_points)
+    finished = dict(film(model, SamplingConfig(3, lag=lag, **ONE_PASS), what))
+    torch.testing.assert_close(finished[1][:, -1:], end)
+    torch.testing.assert_close(finished[1][:, :-1], torch.full((2, 2, 4, 4), 3.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(finished[0], torch.full(shape, 2.0), atol=1e-5, rtol=0)
+    calls = [(latents[-1][:, -1:], sigma[-1]) for shots, sigma, latents, _ in model.calls if shots[-1] == 1]
+    noise = calls[0][0]
+    for seen, sigma in calls:
+        torch.testing.assert_close(seen, (1 - sigma) * end + sigma * noise)
+
+
 def test_a_seed_means_a_story():
     config = SamplingConfig(steps=2, seed=4)
     first, again = film(Recording(entangled), config, story(2)), film(Recording(entangled), config, story(2))
@@ -302,6 +346,7 @@ NAN, INF = float("nan"), float("inf")
     [
         *({"steps": 0}, {"dense_steps": 51}, {"lag": 1.5}, {"history_sigma": 1.0}, {"context_shots": -1}),
         *({"guidance_scale": NAN}, {"guidance_scale": INF}, {"guidance_scale": -0.5}, {"lag": NAN}),
+        *({"guidance_interval": [0.5]}, {"guidance_interval": [0.5, 0.5]}, {"guidance_interval": [0.0, 1.5]}),
         *({"high_noise_guidance_scale": -1.0}, {"high_noise_guidance_scale": NAN}, {"history_sigma": NAN}),
     ],
 )
@@ -321,12 +366,16 @@ def test_values_out_of_range_are_refused_by_name(wrong):
         ({"given": {2: SHAPE}}, "at least one must be left"),
         ({"given": {0: SHAPE, 1: SHAPE}}, "at least one must be left"),
         ({"given": {0: (1, 1, 2, 2)}}, "shot 0 is given as"),
+        ({"guidance": (1.0,)}, "has 1 guidance scales"),
+        ({"given": {0: SHAPE}, "ends": {0: SHAPE}}, "shot 0 of .* cannot end in"),
+        ({"ends": {1: (2, 2, 4, 4)}}, "shot 1 of .* cannot end in"),
     ],
 )
 def test_a_story_describes_one_set_of_shots(changes, message):
     text = [torch.zeros(1, 2)] * 4
-    fields = {"text": 3, "negative": 3, "cuts": (), "noise_keys": (), "given": {}} | changes
-    texts = {name: text[: fields[name]] for name in ("text", "negative")}
-    given = {index: torch.zeros(shape) for index, shape in fields["given"].items()}
+    fields = {"text": 3, "negative": 3} | changes
+    fields |= {name: text[: fields[name]] for name in ("text", "negative")}
+    latents = fields.keys() & {"given", "ends"}
+    fields |= {name: {i: torch.zeros(shape) for i, shape in fields[name].items()} for name in latents}
     with pytest.raises(ValueError, match=message):
-        Story([SHAPE] * 2, **texts, cuts=fields["cuts"], noise_keys=fields["noise_keys"], given=given)
+        Story([SHAPE] * 2, **fields)

@@ -1,0 +1,70 @@
+"""The steps of a story: which shots are in the stream of each, at which noise levels, and which of them move."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from moc.diffusion.flow import Flow
+from moc.diffusion.story import SamplingConfig, Story
+
+
+def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
+    """Noise level of each shot before each step and after the last: float32 [rows, num_shots], from 1 down to 0."""
+    delay = round(config.lag * config.steps) * torch.arange(num_shots)
+    row = torch.arange(config.steps + int(delay[-1]) + 1)
+    done = ((row[:, None] - delay) / config.steps).clamp(0, 1)
+    return flow.shifted(1 - done)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of sampling. now, after: float32 [S], the noise level of each shot of the story before it and after it.
+    shots: those of the stream. moving: those of them that take the step. steps_done: by each shot before it. is_dense:
+    whether attention is."""
+
+    now: Tensor
+    after: Tensor
+    shots: list[int]
+    moving: list[int]
+    steps_done: list[int]
+    is_dense: bool
+
+
+def plan_steps(
+    num_shots: int, given: Container[int], config: SamplingConfig, flow: Flow, num_references: int = 0
+) -> list[Step]:
+    """The steps of a story, of which the shots `given` are known; num_references: as in `Story`."""
+    unknown = [index for index in range(num_shots) if index not in given]
+    clocks = sigma_table(len(unknown), config, flow)
+    table = torch.zeros(len(clocks), num_shots)
+    table[:, unknown] = clocks
+    steps = []
+    for number, (now, after) in enumerate(pairwise(table)):
+        moving = [index for index in unknown if after[index] < now[index]]
+        steps_done = (table[: number + 1] < 1).sum(dim=0).tolist()
+        is_dense = steps_done[moving[-1]] < config.dense_steps
+        shots = _stream(now, moving, config.context_shots, num_references)
+        steps.append(Step(now, after, shots, moving, steps_done, is_dense))
+    return steps
+
+
+def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: bool = False) -> dict[int, float]:
+    """The guidance scale of each shot that moves; 1 is without. is_high: whether the high-noise expert takes the step.
+
+    A shot's own scale counts for both experts.
+    """
+    default = (is_high and config.high_noise_guidance_scale) or config.guidance_scale
+    own = story.guidance or [None] * len(story.shapes)
+    lowest, highest = config.guidance_interval
+    chosen = {index: default if (scale := own[index]) is None else scale for index in step.moving}
+    return {index: scale if lowest <= float(step.now[index]) <= highest else 1.0 for index, scale in chosen.items()}
+
+
+def _stream(now: Tensor, moving: list[int], context_shots: int, num_references: int) -> list[int]:
+    """The shots of a step's stream: references, finished ones before those on the move (the latest `context_shots`),
+    and these."""
+    finished = [index for index in range(num_references, max(moving)) if now[index] == 0]
+    return sorted([*range(num_references), *moving, *finished[-context_shots:]])

@@ -1,0 +1,130 @@
+"""What sampling is asked: the settings, a story, and how far it is."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moc.diffusion.flow import draw_key
+from moc.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How shots are sampled.
+
+    steps: Euler steps of each shot.
+    dense_steps: in so many first steps of a shot attention is dense.
+    guidance_scale: 1 is without guidance.
+    high_noise_guidance_scale: that of the high-noise expert of a pair; 0 is the same.
+    guidance_interval: the lowest and the highest noise level with guidance; outside the scale is 1, and a step asks the
+        model once (arXiv 2404.07724).
+    lag: how long after the one before it a shot starts, in units of a whole denoising; 0 is joint, 1 shot by shot.
+    history_sigma: the noise level of finished shots.
+    context_shots: how many finished shots the others see at most, the latest ones; 0 is all.
+    cache: keep the keys and values of finished shots where the result is the same, as long as memory lasts.
+    seed: the seed of the noise, which is drawn shot by shot.
+    """
+
+    steps: int = 50
+    dense_steps: int = 0
+    guidance_scale: float = 5.0
+    high_noise_guidance_scale: float = 0.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    lag: float = 1.0
+    history_sigma: float = 0.05
+    context_shots: int = 0
+    cache: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"sampler.steps={self.steps} must be at least 1")
+        if not 0 <= self.dense_steps <= self.steps:
+            raise UserError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
+        for name in ("guidance_scale", "high_noise_guidance_scale"):
+            if not 0 <= getattr(self, name) < math.inf:  # nan neither
+                raise UserError(f"sampler.{name}={getattr(self, name)} must be finite and at least 0")
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
+            raise UserError(
+                f"sampler.guidance_interval={self.guidance_interval} must be [LOW, HIGH], two noise levels in [0, 1]"
+            )
+        if not 0 <= self.lag <= 1:
+            raise UserError(f"sampler.lag={self.lag} must lie in [0, 1]: 0 is joint, 1 shot by shot")
+        if not 0 <= self.history_sigma < 1:
+            raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
+        if self.context_shots < 0:
+            raise UserError(f"sampler.context_shots={self.context_shots} must be at least 0 (0 is all)")
+
+    @property
+    def keeps_history(self) -> bool:
+        """Whether keys and values of finished shots may be kept, where attention flows strictly forward."""
+        return self.cache and self.lag == 1 and not self.context_shots
+
+
+@dataclass(frozen=True)
+class Story:
+    """What is to be sampled: one shot or more, of which at least one is not given.
+
+    shapes: (C, T, H, W) of each shot's latent.
+    text, negative: features [T_i, text_dim] of the global caption, then of each shot's, to steer to and away from.
+    given: clean latents [C, T, H, W] of shots that are known already, by index.
+    ends: clean latent frames [C, t, H, W] that shots must end in, by index. They are put there after each step, at the
+        shot's noise level, and the rest of the shot is drawn to them (RePaint, arXiv 2201.09865, without its returns).
+    guidance: the guidance scale of each shot, None where it takes the config's; empty means none has its own.
+    cuts: whether a true cut begins each shot; empty means cuts everywhere.
+    num_references: how many of the first shots, all given, every shot sees, whatever `context_shots` is.
+    noise_keys: seed the noise of each shot (`noise_key`); empty keys it by the config's seed and the shot's index.
+    Raises ValueError where these do not describe the same shots.
+    """
+
+    shapes: list[tuple[int, int, int, int]]
+    text: list[Tensor]
+    negative: list[Tensor]
+    given: dict[int, Tensor] = field(default_factory=dict)
+    ends: dict[int, Tensor] = field(default_factory=dict)
+    guidance: Sequence[float | None] = ()
+    cuts: Sequence[bool] = ()
+    noise_keys: Sequence[int] = ()
+    num_references: int = 0
+
+    def __post_init__(self) -> None:
+        shots = len(self.shapes)
+        if (len(self.text), len(self.negative)) != (shots + 1, shots + 1):
+            raise ValueError(
+                f"a story of {shots} shots has {len(self.text)} texts and {len(self.negative)} negative ones; it needs "
+                "one for the global caption and one for each shot"
+            )
+        of_shots = {"cuts": self.cuts, "noise keys": self.noise_keys, "guidance scales": self.guidance}
+        for name, values in of_shots.items():
+            if values and len(values) != shots:
+                raise ValueError(
+                    f"a story of {shots} shots has {len(values)} {name}; it needs one for each shot, or none"
+                )
+        if not self.given.keys() < set(range(shots)):
+            raise ValueError(f"shots {sorted(self.given)} of {shots} are given; at least one must be left to sample")
+        if not set(range(self.num_references)) <= self.given.keys():
+            raise ValueError(f"the first {self.num_references} shots are references, but not all of them are given")
+        for index, latent in self.given.items():
+            if tuple(latent.shape) != tuple(self.shapes[index]):
+                raise ValueError(f"shot {index} is given as {tuple(latent.shape)}; its shape is {self.shapes[index]}")
+        for index, end in self.ends.items():
+            channels, frames, *size = self.shapes[index]
+            if index in self.given or tuple(end.shape) != (channels, min(frames, end.shape[1]), *size):
+                raise ValueError(f"shot {index} of {self.shapes[index]} cannot end in {tuple(end.shape)}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of every shot
+    that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index."""
+
+    step: int
+    num_steps: int
+    latents: dict[int, Tensor]
+
+
+def noise_key(seed: int, number: int) -> int:
+    """The seed of the noise of shot `number` in a story of `seed`."""
+    return draw_key(seed, number)
