@@ -1,9 +1,13 @@
 """A run outlives a full disk, names what hangs and what is out of the ordinary, and keeps the checkpoints it is to."""
 
 import errno
+import json
 import logging
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +80,19 @@ def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch,
 
 
 # Processes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_that_is_killed_25_times_has_the_losses_of_one_that_was_not(cache, tmp_path, ranks):
+    """At random moments, saves in the foreground and in the background included."""
+    command = [sys.executable, "-m", "tests.kills", str(cache), str(tmp_path), str(ranks), "25"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert told["kills"] == 25
+    assert told["in a save"] > 2
 
 
 @pytest.mark.slow
