@@ -83,9 +83,16 @@ class Shooting:
             elif not self.codec.begins_video(number):
                 for _ in self.decode(latent.to(self.plan.device)):  # the next shot's pictures go on from these
                     pass
-        latents = {int(index): latent for index, latent in self.kept.tensors.items()}
+        if not self.kept.step:
+            return None
+        latents = {int(name): tensor for name, tensor in self.kept.tensors.items() if name.isdigit()}
         latents |= {self.plan.filmed[number - 1]: latent for number, latent in self._made()}
-        return Progress(self.kept.step, 0, latents) if self.kept.step else None
+        remembered: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.kept.tensors.items():
+            place, _, of_solver = name.partition(".")
+            if of_solver:
+                remembered.setdefault(int(place), {})[of_solver] = tensor
+        return Progress(self.kept.step, 0, latents, remembered)
 
     def given(self) -> dict[int, Tensor]:
         """Latents, by their index in the stream, of the shots that stay while others are made anew."""
@@ -102,6 +109,8 @@ class Shooting:
             for index, latent in progress.latents.items()
             if self.numbers.get(index, 0) not in {0, *self.kept.made}  # no picture, and no shot with a file of its own
         }
+        for place, own in progress.remembered.items():
+            self.kept.tensors |= {f"{place}.{name}": tensor for name, tensor in own.items()}
         tensors = self.kept.tensors | {ROUTING: self.routing_map.counts}
         self.folder.keep(self.request, replace(self.kept, tensors=tensors))
 

@@ -1,4 +1,4 @@
-"""Sampling the shots of a story: Euler steps along the flow, each shot on its own clock.
+"""Sampling the shots of a story: steps along the flow, each shot on its own clock.
 
 A shot starts `lag` (in units of a whole denoising) after the one before it. One loop covers three ways of sampling:
 
@@ -24,7 +24,8 @@ from moc.batch import StreamSpec
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow, Model
 from moc.diffusion.sides import Side, Stream, guided_velocity
-from moc.diffusion.steps import guidance_scales, plan_steps
+from moc.diffusion.solvers import Solver, build_solver
+from moc.diffusion.steps import guidance_scales, plan_steps, sigma_table
 from moc.diffusion.story import Progress, SamplingConfig, Story, noise_key
 from moc.errors import UserError
 from moc.statistics import RoutingMap
@@ -64,6 +65,11 @@ def sample_shots(
     known = story.given | (start.latents if start else {})
     latents = [known.get(index, noise[index]).to(device).float() for index in range(num_shots)]
     unknown = [index for index in range(num_shots) if index not in story.given]
+    levels, solvers = sigma_table(1, config, flow)[:, 0], dict[int, Solver]()
+    remembered = {
+        index: {name: x.to(device) for name, x in own.items()}
+        for index, own in (start.remembered if start else {}).items()
+    }
     steps = plan_steps(num_shots, story.given, config, flow, story.num_references)
     keeps_history = config.keeps_history and hasattr(model, "new_cache")
     cuts = story.cuts or [True] * num_shots
@@ -92,21 +98,26 @@ def sample_shots(
         if velocity is None:  # not in the handler, which holds on to what filled the memory
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
         for index in moving:
-            latents[index] = latents[index] + float(after[index] - now[index]) * velocity[index]
+            done = step.steps_done[index]
+            if index not in solvers:
+                solvers[index] = build_solver(config.solver, levels, done, remembered.pop(index, {}))
+            latents[index] = solvers[index].step(done, latents[index], velocity[index])
             if index in story.ends:
                 end = story.ends[index].to(device).float()
                 last = slice(-end.shape[1], None)
                 latents[index][:, last] = flow.add_noise(end, noise[index][:, last], float(after[index]))
             if not latents[index].isfinite().all():
-                place = f"shot {unknown.index(index) + 1}, step {step.steps_done[index] + 1} of {config.steps}"
+                place = f"shot {unknown.index(index) + 1}, step {done + 1} of {config.steps}"
                 raise FloatingPointError(
                     f"{place}: the latent is not finite; weights may hold nan, or values overflow: try precision=fp32, "
                     "a lower guidance_scale"
                 )
+            if after[index] == 0:
+                del solvers[index]
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
         if on_step:
             begun = {index: latents[index] for index in range(num_shots) if after[index] < 1}
-            on_step(Progress(number, len(steps), begun))
+            on_step(Progress(number, len(steps), begun, {index: one.remembered() for index, one in solvers.items()}))
 
 
 def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:

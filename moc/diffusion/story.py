@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moc.diffusion.flow import draw_key
+from moc.diffusion.solvers import SolverKind
 from moc.errors import UserError
 
 
@@ -14,7 +15,8 @@ from moc.errors import UserError
 class SamplingConfig:
     """How shots are sampled.
 
-    steps: Euler steps of each shot.
+    steps: steps of each shot.
+    solver: how a step is taken: `euler`, or `unipc` or `dpmpp` of diffusers, which need fewer steps.
     dense_steps: in so many first steps of a shot attention is dense.
     guidance_scale: 1 is without guidance.
     high_noise_guidance_scale: that of the high-noise expert of a pair; 0 is the same.
@@ -28,6 +30,7 @@ class SamplingConfig:
     """
 
     steps: int = 50
+    solver: SolverKind = SolverKind.euler
     dense_steps: int = 0
     guidance_scale: float = 5.0
     high_noise_guidance_scale: float = 0.0
@@ -118,11 +121,13 @@ class Story:
 @dataclass(frozen=True)
 class Progress:
     """How far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of every shot
-    that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index."""
+    that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index. remembered: what
+    the solvers of shots on the move remember, by index and name."""
 
     step: int
     num_steps: int
     latents: dict[int, Tensor]
+    remembered: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 def noise_key(seed: int, number: int) -> int:

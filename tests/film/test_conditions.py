@@ -16,6 +16,7 @@ from film.folder import METADATA, FilmFolder
 from film.footage import Footage, seconds_after
 from film.plan import plan_film
 from film.script import load_script
+from moc.diffusion.solvers import SolverKind
 from moc.errors import UserError
 from tests.film.test_film import MeanCodec
 from tests.film.test_filmmaker import SHOT, STORY, contents, film_of, killed_at, open_filmmaker, write
@@ -92,7 +93,7 @@ def test_a_video_may_stand_anywhere_and_is_never_made(trained, write, take, tmp_
 def test_a_film_with_conditions_is_killed_and_goes_on(trained, write, take, tmp_path):
     Image.new("RGB", (96, 64), (20, 180, 60)).save(tmp_path / "end.png")
     story = STORY | {"shots": [given(), SHOT | {"cut": False, "last_image": "end.png"}, SHOT | {"guidance": 1.5}]}
-    filmmaker = open_filmmaker(trained)
+    filmmaker = open_filmmaker(trained, steps=3, solver=SolverKind.unipc)
     plan = filmmaker.plan(load_script(write(story)))
     filmmaker.film(plan, FilmFolder(tmp_path / "whole"))
     kills = 0
