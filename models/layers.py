@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moc.layout import Grid
 from models.fuse import fused
 from models.members import Members
+from models.recompute import RecomputedParts
 from models.stream import Attend, Part
 
 
@@ -101,7 +102,7 @@ class Modulation(nn.Module):
         return out.float().chunk(self.parts, dim=-1)
 
 
-class TokenStream(nn.Module):
+class TokenStream(RecomputedParts):
     """One modality's weights in a block: q, k, v for the joint attention, then the output projection and the FFN.
 
     update=False leaves out what follows attention: the last block's text feeds keys and values only.
@@ -129,10 +130,10 @@ class TokenStream(nn.Module):
         """Adds the attention output [Lx, N, D] and the FFN to x [Lx, dim]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
         x = add_gated(x, self.to_out(attended.flatten(1)), gate, members)
-        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, members)), ffn_gate, members)
+        return add_gated(x, self.by_rows(self.ffn, modulate(x, ffn_shift, ffn_scale, members)), ffn_gate, members)
 
 
-class JointBlock(nn.Module):
+class JointBlock(RecomputedParts):
     """Separate text and video weights around one attention over the packed stream (MMDiT)."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, last: bool = False) -> None:
@@ -146,10 +147,13 @@ class JointBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]; attend: q, k, v [L, N, D] -> [L, N, D]."""
         text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
-        text_qkv = self.text.project(text, text_mod, part.text_members)
-        video_qkv = self.video.project(video, video_mod, part.video_members)
-        q, k, v = (join(t, x, part) for t, x in zip(text_qkv, video_qkv, strict=True))
-        out = attend(q, k, v)
+
+        def attended(text: Tensor, video: Tensor) -> Tensor:
+            text_qkv = self.text.project(text, text_mod, part.text_members)
+            video_qkv = self.video.project(video, video_mod, part.video_members)
+            return attend(*(join(t, x, part) for t, x in zip(text_qkv, video_qkv, strict=True)))
+
+        out = self.apart(attended, text, video)
         video = self.video.update(video, out[part.video_index], video_mod, part.video_members)
         if not self.last:
             text = self.text.update(text, out[part.text_index], text_mod, part.text_members)

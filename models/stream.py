@@ -26,6 +26,7 @@ from moc.exchange import Exchange
 from moc.layout import Grid, Group
 from models.lora import Trainable
 from models.members import Members
+from models.recompute import RecomputedParts
 from models.rope import rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -196,14 +197,16 @@ class StreamAttention:
 
     def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Routes:
         if layer in self.routes:
-            return self.routes[layer]
+            kept = self.routes[layer]
+            return replace(kept, indices=kept.indices.int())
         first_head = self.exchange.rank * q.shape[1] if self.exchange else 0
         drops = replace(self.drops, layer=layer, first_head=first_head) if self.drops else None
         routes = Routes(route(q, k, self.layout, self.config, drops, first_query=first), first)
         if self.on_routes:
             self.on_routes(layer, routes.whole())
         if torch.is_grad_enabled():
-            self.routes[layer] = routes
+            few = self.layout.num_chunks <= torch.iinfo(torch.int16).max
+            self.routes[layer] = replace(routes, indices=routes.indices.short()) if few else routes
         return routes
 
 
@@ -291,6 +294,12 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
             cache.num_tokens = layout.num_tokens
         velocity = part.gather(self.project(tokens, patches, condition, part))
         return unpatchify(velocity, part.grids, self.stream.patch)
+
+    def recompute_parts(self) -> None:
+        """Has each block's parts computed once more in backward, one at a time."""
+        for module in self.modules():
+            if isinstance(module, RecomputedParts):
+                module.recomputes_parts = True
 
     def new_cache(self) -> KeyValueCache:
         """The history of a story that has not begun."""

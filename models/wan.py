@@ -27,6 +27,7 @@ from moc.kernels import packed
 from moc.kernels.packed import Packed
 from models.layers import LayerNorm, RMSNorm, add_gated, modulate
 from models.members import Members
+from models.recompute import RecomputedParts
 from models.rope import rotary_table, running_positions
 from models.stream import Attend, Embedded, Part, StreamModel
 
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         return self.to_out[0](attended.flatten(-2))
 
 
-class Block(nn.Module):
+class Block(RecomputedParts):
     """Self-attention over the stream, cross-attention to the text, FFN; modulated by each token's shot."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
@@ -81,14 +82,18 @@ class Block(nn.Module):
         """x [L, dim]; context: text rows of all samples [R, dim], of which `windows` says who sees what; time fp32
         [G, 6, dim]; members: the tokens of each group."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(1)
-        normed = modulate(x, shift, scale, members, self.eps)
-        q, k, v = self.attn1.project(normed, normed)
-        x = add_gated(x, self.attn1.output(attend(q, k, v)), gate, members)
 
-        q, k, v = self.attn2.project(self.norm2(x), context)
-        x = x + self.attn2.output(packed.attend(q, k, v, windows)).to(x.dtype)
+        def with_stream(x: Tensor) -> Tensor:
+            normed = modulate(x, shift, scale, members, self.eps)
+            return add_gated(x, self.attn1.output(attend(*self.attn1.project(normed, normed))), gate, members)
 
-        return add_gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, members, self.eps)), ffn_gate, members)
+        def with_text(x: Tensor) -> Tensor:
+            q, k, v = self.attn2.project(self.norm2(x), context)
+            return x + self.attn2.output(packed.attend(q, k, v, windows)).to(x.dtype)
+
+        x = self.apart(with_text, self.apart(with_stream, x))
+        normed = modulate(x, ffn_shift, ffn_scale, members, self.eps)
+        return add_gated(x, self.by_rows(self.ffn, normed), ffn_gate, members)
 
 
 def pack_windows(windows: list[Window], num_rows: int, device: torch.device) -> Packed:

@@ -47,10 +47,13 @@ class ParallelConfig:
 
     device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
     precision: of every forward pass, in training and out of it: auto (bf16 on a GPU, fp32 on the CPU), fp32 or bf16.
-    accumulation: micro-batches a step on each process. activation_checkpointing: recompute blocks in backward; routes
-    are kept. offload_activations: large tensors that backward needs wait in the host's memory. swap_blocks: of how many
-    blocks the frozen weights wait there, each coming back while the block before it computes; it needs
-    activation_checkpointing. timeout: seconds after which processes that wait for another one end the job and name it.
+    accumulation: micro-batches a step on each process.
+    activation_checkpointing: recompute blocks in backward; routes are kept.
+    recompute_parts: recompute the parts of such a block once more, one at a time: less memory for one more forward.
+    offload_activations: keep large tensors that backward needs in the host's memory.
+    swap_blocks: keep the frozen weights of so many blocks in the host's memory, each of which comes while the block
+    before it computes; it needs activation_checkpointing.
+    timeout: seconds after which processes that wait for another one end the job and name it.
     sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
     with samples of their own the weights are sharded, and over those of the streams besides. replicate: how often that
     is repeated; 0 is as often as there are processes for."""
@@ -59,6 +62,7 @@ class ParallelConfig:
     precision: str = "auto"
     accumulation: int = 1
     activation_checkpointing: bool = False
+    recompute_parts: bool = False
     offload_activations: bool = False
     swap_blocks: int = 0
     timeout: float = 600.0
@@ -71,11 +75,12 @@ class ParallelConfig:
             raise UserError(f"precision={self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
         check_least(self, "parallel", 1, "accumulation", "timeout", "shard", "sequence")
         check_least(self, "parallel", 0, "replicate", "swap_blocks")
-        if self.swap_blocks and not self.activation_checkpointing:
-            raise UserError(
-                f"parallel.swap_blocks={self.swap_blocks} needs blocks to be computed once more in backward: set "
-                "parallel.activation_checkpointing=true"
-            )
+        for name in ("swap_blocks", "recompute_parts"):
+            if getattr(self, name) and not self.activation_checkpointing:
+                raise UserError(
+                    f"parallel.{name}={getattr(self, name)} needs blocks to be computed once more in backward: set "
+                    "parallel.activation_checkpointing=true"
+                )
         if self.swap_blocks and (self.shard > 1 or self.sequence > 1):
             raise UserError(
                 f"parallel.swap_blocks={self.swap_blocks} is for weights that every process has whole: take it without "
@@ -87,7 +92,8 @@ class Parallel:
     """This process among those of a command: rank, world_size, device, and dtype, that of its forward passes.
 
     data_rank, data_ranks: among the processes with samples of their own; those that hold a stream together count as
-    one. is_sharded: whether forward passes of all processes must keep step.
+    one. saving: a context in which a forward pass keeps what its backward needs where the configuration says.
+    is_sharded: whether forward passes of all processes must keep step.
     Raises UserError for a device that does not exist, for a mesh that the processes do not fill, and where accelerate
     started one process of several.
     """
@@ -108,7 +114,7 @@ class Parallel:
             self.file_group = dist.new_group(backend="gloo", timeout=_PATIENT)
             _store().set(f"moc/host/{self.rank}", socket.gethostname())
         self._swap_blocks = config.swap_blocks
-        self._offload = OffloadActivations(self.device) if config.offload_activations else None
+        self.saving = OffloadActivations(self.device) if config.offload_activations else nullcontext()
         self._check_mesh(config)
         self.data_rank, self.data_ranks = self.rank // config.sequence, self.world_size // config.sequence
         self._data_group = self._exchange = None
@@ -140,10 +146,6 @@ class Parallel:
         """The precision of a forward pass. Casts of sharded weights are not kept, as the weights are not."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not self.is_sharded)
-
-    def saving(self) -> AbstractContextManager:
-        """Where a forward pass keeps what its backward needs."""
-        return self._offload or nullcontext()
 
     def put(self, tensor: Tensor) -> Tensor:
         """The tensor on this process's device."""

@@ -288,7 +288,7 @@ class Trainer:
             watched = self._survey.forward(batch.layout) if self._survey else nullcontext()
             with nullcontext() if last else self.parallel.keep_gradients(self.model):
                 self._clock.begin("forward")
-                with self.parallel.autocast(), self.parallel.saving(), watched as on_routes:
+                with self.parallel.autocast(), self.parallel.saving, watched as on_routes:
                     by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops, on_routes)
                 self._clock.begin("backward")
                 target_losses = by_shot * self.parallel.put(level.is_target)

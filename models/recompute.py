@@ -1,0 +1,27 @@
+"""Parts of a block that are computed once more in backward, within a block that is recomputed itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+ROW_PARTS = 4  # of a feed-forward network
+
+
+class RecomputedParts(nn.Module):
+    """A module whose parts are computed once more in backward, one after another, where `recomputes_parts` is set: what
+    backward needs then is that of one part at a time."""
+
+    recomputes_parts = False
+
+    def apart(self, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args), as a part."""
+        again = self.recomputes_parts and torch.is_grad_enabled()
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False) if again else function(*args)
+
+    def by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x), which takes each row by itself, in parts of some of the rows."""
+        again = self.recomputes_parts and torch.is_grad_enabled()
+        return torch.cat([self.apart(function, rows) for rows in x.chunk(ROW_PARTS)]) if again else function(x)

@@ -1,0 +1,206 @@
+"""How much memory a step of an adapter takes on one GPU, and how long.
+
+python scripts/benchmark_memory.py [limit_gib=23] [model.lora_base=fp8] [parallel.swap_blocks=40] [shots=4]
+
+As it is, it takes steps of the trainer on the shape of an expert of Wan2.2-T2V-A14B and a film of four shots of 57
+frames of 480x832, 93,600 tokens, as experiment=wan_a14b_high_24gb does. The weights are random, drawn one at a time and
+kept at once in their format. Every call adds its row to the record, or replaces the one of the same settings.
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from configs.command import command
+from data.records import write_whole
+from moc import MoCConfig
+from moc.batch import Batch, Sample, make_batch
+from moc.diffusion import Flow
+from moc.schedule import MoCSchedule
+from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
+from models import ModelConfig, build_model
+from models.frozen import Base, FrozenLinear, freeze_linears, packed
+from models.lora import Lora
+from models.stream import StreamModel
+from scripts.measuring import check_gpu, header, markdown_table
+
+TEXT_TOKENS = 64  # of each caption
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What to measure.
+
+    model: the model's sizes, its adapter and how the weights under it are kept.
+    moc: what attention attends to.
+    optim: the optimizer.
+    parallel: where weights and activations are kept.
+    shots: how many a film has.
+    latent: channels, frames, height and width of a shot.
+    text_dim: the width of the captions' features.
+    limit_gib: how much of the GPU's memory may be used; 0 is all of it.
+    steps: how many are timed, after one that compiles kernels.
+    output: the record to write.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moc: MoCConfig = field(default_factory=MoCConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    shots: int = 4
+    latent: list[int] = field(default_factory=lambda: [16, 15, 60, 104])
+    text_dim: int = 4096
+    limit_gib: float = 0.0
+    steps: int = 2
+    output: str = "docs/benchmarks/memory.json"
+
+
+@command("benchmark_memory", MemoryConfig)
+def main(config: MemoryConfig) -> None:
+    check_gpu()
+    if config.limit_gib:
+        whole = torch.cuda.get_device_properties().total_memory
+        torch.cuda.set_per_process_memory_fraction(config.limit_gib * 2**30 / whole)
+    row = settings(config)
+    try:
+        row |= measure(config)
+    except torch.OutOfMemoryError as error:
+        row |= {"problem": str(error).partition(". GPU")[0]}
+    print(row)
+    output, head = Path(config.output), header()
+    rows = [*earlier_rows(output, head, settings(config)), row]
+    write_whole(output, (json.dumps({"header": head, "rows": rows}, indent=1) + "\n").encode())
+    write_whole(output.with_suffix(".md"), table(head, rows).encode())
+
+
+def settings(config: MemoryConfig) -> dict[str, Any]:
+    """What tells a row from the others."""
+    model, parallel = config.model, config.parallel
+    return {
+        "dim": model.dim, "layers": model.num_layers, "base": str(model.lora_base), "rank": model.lora_rank,
+        "swapped": parallel.swap_blocks, "recomputed": parallel.activation_checkpointing,
+        "parts": parallel.recompute_parts, "offloaded": parallel.offload_activations, "optimizer": config.optim.name,
+        "shots": config.shots, "latent": list(config.latent), "limit_gib": config.limit_gib,
+    }  # fmt: skip
+
+
+def measure(config: MemoryConfig) -> dict[str, Any]:
+    """Peaks of memory on the GPU and on the host, and the median step."""
+    parallel = Parallel(config.parallel)
+    start = time.perf_counter()
+    model = draw_model(config, parallel.device)
+    built = time.perf_counter() - start
+    if config.parallel.activation_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.parallel.recompute_parts:
+        model.recompute_parts()
+    batch, on_gpu = make_film(config, model), parallel.device.type == "cuda"
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            parallel, model, Flow(history_rate=0), config.moc, MoCSchedule(), config.optim, TrainerConfig(),
+            Path(folder), 0, lambda _: None,
+        )  # fmt: skip
+    if on_gpu:
+        torch.cuda.empty_cache()  # of the drawing
+        torch.cuda.reset_peak_memory_stats()
+    times, losses = zip(*[step(trainer, batch) for _ in range(config.steps + 1)], strict=True)
+    row = {
+        "tokens": batch.layout.num_tokens, "build_seconds": round(built, 1), "first_step_seconds": round(times[0], 2),
+        "step_seconds": round(sorted(times[1:])[config.steps // 2], 2), "loss": [round(loss, 4) for loss in losses],
+        "trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }  # fmt: skip
+    if on_gpu:
+        row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return row
+
+
+def draw_model(config: MemoryConfig, device: torch.device) -> StreamModel:
+    """The model with an adapter, its weights drawn on `device` and kept on the CPU: never more than one of them is held
+    in another format than its own."""
+    sizes = replace(config.model, lora_rank=0, lora_targets=[], lora_base=Base.fp32)
+    with init_empty_weights():
+        model = build_model(sizes, latent_channels=config.latent[0], text_dim=config.text_dim)
+    freeze_linears(model, config.model.lora_base)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if name == "scale" and isinstance(module, FrozenLinear):
+                continue  # it comes with its weight
+            drawn = {name: draw(name, weight, device)}
+            if name == "weight" and isinstance(module, FrozenLinear):
+                drawn = packed(drawn[name], config.model.lora_base)
+            for part, tensor in drawn.items():
+                module.register_parameter(part, nn.Parameter(tensor.cpu(), weight.requires_grad))
+    model.add_lora(Lora(config.model.lora_rank, config.model.lora_targets, "", ""))
+    return model
+
+
+def draw(name: str, weight: nn.Parameter, device: torch.device) -> torch.Tensor:
+    """Matrices keep the size of what they are given; norms are ones and biases zeros."""
+    if weight.dim() < 2:
+        return torch.full(weight.shape, float(name == "weight"), device=device)
+    return torch.randn(weight.shape, device=device) * (weight.numel() / len(weight)) ** -0.5
+
+
+def make_film(config: MemoryConfig, model: StreamModel) -> Batch:
+    text = [torch.randn(TEXT_TOKENS, config.text_dim) for _ in range(config.shots + 1)]
+    latents = [torch.randn(*config.latent) for _ in range(config.shots)]
+    return make_batch([Sample(latents, text, 0)], model.stream, config.moc.chunk_tokens)
+
+
+def step(trainer: Trainer, batch: Batch) -> tuple[float, float]:
+    """Seconds and loss of one step."""
+    start = time.perf_counter()
+    trainer._train_step([batch])
+    loss = trainer._look(None).loss  # waits for the device
+    return time.perf_counter() - start, loss
+
+
+def earlier_rows(output: Path, head: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of other settings that a record holds of the same machine and code."""
+    if not output.exists():
+        return []
+    record = json.loads(output.read_text())
+    if record["header"] | {"date": ""} != head | {"date": ""}:
+        return []
+    return [row for row in record["rows"] if not wanted.items() <= row.items()]
+
+
+def table(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The record as a Markdown page."""
+    lines = [
+        [
+            f"{row['layers']} x {row['dim']}", row["base"], row["rank"], row["swapped"],
+            ", ".join(name for name in ("recomputed", "parts", "offloaded") if row[name]), row["optimizer"],
+            f"{row['shots']} x {row['latent']}", row.get("tokens", ""), row["limit_gib"] or "",
+            row.get("problem") or row["step_seconds"], *(
+                f"{row[name] / 2**30:.1f}" if name in row else ""
+                for name in ("peak_bytes", "reserved_bytes", "host_bytes")
+            ),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    columns = [
+        "layers x width", "base", "rank", "blocks swapped", "activations", "optimizer", "latents", "tokens",
+        "limit GiB", "step s", "peak GiB", "reserved GiB", "host GiB",
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "triton") if head.get(name))
+    return (
+        f"# Memory of a step of an adapter\n\n{head['gpu']}; {versions}; {head['date']}; commit {head['commit']}. Made "
+        f"by scripts/benchmark_memory.py.\n\n{markdown_table(columns, lines)}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
