@@ -1,6 +1,8 @@
 """Fetch a whole real film, Big Buck Bunny (58 MB, CC-BY 3.0): python scripts/example_film.py output=DIR
 
-Then: python scripts/prepare_data.py input=DIR output=PREPARED
+Then: python scripts/prepare_data.py input=DIR output=PREPARED size=[64,112] fps=8
+
+A manifest beside the film holds its shots, captions and scenes, made by eye (data/media/big_buck_bunny.json).
 """
 
 import sys
@@ -14,7 +16,7 @@ from data.media.example_film import CREDIT, ExampleFilmConfig, fetch
 
 @command("example_film", ExampleFilmConfig)
 def main(config: ExampleFilmConfig) -> None:
-    print(f"{fetch(Path(config.output))}\n{CREDIT}")
+    print(f"{fetch(Path(config.output), config.scenes)}\n{CREDIT}")
 
 
 if __name__ == "__main__":

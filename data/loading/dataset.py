@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import moc
@@ -63,7 +64,8 @@ class DataConfig:
     prefetch: micro-batches that each worker holds ready.
     local_cache: a local folder for copies of shards, where a path is a URL (s3://, gs://, https://, ...).
     local_cache_gigabytes: the size at which its oldest copies go.
-    validation: how many scenes are held out of training, chosen by a hash of their id.
+    validation: how many scenes are held out of training and evaluated, chosen by a hash of their id.
+    held_out: patterns of ids, as in a shell, of scenes that are never trained on; `validation` then chooses among them.
     drop_captions: the rate at which a sample loses all its captions, for guidance.
     drop_global_caption: the rate at which it loses its global caption.
     drop_shot_caption: the rate at which a shot loses its caption.
@@ -82,6 +84,7 @@ class DataConfig:
     local_cache: str = ""
     local_cache_gigabytes: float = 50.0
     validation: int = 0
+    held_out: list[str] = field(default_factory=list)
     drop_captions: float = 0.1
     drop_global_caption: float = 0.0
     drop_shot_caption: float = 0.0
@@ -111,7 +114,9 @@ class ShotDataset:
         copies: str = "",
         max_bytes: int = 50 << 30,
         load_codec: LoadCodec | None = None,
+        held_out: Sequence[str] = (),
     ) -> None:
+        self.held_out = held_out
         self.caches: list[Cache] = []
         self.items: list[tuple[int, CachedScene]] = []
         self.source_items: list[tuple[float, list[int]]] = []
@@ -170,22 +175,36 @@ class ShotDataset:
         return self.caches[0].text[NULL_SHOT]["shape"][1]
 
     def split(self, validation: int) -> Split:
-        """Holds out the `validation` scenes whose ids hash lowest, the same whatever else the folder holds in whatever
-        order. Raises DataError where nothing is left to train on."""
+        """Keeps scenes out of training: those that `held_out` names, and `validation` scenes, among these where any is
+        named, whose ids hash lowest, the same whatever else the folder holds in whatever order.
+
+        Raises DataError where a pattern names no scene, fewer than `validation` are named, or none is left to train on.
+        """
         ids = sorted({scene.id for _, scene in self.items}, key=_id_hash)
-        held_out = set(ids[:validation])
+        named = [scene_id for scene_id in ids if any(fnmatchcase(scene_id, pattern) for pattern in self.held_out)]
+        self._check_named(ids, named, validation)
+        evaluated = (named if self.held_out else ids)[:validation]
+        kept_out = {*named, *evaluated}
         training = tuple(
-            Source(tuple(i for i in items if self.items[i][1].id not in held_out), weight)
+            Source(tuple(i for i in items if self.items[i][1].id not in kept_out), weight)
             for weight, items in self.source_items
         )
         if any(not source.items for source in training):
             raise DataError(
                 "no-usable-samples",
-                "data.validation",
-                f"{validation} of {len(ids)} scenes held out leaves none to train",
+                "data.held_out" if self.held_out else "data.validation",
+                f"{len(kept_out)} of {len(ids)} scenes held out leaves none to train",
             )
         first = {scene.id: i for i, (_, scene) in reversed(list(enumerate(self.items)))}
-        return Split(training, tuple(first[scene_id] for scene_id in ids[:validation]))
+        return Split(training, tuple(first[scene_id] for scene_id in evaluated))
+
+    def _check_named(self, ids: list[str], named: list[str], validation: int) -> None:
+        for pattern in self.held_out:
+            if not any(fnmatchcase(scene_id, pattern) for scene_id in ids):
+                raise DataError("no-such-scene", "data.held_out", f"{pattern!r} names no scene, such as {ids[0]!r}")
+        if self.held_out and validation > len(named):
+            said = f"{validation} is more than the {len(named)} scenes that data.held_out names"
+            raise DataError("no-usable-samples", "data.validation", said)
 
     def draw(self, position: int, item: int, config: DataConfig) -> Draw:
         """What position `position` drops, by (seed, position) alone."""
@@ -269,4 +288,4 @@ def open_dataset(config: DataConfig, load_codec: LoadCodec | None = None) -> Sho
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
     max_bytes = int(config.local_cache_gigabytes * 1e9)
     sources = config.sources or [SourceConfig(path=config.path)]
-    return ShotDataset(sources, config.local_cache, max_bytes, load_codec)
+    return ShotDataset(sources, config.local_cache, max_bytes, load_codec, config.held_out)

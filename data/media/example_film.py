@@ -1,4 +1,4 @@
-"""A whole real film with recurring characters: Big Buck Bunny (Blender Foundation, CC-BY 3.0), by pip.
+"""A whole real film with recurring characters: Big Buck Bunny (Blender Foundation, CC-BY 3.0), by pip, with its shots.
 
 The source package of moviepy ships it; pip fetches that once, and each finished step is kept, so a second call goes
 on where the first was stopped.
@@ -9,10 +9,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import DataError
+from data.manifest import write_manifest
+from data.media.example_shots import scenes
 from data.records import write_whole
 from moc.errors import UserError
 
@@ -36,23 +39,33 @@ _FILM_MEMBER = "moviepy_10_minutes/resources/bbb.mp4"
 class ExampleFilmConfig:
     """Where the film goes.
 
-    output: the folder to put the film in."""
+    output: the folder to put the film in.
+    scenes: how many shots the scenes of its manifest have; every shot ends one of each length. Without any there is no
+        manifest, and preparing finds the shots itself.
+    """
 
     output: str = ""
+    scenes: list[int] = field(default_factory=lambda: [1, 8])
 
     def __post_init__(self) -> None:
         if not self.output:
             raise UserError("say output=DIR")
+        if any(length < 1 for length in self.scenes):
+            raise UserError(f"scenes={self.scenes} are lengths in shots, 1 or more each")
 
 
-def fetch(folder: Path) -> Path:
-    """The film's file in `folder`, with its caption and credit beside it. Raises DataError (download-failed)."""
+def fetch(folder: Path, lengths: Sequence[int] = ()) -> Path:
+    """The film's file in `folder`, with its caption and credit beside it, and a manifest of scenes of so many shots.
+
+    Raises DataError (download-failed)."""
     film = folder / FILM
     if not film.is_file() or film.stat().st_size != FILM_BYTES:
         archive = _download(folder / "download")
         write_whole(film, _unpack(archive))
     write_whole(film.with_suffix(".txt"), CAPTION.encode())
     write_whole(folder / "CREDIT", f"{CREDIT}\n".encode())
+    if lengths:
+        write_manifest(folder / "manifest.jsonl", scenes(FILM, CAPTION, lengths))
     return film
 
 

@@ -222,6 +222,23 @@ def test_validation_is_held_out_and_fixed(cache):
         loader(config(cache, validation=12))
 
 
+def test_named_scenes_are_never_trained_on(cache):
+    settings = config(cache, held_out=["scene1*", "scene3"])
+    named = {"scene1", "scene10", "scene11", "scene3"}
+    dataset = open_dataset(settings)
+    assert {dataset.items[i][1].id for i in dataset.split(0).training_items} == {f"scene{i}" for i in range(12)} - named
+    made = loader(config(cache, held_out=settings.held_out, validation=2))
+    assert {batch.ids[0] for batch in made.held_out()} < named
+    assert named.isdisjoint(name for step in islice(made, 20) for batch in step for name in batch.ids)
+    for changes, said in (
+        ({"held_out": ["scen"]}, "'scen' names no scene"),
+        ({"held_out": ["scene3"], "validation": 2}, "2 is more than the 1 scenes"),
+        ({"held_out": ["*"]}, "12 of 12 scenes held out leaves none"),
+    ):
+        with pytest.raises(DataError, match=said):
+            loader(config(cache, **changes))
+
+
 def test_sources_select_and_mix(cache, tmp_path):
     stills = str(write_cache(tmp_path / "stills", [scene(90 + n, 1, 1, kind="image") for n in range(3)]))
     mix = [SourceConfig(stills, 0.25, Kind.image), SourceConfig(cache, 0.75, Kind.multi)]

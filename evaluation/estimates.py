@@ -1,0 +1,36 @@
+"""Means with error bars, of values that were measured in some scenes with some draws of noise each."""
+
+import math
+from dataclasses import dataclass
+
+from scipy.stats import t
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and half the width of its 95 % interval (Student's t). scenes: as other scenes would change it, the draws
+    of each averaged; draws: as other noise would on the same scenes. A half is nan where there is one scene or draw.
+    count: how many scenes."""
+
+    mean: float
+    scenes: float
+    draws: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ± {self.scenes:.4f}" if self.mean < 0 else f"{self.mean:.4f} ± {self.scenes:.4f}"
+
+
+def estimate(values: Tensor) -> Estimate:
+    """The estimate of values [scenes, draws], of one scene at least."""
+    values = values.double().cpu()
+    return Estimate(float(values.mean()), half_width(values.mean(1)), half_width(values.mean(0)), len(values))
+
+
+def half_width(values: Tensor) -> float:
+    """Half the width of the 95 % interval of the mean of independent values [n]; nan where n is 1."""
+    count = len(values)
+    if count < 2:
+        return math.nan
+    return float(t.ppf(0.975, count - 1)) * float(values.std()) / math.sqrt(count)

@@ -1,0 +1,195 @@
+"""Rows side by side on a real film: what are the shots before worth to a shot, by when its characters were last seen?
+
+python scripts/benchmark_film.py data=BUNNY [rows=[dense,moc,own_shot]] [folds=[0,1,2,3]] [steps=N] [minutes=N] [seed=N]
+
+Each row is `python train.py experiment=bunny` with its own settings, trained once for each fold, in which every fourth
+block of ten shots is held out; all trainings run at once on one device. A training that is not finished after `minutes`
+is tested where it stands, and the same command goes on with it. Tests are those of evaluation/history.py over the
+held-out shots. `data` is the folder that prepare_data.py made of the film (configs/experiment/bunny.yaml has the
+commands). A row of the same name, fold, seed and steps is replaced in the output.
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs.command import command
+from data.loading.dataset import DataConfig, ShotDataset, open_dataset
+from data.media.example_shots import FilmShot, block, film_shots, last_seen, scene_id
+from data.records import write_whole
+from evaluation.history import SIGMAS, HistoryLosses, history_losses
+from moc import Sample
+from moc.errors import UserError, check_least
+from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
+from models import load_model
+from models.checkpoints.contents import Contents
+from scripts.film_report import write_report
+from scripts.rows import machine, train_for
+
+FOLDS = 4
+LENGTH = 8  # shots of a scene
+COURSE = "validation/loss_0.8"  # of a run's metrics: with equal noise on all shots
+NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
+ROWS = {
+    "dense": ["moc=dense"],
+    "moc": [],
+    "own_shot": ["moc.top_k=0", *NO_DROPS],
+    "random": ["moc.top_k=0", "moc.drop_off_max=0", "moc.drop_in_rate=100", "moc.drop_in_max=4"],
+}
+
+
+@dataclass(frozen=True)
+class FilmRowsConfig:
+    """What to train and to test.
+
+    data: the folder of the prepared film.
+    rows: names among ROWS; without any, the tables of the output's rows are made anew.
+    folds: which quarters of the film's blocks are held out, one training each.
+    steps: how long each is trained.
+    minutes: how long training lasts in this call, at most.
+    seed: the seed of training.
+    draws: how many draws of noise each shot is tested with.
+    settings: those of train.py, for all rows.
+    folder: where the runs go.
+    output: the record to write.
+    device: as in `moc.training.ParallelConfig`.
+    """
+
+    data: str = ""
+    rows: list[str] = field(default_factory=lambda: ["dense", "moc", "own_shot"])
+    folds: list[int] = field(default_factory=lambda: list(range(FOLDS)))
+    steps: int = 2000
+    minutes: float = 8.0
+    seed: int = 0
+    draws: int = 4
+    settings: list[str] = field(default_factory=list)
+    folder: str = "outputs/film"
+    output: str = "docs/benchmarks/film.json"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_least(self, "", 1, "steps", "draws")
+        unknown = sorted(set(self.rows) - set(ROWS))
+        if unknown:
+            raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
+        if not set(self.folds) <= set(range(FOLDS)):
+            raise UserError(f"folds={self.folds} must be among {list(range(FOLDS))}")
+        if self.rows and not self.data:
+            raise UserError("data is not set; say data=FOLDER, where prepare_data.py put the film")
+
+
+@command("benchmark_film", FilmRowsConfig)
+def main(config: FilmRowsConfig) -> None:
+    folder, output = Path(config.folder).resolve(), Path(config.output)
+    if not config.rows:
+        write_report(json.loads(output.read_text())["rows"], output)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    parallel = Parallel(ParallelConfig(config.device))
+    dataset = open_dataset(DataConfig(path=config.data))
+    jobs = [(row, fold) for fold in config.folds for row in config.rows]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        trainings = {pool.submit(train, *job, config, folder): job for job in jobs}
+        for training in as_completed(trainings):
+            row = {"train_minutes": training.result()} | test(*trainings[training], config, folder, dataset, parallel)
+            print(json.dumps({name: value for name, value in row.items() if name != "losses"}), flush=True)
+            append(output, row)
+
+
+def held_out_blocks(fold: int) -> list[int]:
+    return list(range(fold, block(len(film_shots()) - 1) + 1, FOLDS))
+
+
+def run_name(row: str, fold: int, config: FilmRowsConfig) -> str:
+    return f"{row}_fold{fold}_seed{config.seed}_{config.steps}"
+
+
+def arguments(row: str, fold: int, config: FilmRowsConfig) -> list[str]:
+    """Of train.py."""
+    held_out = ",".join(f'"*b{number:02d}*"' for number in held_out_blocks(fold))
+    data = [f"data.path={config.data}", f"data.held_out=[{held_out}]"]
+    steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
+    return ["experiment=bunny", *data, *config.settings, *steps, *ROWS[row]]
+
+
+def train(row: str, fold: int, config: FilmRowsConfig, folder: Path) -> float:
+    """Trains, or goes on training, for so many minutes at most; returns the minutes it took."""
+    name = run_name(row, fold, config)
+    words = [*arguments(row, fold, config), f"output={folder}", f"name={name}", "data.workers=1"]
+    words[1] = f"data.path={Path(config.data).resolve()}"
+    if config.device != "auto":
+        words.append(f"parallel.device={config.device}")
+    return round(train_for(config.minutes, words, folder / f"{name}.log"), 2)
+
+
+def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: ShotDataset, parallel: Parallel) -> dict:
+    """A row of the record: what a checkpoint makes of each held-out shot that has one before it."""
+    name = run_name(row, fold, config)
+    key = {"row": row, "fold": fold, "seed": config.seed, "steps": config.steps}
+    checkpoint = find_checkpoint(folder / name)
+    if checkpoint is None:
+        return key | {"failed": (folder / f"{name}.log").read_text()[-2000:]}
+    contents = Contents(checkpoint)
+    model = load_model(checkpoint).to(parallel.device)
+    shots = film_shots()
+    targets = [index for index in range(1, len(shots)) if block(index) in held_out_blocks(fold)]  # 0 has no history
+    samples = [sample_of(dataset, index) for index in targets]
+    losses = history_losses(model, contents.moc, contents.own_flow, samples, parallel, draws=config.draws)
+    metrics = read_metrics(folder / name)
+    return key | {
+        "steps_done": json.loads((checkpoint / "state.json").read_text())["step"],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "moc": contents.moc.to_dict(),
+        "sparsity": next((m["routing/sparsity"] for m in reversed(metrics) if "routing/sparsity" in m), None),
+        "train_loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
+        "validation": [[m["step"], round(m[COURSE], 5)] for m in metrics if COURSE in m],
+        "targets": [target(shots, index) for index in targets],
+        "sigmas": list(SIGMAS),
+        "losses": as_lists(losses),
+        "command": " ".join(["python train.py", *arguments(row, fold, config)]),
+        "machine": machine(parallel),
+    }
+
+
+def sample_of(dataset: ShotDataset, index: int) -> Sample:
+    """The scene that ends with shot `index`. Raises UserError where the data lack it."""
+    wanted = scene_id(max(0, index + 1 - LENGTH), index)
+    for item, (_, scene) in enumerate(dataset.items):
+        if scene.id == wanted:
+            return dataset[item]
+    raise UserError(f"the data hold no scene {wanted}; prepare what scripts/example_film.py writes, with min_frames=1")
+
+
+def target(shots: list[FilmShot], index: int) -> dict:
+    """A held-out shot: its number, and how many shots ago those in it were seen last, the nearest and the farthest of
+    them; -1 stands for never before, and null for a shot that shows nobody."""
+    ages = [-1 if age is None else age for age in last_seen(shots, index).values()]
+    farthest = -1 if -1 in ages else max(ages, default=None)
+    known = [age for age in ages if age > 0]
+    return {"number": shots[index].number, "nearest": min(known, default=farthest), "farthest": farthest}
+
+
+def as_lists(losses: HistoryLosses) -> dict[str, list]:
+    """Losses by kind, [targets][draws][sigmas]."""
+    return {
+        kind: [[[round(x, 5) for x in row] for row in rows] for rows in getattr(losses, kind).tolist()]
+        for kind in ("alone", "history", "other")
+    }
+
+
+def append(output: Path, row: dict) -> None:
+    """Puts a row into the record, in the place of an earlier one of its name, fold, seed and steps."""
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    names = ("row", "fold", "seed", "steps")
+    rows = [other for other in rows if [other[n] for n in names] != [row[n] for n in names]] + [row]
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+    write_whole(output, f'{{"rows": {text}}}\n'.encode())
+    write_report(rows, output)
+
+
+if __name__ == "__main__":
+    main()

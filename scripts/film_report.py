@@ -1,0 +1,124 @@
+"""Tables from the rows of `benchmark_film.py`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaluation.estimates import Estimate, estimate
+from scripts.measuring import markdown_table
+
+TITLES = {
+    "dense": "dense",
+    "moc": "MoC from scratch",
+    "random": "random routes, as many",
+    "own_shot": "own shot only",
+}
+HISTORY = 7  # shots before the target
+AGES: dict[str, Callable[[int | None], bool]] = {
+    "1 shot ago": lambda age: age == 1,
+    "2 shots ago": lambda age: age == 2,
+    f"3 to {HISTORY} shots ago": lambda age: age is not None and 3 <= age <= HISTORY,
+    "before its history, or never": lambda age: age is not None and (age > HISTORY or age < 0),
+    "it shows nobody": lambda age: age is None,
+}
+
+
+def write_report(rows: list[dict], output: Path) -> None:
+    """Writes `output` with .md in the place of .json."""
+    rows = [row for row in rows if "losses" in row]
+    if rows:
+        output.with_suffix(".md").write_text(tables(rows))
+
+
+def tables(rows: list[dict]) -> str:
+    """The report of rows, the folds of one kind of attention, seed and number of steps taken together."""
+    groups = _groups(rows)
+    first = rows[0]["machine"]
+    return "\n\n".join([
+        "# Big Buck Bunny: what a shot's history is worth\n\n"
+        f"{first['device']}; torch {first['torch']}; {first['date']}; commit {first['commit']}. Made by "
+        "scripts/benchmark_film.py. The target is a held-out shot at fixed noise; up to seven shots before it are "
+        "given true and clean. Intervals hold 95 % and are taken over shots, as if these were independent, which "
+        "neighbours in a film are not.",
+        "## Loss of the held-out shots\n\n" + _losses(groups),
+        *(f"## What the history is worth, sigma {sigma:g}\n\nThe share by which it lowers the loss of the shot alone, "
+          "by when the character of the shot that was unseen for longest was last seen; beside it what the history of "
+          "a shot elsewhere in the film is worth.\n\n" + _worth(groups, sigma) for sigma in rows[0]["sigmas"]),
+        "## Held-out loss during training\n\nWith sigma 0.8 on all shots of 24 scenes.\n\n" + _course(groups),
+        "## Commands\n\n" + "\n".join(f"- {_title(row)}, fold {row['fold']}: `{row['command']}`" for row in rows),
+    ]) + "\n"  # fmt: skip
+
+
+def _groups(rows: list[dict]) -> list[list[dict]]:
+    found: dict[tuple, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: (list(TITLES).index(row["row"]), row["seed"], row["steps"], row["fold"])):
+        found.setdefault((row["row"], row["seed"], row["steps"]), []).append(row)
+    return list(found.values())
+
+
+def _title(row: dict) -> str:
+    done = "" if row["steps_done"] == row["steps"] else f", stopped at step {row['steps_done']}"
+    return f"{TITLES[row['row']]}, seed {row['seed']}, {row['steps']} steps{done}"
+
+
+def _of(group: list[dict], kind: str, sigma: float) -> Tensor:
+    """Losses of all folds' targets, float [targets, draws]."""
+    at = group[0]["sigmas"].index(sigma)
+    return torch.cat([torch.tensor(row["losses"][kind])[:, :, at] for row in group])
+
+
+def _losses(groups: list[list[dict]]) -> str:
+    sigmas = groups[0][0]["sigmas"]
+    names = {"alone": "alone", "history": "after its history", "other": "after another's"}
+    losses = [f"{names[kind]}, sigma {sigma:g}" for sigma in sigmas for kind in names]
+    head = ["row", "sparsity", "shots", *losses, "minutes"]
+    lines = []
+    for group in groups:
+        cells = [estimate(_of(group, kind, sigma)) for sigma in sigmas for kind in names]
+        minutes = sum(row["train_minutes"] for row in group)
+        sparsity = sum(row["sparsity"] for row in group) / len(group)
+        lines.append([_title(group[0]), f"{sparsity:.0%}", cells[0].count, *cells, f"{minutes:.1f}"])
+    return markdown_table(head, lines)
+
+
+def _worth(groups: list[list[dict]], sigma: float) -> str:
+    head = ["row", "all", "all, another's history", *(age for name in AGES for age in (name, "another's"))]
+    lines = []
+    for group in groups:
+        alone, history, other = (_of(group, kind, sigma) for kind in ("alone", "history", "other"))
+        ages = [target["farthest"] for row in group for target in row["targets"]]
+        cells: list[object] = [_share(alone, history), _share(alone, other)]
+        for is_of_it in AGES.values():
+            chosen = torch.tensor([is_of_it(age) for age in ages])
+            cells += [_share(alone[chosen], seen[chosen]) for seen in (history, other)]
+        lines.append([_title(group[0]), *cells])
+    return markdown_table(head, lines)
+
+
+def _share(alone: Tensor, after: Tensor) -> str:
+    """By how much of the loss alone a history lowers it, in percent; of how many shots."""
+    if not len(alone):
+        return ""
+    found: Estimate = estimate(100 * (alone - after) / alone.mean())
+    return f"{found.mean:+.1f} ± {found.scenes:.1f} % ({found.count})"
+
+
+def _course(groups: list[list[dict]]) -> str:
+    """The loss of validation, averaged over folds, by step."""
+    courses = []
+    for group in groups:
+        by_step: dict[int, list[float]] = {}
+        for row in group:
+            for step, loss in row["validation"]:
+                by_step.setdefault(step, []).append(loss)
+        courses.append(
+            {step: sum(losses) / len(losses) for step, losses in by_step.items() if len(losses) == len(group)}
+        )
+    steps = sorted(set().union(*courses))
+    lines = [
+        [_title(group[0]), *(f"{course[step]:.4f}" if step in course else "" for step in steps)]
+        for group, course in zip(groups, courses, strict=True)
+    ]
+    return markdown_table(["row", *(f"step {step}" for step in steps)], lines)

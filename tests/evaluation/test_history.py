@@ -1,0 +1,84 @@
+"""What a history is worth: nothing to own-shot attention, at equal noise for every history, with error bars."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from scipy.stats import ttest_1samp
+
+from evaluation.estimates import estimate
+from evaluation.history import HistoryLosses, history_losses
+from moc import MoCConfig, Sample
+from moc.diffusion import Flow
+from moc.training import Parallel, ParallelConfig, rivals
+from models import ModelConfig, build_model
+from tests.caches import CHANNELS, TEXT_DIM
+from tests.weights import randomized
+
+CPU = ParallelConfig("cpu")
+
+
+def samples(lengths: list[int]) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Sample(
+            [torch.randn(CHANNELS, 1 + shot % 2, 4, 4, generator=generator) for shot in range(length)],
+            # Without a global caption, from which a history would move the last shot away.
+            [torch.randn(2 if group else 0, TEXT_DIM, generator=generator) for group in range(1 + length)],
+            cuts=[True] * length,
+        )
+        for length in lengths
+    ]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return randomized(build_model(ModelConfig(dim=24, num_layers=2, num_heads=1, ffn_dim=32), CHANNELS, TEXT_DIM))
+
+
+def test_a_history_is_worth_something_only_to_what_looks_at_it(model):
+    found = {
+        name: history_losses(model, config, Flow(), samples([3, 2, 4, 3]), Parallel(CPU), sigmas=(0.8,), draws=2)
+        for name, config in rivals(MoCConfig(chunk_tokens=4, top_k=2)).items()
+    }
+    for name, losses in found.items():
+        assert losses.alone.shape == losses.history.shape == losses.other.shape == (4, 2, 1)
+        close = [torch.allclose(losses.alone, x, rtol=1e-4) for x in (losses.history, losses.other)]
+        assert close == [name == "own shot only"] * 2
+    # Alone there is nothing to route to, so that dense attention and MoC are one.
+    assert torch.allclose(found["dense"].alone, found["MoC"].alone, rtol=1e-4)
+
+
+def test_losses_are_those_of_the_last_shot_at_its_own_noise(model):
+    """A scene tested alone, and beside others in a pack, has the losses that Flow gives."""
+    scenes, flow, config = samples([3, 2]), Flow(), MoCConfig(chunk_tokens=4, top_k=2)
+    losses = history_losses(model, config, flow, scenes, Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
+    alone = history_losses(model, config, flow, scenes[:1], Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
+    assert torch.allclose(losses.history[:1], alone.history, rtol=1e-4)
+    assert torch.equal(alone.history, alone.other)  # of one scene there is no other
+    shown = [replace(sample, latents=[10 * x for x in sample.latents[:-1]] + sample.latents[-1:]) for sample in scenes]
+    changed = history_losses(model, config, flow, shown, Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
+    assert torch.equal(changed.alone, losses.alone)
+    assert not torch.allclose(changed.history, losses.history, rtol=1e-5)
+
+
+def test_worth_is_a_share_of_the_loss_alone():
+    alone, history = torch.full((3, 2, 1), 0.5), torch.tensor([0.4, 0.45, 0.5]).view(3, 1, 1).expand(3, 2, 1)
+    losses = HistoryLosses(alone, history, alone, sigmas=(0.8,))
+    assert losses.worth([0, 1, 2], 0.8).mean == pytest.approx(0.1)
+    assert losses.worth([0], 0.8).mean == pytest.approx(0.2)
+    assert losses.worth([0, 1, 2], 0.8, "other").mean == 0
+    assert losses.loss(0.8, "history").mean == pytest.approx(0.45)
+
+
+def test_error_bars_are_students():
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [2.0, 6.0]])
+    found = estimate(values)
+    assert (found.mean, found.count) == (3.0, 3)
+    for half, means in ((found.scenes, values.mean(1)), (found.draws, values.mean(0))):
+        low, high = ttest_1samp(means.numpy(), 0).confidence_interval(0.95)
+        assert half == pytest.approx((high - low) / 2, rel=1e-6)
+    assert math.isnan(estimate(values[:1]).scenes)
+    assert not math.isnan(estimate(values[:1]).draws)
