@@ -73,7 +73,8 @@ def history_losses(
             for at in range(0, len(kind), SCENES_AT_ONCE)
         ]
         losses.append(torch.cat(parts))
-    return HistoryLosses(*losses, sigmas=tuple(sigmas))
+    alone, history, other = losses
+    return HistoryLosses(alone, history, other, tuple(sigmas))
 
 
 def _after(sample: Sample, history: Sample | None) -> Sample:

@@ -1,15 +1,16 @@
 """Rows side by side on a real film: what are the shots before worth to a shot, by when its characters were last seen?
 
-python scripts/benchmark_film.py data=BUNNY [rows=[dense,moc,own_shot]] [folds=[0,1,2,3]] [steps=N] [minutes=N] [seed=N]
+python scripts/benchmark_film.py film=BUNNY [rows=[dense,moc,own_shot]] [folds=[0,1,2,3]] [steps=N] [minutes=N] [seed=N]
 
 Each row is `python train.py experiment=bunny` with its own settings, trained once for each fold, in which every fourth
 block of ten shots is held out; all trainings run at once on one device. A training that is not finished after `minutes`
 is tested where it stands, and the same command goes on with it. Tests are those of evaluation/history.py over the
-held-out shots. `data` is the folder that prepare_data.py made of the film (configs/experiment/bunny.yaml has the
+held-out shots. `film` is the folder that prepare_data.py made of the film (configs/experiment/bunny.yaml has the
 commands). A row of the same name, fold, seed and steps is replaced in the output.
 """
 
 import json
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -38,7 +39,6 @@ ROWS = {
     "dense": ["moc=dense"],
     "moc": [],
     "own_shot": ["moc.top_k=0", *NO_DROPS],
-    "random": ["moc.top_k=0", "moc.drop_off_max=0", "moc.drop_in_rate=100", "moc.drop_in_max=4"],
 }
 
 
@@ -46,7 +46,7 @@ ROWS = {
 class FilmRowsConfig:
     """What to train and to test.
 
-    data: the folder of the prepared film.
+    film: the folder of the prepared film.
     rows: names among ROWS; without any, the tables of the output's rows are made anew.
     folds: which quarters of the film's blocks are held out, one training each.
     steps: how long each is trained.
@@ -59,7 +59,7 @@ class FilmRowsConfig:
     device: as in `moc.training.ParallelConfig`.
     """
 
-    data: str = ""
+    film: str = ""
     rows: list[str] = field(default_factory=lambda: ["dense", "moc", "own_shot"])
     folds: list[int] = field(default_factory=lambda: list(range(FOLDS)))
     steps: int = 2000
@@ -78,8 +78,8 @@ class FilmRowsConfig:
             raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
         if not set(self.folds) <= set(range(FOLDS)):
             raise UserError(f"folds={self.folds} must be among {list(range(FOLDS))}")
-        if self.rows and not self.data:
-            raise UserError("data is not set; say data=FOLDER, where prepare_data.py put the film")
+        if self.rows and not self.film:
+            raise UserError("film is not set; say film=FOLDER, where prepare_data.py put the film")
 
 
 @command("benchmark_film", FilmRowsConfig)
@@ -90,7 +90,7 @@ def main(config: FilmRowsConfig) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     parallel = Parallel(ParallelConfig(config.device))
-    dataset = open_dataset(DataConfig(path=config.data))
+    dataset = open_dataset(DataConfig(path=config.film))
     jobs = [(row, fold) for fold in config.folds for row in config.rows]
     with ThreadPoolExecutor(len(jobs)) as pool:
         trainings = {pool.submit(train, *job, config, folder): job for job in jobs}
@@ -111,7 +111,7 @@ def run_name(row: str, fold: int, config: FilmRowsConfig) -> str:
 def arguments(row: str, fold: int, config: FilmRowsConfig) -> list[str]:
     """Of train.py."""
     held_out = ",".join(f'"*b{number:02d}*"' for number in held_out_blocks(fold))
-    data = [f"data.path={config.data}", f"data.held_out=[{held_out}]"]
+    data = [f"data.path={config.film}", f"data.held_out=[{held_out}]"]
     steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
     return ["experiment=bunny", *data, *config.settings, *steps, *ROWS[row]]
 
@@ -120,7 +120,7 @@ def train(row: str, fold: int, config: FilmRowsConfig, folder: Path) -> float:
     """Trains, or goes on training, for so many minutes at most; returns the minutes it took."""
     name = run_name(row, fold, config)
     words = [*arguments(row, fold, config), f"output={folder}", f"name={name}", "data.workers=1"]
-    words[1] = f"data.path={Path(config.data).resolve()}"
+    words[1] = f"data.path={Path(config.film).resolve()}"
     if config.device != "auto":
         words.append(f"parallel.device={config.device}")
     return round(train_for(config.minutes, words, folder / f"{name}.log"), 2)
@@ -134,7 +134,7 @@ def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: Sho
     if checkpoint is None:
         return key | {"failed": (folder / f"{name}.log").read_text()[-2000:]}
     contents = Contents(checkpoint)
-    model = load_model(checkpoint).to(parallel.device)
+    model = load_model(checkpoint).to(parallel.device)  # type: ignore[arg-type]
     shots = film_shots()
     targets = [index for index in range(1, len(shots)) if block(index) in held_out_blocks(fold)]  # 0 has no history
     samples = [sample_of(dataset, index) for index in targets]
@@ -150,7 +150,7 @@ def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: Sho
         "targets": [target(shots, index) for index in targets],
         "sigmas": list(SIGMAS),
         "losses": as_lists(losses),
-        "command": " ".join(["python train.py", *arguments(row, fold, config)]),
+        "command": "python " + shlex.join(["train.py", *arguments(row, fold, config)]),
         "machine": machine(parallel),
     }
 

@@ -12,7 +12,6 @@ from scripts.measuring import markdown_table
 TITLES = {
     "dense": "dense",
     "moc": "MoC from scratch",
-    "random": "random routes, as many",
     "own_shot": "own shot only",
 }
 HISTORY = 7  # shots before the target
@@ -117,7 +116,7 @@ def _course(groups: list[list[dict]]) -> str:
             {step: sum(losses) / len(losses) for step, losses in by_step.items() if len(losses) == len(group)}
         )
     steps = sorted(set().union(*courses))
-    lines = [
+    lines: list[list[object]] = [
         [_title(group[0]), *(f"{course[step]:.4f}" if step in course else "" for step in steps)]
         for group, course in zip(groups, courses, strict=True)
     ]

@@ -23,9 +23,9 @@ def test_every_row_has_a_title_and_its_held_out_blocks():
     words = arguments("own_shot", 3, FilmRowsConfig("BUNNY", steps=100, settings=["optim.lr=0.1"]))
     assert words[:3] == ["experiment=bunny", "data.path=BUNNY", 'data.held_out=["*b03*","*b07*","*b11*"]']
     assert words[3:6] == ["optim.lr=0.1", "trainer.num_steps=100", "seed=0"]
-    for wrong, said in (({"rows": ["lame"]}, "lame"), ({"folds": [4]}, "folds"), ({"data": ""}, "data is not set")):
+    for wrong, said in (({"rows": ["lame"]}, "lame"), ({"folds": [4]}, "folds"), ({"film": ""}, "film is not set")):
         with pytest.raises(UserError, match=said):
-            FilmRowsConfig(**{"data": "BUNNY"} | wrong)
+            FilmRowsConfig(**{"film": "BUNNY"} | wrong)
 
 
 def row(name: str, fold: int, history: list[list[float]], farthest: list[int | None]) -> dict:
@@ -82,8 +82,8 @@ def test_rows_are_trained_tested_and_recorded(tmp_path):
     finish(folder, recipe, [scene.key for scene in made])
     settings = ("model.dim=24,model.num_layers=1,model.num_heads=1,model.ffn_dim=24,data.validation=2,"
                 "data.batch_tokens=2000,moc.chunk_tokens=6")  # fmt: skip
-    words = (f"data={folder}", f"output={output}", f"folder={tmp_path / 'runs'}", "rows=[moc,own_shot]", "folds=[2]",
-             "steps=2", "draws=2", f"settings=[{settings}]", "device=cpu")  # fmt: skip
+    words = (f"film={folder}", f"output={output}", f"folder={tmp_path / 'runs'}", "rows=[moc,own_shot]", "folds=[2]",
+             "steps=2", "draws=2", f"settings={json.dumps(settings.split(chr(44)))}", "device=cpu")  # fmt: skip
     pipeline.command("scripts/benchmark_film.py", *words)
     rows = json.loads(output.read_text())["rows"]
     assert sorted(row["row"] for row in rows) == ["moc", "own_shot"]

@@ -39,6 +39,7 @@ REQUIRED = {
     "example_film": ["output=o"],
     "convert": ["input=i", "output=o"],
     "benchmark_data": ["folder=f"],
+    "benchmark_film": ["film=f"],
     "model=wan": ["model.path=p"],
     "encoders=wan": ["encoders.codec.path=p", "encoders.text.path=p"],
     "encoders=holocine": ["encoders.codec.path=p", "encoders.text.path=p"],
