@@ -28,6 +28,7 @@ from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
 from models import Encoders, load_denoiser, load_encoders, place
 from models.checkpoints.contents import Contents
+from models.checkpoints.loras import read_choices
 from models.checkpoints.seen import Seen, is_untrained
 from models.encoders.fingerprint import fingerprint, weights_digest
 
@@ -38,7 +39,9 @@ logger = logging.getLogger(__name__)
 class FilmmakerConfig:
     """What films are made with. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two
     noise experts (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise
-    one, where checkpoint is the other. encoders_path: a folder of them, or a diffusers pipeline. device, precision: as
+    one, where checkpoint is the other. lora: a LoRA's file or folder, of any maker, or a list of such and of
+    {path: PATH, weight: NUMBER}, merged into the weights. low_noise_lora: as lora, of the low-noise expert alone; null
+    takes lora. encoders_path: a folder of them, or a diffusers pipeline. device, precision: as
     in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. offload: of two experts only
     the one in use stays on the GPU. shift: of the noise levels. moc: the settings of attention. null, in encoders_path,
     shift and each setting of moc, takes the checkpoint's. keep_every: sampling is kept after so many steps, and after
@@ -46,6 +49,8 @@ class FilmmakerConfig:
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None
+    lora: Any = None
+    low_noise_lora: Any = None
     encoders_path: str | None = None
     device: str = "auto"
     precision: str = "auto"
@@ -58,6 +63,8 @@ class FilmmakerConfig:
     def __post_init__(self) -> None:
         if not self.checkpoint:
             raise UserError("checkpoint is not set; say checkpoint=PATH script=FILE out=DIR")
+        for setting in (self.lora, self.low_noise_lora):
+            read_choices(setting)
         if self.keep_every < 1:
             raise UserError(f"keep_every={self.keep_every} must be at least 1")
 
@@ -75,7 +82,9 @@ class Filmmaker:
     @cached_property
     def _loaded(self) -> Any:
         """The model on the CPU."""
-        return load_denoiser(self.contents, self.config.low_noise_checkpoint, self.parallel.dtype)
+        config, dtype = self.config, self.parallel.dtype
+        of_low = None if config.low_noise_lora is None else read_choices(config.low_noise_lora)
+        return load_denoiser(self.contents, config.low_noise_checkpoint, dtype, read_choices(config.lora), of_low)
 
     @cached_property
     def model(self) -> Any:

@@ -1,5 +1,6 @@
 """Models, codecs and text encoders: what a configuration names, built or loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,7 @@ from moc import MoCConfig
 from moc.errors import UserError, check_least
 from models.checkpoints.contents import Contents
 from models.checkpoints.experts import BOUNDARY, Experts, check_places
+from models.checkpoints.loras import LoraChoice
 from models.checkpoints.opening import load_checkpoint, open_checkpoint
 from models.encoders.codec import CodecConfig
 from models.encoders.pair import Encoders, EncodersConfig, build_codec, build_encoders, load_encoders
@@ -129,26 +131,36 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Str
 
 
 def load_model(
-    path: str | Path | Contents, dtype: torch.dtype | None = torch.float32, weights: str = "ema"
+    path: str | Path | Contents,
+    dtype: torch.dtype | None = torch.float32,
+    weights: str = "ema",
+    loras: Sequence[LoraChoice] = (),
+    low_noise: bool = False,
 ) -> StreamModel:
     """The model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original names, or
     `Contents.sound` of one of them.
 
     An adapter comes merged into its base.
     dtype: of its weights, norms and time embedding excepted; None as they are stored.
-    weights: "ema" or "model", where a training checkpoint has both.
+    weights: "ema" or "model", where a training checkpoint has both. loras: others' adapters, merged in turn.
+    low_noise: the model is the low-noise one of two, of which a LoRA may be.
     Raises UserError where the tensors are not exactly those of a model that is known.
     """
-    return load_checkpoint(open_checkpoint(path, weights), dtype)
+    return load_checkpoint(open_checkpoint(path, weights).with_loras(loras, low_noise), dtype)
 
 
 def load_denoiser(
-    path: str | Path | Contents, low_noise: str | Path | None = None, dtype: torch.dtype | None = torch.float32
+    path: str | Path | Contents,
+    low_noise: str | Path | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    loras: Sequence[LoraChoice] = (),
+    low_noise_loras: Sequence[LoraChoice] | None = None,
 ) -> StreamModel | Experts:
     """Loads what a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
     path: of a folder with both (see `Contents.experts`), or of the high-noise one. low_noise: then the path of the
     other one. The boundary is where the high-noise one's noise levels begin (`Contents.own_flow`), else the release's.
+    loras: merged into the model, or into both experts; low_noise_loras: into the low-noise one instead.
     Raises UserError where the two are no pair, are one, or change places.
     """
     contents = path if isinstance(path, Contents) else Contents(Path(path))
@@ -160,7 +172,9 @@ def load_denoiser(
             )
         pair = contents.path, Path(low_noise)
     if pair is None:
-        return load_model(path, dtype)
+        if low_noise_loras is not None:
+            raise UserError("low_noise_lora is for a pair of experts; this model is a single one: set lora")
+        return load_model(path, dtype, loras=loras)
     high, low = (Contents(expert) for expert in pair)
     if high.model_path("ema").resolve() == low.model_path("ema").resolve():
         raise UserError(f"{high.path} and {low.path} are one model; name the high-noise expert and the low-noise one")
@@ -172,7 +186,9 @@ def load_denoiser(
         )
     if starts[0] == starts[1]:
         check_places(*pair)
-    return Experts(load_model(high.path, dtype), load_model(low.path, dtype), starts[0] or BOUNDARY)
+    of_low = loras if low_noise_loras is None else low_noise_loras
+    low_model = load_model(low.path, dtype, loras=of_low, low_noise=True)
+    return Experts(load_model(high.path, dtype, loras=loras), low_model, starts[0] or BOUNDARY)
 
 
 def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:

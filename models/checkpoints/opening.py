@@ -7,6 +7,7 @@ merged into its base. Names inside this module are diffusers'.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
@@ -20,6 +21,7 @@ from moc import MoCConfig
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.checkpoints.contents import Contents
+from models.checkpoints.loras import LoraChoice, MergedLora
 from models.checkpoints.names import COMFYUI_PREFIX, to_diffusers_name
 from models.checkpoints.tensors import TensorSource, check_tensors, listed, shapes
 from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
@@ -39,7 +41,7 @@ class Checkpoint:
     """A model on disk. root: the training checkpoint or pipeline it belongs to, or its own path. form: diffusers,
     original or comfyui names. config: its class's arguments. stored: diffusers name -> the name in the file. moc:
     attention settings kept beside the weights. adapters: LoRAs of the stored weights, each trained on top of the ones
-    before it."""
+    before it. loras: others', merged after these."""
 
     root: Path
     form: str
@@ -49,6 +51,7 @@ class Checkpoint:
     stored: dict[str, str]
     moc: MoCConfig | None
     adapters: tuple[Adapter, ...] = ()
+    loras: tuple[MergedLora, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -60,7 +63,15 @@ class Checkpoint:
         weight = self.source.read(self.stored[name])
         for adapter in self.adapters:
             weight = adapter.merge(name, weight)
+        for lora in self.loras:
+            weight = lora.merge(name, weight)
         return weight
+
+    def with_loras(self, choices: Sequence[LoraChoice], low_noise: bool = False) -> "Checkpoint":
+        """This checkpoint with LoRAs merged. low_noise: it is the low-noise one of two. Raises UserError for those of
+        another model."""
+        tensors = {name: self.source.shapes[key] for name, key in self.stored.items()}
+        return replace(self, loras=tuple(MergedLora.open(choice, tensors, low_noise) for choice in choices))
 
     def fingerprint(self) -> str:
         """A hash of the weights: names, shapes, dtypes and of each tensor 4096 values. Form and place do not count."""

@@ -51,6 +51,13 @@ class TensorSource:
     def names(self) -> list[str]:
         return sorted(self._place)
 
+    def header(self) -> dict[str, str]:
+        """What the makers of the files say in their headers."""
+        said: dict[str, str] = {}
+        for file in sorted({file for file, _ in self._place.values()}):
+            said |= _open(file).metadata() or {}
+        return said
+
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the file's dtype."""
         return self._values(name, 0, torch.Size(self.shapes[name]).numel()).reshape(self.shapes[name])

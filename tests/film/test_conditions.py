@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.errors import DataError
 from data.media.decode import open_video
@@ -18,8 +18,10 @@ from film.plan import plan_film
 from film.script import load_script
 from moc.diffusion.solvers import SolverKind
 from moc.errors import UserError
+from models import load_model
 from tests.film.test_film import MeanCodec
 from tests.film.test_filmmaker import SHOT, STORY, contents, film_of, killed_at, open_filmmaker, write
+from tests.pipeline import command, sample
 
 __all__ = ["write"]  # a fixture
 COLOURS = [(200, 40, 40)] * 12 + [(40, 40, 200)] * 12  # a second of red, a second of blue
@@ -168,3 +170,26 @@ def test_conditions_that_mean_nothing_are_refused(shots, message, write, take, t
     Image.new("RGB", (48, 32)).save(tmp_path / "end.png")
     with pytest.raises(DataError, match=message):
         load_script(write(STORY | {"shots": shots}))
+
+
+def test_a_lora_makes_another_film(trained, write, tmp_path, capsys):
+    """It is merged where the model is loaded, and its weights tell the films apart."""
+    weights = load_model(trained).state_dict()
+    layer = next(name for name in weights if name.endswith("to_qkv.weight"))
+    rows, columns = weights[layer].shape
+    stem = f"transformer.{layer.removesuffix('.weight')}"
+    lora = {f"{stem}.lora_A.weight": torch.randn(1, columns), f"{stem}.lora_B.weight": torch.randn(rows, 1)}
+    save_file(lora, tmp_path / "lora.safetensors")
+    arguments = ("device=cpu", "sampler.guidance_scale=1")
+    story = STORY | {"shots": [SHOT]}
+    for name, settings in (("plain", ()), ("lora", (f"lora={tmp_path / 'lora.safetensors'}",))):
+        sample(trained, write(story), tmp_path / name, *arguments, *settings)
+    records = [json.loads((tmp_path / name / METADATA).read_text()) for name in ("plain", "lora")]
+    assert records[0]["fingerprints"]["model"] != records[1]["fingerprints"]["model"]
+    plain, lora_film = contents(tmp_path / "plain"), contents(tmp_path / "lora")
+    assert plain["latents/01.safetensors"] != lora_film["latents/01.safetensors"]
+    place = (f"checkpoint={trained}", f"script={write(story)}", f"out={tmp_path / 'plain'}", *arguments)
+    with pytest.raises(SystemExit, match=r"another film: its fingerprints\.model"):
+        command(
+            "sample.py", *place, "sampler.steps=2", f"lora=[{{path: {tmp_path / 'lora.safetensors'}, weight: 0.5}}]"
+        )

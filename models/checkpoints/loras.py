@@ -1,0 +1,166 @@
+"""LoRAs of any maker, merged into the weights that they are read with: `lora=PATH` of sampling.
+
+Names that are read: diffusers' and peft's (`transformer.`, `base_model.model.`, lora_A and lora_B), ComfyUI's and
+DiffSynth's (`diffusion_model.` before the release's names), and kohya's and musubi-tuner's (`lora_unet_` with
+underscores for dots, lora_down and lora_up, alpha). Distilled releases add whole differences (diff, diff_b). diffusers
+has converters of these names too, which leave out what they do not know; here every tensor is merged or refused.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moc.errors import UserError
+from moc.training.checkpoint import read_json
+from models.checkpoints.contents import Contents
+from models.checkpoints.names import COMFYUI_PREFIX, to_original_name
+from models.checkpoints.tensors import Shapes, TensorSource, listed
+
+LOW_NOISE = "transformer_2."  # a pipeline's low-noise expert, in a file with LoRAs of both
+PREFIXES = (COMFYUI_PREFIX, "base_model.model.", "diffusion_model.", "transformer.", LOW_NOISE, "lora_unet_")
+PART = re.compile(
+    r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up))(?:\.\w+)?\.(?P<kind>weight|bias)"
+    r"|(?P<other>.+)\.(?P<what>alpha|diff|diff_b)"
+)
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA to sample with. weight: how much of it is added; 1 is as it was trained."""
+
+    path: Path
+    weight: float = 1.0
+
+
+def read_choices(setting: Any) -> tuple[LoraChoice, ...]:
+    """The LoRAs of a setting: a path, or a list of paths and of {path: PATH, weight: NUMBER}. Raises UserError."""
+    found = []
+    for one in setting if isinstance(setting, list | tuple) else [setting] if setting else []:
+        fields = {"path": one} if isinstance(one, str) else one
+        fields = fields if isinstance(fields, dict) else {}
+        path, weight = fields.get("path"), fields.get("weight", 1.0)
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+        if not is_number or not isinstance(path, str) or fields.keys() - {"path", "weight"}:
+            raise UserError(f"lora={one!r} must be a path, or {{path: PATH, weight: NUMBER}}, or a list of such")
+        found.append(LoraChoice(Path(path), float(weight)))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class MergedLora:
+    """A LoRA beside weights, ready to be merged. factors: of a weight the names of its up and down matrices and their
+    scale; differences: of a tensor the names of what is added to it; both by diffusers' names of the tensors."""
+
+    source: TensorSource
+    weight: float
+    factors: dict[str, tuple[str, str, float]]
+    differences: dict[str, list[str]]
+
+    @classmethod
+    def open(cls, choice: LoraChoice, tensors: Shapes, low_noise: bool = False) -> "MergedLora":
+        """Finds which tensor of a model each of the file's belongs to. tensors: the shapes of the model's, by
+        diffusers' names. low_noise: the model is the low-noise one of two. Raises UserError where one has no place."""
+        path = Contents(choice.path).model_path("ema")
+        source = TensorSource(path)
+        layers = _layer_names(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
+        parts: dict[str, dict[str, str]] = {}
+        unknown = []
+        for name in _of_expert(source.names(), low_noise):
+            match = PART.fullmatch(name)
+            layer = layers.get(_bare(match["layer"] or match["other"])) if match else None
+            if match is None or layer is None:
+                unknown.append(name)
+                continue
+            part = match["what"] or f"{'down' if match['down'] else 'up'}_{match['kind']}"
+            parts.setdefault(layer, {})[part] = name
+        if unknown or not parts:
+            raise UserError(
+                f"{choice.path} is no LoRA of this model: {listed({'unknown tensors': unknown}) or 'it holds nothing'}"
+            )
+        scaling = _scaling(source, path)
+        factors: dict[str, tuple[str, str, float]] = {}
+        differences: dict[str, list[str]] = {}
+        for layer, found in parts.items():
+            if ("down_weight" in found) != ("up_weight" in found):
+                raise UserError(f"{choice.path} holds one half of the LoRA of {layer}; fetch it again")
+            if "down_weight" in found:
+                rank = source.shapes[found["down_weight"]][0]
+                alpha = float(source.read(found["alpha"])) / rank if "alpha" in found else scaling(rank)
+                factors[f"{layer}.weight"] = found["up_weight"], found["down_weight"], alpha
+            for kind, target in (("diff", "weight"), ("diff_b", "bias"), ("up_bias", "bias")):
+                if kind in found:
+                    differences.setdefault(f"{layer}.{target}", []).append(found[kind])
+        merged = cls(source, choice.weight, factors, differences)
+        merged._check(choice.path, tensors)
+        return merged
+
+    def _check(self, path: Path, tensors: Shapes) -> None:
+        """Raises UserError where a shape is not the model's."""
+        misshapen = []
+        for name, (up, down, _) in self.factors.items():
+            (rows, *_), (rank, *columns) = self.source.shapes[up], self.source.shapes[down]
+            size = math.prod(tensors[name])
+            if (rows, rows * math.prod(columns)) != (tensors[name][0], size) or self.source.shapes[up][1] != rank:
+                misshapen.append(f"{up} {self.source.shapes[up]}, {down} {self.source.shapes[down]}")
+        for name, added in self.differences.items():
+            found = {one: self.source.shapes[one] for one in added}
+            misshapen += [f"{one} {shape}" for one, shape in found.items() if shape != tensors.get(name)]
+        if misshapen:
+            raise UserError(f"{path} is no LoRA of this model: {listed({'misshapen': misshapen})}")
+
+    def merge(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the model with what the LoRA adds, in fp32; as it is where that is nothing."""
+        if name in self.factors:
+            up, down, scale = self.factors[name]
+            added = self.source.read(up).float().flatten(1) @ self.source.read(down).float().flatten(1)
+            tensor = tensor.float() + self.weight * scale * added.view(tensor.shape)
+        for difference in self.differences.get(name, ()):
+            tensor = tensor.float() + self.weight * self.source.read(difference).float()
+        return tensor
+
+
+def _layer_names(layers: Iterable[str]) -> dict[str, str]:
+    """Every name that a layer goes by -> diffusers' name of it."""
+    known: dict[str, str] = {}
+    for layer in layers:
+        original = (to_original_name(f"{layer}.weight") or "").removesuffix(".weight")
+        for name in filter(None, (layer, original)):
+            known |= {name: layer, name.replace(".", "_"): layer}
+    return known
+
+
+def _bare(layer: str) -> str:
+    """A layer's name without what makers put before it."""
+    while prefix := next((prefix for prefix in PREFIXES if layer.startswith(prefix)), ""):
+        layer = layer.removeprefix(prefix)
+    return layer
+
+
+def _of_expert(names: Sequence[str], low_noise: bool) -> list[str]:
+    """Of a file with LoRAs of two experts those of one; of any other file all."""
+    of_low = [name for name in names if LOW_NOISE in name]
+    return of_low if of_low and low_noise else [name for name in names if LOW_NOISE not in name]
+
+
+def _scaling(source: TensorSource, path: Path) -> Callable[[int], float]:
+    """How much a LoRA without alphas of its own is scaled, by its rank: as peft's settings beside it, or diffusers' in
+    its header, say; 1 where nothing does."""
+    settings: dict[str, Any] = {}
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    if beside.is_file():
+        settings = read_json(beside)
+    else:
+        header = json.loads(source.header().get("lora_adapter_metadata", "{}"))
+        settings = {key.removeprefix("transformer."): value for key, value in header.items()}
+    alpha = settings.get("lora_alpha")
+    if settings.get("alpha_pattern"):
+        raise UserError(f"{path}: its settings have an alpha for each layer (alpha_pattern), which is not supported")
+    if alpha is None:
+        return lambda rank: 1.0
+    return lambda rank: alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
