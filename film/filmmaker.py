@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from data.errors import DataError
 from film.estimate import Estimate, estimate
 from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
+from film.presentation import present
 from film.script import Script, load_script
 from film.shooting import ROUTING, OnStep, Shooting
-from film.storyboard import ROWS_A_PAGE, Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
 from moc import MoCConfig, __version__
 from moc.checkout import commit
 from moc.diffusion import Flow, Progress, SamplingConfig, sample_shots
@@ -175,12 +175,13 @@ class Filmmaker:
         with folder.held():
             folder.check_request(request, redo)
             if folder.is_finished and redo:
-                routing = torch.tensor(folder.read_metadata()["routing"], dtype=torch.float64)
-                routing[[plan.filmed[number - 1] for number in redo]] = 0
+                routing = folder.read_routing()
+                routing[:, :, [plan.filmed[number - 1] for number in redo]] = 0
                 folder.reopen(request, redo, {ROUTING: routing})
             if not folder.is_finished:
                 self._make(plan, folder, request)
-            draw_pictures(folder, plan, torch.tensor(folder.read_metadata()["routing"]))
+            present(folder, plan)
+            folder.forget()  # now, since shots made anew are not asked for twice
 
     def _with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:
         """The script, with the seeds of the folder's film in the shots that stay as they are."""
@@ -217,10 +218,12 @@ class Filmmaker:
         with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
             num_frames = shooting.run(sampling)
         folder.remove_pictures()
+        folder.write_routing(routing_map.counts)
         facts = {
             "num_frames": num_frames,
             "latent_shapes": plan.shapes,
             "routing": routing_map.shares().tolist(),
+            "estimate": asdict(self.estimate(plan)),
             "config": asdict(self.config),
             "checkpoint": str(self.checkpoint.resolve()),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -229,7 +232,6 @@ class Filmmaker:
             "seconds": round(time.time() - started, 1),
         }
         folder.write_metadata(request | facts)
-        folder.forget()
 
 
 def versions() -> dict[str, str]:
@@ -237,19 +239,3 @@ def versions() -> dict[str, str]:
     found = {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
     at = commit()
     return found | {"commit": at} if at else found
-
-
-def draw_pictures(folder: FilmFolder, plan: FilmPlan, shares: Tensor) -> None:
-    """Draws those pictures of a whole film that are not there. shares: as `RoutingMap.shares` of its stream."""
-
-    def panel(number: int) -> Panel:
-        shot, seconds = plan.script.shots[number - 1], plan.num_frames[number - 1] / plan.script.fps
-        return Panel(number, shot.prompt, seconds, shot.cut, folder.frames(number, pick_frames, page_size))
-
-    def page(first: int, path: Path) -> None:
-        last = min(first + ROWS_A_PAGE - 1, len(plan.filmed))
-        draw_storyboard(path, plan.script.title, [panel(number) for number in range(first, last + 1)])
-
-    for number, first in enumerate(range(1, len(plan.filmed) + 1, ROWS_A_PAGE), start=1):
-        folder.draw("storyboard.png" if number == 1 else f"storyboard_{number}.png", partial(page, first))
-    folder.draw("routing.png", lambda path: draw_routing_map(path, shares[plan.filmed][:, plan.filmed]))

@@ -3,8 +3,9 @@
 latents/01.safetensors, shots/01.mp4, ...    as soon as a shot is known
 video.mp4                                    the shots one after another
 metadata.json                                everything to repeat the film; written when the film is whole
-storyboard.png, storyboard_2.png, ...        ten shots each
-routing.png                                  where routes go; the film is whole without such pictures
+routing.safetensors                          how often each shot routed to each, by layer and noise level
+index.html, storyboard.png, storyboard_2.png, ..., routing.png
+                                             what to look at; the film is whole without
 given/<digest>.png, ...                      copies of the pictures and videos that its script names
 .progress.safetensors                        how far an unfinished film is, and what it was asked to be
 
@@ -19,11 +20,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import VideoReformatter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -40,7 +43,9 @@ from moc.training.checkpoint import read_json
 
 METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
 REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # what of the metadata decides the frames
-FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, "storyboard*.png", "routing.png")
+ROUTING = "routing.safetensors"
+DRAWN = ("index.html", "storyboard*.png", "routing.png")  # of a whole film
+FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, ROUTING, *DRAWN)
 REMEDY = "name another folder, or remove this one"
 logger = logging.getLogger(__name__)
 
@@ -208,7 +213,7 @@ class FilmFolder:
             stream, reformatter = container.streams.video[0], VideoReformatter()
             stream.thread_type = "AUTO"
             wanted, size = pick(stream.frames), fit(stream.height, stream.width)
-            frames = enumerate(container.decode(stream))
+            frames = enumerate(islice(container.decode(stream), wanted[-1] + 1))
             return np.stack([to_rgb(frame, reformatter, size) for index, frame in frames if index in wanted])
 
     def copy_pictures(self, names: Mapping[Path, str]) -> None:
@@ -220,9 +225,23 @@ class FilmFolder:
     def read_metadata(self) -> dict[str, Any]:
         return read_json(self.path / METADATA)
 
+    def write_routing(self, counts: Tensor) -> None:
+        """The counts of the film's routing map (`moc.statistics.RoutingMap`)."""
+        write_whole(self.path / ROUTING, save({"counts": counts.cpu().contiguous()}))
+
+    def read_routing(self) -> Tensor:
+        """The counts of the film's routing map; of an older film without that file what its metadata say of them."""
+        path = self.path / ROUTING
+        if not path.exists():
+            return torch.tensor(self.read_metadata()["routing"])[None, None]
+        try:
+            return load_file(path)["counts"]
+        except (SafetensorError, KeyError):
+            raise self._damaged(path) from None
+
     def remove_pictures(self) -> None:
         """Removes what was drawn of the film as it was before."""
-        for pattern in ("storyboard*.png", "routing.png"):
+        for pattern in DRAWN:
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -244,7 +263,7 @@ class FilmFolder:
 
     def files(self) -> list[Path]:
         """Lists what there is to look at."""
-        return [path for pattern in FILES[2:] if pattern != METADATA for path in sorted(self.path.glob(pattern))]
+        return [path for pattern in ("video.mp4", *DRAWN) for path in sorted(self.path.glob(pattern))]
 
 
 def _shot(request: dict[str, Any], number: int) -> Any:

@@ -1,32 +1,24 @@
-"""Pictures of a sampled story: the storyboard (contact sheets of ten shots each) and the routing map.
+"""Pictures of a sampled story: the storyboard (contact sheets of ten shots each) and the routing map."""
 
-Text is drawn by Pillow as it stands: "$" is no formula. Where the usual font lacks characters, one of the system that
-has them is taken; where none has, they are empty boxes, which is told.
-"""
-
-import logging
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure  # not pyplot, which may ask for a display
-from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from data.cache.writer import write_whole
+from film.lettering import draw_text
 
 FRAMES_A_ROW, ROWS_A_PAGE = 5, 10
 MOST_NUMBERS = 12  # shots of a routing map that has room for its numbers
 _CELL, _GAP, _HEAD = 330, 8, 48  # pixels: width of a frame or caption, space between them, height of the title
-logger = logging.getLogger(__name__)
 
 
 def pick_frames(num_frames: int, count: int = FRAMES_A_ROW) -> list[int]:
@@ -60,11 +52,11 @@ def draw_storyboard(path: Path, title: str, panels: Sequence[Panel]) -> None:
     cell = page_size(height, width)[::-1]
     across, down = cell[0] + _GAP, cell[1] + _GAP
     sheet = Image.new("RGB", (_GAP + across * (FRAMES_A_ROW + 1), _HEAD + down * len(panels)), "white")
-    sheet.paste(_text(title, (sheet.width - 2 * _GAP, _HEAD), size=23, bold=True), (_GAP, 0))
+    sheet.paste(draw_text(title, (sheet.width - 2 * _GAP, _HEAD), size=23, bold=True), (_GAP, 0))
     for row, panel in enumerate(panels):
         top, head = _HEAD + down * row, min(22, cell[1] // 3)
-        sheet.paste(_text(panel.head, (cell[0], head), size=13, bold=True), (_GAP, top))
-        sheet.paste(_text(panel.caption, (cell[0], cell[1] - head), size=16), (_GAP, top + head))
+        sheet.paste(draw_text(panel.head, (cell[0], head), size=13, bold=True), (_GAP, top))
+        sheet.paste(draw_text(panel.caption, (cell[0], cell[1] - head), size=16), (_GAP, top + head))
         for column, frame in enumerate(panel.frames, start=1):
             picture = Image.fromarray(frame)
             if picture.size != cell:
@@ -73,63 +65,12 @@ def draw_storyboard(path: Path, title: str, panels: Sequence[Panel]) -> None:
     _save(sheet, path)
 
 
-def _text(text: str, cell: tuple[int, int], size: int, bold: bool = False) -> Image.Image:
-    """A white picture of `cell` pixels (W, H) with as much of the text as fits, in the middle of its height."""
-    text = " ".join(text.encode("utf-8", "replace").decode().split())
-    font, line_height = _font(_font_file("".join(sorted(set(text))), bold), size), round(1.25 * size)
-    num_characters = int(0.95 * cell[0] * len(text) / max(1.0, font.getlength(text)))
-    lines = textwrap.wrap(text, max(1, num_characters), max_lines=max(1, cell[1] // line_height), placeholder="…")
-    picture = Image.new("RGB", cell, "white")
-    top = (cell[1] - line_height * len(lines)) // 2
-    for number, line in enumerate(lines):
-        ImageDraw.Draw(picture).text((0, top + number * line_height), line, "black", font)
-    return picture
-
-
-@cache
-def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(file, size)
-
-
-@cache
-def _font_file(characters: str, bold: bool) -> str:
-    """DejaVu Sans, which matplotlib brings along, or the system's font that lacks the fewest characters."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    usual = str(Path(matplotlib.get_data_path(), "fonts/ttf", name))
-    codes = {ord(character) for character in characters if character.isprintable()}
-    if codes <= _codes(usual):
-        return usual
-    best = min([usual, *_system_fonts()], key=lambda file: len(codes - _codes(file)))
-    if not codes <= _codes(best):
-        _tell_missing()
-    return best
-
-
-@cache
-def _tell_missing() -> None:
-    logger.warning("characters that no font here has are boxes on the storyboard; install one such as fonts-noto-cjk")
-
-
-@cache
-def _system_fonts() -> list[str]:
-    return sorted(font_manager.findSystemFonts())
-
-
-@cache
-def _codes(file: str) -> frozenset[int]:
-    """The characters that a font has; none where it cannot be read, or Pillow could not draw with it."""
-    try:
-        ImageFont.truetype(file, 16)
-        return frozenset(FT2Font(file).get_charmap())
-    except (OSError, RuntimeError):
-        return frozenset()
-
-
-def draw_routing_map(path: Path, shares: Tensor) -> None:
+def draw_routing_map(path: Path, shares: Tensor, thumbnails: Sequence[np.ndarray] = ()) -> None:
     """Shots by shots, the share of each shot's routes that goes to each: float [S, S]. The diagonal is set apart: a
-    query's own shot is no route but a mandatory link (paper, figure 2)."""
+    query's own shot is no route but a mandatory link (paper, figure 2). thumbnails: of each shot, uint8 [H, W, 3], to
+    stand along both axes."""
     table = np.ma.masked_array(shares.numpy(), mask=np.eye(len(shares), dtype=bool))
-    size = min(8.2, max(3.2, 0.55 * len(shares) + 1.6))
+    size = min(8.2, max(3.8, 0.62 * len(shares) + 1.6))
     figure = Figure(figsize=(size + 0.9, size), dpi=150)
     axis = figure.subplots()
     colours = matplotlib.colormaps["Oranges"].with_extremes(bad="#b8c4d6")
@@ -144,12 +85,37 @@ def draw_routing_map(path: Path, shares: Tensor) -> None:
     ticks = range(0, len(shares), 1 if has_numbers else 5)
     axis.set_xticks(ticks, [str(i + 1) for i in ticks])
     axis.set_yticks(ticks, [str(i + 1) for i in ticks])
+    axis.tick_params(length=0 if len(thumbnails) else 3.5)
     axis.set_xlabel("to shot (blue: the own shot, always attended)", size=8)
     axis.set_ylabel("from the queries of shot", size=8)
     axis.set_title("where routes go", size=10)
     figure.colorbar(image, fraction=0.046, pad=0.04, label="share of the routes")
     figure.tight_layout()
+    if len(thumbnails):
+        _line_axes(figure, axis, thumbnails)
+        figure.tight_layout()
     _save(figure, path)
+
+
+def _line_axes(figure: Figure, axis: Axes, thumbnails: Sequence[np.ndarray]) -> None:
+    """Puts a thumbnail of each shot between the axes of a map and their labels."""
+    count = len(thumbnails)
+    depth = min(0.2, max(1 / count, 0.05))  # of the map's side
+    down = [_middle(picture, round(1000 * depth), 1000 // count) for picture in thumbnails]
+    along = [_middle(picture, 1000 // count, round(1000 * depth)) for picture in thumbnails]
+    left = axis.inset_axes((-depth - 0.01, 0, depth, 1))
+    left.imshow(np.concatenate(down, axis=0), aspect="auto")
+    below = axis.inset_axes((0, -depth - 0.01, 1, depth))
+    below.imshow(np.concatenate(along, axis=1), aspect="auto")
+    for strip in (left, below):
+        strip.set_axis_off()
+    points = (depth + 0.02) * axis.get_window_extent().width * 72 / figure.dpi
+    axis.tick_params(pad=points)
+
+
+def _middle(picture: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The middle of a picture, filling `width` x `height` pixels."""
+    return np.asarray(ImageOps.fit(Image.fromarray(picture), (max(1, width), max(1, height))))
 
 
 def _save(picture: Image.Image | Figure, path: Path) -> None:

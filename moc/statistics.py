@@ -1,7 +1,7 @@
 """What routing does, in a few numbers cheap enough to log: how far, how spread, what is never chosen."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 from moc.layout import ShotLayout
 from moc.move import move
 from moc.routes import check_whole
+
+NOISE_LEVELS = 4  # equal ranges of sigma that a routing map tells apart
+MOST_DETAILED = 100  # shots of a routing map that tells layers and noise levels apart
 
 
 @dataclass(frozen=True)
@@ -46,27 +49,42 @@ def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
 
 
 class RoutingMap:
-    """Shots by shots, how often the queries of one route to another while it is being made, over layers and steps
-    (paper, figure 2). What history's queries do in later steps is left out: it repeats itself, or is cached."""
+    """Shots by shots, how often the queries of one route to another while it is being made, by layer and noise level
+    (paper, figure 2). What history's queries do in later steps is left out: it repeats itself, or is cached.
+
+    counts: float32 [layers, NOISE_LEVELS, S, S], the cleanest level first. Of more than MOST_DETAILED shots all layers
+    and levels are counted as one.
+    """
 
     def __init__(self, num_shots: int) -> None:
-        self.counts = torch.zeros(num_shots, num_shots, dtype=torch.float64)
+        self.is_detailed = num_shots <= MOST_DETAILED
+        self.counts = torch.zeros(0, NOISE_LEVELS if self.is_detailed else 1, num_shots, num_shots)
 
-    def observer(self, layout: ShotLayout, shots: list[int], making: list[int]) -> Callable[[int, Tensor], None]:
+    def observer(
+        self, layout: ShotLayout, shots: list[int], making: list[int], sigmas: Sequence[float] | None = None
+    ) -> Callable[[int, Tensor], None]:
         """A callback for the model's `on_routes`. shots: the story's indices of the stream's shots. making: those of
-        them that are being made."""
-        self.counts = self.counts.to(layout.device)
-        made = [shots.index(shot) for shot in making]
-        rows, columns, places = (move(torch.tensor(index), layout.device) for index in (making, shots, made))
+        them that are being made. sigmas: the noise level of each of these; None stands for 1."""
+        levels = [int(sigma * NOISE_LEVELS) for sigma in sigmas or [1.0] * len(making)]
+        last = self.counts.shape[1] - 1
+        indices = (making, shots, [shots.index(shot) for shot in making], [min(level, last) for level in levels])
+        rows, columns, places, depths = (move(torch.tensor(index), layout.device) for index in indices)
 
         def observe(layer: int, routes: Tensor) -> None:
-            self.counts[rows[:, None], columns] += shot_counts(routes, layout)[places]
+            layer = layer if self.is_detailed else 0
+            missing = max(0, layer + 1 - len(self.counts))
+            counts = self.counts.to(layout.device)
+            self.counts = torch.cat([counts, counts.new_zeros(missing, *counts.shape[1:])]) if missing else counts
+            found = shot_counts(routes, layout)[places].float()
+            self.counts[layer][depths[:, None], rows[:, None], columns] += found
 
         return observe
 
     def shares(self) -> Tensor:
-        """Which share of each shot's routes goes to each shot, on the CPU: rows sum to 1, or to 0 without routes."""
-        return (self.counts / self.counts.sum(1, keepdim=True).clamp(min=1)).cpu()
+        """Which share of each shot's routes goes to each shot, float64 [S, S] on the CPU: rows sum to 1, or to 0
+        without routes."""
+        counts = self.counts.sum((0, 1), dtype=torch.float64)
+        return (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu()
 
 
 def routes_by_distance(counts: Tensor, layout: ShotLayout) -> dict[int, float]:

@@ -86,7 +86,9 @@ def sample_shots(
         attention = replace(moc, dense=True) if step.is_dense else moc
         is_high = boundary is not None and float(sigma.max()) >= boundary
         scales = guidance_scales(step, story, config, is_high)
-        observe = routing_map.observer(prompt.layout(stream, moc), shots, moving) if routing_map else None
+        observe = None
+        if routing_map:
+            observe = routing_map.observer(prompt.layout(stream, moc), shots, moving, now[moving].tolist())
         velocity = None
         try:
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)

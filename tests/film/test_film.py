@@ -12,7 +12,7 @@ from PIL import Image
 from data.errors import DataError
 from data.manifest import CUT_PREFIX
 from data.media.decode import open_video
-from film import storyboard
+from film import lettering
 from film.folder import FILES, PROGRESS, FilmFolder
 from film.plan import plan_film
 from film.script import Reference, Script, ScriptShot
@@ -256,22 +256,58 @@ def test_a_map_of_many_shots_stays_small(tmp_path):
         assert max(Image.open(tmp_path / "routing.png").size) < 1500
 
 
-def test_a_font_that_has_the_characters_is_taken(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("num_shots", [1, 3, 40])
+def test_a_map_has_a_thumbnail_of_each_shot_on_both_axes(tmp_path, num_shots):
+    """Their colours are all different, and stand in the order of the shots."""
+    blues = np.linspace(60, 240, num_shots).round().astype(int)
+    pictures = [np.full((36, 64, 3), (0, 60, blue), np.uint8) for blue in blues]
+    draw_routing_map(tmp_path / "routing.png", torch.zeros(num_shots, num_shots, dtype=torch.float64), pictures)
+    image = np.asarray(Image.open(tmp_path / "routing.png").convert("RGB")).astype(int)
+    green = (image[..., 0] < 8) & (abs(image[..., 1] - 60) < 8)
+    rows, columns = np.nonzero(green)
+    left, below = (
+        green & (np.arange(image.shape[1]) < columns.mean()),
+        green & (np.arange(len(image))[:, None] > rows.max() - 2),
+    )
+    down = image[np.nonzero(left.any(1))[0], columns.min() + 1, 2]
+    along = image[rows.max() - 1, np.nonzero(below.any(0))[0], 2]
+    for line in (down[: len(down) // 2], along):
+        assert (np.diff(line) >= -2).all()
+    assert len(np.unique(along)) >= num_shots
+
+
+def test_fonts_that_have_the_characters_are_taken(tmp_path, monkeypatch, caplog):
     """A font of mathematics, with its script capitals, stands for one of the system that has Chinese."""
     fonts = Path(matplotlib.get_data_path(), "fonts/ttf")
-    text, usual = "a \N{SCRIPT CAPITAL L} \N{MATHEMATICAL SCRIPT CAPITAL A}", fonts / "DejaVuSans.ttf"
-    storyboard._font_file.cache_clear()
+    text, usual = "a \N{SCRIPT CAPITAL L} \N{MATHEMATICAL SCRIPT CAPITAL A}b", fonts / "DejaVuSans.ttf"
+    lettering._fonts.cache_clear()
     system = [str(tmp_path / "broken.ttf"), str(fonts / "STIXGeneral.ttf")]
-    monkeypatch.setattr(storyboard, "_system_fonts", lambda: system)
-    assert Path(storyboard._font_file("abc", False)) == usual
-    assert Path(storyboard._font_file(text, False)).name == "STIXGeneral.ttf"
+    monkeypatch.setattr(lettering, "_system_fonts", lambda: system)
+    assert lettering._fonts("abc", False) == (str(usual),)
+    chosen = lettering._fonts(text, False)
+    assert chosen == (str(usual), system[1])
+    runs = list(lettering._runs(text, chosen))
+    assert [run for run, _ in runs] == ["a \N{SCRIPT CAPITAL L} ", "\N{MATHEMATICAL SCRIPT CAPITAL A}", "b"]
+    assert [Path(file).stem for _, file in runs] == ["DejaVuSans", "STIXGeneral", "DejaVuSans"]
     assert not caplog.messages
-    storyboard._tell_missing.cache_clear()
+    lettering._tell_missing.cache_clear()
     for caption in ("兔子 a", "草地 a"):
-        storyboard._font_file(caption, False)
+        lettering._fonts(caption, False)
     assert len(caplog.messages) == 1
     assert "fonts-noto-cjk" in caplog.text
-    storyboard._font_file.cache_clear()
+    lettering._fonts.cache_clear()
+
+
+def test_what_changes_a_character_stays_with_it():
+    """A variation selector or an accent is drawn in the font of the character before it."""
+    usual = lettering._fonts("a", False)
+    assert list(lettering._runs("\N{SNOWMAN}\ufe0f e\u0301", usual)) == [("\N{SNOWMAN}\ufe0f e\u0301", usual[0])]
+
+
+@pytest.mark.skipif(not Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf").exists(), reason="needs the font")
+def test_emoji_have_colours():
+    picture = np.asarray(lettering.draw_text("a \N{RABBIT FACE} \N{FIRE}", (200, 30), 16)).astype(int)
+    assert (np.ptp(picture, axis=2) > 80).sum() > 20
 
 
 @pytest.mark.parametrize("num_shots", [1, 6])

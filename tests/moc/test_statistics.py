@@ -102,12 +102,24 @@ def test_routing_map_gathers_layers_and_streams():
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)) for _ in range(3)], chunk_tokens=1)
     routes = torch.tensor([[[-1], [0], [1]], [[-1], [0], [0]]], dtype=torch.int32)
     story = RoutingMap(5)
-    observe = story.observer(layout, [0, 2, 4], [2, 4])
+    observe = story.observer(layout, [0, 2, 4], [2, 4], [0.2, 0.6])
     observe(0, routes)
     observe(1, routes)
     expected = torch.zeros(5, 5, dtype=torch.float64)
     expected[2, 0], expected[4, 2], expected[4, 0] = 1.0, 0.5, 0.5
     assert torch.equal(story.shares(), expected)
     assert story.counts.sum() == 8
-    story.observer(layout, [0, 2, 4], [2])(0, routes)  # the last shot is history here
-    assert story.counts.sum(1).tolist() == [0, 0, 6, 0, 4]
+    story.observer(layout, [0, 2, 4], [2], [1.0])(0, routes)  # the last shot is history here
+    assert story.counts.shape == (2, 4, 5, 5)
+    by_layer_and_level = story.counts[:, :, [2, 4]].sum(-1).tolist()
+    assert by_layer_and_level == [[[2, 0], [0, 0], [0, 2], [2, 0]], [[2, 0], [0, 0], [0, 2], [0, 0]]]
+
+
+def test_routing_map_of_very_many_shots_counts_layers_and_levels_as_one():
+    layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)) for _ in range(2)], chunk_tokens=1)
+    routes = torch.tensor([[[-1], [0]]], dtype=torch.int32)
+    story = RoutingMap(101)
+    for layer in (0, 1):
+        story.observer(layout, [0, 100], [100], [0.3])(layer, routes)
+    assert story.counts.shape == (1, 1, 101, 101)
+    assert story.counts.sum() == story.counts[0, 0, 100, 0] == 2

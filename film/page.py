@@ -1,0 +1,133 @@
+"""The page of a film: one HTML file in its folder, to be opened from disk.
+
+Thumbnails, prompts and where routes go are in the file; the videos, storyboards and the metadata are linked as they lie
+beside it. It asks no network for anything. Texts of the script are escaped.
+"""
+
+import base64
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+from torch import Tensor
+
+from data.cache.writer import write_whole
+from film.folder import FilmFolder
+from film.plan import FilmPlan
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+_MOST_TOLD = 3  # shots that another one is said to look back to
+
+
+def write_page(path: Path, folder: FilmFolder, plan: FilmPlan, still: Callable[[int], np.ndarray]) -> None:
+    """Writes the page of a whole film. still: a picture of each shot, uint8 [H, W, 3], by its number from 1."""
+    record, counts = folder.read_metadata(), _counts_of_shots(folder.read_routing(), plan.filmed)
+    shots = _shots(plan, record, counts)
+    for shot in shots:
+        shot["still"] = _data_url(still(shot["number"]))
+    html = _TEMPLATES.get_template("page.html.j2").render(
+        script=plan.script,
+        shots=shots,
+        times=[{name: shot[name] for name in ("start", "prompt")} for shot in shots],
+        seconds=sum(plan.num_frames) / plan.script.fps,
+        facts=_facts(record),
+        routing=_packed(counts),
+        storyboards=sorted((file.name for file in folder.path.glob("storyboard*.png")), key=_numbered),
+    )
+    write_whole(path, html.encode(errors="replace"))
+
+
+def _numbered(name: str) -> tuple[int, str]:
+    """Puts storyboard_10.png after storyboard_2.png."""
+    return len(name), name
+
+
+def _shots(plan: FilmPlan, record: dict[str, Any], counts: Tensor) -> list[dict[str, Any]]:
+    """What the page says of each shot."""
+    fps, start = plan.script.fps, 0
+    routes = counts.sum((0, 1))
+    shares = (routes / routes.sum(1, keepdim=True).clamp(min=1e-12))[:, :-1]
+    shots = []
+    for number, (shot, frames) in enumerate(zip(plan.script.shots, plan.num_frames, strict=True), start=1):
+        row = shares[number - 1]
+        most = [index for index in row.argsort(descending=True).tolist() if row[index] >= 0.005][:_MOST_TOLD]
+        shots.append(
+            {
+                "number": number,
+                "prompt": shot.prompt,
+                "cut": shot.begins_anew,
+                "start": start / fps,
+                "seconds": frames / fps,
+                "frames": frames,
+                "seed": record["script"]["shots"][number - 1]["seed"],
+                "tokens": record["estimate"]["shot_tokens"][plan.filmed[number - 1]],
+                "looks_to": [(index + 1, round(100 * float(row[index]))) for index in most],
+                "redone": number in record["redone"],
+            }
+        )
+        start += frames
+    return shots
+
+
+def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The tables below the film, by their heading: what it cost, how it was sampled and with what."""
+    cost, sampler = record["estimate"], record["sampler"]
+    sampling = {name: sampler[name] for name in ("steps", "guidance_scale", "lag") if name in sampler}
+    seeds = sorted({shot["seed"] for shot in record["script"]["shots"]})
+    return {
+        "Cost": {
+            "tokens": f"{sum(cost['shot_tokens']):,}",
+            "sparsity of attention": f"{cost['sparsity']:.0%} at the last step",
+            "forwards": f"{cost['forwards']:,}",
+            "FLOPs": f"{cost['flops']:.3g}",
+            "FLOPs, attention dense": f"{cost['dense_flops']:.3g} ({cost['dense_flops'] / max(cost['flops'], 1):.1f}x)",
+            "memory, estimated": f"{cost['memory'] / 2**30:.3g} GiB",
+            "device": record["device"],
+        },
+        "Sampling": {
+            **{name.replace("_", " "): str(value) for name, value in sampling.items()},
+            "noise shift": str(record["flow"].get("shift", "")),
+            "attention": ", ".join(f"{name} {value}" for name, value in _changed(record["moc"]).items()),
+            "precision": record["precision"].removeprefix("torch."),
+            "seeds" if len(seeds) > 1 else "seed": ", ".join(map(str, seeds)),
+        },
+        "Made with": {
+            "checkpoint": record["checkpoint"],
+            **{f"fingerprint, {name}": value for name, value in record["fingerprints"].items()},
+            **record["versions"],
+        },
+    }
+
+
+def _changed(moc: dict[str, Any]) -> dict[str, Any]:
+    """The settings of attention that say most."""
+    return {name: moc[name] for name in ("dense", "chunk_tokens", "top_k", "causal") if name in moc}
+
+
+def _counts_of_shots(counts: Tensor, filmed: list[int]) -> Tensor:
+    """The counts of the rows of filmed shots, float64 [layers, levels, S, S + 1]. The last column counts what went to
+    pictures, which are not filmed."""
+    rows = counts[:, :, filmed].double()
+    others = rows.sum(-1, keepdim=True) - rows[..., filmed].sum(-1, keepdim=True)
+    return torch.cat([rows[..., filmed], others], -1)
+
+
+def _packed(counts: Tensor) -> dict[str, Any]:
+    """Counts for the page's script: sizes, and uint16 in proportion, little-endian, as base64."""
+    layers, levels, shots, _ = counts.shape
+    scaled = (counts * (65535 / max(float(counts.max()), 1e-12) if counts.numel() else 1)).round()
+    data = base64.b64encode(scaled.numpy().astype("<u2").tobytes()).decode()
+    return {"layers": layers, "levels": levels, "shots": shots, "counts": data}
+
+
+def _data_url(picture: np.ndarray) -> str:
+    file = BytesIO()
+    Image.fromarray(picture).save(file, format="JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,61 @@
+"""What a whole film is looked at with: storyboard, routing map and page. Each is drawn once, from the film's files."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from film.folder import FilmFolder
+from film.page import write_page
+from film.plan import FilmPlan
+from film.storyboard import ROWS_A_PAGE, Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
+
+
+class Stills:
+    """Pictures of a film's shots, each video decoded once. The middle one of each shot stays in memory."""
+
+    def __init__(self, folder: FilmFolder) -> None:
+        self.folder = folder
+        self._middles: dict[int, np.ndarray] = {}
+
+    def row(self, number: int) -> np.ndarray:
+        """Frames spread over a shot, uint8 [n, H, W, 3], as a storyboard shows them."""
+        frames = self.folder.frames(number, pick_frames, page_size)
+        self._middles[number] = frames[len(frames) // 2].copy()
+        return frames
+
+    def middle(self, number: int) -> np.ndarray:
+        """A frame of the middle of a shot, uint8 [H, W, 3]."""
+        if number not in self._middles:
+            self.row(number)
+        return self._middles[number]
+
+
+def present(folder: FilmFolder, plan: FilmPlan) -> None:
+    """Draws those pictures of a whole film that are not there, and its page."""
+    stills, numbers = Stills(folder), range(1, len(plan.filmed) + 1)
+
+    def panel(number: int) -> Panel:
+        shot, seconds = plan.script.shots[number - 1], plan.num_frames[number - 1] / plan.script.fps
+        return Panel(number, shot.prompt, seconds, shot.cut, stills.row(number))
+
+    def page(first: int, path: Path) -> None:
+        draw_storyboard(path, plan.script.title, [panel(number) for number in numbers[first : first + ROWS_A_PAGE]])
+
+    def draw_page(first: int) -> None:
+        number = 1 + first // ROWS_A_PAGE
+        folder.draw("storyboard.png" if number == 1 else f"storyboard_{number}.png", partial(page, first))
+
+    # Decoding and encoding pictures leave Python to other threads.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        list(threads.map(draw_page, range(0, len(numbers), ROWS_A_PAGE)))
+
+    def routing(path: Path) -> None:
+        shares = torch.tensor(folder.read_metadata()["routing"])[plan.filmed][:, plan.filmed]
+        draw_routing_map(path, shares, [stills.middle(number) for number in numbers])
+
+    folder.draw("routing.png", routing)
+    folder.draw("index.html", lambda path: write_page(path, folder, plan, stills.middle))

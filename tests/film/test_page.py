@@ -1,0 +1,117 @@
+"""The page of a film says what was filmed, how and at what cost, and needs nothing but the film's folder."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from film import page
+from film.filmmaker import Filmmaker, FilmmakerConfig
+from film.folder import FilmFolder
+from moc.diffusion import SamplingConfig
+
+EVIL = '</script><script>alert("x")</script> & 兔子'
+SHOT = {"prompt": "Mia walks.", "seconds": 4 / 12}
+STORY = {
+    "title": "A <b>journey</b>",
+    "global": "Mia, 兔子.",
+    "size": [32, 48],
+    "fps": 12,
+    "shots": [SHOT, SHOT | {"cut": False, "prompt": EVIL}, SHOT | {"seed": 5}],
+}
+
+
+class Page(HTMLParser):
+    """What a page links to and shows as text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "poster", "action")]
+
+    def handle_data(self, data):
+        self.words += data
+
+
+@pytest.fixture(scope="module")
+def film(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "story.json").write_text(json.dumps(STORY))
+    config = FilmmakerConfig(str(trained), device="cpu", sampler=SamplingConfig(steps=3, guidance_scale=2.0))
+    filmmaker, made = Filmmaker(config), FilmFolder(folder / "film")
+    filmmaker.make([(filmmaker.read(folder / "story.json"), made)])
+    return made
+
+
+def test_a_page_links_to_its_folder_and_nothing_else(film):
+    text = (film.path / "index.html").read_text()
+    links = Page(text).links
+    files = [link for link in links if not link.startswith("data:image/jpeg;base64,")]
+    assert {"video.mp4", "shots/03.mp4", "storyboard.png", "metadata.json"} <= set(files)
+    assert all((film.path / file).is_file() for file in files)
+    assert len([link for link in links if link not in files]) == 4  # each shot's thumbnail, the first one twice
+    for word in ("http:", "https:", "@import", "fetch(", "XMLHttpRequest"):
+        assert word not in text
+    assert not re.search(r"url\((?!\"\$\{)", text)
+
+
+def test_a_page_shows_texts_as_they_stand(film):
+    text = (film.path / "index.html").read_text()
+    seen = Page(text)
+    assert seen.tags.count("script") == 1
+    assert "b" not in seen.tags[: seen.tags.index("video")]  # of the title
+    assert "A <b>journey</b>" in seen.words
+    assert EVIL in seen.words
+    assert 'alert("x")</script>' not in text
+
+
+def test_a_page_tells_cost_and_origin(film):
+    seen, record = Page((film.path / "index.html").read_text()), film.read_metadata()
+    words = " ".join(seen.words.split())
+    for value in record["fingerprints"].values():
+        assert value in words
+    assert f"tokens{sum(record['estimate']['shot_tokens']):,}" in words.replace(" ", "")
+    assert f"{record['estimate']['sparsity']:.0%} at the last step" in words
+    assert "goes on from 1" in words
+    assert "seed 5" in words
+    assert "seeds0, 5" in words.replace("seeds 0", "seeds0")
+    assert f"looks to 1 ({round(100 * record['routing'][1][0])} %)" in words
+
+
+def test_a_page_holds_the_routes_of_each_layer_and_noise_level(film):
+    text = (film.path / "index.html").read_text()
+    packed = json.loads(re.search(r"const routing = (\{.*?\});", text)[1])
+    counts = film.read_routing()
+    assert [packed[name] for name in ("layers", "levels", "shots")] == [2, 4, 3]
+    values = np.frombuffer(base64.b64decode(packed["counts"]), "<u2").reshape(2, 4, 3, 4)
+    assert not values[..., -1].any()  # no picture is given
+    shown = values[..., :3] / 65535 * float(counts.max())
+    assert np.abs(shown - counts.numpy()).max() <= float(counts.max()) / 65535
+    assert (counts.sum((0, 2, 3)) > 0).sum() > 1  # noise levels are told apart
+    assert (counts[:, :, 1:].sum((1, 2, 3)) > 0).all()
+
+
+def test_routes_to_pictures_are_counted_apart():
+    counts = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
+    assert page._counts_of_shots(counts, [0, 2]).tolist() == [[[[1, 3, 2], [7, 9, 8]]]]
+
+
+def test_a_page_that_fails_costs_itself_alone(film, monkeypatch, caplog):
+    (film.path / "index.html").unlink()
+
+    def broken(*_):
+        raise RuntimeError("no page today")
+
+    film.draw("index.html", broken)
+    assert not (film.path / "index.html").exists()
+    assert "index.html is left out, the film is whole (RuntimeError: no page today)" in caplog.text
