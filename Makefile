@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
+# A process takes neighbouring tests, which share what they prepare, and at its end some of those of a slower one.
+WORKERS := --numprocesses=logical --maxprocesses=4 --dist=worksteal
 
 .PHONY: demo test test-all test-gpu lint bench setup clean
 
@@ -9,10 +11,10 @@ demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(WORKERS) -m "not gpu"
 
 # Kernels, models and commands on a GPU; those of two GPUs are skipped where there is one.
 test-gpu: $(READY)

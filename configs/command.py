@@ -96,6 +96,8 @@ def _explaining(schema: type) -> Iterator[None]:
         yield
         return
     said = io.StringIO()
+    # Hydra copies all stored configs, which it only reads, for each group that it lists: two seconds.
+    setattr(ConfigStore, "__deepcopy__", lambda store, _: store)  # noqa: B010 (mypy refuses the assignment)
     try:
         with redirect_stdout(said):
             yield
