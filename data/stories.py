@@ -9,7 +9,8 @@ from typing import Any
 from data.documents import flag
 from data.errors import DataError, refuse_unknown
 
-_SCENE_FIELDS = {"scene_num", "video_prompts", "cut"}
+# What is shown of a scene, and besides what its first frames and actions are, which its prompts say again.
+_SCENE_FIELDS = {"scene_num", "video_prompts", "cut", "first_frame_prompt", "action_descriptions"}
 
 
 def spans_between(cuts: Any, num_frames: Any, shots: int, where: str, kind: str) -> list[tuple[float, float]]:

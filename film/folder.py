@@ -6,6 +6,7 @@ metadata.json                                everything to repeat the film; writ
 routing.safetensors                          how often each shot routed to each, by layer and noise level
 index.html, storyboard.png, storyboard_2.png, ..., routing.png
                                              what to look at; the film is whole without
+001_002.mp4, ...                             shots once more, by the scene and shot of a benchmark's script
 given/<digest>.png, ...                      copies of the pictures and videos that its script names
 .progress.safetensors                        how far an unfinished film is, and what it was asked to be
 
@@ -44,6 +45,7 @@ from moc.training.checkpoint import read_json
 METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
 REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # what of the metadata decides the frames
 ROUTING = "routing.safetensors"
+SCENES = "[0-9][0-9][0-9]_[0-9][0-9][0-9].mp4"
 DRAWN = ("index.html", "storyboard*.png", "routing.png")  # of a whole film
 FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, ROUTING, *DRAWN)
 REMEDY = "name another folder, or remove this one"
@@ -241,7 +243,7 @@ class FilmFolder:
 
     def remove_pictures(self) -> None:
         """Removes what was drawn of the film as it was before."""
-        for pattern in DRAWN:
+        for pattern in (*DRAWN, SCENES):
             for path in self.path.glob(pattern):
                 path.unlink()
 
@@ -260,6 +262,13 @@ class FilmFolder:
             draw(path)
         except Exception as error:
             logger.warning("%s is left out, the film is whole (%s: %s)", path, type(error).__name__, error)
+
+    def file_shot(self, number: int, path: Path) -> None:
+        """Gives the video of a shot another name: a hard link, or a copy where the disk knows none."""
+        try:
+            os.link(self.shot(number), path)
+        except OSError:
+            copy_whole(self.shot(number), path)
 
     def files(self) -> list[Path]:
         """Lists what there is to look at."""

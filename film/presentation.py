@@ -37,6 +37,9 @@ class Stills:
 def present(folder: FilmFolder, plan: FilmPlan) -> None:
     """Draws those pictures of a whole film that are not there, and its page."""
     stills, numbers = Stills(folder), range(1, len(plan.filmed) + 1)
+    for number, shot in zip(numbers, plan.script.shots, strict=True):
+        if shot.scene:
+            folder.draw("{:03d}_{:03d}.mp4".format(*shot.scene), partial(folder.file_shot, number))
 
     def panel(number: int) -> Panel:
         shot, seconds = plan.script.shots[number - 1], plan.num_frames[number - 1] / plan.script.fps

@@ -1,4 +1,4 @@
-"""Prompt scripts: what to film, shot by shot. Ours, HoloCine's and StoryMem's forms, YAML or JSON.
+"""Prompt scripts: what to film, shot by shot. YAML or JSON, in our form or one of `film.forms`.
 
     title: The lighthouse
     global: "..."            # characters, place, story
@@ -14,12 +14,10 @@
 
 A film's metadata.json is read as the script of that film, with the seed of each shot.
 
-HoloCine: `global_caption`, `shot_captions`, `num_frames`, optionally `shot_cut_frames`; or `prompt`, one string with
-[global caption], [per shot caption] and [shot cut] tags. StoryMem: `story_overview` and `scenes` of `video_prompts` and
-`cut`. Both may add `title`, `size`, `fps` and `negative_prompt`.
+A benchmark's script also says who and what is in each shot, and where: `entities` of a shot, by kind, and `entities` of
+the script, a description of each name. A shot's `scene` is its [scene, shot] there, by which its video is filed.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,13 +26,15 @@ from typing import Any
 from data.documents import parse_json, parse_yaml, read_text
 from data.errors import DataError, refuse_unknown
 from data.manifest import resolve, shot_prompt
-from data.stories import prompts_and_cuts, spans_between
+from film.fields import DEFAULT_FPS, DEFAULT_SECONDS, number, positive, text_of, whole
 from film.footage import seconds_after
+from film.forms import as_ours
 
-DEFAULT_SIZE, DEFAULT_FPS, DEFAULT_SECONDS = (480, 832), 16.0, 5.0
-_FIELDS = {"title", "global", "size", "fps", "negative", "shots", "references"}
-_SHOT_FIELDS = {"prompt", "seconds", "cut", "image", "last_image", "video", "start", "guidance", "seed"}
-_SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # that the peers' forms may add to their own
+DEFAULT_SIZE = (480, 832)
+_FIELDS = {"title", "global", "size", "fps", "negative", "shots", "references", "entities"}
+_SHOT_FIELDS = {
+    "prompt", "seconds", "cut", "image", "last_image", "video", "start", "guidance", "seed", "entities", "scene",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class ScriptShot:
 
     cut: a true cut begins it; false: it goes on from the shot before. image: a picture that the shot shall look like.
     last_image: the picture that it ends in. video: what the shot is, from `start` seconds on, so that it is not made.
-    guidance: the guidance scale. seed: of its noise. None takes the film's.
+    guidance: the guidance scale. seed: of its noise. None takes the film's. entities: the names of who and what is
+    seen, and where, by kind. scene: the numbers of a scene and of a shot in it, from 1, in a benchmark.
     """
 
     prompt: str
@@ -55,6 +56,8 @@ class ScriptShot:
     video: Path | None = None
     start: float = 0.0
     guidance: float | None = None
+    entities: Mapping[str, Sequence[str]] | None = None
+    scene: tuple[int, int] | None = None
 
     @property
     def begins_anew(self) -> bool:
@@ -77,7 +80,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Script:
-    """A story. size: (height, width) in pixels. references: what every shot may look back to."""
+    """A story. size: (height, width) in pixels. references: what every shot may look back to. entities: a description
+    of each name."""
 
     title: str
     global_caption: str
@@ -86,6 +90,7 @@ class Script:
     negative: str
     shots: tuple[ScriptShot, ...]
     references: tuple[Reference, ...] = ()
+    entities: Mapping[str, str] | None = None
 
     def record(self, seed: int, names: Mapping[Path, str]) -> dict[str, Any]:
         """The script as JSON has it. seed: of the shots without one. names: under which pictures are named."""
@@ -96,10 +101,13 @@ class Script:
             fields |= {field: names[file] for field, file in files.items() if file}
             fields |= {"start": shot.start} if shot.video else {}
             fields |= {"guidance": shot.guidance} if shot.guidance is not None else {}
+            fields |= {"entities": dict(shot.entities)} if shot.entities else {}
+            fields |= {"scene": list(shot.scene)} if shot.scene else {}
             shots.append(fields | {"seed": seed if shot.seed is None else shot.seed})
         top = {"title": self.title, "global": self.global_caption, "size": list(self.size), "fps": self.fps}
         pictures = [{"prompt": one.prompt, "image": names[one.image]} for one in self.references]
-        return top | {"negative": self.negative, "shots": shots} | ({"references": pictures} if pictures else {})
+        more = ({"references": pictures} if pictures else {}) | ({"entities": self.entities} if self.entities else {})
+        return top | {"negative": self.negative, "shots": shots} | more
 
 
 def load_script(
@@ -119,11 +127,7 @@ def load_script(
     if "fingerprints" in raw and isinstance(raw.get("script"), dict):  # the metadata of a film
         raw = raw["script"]
     raw = {**(defaults or {}), **raw, **(given or {})}
-    if "shot_captions" in raw or isinstance(raw.get("prompt"), str):
-        raw = _from_holocine(raw, path)
-    elif "scenes" in raw:
-        raw = _from_storymem(raw, path)
-    return _parse(raw, path)
+    return _parse(as_ours(raw, path), path)
 
 
 def _parse(raw: dict[str, Any], path: Path) -> Script:
@@ -138,13 +142,14 @@ def _parse(raw: dict[str, Any], path: Path) -> Script:
     if all(shot.video for shot in made):
         raise DataError("bad-script", f"{path} shots", "every shot is a given video; leave one at least to be made")
     return Script(
-        title=_text(raw, "title", path) or path.stem,
-        global_caption=_text(raw, "global", path),
+        title=text_of(raw, "title", path) or path.stem,
+        global_caption=text_of(raw, "global", path),
         size=(size[0], size[1]),
-        fps=_positive(raw.get("fps", DEFAULT_FPS), f"{path} fps"),
-        negative=_text(raw, "negative", path),
+        fps=positive(raw.get("fps", DEFAULT_FPS), f"{path} fps"),
+        negative=text_of(raw, "negative", path),
         shots=tuple(made),
         references=_references(raw.get("references"), path),
+        entities=_descriptions(raw.get("entities"), f"{path} entities"),
     )
 
 
@@ -158,7 +163,7 @@ def _references(raw: Any, path: Path) -> tuple[Reference, ...]:
         where = f"{path} references[{index}]"
         if not isinstance(one, dict) or one.keys() != {"prompt", "image"}:
             raise DataError("bad-script", where, f"{one!r} is not a mapping of prompt and image")
-        prompt, image = _text(one, "prompt", where), resolve(path.parent, str(one["image"]), f"{where}.image")
+        prompt, image = text_of(one, "prompt", where), resolve(path.parent, str(one["image"]), f"{where}.image")
         found.append(Reference(prompt, image))
     return tuple(found)
 
@@ -187,100 +192,44 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
         raise DataError(
             "bad-script", f"{where}.start", f"{start!r} says where a video begins; add video, or leave it out"
         )
-    start = 0.0 if start is None else _number(start, f"{where}.start")
+    start = 0.0 if start is None else number(start, f"{where}.start")
     default = seconds_after(video, start) if video and "seconds" not in raw else DEFAULT_SECONDS
     return ScriptShot(
-        prompt=_whole(prompt, f"{where}.prompt").strip(),
-        seconds=_positive(raw.get("seconds", default), f"{where}.seconds"),
+        prompt=whole(prompt, f"{where}.prompt").strip(),
+        seconds=positive(raw.get("seconds", default), f"{where}.seconds"),
         cut=cut,
         image=files.get("image"),
         seed=seed,
         last_image=files.get("last_image"),
         video=video,
         start=start,
-        guidance=None if guidance is None else _number(guidance, f"{where}.guidance"),
+        guidance=None if guidance is None else number(guidance, f"{where}.guidance"),
+        entities=_names(raw.get("entities"), f"{where}.entities"),
+        scene=_scene(raw.get("scene"), f"{where}.scene"),
     )
 
 
-def _text(raw: dict[str, Any], name: str, where: object) -> str:
-    """The text of a field, or "" where there is none; YAML makes numbers of titles like 1984."""
-    value = raw.get(name)
-    if isinstance(value, dict | list):
-        raise DataError("bad-script", f"{where} {name}", f"{value!r} is not a text")
-    return "" if value is None else _whole(str(value), f"{where} {name}").strip()
+def _descriptions(raw: Any, where: str) -> dict[str, str] | None:
+    if raw is not None and not (isinstance(raw, dict) and all(isinstance(text, str) for text in raw.values())):
+        raise DataError("bad-script", where, f"{raw!r} is not a mapping of names to descriptions")
+    return {str(name): text for name, text in raw.items()} if raw else None
 
 
-def _whole(text: str, where: str) -> str:
-    """The text, with two halves of a character that YAML read from \\u escapes joined; a lone half is refused."""
-    try:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise DataError("bad-script", where, "holds half a character (one of \\ud800 to \\udfff alone)") from None
+def _names(raw: Any, where: str) -> dict[str, list[str]] | None:
+    """The names of entities by kind."""
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise DataError("bad-script", where, f"{raw!r} is not a mapping of kinds to lists of names")
+    for kind, names in raw.items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError("bad-script", f"{where}.{kind}", f"{names!r} is not a list of names")
+    return {str(kind): list(names) for kind, names in raw.items()}
 
 
-def _positive(value: Any, where: str) -> float:
-    if not _is_number(value) or not 0 < value < 1e6:
-        raise DataError("bad-script", where, f"{value!r} is not a positive number")
-    return float(value)
-
-
-def _number(value: Any, where: str) -> float:
-    if not _is_number(value) or not 0 <= value < 1e6:
-        raise DataError("bad-script", where, f"{value!r} is not a number of at least 0")
-    return float(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-# The peers' forms, rewritten as ours
-
-
-def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """HoloCine: captions apart with a frame count, or one tagged prompt."""
-    own = {"global_caption", "shot_captions", "num_frames", "shot_cut_frames", "prompt"}
-    refuse_unknown(raw, own | _SHARED_FIELDS, str(path), "bad-script")
-    apart = sorted({"global_caption", "shot_captions"} & raw.keys())
-    if "prompt" in raw and apart:
-        raise DataError(
-            "bad-script", f"{path} prompt", f"stands beside {apart[0]}; give one tagged prompt, or captions apart"
-        )
-    if "prompt" in raw:
-        field, (global_caption, captions) = "prompt", _tagged(raw["prompt"])
-    else:
-        field, global_caption, captions = "shot_captions", _text(raw, "global_caption", path), raw["shot_captions"]
-    if not isinstance(captions, list) or not captions:
-        raise DataError("bad-script", f"{path} {field}", "there is no shot; give at least one")
-    fps = _positive(raw.get("fps", DEFAULT_FPS), f"{path} fps")
-    num_frames = _positive(raw.get("num_frames", DEFAULT_SECONDS * fps * len(captions)), f"{path} num_frames")
-    cuts = raw.get("shot_cut_frames")
-    if cuts is None:
-        cuts = [num_frames * i / len(captions) for i in range(1, len(captions))]
-    spans = spans_between(cuts, num_frames, len(captions), f"{path} shot_cut_frames", "bad-script")
-    shots = [
-        {"prompt": caption, "seconds": (end - start) / fps}
-        for caption, (start, end) in zip(captions, spans, strict=True)
-    ]
-    global_caption = re.sub(r"This scene contains \d+ shots?\.", "", global_caption, flags=re.IGNORECASE)
-    return _shared(raw) | {"global": global_caption, "shots": shots}
-
-
-def _shared(raw: dict[str, Any]) -> dict[str, Any]:
-    """The fields that mean the same in every form, under our names."""
-    return {"negative" if key == "negative_prompt" else key: raw[key] for key in _SHARED_FIELDS & raw.keys()}
-
-
-def _tagged(prompt: str) -> tuple[str, list[str]]:
-    """Global caption and shot captions of a prompt with [global caption], [per shot caption] and [shot cut]."""
-    whole, *rest = re.split(r"\[per shot caption\]", prompt, maxsplit=1, flags=re.IGNORECASE)
-    global_caption = re.sub(r"\[global caption\]", "", whole, flags=re.IGNORECASE)
-    return global_caption, re.split(r"\[shot cut\]", rest[0], flags=re.IGNORECASE) if rest else []
-
-
-def _from_storymem(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """StoryMem: scenes, each with a list of prompts and a list that says which of them a cut begins."""
-    refuse_unknown(raw, {"story_overview", "scenes"} | _SHARED_FIELDS, str(path), "bad-script")
-    prompts = prompts_and_cuts(raw["scenes"], f"{path} scenes", "bad-script")
-    shots = [{"prompt": prompt, "cut": cut} for prompt, cut in prompts]
-    return _shared(raw) | {"global": raw.get("story_overview"), "shots": shots}
+def _scene(raw: Any, where: str) -> tuple[int, int] | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, list | tuple) or len(raw) != 2 or not all(type(x) is int and 0 < x < 1000 for x in raw):
+        raise DataError("bad-script", where, f"{raw!r} is not [scene, shot], two whole numbers from 1 to 999")
+    return raw[0], raw[1]

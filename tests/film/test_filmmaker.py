@@ -100,6 +100,18 @@ def test_a_film_is_repeated_from_its_metadata(trained, write, tmp_path):
     assert json.loads(again[METADATA])["script"] == json.loads(first[METADATA])["script"]
 
 
+def test_shots_of_a_benchmark_are_filed_by_scene_and_shot(trained, write, tmp_path):
+    shots = [SHOT | {"scene": [1, 1]}, SHOT | {"scene": [1, 2], "entities": {"characters": ["Mia"]}}]
+    filmmaker = open_filmmaker(trained)
+    first = film_of(filmmaker, write(STORY | {"shots": shots}), tmp_path / "ep1")
+    assert first["001_001.mp4"] == first["shots/01.mp4"]
+    assert first["001_002.mp4"] == first["shots/02.mp4"]
+    assert json.loads(first[METADATA])["script"]["shots"][1]["entities"] == {"characters": ["Mia"]}
+    shots[1] |= {"seed": 3}
+    again = film_of(filmmaker, write(STORY | {"shots": shots}), tmp_path / "ep1", redo=[2])
+    assert again["001_002.mp4"] == again["shots/02.mp4"] != first["001_002.mp4"]
+
+
 def test_a_whole_film_is_left_as_it_is_and_another_one_is_refused(trained, write, tmp_path):
     filmmaker = open_filmmaker(trained)
     folder = FilmFolder(tmp_path / "film")

@@ -136,6 +136,83 @@ def test_the_peers_forms_take_title_size_rate_and_negative_prompt(write, form):
     assert len(script.shots) == 3
 
 
+# Benchmarks
+
+EPISODE = {
+    "story_name": "ep1",
+    "story_overview": "A chase.",
+    "scenes": [
+        {
+            "scene_num": 1,
+            "video_prompts": ["Ida: Woman in red.\nIda runs.", "She stops."],
+            "cut": [True, False],
+            "action_descriptions": ["Ida runs.", "She stops."],
+        },
+        {"scene_num": 3, "video_prompts": ["Ole waits."], "cut": [True], "action_descriptions": ["Ole waits."]},
+    ],
+    "entity_schedule": {
+        "1:1": {"characters": ["Ida"], "places": [], "objects": ["the lamp"]},
+        "3:1": {"characters": ["Ole"], "places": ["The Yard"], "objects": []},
+    },
+    "entity_descriptions": {
+        "Character 1": {"name": "Ida", "label": "Character 1", "description": "Woman in red."},
+        "Location 1": {"name": "The Yard", "label": "Location 1", "description": "A yard."},
+    },
+    "_num_shots": 3,
+    "_name_map": {"Character 1": "Ida"},
+}
+
+
+def test_an_episode_of_entitybench_keeps_its_schedule(write):
+    script = load_script(write(json.dumps(EPISODE), "episode.json"))
+    assert (script.title, script.global_caption) == ("ep1", "A chase.")
+    assert [shot.prompt for shot in script.shots] == ["Ida: Woman in red.\nIda runs.", "She stops.", "Ole waits."]
+    assert [shot.cut for shot in script.shots] == [True, False, True]
+    assert [shot.scene for shot in script.shots] == [(1, 1), (1, 2), (3, 1)]
+    assert script.shots[0].entities == EPISODE["entity_schedule"]["1:1"]
+    assert script.shots[1].entities is None
+    assert script.entities == {"Ida": "Woman in red.", "The Yard": "A yard."}
+    again = load_script(write(json.dumps(script.record(0, {})), "again.json"))
+    assert [(shot.entities, shot.scene) for shot in again.shots] == [(s.entities, s.scene) for s in script.shots]
+    assert again.entities == script.entities
+
+
+MSR = {
+    "scenario_id": "nature_01",
+    "domain": "Nature",
+    "entities": {"A": "a red fox, bushy tail, full body, standing, white background", "B": "a hare, full body"},
+    "backgrounds": {"D": "a full meadow, mist, cinematic, no people"},
+    "negative_prompt": "blurry",
+    "shots": [
+        {
+            "shot_id": f"S{number}",
+            "target_entities": ["A"],
+            "target_bg": "D",
+            "expected_d": 0,
+            "keyframe_prompt": "red fox stands",
+            "motion_prompt": f"red fox walks {number}",
+        }
+        for number in range(1, 11)
+    ],
+}
+
+
+def test_a_scenario_of_msr_has_ten_shots_and_looks_in_its_global_caption(write):
+    script = load_script(write(json.dumps(MSR), "nature_01.json"))
+    assert (script.title, script.negative, len(script.shots)) == ("nature_01", "blurry", 10)
+    assert script.global_caption == "[character] a red fox, bushy tail. a hare. [environment] a full meadow, mist."
+    assert [shot.prompt for shot in script.shots] == [f"red fox walks {number}" for number in range(1, 11)]
+    assert all(shot.cut for shot in script.shots)
+    assert script.shots[9].entities == {"characters": ["A"], "places": ["D"]}
+    assert script.entities == {"A": "a red fox, bushy tail", "B": "a hare", "D": "a full meadow, mist"}
+
+
+def test_stbench_stories_may_name_themselves_and_their_first_frames(write):
+    scene = {"video_prompts": ["A man wakes."], "first_frame_prompt": ["A bed."], "cut": ["True"]}
+    script = load_script(write({"story_name": "Morning", "story_overview": "A day.", "scenes": [scene]}))
+    assert (script.title, [shot.prompt for shot in script.shots]) == ("Morning", ["A man wakes."])
+
+
 # How texts are read
 
 
@@ -232,6 +309,22 @@ BAD = {
     ),
     "seed negative": (ours(shots=[SHOT | {"seed": -1}]), r"shots\[0\]\.seed", "-1 is not a whole number"),
     "seed as text": (ours(shots=[SHOT | {"seed": "1"}]), r"shots\[0\]\.seed", "'1' is not a whole number"),
+    "entities a list": (ours(entities=["Ann"]), "entities", "not a mapping of names"),
+    "shot's entities a list": (ours(shots=[SHOT | {"entities": ["Ann"]}]), r"shots\[0\]\.entities", "not a mapping"),
+    "entity no list": (
+        ours(shots=[SHOT | {"entities": {"characters": "Ann"}}]),
+        r"entities\.characters",
+        "not a list of names",
+    ),
+    "scene of one": (ours(shots=[SHOT | {"scene": [1]}]), r"shots\[0\]\.scene", "two whole numbers"),
+    "scene a path": (ours(shots=[SHOT | {"scene": ["../x", 1]}]), r"shots\[0\]\.scene", "two whole numbers"),
+    "schedule of no shot": (EPISODE | {"entity_schedule": {"2:1": {}}}, "entity_schedule", "unknown field '2:1'"),
+    "schedule a list": (EPISODE | {"entity_schedule": []}, "entity_schedule", "not a mapping of scene:shot"),
+    "entity without a name": (EPISODE | {"entity_descriptions": {"C": {}}}, r"descriptions\.C", "no name"),
+    "index of scenarios": ({"name": "MSR-50", "scenarios": [MSR]}, "scenarios", "name one of the files beside it"),
+    "msr without motion": (MSR | {"shots": [{"shot_id": "S1"}]}, r"shots\[0\]\.motion_prompt", "None is not a text"),
+    "msr without looks": (MSR | {"backgrounds": []}, "backgrounds", "not a mapping"),
+    "msr without shots": (MSR | {"shots": []}, "shots", "no shot"),
     "not a mapping": ("- a\n- b", "story.yaml", "must be a mapping"),
     "not yaml": ("shots: [", "story.yaml:1", "not YAML"),
     "empty": ("", "story.yaml", "must be a mapping"),

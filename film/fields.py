@@ -1,0 +1,39 @@
+"""How values of a script are read; each raises DataError (bad-script) with file and field."""
+
+from typing import Any
+
+from data.errors import DataError
+
+DEFAULT_FPS, DEFAULT_SECONDS = 16.0, 5.0
+
+
+def text_of(raw: dict[str, Any], name: str, where: object) -> str:
+    """The text of a field, or "" where there is none; YAML makes numbers of titles like 1984."""
+    value = raw.get(name)
+    if isinstance(value, dict | list):
+        raise DataError("bad-script", f"{where} {name}", f"{value!r} is not a text")
+    return "" if value is None else whole(str(value), f"{where} {name}").strip()
+
+
+def whole(text: str, where: str) -> str:
+    """The text, with two halves of a character that YAML read from \\u escapes joined; a lone half is refused."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise DataError("bad-script", where, "holds half a character (one of \\ud800 to \\udfff alone)") from None
+
+
+def positive(value: Any, where: str) -> float:
+    if not _is_number(value) or not 0 < value < 1e6:
+        raise DataError("bad-script", where, f"{value!r} is not a positive number")
+    return float(value)
+
+
+def number(value: Any, where: str) -> float:
+    if not _is_number(value) or not 0 <= value < 1e6:
+        raise DataError("bad-script", where, f"{value!r} is not a number of at least 0")
+    return float(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
