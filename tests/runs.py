@@ -174,6 +174,12 @@ def launched(processes: int, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
+def sharded_optim(name: str) -> OptimConfig:
+    """An optimizer as it works on shards: optimi's Triton kernels know none."""
+    args = {"triton": False} if name.startswith("optimi.") else {}
+    return OptimConfig(name, args, lr=3e-3, warmup_steps=2)
+
+
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder) if "loss" in row]
 
@@ -188,6 +194,7 @@ if __name__ == "__main__":
     parser.add_argument("--hung", help="the rank that hangs after two steps, on which the others wait three seconds")
     parser.add_argument("--full", type=int, help="the step whose checkpoint the disk does not take; each step has one")
     parser.add_argument("--axis", help="an axis of the mesh along which all processes lie")
+    parser.add_argument("--optim", help="the optimizer's name")
     parser.add_argument("--validation", type=int, default=0, help="scenes held out")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
@@ -199,6 +206,8 @@ if __name__ == "__main__":
     settings["resume"] = asked.resume and find_checkpoint(asked.folder) is not None
     if asked.axis:
         settings["axes"] = {asked.axis: int(os.environ["WORLD_SIZE"])}
+    if asked.optim:
+        settings["optim"] = sharded_optim(asked.optim)
     if asked.hung:
         settings["timeout"] = 3.0
     if asked.full:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moc.errors import UserError, check_least
 
@@ -35,8 +36,8 @@ class OptimConfig:
     """The optimizer.
 
     name: adamw, adamw8bit (of bitsandbytes), muon (weights of two dimensions in the blocks, adamw for the rest), or
-    where a class that keeps its state by parameter is imported from, such as torch.optim.Adafactor, which is given
-    lr and args.
+    where a class is imported from, such as torch.optim.Adafactor, schedulefree.AdamWScheduleFree or optimi.StableAdamW,
+    which is given lr and args.
     args: more arguments of the optimizer's class, as +optim.args.momentum=0.9; muon's are of Muon.
     parts: the first one that a parameter matches says the factor of its learning rate; without one it is 1.
     lr: the learning rate after its rise.
@@ -167,6 +168,11 @@ def _build_adamw8bit(parameters: dict[str, nn.Parameter], config: OptimConfig) -
         raise UserError(
             "optim.name=adamw8bit needs a package that is not installed: pip install bitsandbytes"
         ) from None
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        raise UserError(
+            "optim.name=adamw8bit takes whole weights, and parallel.shard or parallel.sequence share them out: take "
+            "adamw, whose states are sharded too"
+        )
     settings = {"betas": tuple(config.betas), "eps": config.eps} | config.args
     return AdamW8bit(_groups(parameters, config), lr=config.lr, **settings)
 
@@ -191,7 +197,10 @@ def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
         kind = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"optim.name={config.name} cannot be imported ({error}); install its package") from None
-    return kind(_groups(parameters, config), lr=config.lr, **config.args)
+    optimizer = kind(_groups(parameters, config), lr=config.lr, **config.args)
+    if hasattr(optimizer, "train"):  # schedule-free: the weights that gradients are taken at, of which ours average
+        optimizer.train()
+    return optimizer
 
 
 _BUILDERS = {"adamw": _build_adamw, "adamw8bit": _build_adamw8bit, "muon": _build_muon}

@@ -28,6 +28,7 @@ from moc.training import checkpoint as ckpt
 from moc.training.breakdown import Breakdown
 from moc.training.clock import Clock
 from moc.training.ema import EMA
+from moc.training.group_numbers import GroupNumbers
 from moc.training.interruption import Interruption
 from moc.training.metrics import Metrics, headline
 from moc.training.optim import (
@@ -129,6 +130,7 @@ class Trainer:
         )
         self.bare_model, self.model = model, parallel.wrap(model)
         self.ema, self.optimizer = EMA(model, config.ema_decay), build_optimizer(model, optim)
+        self._group_numbers = GroupNumbers(self.optimizer)
         self.step = 0
         self.skips, self.spikes = SkipCount(config.max_skipped_steps), Spikes()
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
@@ -153,6 +155,7 @@ class Trainer:
             self.bare_model.load_weights(checkpoint / "ema")
         self.ema.restore(state["step"])
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
+        self._group_numbers.restore(state.get("optimizer", {"groups": [], "empty": []}))
         ckpt.load_rng(checkpoint, self.parallel.rank)
         self.step = state["step"]
         self._saver.saved_step = self.step
@@ -257,6 +260,7 @@ class Trainer:
         weights, averages = self.bare_model.state_dict(), self.ema.averages
         state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
         state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
+        state |= {"optimizer": self._group_numbers.state()}
         stored = self._saver.model.stored
         snapshot = Snapshot(
             self.step,

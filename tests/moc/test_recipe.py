@@ -14,14 +14,16 @@ from moc.schedule import MoCSchedule, Stage
 from moc.training import OptimConfig, find_checkpoint
 from moc.training.optim import PartConfig, build_optimizer, freeze_parts, set_learning_rate
 from models.mmdit import MMDiT
-from tests.runs import DROPS, losses, poisoned, train
+from tests.runs import DROPS, launch, losses, poisoned, sharded_optim, train
 
 OPTIMIZERS = {
     "adamw": OptimConfig(lr=3e-3),
     "muon": OptimConfig("muon", lr=3e-3),
-    "adamw8bit": OptimConfig("adamw8bit", lr=3e-3),
+    "adamw8bit": OptimConfig("adamw8bit", {"min_8bit_size": 16}, lr=3e-3),
     "torch.optim.Adafactor": OptimConfig("torch.optim.Adafactor", lr=3e-3),
     "torch.optim.SGD": OptimConfig("torch.optim.SGD", {"momentum": 0.9}, lr=1e-2),
+    "schedulefree.AdamWScheduleFree": OptimConfig("schedulefree.AdamWScheduleFree", {"betas": [0.9, 0.95]}, lr=3e-3),
+    "optimi.StableAdamW": OptimConfig("optimi.StableAdamW", lr=3e-3),
     "plain SGD": OptimConfig("torch.optim.SGD", lr=1e-2),
 }
 ATTENTION = [PartConfig("blocks.*.to_qkv.*"), PartConfig("*", 0)]
@@ -196,3 +198,14 @@ def test_a_run_with_the_dense_target_trains_and_resumes(cache, tmp_path, monkeyp
     monkeypatch.undo()
     train(cache, tmp_path / "plain", num_steps=3, moc=DROPS)
     assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "schedulefree.AdamWScheduleFree", "optimi.StableAdamW"])
+def test_shards_step_as_the_whole_does_and_go_on_alone(cache, tmp_path, name):
+    """Two processes with half of every weight each, and then one with the whole of what they saved."""
+    optim = sharded_optim(name)
+    train(cache, tmp_path / "one", num_steps=6, moc=DROPS, optim=optim)
+    launch(2, cache, tmp_path / "two", "--axis", "shard", "--optim", name)
+    train(cache, tmp_path / "two", num_steps=6, moc=DROPS, optim=optim, resume=True)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
