@@ -37,6 +37,7 @@ from moc.training import (
 from models.mmdit import MMDiT
 from tests.caches import CHANNELS, TEXT_DIM, scene, write_cache
 
+THEN = "then"  # stands between two runs of the same processes
 MOC = MoCConfig(chunk_tokens=6, top_k=1)
 # Few anchors, so that what a query loses or gains by chance tells in the loss.
 DROPS = MoCConfig(chunk_tokens=6, top_k=2, own_anchor="chunk", text_anchor="none", drop_in_rate=1.0)
@@ -184,8 +185,8 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder) if "loss" in row]
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
+def run(arguments: list[str]) -> None:
+    """Trains as one of several processes, by the command line of one run."""
     parser = ArgumentParser()
     parser.add_argument("cache", type=Path)
     parser.add_argument("folder", type=Path)
@@ -200,7 +201,7 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     parser.add_argument("--every", type=int, default=0, help="steps between checkpoints")
     parser.add_argument("--background", action="store_true", help="save in a thread")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     settings: dict = {"validation": asked.validation, "num_steps": asked.steps, "checkpoint_every": asked.every}
     settings["save_in_background"] = asked.background
     settings["resume"] = asked.resume and find_checkpoint(asked.folder) is not None
@@ -223,4 +224,21 @@ if __name__ == "__main__":
         trainer = train(asked.cache, asked.folder, moc=DROPS, before_step=before_step, **settings)
     assert (trainer.step, trainer.finished) == ((2, False) if asked.told else (asked.steps, True))
     assert trainer.parallel.world_size == int(os.environ["WORLD_SIZE"])
+
+
+def by_run(arguments: list[str]) -> list[list[str]]:
+    """The arguments of each run, which stand between words THEN."""
+    runs: list[list[str]] = [[]]
+    for argument in arguments:
+        if argument == THEN:
+            runs.append([])
+        else:
+            runs[-1].append(argument)
+    return runs
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for arguments in by_run(sys.argv[1:]):
+        run(arguments)
     torch.distributed.destroy_process_group()

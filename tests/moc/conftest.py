@@ -1,11 +1,33 @@
 """What tests of training share."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.runs import make_cache
+from tests.runs import THEN, launch, make_cache
+
+# By name: which runs of two processes there are, and what is asked of each.
+TWO = {
+    "plain": [],
+    "poisoned": ["--poisoned", "scene0.75"],
+    "told": ["--told", "1"],
+    "full": ["--full", "2"],
+    "shard": ["--axis", "shard", "--validation", "3"],
+    "sequence": ["--axis", "sequence", "--validation", "3"],
+}
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A small cache to train the debug model on; returns its folder."""
     return make_cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory) -> Path:
+    """A folder of the runs of TWO, which the same two processes trained: most of their time they start."""
+    folder = tmp_path_factory.mktemp("two")
+    small = make_cache(folder / "cache")
+    words = [word for name, asked in TWO.items() for word in (THEN, small, folder / name, *asked)]
+    launch(2, *words[1:])
+    return folder

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from moc.training import Metrics, Validator, find_checkpoint, read_metrics
 from moc.training.interruption import NOT_FINISHED, SIGNALS, Interruption
 from tests import pipeline
 from tests.pipeline import ROOT, train_arguments
-from tests.runs import DROPS, launch, losses, poisoned, train
+from tests.runs import DROPS, losses, poisoned, train
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +127,8 @@ def test_weights_that_give_no_finite_loss_are_not_saved(cache, tmp_path, caplog)
     assert caplog.messages[-1].startswith("SIGTERM: the weights give no finite loss and are not saved")
 
 
-def test_one_process_that_is_told_ends_all_at_the_same_step(cache, tmp_path):
-    launch(2, cache, tmp_path / "run", "--told", "1")  # which asserts that each has taken two steps
+def test_one_process_that_is_told_ends_all_at_the_same_step(cache, two_processes, tmp_path):
+    shutil.copytree(two_processes / "told", tmp_path / "run")  # whose processes assert that each has taken two steps
     assert find_checkpoint(tmp_path / "run").name == "step_0000002"
     train(cache, tmp_path / "whole", moc=DROPS)
     train(cache, tmp_path / "run", moc=DROPS, resume=True)
@@ -159,6 +160,15 @@ def test_a_failure_of_helpers_that_were_told_to_end_as_well():
 # The command
 
 
+def one_of_each(signals, places):
+    """Pairs of which only one for each signal and place is fast: the trainer's tests above have every signal."""
+    return [
+        pytest.param(number, place, marks=() if index % len(places) == at else pytest.mark.slow)
+        for index, number in enumerate(signals)
+        for at, place in enumerate(places)
+    ]
+
+
 @pytest.fixture
 def handlers():
     """Puts back what a command that was told to end has changed for good."""
@@ -173,8 +183,7 @@ def undisturbed(prepared, tmp_path_factory):
     return pipeline.train(prepared, tmp_path_factory.mktemp("undisturbed") / "run", "trainer.validate_every=1")
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("place", ["step", "validation"])
+@pytest.mark.parametrize(("number", "place"), one_of_each(SIGNALS, ["step", "validation"]))
 def test_the_command_says_that_it_is_not_finished_and_goes_on(
     prepared, undisturbed, tmp_path, monkeypatch, handlers, place, number, caplog, capfd
 ):
@@ -196,8 +205,7 @@ def test_the_command_says_that_it_is_not_finished_and_goes_on(
     assert same_end(run, undisturbed)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("opened", ["open_dataset", "build_model"])
+@pytest.mark.parametrize(("number", "opened"), one_of_each(SIGNALS, ["open_dataset", "build_model"]))
 def test_a_signal_before_training_begins(
     prepared, undisturbed, tmp_path, monkeypatch, handlers, number, opened, caplog, capfd
 ):

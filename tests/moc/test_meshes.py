@@ -1,6 +1,8 @@
 """One loss and one gradient, whatever the mesh of processes: data, shards, sequence and their products. And checkpoints
 that open under any of them."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate import PartialState
@@ -8,32 +10,37 @@ from accelerate import PartialState
 from moc.errors import UserError
 from moc.training import Parallel, ParallelConfig, read_metrics
 from tests import meshes
-from tests.runs import DROPS, launch, losses, make_cache, train
+from tests.runs import DROPS, losses, train
 
 
 @pytest.fixture
 def expected(tmp_path, request):
-    """A folder with what one process makes of each case, on the device of the test."""
+    """A folder with what one process makes of the cases of the test, on its device."""
     PartialState._reset_state()
-    meshes.write_expected(tmp_path, request.param)
+    meshes.write_expected(tmp_path, *request.param)
     return tmp_path
 
 
-@pytest.mark.parametrize("expected", ["cpu"], indirect=True)
+# A model of each family, one of them with an adapter.
+TWO_CASES = [meshes.CASES[0], meshes.CASES[-1]]
+
+
+@pytest.mark.parametrize("expected", [("cpu", TWO_CASES)], ids=["cpu"], indirect=True)
 def test_two_processes_take_the_step_of_one(expected):
     meshes.launch(2, expected, "cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("expected", ["cpu"], indirect=True)
-def test_four_processes_take_the_step_of_one(expected):
-    meshes.launch(4, expected, "cpu")
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("expected", [("cpu", meshes.CASES)], ids=["cpu"], indirect=True)
+def test_processes_take_the_step_of_one_in_every_case(expected, processes):
+    meshes.launch(processes, expected, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("expected", ["auto"], indirect=True)
+@pytest.mark.parametrize("expected", [("auto", meshes.CASES)], ids=["auto"], indirect=True)
 def test_gpus_take_the_step_of_one(expected, processes):
     if torch.cuda.device_count() < processes:
         pytest.skip(f"needs {processes} GPUs")
@@ -47,18 +54,13 @@ def test_a_mesh_that_the_processes_do_not_fill(axes):
         Parallel(ParallelConfig("cpu", **axes))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return make_cache(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.mark.parametrize("axis", ["shard", "sequence"])
-def test_a_run_of_two_processes_validates_saves_and_goes_on_as_one(cache, tmp_path, axis):
+def test_a_run_of_two_processes_validates_saves_and_goes_on_as_one(cache, two_processes, tmp_path, axis):
     """Three held-out scenes over two processes, so that one of them computes a scene a second time to keep step."""
     PartialState._reset_state()
     one, two = tmp_path / "one", tmp_path / "two"
     train(cache, one, num_steps=6, moc=DROPS, validation=3)
-    launch(2, cache, two, "--axis", axis, "--validation", 3)
+    shutil.copytree(two_processes / axis, two)
     train(cache, two, num_steps=6, moc=DROPS, validation=3, resume=True)
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     held_out = [[row[key] for row in read_metrics(run) for key in row if "loss_0." in key] for run in (one, two)]

@@ -16,7 +16,7 @@ from moc.diffusion import Flow
 from moc.training import Metrics, TrackerConfig, read_metrics
 from moc.training import checkpoint as ckpt
 from moc.training.outcome import Outcome, Spikes, Totals
-from tests.runs import full_at, launch, launched, losses, train
+from tests.runs import full_at, launched, losses, train
 
 
 def checkpoints(folder):
@@ -43,9 +43,8 @@ def test_the_last_checkpoint_must_be_written(cache, tmp_path):
     assert checkpoints(tmp_path) == ["step_0000001"]
 
 
-def test_a_full_disk_of_the_main_process_stops_no_other(cache, tmp_path):
-    launch(2, cache, tmp_path / "run", "--full", 2)
-    assert checkpoints(tmp_path / "run") == ["step_0000001", "step_0000003", "step_0000004"]
+def test_a_full_disk_of_the_main_process_stops_no_other(two_processes):
+    assert checkpoints(two_processes / "full") == ["step_0000001", "step_0000003", "step_0000004"]
 
 
 def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch, caplog):

@@ -21,7 +21,7 @@ from moc.training.survey import Survey, peak_flops
 from models.mmdit import MMDiT
 from models.wan import WanTransformer3DModel
 from tests.caches import scene, write_cache
-from tests.runs import DROPS, launch, train
+from tests.runs import DROPS, train
 
 TEXT_DIM = 6
 
@@ -62,9 +62,8 @@ def test_what_a_run_tells_of_each_step(rows):
         assert "memory_gib" not in row
 
 
-def test_the_parts_of_the_loss_are_those_of_all_processes(cache, rows, tmp_path):
-    launch(2, cache, tmp_path / "two")
-    for one, two in zip(rows, read_metrics(tmp_path / "two"), strict=True):
+def test_the_parts_of_the_loss_are_those_of_all_processes(rows, two_processes):
+    for one, two in zip(rows, read_metrics(two_processes / "plain"), strict=True):
         parts = {name: value for name, value in one.items() if name.startswith("loss/")}
         assert {"loss/shot_1", "loss/shot_2", "loss/shot_3"} <= parts.keys()
         assert any(name.startswith("loss/noise_") for name in parts)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from moc.training import OptimConfig, find_checkpoint, read_metrics
-from tests.runs import DROPS, launch, losses, poisoned, train
+from tests.runs import DROPS, losses, poisoned, train
 
 SCENES = [f"scene{number / 4}" for number in range(8)]
 
@@ -70,14 +70,14 @@ def test_a_run_goes_on_as_if_skipped_steps_were_not_there(cache, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_two_processes_skip_the_same_steps(cache, tmp_path):
+def test_two_processes_skip_the_same_steps(cache, two_processes, tmp_path):
+    runs = tmp_path, two_processes / "poisoned"
     with poisoned("scene0.75"):
-        train(cache, tmp_path / "one", moc=DROPS)
-    launch(2, cache, tmp_path / "two", "--poisoned", "scene0.75")
-    steps = [{step: set(names.split(", ")) for step, names in skipped(tmp_path / n).items()} for n in ("one", "two")]
+        train(cache, runs[0], moc=DROPS)
+    steps = [{step: set(names.split(", ")) for step, names in skipped(run).items()} for run in runs]
     assert steps[0]
     assert steps[1] == steps[0]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-6)
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-6)
 
 
 def test_too_many_in_a_row_end_the_run_and_the_last_good_checkpoint_stands(cache, tmp_path):

@@ -14,7 +14,7 @@ from moc.schedule import Stage
 from moc.training import EMA, OptimConfig, find_checkpoint, read_metrics
 from moc.training import checkpoint as ckpt
 from moc.training.optim import build_optimizer, learning_rate
-from tests.runs import DROPS, MOC, launch, losses, make_trainer, train
+from tests.runs import DROPS, MOC, losses, make_trainer, train
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,9 @@ def test_micro_batches_add_up_to_the_packed_step(cache, tmp_path):
     assert_same_weights(one, two, atol=1e-5, rtol=1e-4)
 
 
-def test_two_processes_train_as_one(cache, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
+def test_two_processes_train_as_one(cache, two_processes, tmp_path):
+    one, two = tmp_path / "one", two_processes / "plain"
     train(cache, one, moc=DROPS)  # all in one pack
-    launch(2, cache, two)
     assert losses(two) == pytest.approx(losses(one), rel=2e-6)
     assert_same_weights(one, two, atol=1e-5, rtol=1e-4)
 
