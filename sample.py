@@ -2,7 +2,8 @@
 
 Writes to DIR, each as soon as it is known: latents/NN.safetensors, shots/NN.mp4, then video.mp4, metadata.json with
 everything to repeat it, storyboard.png and routing.png. A command that was killed goes on where it was. script=FOLDER
-films each script in it, to DIR/NAME; dry_run=true tells what the films will cost, and makes none.
+films each script in it, to DIR/NAME; dry_run=true tells what the films will cost, and makes none. `accelerate launch
+sample.py` deals the scripts to its processes, or with parallel.sequence=N has N of them make each film together.
 """
 
 from configs.command import command
@@ -16,13 +17,14 @@ def main(config: SampleConfig) -> None:
     """Loads model and scripts, films shot by shot, and tells what to look at."""
     filmmaker, found = Filmmaker(config), find_films(config.script, config.out)
     films = [(filmmaker.read(path, config.size, config.fps), folder) for path, folder in found]
+    is_main = filmmaker.parallel.is_main
     if config.dry_run:
-        for script, folder in films:
+        for script, folder in films if is_main else ():
             plan = filmmaker.plan(script)
             print(f"{folder.path}: {script.title}", *filmmaker.estimate(plan).lines(plan), sep="\n")
         return
     filmmaker.make(films, config.redo)
-    for _, folder in films:
+    for _, folder in films if is_main else ():
         print(*folder.files(), sep="\n")
 
 

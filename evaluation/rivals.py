@@ -8,6 +8,7 @@ from torch import nn
 from moc import MoCConfig
 from moc.batch import Batch
 from moc.diffusion import Flow
+from moc.errors import UserError
 from moc.training import Parallel, Validator, rivals
 
 
@@ -32,10 +33,17 @@ class RivalRow:
 def compare(
     model: nn.Module, moc: MoCConfig, flow: Flow, batches: list[Batch], seed: int, parallel: Parallel
 ) -> Iterator[RivalRow]:
-    """The rows of dense, MoC and own-shot attention: with equal noise on all shots, then after a clean history."""
+    """The rows of dense, MoC and own-shot attention: with equal noise on all shots, then after a clean history. Every
+    process takes part, with scenes of its own. Raises UserError, on all of them, where one has none."""
+    if parallel.any(not batches):
+        raise UserError(
+            f"data.validation is too small: each of {parallel.data_ranks} processes needs a scene or more; raise it, "
+            "or start fewer"
+        )
     for clean_history in (False, True):
         validator = Validator(batches, flow, seed=seed, clean_history=clean_history)
         for name, attention in rivals(moc).items():
-            sums = validator.losses(model, attention, parallel)
+            sums = parallel.sum(validator.losses(model, attention, parallel))
             losses = dict(zip(validator.sigmas, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-            yield RivalRow(name, clean_history, validator.routing(model, attention, parallel)["sparsity"], losses)
+            sparsity = validator.routing(model, attention, parallel)["sparsity"]
+            yield RivalRow(name, clean_history, sparsity, losses)

@@ -3,8 +3,9 @@
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from film.script import Script, load_script
 from film.shooting import ROUTING, OnStep, Shooting
 from moc import MoCConfig, __version__
 from moc.checkout import commit
-from moc.diffusion import Flow, Progress, SamplingConfig, sample_shots
+from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
 from moc.errors import UserError
 from moc.memory import SAMPLING, enough_for
 from moc.statistics import RoutingMap
-from moc.training import Parallel, ParallelConfig
+from moc.training import MeshConfig, Parallel, ParallelConfig
 from models import Encoders, load_denoiser, load_encoders, place
 from models.checkpoints.contents import Contents
 from models.checkpoints.loras import read_choices
@@ -42,10 +43,10 @@ class FilmmakerConfig:
     one, where checkpoint is the other. lora: a LoRA's file or folder, of any maker, or a list of such and of
     {path: PATH, weight: NUMBER}, merged into the weights. low_noise_lora: as lora, of the low-noise expert alone; null
     takes lora. encoders_path: a folder of them, or a diffusers pipeline. device, precision: as
-    in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. offload: of two experts only
-    the one in use stays on the GPU. shift: of the noise levels. moc: the settings of attention. null, in encoders_path,
-    shift and each setting of moc, takes the checkpoint's. keep_every: sampling is kept after so many steps, and after
-    each shot."""
+    in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. parallel: what several
+    processes do together. offload: of two experts only the one in use stays on the GPU. shift: of the noise levels.
+    moc: the settings of attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's.
+    keep_every: sampling is kept after so many steps, and after each shot."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None
@@ -54,6 +55,7 @@ class FilmmakerConfig:
     encoders_path: str | None = None
     device: str = "auto"
     precision: str = "auto"
+    parallel: MeshConfig = field(default_factory=MeshConfig)
     offload: bool = False
     shift: float | None = None
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
@@ -74,7 +76,7 @@ class Filmmaker:
 
     def __init__(self, config: FilmmakerConfig) -> None:
         self.config, self.sampler = config, config.sampler
-        self.parallel = Parallel(ParallelConfig(config.device, config.precision))
+        self.parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
         self.contents = Contents.sound(config.checkpoint)
         self.checkpoint = self.contents.path
         self.seen = Seen.read(self.contents)
@@ -88,8 +90,8 @@ class Filmmaker:
 
     @cached_property
     def model(self) -> Any:
-        """The model on its device, which it takes when the first film is sampled."""
-        return place(self._loaded, self.parallel.device, self.config.offload)
+        """The model on its device or those of the team, which it takes when the first film is sampled."""
+        return place(self._loaded, self.parallel, self.config.offload)
 
     @cached_property
     def moc(self) -> MoCConfig:
@@ -151,26 +153,34 @@ class Filmmaker:
         }
 
     def make(self, films: Sequence[tuple[Script, FilmFolder]], redo: Sequence[int] = ()) -> None:
-        """Films scripts, as `film` does. All are encoded before the first is sampled; each process of several takes its
-        share of them."""
-        films = films[self.parallel.rank :: self.parallel.world_size]
+        """Films scripts, as `film` does; returns when all processes have made theirs. All are encoded before the first
+        is sampled; each team of processes takes its share of them."""
+        films = films[self.parallel.team :: self.parallel.num_teams]
         plans = []
         for script, folder in films:
-            seeded = self._with_seeds_of(folder, script, redo) if redo else script
-            plans.append((self.plan(seeded), folder))
+            if redo:
+                seeded = self._with_seeds_of(folder, script, redo) if self.parallel.leads else script
+                script = self.parallel.share(seeded)
+            plans.append((self.plan(script), folder))
         for plan, folder in plans:
             self.film(plan, folder, redo)
+        self.parallel.gather(None)
 
     def estimate(self, plan: FilmPlan) -> Estimate:
         """What a film will cost."""
         return estimate(plan, self._loaded, self.moc, self.flow, self.sampler)
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = ()) -> None:
-        """Makes a film, goes on with it where it was stopped, or leaves it where it is whole.
+        """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Of a team every process
+        takes part, and the first one alone has to do with the folder.
 
         redo: numbers of shots of a whole film, from 1, that are made anew; the others stay as they are, and a new shot
         sees those before it. Raises DataError where the folder holds another film.
         """
+        if not self.parallel.leads:
+            if self.parallel.share(False):
+                self._help(plan)
+            return
         request = self.request(plan)
         with folder.held():
             folder.check_request(request, redo)
@@ -178,7 +188,7 @@ class Filmmaker:
                 routing = folder.read_routing()
                 routing[:, :, [plan.filmed[number - 1] for number in redo]] = 0
                 folder.reopen(request, redo, {ROUTING: routing})
-            if not folder.is_finished:
+            if self.parallel.share(not folder.is_finished):
                 self._make(plan, folder, request)
             present(folder, plan)
             folder.forget()  # now, since shots made anew are not asked for twice
@@ -205,18 +215,45 @@ class Filmmaker:
         ]
         return replace(script, shots=(*kept, *shots[len(kept) :]))
 
+    def _sample(
+        self,
+        story: Story,
+        routing_map: RoutingMap,
+        on_step: OnStep | None = None,
+        start: Progress | None = None,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Samples the shots of a story, for a team from where its first process says."""
+        start = self.parallel.share(start)
+        settings = (self.moc, self.flow, story, self.sampler)
+        return sample_shots(self.model, self.model.stream, *settings, on_step, routing_map, start)
+
+    def _help(self, plan: FilmPlan) -> None:
+        """Computes this process's share of the forward passes of a film that the team makes."""
+        story = self._story(plan, {})
+        with self._sampling(plan):
+            for _ in self._sample(story, self._routing_map(plan)):
+                pass
+
+    def _story(self, plan: FilmPlan, given: dict[int, Tensor]) -> Story:
+        """What is sampled. given: latents by index in the stream that are known besides the plan's; a team's are those
+        of its first process."""
+        return replace(plan.story(), given=plan.given | self.parallel.share(given))
+
+    def _routing_map(self, plan: FilmPlan) -> RoutingMap:
+        return RoutingMap(len(plan.shapes), self.parallel.sum_over_heads)
+
+    @contextmanager
+    def _sampling(self, plan: FilmPlan) -> Iterator[None]:
+        with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
+            yield
+
     def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> None:
-        started, routing_map, device = time.time(), RoutingMap(len(plan.shapes)), self.parallel.device
+        started, routing_map, device = time.time(), self._routing_map(plan), self.parallel.device
         folder.copy_pictures(plan.pictures)
         shooting = Shooting(folder, plan, self.encoders.codec, request, routing_map, self.config.keep_every)
-        story = replace(plan.story(), given=plan.given | shooting.given())
-
-        def sampling(on_step: OnStep, start: Progress | None) -> Iterator[tuple[int, Tensor]]:
-            model, settings = self.model, (self.moc, self.flow, story, self.sampler)
-            return sample_shots(model, model.stream, *settings, on_step, routing_map, start)
-
-        with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
-            num_frames = shooting.run(sampling)
+        story = self._story(plan, shooting.given())
+        with self._sampling(plan):
+            num_frames = shooting.run(partial(self._sample, story, routing_map))
         folder.remove_pictures()
         folder.write_routing(routing_map.counts)
         facts = {

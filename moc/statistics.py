@@ -56,7 +56,9 @@ class RoutingMap:
     and levels are counted as one.
     """
 
-    def __init__(self, num_shots: int) -> None:
+    def __init__(self, num_shots: int, sum_over_heads: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
+        """sum_over_heads: adds up the counts of those who have the other heads, where several share a stream."""
+        self.sum_over_heads = sum_over_heads
         self.is_detailed = num_shots <= MOST_DETAILED
         self.counts = torch.zeros(0, NOISE_LEVELS if self.is_detailed else 1, num_shots, num_shots)
 
@@ -75,7 +77,7 @@ class RoutingMap:
             missing = max(0, layer + 1 - len(self.counts))
             counts = self.counts.to(layout.device)
             self.counts = torch.cat([counts, counts.new_zeros(missing, *counts.shape[1:])]) if missing else counts
-            found = shot_counts(routes, layout)[places].float()
+            found = self.sum_over_heads(shot_counts(routes, layout)[places]).float()
             self.counts[layer][depths[:, None], rows[:, None], columns] += found
 
         return observe

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from moc import MoCConfig
 from moc.errors import UserError, check_least
+from moc.training import Parallel
 from models.checkpoints.contents import Contents
 from models.checkpoints.experts import BOUNDARY, Experts, check_places
 from models.checkpoints.loras import LoraChoice
@@ -191,14 +193,21 @@ def load_denoiser(
     return Experts(load_model(high.path, dtype, loras=loras), low_model, starts[0] or BOUNDARY)
 
 
-def place(model: nn.Module, device: torch.device, offload: bool = False) -> nn.Module:
-    """The model on `device`, ready to sample. offload: of two experts the one in use alone."""
+def place(model: Any, parallel: Parallel, offload: bool = False) -> nn.Module:
+    """The model, ready to sample, on the device of this process or those of its team. offload: of two experts the one
+    in use alone. Raises UserError where there are not two, or a team holds them."""
+    model.eval().requires_grad_(False)
+    experts = (model.high, model.low) if isinstance(model, Experts) else (model,)
     if not offload:
-        return model.to(device).eval()
+        for expert in experts:
+            parallel.spread(expert)
+        return model
     if not isinstance(model, Experts):
         raise UserError("offload=true is for a pair of experts, of which one waits in CPU memory; this model is one")
-    model.offload(device)
-    return model.eval()
+    if parallel.is_sharded:
+        raise UserError("offload=true is for experts that one process holds: leave out parallel.shard and .sequence")
+    model.offload(parallel.device)
+    return model
 
 
 def save_model(model: StreamModel, folder: str | Path, config: MoCConfig) -> None:

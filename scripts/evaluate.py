@@ -1,5 +1,6 @@
 """Held-out loss of one checkpoint under dense, MoC and own-shot-only attention, at the same noise:
-python scripts/evaluate.py checkpoint=PATH data.path=PREPARED [key=value ...]
+python scripts/evaluate.py checkpoint=PATH data.path=PREPARED [key=value ...], or with `accelerate launch`, which deals
+the scenes to the processes.
 
 MoC has no parameters, so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal
 noise on all shots the rows barely differ; a clean history before one noisy shot tells what the history is worth.
@@ -20,8 +21,8 @@ from data.records import write_whole
 from evaluation.rivals import compare
 from moc import MoCConfig
 from moc.errors import UserError
-from moc.training import Parallel, ParallelConfig
-from models import Contents, load_model
+from moc.training import MeshConfig, Parallel, ParallelConfig
+from models import Contents, load_model, place
 
 
 @dataclass
@@ -31,6 +32,7 @@ class EvaluateConfig:
     checkpoint: a run's folder, a checkpoint, or a model folder.
     output: a file for the rows, as JSON; empty only prints them.
     device, precision: as in `moc.training.ParallelConfig`.
+    parallel: what processes do together.
     seed: the seed of the noise.
     moc: settings of attention; null takes the checkpoint's.
     data: the scenes, of which data.validation are held out and evaluated.
@@ -40,6 +42,7 @@ class EvaluateConfig:
     output: str = ""
     device: str = "auto"
     precision: str = "auto"
+    parallel: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     data: DataConfig = field(default_factory=DataConfig)
@@ -49,16 +52,19 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     if not config.checkpoint:
         raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
-    parallel = Parallel(ParallelConfig(config.device, config.precision))
+    parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
     contents = Contents.sound(config.checkpoint)
-    model = load_model(contents).to(parallel.device)  # type: ignore[arg-type]
-    moc = contents.moc.override(config.moc)
-    batches = list(held_out(open_dataset(config.data), config.data.validation, model.stream, moc.chunk_tokens))
+    model = load_model(contents)
+    place(model, parallel)
+    moc, share = contents.moc.override(config.moc), (parallel.data_rank, parallel.data_ranks)
+    dataset = open_dataset(config.data)
+    batches = list(held_out(dataset, config.data.validation, model.stream, moc.chunk_tokens, *share))
     rows = []
     for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel):
-        print(row.line, flush=True)
         rows.append(asdict(row))
-    if config.output:
+        if parallel.is_main:
+            print(row.line, flush=True)
+    if config.output and parallel.is_main:
         write_whole(Path(config.output), (json.dumps(rows, indent=1) + "\n").encode())
 
 

@@ -4,12 +4,13 @@ from moc.training.checkpoint import find_checkpoint, sound_checkpoint
 from moc.training.ema import EMA
 from moc.training.metrics import Metrics, TrackerConfig, read_metrics
 from moc.training.optim import OptimConfig
-from moc.training.parallel import Parallel, ParallelConfig, join_processes
+from moc.training.parallel import MeshConfig, Parallel, ParallelConfig, join_processes
 from moc.training.trainer import Trainer, TrainerConfig
 from moc.training.validation import Validator, rivals
 
 __all__ = [
     "EMA",
+    "MeshConfig",
     "Metrics",
     "OptimConfig",
     "Parallel",

@@ -115,7 +115,7 @@ class Alone:
         return [value]
 
 
-class Team(Protocol):
+class Writers(Protocol):
     """The processes that write a checkpoint; see `Parallel`."""
 
     @property
@@ -130,32 +130,32 @@ class Team(Protocol):
 
 
 @contextmanager
-def new_checkpoint(run_folder: Path, step: int, team: Team | None = None) -> Iterator[Path]:
+def new_checkpoint(run_folder: Path, step: int, writers: Writers | None = None) -> Iterator[Path]:
     """A folder to fill; it becomes `checkpoints/step_...` when the block ends well, and is removed when it does not.
 
-    team: the processes that fill it, where they are several; all come here, and what the block raises it must raise on
-    all of them. Raises DiskError where the disk does not take it.
+    writers: the processes that fill it, where they are several; all come here, and what the block raises it must raise
+    on all of them. Raises DiskError where the disk does not take it.
     """
-    team = team or Alone()
+    writers = writers or Alone()
     final = run_folder / "checkpoints" / f"step_{step:07d}"
     partial = final.with_name(f"partial_{step:07d}")
     try:
-        with team.together():
-            if team.is_main:
+        with writers.together():
+            if writers.is_main:
                 _remove_partial(final.parent)
                 partial.mkdir(parents=True)
         yield partial
-        with team.together():
-            share = checksums(partial, team.rank, team.world_size)
-        shares = team.gather(share)
-        with team.together():
-            if team.is_main:
+        with writers.together():
+            share = checksums(partial, writers.rank, writers.world_size)
+        shares = writers.gather(share)
+        with writers.together():
+            if writers.is_main:
                 seal(partial, {name: value for share in shares for name, value in share.items()})
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
                 sync(final.parent)
     except BaseException as error:
-        if team.is_main:
+        if writers.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         if reason := disk_error(error):
             raise DiskError(

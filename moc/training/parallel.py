@@ -41,8 +41,25 @@ _BROKEN = re.compile(r"gloo|nccl|timed out|connection (closed|reset)|broken pipe
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the processes of a command share its work and its weights.
+
+    sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
+    with samples of their own the weights are sharded, and over those of the streams besides; where nothing is trained
+    these make the same film. replicate: how often that is repeated; 0 is as often as there are processes for."""
+
+    replicate: int = 0
+    shard: int = 1
+    sequence: int = 1
+
+    def __post_init__(self) -> None:
+        check_least(self, "parallel", 1, "shard", "sequence")
+        check_least(self, "parallel", 0, "replicate")
+
+
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(MeshConfig):
     """Where and how a step is computed.
 
     device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
@@ -54,9 +71,7 @@ class ParallelConfig:
     swap_blocks: keep the frozen weights of so many blocks in the host's memory, each of which comes while the block
     before it computes; it needs activation_checkpointing.
     timeout: seconds after which processes that wait for another one end the job and name it.
-    sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
-    with samples of their own the weights are sharded, and over those of the streams besides. replicate: how often that
-    is repeated; 0 is as often as there are processes for."""
+    """
 
     device: str = "auto"
     precision: str = "auto"
@@ -66,15 +81,13 @@ class ParallelConfig:
     offload_activations: bool = False
     swap_blocks: int = 0
     timeout: float = 600.0
-    replicate: int = 0
-    shard: int = 1
-    sequence: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.precision not in ("auto", *PRECISIONS):
             raise UserError(f"precision={self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
-        check_least(self, "parallel", 1, "accumulation", "timeout", "shard", "sequence")
-        check_least(self, "parallel", 0, "replicate", "swap_blocks")
+        check_least(self, "parallel", 1, "accumulation", "timeout")
+        check_least(self, "parallel", 0, "swap_blocks")
         for name in ("swap_blocks", "recompute_parts"):
             if getattr(self, name) and not self.activation_checkpointing:
                 raise UserError(
@@ -93,7 +106,8 @@ class Parallel:
 
     data_rank, data_ranks: among the processes with samples of their own; those that hold a stream together count as
     one. saving: a context in which a forward pass keeps what its backward needs where the configuration says.
-    is_sharded: whether forward passes of all processes must keep step.
+    is_sharded: whether forward passes of all processes must keep step. team, num_teams: which team of processes this
+    one belongs to, where those that hold a model together make one thing together; leads: whether it is its first.
     Raises UserError for a device that does not exist, for a mesh that the processes do not fill, and where accelerate
     started one process of several.
     """
@@ -124,8 +138,10 @@ class Parallel:
             self._exchange = Exchange(group, self.rank % config.sequence, config.sequence)
         shards = config.shard * config.sequence
         self.is_sharded = shards > 1
+        self.team, self.num_teams = self.rank // shards, self.world_size // shards
+        self.leads = self.rank % shards == 0
         if self.is_sharded:
-            mesh = self._mesh(replicate=self.world_size // shards, shard=shards)
+            mesh = self._mesh(replicate=self.num_teams, shard=shards)
             self._shard_mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
         if self.is_main:
             name = f"{self.device_name} ({self.device})" if has_gpu else self.device_name
@@ -152,25 +168,46 @@ class Parallel:
         return move(tensor, self.device)
 
     def wrap(self, model: Any) -> nn.Module:
-        """A model as the training loop calls it, on the device: its gradients are averaged over all processes. Where
-        it is sharded, it is so in place, and each of its `blocks` is gathered while it computes. Raises UserError where
-        no blocks can be swapped."""
-        if self._exchange:
-            model.exchange = self._exchange
-        if self.is_sharded:
-            # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
-            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-            for unit in (*model.blocks, model):
-                fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
-            return model
-        if self._swap_blocks:
+        """A model as the training loop calls it, on the device: its gradients are averaged over all processes. Raises
+        UserError where no blocks can be swapped."""
+        if not self._swap_blocks:
+            self.spread(model)
+        else:
             Swap(model, self._swap_blocks, self.device)
             # DDP would send weights from the main process, all on one device; frozen ones are alike without.
             frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-        else:
+        if self.is_sharded or self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def spread(self, model: Any) -> None:
+        """Puts a model, in place, on the device or on those of the processes that hold it together: where it is
+        sharded, each of its `blocks` is gathered while it computes."""
+        model.exchange = self._exchange
+        if not self.is_sharded:
             model.to(self.device)
-        return model if self.world_size == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+            return
+        # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        for unit in (*model.blocks, model):
+            fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
+
+    def share(self, value: Result) -> Result:
+        """The value of the team's first process, on each of the team."""
+        if not self.is_sharded:
+            return value
+        values = [value]
+        group = self._shard_mesh.get_group("shard")
+        dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group)
+        return values[0]
+
+    def sum_over_heads(self, values: Tensor) -> Tensor:
+        """The sum over the processes that hold a stream, each of which has some heads; on each of them."""
+        if self._exchange:
+            values = values.clone()
+            dist.all_reduce(values, group=self._exchange.group)
+        return values
 
     def keep_gradients(self, model: nn.Module) -> AbstractContextManager:
         """While it lasts, backward adds to this process's own gradients of a wrapped model and averages none. Those of

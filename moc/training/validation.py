@@ -68,7 +68,7 @@ class Validator:
     def routing(self, model: nn.Module, moc: MoCConfig, parallel: Parallel) -> dict[str, Any]:
         """What attention did on the first held-out batch at sigma 0.8 (of an expert's range): sparsity and FLOPs
         averaged over all layers, dense ones among them; entropy and unused over those that route, and absent where none
-        does."""
+        does. Where processes share a stream, all of them take part, and entropy and unused are means of their heads."""
         batch = _on(self.batches[0], parallel, moc)
         rows: list[dict[str, float]] = []
 
@@ -91,7 +91,10 @@ class Validator:
                 self.flow.loss(model, batch, levels, moc, self.seed, on_routes=observe)
         if not rows:
             return {"sparsity": 0.0, "flops_of_dense": 1.0}
-        means = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        sums = {key: sum(row[key] for row in rows) for key in rows[0]} | {"rows": len(rows)}
+        of_all_heads = parallel.sum_over_heads(parallel.put(torch.tensor(list(sums.values()), dtype=torch.float64)))
+        *values, count = of_all_heads.tolist()
+        means = {key: value / count for key, value in zip(rows[0], values, strict=True)}
         routed = len(rows) / (len(rows) + moc.dense_layers)  # share of the layers
         whole = {"sparsity": means["sparsity"] * routed, "flops_of_dense": 1 + (means["flops_of_dense"] - 1) * routed}
         return means | whole

@@ -256,9 +256,9 @@ def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypa
     filmmaker, made = open_filmmaker(trained), []
     monkeypatch.setattr(filmmaker, "film", lambda plan, folder, redo: made.append(folder.path.name))
     films = [(filmmaker.read(write(STORY)), FilmFolder(tmp_path / name)) for name in "abcde"]
-    monkeypatch.setattr(filmmaker.parallel, "world_size", 2)
-    for rank in (0, 1):
-        monkeypatch.setattr(filmmaker.parallel, "rank", rank)
+    monkeypatch.setattr(filmmaker.parallel, "num_teams", 2)
+    for team in (0, 1):
+        monkeypatch.setattr(filmmaker.parallel, "team", team)
         filmmaker.make(films)
     assert made == ["a", "c", "e", "b", "d"]
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from moc import MoCConfig, Sample, make_batch
+from moc.training import Parallel, ParallelConfig
 from moc.training.integrity import checksums, seal
 from models import Experts, load_denoiser, load_model, place
 from models.checkpoints.contents import Contents
@@ -108,7 +109,7 @@ def test_one_model_stays_one(experts, tmp_path):
         assert Contents(path).experts is None
         assert isinstance(load_denoiser(path), WanTransformer3DModel)
     with pytest.raises(ValueError, match="offload=true is for a pair"):
-        place(load_denoiser(experts["files"]), torch.device("cpu"), offload=True)
+        place(load_denoiser(experts["files"]), Parallel(ParallelConfig("cpu")), offload=True)
 
 
 def test_weights_are_halved_and_norms_are_not(experts):
@@ -129,7 +130,10 @@ def run(model, sigma: float, device="cpu"):
 
 @torch.no_grad()
 def test_experts_that_take_turns_are_the_same(experts):
-    plain, turns = load_denoiser(experts["files"]), place(load_denoiser(experts["files"]), torch.device("cpu"), True)
+    plain, turns = (
+        load_denoiser(experts["files"]),
+        place(load_denoiser(experts["files"]), Parallel(ParallelConfig("cpu")), True),
+    )
     for sigma in (0.9, 0.5, 0.95):
         assert torch.equal(run(plain, sigma), run(turns, sigma))
     assert turns.low._hf_hook.prev_module_hook.model is turns.high  # whoever is called sends the other away
@@ -140,7 +144,7 @@ def test_experts_that_take_turns_are_the_same(experts):
 @torch.no_grad()
 def test_one_expert_at_a_time_is_on_the_gpu(experts):
     plain = load_denoiser(experts["files"])
-    model = place(load_denoiser(experts["files"]), torch.device("cuda"), offload=True)
+    model = place(load_denoiser(experts["files"]), Parallel(ParallelConfig("cuda")), offload=True)
     for sigma, there, away in ((0.9, "high", "low"), (0.5, "low", "high"), (0.9, "high", "low")):
         torch.testing.assert_close(run(model, sigma, "cuda"), run(plain, sigma), rtol=1e-3, atol=1e-3)
         assert next(getattr(model, there).parameters()).is_cuda
