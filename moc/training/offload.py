@@ -1,13 +1,19 @@
-"""What backward needs, kept in the host's memory meanwhile."""
+"""What a GPU does not need at once, kept in the host's memory meanwhile: tensors for backward, averages of AdamW."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
+from moc.errors import UserError
+
 _LEAST = 1 << 20  # bytes; smaller tensors stay where they are
 _PIECE = 1 << 26  # bytes; torch takes pinned memory in powers of two, which may be twice a large tensor in one piece
+
+_STEPPED = 1 << 26  # numbers of parameters that step together
 
 
 class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
@@ -53,3 +59,64 @@ class _OnHost:
         for place, piece in zip(out.view(-1).split(len(self.pieces[0])), self.pieces, strict=True):
             place.copy_(piece, non_blocking=True)
         return out
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW whose averages of gradients wait on the host. In a step those of some parameters come to the device, which
+    computes as ever, and go back; the host waits for it."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._hosts: dict[tuple[Tensor, str], Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for some in _together(group["params"]):
+                    for parameter, state, key in self._averages(some):
+                        state[key] = state[key].to(parameter.device, copy=True, non_blocking=True)
+                    self.param_groups = [group | {"params": some}]
+                    super().step()
+                    self.rest(some)
+        finally:
+            self.param_groups = groups
+
+    def rest(self, parameters: Sequence[Tensor]) -> None:
+        """Sends the averages of these parameters to the host."""
+        for parameter, state, key in self._averages(parameters):
+            if (parameter, key) not in self._hosts:
+                self._hosts[parameter, key] = torch.empty(state[key].shape, dtype=state[key].dtype)
+                if parameter.is_cuda:
+                    pin(self._hosts[parameter, key])
+            state[key] = self._hosts[parameter, key].copy_(state[key])
+
+    def _averages(self, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor], str]]:
+        """Each parameter, its state and the name of a tensor in it, but for the count of steps."""
+        for parameter in parameters:
+            state = self.state.get(parameter, {})
+            yield from ((parameter, state, key) for key in list(state) if state[key].dim())
+
+
+def _together(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of parameters, each of few numbers or one of them."""
+    some: list[Tensor] = []
+    for parameter in parameters:
+        if some and sum(x.numel() for x in some) + parameter.numel() > _STEPPED:
+            yield some
+            some = []
+        some.append(parameter)
+    yield some
+
+
+def pin(host: Tensor) -> None:
+    """Pins memory in place, while it lasts. torch's own pinned memory comes in powers of two, of which a block
+    of 14 B would fill two thirds. Raises UserError where there is too little."""
+    error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 1))  # 1: for all devices
+    if error:
+        raise UserError(
+            f"{host.nbytes / 2**20:.0f} MiB of the host's memory cannot be pinned (CUDA error {error}): make "
+            "room there, or keep less in it: parallel.swap_blocks, optim.offload"
+        )
+    finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr()).atexit = False

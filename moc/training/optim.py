@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moc.errors import UserError, check_least
+from moc.training.offload import OffloadedAdamW
 
 Group = dict[str, Any]  # of an optimizer: its parameters and their settings
 
@@ -47,6 +48,7 @@ class OptimConfig:
     warmup_steps: the steps over which the learning rate rises.
     decay: "constant", or "cosine", which falls to zero over the run.
     clip_norm: the norm that gradients are clipped to.
+    offload: keep adamw's averages in the host's memory, from where each comes to the device for its step.
     """
 
     name: str = "adamw"
@@ -59,6 +61,7 @@ class OptimConfig:
     warmup_steps: int = 100
     decay: str = "constant"
     clip_norm: float = 1.0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_least(self, "optim", 0, "lr", "clip_norm", "weight_decay", "eps", "warmup_steps")
@@ -68,6 +71,10 @@ class OptimConfig:
             raise UserError(f"optim.betas={list(self.betas)} must be two numbers in [0, 1)")
         if self.decay not in ("constant", "cosine"):
             raise UserError(f"optim.decay={self.decay!r} is not one of constant, cosine")
+        if self.offload and self.name != "adamw":
+            raise UserError(
+                f"optim.offload=true is for optim.name=adamw, and this is {self.name}: leave one of them out"
+            )
         if self.name not in _BUILDERS and "." not in self.name:
             raise UserError(
                 f"optim.name={self.name!r} is not one of {', '.join(_BUILDERS)}, nor a class such as torch.optim.SGD"
@@ -158,7 +165,12 @@ def _groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[Gr
 def _build_adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """Fused, since it then heeds `found_inf`."""
     settings: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps, "fused": True} | config.args
-    return torch.optim.AdamW(_groups(parameters, config), lr=config.lr, **settings)
+    if config.offload and any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        raise UserError(
+            "optim.offload=true is for whole weights; parallel.shard and parallel.sequence share out states"
+        )
+    kind = OffloadedAdamW if config.offload else torch.optim.AdamW
+    return kind(_groups(parameters, config), lr=config.lr, **settings)
 
 
 def _build_adamw8bit(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

@@ -8,12 +8,12 @@ own; two slots of device memory hold the two. Weights that are trained stay on t
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
 from moc.errors import UserError
+from moc.training.offload import pin
 
 _ALIGNMENT = 256  # bytes; of each weight within the memory of its block
 
@@ -101,7 +101,7 @@ class _Waiting:
             end += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
         self.host = torch.empty(end, dtype=torch.uint8)
         if pinned:
-            _pin(self.host)
+            pin(self.host)
         for weight, here in zip(self.weights, self._parts(self.host), strict=True):
             here.copy_(weight.detach())
             weight.data = weight.new_empty(0)
@@ -113,15 +113,3 @@ class _Waiting:
 
     def _parts(self, memory: Tensor) -> Sequence[Tensor]:
         return [memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in self._places]
-
-
-def _pin(host: Tensor) -> None:
-    """Pins memory in place, while it lasts. torch's own pinned memory comes in powers of two, of which a block
-    of 14 B would fill two thirds."""
-    error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 1))  # 1: for all devices
-    if error:
-        raise UserError(
-            f"{host.nbytes / 2**20:.0f} MiB of the host's memory cannot be pinned (CUDA error {error}): lower "
-            "parallel.swap_blocks, or make room there"
-        )
-    finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr()).atexit = False

@@ -31,6 +31,7 @@ from moc.training.ema import EMA
 from moc.training.group_numbers import GroupNumbers
 from moc.training.interruption import Interruption
 from moc.training.metrics import Metrics, headline
+from moc.training.offload import OffloadedAdamW
 from moc.training.optim import (
     OptimConfig,
     build_optimizer,
@@ -155,6 +156,8 @@ class Trainer:
             self.bare_model.load_weights(checkpoint / "ema")
         self.ema.restore(state["step"])
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
+        if isinstance(self.optimizer, OffloadedAdamW):
+            self.optimizer.rest(list(self.optimizer.state))
         self._group_numbers.restore(state.get("optimizer", {"groups": [], "empty": []}))
         ckpt.load_rng(checkpoint, self.parallel.rank)
         self.step = state["step"]

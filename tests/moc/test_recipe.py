@@ -41,6 +41,23 @@ def tensors(folder, pattern="model/*.safetensors"):
 # Optimizers
 
 
+def test_averages_on_the_host_give_the_same_run(cache, tmp_path, monkeypatch):
+    """Also over a restart and a step that is left out; parameters step in several runs of some."""
+    monkeypatch.setattr("moc.training.offload._STEPPED", 2000)
+    for name, offload in (("plain", False), ("offloaded", True)):
+        optim = OptimConfig(lr=3e-3, warmup_steps=2, offload=offload)
+        with poisoned("scene0.25"):
+            train(cache, tmp_path / name, num_steps=2, optim=optim)
+        trainer = train(cache, tmp_path / name, num_steps=4, optim=optim, resume=True)
+    hosts, states = trainer.optimizer._hosts, trainer.optimizer.state
+    assert len(hosts) == 2 * len(states) > 20
+    assert all(states[parameter][key] is host for (parameter, key), host in hosts.items())
+    assert losses(tmp_path / "offloaded") == losses(tmp_path / "plain")
+    one, two = (tensors(tmp_path / run, "**/*.safetensors") for run in ("plain", "offloaded"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(key.endswith("exp_avg") for key in one)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_run_with_any_optimizer_learns_and_resumes_as_if_never_stopped(cache, tmp_path, name):
     if name == "adamw8bit":
@@ -85,6 +102,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
         (lambda: build_optimizer(model(), OptimConfig("torch.optim.None_")), "torch.optim.None_ cannot be imported"),
         (lambda: build_optimizer(model(), OptimConfig("nowhere.Adam")), "nowhere.Adam cannot be imported"),
         (lambda: build_optimizer(model(), OptimConfig(args={"speed": 3})), "optim.args={'speed': 3}: .*'speed'"),
+        (lambda: OptimConfig("muon", offload=True), "optim.offload=true is for optim.name=adamw, and this is muon"),
         (lambda: PartConfig(factor=-1), "optim.parts.factor=-1"),
         (lambda: freeze_parts(model(), [PartConfig("attn.*")]), "no parameter's name matches 'attn.\\*'"),
         (lambda: freeze_parts(model(), [PartConfig("*", 0)]), "freeze every parameter"),
