@@ -90,7 +90,8 @@ def settings(config: MemoryConfig) -> dict[str, Any]:
     return {
         "dim": model.dim, "layers": model.num_layers, "base": str(model.lora_base), "rank": model.lora_rank,
         "swapped": parallel.swap_blocks, "recomputed": parallel.activation_checkpointing,
-        "parts": parallel.recompute_parts, "offloaded": parallel.offload_activations, "optimizer": config.optim.name,
+        "parts": parallel.recompute_parts, "offloaded": parallel.offload_activations,
+        "optimizer": config.optim.name + " offloaded" * config.optim.offload,
         "shots": config.shots, "latent": list(config.latent), "limit_gib": config.limit_gib,
     }  # fmt: skip
 
