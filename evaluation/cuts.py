@@ -3,15 +3,21 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from data.prepare.scan import scan_video
+from data.prepare.shots import ShotDetector
 
 
 @dataclass(frozen=True)
 class CutAccuracy:
-    """score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of cuts within the tolerance."""
+    """score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of cuts within the tolerance. deviation: how
+    many frames off matched cuts are on average; nan where none is matched."""
 
     score: float
     precision: float
     recall: float
+    deviation: float = math.nan
 
 
 def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int, tolerance: int = 1) -> CutAccuracy:
@@ -25,7 +31,14 @@ def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int, to
     unmatched = len(found) + len(truth) - 2 * len(errors)
     discrepancy = (sum(errors) + unmatched * shot_length) / num_frames
     hits = len(match_cuts(found, truth, tolerance))
-    return CutAccuracy(math.exp(-discrepancy), _share(hits, len(found)), _share(hits, len(truth)))
+    deviation = sum(errors) / len(errors) if errors else math.nan
+    return CutAccuracy(math.exp(-discrepancy), _share(hits, len(found)), _share(hits, len(truth)), deviation)
+
+
+def found_cuts(film: Path, detector: ShotDetector) -> list[int]:
+    """First frames of the shots but the first that a detector sees in `film/video.mp4`; `film/scans` keeps the scan."""
+    spans = scan_video(film, "video.mp4", film / "scans", detector).spans or ()
+    return [start for start, _ in spans[1:]]
 
 
 def match_cuts(found: Sequence[int], truth: Sequence[int], within: float) -> list[int]:

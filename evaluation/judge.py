@@ -9,11 +9,10 @@ import torch
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
 from data.media.decode import open_video
-from data.prepare.scan import scan_video
 from data.prepare.shots import ShotDetector
 from data.storyworld.readers import name_place
 from data.storyworld.story import place_of_caption
-from evaluation.cuts import CutAccuracy, cut_accuracy
+from evaluation.cuts import CutAccuracy, cut_accuracy, found_cuts
 from film.script import Script
 from moc import StreamSpec
 from moc.diffusion import Flow
@@ -44,8 +43,7 @@ def judge_film(film: Path, script: Script, detector: ShotDetector) -> Verdict:
             cuts.append(num_frames)
         num_frames += reader.num_frames
         reader.close()
-    spans = scan_video(film, "video.mp4", film / "scans", detector).spans or ()
-    found = [start for start, _ in spans[1:]]
+    found = found_cuts(film, detector)
     return Verdict(places, cuts, found, cut_accuracy(found, cuts, num_frames))
 
 

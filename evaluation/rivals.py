@@ -1,49 +1,83 @@
 """The held-out loss of one model under rival settings of attention, at the same noise."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from evaluation.estimates import Estimate, estimate
 from moc import MoCConfig
 from moc.batch import Batch
 from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.training import Parallel, Validator, rivals
+from moc.training.parallel import gather_lists
 
 
 @dataclass(frozen=True)
 class RivalRow:
     """What one kind of attention comes to. clean_history: whether only the last shot is noisy. sparsity: of the first
-    batch. loss: by noise level."""
+    scene. losses: by noise level, over scenes and draws of noise."""
 
     attention: str
     clean_history: bool
     sparsity: float
-    loss: dict[float, float]
+    losses: dict[float, Estimate]
 
     @property
     def line(self) -> str:
         """The row for the terminal."""
         history = "clean history, last shot" if self.clean_history else "equal noise, all shots  "
-        losses = "  ".join(f"sigma {sigma:g}: {loss:.4f}" for sigma, loss in self.loss.items())
+        losses = "  ".join(f"sigma {sigma:g}: {loss}" for sigma, loss in self.losses.items())
         return f"{history}  {self.attention:<14} sparsity {self.sparsity:.0%}  {losses}"
+
+    def record(self) -> dict:
+        """The row for JSON. loss: means; scenes, draws: halves of 95 % intervals, null of one scene or one draw."""
+        halves = {
+            name: {sigma: None if math.isnan(half) else half for sigma, half in values.items()}
+            for name, values in (
+                ("scenes", {sigma: loss.scenes for sigma, loss in self.losses.items()}),
+                ("draws", {sigma: loss.draws for sigma, loss in self.losses.items()}),
+            )
+        }
+        row = {"attention": self.attention, "clean_history": self.clean_history, "sparsity": self.sparsity}
+        return row | {"loss": {sigma: loss.mean for sigma, loss in self.losses.items()}} | halves
 
 
 def compare(
-    model: nn.Module, moc: MoCConfig, flow: Flow, batches: list[Batch], seed: int, parallel: Parallel
+    model: nn.Module, moc: MoCConfig, flow: Flow, batches: list[Batch], seed: int, parallel: Parallel, draws: int = 1
 ) -> Iterator[RivalRow]:
     """The rows of dense, MoC and own-shot attention: with equal noise on all shots, then after a clean history. Every
-    process takes part, with scenes of its own. Raises UserError, on all of them, where one has none."""
+    process takes part, with scenes of its own. Raises UserError, on all of them, where one has none.
+
+    batches: of one scene each, every `data_ranks`-th for a process. draws: how often noise is drawn, by seeds from
+    `seed` on.
+    """
     if parallel.any(not batches):
         raise UserError(
             f"data.validation is too small: each of {parallel.data_ranks} processes needs a scene or more; raise it, "
             "or start fewer"
         )
     for clean_history in (False, True):
-        validator = Validator(batches, flow, seed=seed, clean_history=clean_history)
+        validators = [Validator(batches, flow, seed=seed + n, clean_history=clean_history) for n in range(draws)]
         for name, attention in rivals(moc).items():
-            sums = parallel.sum(validator.losses(model, attention, parallel))
-            losses = dict(zip(validator.sigmas, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
-            sparsity = validator.routing(model, attention, parallel)["sparsity"]
+            values = torch.stack([_of_each_scene(v, model, attention, parallel) for v in validators], dim=1)
+            losses = {sigma: estimate(values[:, :, at]) for at, sigma in enumerate(validators[0].sigmas)}
+            sparsity = validators[0].routing(model, attention, parallel)["sparsity"]
             yield RivalRow(name, clean_history, sparsity, losses)
+
+
+def _of_each_scene(validator: Validator, model: nn.Module, attention: MoCConfig, parallel: Parallel) -> Tensor:
+    """The loss of each scene of all processes: [scenes, sigmas]."""
+    own, ranks = len(validator.batches), parallel.data_ranks
+    counts = gather_lists([own])
+    found = torch.zeros(ranks * max(counts), len(validator.sigmas), 2, device=parallel.device)
+    for index in range(max(counts)):  # a process with fewer scenes keeps step
+        one = replace(validator, batches=[validator.batches[index if index < own else 0]])
+        sums = one.losses(model, attention, parallel)
+        found[parallel.data_rank + index * ranks] = sums if index < own else 0
+    found = parallel.sum(found)
+    found = found[found[:, 0, 1] > 0]
+    return found[..., 0] / found[..., 1]

@@ -1,9 +1,14 @@
-"""Held-out loss of one checkpoint under dense, MoC and own-shot-only attention, at the same noise:
-python scripts/evaluate.py checkpoint=PATH data.path=PREPARED [key=value ...], or with `accelerate launch`, which deals
-the scenes to the processes.
+"""Evaluate a checkpoint, sampled films, or both: python scripts/evaluate.py [checkpoint=PATH data.path=PREPARED]
+[films=[FILM, OTHER]] [clip=FOLDER] [dino=FOLDER] [output=FILE.json] [page=FILE.html] [key=value ...]
 
-MoC has no parameters, so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal
-noise on all shots the rows barely differ; a clean history before one noisy shot tells what the history is worth.
+A checkpoint: its held-out loss under dense, MoC and own-shot-only attention, at the same noise. MoC has no parameters,
+so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal noise on all shots the rows
+barely differ; a clean history before one noisy shot tells what the history is worth. `accelerate launch` deals the
+scenes to its processes.
+
+Films, as sample.py writes them: cuts, motion, drift, and whether looks stay within a shot and come back with their
+names; with local weights text alignment too. VBench runs in an environment of its own: its command is told, and
+vbench=[RESULT, ...], one for each film, puts its numbers beside the paper's.
 """
 
 import json
@@ -17,10 +22,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs.command import command
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
+from data.prepare.shots import build_detector
 from data.records import write_whole
+from evaluation.features import Clip, ColourHistogram, Dino, Features
+from evaluation.film_scores import film_scores
+from evaluation.films import Film, open_film, read_schedule
+from evaluation.page import write_page
+from evaluation.published import read_vbench, vbench_command
 from evaluation.rivals import compare
 from moc import MoCConfig
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 from moc.training import MeshConfig, Parallel, ParallelConfig
 from models import Contents, load_model, place
 
@@ -30,29 +41,66 @@ class EvaluateConfig:
     """What to evaluate and how.
 
     checkpoint: a run's folder, a checkpoint, or a model folder.
-    output: a file for the rows, as JSON; empty only prints them.
+    films: folders that sample.py wrote.
+    schedule: a JSON or YAML file with `shots`, the names that each shot shows; empty takes the entities of a benchmark's
+        script (EntityBench, MSR-50), or finds in the prompts the names of the global caption's [character] part.
+    clip, dino: local folders with weights; without any, pictures are compared by a histogram of their colours.
+    vbench: for each film what VBench wrote, a file or a folder; empty only tells how to run it.
+    output: a file for the numbers, as JSON; empty only prints them.
+    page: a file for the report, as HTML; empty writes none.
     device, precision: as in `moc.training.ParallelConfig`.
     parallel: what processes do together.
     seed: the seed of the noise.
+    draws: how often noise is drawn.
     moc: settings of attention; null takes the checkpoint's.
     data: the scenes, of which data.validation are held out and evaluated.
     """
 
     checkpoint: str = ""
+    films: list[str] = field(default_factory=list)
+    schedule: str = ""
+    clip: str = ""
+    dino: str = ""
+    vbench: list[str] = field(default_factory=list)
     output: str = ""
+    page: str = ""
     device: str = "auto"
     precision: str = "auto"
     parallel: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
+    draws: int = 1
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        check_least(self, "", 1, "draws")
+        if self.vbench and len(self.vbench) != len(self.films):
+            raise UserError(f"vbench has {len(self.vbench)} results for {len(self.films)} films; name one for each")
 
 
 @command("evaluate", EvaluateConfig)
 def main(config: EvaluateConfig) -> None:
-    if not config.checkpoint:
-        raise UserError("checkpoint is not set; say checkpoint=PATH data.path=PREPARED")
+    if not config.checkpoint and not config.films:
+        raise UserError("say checkpoint=PATH data.path=PREPARED, or films=[FOLDER, ...], or both")
     parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
+    losses = losses_of(config, parallel) if config.checkpoint else []
+    if not parallel.is_main:
+        return
+    films, scores = scores_of(config, parallel)
+    vbench: dict[str, dict[str, float]] = {film.name: {} for film in films}
+    vbench |= {film.name: read_vbench(result) for film, result in zip(films, config.vbench, strict=False)}
+    for film in films if not config.vbench else ():
+        print(f"VBench's six, where it is installed: {vbench_command(film.folder)}")
+    if config.output:
+        record = {"losses": losses, "films": scores, "vbench": vbench}
+        write_whole(Path(config.output), (json.dumps(record, indent=1) + "\n").encode())
+    if config.page:
+        write_page(Path(config.page), losses, films, scores, vbench)
+        print(f"look at {config.page}")
+
+
+def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
+    """The rows of the checkpoint under rival attentions."""
     contents = Contents.sound(config.checkpoint)
     model = load_model(contents)
     place(model, parallel)
@@ -60,12 +108,28 @@ def main(config: EvaluateConfig) -> None:
     dataset = open_dataset(config.data)
     batches = list(held_out(dataset, config.data.validation, model.stream, moc.chunk_tokens, *share))
     rows = []
-    for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel):
-        rows.append(asdict(row))
+    for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel, config.draws):
+        rows.append(row.record())
         if parallel.is_main:
             print(row.line, flush=True)
-    if config.output and parallel.is_main:
-        write_whole(Path(config.output), (json.dumps(rows, indent=1) + "\n").encode())
+    return rows
+
+
+def scores_of(config: EvaluateConfig, parallel: Parallel) -> tuple[list[Film], list[dict]]:
+    """The films and their scores."""
+    schedule = read_schedule(config.schedule) if config.schedule else None
+    films = [open_film(folder, schedule) for folder in config.films]
+    if not films:
+        return [], []
+    clip = Clip(config.clip, parallel.device) if config.clip else None
+    given: list[Features | None] = [Dino(config.dino, parallel.device) if config.dino else None, clip]
+    features = [one for one in given if one] or [ColourHistogram()]
+    detector = build_detector("transnetv2", device=str(parallel.device))
+    scores = []
+    for film in films:
+        scores.append(film_scores(film, features, clip, detector))
+        print(json.dumps(scores[-1]), flush=True)
+    return films, scores
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def test_evaluating(prepared, run, tmp_path, on_gpu):
         arguments = (f"checkpoint={run}", f"data.path={prepared}", "data.validation=2", f"output={file}")
         with on_gpu(precision):
             command("scripts/evaluate.py", *arguments, *(() if precision == "bf16" else ("precision=fp32",)))
-        rows[precision] = json.loads(file.read_text())
+        rows[precision] = json.loads(file.read_text())["losses"]
     assert len(rows["bf16"]) == 6
     for some, others in zip(*rows.values(), strict=True):
         assert some["loss"] == pytest.approx(others["loss"], rel=5e-2)
@@ -184,7 +184,9 @@ def test_wan_is_trained_resumed_evaluated_and_sampled(wan_prepared, release, sto
     with on_gpu():
         arguments = (f"data.path={wan_prepared}", "data.validation=1", f"output={tmp_path / 'rows.json'}")
         command("scripts/evaluate.py", f"checkpoint={run}", *arguments)
-    values = [value for row in json.loads((tmp_path / "rows.json").read_text()) for value in row["loss"].values()]
+    values = [
+        value for row in json.loads((tmp_path / "rows.json").read_text())["losses"] for value in row["loss"].values()
+    ]
     assert torch.tensor(values).isfinite().all()
     with on_gpu():
         pipeline.sample(run, story, tmp_path / "film")

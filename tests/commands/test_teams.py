@@ -62,7 +62,7 @@ def test_two_processes_film_and_evaluate_as_one(prepared, trained, scripts, tmp_
             assert (found / "video.mp4").exists()
             routing = [json.loads((folder / "metadata.json").read_text())["routing"] for folder in (expected, found)]
             torch.testing.assert_close(torch.tensor(routing[1]), torch.tensor(routing[0]))
-        rows = [json.loads((folder / "losses.json").read_text()) for folder in (one, two / mesh)]
+        rows = [json.loads((folder / "losses.json").read_text())["losses"] for folder in (one, two / mesh)]
         assert len(rows[0]) == 6
         for row, same in zip(*rows, strict=True):
             assert same["loss"] == pytest.approx(row["loss"], rel=1e-5), mesh

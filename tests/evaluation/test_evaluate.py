@@ -81,9 +81,10 @@ def test_rivals_have_the_settings_of_the_checkpoint(dense):
 
 def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, capsys):
     rows_file = tmp_path / "rows.json"
-    arguments = (f"checkpoint={trained}", f"data.path={prepared}", "data.validation=1", "device=cpu")
-    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}")
-    rows = json.loads(rows_file.read_text())
+    arguments = (f"checkpoint={trained}", f"data.path={prepared}", "data.validation=2", "device=cpu")
+    page = tmp_path / "page.html"
+    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}", f"page={page}", "draws=2")
+    rows = json.loads(rows_file.read_text())["losses"]
     assert [(row["attention"], row["clean_history"]) for row in rows] == [
         (name, history) for history in (False, True) for name in ("dense", "MoC", "own shot only")
     ]
@@ -93,12 +94,15 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
     assert 0 < by_name["MoC"]["sparsity"] < by_name["own shot only"]["sparsity"] < 1
     assert all(torch.tensor(list(row["loss"].values())).isfinite().all() for row in rows)
     # The same command again gives the same numbers: noise is keyed, not drawn.
-    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}")
-    assert json.loads(rows_file.read_text()) == rows
+    assert all(half > 0 for row in rows for name in ("scenes", "draws") for half in row[name].values())
+    assert page.read_text().count("own shot only") == 2
+    pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}", "draws=2")
+    assert json.loads(rows_file.read_text())["losses"] == rows
     pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}", "seed=1", "moc.top_k=0")
-    for row, other in zip(rows, json.loads(rows_file.read_text()), strict=True):
+    for row, other in zip(rows, json.loads(rows_file.read_text())["losses"], strict=True):
         assert row["loss"].keys() == other["loss"].keys()
         assert row["loss"] != other["loss"]
+        assert set(other["draws"].values()) == {None}  # of one draw
         assert (row["sparsity"] < other["sparsity"]) == (row["attention"] == "MoC")
 
 

@@ -1,0 +1,118 @@
+"""A sampled film as it is judged: pictures of each shot, what its script asked for, and who each shot names."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from data.documents import parse_yaml, read_text
+from data.errors import DataError
+from data.media.decode import open_video
+from film.folder import METADATA, FilmFolder
+from film.script import Script, load_script
+
+PICTURES = 8  # of a shot, spread over it, each with the frame after it
+HEIGHT = 256  # pixels that a picture has at most
+_CHARACTER_PART = re.compile(r"\[character\](.*?)(?:\[|$)", re.IGNORECASE | re.DOTALL)
+_NAME = re.compile(r"(?:^|[.;,]\s*|\n)\s*([A-Z][\w' -]{0,30}?):")
+
+
+@dataclass(frozen=True)
+class ShownShot:
+    """pictures, after: uint8 [n, h, w, 3], frames spread over the shot and the frame that follows each. frames: how
+    many the shot has. names: of the characters and places that it is said to show."""
+
+    prompt: str
+    cut: bool
+    frames: int
+    pictures: np.ndarray
+    after: np.ndarray
+    names: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Film:
+    """folder: as sample.py wrote it. name: what a report calls it."""
+
+    folder: Path
+    name: str
+    script: Script
+    shots: list[ShownShot]
+
+    @property
+    def fps(self) -> float:
+        return self.script.fps
+
+
+def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = None) -> Film:
+    """The film of a folder that sample.py has finished. schedule: names by shot, in place of those found in prompts.
+
+    Raises DataError where there is no whole film, or the schedule is not of as many shots.
+    """
+    folder = Path(folder)
+    if not (folder / METADATA).is_file() or not (files := FilmFolder(folder)).is_finished:
+        raise DataError("no-film", folder, "holds no whole film; name a folder that sample.py has finished")
+    script = load_script(folder / METADATA)
+    if schedule is not None and len(schedule) != len(script.shots):
+        said = f"has {len(script.shots)} shots, the schedule {len(schedule)}"
+        raise DataError("other-schedule", folder, said)
+    names = names_by_shot(script) if schedule is None else [frozenset(shot) for shot in schedule]
+    shots = []
+    for number, (shot, named) in enumerate(zip(script.shots, names, strict=True), start=1):
+        frames, pictures, after = _pictures(files.shot(number))
+        shots.append(ShownShot(shot.prompt, shot.cut, frames, pictures, after, named))
+    return Film(folder, str(folder), script, shots)
+
+
+def names_by_shot(script: Script) -> list[frozenset[str]]:
+    """Who and what each shot shows: the entities of a benchmark's script (EntityBench's schedule, MSR-50's), else the
+    names that its prompt mentions, of those that the global caption's "[character] Ann: ... Bob: ..." gives."""
+    if any(shot.entities for shot in script.shots):
+        return [frozenset(chain.from_iterable((shot.entities or {}).values())) for shot in script.shots]
+    part = _CHARACTER_PART.search(script.global_caption)
+    known = _NAME.findall(part[1]) if part else []
+    return [
+        frozenset(name for name in known if re.search(rf"\b{re.escape(name)}\b", shot.prompt)) for shot in script.shots
+    ]
+
+
+def read_schedule(path: str | Path) -> list[list[str]]:
+    """A file of who and what recurs, as EntityBench keeps it for each shot: JSON or YAML, `shots`, a list of lists of
+    names. Raises DataError where it is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            "missing-schedule", path, "no such file; give a JSON or YAML file with shots: [[name, ...], ...]"
+        )
+    raw = parse_yaml(read_text(path), path)  # which JSON is
+    shots = raw.get("shots") if isinstance(raw, dict) else None
+    if not isinstance(shots, list):
+        raise DataError("bad-schedule", f"{path} shots", "is not a list with the names in each shot")
+    for index, names in enumerate(shots):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise DataError("bad-schedule", f"{path} shots[{index}]", f"{names!r} is not a list of names")
+    return shots
+
+
+def _pictures(video: Path) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many frames a video has, some of them, and the frame after each."""
+    reader = open_video(video)
+    try:
+        count = reader.num_frames
+        chosen = np.linspace(0, max(0, count - 2), min(PICTURES, max(1, count - 1))).round().astype(int).tolist()
+        following = [min(index + 1, count - 1) for index in chosen]
+        frames = {index: _small(reader.read(index, index + 1)[0].numpy()) for index in sorted({*chosen, *following})}
+    finally:
+        reader.close()
+    return count, np.stack([frames[i] for i in chosen]), np.stack([frames[i] for i in following])
+
+
+def _small(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    if height <= HEIGHT:
+        return picture
+    return cv2.resize(picture, (round(width * HEIGHT / height), HEIGHT), interpolation=cv2.INTER_AREA)

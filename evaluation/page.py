@@ -1,0 +1,72 @@
+"""The report of an evaluation: one HTML page, with storyboards side by side."""
+
+import base64
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from data.records import write_whole
+from evaluation.films import Film
+from evaluation.published import NOT_COMPARABLE, SIX, beside_the_paper
+
+_TEMPLATE = Path(__file__).with_name("page.html.j2")
+_PICTURES, _PICTURE_HEIGHT = 3, 96
+
+
+def write_page(
+    path: Path, losses: list[dict], films: Sequence[Film], scores: list[dict], vbench: dict[str, dict[str, float]]
+) -> None:
+    """Writes the page. losses: rows of `evaluation.rivals`, as dicts. scores: of each film (`film_scores`). vbench: by
+    the film's name, what VBench measured."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["shown"] = shown
+    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        losses=losses,
+        scores=scores,
+        six=list(SIX.values()),
+        published=beside_the_paper(vbench),
+        note=NOT_COMPARABLE,
+        films=films,
+        boards=boards(films),
+    )
+    write_whole(path, page.encode(errors="replace"))
+
+
+def shown(value: Any) -> str:
+    """A number as a table has it: a mean with half its interval, or a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, dict) and "mean" in value:
+        half = "" if value.get("half") is None else f" ± {value['half']:.3f}"
+        count = f" ({value['count']})" if "count" in value else ""
+        return f"{value['mean']:.3f}{half}{count}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def boards(films: Sequence[Film]) -> list[list[dict[str, Any] | None]]:
+    """Storyboards side by side: for each number of a shot, the shot of each film, None past its end."""
+    longest = max((len(film.shots) for film in films), default=0)
+    rows: list[list[dict[str, Any] | None]] = []
+    for index in range(longest):
+        row: list[dict[str, Any] | None] = []
+        for film in films:
+            if index >= len(film.shots):
+                row.append(None)
+                continue
+            shot = film.shots[index]
+            chosen = np.linspace(0, len(shot.pictures) - 1, min(_PICTURES, len(shot.pictures))).round().astype(int)
+            row.append({"prompt": shot.prompt, "pictures": [_data_url(shot.pictures[i]) for i in chosen]})
+        rows.append(row)
+    return rows
+
+
+def _data_url(picture: np.ndarray) -> str:
+    image, encoded = Image.fromarray(picture), BytesIO()
+    image.thumbnail((4 * _PICTURE_HEIGHT, _PICTURE_HEIGHT))
+    image.save(encoded, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()

@@ -1,0 +1,246 @@
+"""Films are judged from their pictures: names that keep their looks, cuts, motion and drift of known size, reports."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast
+
+from data.errors import DataError
+from data.media.write import join_videos, write_video
+from evaluation.consistency import consistency, returns, within
+from evaluation.cuts import cut_accuracy
+from evaluation.features import Clip, ColourHistogram, Dino
+from evaluation.films import names_by_shot, open_film, read_schedule
+from evaluation.motion import drift, speed
+from evaluation.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
+from film.folder import REQUEST
+from film.script import load_script
+from moc.errors import UserError
+from tests import pipeline
+
+RED, BLUE, GREEN = (200, 40, 40), (40, 40, 200), (40, 180, 60)
+CPU = torch.device("cpu")
+
+
+def picture(colour, at: int = 10, background: int = 120) -> np.ndarray:
+    """A textured square of a colour on grey, 64 x 96."""
+    out = np.full((64, 96, 3), background, np.uint8)
+    texture = np.random.default_rng(0).integers(-30, 30, (24, 24, 1))
+    out[20:44, at : at + 24] = np.clip(np.array(colour) + texture, 0, 255)
+    return out
+
+
+def write_film(folder: Path, shots: list[tuple[str, list[np.ndarray]]]) -> Path:
+    """A folder as sample.py leaves it, of (prompt, frames) a shot, at 12 fps."""
+    for number, (_, frames) in enumerate(shots, start=1):
+        write_video(folder / f"shots/{number:02d}.mp4", frames, 12)
+    join_videos(folder / "video.mp4", [folder / f"shots/{number:02d}.mp4" for number in range(1, len(shots) + 1)])
+    told = [{"prompt": prompt, "seconds": len(frames) / 12, "cut": True} for prompt, frames in shots]
+    script = {"title": "t", "global": "[character] Mia: red. Gus: blue, <b>bold</b>. [story] None.", "size": [64, 96]}
+    record = dict.fromkeys(REQUEST) | {"script": script | {"fps": 12, "negative": "", "shots": told}}
+    (folder / "metadata.json").write_text(json.dumps(record))
+    return folder
+
+
+def story(folder: Path, looks: dict[str, tuple], prompts=("Mia walks.", "Gus sits.", "Mia <i>runs</i>.", "Gus again.")):
+    return write_film(folder, [(p, [picture(looks[p.split()[0]], 10 + i) for i in range(8)]) for p in prompts])
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Names that keep their looks; and looks that come back under the other's name."""
+    root = tmp_path_factory.mktemp("films")
+    true = story(root / "true", {"Mia": RED, "Gus": BLUE})
+    mixed = [("Mia walks.", RED), ("Gus sits.", BLUE), ("Mia runs.", BLUE), ("Gus again.", RED)]
+    mixed = write_film(root / "mixed", [(prompt, [picture(look)] * 8) for prompt, look in mixed])
+    return {"true": true, "mixed": mixed}
+
+
+def test_names_come_from_the_global_caption_or_a_schedule(films, tmp_path):
+    script = load_script(films["true"] / "metadata.json")
+    assert names_by_shot(script) == [{"Mia"}, {"Gus"}, {"Mia"}, {"Gus"}]
+    file = tmp_path / "schedule.json"
+    file.write_text('{"shots": [["a"], ["a", "b"], [], ["b"]]}')
+    assert [shot.names for shot in open_film(films["true"], read_schedule(file)).shots] == [
+        {"a"},
+        {"a", "b"},
+        set(),
+        {"b"},
+    ]
+    entities = ({"characters": ["Ann", "Bob"], "places": ["hall"]}, None, {"characters": ["Ann"]})
+    told = replace(script, shots=[replace(script.shots[0], entities=one) for one in entities])
+    assert names_by_shot(told) == [{"Ann", "Bob", "hall"}, set(), {"Ann"}]
+    with pytest.raises(DataError, match="4 shots, the schedule 1"):
+        open_film(films["true"], [["a"]])
+    file.write_text("shots: [[a], b]")
+    with pytest.raises(DataError, match=r"shots\[1\].*'b' is not a list of names"):
+        read_schedule(file)
+    with pytest.raises(DataError, match="no whole film"):
+        open_film(tmp_path)
+
+
+def test_a_name_is_compared_with_the_last_shot_that_showed_it():
+    shots = [frozenset(names) for names in ("a", "b", "ab", "", "a")]
+    assert returns(shots) == [(0, 2), (1, 2), (2, 4)]
+
+
+def test_looks_that_keep_to_their_name_are_told_from_those_that_change(films):
+    found = {name: consistency(open_film(folder), ColourHistogram()) for name, folder in films.items()}
+    assert [distance for distance, _ in found["true"].same] == [2, 2]
+    assert len(found["true"].different) == 4
+    gain = {
+        name: np.mean([similarity for _, similarity in one.same]) - np.mean(one.different)
+        for name, one in found.items()
+    }
+    assert gain["true"] > 0.03
+    assert gain["mixed"] < -0.03
+    assert min(found["true"].intra) > 0.9
+
+
+def test_blank_shots_are_not_compared(tmp_path):
+    frames = [picture(RED)] * 8
+    film = write_film(tmp_path, [("Mia.", frames), ("Mia.", [np.zeros((64, 96, 3), np.uint8)] * 8), ("Mia.", frames)])
+    found = consistency(open_film(film), ColourHistogram())
+    assert found.admitted == [True, False, True]
+    assert [distance for distance, _ in found.same] == [2]
+
+
+class NamesOfColours:
+    """A CLIP that knows Mia as red and Gus as blue."""
+
+    name = "a stand-in"
+
+    def images(self, pictures: np.ndarray) -> torch.Tensor:
+        red, _, blue = torch.from_numpy(pictures).float().mean((0, 1, 2))
+        return torch.eye(2)[[int(blue > red)] * len(pictures)]
+
+    def texts(self, texts: list[str]) -> torch.Tensor:
+        return torch.eye(2)[[int("Gus" in text) for text in texts]]
+
+
+def test_shots_that_show_another_than_their_prompt_are_not_compared(films):
+    found = {name: consistency(open_film(film), ColourHistogram(), NamesOfColours()) for name, film in films.items()}
+    assert found["true"].admitted == [True] * 4
+    assert found["mixed"].admitted == [True, True, False, False]
+    assert found["mixed"].same == []
+
+
+def test_within_a_shot_pictures_are_compared_with_the_first_and_the_one_before():
+    pictures = torch.eye(3)[[0, 0, 1]]
+    assert within(pictures) == pytest.approx((0.5 + 0.5) / 2)
+    assert within(pictures[:1]) is None
+
+
+def test_motion_is_as_fast_as_it_is(tmp_path):
+    texture = np.random.default_rng(0).integers(0, 255, (16, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    moving = [texture[:, 2 * i : 2 * i + 192] for i in range(8)]  # 2 of 128 pixels a frame, at 12 fps
+    film = write_film(tmp_path, [("a", moving), ("b", [moving[0]] * 8), ("c", moving[:1])])
+    shots = open_film(film).shots
+    assert speed(shots[0], 12) == pytest.approx(12 * 2 / 128, rel=0.25)
+    assert speed(shots[1], 12) < 0.01
+    assert speed(shots[2], 12) == 0
+
+
+def test_drift_is_the_slope_over_shots(films, tmp_path):
+    film = write_film(tmp_path, [("a", [picture(RED, background=100 + 10 * i)] * 4) for i in range(5)])
+    slopes = drift(open_film(film))
+    assert slopes["brightness"][0] == pytest.approx(10 / 120, rel=0.2)
+    assert slopes["brightness"][1] < 0.01
+    assert drift(open_film(write_film(tmp_path / "short", [("a", [picture(RED)] * 4)] * 2))) == {}
+
+
+def test_cuts_tell_how_many_frames_they_are_off():
+    assert cut_accuracy([9, 21, 40], [10, 20], 60).deviation == 1
+    assert np.isnan(cut_accuracy([], [10], 60).deviation)
+
+
+def test_local_weights_are_used(films, tmp_path):
+    """Tiny models of DINOv2's and CLIP's classes, with random weights."""
+    torch.manual_seed(0)
+    folder, sizes = tmp_path / "clip", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(image_size=28, patch_size=14, mlp_ratio=1, **sizes)).save_pretrained(tmp_path / "dino")
+    words = ["<pad>", "</s>", "mia", "gus", "walks", "sits", "runs", "again", "."]
+    sizes |= {"intermediate_size": 16}
+    vision = sizes | {"image_size": 32, "patch_size": 16}
+    text = sizes | {"vocab_size": len(words), "max_position_embeddings": 6, "eos_token_id": 1, "pad_token_id": 0}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"crop_size": {"height": 32, "width": 32}}')
+    film = open_film(films["true"])
+    clip = Clip(str(folder), CPU)
+    for features in (Dino(str(tmp_path / "dino"), CPU), clip):
+        seen = features.images(film.shots[0].pictures)
+        assert seen.norm(dim=1).tolist() == pytest.approx([1] * len(seen))
+        assert features.is_published
+    assert clip.texts(["mia walks . " * 9, "gus"]).shape == (2, 8)
+    found = consistency(film, clip, clip)
+    assert "its own prompt" in found.gate
+    for kind in (Dino, Clip):
+        with pytest.raises(UserError, match="no folder with weights"):
+            kind(str(tmp_path / "nothing"), CPU)
+        with pytest.raises(UserError, match="no model that transformers loads"):
+            kind(str(films["true"]), CPU)
+
+
+def test_vbench_is_read_and_never_made_up(tmp_path):
+    names = list(SIX)
+    (tmp_path / "a_eval_results.json").write_text(json.dumps({names[0]: [0.9, [{"video_results": 1}]]}))
+    (tmp_path / "b_eval_results.json").write_text(json.dumps({names[3]: 0.5, "color": [0.1, []]}))
+    found = read_vbench(tmp_path)
+    assert found == {names[0]: 0.9, names[3]: 0.5}
+    table = beside_the_paper({"mine": found})
+    assert table[-1] == ["mine", "0.9000", "not measured", "not measured", "0.5000", "not measured", "not measured"]
+    assert [row[0] for row in table[:-1]] == list(PAPER)
+    assert "--mode=custom_input" in vbench_command(Path("film"))
+    with pytest.raises(UserError, match="no result of VBench"):
+        read_vbench(tmp_path / "none")
+    (tmp_path / "b_eval_results.json").write_text("[1]")
+    with pytest.raises(UserError, match="is not what VBench writes"):
+        read_vbench(tmp_path / "b_eval_results.json")
+
+
+def test_films_are_evaluated_side_by_side(films, tmp_path, capsys):
+    output, page = tmp_path / "scores.json", tmp_path / "page.html"
+    named = f"films=[{films['true']},{films['mixed']}]"
+    pipeline.command("scripts/evaluate.py", named, f"output={output}", f"page={page}", "device=cpu")
+    record = json.loads(output.read_text())
+    true, mixed = record["films"]
+    assert true["consistency"][0]["same_minus_other"] > 0 > mixed["consistency"][0]["same_minus_other"]
+    assert true["consistency"][0]["by_distance"]["2"]["count"] == 2
+    assert true["text_alignment"] is None
+    assert set(true["cuts"]) == {"score", "precision", "recall", "deviation"}
+    assert record["vbench"] == {str(folder): {} for folder in films.values()}
+    text = page.read_text()
+    assert "Mia &lt;i&gt;runs&lt;/i&gt;." in text
+    assert "<i>" not in text
+    assert text.count("data:image/jpeg;base64,") == 2 * 4 * 3
+    assert "not measured" in text
+    assert "vbench evaluate" in capsys.readouterr().out
+    pipeline.assert_one_message(
+        pipeline.refusal(capsys, "scripts/evaluate.py", "device=cpu"), "checkpoint=PATH", "films="
+    )
+    said = pipeline.refusal(capsys, "scripts/evaluate.py", named, "vbench=[x]", "device=cpu")
+    pipeline.assert_one_message(said, "vbench has 1 results for 2 films")
+
+
+def test_a_film_that_was_sampled_is_evaluated_with_its_checkpoint(trained, prepared, tmp_path):
+    story = tmp_path / "story.json"
+    prompts = ("In the meadow, Mia walks.", "In the reef, Gus waves.")
+    shots = [{"prompt": prompt, "seconds": 0.5} for prompt in prompts]
+    script = {"global": "[character] Mia: a rabbit. Gus: a frog.", "size": [32, 48], "fps": 12, "shots": shots}
+    story.write_text(json.dumps(script))
+    film, output = pipeline.sample(trained, story, tmp_path / "film", "device=cpu"), tmp_path / "scores.json"
+    arguments = (f"checkpoint={trained}", f"data.path={prepared}", "data.validation=1", f"films=[{film}]", "device=cpu")
+    pipeline.command("scripts/evaluate.py", *arguments, f"output={output}", f"page={tmp_path / 'page.html'}")
+    record = json.loads(output.read_text())
+    assert len(record["losses"]) == 6
+    (scores,) = record["films"]
+    assert (scores["shots"], scores["drift"]) == (2, {})
+    assert scores["consistency"][0]["other_name"]["count"] == 1
