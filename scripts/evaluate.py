@@ -42,8 +42,8 @@ class EvaluateConfig:
 
     checkpoint: a run's folder, a checkpoint, or a model folder.
     films: folders that sample.py wrote.
-    schedule: a JSON or YAML file with `shots`, the names that each shot shows; empty takes the entities of a benchmark's
-        script (EntityBench, MSR-50), or finds in the prompts the names of the global caption's [character] part.
+    schedule: a JSON or YAML file with `shots`, the names that each shot shows; empty takes a benchmark script's
+        entities (EntityBench, MSR-50), or finds in the prompts the names of the global caption's [character] part.
     clip, dino: local folders with weights; without any, pictures are compared by a histogram of their colours.
     vbench: for each film what VBench wrote, a file or a folder; empty only tells how to run it.
     output: a file for the numbers, as JSON; empty only prints them.
