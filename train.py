@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from configs.command import command
-from configs.preflight import preflight
+from configs.preflight import look_first, preflight
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
 from configs.schema import TrainConfig
 from configs.world import recall_world
@@ -76,17 +76,12 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     if trainer.step >= config.trainer.num_steps:
         logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, config.trainer.num_steps)
     loader = open_loader(
-        dataset,
-        config.data,
-        model.stream,
-        config.moc.chunk_tokens,
-        lambda folder: load_encoders(folder).codec,
-        rank=parallel.data_rank,
-        world_size=parallel.data_ranks,
-        accumulation=config.parallel.accumulation,
+        dataset, config.data, model.stream, config.moc.chunk_tokens, lambda folder: load_encoders(folder).codec,
+        rank=parallel.data_rank, world_size=parallel.data_ranks, accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
-    )
+    )  # fmt: skip
     validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
+    look_first(config, dataset, parallel, trainer)
     record_launch(config, parallel, trainer.step)
     metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step) if parallel.is_main else None
     finished = trainer.run(loader, metrics, validator)

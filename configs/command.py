@@ -57,7 +57,8 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
 
             def task(cfg: DictConfig) -> None:
                 logging.basicConfig(format="%(message)s")
-                logging.getLogger("moc").setLevel(logging.INFO)  # such as which dense kernel attention has chosen
+                for room in ("moc", "configs", "__main__"):  # such as which dense kernel attention has chosen
+                    logging.getLogger(room).setLevel(logging.INFO)
                 with _full_errors(full), _ending(full):
                     run(parse(cfg, schema))
 

@@ -1,5 +1,7 @@
-"""Looks whether a run can start, and what it will take, before hours are spent on it: `train.py preflight=true`."""
+"""Looks whether a run can start, and what it will take, before hours are spent on it: in a second or two before each
+start (`look_first`), and with a trial of some steps and a save by `train.py preflight=true`."""
 
+import logging
 import shutil
 import socket
 from collections import Counter
@@ -15,15 +17,21 @@ from configs.run_record import check_same_run
 from configs.schema import TrainConfig
 from data.loading.dataset import ShotDataset
 from data.loading.endless import RecallWorld
+from moc import memory
 from moc.errors import UserError
-from moc.training import Parallel, TrackerConfig, read_metrics, sound_checkpoint
+from moc.training import Parallel, TrackerConfig, Trainer, read_metrics, sound_checkpoint
 from moc.training.checkpoint import COMPLETE, read_run_state
 from moc.training.parallel import gather_lists
+from moc.training.shards import local
+
+logger = logging.getLogger(__name__)
 
 Data = ShotDataset | RecallWorld
 Train = Callable[[TrainConfig, Data, Parallel], bool]
 
 _SCENES = 32  # that are read
+_SCENES_A_START = 4  # by each process
+_STATES = 2  # that an optimizer keeps of a weight, as AdamW does
 _STEPS = 3  # that are tried; the first ones compile kernels
 
 
@@ -35,7 +43,7 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
     start = cache(partial(_start, config))  # a checkpoint is read whole to see that it is sound
     checks: dict[str, Callable[[], str]] = {
         "processes": lambda: _processes(parallel),
-        "data": lambda: _data(dataset),
+        "data": lambda: _data(dataset, _SCENES),
         "checkpoint": lambda: _checkpoint(config, *start()),
         "trial": lambda: _trial(config, dataset, parallel, train, *start()),
     }
@@ -55,6 +63,25 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
     return well
 
 
+def look_first(config: TrainConfig, dataset: Data, parallel: Parallel, trainer: Trainer) -> None:
+    """Says in one line that a run can start: that the processes reach each other, some scenes are what was written, and
+    memory and disk hold at least weights, averages, gradients and states. Every process takes part.
+
+    Raises UserError, on all of them, where something is amiss.
+    """
+    where = _processes(parallel)
+    with parallel.together():
+        told = [
+            where,
+            _data(dataset, _SCENES_A_START, parallel.rank + trainer.step),
+            _memory(trainer),
+            _disk(config.run_folder, trainer),
+            f"it starts at step {trainer.step + 1} of {config.trainer.num_steps}" + _time_left(config, trainer.step),
+        ]
+    if parallel.is_main:
+        logger.info("ready: %s", "; ".join(told))
+
+
 def _processes(parallel: Parallel) -> str:
     """Whether the processes reach each other from device to device, and where they are."""
     total = int(parallel.sum(parallel.put(torch.ones(()))))
@@ -65,14 +92,56 @@ def _processes(parallel: Parallel) -> str:
     return f"{where}; each has {parallel.device_name}, and they reach each other"
 
 
-def _data(dataset: Data) -> str:
-    """Whether a share of the scenes is as it was written. Raises DataError where one is not."""
+def _data(dataset: Data, most: int, first: int = 0) -> str:
+    """Whether a share of the scenes, which begins with one of this number, is as it was written. Those that are not
+    kept on this machine as latents are left out. Raises DataError where one is not."""
     if isinstance(dataset, RecallWorld):
         return "scenes are composed as they are asked for"
-    some = range(0, len(dataset), max(1, len(dataset) // _SCENES))
+    items = enumerate(dataset.items)
+    here = [i for i, (cache, scene) in items if not (scene.frames or dataset.caches[cache].store.is_remote)]
+    apart = max(1, len(here) // most)
+    some = here[first % apart :: apart][:most]
     for index in some:
         dataset[index]
     return f"{len(some)} of {len(dataset)} scenes read; their checksums fit"
+
+
+def _memory(trainer: Trainer) -> str:
+    """What a process holds all the time, by count. Raises UserError where the GPU cannot."""
+    weights, device = list(trainer.bare_model.parameters()), trainer.parallel.device
+    trained = sum(local(weight).nbytes for weight in weights if weight.requires_grad)
+    held = [*weights, *trainer.ema.averages.values()]
+    size = (sum(local(tensor).nbytes for tensor in held) + trained * (1 + _STATES)) / 2**30
+    if device.type != "cuda":
+        return f"weights, averages, gradients and states take {size:.1f} GiB a process"
+    whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+    if size > whole:
+        raise UserError(
+            f"weights, averages, gradients and states take {size:.0f} GiB, and {trainer.parallel.device_name} has "
+            f"{whole:.0f}: {memory.STEP}"
+        )
+    return f"weights, averages, gradients and states take {size:.1f} of {whole:.0f} GiB"
+
+
+def _disk(run_folder: Path, trainer: Trainer) -> str:
+    """What a checkpoint takes, by count. Raises UserError where the disk does not hold one more. The run's folder need
+    not be there yet."""
+    kept = [*trainer.saved_tensors().values(), *([trainer.ema.averages] * _STATES)]
+    size = sum(tensor.numel() * tensor.itemsize for tensors in kept for tensor in tensors.values())
+    free = shutil.disk_usage(next(place for place in (run_folder, *run_folder.parents) if place.exists())).free
+    if free < size:
+        raise UserError(
+            f"{run_folder} has {free / 1e9:.2f} GB free, and a checkpoint takes {size / 1e9:.2f}: make room, or set "
+            "output"
+        )
+    return f"a checkpoint takes {size / 1e9:.2f} of {free / 1e9:.0f} GB free"
+
+
+def _time_left(config: TrainConfig, step: int) -> str:
+    """How long the rest will take by what the run has taken, if that is known."""
+    rows = [row for row in read_metrics(config.run_folder) if "step_seconds" in row and row["step"] <= step]
+    days = rows[-1]["step_seconds"] * (config.trainer.num_steps - step) / 86400 if rows else 0
+    return f", about {days:.2f} days" if rows else ""
 
 
 def _checkpoint(config: TrainConfig, found: Path | None, step: int) -> str:
@@ -127,12 +196,12 @@ def _told(config: TrainConfig, trial: TrainConfig, first: int, parallel: Paralle
             "while it is written) do not fit: make room or lower trainer.keep_checkpoints"
         )
     days = row["step_seconds"] * (config.trainer.num_steps - first) / 86400
-    memory = "memory not measured"
+    taken = "memory not measured"
     if "memory_gib" in row:
         whole = torch.cuda.get_device_properties(parallel.device).total_memory / 2**30
-        memory = f"{row['memory_gib']:.1f} of {whole:.0f} GiB of memory"
+        taken = f"{row['memory_gib']:.1f} of {whole:.0f} GiB of memory"
     return (
-        f"a step takes {row['step_seconds']:.2f} s ({row['tokens_per_second']:,.0f} tokens/s) and {memory}; a save "
+        f"a step takes {row['step_seconds']:.2f} s ({row['tokens_per_second']:,.0f} tokens/s) and {taken}; a save "
         f"{seconds:.1f} s and {size / 1e9:.2f} of {free / 1e9:.0f} GB free; steps {first + 1} to "
         f"{config.trainer.num_steps} will take {days:.2f} days"
     )

@@ -106,6 +106,10 @@ class Totals:
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
+class TooManySkipped(FloatingPointError):
+    """Too many steps in a row were skipped."""
+
+
 class SkipCount:
     """Counts skipped steps, names their scenes and ends the run past `most` of them in a row."""
 
@@ -115,7 +119,7 @@ class SkipCount:
     def add(self, outcome: Outcome, totals: Totals) -> list[str]:
         """The scenes of a skipped step, none for another. Every process takes part.
 
-        Raises FloatingPointError past `most` skipped steps in a row.
+        Raises TooManySkipped past `most` skipped steps in a row.
         """
         if not totals.skipped:
             self.in_a_row = 0
@@ -126,10 +130,10 @@ class SkipCount:
         what = f"loss {totals.loss:g}, gradient norm {totals.grad_norm:g}"
         logger.warning("step %d is skipped (%s); its scenes: %s", outcome.step, what, ", ".join(scenes))
         if self.in_a_row > self.most:
-            raise FloatingPointError(
+            raise TooManySkipped(
                 f"{self.in_a_row} steps in a row had no finite loss and gradient, the last of them step {outcome.step} "
-                f"({what}; scenes {', '.join(scenes)}), which is more than trainer.max_skipped_steps={self.most}; the "
-                "newest checkpoint is from before: lower optim.lr, look at these scenes, or raise the limit"
+                f"({what}; scenes {', '.join(scenes)}), which is more than trainer.max_skipped_steps={self.most}: "
+                "look at these scenes, lower optim.lr, or raise the limit"
             )
         return scenes
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from moc import memory
@@ -40,7 +40,7 @@ from moc.training.optim import (
     set_learning_rate,
     take_step,
 )
-from moc.training.outcome import Outcome, SkipCount, Spikes, Totals, check_finite
+from moc.training.outcome import Outcome, SkipCount, Spikes, TooManySkipped, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.saving import Saver, Snapshot
 from moc.training.shards import hollow, whole
@@ -257,22 +257,33 @@ class Trainer:
             name = self._interruption.signal or "another process was told to end"
             logger.warning("%s: %s; the same command goes on", name, saved)
 
+    def _pass_over(self) -> None:
+        """Saves where the data stands after skipped steps, so that a run which goes on does not meet them at once; but
+        not if they never gave a finite loss, which may be the weights' fault."""
+        if self._proven:
+            self.save(self._data_state)
+            self._saver.join()
+            logger.warning("the same command goes on after these steps")
+
     def save(self, data_state: dict[str, Any], last: bool = False) -> None:
         """Saves a checkpoint of this step; every process takes part. last: see `Saver.save`."""
         check_finite(self.parallel, self.bare_model, self.ema, self.optimizer, self.step)
-        weights, averages = self.bare_model.state_dict(), self.ema.averages
         state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
         state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
         state |= {"optimizer": self._group_numbers.state()}
-        stored = self._saver.model.stored
         snapshot = Snapshot(
             self.step,
-            {"model": stored(weights), "ema": stored(weights | averages)},
+            self.saved_tensors(),
             ckpt.optimizer_states(self.bare_model, self.optimizer),
             state,
             self.schedule.at(self.step, self.moc),
         )
         self._saver.save(snapshot, last)
+
+    def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the two models in a checkpoint, by their names in its files."""
+        weights, stored = self.bare_model.state_dict(), self._saver.model.stored
+        return {"model": stored(weights), "ema": stored(weights | self.ema.averages)}
 
     def _train_step(self, batches: Sequence[Batch]) -> bool:
         """Takes one optimizer step; returns whether it was taken, rather than interrupted.
@@ -325,9 +336,13 @@ class Trainer:
         while len(self._outcomes) > but:
             outcome = self._outcomes.popleft()
             totals = outcome.read()
-            self._proven = totals.num_finite > 0
+            self._proven = totals.num_finite > 0 or (self._proven and self.skips.in_a_row > 0)  # the same weights
             self._breakdown.add(outcome)
-            scenes = self.skips.add(outcome, totals)
+            try:
+                scenes = self.skips.add(outcome, totals)
+            except TooManySkipped:
+                self._pass_over()
+                raise
             if scenes and metrics:
                 metrics.log(outcome.step, {"skipped_scenes": ", ".join(scenes)})
             spike = self.spikes.add(outcome, totals)

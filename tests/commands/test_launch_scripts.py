@@ -149,6 +149,20 @@ def test_a_preflight_tells_what_a_run_takes_and_leaves_nothing(capsys, prepared,
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+def test_every_start_looks_first_and_says_so_in_one_line(capsys, caplog, prepared, tmp_path, monkeypatch):
+    run = pipeline.train(prepared, tmp_path / "run")
+    pipeline.train(prepared, run, "trainer.num_steps=5")
+    first, second = (message for message in caplog.messages if message.startswith("ready: "))
+    assert "and they reach each other; 4 of 4 scenes read; their checksums fit; weights, averages, gradients" in first
+    assert re.search(r"a checkpoint takes 0\.0\d of \d+ GB free; it starts at step 1 of 3$", first)
+    assert re.search(r"it starts at step 4 of 5, about \d\.\d\d days$", second)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    arguments = pipeline.train_arguments(prepared, tmp_path / "another")
+    said = pipeline.refusal(capsys, "train.py", *arguments)
+    pipeline.assert_one_message(said, "has 0.00 GB free, and a checkpoint takes", "make room")
+    assert not (tmp_path / "another" / "metrics.jsonl").exists()
+
+
 def test_a_preflight_of_a_run_to_go_on(capsys, prepared, trained, tmp_path):
     run = pipeline.train(prepared, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

@@ -80,14 +80,30 @@ def test_two_processes_skip_the_same_steps(cache, two_processes, tmp_path):
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-6)
 
 
-def test_too_many_in_a_row_end_the_run_and_the_last_good_checkpoint_stands(cache, tmp_path):
+MANY = r"2 steps in a row .* step 4 .*scene.* more than trainer\.max_skipped_steps=1"
+
+
+def test_too_many_in_a_row_end_the_run_which_then_goes_on_after_them(cache, tmp_path, caplog):
+    """The weights are those of the last step that was taken, and its samples are not met again."""
     train(cache, tmp_path, num_steps=2, checkpoint_every=1)
     good = everything(find_checkpoint(tmp_path))
-    message = r"2 steps in a row .* step 4 .*scene.* more than trainer\.max_skipped_steps=1"
-    with pytest.raises(FloatingPointError, match=message), poisoned(*SCENES):
+    with pytest.raises(FloatingPointError, match=MANY), poisoned(*SCENES):
         train(cache, tmp_path, num_steps=9, resume=True, log_every=100, max_skipped_steps=1)
-    kept = everything(find_checkpoint(tmp_path))
-    assert all(torch.equal(good[name], kept[name]) for name in good if name.startswith("model"))
+    assert "goes on after these steps" in caplog.text
+    kept = find_checkpoint(tmp_path)
+    assert all(torch.equal(good[name], everything(kept)[name]) for name in good if name.startswith("model"))
+    before, after = (json.loads((folder / "state.json").read_text()) for folder in (checkpoints(tmp_path)[-2], kept))
+    assert after["step"] > 3
+    assert after["data"]["position"] > before["data"]["position"] + 3
+    assert train(cache, tmp_path, num_steps=6, resume=True).finished
+
+
+def test_weights_that_may_be_at_fault_are_not_stored(cache, tmp_path):
+    """No shot of the skipped steps has a finite loss: the checkpoint from before stands."""
+    train(cache, tmp_path, num_steps=2, checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match=MANY), poisoned(*SCENES, gradient_only=False):
+        train(cache, tmp_path, num_steps=9, resume=True, max_skipped_steps=1)
+    assert find_checkpoint(tmp_path).name == "step_0000002"
 
 
 def test_a_last_step_that_is_not_finite_leaves_finite_weights(cache, tmp_path):
