@@ -1,11 +1,13 @@
-"""All that is measured of one sampled film, as plain numbers."""
+"""All that is measured of one sampled film, or of a folder of them, as plain numbers."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from scipy.stats import ttest_ind
+from torch import Tensor
 
 from data.prepare.shots import ShotDetector
 from evaluation.consistency import Consistency, consistency, prompt_scores
@@ -16,24 +18,29 @@ from evaluation.films import Film
 from evaluation.motion import STILL, drift, speed
 
 
-def film_scores(film: Film, features: Sequence[Features], clip: Clip | None, detector: ShotDetector) -> dict[str, Any]:
-    """The scores of a film, JSON-ready. clip: for text alignment and the gate of consistency; None leaves them out."""
-    speeds = [speed(shot, film.fps) for shot in film.shots]
-    scores: dict[str, Any] = {
-        "film": film.name,
-        "folder": str(film.folder),
-        "shots": len(film.shots),
-        "seconds": round(sum(shot.frames for shot in film.shots) / film.fps, 3),
-        "cuts": rounded(asdict(cuts(film, detector))),
-        "motion": rounded({"heights_a_second": mean(speeds), "still": mean([x < STILL for x in speeds])}),
-        "drift": {name: rounded({"a_shot": slope, "p": p}) for name, (slope, p) in drift(film).items()},
-        "consistency": [summary(consistency(film, one, clip)) for one in features],
-        "text_alignment": None,
-    }
-    if clip:
-        own = prompt_scores(film, clip).diagonal()
-        scores["text_alignment"] = rounded({"mean": float(own.mean()), "half": half_width(own)}) | {"by": clip.name}
-    return scores
+@dataclass(frozen=True)
+class Measured:
+    """What one film came to. speeds: of its shots. consistency: by each kind of features. alignment: similarities of
+    shots to their prompts, of a CLIP; None without one."""
+
+    seconds: float
+    cuts: CutAccuracy
+    speeds: list[float]
+    drift: dict[str, tuple[float, float]]
+    consistency: list[Consistency]
+    alignment: Tensor | None
+
+
+def measure(film: Film, features: Sequence[Features], clip: Clip | None, detector: ShotDetector) -> Measured:
+    """What a film comes to. clip: for text alignment and the gate of consistency; None leaves them out."""
+    return Measured(
+        seconds=sum(shot.frames for shot in film.shots) / film.fps,
+        cuts=cuts(film, detector),
+        speeds=[speed(shot, film.fps) for shot in film.shots],
+        drift=drift(film),
+        consistency=[consistency(film, one, clip) for one in features],
+        alignment=prompt_scores(film, clip).diagonal() if clip else None,
+    )
 
 
 def cuts(film: Film, detector: ShotDetector) -> CutAccuracy:
@@ -46,41 +53,81 @@ def cuts(film: Film, detector: ShotDetector) -> CutAccuracy:
     return cut_accuracy(found_cuts(film.folder, detector), scripted, frames)
 
 
-def summary(found: Consistency) -> dict[str, Any]:
-    """Consistency as plain numbers: within shots; of names that return, in all and by distance in shots, each with half
-    the width of its 95 % interval and how many; of shots that share no name; and the difference of the last two."""
-    intra = torch.tensor([x for x in found.intra if x is not None])
-    similar = torch.tensor([similarity for _, similarity in found.same])
-    different = torch.tensor(found.different)
-    distances = sorted({distance for distance, _ in found.same})
-    by_distance = {
-        distance: counted(torch.tensor([similarity for d, similarity in found.same if d == distance]))
-        for distance in distances
-    }
-    more = float(similar.mean() - different.mean()) if len(similar) and len(different) else math.nan
+def scores(name: str, films: Sequence[Measured]) -> dict[str, Any]:
+    """The scores of one film or several together, JSON-ready: shots and returns of all of them are pooled, cuts and
+    drift averaged. A value is null where nothing was there to measure."""
+    speeds = torch.tensor([x for film in films for x in film.speeds])
+    found_in = [asdict(film.cuts) for film in films]
+    alignments = [film.alignment for film in films if film.alignment is not None]
     return {
-        "features": found.features,
-        "gate": found.gate,
-        "admitted": sum(found.admitted),
-        "intra": counted(intra),
+        "name": name,
+        "films": len(films),
+        "shots": len(speeds),
+        "seconds": round(sum(film.seconds for film in films), 3),
+        "cuts": {key: average([cut[key] for cut in found_in]) for key in found_in[0]},
+        "motion": {"heights_a_second": counted(speeds), "still": average((speeds < STILL).double().tolist())},
+        "drift": slopes([film.drift for film in films if film.drift]),
+        "consistency": [summary(kind) for kind in zip(*(film.consistency for film in films), strict=True)],
+        "text_alignment": counted(torch.cat(alignments)) if alignments else None,
+    }
+
+
+def slopes(drifts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float | None]]:
+    """The mean slope of each measure over films, and for one film the probability of its slope by chance."""
+    names = drifts[0] if drifts else {}
+    return {
+        name: {
+            "a_shot": average([drift[name][0] for drift in drifts]),
+            "p": average([drifts[0][name][1]]) if len(drifts) == 1 else None,
+        }
+        for name in names
+    }
+
+
+def summary(films: Sequence[Consistency]) -> dict[str, Any]:
+    """Consistency by one kind of features as plain numbers: within shots; of names that return, in all and by distance
+    in shots; of shots that share no name; and the difference of the last two (Welch's interval)."""
+    same = [pair for film in films for pair in film.same]
+    similar, different = torch.tensor([x for _, x in same]), torch.tensor([x for film in films for x in film.different])
+    return {
+        "features": films[0].features,
+        "gate": films[0].gate,
+        "admitted": sum(sum(film.admitted) for film in films),
+        "intra": counted(torch.tensor([x for film in films for x in film.intra if x is not None])),
         "same_name": counted(similar),
         "other_name": counted(different),
-        "same_minus_other": rounded({"value": more})["value"],
-        "by_distance": by_distance,
+        "same_minus_other": difference(similar, different),
+        "by_distance": {
+            distance: counted(torch.tensor([x for d, x in same if d == distance]))
+            for distance in sorted({distance for distance, _ in same})
+        },
     }
 
 
-def counted(values: torch.Tensor) -> dict[str, Any] | None:
+def difference(one: Tensor, other: Tensor) -> dict[str, float | None] | None:
+    """The difference of two means with half of its 95 % interval; None where one of them is of nothing."""
+    if not len(one) or not len(other):
+        return None
+    half: float | None = None
+    if min(len(one), len(other)) > 1:
+        low, high = ttest_ind(one.numpy(), other.numpy(), equal_var=False).confidence_interval(0.95)
+        half = rounded(float(high - low) / 2)
+    return {"mean": rounded(float(one.mean() - other.mean())), "half": half}
+
+
+def counted(values: Tensor) -> dict[str, Any] | None:
     """Mean, half of its 95 % interval and count of values [n]; None of none."""
     if not len(values):
         return None
-    return rounded({"mean": float(values.mean()), "half": half_width(values)}) | {"count": len(values)}
+    return {"mean": rounded(float(values.mean())), "half": rounded(half_width(values)), "count": len(values)}
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def average(values: Sequence[float]) -> float | None:
+    """The mean of the values that are numbers; None where none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return rounded(sum(known) / len(known)) if known else None
 
 
-def rounded(values: dict[str, float]) -> dict[str, float | None]:
-    """Values for JSON, which knows no nan."""
-    return {name: None if math.isnan(value) else round(value, 5) for name, value in values.items()}
+def rounded(value: float) -> float | None:
+    """A value for JSON, which knows no nan."""
+    return None if math.isnan(value) else round(value, 5)

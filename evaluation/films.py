@@ -36,10 +36,9 @@ class ShownShot:
 
 @dataclass(frozen=True)
 class Film:
-    """folder: as sample.py wrote it. name: what a report calls it."""
+    """folder: as sample.py wrote it."""
 
     folder: Path
-    name: str
     script: Script
     shots: list[ShownShot]
 
@@ -65,7 +64,16 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
     for number, (shot, named) in enumerate(zip(script.shots, names, strict=True), start=1):
         frames, pictures, after = _pictures(files.shot(number))
         shots.append(ShownShot(shot.prompt, shot.cut, frames, pictures, after, named))
-    return Film(folder, str(folder), script, shots)
+    return Film(folder, script, shots)
+
+
+def find_films(folder: str | Path) -> list[Path]:
+    """The folder of one film, or those of all films in it. Raises DataError where there is none."""
+    folder = Path(folder)
+    films = [folder] if (folder / METADATA).is_file() else sorted(file.parent for file in folder.glob(f"*/{METADATA}"))
+    if not films:
+        raise DataError("no-film", folder, "holds no whole film; name a folder that sample.py has finished")
+    return films
 
 
 def names_by_shot(script: Script) -> list[frozenset[str]]:

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ from evaluation.published import NOT_COMPARABLE, SIX, beside_the_paper
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _PICTURES, _PICTURE_HEIGHT = 3, 96
+Board = list[dict[str, Any]]  # of a film: prompt and pictures of each shot
 
 
 def write_page(
-    path: Path, losses: list[dict], films: Sequence[Film], scores: list[dict], vbench: dict[str, dict[str, float]]
+    path: Path,
+    losses: list[dict],
+    scores: list[dict],
+    boards: Sequence[Sequence[Board]],
+    vbench: dict[str, dict[str, float]],
 ) -> None:
-    """Writes the page. losses: rows of `evaluation.rivals`, as dicts. scores: of each film (`film_scores`). vbench: by
-    the film's name, what VBench measured."""
+    """Writes the page. losses: rows of `evaluation.rivals`, as dicts. scores: of each name (`film_scores`). boards: the
+    storyboards of each name's films. vbench: by name, what VBench measured."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = shown
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -31,8 +37,7 @@ def write_page(
         six=list(SIX.values()),
         published=beside_the_paper(vbench),
         note=NOT_COMPARABLE,
-        films=films,
-        boards=boards(films),
+        stories=side_by_side(boards),
     )
     write_whole(path, page.encode(errors="replace"))
 
@@ -48,21 +53,19 @@ def shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def boards(films: Sequence[Film]) -> list[list[dict[str, Any] | None]]:
-    """Storyboards side by side: for each number of a shot, the shot of each film, None past its end."""
-    longest = max((len(film.shots) for film in films), default=0)
-    rows: list[list[dict[str, Any] | None]] = []
-    for index in range(longest):
-        row: list[dict[str, Any] | None] = []
-        for film in films:
-            if index >= len(film.shots):
-                row.append(None)
-                continue
-            shot = film.shots[index]
-            chosen = np.linspace(0, len(shot.pictures) - 1, min(_PICTURES, len(shot.pictures))).round().astype(int)
-            row.append({"prompt": shot.prompt, "pictures": [_data_url(shot.pictures[i]) for i in chosen]})
-        rows.append(row)
-    return rows
+def board(film: Film) -> Board:
+    """The storyboard of a film, small enough to keep."""
+    shots = []
+    for shot in film.shots:
+        chosen = np.linspace(0, len(shot.pictures) - 1, min(_PICTURES, len(shot.pictures))).round().astype(int)
+        shots.append({"prompt": shot.prompt, "pictures": [_data_url(shot.pictures[i]) for i in chosen]})
+    return shots
+
+
+def side_by_side(boards: Sequence[Sequence[Board]]) -> list[list[tuple[dict[str, Any] | None, ...]]]:
+    """The first film of each name, shot by shot, then the second of each, and so on; None past a film's end."""
+    stories = zip_longest(*boards, fillvalue=[])
+    return [list(zip_longest(*films)) for films in stories]
 
 
 def _data_url(picture: np.ndarray) -> str:

@@ -4,6 +4,8 @@ Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, its tab
 """
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +33,41 @@ NOT_COMPARABLE = (
 )
 
 
-def vbench_command(film: Path) -> str:
-    """The command that measures the six of a film's shots, for an environment with vbench and its weights."""
-    six = " ".join(SIX)
+def vbench_command(films: Sequence[Path]) -> str:
+    """The command that measures the six of the shots of films, for an environment with vbench and its weights; the
+    results come to lie in each film's folder, as `vbench`."""
+    folders = shlex.join(str(film) for film in films)
     return (
-        f"for dimension in {six}; do vbench evaluate --dimension $dimension --videos_path {film / 'shots'} "
-        f"--mode=custom_input --output_path {film / 'vbench'}; done"
+        f"for film in {folders}; do for dimension in {' '.join(SIX)}; do vbench evaluate --dimension $dimension "
+        '--videos_path "$film/shots" --mode=custom_input --output_path "$film/vbench"; done; done'
     )
 
 
 def read_vbench(path: str | Path) -> dict[str, float]:
-    """What VBench wrote: of one *_eval_results.json, or of all in a folder, the value of each of the six that is there.
+    """What VBench wrote: in one *_eval_results.json, or in all under a folder, the mean of each of the six that is there.
 
     Raises UserError where there is no such file, or none of the six in it.
     """
     path = Path(path)
-    files = sorted(path.glob("*eval_results.json")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*eval_results.json")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise UserError(f"vbench={path} is no result of VBench: name an *_eval_results.json, or the folder of some")
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
     for file in files:
         try:
             record: Any = json.loads(file.read_text(encoding="utf-8"))
             for name in SIX.keys() & record.keys():
                 value = record[name]
-                found[name] = float(value[0] if isinstance(value, list) else value)
+                found.setdefault(name, []).append(float(value[0] if isinstance(value, list) else value))
         except (ValueError, TypeError, AttributeError, IndexError) as error:
             raise UserError(f"{file} is not what VBench writes, {{dimension: [value, ...]}}: {error}") from None
     if not found:
         raise UserError(f"vbench={path} holds none of {', '.join(SIX)}")
-    return found
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def beside_the_paper(films: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Rows for a table: the paper's, then each film's, with "not measured" where VBench was not run."""
+    """Rows for a table: the paper's, then those of our films, with "not measured" where VBench was not run."""
     rows = [[name, *(f"{value:.4f}" for value in values)] for name, values in PAPER.items()]
     for name, values in films.items():
         rows.append([name, *(f"{values[key]:.4f}" if key in values else "not measured" for key in SIX)])

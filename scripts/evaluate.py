@@ -19,15 +19,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from tqdm import tqdm
+
 from configs.command import command
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
 from data.prepare.shots import build_detector
 from data.records import write_whole
 from evaluation.features import Clip, ColourHistogram, Dino, Features
-from evaluation.film_scores import film_scores
-from evaluation.films import Film, open_film, read_schedule
-from evaluation.page import write_page
+from evaluation.film_scores import measure, scores
+from evaluation.films import find_films, open_film, read_schedule
+from evaluation.page import Board, board, write_page
 from evaluation.published import read_vbench, vbench_command
 from evaluation.rivals import compare
 from moc import MoCConfig
@@ -41,7 +43,7 @@ class EvaluateConfig:
     """What to evaluate and how.
 
     checkpoint: a run's folder, a checkpoint, or a model folder.
-    films: folders that sample.py wrote.
+    films: folders that sample.py wrote, or folders of such folders, whose films are taken together.
     schedule: a JSON or YAML file with `shots`, the names that each shot shows; empty takes a benchmark script's
         entities (EntityBench, MSR-50), or finds in the prompts the names of the global caption's [character] part.
     clip, dino: local folders with weights; without any, pictures are compared by a histogram of their colours.
@@ -86,16 +88,17 @@ def main(config: EvaluateConfig) -> None:
     losses = losses_of(config, parallel) if config.checkpoint else []
     if not parallel.is_main:
         return
-    films, scores = scores_of(config, parallel)
-    vbench: dict[str, dict[str, float]] = {film.name: {} for film in films}
-    vbench |= {film.name: read_vbench(result) for film, result in zip(films, config.vbench, strict=False)}
-    for film in films if not config.vbench else ():
-        print(f"VBench's six, where it is installed: {vbench_command(film.folder)}")
+    judged, boards = judge(config, parallel) if config.films else ([], [])
+    vbench: dict[str, dict[str, float]] = {name: {} for name in config.films}
+    vbench |= {name: read_vbench(result) for name, result in zip(config.films, config.vbench, strict=False)}
+    if config.films and not config.vbench:
+        films = [film for name in config.films for film in find_films(name)]
+        print(f"VBench's six, where it is installed: {vbench_command(films)}")
     if config.output:
-        record = {"losses": losses, "films": scores, "vbench": vbench}
+        record = {"losses": losses, "films": judged, "vbench": vbench}
         write_whole(Path(config.output), (json.dumps(record, indent=1) + "\n").encode())
     if config.page:
-        write_page(Path(config.page), losses, films, scores, vbench)
+        write_page(Path(config.page), losses, judged, boards, vbench)
         print(f"look at {config.page}")
 
 
@@ -115,21 +118,24 @@ def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
     return rows
 
 
-def scores_of(config: EvaluateConfig, parallel: Parallel) -> tuple[list[Film], list[dict]]:
-    """The films and their scores."""
+def judge(config: EvaluateConfig, parallel: Parallel) -> tuple[list[dict], list[list[Board]]]:
+    """The scores of each of `config.films`, and the storyboards of its films."""
     schedule = read_schedule(config.schedule) if config.schedule else None
-    films = [open_film(folder, schedule) for folder in config.films]
-    if not films:
-        return [], []
     clip = Clip(config.clip, parallel.device) if config.clip else None
     given: list[Features | None] = [Dino(config.dino, parallel.device) if config.dino else None, clip]
     features = [one for one in given if one] or [ColourHistogram()]
     detector = build_detector("transnetv2", device=str(parallel.device))
-    scores = []
-    for film in films:
-        scores.append(film_scores(film, features, clip, detector))
-        print(json.dumps(scores[-1]), flush=True)
-    return films, scores
+    rows, boards = [], []
+    for name in config.films:
+        measured, drawn = [], []
+        for folder in tqdm(find_films(name), desc=name, disable=None):
+            film = open_film(folder, schedule)
+            measured.append(measure(film, features, clip, detector))
+            drawn.append(board(film))
+        rows.append(scores(name, measured))
+        boards.append(drawn)
+        print(json.dumps(rows[-1]), flush=True)
+    return rows, boards
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from data.media.write import join_videos, write_video
 from evaluation.consistency import consistency, returns, within
 from evaluation.cuts import cut_accuracy
 from evaluation.features import Clip, ColourHistogram, Dino
-from evaluation.films import names_by_shot, open_film, read_schedule
+from evaluation.film_scores import difference
+from evaluation.films import find_films, names_by_shot, open_film, read_schedule
 from evaluation.motion import drift, speed
 from evaluation.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
 from film.folder import REQUEST
@@ -198,7 +199,10 @@ def test_vbench_is_read_and_never_made_up(tmp_path):
     table = beside_the_paper({"mine": found})
     assert table[-1] == ["mine", "0.9000", "not measured", "not measured", "0.5000", "not measured", "not measured"]
     assert [row[0] for row in table[:-1]] == list(PAPER)
-    assert "--mode=custom_input" in vbench_command(Path("film"))
+    assert "--mode=custom_input" in vbench_command([Path("film")])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a_eval_results.json").write_text(json.dumps({names[0]: [0.7, []]}))
+    assert read_vbench(tmp_path)[names[0]] == pytest.approx(0.8)  # of two films
     with pytest.raises(UserError, match="no result of VBench"):
         read_vbench(tmp_path / "none")
     (tmp_path / "b_eval_results.json").write_text("[1]")
@@ -212,7 +216,7 @@ def test_films_are_evaluated_side_by_side(films, tmp_path, capsys):
     pipeline.command("scripts/evaluate.py", named, f"output={output}", f"page={page}", "device=cpu")
     record = json.loads(output.read_text())
     true, mixed = record["films"]
-    assert true["consistency"][0]["same_minus_other"] > 0 > mixed["consistency"][0]["same_minus_other"]
+    assert true["consistency"][0]["same_minus_other"]["mean"] > 0 > mixed["consistency"][0]["same_minus_other"]["mean"]
     assert true["consistency"][0]["by_distance"]["2"]["count"] == 2
     assert true["text_alignment"] is None
     assert set(true["cuts"]) == {"score", "precision", "recall", "deviation"}
@@ -244,3 +248,29 @@ def test_a_film_that_was_sampled_is_evaluated_with_its_checkpoint(trained, prepa
     (scores,) = record["films"]
     assert (scores["shots"], scores["drift"]) == (2, {})
     assert scores["consistency"][0]["other_name"]["count"] == 1
+
+
+def test_films_of_a_folder_are_taken_together(films, tmp_path):
+    root, output = films["true"].parent, tmp_path / "scores.json"
+    page = tmp_path / "page.html"
+    pipeline.command(
+        "scripts/evaluate.py", f"films=[{root},{films['true']}]", f"output={output}", f"page={page}", "device=cpu"
+    )
+    both, one = json.loads(output.read_text())["films"]
+    assert [(row["films"], row["shots"]) for row in (both, one)] == [(2, 8), (1, 4)]
+    assert both["consistency"][0]["same_name"]["count"] == 4
+    assert both["consistency"][0]["same_minus_other"]["mean"] < one["consistency"][0]["same_minus_other"]["mean"]
+    assert both["drift"]["brightness"]["p"] is None
+    assert one["drift"]["brightness"]["p"] is not None
+    assert page.read_text().count("data:image/jpeg;base64,") == 3 * 4 * 3
+    with pytest.raises(DataError, match="no whole film"):
+        find_films(tmp_path)
+
+
+def test_differences_have_welchs_interval():
+    one, other = torch.tensor([0.9, 0.8, 0.85]), torch.tensor([0.5, 0.7])
+    found = difference(one, other)
+    assert found["mean"] == pytest.approx(0.25)
+    assert found["half"] > 0.1
+    assert difference(one, other[:1]) == {"mean": pytest.approx(0.35), "half": None}
+    assert difference(one, other[:0]) is None
