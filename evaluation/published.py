@@ -44,7 +44,7 @@ def vbench_command(films: Sequence[Path]) -> str:
 
 
 def read_vbench(path: str | Path) -> dict[str, float]:
-    """What VBench wrote: in one *_eval_results.json, or in all under a folder, the mean of each of the six that is there.
+    """What VBench wrote in an *_eval_results.json, or in all under a folder: the mean of each of the six that is there.
 
     Raises UserError where there is no such file, or none of the six in it.
     """

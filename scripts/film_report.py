@@ -1,9 +1,11 @@
-"""Tables from the rows of `benchmark_film.py`."""
+"""Tables and a plot from the rows of `benchmark_film.py`."""
 
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import fill
 
 import torch
+from matplotlib.figure import Figure  # not pyplot, which may ask for a display
 from torch import Tensor
 
 from evaluation.estimates import Estimate, estimate
@@ -25,10 +27,11 @@ AGES: dict[str, Callable[[int | None], bool]] = {
 
 
 def write_report(rows: list[dict], output: Path) -> None:
-    """Writes `output` with .md in the place of .json."""
+    """Writes `output` with .md and .png in the place of .json."""
     rows = [row for row in rows if "losses" in row]
     if rows:
         output.with_suffix(".md").write_text(tables(rows))
+        draw(_groups(rows), output.with_suffix(".png"))
 
 
 def tables(rows: list[dict]) -> str:
@@ -97,11 +100,13 @@ def _worth(groups: list[list[dict]], sigma: float) -> str:
 
 
 def _share(alone: Tensor, after: Tensor) -> str:
-    """By how much of the loss alone a history lowers it, in percent; of how many shots."""
-    if not len(alone):
-        return ""
-    found: Estimate = estimate(100 * (alone - after) / alone.mean())
-    return f"{found.mean:+.1f} ± {found.scenes:.1f} % ({found.count})"
+    found = _lowered(alone, after)
+    return f"{found.mean:+.1f} ± {found.scenes:.1f} % ({found.count})" if found else ""
+
+
+def _lowered(alone: Tensor, after: Tensor) -> Estimate | None:
+    """By how much of the loss alone a history lowers it, in percent; of how many shots. None of no shot."""
+    return estimate(100 * (alone - after) / alone.mean()) if len(alone) else None
 
 
 def _course(groups: list[list[dict]]) -> str:
@@ -121,3 +126,29 @@ def _course(groups: list[list[dict]]) -> str:
         for group, course in zip(groups, courses, strict=True)
     ]
     return markdown_table(["row", *(f"step {step}" for step in steps)], lines)
+
+
+def draw(groups: list[list[dict]], path: Path) -> None:
+    """What histories are worth by when the characters were last seen, at each noise level; dotted, those of others."""
+    figure = Figure(figsize=(4.6 * len(groups[0][0]["sigmas"]), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(groups[0][0]["sigmas"]), squeeze=False)[0]
+    for axis, sigma in zip(axes, groups[0][0]["sigmas"], strict=True):
+        for group in groups:
+            ages = [target["farthest"] for row in group for target in row["targets"]]
+            alone, colour = _of(group, "alone", sigma), None
+            for kind, line in (("history", "-"), ("other", ":")):
+                points = []
+                for place, is_of_it in enumerate(AGES.values()):
+                    chosen = torch.tensor([is_of_it(age) for age in ages])
+                    found = _lowered(alone[chosen], _of(group, kind, sigma)[chosen])
+                    points += [(place, found.mean, found.scenes)] if found else []
+                label = _title(group[0]) if kind == "history" else None
+                bars = axis.errorbar(
+                    *zip(*points, strict=True), marker="o", markersize=3, linestyle=line, color=colour, label=label
+                )
+                colour = bars.lines[0].get_color()
+        axis.axhline(0, color="grey", linewidth=1)
+        axis.set_xticks(range(len(AGES)), [fill(name, 12) for name in AGES], fontsize=7)
+        axis.set(title=f"sigma {sigma:g}", ylabel="loss lowered by the history, %")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=150)

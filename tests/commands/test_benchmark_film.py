@@ -12,7 +12,7 @@ from data.media.example_shots import block, film_shots, scenes
 from moc.errors import UserError
 from models import EncodersConfig, build_encoders
 from scripts.benchmark_film import ROWS, FilmRowsConfig, arguments, held_out_blocks
-from scripts.film_report import TITLES, tables
+from scripts.film_report import TITLES, write_report
 from tests import pipeline
 
 
@@ -41,13 +41,15 @@ def row(name: str, fold: int, history: list[list[float]], farthest: list[int | N
     }  # fmt: skip
 
 
-def test_folds_are_taken_together_and_shots_told_apart_by_age():
+def test_folds_are_taken_together_and_shots_told_apart_by_age(tmp_path):
     folds = [
         row("moc", 1, [[0.5, 0.7], [1.0, 1.0]], [1, 20]),
         row("moc", 0, [[0.8, 0.8], [0.9, 0.9], [1.1, 1.1]], [1, 5, None]),
         row("dense", 0, [[1.0, 1.0]], [-1]),
     ]
-    text = tables(copy.deepcopy(folds))
+    write_report(copy.deepcopy(folds), tmp_path / "film.json")
+    assert (tmp_path / "film.png").stat().st_size > 1000
+    text = (tmp_path / "film.md").read_text()
     worth = text.partition("## What the history is worth")[2].partition("## ")[0]
     dense, moc = ([cell.strip() for cell in line.split("|")[1:-1]] for line in worth.splitlines() if "seed 0" in line)
     assert moc[0] == "MoC from scratch, seed 0, 10 steps"

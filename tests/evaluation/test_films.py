@@ -251,11 +251,9 @@ def test_a_film_that_was_sampled_is_evaluated_with_its_checkpoint(trained, prepa
 
 
 def test_films_of_a_folder_are_taken_together(films, tmp_path):
-    root, output = films["true"].parent, tmp_path / "scores.json"
-    page = tmp_path / "page.html"
-    pipeline.command(
-        "scripts/evaluate.py", f"films=[{root},{films['true']}]", f"output={output}", f"page={page}", "device=cpu"
-    )
+    root, output, page = films["true"].parent, tmp_path / "scores.json", tmp_path / "page.html"
+    arguments = (f"films=[{root},{films['true']}]", f"output={output}", f"page={page}", "device=cpu")
+    pipeline.command("scripts/evaluate.py", *arguments)
     both, one = json.loads(output.read_text())["films"]
     assert [(row["films"], row["shots"]) for row in (both, one)] == [(2, 8), (1, 4)]
     assert both["consistency"][0]["same_name"]["count"] == 4
