@@ -120,13 +120,7 @@ class Part:
         return with_global[is_shot.cumsum(0) * is_shot]
 
     def check(
-        self,
-        latents: list[Tensor],
-        sigma: Tensor,
-        text: list[Tensor],
-        spec: StreamSpec,
-        channels: int,
-        text_dim: int,
+        self, latents: list[Tensor], sigma: Tensor, text: list[Tensor], spec: StreamSpec, channels: int, text_dim: int
     ) -> None:
         """Raises ValueError where a forward's inputs and its layout describe different shots, or another model's."""
         shots, groups = len(self.grids), self.layout.num_groups
@@ -158,7 +152,9 @@ class StreamAttention:
     that recomputation under activation checkpointing attends to the same chunks and does not route twice.
 
     table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
-    exchange: the processes that hold the tokens; each attends with its share of the heads.
+    exchange: the processes that hold the tokens; each attends with its share of the heads. on_distances: where
+    it is given, layers that route also attend densely, with the same q, k and v, and `distances` holds how far that is,
+    fp32 [L, 2].
     """
 
     layout: ShotLayout
@@ -169,7 +165,9 @@ class StreamAttention:
     cache: KeyValueCache | None = None
     remember: bool = False
     exchange: Exchange | None = None
+    on_distances: Callable[[Tensor], None] | None = None
     routes: dict[int, Routes] = field(default_factory=dict)
+    distances: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.cache is not None and not self.config.flows_forward:
@@ -193,12 +191,28 @@ class StreamAttention:
         if not config.dense:
             routes = self._route(layer, q if pre_rope else queries, kept[2 if pre_rope else 0], first)
         out = moc_attention(queries, *kept[:2], self.layout, config, routes=routes)
+        if self.on_distances and not config.dense:
+            self._compare(layer, out, queries, *kept[:2])
         return self.exchange.to_tokens(out) if self.exchange else out
+
+    def _compare(self, layer: int, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keeps the squared difference of each token and head from dense attention, and the square of the latter."""
+        with torch.no_grad():
+            dense = moc_attention(q, k, v, self.layout, replace(self.config, dense=True))
+        squares = [x.float().square().sum(2, keepdim=True) for x in (out - dense, dense)]
+        distance = torch.cat(squares, dim=2)
+        distance = self.exchange.to_tokens(distance) if self.exchange else distance
+        self.distances.setdefault(layer, distance.sum(1))  # recomputation computes the same again
+
+    def tell_distances(self, part: Part) -> None:
+        """Tells those of the video tokens of all processes, if any layer routes."""
+        if self.on_distances and self.distances:
+            distances = torch.cat([self.distances[layer] for layer in sorted(self.distances)], dim=1)
+            self.on_distances(part.gather(distances[part.video_index]).unflatten(1, (-1, 2)))
 
     def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Routes:
         if layer in self.routes:
-            kept = self.routes[layer]
-            return replace(kept, indices=kept.indices.int())
+            return replace(self.routes[layer], indices=self.routes[layer].indices.int())
         first_head = self.exchange.rank * q.shape[1] if self.exchange else 0
         drops = replace(self.drops, layer=layer, first_head=first_head) if self.drops else None
         routes = Routes(route(q, k, self.layout, self.config, drops, first_query=first), first)
@@ -262,6 +276,7 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         on_routes: Callable[[int, Tensor], None] | None = None,
         cache: KeyValueCache | None = None,
         remember: bool = False,
+        on_distances: Callable[[Tensor], None] | None = None,
     ) -> list[Tensor]:
         """The velocity of each shot, fp32, in the form of `latents`.
 
@@ -272,6 +287,8 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         on_routes: told each layer's index and the routes of this process's heads, int [N, L, K], for statistics.
         cache: history of a story generated shot by shot; latents and sigma are then those of the shots after it, text
             and layout the whole stream's, and config must flow strictly forward.
+        on_distances: told the squared difference, at each video token, of the attention of layers that route from dense
+            attention with the same q, k and v, and the square of the latter: fp32 [Lv, layers, 2].
         remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
         Raises ValueError where latents or text do not fit the layout, UserError where they do not fit the model.
         """
@@ -282,9 +299,8 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         tokens, inputs, condition = self.embed(patches, part.group_sigma(sigma), text, part, config)
         cos, sin = self.rotations(layout, config)
         table = (cos[first:], sin[first:])
-        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, self.exchange)
+        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, self.exchange, on_distances)
         for layer, block in enumerate(self.blocks):
-            # One tensor after another: what offloads inputs of recomputed blocks looks into no tuple.
             args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, partial(attend, layer))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, *args)
@@ -292,6 +308,8 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
                 tokens = block(*args)
         if cache is not None and remember:
             cache.num_tokens = layout.num_tokens
+        if on_distances:
+            attend.tell_distances(part)
         velocity = part.gather(self.project(tokens, patches, condition, part))
         return unpatchify(velocity, part.grids, self.stream.patch)
 

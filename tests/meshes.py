@@ -107,8 +107,9 @@ def make_samples() -> list[Sample]:
 
 
 def make_trainer(case: Case, parallel: Parallel, folder: Path) -> Trainer:
+    flow = Flow(dense_attention=0.0 if case.lora else 0.5)
     return Trainer(
-        parallel, make_model(case), Flow(), SETTINGS[case.family], MoCSchedule(), OptimConfig(clip_norm=0.5),
+        parallel, make_model(case), flow, SETTINGS[case.family], MoCSchedule(), OptimConfig(clip_norm=0.5),
         TrainerConfig(), folder, 0, save_extras=lambda _: None,
     )  # fmt: skip
 

@@ -58,6 +58,9 @@ class Flow:
     dense_target: the share, in training, of the velocity of the same weights under dense attention in what is to be
         predicted; it takes one more forward, without gradients. Where sparse attention is fine-tuned, the data alone as
         target was found to do harm (SpargeAttention2).
+    dense_attention: the weight, in training, of how far attention is from dense attention with the same queries, keys
+        and values: the squared difference of a shot as a share of its square, averaged over the layers that route. It
+        takes one dense attention a layer.
     Raises UserError where a value leaves its range.
     """
 
@@ -69,6 +72,7 @@ class Flow:
     history_rate: float = 0.5
     history_sigma: float = 0.1
     dense_target: float = 0.0
+    dense_attention: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.shift < math.inf:  # nan neither
@@ -76,6 +80,8 @@ class Flow:
         for name in ("history_rate", "history_sigma", "dense_target"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"flow.{name}={getattr(self, name)} must lie in [0, 1]")
+        if not 0 <= self.dense_attention < math.inf:
+            raise UserError(f"flow.dense_attention={self.dense_attention} must be 0 or more, and finite")
         if not 0 < self.logit_std < math.inf:
             raise UserError(f"flow.logit_std={self.logit_std} must be positive and finite")
         if not math.isfinite(self.logit_mean):
@@ -164,8 +170,8 @@ class Flow:
         drops: DropKey | None = None,
         on_routes: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """The mean squared velocity error of every shot, history included: fp32 [S]. While gradients are taken, the
-        velocity is that of the data with a share of the dense model's (see `dense_target`).
+        """The mean squared velocity error of every shot, history included: fp32 [S]. While gradients are taken,
+        `dense_target` and `dense_attention` count.
 
         levels: noise levels of the batch's shots, on the CPU. moc: what attention attends to. seed: of the noise.
         drops, on_routes: handed to the model.
@@ -178,8 +184,19 @@ class Flow:
             with torch.no_grad():
                 dense = model(noisy, sigma, batch.text, batch.layout, replace(moc, dense=True))
             targets = [t.lerp(d.float(), self.dense_target) for t, d in zip(targets, dense, strict=True)]
-        predicted = model(noisy, sigma, batch.text, batch.layout, moc, drops=drops, on_routes=on_routes)
-        return torch.stack(each_shape(lambda p, t: (p.float() - t).square().flatten(1).mean(1), predicted, targets))
+        found: list[Tensor] = []
+        told = {"on_distances": found.append} if self.dense_attention and torch.is_grad_enabled() else {}
+        predicted = model(noisy, sigma, batch.text, batch.layout, moc, drops=drops, on_routes=on_routes, **told)
+        error = torch.stack(each_shape(lambda p, t: (p.float() - t).square().flatten(1).mean(1), predicted, targets))
+        return error + self.dense_attention * _share(found[0], batch.layout) if found else error
+
+
+def _share(distances: Tensor, layout: ShotLayout) -> Tensor:
+    """Of distances fp32 [Lv, layers, 2] of video tokens, each shot's sum of the first as a share of that of the second,
+    averaged over the layers: fp32 [S]."""
+    lengths = torch.tensor([math.prod(group.grid) for group in layout.groups if group.grid is not None])
+    sums = torch.segment_reduce(distances, "sum", lengths=move(lengths, distances.device), unsafe=True)
+    return (sums[..., 0] / sums[..., 1].clamp(min=1e-12)).mean(1)
 
 
 def draw_key(seed: int, number: int) -> int:

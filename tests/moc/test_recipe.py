@@ -13,6 +13,7 @@ from moc.diffusion.flow import NoiseLevels
 from moc.schedule import MoCSchedule, Stage
 from moc.training import OptimConfig, find_checkpoint
 from moc.training.optim import PartConfig, build_optimizer, freeze_parts, set_learning_rate
+from models import stream
 from models.mmdit import MMDiT
 from tests.runs import DROPS, launch, losses, poisoned, sharded_optim, train
 
@@ -205,6 +206,63 @@ def test_the_target_holds_a_share_of_the_dense_models_velocity():
             torch.testing.assert_close(b, 0.75 * a + 0.25 * c, atol=1e-6, rtol=1e-4)
     with pytest.raises(ValueError, match=r"flow\.dense_target=1\.5"):
         Flow(dense_target=1.5)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_attention_is_drawn_to_dense_attention(recomputed):
+    """The loss is the distance of each layer's output, with the queries, keys and values that the model has; validation
+    and dense layers leave it out."""
+    net, moc = model(), MoCConfig(chunk_tokens=6, top_k=1, text_anchor="none", dense_layers=1)
+    sizes = [(2, 4, 6), (1, 4, 6), (3, 4, 4)]
+    sample = Sample([torch.randn(3, *size) for size in sizes], [torch.randn(2, 8)] * 4)
+    batch, levels = make_batch([sample, sample], net.stream, 6), NoiseLevels.equal(0.5, 6)
+    if recomputed:
+        net.enable_gradient_checkpointing()
+        net.recompute_parts()
+
+    def loss(weight, config):
+        return Flow(dense_attention=weight).loss(net, batch, levels, config, 0)
+
+    plain, drawn = loss(0.0, moc), loss(0.5, moc)
+    with torch.no_grad():
+        assert torch.equal(loss(0.5, moc), plain)
+    assert torch.equal(loss(0.5, replace(moc, dense=True)), loss(0.0, replace(moc, dense=True)))
+    assert torch.equal(loss(0.5, replace(moc, dense_layers=2)), loss(0.0, replace(moc, dense_layers=2)))
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        attend = stream.moc_attention
+        patch.setattr(stream, "moc_attention", lambda *args, **more: seen.append(attend(*args, **more)) or seen[-1])
+        loss(0.5, moc)
+    _, sparse, dense = (x.detach()[batch.layout.video_index] for x in seen)  # the first layer is dense
+    lengths = [size[0] * size[1] * size[2] // 4 for size in sizes] * 2
+    shares = [
+        (x - y).square().sum() / y.square().sum()
+        for x, y in zip(sparse.split(lengths), dense.split(lengths), strict=True)
+    ]
+    torch.testing.assert_close(drawn - plain, 0.5 * torch.stack(shares), rtol=1e-3, atol=1e-6)
+    assert min(shares) > 0.01
+
+    names = [name for name, _ in net.named_parameters()]
+    total = {}
+    for weight in (0.0, 0.5, 1.0):
+        gradients = torch.autograd.grad(loss(weight, moc).sum(), net.parameters(), allow_unused=True)
+        total[weight] = dict(zip(names, gradients, strict=True))
+    for name, none in total[0.0].items():
+        if none is not None:  # the gradient is linear in the weight
+            torch.testing.assert_close(total[0.5][name], (none + total[1.0][name]) / 2, atol=1e-6, rtol=1e-4)
+    changed = {name for name in names if not torch.equal(total[0.0][name], total[1.0][name])}
+    assert "blocks.1.video.to_qkv.weight" in changed
+    with pytest.raises(ValueError, match=r"flow\.dense_attention=-1"):
+        Flow(dense_attention=-1)
+
+
+def test_a_run_drawn_to_dense_attention_resumes(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.runs.Flow", lambda: Flow(dense_attention=0.5))
+    train(cache, tmp_path / "whole", num_steps=3, moc=DROPS)
+    train(cache, tmp_path / "half", num_steps=2, moc=DROPS)
+    train(cache, tmp_path / "half", num_steps=3, moc=DROPS, resume=True)
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
 
 
 def test_a_run_with_the_dense_target_trains_and_resumes(cache, tmp_path, monkeypatch):

@@ -35,8 +35,8 @@ def make_trainer(case: Case, device: str, **parallel: object) -> Trainer:
     torch.manual_seed(0)
     config = ParallelConfig(device, "fp32", activation_checkpointing=True, **parallel)
     return Trainer(
-        Parallel(config), make_model(case), Flow(), SETTINGS[case.family], MoCSchedule(), OptimConfig(),
-        TrainerConfig(), Path(), 0, save_extras=lambda _: None,
+        Parallel(config), make_model(case), Flow(dense_attention=0.5), SETTINGS[case.family], MoCSchedule(),
+        OptimConfig(), TrainerConfig(), Path(), 0, save_extras=lambda _: None,
     )  # fmt: skip
 
 
