@@ -46,8 +46,8 @@ def tables(rows: list[dict]) -> str:
         "neighbours in a film are not.",
         "## Loss of the held-out shots\n\n" + _losses(groups),
         *(f"## What the history is worth, sigma {sigma:g}\n\nThe share by which it lowers the loss of the shot alone, "
-          "by when the character of the shot that was unseen for longest was last seen; beside it what the history of "
-          "a shot elsewhere in the film is worth.\n\n" + _worth(groups, sigma) for sigma in rows[0]["sigmas"]),
+          "by when the character of the shot that was unseen for longest was last seen; beside it by how much more "
+          "than the history of a shot elsewhere.\n\n" + _worth(groups, sigma) for sigma in rows[0]["sigmas"]),
         "## Held-out loss during training\n\nWith sigma 0.8 on all shots of 24 scenes.\n\n" + _course(groups),
         "## Commands\n\n" + "\n".join(f"- {_title(row)}, fold {row['fold']}: `{row['command']}`" for row in rows),
     ]) + "\n"  # fmt: skip
@@ -75,38 +75,57 @@ def _losses(groups: list[list[dict]]) -> str:
     sigmas = groups[0][0]["sigmas"]
     names = {"alone": "alone", "history": "after its history", "other": "after another's"}
     losses = [f"{names[kind]}, sigma {sigma:g}" for sigma in sigmas for kind in names]
-    head = ["row", "sparsity", "shots", *losses, "minutes"]
+    minus = [f"minus dense, sigma {sigma:g}" for sigma in sigmas]
+    head = ["row", "sparsity", "shots", *losses, *minus, "minutes"]
     lines = []
     for group in groups:
         cells = [estimate(_of(group, kind, sigma)) for sigma in sigmas for kind in names]
         minutes = sum(row["train_minutes"] for row in group)
         sparsity = sum(row["sparsity"] for row in group) / len(group)
-        lines.append([_title(group[0]), f"{sparsity:.0%}", cells[0].count, *cells, f"{minutes:.1f}"])
+        differences = [_minus_dense(group, groups, sigma) for sigma in sigmas]
+        lines.append([_title(group[0]), f"{sparsity:.0%}", cells[0].count, *cells, *differences, f"{minutes:.1f}"])
     return markdown_table(head, lines)
 
 
+def _minus_dense(group: list[dict], groups: list[list[dict]], sigma: float) -> str:
+    """How much higher the loss after its history is than dense attention's on the same shots."""
+    same = [{key: row[key] for key in ("fold", "seed", "steps")} for row in group]
+    for other in groups:
+        matches = [{key: row[key] for key in ("fold", "seed", "steps")} for row in other] == same
+        if other[0]["row"] == "dense" and other is not group and matches:
+            dense = _of(other, "history", sigma)
+            found = estimate(100 * (_of(group, "history", sigma) - dense) / dense.mean())
+            return f"{found.mean:+.2f} ± {found.scenes:.2f} %"
+    return ""
+
+
 def _worth(groups: list[list[dict]], sigma: float) -> str:
-    head = ["row", "all", "all, another's history", *(age for name in AGES for age in (name, "another's"))]
+    head = ["row", "all", "all, another's history", "more than another's"]
+    head += [age for name in AGES for age in (name, "more than another's")]
     lines = []
     for group in groups:
         alone, history, other = (_of(group, kind, sigma) for kind in ("alone", "history", "other"))
         ages = [target["farthest"] for row in group for target in row["targets"]]
-        cells: list[object] = [_share(alone, history), _share(alone, other)]
+        cells: list[object] = [
+            _share(alone, history, alone),
+            _share(alone, other, alone),
+            _share(other, history, alone),
+        ]
         for is_of_it in AGES.values():
-            chosen = torch.tensor([is_of_it(age) for age in ages])
-            cells += [_share(alone[chosen], seen[chosen]) for seen in (history, other)]
+            of = torch.tensor([is_of_it(age) for age in ages])
+            cells += [_share(seen[of], history[of], alone[of]) for seen in (alone, other)]
         lines.append([_title(group[0]), *cells])
     return markdown_table(head, lines)
 
 
-def _share(alone: Tensor, after: Tensor) -> str:
-    found = _lowered(alone, after)
+def _share(before: Tensor, after: Tensor, alone: Tensor) -> str:
+    found = _lowered(before, after, alone)
     return f"{found.mean:+.1f} ± {found.scenes:.1f} % ({found.count})" if found else ""
 
 
-def _lowered(alone: Tensor, after: Tensor) -> Estimate | None:
-    """By how much of the loss alone a history lowers it, in percent; of how many shots. None of no shot."""
-    return estimate(100 * (alone - after) / alone.mean()) if len(alone) else None
+def _lowered(before: Tensor, after: Tensor, alone: Tensor) -> Estimate | None:
+    """By how much of the loss alone one loss lies under another, in percent; of how many shots. None of no shot."""
+    return estimate(100 * (before - after) / alone.mean()) if len(alone) else None
 
 
 def _course(groups: list[list[dict]]) -> str:
@@ -140,7 +159,7 @@ def draw(groups: list[list[dict]], path: Path) -> None:
                 points = []
                 for place, is_of_it in enumerate(AGES.values()):
                     chosen = torch.tensor([is_of_it(age) for age in ages])
-                    found = _lowered(alone[chosen], _of(group, kind, sigma)[chosen])
+                    found = _lowered(alone[chosen], _of(group, kind, sigma)[chosen], alone[chosen])
                     points += [(place, found.mean, found.scenes)] if found else []
                 label = _title(group[0]) if kind == "history" else None
                 bars = axis.errorbar(

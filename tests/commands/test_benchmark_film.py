@@ -46,22 +46,28 @@ def test_folds_are_taken_together_and_shots_told_apart_by_age(tmp_path):
         row("moc", 1, [[0.5, 0.7], [1.0, 1.0]], [1, 20]),
         row("moc", 0, [[0.8, 0.8], [0.9, 0.9], [1.1, 1.1]], [1, 5, None]),
         row("dense", 0, [[1.0, 1.0]], [-1]),
+        row("own_shot", 1, [[1.2, 1.0]], [-1]) | {"steps": 20},
+        row("dense", 1, [[1.0, 1.0]], [-1]) | {"steps": 20},
     ]
     write_report(copy.deepcopy(folds), tmp_path / "film.json")
     assert (tmp_path / "film.png").stat().st_size > 1000
     text = (tmp_path / "film.md").read_text()
     worth = text.partition("## What the history is worth")[2].partition("## ")[0]
-    dense, moc = ([cell.strip() for cell in line.split("|")[1:-1]] for line in worth.splitlines() if "seed 0" in line)
+    dense, _, moc, _ = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in worth.splitlines() if "seed 0" in line
+    )
     assert moc[0] == "MoC from scratch, seed 0, 10 steps"
     assert moc[1].startswith("+12.0 ± ")
     assert moc[1].endswith("% (5)")
     assert moc[2] == "+0.0 ± 0.0 % (5)"
-    assert moc[3].startswith("+30.0 ± ")
-    assert moc[5] == ""  # two shots ago
-    assert moc[7] == "+10.0 ± nan % (1)"
-    assert moc[9] == "+0.0 ± nan % (1)"
-    assert moc[11] == "-10.0 ± nan % (1)"
-    assert dense[9] == "+0.0 ± nan % (1)"
+    assert moc[3] == moc[1]  # another's history is worth nothing
+    assert moc[4].startswith("+30.0 ± ")
+    assert moc[6] == ""  # two shots ago
+    assert moc[8] == moc[9] == "+10.0 ± nan % (1)"
+    assert moc[10] == "+0.0 ± nan % (1)"
+    assert moc[12] == "-10.0 ± nan % (1)"
+    assert dense[10] == "+0.0 ± nan % (1)"
+    assert "+10.00 ± nan %" in text  # own shot only, minus dense on the same shot
     assert "| MoC from scratch, seed 0, 10 steps | 1.0000 | 1.0000 |" in text  # the course: of both folds
 
 
