@@ -63,6 +63,8 @@ class TrainConfig:
             raise UserError(f"name={error}") from None
         if is_output:
             raise UserError(f"name={self.name} is the output folder itself; name a folder in it")
+        if self.trainer.sample_every and self.data.recall:
+            raise UserError("trainer.sample_every needs prepared data; set it to 0 with data.recall")
 
     @property
     def run_folder(self) -> Path:

@@ -14,7 +14,6 @@ from film.storyboard import Panel, draw_routing_map, draw_storyboard, pick_frame
 from moc.batch import Sample
 from moc.config import MoCConfig
 from moc.diffusion import SamplingConfig, Story, sample_shots
-from moc.errors import UserError
 from moc.statistics import RoutingMap
 from moc.training import Parallel
 from models import load_encoders
@@ -29,10 +28,8 @@ def scene_drawer(dataset: Any, config: TrainConfig, parallel: Parallel) -> Calla
     """What draws a model's sample at a step, as storyboard and routing map in `samples/` of the run's folder; every
     process takes part.
 
-    The scene is the first one held out, or of all where none is. Raises UserError for data without scenes.
+    dataset: prepared data. The scene is the first one held out, or of all where none is.
     """
-    if not isinstance(dataset, ShotDataset):
-        raise UserError("trainer.sample_every needs prepared data; set it to 0 with data.recall")
     (scene, null), folder = _scene(dataset, config.data.validation), config.run_folder / "samples"
     codec, fps = load_encoders(dataset.encoders_folder).codec, dataset.frame_rates[0] if dataset.frame_rates else 24.0
 

@@ -20,11 +20,12 @@ from tests.pipeline import ROOT, TINY_MODEL, assert_one_message, command, prepar
 
 SCRIPTS = ["train.py", "sample.py"]
 SCRIPTS += sorted(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())
+SLOW = ["scripts/compile_kernels.py"]  # it imports the kernels without Triton's interpreter: a process of its own
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SCRIPTS])
 def test_help_lists_the_settings(name, capfd):
-    if name == "scripts/compile_kernels.py":  # imports the kernels without Triton's interpreter: a process of its own
+    if name in SLOW:
         subprocess.run([sys.executable, str(ROOT / name), "--help"], check=True)
     else:
         with pytest.raises(SystemExit) as ending:

@@ -250,9 +250,9 @@ def test_some_shots_are_trained_on_as_stills(tmp_path):
     cache = write_cache(tmp_path, [scene(number, shots=2, frames=3) for number in range(4)])
     for choice, rate in (("model=base", 0.1), ("experiment=wan_a14b_low", 0.1), ("experiment=storyworld", 0)):
         config = parsed("train", choice, f"data.path={cache}", "data.workers=0", "data.validation=0").data
-        steps = islice(build_loader(config, StreamSpec(), chunk_tokens=6), 40)
+        steps = islice(build_loader(config, StreamSpec(), chunk_tokens=6), 10)
         frames = [latent.shape[1] for step in steps for batch in step for latent in batch.latents]
-        assert len(frames) > 1000
+        assert len(frames) > 300
         assert frames.count(1) / len(frames) == pytest.approx(rate, abs=0.03)
 
 

@@ -32,10 +32,10 @@ def recall_settings(**changes) -> StoryworldConfig:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> list[Path]:
-    """A described world and a recall world, written whole; 4 x 20 and 6 x 16 shots."""
+    """A described world and a recall world, written whole; 4 x 10 and 6 x 8 shots."""
     root = tmp_path_factory.mktemp("worlds")
-    described = settings(output=str(root / "described"), scenes=20, frames_per_shot=[2], characters_per_shot=2)
-    recall = recall_settings(output=str(root / "recall"), scenes=16, frames_per_shot=[2], seed=1)
+    described = settings(output=str(root / "described"), scenes=10, frames_per_shot=[2], characters_per_shot=2)
+    recall = recall_settings(output=str(root / "recall"), scenes=8, frames_per_shot=[2], seed=1)
     return [generate(config).parent for config in (described, recall)]
 
 
@@ -206,7 +206,7 @@ def test_place_reader_on_real_and_on_spoilt_frames(worlds):
             clean.append(name_place(frames) == shot["place"])
             spoilt.append(name_place(noisy) == shot["place"])
             faded.append(name_place((0.7 * blurred + 0.3 * 128).astype(np.uint8)) == shot["place"])
-    assert len(clean) == 176
+    assert len(clean) == 88
     assert np.mean(clean) >= 0.99
     assert np.mean(spoilt) >= 0.95
     assert np.mean(faded) >= 0.9
@@ -219,7 +219,7 @@ def test_looks_reader_names_fur_and_outfit(worlds):
             looks = truth["characters"][actor["name"]]
             read = name_looks(frames, actor["boxes"])
             right += [read["fur"] == looks["fur"], read["outfit"] == looks["outfit"]]
-    assert len(right) == 192
+    assert len(right) == 96
     assert np.mean(right) >= 0.98
 
 

@@ -1,7 +1,10 @@
 """Samples of a held-out scene while a model trains: drawn at their steps, from one noise, no trace left in the run."""
 
+from dataclasses import replace
+
 from PIL import Image
 
+from film import progress
 from moc.training import read_metrics
 from tests import pipeline
 from tests.pipeline import assert_one_message, refusal
@@ -11,7 +14,8 @@ def losses(run):
     return [row["loss"] for row in read_metrics(run) if "loss" in row]
 
 
-def test_samples_are_drawn_at_their_steps_and_change_nothing(prepared, trained, tmp_path):
+def test_samples_are_drawn_at_their_steps_and_change_nothing(prepared, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SAMPLING", replace(progress.SAMPLING, steps=4))
     run = pipeline.train(prepared, tmp_path / "run", "trainer.sample_every=2", "data.validation=1")
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == ["step_0000002.png", "step_0000002_routing.png"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 import moc
 from moc import reference
@@ -10,10 +10,10 @@ from tests.moc.test_kernels_cpu import interpreted
 from tests.strategies import attention_tensors, configs, seeds, streams
 
 
-def assert_equal_to_reference(layout, config, routes, seed=0, head_dim=16):
+def assert_equal_to_reference(layout, config, routes, seed=0, **kind):
     from moc.kernels import triton_masked
 
-    q, k, v = attention_tensors(layout, seed, dtype=torch.float32, head_dim=head_dim, requires_grad=True)
+    q, k, v = attention_tensors(layout, seed, dtype=torch.float32, head_dim=16, requires_grad=True, **kind)
     direction = torch.randn(q.shape, generator=torch.Generator().manual_seed(seed))
     out = triton_masked.attend(q, k, v, routes.int(), triton_masked.masked_plan(q, layout, config))
     expected = reference.attend(q, k, v, routes, layout, config)
@@ -24,6 +24,7 @@ def assert_equal_to_reference(layout, config, routes, seed=0, head_dim=16):
 
 
 @interpreted
+@settings(max_examples=25)
 @given(streams(max_samples=3), configs(), seeds)
 def test_masked_equals_the_reference(stream, config, seed):
     from moc.kernels import triton_masked
@@ -36,16 +37,21 @@ def test_masked_equals_the_reference(stream, config, seed):
 
 
 @interpreted
-@pytest.mark.parametrize("own_anchor", ["shot", "chunk", "none"])
-def test_blocks_that_nobody_attends_to_and_all_64_chunks(own_anchor):
+@pytest.mark.parametrize(
+    ("own_anchor", "causal"),
+    [
+        ("shot", True), ("chunk", False), ("none", True),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [("shot", False), ("chunk", True), ("none", False)]),
+    ],
+)  # fmt: skip
+def test_blocks_that_nobody_attends_to_and_all_64_chunks(own_anchor, causal):
     """Samples of 63 and 62 chunks and several blocks of keys; of the former the last bits of a word are used."""
     layout = moc.ShotLayout.build([moc.Shot(3, (30, 1, 2)), moc.Shot(7, (30, 1, 3))], 5, chunk_tokens=3)
     layout = moc.ShotLayout.pack([layout, moc.ShotLayout.build([moc.Shot(0, (61, 1, 3))], 1, chunk_tokens=3)])
     assert max(group.num_chunks for group in layout.groups) == 61
-    for causal in (True, False):
-        config = moc.MoCConfig(top_k=2, causal=causal, own_anchor=own_anchor, text_anchor="global_and_own")
-        q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16)
-        assert_equal_to_reference(layout, config, moc.route(q, k, layout, config))
+    config = moc.MoCConfig(top_k=2, causal=causal, own_anchor=own_anchor, text_anchor="global_and_own")
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
+    assert_equal_to_reference(layout, config, moc.route(q, k, layout, config), num_heads=1)
 
 
 @interpreted
