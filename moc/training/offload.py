@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
-from moc.errors import UserError
+from moc.training.host_memory import Places, host_memory
 
 _LEAST = 1 << 20  # bytes; smaller tensors stay where they are
 _PIECE = 1 << 26  # bytes; torch takes pinned memory in powers of two, which may be twice a large tensor in one piece
@@ -68,6 +67,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._hosts: dict[tuple[Tensor, str], Tensor] = {}
+        self._memory: list[Tensor] = []  # in which those lie
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -85,11 +85,13 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     def rest(self, parameters: Sequence[Tensor]) -> None:
         """Sends the averages of these parameters to the host."""
-        for parameter, state, key in self._averages(parameters):
-            if (parameter, key) not in self._hosts:
-                self._hosts[parameter, key] = torch.empty(state[key].shape, dtype=state[key].dtype)
-                if parameter.is_cuda:
-                    pin(self._hosts[parameter, key])
+        averages = list(self._averages(parameters))
+        new = [(parameter, key) for parameter, _, key in averages if (parameter, key) not in self._hosts]
+        if new:
+            places = Places([self.state[parameter][key] for parameter, key in new])
+            self._memory.append(host_memory(places.size, new[0][0].is_cuda))
+            self._hosts |= dict(zip(new, places.views(self._memory[-1]), strict=True))
+        for parameter, state, key in averages:
             state[key] = self._hosts[parameter, key].copy_(state[key])
 
     def _averages(self, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor], str]]:
@@ -108,15 +110,3 @@ def _together(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             some = []
         some.append(parameter)
     yield some
-
-
-def pin(host: Tensor) -> None:
-    """Pins memory in place, while it lasts. torch's own pinned memory comes in powers of two, of which a block
-    of 14 B would fill two thirds. Raises UserError where there is too little."""
-    error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 1))  # 1: for all devices
-    if error:
-        raise UserError(
-            f"{host.nbytes / 2**20:.0f} MiB of the host's memory cannot be pinned (CUDA error {error}): make "
-            "room there, or keep less in it: parallel.swap_blocks, optim.offload"
-        )
-    finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr()).atexit = False

@@ -5,7 +5,6 @@ more before its gradients. Whenever a block begins, the next one of that directi
 own; two slots of device memory hold the two. Weights that are trained stay on the device.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moc.errors import UserError
-from moc.training.offload import pin
-
-_ALIGNMENT = 256  # bytes; of each weight within the memory of its block
+from moc.training.host_memory import Places, host_memory
 
 
 class Swap:
@@ -89,27 +86,18 @@ class _Slot:
 
 
 class _Waiting:
-    """The frozen weights of a block, one after another in `host`, uint8 [bytes], pinned for a GPU. They have no memory
-    of their own until `lie_in` gives them one."""
+    """The frozen weights of a block, one after another in `host`, uint8 [bytes]. They have no memory of their own until
+    `lie_in` gives them one."""
 
     def __init__(self, block: nn.Module, pinned: bool) -> None:
         self.weights = [weight for weight in block.parameters() if not weight.requires_grad]
-        self._places: list[tuple[int, int, torch.dtype, torch.Size]] = []
-        end = 0
-        for weight in self.weights:
-            self._places.append((end, end + weight.nbytes, weight.dtype, weight.shape))
-            end += -(-weight.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.host = torch.empty(end, dtype=torch.uint8)
-        if pinned:
-            pin(self.host)
-        for weight, here in zip(self.weights, self._parts(self.host), strict=True):
+        self._places = Places(self.weights)
+        self.host = host_memory(self._places.size, pinned)
+        for weight, here in zip(self.weights, self._places.views(self.host), strict=True):
             here.copy_(weight.detach())
             weight.data = weight.new_empty(0)
 
     def lie_in(self, memory: Tensor) -> None:
         """Makes the weights views of `memory`, which holds what `host` does."""
-        for weight, here in zip(self.weights, self._parts(memory), strict=True):
+        for weight, here in zip(self.weights, self._places.views(memory), strict=True):
             weight.data = here
-
-    def _parts(self, memory: Tensor) -> Sequence[Tensor]:
-        return [memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in self._places]

@@ -1,0 +1,45 @@
+"""Memory of the host that a GPU copies from and to at full speed, and the places of tensors in it."""
+
+from collections.abc import Sequence
+from weakref import finalize
+
+import torch
+from torch import Tensor
+
+from moc.errors import UserError
+
+_ALIGNMENT = 256  # bytes, of each tensor
+_PAGE = 4096  # bytes; pages are pinned whole, and none twice
+
+
+class Places:
+    """Where tensors like some given ones lie, one after another, in memory of `size` bytes."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._places: list[tuple[int, int, torch.dtype, torch.Size]] = []
+        self.size = 0
+        for tensor in tensors:
+            self._places.append((self.size, self.size + tensor.nbytes, tensor.dtype, tensor.shape))
+            self.size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """The tensors in `memory`, uint8 [size or more]."""
+        return [memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in self._places]
+
+
+def host_memory(size: int, pinned: bool) -> Tensor:
+    """New memory, uint8 [size]; pinned as long as the tensor returned lasts. torch's own pinned memory comes in powers
+    of two, of which a block of 14 B would fill two thirds. Raises UserError where it cannot be pinned."""
+    memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % _PAGE
+    host = memory[start : start + size]
+    if pinned and size:
+        whole = -(-size // _PAGE) * _PAGE
+        error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), whole, 1))  # 1: for all devices
+        if error:
+            raise UserError(
+                f"{whole / 2**20:.0f} MiB of the host's memory cannot be pinned (CUDA error {error}): make room there, "
+                "or keep less in it: parallel.swap_blocks, optim.offload"
+            )
+        finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr()).atexit = False
+    return host
