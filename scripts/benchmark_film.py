@@ -101,15 +101,17 @@ def main(config: FilmRowsConfig) -> None:
 
 
 def held_out_blocks(fold: int) -> list[int]:
+    """The blocks of the film that a fold holds out."""
     return list(range(fold, block(len(film_shots()) - 1) + 1, FOLDS))
 
 
 def run_name(row: str, fold: int, config: FilmRowsConfig) -> str:
+    """The name of a training's run."""
     return f"{row}_fold{fold}_seed{config.seed}_{config.steps}"
 
 
 def arguments(row: str, fold: int, config: FilmRowsConfig) -> list[str]:
-    """Of train.py."""
+    """The settings of train.py that a row and a fold are."""
     held_out = ",".join(f'"*b{number:02d}*"' for number in held_out_blocks(fold))
     data = [f"data.path={config.film}", f"data.held_out=[{held_out}]"]
     steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]

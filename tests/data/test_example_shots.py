@@ -4,8 +4,12 @@ import json
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
+import pytest
+
 from data.manifest import load_manifest, write_manifest
+from data.media import example_film
 from data.media.example_shots import BLOCK, LIST, LONGEST, block, film_shots, last_seen, scenes
+from moc.errors import UserError
 
 
 def test_the_list_is_sound():
@@ -43,3 +47,16 @@ def test_scenes_are_all_windows_and_a_block_names_all_that_show_it(tmp_path):
             shown = [ends[shot.end] for shot in scene.shots]
             assert shown == list(range(shown[0], shown[-1] + 1))
             assert fnmatchcase(scene.id, f"*b{number:02d}*") == any(i // BLOCK == number for i in shown)
+
+
+def test_the_film_comes_with_its_manifest_or_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(example_film, "_download", lambda folder: folder)
+    monkeypatch.setattr(example_film, "_unpack", lambda archive: b"the film")
+    example_film.fetch(tmp_path / "bare")
+    assert sorted(path.name for path in (tmp_path / "bare").iterdir()) == [
+        "CREDIT", "big_buck_bunny.mp4", "big_buck_bunny.txt",
+    ]  # fmt: skip
+    example_film.fetch(tmp_path / "whole", [2])
+    assert len(load_manifest(tmp_path / "whole/manifest.jsonl")) == len(film_shots())
+    with pytest.raises(UserError, match="lengths in shots"):
+        example_film.ExampleFilmConfig("FILM", scenes=[0])
