@@ -46,6 +46,23 @@ def test_a_trained_model_is_diffusers_again(dense_run, release):
     assert not torch.equal(before["blocks.0.attn1.to_q.weight"], ours["blocks.0.attn1.to_q.weight"])
 
 
+@pytest.mark.slow
+def test_the_recipe_for_a_small_gpu_trains_resumes_and_merges(prepared, release, tmp_path):
+    """A base in fp8, swapped blocks, activations and averages on the host, all through the command."""
+    small = ("data.batch_tokens=900", "data.workers=0", "moc.chunk_tokens=6", "parallel.device=cpu")
+    place = ("experiment=wan_a14b_high_24gb", f"data.path={prepared}", f"output={tmp_path}", f"model.path={release}")
+    settings = (*small, "parallel.swap_blocks=2", "data.drop_to_still=0", "optim.lr=0.1", "optim.warmup_steps=0")
+    for name, steps in (("whole", [2]), ("half", [1, 2])):
+        for num_steps in steps:
+            pipeline.command("train.py", *place, *settings, f"name={name}", f"trainer.num_steps={num_steps}")
+    file = "checkpoints/step_0000002/model/pytorch_lora_weights.safetensors"
+    one, two = (load_file(tmp_path / name / file) for name in ("whole", "half"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    merged, base = (load_model(path, weights="model").state_dict() for path in (tmp_path / "whole", release))
+    assert merged.keys() == base.keys()
+    assert {name for name in base if not torch.equal(base[name], merged[name])} >= {"blocks.1.attn2.to_v.weight"}
+
+
 def test_a_dense_run_is_evaluated_with_moc_untrained(dense_run, release, prepared, tmp_path):
     where = ("data.validation=1", f"data.path={prepared}", "device=cpu", f"output={tmp_path / 'rows.json'}")
     for checkpoint in (dense_run, release):
