@@ -34,3 +34,16 @@ def half_width(values: Tensor) -> float:
     if count < 2:
         return math.nan
     return float(t.ppf(0.975, count - 1)) * float(values.std()) / math.sqrt(count)
+
+
+def half_difference(one: Tensor, other: Tensor) -> float:
+    """Half the width of the 95 % interval of the difference of the means of independent values [n], [m], by Welch; nan
+    where one of them is a single value. scipy's own warns where values are all alike."""
+    counts = len(one), len(other)
+    if min(counts) < 2:
+        return math.nan
+    squares = [float(values.double().var()) / len(values) for values in (one, other)]
+    if sum(squares) == 0:
+        return 0.0
+    freedom = sum(squares) ** 2 / sum(square**2 / (count - 1) for square, count in zip(squares, counts, strict=True))
+    return float(t.ppf(0.975, freedom)) * math.sqrt(sum(squares))

@@ -6,13 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from scipy.stats import ttest_ind
 from torch import Tensor
 
 from data.prepare.shots import ShotDetector
 from evaluation.consistency import Consistency, consistency, prompt_scores
 from evaluation.cuts import CutAccuracy, cut_accuracy, found_cuts
-from evaluation.estimates import half_width
+from evaluation.estimates import half_difference, half_width
 from evaluation.features import Clip, Features
 from evaluation.films import Film
 from evaluation.motion import STILL, drift, speed
@@ -108,11 +107,7 @@ def difference(one: Tensor, other: Tensor) -> dict[str, float | None] | None:
     """The difference of two means with half of its 95 % interval; None where one of them is of nothing."""
     if not len(one) or not len(other):
         return None
-    half: float | None = None
-    if min(len(one), len(other)) > 1:
-        low, high = ttest_ind(one.numpy(), other.numpy(), equal_var=False).confidence_interval(0.95)
-        half = rounded(float(high - low) / 2)
-    return {"mean": rounded(float(one.mean() - other.mean())), "half": half}
+    return {"mean": rounded(float(one.mean() - other.mean())), "half": rounded(half_difference(one, other))}
 
 
 def counted(values: Tensor) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from data.errors import DataError
 from data.media.decode import open_video
 from film.folder import METADATA, FilmFolder
 from film.script import Script, load_script
+from film.storyboard import pick_frames
 
 PICTURES = 8  # of a shot, spread over it, each with the frame after it
 HEIGHT = 256  # pixels that a picture has at most
@@ -111,16 +112,17 @@ def _pictures(video: Path) -> tuple[int, np.ndarray, np.ndarray]:
     reader = open_video(video)
     try:
         count = reader.num_frames
-        chosen = np.linspace(0, max(0, count - 2), min(PICTURES, max(1, count - 1))).round().astype(int).tolist()
+        chosen = pick_frames(max(1, count - 1), PICTURES)
         following = [min(index + 1, count - 1) for index in chosen]
-        frames = {index: _small(reader.read(index, index + 1)[0].numpy()) for index in sorted({*chosen, *following})}
+        frames = {index: small(reader.read(index, index + 1)[0].numpy()) for index in sorted({*chosen, *following})}
     finally:
         reader.close()
     return count, np.stack([frames[i] for i in chosen]), np.stack([frames[i] for i in following])
 
 
-def _small(picture: np.ndarray) -> np.ndarray:
+def small(picture: np.ndarray, most: int = HEIGHT) -> np.ndarray:
+    """A picture, uint8 [h, w, 3], of `most` pixels in height at most."""
     height, width = picture.shape[:2]
-    if height <= HEIGHT:
+    if height <= most:
         return picture
-    return cv2.resize(picture, (round(width * HEIGHT / height), HEIGHT), interpolation=cv2.INTER_AREA)
+    return cv2.resize(picture, (round(width * most / height), most), interpolation=cv2.INTER_AREA)

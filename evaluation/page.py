@@ -1,19 +1,17 @@
 """The report of an evaluation: one HTML page, with storyboards side by side."""
 
-import base64
 from collections.abc import Sequence
-from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-from PIL import Image
 
 from data.records import write_whole
-from evaluation.films import Film
+from evaluation.films import Film, small
 from evaluation.published import NOT_COMPARABLE, SIX, beside_the_paper
+from film.page import data_url
+from film.storyboard import pick_frames
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _PICTURES, _PICTURE_HEIGHT = 3, 96
@@ -57,8 +55,8 @@ def board(film: Film) -> Board:
     """The storyboard of a film, small enough to keep."""
     shots = []
     for shot in film.shots:
-        chosen = np.linspace(0, len(shot.pictures) - 1, min(_PICTURES, len(shot.pictures))).round().astype(int)
-        shots.append({"prompt": shot.prompt, "pictures": [_data_url(shot.pictures[i]) for i in chosen]})
+        chosen = [small(shot.pictures[i], _PICTURE_HEIGHT) for i in pick_frames(len(shot.pictures), _PICTURES)]
+        shots.append({"prompt": shot.prompt, "pictures": [data_url(picture) for picture in chosen]})
     return shots
 
 
@@ -66,10 +64,3 @@ def side_by_side(boards: Sequence[Sequence[Board]]) -> list[list[tuple[dict[str,
     """The first film of each name, shot by shot, then the second of each, and so on; None past a film's end."""
     stories = zip_longest(*boards, fillvalue=[])
     return [list(zip_longest(*films)) for films in stories]
-
-
-def _data_url(picture: np.ndarray) -> str:
-    image, encoded = Image.fromarray(picture), BytesIO()
-    image.thumbnail((4 * _PICTURE_HEIGHT, _PICTURE_HEIGHT))
-    image.save(encoded, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()

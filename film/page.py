@@ -31,7 +31,7 @@ def write_page(path: Path, folder: FilmFolder, plan: FilmPlan, still: Callable[[
     record, counts = folder.read_metadata(), _counts_of_shots(folder.read_routing(), plan.filmed)
     shots = _shots(plan, record, counts)
     for shot in shots:
-        shot["still"] = _data_url(still(shot["number"]))
+        shot["still"] = data_url(still(shot["number"]))
     html = _TEMPLATES.get_template("page.html.j2").render(
         script=plan.script,
         shots=shots,
@@ -127,7 +127,8 @@ def _packed(counts: Tensor) -> dict[str, Any]:
     return {"layers": layers, "levels": levels, "shots": shots, "counts": data}
 
 
-def _data_url(picture: np.ndarray) -> str:
+def data_url(picture: np.ndarray) -> str:
+    """A picture, uint8 [H, W, 3], as a page holds it: JPEG in a URL."""
     file = BytesIO()
     Image.fromarray(picture).save(file, format="JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_ind
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast
 
@@ -269,6 +270,8 @@ def test_differences_have_welchs_interval():
     one, other = torch.tensor([0.9, 0.8, 0.85]), torch.tensor([0.5, 0.7])
     found = difference(one, other)
     assert found["mean"] == pytest.approx(0.25)
-    assert found["half"] > 0.1
+    low, high = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    assert found["half"] == pytest.approx((high - low) / 2, abs=1e-4)
+    assert difference(one[:1].repeat(2), other[:1].repeat(2))["half"] == 0
     assert difference(one, other[:1]) == {"mean": pytest.approx(0.35), "half": None}
     assert difference(one, other[:0]) is None
