@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -152,7 +153,9 @@ class Filmmaker:
             "fingerprints": self.fingerprints,
         }
 
-    def make(self, films: Sequence[tuple[Script, FilmFolder]], redo: Sequence[int] = ()) -> None:
+    def make(
+        self, films: Sequence[tuple[Script, FilmFolder]], redo: Sequence[int] = (), watch: OnStep | None = None
+    ) -> None:
         """Films scripts, as `film` does; returns when all processes have made theirs. All are encoded before the first
         is sampled; each team of processes takes its share of them."""
         films = films[self.parallel.team :: self.parallel.num_teams]
@@ -163,19 +166,26 @@ class Filmmaker:
                 script = self.parallel.share(seeded)
             plans.append((self.plan(script), folder))
         for plan, folder in plans:
-            self.film(plan, folder, redo)
+            self.film(plan, folder, redo, watch)
         self.parallel.gather(None)
+
+    def with_steps(self, steps: int) -> "Filmmaker":
+        """The same model and encoders, loaded once for both, with another number of steps."""
+        assert self.model is not None  # it is loaded before it is shared
+        other = copy(self)
+        other.sampler = replace(self.sampler, steps=steps)
+        return other
 
     def estimate(self, plan: FilmPlan) -> Estimate:
         """What a film will cost."""
         return estimate(plan, self._loaded, self.moc, self.flow, self.sampler)
 
-    def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = ()) -> None:
+    def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = (), watch: OnStep | None = None) -> None:
         """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Of a team every process
         takes part, and the first one alone has to do with the folder.
 
         redo: numbers of shots of a whole film, from 1, that are made anew; the others stay as they are, and a new shot
-        sees those before it. Raises DataError where the folder holds another film.
+        sees those before it. watch: is told of each step. Raises DataError where the folder holds another film.
         """
         if not self.parallel.leads:
             if self.parallel.share(False):
@@ -189,7 +199,7 @@ class Filmmaker:
                 routing[:, :, [plan.filmed[number - 1] for number in redo]] = 0
                 folder.reopen(request, redo, {ROUTING: routing})
             if self.parallel.share(not folder.is_finished):
-                self._make(plan, folder, request)
+                self._make(plan, folder, request, watch)
             present(folder, plan)
             folder.forget()  # now, since shots made anew are not asked for twice
 
@@ -247,13 +257,13 @@ class Filmmaker:
         with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
             yield
 
-    def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> None:
+    def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any], watch: OnStep | None) -> None:
         started, routing_map, device = time.time(), self._routing_map(plan), self.parallel.device
         folder.copy_pictures(plan.pictures)
         shooting = Shooting(folder, plan, self.encoders.codec, request, routing_map, self.config.keep_every)
         story = self._story(plan, shooting.given())
         with self._sampling(plan):
-            num_frames = shooting.run(partial(self._sample, story, routing_map))
+            num_frames = shooting.run(partial(self._sample, story, routing_map), watch)
         folder.remove_pictures()
         folder.write_routing(routing_map.counts)
         facts = {

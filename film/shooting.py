@@ -45,12 +45,12 @@ class Shooting:
         self.kept = folder.kept()
         routing_map.counts = self.kept.tensors.pop(ROUTING, routing_map.counts)
 
-    def run(self, sampling: Sampling) -> int:
+    def run(self, sampling: Sampling, watch: OnStep | None = None) -> int:
         """Writes what is missing of the film; returns its frames.
 
         sampling: is told what to call after each step and where to go on from, and yields (index in the stream, latent
-        [C, T, H, W]) of each shot in order. Raises FloatingPointError, with the shot, where its pictures are not
-        finite.
+        [C, T, H, W]) of each shot in order. watch: is told of each step too, once what was finished is kept. Raises
+        FloatingPointError, with the shot, where its pictures are not finite.
         """
         start = self._start()
         with tqdm(desc="sample", unit="step", initial=self.kept.step) as bar:
@@ -60,6 +60,8 @@ class Shooting:
                 bar.update(progress.step - bar.n)
                 if progress.step % self.keep_every == 0 or self._is_new:
                     self._keep(progress)
+                if watch:
+                    watch(progress)
 
             for index, latent in sampling(on_step, start):
                 number = self.numbers[index]

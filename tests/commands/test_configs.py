@@ -34,6 +34,7 @@ OWNERS = {"moc": "train", "encoders": "prepare"}  # the command whose schema has
 # What a command cannot do without.
 REQUIRED = {
     "sample": ["checkpoint=c", "script=s", "out=o"],
+    "app": ["checkpoint=c", "folder=f"],
     "prepare": ["input=i", "output=o"],
     "storyworld": ["output=o"],
     "example_film": ["output=o"],

@@ -254,7 +254,7 @@ def test_a_folder_of_scripts_is_filmed_one_after_another(trained, write, tmp_pat
 
 def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypatch):
     filmmaker, made = open_filmmaker(trained), []
-    monkeypatch.setattr(filmmaker, "film", lambda plan, folder, redo: made.append(folder.path.name))
+    monkeypatch.setattr(filmmaker, "film", lambda plan, folder, *_: made.append(folder.path.name))
     films = [(filmmaker.read(write(STORY)), FilmFolder(tmp_path / name)) for name in "abcde"]
     monkeypatch.setattr(filmmaker.parallel, "num_teams", 2)
     for team in (0, 1):

@@ -1,6 +1,7 @@
 """Prompt scripts: our form, HoloCine's two and StoryMem's; every mistake named with file and field."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from data.errors import DataError
 from data.manifest import CUT_PREFIX
 from film.script import Reference, load_script
+from tests.pipeline import ROOT
 
 SHOT = {"prompt": "Ann climbs the stairs.", "seconds": 2}
 
@@ -367,3 +369,21 @@ def test_a_missing_or_binary_file_is_named(tmp_path):
     (tmp_path / "film.mp4").write_bytes(bytes(range(256)))
     with pytest.raises(DataError, match=r"film\.mp4: byte 128 is not UTF-8"):
         load_script(tmp_path / "film.mp4")
+
+
+# What a language model is told
+
+
+def test_the_example_for_a_language_model_is_a_script_as_it_says(write):
+    text = (ROOT / "docs/write_a_script.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    script = load_script(write(example))
+    assert 4 <= len(script.shots) <= 12
+    assert all(2 <= shot.seconds <= 8 for shot in script.shots)
+    assert script.shots[0].cut
+    assert not all(shot.cut for shot in script.shots)
+    tags = ["[character]", "[environment]", "[story]"]
+    assert re.findall(r"\[\w+\]", script.global_caption) == tags
+    told = text.split("```yaml")[0]
+    fields = set(yaml.safe_load(example)) | set(yaml.safe_load(example)["shots"][0])
+    assert all(f"`{field}`" in told for field in fields)

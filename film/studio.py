@@ -1,0 +1,190 @@
+"""A folder in which a person writes scripts and films them: what the app does, without its windows.
+
+scripts/NAME.yaml, with the pictures that they name      films/NAME/       as `film.folder` has it
+films/NAME/takes/03_1.mp4    shot 3 as it was first      previews/DIGEST/  the same film, in few steps
+
+Every name is checked, and nothing is read or written outside the folder.
+"""
+
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty, Queue
+
+import yaml
+
+from film.filmmaker import Filmmaker
+from film.folder import FilmFolder
+from film.script import Script
+from film.shooting import OnStep
+from moc.diffusion import Progress
+from moc.errors import UserError
+from moc.files import copy_whole, inside, write_whole
+
+_NAME = re.compile(r"\w[\w -]{0,63}")
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a film is. done: the share of its steps. shots: the videos of its finished shots, in order."""
+
+    done: float
+    shots: list[Path]
+
+
+class _Stopped(Exception):
+    """Nobody waits for a film any more; what is finished of it is kept."""
+
+
+class Studio:
+    """Scripts and films in one folder. preview_steps: of a preview."""
+
+    def __init__(self, filmmaker: Filmmaker, folder: str | Path, preview_steps: int = 8) -> None:
+        self.filmmaker, self.folder, self.preview_steps = filmmaker, Path(folder).resolve(), preview_steps
+        (self.folder / "scripts").mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        """The names of the scripts."""
+        return sorted(path.stem for path in (self.folder / "scripts").glob("*.yaml") if _NAME.fullmatch(path.stem))
+
+    def film(self, name: str) -> FilmFolder:
+        """The folder of the film of a script."""
+        return FilmFolder(self._place("films", name))
+
+    def text(self, name: str) -> str:
+        """The script as it is written."""
+        path = self._script(name)
+        if not path.is_file():
+            raise UserError(
+                f"there is no script {name}; write one, or choose one of {', '.join(self.names()) or 'none'}"
+            )
+        return path.read_text(encoding="utf-8")
+
+    def read(self, name: str) -> Script:
+        self.text(name)
+        return self.filmmaker.read(self._script(name))
+
+    def save(self, name: str, text: str) -> str:
+        """Keeps a script of any known form in ours; returns it. Raises UserError with what is wrong in it, and keeps
+        the script of that name as it was."""
+        path = self._script(name)
+        draft = path.with_name(f"{path.stem}{'.json' if text.lstrip().startswith('{') else '.yml'}")
+        write_whole(draft, text.encode())
+        try:
+            script = self.filmmaker.read(draft)
+        finally:
+            draft.unlink()
+        return self._keep(path, script)
+
+    def estimate(self, name: str) -> str:
+        """What a film will cost."""
+        plan = self.filmmaker.plan(self.read(name))
+        return "\n".join(self.filmmaker.estimate(plan).lines(plan))
+
+    def preview(self, name: str) -> Iterator[State]:
+        """Films a script in few steps, to see where it goes; tells how far it is."""
+        return self._make(self.filmmaker.with_steps(self.preview_steps), name, self.preview_folder(name))
+
+    def preview_folder(self, name: str) -> FilmFolder:
+        digest = hashlib.sha256(self.text(name).encode()).hexdigest()[:16]
+        return FilmFolder(inside(self.folder, f"previews/{digest}"))
+
+    def make(self, name: str) -> Iterator[State]:
+        """Films a script, or goes on with it, and tells how far it is. Who stops listening stops it; what is finished
+        is kept."""
+        return self._make(self.filmmaker, name, self.film(name))
+
+    def redo(self, name: str, number: int, prompt: str, seed: int) -> Iterator[State]:
+        """Makes one shot of a whole film anew. The take before it is kept, to compare them."""
+        script, film = self.read(name), self.film(name)
+        if not film.is_finished:
+            raise UserError(f"{name} is not filmed to its end; generate it before a shot of it is made anew")
+        if not 1 <= number <= len(script.shots):
+            raise UserError(f"{name} has shots 1 to {len(script.shots)}, and no {number}")
+        if not prompt.strip():
+            raise UserError("the prompt is empty; say what the shot shows")
+        shots = list(script.shots)
+        shots[number - 1] = replace(shots[number - 1], prompt=prompt.strip(), seed=seed)
+        # A seed that the film has of its own is the same film's, written out.
+        kept = film.read_metadata()["script"]["shots"]
+        shots = [
+            shot if shot.seed is not None else replace(shot, seed=past["seed"])
+            for shot, past in zip(shots, kept, strict=True)
+        ]
+        script = replace(script, shots=tuple(shots))
+        film.check_request(self.filmmaker.request(self.filmmaker.plan(script)), [number])
+        copy_whole(film.shot(number), self._takes(film) / f"{number:02d}_{len(self.takes(name, number))}.mp4")
+        self._keep(self._script(name), script)
+        return self._make(self.filmmaker, name, film, [number])
+
+    def takes(self, name: str, number: int) -> list[Path]:
+        """The videos of all takes of a shot, the first one first."""
+        film = self.film(name)
+        before = sorted(self._takes(film).glob(f"{number:02d}_*.mp4"), key=lambda path: int(path.stem.split("_")[1]))
+        return [*before, *(path for path in [film.shot(number)] if path.exists())]
+
+    def _takes(self, film: FilmFolder) -> Path:
+        return film.path / "takes"
+
+    def _script(self, name: str) -> Path:
+        return self._place("scripts", name, ".yaml")
+
+    def _place(self, kind: str, name: str, suffix: str = "") -> Path:
+        if not _NAME.fullmatch(name or ""):
+            raise UserError(f"{name!r} is no name for a film; use up to 64 letters, digits, spaces, - and _")
+        return inside(self.folder, f"{kind}/{name}{suffix}", follow_links=True)
+
+    def _keep(self, path: Path, script: Script) -> str:
+        """Writes a script in our form. A shot without a seed has the film's."""
+        files = [file for shot in script.shots for file in (shot.image, shot.last_image, shot.video) if file]
+        files += [reference.image for reference in script.references]
+        names = {file: str(file.relative_to(path.parent)) for file in files}
+        record = script.record(self.filmmaker.sampler.seed, names)
+        text = yaml.safe_dump(record, allow_unicode=True, sort_keys=False, width=100)
+        write_whole(path, text.encode())
+        return text
+
+    def _make(
+        self, filmmaker: Filmmaker, name: str, film: FilmFolder, redo: list[int] | None = None
+    ) -> Iterator[State]:
+        script = self.read(name)
+        numbers = range(1, len(script.shots) + 1)
+        for done in _in_a_thread(lambda watch: filmmaker.make([(script, film)], redo or [], watch)):
+            yield State(done, [film.shot(number) for number in numbers if film.shot(number).exists()])
+
+
+def _in_a_thread(work: Callable[[OnStep], None]) -> Iterator[float]:
+    """Does work elsewhere and yields the share of its steps that are done, 0 first and 1 last. Raises what it raises;
+    who stops listening stops it at its next step."""
+    told: Queue[float] = Queue()
+    is_left, errors = threading.Event(), []
+
+    def watch(progress: Progress) -> None:
+        told.put(progress.step / progress.num_steps)
+        if is_left.is_set():
+            raise _Stopped
+
+    def run() -> None:
+        try:
+            work(watch)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield 0.0
+        while thread.is_alive() or not told.empty():
+            try:
+                yield min(0.99, told.get(timeout=0.2))
+            except Empty:
+                continue
+        if errors:
+            raise errors[0]
+        yield 1.0
+    finally:
+        is_left.set()
+        thread.join()

@@ -1,0 +1,231 @@
+"""A folder of scripts and films, as the app uses it, and the app in a browser."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+
+from film.filmmaker import Filmmaker, FilmmakerConfig
+from film.studio import Studio
+from moc.diffusion import SamplingConfig
+from moc.errors import UserError
+from tests.pipeline import ROOT
+
+STORY = """title: A walk
+size: [32, 48]
+fps: 12
+shots:
+  - {prompt: "Mia walks.", seconds: 0.34}
+  - {prompt: "Mia waves.", seconds: 0.34}
+"""
+
+
+@pytest.fixture
+def studio(trained, tmp_path):
+    config = FilmmakerConfig(str(trained), device="cpu", sampler=SamplingConfig(steps=3, guidance_scale=2.0))
+    return Studio(Filmmaker(config), tmp_path / "studio", preview_steps=1)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_script_is_kept_in_our_form_or_not_at_all(studio):
+    text = studio.save("walk", '{"scenes": [{"video_prompts": ["A man wakes.", "Night."]}], "size": [32, 48]}')
+    assert studio.names() == ["walk"]
+    assert studio.text("walk") == text
+    assert [shot.prompt for shot in studio.read("walk").shots] == ["A man wakes.", "Night."]
+    with pytest.raises(UserError, match="there is no shot"):
+        studio.save("walk", "title: none")
+    assert studio.text("walk") == text
+    assert files(studio.folder) == {"scripts/walk.yaml"}
+    assert "2 shots" in studio.estimate("walk")
+
+
+NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", ".hidden", "a\0b", "x" * 65, "a.b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_stay_in_the_folder(studio, name):
+    for act in (studio.text, studio.film, studio.read, lambda name: studio.save(name, STORY)):
+        with pytest.raises(UserError, match="is no name for a film"):
+            act(name)
+    assert files(studio.folder) == set()
+
+
+def test_links_and_pictures_do_not_lead_out_of_the_folder(studio, tmp_path):
+    (tmp_path / "secret.yaml").write_text(STORY)
+    (studio.folder / "scripts/link.yaml").symlink_to(tmp_path / "secret.yaml")
+    with pytest.raises(UserError, match="does not lie within"):
+        studio.text("link")
+    with pytest.raises(UserError, match="outside"):
+        studio.save("walk", STORY.replace("seconds: 0.34}", "image: ../../secret.png}", 1))
+
+
+def test_a_film_is_made_step_by_step_and_stopped_and_goes_on(studio):
+    studio.save("walk", STORY)
+    making = studio.make("walk")
+    states = [next(making) for _ in range(5)]
+    assert states[0].done == 0
+    assert 0 < states[-1].done < 1
+    making.close()
+    assert not studio.film("walk").is_finished
+    assert (studio.film("walk").path / ".progress.safetensors").exists()
+    states = list(studio.make("walk"))
+    assert states[-1].done == 1
+    assert [path.name for path in states[-1].shots] == ["01.mp4", "02.mp4"]
+    assert studio.film("walk").is_finished
+    assert list(studio.preview("walk"))[-1].done == 1
+    assert studio.preview_folder("walk").read_metadata()["sampler"]["steps"] == 1
+    assert studio.film("walk").read_metadata()["sampler"]["steps"] == 3
+
+
+def test_a_shot_is_made_anew_and_its_takes_compared(studio):
+    studio.save("walk", STORY)
+    with pytest.raises(UserError, match="not filmed to its end"):
+        studio.redo("walk", 2, "Mia jumps.", 5)
+    list(studio.make("walk"))
+    first = studio.film("walk").shot(1).read_bytes(), studio.film("walk").shot(2).read_bytes()
+    for prompt, seed in (("Mia jumps.", 4), ("Mia jumps.", 9)):
+        list(studio.redo("walk", 2, prompt, seed))
+    takes = studio.takes("walk", 2)
+    assert [path.parent.name for path in takes] == ["takes", "takes", "shots"]
+    assert takes[0].read_bytes() == first[1]
+    assert len({path.read_bytes() for path in takes}) == 3
+    assert studio.film("walk").shot(1).read_bytes() == first[0]
+    shot = studio.read("walk").shots[1]
+    assert (shot.prompt, shot.seed) == ("Mia jumps.", 9)
+    with pytest.raises(UserError, match="asked to be what it is"):
+        studio.redo("walk", 2, "Mia jumps.", 9)
+    assert len(studio.takes("walk", 2)) == 3
+    for number, prompt, said in ((3, "x", "shots 1 to 2"), (1, " ", "prompt is empty")):
+        with pytest.raises(UserError, match=said):
+            studio.redo("walk", number, prompt, 1)
+
+
+def test_what_fails_while_filming_is_told(studio, monkeypatch):
+    studio.save("walk", STORY)
+    monkeypatch.setattr(studio.filmmaker, "make", lambda *_: (_ for _ in ()).throw(UserError("no memory")))
+    with pytest.raises(UserError, match="no memory"):
+        list(studio.make("walk"))
+
+
+def test_the_windows_show_what_the_studio_has(studio):
+    app = pytest.importorskip("film.app", reason="needs gradio")
+    studio.save("walk", STORY.replace("Mia walks.", "<b>Mia</b> walks."))
+    cards = app._cards(studio, "walk")
+    assert "&lt;b&gt;Mia&lt;/b&gt; walks." in cards
+    assert cards.count('class="card"') == 2
+    assert "data:image" not in cards
+    *along, last = app._follow(studio.make("walk"), lambda: app._film(studio, "walk"))
+    assert along[0][0] == "0% of the steps, 0 shots finished"
+    assert any(str(told[1]).endswith("shots/01.mp4") for told in along)
+    assert last[0] == "filmed"
+    assert last[1].endswith("films/walk/video.mp4")
+    assert app._cards(studio, "walk").count("data:image/jpeg") == 2
+    assert app._takes(studio, "walk", 1)[1].endswith("shots/01.mp4")
+    with pytest.raises(Exception, match="no name for a film"):
+        app._told(studio.text)("../x")
+    assert app.build_app(studio).config["components"]
+
+
+# In a browser
+
+
+@contextmanager
+def served(trained: Path, folder: Path):
+    """The app as its command serves it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = ["device=cpu", "sampler.steps=2", "preview_steps=1", f"port={port}", f"folder={folder}"]
+    command = [sys.executable, "scripts/app.py", f"checkpoint={trained}", *settings]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        for _ in range(600):
+            with socket.socket() as seen:
+                if seen.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None
+            time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if not all(paths):
+        pytest.skip("needs chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = paths[0]
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1360,1240"):
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(paths[1]))
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.slow
+def test_a_story_is_filmed_in_a_browser(trained, tmp_path, browser):
+    """Loads a script, films it, sees the video play, makes a shot anew and sees both takes; nothing is left elsewhere,
+    and no other file is served."""
+    pytest.importorskip("gradio")
+    folder = tmp_path / "studio"
+    (folder / "scripts").mkdir(parents=True)
+    (folder / "scripts/walk.yaml").write_text(STORY)
+    (tmp_path / "secret.txt").write_text("secret")
+
+    def until(condition: str, *arguments):
+        for _ in range(600):
+            found = browser.execute_script(f"return {condition}", *arguments)
+            if found:
+                return found
+            time.sleep(0.2)
+        shot = os.environ.get("MOC_SCREENSHOT", str(tmp_path / "failed.png"))
+        browser.save_screenshot(shot)
+        raise AssertionError(f"never true: {condition}; see {shot}")
+
+    def plays(name: str) -> bool:
+        """Has a video played; returns whether its time goes on."""
+        video = f"document.querySelector('#{name} video')"
+        until(f"{video} && {video}.readyState >= 2 && {video}.duration > 0.3")
+        browser.execute_script(f"{video}.muted = true; {video}.play()")
+        return bool(until(f"{video}.currentTime > 0.05"))
+
+    with served(trained, folder) as port:
+        browser.get(f"http://127.0.0.1:{port}")
+        until("document.querySelector('#name input')")
+        name = browser.find_element("css selector", "#name input")
+        name.click()
+        until("[...document.querySelectorAll('[role=option]')].some(option => option.textContent.includes('walk'))")
+        browser.find_element("css selector", "[role=option][aria-label=walk]").click()
+        until("document.querySelector('#script').textContent.includes('Mia walks.')")
+        until("document.querySelectorAll('#cards .card').length === 2")
+        browser.find_element("css selector", "#generate").click()
+        until("document.querySelector('#status textarea, #status input').value === 'filmed'")
+        assert plays("film")
+        until("document.querySelectorAll('#cards .still[style]').length === 2")
+        until("document.querySelector('#files').textContent.replace(/\\s/g, '').includes('index.html')")
+        browser.execute_script("document.querySelector('#status textarea, #status input').value = ''")
+        browser.find_element("css selector", "#redo").click()
+        assert plays("before")
+        assert plays("now")
+        if "MOC_SCREENSHOT" in os.environ:
+            browser.save_screenshot(os.environ["MOC_SCREENSHOT"])
+        for outside in (tmp_path / "secret.txt", ROOT / "README.md"):
+            with pytest.raises(HTTPError, match="403"):
+                urlopen(f"http://127.0.0.1:{port}/gradio_api/file={outside}")
+    assert (folder / "films/walk/takes/01_1.mp4").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"studio", "secret.txt"}
