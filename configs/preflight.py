@@ -107,11 +107,12 @@ def _data(dataset: Data, most: int, first: int = 0) -> str:
 
 
 def _memory(trainer: Trainer) -> str:
-    """What a process holds all the time, by count. Raises UserError where the GPU cannot."""
-    weights, device = list(trainer.bare_model.parameters()), trainer.parallel.device
+    """What a process holds on its device all the time, by count. Raises UserError where the GPU cannot."""
+    device = trainer.parallel.device
+    weights = [weight for weight in trainer.bare_model.parameters() if local(weight).device.type == device.type]
     trained = sum(local(weight).nbytes for weight in weights if weight.requires_grad)
-    held = [*weights, *trainer.ema.averages.values()]
-    size = (sum(local(tensor).nbytes for tensor in held) + trained * (1 + _STATES)) / 2**30
+    held = sum(local(tensor).nbytes for tensor in (*weights, *trainer.ema.averages.values()))
+    size = (held + trained * (1 + _STATES)) / 2**30
     if device.type != "cuda":
         return f"weights, averages, gradients and states take {size:.1f} GiB a process"
     whole = torch.cuda.get_device_properties(device).total_memory / 2**30

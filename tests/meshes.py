@@ -110,7 +110,7 @@ def make_trainer(case: Case, parallel: Parallel, folder: Path) -> Trainer:
     flow = Flow(dense_attention=0.0 if case.lora else 0.5)
     return Trainer(
         parallel, make_model(case), flow, SETTINGS[case.family], MoCSchedule(), OptimConfig(clip_norm=0.5),
-        TrainerConfig(), folder, 0, save_extras=lambda _: None,
+        TrainerConfig(save_in_background=case.lora), folder, 0, save_extras=lambda _: None,
     )  # fmt: skip
 
 
@@ -167,6 +167,7 @@ def check(folder: Path, device: str) -> None:
         assert_alike(step(case, trainer), load_file(folder / f"{case.name}.safetensors"), what)
         with mock.patch.object(DTensor, "full_tensor", side_effect=AssertionError("a save gathers nothing")):
             trainer.save({"position": 0})
+            trainer._saver.join()
         resumed = make_trainer(case, parallel, run)
         resumed.resume(find_checkpoint(run))
         assert len(state(resumed)) == len(state(trainer)), what
