@@ -175,12 +175,6 @@ def launched(processes: int, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
-def sharded_optim(name: str) -> OptimConfig:
-    """An optimizer as it works on shards: optimi's Triton kernels know none."""
-    args = {"triton": False} if name.startswith("optimi.") else {}
-    return OptimConfig(name, args, lr=3e-3, warmup_steps=2)
-
-
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(folder) if "loss" in row]
 
@@ -208,7 +202,7 @@ def run(arguments: list[str]) -> None:
     if asked.axis:
         settings["axes"] = {asked.axis: int(os.environ["WORLD_SIZE"])}
     if asked.optim:
-        settings["optim"] = sharded_optim(asked.optim)
+        settings["optim"] = OptimConfig(asked.optim, lr=3e-3, warmup_steps=2)
     if asked.hung:
         settings["timeout"] = 3.0
     if asked.full:

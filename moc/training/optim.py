@@ -209,7 +209,10 @@ def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
         kind = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"optim.name={config.name} cannot be imported ({error}); install its package") from None
-    optimizer = kind(_groups(parameters, config), lr=config.lr, **config.args)
+    own: dict[str, Any] = {}
+    if module.partition(".")[0] == "optimi":  # its Triton kernels need a GPU, and take no shards
+        own["triton"] = all(p.is_cuda and not isinstance(p, DTensor) for p in parameters.values())
+    optimizer = kind(_groups(parameters, config), lr=config.lr, **own | config.args)
     if hasattr(optimizer, "train"):  # schedule-free: the weights that gradients are taken at, of which ours average
         optimizer.train()
     return optimizer

@@ -15,7 +15,7 @@ from moc.training import OptimConfig, find_checkpoint
 from moc.training.optim import PartConfig, build_optimizer, freeze_parts, set_learning_rate
 from models import stream
 from models.mmdit import MMDiT
-from tests.runs import DROPS, launch, losses, poisoned, sharded_optim, train
+from tests.runs import DROPS, launch, losses, poisoned, train
 
 OPTIMIZERS = {
     "adamw": OptimConfig(lr=3e-3),
@@ -280,7 +280,7 @@ def test_a_run_with_the_dense_target_trains_and_resumes(cache, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["muon", "schedulefree.AdamWScheduleFree", "optimi.StableAdamW"])
 def test_shards_step_as_the_whole_does_and_go_on_alone(cache, tmp_path, name):
     """Two processes with half of every weight each, and then one with the whole of what they saved."""
-    optim = sharded_optim(name)
+    optim = OptimConfig(name, lr=3e-3, warmup_steps=2)
     train(cache, tmp_path / "one", num_steps=6, moc=DROPS, optim=optim)
     launch(2, cache, tmp_path / "two", "--axis", "shard", "--optim", name)
     train(cache, tmp_path / "two", num_steps=6, moc=DROPS, optim=optim, resume=True)
