@@ -21,6 +21,7 @@ from film.plan import FilmPlan, plan_film
 from film.presentation import present
 from film.script import Script, load_script
 from film.shooting import ROUTING, OnStep, Shooting
+from film.video import VideoConfig
 from moc import MoCConfig, __version__
 from moc.checkout import commit
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
@@ -47,7 +48,7 @@ class FilmmakerConfig:
     in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. parallel: what several
     processes do together. offload: of two experts only the one in use stays on the GPU. shift: of the noise levels.
     moc: the settings of attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's.
-    keep_every: sampling is kept after so many steps, and after each shot."""
+    keep_every: sampling is kept after so many steps, and after each shot. video: how videos are written."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None
@@ -62,6 +63,7 @@ class FilmmakerConfig:
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     sampler: SamplingConfig = field(default_factory=SamplingConfig)
     keep_every: int = 5
+    video: VideoConfig = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:
         if not self.checkpoint:
@@ -144,7 +146,8 @@ class Filmmaker:
 
     def request(self, plan: FilmPlan) -> dict[str, Any]:
         """All that decides the frames of a film."""
-        return {
+        video = self.config.video.record()
+        return ({"video": video} if video else {}) | {
             "script": plan.record(),
             "moc": self.moc.to_dict(),
             "flow": asdict(self.flow),
@@ -200,7 +203,7 @@ class Filmmaker:
                 folder.reopen(request, redo, {ROUTING: routing})
             if self.parallel.share(not folder.is_finished):
                 self._make(plan, folder, request, watch)
-            present(folder, plan)
+            present(folder, plan, self.config.video)
             folder.forget()  # now, since shots made anew are not asked for twice
 
     def _with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:

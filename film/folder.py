@@ -4,7 +4,7 @@ latents/01.safetensors, shots/01.mp4, ...    as soon as a shot is known
 video.mp4                                    the shots one after another
 metadata.json                                everything to repeat the film; written when the film is whole
 routing.safetensors                          how often each shot routed to each, by layer and noise level
-index.html, storyboard.png, storyboard_2.png, ..., routing.png
+index.html, storyboard.png, storyboard_2.png, ..., routing.png; if asked video.srt, video.vtt, preview.webp
                                              what to look at; the film is whole without
 001_002.mp4, ...                             shots once more, by the scene and shot of a benchmark's script
 given/<digest>.png, ...                      copies of the pictures and videos that its script names
@@ -46,7 +46,7 @@ METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
 REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # what of the metadata decides the frames
 ROUTING = "routing.safetensors"
 SCENES = "[0-9][0-9][0-9]_[0-9][0-9][0-9].mp4"
-DRAWN = ("index.html", "storyboard*.png", "routing.png")  # of a whole film
+DRAWN = ("index.html", "storyboard*.png", "routing.png", "video.srt", "video.vtt", "preview.webp")  # of a whole film
 FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, ROUTING, *DRAWN)
 REMEDY = "name another folder, or remove this one"
 logger = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ class FilmFolder:
             record = self.read_metadata()
         except (FileNotFoundError, UserError):  # none of ours
             return None
-        return {name: record[name] for name in REQUEST} if record.keys() >= set(REQUEST) else None
+        known = {name: record[name] for name in (*REQUEST, "video") if name in record}
+        return known if known.keys() >= set(REQUEST) else None
 
     # An unfinished film
 
@@ -198,13 +199,16 @@ class FilmFolder:
         except (SafetensorError, KeyError, FileNotFoundError):
             raise self._damaged(self._latent(number)) from None
 
-    def write_shot(self, number: int, frames: Iterable[np.ndarray], fps: float) -> int:
+    def write_shot(
+        self, number: int, frames: Iterable[np.ndarray], fps: float, codec: str = "libx264", crf: int = 16
+    ) -> int:
         """The frames of a shot, uint8 [H, W, 3] each; returns how many."""
-        return write_video(self.shot(number), frames, fps, bt709=True)
+        return write_video(self.shot(number), frames, fps, codec, crf, bt709=True)
 
-    def join_shots(self, num_shots: int) -> int:
-        """All shots as one video, their frames as they are; returns how many."""
-        return join_videos(self.path / "video.mp4", [self.shot(number) for number in range(1, num_shots + 1)])
+    def join_shots(self, num_shots: int, chapters: Sequence[str] | None = None) -> int:
+        """All shots as one video, their frames as they are, and as chapters of these titles; returns how many."""
+        shots = [self.shot(number) for number in range(1, num_shots + 1)]
+        return join_videos(self.path / "video.mp4", shots, chapters)
 
     def frames(
         self, number: int, pick: Callable[[int], list[int]], fit: Callable[[int, int], tuple[int, int]]

@@ -12,6 +12,7 @@ from film.folder import FilmFolder
 from film.page import write_page
 from film.plan import FilmPlan
 from film.storyboard import ROWS_A_PAGE, Panel, draw_routing_map, draw_storyboard, page_size, pick_frames
+from film.video import VideoConfig, write_preview, write_subtitles
 
 
 class Stills:
@@ -34,8 +35,8 @@ class Stills:
         return self._middles[number]
 
 
-def present(folder: FilmFolder, plan: FilmPlan) -> None:
-    """Draws those pictures of a whole film that are not there, and its page."""
+def present(folder: FilmFolder, plan: FilmPlan, video: VideoConfig) -> None:
+    """Draws those pictures of a whole film that are not there, and its page. video: what else is asked for."""
     stills, numbers = Stills(folder), range(1, len(plan.filmed) + 1)
     for number, shot in zip(numbers, plan.script.shots, strict=True):
         if shot.scene:
@@ -62,3 +63,7 @@ def present(folder: FilmFolder, plan: FilmPlan) -> None:
 
     folder.draw("routing.png", routing)
     folder.draw("index.html", lambda path: write_page(path, folder, plan, stills.middle))
+    for name in ("video.srt", "video.vtt") if video.subtitles else ():
+        folder.draw(name, lambda path: write_subtitles(path, plan))
+    if video.preview:
+        folder.draw("preview.webp", lambda path: write_preview(path, folder, plan))

@@ -68,7 +68,9 @@ class Shooting:
                 self.kept.made[number] = self.folder.write_latent(number, latent)
                 self._is_new = True
                 self._write_shot(number, latent)
-        return self.folder.join_shots(len(self.numbers))
+        has_chapters = self.request.get("video", {}).get("chapters")
+        titles = [shot.prompt for shot in self.plan.script.shots] if has_chapters else None
+        return self.folder.join_shots(len(self.numbers), titles)
 
     _is_new = False  # whether a shot was finished that is not kept yet
 
@@ -119,7 +121,9 @@ class Shooting:
     def _write_shot(self, number: int, latent: Tensor) -> None:
         pieces = (pictures(piece, f"shot {number}") for piece in self.decode(latent.to(self.plan.device)))
         frames: Iterator[np.ndarray] = (frame for piece in pieces for frame in piece)
-        self.folder.write_shot(number, islice(frames, self.plan.num_frames[number - 1]), self.plan.script.fps)
+        video = self.request.get("video", {})
+        own = {name: video[name] for name in ("codec", "crf") if name in video}
+        self.folder.write_shot(number, islice(frames, self.plan.num_frames[number - 1]), self.plan.script.fps, **own)
         for _ in frames:  # which are past the shot's end
             pass
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -48,7 +49,7 @@ def write_video(
             for count, picture in enumerate(frames, start=1):
                 array = np.ascontiguousarray(picture)
                 if count == 1:
-                    _check_writable(path, array)
+                    _check_writable(path, array, codec)
                     stream.height, stream.width, stream.pix_fmt = array.shape[0], array.shape[1], pixel_format
                 elif array.shape[:2] != (stream.height, stream.width):
                     raise ValueError(
@@ -67,15 +68,18 @@ def write_video(
     return count
 
 
-def join_videos(path: str | Path, parts: Sequence[str | Path]) -> int:
+def join_videos(path: str | Path, parts: Sequence[str | Path], chapters: Sequence[str] | None = None) -> int:
     """Joins videos of one size, rate and codec, as `write_video` wrote them, without decoding them; returns how many
-    frames they are. The file appears under `path` only when whole."""
+    frames they are. chapters: a title of each part, which becomes a chapter. The file appears under `path` only when
+    whole."""
     path, num_frames = Path(path), 0
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         with av.open(str(partial), "w") as joined:
             stream = None
             delay = max(_delay(part) for part in parts)
+            if chapters is not None:
+                joined.set_chapters(_chapters(parts, chapters))
             for part in parts:
                 with av.open(str(part)) as source:
                     stream = stream or joined.add_stream_from_template(source.streams.video[0])
@@ -94,14 +98,29 @@ def join_videos(path: str | Path, parts: Sequence[str | Path]) -> int:
     return num_frames
 
 
+def _chapters(parts: Sequence[str | Path], titles: Sequence[str]) -> list[Any]:
+    """Each part as a chapter of milliseconds."""
+    found: list[Any] = []
+    end = Fraction(0)
+    for number, (part, title) in enumerate(zip(parts, titles, strict=True), start=1):
+        with av.open(str(part)) as source:
+            stream = source.streams.video[0]
+            start, end = end, end + stream.frames / Fraction(stream.average_rate or 1)
+        times = {"start": round(1000 * start), "end": round(1000 * end), "time_base": Fraction(1, 1000)}
+        found.append(times | {"id": number, "metadata": {"title": title}})
+    return found
+
+
 def _delay(path: str | Path) -> int:
     """How long before it is shown a video's first frame is decoded, in units of its time stamps."""
     with av.open(str(path)) as source:
         return -(next(source.demux(video=0)).dts or 0)
 
 
-def _check_writable(path: Path, array: np.ndarray) -> None:
+def _check_writable(path: Path, array: np.ndarray, codec: str) -> None:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"{path}: a frame is uint8 [H, W, 3], got {array.dtype} {array.shape}")
     if array.shape[0] % 2 or array.shape[1] % 2:
         raise UserError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
+    if codec == "libx265" and min(array.shape[:2]) < 64:  # its largest block; it would end the process
+        raise UserError(f"{path}: libx265 needs pictures of at least 64x64, got {array.shape[0]}x{array.shape[1]}")
