@@ -91,7 +91,8 @@ def test_every_output_is_there(film):
         for n in (1, 2, 3, 4)
     }
     (picture,) = film.glob("given/*.png")  # a copy of the script's, under the name that the metadata give it
-    assert names == {"video.mp4", "storyboard.png", "routing.png", "metadata.json", f"given/{picture.name}"} | numbered
+    whole = {"video.mp4", "index.html", "storyboard.png", "routing.png", "routing.safetensors", "metadata.json"}
+    assert names == whole | {f"given/{picture.name}"} | numbered
     shots = json.loads((film / "metadata.json").read_text())["script"]["shots"]
     assert [shot["image"] for shot in shots if "image" in shot] == [f"given/{picture.name}"]
 

@@ -67,7 +67,7 @@ def test_a_dense_run_is_evaluated_with_moc_untrained(dense_run, release, prepare
     where = ("data.validation=1", f"data.path={prepared}", "device=cpu", f"output={tmp_path / 'rows.json'}")
     for checkpoint in (dense_run, release):
         pipeline.command("scripts/evaluate.py", f"checkpoint={checkpoint}", *where, "moc.chunk_tokens=6", "moc.top_k=1")
-        rows = json.loads((tmp_path / "rows.json").read_text())
+        rows = json.loads((tmp_path / "rows.json").read_text())["losses"]
         dense, moc, own = (row for row in rows if row["clean_history"])
         assert dense["sparsity"] == 0 < moc["sparsity"] < own["sparsity"]
         losses = [list(row["loss"].values()) for row in (dense, moc, own)]
@@ -79,7 +79,7 @@ def test_a_pipelines_expert_is_evaluated_at_its_own_noise_levels(release, prepar
     (expert.parent / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.5}))
     where = ("data.validation=1", f"data.path={prepared}", "device=cpu", f"output={tmp_path / 'rows.json'}")
     pipeline.command("scripts/evaluate.py", f"checkpoint={expert}", *where, "moc.chunk_tokens=6")
-    for row in json.loads((tmp_path / "rows.json").read_text()):
+    for row in json.loads((tmp_path / "rows.json").read_text())["losses"]:
         assert [float(level) for level in row["loss"]] == pytest.approx([0.1, 0.25, 0.4, 0.475])
 
 
