@@ -88,7 +88,7 @@ class Batch:
 def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """`tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
     if device.type == "cpu" or tensors[0].device.type != "cpu" or len({x.dtype for x in tensors}) > 1:
-        return [x.to(device).float() for x in tensors]
+        return [x.to(device, torch.float32) for x in tensors]
     flat = torch.empty(sum(x.numel() for x in tensors), dtype=tensors[0].dtype, pin_memory=device.type == "cuda")
     torch.cat([x.reshape(-1) for x in tensors], out=flat)
     pieces = flat.to(device, non_blocking=True).float().split([x.numel() for x in tensors])
@@ -114,25 +114,30 @@ def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> lis
 
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:
     """The stream of one sample as a model with this spec sees it."""
-    return _make_layout([sample], spec, chunk_tokens)
+    return ShotLayout(_streams([sample], spec), chunk_tokens, [sample.position])
 
 
-def _make_layout(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -> ShotLayout:
+def _streams(samples: Sequence[Sample], spec: StreamSpec) -> tuple[tuple[int, tuple[Shot, ...]], ...]:
+    """Of each sample the number of its global text's tokens, and its shots."""
     streams = []
     for sample in samples:
         texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
         cuts = sample.cuts or [True] * len(sample.latents)
         shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
         streams.append((texts[0], tuple(shots)))
-    return ShotLayout(streams, chunk_tokens, [sample.position for sample in samples])
+    return tuple(streams)
 
 
-def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int) -> Batch:
-    """Packs samples one after another; they never see each other."""
+def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int, like: ShotLayout | None = None) -> Batch:
+    """Packs samples one after another; they never see each other. like: a layout whose tables are shared where these
+    samples lie as its own do."""
+    streams, positions = _streams(samples, spec), [sample.position for sample in samples]
+    alike = like is not None and (like.chunk_tokens, like.samples) == (chunk_tokens, streams)
+    layout = like.at(positions) if like is not None and alike else ShotLayout(streams, chunk_tokens, positions)
     return Batch(
         latents=[latent for sample in samples for latent in sample.latents],
         text=[text for sample in samples for text in sample.text],
-        layout=_make_layout(samples, spec, chunk_tokens),
+        layout=layout,
         ids=[sample.id for sample in samples],
         sources=[sample.source for sample in samples],
     )

@@ -167,12 +167,9 @@ class ShotLayout:
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
         if not samples or any(not shots for _, shots in samples):
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
-        for position in positions:
-            if not _is_whole(position, 0) or position >= 1 << 31:
-                raise ValueError(f"position={position!r} must be a whole number in [0, 2**31)")
         self.samples = tuple((text, tuple(shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
-        self.positions = tuple(positions)
+        self._place(positions)
         self._memo: dict[Hashable, Any] = {}
         self._tile()
         self._tabulate()
@@ -202,13 +199,48 @@ class ShotLayout:
         """The same stream, on the same device, cut into chunks of another size."""
         if chunk_tokens == self.chunk_tokens:
             return self
-        return ShotLayout(self.samples, chunk_tokens, self.positions).to(self.device)
+        return self.memo(
+            ("rechunk", chunk_tokens),
+            lambda: ShotLayout(self.samples, chunk_tokens, self.positions).to(self.device),
+        ).at(self.positions)
+
+    def at(self, positions: Sequence[int]) -> "ShotLayout":
+        """The same stream, of samples at other places in the run; both share all tables but `sample_position`."""
+        if tuple(positions) == self.positions:
+            return self
+        other = self.copied()
+        other._place(positions)
+        other.sample_position = move(other.sample_position, self.device)
+        return other
+
+    def copied(self) -> "ShotLayout":
+        """The same layout with a `sample_position` of its own, in which other positions can be written."""
+        other = object.__new__(ShotLayout)
+        other.__dict__.update(self.__dict__)
+        other.sample_position = self.sample_position.clone()
+        return other
+
+    def is_same_stream(self, other: "ShotLayout") -> bool:
+        """Whether the other one has the same texts, shots and chunks, of whatever samples."""
+        return self.chunk_tokens == other.chunk_tokens and self.samples == other.samples
+
+    def _place(self, positions: Sequence[int]) -> None:
+        for position in positions:
+            if not _is_whole(position, 0) or position >= 1 << 31:
+                raise ValueError(f"position={position!r} must be a whole number in [0, 2**31)")
+        if len(positions) != len(self.samples):
+            raise ValueError(f"{len(positions)} positions for {len(self.samples)} samples")
+        self.positions = tuple(positions)
+        self.sample_position = torch.tensor(self.positions, dtype=torch.int32)
 
     def to(self, device: torch.device | str) -> "ShotLayout":
-        """This layout with its tensors on `device`; one copy for each dtype, none when it is there already."""
+        """This layout with its tensors on `device`; one copy for each dtype, none when it is or was there already."""
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self
+        return self.memo(("on", device), lambda: self._moved(device)).at(self.positions)
+
+    def _moved(self, device: torch.device) -> "ShotLayout":
         moved = object.__new__(ShotLayout)
         moved.__dict__.update(self.__dict__)
         moved._memo = {}
@@ -319,7 +351,6 @@ class ShotLayout:
 
         chunk_lengths_ = torch.tensor([chunk.length for chunk in self.chunks])
         first_groups = [index for index, group in enumerate(self.groups) if group.shot < 0]
-        self.sample_position = ints(self.positions)
         self.chunk_cu_seqlens = ints(accumulate((chunk.length for chunk in self.chunks), initial=0))
         self.group_cu_seqlens = ints([*(group.start for group in self.groups), self.num_tokens])
         self.sample_cu_seqlens = ints([*(self.groups[g].start for g in first_groups), self.num_tokens])

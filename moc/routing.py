@@ -110,9 +110,9 @@ def hash32(x):
     return x ^ (x >> 16)
 
 
-def drop_base(drops: DropKey) -> int:
-    """The word that (seed, step, layer) contribute to every draw."""
-    word = 0
+def drop_base(drops: DropKey) -> int | Tensor:
+    """The word that (seed, step, layer) contribute to every draw; a tensor where the step is one."""
+    word: int | Tensor = 0
     for part in (drops.seed, drops.step, drops.layer):
         word = hash32(word ^ hash32(part + _GOLDEN))
     return word

@@ -1,11 +1,12 @@
 """Rows side by side: what does a model remember under one kind of attention or another, trained alike?
 
-python scripts/benchmark_recall.py rows=[dense,own_shot] [steps=N] [minutes=N] [seed=N] [settings=[key=value, ...]]
+python scripts/benchmark_recall.py rows=[dense,own_shot] [steps=N] [minutes=N] [start=PATH] [settings=["key=value",...]]
 
 Each row is `python train.py experiment=recall` with its own settings, all rows at once on one device; a row that is not
-finished after `minutes` is tested where it stands, and the same command goes on with it. Tests are those of
-evaluation/recall.py. A row is printed and put into the output as soon as it is tested, with its command; a row of the
-same name, seed and steps is replaced. `folder/NAME_seedN.tar.gz` holds its averaged weights in bf16.
+finished after `minutes` is tested where it stands, and the same command goes on with it. With `start` all rows begin
+with the weights of one checkpoint, such as a dense row's, instead of none. Tests are those of evaluation/recall.py. A
+row is printed and put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
+and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
 """
 
 import json
@@ -55,6 +56,7 @@ class RecallRowsConfig:
     rows: names among ROWS; without any, the tables of the output's rows are made anew.
     steps: how long each is trained.
     minutes: how long training lasts in this call, at most.
+    start: a model's folder whose weights all rows begin with; empty is none.
     seed: the seed of training and of the reader.
     scenes: how many are tested; each gives two readings.
     look_alikes: how many scenes with look-alikes are tested besides.
@@ -70,6 +72,7 @@ class RecallRowsConfig:
     rows: list[str] = field(default_factory=lambda: ["dense", "own_shot"])
     steps: int = 4000
     minutes: float = 8.0
+    start: str = ""
     seed: int = 0
     scenes: int = 5120
     look_alikes: int = 1024
@@ -93,6 +96,7 @@ def progressive(steps: int) -> str:
     return f"schedule=[{', '.join(stages)}]"
 
 
+KEY = ("row", "seed", "steps", "start")  # of a row in the record
 SWAPS = (1, 2, 4, 7, 14)  # chunks that a dense model routes to, untrained
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
@@ -126,13 +130,14 @@ def main(config: RecallRowsConfig) -> None:
 
 
 def run_name(row: str, config: RecallRowsConfig) -> str:
-    return f"{row}_seed{config.seed}_{config.steps}"
+    return f"{row}_seed{config.seed}_{config.steps}" + (f"_from_{Path(config.start).name}" if config.start else "")
 
 
 def arguments(row: str, config: RecallRowsConfig) -> list[str]:
     """Of train.py."""
     steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
-    return ["experiment=recall", *config.settings, *steps, *ROWS[row](config.steps)]
+    start = [f"model.path={config.start}"] if config.start else []
+    return ["experiment=recall", *config.settings, *start, *steps, *ROWS[row](config.steps)]
 
 
 def composed(config: RecallRowsConfig, folder: Path) -> TrainConfig:
@@ -211,11 +216,12 @@ class Tester:
         found["mass"] = self.bench.mass(model, moc, routing, flow)
         state = json.loads((checkpoint / "state.json").read_text())
         metrics = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        pack(checkpoint / "ema", self.folder / f"{row}_seed{self.config.seed}.tar.gz")
+        pack(checkpoint / "ema", self.folder / f"{name}.tar.gz")
         return {
             "row": row,
             "seed": self.config.seed,
             "steps": self.config.steps,
+            "start": Path(self.config.start).name,
             "steps_done": state["step"],
             "scenes_seen": state["data"]["position"],
             "train_minutes": round(minutes, 2),
@@ -272,11 +278,11 @@ def machine(parallel: Parallel) -> dict:
 
 
 def append(output: Path, row: dict) -> None:
-    """Puts a row into the record, in the place of an earlier one of its name, seed and steps."""
+    """Puts a row into the record, in the place of an earlier one of its name, seed, steps and start."""
     rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    key = [row["row"], row["seed"], row["steps"]]
+    key = [row.get(word, "") for word in KEY]
     row = json.loads(json.dumps(row))  # with keys of text, as the earlier ones have
-    rows = [other for other in rows if [other["row"], other["seed"], other["steps"]] != key] + [row]
+    rows = [other for other in rows if [other.get(word, "") for word in KEY] != key] + [row]
     text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
     write_whole(output, f'{{"rows": {text}}}\n'.encode())
     write_report(rows, output)

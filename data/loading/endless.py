@@ -133,6 +133,7 @@ class EndlessLoader:
         self.world, self.spec, self.chunk_tokens = world, spec, chunk_tokens
         self.position, self.rank, self.stride = start_position, rank, world_size
         self.bins, self.validation = world_size * accumulation, validation
+        self._layout: moc.ShotLayout | None = None  # of the last batch: the next one lies alike
         tokens = self._batch([0]).layout.num_tokens
         self.scenes = batch_tokens // tokens
         if self.scenes < self.bins:
@@ -160,7 +161,10 @@ class EndlessLoader:
 
     def _batch(self, positions: list[int], first: int = 0) -> moc.Batch:
         scenes = draw_scenes(self.world.config, [first + position for position in positions])
-        return moc.make_batch(self.world.encode(scenes).samples(positions), self.spec, self.chunk_tokens)
+        samples = self.world.encode(scenes).samples(positions)
+        batch = moc.make_batch(samples, self.spec, self.chunk_tokens, self._layout)
+        self._layout = batch.layout
+        return batch
 
 
 def open_loader(

@@ -38,6 +38,7 @@ from data.storyworld.recall import (
 )
 from data.storyworld.render import SHUTTER, Renderer, draw_shadow, shadow_colour
 from data.storyworld.story import Scene, Shot
+from moc.move import move
 
 SHOTS_AT_ONCE = 512  # bounds the memory of composing
 _BLACK = np.array([0, 0, 0, 1], np.float32)
@@ -91,7 +92,7 @@ class Stock:
         painted = place * self.config.paintings + scenes.painting.repeat(self.config.shots)
         clip = clip_number(scenes.of_shots(scenes.name), scenes.action, scenes.facing).ravel()
         numbers = [place, painted, scenes.of_shots(scenes.fur).ravel(), scenes.of_shots(scenes.outfit).ravel()]
-        shots = torch.from_numpy(np.stack(numbers)).to(self.device).split(SHOTS_AT_ONCE, dim=1)
+        shots = move(torch.from_numpy(np.stack(numbers)), self.device).split(SHOTS_AT_ONCE, dim=1)
         where = np.stack([clip, scenes.row.ravel(), scenes.column.ravel()], axis=1).tolist()
         parts = [
             self._compose(group, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE]) for n, group in enumerate(shots)

@@ -12,6 +12,7 @@ sampled shots have. Sources: LCT, arXiv 2503.10589 (a timestep for each shot, hi
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from moc.move import move
 from moc.routing import hash32
 
 Model = Callable[..., list[Tensor]]
+OnRoutes = Callable[[int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ class NoiseLevels:
         """The last shot of each sample at one level, a target; those before it clean."""
         last = torch.tensor([i + 1 == len(shots) for _, shots in layout.samples for i in range(len(shots))])
         return cls(torch.where(last, level, 0.0), last)
+
+
+class Noised(NamedTuple):
+    """What a model is given and what it is to predict, on the device: noisy latents and velocities [C, T, H, W], one
+    each for each shot, their noise levels, sigma float32 [S], and the text and the layout of the batch."""
+
+    latents: list[Tensor]
+    targets: list[Tensor]
+    sigma: Tensor
+    text: list[Tensor]
+    layout: ShotLayout
 
 
 @dataclass(frozen=True)
@@ -161,41 +174,49 @@ class Flow:
         return noise
 
     def loss(
-        self,
-        model: Model,
-        batch: Batch,
-        levels: NoiseLevels,
-        moc: MoCConfig,
-        seed: int,
-        drops: DropKey | None = None,
-        on_routes: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
+        self, model: Model, batch: Batch, levels: NoiseLevels, moc: MoCConfig, seed: int,
+        drops: DropKey | None = None, on_routes: OnRoutes | None = None,
+    ) -> Tensor:  # fmt: skip
         """The mean squared velocity error of every shot, history included: fp32 [S]. While gradients are taken,
         `dense_target` and `dense_attention` count.
 
         levels: noise levels of the batch's shots, on the CPU. moc: what attention attends to. seed: of the noise.
         drops, on_routes: handed to the model.
         """
+        return self.errors(model, self.noised(batch, levels, seed), moc, drops, on_routes)
+
+    def noised(self, batch: Batch, levels: NoiseLevels, seed: int) -> Noised:
+        """The batch at these noise levels."""
         sigma = move(levels.sigma, batch.layout.device)
         latents, noise = [x.float() for x in batch.latents], self.draw_noise(batch, seed)
         noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, sigma.unbind())
-        targets = each_shape(self.velocity, latents, noise)
+        return Noised(noisy, each_shape(self.velocity, latents, noise), sigma, batch.text, batch.layout)
+
+    def errors(
+        self, model: Model, noised: Noised, moc: MoCConfig, drops: DropKey | None, on_routes: OnRoutes | None = None
+    ) -> Tensor:
+        """The part of `loss` that draws nothing, so that a CUDA graph can hold it."""
+        noisy, targets, sigma, text, layout = noised
         if self.dense_target and torch.is_grad_enabled():
             with torch.no_grad():
-                dense = model(noisy, sigma, batch.text, batch.layout, replace(moc, dense=True))
+                dense = model(noisy, sigma, text, layout, replace(moc, dense=True))
             targets = [t.lerp(d.float(), self.dense_target) for t, d in zip(targets, dense, strict=True)]
         found: list[Tensor] = []
         told = {"on_distances": found.append} if self.dense_attention and torch.is_grad_enabled() else {}
-        predicted = model(noisy, sigma, batch.text, batch.layout, moc, drops=drops, on_routes=on_routes, **told)
+        predicted = model(noisy, sigma, text, layout, moc, drops=drops, on_routes=on_routes, **told)
         error = torch.stack(each_shape(lambda p, t: (p.float() - t).square().flatten(1).mean(1), predicted, targets))
-        return error + self.dense_attention * _share(found[0], batch.layout) if found else error
+        return error + self.dense_attention * _share(found[0], layout) if found else error
 
 
 def _share(distances: Tensor, layout: ShotLayout) -> Tensor:
     """Of distances fp32 [Lv, layers, 2] of video tokens, each shot's sum of the first as a share of that of the second,
     averaged over the layers: fp32 [S]."""
-    lengths = torch.tensor([math.prod(group.grid) for group in layout.groups if group.grid is not None])
-    sums = torch.segment_reduce(distances, "sum", lengths=move(lengths, distances.device), unsafe=True)
+
+    def shot_lengths() -> Tensor:
+        lengths = torch.tensor([math.prod(group.grid) for group in layout.groups if group.grid is not None])
+        return move(lengths, layout.device)
+
+    sums = torch.segment_reduce(distances, "sum", lengths=layout.memo("shot lengths", shot_lengths), unsafe=True)
     return (sums[..., 0] / sums[..., 1].clamp(min=1e-12)).mean(1)
 
 

@@ -47,7 +47,7 @@ def _unit(word):
     return (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
 
 
-@triton.jit(do_not_specialize=["base", "first_head", "num_tokens", "num_chunks", "top_k", "drop_in_max"])
+@triton.jit(do_not_specialize=["first_head", "num_tokens", "num_chunks", "top_k", "drop_in_max"])
 def drop_kernel(
     routes, dropped, thresholds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
     sample_first_chunk, sample_starts, sample_position, base, first_head, drop_off_max, num_tokens, num_chunks, top_k,
@@ -57,14 +57,15 @@ def drop_kernel(
 ):  # fmt: skip
     """A program drops from, and adds to, the routes of BQ queries of one head: [N, L, K] -> dropped [N, L, K + R].
 
-    thresholds [R]: cumulative Poisson probabilities of the number added. KP, RP: K and R padded to powers of two.
+    base int64 [1]: see `drop_base`. thresholds [R]: cumulative Poisson probabilities of the number added. KP, RP: K
+    and R padded to powers of two.
     """
     NEVER: tl.constexpr = 1 << 32  # above every key
     token = tl.program_id(0) * BQ + tl.arange(0, BQ)
     head = tl.program_id(1)
     valid = token < num_tokens
     golden = tl.full([1], 0x9E3779B9, tl.uint32)
-    by_head = _hash32(base.to(tl.uint32) ^ _hash32((first_head + head).to(tl.uint32) + golden))
+    by_head = _hash32(tl.load(base).to(tl.uint32) ^ _hash32((first_head + head).to(tl.uint32) + golden))
     sample = tl.load(chunk_sample + tl.load(token_chunk + token, mask=valid, other=0))
     first_chunk = tl.load(sample_first_chunk + sample)[:, None]
     by_sample = _hash32(by_head ^ _hash32(tl.load(sample_position + sample).to(tl.uint32) + golden))
@@ -143,17 +144,16 @@ def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
 def _drop_routes(
     routes: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor, chunk_is_text: Tensor,
     group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor, sample_starts: Tensor,
-    sample_position: Tensor, causal: bool, own_anchor: int, drop_off_max: float, drop_in_rate: float, drop_in_max: int,
-    seed: int, step: int, layer: int, first_head: int,
+    sample_position: Tensor, base: Tensor, causal: bool, own_anchor: int, drop_off_max: float, drop_in_rate: float,
+    drop_in_max: int, first_head: int,
 ) -> Tensor:  # fmt: skip
     num_heads, num_tokens, top_k = routes.shape
     dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
-    base = drop_base(DropKey(seed, step, layer))
     block = 32
     drop_kernel[(cdiv(num_tokens, block), num_heads)](
         routes, dropped, _thresholds(drop_in_rate, drop_in_max, routes.device), token_chunk, chunk_group, chunk_sample,
         chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, sample_starts, sample_position,
-        base - (base >> 31 << 32), first_head, drop_off_max, num_tokens, chunk_group.numel(), top_k, drop_in_max,
+        base, first_head, drop_off_max, num_tokens, chunk_group.numel(), top_k, drop_in_max,
         CAUSAL=causal, OWN=own_anchor, KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)),
         BQ=block, BC=32,
     )  # fmt: skip
@@ -166,14 +166,16 @@ _operator = torch.library.custom_op("moc::drop_routes", _drop_routes, mutates_ar
 @_operator.register_fake
 def _(routes: Tensor, *args) -> Tensor:
     num_heads, num_tokens, top_k = routes.shape
-    return routes.new_empty((num_heads, num_tokens, top_k + args[13]))
+    return routes.new_empty((num_heads, num_tokens, top_k + args[14]))
 
 
 def drop_routes(routes: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey) -> Tensor:
     """Routes int32 [N, L, K] after context drop-off and drop-in: [N, L, K + drop_in_max]."""
+    word = drop_base(drops)
+    base = word.view(1) if isinstance(word, Tensor) else torch.full((1,), word, dtype=torch.int64, device=routes.device)
     return (_operator if torch.compiler.is_compiling() else _drop_routes)(
         routes, layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
         layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk, layout.sample_cu_seqlens,
-        layout.sample_position, config.causal, OWN_ANCHORS[config.own_anchor], config.drop_off_max,
-        config.drop_in_rate, config.drop_in_max, drops.seed, drops.step, drops.layer, drops.first_head,
+        layout.sample_position, base, config.causal, OWN_ANCHORS[config.own_anchor], config.drop_off_max,
+        config.drop_in_rate, config.drop_in_max, drops.first_head,
     )  # fmt: skip

@@ -105,9 +105,10 @@ class Parallel:
     """This process among those of a command: rank, world_size, device, and dtype, that of its forward passes.
 
     data_rank, data_ranks: among the processes with samples of their own; those that hold a stream together count as
-    one. saving: a context in which a forward pass keeps what its backward needs where the configuration says.
-    is_sharded: whether forward passes of all processes must keep step. team, num_teams: which team of processes this
-    one belongs to, where those that hold a model together make one thing together; leads: whether it is its first.
+    one. saving: a context in which a forward pass keeps what its backward needs where the configuration says; offloads:
+    whether that is the host's memory. is_sharded: whether forward passes of all processes must keep step. team,
+    num_teams: which team of processes this one belongs to, where those that hold a model together make one thing
+    together; leads: whether it is its first.
     Raises UserError for a device that does not exist, for a mesh that the processes do not fill, and where accelerate
     started one process of several.
     """
@@ -128,7 +129,8 @@ class Parallel:
             self.file_group = dist.new_group(backend="gloo", timeout=_PATIENT)
             _store().set(f"moc/host/{self.rank}", socket.gethostname())
         self._swap_blocks = config.swap_blocks
-        self.saving = OffloadActivations(self.device) if config.offload_activations else nullcontext()
+        self.offloads = config.offload_activations
+        self.saving = OffloadActivations(self.device) if self.offloads else nullcontext()
         self._check_mesh(config)
         self.data_rank, self.data_ranks = self.rank // config.sequence, self.world_size // config.sequence
         self._data_group = self._exchange = None

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from moc import memory
 from moc.batch import Batch
-from moc.config import DropKey, MoCConfig
+from moc.config import MoCConfig
 from moc.diffusion.flow import Flow
 from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
@@ -42,6 +42,7 @@ from moc.training.optim import (
 )
 from moc.training.outcome import Outcome, SkipCount, Spikes, TooManySkipped, Totals, check_finite
 from moc.training.parallel import Parallel
+from moc.training.passes import Passes
 from moc.training.saving import Saver, Snapshot
 from moc.training.shards import hollow, whole
 from moc.training.survey import Survey
@@ -73,6 +74,8 @@ class TrainerConfig:
     divided by the processes that share them.
     ema_decay: the share of the moving average of the weights that each step keeps.
     max_skipped_steps: how many steps in a row may have no finite loss and gradient before the run ends.
+    cuda_graphs: how many kinds of micro-batches, by their texts' and shots' lengths, keep a CUDA graph of forward and
+        backward, which spares a small model the host's time; it takes about the memory of a step more. 0 is none.
     """
 
     num_steps: int = 20_000
@@ -85,12 +88,14 @@ class TrainerConfig:
     save_in_background: bool = False
     ema_decay: float = 0.999
     max_skipped_steps: int = 10
+    cuda_graphs: int = 0
 
     def __post_init__(self) -> None:
         check_least(self, "trainer", 1, "num_steps", "log_every", "keep_checkpoints")
         check_least(
-            self, "trainer", 0, "validate_every", "sample_every", "checkpoint_every", "keep_every", "max_skipped_steps"
-        )
+            self, "trainer", 0, "validate_every", "sample_every", "checkpoint_every", "keep_every", "max_skipped_steps",
+            "cuda_graphs",
+        )  # fmt: skip
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"trainer.ema_decay={self.ema_decay} must lie in [0, 1)")
 
@@ -137,6 +142,7 @@ class Trainer:
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
         self._clock, self._breakdown = Clock(parallel.device), Breakdown()
         self._survey: Survey | None = None  # of the newest step, at every log_every-th
+        self._pass = Passes(parallel, self.model, flow, seed, config.cuda_graphs)
         self._proven = True  # whether the weights have given a finite loss, as far as is known
         self._validation_due = True
         self._interruption = Interruption()
@@ -209,32 +215,36 @@ class Trainer:
                     return False
             self._data_state = steps.state()
             bar.update()
-            last = self.step == self.config.num_steps
-            saves = last or _due(self.step, self.config.checkpoint_every)
-            if saves or _due(self.step, self.config.log_every):
-                totals = self._look(metrics)
-                if saves and not self._proven:
-                    raise FloatingPointError(
-                        f"the loss is {totals.loss} at step {self.step}; lower optim.lr or resume from an earlier "
-                        "checkpoint"
-                    )
-                values = self._summary(totals)
-                bar.set_postfix(headline(values))
-                if metrics:
-                    metrics.log(self.step, values)
-            else:
-                self._look(metrics, but=1)
-            self._validation_due |= last or _due(self.step, self.config.validate_every)
-            validated = not (validator and self._validation_due) or self._validate(validator, metrics)
-            if saves:
-                self.save(self._data_state, last)
-            if not validated and not last:
+            if not self._after_step(metrics, validator, bar):
                 return False
-            samples = self.draw_samples and _due(self.step, self.config.sample_every)
-            if samples:
-                self._draw_samples()
-            if saves or validator or samples:
-                self._clock.reset()
+        return True
+
+    def _after_step(self, metrics: Metrics | None, validator: Validator | None, bar: tqdm) -> bool:
+        """Looks, logs, validates, saves and samples where they are due; returns whether training goes on."""
+        last = self.step == self.config.num_steps
+        saves = last or _due(self.step, self.config.checkpoint_every)
+        if saves or _due(self.step, self.config.log_every):
+            totals = self._look(metrics)
+            if saves and not self._proven:
+                remedy = "lower optim.lr or resume from an earlier checkpoint"
+                raise FloatingPointError(f"the loss is {totals.loss} at step {self.step}; {remedy}")
+            values = self._summary(totals)
+            bar.set_postfix(headline(values))
+            if metrics:
+                metrics.log(self.step, values)
+        else:
+            self._look(metrics, but=1)
+        self._validation_due |= last or _due(self.step, self.config.validate_every)
+        validated = not (validator and self._validation_due) or self._validate(validator, metrics)
+        if saves:
+            self.save(self._data_state, last)
+        if not validated and not last:
+            return False
+        samples = self.draw_samples and _due(self.step, self.config.sample_every)
+        if samples:
+            self._draw_samples()
+        if saves or validator or samples:
+            self._clock.reset()
         return True
 
     def _interrupted(self) -> bool:
@@ -295,7 +305,6 @@ class Trainer:
         targets = self.parallel.put(torch.tensor(sum(int(level.is_target.sum()) for level in levels)))
         # Gradients are averaged over all processes; the loss is a mean over the targets of all of them.
         scale = self.parallel.world_size / self.parallel.sum(targets)
-        drops = DropKey(self.seed, self.step)
         self._survey = Survey(self.bare_model, moc) if _due(self.step + 1, self.config.log_every) else None
         losses = []
         for index, (batch, level) in enumerate(zip(batches, levels, strict=True)):
@@ -303,15 +312,8 @@ class Trainer:
             if index and self._interrupted():
                 return False
             last = index == len(batches) - 1
-            watched = self._survey.forward(batch.layout) if self._survey else nullcontext()
             with nullcontext() if last else self.parallel.keep_gradients(self.model):
-                self._clock.begin("forward")
-                with self.parallel.autocast(), self.parallel.saving, watched as on_routes:
-                    by_shot = self.flow.loss(self.model, batch, level, moc, self.seed, drops, on_routes)
-                self._clock.begin("backward")
-                target_losses = by_shot * self.parallel.put(level.is_target)
-                (target_losses.sum() * scale).backward()
-            losses.append(target_losses.detach())
+                losses.append(self._pass(batch, level, scale, self.step, moc, self._survey, self._clock.begin))
         self._clock.begin("optimizer")
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm))
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config.num_steps, self.optim))
@@ -320,7 +322,7 @@ class Trainer:
         loss_sum, num_finite = self.parallel.sum(sums).unbind()
         totals = torch.stack([loss_sum * scale / self.parallel.world_size, grad_norm, num_finite])
         take_step(self.optimizer, totals.isfinite().all())
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)  # graphs add to gradients where they are
         self.ema.update(self.bare_model)
         self._clock.begin("")
         self.step += 1

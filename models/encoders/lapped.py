@@ -139,9 +139,7 @@ class LappedCodec(Codec):
 
     def _of_latents(self, num_latents: int, first: bool) -> tuple[Tensor, Tensor]:
         """Basis [T, C, 768] and scale [T, 1, 1, C] of each latent frame of a piece."""
-        later = torch.ones(num_latents, dtype=torch.long, device=self.basis.device)
-        if first:
-            later[0] = 0
+        later = (torch.arange(num_latents, device=self.basis.device) >= first).long()
         return self.basis[later], self.scale[later][:, None, None]
 
     def _analyzed(self, video: Tensor, basis: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 
 import moc
+from moc import routing
 from tests import brute_force
 from tests.moc.test_kernels_cpu import interpreted
 from tests.routes import same_chunks
@@ -302,6 +303,14 @@ def test_draws_do_not_depend_on_the_default_dtype():
         assert torch.equal(route(zeros, zeros, layout, config, KEY), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_step_may_be_a_tensor():
+    for step in (0, 7, 2**40):
+        number, tensor = moc.DropKey(3, step, 2), moc.DropKey(3, torch.tensor(step), 2)
+        assert int(routing.drop_base(tensor)) == routing.drop_base(number)
+        before = before_and_after(moc.MoCConfig(top_k=3), long_stream(), key=number)
+        assert torch.equal(before[1], before_and_after(moc.MoCConfig(top_k=3), long_stream(), key=tensor)[1])
 
 
 @pytest.mark.parametrize("key", [moc.DropKey(-1, 0), moc.DropKey(2**63, 2**40, 2**33), moc.DropKey(0, 0, 0, 10**6)])

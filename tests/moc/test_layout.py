@@ -220,6 +220,24 @@ def test_to_moves_every_table_and_leaves_the_original():
     assert moved.groups == layout.groups
 
 
+def test_the_same_stream_at_other_positions_shares_its_tables():
+    shots = [moc.Shot(2, (3, 2, 2)), moc.Shot(1, (2, 2, 2))]
+    one = moc.ShotLayout.pack([moc.ShotLayout.build(shots, 3, 4, position=5), moc.ShotLayout.build(shots, 3, 4, 6)])
+    made = one.memo("a table", lambda: object())
+    other = one.at([8, 2])
+    assert (other.positions, other.sample_position.tolist()) == ((8, 2), [8, 2])
+    assert (one.positions, one.sample_position.tolist()) == ((5, 6), [5, 6])
+    assert other.memo("a table", lambda: object()) is made
+    assert other.token_chunk is one.token_chunk
+    assert one.at([5, 6]) is one
+    assert other.is_same_stream(one)
+    assert not other.is_same_stream(one.rechunk(8))
+    assert (other.rechunk(8).positions, one.rechunk(8).positions) == ((8, 2), (5, 6))
+    assert other.rechunk(8).chunk_cu_seqlens is one.rechunk(8).chunk_cu_seqlens  # made once
+    with pytest.raises(ValueError, match="1 positions for 2 samples"):
+        one.at([1])
+
+
 def test_every_table_is_known_here_and_moved():
     layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2))], 3, chunk_tokens=8)
     tensors = {name for name, value in vars(layout).items() if isinstance(value, torch.Tensor)}

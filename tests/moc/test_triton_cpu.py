@@ -212,8 +212,8 @@ def test_the_operators_of_routing_pass_opcheck():
     q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
     tables = (layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
               layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk)  # fmt: skip
-    draws = (layout.sample_cu_seqlens, layout.sample_position)
+    draws = (layout.sample_cu_seqlens, layout.sample_position, torch.tensor([routing.drop_base(moc.DropKey(1, 2, 3))]))
     arguments = (q, k, layout.chunk_cu_seqlens, *tables, 2, True, 0)
     torch.library.opcheck(torch.ops.moc.route, arguments)
     routes = torch.ops.moc.route(*arguments)
-    torch.library.opcheck(torch.ops.moc.drop_routes, (routes, *tables, *draws, True, 0, 1.0, 0.5, 2, 1, 2, 3, 4))
+    torch.library.opcheck(torch.ops.moc.drop_routes, (routes, *tables, *draws, True, 0, 1.0, 0.5, 2, 4))
