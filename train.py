@@ -56,10 +56,8 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         check_same_run(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, latent_channels=dataset.latent_channels, text_dim=dataset.text_dim)
-    if config.parallel.activation_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.parallel.recompute_parts:
-        model.recompute_parts()
+    model.execution = config.execution
+    config.parallel.set_recomputation(model)
 
     def save_extras(folder: Path) -> None:
         dataset.save_encoders(folder / "encoders")

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
+from configs.earlier import refuse_renamed
 from configs.overrides import readable
 from configs.words import explained, words
 from moc import MoCConfig
@@ -64,6 +65,8 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
 
             # Hydra would end the process with many lines of its own; it has a ValueError for options that do not agree.
             with _ending(full, ValueError), _full_errors(True):
+                for argument in sys.argv[1:]:
+                    refuse_renamed(argument)
                 sys.argv[1:] = [readable(argument, CONFIGS) for argument in sys.argv[1:]]
                 with _explaining(schema):
                     hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(task)()

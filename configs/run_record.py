@@ -17,9 +17,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from configs.earlier import translated
 from configs.schema import TrainConfig
 from moc.checkout import commit, git
-from moc.config import HOW_COMPUTED
 from moc.errors import UserError
 from moc.files import write_whole
 from moc.training import Parallel, sound_checkpoint
@@ -29,11 +29,10 @@ logger = logging.getLogger(__name__)
 
 # What changes neither the model nor what it learns from; all else is part of what a run is.
 FREE = (
-    "name", "output", "resume", "allow_changes", "preflight", "tracking", "parallel",
+    "name", "output", "resume", "allow_changes", "preflight", "tracking", "parallel", "execution",
     "trainer.num_steps", "trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every",
     "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
-    *(f"moc.{name}" for name in HOW_COMPUTED),
 )  # fmt: skip
 
 
@@ -66,7 +65,7 @@ def check_same_run(config: TrainConfig) -> None:
     file = config.run_folder / "config.yaml"
     if not file.exists():
         return
-    before, now = (dict(_flat(values)) for values in (OmegaConf.to_container(OmegaConf.load(file)), _values(config)))
+    before, now = translated(dict(_flat(OmegaConf.to_container(OmegaConf.load(file))))), dict(_flat(_values(config)))
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
     free = {key for key in changed if _is_among(key, FREE) or _is_among(key, config.allow_changes)}
     refused = [f"{key}={now[key]} (was {before[key]})" for key in changed if key not in free]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.loading.dataset import DataConfig
 from film.filmmaker import FilmmakerConfig
-from moc import MoCConfig
+from moc import Execution, MoCConfig
 from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.files import OutsideError, inside
@@ -32,6 +32,7 @@ class TrainConfig:
     flow: the noise levels that are trained on.
     optim: the optimizer and its learning rate.
     parallel: the device, and how a step is spread.
+    execution: how attention is computed.
     trainer: how long the run is and how often it reports.
     tracking: where metrics go besides the run's folder.
     """
@@ -50,6 +51,7 @@ class TrainConfig:
     flow: Flow = field(default_factory=Flow)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    execution: Execution = field(default_factory=Execution)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackerConfig = field(default_factory=TrackerConfig)
 

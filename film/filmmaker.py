@@ -22,7 +22,7 @@ from film.presentation import present
 from film.script import Script, load_script
 from film.shooting import ROUTING, OnStep, Shooting
 from film.video import VideoConfig
-from moc import MoCConfig, __version__
+from moc import Execution, MoCConfig, __version__
 from moc.checkout import commit
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
 from moc.errors import UserError
@@ -48,7 +48,8 @@ class FilmmakerConfig:
     in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. parallel: what several
     processes do together. offload: of two experts only the one in use stays on the GPU. shift: of the noise levels.
     moc: the settings of attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's.
-    keep_every: sampling is kept after so many steps, and after each shot. video: how videos are written."""
+    execution: how attention is computed. keep_every: sampling is kept after so many steps, and after each shot. video:
+    how videos are written."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None
@@ -61,6 +62,7 @@ class FilmmakerConfig:
     offload: bool = False
     shift: float | None = None
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
+    execution: Execution = field(default_factory=Execution)
     sampler: SamplingConfig = field(default_factory=SamplingConfig)
     keep_every: int = 5
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -89,7 +91,9 @@ class Filmmaker:
         """The model on the CPU."""
         config, dtype = self.config, self.parallel.dtype
         of_low = None if config.low_noise_lora is None else read_choices(config.low_noise_lora)
-        return load_denoiser(self.contents, config.low_noise_checkpoint, dtype, read_choices(config.lora), of_low)
+        model = load_denoiser(self.contents, config.low_noise_checkpoint, dtype, read_choices(config.lora), of_low)
+        model.execution = config.execution
+        return model
 
     @cached_property
     def model(self) -> Any:

@@ -38,6 +38,7 @@ from data.cache.writer import write_whole
 from data.errors import DataError
 from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
+from moc.config import EARLIER
 from moc.errors import UserError
 from moc.files import PARTIAL, HeldError, copy_whole
 from moc.training.checkpoint import read_json
@@ -126,13 +127,16 @@ class FilmFolder:
     def request(self) -> dict[str, Any] | None:
         """The request of the film that the folder holds; None where it holds none."""
         if (self.path / PROGRESS).exists():
-            return self._read_progress()[0]
-        try:
-            record = self.read_metadata()
-        except (FileNotFoundError, UserError):  # none of ours
-            return None
+            record = self._read_progress()[0]
+        else:
+            try:
+                record = self.read_metadata()
+            except (FileNotFoundError, UserError):  # none of ours
+                return None
         known = {name: record[name] for name in (*REQUEST, "video") if name in record}
-        return known if known.keys() >= set(REQUEST) else None
+        if not known.keys() >= set(REQUEST):
+            return None
+        return known | {"moc": {name: value for name, value in record["moc"].items() if name not in EARLIER}}
 
     # An unfinished film
 

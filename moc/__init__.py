@@ -3,7 +3,8 @@
 from moc import reference
 from moc.attention import moc_attention, route
 from moc.batch import Batch, Sample, StreamSpec, make_batch, make_layout
-from moc.config import Backend, Descriptor, DropKey, MoCConfig, OwnAnchor, TextAnchor
+from moc.config import Descriptor, DropKey, MoCConfig, OwnAnchor, TextAnchor
+from moc.execution import Backend, Execution
 from moc.layout import Shot, ShotLayout
 from moc.routes import Routes
 from moc.routing import select_shots
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "Descriptor",
     "DropKey",
+    "Execution",
     "MoCConfig",
     "OwnAnchor",
     "Routes",

@@ -1,6 +1,6 @@
 """`moc_attention` and `route`: the two calls a model makes, and the only place that chooses a backend.
 
-A backend is a module with `attend(q, k, v, routes, layout, config)`, differentiable in q, k and v, and
+A backend is a module with `attend(q, k, v, routes, layout, config, execution)`, differentiable in q, k and v, and
 `route(q, k, layout, config, drops)`; both read from the number of queries which ones they are, the last of the stream.
 It is imported when it is first chosen.
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moc import reference, routing
-from moc.config import Backend, Candidates, Descriptor, DropKey, MoCConfig
+from moc.config import Candidates, Descriptor, DropKey, MoCConfig
 from moc.errors import UserError
+from moc.execution import Backend, Execution
 from moc.kernels.dense import capability
 from moc.layout import ShotLayout
 from moc.routes import Routes
@@ -27,11 +28,8 @@ logger = logging.getLogger(__name__)
 HAS_TRITON = find_spec("triton") is not None
 
 
-def resolve_backend(q: Tensor, config: MoCConfig, backend: Backend | str | None = None) -> ModuleType:
-    """The module that will compute this call; `backend` overrides the config's."""
-    if backend is not None and backend not in list(Backend):
-        raise ValueError(f"backend={backend!r} is not one of {', '.join(Backend)}")
-    chosen = Backend(backend or config.backend)
+def resolve_backend(q: Tensor, chosen: Backend) -> ModuleType:
+    """The module that will compute this call. Raises UserError where the backend does not fit q."""
     if chosen is Backend.auto:
         chosen = Backend.triton if q.is_cuda and _triton_fits(q) else Backend.torch
     elif chosen is Backend.triton and not _triton_fits(q):
@@ -77,21 +75,21 @@ def route(
     layout: ShotLayout,
     config: MoCConfig,
     drops: DropKey | None = None,
-    backend: Backend | str | None = None,
+    backend: Execution | str | None = None,
     first_query: int = 0,
 ) -> Tensor:
     """Chunks chosen for each query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], -1 where a slot is empty.
 
     A query's chunks come in no set order. K = top_k; where drops apply (`drops` given and the config has any), top_k +
-    drop_in_max. Not differentiable. first_query: as in `moc_attention`.
+    drop_in_max. Not differentiable. backend, first_query: as in `moc_attention`.
     """
     _check("q, k", (q, k), layout, first_query)
-    return _router(q, config, backend).route(q, k, layout, config, drops)
+    return _router(q, config, Execution.of(backend)).route(q, k, layout, config, drops)
 
 
-def _router(q: Tensor, config: MoCConfig, backend: Backend | str | None) -> ModuleType:
+def _router(q: Tensor, config: MoCConfig, execution: Execution) -> ModuleType:
     """The module that will route; Triton's kernels know no candidates but all."""
-    return resolve_backend(q, config, backend) if config.candidates is Candidates.all else routing
+    return resolve_backend(q, execution.backend) if config.candidates is Candidates.all else routing
 
 
 def moc_attention(
@@ -101,7 +99,7 @@ def moc_attention(
     layout: ShotLayout,
     config: MoCConfig,
     routes: Routes | Tensor | None = None,
-    backend: Backend | str | None = None,
+    backend: Execution | str | None = None,
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
     first_query: int = 0,
@@ -113,7 +111,7 @@ def moc_attention(
     layout: describes the stream; on the device of q. config: what to attend to; `config.dense` is plain attention.
     routes: to use instead of routing here. `Routes`, with a first query of their own, are taken as they are (those of
         `route`, in recomputation); int [N, Lq, K] are the caller's own, which go through `Routes.checked`.
-    backend: overrides `config.backend`. route_qk: the (q, k) to score with `descriptor: pre_rope`.
+    backend: a name, an `Execution`, or None for the fastest. route_qk: the (q, k) to score with `descriptor: pre_rope`.
     drops: the key of context drop-off and drop-in, in training; None leaves them out.
     first_query: q holds the queries of the stream from this token on; nothing is computed for those before it, whose
         keys and values others still attend to (a finished shot's, kept from an earlier call).
@@ -122,12 +120,12 @@ def moc_attention(
     """
     first_query = routes.first_query if isinstance(routes, Routes) else first_query
     _check("q, k, v", (q, k, v), layout, first_query)
-    module = resolve_backend(q, config, backend)
+    execution = Execution.of(backend)
+    module = resolve_backend(q, execution.backend)
     if config.dense:
         indices = None
     elif routes is not None:
-        routes = Routes.checked(routes, layout, config) if isinstance(routes, Tensor) else routes
-        indices = routes.indices
+        indices = (Routes.checked(routes, layout, config) if isinstance(routes, Tensor) else routes).indices
         if indices.shape[:2] != (q.shape[1], len(q)):
             raise ValueError(f"routes must be [{q.shape[1]}, {len(q)}, K] for this q; got {tuple(indices.shape)}")
     else:
@@ -135,8 +133,8 @@ def moc_attention(
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
         if route_qk is not None:
             _check_route_qk(route_qk, q, layout, first_query)
-        indices = _router(q, config, backend).route(*(route_qk or (q, k)), layout, config, drops)
-    return module.attend(q, k, v, indices, layout, config)
+        indices = _router(q, config, execution).route(*(route_qk or (q, k)), layout, config, drops)
+    return module.attend(q, k, v, indices, layout, config, execution)
 
 
 def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout, first_query: int) -> None:

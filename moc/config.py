@@ -1,4 +1,4 @@
-"""What a Mixture-of-Contexts attention does: one frozen, validated, JSON-ready object.
+"""`MoCConfig` says what is attended to, in one frozen, validated, JSON-ready object; how is `moc.execution`'s.
 
 Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, section 3 (anchors, causal routing, drops).
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_least, set_types
 
 
 class OwnAnchor(StrEnum):
@@ -44,16 +44,8 @@ class Descriptor(StrEnum):
     pre_rope = "pre_rope"
 
 
-class Backend(StrEnum):
-    """Who computes the attention; `auto` takes the fastest that fits the device."""
-
-    auto = "auto"
-    reference = "reference"
-    torch = "torch"
-    triton = "triton"
-
-
-HOW_COMPUTED = ("backend", "dense_kernel", "deterministic")  # settings that leave what is attended to as it is
+# Settings that moc.json held before: how attention is computed (`moc.execution`), and a position, which is the model's.
+EARLIER = ("backend", "dense_kernel", "deterministic", "cut_gap")
 
 
 @dataclass(frozen=True)
@@ -72,11 +64,7 @@ class MoCConfig:
     drop_off_max: p_max of context drop-off (training only); a query loses floor(p k) of k routes, p ~ U(0, p_max).
     drop_in_rate, drop_in_max: lambda of context drop-in (training only), and its bound; a query gains
         min(Poisson(lambda), drop_in_max) chunks.
-    backend: who computes it; `auto` takes the fastest that fits.
-    dense_kernel: name of the dense kernel for anchored parts ("auto" takes the fastest present).
-    deterministic: bitwise repeatable gradients, at some cost in speed.
     dense_layers: how many of the model's first layers attend densely.
-    cut_gap: latent frames left out of the running time at each true cut, by models whose time runs on over shots (wan).
 
     Neither p_max nor lambda is published. Ours drop (p_max=1) or add half a chunk or more a query on average.
     """
@@ -92,19 +80,12 @@ class MoCConfig:
     drop_off_max: float = 1.0
     drop_in_rate: float = 0.5
     drop_in_max: int = 2
-    backend: Backend = Backend.auto
-    dense_kernel: str = "auto"
-    deterministic: bool = False
     dense_layers: int = 0
-    cut_gap: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            kind: Any = field.type
-            object.__setattr__(self, field.name, _typed(field.name, kind, getattr(self, field.name)))
-        lowest = {"chunk_tokens": 1, "top_k": 0, "drop_in_max": 0, "drop_in_rate": 0, "dense_layers": 0, "cut_gap": 0}
-        for name, low in lowest.items():
-            check_least(self, "MoCConfig", low, name)
+        set_types(self, "MoCConfig")
+        check_least(self, "MoCConfig", 1, "chunk_tokens")
+        check_least(self, "MoCConfig", 0, "top_k", "drop_in_max", "drop_in_rate", "dense_layers")
         if not 0 <= self.drop_off_max <= 1:
             raise UserError(f"MoCConfig.drop_off_max={self.drop_off_max} must lie in [0, 1]")
 
@@ -147,39 +128,27 @@ class MoCConfig:
         return self.from_dict(self.to_dict() | {name: value for name, value in values.items() if value is not None})
 
     def save(self, folder: str | Path) -> None:
-        """Writes what is attended to as `moc.json` beside a model's weights. How it is computed belongs to whoever
-        computes: another machine may lack the kernel."""
-        semantics = {name: value for name, value in self.to_dict().items() if name not in HOW_COMPUTED}
-        Path(folder, "moc.json").write_text(json.dumps(semantics, indent=2) + "\n")
+        """Writes the settings as `moc.json` beside a model's weights."""
+        Path(folder, "moc.json").write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "MoCConfig":
-        """What `save` wrote; raises UserError, naming the file, where it does not fit. Files of earlier versions also
-        say how attention was computed, which is left out."""
+        """What `save` wrote, without what only earlier versions wrote; raises UserError, naming the file, where it does
+        not fit."""
         file = Path(folder, "moc.json")
         try:
             values = json.loads(file.read_text())
             if not isinstance(values, dict):
                 raise UserError(f"it must hold one JSON object, not {str(values)[:20]!r}")
-            return cls.from_dict({name: value for name, value in values.items() if name not in HOW_COMPUTED})
+            return cls.from_dict({name: value for name, value in values.items() if name not in EARLIER})
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
 
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
-
-
-def _typed(name: str, kind: type, value: Any) -> Any:
-    """A setting's value as its field's type; raises UserError for one of another type. Nothing is converted but names
-    to enums: "5" is no number, and neither is true."""
-    if issubclass(kind, StrEnum):
-        if value not in list(kind):
-            raise UserError(f"MoCConfig.{name}={value!r} is not one of {', '.join(kind)}")
-        return kind(value)
-    accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"MoCConfig.{name}={value!r} must be {_NAMES[kind]}")
-    return value
+def earlier_cut_gap(folder: Path) -> Any:
+    """The model's `cut_gap` where moc.json holds it, as earlier versions wrote it; 0 where it does not."""
+    values = json.loads(Path(folder, "moc.json").read_text())
+    return values.get("cut_gap", 0.0) if isinstance(values, dict) else 0.0
 
 
 @dataclass(frozen=True)

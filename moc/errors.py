@@ -4,6 +4,8 @@ import errno
 import math
 import os
 import re
+from dataclasses import fields
+from enum import StrEnum
 from typing import Any
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE}
@@ -25,6 +27,30 @@ def check_least(config: Any, owner: str, least: float, *names: str) -> None:
     for name in names:
         if not least <= getattr(config, name) < math.inf:
             raise UserError(f"{prefix}{name}={getattr(config, name)} must be finite and at least {least}")
+
+
+_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+
+
+def set_types(config: Any, owner: str) -> None:
+    """Gives the fields of a frozen dataclass their types, of which it takes names for enums alone: "5" is no number,
+    and neither is true. Raises UserError for a value of another type.
+
+    owner: as in `check_least`.
+    """
+    for field in fields(config):
+        object.__setattr__(config, field.name, _typed(f"{owner}.{field.name}", field.type, getattr(config, field.name)))
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    if issubclass(kind, StrEnum):
+        if value not in list(kind):
+            raise UserError(f"{name}={value!r} is not one of {', '.join(kind)}")
+        return kind(value)
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{name}={value!r} must be {_NAMES[kind]}")
+    return value
 
 
 def disk_error(error: BaseException) -> str | None:

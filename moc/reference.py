@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig, OwnAnchor, TextAnchor
+from moc.execution import Execution
 from moc.layout import ShotLayout
 from moc.routing import route
 
@@ -60,8 +61,14 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return torch.einsum("nij,jnd->ind", weights, v.to(wide)).to(q.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Attention over anchors and routed chunks together, each key once: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D]."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
+    execution: Execution | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention over anchors and routed chunks together, each key once: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D].
+
+    execution: not asked, since there is one way only; the other backends have more.
+    """
     first_query = layout.first_query(len(q))
     if first_query:  # as all queries, of which those before it are left out again
         q = F.pad(q, (0, 0, 0, 0, first_query, 0))

@@ -1,7 +1,7 @@
 """Models, codecs and text encoders: what a configuration names, built or loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class ModelConfig:
     ffn_dim: the width of the hidden layer of a block's feed-forward network.
     input_skip: see `models.layers.Output`.
     frame_place: see `models.layers.FramePlace`.
+    cut_gap: latent frames left out of the running time at each true cut (wan); null takes that of the weights at path,
+    or 0.
     lora_rank: above 0, train adapters of that rank.
     lora_targets: the linears that have adapters, by the ends of their names (wan: to_q to_k to_v to_out.0 net.0.proj
     net.2; mmdit: to_qkv to_out ffn.0 ffn.2).
@@ -80,12 +82,17 @@ class ModelConfig:
     ffn_dim: int = 512
     input_skip: bool = False
     frame_place: bool = False
+    cut_gap: float | None = None
     lora_rank: int = 0
     lora_targets: list[str] = field(default_factory=list)
     lora_base: Base = Base.fp32
 
     def __post_init__(self) -> None:
         check_least(self, "model", 1, "dim", "num_layers", "num_heads", "ffn_dim")
+        if self.cut_gap is not None:
+            check_least(self, "model", 0, "cut_gap")
+            if self.family != Family.wan:
+                raise UserError(f"model.cut_gap={self.cut_gap} is for model.family=wan; leave it at null")
         if self.lora_rank < 0 or (self.lora_rank > 0) != bool(self.lora_targets):
             raise UserError(
                 f"model.lora_rank={self.lora_rank} must be 0, or above 0 with model.lora_targets=[NAME, ...]"
@@ -110,6 +117,8 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Str
                 f"model.path={config.path} holds a {checkpoint.kind}, not one of model.family={config.family}; "
                 "set the family that fits (for Wan's weights: model=wan)"
             )
+        if config.cut_gap is not None:
+            checkpoint = replace(checkpoint, config=checkpoint.config | {"cut_gap": config.cut_gap})
         model = load_checkpoint(checkpoint, base=config.lora_base)
         if config.lora_rank:
             base = str(checkpoint.path.resolve())  # not the run, which may train on
@@ -129,6 +138,7 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Str
         text_dim=text_dim,
         ffn_dim=config.ffn_dim,
         num_layers=config.num_layers,
+        cut_gap=config.cut_gap or 0.0,
     )
 
 

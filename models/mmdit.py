@@ -73,11 +73,9 @@ class MMDiT(StreamModel):
         words = self.text_in(words[part.text_rows].to(self.text_in.weight.dtype))
         return Embedded((words, video), (condition, part), condition)
 
-    def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:
-        return layout.memo(
-            ("interleaved", self.head_dim, self.config.rope_theta),
-            lambda: rotary_table(interleaved_positions(layout), self.head_dim, self.config.rope_theta),
-        )
+    def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
+        sizes = (self.head_dim, self.config.rope_theta)
+        return layout.memo(("interleaved", *sizes), lambda: rotary_table(interleaved_positions(layout), *sizes))
 
     def project(self, tokens: tuple[Tensor, Tensor], patches: Tensor, condition: Tensor, part: Part) -> Tensor:
         return self.output(tokens[1], patches, condition, part.video_members)

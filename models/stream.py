@@ -19,10 +19,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from moc import Descriptor, DropKey, MoCConfig, Routes, ShotLayout, StreamSpec, moc_attention, route
+from moc import Descriptor, DropKey, Execution, MoCConfig, Routes, ShotLayout, StreamSpec, moc_attention, route
 from moc.batch import each_shape
 from moc.errors import UserError
 from moc.exchange import Exchange
+from moc.execution import AUTO
 from moc.layout import Grid, Group
 from models.lora import Trainable
 from models.members import Members
@@ -152,9 +153,9 @@ class StreamAttention:
     that recomputation under activation checkpointing attends to the same chunks and does not route twice.
 
     table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
-    exchange: the processes that hold the tokens; each attends with its share of the heads. on_distances: where
-    it is given, layers that route also attend densely, with the same q, k and v, and `distances` holds how far that is,
-    fp32 [L, 2].
+    exchange: the processes that hold the tokens; each attends with its share of the heads. execution: how it computes.
+    on_distances: where it is given, layers that route also attend densely, with the same q, k and v, and `distances`
+    holds how far that is, fp32 [L, 2].
     """
 
     layout: ShotLayout
@@ -165,6 +166,7 @@ class StreamAttention:
     cache: KeyValueCache | None = None
     remember: bool = False
     exchange: Exchange | None = None
+    execution: Execution = AUTO
     on_distances: Callable[[Tensor], None] | None = None
     routes: dict[int, Routes] = field(default_factory=dict)
     distances: dict[int, Tensor] = field(default_factory=dict)
@@ -178,8 +180,7 @@ class StreamAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [L, N, D] of the part's tokens, before rotation -> [L, N, D]."""
-        config = self.config.at_layer(layer)
-        first = self.cache.num_tokens if self.cache else 0
+        config, first = self.config.at_layer(layer), self.cache.num_tokens if self.cache else 0
         if self.exchange:
             q, k, v = (self.exchange.to_heads(x, self.layout.num_tokens - first) for x in (q, k, v))
         pre_rope = config.descriptor is Descriptor.pre_rope
@@ -187,10 +188,9 @@ class StreamAttention:
         kept = (rotate(k, self.table), v, k) if pre_rope else (rotate(k, self.table), v)
         if self.cache is not None:
             kept = self.cache.extended(layer, kept, self.remember)
-        routes = None
-        if not config.dense:
-            routes = self._route(layer, q if pre_rope else queries, kept[2 if pre_rope else 0], first)
-        out = moc_attention(queries, *kept[:2], self.layout, config, routes=routes)
+        scored = (q, kept[2]) if pre_rope else (queries, kept[0])
+        routes = None if config.dense else self._route(layer, *scored, first)
+        out = moc_attention(queries, *kept[:2], self.layout, config, routes, self.execution)
         if self.on_distances and not config.dense:
             self._compare(layer, out, queries, *kept[:2])
         return self.exchange.to_tokens(out) if self.exchange else out
@@ -198,7 +198,7 @@ class StreamAttention:
     def _compare(self, layer: int, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Keeps the squared difference of each token and head from dense attention, and the square of the latter."""
         with torch.no_grad():
-            dense = moc_attention(q, k, v, self.layout, replace(self.config, dense=True))
+            dense = moc_attention(q, k, v, self.layout, replace(self.config, dense=True), None, self.execution)
         squares = [x.float().square().sum(2, keepdim=True) for x in (out - dense, dense)]
         distance = torch.cat(squares, dim=2)
         distance = self.exchange.to_tokens(distance) if self.exchange else distance
@@ -215,7 +215,7 @@ class StreamAttention:
             return replace(self.routes[layer], indices=self.routes[layer].indices.int())
         first_head = self.exchange.rank * q.shape[1] if self.exchange else 0
         drops = replace(self.drops, layer=layer, first_head=first_head) if self.drops else None
-        routes = Routes(route(q, k, self.layout, self.config, drops, first_query=first), first)
+        routes = Routes(route(q, k, self.layout, self.config, drops, self.execution, first), first)
         if self.on_routes:
             self.on_routes(layer, routes.whole())
         if torch.is_grad_enabled():
@@ -242,7 +242,7 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
 
     A family sets `stream`, `latent_channels`, `attention_dim` (the width of all heads together) and `blocks`, and says
     how tokens are embedded, rotated and projected. exchange: set from outside where processes share a stream; all of
-    them are then given, and give, whole latents.
+    them are then given, and give, whole latents. execution: how attention is computed; set from outside, and not saved.
     """
 
     stream: StreamSpec
@@ -250,6 +250,7 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
     attention_dim: int
     blocks: nn.ModuleList
     exchange: Exchange | None = None
+    execution: Execution = AUTO
     gradient_checkpointing = False
     _supports_gradient_checkpointing = True
 
@@ -257,7 +258,7 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         """patches [Lv, patch_dim] of the part's rows, sigma [G] of its groups; text [T_i, text_dim] of all groups."""
         raise NotImplementedError
 
-    def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:
+    def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
         """The rotary table of the whole stream (see `models.rope.rotary_table`)."""
         raise NotImplementedError
 
@@ -297,9 +298,9 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         part.check(latents, sigma, text, self.stream, self.latent_channels, self.config.text_dim)
         patches = patchify(latents, self.stream.patch)[part.video_rows]
         tokens, inputs, condition = self.embed(patches, part.group_sigma(sigma), text, part, config)
-        cos, sin = self.rotations(layout, config)
-        table = (cos[first:], sin[first:])
-        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, self.exchange, on_distances)
+        cos, sin = self.rotations(layout)
+        table, spread = (cos[first:], sin[first:]), (self.exchange, self.execution)
+        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, *spread, on_distances)
         for layer, block in enumerate(self.blocks):
             args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, partial(attend, layer))
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -4,11 +4,13 @@
 - the stream is video only; text comes by cross-attention, windowed by `text_anchor` to the global and own-shot caption
 - a timestep for each shot (every token takes its shot's); time runs on over shots, with `cut_gap` at each true cut
 - context-causal generation: finished shots stay as cached keys and values (`models.stream.KeyValueCache`)
-- no parameters are added: config.json and state dict are those of diffusers' class of the same name
+- no parameters are added: the state dict is that of diffusers' class of the same name, and config.json too, but for a
+  `cut_gap` above 0
 
 Shape letters: L packed tokens, N heads, D head dim, G groups, R text rows, S shots; latents C T H W.
 """
 
+import json
 import math
 from itertools import accumulate, pairwise
 from typing import ClassVar, NamedTuple
@@ -126,7 +128,9 @@ class TextTimeEmbedding(nn.Module):
 class WanTransformer3DModel(StreamModel):
     """Wan's transformer under diffusers' name and settings; its forward is `models.stream.StreamModel`'s.
 
-    Raises UserError for the family's image-to-video variants, whose extra inputs have no place here.
+    cut_gap: latent frames left out of the running time at each true cut; the one setting that diffusers does not know.
+    Raises UserError for the family's image-to-video variants, whose extra inputs have no place here, and for a
+    negative `cut_gap`.
     """
 
     _keep_in_fp32_modules: ClassVar = ["time_embedder", "scale_shift_table", "norm2", "norm_q", "norm_k"]
@@ -152,12 +156,15 @@ class WanTransformer3DModel(StreamModel):
         added_kv_proj_dim: int | None = None,
         rope_max_seq_len: int = 1024,
         pos_embed_seq_len: int | None = None,
+        cut_gap: float = 0.0,
     ) -> None:
         super().__init__()
         if image_dim or added_kv_proj_dim or pos_embed_seq_len or out_channels != in_channels:
             raise UserError("this is an image-to-video Wan model; only the text-to-video models are supported")
         if not cross_attn_norm or qk_norm != "rms_norm_across_heads":
             raise UserError(f"cross_attn_norm={cross_attn_norm}, qk_norm={qk_norm!r} is no Wan model that is supported")
+        if not 0 <= cut_gap < math.inf:
+            raise UserError(f"cut_gap={cut_gap} must be finite and at least 0")
         dim = num_attention_heads * attention_head_dim
         self.latent_channels, self.attention_dim = in_channels, dim
         self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=False)
@@ -182,11 +189,16 @@ class WanTransformer3DModel(StreamModel):
         time, block_time, context = self.condition_embedder(sigma, rows)
         return Embedded(x, (context, block_time, part.video_members, packed_windows), time)
 
-    def rotations(self, layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, Tensor]:
-        return layout.memo(
-            ("running", self.config.attention_head_dim, config.cut_gap),
-            lambda: rotary_table(running_positions(layout, config.cut_gap), self.config.attention_head_dim),
-        )
+    def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
+        head_dim, gap = self.config.attention_head_dim, self.config.cut_gap
+        return layout.memo(("running", head_dim, gap), lambda: rotary_table(running_positions(layout, gap), head_dim))
+
+    def to_json_string(self) -> str:
+        """As diffusers', without a `cut_gap` of 0, so that a public model's config.json stays what it was."""
+        config = json.loads(super().to_json_string())
+        if not config["cut_gap"]:
+            del config["cut_gap"]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def project(self, tokens: Tensor, patches: Tensor, condition: Tensor, part: Part) -> Tensor:
         shift, scale = (self.scale_shift_table.float() + condition[:, None]).unbind(1)

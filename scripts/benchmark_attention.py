@@ -109,13 +109,16 @@ class Case:
         return moc.ShotLayout.build(shots, GLOBAL_TEXT, self.chunk_tokens).to("cuda")
 
     def config(self) -> moc.MoCConfig:
-        kernel = self.impl.removeprefix("moc-")
-        common = {"chunk_tokens": self.chunk_tokens, "top_k": self.top_k, "dense_kernel": kernel, "backend": "triton"}
+        common = {"chunk_tokens": self.chunk_tokens, "top_k": self.top_k}
         if self.single:
             return moc.MoCConfig(causal=False, own_anchor="chunk", **common)
         if self.is_short:
             return moc.MoCConfig(dense=not self.is_moc, text_anchor="global_and_own", **common)
         return moc.MoCConfig(**common)
+
+    @property
+    def execution(self) -> moc.Execution:
+        return moc.Execution(moc.Backend.triton, self.impl.removeprefix("moc-"))
 
 
 def make_inputs(case: Case, layout: moc.ShotLayout) -> list[Tensor]:
@@ -157,9 +160,11 @@ def graph_ms(function: Callable[[], object]) -> float:
 
 def compiled_ms(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> float:
     """Time of forward and backward, compiled, with the CUDA graphs that torch.compile makes of them."""
-    config, leaves = case.config(), [x.detach().requires_grad_() for x in qkv]
+    config, execution, leaves = case.config(), case.execution, [x.detach().requires_grad_() for x in qkv]
     attend = torch.compile(
-        lambda q, k, v: moc.moc_attention(q, k, v, layout, config), mode="reduce-overhead", fullgraph=True
+        lambda q, k, v: moc.moc_attention(q, k, v, layout, config, backend=execution),
+        mode="reduce-overhead",
+        fullgraph=True,
     )
 
     def both() -> None:
@@ -172,10 +177,10 @@ def compiled_ms(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction
 def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> tuple[Callable, Callable]:
     """forward() -> state, backward(state). A dense kernel is called directly on one scene."""
     if case.is_moc or case.is_short:
-        config = case.config()
+        config, execution = case.config(), case.execution
         leaves = [x.detach().requires_grad_() for x in qkv]
         return (
-            lambda: moc.moc_attention(*leaves, layout, config),
+            lambda: moc.moc_attention(*leaves, layout, config, backend=execution),
             lambda out: torch.autograd.grad(out, leaves, direction, retain_graph=True),
         )
     kernel = dense.choose(qkv[0], case.impl)
@@ -190,7 +195,7 @@ def measure(case: Case) -> list[dict]:
     direction = torch.randn_like(qkv[0])
     density = 1.0
     if case.is_moc:
-        routes = moc.route(qkv[0], qkv[1], layout, case.config())
+        routes = moc.route(qkv[0], qkv[1], layout, case.config(), backend=case.execution)
         density = attention_cost(layout, case.config(), routes, case.heads, case.head_dim).density
         del routes
     forward, backward = passes(case, layout, qkv, direction)
@@ -241,10 +246,10 @@ def stages(case: Case) -> list[dict]:
         if stage:
             times[stage] += event.device_time_total / 1000
     q, k, v = (x.detach() for x in qkv)
-    routes = moc.route(q, k, layout, config)
+    routes = moc.route(q, k, layout, config, backend=case.execution)
     tile = sizes.blocks_for(q, layout.chunk_tokens).tile
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
-    kernel, plan = dense.choose(q, config.dense_kernel), anchors.anchor_plan(layout, config)
+    kernel, plan = dense.choose(q, case.execution.dense_kernel), anchors.anchor_plan(layout, config)
     out, lse = anchors.forward(kernel, q, k, v, plan)
     own = [
         call._replace(text_start=0, text_end=0, later_start=0, later_end=0) if call.num_own else call

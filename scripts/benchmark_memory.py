@@ -102,10 +102,7 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     start = time.perf_counter()
     model = draw_model(config, parallel.device)
     built = time.perf_counter() - start
-    if config.parallel.activation_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.parallel.recompute_parts:
-        model.recompute_parts()
+    config.parallel.set_recomputation(model)
     batch, on_gpu = make_film(config, model), parallel.device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

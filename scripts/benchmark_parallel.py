@@ -24,7 +24,7 @@ import torch
 
 from configs.command import command
 from data.records import write_whole
-from moc import MoCConfig
+from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow
 from moc.errors import UserError
@@ -46,6 +46,7 @@ class BenchmarkConfig:
 
     model: the model and its sizes.
     moc: what attention attends to.
+    execution: how it is computed.
     parallel: device and precision; each mesh sets its own axes.
     processes: how many the meshes other than `one` have, each on a GPU of its own.
     meshes: names of the meshes.
@@ -60,6 +61,7 @@ class BenchmarkConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moc: MoCConfig = field(default_factory=MoCConfig)
+    execution: Execution = field(default_factory=Execution)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     processes: int = 2
     meshes: list[str] = field(default_factory=lambda: list(AXES))
@@ -119,8 +121,8 @@ def measure_mesh(config: BenchmarkConfig) -> None:
     parallel = Parallel(replace(config.parallel, **axes))
     with parallel.device:
         model = build_model(config.model, latent_channels=config.latent[0], text_dim=config.text_dim)
-    if config.parallel.activation_checkpointing:
-        model.enable_gradient_checkpointing()
+    model.execution = config.execution
+    config.parallel.set_recomputation(model)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             parallel, model, Flow(history_rate=0), config.moc, MoCSchedule(), OptimConfig(), TrainerConfig(),

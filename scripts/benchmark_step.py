@@ -26,7 +26,7 @@ from torch import nn
 
 from configs.command import command
 from data.records import write_whole
-from moc import MoCConfig
+from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
@@ -54,6 +54,7 @@ class StepConfig:
 
     model: the model and its sizes.
     moc: what attention attends to.
+    execution: how it is computed.
     tokens: about how many a step has.
     packs: for each row the token grid (frames, height, width) of a shot.
     output: the record to write.
@@ -61,6 +62,7 @@ class StepConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     moc: MoCConfig = field(default_factory=MoCConfig)
+    execution: Execution = field(default_factory=Execution)
     tokens: int = 65536
     packs: list[list[int]] = field(default_factory=lambda: [[3, 4, 6], [6, 8, 12]])
     output: str = "docs/benchmarks/step.json"
@@ -71,6 +73,7 @@ def main(config: StepConfig) -> None:
     check_gpu()
     parallel = Parallel()
     model = build_model(config.model, latent_channels=CHANNELS, text_dim=TEXT_DIM)
+    model.execution = config.execution
     rates = {"flops": matmul_flops_per_ms(), "bytes": copy_bytes_per_ms()}  # a millisecond
     rows, head = [], header()
     with tempfile.TemporaryDirectory() as folder:

@@ -32,7 +32,7 @@ from evaluation.films import find_films, open_film, read_schedule
 from evaluation.page import Board, board, write_page
 from evaluation.published import read_vbench, vbench_command
 from evaluation.rivals import compare
-from moc import MoCConfig
+from moc import Execution, MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import MeshConfig, Parallel, ParallelConfig
 from models import Contents, load_model, place
@@ -55,6 +55,7 @@ class EvaluateConfig:
     seed: the seed of the noise.
     draws: how often noise is drawn.
     moc: settings of attention; null takes the checkpoint's.
+    execution: how attention is computed.
     data: the scenes, of which data.validation are held out and evaluated.
     """
 
@@ -72,6 +73,7 @@ class EvaluateConfig:
     seed: int = 0
     draws: int = 1
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
+    execution: Execution = field(default_factory=Execution)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -107,6 +109,7 @@ def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
     contents = Contents.sound(config.checkpoint)
     model = load_model(contents)
     place(model, parallel)
+    model.execution = config.execution
     moc, share = contents.moc.override(config.moc), (parallel.data_rank, parallel.data_ranks)
     dataset = open_dataset(config.data)
     batches = list(held_out(dataset, config.data.validation, model.stream, moc.chunk_tokens, *share))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moc.config import MoCConfig
 from moc.context import is_anchor
+from moc.execution import Execution
 from moc.kernels.anchors import refuse_second_derivative
 from moc.layout import ShotLayout
 
@@ -44,10 +45,10 @@ class _Sample(NamedTuple):
         return chunks.gather(-1, self.key_chunk.expand(num_heads, num_queries, -1))[None]
 
 
-def fits(q: Tensor, layout: ShotLayout, config: MoCConfig) -> bool:
+def fits(q: Tensor, layout: ShotLayout, execution: Execution) -> bool:
     """Whether a mask is the fastest way, as far as the settings leave the choice."""
     short = max(end - start for start, end in layout.sample_ranges) <= MAX_TOKENS
-    return q.device.type == "cpu" and short and config.dense_kernel in ("auto", "cpu") and not config.dense
+    return q.device.type == "cpu" and short and execution.dense_kernel in ("auto", "cpu")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
+from moc.execution import AUTO, Execution
 from moc.kernels import anchors, dense, masked
 from moc.kernels.dense import DenseKernel
 from moc.layout import ShotLayout
@@ -27,7 +28,10 @@ MAX_ELEMENTS = 1 << 29  # gathered queries held at a time, in numbers; FA2 fault
 MAX_SEQUENCES = 65535  # of one FA2 call
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
+    execution: Execution = AUTO,
+) -> Tensor:  # fmt: skip
     """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
@@ -36,10 +40,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotL
     if config.dense or routes is None:
         routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
     else:
-        if masked.fits(q, layout, config):
+        if masked.fits(q, layout, execution):
             return masked.attend(q, k, v, routes, layout, config)
         routes = anchors.with_own_chunk(routes, layout, config)
-    return _Attend.apply(q, k, v, routes, layout, config)
+    return _Attend.apply(q, k, v, routes, layout, config, execution)
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, routes, layout, config):
-        kernel = dense.choose(q, config.dense_kernel, config.deterministic)
+    def forward(ctx, q, k, v, routes, layout, config, execution):
+        kernel = dense.choose(q, execution.dense_kernel, execution.deterministic)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         plan = anchors.anchor_plan(layout, config, layout.first_query(len(q)))
         out, lse = anchors.forward(kernel, q, k, v, plan)
@@ -111,28 +115,28 @@ class _Attend(torch.autograd.Function):
                 rows = _routed(q, kernel).forward(lists.rows(q), k, v, lists, layout)
                 _merge(out, lse, *rows, lists)
         ctx.save_for_backward(q, k, v, out, lse, routes)
-        ctx.layout, ctx.config, ctx.kernel, ctx.plan = layout, config, kernel, plan
+        ctx.layout, ctx.deterministic, ctx.kernel, ctx.plan = layout, execution.deterministic, kernel, plan
         return out
 
     @staticmethod
     def backward(ctx, dout):
         anchors.refuse_second_derivative("torch")
         q, k, v, out, lse, routes = ctx.saved_tensors
-        dout, layout, config, kernel = dout.contiguous(), ctx.layout, ctx.config, ctx.kernel
-        dq, dk, dv = anchors.backward(kernel, dout, q, k, v, out, lse, ctx.plan, config.deterministic)
+        dout, layout, deterministic, kernel = dout.contiguous(), ctx.layout, ctx.deterministic, ctx.kernel
+        dq, dk, dv = anchors.backward(kernel, dout, q, k, v, out, lse, ctx.plan, deterministic)
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
                 dout_rows, q_rows, out_rows = (lists.rows(x) for x in (dout, q, out))
                 row_lse = lse[lists.first + lists.head, lists.token]
                 dq_rows, dk_part, dv_part = _routed(q, kernel).backward(
-                    dout_rows, q_rows, out_rows, row_lse, k, v, lists, layout, config.deterministic
+                    dout_rows, q_rows, out_rows, row_lse, k, v, lists, layout, deterministic
                 )
                 wide = torch.promote_types(q.dtype, torch.float32)
                 for total, part in zip(
                     (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_part, dv_part), strict=True
                 ):
                     total[:, lists.heads] = (total[:, lists.heads].to(wide) + part).to(total.dtype)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None, None, None
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, lists: _Lists) -> None:

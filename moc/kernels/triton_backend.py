@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
+from moc.execution import AUTO, Execution
 from moc.kernels import anchors, dense, triton_masked
 from moc.kernels.anchors import AnchorCall, AnchorPlan
 from moc.kernels.packed import Packed
@@ -28,7 +29,10 @@ __all__ = ["attend", "route"]
 CALL_INTS = len(AnchorCall._fields)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
+    execution: Execution = AUTO,
+) -> Tensor:  # fmt: skip
     """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
@@ -46,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotL
     tables, numbers = _flat(anchors.anchor_plan(layout, config, first_query))
     inputs = (
         q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, tables, numbers,
-        layout.chunk_tokens, layout.max_chunk_tokens, config.dense_kernel, config.deterministic,
+        layout.chunk_tokens, layout.max_chunk_tokens, execution.dense_kernel, execution.deterministic,
     )  # fmt: skip
     return _operator(*inputs)[0] if torch.compiler.is_compiling() else _Attend.apply(*inputs)
 

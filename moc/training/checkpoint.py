@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moc.config import earlier_cut_gap
 from moc.errors import UserError, disk_error
 from moc.training.integrity import COMPLETE, checksums, damaged_files, seal, sync
 from moc.training.storage import read_tensors
@@ -183,10 +184,12 @@ def refuse_later(run_folder: Path, step: int) -> None:
 
 def check_same_model(folder: Path, model: Any) -> None:
     """Raises UserError where the diffusers folder holds a model of another class or other sizes than `model`."""
-    stored = read_json(folder / "config.json")
-    sizes = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    current = json.loads(json.dumps({"_class_name": type(model).__name__} | sizes))  # tuples as JSON has them
-    wrong = [f"{name}={stored.get(name)}, not {value}" for name, value in current.items() if stored.get(name) != value]
+    stored, current = read_json(folder / "config.json"), json.loads(model.to_json_string())
+    if "cut_gap" in model.config and (folder / "moc.json").is_file():
+        gap = earlier_cut_gap(folder)
+        stored |= {"cut_gap": stored.get("cut_gap", gap)} if gap else {}
+    names = [name for name in stored | current if not name.startswith("_") or name == "_class_name"]
+    wrong = [f"{n}={stored.get(n)}, not {current.get(n)}" for n in names if stored.get(n) != current.get(n)]
     if wrong:
         raise UserError(f"{folder} is of another model: {'; '.join(wrong)}. Set model to match it, or another name")
 

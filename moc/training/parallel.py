@@ -100,6 +100,13 @@ class ParallelConfig(MeshConfig):
                 "parallel.shard and parallel.sequence, which shard them"
             )
 
+    def set_recomputation(self, model: Any) -> None:
+        """Has a model keep what backward needs, or compute it once more, as these settings say."""
+        if self.activation_checkpointing:
+            model.enable_gradient_checkpointing()
+        if self.recompute_parts:
+            model.recompute_parts()
+
 
 class Parallel:
     """This process among those of a command: rank, world_size, device, and dtype, that of its forward passes.

@@ -115,11 +115,15 @@ class Contents:
 
     @property
     def stored_moc(self) -> MoCConfig | None:
-        """The attention settings beside the weights, wherever those are; None where there are none."""
+        """The attention settings beside the weights; None where there are none."""
+        return MoCConfig.load(self.moc_folder) if self.moc_folder else None
+
+    @cached_property
+    def moc_folder(self) -> Path | None:
+        """Where moc.json lies."""
         names = ("", *MODEL_FOLDERS, *chain(*EXPERT_FOLDERS))
         folders = [base / name for base in (self.path, self.root) for name in names]
-        folder = next((f for f in folders if (f / "moc.json").is_file()), None)
-        return MoCConfig.load(folder) if folder else None
+        return next((folder for folder in folders if (folder / "moc.json").is_file()), None)
 
 
 def _boundary_ratio(file: Path) -> float | None:

@@ -13,6 +13,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from torch import Tensor, nn
 
+from moc import Execution
 from moc.errors import UserError
 from models.checkpoints.contents import EXPERT_FOLDERS
 from models.stream import KeyValueCache, StreamModel
@@ -60,6 +61,15 @@ class Experts(nn.Module):
             low()  # first: it made the shot before, and is still on the device where they take turns
             return high()
         return high() if float(sigma.max()) >= self.boundary else low()
+
+    @property
+    def execution(self) -> Execution:
+        """How both compute their attention."""
+        return self.high.execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        self.high.execution = self.low.execution = execution
 
     def new_cache(self) -> ExpertCaches:
         """The history of a story that has not begun."""

@@ -62,7 +62,7 @@ def test_preparing_films_whose_shots_are_found(world, tmp_path, on_gpu):
         ("moc.dense=true",),
         ("moc.own_anchor=chunk", "moc.descriptor=pre_rope", "moc.causal=false", "moc.text_anchor=none"),
         ("schedule=[{step: 0, chunk_tokens: 12, top_k: 1}, {step: 2, chunk_tokens: 6, top_k: 3}]", "data.workers=2"),
-        ("moc.deterministic=true", "moc.dense_layers=1"),
+        ("execution.deterministic=true", "moc.dense_layers=1"),
     ],
     ids=lambda settings: settings[0],
 )

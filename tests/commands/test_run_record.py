@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from moc.training import read_metrics
+from moc.training.integrity import checksums, seal
 from tests import pipeline
 from tests.pipeline import assert_one_message, command, refusal
 
@@ -48,6 +49,47 @@ def test_a_longer_run_and_more_workers_are_told_and_taken(prepared, run, caplog)
     assert "trainer.num_steps is now 4 (was 3)" in caplog.text
     assert (run / "checkpoints/step_0000004").exists()
     assert yaml.safe_load((run / "config.1.yaml").read_text())["trainer"]["num_steps"] == 3
+
+
+EARLIER = {"backend": "auto", "dense_kernel": "auto", "deterministic": False, "cut_gap": 0.0}
+
+
+def as_earlier(run):
+    """The run as versions wrote it in which attention's settings held how it is computed, and the gap at cuts."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config.pop("execution") == {name: EARLIER[name] for name in ("backend", "dense_kernel", "deterministic")}
+    assert config["model"].pop("cut_gap") is None
+    config["moc"] |= EARLIER
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for file in run.glob("checkpoints/*/*/moc.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | EARLIER))
+    for checkpoint in run.glob("checkpoints/*"):
+        seal(checkpoint, checksums(checkpoint))
+
+
+def test_a_run_of_an_earlier_version_goes_on(prepared, run):
+    as_earlier(run)
+    command(
+        *launch(prepared, run, "trainer.num_steps=4", "execution.backend=reference", "execution.deterministic=true")
+    )
+    assert (run / "checkpoints/step_0000004").exists()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["execution"] == {"backend": "reference", "dense_kernel": "auto", "deterministic": True}
+    assert not EARLIER.keys() & config["moc"].keys()
+
+
+def test_an_earlier_runs_settings_are_still_its_own(prepared, run, capsys):
+    as_earlier(run)
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("cut_gap: 0.0", "cut_gap: 2.0"))
+    assert_one_message(refusal(capsys, *launch(prepared, run)), "model.cut_gap=None (was 2.0)")
+
+
+@pytest.mark.parametrize("key", ["moc.backend", "+moc.dense_kernel", "moc.deterministic", "moc.cut_gap"])
+def test_a_key_that_is_called_otherwise_now_is_told(prepared, run, capsys, key):
+    name = key.rpartition(".")[2]
+    said = refusal(capsys, *launch(prepared, run, f"{key}=1"))
+    assert_one_message(said, f"moc.{name} is called", f"{'model' if name == 'cut_gap' else 'execution'}.{name} now")
 
 
 def test_a_finished_run_says_so(prepared, run, caplog):

@@ -72,7 +72,7 @@ def test_own_shot_only_takes_nothing_from_the_history(family, settings):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_rivals_have_the_settings_of_the_checkpoint(dense):
-    moc = MoCConfig(chunk_tokens=4, top_k=3, causal=False, own_anchor="chunk", dense_layers=1, cut_gap=2, dense=dense)
+    moc = MoCConfig(chunk_tokens=4, top_k=3, causal=False, own_anchor="chunk", dense_layers=1, dense=dense)
     own = {"top_k": 0, "dense_layers": 0, "own_anchor": "shot", "text_anchor": "global_and_own"}
     changes = {"dense": {"dense": True}, "MoC": {"dense": False}, "own shot only": own | {"dense": False}}
     expected = {name: moc.to_dict() | change for name, change in changes.items()}

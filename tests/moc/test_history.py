@@ -16,7 +16,7 @@ from tests.weights import randomized
 
 CHANNELS, TEXT_DIM = 4, 12
 SHAPE, TOKENS = (CHANNELS, 2, 4, 6), 12  # tokens of a shot's video
-FORWARD = MoCConfig(chunk_tokens=6, top_k=2, text_anchor="global_and_own", backend="torch")
+FORWARD = MoCConfig(chunk_tokens=6, top_k=2, text_anchor="global_and_own")
 FLOW = Flow(shift=2.0)
 STEPS = 3
 CONFIG = SamplingConfig(steps=STEPS, guidance_scale=3.0, history_sigma=0.1)

@@ -4,7 +4,7 @@ Triton, interpreted, has tests of its own in test_triton_cpu.py.
 """
 
 import logging
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -198,9 +198,9 @@ def way(request, monkeypatch):
 @given(streams(), configs(), seeds)
 def test_torch_equals_the_reference(kernel, stream, config, seed):
     """Masked, and in parts."""
-    layout, config = stream.layout(), replace(config, dense_kernel=kernel)
+    layout, attend = stream.layout(), partial(torch_parts.attend, execution=moc.Execution(dense_kernel=kernel))
     q, k, _ = attention_tensors(layout, seed)
-    assert_equal_to_reference(torch_parts.attend, layout, config, moc.route(q, k, layout, config))
+    assert_equal_to_reference(attend, layout, config, moc.route(q, k, layout, config))
 
 
 @pytest.mark.usefixtures("way")
@@ -221,12 +221,13 @@ def test_torch_in_lower_precision(dtype, tolerance):
 
 
 def test_torch_a_few_heads_at_a_time_is_the_same(monkeypatch):
-    layout, config = two_samples(), moc.MoCConfig(top_k=2, dense_kernel="math")
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    attend = partial(torch_parts.attend, execution=moc.Execution(dense_kernel="math"))
     q, k, _ = attention_tensors(layout, num_heads=5)
     monkeypatch.setattr(torch_parts, "MAX_ELEMENTS", 2 * layout.num_tokens * 2 * 4)
     routes = moc.route(q, k, layout, config)
     assert len(list(torch_parts._lists(routes, layout.num_chunks, 4))) == 3
-    assert_equal_to_reference(torch_parts.attend, layout, config, routes, num_heads=5)
+    assert_equal_to_reference(attend, layout, config, routes, num_heads=5)
 
 
 @pytest.mark.usefixtures("way")
@@ -244,11 +245,10 @@ def test_which_streams_are_masked(kernel):
     """Those of short samples, however many, unless another kernel is asked for."""
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 16, 10))] * 4, chunk_tokens=256)
     q = torch.zeros(1, 2, 4)
-    config = moc.MoCConfig(dense_kernel=kernel)
-    assert masked.fits(q, moc.ShotLayout.pack([layout] * 3), config) == (kernel == "auto")
+    execution = moc.Execution(dense_kernel=kernel)
+    assert masked.fits(q, moc.ShotLayout.pack([layout] * 3), execution) == (kernel == "auto")
     longer = moc.ShotLayout.build([moc.Shot(1, (1, 16, 10))] * 4, chunk_tokens=256)
-    assert not masked.fits(q, moc.ShotLayout.pack([layout, longer]), config)
-    assert not masked.fits(q, layout, replace(config, dense=True))
+    assert not masked.fits(q, moc.ShotLayout.pack([layout, longer]), execution)
 
 
 def test_what_a_mask_takes_from_the_stream_is_made_once(monkeypatch):
@@ -263,12 +263,12 @@ def test_what_a_mask_takes_from_the_stream_is_made_once(monkeypatch):
 
 @pytest.mark.usefixtures("way")
 def test_deterministic_gradients_repeat_bit_for_bit():
-    layout, config = two_samples(), moc.MoCConfig(top_k=2, deterministic=True)
+    layout, config, execution = two_samples(), moc.MoCConfig(top_k=2), moc.Execution("torch", deterministic=True)
     q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
     direction = torch.randn_like(q)
 
     def gradients():
-        return torch.autograd.grad(moc.moc_attention(q, k, v, layout, config, backend="torch"), (q, k, v), direction)
+        return torch.autograd.grad(moc.moc_attention(q, k, v, layout, config, backend=execution), (q, k, v), direction)
 
     first = gradients()
     for _ in range(5):
@@ -298,11 +298,11 @@ def test_torch_refuses_a_second_derivative():
 
 
 def test_autocast_leaves_the_plain_kernel_alone():
-    layout, config = two_samples(), moc.MoCConfig(top_k=2, dense_kernel="math")
+    layout, config, execution = two_samples(), moc.MoCConfig(top_k=2), moc.Execution("torch", "math")
     q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
 
     def both():
-        out = moc.moc_attention(q, k, v, layout, config, backend="torch")
+        out = moc.moc_attention(q, k, v, layout, config, backend=execution)
         return out, *torch.autograd.grad(out.sum(), (q, k, v))
 
     expected = both()
@@ -347,8 +347,8 @@ def test_the_backend_is_logged_once_for_each_kind_of_call(caplog):
     attention._log.cache_clear()
     q = torch.zeros(3, 2, 7, dtype=torch.float64)
     with caplog.at_level(logging.INFO, logger="moc.attention"):
-        for backend in (None, None, "reference"):
-            attention.resolve_backend(q, moc.MoCConfig(), backend)
+        for backend in (moc.Backend.auto, moc.Backend.auto, moc.Backend.reference):
+            attention.resolve_backend(q, backend)
     kind = "attention on cpu, torch.float64, head dim 7: backend"
     assert [record.message for record in caplog.records] == [f"{kind} torch", f"{kind} reference"]
 
@@ -356,11 +356,11 @@ def test_the_backend_is_logged_once_for_each_kind_of_call(caplog):
 @interpreted
 def test_triton_takes_head_dims_from_16_to_128():
     for head_dim in (16, 128):
-        chosen = attention.resolve_backend(torch.zeros(3, 200, head_dim), moc.MoCConfig(), "triton")
+        chosen = attention.resolve_backend(torch.zeros(3, 200, head_dim), moc.Backend.triton)
         assert chosen.__name__ == "moc.kernels.triton_backend"
     for head_dim in (15, 129):
         with pytest.raises(ValueError, match=rf"head dims from 16 to 128; q is torch.float32, head dim {head_dim}"):
-            attention.resolve_backend(torch.zeros(3, 64, head_dim), moc.MoCConfig(), "triton")
+            attention.resolve_backend(torch.zeros(3, 64, head_dim), moc.Backend.triton)
 
 
 @given(streams(max_samples=2), configs(), seeds)

@@ -228,11 +228,12 @@ def test_outputs_are_written_whole_and_unchosen_chunks_get_exactly_zero():
 @pytest.mark.parametrize("kernel", ["auto", "fa2"])
 def test_deterministic_gradients_repeat_bit_for_bit(kernel):
     layout = moc.ShotLayout.build([moc.Shot(7, (9, 16, 32))] * 3, 20, 512).to("cuda")
-    config = moc.MoCConfig(top_k=3, deterministic=True, dense_kernel=kernel)
+    execution = moc.Execution(dense_kernel=kernel, deterministic=True)
+    call = partial(moc.moc_attention, layout=layout, config=moc.MoCConfig(top_k=3), backend=execution, drops=DROPS)
     tensors, direction = inputs(layout)
-    first = with_gradients(lambda *x: moc.moc_attention(*x, layout, config, drops=DROPS), tensors, direction)
+    first = with_gradients(call, tensors, direction)
     for _ in range(100):
-        again = with_gradients(lambda *x: moc.moc_attention(*x, layout, config, drops=DROPS), tensors, direction)
+        again = with_gradients(call, tensors, direction)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -240,11 +241,11 @@ def test_deterministic_gradients_repeat_bit_for_bit(kernel):
 def test_the_forward_repeats_bit_for_bit(top_k):
     """With few slots a program's LSE are fewer than its threads: a race of loads and stores would show."""
     layout = moc.ShotLayout.build([moc.Shot(7, (9, 16, 31))] * 3, 5, 1000).to("cuda")
-    config = moc.MoCConfig(top_k=top_k, dense_kernel="fa2")
+    config, execution = moc.MoCConfig(top_k=top_k), moc.Execution(dense_kernel="fa2")
     tensors, _ = inputs(layout, requires_grad=False)
-    first = moc.moc_attention(*tensors, layout, config)
+    first = moc.moc_attention(*tensors, layout, config, backend=execution)
     for _ in range(50):
-        assert torch.equal(moc.moc_attention(*tensors, layout, config), first)
+        assert torch.equal(moc.moc_attention(*tensors, layout, config, backend=execution), first)
 
 
 def test_a_few_heads_and_tiles_at_a_time_are_the_same(monkeypatch):
@@ -259,9 +260,9 @@ def test_a_few_heads_and_tiles_at_a_time_are_the_same(monkeypatch):
 
 
 def test_nothing_waits_for_the_host():
-    layout, config = stream(), moc.MoCConfig(top_k=3, dense_kernel="cudnn")
+    layout, config, execution = stream(), moc.MoCConfig(top_k=3), moc.Execution(dense_kernel="cudnn")
     tensors, direction = inputs(layout)
-    call = partial(moc.moc_attention, layout=layout, config=config, drops=DROPS)
+    call = partial(moc.moc_attention, layout=layout, config=config, backend=execution, drops=DROPS)
     with_gradients(call, tensors, direction)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -287,9 +288,9 @@ def test_the_operator_passes_opcheck():
 @pytest.mark.parametrize("dense_setting", [False, True])
 def test_compiled_and_recomputed_gradients_are_the_same(dense_setting):
     layout = stream()
-    config = moc.MoCConfig(top_k=3, dense=dense_setting, deterministic=True, dense_kernel="fa2")
+    config, execution = moc.MoCConfig(top_k=3, dense=dense_setting), moc.Execution("auto", "fa2", deterministic=True)
     tensors, direction = inputs(layout, head_dim=64)
-    call = partial(moc.moc_attention, layout=layout, config=config, drops=DROPS)
+    call = partial(moc.moc_attention, layout=layout, config=config, backend=execution, drops=DROPS)
     expected = with_gradients(call, tensors, direction)
     for other in (torch.compile(call, fullgraph=True), lambda *x: checkpoint(call, *x, use_reentrant=False)):
         for a, b in zip(with_gradients(other, tensors, direction), expected, strict=True):
@@ -299,9 +300,11 @@ def test_compiled_and_recomputed_gradients_are_the_same(dense_setting):
 def test_a_cuda_graph_of_forward_and_backward_takes_new_inputs():
     """What a short stream needs, which takes longer to launch than to compute."""
     layout = stream()
-    config = moc.MoCConfig(top_k=3, causal=False, own_anchor="chunk", deterministic=True, dense_kernel="fa2")
+    config = moc.MoCConfig(top_k=3, causal=False, own_anchor="chunk")
+    execution = moc.Execution(dense_kernel="fa2", deterministic=True)
     tensors, direction = inputs(layout)
-    attend = torch.compile(partial(moc.moc_attention, layout=layout, config=config), mode="reduce-overhead")
+    call = partial(moc.moc_attention, layout=layout, config=config, backend=execution)
+    attend = torch.compile(call, mode="reduce-overhead")
     for seed in range(4):
         fresh, direction = inputs(layout, seed=seed)
         with torch.no_grad():
@@ -309,7 +312,7 @@ def test_a_cuda_graph_of_forward_and_backward_takes_new_inputs():
                 x.copy_(new)
         torch.compiler.cudagraph_mark_step_begin()
         found = [x.clone() for x in with_gradients(attend, tensors, direction)]
-        expected = with_gradients(partial(moc.moc_attention, layout=layout, config=config), fresh, direction)
+        expected = with_gradients(call, fresh, direction)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

@@ -284,15 +284,15 @@ def test_autocast_changes_nothing():
         assert torch.equal(attention(q, k, v, layout, config), expected)
 
 
-def test_the_reference_is_a_backend_by_call_by_setting_and_by_module():
+def test_the_reference_is_a_backend_by_name_by_execution_and_by_module():
     layout, drops = two_samples(), moc.DropKey(1, 1)
-    config = moc.MoCConfig(top_k=2, backend="reference")
+    config = moc.MoCConfig(top_k=2)
     q, k, v = attention_tensors(layout)
     expected = moc.reference.moc_attention(q, k, v, layout, config, drops=drops)
-    assert torch.equal(moc.moc_attention(q, k, v, layout, config, drops=drops), expected)
-    assert torch.equal(attention(q, k, v, layout, moc.MoCConfig(top_k=2), drops=drops), expected)
-    routes = moc.route(q, k, layout, config, drops)
-    assert torch.equal(moc.moc_attention(q, k, v, layout, config, routes=routes), expected)
+    for backend in ("reference", moc.Backend.reference, moc.Execution("reference")):
+        assert torch.equal(moc.moc_attention(q, k, v, layout, config, drops=drops, backend=backend), expected)
+        routes = moc.route(q, k, layout, config, drops, backend)
+        assert torch.equal(moc.moc_attention(q, k, v, layout, config, routes, backend), expected)
 
 
 def test_pre_rope_scores_what_the_caller_passes():

@@ -9,6 +9,7 @@ from hypothesis import given
 
 import moc
 from moc import routing
+from moc.config import earlier_cut_gap
 from tests import brute_force
 from tests.strategies import Stream, attention_tensors, configs, seeds, streams
 
@@ -178,7 +179,6 @@ def test_routing_leaves_no_graph():
         ({"own_anchor": "clip"}, "own_anchor='clip'.*shot, chunk, none"),
         ({"text_anchor": "own"}, "text_anchor='own'.*all, global_and_own, none"),
         ({"descriptor": "rope"}, "descriptor='rope'.*post_rope, pre_rope"),
-        ({"backend": "cuda"}, "backend='cuda'.*auto, reference, torch, triton"),
         ({"top_k": -1}, "top_k=-1.*at least 0"),
         ({"chunk_tokens": 0}, "chunk_tokens=0.*at least 1"),
         ({"drop_in_max": -1}, "drop_in_max=-1.*at least 0"),
@@ -192,16 +192,28 @@ def test_routing_leaves_no_graph():
         ({"top_k": 2.5}, r"top_k=2\.5 must be a whole number"),
         ({"top_k": True}, "top_k=True must be a whole number"),
         ({"chunk_tokens": None}, "chunk_tokens=None must be a whole number"),
-        ({"cut_gap": "1"}, "cut_gap='1' must be a number"),
+        ({"drop_in_rate": "1"}, "drop_in_rate='1' must be a number"),
         ({"drop_off_max": False}, "drop_off_max=False must be a number"),
         ({"causal": 1}, "causal=1 must be true or false"),
-        ({"dense_kernel": None}, "dense_kernel=None must be a name"),
         ({"own_anchor": None}, "own_anchor=None is not one of"),
     ],
 )
 def test_bad_settings_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         moc.MoCConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"backend": "cuda"}, "execution.backend='cuda'.*auto, reference, torch, triton"),
+        ({"dense_kernel": None}, "execution.dense_kernel=None must be a name"),
+        ({"deterministic": 1}, "execution.deterministic=1 must be true or false"),
+    ],
+)
+def test_bad_ways_to_compute_are_refused(values, message):
+    with pytest.raises(moc.errors.UserError, match=message):
+        moc.Execution(**values)
 
 
 @given(configs())
@@ -213,12 +225,16 @@ def test_settings_survive_plain_data_and_a_file(tmp_path_factory, config):
     assert moc.MoCConfig.load(folder) == config
 
 
-def test_a_file_of_settings_does_not_say_how_attention_is_computed(tmp_path):
-    config = moc.MoCConfig(top_k=3, dense_kernel="fa3", backend="triton", deterministic=True)
+def test_files_of_earlier_versions_open(tmp_path):
+    """They also said how attention was computed, and the model's gap at cuts."""
+    config = moc.MoCConfig(top_k=3)
+    more = {"backend": "triton", "dense_kernel": "fa3", "deterministic": True, "cut_gap": 2.0}
+    (tmp_path / "moc.json").write_text(json.dumps(config.to_dict() | more))
+    assert moc.MoCConfig.load(tmp_path) == config
+    assert earlier_cut_gap(tmp_path) == 2
     config.save(tmp_path)
-    assert moc.MoCConfig.load(tmp_path) == moc.MoCConfig(top_k=3)
-    (tmp_path / "moc.json").write_text(json.dumps(config.to_dict()))  # as earlier versions wrote it
-    assert moc.MoCConfig.load(tmp_path) == moc.MoCConfig(top_k=3)
+    assert not more.keys() & json.loads((tmp_path / "moc.json").read_text()).keys()
+    assert earlier_cut_gap(tmp_path) == 0
 
 
 def test_every_setting_is_explained():

@@ -18,7 +18,7 @@ def test_a_stage_holds_from_its_step_on(step, expected):
 
 
 def test_other_settings_stay():
-    config = moc.MoCConfig(causal=False, own_anchor="chunk", drop_in_max=1, backend="reference")
+    config = moc.MoCConfig(causal=False, own_anchor="chunk", drop_in_max=1)
     changed = PAPER.at(150, config).to_dict()
     assert changed == {**config.to_dict(), "chunk_tokens": 5120, "top_k": 5}
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -14,8 +15,8 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
 from moc.diffusion import Flow
-from moc.training.checkpoint import find_checkpoint
-from models import EncodersConfig, build_encoders, load_encoders, load_model
+from moc.training.checkpoint import check_same_model, find_checkpoint
+from models import EncodersConfig, ModelConfig, build_encoders, build_model, load_encoders, load_model, save_model
 from models.checkpoints.contents import Contents
 from models.checkpoints.export import Beside, Form, convert
 from models.checkpoints.names import COMFYUI_PREFIX, to_original_name
@@ -147,6 +148,28 @@ def test_attention_settings_are_found_beside_the_weights(reduced_folder: Path, p
     MoCConfig(top_k=2).save(whole / part)
     for path in (whole, whole / part):
         assert Contents(path).moc == open_checkpoint(path).moc == MoCConfig(top_k=2)
+
+
+def test_the_gap_at_cuts_is_the_models_wherever_it_is_written(reduced_folder: Path, tmp_path: Path) -> None:
+    """In config.json, where 0 is left out; in moc.json by earlier versions."""
+    public = (reduced_folder / "config.json").read_text()
+    shutil.copytree(reduced_folder, tmp_path / "earlier")
+    (tmp_path / "earlier/moc.json").write_text('{"top_k": 2, "cut_gap": 2.0}')
+    assert load_model(reduced_folder).config.cut_gap == 0
+    earlier = load_model(tmp_path / "earlier")
+    assert earlier.config.cut_gap == 2
+    save_model(earlier, tmp_path / "now", open_checkpoint(tmp_path / "earlier").moc)
+    assert "cut_gap" not in (tmp_path / "now/moc.json").read_text()
+    assert load_model(tmp_path / "now").config.cut_gap == 2
+    check_same_model(tmp_path / "earlier", earlier)  # resumes
+    check_same_model(tmp_path / "now", earlier)
+    for folder in ("earlier", "now"):
+        with pytest.raises(ValueError, match=r"another model: cut_gap=2.0, not None"):
+            check_same_model(tmp_path / folder, load_model(reduced_folder))
+    config = ModelConfig(family="wan", path=str(tmp_path / "now"), cut_gap=0)
+    save_model(build_model(config, 16, 24), tmp_path / "none", MoCConfig())
+    assert json.loads((tmp_path / "none/config.json").read_text()) == json.loads(public)
+    assert build_model(replace(config, cut_gap=None), 16, 24).config.cut_gap == 2
 
 
 def test_the_schedulers_shift_comes_along(release: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -115,6 +116,14 @@ def test_it_saves_restores_and_merges(base: Path, tmp_path: Path) -> None:
     delta = merged.state_dict()[min(changed)] - plain.state_dict()[min(changed)]
     assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 2
     assert all(weight.requires_grad for weight in merged.parameters())
+
+
+def test_it_has_a_gap_at_cuts_of_its_own(wan: Path, tmp_path: Path) -> None:
+    for gap in (3.0, 0.0, None):
+        tuned = tmp_path / f"tuned_{gap}"
+        base = tmp_path / "tuned_3.0" if gap == 0 else wan
+        save_model(build_model(replace(settings_for(base, 2, ["to_q"]), cut_gap=gap), 16, 24), tuned, MoCConfig())
+        assert load_model(tuned).config.cut_gap == (gap or 0)
 
 
 def test_every_linear_can_be_adapted_and_merging_changes_no_output(base: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from moc import Batch, DropKey, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
+from moc import Batch, DropKey, Execution, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
 from models import ModelConfig, build_model, load_model, save_model
 from models.layers import add_gated, layer_norm, modulate, rms_norm, spread
 from models.members import Members
@@ -17,13 +17,15 @@ from tests import plain_mmdit
 from tests.weights import randomized
 
 CHANNELS, TEXT_DIM = 4, 12
-DENSE = MoCConfig(dense=True, backend="reference")
-MOC = MoCConfig(chunk_tokens=12, top_k=2, backend="reference")
+DENSE = MoCConfig(dense=True)
+MOC = MoCConfig(chunk_tokens=12, top_k=2)
 
 
 def small_model(**changes) -> MMDiT:
     sizes = {"latent_channels": CHANNELS, "text_dim": TEXT_DIM, "dim": 48, "num_layers": 2, "num_heads": 2}
-    return randomized(MMDiT(**sizes, ffn_dim=64, **changes))
+    model = randomized(MMDiT(**sizes, ffn_dim=64, **changes))
+    model.execution = Execution("reference")
+    return model
 
 
 def sample(num_shots: int = 3, global_tokens: int = 3, frames: int = 2) -> Sample:

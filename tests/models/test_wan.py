@@ -9,14 +9,15 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from moc import DropKey, MoCConfig, Sample, make_batch
+from moc import DropKey, Execution, MoCConfig, Sample, make_batch
 from models.checkpoints.experts import Experts
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
 from tests.weights import randomized
 
 TEXT_DIM = 24
-DENSE = MoCConfig(dense=True, backend="reference")
-MOC = MoCConfig(chunk_tokens=12, top_k=1, text_anchor="global_and_own", backend="reference")
+REFERENCE = Execution("reference")
+DENSE = MoCConfig(dense=True)
+MOC = MoCConfig(chunk_tokens=12, top_k=1, text_anchor="global_and_own")
 
 # (heads, FFN width, layers, channels) of Wan2.1-T2V-1.3B, 14B (and each A14B expert), Wan2.2-TI2V-5B
 FULL = {"1.3B": (12, 8960, 30, 16), "14B": (40, 13824, 40, 16), "5B": (24, 14336, 30, 48)}
@@ -35,8 +36,11 @@ def reduced(shape: str = "1.3B", **changes) -> dict[str, int]:
     return {**arguments(*REDUCED[shape]), "text_dim": TEXT_DIM, **changes}
 
 
-def small_model() -> WanTransformer3DModel:
-    return randomized(WanTransformer3DModel(**reduced(num_attention_heads=2, attention_head_dim=24, num_layers=2)))
+def small_model(**changes) -> WanTransformer3DModel:
+    sizes = reduced(num_attention_heads=2, attention_head_dim=24, num_layers=2)
+    model = randomized(WanTransformer3DModel(**sizes, **changes))
+    model.execution = REFERENCE
+    return model
 
 
 def sample(num_shots: int = 3, channels: int = 16, frames: int = 2, global_rows: int = 3) -> Sample:
@@ -65,6 +69,7 @@ def test_names_and_shapes_are_diffusers_and_the_releases(shape: str) -> None:
 def test_one_shot_equals_diffusers(shape: str, config: MoCConfig) -> None:
     theirs = randomized(diffusers.WanTransformer3DModel(**reduced(shape))).eval()
     ours = WanTransformer3DModel(**reduced(shape))
+    ours.execution = REFERENCE
     ours.load_state_dict(theirs.state_dict())
     channels = REDUCED[shape][3]
     latent, text = torch.randn(channels, 3, 8, 12), torch.randn(20, TEXT_DIM)
@@ -79,6 +84,7 @@ def test_shot_timesteps_equal_diffusers_token_timesteps() -> None:
     """Two shots under dense attention are diffusers' model with a timestep for each token, as TI2V-5B takes them."""
     theirs = randomized(diffusers.WanTransformer3DModel(**reduced(), eps=1e-2)).eval()
     ours = WanTransformer3DModel(**reduced(), eps=1e-2)
+    ours.execution = REFERENCE
     ours.load_state_dict(theirs.state_dict())
     item = sample(num_shots=2)
     text = torch.cat(item.text)
@@ -91,10 +97,10 @@ def test_shot_timesteps_equal_diffusers_token_timesteps() -> None:
 
 
 def test_a_gap_at_the_cut_moves_later_shots_only() -> None:
-    model = small_model()
+    model, far = small_model(), small_model(cut_gap=4)
+    far.load_state_dict(model.state_dict())
     item = sample(num_shots=2)
-    plain = run(model, MoCConfig(chunk_tokens=12, top_k=9), item)
-    apart = run(model, MoCConfig(chunk_tokens=12, top_k=9, cut_gap=4), item)
+    plain, apart = (run(each, MoCConfig(chunk_tokens=12, top_k=9), item) for each in (model, far))
     torch.testing.assert_close(plain[0], apart[0])
     assert not torch.allclose(plain[1], apart[1], rtol=1e-3, atol=1e-4)
 
@@ -153,10 +159,13 @@ def test_strict_forward_flow_is_blind_to_how_much_text_follows() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"descriptor": "pre_rope", "cut_gap": 1.5, "backend": "torch"}])
+@pytest.mark.parametrize(
+    ("settings", "cut_gap", "backend"), [({}, 0, "reference"), ({"descriptor": "pre_rope"}, 1.5, "torch")]
+)
 @torch.no_grad()
-def test_cached_history_gives_the_same_velocity(settings) -> None:
-    model, story = small_model(), sample()
+def test_cached_history_gives_the_same_velocity(settings, cut_gap, backend) -> None:
+    model, story = small_model(cut_gap=cut_gap), sample()
+    model.execution = Execution(backend)
     story = replace(story, latents=[torch.randn(16, frames, 4, 6) for frames in (1, 2, 4)])
     config = replace(MOC, **settings)
     sigma = torch.tensor([0.1, 0.1, 0.7])
