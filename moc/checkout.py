@@ -12,11 +12,15 @@ def commit() -> str | None:
 
 
 def git(*arguments: str) -> str | None:
-    """What git answers, without spaces around it; None where this is no checkout, or there is no git."""
+    """What git answers, without spaces around it; None where this is no checkout, or there is no git.
+
+    It writes nothing there: `git status` would renew the index, and leave a lock behind where the disk is full.
+    """
     if not (ROOT / ".git").exists():  # an installed package may lie below somebody else's
         return None
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        command = ["git", "--no-optional-locks", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -1,5 +1,6 @@
 """What git says of the checkout, where there is one and where there is none."""
 
+import os
 import subprocess
 
 from moc import checkout
@@ -12,6 +13,18 @@ def test_the_commit_is_that_of_the_checkout(tmp_path, monkeypatch):
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "first"], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert checkout.commit() == head
+
+
+def test_asking_writes_nothing_into_the_checkout(tmp_path, monkeypatch):
+    """A file's new time would have the index renewed."""
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
+    subprocess.run(["git", "-C", str(tmp_path), "init", "--quiet"], check=True)
+    (tmp_path / "file").write_text("a")
+    subprocess.run(["git", "-C", str(tmp_path), "add", "file"], check=True)
+    os.utime(tmp_path / "file", (1, 1))
+    before = (tmp_path / ".git/index").read_bytes()
+    assert checkout.git("status", "--porcelain") == "A  file"
+    assert (tmp_path / ".git/index").read_bytes() == before
 
 
 def test_an_installed_package_has_none(tmp_path, monkeypatch):
