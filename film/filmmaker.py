@@ -206,7 +206,8 @@ class Filmmaker:
                 routing[:, :, [plan.filmed[number - 1] for number in redo]] = 0
                 folder.reopen(request, redo, {ROUTING: routing})
             if self.parallel.share(not folder.is_finished):
-                self._make(plan, folder, request, watch)
+                with folder.bound_once_begun():
+                    self._make(plan, folder, request, watch)
             present(folder, plan, self.config.video)
             folder.forget()  # now, since shots made anew are not asked for twice
 

@@ -148,6 +148,20 @@ class FilmFolder:
         metadata = {"state": text, "crc32": str(zlib.crc32(text.encode()))}
         write_whole(self.path / PROGRESS, save(tensors, metadata))
 
+    @contextmanager
+    def bound_once_begun(self) -> Iterator[None]:
+        """Lets go of the request where what is done meanwhile fails before a step or a shot is made: a film that was
+        refused keeps its folder from no other."""
+        try:
+            yield
+        except BaseException:
+            if (self.path / PROGRESS).exists():
+                _, kept = self._read_progress()
+                if not (kept.step or kept.made or kept.redo):
+                    self.remove_pictures()
+                    self.forget()
+            raise
+
     def kept(self) -> Kept:
         """Returns what was kept last; raises DataError (damaged-film) where it or a latent of it is not as written."""
         if not (self.path / PROGRESS).exists():

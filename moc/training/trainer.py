@@ -161,11 +161,11 @@ class Trainer:
         with self.ema.applied(self.bare_model):
             self.bare_model.load_weights(checkpoint / "ema")
         self.ema.restore(state["step"])
+        ckpt.load_rng(checkpoint, self.parallel.rank)
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
         if isinstance(self.optimizer, OffloadedAdamW):
             self.optimizer.rest(list(self.optimizer.state))
         self._group_numbers.restore(state.get("optimizer", {"groups": [], "empty": []}))
-        ckpt.load_rng(checkpoint, self.parallel.rank)
         self.step = state["step"]
         self._saver.saved_step = self.step
         self.skips.total = state.get("skipped_steps", 0)

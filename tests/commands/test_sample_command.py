@@ -154,10 +154,11 @@ def test_a_picture_that_fails_costs_itself_alone(capsys, tmp_path, trained, scri
         there.append(names(path.parent))
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("film.filmmaker.draw_storyboard", failing)
+    monkeypatch.setattr("film.presentation.draw_storyboard", failing)
     command("sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
-    assert there == [{"latents/01.safetensors", "shots/01.mp4", "video.mp4", "metadata.json"}]
-    assert names(tmp_path / "film") == {*there[0], "routing.png"}
+    film = {"latents/01.safetensors", "shots/01.mp4", "video.mp4", "routing.safetensors", "metadata.json"}
+    assert there == [film | {".progress.safetensors"}]
+    assert names(tmp_path / "film") == film | {"routing.png", "index.html"}
     assert [record.getMessage().partition(": ")[0] for record in caplog.records if record.levelname == "WARNING"] == [
         f"{tmp_path / 'film/storyboard.png'} is left out, the film is whole (RuntimeError"
     ]
@@ -172,7 +173,7 @@ def test_a_disk_that_is_full(capsys, tmp_path, trained, script):
         said = refusal(capsys, "sample.py", *sample_arguments(trained, script(), tmp_path / "film"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_one_message(said, "latents/01.safetensors", "File too large")
+    assert_one_message(said, ".progress.safetensors", "File too large")
     assert names(tmp_path / "film") == set()
 
 

@@ -151,9 +151,9 @@ def test_a_film_is_one_decode_of_the_joined_latents(
 ) -> None:
     written: dict[str, np.ndarray] = {}
 
-    def keep(path: Path, frames: Iterable[np.ndarray], fps: float, **others) -> int:
+    def keep(path: Path, frames: Iterable[np.ndarray], *how, **others) -> int:
         written[path.name] = np.stack(list(frames))
-        return write_video(path, written[path.name], fps, **others)
+        return write_video(path, written[path.name], *how, **others)
 
     monkeypatch.setattr("film.folder.write_video", keep)
     Image.new("RGB", (96, 64), (0, 200, 0)).save(tmp_path / "ref.png")

