@@ -200,6 +200,7 @@ class Tester:
             log = (self.folder / f"{name}.log").read_text()
             return {"row": row, "seed": self.config.seed, "steps": self.config.steps, "failed": log[-2000:]}
         moc, flow = Contents(checkpoint).moc, Contents(checkpoint).own_flow
+        pack(checkpoint / "ema", self.folder / f"{name}.tar.gz")  # before tests, which may be cut off
         model = load_model(checkpoint).to(self.parallel.device)
         start = time.monotonic()
         tally = self.bench.run(model, moc, flow, self.config.scenes)
@@ -216,7 +217,6 @@ class Tester:
         found["mass"] = self.bench.mass(model, moc, routing, flow)
         state = json.loads((checkpoint / "state.json").read_text())
         metrics = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
-        pack(checkpoint / "ema", self.folder / f"{name}.tar.gz")
         return {
             "row": row,
             "seed": self.config.seed,

@@ -45,7 +45,7 @@ def tables(rows: list[dict]) -> str:
         "## Recall by distance in shots\n\n" + _by_distance(rows),
         "## Beside look-alikes\n\n" + _look_alikes(rows),
         "## Retrieval: where the returning character routes to\n\n" + _retrieval(rows),
-        *(f"## The dense model, seed {row['seed']}, with its attention swapped\n\n" + _swapped(row)
+        *(f"## {_title(row)}, with its attention swapped\n\n" + _swapped(row)
           for row in rows if "swapped" in row),
         "## Commands\n\n" + "\n".join(f"- {_title(row)}: `{row['command']}`" for row in rows),
     ]  # fmt: skip
@@ -54,7 +54,8 @@ def tables(rows: list[dict]) -> str:
 
 def _title(row: dict) -> str:
     done = "" if row["steps_done"] == row["steps"] else f" (stopped at step {row['steps_done']})"
-    return f"{TITLES[row['row']]}, seed {row['seed']}{done}"
+    start = f", from {row['start']}" if row.get("start") else ""
+    return f"{TITLES[row['row']]}, seed {row['seed']}{start}{done}"
 
 
 def _main(rows: list[dict]) -> str:

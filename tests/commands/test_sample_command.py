@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from film.folder import PROGRESS
 from moc.diffusion.samplers import sample_shots
 from moc.training.integrity import checksums, seal
-from tests.pipeline import assert_one_message, command, prepare, refusal
+from tests.pipeline import ROOT, assert_one_message, command, prepare, refusal
 
 GOOD = {"size": [32, 48], "fps": 12, "shots": [{"prompt": "A cat.", "seconds": 0.4}]}
 
@@ -206,3 +206,12 @@ def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, sc
     monkeypatch.undo()
     command("sample.py", *arguments)
     assert names(tmp_path / "film") >= {"latents/02.safetensors", "shots/02.mp4", "video.mp4", "metadata.json"}
+
+
+def test_the_checkpoint_of_the_repository_films_its_story(tmp_path):
+    kept, story = ROOT / "docs/checkpoints/recall_dense", ROOT / "configs/scripts/recall.yaml"
+    arguments = (f"checkpoint={kept}", f"script={story}", f"out={tmp_path / 'film'}", "device=cpu")
+    command("sample.py", *arguments, "sampler.steps=1", "sampler.guidance_scale=1")
+    record = json.loads((tmp_path / "film/metadata.json").read_text())
+    assert record["num_frames"] == 8 * 5
+    assert record["moc"]["dense"]
