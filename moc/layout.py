@@ -234,13 +234,10 @@ class ShotLayout:
         self.sample_position = torch.tensor(self.positions, dtype=torch.int32)
 
     def to(self, device: torch.device | str) -> "ShotLayout":
-        """This layout with its tensors on `device`; one copy for each dtype, none when it is or was there already."""
+        """This layout with its tensors on `device`; one copy for each dtype, none when it is there already."""
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self
-        return self.memo(("on", device), lambda: self._moved(device)).at(self.positions)
-
-    def _moved(self, device: torch.device) -> "ShotLayout":
         moved = object.__new__(ShotLayout)
         moved.__dict__.update(self.__dict__)
         moved._memo = {}

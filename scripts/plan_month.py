@@ -117,8 +117,8 @@ class Size:
         return cls(params, sum(layer.weight.numel() for layer in linears), config.dim, config.num_layers)
 
     def flops(self, shots: int, shot_tokens: int, moc: dict[str, Any]) -> float:
-        """Of a step with a film of so many shots: linears and attended pairs, forward and backward. Routes are counted
-        before drops, and the first shot has none."""
+        """Counts a step with a film of so many shots: linears and attended pairs, forward and backward. Drops are left
+        out, and the first shot has no routes."""
         tokens = shots * shot_tokens
         routed = min(moc["top_k"] * moc["chunk_tokens"], shot_tokens) * (shots - 1) / shots
         pairs = tokens * (shot_tokens + routed)

@@ -5,7 +5,7 @@ codec: unlike films of `scripts/make_storyworld.py` they were never H.264.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -163,8 +163,8 @@ class EndlessLoader:
         scenes = draw_scenes(self.world.config, [first + position for position in positions])
         samples = self.world.encode(scenes).samples(positions)
         batch = moc.make_batch(samples, self.spec, self.chunk_tokens, self._layout)
-        self._layout = batch.layout
-        return batch
+        self._layout = batch.layout.to(self.world.stock.device)  # where the latents are
+        return replace(batch, layout=self._layout)
 
 
 def open_loader(

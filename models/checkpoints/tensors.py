@@ -23,7 +23,7 @@ from moc.training.tensor_files import DTYPES, INDEX, Entry, deal_to_files, file_
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
 SAFE = "use the safetensors release"
-# Of weights: whole numbers are those of a quantized release, which mean nothing without its scales.
+# Weights are floats: whole numbers are those of a quantized release, which mean nothing without its scales.
 WEIGHT_DTYPES = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.runs import THEN, launch, make_cache
 
-# By name: which runs of two processes there are, and what is asked of each.
+# These are the runs of two processes, by name, and what is asked of each.
 TWO = {
     "plain": [],
     "poisoned": ["--poisoned", "scene0.75"],

@@ -1,7 +1,9 @@
 """The stream: tokens in order, chunks that never cross a shot or a modality, and layouts that rechunk and pack."""
 
+import gc
 import math
 import pickle
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -218,6 +220,10 @@ def test_to_moves_every_table_and_leaves_the_original():
     assert layout.to("cpu").device == layout.device
     assert moved.rechunk(4).device.type == "meta"
     assert moved.groups == layout.groups
+    kept = weakref.ref(moved)
+    del moved
+    gc.collect()
+    assert kept() is None  # held-out batches stay on the CPU, and what is moved of one is let go with its step
 
 
 def test_the_same_stream_at_other_positions_shares_its_tables():

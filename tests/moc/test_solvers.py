@@ -66,7 +66,7 @@ def gaussian(latents, sigma, _):
     [("euler", 1.0, 3.5, 4.5, 0.03), ("unipc", 0.0, 6.0, 20.0, 0.004), ("dpmpp", 0.5, 5.0, 20.0, 0.004)],
 )
 def test_the_error_of_a_film_falls_as_its_order_says(kind, lag, least, most, error):
-    """In every shot, whichever noise level the others stand at: four times the steps, a quarter of the error, or less
+    """Four times the steps leave every shot, whatever noise level the others stand at, a quarter of the error, or less
     of the second order (a sixteenth at last: near both ends of the noise levels steps are long to them)."""
     errors = []
     for steps in (40, 160):

@@ -66,8 +66,8 @@ def test_steps_are_those_without(family: str, device: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_block_comes_while_the_one_before_it_computes(device: str) -> None:
-    """In forward and in backward: when a block begins, it and the next one of that direction are on the device, and the
-    frozen weights of all others on the host."""
+    """When a block begins, forward or backward, it and the next one of that direction are on the device, and the frozen
+    weights of all others are on the host."""
     case = Case("wan", True, 1, True)
     model = make_model(case)
     alone = {name: weight.clone() for name, weight in model.named_parameters()}

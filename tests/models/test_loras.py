@@ -114,7 +114,7 @@ def test_settings_beside_a_file_and_in_its_header_scale(wan, matrices, tmp_path)
 
 
 def test_whole_differences_are_added(wan, tmp_path):
-    """As in the files of distilled models: weights of norms, biases."""
+    """Files of distilled models hold such differences of norms' weights and of biases."""
     state = load_model(wan).state_dict()
     names = {"blocks.0.attn1.norm_q.weight": "diff", "blocks.1.ffn.net.2.bias": "diff_b"}
     added = {name: torch.randn_like(state[name]) for name in names}
