@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs.command import command
 from data.loading.dataset import DataConfig, ShotDataset, open_dataset
 from data.media.example_shots import FilmShot, block, film_shots, last_seen, scene_id
-from data.records import write_whole
 from evaluation.history import SIGMAS, HistoryLosses, history_losses
 from moc import Sample
 from moc.errors import UserError, check_least
@@ -29,11 +28,12 @@ from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
 from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.film_report import write_report
-from scripts.rows import machine, train_for
+from scripts.rows import append, machine, train_for
 
 FOLDS = 4
 LENGTH = 8  # shots of a scene
 COURSE = "validation/loss_0.8"  # of a run's metrics: with equal noise on all shots
+KEY = ("row", "fold", "seed", "steps")  # of a row in the record
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
     "dense": ["moc=dense"],
@@ -97,7 +97,7 @@ def main(config: FilmRowsConfig) -> None:
         for training in as_completed(trainings):
             row = {"train_minutes": training.result()} | test(*trainings[training], config, folder, dataset, parallel)
             print(json.dumps({name: value for name, value in row.items() if name != "losses"}), flush=True)
-            append(output, row)
+            write_report(append(output, row, KEY), output)
 
 
 def held_out_blocks(fold: int) -> list[int]:
@@ -181,16 +181,6 @@ def as_lists(losses: HistoryLosses) -> dict[str, list]:
         kind: [[[round(x, 5) for x in row] for row in rows] for rows in getattr(losses, kind).tolist()]
         for kind in ("alone", "history", "other")
     }
-
-
-def append(output: Path, row: dict) -> None:
-    """Puts a row into the record, in the place of an earlier one of its name, fold, seed and steps."""
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    names = ("row", "fold", "seed", "steps")
-    rows = [other for other in rows if [other[n] for n in names] != [row[n] for n in names]] + [row]
-    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
-    write_whole(output, f'{{"rows": {text}}}\n'.encode())
-    write_report(rows, output)
 
 
 if __name__ == "__main__":

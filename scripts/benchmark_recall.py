@@ -10,9 +10,6 @@ and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
 """
 
 import json
-import os
-import platform
-import signal
 import subprocess
 import sys
 import tarfile
@@ -20,12 +17,10 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -33,18 +28,16 @@ from configs.command import command, parse
 from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.endless import RecallWorld
-from data.records import write_whole
 from data.storyworld.recall import draw_scenes
 from evaluation.recall import Reader, RecallBench, accuracy, summary, train_reader
 from moc import MoCConfig
-from moc.checkout import commit
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.recall_report import write_report
+from scripts.rows import ROOT, append, machine, train_for
 
-ROOT = Path(__file__).parents[1]
 # Whole shots over, which is dense attention to all that went before; then chunks of a frame, and fewer of them.
 PROGRESSIVE = ((0.0, 48, 7), (0.25, 48, 3), (0.4, 24, 3), (0.55, 24, 2), (0.7, 24, 1))
 
@@ -126,7 +119,7 @@ def main(config: RecallRowsConfig) -> None:
         for training in as_completed(trainings):
             row = tester.test(trainings[training], training.result())
             print(json.dumps(row), flush=True)
-            append(output, row)
+            write_report(append(output, row, KEY), output)
 
 
 def run_name(row: str, config: RecallRowsConfig) -> str:
@@ -155,17 +148,7 @@ def train(row: str, config: RecallRowsConfig, folder: Path) -> float:
     words = [*arguments(row, config), f"output={folder}", f"name={run_name(row, config)}"]
     if config.device != "auto":
         words.append(f"parallel.device={config.device}")
-    start = time.monotonic()
-    with (folder / f"{run_name(row, config)}.log").open("a") as log:
-        job = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=log, stderr=log)
-        try:
-            job.wait(config.minutes * 60)
-        except subprocess.TimeoutExpired:
-            job.send_signal(signal.SIGTERM)  # it saves a checkpoint
-            job.wait()
-        finally:
-            job.kill()
-    return (time.monotonic() - start) / 60
+    return train_for(config.minutes, words, folder / f"{run_name(row, config)}.log")
 
 
 class Tester:
@@ -264,28 +247,6 @@ def pack(folder: Path, archive: Path) -> None:
         with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
             for file in sorted(Path(place).iterdir()):
                 tar.add(file, file.name)
-
-
-def machine(parallel: Parallel) -> dict:
-    return {
-        "device": parallel.device_name,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def append(output: Path, row: dict) -> None:
-    """Puts a row into the record, in the place of an earlier one of its name, seed, steps and start."""
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    key = [row.get(word, "") for word in KEY]
-    row = json.loads(json.dumps(row))  # with keys of text, as the earlier ones have
-    rows = [other for other in rows if [other.get(word, "") for word in KEY] != key] + [row]
-    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
-    write_whole(output, f'{{"rows": {text}}}\n'.encode())
-    write_report(rows, output)
 
 
 if __name__ == "__main__":

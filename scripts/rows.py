@@ -1,16 +1,19 @@
-"""What benchmarks that train rows side by side share: a training of so many minutes, and where it ran."""
+"""What benchmarks that train rows side by side share: a training of so many minutes, where it ran, and the record."""
 
+import json
 import os
 import platform
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from data.records import write_whole
 from moc.checkout import commit
 from moc.training import Parallel
 
@@ -45,3 +48,15 @@ def machine(parallel: Parallel) -> dict:
         "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def append(output: Path, row: dict, key: Sequence[str]) -> list[dict]:
+    """Puts a row into the record, in the place of an earlier one with the same values of `key`, of which one that a row
+    lacks is ""; returns all rows."""
+    rows = json.loads(output.read_text())["rows"] if output.exists() else []
+    row = json.loads(json.dumps(row))  # with keys of text, as the earlier ones have
+    place = [row.get(name, "") for name in key]
+    rows = [other for other in rows if [other.get(name, "") for name in key] != place] + [row]
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+    write_whole(output, f'{{"rows": {text}}}\n'.encode())
+    return rows

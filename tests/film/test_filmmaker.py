@@ -70,16 +70,22 @@ def killed_at(replacement: int, work) -> bool:
     return os.WIFSIGNALED(status)
 
 
+def times_killed(work) -> int:
+    """Does `work` in process after process, each killed before one more file gets its name than the one before it gave,
+    until it is done; returns how many were killed."""
+    kills = 0
+    while killed_at(1 + kills, work):
+        kills += 1
+    return kills
+
+
 @pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
 def test_a_film_that_is_killed_again_and_again_is_the_film_that_never_was(trained, write, tmp_path, lag):
     """Each process is killed before one more file gets its name than the one before it gave."""
     filmmaker = open_filmmaker(trained, lag=lag)
     plan = filmmaker.plan(load_script(write(STORY)))
     filmmaker.film(plan, FilmFolder(tmp_path / "whole"))
-    kills = 0
-    while killed_at(1 + kills, lambda: filmmaker.film(plan, FilmFolder(tmp_path / "killed"))):
-        kills += 1
-    assert kills > 3
+    assert times_killed(lambda: filmmaker.film(plan, FilmFolder(tmp_path / "killed"))) > 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -210,10 +216,7 @@ def test_making_anew_is_killed_and_goes_on(trained, write, tmp_path):
         film_of(first, write(STORY), tmp_path / name)
     whole = film_of(second, write(STORY), tmp_path / "whole", redo=[2])
     plan = second.plan(second._with_seeds_of(FilmFolder(tmp_path / "killed"), second.read(write(STORY)), [2]))
-    kills = 0
-    while killed_at(1 + kills, lambda: second.film(plan, FilmFolder(tmp_path / "killed"), [2])):
-        kills += 1
-    assert kills > 3
+    assert times_killed(lambda: second.film(plan, FilmFolder(tmp_path / "killed"), [2])) > 3
     assert contents(tmp_path / "killed") == whole
 
 
