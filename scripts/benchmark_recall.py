@@ -38,8 +38,8 @@ from models.checkpoints.contents import Contents
 from scripts.recall_report import write_report
 from scripts.rows import ROOT, append, machine, train_for
 
-# Whole shots over, which is dense attention to all that went before; then chunks of a frame, and fewer of them.
-PROGRESSIVE = ((0.0, 48, 7), (0.25, 48, 3), (0.4, 24, 3), (0.55, 24, 2), (0.7, 24, 1))
+# Chunks of all that went before, which is dense and causal; then finer and fewer ones.
+PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5))
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,19 @@ def progressive(steps: int) -> str:
 
 
 KEY = ("row", "seed", "steps", "start")  # of a row in the record
-SWAPS = (1, 2, 4, 7, 14)  # chunks that a dense model routes to, untrained
+# Chunk tokens and chunks that a dense model routes to, untrained: a frame has 24 tokens, a row of it 6.
+SWAPS = ((24, 1), (24, 2), (24, 4), (24, 7), (24, 14), (12, 2), (12, 3), (6, 4), (6, 5), (6, 8), (6, 11))
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
     "dense": lambda steps: ["moc=dense"],
     "moc_from_dense": lambda steps: [progressive(steps)],
     "moc": lambda steps: [],
     "own_shot": lambda steps: ["moc.top_k=0", *NO_DROPS],
-    "first_frame": lambda steps: ["moc.candidates=first", "moc.top_k=7", *NO_DROPS],
-    "random": lambda steps: ["moc.top_k=0", "moc.drop_off_max=0", "moc.drop_in_rate=100", "moc.drop_in_max=1"],
-    "moc_k2": lambda steps: ["moc.top_k=2"],
+    "first_frame": lambda steps: ["moc.candidates=first", "moc.chunk_tokens=24", "moc.top_k=7", *NO_DROPS],
+    "random": lambda steps: ["moc.top_k=0", "moc.drop_off_max=0", "moc.drop_in_rate=100", "moc.drop_in_max=5"],
+    "moc_of_frames": lambda steps: ["moc.chunk_tokens=24", "moc.top_k=1"],
+    "moc_of_half_frames": lambda steps: ["moc.chunk_tokens=12", "moc.top_k=2"],
+    "moc_pre_rope": lambda steps: ["moc.descriptor=pre_rope"],
     "moc_no_drops": lambda steps: NO_DROPS,
     "moc_all_text": lambda steps: ["moc.text_anchor=all"],
     "dense_causal": lambda steps: ["moc.chunk_tokens=48", "moc.top_k=7", *NO_DROPS],
@@ -192,11 +195,11 @@ class Tester:
             twins = self.bench.run(model, moc, flow, self.config.look_alikes, look_alikes=True)
             found["look_alikes"] = summary(twins)
         if moc.dense:
-            for chunks in SWAPS:
-                swap = MoCConfig(chunk_tokens=moc.chunk_tokens, top_k=chunks)
-                tally = self.bench.run(model, swap, flow, max(1, self.config.scenes // 8))
-                found.setdefault("swapped", {})[chunks] = brief(summary(tally))
-        routing = moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=moc.chunk_tokens, top_k=1)
+            for chunk_tokens, top_k in SWAPS:
+                swap = MoCConfig(chunk_tokens=chunk_tokens, top_k=top_k)
+                tally = brief(summary(self.bench.run(model, swap, flow, max(1, self.config.scenes // 8))))
+                found.setdefault("swapped", []).append({"chunk_tokens": chunk_tokens, "top_k": top_k} | tally)
+        routing = moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=6, top_k=5)
         found["mass"] = self.bench.mass(model, moc, routing, flow)
         state = json.loads((checkpoint / "state.json").read_text())
         metrics = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]

@@ -9,11 +9,13 @@ from scripts.measuring import markdown_table
 TITLES = {
     "dense": "dense",
     "dense_causal": "all earlier shots, by routing",
-    "moc_from_dense": "MoC from dense, progressive",
-    "moc": "MoC from scratch",
-    "moc_k2": "MoC from scratch, k = 2",
-    "moc_no_drops": "MoC from scratch, no drops",
-    "moc_all_text": "MoC from scratch, all text anchored",
+    "moc_from_dense": "MoC, progressive",
+    "moc": "MoC",
+    "moc_no_drops": "MoC, no drops",
+    "moc_all_text": "MoC, all text anchored",
+    "moc_pre_rope": "MoC, routed before RoPE",
+    "moc_of_half_frames": "MoC, chunks of half a frame",
+    "moc_of_frames": "MoC, chunks of a frame",
     "first_frame": "first frame of every shot",
     "random": "random routes",
     "own_shot": "own shot only",
@@ -78,8 +80,9 @@ def _main(rows: list[dict]) -> str:
 
 
 def _minus_dense(row: dict, rows: list[dict]) -> str:
-    """The difference over the same scenes."""
-    rivals = [r for r in rows if r["row"] == "dense" and r["seed"] == row["seed"] and r is not row]
+    """The difference over the same scenes to dense attention of the same seed that began with the same weights."""
+    alike = [r for r in rows if all(r.get(name) == row.get(name) for name in ("seed", "start"))]
+    rivals = [r for r in alike if r["row"] == "dense" and r is not row]
     if not rivals or len(rivals[0]["all"]["right"]) != len(row["all"]["right"]):
         return ""
     difference = (_right(row) - _right(rivals[0])).mean(1)
@@ -126,7 +129,10 @@ def _retrieval(rows: list[dict]) -> str:
 
 def _swapped(row: dict) -> str:
     lines = [["dense", "0.0%", *_recall_and_loss(row["all"])]]
-    lines += [[f"k = {k}", f"{found['sparsity']:.1%}", *_recall_and_loss(found)] for k, found in row["swapped"].items()]
+    lines += [
+        [f"{found['top_k']} of {found['chunk_tokens']} tokens", f"{found['sparsity']:.1%}", *_recall_and_loss(found)]
+        for found in row["swapped"]
+    ]
     return markdown_table(["routed chunks", "sparsity of video pairs", "recall", "character's loss, 0.95"], lines)
 
 
