@@ -47,6 +47,7 @@ METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
 REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # what of the metadata decides the frames
 ROUTING = "routing.safetensors"
 SCENES = "[0-9][0-9][0-9]_[0-9][0-9][0-9].mp4"
+GIVEN = f"given/{'[0-9a-f]' * 16}.*"
 DRAWN = ("index.html", "storyboard*.png", "routing.png", "video.srt", "video.vtt", "preview.webp")  # of a whole film
 FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, ROUTING, *DRAWN)
 REMEDY = "name another folder, or remove this one"
@@ -156,11 +157,20 @@ class FilmFolder:
             yield
         except BaseException:
             if (self.path / PROGRESS).exists():
-                _, kept = self._read_progress()
+                request, kept = self._read_progress()
                 if not (kept.step or kept.made or kept.redo):
-                    self.remove_pictures()
-                    self.forget()
+                    self._remove_begun(len(request["script"]["shots"]))
             raise
+
+    def _remove_begun(self, num_shots: int) -> None:
+        """Removes what a film of so many shots, of which nothing is kept, may have written; its request last."""
+        for number in range(1, num_shots + 1):
+            self._latent(number).unlink(missing_ok=True)
+            self.shot(number).unlink(missing_ok=True)
+        for path in self.path.glob(GIVEN):
+            path.unlink()
+        self.remove_pictures()
+        self.forget()
 
     def kept(self) -> Kept:
         """Returns what was kept last; raises DataError (damaged-film) where it or a latent of it is not as written."""
@@ -217,10 +227,8 @@ class FilmFolder:
         except (SafetensorError, KeyError, FileNotFoundError):
             raise self._damaged(self._latent(number)) from None
 
-    def write_shot(
-        self, number: int, frames: Iterable[np.ndarray], fps: float, codec: str = "libx264", crf: int = 16
-    ) -> int:
-        """The frames of a shot, uint8 [H, W, 3] each; returns how many."""
+    def write_shot(self, number: int, frames: Iterable[np.ndarray], fps: float, codec: str, crf: int) -> int:
+        """The frames of a shot, uint8 [H, W, 3] each, as `VideoConfig` has codec and crf; returns how many."""
         return write_video(self.shot(number), frames, fps, codec, crf, bt709=True)
 
     def join_shots(self, num_shots: int, chapters: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.interfaces import Codec
 from film.folder import FilmFolder
 from film.plan import FilmPlan
+from film.video import VideoConfig
 from moc.diffusion import Progress
 from moc.statistics import RoutingMap
 
@@ -40,6 +41,7 @@ class Shooting:
     ) -> None:
         self.folder, self.plan, self.codec, self.request = folder, plan, codec, request
         self.routing_map, self.keep_every = routing_map, keep_every
+        self.video = VideoConfig(**request.get("video", {}))
         self.numbers = {index: number for number, index in enumerate(plan.filmed, start=1)}
         self.decode = codec.shot_decoder()
         self.kept = folder.kept()
@@ -68,8 +70,7 @@ class Shooting:
                 self.kept.made[number] = self.folder.write_latent(number, latent)
                 self._is_new = True
                 self._write_shot(number, latent)
-        has_chapters = self.request.get("video", {}).get("chapters")
-        titles = [shot.prompt for shot in self.plan.script.shots] if has_chapters else None
+        titles = [shot.prompt for shot in self.plan.script.shots] if self.video.chapters else None
         return self.folder.join_shots(len(self.numbers), titles)
 
     _is_new = False  # whether a shot was finished that is not kept yet
@@ -81,7 +82,8 @@ class Shooting:
         for number, index in enumerate(self.plan.filmed, start=1):
             if index in self.plan.given and number not in self.kept.made:
                 self.kept.made[number] = self.folder.write_latent(number, self.plan.given[index])
-        for number, latent in self._made():
+        made = {number: self.folder.read_latent(number) for number in sorted(self.kept.made)}
+        for number, latent in made.items():
             if not self.folder.shot(number).exists():
                 self._write_shot(number, latent)
             elif not self.codec.begins_video(number):
@@ -90,7 +92,7 @@ class Shooting:
         if not self.kept.step:
             return None
         latents = {int(name): tensor for name, tensor in self.kept.tensors.items() if name.isdigit()}
-        latents |= {self.plan.filmed[number - 1]: latent for number, latent in self._made()}
+        latents |= {self.plan.filmed[number - 1]: latent for number, latent in made.items()}
         remembered: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self.kept.tensors.items():
             place, _, of_solver = name.partition(".")
@@ -100,11 +102,8 @@ class Shooting:
 
     def given(self) -> dict[int, Tensor]:
         """Latents, by their index in the stream, of the shots that stay while others are made anew."""
-        stay = [pair for pair in self._made() if self.kept.redo and pair[0] not in self.kept.redo]
-        return {self.plan.filmed[number - 1]: latent for number, latent in stay}
-
-    def _made(self) -> Iterator[tuple[int, Tensor]]:
-        return ((number, self.folder.read_latent(number)) for number in sorted(self.kept.made))
+        stay = sorted(self.kept.made.keys() - self.kept.redo) if self.kept.redo else []
+        return {self.plan.filmed[number - 1]: self.folder.read_latent(number) for number in stay}
 
     def _keep(self, progress: Progress) -> None:
         self.kept.step, self._is_new = progress.step, False
@@ -121,9 +120,8 @@ class Shooting:
     def _write_shot(self, number: int, latent: Tensor) -> None:
         pieces = (pictures(piece, f"shot {number}") for piece in self.decode(latent.to(self.plan.device)))
         frames: Iterator[np.ndarray] = (frame for piece in pieces for frame in piece)
-        video = self.request.get("video", {})
-        own = {name: video[name] for name in ("codec", "crf") if name in video}
-        self.folder.write_shot(number, islice(frames, self.plan.num_frames[number - 1]), self.plan.script.fps, **own)
+        shown, video = islice(frames, self.plan.num_frames[number - 1]), self.video
+        self.folder.write_shot(number, shown, self.plan.script.fps, video.codec, video.crf)
         for _ in frames:  # which are past the shot's end
             pass
 

@@ -15,6 +15,7 @@ from film.plan import FilmPlan
 from moc.errors import UserError
 
 CODECS = ("libx264", "libx265")
+_DECIDING = ("codec", "crf", "chapters")  # of the settings, the bytes of the videos
 _PREVIEW_WIDTH, _PREVIEW_FPS, _PREVIEW_SECONDS = 320, 6, 12
 
 
@@ -41,8 +42,9 @@ class VideoConfig:
 
     def record(self) -> dict[str, Any]:
         """What of it decides the bytes of the videos, where it is not the usual."""
-        chosen = {"codec": self.codec, "crf": self.crf, "chapters": self.chapters}
-        return {} if chosen == {"codec": "libx264", "crf": 16, "chapters": False} else chosen
+        usual = VideoConfig()
+        chosen = {name: getattr(self, name) for name in _DECIDING}
+        return chosen if any(value != getattr(usual, name) for name, value in chosen.items()) else {}
 
 
 def write_subtitles(path: Path, plan: FilmPlan) -> None:

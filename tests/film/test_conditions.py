@@ -79,6 +79,17 @@ def test_a_film_goes_on_from_a_video(trained, write, take, tmp_path):
     }
 
 
+def test_a_film_with_a_video_that_fails_at_its_start_leaves_nothing(trained, write, take, tmp_path, monkeypatch):
+    """Another film can then be made in its folder."""
+    filmmaker = open_filmmaker(trained)
+    with monkeypatch.context() as patch:
+        patch.setattr(filmmaker, "_sample", lambda *_: (_ for _ in ()).throw(FloatingPointError("nan")))
+        with pytest.raises(FloatingPointError, match="nan"):
+            film_of(filmmaker, write(STORY | {"shots": [given(), SHOT]}), tmp_path / "film")
+    assert not [path for path in (tmp_path / "film").rglob("*") if path.is_file()]
+    film_of(filmmaker, write(STORY), tmp_path / "film")
+
+
 @pytest.mark.parametrize("lag", [0.0, 1.0])
 def test_a_video_may_stand_anywhere_and_is_never_made(trained, write, take, tmp_path, lag):
     story = STORY | {"shots": [SHOT, given(start=1), SHOT, given(4 / 12)]}
