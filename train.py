@@ -64,10 +64,10 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots).write(folder)
         draw_curves(run_folder, read_metrics(run_folder))
 
-    draw_samples = scene_drawer(dataset, config, parallel) if config.trainer.sample_every else None
     moc, schedule, optim, length = config.moc, MoCSchedule(config.schedule), config.optim, config.trainer
+    draw = scene_drawer(dataset, config.data, config.flow, run_folder, parallel) if length.sample_every else None
     trainer = Trainer(
-        parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras, draw_samples
+        parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras, draw
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     refuse_later(run_folder, trainer.step)

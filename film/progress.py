@@ -2,18 +2,18 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs.schema import TrainConfig
-from data.loading.dataset import ShotDataset
+from data.loading.dataset import DataConfig, ShotDataset
 from data.loading.order import Draw
 from film.shooting import pictures
 from film.storyboard import Panel, draw_routing_map, draw_storyboard, pick_frames
 from moc.batch import Sample
 from moc.config import MoCConfig
-from moc.diffusion import SamplingConfig, Story, sample_shots
+from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
 from moc.statistics import RoutingMap
 from moc.training import Parallel
 from models import load_encoders
@@ -24,13 +24,15 @@ SAMPLING = SamplingConfig(steps=20, guidance_scale=3.0, lag=0.3, cache=False)
 logger = logging.getLogger(__name__)
 
 
-def scene_drawer(dataset: Any, config: TrainConfig, parallel: Parallel) -> Callable[[Any, MoCConfig, int], None]:
+def scene_drawer(
+    dataset: Any, data: DataConfig, flow: Flow, run_folder: Path, parallel: Parallel
+) -> Callable[[Any, MoCConfig, int], None]:
     """What draws a model's sample at a step, as storyboard and routing map in `samples/` of the run's folder; every
     process takes part.
 
     dataset: prepared data. The scene is the first one held out, or of all where none is.
     """
-    (scene, null), folder = _scene(dataset, config.data.validation), config.run_folder / "samples"
+    (scene, null), folder = _scene(dataset, data.validation), run_folder / "samples"
     codec, fps = load_encoders(dataset.encoders_folder).codec, dataset.frame_rates[0] if dataset.frame_rates else 24.0
 
     def draw(model: Any, moc: MoCConfig, step: int) -> None:
@@ -40,7 +42,7 @@ def scene_drawer(dataset: Any, config: TrainConfig, parallel: Parallel) -> Calla
         routing, panels = RoutingMap(len(story.shapes)), []
         decode = codec.to(parallel.device).shot_decoder()
         try:
-            shots = sample_shots(model, model.stream, moc, config.flow, story, SAMPLING, routing_map=routing)
+            shots = sample_shots(model, model.stream, moc, flow, story, SAMPLING, routing_map=routing)
             for index, latent in shots:
                 frames = np.concatenate([pictures(piece, f"shot {index + 1}") for piece in decode(latent)])
                 cut = not scene.cuts or bool(scene.cuts[index])

@@ -10,8 +10,8 @@ FORBIDDEN = {
     "moc": {"models", "data", "film", "evaluation", "configs", "scripts", "train", "sample"},
     "data": {"models", "film", "evaluation", "scripts", "train", "sample"},
     "models": {"data", "film", "evaluation", "scripts", "train", "sample"},
-    "film": {"evaluation", "scripts", "train", "sample"},
-    "evaluation": {"scripts", "train", "sample"},
+    "film": {"evaluation", "configs", "scripts", "train", "sample"},
+    "evaluation": {"configs", "scripts", "train", "sample"},
 }
 
 
