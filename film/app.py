@@ -1,16 +1,15 @@
 """The windows of a studio: a page for the browser, made with gradio (`pip install -e '.[app]'`)."""
 
-import base64
 from collections.abc import Callable, Iterator
-from functools import wraps
-from io import BytesIO
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from jinja2 import Environment
-from PIL import Image
 
+from film.folder import FilmFolder
+from film.page import data_url
 from film.presentation import Stills
 from film.studio import State, Studio
 from moc.errors import UserError
@@ -71,23 +70,20 @@ def build_app(studio: Studio) -> gr.Blocks:
 
         shown, takes = [film, cards, files], [before, now]
 
-        def show(name: str) -> tuple[Any, ...]:
-            return (*_film(studio, name), *_takes(studio, name, 1))
-
         def open_script(name: str) -> tuple[Any, ...]:
+            """Shows a film, and its first shot to be made anew: another film's number means another shot."""
             if name not in studio.names():
-                return (gr.skip(),) * 7
-            return (studio.text(name), studio.read(name).shots[0].prompt, *show(name))
+                return (gr.skip(),) * 8
+            first = studio.read(name).shots[0].prompt
+            return studio.text(name), 1, first, *_film(studio, name), *_takes(studio, name, 1)
 
         def save(name: str, text: str) -> tuple[Any, ...]:
             text = studio.save(name, text)
             return gr.update(choices=studio.names(), value=name), text, studio.estimate(name), _cards(studio, name)
 
-        def choose(name: str, number: int) -> tuple[Any, ...]:
-            shots = studio.read(name).shots
-            if not 1 <= number <= len(shots):
-                raise UserError(f"{name} has shots 1 to {len(shots)}")
-            return shots[number - 1].prompt, *_takes(studio, name, number)
+        def choose(name: str, number: int | None) -> tuple[Any, ...]:
+            chosen = _filled(number, "Shot")
+            return studio.shot(name, chosen).prompt, *_takes(studio, name, chosen)
 
         def film_script(name: str, text: str) -> Iterator[tuple[Any, ...]]:
             studio.save(name, text)
@@ -99,20 +95,25 @@ def build_app(studio: Studio) -> gr.Blocks:
             end = lambda: (str(folder.path / "video.mp4"), gr.skip(), gr.skip())  # noqa: E731
             yield from _follow(studio.preview(name), end, "previewed")
 
-        def film_again(name: str, number: int, prompt: str, seed: int) -> Iterator[tuple[Any, ...]]:
-            for told in _follow(studio.redo(name, number, prompt, seed), lambda: _film(studio, name)):
+        def film_again(name: str, number: int | None, prompt: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
+            chosen = _filled(number, "Shot")
+            making = studio.redo(name, chosen, prompt, _filled(seed, "Seed"))
+            for told in _follow(making, lambda: _film(studio, name)):
                 done = told[0].startswith("filmed")
-                yield (*told, *(_takes(studio, name, number) if done else (gr.skip(), gr.skip())),
+                yield (*told, *(_takes(studio, name, chosen) if done else (gr.skip(), gr.skip())),
                        studio.text(name) if done else gr.skip())  # fmt: skip
 
-        name.change(_told(open_script), name, [script, prompt, *shown, *takes])
+        name.change(_told(open_script), name, [script, number, prompt, *shown, *takes])
         upload.upload(lambda file: Path(file).read_text(encoding="utf-8"), upload, script)
-        check.click(_told(save), [name, script], [name, script, cost, cards])
-        number.change(_told(choose), [name, number], [prompt, *takes])
+        number.input(_told(choose), [name, number], [prompt, *takes])
+        alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time has the model
+        check.click(_told(save), [name, script], [name, script, cost, cards], **alone)
         running: list[Any] = [
-            generate.click(_told_along(film_script), [name, script], [status, *shown]),
-            preview.click(_told_along(film_preview), [name, script], [status, *shown]),
-            redo.click(_told_along(film_again), [name, number, prompt, seed], [status, *shown, *takes, script]),
+            generate.click(_told_along(film_script), [name, script], [status, *shown], **alone),
+            preview.click(_told_along(film_preview), [name, script], [status, *shown], **alone),
+            redo.click(
+                _told_along(film_again), [name, number, prompt, seed], [status, *shown, *takes, script], **alone
+            ),
         ]
         stop.click(lambda: "stopped; what is finished is kept, and generating goes on from there", None, status,
                    cancels=running)  # fmt: skip
@@ -156,18 +157,26 @@ def _film(studio: Studio, name: str) -> tuple[Any, Any, Any]:
 
 def _cards(studio: Studio, name: str) -> str:
     script, folder = studio.read(name), studio.film(name)
-    stills, cards = Stills(folder), []
+    cards = []
     for number, shot in enumerate(script.shots, start=1):
-        still = _data_url(stills, number) if folder.shot(number).exists() else ""
+        video = folder.shot(number)
+        still = _still(folder.path, number, video.stat().st_mtime_ns) if video.exists() else ""
         cards.append({"number": number, "cut": shot.cut, "seconds": f"{shot.seconds:g}", "seed": shot.seed,
                       "prompt": shot.prompt, "still": still})  # fmt: skip
     return _CARDS.render(cards=cards)
 
 
-def _data_url(stills: Stills, number: int) -> str:
-    file = BytesIO()
-    Image.fromarray(stills.middle(number)).save(file, format="JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+@lru_cache(512)
+def _still(film: Path, number: int, modified: int) -> str:
+    """A picture of a shot, decoded once while its video stays as it is."""
+    return data_url(Stills(FilmFolder(film)).middle(number))
+
+
+def _filled(value: int | None, label: str) -> int:
+    """What a field for a number holds. Raises UserError where it is empty."""
+    if value is None:
+        raise UserError(f"{label} is empty; write a whole number there")
+    return value
 
 
 def _takes(studio: Studio, name: str, number: int) -> tuple[str | None, str | None]:

@@ -2,14 +2,14 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from film.estimate import Estimate, estimate
 from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
 from film.presentation import present
-from film.script import Script, load_script
+from film.script import Script, load_script, parse_script
 from film.shooting import ROUTING, OnStep, Shooting
 from film.video import VideoConfig
 from moc import Execution, MoCConfig, __version__
@@ -36,6 +36,8 @@ from models.checkpoints.seen import Seen, is_untrained
 from models.encoders.fingerprint import fingerprint, weights_digest
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -76,17 +78,29 @@ class FilmmakerConfig:
             raise UserError(f"keep_every={self.keep_every} must be at least 1")
 
 
+class Shared(Generic[Value]):
+    """A property that is made when it is first read, once for a filmmaker and those that `with_steps` makes of it."""
+
+    def __init__(self, make: Callable[[Any], Value]) -> None:
+        self.make, self.name = make, make.__name__
+
+    def __get__(self, filmmaker: "Filmmaker", _: type) -> Value:
+        if self.name not in filmmaker.shared:
+            filmmaker.shared[self.name] = self.make(filmmaker)
+        return filmmaker.shared[self.name]
+
+
 class Filmmaker:
     """A model and its encoders, loaded once, when they are first needed, to film any number of scripts."""
 
     def __init__(self, config: FilmmakerConfig) -> None:
-        self.config, self.sampler = config, config.sampler
+        self.config, self.sampler, self.shared = config, config.sampler, dict[str, Any]()
         self.parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
         self.contents = Contents.sound(config.checkpoint)
         self.checkpoint = self.contents.path
         self.seen = Seen.read(self.contents)
 
-    @cached_property
+    @Shared
     def _loaded(self) -> Any:
         """The model on the CPU."""
         config, dtype = self.config, self.parallel.dtype
@@ -95,12 +109,12 @@ class Filmmaker:
         model.execution = config.execution
         return model
 
-    @cached_property
+    @Shared
     def model(self) -> Any:
         """The model on its device or those of the team, which it takes when the first film is sampled."""
         return place(self._loaded, self.parallel, self.config.offload)
 
-    @cached_property
+    @Shared
     def moc(self) -> MoCConfig:
         moc = self.contents.moc.override(self.config.moc)
         if is_untrained(self.contents, moc):
@@ -111,16 +125,16 @@ class Filmmaker:
             )
         return moc
 
-    @cached_property
+    @Shared
     def flow(self) -> Flow:
         flow = self.contents.flow
         return flow if self.config.shift is None else replace(flow, shift=self.config.shift)
 
-    @cached_property
+    @Shared
     def encoders(self) -> Encoders:
         return load_encoders(self.config.encoders_path or self.checkpoint)
 
-    @cached_property
+    @Shared
     def fingerprints(self) -> dict[str, str]:
         return {
             "model": fingerprint("model", weights_digest(self._loaded)),
@@ -128,11 +142,16 @@ class Filmmaker:
             "text": self.encoders.text.fingerprint,
         }
 
-    def read(self, path: str | Path, size: list[int] | None = None, fps: float | None = None) -> Script:
+    def read(
+        self, path: Path, size: list[int] | None = None, fps: float | None = None, text: str | None = None
+    ) -> Script:
         """A script in the given size and frame rate, else in its own, else in those of the films that the model was
-        trained on. Tells of what the model never saw."""
+        trained on. Tells of what the model never saw. text: of a script that is not in its file yet."""
         given = {name: value for name, value in {"size": size, "fps": fps}.items() if value is not None}
-        script = load_script(path, given, self.seen.defaults)
+        if text is None:
+            script = load_script(path, given, self.seen.defaults)
+        else:
+            script = parse_script(text, path, given, self.seen.defaults)
         unseen = self.seen.unseen(script.size, script.fps, len(script.shots))
         if unseen:
             logger.warning("%s was never trained on %s; expect less of the film", self.checkpoint, ", ".join(unseen))
@@ -169,7 +188,7 @@ class Filmmaker:
         plans = []
         for script, folder in films:
             if redo:
-                seeded = self._with_seeds_of(folder, script, redo) if self.parallel.leads else script
+                seeded = self.with_seeds_of(folder, script, redo) if self.parallel.leads else script
                 script = self.parallel.share(seeded)
             plans.append((self.plan(script), folder))
         for plan, folder in plans:
@@ -177,8 +196,7 @@ class Filmmaker:
         self.parallel.gather(None)
 
     def with_steps(self, steps: int) -> "Filmmaker":
-        """The same model and encoders, loaded once for both, with another number of steps."""
-        assert self.model is not None  # it is loaded before it is shared
+        """A filmmaker of another number of steps; what is loaded, now or later, is loaded once for both."""
         other = copy(self)
         other.sampler = replace(self.sampler, steps=steps)
         return other
@@ -211,8 +229,9 @@ class Filmmaker:
             present(folder, plan, self.config.video)
             folder.forget()  # now, since shots made anew are not asked for twice
 
-    def _with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:
-        """The script, with the seeds of the folder's film in the shots that stay as they are."""
+    def with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:
+        """The script, with the seeds of the folder's film in the shots that stay as they are. Raises DataError
+        (no-film), and UserError where the shots `redo` cannot be made anew alone."""
         before = folder.request()
         if before is None:
             raise DataError("no-film", folder.path, f"holds no film to make shots {list(redo)} of anew; leave out redo")

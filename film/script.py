@@ -115,12 +115,20 @@ def load_script(
     given: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> Script:
-    """Reads a script in any of the forms; raises DataError citing file and field. given, defaults: a `size` and `fps`
-    instead of the script's, and where it has none."""
+    """Reads a script in any of the forms; raises DataError citing file and field. given, defaults: as in
+    `parse_script`."""
     path = Path(path)
     if not path.is_file():
         raise DataError("missing-script", path, "no such file; give script=FILE, a YAML or JSON prompt script")
-    text = read_text(path)
+    return parse_script(read_text(path), path, given, defaults)
+
+
+def parse_script(
+    text: str, path: Path, given: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
+) -> Script:
+    """What `load_script` reads in a file, of a text that need not be in one. path: its ending tells JSON from YAML, and
+    the pictures lie in its folder. given, defaults: a `size` and `fps` instead of the script's, and where it has none.
+    """
     raw = parse_json(text, path) if path.suffix.lower() == ".json" else parse_yaml(text, path)
     if not isinstance(raw, dict):
         raise DataError("unreadable-script", path, "must be a mapping with `shots` (see the README)")

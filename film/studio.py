@@ -18,7 +18,7 @@ import yaml
 
 from film.filmmaker import Filmmaker
 from film.folder import FilmFolder
-from film.script import Script
+from film.script import Script, ScriptShot
 from film.shooting import OnStep
 from moc.diffusion import Progress
 from moc.errors import UserError
@@ -67,17 +67,19 @@ class Studio:
         self.text(name)
         return self.filmmaker.read(self._script(name))
 
+    def shot(self, name: str, number: int) -> ScriptShot:
+        """A shot of a script, counted from 1."""
+        shots = self.read(name).shots
+        if not 1 <= number <= len(shots):
+            raise UserError(f"{name} has shots 1 to {len(shots)}, and no {number}")
+        return shots[number - 1]
+
     def save(self, name: str, text: str) -> str:
         """Keeps a script of any known form in ours; returns it. Raises UserError with what is wrong in it, and keeps
         the script of that name as it was."""
         path = self._script(name)
-        draft = path.with_name(f"{path.stem}{'.json' if text.lstrip().startswith('{') else '.yml'}")
-        write_whole(draft, text.encode())
-        try:
-            script = self.filmmaker.read(draft)
-        finally:
-            draft.unlink()
-        return self._keep(path, script)
+        as_json = path.with_suffix(".json") if text.lstrip().startswith("{") else path
+        return self._keep(path, self.filmmaker.read(as_json, text=text))
 
     def estimate(self, name: str) -> str:
         """What a film will cost."""
@@ -102,19 +104,11 @@ class Studio:
         script, film = self.read(name), self.film(name)
         if not film.is_finished:
             raise UserError(f"{name} is not filmed to its end; generate it before a shot of it is made anew")
-        if not 1 <= number <= len(script.shots):
-            raise UserError(f"{name} has shots 1 to {len(script.shots)}, and no {number}")
         if not prompt.strip():
             raise UserError("the prompt is empty; say what the shot shows")
         shots = list(script.shots)
-        shots[number - 1] = replace(shots[number - 1], prompt=prompt.strip(), seed=seed)
-        # A seed that the film has of its own is the same film's, written out.
-        kept = film.read_metadata()["script"]["shots"]
-        shots = [
-            shot if shot.seed is not None else replace(shot, seed=past["seed"])
-            for shot, past in zip(shots, kept, strict=True)
-        ]
-        script = replace(script, shots=tuple(shots))
+        shots[number - 1] = replace(self.shot(name, number), prompt=prompt.strip(), seed=seed)
+        script = self.filmmaker.with_seeds_of(film, replace(script, shots=tuple(shots)), [number])
         film.check_request(self.filmmaker.request(self.filmmaker.plan(script)), [number])
         copy_whole(film.shot(number), self._takes(film) / f"{number:02d}_{len(self.takes(name, number))}.mp4")
         self._keep(self._script(name), script)

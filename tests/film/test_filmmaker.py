@@ -215,7 +215,7 @@ def test_making_anew_is_killed_and_goes_on(trained, write, tmp_path):
     for name in ("whole", "killed"):
         film_of(first, write(STORY), tmp_path / name)
     whole = film_of(second, write(STORY), tmp_path / "whole", redo=[2])
-    plan = second.plan(second._with_seeds_of(FilmFolder(tmp_path / "killed"), second.read(write(STORY)), [2]))
+    plan = second.plan(second.with_seeds_of(FilmFolder(tmp_path / "killed"), second.read(write(STORY)), [2]))
     assert times_killed(lambda: second.film(plan, FilmFolder(tmp_path / "killed"), [2])) > 3
     assert contents(tmp_path / "killed") == whole
 

@@ -50,6 +50,18 @@ def test_a_script_is_kept_in_our_form_or_not_at_all(studio):
     assert "2 shots" in studio.estimate("walk")
 
 
+def test_a_script_is_checked_without_a_file(studio):
+    """What else a person keeps beside it under its name stays as it is."""
+    beside = {studio.folder / f"scripts/walk{ending}": f"title: mine {ending}" for ending in (".yml", ".json")}
+    for path, text in beside.items():
+        path.write_text(text)
+    studio.save("walk", '{"shot_captions": ["A man wakes."], "size": [32, 48]}')
+    studio.save("walk", STORY)
+    with pytest.raises(UserError, match=r"walk\.json"):
+        studio.save("walk", "{")
+    assert {path: path.read_text() for path in beside} == beside
+
+
 NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", ".hidden", "a\0b", "x" * 65, "a.b"]
 
 
@@ -111,6 +123,38 @@ def test_a_shot_is_made_anew_and_its_takes_compared(studio):
             studio.redo("walk", number, prompt, 1)
 
 
+def test_what_cannot_be_made_anew_leaves_script_and_takes(studio, tmp_path):
+    """A given video is no shot that is made, and a longer script is another film's."""
+    studio.save("walk", STORY)
+    list(studio.make("walk"))
+    shutil.copy(studio.film("walk").shot(1), studio.folder / "scripts/take.mp4")
+    studio.save("told", STORY.replace('"Mia walks."', '"Mia walks.", video: take.mp4'))
+    list(studio.make("told"))
+    studio.save("walk", STORY + '  - {prompt: "Mia runs.", seconds: 0.34}\n')
+    for name, number, said in (
+        ("told", 1, "shot 1 is a given video"),
+        ("walk", 2, "holds another film"),
+        ("walk", 3, "no 3"),
+    ):
+        before = studio.text(name)
+        with pytest.raises(UserError, match=said):
+            studio.redo(name, number, "Mia jumps.", 5)
+        assert studio.text(name) == before
+        assert not list(studio.film(name).path.glob("takes/*"))
+
+
+def test_a_preview_shares_what_is_loaded(studio):
+    """Deriving a filmmaker loads nothing; what either loads is the other's too."""
+    filmmaker = studio.filmmaker
+    quick = filmmaker.with_steps(1)
+    assert (quick.sampler.steps, filmmaker.sampler.steps) == (1, 3)
+    assert not filmmaker.shared
+    assert quick.model is filmmaker.model
+    assert filmmaker.encoders is quick.encoders
+    assert quick.fingerprints is filmmaker.fingerprints
+    assert filmmaker.with_steps(2).moc is quick.moc
+
+
 def test_what_fails_while_filming_is_told(studio, monkeypatch):
     studio.save("walk", STORY)
     monkeypatch.setattr(studio.filmmaker, "make", lambda *_: (_ for _ in ()).throw(UserError("no memory")))
@@ -134,7 +178,46 @@ def test_the_windows_show_what_the_studio_has(studio):
     assert app._takes(studio, "walk", 1)[1].endswith("shots/01.mp4")
     with pytest.raises(Exception, match="no name for a film"):
         app._told(studio.text)("../x")
-    assert app.build_app(studio).config["components"]
+
+
+def events(app, studio) -> dict:
+    """The page's functions by name."""
+    return {event.name: event for event in app.build_app(studio).fns.values()}
+
+
+def test_one_person_at_a_time_has_the_model(studio):
+    app = pytest.importorskip("film.app", reason="needs gradio")
+    found = events(app, studio)
+    for name in ("save", "film_script", "film_preview", "film_again"):
+        assert (found[name].concurrency_id, found[name].concurrency_limit) == ("model", 1)
+    assert found["open_script"].concurrency_id != "model"
+
+
+def test_another_film_begins_at_its_first_shot_and_an_empty_field_is_told(studio):
+    """The number of a shot is never that of the film before."""
+    app = pytest.importorskip("film.app", reason="needs gradio")
+    found = events(app, studio)
+    studio.save("walk", STORY)
+    shown = dict(
+        zip((block.elem_id for block in found["open_script"].outputs), found["open_script"].fn("walk"), strict=True)
+    )
+    assert (shown["number"], shown["prompt"]) == (1, "Mia walks.")
+    assert found["choose"].fn("walk", 2)[0] == "Mia waves."
+    for act in (lambda: found["choose"].fn("walk", None), lambda: list(found["film_again"].fn("walk", None, "a", 1))):
+        with pytest.raises(Exception, match="Shot is empty"):
+            act()
+    list(studio.make("walk"))
+    with pytest.raises(Exception, match="Seed is empty"):
+        list(found["film_again"].fn("walk", 1, "a", None))
+
+
+def test_pictures_on_cards_are_decoded_once(studio, monkeypatch):
+    app = pytest.importorskip("film.app", reason="needs gradio")
+    studio.save("walk", STORY)
+    list(studio.make("walk"))
+    cards = app._cards(studio, "walk")
+    monkeypatch.setattr(app, "Stills", None)
+    assert app._cards(studio, "walk") == cards
 
 
 # In a browser
