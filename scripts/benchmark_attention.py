@@ -1,9 +1,10 @@
 """Measures MoC attention against dense attention on one GPU, side by side in one run.
 
 python scripts/benchmark_attention.py [suites=[shots,chunks,heads,single,million,short]] [impls=[fa2,cudnn,fa3,fa4]]
-    [output=docs/benchmarks/attention] [keep=true]
+    [output=docs/benchmarks/attention]
 
-Writes OUTPUT.json (a header and rows), OUTPUT.md (tables) and OUTPUT.png (latency against shots, the paper's figure 5).
+Writes OUTPUT.json (a header and rows; a row of the same case is replaced), OUTPUT.md (tables) and OUTPUT.png (latency
+against shots, the paper's figure 5).
 
 MoC rows carry routing and index in their forward time. Times are medians, in ms; peaks are of all memory allocated,
 inputs and gradients included. A short stream takes longer to launch than to compute: `graph` rows replay a CUDA graph
@@ -11,7 +12,6 @@ of its forward and backward, `compiled` rows call both through torch.compile(mod
 scenes of short shots; their dense rival is one variable-length FlashAttention-2 call over whole scenes.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -32,12 +32,16 @@ from moc.errors import UserError
 from moc.kernels import anchors, dense, sizes, triton_index
 from scripts.benchmark_report import write_plot, write_tables
 from scripts.measuring import check_gpu, header, median_ms
+from scripts.rows import put_row, read_rows
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
 SHORT_TEXT, SHORT_GLOBAL_TEXT = 12, 30
 SHORT = [(220, (3, 4, 6), 24), (28, (6, 8, 12), 96), (4, (11, 18, 20), 360)]  # scenes of 4 shots, grid, chunk tokens
 HEAD_DIM = 128
+KEY = (
+    "impl", "shots", "heads", "head_dim", "chunk_tokens", "top_k", "inputs", "single", "scenes", "grid", "pass",
+)  # fmt: skip
 
 
 class Suite(StrEnum):
@@ -64,14 +68,11 @@ class AttentionBenchmarkConfig:
     tokens, packs of short shots.
     impls: the dense kernels to compare; null takes every one that is installed.
     output: the path of the files to write, without their endings.
-    keep: rows of OUTPUT.json that are not measured again stay, such as those of a kernel measured apart on the same
-    GPU.
     """
 
     suites: list[Suite] = field(default_factory=lambda: list(Suite))
     impls: list[Impl] | None = None
     output: str = "docs/benchmarks/attention"
-    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,8 @@ KERNEL_STAGES = {
 }  # fmt: skip
 
 
-def stages(case: Case) -> list[dict]:
-    """Rows {stage, ms} of one MoC case: own kernels by profiler, index and anchored part by events."""
+def stages(case: Case) -> dict[str, float]:
+    """Milliseconds of each stage of one MoC case: own kernels by profiler, index and anchored part by events."""
     layout, config = case.layout(), case.config()
     qkv = make_inputs(case, layout)
     direction = torch.randn_like(qkv[0])
@@ -262,8 +263,7 @@ def stages(case: Case) -> list[dict]:
         # One dense call takes own shot and text together: text costs what it adds to the own shot's.
         times[f"own shot{suffix}"] = median_ms(partial(run, plan._replace(calls=own)), 5) if own else 0.0
         times[f"text{suffix}"] = median_ms(partial(run, plan), 5) - times[f"own shot{suffix}"]
-    fields = {name: getattr(case, name) for name in ("impl", "shots", "chunk_tokens", "top_k", "inputs")}
-    return [{**fields, "stage": stage, "ms": round(ms, 4)} for stage, ms in times.items()]
+    return {stage: round(ms, 4) for stage, ms in times.items()}
 
 
 def cases(suites: list[str], impls: list[str]) -> list[Case]:
@@ -296,40 +296,16 @@ def cases(suites: list[str], impls: list[str]) -> list[Case]:
     return list(dict.fromkeys(found))
 
 
-def settings() -> dict:
-    """What the record's header says besides GPU and versions."""
-    return {"grid": GRID, "text_tokens": TEXT, "global_text_tokens": GLOBAL_TEXT, "dtype": "bfloat16"}
-
-
-def _key(row: dict) -> tuple:
-    return tuple(
-        f"{name}={value}" for name, value in sorted(row.items()) if name not in ("ms", "peak_bytes", "density")
-    )
-
-
-def _replace(rows: list[dict], new: list[dict]) -> None:
-    """Adds rows, in place of those of the same case."""
-    keys = {_key(row) for row in new}
-    rows[:] = [row for row in rows if _key(row) not in keys] + new
-
-
 @command("benchmark_attention", AttentionBenchmarkConfig)
 def main(config: AttentionBenchmarkConfig) -> None:
     check_gpu()
     impls = config.impls or [impl for impl in Impl if dense.is_installed(impl)]
     output = Path(config.output)
     file = output.with_suffix(".json")
-    record = json.loads(file.read_text()) if config.keep and file.exists() else {"rows": [], "stages": []}
-    if record["rows"] and record["header"]["gpu"] != torch.cuda.get_device_name():
-        raise UserError(f"{file} was measured on {record['header']['gpu']}; write to another output=PATH")
-
-    described = header() | settings()
-    record.setdefault("header", {})
-    record["header"] |= {name: value for name, value in described.items() if value is not None or not config.keep}
-    for row in record["rows"]:  # of records that know no packs
-        row.setdefault("scenes", 1)
-        row["grid"] = tuple(row.get("grid", GRID))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    head = header() | {"text_tokens": TEXT, "global_text_tokens": GLOBAL_TEXT, "dtype": "bfloat16"}
+    others = {row["gpu"] for row in read_rows(file)} - {head["gpu"]}
+    if others:
+        raise UserError(f"{file} was measured on {', '.join(others)}; write to another output=PATH")
     todo = cases(config.suites, impls)
     for number, case in enumerate(todo, 1):
         rows = measure(case)
@@ -337,11 +313,10 @@ def main(config: AttentionBenchmarkConfig) -> None:
             f"[{number}/{len(todo)}] {case} " + ", ".join(f"{row['pass']} {row['ms']:.2f} ms" for row in rows),
             flush=True,
         )
-        _replace(record["rows"], rows)
         if case.is_moc and case.shots == 8 and case.heads == 12:
-            _replace(record["stages"], stages(case))
-        record["header"]["impls"] = sorted({row["impl"] for row in record["rows"]})
-        file.write_text(json.dumps(record, indent=1) + "\n")
+            rows[0]["stages"] = stages(case)
+        for row in rows:
+            record = put_row(file, row, KEY, head)
     print(write_tables(record, output.with_suffix(".md")))
     write_plot(record, output.with_suffix(".png"))
 

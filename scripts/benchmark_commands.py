@@ -5,7 +5,6 @@ Without a public checkpoint, Wan's are random weights of the 1.3B shape. What a 
 that fails does not end the others; the exit status then is 1.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -19,11 +18,12 @@ import torch
 import yaml
 
 from configs.command import command
-from data.records import write_whole
 from moc.errors import UserError
+from moc.files import write_whole
 from scripts.measuring import check_gpu, header, markdown_table
+from scripts.rows import ROOT, measured_on, put_row
 
-ROOT = Path(__file__).parents[1]
+KEY = ("gpu", "gpus", "name")  # of a row in the record
 SMALL_STORY = "configs/scripts/storyworld.yaml"
 README_STORY = {
     "title": "The lighthouse",
@@ -114,27 +114,16 @@ def main(config: CommandsConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "story.yaml").write_text(yaml.safe_dump(README_STORY, sort_keys=False))
     head = header() | {"gpus": torch.cuda.device_count()}
-    rows = kept_rows(output, head)
+    failed = False
     for name in config.only or commands:
         log = folder / "logs" / f"{name}.log"
-        rows[name] = start(commands[name], log, name) if name.startswith("start ") else run(commands[name], log)
-        print(f"{name}: {rows[name]['seconds']} s, exit code {rows[name]['exit_code']}", flush=True)
-        ordered = [{"name": known} | rows[known] for known in commands if known in rows]
-        write_whole(output, (json.dumps({"header": head, "rows": ordered}, indent=1) + "\n").encode())
-        write_whole(output.with_suffix(".md"), table(head, ordered, folder).encode())
-    if any(rows[name]["exit_code"] for name in config.only or commands):
+        row = start(commands[name], log, name) if name.startswith("start ") else run(commands[name], log)
+        print(f"{name}: {row['seconds']} s, exit code {row['exit_code']}", flush=True)
+        rows = put_row(output, {"name": name} | row, KEY, head)
+        write_whole(output.with_suffix(".md"), table(rows, folder).encode())
+        failed |= row["exit_code"] != 0
+    if failed:
         sys.exit(1)
-
-
-def kept_rows(output: Path, head: dict) -> dict[str, dict]:
-    """The rows of an earlier record by name, where it is of the same machine and code."""
-    if not output.exists():
-        return {}
-    record = json.loads(output.read_text())
-    same = {name: value for name, value in record["header"].items() if name != "date"}
-    if same != {name: value for name, value in head.items() if name != "date"}:
-        return {}
-    return {row.pop("name"): row for row in record["rows"]}
 
 
 def run(arguments: list[str], log: Path, settings: dict[str, str] | None = None, until: Path | None = None) -> dict:
@@ -163,20 +152,20 @@ def start(arguments: list[str], log: Path, name: str) -> dict:
     return run(arguments, log, {"TRITON_CACHE_DIR": str(kernels)}, metrics)
 
 
-def table(head: dict, rows: list[dict], folder: Path) -> str:
-    """The record as a Markdown page."""
-    versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "cudnn", "triton") if head[name])
+def table(rows: list[dict], folder: Path) -> str:
+    """The record as a Markdown page, in which paths are shortened to `folder`."""
     about = (
-        f"{head['gpus']} x {head['gpu']}; {versions}; {head['date']}; commit {head['commit']}. Each command in a fresh "
-        "process, imports and start-up included, one after another on one machine, so that later ones find compiled "
-        "kernels; `start` rows have a cache of kernels of their own, and end with the second step. Made by "
-        "scripts/benchmark_commands.py."
+        f"{measured_on(rows)} Each command in a fresh process, imports and start-up included, one after another on one "
+        "machine, so that later ones find compiled kernels; `start` rows have a cache of kernels of their own, and end "
+        "with the second step. Made by scripts/benchmark_commands.py."
     )
     lines = []
     for row in rows:
         told = " ".join(row["command"]).replace(f"{folder}/", "").replace("|", "\\|")
-        lines.append([row["name"], f"{row['seconds']:.0f}", row["exit_code"], f"`python {told}`"])
-    return f"# Every command on a GPU\n\n{about}\n\n{markdown_table(['what', 's', 'exit code', 'command'], lines)}\n"
+        gpus, commit = row["gpus"], str(row["commit"])[:7]
+        lines.append([row["name"], gpus, f"{row['seconds']:.0f}", row["exit_code"], commit, f"`python {told}`"])
+    columns = ["what", "GPUs", "s", "exit code", "commit", "command"]
+    return f"# Every command on a GPU\n\n{about}\n\n{markdown_table(columns, lines)}\n"
 
 
 if __name__ == "__main__":

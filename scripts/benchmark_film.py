@@ -28,7 +28,7 @@ from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
 from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.film_report import write_report
-from scripts.rows import append, machine, train_for
+from scripts.rows import machine, put_row, read_rows, train_for
 
 FOLDS = 4
 LENGTH = 8  # shots of a scene
@@ -86,7 +86,7 @@ class FilmRowsConfig:
 def main(config: FilmRowsConfig) -> None:
     folder, output = Path(config.folder).resolve(), Path(config.output)
     if not config.rows:
-        write_report(json.loads(output.read_text())["rows"], output)
+        write_report(read_rows(output), output)
         return
     folder.mkdir(parents=True, exist_ok=True)
     parallel = Parallel(ParallelConfig(config.device))
@@ -97,7 +97,7 @@ def main(config: FilmRowsConfig) -> None:
         for training in as_completed(trainings):
             row = {"train_minutes": training.result()} | test(*trainings[training], config, folder, dataset, parallel)
             print(json.dumps({name: value for name, value in row.items() if name != "losses"}), flush=True)
-            write_report(append(output, row, KEY), output)
+            write_report(put_row(output, row, KEY), output)
 
 
 def held_out_blocks(fold: int) -> list[int]:
@@ -138,7 +138,8 @@ def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: Sho
     contents = Contents(checkpoint)
     model = load_model(checkpoint).to(parallel.device)  # type: ignore[arg-type]
     shots = film_shots()
-    targets = [index for index in range(1, len(shots)) if block(index) in held_out_blocks(fold)]  # 0 has no history
+    held_out = held_out_blocks(fold)
+    targets = [index for index in range(1, len(shots)) if block(index) in held_out]  # 0 has no history
     samples = [sample_of(dataset, index) for index in targets]
     losses = history_losses(model, contents.moc, contents.own_flow, samples, parallel, draws=config.draws)
     metrics = read_metrics(folder / name)

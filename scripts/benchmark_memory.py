@@ -7,7 +7,6 @@ frames of 480x832, 93,600 tokens, as experiment=wan_a14b_high_24gb does. The wei
 kept at once in their format. Every call adds its row to the record, or replaces the one of the same settings.
 """
 
-import json
 import resource
 import sys
 import tempfile
@@ -23,10 +22,10 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from configs.command import command
-from data.records import write_whole
 from moc import MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.diffusion import Flow
+from moc.files import write_whole
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from models import ModelConfig, build_model
@@ -34,6 +33,7 @@ from models.frozen import Base, FrozenLinear, freeze_linears, packed
 from models.lora import Lora
 from models.stream import StreamModel
 from scripts.measuring import check_gpu, header, markdown_table
+from scripts.rows import measured_on, put_row
 
 TEXT_TOKENS = 64  # of each caption
 
@@ -68,8 +68,8 @@ class MemoryConfig:
 
 @command("benchmark_memory", MemoryConfig)
 def main(config: MemoryConfig) -> None:
-    check_gpu()
     if config.limit_gib:
+        check_gpu()
         whole = torch.cuda.get_device_properties().total_memory
         torch.cuda.set_per_process_memory_fraction(config.limit_gib * 2**30 / whole)
     row = settings(config)
@@ -78,10 +78,9 @@ def main(config: MemoryConfig) -> None:
     except torch.OutOfMemoryError as error:
         row |= {"problem": str(error).partition(". GPU")[0]}
     print(row)
-    output, head = Path(config.output), header()
-    rows = [*earlier_rows(output, head, settings(config)), row]
-    write_whole(output, (json.dumps({"header": head, "rows": rows}, indent=1) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(head, rows).encode())
+    output = Path(config.output)
+    rows = put_row(output, row, ("gpu", *settings(config)), header())
+    write_whole(output.with_suffix(".md"), table(rows).encode())
 
 
 def settings(config: MemoryConfig) -> dict[str, Any]:
@@ -165,17 +164,7 @@ def step(trainer: Trainer, batch: Batch) -> tuple[float, float]:
     return time.perf_counter() - start, loss
 
 
-def earlier_rows(output: Path, head: dict[str, Any], wanted: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of other settings that a record holds of the same machine and code."""
-    if not output.exists():
-        return []
-    record = json.loads(output.read_text())
-    if record["header"] | {"date": ""} != head | {"date": ""}:
-        return []
-    return [row for row in record["rows"] if not wanted.items() <= row.items()]
-
-
-def table(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The record as a Markdown page."""
     lines = [
         [
@@ -185,19 +174,16 @@ def table(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             row.get("problem") or row["step_seconds"], *(
                 f"{row[name] / 2**30:.1f}" if name in row else ""
                 for name in ("peak_bytes", "reserved_bytes", "host_bytes")
-            ),
+            ), str(row["commit"])[:7],
         ]
         for row in rows
     ]  # fmt: skip
     columns = [
         "layers x width", "base", "rank", "blocks swapped", "activations", "optimizer", "latents", "tokens",
-        "limit GiB", "step s", "peak GiB", "reserved GiB", "host GiB",
+        "limit GiB", "step s", "peak GiB", "reserved GiB", "host GiB", "commit",
     ]  # fmt: skip
-    versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "triton") if head.get(name))
-    return (
-        f"# Memory of a step of an adapter\n\n{head['gpu']}; {versions}; {head['date']}; commit {head['commit']}. Made "
-        f"by scripts/benchmark_memory.py.\n\n{markdown_table(columns, lines)}\n"
-    )
+    about = f"{measured_on(rows)} Made by scripts/benchmark_memory.py."
+    return f"# Memory of a step of an adapter\n\n{about}\n\n{markdown_table(columns, lines)}\n"
 
 
 if __name__ == "__main__":

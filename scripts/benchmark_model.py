@@ -31,12 +31,14 @@ from moc import DropKey, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
+from moc.files import write_whole
 from moc.kernels import dense
 from moc.training.optim import OptimConfig, build_optimizer
 from models import ModelConfig, build_model
 from models.rope import rotary_table, rotate, running_positions
 from models.stream import Part
 from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, median_ms
+from scripts.rows import measured_on, write_figure
 
 LATENT, TEXT_DIM = (16, 36, 40, 64), 4096  # 36 x 20 x 32 = 23,040 tokens
 HEAD_DIM = 128
@@ -214,7 +216,7 @@ def _matmul_ms(linear: nn.Linear, rows: int) -> tuple[float, float]:
 
 def write_report(record: dict, output: Path) -> str:
     """OUTPUT.json, OUTPUT.md and OUTPUT.png; returns the tables."""
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(output.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
     head, rows = record["header"], record["rows"]
     dense_ms = {(r["shots"], r["pass"]): r["ms"] for r in rows if r["impl"] == "dense"}
     lines = [
@@ -228,11 +230,10 @@ def write_report(record: dict, output: Path) -> str:
          b["both_ms"], b["both_floor_ms"], f"{b['both_ms'] / b['both_floor_ms']:.2f}"]
         for b in record["blocks"]
     ]  # fmt: skip
-    versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "cudnn", "triton", "fa4") if head[name])
     text = "\n\n".join([
         "# Whole-model benchmark",
-        f"{head['gpu']}; {versions}; {head['date']}; commit {head['commit']}. The shape of Wan2.1-T2V-1.3B, random "
-        f"weights in fp32 under bf16 autocast; dense kernel {head['dense_kernel']}; MoC: 5 chunks of 1,280 tokens. The "
+        f"{measured_on([head])} The shape of Wan2.1-T2V-1.3B, random weights "
+        f"in fp32 under bf16 autocast; dense kernel {head['dense_kernel']}; MoC: 5 chunks of 1,280 tokens. The "
         "training step has loss, backward with activation checkpointing, clipping and AdamW. Peaks are of all memory "
         "allocated, weights and optimizer states included.",
         markdown_table(
@@ -244,7 +245,7 @@ def write_report(record: dict, output: Path) -> str:
             ["shots", "tokens", "forward ms", "floor ms", "ratio", "forward + backward ms", "floor ms", "ratio"], blocks
         ),
     ]) + "\n"  # fmt: skip
-    output.with_suffix(".md").write_text(text)
+    write_whole(output.with_suffix(".md"), text.encode())
     _plot(record, output.with_suffix(".png"))
     return text
 
@@ -266,14 +267,13 @@ def _plot(record: dict, path: Path) -> None:
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)
 
 
 @command("benchmark_model", ModelBenchmarkConfig)
 def main(config: ModelBenchmarkConfig) -> None:
     check_gpu()
     output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = build_model(CONFIG, latent_channels=LATENT[0], text_dim=TEXT_DIM)

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from configs.command import command
-from data.records import write_whole
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow
 from moc.errors import UserError
+from moc.files import write_whole
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
 from scripts.measuring import header, markdown_table
+from scripts.rows import measured_on, put_row, read_rows
 
 AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0}, "sequence": {"sequence": 0}}
 IMPLEMENTATIONS = ("moc", "dense")
+SETUP = ("gpu", "model", "moc", "latent", "recomputed")  # what rows have in common that are compared
+KEY = (*SETUP, "mesh", "processes", "impl", "shots")
 TEXT_TOKENS = 64  # of each caption
 LONG = 20.0  # seconds of a first step after which one is measured, not a median
 
@@ -95,9 +97,10 @@ def main(config: BenchmarkConfig) -> None:
 
 
 def remaining(config: BenchmarkConfig, mesh: str) -> list[tuple[str, int]]:
-    """What is still to be measured on a mesh: implementations and numbers of shots. What is longer than a film that
-    failed is not."""
-    rows = [row for row in read_rows(config) if row["mesh"] == mesh]
+    """What this code has still to measure on a mesh: implementations and numbers of shots. What is longer than a film
+    that failed is not."""
+    same = {name: value for name, value in head(config).items() if name != "date"} | place(config, mesh)
+    rows = [row for row in read_rows(Path(config.output)) if same.items() <= row.items()]
     done = {(row["impl"], row["shots"]) for row in rows}
     failed = {row["impl"]: row["shots"] for row in rows if "problem" in row}
     most = {impl: failed.get(impl, max(config.shots)) for impl in IMPLEMENTATIONS}
@@ -191,42 +194,39 @@ def shares(trainer: Trainer, batch: Batch) -> dict[str, float]:
     return {"exchange_share": round(exchange / seconds, 4), "collective_share": round(collective / seconds, 4)}
 
 
+def place(config: BenchmarkConfig, mesh: str) -> dict[str, Any]:
+    return {"mesh": mesh, "processes": 1 if mesh == "one" else config.processes}
+
+
 def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[str, Any]:
-    count = 1 if mesh == "one" else config.processes
-    return {"mesh": mesh, "processes": count, "impl": impl, "shots": shots}
+    return place(config, mesh) | {"impl": impl, "shots": shots}
 
 
 def head(config: BenchmarkConfig) -> dict[str, Any]:
+    """Where and what is measured."""
     sizes = {name: asdict(config.model)[name] for name in ("family", "dim", "num_layers", "num_heads", "ffn_dim")}
+    model = {name: str(value) for name, value in sizes.items()}
     measured = {"latent": list(config.latent), "recomputed": config.parallel.activation_checkpointing}
-    on_gpu = torch.cuda.is_available()
-    machine = (
-        header() if on_gpu else {"gpu": None, "torch": torch.__version__, "commit": None, "date": str(date.today())}
-    )
-    return machine | {"model": {k: str(v) for k, v in sizes.items()}, "moc": config.moc.to_dict()} | measured
-
-
-def read_rows(config: BenchmarkConfig) -> list[dict[str, Any]]:
-    """The rows of an earlier call, where it measured the same on the same machine and code."""
-    output = Path(config.output)
-    if not output.exists():
-        return []
-    record = json.loads(output.read_text())
-    same = {name: value for name, value in head(config).items() if name != "date"}
-    return record["rows"] if record["header"] == same | {"date": record["header"]["date"]} else []
+    return header() | {"model": model, "moc": config.moc.to_dict()} | measured
 
 
 def add_row(config: BenchmarkConfig, row: dict[str, Any]) -> None:
     print(row, flush=True)
-    record = {"header": head(config), "rows": [*read_rows(config), row]}
     output = Path(config.output)
-    write_whole(output, (json.dumps(record, indent=1) + "\n").encode())
-    write_whole(output.with_suffix(".md"), table(record).encode())
+    write_whole(output.with_suffix(".md"), page(put_row(output, row, KEY, head(config))).encode())
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record as a Markdown page."""
-    about, rows = record["header"], record["rows"]
+def page(rows: list[dict[str, Any]]) -> str:
+    """The record as a Markdown page, with a table of each setup."""
+    setups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        setups.setdefault(json.dumps([row[name] for name in SETUP]), []).append(row)
+    about = f"{measured_on(rows)} Made by scripts/benchmark_parallel.py, which says what the columns are."
+    return "\n\n".join(["# A training step on several GPUs", about, *map(table, setups.values())]) + "\n"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of one setup."""
     one = {(row["impl"], row["shots"]): row.get("tokens_per_second") for row in rows if row["mesh"] == "one"}
     lines = []
     for row in rows:
@@ -237,18 +237,14 @@ def table(record: dict[str, Any]) -> str:
             f"{speed / base:.2f}" if speed and base else "",
             f"{row['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in row else "",
             *(f"{row[name]:.1%}" if name in row else "" for name in ("exchange_share", "collective_share")),
+            str(row["commit"])[:7],
         ])  # fmt: skip
     columns = [
         "mesh", "processes", "attention", "shots", "tokens a step", "step s", "tokens/s", "of one", "peak GiB",
-        "exchange", "collectives",
+        "exchange", "collectives", "commit",
     ]  # fmt: skip
-    versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "cuda", "triton") if about.get(name))
-    sizes = ", ".join(f"{name} {value}" for name, value in about["model"].items())
-    return (
-        f"# A training step on several GPUs\n\n{about['gpu'] or 'CPU'}; {versions}; {about['date']}; commit "
-        f"{about['commit']}. {sizes}; shots of latents {about['latent']}. Made by scripts/benchmark_parallel.py, which "
-        f"says what the columns are.\n\n{markdown_table(columns, lines)}\n"
-    )
+    sizes = ", ".join(f"{name} {value}" for name, value in rows[0]["model"].items())
+    return f"{sizes}; shots of latents {rows[0]['latent']}:\n\n{markdown_table(columns, lines)}"
 
 
 if __name__ == "__main__":

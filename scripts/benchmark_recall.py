@@ -36,7 +36,7 @@ from moc.training import Parallel, ParallelConfig, find_checkpoint
 from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.recall_report import write_report
-from scripts.rows import ROOT, append, machine, train_for
+from scripts.rows import ROOT, machine, put_row, read_rows, train_for
 
 # Chunks of all that went before, which is dense and causal; then finer and fewer ones.
 PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5))
@@ -113,7 +113,7 @@ ROWS = {
 def main(config: RecallRowsConfig) -> None:
     folder, output = Path(config.folder).resolve(), Path(config.output)
     if not config.rows:
-        write_report(json.loads(output.read_text())["rows"], output)
+        write_report(read_rows(output), output)
         return
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(config.rows)) as pool:
@@ -122,7 +122,7 @@ def main(config: RecallRowsConfig) -> None:
         for training in as_completed(trainings):
             row = tester.test(trainings[training], training.result())
             print(json.dumps(row), flush=True)
-            write_report(append(output, row, KEY), output)
+            write_report(put_row(output, row, KEY), output)
 
 
 def run_name(row: str, config: RecallRowsConfig) -> str:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from moc.files import write_whole
 from scripts.measuring import markdown_table
+from scripts.rows import measured_on, write_figure
 
-Times = dict[str, float]
 COLORS = {"fa2": "tab:orange", "cudnn": "tab:blue", "fa3": "tab:green", "fa4": "tab:red"}
-VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
 SINGLE_PASSES = ("forward", "backward", "graph", "compiled")
 STAGE_ORDER = (
     "descriptors", "routing", "index", "own shot", "text", "routed", "merge", "own shot, backward", "text, backward",
@@ -19,7 +19,7 @@ def _grouped(rows: Iterable[dict]) -> dict[tuple, dict]:
     """Rows of one case together: its fields, plus ms by pass and their sum."""
     out: dict[tuple, dict] = {}
     for row in rows:
-        fields = {name: value for name, value in row.items() if name not in ("pass", "ms")}
+        fields = {name: value for name, value in row.items() if name not in ("pass", "ms", "stages")}
         case = out.setdefault(tuple(map(str, fields.values())), {**fields, "ms": {}})
         case["ms"][row["pass"]] = row["ms"]
     for case in out.values():
@@ -53,9 +53,9 @@ def _case_line(case: dict, cases: list[dict]) -> list[object]:
     ]  # fmt: skip
 
 
-def write_tables(record: dict, path: Path) -> str:
-    """Writes the record as Markdown tables; returns the text."""
-    cases = list(_grouped(record["rows"]).values())
+def write_tables(rows: list[dict], path: Path) -> str:
+    """Writes the rows as Markdown tables; returns the text."""
+    cases = list(_grouped(rows).values())
     long = sorted(
         (c for c in cases if not c["single"] and not _is_pack(c)),
         key=lambda c: (c["heads"], c["shots"], -c["chunk_tokens"], c["impl"]),
@@ -64,16 +64,17 @@ def write_tables(record: dict, path: Path) -> str:
         "impl", "shots", "tokens", "heads", "chunk, k", "inputs", "forward ms", "backward ms", "sum ms", "peak GiB",
         "density", "ideal x", "x over own kernel dense", "of ideal", "x over FA2", "us a token",
     ]  # fmt: skip
-    header = record["header"]
-    versions = ", ".join(f"{name} {header[name]}" for name in VERSIONS if header[name])
     parts = [
         "# Attention benchmark",
-        f"{header['gpu']}; {versions}; {header['date']}; commit {header['commit']}. bf16, head dim 128; shots of "
-        f"{header['grid']} tokens with {header['text_tokens']} text tokens, global text of "
-        f"{header['global_text_tokens']}. Forward times of MoC include routing and index; ideal = 1 / density."
-        f"{header.get('note', '')}",
-        markdown_table(head, [_case_line(case, cases) for case in long]),
+        f"{measured_on(rows)} bf16; a row has times and peak memory of one case. Forward times of MoC include routing "
+        f"and index; ideal = 1 / density.{''.join(dict.fromkeys(row.get('note', '') for row in rows))}",
     ]
+    if long:
+        parts += [
+            f"## Shots of {long[0]['grid']} tokens with {long[0]['text_tokens']} text tokens, global text of "
+            f"{long[0]['global_text_tokens']}, head dim 128",
+            markdown_table(head, [_case_line(case, cases) for case in long]),
+        ]
     single = [c for c in cases if c["single"]]
     if single:
         lines = [
@@ -102,9 +103,11 @@ def write_tables(record: dict, path: Path) -> str:
                 [_short_line(case, short) for case in short],
             ),
         ]  # fmt: skip
-    parts += ["## Stages of MoC, 8 shots, ms", _stage_table(record["stages"])]
+    staged = [row for row in rows if "stages" in row]
+    if staged:
+        parts += ["## Stages of MoC, 8 shots, ms", _stage_table(staged)]
     text = "\n\n".join(parts) + "\n"
-    path.write_text(text)
+    write_whole(path, text.encode())
     return text
 
 
@@ -117,21 +120,18 @@ def _short_line(case: dict, cases: list[dict]) -> list[object]:
     ]  # fmt: skip
 
 
-def _stage_table(stages: list[dict]) -> str:
-    cases: dict[tuple, Times] = {}
-    for row in stages:
-        case = (row["impl"], f"{row['chunk_tokens']}, {row['top_k']}", row["inputs"])
-        cases.setdefault(case, {})[row["stage"]] = row["ms"]
+def _stage_table(rows: list[dict]) -> str:
     forward = STAGE_ORDER[: STAGE_ORDER.index("own shot, backward")]
     lines = []
-    for case, times in cases.items():
+    for row in rows:
+        case, times = (row["impl"], f"{row['chunk_tokens']}, {row['top_k']}", row["inputs"]), row["stages"]
         share = sum(times[stage] for stage in forward[:3]) / sum(times[stage] for stage in forward)
         lines.append([*case, *(f"{times[stage]:.2f}" for stage in STAGE_ORDER), f"{100 * share:.1f} %"])
     share_of = "descriptors, routing and index, of the forward"
     return markdown_table(["impl", "chunk, k", "inputs", *STAGE_ORDER, share_of], lines)
 
 
-def write_plot(record: dict, path: Path) -> None:
+def write_plot(rows: list[dict], path: Path) -> None:
     """Forward plus backward against the number of shots, dense and MoC (figure 5 of arXiv 2508.21058)."""
     import matplotlib
 
@@ -139,7 +139,7 @@ def write_plot(record: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     cases = [
-        c for c in _grouped(record["rows"]).values()
+        c for c in _grouped(rows).values()
         if not c["single"] and not _is_pack(c) and (c["heads"], c["inputs"], c["chunk_tokens"]) == (12, "random", 1280)
     ]  # fmt: skip
     figure, axes = plt.subplots(figsize=(6, 4))
@@ -147,8 +147,8 @@ def write_plot(record: dict, path: Path) -> None:
         line = sorted((c["shots"], c["total"]) for c in cases if c["impl"] == impl and c["shots"] <= 16)
         style = {"linestyle": "-" if impl.startswith("moc-") else "--", "color": COLORS[impl.removeprefix("moc-")]}
         axes.plot(*zip(*line, strict=True), marker="o", label=impl, **style)
-    axes.set(xlabel="shots of 23k tokens", ylabel="forward + backward, ms", yscale="log", title=record["header"]["gpu"])
+    axes.set(xlabel="shots of 23k tokens", ylabel="forward + backward, ms", yscale="log", title=rows[0]["gpu"])
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(loc="lower right", fontsize="small", handlelength=3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    write_figure(figure, path, dpi=120)

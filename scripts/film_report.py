@@ -9,7 +9,9 @@ from matplotlib.figure import Figure  # not pyplot, which may ask for a display
 from torch import Tensor
 
 from evaluation.estimates import Estimate, estimate
+from moc.files import write_whole
 from scripts.measuring import markdown_table
+from scripts.rows import measured_on, write_figure
 
 TITLES = {
     "dense": "dense",
@@ -30,18 +32,17 @@ def write_report(rows: list[dict], output: Path) -> None:
     """Writes `output` with .md and .png in the place of .json."""
     rows = [row for row in rows if "losses" in row]
     if rows:
-        output.with_suffix(".md").write_text(tables(rows))
+        write_whole(output.with_suffix(".md"), tables(rows).encode())
         draw(_groups(rows), output.with_suffix(".png"))
 
 
 def tables(rows: list[dict]) -> str:
     """The report of rows, the folds of one kind of attention, seed and number of steps taken together."""
     groups = _groups(rows)
-    first = rows[0]["machine"]
     return "\n\n".join([
         "# Big Buck Bunny: what a shot's history is worth\n\n"
-        f"{first['device']}; torch {first['torch']}; {first['date']}; commit {first['commit']}. Made by "
-        "scripts/benchmark_film.py. The target is a held-out shot at fixed noise; up to seven shots before it are "
+        f"{measured_on(row['machine'] for row in rows)} Made by scripts/benchmark_film.py. "
+        "The target is a held-out shot at fixed noise; up to seven shots before it are "
         "given true and clean. Intervals hold 95 % and are taken over shots, as if these were independent, which "
         "neighbours in a film are not.",
         "## Loss of the held-out shots\n\n" + _losses(groups),
@@ -170,4 +171,4 @@ def draw(groups: list[list[dict]], path: Path) -> None:
         axis.set_xticks(range(len(AGES)), [fill(name, 12) for name in AGES], fontsize=7)
         axis.set(title=f"sigma {sigma:g}", ylabel="loss lowered by the history, %")
     axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path)

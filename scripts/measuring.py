@@ -4,7 +4,9 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 
@@ -51,15 +53,13 @@ def matmul_flops_per_ms(size: int = 8192) -> float:
 
 
 def header() -> dict:
-    """GPU, versions, commit and date of a measurement."""
-    import triton
-
+    """GPU, versions, commit and date of a measurement; None stands for what is not there."""
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "triton": triton.__version__,
+        "triton": import_module("triton").__version__ if find_spec("triton") else None,
         "fa4": version("flash-attn-4") if dense.is_installed("fa4") else None,
         "fa3": "installed" if dense.is_installed("fa3") else None,
         "commit": commit(),

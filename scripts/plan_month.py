@@ -5,7 +5,6 @@ for each mesh what a GPU holds, how long a step and a month's run take, and what
 words what is assumed.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +16,13 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from configs.command import command
-from data.records import write_whole
+from moc.cost import FLOPS_PER_PAIR
 from moc.errors import UserError, check_least
+from moc.files import write_whole
 from models import ModelConfig, build_model
+from scripts.benchmark_parallel import SETUP
 from scripts.measuring import markdown_table
+from scripts.rows import read_rows
 
 MONTH = 30 * 86400  # seconds
 GPUS_A_HOST = 8
@@ -34,8 +36,8 @@ HEAD = [
 REPORT = """# A month's run on paper
 
 {gpus} GPUs of {gpu_gib:.0f} GiB, {params:.1f} B parameters, all of them trained, films of {shots} shots and
-{tokens:,} tokens. Made by scripts/plan_month.py from the rows of {measured} ({header[gpu]}, commit
-{header[commit]}). **No such run was made**: all of this is counted.
+{tokens:,} tokens. Made by scripts/plan_month.py from the rows of {measured} ({gpu}, commit
+{commit}). **No such run was made**: all of this is counted.
 
 {table}
 
@@ -122,18 +124,28 @@ class Size:
         tokens = shots * shot_tokens
         routed = min(moc["top_k"] * moc["chunk_tokens"], shot_tokens) * (shots - 1) / shots
         pairs = tokens * (shot_tokens + routed)
-        return 3 * (2 * self.linears * tokens + 4 * self.dim * self.layers * pairs)
+        return 3 * (2 * self.linears * tokens + FLOPS_PER_PAIR * self.dim * self.layers * pairs)
 
 
 class Measured:
     """What the measured rows say of a GPU: flops, a second; loss, the share that two GPUs along `sequence` lose; shot
-    tokens; bytes of activations for a token, a layer and a number of the model's width."""
+    tokens; bytes of activations for a token, a layer and a number of the model's width. They are those of the longest
+    film on one GPU and on two. Raises UserError where there is none."""
 
-    def __init__(self, record: dict[str, Any]) -> None:
-        self.moc, self.header, sizes = record["header"]["moc"], record["header"], record["header"]["model"]
-        rows = {(row["mesh"], row["impl"], row["shots"]): row for row in record["rows"] if "problem" not in row}
-        shots = max(n for mesh, impl, n in rows if (mesh, impl) == ("sequence", "moc"))
-        one, two = rows["one", "moc", shots], rows["sequence", "moc", shots]
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        moc = [row for row in rows if row["impl"] == "moc" and "problem" not in row]
+        ones = [row for row in moc if row["mesh"] == "one"]
+        twos = [row for row in moc if (row["mesh"], row["processes"]) == ("sequence", 2)]
+        same = (*SETUP, "shots")
+        pairs = [(one, two) for one in ones for two in twos if all(one[name] == two[name] for name in same)]
+        if not pairs:
+            raise UserError(
+                "no MoC step is measured both on one GPU and on two by sequence; benchmark_parallel.py does"
+            )
+        one, two = max(pairs, key=lambda pair: pair[0]["shots"])
+        self.moc, self.gpu, self.commit, sizes, shots = (
+            two[name] for name in ("moc", "gpu", "commit", "model", "shots")
+        )
         dim, layers, heads, ffn_dim = (int(sizes[name]) for name in ("dim", "num_layers", "num_heads", "ffn_dim"))
         size = Size.of(ModelConfig(sizes["family"], dim=dim, num_layers=layers, num_heads=heads, ffn_dim=ffn_dim))
         self.shot_tokens = one["tokens"] // shots
@@ -184,9 +196,9 @@ def line(config: PlanConfig, mesh: list[int], values: dict[str, float]) -> list[
     ]  # fmt: skip
 
 
-def report(config: PlanConfig, record: dict[str, Any]) -> str:
-    """The table, and what it assumes."""
-    measured, size = Measured(record), Size.of(config.model)
+def report(config: PlanConfig, rows: list[dict[str, Any]]) -> str:
+    """The table, and what it assumes. rows: those of `benchmark_parallel.py`."""
+    measured, size = Measured(rows), Size.of(config.model)
     values = [plan(config, measured, size, *mesh) for mesh in config.meshes]
     saved, every = SAVED_BYTES * size.params, config.checkpoint_every * values[0]["step"]
     a_host = saved / max(1, config.gpus // GPUS_A_HOST)
@@ -194,7 +206,8 @@ def report(config: PlanConfig, record: dict[str, Any]) -> str:
         **vars(config),
         params=size.params / 1e9,
         tokens=config.shots * measured.shot_tokens,
-        header=measured.header,
+        gpu=measured.gpu,
+        commit=measured.commit,
         table=markdown_table(HEAD, [line(config, *pair) for pair in zip(config.meshes, values, strict=True)]),
         saved=saved / 1e9,
         hours=every / 3600,
@@ -212,7 +225,7 @@ def report(config: PlanConfig, record: dict[str, Any]) -> str:
 
 @command("plan_month", PlanConfig)
 def main(config: PlanConfig) -> None:
-    text = report(config, json.loads(Path(config.measured).read_text()))
+    text = report(config, read_rows(Path(config.measured)))
     write_whole(Path(config.output), text.encode())
     print(text)
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from moc.files import write_whole
 from scripts.measuring import markdown_table
+from scripts.rows import measured_on, write_figure
 
 TITLES = {
     "dense": "dense",
@@ -30,17 +32,16 @@ def write_report(rows: list[dict], output: Path) -> None:
     matplotlib.use("Agg")
     rows = sorted((row for row in rows if "all" in row), key=lambda row: (list(TITLES).index(row["row"]), row["seed"]))
     if rows:
-        output.with_suffix(".md").write_text(tables(rows))
+        write_whole(output.with_suffix(".md"), tables(rows).encode())
         draw(rows, output.with_suffix(".png"))
 
 
 def tables(rows: list[dict]) -> str:
-    first = rows[0]["machine"]
     reader = rows[0]["reader"]
     parts = [
         "# Recall, row beside row\n\n"
-        f"{first['device']}; torch {first['torch']}; {first['date']}; commit {first['commit']}. Made by "
-        "scripts/benchmark_recall.py. Recall is the share of looks (fur and outfit, six colours each: chance 0.167) "
+        f"{measured_on(row['machine'] for row in rows)} Made by scripts/benchmark_recall.py. "
+        "Recall is the share of looks (fur and outfit, six colours each: chance 0.167) "
         "that reappear right in a last shot sampled after a true history; the reader tells true shots to "
         f"{min(reader['fur'], reader['outfit']):.3f} at least. Intervals hold 95 %.",
         "## Recall, and loss of the last shot\n\n" + _main(rows),
@@ -160,5 +161,5 @@ def draw(rows: list[dict], path: Path) -> None:
     left.set(xlabel="shots since the name was shown", ylabel="looks recalled", ylim=(0, 1.02))
     right.set(xlabel="pairs of video tokens attended to, % of dense", ylabel="loss of the character, sigma 0.95")
     left.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path)
     plt.close(figure)

@@ -1,5 +1,7 @@
-"""What benchmarks that train rows side by side share: a training of so many minutes, where it ran, and the record."""
+"""What benchmarks share of their records: rows side by side, each with where it was measured, and a training of so many
+minutes."""
 
+import io
 import json
 import os
 import platform
@@ -7,17 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
-from data.records import write_whole
 from moc.checkout import commit
+from moc.files import write_whole
 from moc.training import Parallel
 
 ROOT = Path(__file__).parents[1]
+VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
 
 
 def train_for(minutes: float, words: list[str], log: Path) -> float:
@@ -50,13 +56,47 @@ def machine(parallel: Parallel) -> dict:
     }
 
 
-def append(output: Path, row: dict, key: Sequence[str]) -> list[dict]:
-    """Puts a row into the record, in the place of an earlier one with the same values of `key`, of which one that a row
-    lacks is ""; returns all rows."""
-    rows = json.loads(output.read_text())["rows"] if output.exists() else []
-    row = json.loads(json.dumps(row))  # with keys of text, as the earlier ones have
-    place = [row.get(name, "") for name in key]
-    rows = [other for other in rows if [other.get(name, "") for name in key] != place] + [row]
-    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]"
-    write_whole(output, f'{{"rows": {text}}}\n'.encode())
+def read_rows(output: Path) -> list[dict]:
+    """The rows of a record, each with what the record's header says of all of them; none where there is no record."""
+    if not output.exists():
+        return []
+    record = json.loads(output.read_text())
+    return [record.get("header", {}) | row for row in record["rows"]]
+
+
+def put_row(
+    output: Path, row: Mapping[str, Any], key: Sequence[str], header: Mapping[str, Any] = MappingProxyType({})
+) -> list[dict]:
+    """Puts a row into the record, in the place of an earlier one of its key; returns all rows, as `read_rows` does.
+
+    row: what was measured. header: where, when and with what; the record's header holds what is the same for all rows,
+    and each row what is its own. key: the names, in row or header, that tell rows apart; one that a row lacks is "".
+    """
+    new = json.loads(json.dumps({**header, **row}))  # with keys of text and lists, as the earlier ones have
+    rows = [other for other in read_rows(output) if _place(other, key) != _place(new, key)] + [new]
+    shared = {name: new[name] for name in header if all(other.get(name, "") == new[name] for other in rows)}
+    lines = ",\n".join(json.dumps({k: v for k, v in other.items() if k not in shared}) for other in rows)
+    write_whole(output, f'{{"header": {json.dumps(shared)},\n"rows": [\n{lines}\n]}}\n'.encode())
     return rows
+
+
+def _place(row: Mapping[str, Any], key: Sequence[str]) -> list[Any]:
+    return [row.get(name, "") for name in key]
+
+
+def measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Says where rows were measured, when and with what: one sentence for each machine and commit."""
+    return " ".join(dict.fromkeys(_origin(row) for row in rows))
+
+
+def _origin(row: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {row[name]}" for name in VERSIONS if row.get(name))
+    device = row.get("gpu") or row.get("device") or "CPU"
+    return f"{device}; {versions}; {row['date']}; commit {row['commit']}."
+
+
+def write_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Writes a plot as a whole PNG."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    write_whole(path, picture.getvalue())

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from configs.command import parse, store_defaults
 from configs.schema import SampleConfig, TrainConfig
 from scripts import benchmark_commands
-from scripts.benchmark_commands import kept_rows, plan, run, table
+from scripts.benchmark_commands import plan, run, table
 from tests.pipeline import ROOT
 
 HEAD = {"gpu": "a GPU", "gpus": 2, "torch": "2", "cuda": "13", "cudnn": 9, "triton": "3", "commit": "c", "date": "d"}
@@ -38,15 +38,6 @@ def test_a_row_tells_how_a_command_ended_and_the_log_what_it_said(tmp_path):
     assert (tmp_path / "logs/x.log").read_text() == "hello\n"
 
 
-def test_rows_stay_where_machine_and_code_are_the_same(tmp_path):
-    file = tmp_path / "r.json"
-    assert kept_rows(file, HEAD) == {}
-    row = {"command": ["train.py"], "seconds": 1.0, "exit_code": 0}
-    file.write_text(json.dumps({"header": HEAD, "rows": [{"name": "a"} | row]}))
-    assert kept_rows(file, HEAD | {"date": "later"}) == {"a": row}
-    assert kept_rows(file, HEAD | {"commit": "other"}) == {}
-
-
 def test_the_record_and_its_table(tmp_path, monkeypatch):
     """Through the command, with two commands that end at once in place of the real ones."""
     fakes = {"good": ["-c", "print(1)"], "bad": ["-c", "raise SystemExit(2)"]}
@@ -66,8 +57,8 @@ def test_the_record_and_its_table(tmp_path, monkeypatch):
 
 
 def test_a_table_shortens_paths_to_the_folder():
-    rows = [{"name": "n", "seconds": 2.4, "exit_code": 0, "command": ["train.py", "output=/some/where/runs"]}]
-    assert "| n | 2 | 0 | `python train.py output=runs` |" in table(HEAD, rows, Path("/some/where"))
+    rows = [HEAD | {"name": "n", "seconds": 2.4, "exit_code": 0, "command": ["train.py", "output=/some/where/runs"]}]
+    assert "| n | 2 | 2 | 0 | c | `python train.py output=runs` |" in table(rows, Path("/some/where"))
 
 
 def test_without_a_gpu_nothing_is_timed(tmp_path, monkeypatch):

@@ -1,14 +1,14 @@
 """The record of an adapter's memory: drawn weights, a row of real steps, and what is kept of other rows."""
 
-import json
-
 import torch
 
 from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig
 from models.frozen import Base, FrozenLinear, unpacked
-from scripts.benchmark_memory import MemoryConfig, draw_model, earlier_rows, measure, settings, table
+from scripts.benchmark_memory import MemoryConfig, draw_model, measure, settings, table
+from scripts.rows import read_rows
+from tests.pipeline import command
 from tests.wan_files import REDUCED
 
 CONFIG = MemoryConfig(
@@ -33,18 +33,31 @@ def test_weights_are_drawn_in_their_format():
     assert all("lora" in name for name, weight in model.named_parameters() if weight.requires_grad)
 
 
-def test_a_row_holds_steps_and_other_rows_stay(tmp_path):
+def test_a_row_holds_steps():
     row = settings(CONFIG) | measure(CONFIG)
     assert (row["tokens"], row["base"], row["swapped"]) == (3 * 12, "fp8", 2)
     assert len(row["loss"]) == 3
     assert all(0 < loss < 100 for loss in row["loss"])
-    assert "| 3 x 128 | fp8 | 2 | 2 | recomputed, parts | adamw |" in table(
-        {"gpu": "a GPU", "date": "", "commit": ""}, [row]
-    )
-    other = row | {"swapped": 0, "problem": "out of memory"}
-    head = {"gpu": "a GPU", "commit": "abc", "date": "2026-01-01"}
-    file = tmp_path / "memory.json"
-    assert earlier_rows(file, head, settings(CONFIG)) == []
-    file.write_text(json.dumps({"header": head, "rows": [row, other]}))
-    assert earlier_rows(file, head | {"date": "2026-01-02"}, settings(CONFIG)) == [other]
-    assert earlier_rows(file, head | {"commit": "abd"}, settings(CONFIG)) == []
+    assert "| 3 x 128 | fp8 | 2 | 2 | recomputed, parts | adamw |" in table([row | {"date": "", "commit": "abc"}])
+
+
+def test_the_command_adds_its_row_to_those_of_other_settings(tmp_path):
+    output = tmp_path / "memory.json"
+    words = [
+        "model.dim=128",
+        "model.num_layers=2",
+        "model.num_heads=1",
+        "model.ffn_dim=64",
+        "shots=2",
+        "latent=[16,2,4,6]",
+        "text_dim=32",
+        "moc.chunk_tokens=12",
+        "parallel.device=cpu",
+        f"output={output}",
+    ]
+    for swapped in (1, 2, 1):
+        command("scripts/benchmark_memory.py", *words, f"parallel.swap_blocks={swapped}")
+    rows = read_rows(output)
+    assert [row["swapped"] for row in rows] == [2, 1]
+    assert all(row["tokens"] == 2 * 12 and row["step_seconds"] > 0 for row in rows)
+    assert output.with_suffix(".md").read_text().count("| 2 x 128 | fp8 |") == 2

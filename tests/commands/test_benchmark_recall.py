@@ -9,7 +9,7 @@ import pytest
 from moc.errors import UserError
 from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, arguments
 from scripts.recall_report import TITLES, tables, write_report
-from scripts.rows import append
+from scripts.rows import put_row
 
 
 def row(name: str, right: list[int], steps: int = 10, start: str = "") -> dict:
@@ -42,7 +42,7 @@ def test_every_row_has_a_title_and_settings():
 def test_a_row_takes_the_place_of_its_like_and_of_no_other(tmp_path):
     output = tmp_path / "recall.json"
     for given in (row("dense", [1, 1]), row("moc", [1, 0]), row("dense", [1, 0]), row("dense", [1, 1], steps=20)):
-        write_report(append(output, given, KEY), output)
+        write_report(put_row(output, given, KEY), output)
     rows = json.loads(output.read_text())["rows"]
     found = [(r["row"], r["steps"], r["all"]["recall"]) for r in rows]
     assert found == [("moc", 10, 0.5), ("dense", 10, 0.5), ("dense", 20, 1.0)]

@@ -1,17 +1,17 @@
 """A month's run on paper follows from the measured rows."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from models import ModelConfig
 from scripts.plan_month import Measured, PlanConfig, Size, plan, report
+from scripts.rows import read_rows
 from tests.pipeline import ROOT, command, refusal
 
 
-def record():
-    return json.loads((ROOT / "docs/benchmarks/parallel.json").read_text())
+def measured_rows():
+    return read_rows(ROOT / "docs/benchmarks/parallel.json")
 
 
 def test_the_table_is_that_of_the_measured_rows(tmp_path, monkeypatch):
@@ -22,13 +22,13 @@ def test_the_table_is_that_of_the_measured_rows(tmp_path, monkeypatch):
 
 def test_the_measured_step_comes_out_again():
     """The same model on one GPU and on two has the step time, and about the memory, that were measured."""
-    sizes = record()["header"]["model"]
+    sizes = measured_rows()[0]["model"]
     numbers = {name: int(value) for name, value in sizes.items() if name != "family"}
-    model, measured = ModelConfig(sizes["family"], **numbers), Measured(record())
+    model, measured = ModelConfig(sizes["family"], **numbers), Measured(measured_rows())
     config, size = PlanConfig(model, gpus=2, meshes=[[2, 1]]), Size.of(model)
     two = plan(config, measured, size, 2, 1)
     one = plan(replace(config, gpus=1, meshes=[[1, 1]]), measured, size, 1, 1)
-    rows = {(row["mesh"], row["shots"]): row for row in record()["rows"] if row["impl"] == "moc"}
+    rows = {(row["mesh"], row["shots"]): row for row in measured_rows() if row["impl"] == "moc"}
     assert one["step"] == pytest.approx(rows["one", 8]["step_seconds"])
     assert two["step"] == pytest.approx(rows["sequence", 8]["step_seconds"])
     held = two["states"] + two["gathered"] + two["activations"]
@@ -44,5 +44,5 @@ def test_a_mesh_that_gpus_or_heads_do_not_allow(capsys):
 
 def test_what_does_not_fit_is_said():
     config = PlanConfig(ModelConfig("wan", dim=5120, num_layers=40, num_heads=40, ffn_dim=13824), meshes=[[2, 32]])
-    (row,) = [line for line in report(config, record()).splitlines() if line.startswith("| 2 x 32")]
+    (row,) = [line for line in report(config, measured_rows()).splitlines() if line.startswith("| 2 x 32")]
     assert "| no |" in row
