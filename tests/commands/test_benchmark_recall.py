@@ -24,7 +24,8 @@ def row(name: str, right: list[int], steps: int = 10, start: str = "") -> dict:
     mass = {name: [[0.5, 0.25]] for name in ("elsewhere", "kept", "best")}
     return {
         "row": name, "seed": 0, "start": start, "steps": steps, "steps_done": steps, "scenes_seen": 20,
-        "train_minutes": 1.0, "reader": {"fur": 0.99, "outfit": 1.0}, "all": found, "look_alikes": copy.deepcopy(found), "mass": mass,
+        "train_minutes": 1.0, "reader": {"fur": 0.99, "outfit": 1.0}, "all": found,
+        "look_alikes": copy.deepcopy(found), "mass": mass,
         "command": "python train.py", "machine": {"device": "a GPU", "torch": "2", "date": "today", "commit": "c"},
     }  # fmt: skip
 
