@@ -14,10 +14,18 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from evaluation.features import Clip, Features
+from evaluation.features import Clip
 from evaluation.films import Film
 
 _BLANK_DEVIATION = 3.0  # of 0..255 values
+
+
+@dataclass(frozen=True)
+class Gate:
+    """admitted: whether each shot shows what it should, and is compared. rule: by which that was found."""
+
+    admitted: list[bool]
+    rule: str
 
 
 @dataclass(frozen=True)
@@ -33,14 +41,12 @@ class Consistency:
     different: list[float] = field(default_factory=list)
 
 
-def consistency(film: Film, features: Features, clip: Clip | None = None) -> Consistency:
-    """The consistency of a film by the given features. clip: for the gate."""
-    seen = [features.images(shot.pictures) for shot in film.shots]
-    admitted, gate = fidelity(film, clip)
+def consistency(film: Film, features: str, seen: Sequence[Tensor], gate: Gate) -> Consistency:
+    """The consistency of a film by features of a name. seen: those of each shot's pictures, [n, D]."""
     means = torch.nn.functional.normalize(torch.stack([shot.mean(0) for shot in seen]), dim=1)
     similar = means @ means.T
-    found = Consistency(features.name, gate, [within(shot) for shot in seen], admitted)
-    names = [shot.names if fits else frozenset() for shot, fits in zip(film.shots, admitted, strict=True)]
+    found = Consistency(features, gate.rule, [within(shot) for shot in seen], gate.admitted)
+    names = [shot.names if fits else frozenset() for shot, fits in zip(film.shots, gate.admitted, strict=True)]
     for earlier, later in returns(names):
         found.same.append((later - earlier, float(similar[earlier, later])))
     for one, other in combinations(range(len(names)), 2):
@@ -69,19 +75,19 @@ def within(pictures: Tensor) -> float | None:
     return float((first + before) / 2)
 
 
-def fidelity(film: Film, clip: Clip | None) -> tuple[list[bool], str]:
-    """Whether each shot shows what it should, and by which rule."""
+def fidelity(film: Film, scores: Tensor | None = None) -> Gate:
+    """Which shots show what they should. scores: of a CLIP (`prompt_scores`)."""
     deviations = [float(shot.pictures.std(axis=(1, 2)).max()) for shot in film.shots]
     shown = [deviation > _BLANK_DEVIATION for deviation in deviations]
-    if clip is None or len(film.shots) < 2:
-        return shown, "not blank"
-    scores = prompt_scores(film, clip)
+    if scores is None or len(scores) < 2:
+        return Gate(shown, "not blank")
     others = (scores.sum(1) - scores.diagonal()) / (len(scores) - 1)
     fits = (scores.diagonal() > others).tolist()
-    return [a and b for a, b in zip(shown, fits, strict=True)], f"fits its own prompt by {clip.name}, not blank"
+    return Gate([a and b for a, b in zip(shown, fits, strict=True)], "fits its own prompt by CLIP, not blank")
 
 
-def prompt_scores(film: Film, clip: Clip) -> Tensor:
-    """The similarity of each shot to each prompt, averaged over its pictures: [shots, prompts]."""
+def prompt_scores(film: Film, clip: Clip, seen: Sequence[Tensor]) -> Tensor:
+    """The similarity of each shot to each prompt, averaged over its pictures: [shots, prompts]. seen: the CLIP's
+    features of each shot's pictures, [n, D]."""
     texts = clip.texts([shot.prompt for shot in film.shots])
-    return torch.stack([(clip.images(shot.pictures) @ texts.T).mean(0) for shot in film.shots])
+    return torch.stack([(shot @ texts.T).mean(0) for shot in seen])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.prepare.shots import ShotDetector
-from evaluation.consistency import Consistency, consistency, prompt_scores
+from evaluation.consistency import Consistency, consistency, fidelity, prompt_scores
 from evaluation.cuts import CutAccuracy, cut_accuracy, found_cuts
 from evaluation.estimates import half_difference, half_width
 from evaluation.features import Clip, Features
@@ -31,14 +31,19 @@ class Measured:
 
 
 def measure(film: Film, features: Sequence[Features], clip: Clip | None, detector: ShotDetector) -> Measured:
-    """What a film comes to. clip: for text alignment and the gate of consistency; None leaves them out."""
+    """What a film comes to. clip: for text alignment and the gate of consistency; None leaves them out. Each sees the
+    film once."""
+    every = [*features, clip] if clip and clip not in features else features
+    seen = {one.name: [one.images(shot.pictures) for shot in film.shots] for one in every}
+    alike = prompt_scores(film, clip, seen[clip.name]) if clip else None
+    gate = fidelity(film, alike)
     return Measured(
         seconds=sum(shot.frames for shot in film.shots) / film.fps,
         cuts=cuts(film, detector),
         speeds=[speed(shot, film.fps) for shot in film.shots],
         drift=drift(film),
-        consistency=[consistency(film, one, clip) for one in features],
-        alignment=prompt_scores(film, clip).diagonal() if clip else None,
+        consistency=[consistency(film, one.name, seen[one.name], gate) for one in features],
+        alignment=None if alike is None else alike.diagonal(),
     )
 
 

@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from data.documents import parse_yaml, read_text
 from data.errors import DataError
-from data.media.decode import open_video
 from film.folder import METADATA, FilmFolder
 from film.script import Script, load_script
 from film.storyboard import pick_frames
 
 PICTURES = 8  # of a shot, spread over it, each with the frame after it
-HEIGHT = 256  # pixels that a picture has at most
+_HEIGHT = 256  # pixels that a picture has at most
 _CHARACTER_PART = re.compile(r"\[character\](.*?)(?:\[|$)", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"(?:^|[.;,]\s*|\n)\s*([A-Z][\w' -]{0,30}?):")
 
@@ -63,8 +61,7 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
     names = names_by_shot(script) if schedule is None else [frozenset(shot) for shot in schedule]
     shots = []
     for number, (shot, named) in enumerate(zip(script.shots, names, strict=True), start=1):
-        frames, pictures, after = _pictures(files.shot(number))
-        shots.append(ShownShot(shot.prompt, shot.cut, frames, pictures, after, named))
+        shots.append(ShownShot(shot.prompt, shot.cut, *_pictures(files, number), named))
     return Film(folder, script, shots)
 
 
@@ -107,22 +104,15 @@ def read_schedule(path: str | Path) -> list[list[str]]:
     return shots
 
 
-def _pictures(video: Path) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many frames a video has, some of them, and the frame after each."""
-    reader = open_video(video)
-    try:
-        count = reader.num_frames
-        chosen = pick_frames(max(1, count - 1), PICTURES)
-        following = [min(index + 1, count - 1) for index in chosen]
-        frames = {index: small(reader.read(index, index + 1)[0].numpy()) for index in sorted({*chosen, *following})}
-    finally:
-        reader.close()
-    return count, np.stack([frames[i] for i in chosen]), np.stack([frames[i] for i in following])
+def _pictures(files: FilmFolder, number: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many frames a shot has, some of them, and the frame after each."""
+    count = files.num_frames(number)
+    chosen = pick_frames(max(1, count - 1), PICTURES)
+    after = [min(index + 1, count - 1) for index in chosen]
+    wanted = sorted({*chosen, *after})
+    frames = files.frames(number, lambda _: wanted, _small_size)
+    return count, frames[[wanted.index(index) for index in chosen]], frames[[wanted.index(index) for index in after]]
 
 
-def small(picture: np.ndarray, most: int = HEIGHT) -> np.ndarray:
-    """A picture, uint8 [h, w, 3], of `most` pixels in height at most."""
-    height, width = picture.shape[:2]
-    if height <= most:
-        return picture
-    return cv2.resize(picture, (round(width * most / height), most), interpolation=cv2.INTER_AREA)
+def _small_size(height: int, width: int) -> tuple[int, int]:
+    return min(height, _HEIGHT), max(1, round(width * min(1, _HEIGHT / height)))

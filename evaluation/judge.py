@@ -8,11 +8,11 @@ import torch
 
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
-from data.media.decode import open_video
 from data.prepare.shots import ShotDetector
 from data.storyworld.readers import name_place
 from data.storyworld.story import place_of_caption
 from evaluation.cuts import CutAccuracy, cut_accuracy, found_cuts
+from film.folder import FilmFolder
 from film.script import Script
 from moc import StreamSpec
 from moc.diffusion import Flow
@@ -35,14 +35,13 @@ class Verdict:
 
 def judge_film(film: Path, script: Script, detector: ShotDetector) -> Verdict:
     """Reads `film/shots/NN.mp4` and `film/video.mp4`, as sample.py wrote them for `script`."""
-    places, cuts, num_frames = [], [], 0
+    files, places, cuts, num_frames = FilmFolder(film), [], [], 0
     for number, shot in enumerate(script.shots, start=1):
-        reader = open_video(film / f"shots/{number:02d}.mp4")
-        places.append((place_of_caption(shot.prompt), name_place(reader.read(0, reader.num_frames).numpy())))
+        frames = files.frames(number, lambda count: list(range(count)), lambda height, width: (height, width))
+        places.append((place_of_caption(shot.prompt), name_place(frames)))
         if number > 1 and shot.cut:
             cuts.append(num_frames)
-        num_frames += reader.num_frames
-        reader.close()
+        num_frames += len(frames)
     found = found_cuts(film, detector)
     return Verdict(places, cuts, found, cut_accuracy(found, cuts, num_frames))
 

@@ -5,10 +5,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import cv2
 import jinja2
+import numpy as np
 
 from data.records import write_whole
-from evaluation.films import Film, small
+from evaluation.films import Film
 from evaluation.published import NOT_COMPARABLE, SIX, beside_the_paper
 from film.page import data_url
 from film.storyboard import pick_frames
@@ -55,9 +57,17 @@ def board(film: Film) -> Board:
     """The storyboard of a film, small enough to keep."""
     shots = []
     for shot in film.shots:
-        chosen = [small(shot.pictures[i], _PICTURE_HEIGHT) for i in pick_frames(len(shot.pictures), _PICTURES)]
+        chosen = [_thumbnail(shot.pictures[index]) for index in pick_frames(len(shot.pictures), _PICTURES)]
         shots.append({"prompt": shot.prompt, "pictures": [data_url(picture) for picture in chosen]})
     return shots
+
+
+def _thumbnail(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    if height <= _PICTURE_HEIGHT:
+        return picture
+    size = (round(width * _PICTURE_HEIGHT / height), _PICTURE_HEIGHT)
+    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
 def side_by_side(boards: Sequence[Sequence[Board]]) -> list[list[tuple[dict[str, Any] | None, ...]]]:

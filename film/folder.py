@@ -236,6 +236,11 @@ class FilmFolder:
         shots = [self.shot(number) for number in range(1, num_shots + 1)]
         return join_videos(self.path / "video.mp4", shots, chapters)
 
+    def num_frames(self, number: int) -> int:
+        """How many frames the video of a shot has."""
+        with av.open(str(self.shot(number))) as container:
+            return container.streams.video[0].frames
+
     def frames(
         self, number: int, pick: Callable[[int], list[int]], fit: Callable[[int, int], tuple[int, int]]
     ) -> np.ndarray:

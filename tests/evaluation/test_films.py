@@ -13,15 +13,17 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTr
 
 from data.errors import DataError
 from data.media.write import join_videos, write_video
-from evaluation.consistency import consistency, returns, within
+from data.prepare.shots import build_detector
+from evaluation.consistency import Consistency, returns, within
 from evaluation.cuts import cut_accuracy
 from evaluation.features import Clip, ColourHistogram, Dino
-from evaluation.film_scores import difference
-from evaluation.films import find_films, names_by_shot, open_film, read_schedule
+from evaluation.film_scores import difference, measure
+from evaluation.films import Film, find_films, names_by_shot, open_film, read_schedule
 from evaluation.motion import drift, speed
 from evaluation.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
 from film.folder import REQUEST
 from film.script import load_script
+from film.storyboard import pick_frames
 from moc.errors import UserError
 from tests import pipeline
 
@@ -51,6 +53,12 @@ def write_film(folder: Path, shots: list[tuple[str, list[np.ndarray]]]) -> Path:
 
 def story(folder: Path, looks: dict[str, tuple], prompts=("Mia walks.", "Gus sits.", "Mia <i>runs</i>.", "Gus again.")):
     return write_film(folder, [(p, [picture(looks[p.split()[0]], 10 + i) for i in range(8)]) for p in prompts])
+
+
+def consistency(film: Film, features=None, clip=None) -> Consistency:
+    """That of a film by one kind of features, as it is measured."""
+    found = measure(film, [features or ColourHistogram()], clip, build_detector("adaptive"))
+    return found.consistency[0]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +100,7 @@ def test_a_name_is_compared_with_the_last_shot_that_showed_it():
 
 
 def test_looks_that_keep_to_their_name_are_told_from_those_that_change(films):
-    found = {name: consistency(open_film(folder), ColourHistogram()) for name, folder in films.items()}
+    found = {name: consistency(open_film(folder)) for name, folder in films.items()}
     assert [distance for distance, _ in found["true"].same] == [2, 2]
     assert len(found["true"].different) == 4
     gain = {
@@ -107,7 +115,7 @@ def test_looks_that_keep_to_their_name_are_told_from_those_that_change(films):
 def test_blank_shots_are_not_compared(tmp_path):
     frames = [picture(RED)] * 8
     film = write_film(tmp_path, [("Mia.", frames), ("Mia.", [np.zeros((64, 96, 3), np.uint8)] * 8), ("Mia.", frames)])
-    found = consistency(open_film(film), ColourHistogram())
+    found = consistency(open_film(film))
     assert found.admitted == [True, False, True]
     assert [distance for distance, _ in found.same] == [2]
 
@@ -115,9 +123,10 @@ def test_blank_shots_are_not_compared(tmp_path):
 class NamesOfColours:
     """A CLIP that knows Mia as red and Gus as blue."""
 
-    name = "a stand-in"
+    name, seen = "a stand-in", 0
 
     def images(self, pictures: np.ndarray) -> torch.Tensor:
+        self.seen += len(pictures)
         red, _, blue = torch.from_numpy(pictures).float().mean((0, 1, 2))
         return torch.eye(2)[[int(blue > red)] * len(pictures)]
 
@@ -126,10 +135,33 @@ class NamesOfColours:
 
 
 def test_shots_that_show_another_than_their_prompt_are_not_compared(films):
-    found = {name: consistency(open_film(film), ColourHistogram(), NamesOfColours()) for name, film in films.items()}
+    found = {name: consistency(open_film(film), clip=NamesOfColours()) for name, film in films.items()}
     assert found["true"].admitted == [True] * 4
     assert found["mixed"].admitted == [True, True, False, False]
     assert found["mixed"].same == []
+
+
+def test_each_network_sees_a_film_once(films):
+    """Its features serve consistency, the gate and text alignment."""
+    film, clip, other = open_film(films["true"]), NamesOfColours(), NamesOfColours()
+    other.name = "another"
+    found = measure(film, [other, clip], clip, build_detector("adaptive"))
+    num_pictures = sum(len(shot.pictures) for shot in film.shots)
+    assert (clip.seen, other.seen) == (num_pictures, num_pictures)
+    assert found.alignment.tolist() == [1.0] * 4
+    assert [kind.features for kind in found.consistency] == ["another", "a stand-in"]
+
+
+def test_the_pictures_of_a_shot_are_spread_over_it(tmp_path):
+    """Frame i has a grey of 40 + 8 i; the picture after each is the next frame's, and after the last it is the same."""
+    frames = [np.full((512, 96, 3), 40 + 8 * i, np.uint8) for i in range(20)]
+    first, second = open_film(write_film(tmp_path, [("a", frames), ("b", frames[:1])])).shots
+    assert (first.frames, second.frames) == (20, 1)
+    at = ((first.pictures.mean((1, 2, 3)) - 40) / 8).round().astype(int).tolist()
+    assert at == pick_frames(19, 8)
+    assert ((first.after.mean((1, 2, 3)) - 40) / 8).round().astype(int).tolist() == [i + 1 for i in at]
+    assert first.pictures.shape[1:] == (256, 48, 3)
+    assert (second.pictures == second.after).all()
 
 
 def test_within_a_shot_pictures_are_compared_with_the_first_and_the_one_before():
