@@ -3,20 +3,28 @@
 python scripts/benchmark_step.py [model=base] [tokens=65536] [packs=[[3,4,6],[6,8,12]]] [output=FILE]
 
 A step is the trainer's own: noise, forward and backward under autocast, clipping, AdamW and the moving average, on
-packs of scenes of four shots of random latents; packs: token grids of a shot. Each step has a pack of its own, whose
-number of shots changes, as in training. Its floor is what no code could spare:
+packs of scenes of four shots of random latents, which come as the loader sends them; packs: token grids of a shot. The
+number of scenes changes from step to step, as in training. The floor of a step is what no code could spare:
 
 - the FLOPs of its matmuls and of its attended pairs, forward and backward, at the rate of one large bf16 matmul
 - the bytes that its pointwise operations, the optimizer and the casts of weights must move, at the speed of a copy
 
-`host` is the time that the host takes to launch a step, `busy` that of the kernels on the GPU.
+`host` is the time that the host takes to launch a step, `busy` that of the kernels on the GPU, which are told by kind.
+Phases are timed on the GPU: where the host is behind, they hold the GPU's waiting. `data` is what comes before forward:
+the batch, its tables and its noise levels. What is measured is printed at once, with the functions that take the host
+longest, and a row is written when its pack is done; a row of the same model, tokens and pack is replaced.
 """
 
-import json
+import cProfile
+import pstats
+import re
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,20 +33,40 @@ import torch
 from torch import nn
 
 from configs.command import command
-from data.records import write_whole
+from data.loading.ahead import ahead
+from data.loading.parcel import Parcel, unwrap, wrap
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
+from moc.files import write_whole
 from moc.schedule import MoCSchedule
 from moc.training import Trainer, TrainerConfig
 from moc.training.optim import OptimConfig
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
 from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, matmul_flops_per_ms
+from scripts.rows import measured_on, put_row
 
 SHOTS, TEXT_TOKENS, CHANNELS, TEXT_DIM = 4, 16, 64, 128
-WARM_UP, STEPS = 6, 10
+WARM_UP, STEPS = 4, 10
+SIZES = 3  # numbers of scenes that take turns
+KEY = ("gpu", "model", "tokens", "grid", "execution")
+PHASES = ("data", "forward", "backward", "optimizer")
+
+# Kinds of kernels by their names; the first that fits counts.
+KINDS = {
+    "attention": "flash|fmha|sdpa|masked_|^(forward|merge|delta|dq|add_dq|gather|dkv)_kernel",
+    "routing": "^(means|route|bound|list|select|drop|mark|count|scan|place)_kernel",
+    "norms, modulation, gates": "^(modulate|add_gated|rms_norm|rotate|group_sums)",
+    "fp32 matmuls": "sgemm|s1688gemm|f32f32_f32f32_f32|f32f32f32_f32|tf32",
+    "matmuls": "gemm|nvjet|cutlass|cublas",
+    "optimizer, average, norm": "multi_tensor|fused_adam|lpnorm",
+    "scatter and gather": "index|gather|scatter|catarray",
+    "sums": "reduce",
+    "copies": "memcpy|memset|copy",
+    "random numbers": "distribution|normal_",
+}
 
 # Tokens' widths that the pointwise operations of one block read and write at the least: two modulated norms, norms and
 # rotation of q and k, two gated sums; backward also the sums of gradients at two forks.
@@ -72,76 +100,113 @@ class StepConfig:
 def main(config: StepConfig) -> None:
     check_gpu()
     parallel = Parallel()
-    model = build_model(config.model, latent_channels=CHANNELS, text_dim=TEXT_DIM)
+    with parallel.device:
+        model = build_model(config.model, latent_channels=CHANNELS, text_dim=TEXT_DIM)
     model.execution = config.execution
     rates = {"flops": matmul_flops_per_ms(), "bytes": copy_bytes_per_ms()}  # a millisecond
-    rows, head = [], header()
+    output = Path(config.output)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             parallel, model, Flow(), config.moc, MoCSchedule(), OptimConfig(), TrainerConfig(), Path(folder), 0,
             lambda _: None,
         )  # fmt: skip
         for grid in config.packs:
-            rows.append(measure(trainer, tuple(grid), config, rates))
-            print(rows[-1], flush=True)
-            write_whole(Path(config.output), (json.dumps({"header": head, "rows": rows}, indent=1) + "\n").encode())
-    write_whole(Path(config.output).with_suffix(".md"), table(head, rows).encode())
+            row = measure(trainer, tuple(grid), config, rates)
+            rows = put_row(output, row, KEY, header() | {"execution": str(config.execution)})
+            write_whole(output.with_suffix(".md"), table(rows).encode())
+    print(f"{output} holds all rows")
 
 
-def make_pack(model: nn.Module, grid: tuple[int, int, int], scenes: int, chunk_tokens: int) -> Batch:
+def make_pack(model: nn.Module, grid: tuple[int, int, int], scenes: int, chunk_tokens: int) -> Parcel:
+    """A batch as a worker of the loader sends it."""
     shape = (CHANNELS, *(size * patch for size, patch in zip(grid, model.stream.patch, strict=True)))
 
     def sample(position: int) -> Sample:
-        text = [torch.randn(TEXT_TOKENS, TEXT_DIM) for _ in range(SHOTS + 1)]
-        return Sample([torch.randn(shape) for _ in range(SHOTS)], text, position)
+        text = [torch.randn(TEXT_TOKENS, TEXT_DIM).half() for _ in range(SHOTS + 1)]
+        return Sample([torch.randn(shape).half() for _ in range(SHOTS)], text, position)
 
-    return make_batch([sample(n) for n in range(scenes)], model.stream, chunk_tokens)
+    return wrap(make_batch([sample(n) for n in range(scenes)], model.stream, chunk_tokens))
+
+
+def arriving(parcels: Iterable[Parcel]) -> Iterator[Batch]:
+    """The batches of the parcels by turns, without end, through pinned memory and a thread, as the loader has them."""
+    pinned = [parcel._replace(flat=parcel.flat.pin_memory()) for parcel in parcels]
+    return ahead(lambda: map(unwrap, cycle(pinned)))
 
 
 def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, rates: dict[str, float]) -> dict:
     """A row: the mean step, what the host and the GPU did in it, and its floor."""
     model, moc = trainer.bare_model, trainer.moc
     scene = SHOTS * (grid[0] * grid[1] * grid[2] + TEXT_TOKENS) + TEXT_TOKENS
-    scenes = max(2, config.tokens // scene)
-    packs = [make_pack(model, grid, scenes - n % 2, moc.chunk_tokens) for n in range(WARM_UP + STEPS)]
+    scenes = max(SIZES, config.tokens // scene)
+    parcels = [make_pack(model, grid, scenes - n, moc.chunk_tokens) for n in range(SIZES)]
+    row: dict = {"model": f"dim {config.model.dim}, {config.model.num_layers} layers", "tokens": config.tokens,
+                 "grid": list(grid), "scenes": scenes, "pack_tokens": unwrap(parcels[0]).layout.num_tokens}  # fmt: skip
+
+    def add(**values: object) -> None:
+        print(", ".join(f"{name} {value}" for name, value in values.items()), flush=True)
+        row.update(values)
+
+    print(f"{scenes} scenes of {SHOTS} shots of {grid}", flush=True)
+    flops, moved = floor(trainer, unwrap(parcels[0]))
+    add(floor_matmul_ms=round(flops / rates["flops"], 1), floor_bytes_ms=round(moved / rates["bytes"], 1),
+        matmul_tflops=round(rates["flops"] / 1e9), copy_gb_per_s=round(rates["bytes"] / 1e6))  # fmt: skip
     torch.cuda.reset_peak_memory_stats()
-    for pack in packs[:WARM_UP]:
-        trainer._train_step([pack])
-    torch.cuda.synchronize()
+    source = arriving(parcels)
     start = time.perf_counter()
-    for pack in packs[WARM_UP:]:  # the host runs ahead of the GPU, as in training
-        trainer._train_step([pack])
+    take_steps(trainer, source, WARM_UP)
+    add(warm_up_seconds=round(time.perf_counter() - start, 1))
+    add(**take_steps(trainer, source, STEPS), peak_bytes=torch.cuda.max_memory_allocated())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        take_steps(trainer, source, 1)
+    kernels = [event for event in profile.key_averages() if event.self_device_time_total]
+    times = {event.key: event.self_device_time_total / 1e3 for event in kernels}
+    launches = sum(event.count for event in kernels)
+    add(busy_ms=round(sum(times.values()), 1), launches=launches, kernels_ms=by_kind(times))
+    for name, ms in Counter(times).most_common(12):
+        print(f"    {ms:7.2f} ms of {name[:100]}", flush=True)
+    with cProfile.Profile() as host:
+        take_steps(trainer, source, 1)
+    pstats.Stats(host).sort_stats("tottime").print_stats(16)
+    return row
+
+
+def take_steps(trainer: Trainer, source: Iterator[Batch], count: int) -> dict[str, float]:
+    """Steps as `Trainer.run` takes them; milliseconds of one, of the host alone, and of each phase."""
+    clock = trainer._clock
+    clock.reset()
+    start = time.perf_counter()
+    for _ in range(count):
+        trainer._train_step(clock.wait(lambda: [next(source)]) or [])
+        trainer._look(None, but=1)  # the host runs ahead of the GPU by a step at most, as in training
     launched = time.perf_counter() - start
     torch.cuda.synchronize()
-    taken = time.perf_counter() - start
-    with torch.profiler.profile() as profile:
-        trainer._train_step([packs[0]])
-        torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    flops, moved = floor(trainer, packs[0])
-    return {
-        "model": f"dim {config.model.dim}, {config.model.num_layers} layers",
-        "grid": list(grid), "scenes": scenes, "tokens": packs[0].layout.num_tokens,
-        "step_ms": round(1e3 * taken / STEPS, 1), "host_ms": round(1e3 * launched / STEPS, 1),
-        "busy_ms": round(sum(e.self_device_time_total for e in kernels) / 1e3, 1), "launches": len(kernels),
-        "floor_matmul_ms": round(flops / rates["flops"], 1),
-        "floor_bytes_ms": round(moved / rates["bytes"], 1),
-        "matmul_tflops": round(rates["flops"] / 1e9), "copy_gb_per_s": round(rates["bytes"] / 1e6),
-        "peak_bytes": torch.cuda.max_memory_allocated(),
-    }  # fmt: skip
+    seconds = clock.read()
+    phases = {name: seconds.get(f"{name}_seconds", 0.0) for name in PHASES[1:]}
+    phases = {"data": seconds["step_seconds"] - sum(phases.values())} | phases
+    found = {"step": seconds["step_seconds"], "host": launched / count} | phases
+    return {f"{name}_ms": round(1e3 * value, 1) for name, value in found.items()}
+
+
+def by_kind(times: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of each of `KINDS`, the longest first, and of other kernels; times: by the kernel's name."""
+    kinds: Counter[str] = Counter()
+    for name, ms in times.items():
+        kinds[next((kind for kind, like in KINDS.items() if re.search(like, name.lower())), "other")] += ms
+    return {kind: round(ms, 2) for kind, ms in kinds.most_common()}
 
 
 def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
     """FLOPs and bytes of one step, forward and backward."""
     model = trainer.bare_model
-    batch = pack.to(trainer.parallel.device)
+    batch = pack.rechunk(trainer.moc.chunk_tokens).to(trainer.parallel.device)
     layout = batch.layout
     routes: dict[int, torch.Tensor] = {}
     with torch.no_grad(), trainer.parallel.autocast():
         sigma = torch.ones(layout.num_shots, device=layout.device)
         model(batch.latents, sigma, batch.text, layout, trainer.moc, on_routes=routes.setdefault)
     heads, dim, layers = model.config.num_heads, model.config.dim, model.config.num_layers
-    cost = attention_cost(layout, trainer.moc, routes[0], heads, dim // heads)
+    cost = attention_cost(layout, trainer.moc, routes.get(0), heads, dim // heads)
     attention = 3.5 * layers * cost.flops  # backward: five products a pair to the forward's two
     video, text = len(layout.video_index), len(layout.text_index)
     rows = {"video": video, "text": text}
@@ -156,24 +221,29 @@ def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
     return attention + matmuls, pointwise + WEIGHT_BYTES * sum(p.numel() for p in model.parameters())
 
 
-def table(head: dict, rows: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
     """The record as a Markdown page."""
-    versions = ", ".join(f"{name} {head[name]}" for name in ("torch", "cuda", "cudnn", "triton") if head[name])
+    kinds = dict.fromkeys(kind for row in rows for kind in row["kernels_ms"])
     lines = []
     for row in rows:
         least = row["floor_matmul_ms"] + row["floor_bytes_ms"]
         grid = "x".join(map(str, row["grid"]))
         lines.append([
-            row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["tokens"], row["step_ms"], row["host_ms"],
+            row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["pack_tokens"], row["step_ms"], row["host_ms"],
             row["busy_ms"], row["launches"], f"{row['floor_matmul_ms']} + {row['floor_bytes_ms']}",
             f"{row['step_ms'] / least:.2f}", f"{row['peak_bytes'] / 2**30:.1f}",
+            *(row[f"{phase}_ms"] for phase in PHASES), str(row["commit"])[:7],
         ])  # fmt: skip
     columns = [
         "model", "pack", "tokens", "step ms", "host ms", "busy ms", "launches", "floor ms, matmuls + bytes",
-        "of floor", "peak GiB",
+        "of floor", "peak GiB", *(f"{phase} ms" for phase in PHASES), "commit",
     ]  # fmt: skip
-    about = f"{head['gpu']}; {versions}; {head['date']}; commit {head['commit']}. Made by scripts/benchmark_step.py."
-    return f"# A whole training step\n\n{about}\n\n{markdown_table(columns, lines)}\n"
+    shares = [[row["pack_tokens"], *(row["kernels_ms"].get(kind, "") for kind in kinds)] for row in rows]
+    about = f"{measured_on(rows)} Made by scripts/benchmark_step.py, which says what the columns are."
+    return "\n\n".join([
+        "# A whole training step", about, markdown_table(columns, lines),
+        "## Kernels of a step, ms", markdown_table(["tokens", *kinds], shares),
+    ]) + "\n"  # fmt: skip
 
 
 if __name__ == "__main__":
