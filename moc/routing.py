@@ -19,6 +19,7 @@ from torch import Tensor
 from moc.config import Candidates, DropKey, MoCConfig
 from moc.context import is_candidate
 from moc.layout import ShotLayout
+from moc.move import move
 
 SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a time, over all heads
 
@@ -82,7 +83,7 @@ def _first_chunks(layout: ShotLayout) -> Tensor:
         if group.video_tokens:
             rows[group.sample].append(group.first_chunk + (group.text_tokens > 0))
     width = max(map(len, rows))
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows]).to(layout.device, non_blocking=True)
+    return move(torch.tensor([row + [-1] * (width - len(row)) for row in rows]), layout.device)
 
 
 def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moc.move import move
+
 TILE = 64
 
 
@@ -29,4 +31,4 @@ class Members(NamedTuple):
         within = (torch.arange(len(tile_group)) - first_tile[tile_group])[:, None] * TILE + torch.arange(TILE)
         inside = within < sizes[tile_group, None]
         tiles = (start[tile_group, None] + within).masked_fill(~inside, -1)
-        return cls(group, tiles.to(group.device, non_blocking=True), tile_group.to(group.device, non_blocking=True))
+        return cls(group, move(tiles, group.device), move(tile_group, group.device))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moc import ShotLayout
 from moc.layout import Grid
+from moc.move import move
 from models.fuse import fused
 
 
@@ -40,7 +41,7 @@ def interleaved_positions(layout: ShotLayout) -> Tensor:
         pieces.append(_group_coordinates(group.text_tokens, group.grid))
         starts.append(start)
         start += group.text_tokens + max(group.grid or (0,))
-    return _shifted(pieces, torch.tensor(starts, dtype=torch.float64)[:, None]).to(layout.device, non_blocking=True)
+    return move(_shifted(pieces, torch.tensor(starts, dtype=torch.float64)[:, None]), layout.device)
 
 
 def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
@@ -54,7 +55,7 @@ def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
             pieces.append(grid_coordinates(shot.grid))
             starts.append((start, 0.0, 0.0))
             start += shot.grid[0]
-    return _shifted(pieces, torch.tensor(starts, dtype=torch.float64)).to(layout.device, non_blocking=True)
+    return move(_shifted(pieces, torch.tensor(starts, dtype=torch.float64)), layout.device)
 
 
 def _shifted(pieces: list[Tensor], starts: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from moc.errors import UserError
 from moc.exchange import Exchange
 from moc.execution import AUTO
 from moc.layout import Grid, Group
+from moc.move import move
 from models.lora import Trainable
 from models.members import Members
 from models.recompute import RecomputedParts
@@ -95,7 +96,7 @@ class Part:
         return (
             Members.build(group[self.text_index], texts),
             Members.build(group[self.video_index], videos),
-            starts.to(self.layout.device, non_blocking=True),
+            move(starts, self.layout.device),
         )
 
     def gather(self, video: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ Tensors there have shapes and no values. An operation that mixes them with the C
 for a value. Attention itself is left out: its kernels have tests of their own.
 """
 
+import ast
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +146,16 @@ def test_a_script_with_a_picture(tmp_path):
     assert plan.given[1].device == META
     decode = codec.shot_decoder()
     assert all(piece.device == META for piece in decode(torch.empty(54, 3, 8, 12, device=META)))
+
+
+def test_tables_reach_a_gpu_through_pinned_memory():
+    """A copy from other memory holds the host until the GPU has come to it, whatever `non_blocking` says."""
+    root = Path(__file__).parents[1]
+    owners = {"moc/move.py", "moc/batch.py", "moc/training/offload.py", "moc/training/outcome.py"}  # pinned, or from it
+    files = [file for room in ("moc", "models") for file in (root / room).rglob("*.py")]
+    for file in files:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        copies = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "to"]
+        at_once = [c.lineno for c in copies if any(word.arg == "non_blocking" for word in c.keywords)]
+        name = str(file.relative_to(root))
+        assert name in owners or not at_once, f"{name}, lines {at_once}: moc.move.move is what copies tables"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moc.kernels import dense
 from moc.kernels.dense import DenseKernel
+from moc.move import move
 
 MAX_NUMBERS = 1 << 31  # FlashAttention-2 addresses gathered keys by 32-bit numbers
 MAX_RUNS = 65535
@@ -52,7 +53,7 @@ class Packed(NamedTuple):
         index = torch.cat(list(keys))
         in_order = len(index) == num_tokens and bool((index == torch.arange(num_tokens)).all())
         tables = [index[:0]] * 6 if in_order else _rows_of_tokens(index, num_tokens)
-        moved = [x.to(device, non_blocking=True) for x in (*starts, *tables)]
+        moved = [move(x, device) for x in (*starts, *tables)]
         return cls._make([*moved, max(lengths), max(counts)])
 
     def head_blocks(self, k: Tensor) -> list[slice]:

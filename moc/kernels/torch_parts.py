@@ -20,6 +20,7 @@ from moc.execution import AUTO, Execution
 from moc.kernels import anchors, dense, masked
 from moc.kernels.dense import DenseKernel
 from moc.layout import ShotLayout
+from moc.move import move
 from moc.routing import route
 
 __all__ = ["attend", "route"]
@@ -214,7 +215,7 @@ class _VarLen:
             lists.num_heads, device=chunk_starts.device, dtype=torch.int32
         ).unsqueeze(1)
         end = chunk_starts[-1:] * lists.num_heads
-        starts = torch.tensor(lists.starts, dtype=torch.int32).to(chunk_starts.device, non_blocking=True)
+        starts = move(torch.tensor(lists.starts, dtype=torch.int32), chunk_starts.device)
         longest = max(end - start for start, end in zip(lists.starts, lists.starts[1:], strict=False))
         return starts, torch.cat([by_head.flatten(), end]), longest, layout.max_chunk_tokens
 

@@ -18,6 +18,7 @@ from moc.config import DropKey, MoCConfig
 from moc.kernels.sizes import cdiv, next_power_of_2
 from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask
 from moc.layout import ShotLayout
+from moc.move import move
 from moc.routing import COUNT_IN, COUNT_OFF, KEY_IN, KEY_OFF, drop_base, poisson_thresholds
 
 _COUNT_OFF, _COUNT_IN = tl.constexpr(COUNT_OFF), tl.constexpr(COUNT_IN)
@@ -138,7 +139,7 @@ def _keep_lowest(keys, chunk, best, added, routed):
 @cache
 def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
     """`poisson_thresholds` on a device; kept, so that no layer copies them."""
-    return torch.tensor(poisson_thresholds(rate, most), dtype=torch.float32).to(device, non_blocking=True)
+    return move(torch.tensor(poisson_thresholds(rate, most), dtype=torch.float32), device)
 
 
 def _drop_routes(

@@ -27,6 +27,7 @@ from moc.kernels.anchors import refuse_second_derivative
 from moc.kernels.sizes import cdiv, masked_blocks, padded
 from moc.kernels.triton_kernels import LOG2E, delta_kernel, load_rows, store_rows
 from moc.layout import ShotLayout
+from moc.move import move
 
 MAX_CHUNKS = 64  # of a sample: the bits of a word
 MAX_TOKENS = 2048  # of a sample, on average: up to there, lists to leave keys out cost what they save, on an H100
@@ -52,7 +53,7 @@ def masked_plan(q: Tensor, layout: ShotLayout, config: MoCConfig) -> MaskedPlan 
     """
     tile = masked_blocks(q).tile
     key = ("masked", config.own_anchor, config.text_anchor, tile)
-    return layout.memo(key, lambda: _plan(layout, config, tile)) if _is_short(layout) else None
+    return layout.memo(key, lambda: _plan(layout, config, tile) if _is_short(layout) else None)
 
 
 def _is_short(layout: ShotLayout) -> bool:
@@ -70,10 +71,9 @@ def _plan(layout: ShotLayout, config: MoCConfig, tile: int) -> MaskedPlan:
         for start, end in layout.sample_ranges
         for block in range(start, end, tile)
     ]
-    device = layout.device
     first_chunk = layout.sample_first_chunk[layout.token_sample]
     return MaskedPlan(
-        torch.tensor(blocks, dtype=torch.int32).to(device, non_blocking=True),
+        move(torch.tensor(blocks, dtype=torch.int32), layout.device),
         layout.token_chunk - first_chunk,
         first_chunk,
         _anchor_bits(layout, config)[layout.token_chunk],
