@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from film.plan import FilmPlan
-from moc import MoCConfig, ShotLayout
+from moc import Descriptor, MoCConfig, ShotLayout
 from moc.batch import Sample, make_layout
 from moc.cost import FLOPS_PER_PAIR
 from moc.diffusion import Flow, SamplingConfig, guidance_scales, plan_steps
+from moc.training import MeshConfig
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
+LEAST = 4  # of them that no block can do without: the tokens, their queries, keys and values
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Estimate:
     sparsity: of attention in the last step's stream, each query with as many routes as it can have.
     forwards: calls of the model.
     flops, dense_flops: of all of them, with this attention and with a dense one that remembers nothing.
-    memory: bytes of the weights, of keys and values that are kept and of a forward, roughly.
+    memory: bytes of the weights, of keys and values that are kept and of a forward, roughly, on each device.
+    least: bytes without which it cannot be made: those of the weights and of a forward that keeps nothing in between.
     """
 
     shot_tokens: list[int]
@@ -33,6 +36,7 @@ class Estimate:
     flops: float
     dense_flops: float
     memory: float
+    least: float
 
     def lines(self, plan: FilmPlan) -> list[str]:
         """A table for the user."""
@@ -55,9 +59,19 @@ class Estimate:
         ]
 
 
-def estimate(plan: FilmPlan, model: Any, moc: MoCConfig, flow: Flow, sampler: SamplingConfig) -> Estimate:
-    """model: a `StreamModel`, or two experts, of which one is called at a time."""
-    network = getattr(model, "high", model)
+def estimate(
+    plan: FilmPlan,
+    sampler: SamplingConfig,
+    model: Any,
+    moc: MoCConfig,
+    flow: Flow,
+    mesh: MeshConfig | None = None,
+    offload: bool = False,
+) -> Estimate:
+    """model: a `StreamModel`, or two experts, of which one is called at a time, and, if `offload`, on the device. mesh:
+    how processes share it."""
+    experts = [model.high, model.low] if hasattr(model, "high") else [model]
+    network, mesh = experts[0], mesh or MeshConfig()
     latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
     stream = _Stream(make_layout(Sample(latents, plan.text), network.stream, moc.chunk_tokens), moc)
     linears = sum(module.weight.numel() for module in network.blocks.modules() if isinstance(module, nn.Linear))
@@ -68,7 +82,7 @@ def estimate(plan: FilmPlan, model: Any, moc: MoCConfig, flow: Flow, sampler: Sa
         return 2.0 * linears * tokens + layers * FLOPS_PER_PAIR * width * pairs
 
     spent = dense = 0.0
-    most_tokens = forwards = 0
+    most_tokens = most_seen = forwards = 0
     story = plan.story()
     steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, story.num_references)
     for step in steps:
@@ -78,18 +92,23 @@ def estimate(plan: FilmPlan, model: Any, moc: MoCConfig, flow: Flow, sampler: Sa
         forwards += sides
         spent += sides * flops(tokens, stream.pairs(computed, step.shots, moc.dense or step.is_dense))
         dense += sides * flops(total, total**2)
-        most_tokens = max(most_tokens, tokens)
+        most_tokens, most_seen = max(most_tokens, tokens), max(most_seen, total)
     last = steps[-1].shots
-    weights = sum(weight.nbytes for weight in model.parameters())
-    size = next(network.parameters()).itemsize
-    kept = (2 if forwards > len(steps) else 1) * 2 * layers * sum(stream.tokens) * width * size if remembers else 0
+    weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
+    held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
+    token = width * next(network.parameters()).itemsize / mesh.sequence  # bytes of one's features
+    remembered = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such tensors a token, in each layer and cache
+    caches = len(experts) * (2 if forwards > len(steps) else 1) if remembers else 0
+    # What is remembered of others may be computed again, or come from elsewhere, but for one layer's keys and values.
+    needed = LEAST * most_tokens + 2 * (most_seen - most_tokens)
     return Estimate(
         shot_tokens=stream.tokens,
         sparsity=1 - stream.pairs(last, last, moc.dense) / sum(stream.tokens[shot] for shot in last) ** 2,
         forwards=forwards,
         flops=spent,
         dense_flops=dense,
-        memory=weights + kept + WIDE * most_tokens * width * size,
+        memory=held + (caches * remembered * layers * sum(stream.tokens) + WIDE * most_tokens) * token,
+        least=held + needed * token,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from film.estimate import Estimate, estimate
+from film.fit import check_fits
 from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
 from film.presentation import present
@@ -26,7 +27,7 @@ from moc import Execution, MoCConfig, __version__
 from moc.checkout import commit
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
 from moc.errors import UserError
-from moc.memory import SAMPLING, enough_for
+from moc.memory import SAMPLING, enough_for, room
 from moc.statistics import RoutingMap
 from moc.training import MeshConfig, Parallel, ParallelConfig
 from models import Encoders, load_denoiser, load_encoders, place
@@ -182,8 +183,8 @@ class Filmmaker:
     def make(
         self, films: Sequence[tuple[Script, FilmFolder]], redo: Sequence[int] = (), watch: OnStep | None = None
     ) -> None:
-        """Films scripts, as `film` does; returns when all processes have made theirs. All are encoded before the first
-        is sampled; each team of processes takes its share of them."""
+        """Films scripts, as `film` does; returns when all processes have made theirs. Before the first is sampled all
+        are encoded, and refused where one does not fit into memory; each team of processes takes its share of them."""
         films = films[self.parallel.team :: self.parallel.num_teams]
         plans = []
         for script, folder in films:
@@ -191,6 +192,9 @@ class Filmmaker:
                 seeded = self.with_seeds_of(folder, script, redo) if self.parallel.leads else script
                 script = self.parallel.share(seeded)
             plans.append((self.plan(script), folder))
+        for plan, folder in plans:
+            if self.parallel.leads and (redo or not folder.is_finished):
+                self.check_memory(plan)
         for plan, folder in plans:
             self.film(plan, folder, redo, watch)
         self.parallel.gather(None)
@@ -203,7 +207,16 @@ class Filmmaker:
 
     def estimate(self, plan: FilmPlan) -> Estimate:
         """What a film will cost."""
-        return estimate(plan, self._loaded, self.moc, self.flow, self.sampler)
+        return self._count(plan, self.sampler, offload=self.config.offload)
+
+    @property
+    def _count(self) -> Callable[..., Estimate]:
+        """`estimate` of this model under these settings of attention."""
+        return partial(estimate, model=self._loaded, moc=self.moc, flow=self.flow, mesh=self.config.parallel)
+
+    def check_memory(self, plan: FilmPlan) -> None:
+        """Raises UserError, with what would fit, where a film cannot fit into the device's memory."""
+        check_fits(plan, self._count, self.sampler, self.config.offload, room(self.parallel.device))
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = (), watch: OnStep | None = None) -> None:
         """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Of a team every process

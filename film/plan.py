@@ -5,7 +5,7 @@ Codec and text encoder are handed in; of the codec this module knows the interfa
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,24 @@ class FilmPlan:
         """Encodes what to steer to, and away from: the negative prompt as global caption, null shot captions."""
         self.text = encode(self.script.global_caption, self.captions)
         self.negative = encode(self.script.negative, [""] * len(self.captions))
+
+    def first(self, num_shots: int) -> "FilmPlan":
+        """The plan of the script's first shots."""
+        end = self.filmed[num_shots - 1] + 1
+        return replace(
+            self,
+            script=replace(self.script, shots=self.script.shots[:num_shots]),
+            shapes=self.shapes[:end],
+            captions=self.captions[:end],
+            given={index: latent for index, latent in self.given.items() if index < end},
+            ends={index: latent for index, latent in self.ends.items() if index < end},
+            filmed=self.filmed[:num_shots],
+            num_frames=self.num_frames[:num_shots],
+            cuts=self.cuts[:end],
+            noise_keys=self.noise_keys[:end],
+            text=self.text[: 1 + end],
+            negative=self.negative[: 1 + end],
+        )
 
     def story(self) -> Story:
         """What to sample; texts must be encoded."""

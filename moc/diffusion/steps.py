@@ -42,9 +42,8 @@ def plan_steps(
     table = torch.zeros(len(clocks), num_shots)
     table[:, unknown] = clocks
     steps = []
-    for number, (now, after) in enumerate(pairwise(table)):
-        moving = [index for index in unknown if after[index] < now[index]]
-        steps_done = (table[: number + 1] < 1).sum(dim=0).tolist()
+    for (now, after), steps_done in zip(pairwise(table), (table < 1).cumsum(dim=0).tolist(), strict=False):
+        moving = (after < now).nonzero().flatten().tolist()
         is_dense = steps_done[moving[-1]] < config.dense_steps
         shots = _stream(now, moving, config.context_shots, num_references)
         steps.append(Step(now, after, shots, moving, steps_done, is_dense))
@@ -66,5 +65,5 @@ def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: b
 def _stream(now: Tensor, moving: list[int], context_shots: int, num_references: int) -> list[int]:
     """The shots of a step's stream: references, finished ones before those on the move (the latest `context_shots`),
     and these."""
-    finished = [index for index in range(num_references, max(moving)) if now[index] == 0]
+    finished = [index for index in (now == 0).nonzero().flatten().tolist() if num_references <= index < max(moving)]
     return sorted([*range(num_references), *moving, *finished[-context_shots:]])

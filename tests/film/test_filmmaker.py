@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from data.errors import DataError
 from film.batch import find_films
+from film.estimate import estimate
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.folder import METADATA, FilmFolder
 from film.script import load_script
@@ -20,6 +23,7 @@ from moc import MoCConfig
 from moc.diffusion import SamplingConfig, sample_shots
 from moc.errors import UserError
 from models.checkpoints.contents import Contents
+from models.checkpoints.experts import Experts
 from models.checkpoints.seen import Seen
 from tests.pipeline import command
 
@@ -298,6 +302,48 @@ def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, mo
     text = "\n".join(guess.lines(plan))
     assert "goes on" in text
     assert f"{sum(guess.shot_tokens)} tokens" in text
+
+
+def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write):
+    """Of experts that take turns one is on the device; what both remember is."""
+    filmmaker = open_filmmaker(trained)
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+    one, pair = filmmaker.model, Experts(filmmaker.model, deepcopy(filmmaker.model))
+    settings = {"moc": filmmaker.moc, "flow": filmmaker.flow}
+    assert filmmaker.moc.flows_forward
+
+    def memory(model, offload=False, **sampler) -> float:
+        return estimate(plan, replace(filmmaker.sampler, **sampler), model, **settings, offload=offload).memory
+
+    weights = sum(weight.nbytes for weight in one.parameters())
+    assert memory(pair, cache=False) - memory(one, cache=False) == weights
+    assert memory(pair, cache=False, offload=True) == memory(one, cache=False)
+    assert memory(pair) - memory(one) > weights
+    assert memory(one, guidance_scale=1.0) < memory(one)
+
+
+def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, write, tmp_path, monkeypatch, caplog):
+    """Before the first film of a batch is begun; what is said to fit does, and a film that may fit is made."""
+    filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
+    stories = [write(STORY | {"shots": [SHOT] * count}, f"{count}.yaml") for count in (1, 9)]
+    films = [(filmmaker.read(story), FilmFolder(tmp_path / story.stem)) for story in stories]
+    plan = filmmaker.plan(films[1][0])
+    need = filmmaker.estimate(plan)
+    room = filmmaker.estimate(plan.first(2)).memory
+    assert filmmaker.estimate(plan.first(3)).memory > room
+    assert room < need.least < need.memory
+    monkeypatch.setattr("film.filmmaker.room", lambda _: room)
+    with pytest.raises(UserError, match=r"9 shots, \d+ tokens, need .* of memory at least, and there are") as refused:
+        filmmaker.make(films)
+    assert "sampler=shot_by_shot" in str(refused.value)
+    assert str(refused.value).endswith("or its first 2 shots")
+    assert not (tmp_path / "1").exists()
+    monkeypatch.setattr("film.filmmaker.room", lambda _: need.least)
+    filmmaker.make(films)
+    assert "9 shots" in caplog.text
+    assert "may need about" in caplog.text
+    monkeypatch.setattr("film.filmmaker.room", lambda _: 0)
+    filmmaker.make(films)  # are whole
 
 
 def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):
