@@ -95,7 +95,7 @@ SWAPS = ((24, 1), (24, 2), (24, 4), (24, 7), (24, 14), (12, 2), (12, 3), (6, 4),
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
     "dense": lambda steps: ["moc=dense"],
-    "moc_from_dense": lambda steps: [progressive(steps)],
+    "moc_progressive": lambda steps: [progressive(steps)],
     "moc": lambda steps: [],
     "own_shot": lambda steps: ["moc.top_k=0", *NO_DROPS],
     "first_frame": lambda steps: ["moc.candidates=first", "moc.chunk_tokens=24", "moc.top_k=7", *NO_DROPS],

@@ -11,7 +11,7 @@ from scripts.rows import measured_on, write_figure
 TITLES = {
     "dense": "dense",
     "dense_causal": "all earlier shots, by routing",
-    "moc_from_dense": "MoC, progressive",
+    "moc_progressive": "MoC, progressive",
     "moc": "MoC",
     "moc_no_drops": "MoC, no drops",
     "moc_all_text": "MoC, all text anchored",

@@ -34,7 +34,7 @@ def test_every_row_has_a_title_and_settings():
     assert ROWS.keys() == TITLES.keys()
     shared = arguments("dense", RecallRowsConfig(steps=100, settings=["optim.lr=0.1"]))
     assert shared == ["experiment=recall", "optim.lr=0.1", "trainer.num_steps=100", "seed=0", "moc=dense"]
-    (stages,) = ROWS["moc_from_dense"](100)
+    (stages,) = ROWS["moc_progressive"](100)
     assert stages.startswith("schedule=[{step: 0, chunk_tokens: 48, top_k: 7}, {step: 20,")
     with pytest.raises(UserError, match="lame"):
         RecallRowsConfig(rows=["lame"])
