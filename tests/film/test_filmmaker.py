@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 import signal
+import time
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,19 @@ def killed_at(replacement: int, work) -> bool:
     return os.WIFSIGNALED(status)
 
 
+def killed_after(seconds: float, work) -> bool:
+    """Whether `work`, in a process of its own, is killed before its end, so many seconds after it began."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
 def times_killed(work) -> int:
     """Does `work` in process after process, each killed before one more file gets its name than the one before it gave,
     until it is done; returns how many were killed."""
@@ -91,6 +107,26 @@ def test_a_film_that_is_killed_again_and_again_is_the_film_that_never_was(traine
     filmmaker.film(plan, FilmFolder(tmp_path / "whole"))
     assert times_killed(lambda: filmmaker.film(plan, FilmFolder(tmp_path / "killed"))) > 3
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_film_that_is_killed_at_twenty_random_moments_is_the_film_that_never_was(trained, write, tmp_path):
+    """Within a step, a file or a picture. What ends before it is killed is compared, and the next film begins."""
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "reef.png")
+    shots = [SHOT, SHOT | {"cut": False}, SHOT | {"image": "reef.png"}, SHOT]
+    filmmaker, moments = open_filmmaker(trained, lag=0.5, steps=6), random.Random(0)
+    plan, began = filmmaker.plan(filmmaker.read(write(STORY | {"shots": shots}))), time.monotonic()
+    filmmaker.film(plan, FilmFolder(tmp_path / "whole"))
+    whole, duration = contents(tmp_path / "whole"), time.monotonic() - began
+    kills = films = 0
+    while kills < 20:
+        films += 1
+        folder = FilmFolder(tmp_path / f"film_{films}")
+        work = partial(filmmaker.film, plan, folder)
+        while kills < 20 and killed_after(moments.uniform(0, duration), work):
+            kills += 1
+        work()
+        assert contents(folder.path) == whole
 
 
 def test_a_film_is_repeated_from_its_metadata(trained, write, tmp_path):
