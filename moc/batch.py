@@ -5,12 +5,14 @@ A model says through its `StreamSpec` how latents become tokens; `make_batch` la
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from moc.errors import UserError
 from moc.layout import Shot, ShotLayout
+from moc.move import move
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,21 @@ def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """`tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
     if device.type == "cpu" or tensors[0].device.type != "cpu" or len({x.dtype for x in tensors}) > 1:
         return [x.to(device, torch.float32) for x in tensors]
-    flat = torch.empty(sum(x.numel() for x in tensors), dtype=tensors[0].dtype, pin_memory=device.type == "cuda")
-    torch.cat([x.reshape(-1) for x in tensors], out=flat)
-    pieces = flat.to(device, non_blocking=True).float().split([x.numel() for x in tensors])
-    return [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+    flat, places = _side_by_side(tensors)
+    moved = move(flat, device).float()
+    return [moved[place : place + x.numel()].view(x.shape) for x, place in zip(tensors, places, strict=True)]
+
+
+def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """A flat tensor that holds those of one dtype, and where in it each begins: the memory they share, where they fill
+    at least half of it, as those of a loader do, and otherwise a copy."""
+    sizes, starts = [x.numel() for x in tensors], [x.storage_offset() for x in tensors]
+    first = min(starts)
+    length = max(start + size for start, size in zip(starts, sizes, strict=True)) - first
+    memory = {x.untyped_storage().data_ptr() for x in tensors}
+    if len(memory) == 1 and length <= 2 * sum(sizes) and all(x.is_contiguous() for x in tensors):
+        return tensors[0].as_strided((length,), (1,), first), [start - first for start in starts]
+    return torch.cat([x.reshape(-1) for x in tensors]), [0, *accumulate(sizes[:-1])]
 
 
 def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:

@@ -92,11 +92,10 @@ class Part:
         places = [(g.start, g.start + g.text_tokens, g.end) for g in self.groups]
         inside = [[min(max(place, self.start), self.end) for place in of_group] for of_group in places]
         texts, videos = [b - a for a, b, _ in inside], [c - b for _, b, c in inside]
-        starts = torch.tensor([0, *accumulate(g.text_tokens for g in self.groups)])
         return (
             Members.build(group[self.text_index], texts),
             Members.build(group[self.video_index], videos),
-            move(starts, self.layout.device),
+            move(torch.tensor([0, *accumulate(g.text_tokens for g in self.groups)]), self.layout.device),
         )
 
     def gather(self, video: Tensor) -> Tensor:

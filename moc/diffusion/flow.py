@@ -169,8 +169,10 @@ class Flow:
         noise: list[Tensor] = []
         for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True):
             latents = batch.latents[len(noise) : len(noise) + len(shots)]
-            generator = torch.Generator(latents[0].device).manual_seed(draw_key(seed, 2 * position + 1))
-            noise += [torch.randn(x.shape, generator=generator, device=x.device) for x in latents]
+            device, sizes = latents[0].device, [x.numel() for x in latents]
+            generator = torch.Generator(device).manual_seed(draw_key(seed, 2 * position + 1))
+            drawn = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)  # one launch a sample
+            noise += [part.view(x.shape) for part, x in zip(drawn, latents, strict=True)]
         return noise
 
     def loss(

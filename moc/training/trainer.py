@@ -311,15 +311,13 @@ class Trainer:
             batch = batch.rechunk(moc.chunk_tokens).to(self.parallel.device)
             if index and self._interrupted():
                 return False
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.parallel.keep_gradients(self.model):
+            with nullcontext() if index == len(batches) - 1 else self.parallel.keep_gradients(self.model):
                 losses.append(self._pass(batch, level, scale, self.step, moc, self._survey, self._clock.begin))
         self._clock.begin("optimizer")
         grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm))
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config.num_steps, self.optim))
         by_shot = torch.cat(losses)
-        sums = torch.stack([by_shot.sum(), by_shot.isfinite().sum()])
-        loss_sum, num_finite = self.parallel.sum(sums).unbind()
+        loss_sum, num_finite = self.parallel.sum(torch.stack([by_shot.sum(), by_shot.isfinite().sum()])).unbind()
         totals = torch.stack([loss_sum * scale / self.parallel.world_size, grad_norm, num_finite])
         take_step(self.optimizer, totals.isfinite().all())
         self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)  # graphs add to gradients where they are

@@ -142,6 +142,17 @@ def test_draws_belong_to_seed_and_position_alone():
     assert not torch.equal(packed_noise[0], flow.draw_noise(batch(sample(8)), seed=5)[0])
 
 
+def test_noise_takes_one_draw_a_sample(monkeypatch):
+    """Hundreds of shots would be hundreds of launches on a GPU."""
+    draws, real = [], torch.randn
+    packed = batch(*[sample(position, (4, 4)) for position in range(3)])
+    monkeypatch.setattr(torch, "randn", lambda *size, **more: draws.append(size) or real(*size, **more))
+    noise = Flow().draw_noise(packed, seed=0)
+    assert len(draws) == 3
+    assert [x.shape for x in noise] == [x.shape for x in packed.latents]
+    assert not torch.equal(noise[0], noise[1])
+
+
 def test_noise_is_normal_and_its_own_for_each_shot():
     noise = Flow().draw_noise(batch(*[sample(position, (4, 4)) for position in range(100)]), seed=0)
     stacked = torch.stack(noise).flatten(1)
