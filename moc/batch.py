@@ -99,7 +99,7 @@ def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
     """A flat tensor that holds those of one dtype, and where in it each begins: the memory they share, where they fill
     at least half of it, as those of a loader do, and otherwise a copy."""
-    sizes, starts = [x.numel() for x in tensors], [x.storage_offset() for x in tensors]
+    sizes, starts = [x.numel() for x in tensors], [int(x.storage_offset()) for x in tensors]
     first = min(starts)
     length = max(start + size for start, size in zip(starts, sizes, strict=True)) - first
     memory = {x.untyped_storage().data_ptr() for x in tensors}
