@@ -71,9 +71,10 @@ def build_app(studio: Studio) -> gr.Blocks:
         shown, takes = [film, cards, files], [before, now]
 
         def open_script(name: str) -> tuple[Any, ...]:
-            """Shows a film, and its first shot to be made anew: another film's number means another shot."""
+            """Shows a film, and its first shot to be made anew: another film's number means another shot. Under a new
+            name the script may be kept; nothing is left of the film before."""
             if name not in studio.names():
-                return (gr.skip(),) * 8
+                return gr.skip(), 1, "", None, "", None, None, None
             first = studio.read(name).shots[0].prompt
             return studio.text(name), 1, first, *_film(studio, name), *_takes(studio, name, 1)
 

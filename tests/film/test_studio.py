@@ -202,6 +202,7 @@ def test_another_film_begins_at_its_first_shot_and_an_empty_field_is_told(studio
         zip((block.elem_id for block in found["open_script"].outputs), found["open_script"].fn("walk"), strict=True)
     )
     assert (shown["number"], shown["prompt"]) == (1, "Mia walks.")
+    assert found["open_script"].fn("a new one")[1:] == (1, "", None, "", None, None, None)
     assert found["choose"].fn("walk", 2)[0] == "Mia waves."
     for act in (lambda: found["choose"].fn("walk", None), lambda: list(found["film_again"].fn("walk", None, "a", 1))):
         with pytest.raises(Exception, match="Shot is empty"):
