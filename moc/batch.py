@@ -117,12 +117,11 @@ def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> lis
     by_shape: dict[torch.Size, list[int]] = {}
     for index, tensor in enumerate(lists[0]):
         by_shape.setdefault(tensor.shape, []).append(index)
-    results: list[Tensor] = [lists[0][0]] * len(lists[0])
+    results: dict[int, Tensor] = {}
     for members in by_shape.values():
         stacked = function(*(torch.stack([tensors[i] for i in members]) for tensors in lists))
-        for index, result in zip(members, stacked.unbind(), strict=True):
-            results[index] = result
-    return results
+        results.update(zip(members, stacked.unbind(), strict=True))
+    return [results[index] for index in range(len(lists[0]))]
 
 
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:

@@ -151,19 +151,40 @@ class JointBlock(RecomputedParts):
         def attended(text: Tensor, video: Tensor) -> Tensor:
             text_qkv = self.text.project(text, text_mod, part.text_members)
             video_qkv = self.video.project(video, video_mod, part.video_members)
-            return attend(*(join(t, x, part) for t, x in zip(text_qkv, video_qkv, strict=True)))
+            return attend(*(_Join.apply(t, x, part) for t, x in zip(text_qkv, video_qkv, strict=True)))
 
-        out = self.apart(attended, text, video)
-        video = self.video.update(video, out[part.video_index], video_mod, part.video_members)
+        of_text, of_video = _Split.apply(self.apart(attended, text, video), part)
+        video = self.video.update(video, of_video, video_mod, part.video_members)
         if not self.last:
-            text = self.text.update(text, out[part.text_index], text_mod, part.text_members)
+            text = self.text.update(text, of_text, text_mod, part.text_members)
         return text, video
 
 
-def join(text: Tensor, video: Tensor, part: Part) -> Tensor:
-    """Scatters text [Lt, N, D] and video [Lv, N, D] tokens into the stream [L, N, D]."""
-    stream = video.new_empty(part.num_tokens, *video.shape[1:])
-    return stream.index_copy_(0, part.text_index, text.to(video.dtype)).index_copy_(0, part.video_index, video)
+class _Join(torch.autograd.Function):
+    """Text [Lt, N, D] and video [Lv, N, D] -> the stream [L, N, D]; each is the other's gradient, with `_Split`, where
+    indexing's own would fill and add up a whole stream for each of the two."""
+
+    @staticmethod
+    def forward(ctx, text: Tensor, video: Tensor, part: Part) -> Tensor:
+        ctx.part, stream = part, video.new_empty(part.num_tokens, *video.shape[1:])
+        return stream.index_copy_(0, part.text_index, text.to(video.dtype)).index_copy_(0, part.video_index, video)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_Split.apply(grad, ctx.part), None
+
+
+class _Split(torch.autograd.Function):
+    """The stream [L, N, D] -> its text [Lt, N, D] and its video [Lv, N, D]."""
+
+    @staticmethod
+    def forward(ctx, stream: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        ctx.part = part
+        return stream.index_select(0, part.text_index), stream.index_select(0, part.video_index)
+
+    @staticmethod
+    def backward(ctx, text: Tensor, video: Tensor) -> tuple[Tensor, None]:
+        return _Join.apply(text, video, ctx.part), None
 
 
 class FramePlace(nn.Module):

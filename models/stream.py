@@ -328,10 +328,7 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
 def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
     """Shots [C, T, H, W] -> their tokens, in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
     a, b, c = patch
-
-    def tokens(x: Tensor) -> Tensor:
-        return rearrange(x, "n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
-
+    tokens = partial(rearrange, pattern="n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
     return torch.cat(each_shape(tokens, latents))
 
 

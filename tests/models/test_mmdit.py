@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moc import Batch, DropKey, Execution, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
 from models import ModelConfig, build_model, load_model, save_model
-from models.layers import add_gated, layer_norm, modulate, rms_norm, spread
+from models.layers import _Join, _Split, add_gated, layer_norm, modulate, rms_norm, spread
 from models.members import Members
 from models.mmdit import MMDiT
 from models.stream import KeyValueCache, Part, patchify, unpatchify
@@ -291,6 +292,37 @@ def test_spread_has_the_gradient_of_indexing() -> None:
         members = Members.build(group.int(), lengths)
         assert torch.autograd.gradcheck(lambda r, members=members: spread(r, members), rows)
         assert torch.equal(spread(rows, members), rows[group])
+
+
+def test_text_and_video_join_the_stream_and_leave_it_with_the_gradients_of_indexing() -> None:
+    part = Part(make_batch([sample(2), sample(1)], small_model().stream, 12).layout)
+    text, video = (torch.randn(len(index), 2, 3).double() for index in (part.text_index, part.video_index))
+    leaves = [text.requires_grad_(), video.requires_grad_()]
+    stream = _Join.apply(*leaves, part)
+    assert torch.equal(stream[part.text_index], text)
+    assert torch.equal(stream[part.video_index], video)
+    assert all(torch.equal(x, y) for x, y in zip(_Split.apply(stream, part), leaves, strict=True))
+    assert torch.autograd.gradcheck(lambda t, v: _Join.apply(t, v, part), leaves)
+    assert torch.autograd.gradcheck(lambda x: _Split.apply(x, part), stream.detach().requires_grad_())
+    mixed = _Join.apply(text.detach().float().requires_grad_(), video, part)
+    assert mixed.dtype == video.dtype
+
+
+def test_backward_fills_and_adds_up_no_stream() -> None:
+    """As the gradient of indexing does: on a GPU it sorts the indices, for each layer."""
+    seen = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.add(operator.overloadpacket.__name__)
+            return operator(*args, **(kwargs or {}))
+
+    batch = make_batch([sample()], small_model().stream, 12)
+    loss = sum(x.square().sum() for x in run(small_model(), batch, DENSE))
+    with Seen():
+        loss.backward()
+    assert "index_copy_" in seen
+    assert not seen & {"index_put", "index_put_", "_index_put_impl_", "index_fill", "index_fill_", "index_copy"}
 
 
 @pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
