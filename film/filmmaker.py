@@ -281,7 +281,7 @@ class Filmmaker:
         """Computes this process's share of the forward passes of a film that the team makes."""
         story = self._story(plan, {})
         with self._sampling(plan):
-            for _ in self._sample(story, self._routing_map(plan)):
+            for _ in self._sample(story, self.routing_map(plan)):
                 pass
 
     def _story(self, plan: FilmPlan, given: dict[int, Tensor]) -> Story:
@@ -289,7 +289,8 @@ class Filmmaker:
         of its first process."""
         return replace(plan.story(), given=plan.given | self.parallel.share(given))
 
-    def _routing_map(self, plan: FilmPlan) -> RoutingMap:
+    def routing_map(self, plan: FilmPlan) -> RoutingMap:
+        """What counts where the routes of a film go."""
         return RoutingMap(len(plan.shapes), self.parallel.sum_over_heads)
 
     @contextmanager
@@ -298,7 +299,7 @@ class Filmmaker:
             yield
 
     def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any], watch: OnStep | None) -> None:
-        started, routing_map, device = time.time(), self._routing_map(plan), self.parallel.device
+        started, routing_map, device = time.time(), self.routing_map(plan), self.parallel.device
         folder.copy_pictures(plan.pictures)
         shooting = Shooting(folder, plan, self.encoders.codec, request, routing_map, self.config.keep_every)
         story = self._story(plan, shooting.given())

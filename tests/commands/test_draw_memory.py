@@ -1,0 +1,33 @@
+"""The README's moving picture: which head it shows, and that the command draws it."""
+
+import pytest
+import torch
+from PIL import Image
+
+from scripts.draw_memory import most_pointed
+from tests.pipeline import ROOT, assert_one_message, command, refusal
+
+
+def test_the_head_is_shown_that_looks_to_single_shots():
+    even = torch.ones(4, 4).tril(-1)
+    pointed = torch.tensor([[0, 0, 0, 0], [9, 0, 0, 0], [1, 8, 0, 0], [9, 0, 0, 0]]).float()
+    layer, head, shares = most_pointed({0: torch.stack([even, even]), 2: torch.stack([even, pointed])})
+    assert (layer, head) == (2, 1)
+    assert shares[2].tolist() == pytest.approx([1 / 9, 8 / 9, 0, 0])
+
+
+@pytest.mark.parametrize("name", ["recall_moc", "recall_dense"])
+def test_a_film_is_drawn_with_where_it_looks_to(name, tmp_path, capsys):
+    picture = tmp_path / "memory.webp"
+    arguments = (
+        "scripts/draw_memory.py", f"checkpoint={ROOT / 'docs/checkpoints' / name}",
+        f"script={ROOT / 'configs/scripts/recall.yaml'}", f"out={tmp_path / 'film'}", f"output={picture}", "device=cpu",
+        "sampler.steps=1", "sampler.guidance_scale=1",
+    )  # fmt: skip
+    if name == "recall_dense":
+        assert_one_message(refusal(capsys, *arguments), "recall_dense", "routes nowhere")
+        return
+    command(*arguments)
+    with Image.open(picture) as image:
+        assert image.n_frames > 8
+    assert_one_message(refusal(capsys, *arguments), "exists", "another folder")
