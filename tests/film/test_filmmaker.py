@@ -25,6 +25,7 @@ from film.script import load_script
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig, sample_shots
 from moc.errors import UserError
+from moc.training import MeshConfig
 from models.checkpoints.contents import Contents
 from models.checkpoints.experts import Experts
 from models.checkpoints.seen import Seen
@@ -348,14 +349,18 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
     settings = {"moc": filmmaker.moc, "flow": filmmaker.flow}
     assert filmmaker.moc.flows_forward
 
-    def memory(model, offload=False, **sampler) -> float:
-        return estimate(plan, replace(filmmaker.sampler, **sampler), model, **settings, offload=offload).memory
+    def memory(model, offload=False, mesh=None, **sampler) -> float:
+        return estimate(
+            plan, replace(filmmaker.sampler, **sampler), model, **settings, mesh=mesh, offload=offload
+        ).memory
 
     weights = sum(weight.nbytes for weight in one.parameters())
     assert memory(pair, cache=False) - memory(one, cache=False) == weights
     assert memory(pair, cache=False, offload=True) == memory(one, cache=False)
     assert memory(pair) - memory(one) > weights
     assert memory(one, guidance_scale=1.0) < memory(one)
+    assert memory(pair, mesh=MeshConfig(sequence=2)) == memory(pair) / 2
+    assert memory(pair) - memory(pair, mesh=MeshConfig(shard=2)) == weights
 
 
 def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, write, tmp_path, monkeypatch, caplog):
