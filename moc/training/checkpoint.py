@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from moc.config import earlier_cut_gap
 from moc.errors import UserError, disk_error
 from moc.training.integrity import COMPLETE, checksums, damaged_files, seal, sync
+from moc.training.optim import state_device
 from moc.training.storage import read_tensors
 from moc.training.tensor_files import DTYPES, Entry
 
@@ -243,7 +244,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     if names and names != parameters.keys():
         wrong = sorted(names ^ parameters.keys())
         raise UserError(f"{folder} holds optimizer states of another model; they differ in {wrong[:5]}")
-    states = {key: _empty_state(entry, parameters[key.rpartition(".")[0]]) for key, entry in found.items()}
+    states = {key: _empty_state(entry, parameters[key.rpartition(".")[0]], optimizer) for key, entry in found.items()}
     read_tensors(folder, states)
     for key, value in states.items():
         name, _, state = key.rpartition(".")
@@ -262,12 +263,13 @@ def _stored_states(folder: Path) -> dict[str, Entry]:
     return found
 
 
-def _empty_state(entry: Entry, parameter: nn.Parameter) -> Tensor:
-    """A tensor for a state: on its parameter's device, like fused AdamW's step; one of the same shape is sharded as the
-    parameter is."""
+def _empty_state(entry: Entry, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
+    """A tensor for a state. One of the parameter's shape lies where the optimizer keeps such, sharded as the parameter
+    is; another, like fused AdamW's step, beside the parameter."""
     _, dtype, shape = entry
-    if shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    if shape and shape == parameter.shape:
+        device = state_device(optimizer, parameter)
+        return torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
     return torch.empty(shape, dtype=dtype, device=parameter.device)
 
 

@@ -62,7 +62,9 @@ class _OnHost:
 
 class OffloadedAdamW(torch.optim.AdamW):
     """AdamW whose averages of gradients wait on the host. In a step those of some parameters come to the device, which
-    computes as ever, and go back; the host waits for it."""
+    computes as ever, and go back; the host waits for the last of them."""
+
+    state_device = torch.device("cpu")  # where states like a parameter lie between two steps
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -79,12 +81,14 @@ class OffloadedAdamW(torch.optim.AdamW):
                         state[key] = state[key].to(parameter.device, copy=True, non_blocking=True)
                     self.param_groups = [group | {"params": some}]
                     super().step()
-                    self.rest(some)
+                    self._rest(some)
         finally:
             self.param_groups = groups
+            if self._memory and self._memory[0].is_pinned():
+                torch.cuda.current_stream().synchronize()  # what is on its way has come, and can be read
 
-    def rest(self, parameters: Sequence[Tensor]) -> None:
-        """Sends the averages of these parameters to the host."""
+    def _rest(self, parameters: Sequence[Tensor]) -> None:
+        """Sends the averages of these parameters on their way to the host."""
         averages = list(self._averages(parameters))
         new = [(parameter, key) for parameter, _, key in averages if (parameter, key) not in self._hosts]
         if new:
@@ -92,7 +96,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             self._memory.append(host_memory(places.size, new[0][0].is_cuda))
             self._hosts |= dict(zip(new, places.views(self._memory[-1]), strict=True))
         for parameter, state, key in averages:
-            state[key] = self._hosts[parameter, key].copy_(state[key])
+            state[key] = self._hosts[parameter, key].copy_(state[key], non_blocking=True)
 
     def _averages(self, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor], str]]:
         """Each parameter, its state and the name of a tensor in it, but for the count of steps."""
@@ -104,9 +108,12 @@ class OffloadedAdamW(torch.optim.AdamW):
 def _together(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Runs of parameters, each of few numbers or one of them."""
     some: list[Tensor] = []
+    numbers = 0
     for parameter in parameters:
-        if some and sum(x.numel() for x in some) + parameter.numel() > _STEPPED:
+        size = parameter.numel()
+        if some and numbers + size > _STEPPED:
             yield some
-            some = []
+            some, numbers = [], 0
         some.append(parameter)
+        numbers += size
     yield some

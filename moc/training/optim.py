@@ -1,7 +1,7 @@
 """Optimizers by name, and their learning rate: a plain function of the step, so that resuming needs no scheduler."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -146,6 +146,21 @@ class Several(torch.optim.Optimizer):
             optimizer.step()
 
 
+def kept_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, float, torch.device]]:
+    """Of each parameter how many bytes an optimizer comes to keep for one of its own, at least, and where those lie
+    between two steps. An optimizer that is not known here counts as one that keeps nothing."""
+    for one in optimizer.optimizers if isinstance(optimizer, Several) else [optimizer]:
+        kind = type(one)
+        bytes_a_byte = _KEPT.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}", 0.0)
+        for group in one.param_groups:
+            yield from ((p, bytes_a_byte, state_device(one, p)) for p in group["params"])
+
+
+def state_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
+    """Where states of a parameter's shape lie between two steps; counts of steps lie beside the parameter."""
+    return getattr(optimizer, "state_device", parameter.device)
+
+
 def _factor(name: str, parts: Sequence[PartConfig]) -> float:
     return next((part.factor for part in parts if fnmatchcase(name, part.match)), 1.0)
 
@@ -219,3 +234,5 @@ def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
 
 
 _BUILDERS = {"adamw": _build_adamw, "adamw8bit": _build_adamw8bit, "muon": _build_muon}
+# For each byte of a float32 parameter. AdamW8bit keeps two averages of one byte a number.
+_KEPT = {"torch.AdamW": 2.0, "moc.OffloadedAdamW": 2.0, "torch.Muon": 1.0, "bitsandbytes.AdamW8bit": 0.5}

@@ -6,7 +6,7 @@ fused AdamW heeds). The host hears of it when the next step is under way, counts
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,9 +181,17 @@ def check_finite(parallel: Parallel, model: nn.Module, ema: EMA, optimizer: torc
     trained = (weight for weight in model.parameters() if weight.requires_grad)
     tensors = {"weights": trained, "averaged weights": ema.averages.values(), "optimizer's states": states}
     for name, values in tensors.items():
-        finite = [local(value).isfinite().all() for value in values]
-        if parallel.any(bool(finite) and not torch.stack(finite).all()):
+        finite = _by_device(local(value).isfinite().all() for value in values)
+        if parallel.any(not all(map(bool, finite))):
             raise FloatingPointError(
                 f"the {name} are not finite after step {step}, and no checkpoint of it is written; lower optim.lr and "
                 "resume from the newest checkpoint"
             )
+
+
+def _by_device(flags: Iterable[Tensor]) -> list[Tensor]:
+    """Whether all flags of a device are set, for each device that some lie on, so that the host waits once for each."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for flag in flags:
+        found.setdefault(flag.device, []).append(flag)
+    return [torch.stack(some).all() for some in found.values()]

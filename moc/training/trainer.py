@@ -31,7 +31,6 @@ from moc.training.ema import EMA
 from moc.training.group_numbers import GroupNumbers
 from moc.training.interruption import Interruption
 from moc.training.metrics import Metrics, headline
-from moc.training.offload import OffloadedAdamW
 from moc.training.optim import (
     OptimConfig,
     build_optimizer,
@@ -163,8 +162,6 @@ class Trainer:
         self.ema.restore(state["step"])
         ckpt.load_rng(checkpoint, self.parallel.rank)
         ckpt.load_optimizer(checkpoint, self.bare_model, self.optimizer)
-        if isinstance(self.optimizer, OffloadedAdamW):
-            self.optimizer.rest(list(self.optimizer.state))
         self._group_numbers.restore(state.get("optimizer", {"groups": [], "empty": []}))
         self.step = state["step"]
         self._saver.saved_step = self.step
@@ -179,7 +176,6 @@ class Trainer:
         checkpoint is saved, from which the next run goes on. metrics: None on all processes but the main one.
         Raises FloatingPointError where too many steps in a row have no finite loss and gradient.
         """
-        ckpt.refuse_later(self.run_folder, self.step)
         if self.step >= self.config.num_steps:
             return True
         if self.parallel.is_sharded and self.parallel.any(validator is not None and not validator.batches):

@@ -11,8 +11,9 @@ from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
 from moc.diffusion.flow import NoiseLevels
 from moc.schedule import MoCSchedule, Stage
-from moc.training import OptimConfig, find_checkpoint
-from moc.training.optim import PartConfig, build_optimizer, freeze_parts, set_learning_rate
+from moc.training import OptimConfig, find_checkpoint, offload
+from moc.training import checkpoint as ckpt
+from moc.training.optim import PartConfig, build_optimizer, freeze_parts, kept_states, set_learning_rate
 from models import stream
 from models.mmdit import MMDiT
 from tests.runs import DROPS, launch, losses, poisoned, train
@@ -45,8 +46,8 @@ def tensors(folder, pattern="model/*.safetensors"):
 def test_averages_on_the_host_give_the_same_run(cache, tmp_path, monkeypatch):
     """Also over a restart and a step that is left out; parameters step in several runs of some."""
     monkeypatch.setattr("moc.training.offload._STEPPED", 2000)
-    for name, offload in (("plain", False), ("offloaded", True)):
-        optim = OptimConfig(lr=3e-3, warmup_steps=2, offload=offload)
+    for name, on_host in (("plain", False), ("offloaded", True)):
+        optim = OptimConfig(lr=3e-3, warmup_steps=2, offload=on_host)
         with poisoned("scene0.25"):
             train(cache, tmp_path / name, num_steps=2, optim=optim)
         trainer = train(cache, tmp_path / name, num_steps=4, optim=optim, resume=True)
@@ -57,6 +58,52 @@ def test_averages_on_the_host_give_the_same_run(cache, tmp_path, monkeypatch):
     one, two = (tensors(tmp_path / run, "**/*.safetensors") for run in ("plain", "offloaded"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert any(key.endswith("exp_avg") for key in one)
+
+
+def test_averages_that_are_loaded_never_lie_beside_the_weights():
+    """Weights on another device than the host's: torch's meta stands for a GPU."""
+    weight = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
+    average, count = ("weight.exp_avg", torch.float32, (4, 3)), ("weight.step", torch.float32, ())
+    for kind, where in ((torch.optim.AdamW, "meta"), (offload.OffloadedAdamW, "cpu")):
+        optimizer = kind([weight], fused=False)
+        assert ckpt._empty_state(average, weight, optimizer).device.type == where
+        assert ckpt._empty_state(count, weight, optimizer).device.type == "meta"
+
+
+def test_parameters_that_step_together_are_counted_once_each():
+    class Counted:
+        asked = 0
+
+        def numel(self):
+            Counted.asked += 1
+            return offload._STEPPED // 100
+
+    parameters = [Counted() for _ in range(1000)]
+    runs = list(offload._together(parameters))
+    assert [len(run) for run in runs] == [100] * 10
+    assert [x for run in runs for x in run] == parameters
+    assert Counted.asked == 1000
+
+
+@pytest.mark.parametrize("name", ["adamw", "offloaded", *list(OPTIMIZERS)[1:]])
+def test_an_optimizer_says_what_it_keeps_at_least_and_where(name):
+    """By what lies there after a step, counts of steps left out."""
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    net = model()
+    optimizer = build_optimizer(net, OPTIMIZERS.get(name, OptimConfig(offload=True)))
+    told = list(kept_states(optimizer))
+    assert {id(p) for p, _, _ in told} == {id(p) for p in net.parameters()}
+    assert {device.type for _, _, device in told} == {"cpu"}
+    for parameter in net.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for parameter, bytes_a_byte, _ in told:
+        states = optimizer.state.get(parameter, {}).values()
+        held = sum(x.nbytes for x in states if isinstance(x, torch.Tensor) and x.dim())
+        assert bytes_a_byte * parameter.nbytes <= held
+        if name in ("adamw", "offloaded", "muon"):
+            assert bytes_a_byte * parameter.nbytes == held
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from moc.training import OptimConfig, find_checkpoint, read_metrics
+from moc.training.outcome import _by_device
 from tests.runs import DROPS, losses, poisoned, train
 
 SCENES = [f"scene{number / 4}" for number in range(8)]
@@ -117,3 +118,12 @@ def test_weights_that_overflow_in_the_last_update_are_not_stored(cache, tmp_path
     with pytest.raises(FloatingPointError, match=r"the weights are not finite after step 1.*lower optim\.lr"):
         train(cache, tmp_path, num_steps=1, optim=OptimConfig(lr=1e39, warmup_steps=0))
     assert find_checkpoint(tmp_path) is None
+
+
+def test_tensors_of_several_devices_are_looked_at_by_device():
+    """States may wait on the host; torch's meta stands for a GPU, and mixes with the host's as little."""
+    flags = [torch.tensor(True), torch.ones((), dtype=torch.bool, device="meta"), torch.tensor(False)]
+    by_device = {found.device.type: found for found in _by_device(flags)}
+    assert by_device.keys() == {"cpu", "meta"}
+    assert not by_device["cpu"]
+    assert _by_device(iter(())) == []

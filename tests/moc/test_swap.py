@@ -12,7 +12,7 @@ from moc.batch import make_batch
 from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.schedule import MoCSchedule
-from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
+from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig, find_checkpoint
 from moc.training.host_memory import Places, host_memory
 from moc.training.offload import OffloadActivations, OffloadedAdamW
 from moc.training.optim import PartConfig
@@ -31,13 +31,13 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("cache"))
 
 
-def make_trainer(case: Case, device: str, **parallel: object) -> Trainer:
+def make_trainer(case: Case, device: str, folder: Path = Path(), optim: OptimConfig | None = None, **parallel: object):
     PartialState._reset_state()
     torch.manual_seed(0)
     config = ParallelConfig(device, "fp32", activation_checkpointing=True, **parallel)
     return Trainer(
         Parallel(config), make_model(case), Flow(dense_attention=0.5), SETTINGS[case.family], MoCSchedule(),
-        OptimConfig(), TrainerConfig(), Path(), 0, save_extras=lambda _: None,
+        optim or OptimConfig(), TrainerConfig(), folder, 0, save_extras=lambda _: None,
     )  # fmt: skip
 
 
@@ -224,3 +224,20 @@ def test_averages_come_to_the_device_for_a_step_alone(device: str, monkeypatch: 
         assert offloaded.state[two]["exp_avg"].device.type == "cpu"
         for key, value in plain.state[one].items():
             assert torch.equal(offloaded.state[two][key].cpu(), value.cpu())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_run_whose_averages_wait_on_the_host_is_saved_and_goes_on(device: str, tmp_path: Path) -> None:
+    case, optim = Case("mmdit", False, 1, True), OptimConfig(offload=True)
+    trainer = make_trainer(case, device, tmp_path, optim)
+    step(case, trainer)
+    trainer.save({"position": 0})
+    resumed = make_trainer(case, device, tmp_path, optim)
+    checkpoint = find_checkpoint(tmp_path)
+    assert checkpoint is not None
+    resumed.resume(checkpoint)
+    waiting = [kept["exp_avg"].device.type for kept in resumed.optimizer.state.values()]
+    assert len(waiting) > 20
+    assert set(waiting) == {"cpu"}
+    assert all(map(torch.equal, state(resumed), state(trainer)))
+    assert_alike(step(case, resumed), step(case, trainer), device)
