@@ -16,13 +16,13 @@ from configs.preflight import look_first, preflight
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
 from configs.schema import TrainConfig
 from configs.world import recall_world
+from data.interfaces import Codec
 from data.loading.dataset import ShotDataset, open_dataset
 from data.loading.endless import RecallWorld, open_loader
 from film.progress import scene_drawer
 from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
-from moc.training.checkpoint import refuse_later
 from moc.training.curves import draw_curves
 from moc.training.interruption import ending_at_signals, ignore_signals, leave_unfinished
 from models import build_model, load_encoders
@@ -36,7 +36,7 @@ def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
     with ending_at_signals():
-        dataset: ShotDataset | RecallWorld | None = None if config.data.recall else open_dataset(config.data)
+        dataset: ShotDataset | RecallWorld | None = None if config.data.recall else open_dataset(config.data, _codec)
         parallel = Parallel(config.parallel)
         with held(config.run_folder, holds=parallel.is_main):
             dataset = dataset or recall_world(config, parallel.device)
@@ -46,6 +46,10 @@ def main(config: TrainConfig) -> None:
         parallel.close()
     if not finished:
         leave_unfinished()
+
+
+def _codec(encoders: Path) -> Codec:
+    return load_encoders(encoders).codec
 
 
 def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Parallel) -> bool:
@@ -70,16 +74,16 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
         parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras, draw
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
-    refuse_later(run_folder, trainer.step)
-    if trainer.step >= config.trainer.num_steps:
-        logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, config.trainer.num_steps)
     loader = open_loader(
-        dataset, config.data, model.stream, config.moc.chunk_tokens, lambda folder: load_encoders(folder).codec,
+        dataset, config.data, model.stream, config.moc.chunk_tokens, _codec,
         rank=parallel.data_rank, world_size=parallel.data_ranks, accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
     )  # fmt: skip
     validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
-    look_first(config, dataset, parallel, trainer)
+    if trainer.step < length.num_steps:
+        look_first(config, dataset, parallel, trainer)
+    else:
+        logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, length.num_steps)
     record_launch(config, parallel, trainer.step)
     metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step) if parallel.is_main else None
     finished = trainer.run(loader, metrics, validator)

@@ -20,7 +20,8 @@ from data.loading.endless import RecallWorld
 from moc import memory
 from moc.errors import UserError
 from moc.training import Parallel, TrackerConfig, Trainer, read_metrics, sound_checkpoint
-from moc.training.checkpoint import COMPLETE, read_run_state
+from moc.training.checkpoint import COMPLETE, read_run_state, refuse_later
+from moc.training.optim import kept_states
 from moc.training.parallel import gather_lists
 from moc.training.shards import local
 
@@ -31,7 +32,6 @@ Train = Callable[[TrainConfig, Data, Parallel], bool]
 
 _SCENES = 32  # that are read
 _SCENES_A_START = 4  # by each process
-_STATES = 2  # that an optimizer keeps of a weight, as AdamW does
 _STEPS = 3  # that are tried; the first ones compile kernels
 
 
@@ -67,13 +67,14 @@ def look_first(config: TrainConfig, dataset: Data, parallel: Parallel, trainer: 
     """Says in one line that a run can start: that the processes reach each other, some scenes are what was written, and
     memory and disk hold at least weights, averages, gradients and states. Every process takes part.
 
-    Raises UserError, on all of them, where something is amiss.
+    Raises UserError, on all of them, where something is amiss, or the run's folder holds checkpoints of later steps.
     """
+    refuse_later(config.run_folder, trainer.step)
     where = _processes(parallel)
     with parallel.together():
         told = [
             where,
-            _data(dataset, _SCENES_A_START, parallel.rank + trainer.step),
+            _data(dataset, _SCENES_A_START, parallel.rank + trainer.step, near=True),
             _memory(trainer),
             _disk(config.run_folder, trainer),
             f"it starts at step {trainer.step + 1} of {config.trainer.num_steps}" + _time_left(config, trainer.step),
@@ -92,50 +93,57 @@ def _processes(parallel: Parallel) -> str:
     return f"{where}; each has {parallel.device_name}, and they reach each other"
 
 
-def _data(dataset: Data, most: int, first: int = 0) -> str:
-    """Whether a share of the scenes, which begins with one of this number, is as it was written. Those that are not
-    kept on this machine as latents are left out. Raises DataError where one is not."""
+def _data(dataset: Data, most: int, first: int = 0, near: bool = False) -> str:
+    """Whether a share of the scenes, which begins with one of this number, is as it was written; near: of those alone
+    that lie on this machine as latents, which are read at once. Raises DataError where one is not."""
     if isinstance(dataset, RecallWorld):
         return "scenes are composed as they are asked for"
     items = enumerate(dataset.items)
-    here = [i for i, (cache, scene) in items if not (scene.frames or dataset.caches[cache].store.is_remote)]
-    apart = max(1, len(here) // most)
-    some = here[first % apart :: apart][:most]
+    among = [i for i, (c, scene) in items if not (near and (scene.frames or dataset.caches[c].store.is_remote))]
+    apart = max(1, len(among) // most)
+    some = among[first % apart :: apart][:most]
     for index in some:
         dataset[index]
+    if not some:
+        return f"none of {len(dataset)} scenes read: all come from a remote store or are encoded as they are asked for"
     return f"{len(some)} of {len(dataset)} scenes read; their checksums fit"
 
 
 def _memory(trainer: Trainer) -> str:
     """What a process holds on its device all the time, by count. Raises UserError where the GPU cannot."""
     device = trainer.parallel.device
-    weights = [weight for weight in trainer.bare_model.parameters() if local(weight).device.type == device.type]
-    trained = sum(local(weight).nbytes for weight in weights if weight.requires_grad)
-    held = sum(local(tensor).nbytes for tensor in (*weights, *trainer.ema.averages.values()))
-    size = (held + trained * (1 + _STATES)) / 2**30
+    what, size = "weights, averages, gradients and states take at least", _held_bytes(trainer) / 2**30
     if device.type != "cuda":
-        return f"weights, averages, gradients and states take {size:.1f} GiB a process"
+        return f"{what} {size:.1f} GiB a process"
     whole = torch.cuda.get_device_properties(device).total_memory / 2**30
     if size > whole:
-        raise UserError(
-            f"weights, averages, gradients and states take {size:.0f} GiB, and {trainer.parallel.device_name} has "
-            f"{whole:.0f}: {memory.STEP}"
-        )
-    return f"weights, averages, gradients and states take {size:.1f} of {whole:.0f} GiB"
+        raise UserError(f"{what} {size:.0f} GiB, and {trainer.parallel.device_name} has {whole:.0f}: {memory.STEP}")
+    return f"{what} {size:.1f} of {whole:.0f} GiB"
+
+
+def _held_bytes(trainer: Trainer) -> int:
+    """Bytes of weights, averages, gradients and the optimizer's states on a process's device, at least."""
+    kind = trainer.parallel.device.type
+    weights = [weight for weight in trainer.bare_model.parameters() if local(weight).device.type == kind]
+    gradients = [weight for weight in weights if weight.requires_grad]
+    held = sum(local(tensor).nbytes for tensor in (*weights, *gradients, *trainer.ema.averages.values()))
+    kept = kept_states(trainer.optimizer)
+    return held + int(sum(times * local(weight).nbytes for weight, times, where in kept if where.type == kind))
 
 
 def _disk(run_folder: Path, trainer: Trainer) -> str:
     """What a checkpoint takes, by count. Raises UserError where the disk does not hold one more. The run's folder need
     not be there yet."""
-    kept = [*trainer.saved_tensors().values(), *([trainer.ema.averages] * _STATES)]
-    size = sum(tensor.numel() * tensor.itemsize for tensors in kept for tensor in tensors.values())
+    weights = [tensor for tensors in trainer.saved_tensors().values() for tensor in tensors.values()]
+    stored = [(tensor, 1.0) for tensor in weights] + [(weight, n) for weight, n, _ in kept_states(trainer.optimizer)]
+    size = sum(tensor.numel() * tensor.itemsize * times for tensor, times in stored)
     free = shutil.disk_usage(next(place for place in (run_folder, *run_folder.parents) if place.exists())).free
     if free < size:
         raise UserError(
-            f"{run_folder} has {free / 1e9:.2f} GB free, and a checkpoint takes {size / 1e9:.2f}: make room, or set "
-            "output"
+            f"{run_folder} has {free / 1e9:.2f} GB free, and a checkpoint takes at least {size / 1e9:.2f}: make room, "
+            "or set output"
         )
-    return f"a checkpoint takes {size / 1e9:.2f} of {free / 1e9:.0f} GB free"
+    return f"a checkpoint takes at least {size / 1e9:.2f} of {free / 1e9:.0f} GB free"
 
 
 def _time_left(config: TrainConfig, step: int) -> str:

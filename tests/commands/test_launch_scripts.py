@@ -1,8 +1,7 @@
-"""scripts/launch: what they start and how they end, with torchrun and Slurm played by small scripts; the preflight."""
+"""scripts/launch: what they start and how they end, with torchrun and Slurm played by small scripts."""
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -12,10 +11,8 @@ import pytest
 import yaml
 
 from moc.training.interruption import MARKER, NOT_FINISHED, leave_unfinished
-from tests import pipeline
 from tests.commands.test_configs import parsed
-from tests.moc.test_damage import largest_file
-from tests.pipeline import ROOT, command
+from tests.pipeline import ROOT
 
 LAUNCH = ROOT / "scripts/launch"
 
@@ -126,82 +123,3 @@ def test_a_marker_is_made_where_a_run_is_not_finished(monkeypatch, tmp_path):
         leave_unfinished()
     assert ending.value.code == NOT_FINISHED
     assert (tmp_path / "marker").exists()
-
-
-# The preflight
-
-
-def preflight(capsys, prepared, run, *settings):
-    """Its status, and its lines by the name of the check."""
-    with pytest.raises(SystemExit) as ending:
-        command("train.py", *pipeline.train_arguments(prepared, run), "preflight=true", *settings)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok ", "FAIL "))]
-    return int(ending.value.code), {line.split()[1]: line for line in lines}
-
-
-def test_a_preflight_tells_what_a_run_takes_and_leaves_nothing(capsys, prepared, tmp_path):
-    status, lines = preflight(capsys, prepared, tmp_path / "run", "trainer.num_steps=1000")
-    assert (status, list(lines)) == (0, ["processes", "data", "checkpoint", "trial"])
-    assert all(line.startswith("ok ") for line in lines.values())
-    assert "4 of 4 scenes" in lines["data"]
-    assert "none; the run begins" in lines["checkpoint"]
-    assert re.search(r"a step takes \d+\.\d+ s .* steps 1 to 1000 will take \d+\.\d+ days", lines["trial"])
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-
-
-def test_every_start_looks_first_and_says_so_in_one_line(capsys, caplog, prepared, tmp_path, monkeypatch):
-    run = pipeline.train(prepared, tmp_path / "run")
-    pipeline.train(prepared, run, "trainer.num_steps=5")
-    first, second = (message for message in caplog.messages if message.startswith("ready: "))
-    assert "and they reach each other; 4 of 4 scenes read; their checksums fit; weights, averages, gradients" in first
-    assert re.search(r"a checkpoint takes 0\.0\d of \d+ GB free; it starts at step 1 of 3$", first)
-    assert re.search(r"it starts at step 4 of 5, about \d\.\d\d days$", second)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    arguments = pipeline.train_arguments(prepared, tmp_path / "another")
-    said = pipeline.refusal(capsys, "train.py", *arguments)
-    pipeline.assert_one_message(said, "has 0.00 GB free, and a checkpoint takes", "make room")
-    assert not (tmp_path / "another" / "metrics.jsonl").exists()
-
-
-def test_a_preflight_of_a_run_to_go_on(capsys, prepared, trained, tmp_path):
-    run = pipeline.train(prepared, tmp_path / "run")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    status, lines = preflight(capsys, prepared, run, "trainer.num_steps=50")
-    assert status == 0
-    assert "step_0000003 is whole; the run goes on from step 3" in lines["checkpoint"]
-    assert "steps 4 to 50 will take" in lines["trial"]
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    status, lines = preflight(capsys, prepared, run, "flow.shift=9")
-    assert status == 1
-    assert lines["checkpoint"].startswith("FAIL")
-    assert "flow.shift=9" in lines["checkpoint"]
-
-
-def test_a_preflight_finds_a_damaged_shard_and_a_full_disk(capsys, prepared, tmp_path):
-    shutil.copytree(prepared, tmp_path / "prepared")
-    shard = next((tmp_path / "prepared").rglob("*.safetensors"))
-    good = shard.read_bytes()
-    half = len(good) // 2
-    shard.unlink()  # whoever still reads the file keeps it
-    shard.write_bytes(good[:half] + bytes(64) + good[half + 64 :])
-    status, lines = preflight(capsys, tmp_path / "prepared", tmp_path / "run")
-    assert status == 1
-    assert lines["data"].startswith("FAIL")
-    assert "checksum" in lines["data"]
-    shard.unlink()
-    shard.write_bytes(good)
-    with largest_file(20_000):
-        status, lines = preflight(capsys, tmp_path / "prepared", tmp_path / "run")
-    assert status == 1
-    assert lines["data"].startswith("ok")
-    assert lines["trial"].startswith("FAIL")
-    assert "cannot be written: File too large" in lines["trial"]
-
-
-def test_a_preflight_counts_the_checkpoints_that_the_disk_must_hold(capsys, prepared, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 5_000_000})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    status, lines = preflight(capsys, prepared, tmp_path / "run", "trainer.keep_checkpoints=100")
-    assert status == 1
-    assert "101 checkpoints of" in lines["trial"]
-    assert "lower trainer.keep_checkpoints" in lines["trial"]
