@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PATIENT = timedelta(days=1)  # how long the processes wait for one that writes files
-_BROKEN = re.compile(r"gloo|nccl|timed out|connection (closed|reset)|broken pipe", re.IGNORECASE)
+_BROKEN = re.compile(r"/gloo/\S+:\d+\]|pair closure|\bNCCL\b")  # what gloo, which has no error of its own, says
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
 
@@ -249,18 +249,22 @@ class Parallel:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process raises meanwhile is raised on all of them; they must not wait for each other within."""
-        failure, told = None, ""
+        """What one process raises meanwhile is raised on all of them, as a UserError where it is one; they must not
+        wait for each other within."""
+        failure, told = None, None
         try:
             yield
+        except UserError as error:
+            failure, told = error, (True, f"rank {self.rank}: {error}")
         except Exception as error:
             failure, number = error, getattr(error, "errno", None)
-            told = f"another process failed: {error!r}" + (f" (os error {number})" if number else "")
+            told = False, f"rank {self.rank} failed: {error!r}" + (f" (os error {number})" if number else "")
         elsewhere = [one for one in self.gather(told) if one]
         if failure:
             raise failure
         if elsewhere:
-            raise RuntimeError(elsewhere[0])
+            for_user, message = elsewhere[0]
+            raise UserError(message) if for_user else RuntimeError(message)
 
     @contextmanager
     def naming_absent(self) -> Iterator[None]:
@@ -268,7 +272,7 @@ class Parallel:
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or not _BROKEN.search(str(error)):
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
                 raise
             absent = ", ".join(self._absent()) or "none, so the network may have failed"
             raise UserError(

@@ -31,14 +31,7 @@ from moc.training.ema import EMA
 from moc.training.group_numbers import GroupNumbers
 from moc.training.interruption import Interruption
 from moc.training.metrics import Metrics, headline
-from moc.training.optim import (
-    OptimConfig,
-    build_optimizer,
-    freeze_parts,
-    learning_rate,
-    set_learning_rate,
-    take_step,
-)
+from moc.training.optim import OptimConfig, build_optimizer, freeze_parts, learning_rate, set_learning_rate, take_step
 from moc.training.outcome import Outcome, SkipCount, Spikes, TooManySkipped, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.passes import Passes
@@ -178,11 +171,8 @@ class Trainer:
         """
         if self.step >= self.config.num_steps:
             return True
-        if self.parallel.is_sharded and self.parallel.any(validator is not None and not validator.batches):
-            raise UserError(
-                f"data.validation is too small: a sharded model needs a scene or more for each of "
-                f"{self.parallel.data_ranks} processes with samples of their own; raise it, or set it to 0"
-            )
+        if validator:
+            validator.check(self.parallel)
         with (
             self.parallel.naming_absent(),
             Interruption() as self._interruption,
@@ -190,7 +180,11 @@ class Trainer:
                 total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None
             ) as bar,
         ):
-            finished = self._run(steps, metrics, validator, bar)
+            try:
+                finished = self._run(steps, metrics, validator, bar)
+            except FloatingPointError:  # of all processes at once
+                self._saver.join()
+                raise
             if not finished:
                 bar.close()
                 self._leave(metrics)
@@ -269,7 +263,9 @@ class Trainer:
         if self._proven:
             self.save(self._data_state)
             self._saver.join()
-            logger.warning("the same command goes on after these steps")
+        if self.parallel.is_main:
+            saved = self._saver.saved_step == self.step  # which a full disk prevents
+            logger.warning("the same command %s", "goes on after these steps" if saved else "meets these steps again")
 
     def save(self, data_state: dict[str, Any], last: bool = False) -> None:
         """Saves a checkpoint of this step; every process takes part. last: see `Saver.save`."""

@@ -11,6 +11,7 @@ from moc.batch import Batch
 from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.cost import attention_cost
 from moc.diffusion.flow import Flow, NoiseLevels
+from moc.errors import UserError
 from moc.statistics import routing_statistics
 from moc.training.parallel import Parallel, gather_lists
 
@@ -30,6 +31,14 @@ class Validator:
     @property
     def sigmas(self) -> list[float]:
         return [self.flow.level(share) for share in self.shares]
+
+    def check(self, parallel: Parallel) -> None:
+        """Raises UserError, on all processes, where one that must keep step with the others has no batch."""
+        if parallel.is_sharded and parallel.any(not self.batches):
+            raise UserError(
+                f"data.validation is too small: a sharded model needs a scene or more for each of "
+                f"{parallel.data_ranks} processes with samples of their own; raise it, or set it to 0"
+            )
 
     @torch.no_grad()
     def losses(

@@ -7,7 +7,7 @@ import torch
 import yaml
 from accelerate import PartialState
 
-from moc.errors import UserError
+from moc.errors import UserError, disk_error
 from moc.training import Parallel, ParallelConfig
 from models.mmdit import MMDiT
 from tests import pipeline
@@ -75,3 +75,37 @@ def test_what_trains_in_bf16_validates_evaluates_and_samples_in_bf16(prepared, t
         pipeline.sample(run, tmp_path / "story.yaml", tmp_path / f"film_{name}", "device=cpu", *precision)
         assert {autocast for _, autocast in seen} == {name == "bf16"}
         seen.clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(UserError("data.path=x is wrong"), UserError), (OSError(28, "full"), RuntimeError)]
+)
+def test_what_one_process_raises_is_raised_on_all_as_what_it_is(error, kind, monkeypatch):
+    parallel, told = Parallel(ParallelConfig("cpu")), []
+    monkeypatch.setattr(parallel, "gather", lambda value: told.append(value) or told)
+    with pytest.raises(type(error)), parallel.together():
+        raise error
+    with pytest.raises(kind, match=r"^rank 0") as elsewhere, parallel.together():
+        pass
+    assert type(elsewhere.value) is kind
+    assert disk_error(elsewhere.value) == disk_error(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "broken"),
+    [
+        (RuntimeError("[/a/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (torch.distributed.DistNetworkError("the client socket has timed out"), True),
+        (RuntimeError("rank 1 failed: TimeoutError('timed out')"), False),
+        (RuntimeError("DataLoader timed out after 5 seconds"), False),
+        (RuntimeError("/data/gloo/film.mkv: broken pipe"), False),
+    ],
+)
+def test_only_errors_between_the_processes_name_those_that_are_absent(error, broken, monkeypatch):
+    parallel = Parallel(ParallelConfig("cpu"))
+    monkeypatch.setattr(parallel, "world_size", 2)
+    monkeypatch.setattr(parallel, "_absent", lambda: ["rank 1 on host"])
+    with pytest.raises(UserError if broken else RuntimeError) as raised, parallel.naming_absent():
+        raise error
+    assert ("do not answer: rank 1 on host" in str(raised.value)) == broken

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from moc.training import find_checkpoint, storage
+from moc.training.saving import Saver
 from models import load_model
 from models.mmdit import MMDiT
-from tests.runs import DROPS, full_at, launch, losses, train
+from tests.runs import DROPS, full_at, launch, losses, poisoned, train
 
 
 def tensors(checkpoint, pattern="*/*.safetensors"):
@@ -104,6 +106,27 @@ def test_another_failure_meanwhile_ends_the_run(cache, tmp_path):
     with pytest.raises(RuntimeError, match="a bug"):
         train(cache, tmp_path, checkpoint_every=1, save_in_background=True, save_extras=save_extras)
     assert find_checkpoint(tmp_path) is None
+
+
+def test_a_run_that_ends_for_its_numbers_waits_for_what_is_being_written(cache, tmp_path, monkeypatch):
+    """The save of the second step, which ends no sooner; from the third on no loss is finite."""
+    joined, join = threading.Event(), Saver.join
+
+    def waited_for(saver):
+        if saver._thread:
+            joined.set()
+        join(saver)
+
+    def before_step(number):
+        if number == 2:
+            stack.enter_context(poisoned(*(f"scene{number / 4}" for number in range(8)), gradient_only=False))
+
+    monkeypatch.setattr(Saver, "join", waited_for)
+    settings = {"checkpoint_every": 2, "save_in_background": True, "save_extras": lambda _: joined.wait(60)}
+    with ExitStack() as stack, pytest.raises(FloatingPointError, match="2 steps in a row"):
+        train(cache, tmp_path, num_steps=9, max_skipped_steps=1, before_step=before_step, **settings)
+    assert joined.is_set()
+    assert find_checkpoint(tmp_path).name == "step_0000002"
 
 
 @pytest.mark.slow

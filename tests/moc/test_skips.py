@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from moc.training import OptimConfig, find_checkpoint, read_metrics
 from moc.training.outcome import _by_device
-from tests.runs import DROPS, losses, poisoned, train
+from tests.runs import DROPS, full_at, losses, poisoned, train
 
 SCENES = [f"scene{number / 4}" for number in range(8)]
 
@@ -99,12 +99,22 @@ def test_too_many_in_a_row_end_the_run_which_then_goes_on_after_them(cache, tmp_
     assert train(cache, tmp_path, num_steps=6, resume=True).finished
 
 
-def test_weights_that_may_be_at_fault_are_not_stored(cache, tmp_path):
+def test_steps_that_no_checkpoint_passes_over_are_met_again_and_it_is_said(cache, tmp_path, caplog):
+    """The disk is full as the place after them is saved."""
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row"), poisoned(*SCENES):
+        train(cache, tmp_path, num_steps=9, log_every=100, max_skipped_steps=1, save_extras=full_at(3))
+    assert find_checkpoint(tmp_path) is None
+    assert "cannot be written" in caplog.text
+    assert "the same command meets these steps again" in caplog.text
+
+
+def test_weights_that_may_be_at_fault_are_not_stored(cache, tmp_path, caplog):
     """No shot of the skipped steps has a finite loss: the checkpoint from before stands."""
     train(cache, tmp_path, num_steps=2, checkpoint_every=1)
     with pytest.raises(FloatingPointError, match=MANY), poisoned(*SCENES, gradient_only=False):
         train(cache, tmp_path, num_steps=9, resume=True, max_skipped_steps=1)
     assert find_checkpoint(tmp_path).name == "step_0000002"
+    assert "the same command meets these steps again" in caplog.text
 
 
 def test_a_last_step_that_is_not_finite_leaves_finite_weights(cache, tmp_path):
