@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from moc.config import earlier_cut_gap
 from moc.errors import UserError, disk_error
-from moc.training.integrity import COMPLETE, checksums, damaged_files, seal, sync
+from moc.training.integrity import COMPLETE, checksums, damaged_files, files_to_seal, seal, sync
 from moc.training.optim import state_device
 from moc.training.storage import read_tensors
 from moc.training.tensor_files import DTYPES, Entry
@@ -148,7 +148,10 @@ def new_checkpoint(run_folder: Path, step: int, writers: Writers | None = None) 
                 partial.mkdir(parents=True)
         yield partial
         with writers.together():
-            share = checksums(partial, writers.rank, writers.world_size)
+            files = files_to_seal(partial) if writers.is_main else []
+        files = writers.gather(files)[0]  # as the main process lists them: another host may see some later
+        with writers.together():
+            share = checksums(partial, files[writers.rank :: writers.world_size])
         shares = writers.gather(share)
         with writers.together():
             if writers.is_main:

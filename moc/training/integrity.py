@@ -8,7 +8,7 @@ they are taken as they are.
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -21,17 +21,25 @@ _BLOCK = 1 << 22  # bytes read at a time
 _THREADS = 8
 
 
-def checksums(folder: Path, share: int = 0, shares: int = 1) -> dict[str, int]:
-    """The checksum of every file of a folder by its path within it, or of one of so many shares of them."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (COMPLETE, *_EDITED)]
-    mine = files[share::shares]
+def files_to_seal(folder: Path) -> list[str]:
+    """Paths within a folder of the files whose checksums its mark is to hold."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (COMPLETE, *_EDITED))
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+def checksums(folder: Path, files: Sequence[str]) -> dict[str, int]:
+    """The checksum of each of some files, by its path within the folder. Raises OSError."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(_checksum, mine)
-        return {path.relative_to(folder).as_posix(): value for path, value in zip(mine, sums, strict=True)}
+        return dict(zip(files, pool.map(lambda name: _checksum(folder / name), files), strict=True))
 
 
 def seal(folder: Path, sums: Mapping[str, int]) -> None:
-    """Writes the mark of a folder that is ready, after all of its files are safe on the disk. sums: `checksums`."""
+    """Writes the mark of a folder that is ready, after all of its files are safe on the disk.
+
+    sums: `checksums` of all of `files_to_seal`. Raises RuntimeError where they are not of these files.
+    """
+    if differing := sorted(sums.keys() ^ set(files_to_seal(folder))):
+        raise RuntimeError(f"{folder} cannot be sealed: {', '.join(differing[:5])} came or went while it was read")
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(sync, sorted(folder.rglob("*"))))
     (folder / COMPLETE).write_text(json.dumps(dict(sorted(sums.items())), indent=1) + "\n")

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from moc.training import read_metrics
-from moc.training.integrity import checksums, seal
+from moc.training.integrity import checksums, files_to_seal, seal
 from tests import pipeline
 from tests.pipeline import assert_one_message, command, refusal
 
@@ -64,7 +64,7 @@ def as_earlier(run):
     for file in run.glob("checkpoints/*/*/moc.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | EARLIER))
     for checkpoint in run.glob("checkpoints/*"):
-        seal(checkpoint, checksums(checkpoint))
+        seal(checkpoint, checksums(checkpoint, files_to_seal(checkpoint)))
 
 
 def test_a_run_of_an_earlier_version_goes_on(prepared, run):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from film.folder import PROGRESS
 from moc.diffusion.samplers import sample_shots
-from moc.training.integrity import checksums, seal
+from moc.training.integrity import checksums, files_to_seal, seal
 from tests.pipeline import ROOT, assert_one_message, command, prepare, refusal
 
 GOOD = {"size": [32, 48], "fps": 12, "shots": [{"prompt": "A cat.", "seconds": 0.4}]}
@@ -91,7 +91,7 @@ def test_a_checkpoint_with_the_encoders_of_another_model(capsys, tmp_path, train
     mixed = tmp_path / "run/checkpoints/step_0000003/encoders"
     shutil.rmtree(mixed)
     shutil.copytree(next(other.glob("cache/*/encoders")), mixed)
-    seal(mixed.parent, checksums(mixed.parent))
+    seal(mixed.parent, checksums(mixed.parent, files_to_seal(mixed.parent)))
     arguments = (f"checkpoint={tmp_path / 'run'}", f"script={script()}", f"out={tmp_path / 'film'}")
     assert_one_message(refusal(capsys, "sample.py", *arguments), "64", "128", "text")
     assert not list(tmp_path.glob("film/*"))

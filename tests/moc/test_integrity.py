@@ -1,8 +1,10 @@
 """Checkpoints are what was written: a changed byte is found, the newest good one is taken, and a crash leaves none half
 on the disk."""
 
+import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from moc.errors import UserError
 from moc.training import find_checkpoint, sound_checkpoint
+from moc.training.checkpoint import new_checkpoint
+from moc.training.integrity import checksums, files_to_seal, seal
 from models import load_model
 from tests.runs import losses, train
 
@@ -144,3 +148,43 @@ def test_everything_is_on_the_disk_before_the_mark_and_the_mark_before_the_name(
             assert (path.name, False) in events[:mark] or (path.parent != checkpoint and path.name in names[:mark])
     assert names[mark:moved] == ["complete", "partial_0000001"]
     assert names[moved + 1] == "checkpoints"
+
+
+class Writers:
+    """The main one of two processes. The other one, on another host, sees no file yet that this one did not name."""
+
+    is_main, rank, world_size = True, 0, 2
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def together(self) -> nullcontext:
+        return nullcontext()
+
+    def gather(self, value):
+        if isinstance(value, list):
+            self.files = value
+            return [value, []]
+        return [value, checksums(self.folder, self.files[1::2])]
+
+
+def test_the_processes_share_the_files_that_the_main_one_lists(tmp_path):
+    folder, names = tmp_path / "checkpoints/partial_0000001", {f"{letter}.txt" for letter in "abcde"}
+    with new_checkpoint(tmp_path, 1, Writers(folder)):
+        for name in names:
+            (folder / name).write_text(name)
+    assert sealed(tmp_path / "checkpoints/step_0000001").keys() == names
+
+
+def test_a_folder_is_not_sealed_without_the_checksum_of_every_file(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+    with pytest.raises(RuntimeError, match="cannot be sealed: two came or went"):
+        seal(tmp_path, checksums(tmp_path, ["one"]))
+    assert not (tmp_path / "complete").exists()
+    seal(tmp_path, checksums(tmp_path, files_to_seal(tmp_path)))
+    assert sealed(tmp_path).keys() == {"one", "two"}
+
+
+def sealed(folder: Path) -> dict[str, int]:
+    return json.loads((folder / "complete").read_text())

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from moc import MoCConfig, Sample, make_batch
 from moc.training import Parallel, ParallelConfig
-from moc.training.integrity import checksums, seal
+from moc.training.integrity import checksums, files_to_seal, seal
 from models import Experts, load_denoiser, load_model, place
 from models.checkpoints.contents import Contents
 from models.wan import WanTransformer3DModel
@@ -169,7 +169,7 @@ def expert_of(trained: Path, folder: Path, **flow) -> Path:
     record = json.loads(state.read_text())
     record["flow"] |= flow
     state.write_text(json.dumps(record))
-    seal(state.parent, checksums(state.parent))
+    seal(state.parent, checksums(state.parent, files_to_seal(state.parent)))
     return folder
 
 
