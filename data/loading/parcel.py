@@ -5,6 +5,7 @@ Only the loader and its own workers exchange parcels; none is ever written to a 
 
 import io
 import pickle
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +15,14 @@ _ALIGNMENT = 16
 
 
 class Parcel(NamedTuple):
-    """shell: the object without its tensors. flat: uint8, their bytes. tensors: (dtype name, shape, offset) of each."""
+    """shell: pickled, of each tensor the name of its dtype, shape, strides and where it begins, in elements; then
+    the object without its tensors. flat: uint8, their bytes.
+
+    A DataLoader that pins memory looks through lists and tuples, number by number, and leaves bytes alone.
+    """
 
     shell: bytes
     flat: Tensor
-    tensors: list[tuple[str, list[int], int]]
 
 
 def wrap(content: Any) -> Parcel:
@@ -26,24 +30,23 @@ def wrap(content: Any) -> Parcel:
     shell = io.BytesIO()
     pickler = _Pickler(shell)
     pickler.dump(content)
-    places, size = [], 0
-    for tensor in pickler.tensors:
-        places.append((str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size))
-        size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    flat = torch.empty(size, dtype=torch.uint8)
-    for tensor, (_, _, offset) in zip(pickler.tensors, places, strict=True):
-        flat[offset : offset + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
-    return Parcel(shell.getvalue(), flat, places)
+    tensors = [tensor.contiguous() for tensor in pickler.tensors]
+    offsets = [0, *accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)]
+    flat, places = torch.empty(offsets.pop(), dtype=torch.uint8), []
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        flat[offset : offset + tensor.nbytes] = tensor.flatten().view(torch.uint8)
+        name = str(tensor.dtype).removeprefix("torch.")
+        places.append((name, tuple(tensor.shape), tensor.stride(), offset // tensor.itemsize))
+    return Parcel(pickle.dumps(places) + shell.getvalue(), flat)
 
 
 def unwrap(parcel: Parcel) -> Any:
     """The object again; its tensors are views of the parcel's memory, pinned if that is."""
-    views = []
-    for name, shape, offset in parcel.tensors:
-        dtype = getattr(torch, name)
-        size = torch.Size(shape).numel() * dtype.itemsize
-        views.append(parcel.flat[offset : offset + size].view(dtype).view(shape))
-    return _Unpickler(io.BytesIO(parcel.shell), views).load()
+    shell = io.BytesIO(parcel.shell)
+    places = pickle.load(shell)
+    flat = {name: parcel.flat.view(getattr(torch, name)) for name in {name for name, *_ in places}}
+    views = [flat[name].as_strided(shape, strides, start) for name, shape, strides, start in places]
+    return _Unpickler(shell, views).load()
 
 
 class _Pickler(pickle.Pickler):

@@ -301,3 +301,8 @@ def test_parcels_arrive_as_they_were_sent(cache):
 def test_batches_are_pinned_for_the_gpu(cache):
     step = next(iter(loader(config(cache, workers=2))))
     assert all(x.is_pinned() for x in step[0].latents + step[0].text)
+
+
+def test_a_parcel_is_two_things_to_look_into_however_many_tensors_it_holds():
+    few, many = (wrap([torch.randn(2, 3) for _ in range(count)]) for count in (1, 500))
+    assert [type(part) for part in few] == [type(part) for part in many] == [bytes, torch.Tensor]
