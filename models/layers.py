@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from einops import rearrange
 from torch import Tensor, nn
 
 from moc.layout import Grid
@@ -123,7 +122,7 @@ class TokenStream(RecomputedParts):
         """x [Lx, dim] -> q, k, v, each [Lx, N, D]; q and k normed by head."""
         shift, scale = modulation[:2]
         qkv = self.to_qkv(modulate(x, shift, scale, members))
-        q, k, v = rearrange(qkv, "l (three n d) -> three l n d", three=3, n=self.num_heads).unbind(0)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv.chunk(3, dim=-1))
         return self.norm_q(q), self.norm_k(k), v
 
     def update(self, x: Tensor, attended: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:

@@ -308,21 +308,36 @@ def test_text_and_video_join_the_stream_and_leave_it_with_the_gradients_of_index
     assert mixed.dtype == video.dtype
 
 
+class Operators(TorchDispatchMode):
+    """Collects the names of torch's operators that run meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.names.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
 def test_backward_fills_and_adds_up_no_stream() -> None:
     """As the gradient of indexing does: on a GPU it sorts the indices, for each layer."""
-    seen = set()
-
-    class Seen(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            seen.add(operator.overloadpacket.__name__)
-            return operator(*args, **(kwargs or {}))
-
     batch = make_batch([sample()], small_model().stream, 12)
     loss = sum(x.square().sum() for x in run(small_model(), batch, DENSE))
-    with Seen():
+    with Operators() as seen:
         loss.backward()
-    assert "index_copy_" in seen
-    assert not seen & {"index_put", "index_put_", "_index_put_impl_", "index_fill", "index_fill_", "index_copy"}
+    assert "index_copy_" in seen.names
+    assert not seen.names & {"index_put", "index_put_", "_index_put_impl_", "index_fill", "index_fill_", "index_copy"}
+
+
+def test_gradients_of_q_k_and_v_are_copied_once_to_lie_side_by_side() -> None:
+    part, video = Part(make_batch([sample()], small_model().stream, 12).layout), small_model().blocks[0].video
+    x, rows = torch.randn(len(part.video_index), 48), torch.randn(2, len(part.groups), 48)
+    loss = sum(y.square().sum() for y in video.project(x, rows, part.video_members))
+    with Operators() as seen:
+        loss.backward()
+    assert "cat" in seen.names
+    assert not seen.names & {"stack", "clone", "contiguous"}
 
 
 @pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
