@@ -251,7 +251,8 @@ class Parallel:
     def together(self) -> Iterator[None]:
         """What one process raises meanwhile is raised on all of them, as a UserError where it is one; they must not
         wait for each other within."""
-        failure, told = None, None
+        failure: Exception | None = None
+        told: tuple[bool, str] | None = None
         try:
             yield
         except UserError as error:
