@@ -3,12 +3,14 @@
 A graph launches at once what takes the host longer to launch, kernel by kernel, than a GPU takes to compute where the
 model is small. It is of one kind of micro-batch: a stream (texts and shots of the same lengths) under the same MoC
 settings. The first of a kind compiles its kernels and makes the stream's tables, the second is captured, later ones are
-copied to where the graph reads. Gradients add to those that are there, as in any backward.
+copied to where the graph reads. Gradients add to those that are there, as in any backward. Graphs compute in the same
+memory, since one is replayed after another; those of settings that the schedule has left are dropped.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,9 @@ class Passes:
             )
         self._parallel, self._model, self._flow, self._seed = parallel, model, flow, seed
         self._most = graphs if parallel.device.type == "cuda" else 0
+        self._moc: MoCConfig | None = None  # of all kinds
         self._kinds: list[_Kind] = []
+        self._pool: Any = None  # of the memory of their graphs
 
     def __call__(
         self, batch: Batch, levels: NoiseLevels, scale: Tensor, step: int, moc: MoCConfig, survey: Survey | None,
@@ -73,10 +77,12 @@ class Passes:
         batch: on the device. survey: told of the routes, if there is one. begin: told of each phase as it begins.
         """
         is_target = self._parallel.put(levels.is_target)
-        kind = self._kind(batch.layout, moc) if self._most and not survey else None
+        if self._most and moc != self._moc:
+            self._moc, self._kinds, self._pool = moc, [], torch.cuda.graph_pool_handle()
+        kind = self._kind(batch.layout) if self._most and not survey else None
         if kind:
             begin("forward_and_backward")
-            return self._replay(kind, batch, levels, is_target * scale, step) * is_target
+            return self._replay(kind, batch, levels, is_target * scale, step, moc) * is_target
         begin("forward")
         watched, drops = survey.forward(batch.layout) if survey else nullcontext(), DropKey(self._seed, step)
         with self._parallel.autocast(), self._parallel.saving, watched as on_routes:
@@ -85,10 +91,13 @@ class Passes:
         (losses * is_target * scale).sum().backward()
         return losses.detach() * is_target
 
-    def _replay(self, kind: "_Kind", batch: Batch, levels: NoiseLevels, weights: Tensor, step: int) -> Tensor:
+    def _replay(
+        self, kind: "_Kind", batch: Batch, levels: NoiseLevels, weights: Tensor, step: int, moc: MoCConfig
+    ) -> Tensor:
         noised = self._flow.noised(batch, levels, self._seed)
         inputs = Inputs(noised, weights, self._parallel.put(torch.tensor(step)))
-        kind.graph = kind.graph or _Graph(lambda own: self._captured(own, kind.moc), inputs.like(kind.layout))
+        if not kind.graph:
+            kind.graph = _Graph(lambda own: self._captured(own, moc), inputs.like(kind.layout), self._pool)
         return kind.graph(inputs)
 
     def _captured(self, inputs: Inputs, moc: MoCConfig) -> Tensor:
@@ -97,27 +106,28 @@ class Passes:
         (losses * inputs.weights).sum().backward()
         return losses.detach()
 
-    def _kind(self, layout: ShotLayout, moc: MoCConfig) -> "_Kind | None":
+    def _kind(self, layout: ShotLayout) -> "_Kind | None":
         """The kind of such a micro-batch, where it is to have a graph and is not the first of its kind."""
         for kind in self._kinds:
-            if kind.moc == moc and kind.layout.is_same_stream(layout):
+            if kind.layout.is_same_stream(layout):
                 return kind
         if len(self._kinds) < self._most:
-            self._kinds.append(_Kind(layout, moc))
+            self._kinds.append(_Kind(layout))
         return None
 
 
 @dataclass
 class _Kind:
     layout: ShotLayout
-    moc: MoCConfig
     graph: "_Graph | None" = None
 
 
 class _Graph:
-    def __init__(self, run: Callable[[Inputs], Tensor], inputs: Inputs) -> None:
+    """What `run` does with `inputs`, captured. Its losses last until another graph of the pool is replayed."""
+
+    def __init__(self, run: Callable[[Inputs], Tensor], inputs: Inputs, pool: Any) -> None:
         self._inputs, self._graph = inputs, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._losses = run(self._inputs)
 
     def __call__(self, inputs: Inputs) -> Tensor:

@@ -1,0 +1,48 @@
+"""Which micro-batches have a CUDA graph, and where those compute, with a graph played by what it captures."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from moc.batch import Sample, make_batch
+from moc.schedule import Stage
+from moc.training.passes import Passes
+from tests.caches import CHANNELS, TEXT_DIM
+from tests.runs import make_trainer
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """The pool of each graph that is captured."""
+    used, handles = [], iter(range(9))
+
+    @contextmanager
+    def capture(graph, pool=None):
+        used.append(pool)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Graph", (), {"replay": lambda self: None}))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return used
+
+
+def batch(stream, frames):
+    latents = [torch.randn(CHANNELS, length, 4, 4) for length in frames]
+    return make_batch([Sample(latents, [torch.randn(2, TEXT_DIM)] * (len(frames) + 1))], stream, 6)
+
+
+def test_graphs_of_one_setting_share_their_memory_and_go_with_it(pools, tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, schedule=[Stage(step=6, top_k=2)], log_every=100)
+    passes = Passes(trainer.parallel, trainer.model, trainer.flow, seed=0, graphs=2)
+    monkeypatch.setattr(passes, "_most", 2)
+    monkeypatch.setattr(trainer, "_pass", passes)
+    streams = ((1, 2), (2, 1), (1, 1))  # two have a graph, which is captured when they come again
+    captured = []
+    for frames in (*streams, *streams, streams[0], streams[0]):
+        trainer._train_step([batch(trainer.bare_model.stream, frames)])
+        captured.append(len(pools))
+    assert captured == [0, 0, 0, 1, 2, 2, 2, 3]
+    assert pools == [0, 0, 1]
+    assert len(passes._kinds) == 1
