@@ -144,8 +144,8 @@ def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int, l
     """Packs samples one after another; they never see each other. like: a layout whose tables are shared where these
     samples lie as its own do."""
     streams, positions = _streams(samples, spec), [sample.position for sample in samples]
-    alike = like is not None and (like.chunk_tokens, like.samples) == (chunk_tokens, streams)
-    layout = like.at(positions) if like is not None and alike else ShotLayout(streams, chunk_tokens, positions)
+    alike = like if like and like.is_stream_of(streams, chunk_tokens) else None
+    layout = alike.at(positions) if alike else ShotLayout(streams, chunk_tokens, positions)
     return Batch(
         latents=[latent for sample in samples for latent in sample.latents],
         text=[text for sample in samples for text in sample.text],

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moc.earlier import moc_settings
 from moc.errors import UserError, check_least, set_types
 
 
@@ -42,10 +43,6 @@ class Descriptor(StrEnum):
 
     post_rope = "post_rope"
     pre_rope = "pre_rope"
-
-
-# Settings that moc.json held before: how attention is computed (`moc.execution`), and a position, which is the model's.
-EARLIER = ("backend", "dense_kernel", "deterministic", "cut_gap")
 
 
 @dataclass(frozen=True)
@@ -140,15 +137,9 @@ class MoCConfig:
             values = json.loads(file.read_text())
             if not isinstance(values, dict):
                 raise UserError(f"it must hold one JSON object, not {str(values)[:20]!r}")
-            return cls.from_dict({name: value for name, value in values.items() if name not in EARLIER})
+            return cls.from_dict(moc_settings(values))
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
-
-
-def earlier_cut_gap(folder: Path) -> Any:
-    """The model's `cut_gap` where moc.json holds it, as earlier versions wrote it; 0 where it does not."""
-    values = json.loads(Path(folder, "moc.json").read_text())
-    return values.get("cut_gap", 0.0) if isinstance(values, dict) else 0.0
 
 
 @dataclass(frozen=True)

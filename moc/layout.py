@@ -220,9 +220,9 @@ class ShotLayout:
         other.sample_position = self.sample_position.clone()
         return other
 
-    def is_same_stream(self, other: "ShotLayout") -> bool:
-        """Whether the other one has the same texts, shots and chunks, of whatever samples."""
-        return self.chunk_tokens == other.chunk_tokens and self.samples == other.samples
+    def is_stream_of(self, samples: tuple[tuple[int, tuple[Shot, ...]], ...], chunk_tokens: int) -> bool:
+        """Whether it has the texts, shots and chunks that a layout of these `samples` would have; see `ShotLayout`."""
+        return (self.chunk_tokens, self.samples) == (chunk_tokens, samples)
 
     def _place(self, positions: Sequence[int]) -> None:
         for position in positions:

@@ -181,8 +181,7 @@ class ShotDataset:
         Raises DataError where a pattern names no scene, fewer than `validation` are named, or none is left to train on.
         """
         ids = sorted({scene.id for _, scene in self.items}, key=_id_hash)
-        named = [scene_id for scene_id in ids if any(fnmatchcase(scene_id, pattern) for pattern in self.held_out)]
-        self._check_named(ids, named, validation)
+        named = self._named(ids, validation)
         evaluated = (named if self.held_out else ids)[:validation]
         kept_out = {*named, *evaluated}
         training = tuple(
@@ -198,13 +197,17 @@ class ShotDataset:
         first = {scene.id: i for i, (_, scene) in reversed(list(enumerate(self.items)))}
         return Split(training, tuple(first[scene_id] for scene_id in evaluated))
 
-    def _check_named(self, ids: list[str], named: list[str], validation: int) -> None:
-        for pattern in self.held_out:
-            if not any(fnmatchcase(scene_id, pattern) for scene_id in ids):
+    def _named(self, ids: list[str], validation: int) -> list[str]:
+        """Those of the ids that `held_out` names, in their order. Raises DataError, see `split`."""
+        by_pattern = {pattern: {x for x in ids if fnmatchcase(x, pattern)} for pattern in self.held_out}
+        for pattern, found in by_pattern.items():
+            if not found:
                 raise DataError("no-such-scene", "data.held_out", f"{pattern!r} names no scene, such as {ids[0]!r}")
+        named = set().union(*by_pattern.values())
         if self.held_out and validation > len(named):
             said = f"{validation} is more than the {len(named)} scenes that data.held_out names"
             raise DataError("no-usable-samples", "data.validation", said)
+        return [x for x in ids if x in named]
 
     def draw(self, position: int, item: int, config: DataConfig) -> Draw:
         """What position `position` drops, by (seed, position) alone."""

@@ -109,7 +109,7 @@ class Passes:
     def _kind(self, layout: ShotLayout) -> "_Kind | None":
         """The kind of such a micro-batch, where it is to have a graph and is not the first of its kind."""
         for kind in self._kinds:
-            if kind.layout.is_same_stream(layout):
+            if kind.layout.is_stream_of(layout.samples, layout.chunk_tokens):
                 return kind
         if len(self._kinds) < self._most:
             self._kinds.append(_Kind(layout))

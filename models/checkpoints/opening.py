@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from moc import MoCConfig
-from moc.config import earlier_cut_gap
+from moc.earlier import cut_gap
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.checkpoints.contents import Contents
@@ -141,7 +141,7 @@ def open_checkpoint(path: str | Path | Contents, weights: str = "ema") -> Checkp
     if lora is not None:
         base = _open_base(lora, path)
         adapters = (*base.adapters, Adapter(lora, TensorSource(path)))
-        config = base.config | _cut_gap(path, base.kind, _read_config(path))
+        config = base.config | _gap(path, base.kind, _read_config(path))
         return replace(base, root=root, config=config, moc=Contents(path).stored_moc or base.moc, adapters=adapters)
     settings = _read_config(path)
     kind = settings.get("_class_name", RELEASE_CLASS)
@@ -155,15 +155,12 @@ def open_checkpoint(path: str | Path | Contents, weights: str = "ema") -> Checkp
         config = _infer_wan_config({name: source.shapes[key] for name, key in stored.items()}, path)
     else:
         config = _class_config(CLASSES[kind], settings, path)
-    config |= _cut_gap(path, kind, settings)
+    config |= _gap(path, kind, settings)
     return Checkpoint(root, form, kind, config, source, stored, Contents(path).stored_moc)
 
 
-def _cut_gap(path: Path, kind: str, settings: dict[str, Any]) -> dict[str, float]:
-    """The `cut_gap` of a Wan model: that of its config.json, or of an earlier version's moc.json."""
-    folder = Contents(path).moc_folder
-    gap = settings.get("cut_gap", earlier_cut_gap(folder) if folder else 0.0)
-    return {"cut_gap": gap} if kind == "WanTransformer3DModel" else {}
+def _gap(path: Path, kind: str, settings: dict[str, Any]) -> dict[str, float]:
+    return {"cut_gap": cut_gap(settings, Contents(path).moc_folder)} if kind == "WanTransformer3DModel" else {}
 
 
 def _open_base(lora: Lora, path: Path) -> Checkpoint:

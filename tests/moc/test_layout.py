@@ -236,8 +236,9 @@ def test_the_same_stream_at_other_positions_shares_its_tables():
     assert other.memo("a table", lambda: object()) is made
     assert other.token_chunk is one.token_chunk
     assert one.at([5, 6]) is one
-    assert other.is_same_stream(one)
-    assert not other.is_same_stream(one.rechunk(8))
+    assert other.is_stream_of(one.samples, one.chunk_tokens)
+    assert not other.is_stream_of(one.samples, 8)
+    assert not other.is_stream_of(one.samples[:-1], one.chunk_tokens)
     assert (other.rechunk(8).positions, one.rechunk(8).positions) == ((8, 2), (5, 6))
     assert other.rechunk(8).chunk_cu_seqlens is one.rechunk(8).chunk_cu_seqlens  # made once
     with pytest.raises(ValueError, match="1 positions for 2 samples"):

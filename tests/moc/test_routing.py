@@ -9,7 +9,7 @@ from hypothesis import given
 
 import moc
 from moc import routing
-from moc.config import earlier_cut_gap
+from moc.earlier import cut_gap
 from tests import brute_force
 from tests.strategies import Stream, attention_tensors, configs, seeds, streams
 
@@ -231,10 +231,11 @@ def test_files_of_earlier_versions_open(tmp_path):
     more = {"backend": "triton", "dense_kernel": "fa3", "deterministic": True, "cut_gap": 2.0}
     (tmp_path / "moc.json").write_text(json.dumps(config.to_dict() | more))
     assert moc.MoCConfig.load(tmp_path) == config
-    assert earlier_cut_gap(tmp_path) == 2
+    assert cut_gap({}, tmp_path) == 2
+    assert cut_gap({"cut_gap": 3.0}, tmp_path) == 3
     config.save(tmp_path)
     assert not more.keys() & json.loads((tmp_path / "moc.json").read_text()).keys()
-    assert earlier_cut_gap(tmp_path) == 0
+    assert cut_gap({}, tmp_path) == cut_gap({}, None) == 0
 
 
 def test_every_setting_is_explained():

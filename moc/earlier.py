@@ -1,6 +1,9 @@
-"""Settings of earlier versions: how they are called now. The one place that knows them."""
+"""Settings of earlier versions, in a run's config.yaml, a model's moc.json and a film's metadata: how they are called
+now. The one place that knows them."""
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from moc.errors import UserError
@@ -27,3 +30,18 @@ def refuse_renamed(argument: str) -> None:
     if key in RENAMED:
         where = ", and set where a model is trained" if RENAMED[key].startswith("model.") else ""
         raise UserError(f"{key} is called {RENAMED[key]} now{where}")
+
+
+def moc_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a moc.json, without those that are none of attention's any more."""
+    return {name: value for name, value in stored.items() if f"moc.{name}" not in RENAMED}
+
+
+def cut_gap(settings: Mapping[str, Any], moc_folder: Path | None) -> float:
+    """The `cut_gap` of a Wan model: that of its config.json, whose `settings` are given and leave out a gap of 0, or
+    the one that the moc.json of a folder holds, where earlier versions wrote it."""
+    file = moc_folder / "moc.json" if moc_folder else None
+    if "cut_gap" in settings or not (file and file.is_file()):
+        return settings.get("cut_gap", 0.0)
+    values = json.loads(file.read_text())
+    return values.get("cut_gap", 0.0) if isinstance(values, dict) else 0.0
