@@ -44,6 +44,13 @@ _KINDS = (
 )
 
 
+class BesideBars(logging.Handler):
+    """Writes to the standard error, each message on a line of its own: progress bars are drawn again below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[[], None]]:
     """Makes a function of a typed config the main function of a command, with `configs/<config_name>.yaml` behind it.
 
@@ -57,7 +64,7 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
             full = os.environ.get(_FULL) == "1"
 
             def task(cfg: DictConfig) -> None:
-                logging.basicConfig(format="%(message)s")
+                logging.basicConfig(format="%(message)s", handlers=[BesideBars()])
                 for room in ("moc", "configs", "__main__"):  # such as which dense kernel attention has chosen
                     logging.getLogger(room).setLevel(logging.INFO)
                 with _full_errors(full), _ending(full):

@@ -1,9 +1,10 @@
 """The main job in one command: make demo, or python scripts/demo.py [output=DIR] [key=value ...]
 
-Makes a storyworld, prepares its films, trains a small model with Mixture of Contexts, samples a story, and checks what
-came out; where there is a GPU, the world and the model are larger (configs/demo.yaml). Every stage is a command of this
-project, as a user would call it. Ends with status 1 where the film does not show the scripted places, or the model is
-no better than the best linear predictor.
+Films a story with a model that was trained before, which is seen in the first minute. Then makes a storyworld, prepares
+its films, trains a small model with Mixture of Contexts, samples a story from it, and checks what came out; where there
+is a GPU, this world and model are larger (configs/demo.yaml). Every stage is a command of this project, as a user would
+call it. Ends with status 1 where the new model's film does not show the scripted places, or the model is no better than
+the best linear predictor.
 """
 
 import json
@@ -46,7 +47,7 @@ class Scale:
     experiment: that of train.py.
     script: the file that says what to film, a path in the checkout.
     threads: how many torch has; one is fastest for a small model.
-    seconds: what each of the four stages took on the machine it was tuned on.
+    seconds: what each of the five stages took on the machine it was tuned on.
     """
 
     scenes: int = 1
@@ -69,7 +70,8 @@ class DemoConfig:
     scenes: how many the world has; 0 takes the scale's.
     steps: how long training is; 0 takes the scale's.
     workers: processes that render the world; 0 is one a core.
-    seed: the seed of the world, of training and of the film.
+    seed: the seed of the world, of training and of its film.
+    trained: settings of sample.py for the first film, by a model that was trained before.
     small, large: the settings of each scale.
     """
 
@@ -79,6 +81,7 @@ class DemoConfig:
     steps: int = 0
     workers: int = 0
     seed: int = 0
+    trained: list[str] = field(default_factory=list)
     small: Scale = field(default_factory=Scale)
     large: Scale = field(default_factory=Scale)
 
@@ -111,6 +114,7 @@ def plan(config: DemoConfig) -> list[Stage]:
     sample = [f"checkpoint={out}/run", f"script={ROOT / scale.script}", f"out={out}/film"]
     seed = f"seed={config.seed}"
     stages = {
+        "film a story with a model that was trained before": ["sample.py", *config.trained, f"out={out}/friends"],
         "make a storyworld": ["scripts/make_storyworld.py", *world, seed, *scale.world],
         "prepare its films": ["scripts/prepare_data.py", *prepare, *scale.prepare],
         "train with Mixture of Contexts": ["train.py", *train, seed],
@@ -167,8 +171,8 @@ def report(out: Path, script: Path, seconds: dict[str, float]) -> bool:
     minutes = cpu_minutes()
     stages = ", ".join(f"{title} {taken:.0f} s" for title, taken in seconds.items())
     print(f"time         {stages}; {minutes:.1f} CPU-minutes in all")
-    for name in ("video.mp4", "storyboard.png", "routing.png"):
-        print(f"look at      {out / 'film' / name}")
+    for name in ("friends/index.html", "film/index.html", "film/storyboard.png", "film/routing.png"):
+        print(f"look at      {out / name}")
 
     ratio = ratio_to_line(sigmas, [rows[-1][level] for level in levels], linear)
     print(

@@ -192,7 +192,7 @@ class ShotDataset:
             raise DataError(
                 "no-usable-samples",
                 "data.held_out" if self.held_out else "data.validation",
-                f"{len(kept_out)} of {len(ids)} scenes held out leaves none to train",
+                f"{len(kept_out)} of {len(ids)} scenes held out leaves none to train; hold out fewer",
             )
         first = {scene.id: i for i, (_, scene) in reversed(list(enumerate(self.items)))}
         return Split(training, tuple(first[scene_id] for scene_id in evaluated))

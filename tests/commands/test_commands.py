@@ -11,6 +11,7 @@ import torch
 
 from data.media.decode import open_video
 from data.storyworld import place_of_caption
+from film.folder import FilmFolder
 from film.script import load_script
 from moc.errors import UserError
 from models import build_model
@@ -184,10 +185,11 @@ def test_the_demo_is_larger_where_there_is_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("scale", [pytest.param("small", marks=pytest.mark.slow), "large"])
 def test_the_demo_s_stages_fit_each_other(scale, tmp_path):
-    """All four with their own sizes of frames, shots and codec, a tiny model and one step. A film as long as the
-    script's comes out, of the size of the world's."""
+    """All but the first with their own sizes of frames, shots and codec, a tiny model and one step. A film as long as
+    the script's comes out, of the size of the world's. The first films by itself what its model was trained to film."""
     config = parsed("demo", f"output={tmp_path}", f"scale={scale}", "scenes=2", "steps=1", "workers=1")
     extra = [
+        ["device=cpu", "sampler.steps=1"],
         [],
         ["device=cpu"],
         [*TINY_MODEL, "parallel=cpu", "data.batch_tokens=3000", "data.validation=1", "data.workers=0"],
@@ -200,6 +202,9 @@ def test_the_demo_s_stages_fit_each_other(scale, tmp_path):
     frames = json.loads((tmp_path / "world/truth.jsonl").read_text().splitlines()[0])["shots"][0]["end"]
     assert script.size == tuple(config.chosen().size) == (film.height, film.width)
     assert film.num_frames == frames * len(script.shots)
+    shown = FilmFolder(tmp_path / "friends")
+    assert shown.is_finished
+    assert shown.read_metadata()["routing"][1][0] == 1  # so that its map shows something
     settings = " ".join(config.chosen().world)
     assert all(place_of_caption(shot.prompt) in settings for shot in script.shots)
 

@@ -1,6 +1,7 @@
 """What ends a command in one line, and what keeps its traceback."""
 
 import errno
+import logging
 import re
 import sys
 
@@ -10,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm import tqdm
 
 import data.loading.loader  # noqa: F401 - it takes open_dataset from its module, before the tests replace it there
-from configs.command import for_user, message_of
+from configs.command import BesideBars, for_user, message_of
 from configs.overrides import readable
 from data.errors import DataError
 from moc.errors import UserError
@@ -142,3 +143,9 @@ def test_a_device_that_is_not_here_is_named(capsys, tmp_path, world, trained, de
     ):
         assert re.match(refused, refusal(capsys, script, *arguments, f"device={device}"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_logged_beside_a_progress_bar_has_a_line_of_its_own(capsys):
+    with tqdm(total=2, file=sys.stderr):
+        BesideBars().handle(logging.makeLogRecord({"msg": "told meanwhile"}))
+    assert "told meanwhile" in capsys.readouterr().err.replace("\r", "\n").splitlines()
