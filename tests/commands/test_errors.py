@@ -49,7 +49,7 @@ def test_errors_of_files_name_the_file():
 
 
 def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):
-    def broken(config):
+    def broken(*_):
         return list(zip([1], [1, 2], strict=True))
 
     monkeypatch.setattr("data.loading.dataset.open_dataset", broken)
@@ -60,7 +60,7 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):
 
 
 def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch):
-    def full_disk(config):
+    def full_disk(*_):
         sys.bar = tqdm(total=3, desc="read")  # held, as an error's traceback holds the bar of a loop
         raise OSError(errno.ENOSPC, "No space left on device")
 
