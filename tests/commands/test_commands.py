@@ -16,7 +16,7 @@ from film.script import load_script
 from moc.errors import UserError
 from models import build_model
 from scripts import demo
-from tests.commands.test_configs import parsed
+from tests.composing import parsed
 from tests.pipeline import ROOT, TINY_MODEL, assert_one_message, command, prepare, refusal, train, train_arguments
 
 SCRIPTS = ["train.py", "sample.py"]

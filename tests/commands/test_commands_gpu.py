@@ -16,7 +16,7 @@ from data.loading.dataset import DataConfig, open_dataset
 from moc.training import Trainer, find_checkpoint, read_metrics
 from scripts import demo
 from tests import pipeline
-from tests.commands.test_configs import parsed
+from tests.composing import parsed
 from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, compilations, losses, train
 from tests.pipeline import ROOT, command
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from moc.training.interruption import MARKER, NOT_FINISHED, leave_unfinished
-from tests.commands.test_configs import parsed
+from tests.composing import parsed
 from tests.pipeline import ROOT
 
 LAUNCH = ROOT / "scripts/launch"

@@ -19,7 +19,7 @@ from film.script import load_script
 from moc.diffusion.solvers import SolverKind
 from moc.errors import UserError
 from models import load_model
-from tests.film.test_film import MeanCodec
+from tests.film.made_up import MeanCodec
 from tests.film.test_filmmaker import SHOT, STORY, contents, film_of, open_filmmaker, times_killed, write
 from tests.pipeline import command, sample
 

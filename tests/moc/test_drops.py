@@ -9,7 +9,7 @@ from hypothesis import given
 import moc
 from moc import routing
 from tests import brute_force
-from tests.moc.test_kernels_cpu import interpreted
+from tests.moc.against_reference import interpreted
 from tests.routes import same_chunks
 from tests.strategies import attention_tensors, configs, seeds, streams
 

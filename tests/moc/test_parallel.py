@@ -11,7 +11,7 @@ from moc.errors import UserError, disk_error
 from moc.training import Parallel, ParallelConfig
 from models.mmdit import MMDiT
 from tests import pipeline
-from tests.commands.test_configs import composed
+from tests.composing import composed
 from tests.pipeline import ROOT
 
 STORY = {"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia walks.", "seconds": 0.4}]}

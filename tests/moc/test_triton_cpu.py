@@ -10,7 +10,7 @@ from hypothesis import given, settings
 import moc
 from moc import routing
 from moc.kernels import anchors
-from tests.moc.test_kernels_cpu import DROPS, assert_equal_to_reference, interpreted
+from tests.moc.against_reference import DROPS, assert_equal_to_reference, interpreted
 from tests.moc.test_reference import OPTIONS, two_samples
 from tests.routes import assert_same_choice, same_chunks
 from tests.strategies import attention_tensors, configs, seeds, streams

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 
 import moc
 from moc import reference
-from tests.moc.test_kernels_cpu import interpreted
+from tests.moc.against_reference import interpreted
 from tests.strategies import attention_tensors, configs, seeds, streams
 
 

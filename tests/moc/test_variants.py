@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moc
 from models.members import Members
-from tests.moc.test_kernels_cpu import interpreted
+from tests.moc.against_reference import interpreted
 from tests.strategies import attention_tensors
 
 pytestmark = pytest.mark.usefixtures("listed")

@@ -12,7 +12,7 @@ from data.storyworld import Mode, StoryworldConfig, generate
 from models.encoders.codec import CodecConfig
 from models.encoders.lapped import LappedCodec, border_rotation, kept_coefficients, variation_gradient
 from models.encoders.pair import build_codec
-from tests.commands.test_configs import REQUIRED, parsed
+from tests.composing import REQUIRED, parsed
 from tests.models.test_vae import moving_gradient, psnr
 
 

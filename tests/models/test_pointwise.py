@@ -6,7 +6,7 @@ from torch import Tensor
 
 from models import layers, rope
 from models.members import Members
-from tests.moc.test_kernels_cpu import interpreted
+from tests.moc.against_reference import interpreted
 
 pointwise = pytest.importorskip("models.pointwise", exc_type=ImportError)
 

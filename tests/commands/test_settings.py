@@ -1,0 +1,133 @@
+"""Settings given on the command line arrive typed; mistakes are refused with their full key."""
+
+import pytest
+
+from moc import MoCConfig
+from moc.errors import UserError
+from tests.composing import REQUIRED, parsed
+
+
+def test_parsed_configs_are_plain_and_frozen():
+    config = parsed("train", "schedule=[{step: 0, chunk_tokens: 40, top_k: 3}]", "optim.lr=1e-3")
+    assert type(config.optim.betas) is list
+    assert (config.optim.lr, config.schedule[0].chunk_tokens) == (1e-3, 40)
+    with pytest.raises(AttributeError):
+        config.optim.lr = 2.0
+    assert config.model.family == "mmdit"
+
+
+def test_settings_that_may_be_absent_are_typed_where_they_are_set():
+    assert parsed("convert").encoders is None
+    paths = REQUIRED["encoders=holocine"]
+    encoders = parsed("convert", "encoders=holocine", *paths).encoders
+    assert (encoders.codec.continuous, encoders.text.form) == (True, "holocine")
+    for override, message in (("encoders.codec.tiling=1.5", "tiling"), ("+encoders.codec.new=1", "encoders.codec.new")):
+        with pytest.raises(UserError, match=message):
+            parsed("convert", "encoders=holocine", *paths, override)
+
+
+def test_what_is_the_checkpoints_is_null():
+    sample, convert = parsed("sample"), parsed("convert")
+    assert sample.low_noise_checkpoint is None
+    assert {sample.shift, sample.encoders_path, convert.shift, convert.encoders_path} == {None}
+    assert parsed("sample", "shift=null", "encoders_path=null") == sample
+    assert parsed("sample", "shift=5").shift == 5
+
+
+def test_the_seed_of_a_run_is_that_of_its_data():
+    assert parsed("train", "seed=7").data.seed == 7
+
+
+def test_a_progressive_schedule_is_given_on_the_command_line():
+    override = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5000, chunk_tokens: 1280, top_k: 5}]"
+    assert [stage.chunk_tokens for stage in parsed("train", override).schedule] == [10240, 1280]
+    (stage,) = parsed("train", "schedule=[{step: 9, drop_off_max: 0, drop_in_rate: 0.1}]").schedule
+    assert (stage.step, stage.top_k, stage.drop_off_max, stage.drop_in_rate) == (9, None, 0.0, 0.1)
+
+
+def test_any_optimizer_is_named_with_its_arguments():
+    parts = 'optim.parts=[{match: "*.to_qkv.*"}, {match: "*", factor: 0}]'
+    optim = parsed("train", "optim.name=torch.optim.SGD", "+optim.args.momentum=0.9", parts).optim
+    assert (optim.name, optim.args) == ("torch.optim.SGD", {"momentum": 0.9})
+    assert [(part.match, part.factor) for part in optim.parts] == [("*.to_qkv.*", 1.0), ("*", 0.0)]
+
+
+MISTAKES = [
+    ("train", "+trainer.num_step=5", r"trainer\.num_step"),
+    ("train", "+model.depth=5", r"model\.depth"),
+    ("train", "+colour=red", "colour"),
+    ("train", "trainer.num_steps=many", r"trainer\.num_steps.*'many'"),
+    ("train", "optim.lr=fast", r"optim\.lr.*'fast'"),
+    ("train", "moc.causal=perhaps", r"moc\.causal.*'perhaps'"),
+    ("train", "model.family=unet", r"model\.family.*unet"),
+    ("train", "optim.lr=null", r"optim\.lr"),
+    ("train", "seed=null", "seed"),
+    ("train", "data.path=null", r"data\.path"),
+    ("train", "optim.betas=[0.9]", r"optim\.betas"),
+    ("train", "optim.name=sgd", r"optim\.name='sgd' is not one of adamw"),
+    ("train", "optim.parts=[{match: a, factor: -1}]", r"optim\.parts\.factor=-1"),
+    ("train", "optim.parts=[{pattern: a}]", r"optim\.parts|pattern"),
+    ("train", "flow.dense_target=2", r"flow\.dense_target=2"),
+    ("train", "schedule=[{step: 5, drop_off_max: 2}]", r"drop_off_max=2"),
+    ("train", "optim.betas=[0.9,big]", r"optim\.betas\[1\].*'big'"),
+    ("train", "schedule=[{step: 0, chunk_tokens: x, top_k: 1}]", r"schedule\[0\]\.chunk_tokens"),
+    ("train", "schedule=[{step: 0, chunks: 4}]", r"schedule\[0\]\.chunks"),
+    ("train", "schedule=[{step: 5, chunk_tokens: 0, top_k: 1}]", "chunk_tokens=0"),
+    ("train", "moc.own_anchor=scene", r"moc\.own_anchor.*'scene'.*shot, chunk, none"),
+    ("train", "trainer.log_every=0", r"trainer\.log_every=0"),
+    ("train", "trainer.checkpoint_every=-1", r"trainer\.checkpoint_every=-1 must be finite and at least 0"),
+    ("train", "optim.warmup_steps=-1", r"optim\.warmup_steps=-1"),
+    ("train", "optim.weight_decay=-0.1", r"optim\.weight_decay=-0\.1"),
+    ("train", "optim.lr=nan", r"optim\.lr=nan"),
+    ("train", "optim.betas=[0.9,1]", r"optim\.betas=.*in \[0, 1\)"),
+    ("train", "data.prefetch=0", r"data\.prefetch=0 must be finite and at least 1"),
+    ("train", "data.sources=[{path: a, weight: 0}]", r"data\.sources.* weight 0\.0 of a"),
+    ("train", "trainer.ema_decay=1.5", r"trainer\.ema_decay=1\.5"),
+    ("train", "flow.logit_mean=nan", r"flow\.logit_mean=nan"),
+    ("prepare", "fps=nan", "fps=nan must be finite"),
+    ("prepare", "threshold=-1", r"threshold=-1\.0"),
+    ("prepare", "encoders.text.num_layers=0", r"text\.num_layers=0"),
+    ("convert", "max_shard_gb=nan", "max_shard_gb=nan"),
+    ("demo", "scenes=-1", "scenes=-1"),
+    ("benchmark_data", "steps=0", "steps=0"),
+    ("train", "model.num_heads=0", r"model\.num_heads=0"),
+    ("train", "model.num_layers=0", r"model\.num_layers=0"),
+    ("train", "name=", "name is empty"),
+    ("train", "name='  '", "name is empty"),
+    ("train", "schedule=[1,2]", r"schedule\[0\] is 1; it must be a mapping"),
+    ("train", "data.path=${nowhere}", r"data\.path: .*nowhere"),
+    ("train", "flow.shift=0", r"flow\.shift=0"),
+    ("train", "flow.shift=nan", r"flow\.shift=nan"),
+    ("train", "flow.logit_std=inf", r"flow\.logit_std=inf"),
+    ("train", "parallel.precision=fp8", r"precision='fp8' is not one of"),
+    ("train", "parallel.sequence=0", r"parallel\.sequence=0"),
+    ("benchmark_parallel", "meshes=[tensor]", r"meshes=.*one, data, shard, sequence"),
+    ("train", "model=wan", r"model\.path"),
+    ("sample", "sampler.steps=0", r"sampler\.steps=0"),
+    ("sample", "+sampler.cfg=3", r"sampler\.cfg"),
+    ("sample", "script=", "script is not set"),
+    ("sample", "shift=none", r"shift.*'none'"),
+    ("prepare", "size=[480]", "size"),
+    ("prepare", "decoder=gpu", "decoder must be one of"),
+    ("storyworld", "mode=strange", "mode"),
+]
+
+
+@pytest.mark.parametrize(("name", "override", "message"), MISTAKES, ids=[f"{m[0]} {m[1]}" for m in MISTAKES])
+def test_mistakes_are_refused_with_their_key(name, override, message):
+    with pytest.raises(UserError, match=message) as error:
+        parsed(name, override)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate", "convert"])
+def test_every_command_sets_attention_in_the_words_of_training(name):
+    trained = MoCConfig(top_k=2, causal=False)
+    assert trained.override(parsed(name).moc) == trained
+    assert trained.override(parsed(name, "moc.top_k=3").moc) == MoCConfig(top_k=3, causal=False)
+    assert (
+        trained.override(parsed(name, "moc=forward", "moc.top_k=3").moc)
+        == parsed("train", "moc=forward", "moc.top_k=3").moc
+    )
+    with pytest.raises(UserError, match="unknown MoC settings"):
+        trained.override(parsed(name, "+moc.top=3").moc)

@@ -1,0 +1,126 @@
+"""Backend `torch`, masked and in parts, equals the reference and repeats."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+
+import moc
+from moc.kernels import masked, torch_parts
+from tests.moc.against_reference import DROPS, assert_equal_to_reference
+from tests.moc.test_reference import two_samples
+from tests.strategies import attention_tensors, configs, seeds, streams
+
+pytestmark = pytest.mark.usefixtures("listed")
+
+
+@pytest.fixture(params=["masked", "in parts"])
+def way(request, monkeypatch):
+    """How the backend computes short samples, and how long ones."""
+    if request.param == "in parts":
+        monkeypatch.setattr(masked, "MAX_TOKENS", 0)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+@given(streams(), configs(), seeds)
+def test_torch_equals_the_reference(kernel, stream, config, seed):
+    """Masked, and in parts."""
+    layout, attend = stream.layout(), partial(torch_parts.attend, execution=moc.Execution(dense_kernel=kernel))
+    q, k, _ = attention_tensors(layout, seed)
+    assert_equal_to_reference(attend, layout, config, moc.route(q, k, layout, config))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dense_setting", [False, True])
+def test_torch_with_drops_and_dense(dense_setting):
+    layout, config = two_samples(), moc.MoCConfig(dense=dense_setting, causal=False, top_k=3)
+    q, k, _ = attention_tensors(layout)
+    assert_equal_to_reference(torch_parts.attend, layout, config, moc.route(q, k, layout, config, DROPS))
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.06), (torch.float16, 8e-3)])
+def test_torch_in_lower_precision(dtype, tolerance):
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, _ = attention_tensors(layout)
+    routes = moc.route(q, k, layout, config)
+    assert_equal_to_reference(torch_parts.attend, layout, config, routes, dtype, tolerance, head_dim=32)
+
+
+def test_torch_a_few_heads_at_a_time_is_the_same(monkeypatch):
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    attend = partial(torch_parts.attend, execution=moc.Execution(dense_kernel="math"))
+    q, k, _ = attention_tensors(layout, num_heads=5)
+    monkeypatch.setattr(torch_parts, "MAX_ELEMENTS", 2 * layout.num_tokens * 2 * 4)
+    routes = moc.route(q, k, layout, config)
+    assert len(list(torch_parts._lists(routes, layout.num_chunks, 4))) == 3
+    assert_equal_to_reference(attend, layout, config, routes, num_heads=5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("own", ["shot", "chunk", "none"])
+def test_torch_gradcheck(own):
+    layout = moc.ShotLayout.build([moc.Shot(1, (2, 2, 1)), moc.Shot(1, (2, 1, 2))], 1, chunk_tokens=2)
+    config = moc.MoCConfig(top_k=1, own_anchor=own, causal=False)
+    q, k, v = attention_tensors(layout, requires_grad=True, num_heads=1, head_dim=2)
+    routes = moc.route(q, k, layout, config)
+    assert torch.autograd.gradcheck(lambda *x: torch_parts.attend(*x, routes, layout, config), (q, k, v))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+def test_which_streams_are_masked(kernel):
+    """Those of short samples, however many, unless another kernel is asked for."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (1, 16, 10))] * 4, chunk_tokens=256)
+    q = torch.zeros(1, 2, 4)
+    execution = moc.Execution(dense_kernel=kernel)
+    assert masked.fits(q, moc.ShotLayout.pack([layout] * 3), execution) == (kernel == "auto")
+    longer = moc.ShotLayout.build([moc.Shot(1, (1, 16, 10))] * 4, chunk_tokens=256)
+    assert not masked.fits(q, moc.ShotLayout.pack([layout, longer]), execution)
+
+
+def test_what_a_mask_takes_from_the_stream_is_made_once(monkeypatch):
+    made, is_anchor = [], masked.is_anchor
+    monkeypatch.setattr(masked, "is_anchor", lambda *args: made.append(args) or is_anchor(*args))
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout, requires_grad=True)
+    for _ in range(3):
+        moc.moc_attention(q, k, v, layout, config, backend="torch").sum().backward()
+    assert len(made) == layout.num_samples
+
+
+@pytest.mark.usefixtures("way")
+def test_deterministic_gradients_repeat_bit_for_bit():
+    layout, config, execution = two_samples(), moc.MoCConfig(top_k=2), moc.Execution("torch", deterministic=True)
+    q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
+    direction = torch.randn_like(q)
+
+    def gradients():
+        return torch.autograd.grad(moc.moc_attention(q, k, v, layout, config, backend=execution), (q, k, v), direction)
+
+    first = gradients()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(), first, strict=True))
+
+
+@pytest.mark.usefixtures("way")
+def test_torch_refuses_a_second_derivative():
+    """The plain kernel's backward could be differentiated, to wrong numbers."""
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, v = attention_tensors(layout, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*backend='reference'"):
+        torch.autograd.grad(moc.moc_attention(q, k, v, layout, config).sum(), q, create_graph=True)
+
+
+def test_autocast_leaves_the_plain_kernel_alone():
+    layout, config, execution = two_samples(), moc.MoCConfig(top_k=2), moc.Execution("torch", "math")
+    q, k, v = attention_tensors(layout, dtype=torch.float32, requires_grad=True)
+
+    def both():
+        out = moc.moc_attention(q, k, v, layout, config, backend=execution)
+        return out, *torch.autograd.grad(out.sum(), (q, k, v))
+
+    expected = both()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for mine, other in zip(both(), expected, strict=True):
+            assert torch.equal(mine, other)
