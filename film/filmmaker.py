@@ -133,7 +133,7 @@ class Filmmaker:
 
     @Shared
     def encoders(self) -> Encoders:
-        return load_encoders(self.config.encoders_path or self.checkpoint)
+        return load_encoders(self.config.encoders_path or self.contents)
 
     @Shared
     def fingerprints(self) -> dict[str, str]:

@@ -175,7 +175,7 @@ def load_denoiser(
     loras: merged into the model, or into both experts; low_noise_loras: into the low-noise one instead.
     Raises UserError where the two are no pair, are one, or change places.
     """
-    contents = path if isinstance(path, Contents) else Contents(Path(path))
+    contents = Contents.at(path)
     pair = contents.experts
     if low_noise:
         if pair:

@@ -31,11 +31,18 @@ class Contents:
     path: Path
 
     @classmethod
-    def sound(cls, path: str | Path, weights: str = "ema") -> "Contents":
+    def at(cls, path: "str | Path | Contents") -> "Contents":
+        """What a path holds, not looked through for damage; `Contents` stay as they are, here and in `sound`."""
+        return path if isinstance(path, Contents) else cls(Path(path))
+
+    @classmethod
+    def sound(cls, path: "str | Path | Contents", weights: str = "ema") -> "Contents":
         """Of a run its newest checkpoint whose files are what was written; of anything else `path` as it is.
 
         weights: ema or model, those that are to be read. Raises UserError where every checkpoint is damaged.
         """
+        if isinstance(path, Contents):
+            return path
         return cls(sound_checkpoint(path, weights) or Path(path))
 
     @cached_property

@@ -135,7 +135,7 @@ def open_checkpoint(path: str | Path | Contents, weights: str = "ema") -> Checkp
 
     Raises UserError where it is no model, or more than one, or a LoRA whose base is not what it was.
     """
-    contents = path if isinstance(path, Contents) else Contents.sound(path, weights)
+    contents = Contents.sound(path, weights)
     root, path = contents.root, contents.model_path(weights)
     lora = read_lora(path)
     if lora is not None:

@@ -65,14 +65,15 @@ def build_encoders(config: EncodersConfig, vocabulary: Iterable[str] = ()) -> En
     return Encoders(config, build_codec(config.codec), build_text_encoder(config.text, vocabulary))
 
 
-def load_encoders(path: str | Path) -> Encoders:
+def load_encoders(path: str | Path | Contents) -> Encoders:
     """The encoders at `path`, as `read_encoders` finds them; raises UserError where they come out different."""
     return build_encoders(read_encoders(path))
 
 
-def read_encoders(path: str | Path) -> EncodersConfig:
+def read_encoders(path: str | Path | Contents) -> EncodersConfig:
     """As `find_encoders`; raises UserError where there are none."""
-    found = find_encoders(path)
+    contents = Contents.at(path)
+    found, path = find_encoders(contents), contents.path
     if found is None:
         raise UserError(
             f"{path} holds no encoders: neither {FILE}, which prepare_data and train.py write, nor "
@@ -82,10 +83,10 @@ def read_encoders(path: str | Path) -> EncodersConfig:
     return found
 
 
-def find_encoders(path: str | Path) -> EncodersConfig | None:
+def find_encoders(path: str | Path | Contents) -> EncodersConfig | None:
     """The encoders of a folder that `Encoders.save` wrote, of a run or checkpoint, or of a diffusers pipeline of Wan,
     which its transformer's folder names as well. An embedded text encoder's path is where it lies."""
-    root = Contents(Path(path)).root
+    root = Contents.at(path).root
     for folder in (root, root / "encoders"):
         if (folder / FILE).is_file():
             return _read_config(folder)

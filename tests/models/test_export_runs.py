@@ -107,6 +107,9 @@ def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, t
     build_encoders(EncodersConfig(), ["cat"]).save(made)
     step = as_run(reduced_folder, tmp_path / "run", encoders_path=str(made))
     assert load_encoders(step / "encoders").text.fingerprint == load_encoders(made).text.fingerprint
+    opened = Contents.sound(tmp_path / "run")
+    assert load_encoders(opened).text.fingerprint == load_encoders(tmp_path / "run").text.fingerprint
+    assert Contents.sound(opened) is Contents.at(opened) is opened
     step = as_run(tmp_path / "run", tmp_path / "copy")
     assert (step / "encoders/encoders.json").read_text() == (made / "encoders.json").read_text()
 
