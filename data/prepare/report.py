@@ -1,6 +1,5 @@
 """The report of preparing: what was taken, cut and skipped and why, as JSON and as a page to look the data over."""
 
-import html
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -8,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -20,9 +20,13 @@ from data.records import write_whole
 
 REPORT_JSON, REPORT_HTML, THUMBNAILS = "report.json", "report.html", "thumbnails"
 _THUMBNAIL_HEIGHT = 96
-_STYLE = """body{font:14px sans-serif;margin:2em;max-width:1200px}figure{display:inline-block;margin:4px;
-vertical-align:top;width:180px}img{max-width:180px}figcaption{font-size:12px;color:#444}td{padding:2px 12px}
-h3{margin-bottom:2px}"""
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
 @dataclass
@@ -87,48 +91,13 @@ class Report:
             "frames_per_second": self.speed(),
         }
         write_whole(output / REPORT_JSON, json.dumps({"summary": summary} | asdict(self), indent=1).encode())
-        write_whole(output / REPORT_HTML, self._page(summary).encode(errors="replace"))
+        page = _TEMPLATES.get_template("report.html.j2").render(
+            summary=summary, problems=self.problems, samples=self.samples, captions=captions, folder=THUMBNAILS
+        )
+        write_whole(output / REPORT_HTML, page.encode(errors="replace"))
 
     def _frames_taken(self) -> int:
         return sum(shot["frames"] for sample in self.samples for shot in sample["shots"])
-
-    def _page(self, summary: dict) -> str:
-        speeds = ", ".join(f"{stage} {speed:.0f}" for stage, speed in summary["frames_per_second"].items())
-        rows = "".join(
-            f"<tr><td>{_text(p['kind'])}<td>{_text(p['where'])}<td>{_text(p['message'])}<td>{_text(p['action'])}"
-            for p in self.problems
-        )
-        return (
-            f"<!doctype html><meta charset=utf-8><title>Prepared data</title><style>{_STYLE}</style>"
-            f"<h1>{summary['samples']} samples, {summary['shots']} shots</h1>"
-            f"<p>{summary['frames']['decoded']} frames decoded, {summary['frames']['taken']} taken. Frames a second: "
-            f"{_text(speeds)}.</p>"
-            f"<h2>Left out or doubtful: {len(self.problems)}</h2><table>{rows}</table><h2>Samples</h2>"
-            + "".join(_section(sample) for sample in self.samples)
-        )
-
-
-def _section(sample: dict) -> str:
-    figures = "".join(
-        f"<figure><img loading=lazy src='{THUMBNAILS}/{name}'><figcaption>{_shot_text(sample['shots'], i)}"
-        "</figcaption></figure>"
-        for i, name in enumerate(sample["thumbnails"])
-    )
-    size = "x".join(str(side) for side in sample["size"])
-    caption = _text(" | ".join(captions(sample["caption"])))
-    return f"<h3>{_text(sample['id'])} <small>{size}</small></h3><p>{caption}</p>{figures}"
-
-
-def _shot_text(shots: list[dict], i: int) -> str:
-    if not shots:
-        return "image"
-    shot = shots[i]
-    join = "" if shot["cut"] else "continues; "
-    return _text(f"{join}[{shot['start']}, {shot['end']}) {' | '.join(captions(shot['caption']))}")
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
 
 
 def thumbnail_name(plan: SamplePlan, shot: int) -> str:

@@ -105,6 +105,8 @@ def test_report_shows_every_shot(folder):
         assert name in page
         assert Image.open(out / "thumbnails" / name).size[1] == 64
     assert "&lt;b&gt;bold" in page
+    assert page.count("<figure>") == 2
+    assert all(span in page for span in ("[0, 9) ", "[9, 18) "))
 
 
 def test_prepared_data_loads(folder):
