@@ -66,7 +66,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @fused
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     """RMS norm over the last axis in fp32, returned in x's dtype."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
@@ -252,7 +252,8 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, patches: Tensor, condition: Tensor, members: Members) -> Tensor:
         """condition: [G, dim] of each group; members: the video tokens of each."""
-        out = self.linear(modulate(x, *self.modulation(condition), members)).float()
+        shift, scale = self.modulation(condition)
+        out = self.linear(modulate(x, shift, scale, members)).float()
         if self.gain is None:
             return out
         with torch.autocast(x.device.type, enabled=False):

@@ -13,7 +13,7 @@ scenes of short shots; their dense rival is one variable-length FlashAttention-2
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import partial
@@ -110,12 +110,12 @@ class Case:
         return moc.ShotLayout.build(shots, GLOBAL_TEXT, self.chunk_tokens).to("cuda")
 
     def config(self) -> moc.MoCConfig:
-        common = {"chunk_tokens": self.chunk_tokens, "top_k": self.top_k}
+        common = moc.MoCConfig(chunk_tokens=self.chunk_tokens, top_k=self.top_k)
         if self.single:
-            return moc.MoCConfig(causal=False, own_anchor="chunk", **common)
+            return replace(common, causal=False, own_anchor=moc.OwnAnchor.chunk)
         if self.is_short:
-            return moc.MoCConfig(dense=not self.is_moc, text_anchor="global_and_own", **common)
-        return moc.MoCConfig(**common)
+            return replace(common, dense=not self.is_moc, text_anchor=moc.TextAnchor.global_and_own)
+        return common
 
     @property
     def execution(self) -> moc.Execution:
@@ -179,10 +179,10 @@ def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Ten
     """forward() -> state, backward(state). A dense kernel is called directly on one scene."""
     if case.is_moc or case.is_short:
         config, execution = case.config(), case.execution
-        leaves = [x.detach().requires_grad_() for x in qkv]
+        q, k, v = (x.detach().requires_grad_() for x in qkv)
         return (
-            lambda: moc.moc_attention(*leaves, layout, config, backend=execution),
-            lambda out: torch.autograd.grad(out, leaves, direction, retain_graph=True),
+            lambda: moc.moc_attention(q, k, v, layout, config, backend=execution),
+            lambda out: torch.autograd.grad(out, (q, k, v), direction, retain_graph=True),
         )
     kernel = dense.choose(qkv[0], case.impl)
     return (lambda: kernel.forward(*qkv)), (lambda state: kernel.backward(direction, *qkv, *state))
@@ -266,7 +266,7 @@ def stages(case: Case) -> dict[str, float]:
     return {stage: round(ms, 4) for stage, ms in times.items()}
 
 
-def cases(suites: list[str], impls: list[str]) -> list[Case]:
+def cases(suites: Sequence[str], impls: Sequence[str]) -> list[Case]:
     """Everything to measure, each case once."""
     found: list[Case] = []
     for impl in impls:

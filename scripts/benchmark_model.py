@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,7 +35,7 @@ from moc.diffusion import Flow
 from moc.files import write_whole
 from moc.kernels import dense
 from moc.training.optim import OptimConfig, build_optimizer
-from models import ModelConfig, build_model
+from models import Family, ModelConfig, build_model
 from models.rope import rotary_table, rotate, running_positions
 from models.stream import Part
 from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, median_ms
@@ -42,7 +43,7 @@ from scripts.rows import measured_on, write_figure
 
 LATENT, TEXT_DIM = (16, 36, 40, 64), 4096  # 36 x 20 x 32 = 23,040 tokens
 HEAD_DIM = 128
-CONFIG = ModelConfig(family="wan", dim=1536, num_layers=30, num_heads=12, ffn_dim=8960)
+CONFIG = ModelConfig(family=Family.wan, dim=1536, num_layers=30, num_heads=12, ffn_dim=8960)
 ATTENTION = {"dense": MoCConfig(dense=True), "moc": MoCConfig(chunk_tokens=1280, top_k=5)}
 SLOW, TOO_SLOW = 2.0, 25.0  # seconds
 
@@ -161,7 +162,7 @@ class _NoAttention(torch.autograd.Function):
         return grad, keys, keys
 
 
-def block_row(model: nn.Module, num_shots: int) -> dict:
+def block_row(model: Any, num_shots: int) -> dict:
     """One block without its attention, forward and forward plus backward, against its floor."""
     layout = make_story(num_shots).layout
     block = model.blocks[0]

@@ -120,7 +120,7 @@ def launch(mesh: str, config: BenchmarkConfig) -> None:
 
 def measure_mesh(config: BenchmarkConfig) -> None:
     """Measures what remains on this mesh; ends at the first film that does not fit."""
-    axes = dict.fromkeys(AXES[config.mesh], config.processes)
+    axes: dict[str, Any] = dict.fromkeys(AXES[config.mesh], config.processes)
     parallel = Parallel(replace(config.parallel, **axes))
     with parallel.device:
         model = build_model(config.model, latent_channels=config.latent[0], text_dim=config.text_dim)

@@ -18,11 +18,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from configs.command import command, parse
 from configs.schema import TrainConfig
@@ -143,7 +145,7 @@ def composed(config: RecallRowsConfig, folder: Path) -> TrainConfig:
         [sys.executable, "train.py", "experiment=recall", *words, "--cfg", "job"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return parse(OmegaConf.create(shown.stdout), TrainConfig)
+    return parse(cast(DictConfig, OmegaConf.create(shown.stdout)), TrainConfig)
 
 
 def train(row: str, config: RecallRowsConfig, folder: Path) -> float:
@@ -187,18 +189,19 @@ class Tester:
             return {"row": row, "seed": self.config.seed, "steps": self.config.steps, "failed": log[-2000:]}
         moc, flow = Contents(checkpoint).moc, Contents(checkpoint).own_flow
         pack(checkpoint / "ema", self.folder / f"{name}.tar.gz")  # before tests, which may be cut off
-        model = load_model(checkpoint).to(self.parallel.device)
+        model: nn.Module = load_model(checkpoint)
+        model.to(self.parallel.device)
         start = time.monotonic()
         tally = self.bench.run(model, moc, flow, self.config.scenes)
-        found = {"all": summary(tally)}
+        found: dict[str, Any] = {"all": summary(tally)}
         if self.config.look_alikes:
             twins = self.bench.run(model, moc, flow, self.config.look_alikes, look_alikes=True)
             found["look_alikes"] = summary(twins)
         if moc.dense:
             for chunk_tokens, top_k in SWAPS:
                 swap = MoCConfig(chunk_tokens=chunk_tokens, top_k=top_k)
-                tally = brief(summary(self.bench.run(model, swap, flow, max(1, self.config.scenes // 8))))
-                found.setdefault("swapped", []).append({"chunk_tokens": chunk_tokens, "top_k": top_k} | tally)
+                swapped = brief(summary(self.bench.run(model, swap, flow, max(1, self.config.scenes // 8))))
+                found.setdefault("swapped", []).append({"chunk_tokens": chunk_tokens, "top_k": top_k} | swapped)
         routing = moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=6, top_k=5)
         found["mass"] = self.bench.mass(model, moc, routing, flow)
         state = json.loads((checkpoint / "state.json").read_text())

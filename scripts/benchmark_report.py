@@ -145,8 +145,8 @@ def write_plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4))
     for impl in sorted({case["impl"] for case in cases}):
         line = sorted((c["shots"], c["total"]) for c in cases if c["impl"] == impl and c["shots"] <= 16)
-        style = {"linestyle": "-" if impl.startswith("moc-") else "--", "color": COLORS[impl.removeprefix("moc-")]}
-        axes.plot(*zip(*line, strict=True), marker="o", label=impl, **style)
+        style, colour = "-" if impl.startswith("moc-") else "--", COLORS[impl.removeprefix("moc-")]
+        axes.plot(*zip(*line, strict=True), marker="o", label=impl, linestyle=style, color=colour)
     axes.set(xlabel="shots of 23k tokens", ylabel="forward + backward, ms", yscale="log", title=rows[0]["gpu"])
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(loc="lower right", fontsize="small", handlelength=3)

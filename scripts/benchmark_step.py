@@ -21,10 +21,11 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -45,6 +46,7 @@ from moc.training import Trainer, TrainerConfig
 from moc.training.optim import OptimConfig
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
+from models.stream import StreamModel
 from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, matmul_flops_per_ms
 from scripts.rows import measured_on, put_row
 
@@ -111,13 +113,13 @@ def main(config: StepConfig) -> None:
             lambda _: None,
         )  # fmt: skip
         for grid in config.packs:
-            row = measure(trainer, tuple(grid), config, rates)
+            row = measure(trainer, (grid[0], grid[1], grid[2]), config, rates)
             rows = put_row(output, row, KEY, header() | {"execution": str(config.execution)})
             write_whole(output.with_suffix(".md"), table(rows).encode())
     print(f"{output} holds all rows")
 
 
-def make_pack(model: nn.Module, grid: tuple[int, int, int], scenes: int, chunk_tokens: int) -> Parcel:
+def make_pack(model: StreamModel, grid: tuple[int, int, int], scenes: int, chunk_tokens: int) -> Parcel:
     """A batch as a worker of the loader sends it."""
     shape = (CHANNELS, *(size * patch for size, patch in zip(grid, model.stream.patch, strict=True)))
 
@@ -190,10 +192,10 @@ def take_steps(trainer: Trainer, source: Iterator[Batch], count: int) -> dict[st
 
 def by_kind(times: dict[str, float]) -> dict[str, float]:
     """Milliseconds of each of `KINDS`, the longest first, and of other kernels; times: by the kernel's name."""
-    kinds: Counter[str] = Counter()
+    kinds: dict[str, float] = defaultdict(float)
     for name, ms in times.items():
         kinds[next((kind for kind, like in KINDS.items() if re.search(like, name.lower())), "other")] += ms
-    return {kind: round(ms, 2) for kind, ms in kinds.most_common()}
+    return {kind: round(ms, 2) for kind, ms in sorted(kinds.items(), key=itemgetter(1), reverse=True)}
 
 
 def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -67,7 +67,7 @@ def header() -> dict:
     }
 
 
-def markdown_table(head: list[str], lines: list[list[object]]) -> str:
+def markdown_table(head: list[str], lines: Sequence[Sequence[object]]) -> str:
     """A Markdown table of cells as they print."""
-    rows = [head, ["---"] * len(head), *lines]
+    rows: list[Sequence[object]] = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)

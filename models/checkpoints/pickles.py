@@ -7,6 +7,7 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -65,6 +66,7 @@ def convert_pickle(file: Path, output: Path) -> str:
     if output.exists():
         raise UserError(f"{output} exists; name a new path")
     tensors = read_pickle(file)
+    model: Any
     if "token_embedding.weight" in tensors:
         what, model, state, stem = "UMT5 encoder", *_t5(tensors, file), "model"
     elif "encoder.conv1.weight" in tensors:
@@ -77,10 +79,10 @@ def convert_pickle(file: Path, output: Path) -> str:
     with new_folder(output) as partial:
         entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()]
         write_sharded(partial, entries, state.__getitem__, stem=stem)
-        if isinstance(model, AutoencoderKLWan):
-            model.save_config(partial)
-        else:
+        if isinstance(model, UMT5EncoderModel):
             (partial / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+        else:
+            model.save_config(partial)
     return what
 
 
@@ -155,7 +157,8 @@ def _t5(tensors: dict[str, Tensor], file: Path) -> tuple[UMT5EncoderModel, dict[
 
 def _vae(tensors: dict[str, Tensor], file: Path) -> tuple[str, AutoencoderKLWan, dict[str, Tensor]]:
     _require(VAE_SIZES, tensors, file)
-    what, settings = "Wan2.1 VAE", {"base_dim": tensors["encoder.conv1.weight"].shape[0]}
+    what = "Wan2.1 VAE"
+    settings: dict[str, Any] = {"base_dim": tensors["encoder.conv1.weight"].shape[0]}
     if any(name.startswith("encoder.downsamples.0.downsamples") for name in tensors):
         what = "Wan2.2 VAE"
         settings |= VAE22 | {"decoder_base_dim": tensors["decoder.conv1.weight"].shape[0] // 4}  # of its last block

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -18,8 +19,8 @@ def load_folder(
     dtype: torch.dtype,
     tied: Sequence[str] = (),
     ignored: tuple[str, ...] = (),
-) -> nn.Module:
-    """The model of a folder, on the CPU, in `dtype`, from its safetensors files alone.
+) -> Any:
+    """The model of a folder, on the CPU, in `dtype`, from its safetensors files alone; its class is what `build` says.
 
     build: makes the model from the folder's config.json. tied: names of one tensor, of which the files may hold any.
     ignored: prefixes of tensors that may be there and are left out. Raises UserError where the config does not make a

@@ -140,9 +140,9 @@ class EmbeddedTextEncoder(TextEncoder):
                 "a caption of %d tokens is cut after %d, which are all that the model sees of it (%r...)",
                 *(len(ids), self.config.max_tokens - 1, caption[:60]),
             )
-        ids = torch.tensor([[*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)]])
+        kept = torch.tensor([[*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)]])
         with torch.autocast(self.model.device.type, enabled=False):
-            return self.model(ids.to(self.model.device)).last_hidden_state[0]
+            return self.model(kept.to(self.model.device)).last_hidden_state[0]
 
     def save(self, folder: str | Path) -> None:
         """Writes what `load` needs: settings and word list; the weights follow from the seed."""

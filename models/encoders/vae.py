@@ -59,6 +59,8 @@ class WanCodec(Codec):
         self.latent_channels = settings.z_dim
         self.spatial_factor = settings.scale_factor_spatial
         self.patch_size = settings.patch_size or 1
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(settings.latents_mean).view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(settings.latents_std).view(-1, 1, 1, 1), persistent=False)
         scales = settings.latents_mean, settings.latents_std
