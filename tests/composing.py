@@ -18,6 +18,7 @@ OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / 
 # What a command cannot do without.
 REQUIRED = {
     "sample": ["checkpoint=c", "script=s", "out=o"],
+    "draw_memory": ["checkpoint=c", "script=s", "out=o"],
     "app": ["checkpoint=c", "folder=f"],
     "prepare": ["input=i", "output=o"],
     "storyworld": ["output=o"],
