@@ -97,10 +97,17 @@ def freeze_parts(model: nn.Module, parts: Sequence[PartConfig]) -> None:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters; weight decay on matrices only. Raises UserError where it is not
-    installed or does not take its arguments."""
+    installed, does not take its arguments, or takes whole weights alone and these are sharded."""
     build = _BUILDERS.get(config.name, _build_imported)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if (config.offload or config.name in _OF_WHOLE_WEIGHTS) and any(isinstance(p, DTensor) for p in trained.values()):
+        raise UserError(
+            f"optim.{'offload=true' if config.offload else f'name={config.name}'} takes whole weights, and "
+            "parallel.shard or parallel.sequence share them out: take adamw without offload, whose states are shared "
+            "out too"
+        )
     try:
-        return build({name: p for name, p in model.named_parameters() if p.requires_grad}, config)
+        return build(trained, config)
     except TypeError as error:
         raise UserError(f"optim.name={config.name} does not take optim.args={config.args}: {error}") from None
 
@@ -180,10 +187,6 @@ def _groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[Gr
 def _build_adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
     """Fused, since it then heeds `found_inf`."""
     settings: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps, "fused": True} | config.args
-    if config.offload and any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        raise UserError(
-            "optim.offload=true is for whole weights; parallel.shard and parallel.sequence share out states"
-        )
     kind = OffloadedAdamW if config.offload else torch.optim.AdamW
     return kind(_groups(parameters, config), lr=config.lr, **settings)
 
@@ -195,11 +198,6 @@ def _build_adamw8bit(parameters: dict[str, nn.Parameter], config: OptimConfig) -
         raise UserError(
             "optim.name=adamw8bit needs a package that is not installed: pip install bitsandbytes"
         ) from None
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
-        raise UserError(
-            "optim.name=adamw8bit takes whole weights, and parallel.shard or parallel.sequence share them out: take "
-            "adamw, whose states are sharded too"
-        )
     settings = {"betas": tuple(config.betas), "eps": config.eps} | config.args
     return AdamW8bit(_groups(parameters, config), lr=config.lr, **settings)
 
@@ -233,6 +231,7 @@ def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
     return optimizer
 
 
+_OF_WHOLE_WEIGHTS = ("adamw8bit", "torch.optim.Adafactor")
 _BUILDERS = {"adamw": _build_adamw, "adamw8bit": _build_adamw8bit, "muon": _build_muon}
 # For each byte of a float32 parameter. AdamW8bit keeps two averages of one byte a number.
 _KEPT = {"torch.AdamW": 2.0, "moc.OffloadedAdamW": 2.0, "torch.Muon": 1.0, "bitsandbytes.AdamW8bit": 0.5}

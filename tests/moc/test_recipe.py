@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
 from moc.diffusion.flow import NoiseLevels
+from moc.errors import UserError
 from moc.schedule import MoCSchedule, Stage
 from moc.training import OptimConfig, find_checkpoint, offload
 from moc.training import checkpoint as ckpt
@@ -165,6 +166,16 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         build_optimizer(model(), OptimConfig("adamw8bit"))
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "torch.optim.Adafactor", "offload=true"])
+def test_what_takes_whole_weights_alone_is_refused_on_shards(name, monkeypatch):
+    """Before its package is asked for. Every weight passes for one that is sharded."""
+    monkeypatch.setattr("moc.training.optim.DTensor", torch.nn.Parameter)
+    optim = OptimConfig(offload=True) if name == "offload=true" else OptimConfig(name)
+    with pytest.raises(UserError, match=rf"optim\.(name=)?{name} takes whole weights.*take adamw without offload"):
+        build_optimizer(model(), optim)
+    assert build_optimizer(model(), OptimConfig())
 
 
 # Parts of the model
