@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from argparse import ArgumentParser
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -24,7 +24,16 @@ from moc.batch import Sample, make_batch
 from moc.config import MoCConfig
 from moc.diffusion import Flow
 from moc.schedule import MoCSchedule
-from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig, find_checkpoint, storage
+from moc.training import (
+    OptimConfig,
+    Parallel,
+    ParallelConfig,
+    Trainer,
+    TrainerConfig,
+    find_checkpoint,
+    offload,
+    storage,
+)
 from moc.training.checkpoint import optimizer_states
 from moc.training.shards import local, whole
 from models import ModelConfig, build_model
@@ -48,21 +57,31 @@ MESHES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model of a family, wholly trained or by an adapter; micro-batches a process; whether blocks are recomputed."""
+    """A model of a family, wholly trained or by an adapter; micro-batches a process; whether blocks are recomputed, and
+    whether all attention is dense."""
 
     family: str
     lora: bool
     accumulation: int
     recomputed: bool
+    dense: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.family}{'_lora' * self.lora}_{self.accumulation}{'_recomputed' * self.recomputed}"
+        words = (self.family, "lora" * self.lora, str(self.accumulation), "recomputed" * self.recomputed)
+        return "_".join(filter(None, (*words, "dense" * self.dense)))
+
+    def host(self, axes: dict[str, int]) -> dict[str, object]:
+        """What of it waits on the host, under a mesh of these axes: weights that are not trained, or activations."""
+        if self.dense:
+            return {"offload_activations": True}
+        swaps = self.lora and self.recomputed and not axes
+        return {"activation_checkpointing": True, "swap_blocks": 2} if swaps else {}
 
 
 CASES = [
     Case(f, lora, 2 if lora else 1, not lora or f == "wan") for f, lora in product(("mmdit", "wan"), (False, True))
-]
+] + [Case("mmdit", False, 2, False, dense=True), Case("wan", False, 1, True, dense=True)]
 
 
 def make_model(case: Case) -> nn.Module:
@@ -108,8 +127,9 @@ def make_samples() -> list[Sample]:
 
 def make_trainer(case: Case, parallel: Parallel, folder: Path) -> Trainer:
     flow = Flow(dense_attention=0.0 if case.lora else 0.5)
+    moc = replace(SETTINGS[case.family], dense=case.dense)
     return Trainer(
-        parallel, make_model(case), flow, SETTINGS[case.family], MoCSchedule(), OptimConfig(clip_norm=0.5),
+        parallel, make_model(case), flow, moc, MoCSchedule(), OptimConfig(clip_norm=0.5),
         TrainerConfig(save_in_background=case.lora), folder, 0, save_extras=lambda _: None,
     )  # fmt: skip
 
@@ -152,15 +172,11 @@ def write_expected(folder: Path, device: str, cases: list[Case]) -> None:
 def check(folder: Path, device: str) -> None:
     """Raises AssertionError where a mesh of these processes makes other losses or gradients, where a save gathers what
     is sharded, or where what a checkpoint gives back is not what was saved. Files are small, and so are many."""
-    storage.SHARD_BYTES = 8000
-    meshes = [
-        (axes, Parallel(ParallelConfig(device, "fp32", **axes))) for axes in MESHES[int(os.environ["WORLD_SIZE"])]
-    ]
-    swapping = Parallel(ParallelConfig(device, "fp32", activation_checkpointing=True, swap_blocks=2))
+    storage.SHARD_BYTES, offload._LEAST = 8000, 1
     cases = [case for case in CASES if (folder / f"{case.name}.safetensors").exists()]
     assert cases
-    for (axes, parallel), case in product(meshes, cases):
-        parallel = swapping if case.lora and case.recomputed and not axes else parallel
+    for axes, case in product(MESHES[int(os.environ["WORLD_SIZE"])], cases):
+        parallel = Parallel(ParallelConfig(device, "fp32", **axes, **case.host(axes)))
         what = f"{case.name} on {axes}"
         run = folder / what
         trainer = make_trainer(case, parallel, run)

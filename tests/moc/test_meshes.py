@@ -21,11 +21,11 @@ def expected(tmp_path, request):
     return tmp_path
 
 
-# A model of each family, one of them with an adapter.
-TWO_CASES = [meshes.CASES[0], meshes.CASES[-1]]
+# A model of each family, one of them with an adapter, and one whose attention is dense.
+SOME_CASES = [meshes.CASES[0], meshes.CASES[3], meshes.CASES[4]]
 
 
-@pytest.mark.parametrize("expected", [("cpu", TWO_CASES)], ids=["cpu"], indirect=True)
+@pytest.mark.parametrize("expected", [("cpu", SOME_CASES)], ids=["cpu"], indirect=True)
 def test_two_processes_take_the_step_of_one(expected):
     meshes.launch(2, expected, "cpu")
 
