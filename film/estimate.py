@@ -11,7 +11,7 @@ from film.plan import FilmPlan
 from moc import Descriptor, MoCConfig, ShotLayout
 from moc.batch import Sample, make_layout
 from moc.cost import FLOPS_PER_PAIR
-from moc.diffusion import Flow, SamplingConfig, guidance_scales, plan_steps
+from moc.diffusion import Flow, SamplingConfig, guidance_scales, num_still_remembered, plan_steps
 from moc.training import MeshConfig
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
@@ -24,9 +24,10 @@ class Estimate:
 
     shot_tokens: of each shot of the stream, its text included.
     sparsity: of attention in the last step's stream, each query with as many routes as it can have.
-    forwards: calls of the model.
+    forwards: calls of the model, those that remember finished shots included.
     flops, dense_flops: of all of them, with this attention and with a dense one that remembers nothing.
     memory: bytes of the weights, of keys and values that are kept and of a forward, roughly, on each device.
+    host_memory: bytes of keys and values that are kept in the host's memory instead.
     least: bytes without which it cannot be made: those of the weights and of a forward that keeps nothing in between.
     """
 
@@ -36,6 +37,7 @@ class Estimate:
     flops: float
     dense_flops: float
     memory: float
+    host_memory: float
     least: float
 
     def lines(self, plan: FilmPlan) -> list[str]:
@@ -55,7 +57,8 @@ class Estimate:
             f"{self.forwards} forwards of {self.flops / 1e15:.3g} PFLOP in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",
-            f"about {self.memory / 2**30:.2g} GiB of memory: weights, what is remembered, and a forward",
+            f"about {self.memory / 2**30:.2g} GiB of memory: weights, what is remembered, and a forward"
+            + (f"; {self.host_memory / 2**30:.2g} GiB of the host's" if self.host_memory else ""),
         ]
 
 
@@ -82,32 +85,44 @@ def estimate(
         return 2.0 * linears * tokens + layers * FLOPS_PER_PAIR * width * pairs
 
     spent = dense = 0.0
-    most_tokens = most_seen = forwards = 0
+    most_tokens = most_seen = most_sides = forwards = 0
+    remembered: list[list[int]] = [[], []]  # shots, on each side of guidance
     story = plan.story()
     steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, story.num_references)
     for step in steps:
-        computed = step.moving if remembers and not step.is_dense else step.shots
+        cached = remembers and not step.is_dense
+        computed = step.moving if cached else step.shots
         tokens, total = (sum(stream.tokens[shot] for shot in shots) for shots in (computed, step.shots))
         sides = 1 if set(guidance_scales(step, story, sampler).values()) == {1.0} else 2
         forwards += sides
         spent += sides * flops(tokens, stream.pairs(computed, step.shots, moc.dense or step.is_dense))
         dense += sides * flops(total, total**2)
+        for side in range(sides if cached else 0):
+            before, remembered[side] = remembered[side], step.shots[:-1]
+            for last in range(num_still_remembered(before, remembered[side]), len(remembered[side])):
+                shot = step.shots[last]
+                forwards += len(experts)
+                spent += len(experts) * flops(stream.tokens[shot], stream.pairs([shot], step.shots[: last + 1], False))
+        most_sides = max(most_sides, sides if cached else 0)
         most_tokens, most_seen = max(most_tokens, tokens), max(most_seen, total)
-    last = steps[-1].shots
+    seen = steps[-1].shots
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
     token = width * next(network.parameters()).itemsize / mesh.sequence  # bytes of one's features
-    remembered = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such tensors a token, in each layer and cache
-    caches = len(experts) * (2 if forwards > len(steps) else 1) if remembers else 0
+    kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such tensors of a token, in each layer and cache
+    layer = kept * (stream.global_tokens + most_seen) * token
+    caches = len(experts) * most_sides * layers
+    here = min(2, caches) if sampler.offload_cache else caches  # layers: the one in use, and the next one
     # What is remembered of others may be computed again, or come from elsewhere, but for one layer's keys and values.
     needed = LEAST * most_tokens + 2 * (most_seen - most_tokens)
     return Estimate(
         shot_tokens=stream.tokens,
-        sparsity=1 - stream.pairs(last, last, moc.dense) / sum(stream.tokens[shot] for shot in last) ** 2,
+        sparsity=1 - stream.pairs(seen, seen, moc.dense) / sum(stream.tokens[shot] for shot in seen) ** 2,
         forwards=forwards,
         flops=spent,
         dense_flops=dense,
-        memory=held + (caches * remembered * layers * sum(stream.tokens) + WIDE * most_tokens) * token,
+        memory=held + here * layer + WIDE * most_tokens * token,
+        host_memory=caches * layer if sampler.offload_cache else 0.0,
         least=held + needed * token,
     )
 
@@ -118,6 +133,7 @@ class _Stream:
     def __init__(self, layout: ShotLayout, moc: MoCConfig) -> None:
         shots = [layout.groups[index] for index in layout.shot_groups]
         self.moc = moc
+        self.global_tokens = layout.groups[0].text_tokens
         self.tokens = [shot.text_tokens + shot.video_tokens for shot in shots]
         self.video_chunks = [
             [chunk.length for chunk in layout.chunks if chunk.group == index and chunk.kind == "video"]

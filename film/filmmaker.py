@@ -38,6 +38,8 @@ from models.encoders.fingerprint import fingerprint, weights_digest
 
 logger = logging.getLogger(__name__)
 
+UNSEEN = {"seed", "offload_cache"}  # settings of the sampler that no frame shows: shots have seeds of their own
+
 Value = TypeVar("Value")
 
 
@@ -175,7 +177,7 @@ class Filmmaker:
             "script": plan.record(),
             "moc": self.moc.to_dict(),
             "flow": asdict(self.flow),
-            "sampler": {name: value for name, value in asdict(self.sampler).items() if name != "seed"},  # shots have it
+            "sampler": {name: value for name, value in asdict(self.sampler).items() if name not in UNSEEN},
             "precision": str(self.parallel.dtype),
             "fingerprints": self.fingerprints,
         }

@@ -124,26 +124,24 @@ def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> lis
     return [results[index] for index in range(len(lists[0]))]
 
 
+def stream_of(sample: Sample, spec: StreamSpec) -> tuple[int, tuple[Shot, ...]]:
+    """How a model with this spec sees a sample: the number of its global text's tokens, and its shots."""
+    texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
+    cuts = sample.cuts or [True] * len(sample.latents)
+    shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
+    return texts[0], tuple(shots)
+
+
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:
     """The stream of one sample as a model with this spec sees it."""
-    return ShotLayout(_streams([sample], spec), chunk_tokens, [sample.position])
-
-
-def _streams(samples: Sequence[Sample], spec: StreamSpec) -> tuple[tuple[int, tuple[Shot, ...]], ...]:
-    """Of each sample the number of its global text's tokens, and its shots."""
-    streams = []
-    for sample in samples:
-        texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
-        cuts = sample.cuts or [True] * len(sample.latents)
-        shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
-        streams.append((texts[0], tuple(shots)))
-    return tuple(streams)
+    return ShotLayout([stream_of(sample, spec)], chunk_tokens, [sample.position])
 
 
 def make_batch(samples: Sequence[Sample], spec: StreamSpec, chunk_tokens: int, like: ShotLayout | None = None) -> Batch:
     """Packs samples one after another; they never see each other. like: a layout whose tables are shared where these
     samples lie as its own do."""
-    streams, positions = _streams(samples, spec), [sample.position for sample in samples]
+    streams = tuple(stream_of(sample, spec) for sample in samples)
+    positions = [sample.position for sample in samples]
     alike = like if like and like.is_stream_of(streams, chunk_tokens) else None
     layout = alike.at(positions) if alike else ShotLayout(streams, chunk_tokens, positions)
     return Batch(

@@ -1,8 +1,7 @@
 """The forward that both models share: which tokens of the packed stream it computes, and their self-attention.
 
-Usually a forward computes the whole stream. In context-causal generation (Long Context Tuning, arXiv 2503.10589,
-section 3.4) finished shots are history: their keys and values stay in a `KeyValueCache`, and a forward computes the
-tokens after them only.
+Usually a forward computes the whole stream. In context-causal generation finished shots are history: their keys and
+values stay in a `KeyValueCache`, and a forward computes the tokens after them only.
 
 Shape letters: L packed tokens, N heads, D head dim, G groups, S shots; latents C T H W.
 """
@@ -26,29 +25,13 @@ from moc.exchange import Exchange
 from moc.execution import AUTO
 from moc.layout import Grid, Group
 from moc.move import move
+from models.history import KeyValueCache
 from models.lora import Trainable
 from models.members import Members
 from models.recompute import RecomputedParts
 from models.rope import rotate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass
-class KeyValueCache:
-    """Keys and values of the shots generated so far, by layer; one for each prompt and sample."""
-
-    num_tokens: int = 0
-    layers: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-
-    def extended(self, layer: int, new: tuple[Tensor, ...], remember: bool) -> tuple[Tensor, ...]:
-        """Keys, values and the like [L, N, D] of history and of new tokens together; the latter become history if
-        `remember`."""
-        if layer in self.layers:
-            new = tuple(torch.cat(pair) for pair in zip(self.layers[layer], new, strict=True))
-        if remember:
-            self.layers[layer] = tuple(x.detach() for x in new)
-        return new
 
 
 class Part:
@@ -287,7 +270,7 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
         config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
         on_routes: told each layer's index and the routes of this process's heads, int [N, L, K], for statistics.
         cache: history of a story generated shot by shot; latents and sigma are then those of the shots after it, text
-            and layout the whole stream's, and config must flow strictly forward.
+            and layout the whole stream's, config must flow strictly forward, and no gradient reaches keys and values.
         on_distances: told the squared difference, at each video token, of the attention of layers that route from dense
             attention with the same q, k and v, and the square of the latter: fp32 [Lv, layers, 2].
         remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
@@ -320,9 +303,9 @@ class StreamModel(Trainable, ModelMixin, ConfigMixin):
             if isinstance(module, RecomputedParts):
                 module.recomputes_parts = True
 
-    def new_cache(self) -> KeyValueCache:
-        """The history of a story that has not begun."""
-        return KeyValueCache()
+    def new_cache(self, capacity: int, offload: bool = False) -> KeyValueCache:
+        """The history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
+        return KeyValueCache(capacity, offload)
 
 
 def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:

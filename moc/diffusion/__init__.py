@@ -2,7 +2,7 @@
 
 from moc.diffusion.flow import Flow, NoiseLevels
 from moc.diffusion.samplers import sample_shots
-from moc.diffusion.steps import guidance_scales, plan_steps
+from moc.diffusion.steps import guidance_scales, num_still_remembered, plan_steps
 from moc.diffusion.story import Progress, SamplingConfig, Story, noise_key
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Story",
     "guidance_scales",
     "noise_key",
+    "num_still_remembered",
     "plan_steps",
     "sample_shots",
 ]

@@ -9,7 +9,9 @@ A shot starts `lag` (in units of a whole denoising) after the one before it. One
 A shot that has not started is not in the stream, so nothing depends on it. A finished shot stays in it as history,
 noised to `history_sigma` against error accumulation (LCT, arXiv 2503.10589). Shot by shot, and where attention flows
 strictly forward, nothing that history computes ever changes: a model that can remember then keeps its keys and values
-and computes the new shot alone, with the same result.
+and computes the new shot alone, with the same result. Where a shot leaves the stream (`context_shots`), those after it
+are remembered anew, as they are without it: the film is that of streams that begin there, and its memory is that of one
+such stream, however long it is.
 """
 
 import logging
@@ -71,9 +73,11 @@ def sample_shots(
         for index, own in (start.remembered if start else {}).items()
     }
     steps = plan_steps(num_shots, story.given, config, flow, story.num_references)
-    keeps_history = config.keeps_history and hasattr(model, "new_cache")
     cuts = story.cuts or [True] * num_shots
-    prompt, negative = (Side(model, spec, text, cuts, keeps_history) for text in (story.text, story.negative))
+    prompt, negative = (Side(model, spec, text, cuts) for text in (story.text, story.negative))
+    if config.keeps_history and hasattr(model, "new_cache"):
+        for side in (prompt, negative):
+            side.keep_history(latents, [step.shots for step in steps], config.offload_cache)
 
     for number, step in islice(enumerate(steps, start=1), start.step if start else 0, None):
         now, after, shots, moving = step.now, step.after, step.shots, step.moving

@@ -1,15 +1,17 @@
 """The two sides of guidance: the model under the prompt and under the negative one, and what it remembers on each."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moc.batch import Sample, StreamSpec, make_layout
+from moc.batch import Sample, StreamSpec, make_layout, stream_of
 from moc.config import MoCConfig
 from moc.diffusion.flow import Model
+from moc.diffusion.steps import num_still_remembered
 from moc.layout import ShotLayout
 from moc.move import move
 
@@ -28,19 +30,24 @@ class Stream:
 
 
 class Side:
-    """One side of guidance: the model under the prompt or under the negative one, and what it remembers there.
+    """One side of guidance: the model under the prompt or under the negative one, and what it remembers there."""
 
-    keeps_history: whether the shots before a stream's last one may be remembered, once, as they are first seen there.
-    """
-
-    def __init__(
-        self, model: Model, spec: StreamSpec, text: list[Tensor], cuts: Sequence[bool], keeps_history: bool
-    ) -> None:
+    def __init__(self, model: Model, spec: StreamSpec, text: list[Tensor], cuts: Sequence[bool]) -> None:
         self.model, self.spec, self.cuts = model, spec, cuts
         self.text = [x.float() for x in text]
-        self.cache = model.new_cache() if keeps_history else None  # type: ignore[attr-defined]
-        self._num_remembered = 0
-        self._layouts: dict[tuple[int, ...], ShotLayout] = {}
+        self.cache: Any = None
+        self._remembered: list[int] = []
+        self._layout: tuple[list[int], ShotLayout] | None = None
+
+    def keep_history(self, latents: list[Tensor], streams: Iterable[Sequence[int]], offload: bool) -> None:
+        """From now on the shots before a stream's last one are remembered, as they are first seen there.
+
+        latents: of the story's shots. streams: the shots of each that will come. offload: into the host's memory.
+        """
+        num_global, shots = stream_of(Sample(latents, self.text), self.spec)
+        tokens = [shot.text_tokens + math.prod(shot.grid) for shot in shots]
+        longest = max(sum(tokens[index] for index in stream) for stream in streams)
+        self.cache = self.model.new_cache(num_global + longest, offload)  # type: ignore[attr-defined]
 
     def velocity(
         self, stream: Stream, moc: MoCConfig, on_routes: Callable[[int, Tensor], None] | None = None
@@ -48,20 +55,22 @@ class Side:
         """The velocity, in fp32, of each shot of a stream, or of the last alone where the others are remembered."""
         if self.cache is None or not moc.flows_forward:
             return self._run(stream, moc, on_routes=on_routes)
-        history = len(stream.shots) - 1
-        while self._num_remembered < history:  # shot by shot, so that a resumed story computes the same bits
-            first, self._num_remembered = self._num_remembered, self._num_remembered + 1
-            self._run(stream.up_to(first + 1), moc, first, cache=self.cache, remember=True)
-        return self._run(stream, moc, history, on_routes=on_routes, cache=self.cache)
+        history = stream.shots[:-1]
+        first = num_still_remembered(self._remembered, history)
+        if first < len(self._remembered):
+            self.cache.keep_first(self.layout(stream, moc).groups[first].end if first else 0)
+        for count in range(first, len(history)):  # shot by shot, so that a resumed story computes the same bits
+            self._run(stream.up_to(count + 1), moc, count, cache=self.cache, remember=True)
+        self._remembered = history
+        return self._run(stream, moc, len(history), on_routes=on_routes, cache=self.cache)
 
     def layout(self, stream: Stream, moc: MoCConfig) -> ShotLayout:
-        """The layout of a stream, built once for each set of shots."""
-        key = tuple(stream.shots)
-        if key not in self._layouts:
+        """The layout of a stream, built once for steps of the same shots."""
+        if self._layout is None or self._layout[0] != stream.shots:
             sample = Sample(stream.latents, self._texts(stream), cuts=[self.cuts[index] for index in stream.shots])
             layout = make_layout(sample, self.spec, moc.chunk_tokens)
-            self._layouts[key] = layout.to(stream.latents[0].device)
-        return self._layouts[key]
+            self._layout = stream.shots, layout.to(stream.latents[0].device)
+        return self._layout[1]
 
     def _texts(self, stream: Stream) -> list[Tensor]:
         return [self.text[0], *(self.text[1 + index] for index in stream.shots)]

@@ -1,8 +1,8 @@
 """The steps of a story: which shots are in the stream of each, at which noise levels, and which of them move."""
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: b
     lowest, highest = config.guidance_interval
     chosen = {index: default if (scale := own[index]) is None else scale for index in step.moving}
     return {index: scale if lowest <= float(step.now[index]) <= highest else 1.0 for index, scale in chosen.items()}
+
+
+def num_still_remembered(remembered: Sequence[int], history: Sequence[int]) -> int:
+    """How many shots of a history are remembered as they are seen in it: its first ones, as far as no shot before them
+    has left, since each was computed with all those before it."""
+    alike = (a == b for a, b in zip(remembered, history, strict=False))
+    return sum(takewhile(bool, alike))
 
 
 def _stream(now: Tensor, moving: list[int], context_shots: int, num_references: int) -> list[int]:

@@ -24,8 +24,11 @@ class SamplingConfig:
         model once (arXiv 2404.07724).
     lag: how long after the one before it a shot starts, in units of a whole denoising; 0 is joint, 1 shot by shot.
     history_sigma: the noise level of finished shots.
-    context_shots: how many finished shots the others see at most, the latest ones; 0 is all.
+    context_shots: how many finished shots the others see at most, the latest ones, besides references, which all see;
+        memory and time of a shot then do not grow with the film. 0 is all.
     cache: keep the keys and values of finished shots where the result is the same, as long as memory lasts.
+    offload_cache: keep them in the host's memory. Each layer's come to the device while the one before it computes; the
+        film is the same to the bit.
     seed: the seed of the noise, which is drawn shot by shot.
     """
 
@@ -39,6 +42,7 @@ class SamplingConfig:
     history_sigma: float = 0.05
     context_shots: int = 0
     cache: bool = True
+    offload_cache: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class SamplingConfig:
     @property
     def keeps_history(self) -> bool:
         """Whether keys and values of finished shots may be kept, where attention flows strictly forward."""
-        return self.cache and self.lag == 1 and not self.context_shots
+        return self.cache and self.lag == 1
 
 
 @dataclass(frozen=True)

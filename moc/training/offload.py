@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moc.training.host_memory import Places, host_memory
+from moc.host_memory import Places, host_memory
 
 _LEAST = 1 << 20  # bytes; smaller tensors stay where they are
 _PIECE = 1 << 26  # bytes; torch takes pinned memory in powers of two, which may be twice a large tensor in one piece

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moc.errors import UserError
-from moc.training.host_memory import Places, host_memory
+from moc.host_memory import Places, host_memory
 
 
 class Swap:

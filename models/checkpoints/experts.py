@@ -7,7 +7,7 @@ that is not in use in CPU memory.
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import cpu_offload_with_hook
@@ -16,11 +16,23 @@ from torch import Tensor, nn
 from moc import Execution
 from moc.errors import UserError
 from models.checkpoints.contents import EXPERT_FOLDERS
-from models.stream import KeyValueCache, StreamModel
+from models.history import KeyValueCache
+from models.stream import StreamModel
 
 BOUNDARY = 0.875  # of the release
 NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # in a name: no "flow", no "lower"
-ExpertCaches = tuple[KeyValueCache, KeyValueCache]  # of high and of low
+
+
+class ExpertCaches(NamedTuple):
+    """What each expert remembers of one story."""
+
+    high: KeyValueCache
+    low: KeyValueCache
+
+    def keep_first(self, num_tokens: int) -> None:
+        """Forgets the history after its first `num_tokens`."""
+        for cache in self:
+            cache.keep_first(num_tokens)
 
 
 class Experts(nn.Module):
@@ -71,9 +83,9 @@ class Experts(nn.Module):
     def execution(self, execution: Execution) -> None:
         self.high.execution = self.low.execution = execution
 
-    def new_cache(self) -> ExpertCaches:
-        """The history of a story that has not begun."""
-        return self.high.new_cache(), self.low.new_cache()
+    def new_cache(self, capacity: int, offload: bool = False) -> ExpertCaches:
+        """The history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
+        return ExpertCaches(self.high.new_cache(capacity, offload), self.low.new_cache(capacity, offload))
 
     def offload(self, device: torch.device) -> None:
         """Keeps both in CPU memory, and on `device` the one that was called last."""

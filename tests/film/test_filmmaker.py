@@ -309,7 +309,7 @@ def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     "settings",
-    [{"lag": 0.0}, {"lag": 1.0}, {"lag": 1.0, "cache": False, "guidance_interval": [0.0, 0.9]}],
+    [{"lag": 0.0}, {}, {"context_shots": 1}, {"cache": False, "guidance_interval": [0.0, 0.9]}],
     ids=str,
 )
 def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, monkeypatch):
@@ -320,10 +320,9 @@ def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, mo
     guess = filmmaker.estimate(plan)
     calls, forward = [], filmmaker.model.forward
 
-    def counting(latents, *arguments, remember=False, **others):
-        if not remember:
-            calls.append(sum(x.shape[-3] * x.shape[-2] * x.shape[-1] // 4 for x in latents))
-        return forward(latents, *arguments, remember=remember, **others)
+    def counting(latents, *arguments, **others):
+        calls.append(sum(x.shape[-3] * x.shape[-2] * x.shape[-1] // 4 for x in latents))
+        return forward(latents, *arguments, **others)
 
     monkeypatch.setattr(filmmaker.model, "forward", counting)
     list(

@@ -1,15 +1,17 @@
 """Films whose finished shots stay as cached keys and values: equal to films without, and cheaper."""
 
 from dataclasses import replace
+from itertools import cycle, islice
 
 import pytest
 import torch
 from torch import nn
 
 from moc import MoCConfig
-from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
+from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
 from moc.statistics import RoutingMap
 from models.checkpoints.experts import Experts
+from models.history import KeyValueCache
 from models.mmdit import MMDiT
 from models.wan import WanTransformer3DModel
 from tests.weights import randomized
@@ -34,10 +36,10 @@ def build(name: str) -> nn.Module:
     return randomized(model).eval()
 
 
-def story(num_shots: int = 4, given: tuple[int, ...] = ()) -> Story:
-    texts = [[torch.randn(n, TEXT_DIM) for n in lengths] for lengths in ([3, 2, 4, 1, 3], [2, 1, 1, 1, 1])]
-    texts = [text[: num_shots + 1] for text in texts]
-    return Story([SHAPE] * num_shots, *texts, {index: torch.randn(SHAPE) for index in given})
+def story(num_shots: int = 4, given: tuple[int, ...] = (), **others) -> Story:
+    lengths = ([3, *islice(cycle([2, 4, 1, 3]), num_shots)], [2, *[1] * num_shots])
+    texts = [[torch.randn(n, TEXT_DIM) for n in of_side] for of_side in lengths]
+    return Story([SHAPE] * num_shots, *texts, {index: torch.randn(SHAPE) for index in given}, **others)
 
 
 def film(model, what: Story, config: SamplingConfig, moc: MoCConfig = FORWARD):
@@ -82,6 +84,98 @@ def test_a_step_computes_the_new_shot_alone(name):
     assert plain == [TOKENS * shots for shots in (2, 3, 4) for _ in range(STEPS)]
 
 
+@pytest.mark.parametrize("references", [0, 1])
+@pytest.mark.parametrize("name", ["mmdit", "wan", "experts"])
+def test_shots_beyond_the_context_leave_the_same_film(name, references):
+    """A shot that leaves takes with it what later ones saw of it; references stay."""
+    model, what = build(name), story(7, given=(0, 1), num_references=references)
+    config = replace(CONFIG, context_shots=2, guidance_scale=2.0)
+    cached, plain = film(model, what, config), film(model, what, replace(config, cache=False))
+    assert_equal(cached, plain)
+    assert sum(cached[2]) < sum(plain[2])
+    whole = film(model, what, replace(config, context_shots=0))
+    assert not torch.allclose(cached[0][6], whole[0][6], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mmdit", "wan"])
+def test_a_shot_of_a_long_film_is_that_of_one_that_begins_with_its_context(name):
+    model, what, references = build(name), story(8, given=(0,), num_references=1), [0]
+    config = replace(CONFIG, context_shots=2)
+    shots = what.given | film(model, what, config)[0]
+    stream = [*references, 5, 6, 7]
+    short = Story(
+        [SHAPE] * len(stream),
+        *([text[0], *(text[1 + index] for index in stream)] for text in (what.text, what.negative)),
+        given={place: shots[index] for place, index in enumerate(stream[:-1])},
+        noise_keys=[noise_key(config.seed, index) for index in stream],
+    )
+    torch.testing.assert_close(film(model, short, CONFIG)[0][3], shots[7])
+
+
+def memory_of(model, what: Story, config: SamplingConfig, monkeypatch) -> list[int]:
+    """Bytes of the caches' memory whenever a layer was asked for its own. It must stay where it is."""
+    taken, bytes_taken, extended = {}, [], KeyValueCache.extended
+
+    def watched(cache, layer, new, remember):
+        kept = extended(cache, layer, new, remember)
+        found = kept[0].data_ptr(), sum(cache.capacity * x[0].nbytes for x in kept)
+        assert taken.setdefault((id(cache), layer), found) == found
+        bytes_taken.append(sum(size for _, size in taken.values()))
+        return kept
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyValueCache, "extended", watched)
+        film(model, what, config)
+    return bytes_taken
+
+
+def test_memory_is_taken_once_and_does_not_grow_with_the_film(monkeypatch):
+    model, config = build("wan"), replace(CONFIG, context_shots=2, steps=2)
+    short, long = (memory_of(model, story(shots), config, monkeypatch) for shots in (3, 9))
+    layers, sides, width = 2, 2, 48
+    assert short[-1] == long[-1] == 3 * TOKENS * layers * sides * 2 * width * 4
+    assert long.index(long[-1]) < 2 * layers * sides  # within the first step
+    assert memory_of(model, story(9), replace(config, context_shots=0), monkeypatch)[-1] == 3 * long[-1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"context_shots": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("name", "moc"),
+    [("mmdit", FORWARD), ("wan", FORWARD), ("experts", FORWARD), ("wan", replace(FORWARD, descriptor="pre_rope"))],
+)
+def test_a_cache_in_the_host_gives_the_same_bits(name, moc, changes):
+    model, what, config = build(name), story(given=(0,)), replace(CONFIG, **changes)
+    here, there = (film(model, what, replace(config, offload_cache=offload), moc) for offload in (False, True))
+    assert all(torch.equal(latent, there[0][index]) for index, latent in here[0].items())
+    assert here[2] == there[2]
+
+
+def test_a_layer_comes_while_the_one_before_it_computes(monkeypatch):
+    """Each layer of a forward after the first one is on its way before it is asked."""
+    asked, coming, extended = [], [], KeyValueCache.extended
+
+    def watched(cache, layer, new, remember):
+        asked.append((layer, layer in cache._coming))
+        kept = extended(cache, layer, new, remember)
+        coming.append(len(cache._coming))
+        return kept
+
+    monkeypatch.setattr(KeyValueCache, "extended", watched)
+    film(build("wan"), story(2), replace(CONFIG, guidance_scale=1.0, offload_cache=True))
+    assert asked == [(0, False), (1, False)] + [(0, False), (1, True)] * (2 * STEPS)
+    assert coming == [0, 0] + [1, 0] * (2 * STEPS)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_cache_refuses_more_than_it_was_made_for(offload):
+    cache = KeyValueCache(capacity=3, offload=offload)
+    two = (torch.randn(2, 1, 4), torch.randn(2, 1, 4))
+    cache.extended(0, two, remember=True)
+    cache.num_tokens = 2
+    with pytest.raises(ValueError, match="for 3 tokens is given 4"):
+        cache.extended(0, two, remember=False)
+
+
 def test_both_experts_remember():
     model = build("experts")
     shots = len(film(model, story(), replace(CONFIG, guidance_scale=1.0))[2])
@@ -98,7 +192,7 @@ def test_a_wider_history_noise_is_remembered_as_it_is_seen():
     ("changes", "moc"),
     [
         ({"lag": 0.5}, FORWARD),
-        ({"context_shots": 1}, FORWARD),
+        ({"lag": 0.5, "context_shots": 1}, FORWARD),
         ({}, replace(FORWARD, text_anchor="all")),
         ({}, replace(FORWARD, dense_layers=1)),
         ({}, MoCConfig(dense=True, chunk_tokens=6)),
@@ -167,11 +261,12 @@ def test_the_high_noise_expert_has_a_guidance_of_its_own():
         film(build("wan"), what, replace(CONFIG, high_noise_guidance_scale=2.0))
 
 
+@pytest.mark.parametrize("context", [0, 1, 2])
 @pytest.mark.parametrize("name", ["mmdit", "wan", "experts"])
-def test_a_story_goes_on_with_the_same_bits(name):
+def test_a_story_goes_on_with_the_same_bits(name, context):
     """Its history is remembered anew, shot by shot as it was the first time."""
-    model, stops = build(name), []
-    arguments = (model, model.high.stream if name == "experts" else model.stream, FORWARD, FLOW, story(), CONFIG)
+    model, stops, config = build(name), [], replace(CONFIG, context_shots=context)
+    arguments = (model, model.high.stream if name == "experts" else model.stream, FORWARD, FLOW, story(), config)
     whole = dict(sample_shots(*arguments, on_step=stops.append))
     for stop in (stops[STEPS], stops[2 * STEPS - 1], stops[-2]):
         for index, latent in sample_shots(*arguments, start=stop):

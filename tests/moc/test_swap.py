@@ -11,9 +11,9 @@ from torch import Tensor
 from moc.batch import make_batch
 from moc.diffusion import Flow
 from moc.errors import UserError
+from moc.host_memory import Places, host_memory
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig, find_checkpoint
-from moc.training.host_memory import Places, host_memory
 from moc.training.offload import OffloadActivations, OffloadedAdamW
 from moc.training.optim import PartConfig
 from moc.training.swap import Swap

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moc import Batch, DropKey, Execution, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
 from models import ModelConfig, build_model, load_model, save_model
+from models.history import KeyValueCache
 from models.layers import _Join, _Split, add_gated, layer_norm, modulate, rms_norm, spread
 from models.members import Members
 from models.mmdit import MMDiT
-from models.stream import KeyValueCache, Part, patchify, unpatchify
+from models.stream import Part, patchify, unpatchify
 from tests import plain_mmdit
 from tests.weights import randomized
 
@@ -340,15 +341,16 @@ def test_gradients_of_q_k_and_v_are_copied_once_to_lie_side_by_side() -> None:
     assert not seen.names & {"stack", "clone", "contiguous"}
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("descriptor", ["post_rope", "pre_rope"])
 @torch.no_grad()
-def test_cached_history_gives_the_same_velocity(descriptor: str) -> None:
+def test_cached_history_gives_the_same_velocity(descriptor: str, offload: bool) -> None:
     model = small_model(input_skip=True, frame_place=True)
     config = MoCConfig(chunk_tokens=12, top_k=2, text_anchor="global_and_own", descriptor=descriptor)
     story = sample()
     sigma = torch.tensor([0.1, 0.1, 0.7])
     whole = run(model, pack(model, story), config, sigma)
-    cache = KeyValueCache()
+    cache = model.new_cache(pack(model, story).layout.num_tokens, offload)
     computed = 0
     for shot in range(3):
         layout = pack(model, Sample(story.latents[: shot + 1], story.text[: shot + 2])).layout
@@ -366,13 +368,14 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
     model = small_model()
     batch = pack(model, sample())
     with pytest.raises(ValueError, match="strict forward flow"):
-        model(batch.latents, torch.rand(3), batch.text, batch.layout, MOC, cache=KeyValueCache())
+        model(batch.latents, torch.rand(3), batch.text, batch.layout, MOC, cache=model.new_cache(99))
     forward = MoCConfig(chunk_tokens=12, text_anchor="global_and_own")
     first = batch.layout.groups[2].start  # where the second shot's text begins
     two = pack(model, sample(), sample())
     for inputs, num_tokens in ((batch, 16), (two, first)):
+        cache = KeyValueCache(99, num_tokens=num_tokens)
         with pytest.raises(ValueError, match=f"the cache holds {num_tokens} tokens"):
-            model(inputs.latents, torch.rand(6), inputs.text, inputs.layout, forward, cache=KeyValueCache(num_tokens))
+            model(inputs.latents, torch.rand(6), inputs.text, inputs.layout, forward, cache=cache)
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 1), (2, 1, 3)])

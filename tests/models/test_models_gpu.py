@@ -79,14 +79,15 @@ def test_recomputation_keeps_the_routes(family, monkeypatch):
     assert len(calls) == 3  # one a layer
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_cached_history_gives_the_same_velocity(family):
+def test_cached_history_gives_the_same_velocity(family, offload):
     model, config = build(family).eval().cuda(), replace(CONFIG, text_anchor="global_and_own")
     whole = story(model).to("cuda")
     sigma = torch.tensor([0.1, 0.1, 0.7], device="cuda")
     expected = model(whole.latents, sigma, whole.text, whole.layout, config)
-    cache = model.new_cache()
+    cache = model.new_cache(whole.layout.num_tokens, offload)
     for shot in range(3):
         texts = whole.text[: shot + 2]
         layout = make_batch([Sample(whole.latents[: shot + 1], texts)], model.stream, 128).layout.to("cuda")

@@ -170,7 +170,7 @@ def test_cached_history_gives_the_same_velocity(settings, cut_gap, backend) -> N
     config = replace(MOC, **settings)
     sigma = torch.tensor([0.1, 0.1, 0.7])
     whole = run(model, config, story, sigma=sigma)
-    cache = model.new_cache()
+    cache = model.new_cache(99)
     for shot in range(3):
         texts = story.text[: shot + 2]
         layout = make_batch([Sample(story.latents[: shot + 1], texts)], model.stream, 12).layout

@@ -39,7 +39,7 @@ def host_memory(size: int, pinned: bool) -> Tensor:
         if error:
             raise UserError(
                 f"{whole / 2**20:.0f} MiB of the host's memory cannot be pinned (CUDA error {error}): make room there, "
-                "or keep less in it: parallel.swap_blocks, optim.offload"
+                "or keep less in it: parallel.swap_blocks, optim.offload, sampler.offload_cache"
             )
         finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr()).atexit = False
     return host

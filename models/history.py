@@ -1,0 +1,93 @@
+"""What a story that is generated shot by shot keeps of its finished shots: their keys and values in every layer.
+
+Source: context-causal generation with cached keys and values, Long Context Tuning, arXiv 2503.10589, section 3.4.
+
+Shape letters: L packed tokens, N heads, D head dim.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moc.host_memory import host_memory
+
+Kept = tuple[Tensor, ...]  # keys, values and the like of a layer
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the shots generated so far, by layer; one for each prompt and sample. No gradient flows
+    through it.
+
+    capacity: tokens of the longest stream that it is for. A layer's memory is taken once, when it is first asked, and
+        what a forward computes is written behind the history: nothing is copied, and nothing grows.
+    offload: that memory is the host's, and the history of a layer comes to the device while the layer before computes.
+        All of it comes: what the queries of a shot and their heads route to is together nearly every chunk.
+    num_tokens: of the history.
+    """
+
+    capacity: int
+    offload: bool = False
+    num_tokens: int = 0
+    _layers: dict[int, Kept] = field(default_factory=dict)
+    _coming: dict[int, Kept] = field(default_factory=dict)  # the layer on its way to the device
+    _hosts: list[Tensor] = field(default_factory=list)  # which stay pinned as long as they are held
+    _stream: torch.cuda.Stream | None = None
+
+    @torch.no_grad()
+    def extended(self, layer: int, new: Kept, remember: bool) -> Kept:
+        """Keys, values and the like [L, N, D] of history and of new tokens together; the latter become history if
+        `remember`. What is returned holds until the layer is asked again. Raises ValueError beyond the capacity."""
+        start, end = self.num_tokens, self.num_tokens + len(new[0])
+        if end > self.capacity:
+            raise ValueError(f"a cache for {self.capacity} tokens is given {end}: make it for its longest stream")
+        if layer not in self._layers:
+            self._layers[layer] = tuple(self._memory(x) for x in new)
+        if self.offload:
+            whole = self._brought(layer, new)
+            if remember:
+                _write(self._layers[layer], start, new)
+        else:
+            whole = self._layers[layer]
+        _write(whole, start, new)
+        return tuple(x[:end] for x in whole)
+
+    def keep_first(self, num_tokens: int) -> None:
+        """Forgets the history after its first `num_tokens`."""
+        self.num_tokens = min(self.num_tokens, num_tokens)
+
+    def _memory(self, like: Tensor) -> Tensor:
+        """New memory [capacity, N, D] for tensors like this one."""
+        shape = (self.capacity, *like.shape[1:])
+        if not self.offload:
+            return like.new_empty(shape)
+        self._hosts.append(host_memory(like[0].nbytes * self.capacity, like.is_cuda))
+        return self._hosts[-1].view(like.dtype).view(shape)
+
+    def _brought(self, layer: int, new: Kept) -> Kept:
+        """A layer's history on the device, with room for what is new behind it. The next layer starts on its way."""
+        whole = self._coming.pop(layer) if layer in self._coming else self._bring(layer, new)
+        if self._stream:
+            torch.cuda.current_stream(new[0].device).wait_stream(self._stream)
+        if layer + 1 in self._layers:
+            self._coming[layer + 1] = self._bring(layer + 1, new)
+        return whole
+
+    def _bring(self, layer: int, new: Kept) -> Kept:
+        """On a GPU on a stream of its own, which first waits for what may still read the memory that it writes."""
+        if new[0].is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(new[0].device)
+        whole = tuple(x.new_empty(self.num_tokens + len(x), *x.shape[1:]) for x in new)
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(new[0].device))
+        with torch.cuda.stream(self._stream):  # None changes nothing
+            for to, kept in zip(whole, self._layers[layer], strict=True):
+                to[: self.num_tokens].copy_(kept[: self.num_tokens], non_blocking=True)
+        return whole
+
+
+def _write(memory: Kept, start: int, new: Kept) -> None:
+    """Writes the tensors [L, N, D] into memories from token `start` on."""
+    for place, x in zip(memory, new, strict=True):
+        place[start : start + len(x)].copy_(x, non_blocking=True)

@@ -1,0 +1,71 @@
+"""What a film keeps of its finished shots: counted before it is made, and moved to the host without another film."""
+
+from copy import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from film.filmmaker import Filmmaker, FilmmakerConfig
+from film.folder import FilmFolder
+from moc.diffusion import SamplingConfig
+
+
+def write(folder: Path, shots: int) -> Path:
+    """A script of so many short shots."""
+    story = {"size": [32, 48], "fps": 12, "global": "A journey.", "shots": [{"prompt": "Mia.", "seconds": 0.3}] * shots}
+    path = folder / f"{shots}.yaml"
+    path.write_text(yaml.safe_dump(story))
+    return path
+
+
+def open_filmmaker(trained: Path, **sampler) -> Filmmaker:
+    config = SamplingConfig(steps=2, guidance_scale=2.0, **sampler)
+    return Filmmaker(FilmmakerConfig(str(trained), device="cpu", sampler=config, keep_every=1))
+
+
+def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
+    """Of a story of any length no more than of the shots that the last one sees."""
+    filmmaker = open_filmmaker(trained)
+
+    def count(shots: int, **sampler):
+        plan = filmmaker.plan(filmmaker.read(write(tmp_path, shots)))
+        other = copy(filmmaker)
+        other.sampler = replace(filmmaker.sampler, **sampler)
+        found = other.estimate(plan)
+        return found, "\n".join(found.lines(plan))
+
+    (few, _), (many, lines) = count(3), count(9)
+    assert many.memory > few.memory
+    assert many.host_memory == 0
+    assert "host" not in lines
+    bounded = [count(shots, context_shots=2)[0] for shots in (3, 9)]
+    assert bounded[0].memory == bounded[1].memory == few.memory
+    offloaded, lines = count(9, offload_cache=True)
+    nothing = count(9, cache=False)[0]
+    assert offloaded.memory < many.memory
+    assert offloaded.host_memory > 0
+    assert "GiB of the host's" in lines
+    assert nothing.host_memory == count(9, cache=False, offload_cache=True)[0].host_memory == 0
+
+
+def test_a_film_goes_on_with_its_cache_in_the_host(trained, tmp_path):
+    """Where memory did not suffice, nothing of what was made is lost."""
+    script, films = write(tmp_path, 3), []
+    for name, settings in (("whole", ({},)), ("moved", ({}, {"offload_cache": True}))):
+        folder = FilmFolder(tmp_path / name)
+        for number, sampler in enumerate(settings, start=1):
+            filmmaker = open_filmmaker(trained, **sampler)
+            plan = filmmaker.plan(filmmaker.read(script))
+            try:
+                filmmaker.film(plan, folder, watch=partial(_stop_at, 3 if number < len(settings) else None))
+            except InterruptedError:
+                assert not folder.is_finished
+        films.append([path.read_bytes() for path in sorted((folder.path / "latents").iterdir())])
+    assert films[0] == films[1]
+
+
+def _stop_at(step, progress) -> None:
+    if progress.step == step:
+        raise InterruptedError
