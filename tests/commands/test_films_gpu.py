@@ -102,6 +102,7 @@ def test_nothing_compiles_after_the_first_steps(run, story, tmp_path, monkeypatc
         ("sampler=staggered", "sampler.context_shots=1"),
         ("sampler=shot_by_shot",),
         ("sampler=shot_by_shot", "sampler.cache=false"),
+        ("sampler=shot_by_shot", "sampler.context_shots=1", "sampler.offload_cache=true"),
         ("sampler=joint", "moc.dense=true"),
     ],
     ids=" ".join,
