@@ -23,7 +23,7 @@ class KeyValueCache:
     capacity: tokens of the longest stream that it is for. A layer's memory is taken once, when it is first asked, and
         what a forward computes is written behind the history: nothing is copied, and nothing grows.
     offload: that memory is the host's, and the history of a layer comes to the device while the layer before computes.
-        All of it comes: what the queries of a shot and their heads route to is together nearly every chunk.
+        All of it comes: what the queries of a shot and their heads route to can together be nearly every chunk.
     num_tokens: of the history.
     """
 
