@@ -65,7 +65,8 @@ def check_same_run(config: TrainConfig) -> None:
     file = config.run_folder / "config.yaml"
     if not file.exists():
         return
-    before, now = translated(dict(_flat(OmegaConf.to_container(OmegaConf.load(file))))), dict(_flat(_values(config)))
+    settings = OmegaConf.to_container(OmegaConf.load(file)), _values(config)
+    before, now = (translated(dict(_flat(values))) for values in settings)
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
     free = {key for key in changed if _is_among(key, FREE) or _is_among(key, config.allow_changes)}
     refused = [f"{key}={now[key]} (was {before[key]})" for key in changed if key not in free]

@@ -15,11 +15,11 @@ RENAMED = {
     "moc.cut_gap": "model.cut_gap",
 }
 # Values that said that nothing is set, by today's keys; null says it now.
-UNSET = {"model.cut_gap": 0.0}
+UNSET: dict[str, Any] = {"model.cut_gap": 0.0, "model.path": "", "data.local_cache": "", "parallel.replicate": 0}
 
 
 def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config.yaml, by dotted key, as today's version would have written them."""
+    """The settings of a run, by dotted key, as today's version would have written them."""
     found = {RENAMED.get(key, key): value for key, value in settings.items()}
     return found | {key: None for key, unset in UNSET.items() if key in found and found[key] == unset}
 

@@ -19,14 +19,16 @@ class UserError(ValueError):
 
 
 def check_least(config: Any, owner: str, least: float, *names: str) -> None:
-    """Raises UserError where a number among the fields `names` of a config is below `least`, infinite or not a number.
+    """Raises UserError where a number among the fields `names` of a config is below `least`, infinite or not a number;
+    None, a setting that is not set, is none.
 
     owner: the group of settings in the user's words, such as "optim"; "" where they belong to none.
     """
     prefix = f"{owner}." if owner else ""
     for name in names:
-        if not least <= getattr(config, name) < math.inf:
-            raise UserError(f"{prefix}{name}={getattr(config, name)} must be finite and at least {least}")
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            raise UserError(f"{prefix}{name}={value} must be finite and at least {least}")
 
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}

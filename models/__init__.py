@@ -59,7 +59,8 @@ class ModelConfig:
     """A model and its sizes.
 
     family: the kind of transformer.
-    path: weights to start from (anything `load_model` reads); the sizes then come from there.
+    path: weights to start from (anything `load_model` reads), from which the sizes then come; null starts from fresh
+    ones.
     dim: the width of a token.
     num_layers: the number of blocks.
     num_heads: the attention heads of a block.
@@ -75,7 +76,7 @@ class ModelConfig:
     """
 
     family: Family = Family.mmdit
-    path: str = ""
+    path: str | None = None
     dim: int = 128
     num_layers: int = 3
     num_heads: int = 4

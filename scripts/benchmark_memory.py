@@ -49,7 +49,7 @@ class MemoryConfig:
     shots: how many a film has.
     latent: channels, frames, height and width of a shot.
     text_dim: the width of the captions' features.
-    limit_gib: how much of the GPU's memory may be used; 0 is all of it.
+    limit_gib: how much of the GPU's memory may be used; null is all of it.
     steps: how many are timed, after one that compiles kernels.
     output: the record to write.
     """
@@ -61,7 +61,7 @@ class MemoryConfig:
     shots: int = 4
     latent: list[int] = field(default_factory=lambda: [16, 15, 60, 104])
     text_dim: int = 4096
-    limit_gib: float = 0.0
+    limit_gib: float | None = None
     steps: int = 2
     output: str = "docs/benchmarks/memory.json"
 
@@ -91,7 +91,7 @@ def settings(config: MemoryConfig) -> dict[str, Any]:
         "swapped": parallel.swap_blocks, "recomputed": parallel.activation_checkpointing,
         "parts": parallel.recompute_parts, "offloaded": parallel.offload_activations,
         "optimizer": config.optim.name + " offloaded" * config.optim.offload,
-        "shots": config.shots, "latent": list(config.latent), "limit_gib": config.limit_gib,
+        "shots": config.shots, "latent": list(config.latent), "limit_gib": config.limit_gib or 0.0,
     }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class RecallRowsConfig:
     rows: names among ROWS; without any, the tables of the output's rows are made anew.
     steps: how long each is trained.
     minutes: how long training lasts in this call, at most.
-    start: a model's folder whose weights all rows begin with; empty is none.
+    start: a model's folder whose weights all rows begin with; null is none.
     seed: the seed of training and of the reader.
     scenes: how many are tested; each gives two readings.
     look_alikes: how many scenes with look-alikes are tested besides.
@@ -67,7 +67,7 @@ class RecallRowsConfig:
     rows: list[str] = field(default_factory=lambda: ["dense", "own_shot"])
     steps: int = 4000
     minutes: float = 8.0
-    start: str = ""
+    start: str | None = None
     seed: int = 0
     scenes: int = 5120
     look_alikes: int = 1024
@@ -210,7 +210,7 @@ class Tester:
             "row": row,
             "seed": self.config.seed,
             "steps": self.config.steps,
-            "start": Path(self.config.start).name,
+            "start": Path(self.config.start or "").name,
             "steps_done": state["step"],
             "scenes_seen": state["data"]["position"],
             "train_minutes": round(minutes, 2),

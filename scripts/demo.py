@@ -67,9 +67,9 @@ class DemoConfig:
 
     output: the folder of all that it makes.
     scale: small, large or auto, which is large where there is a GPU.
-    scenes: how many the world has; 0 takes the scale's.
-    steps: how long training is; 0 takes the scale's.
-    workers: processes that render the world; 0 is one a core.
+    scenes: how many the world has; null takes the scale's.
+    steps: how long training is; null takes the scale's.
+    workers: processes that render the world; null is one a core.
     seed: the seed of the world, of training and of its film.
     trained: settings of sample.py for the first film, by a model that was trained before.
     small, large: the settings of each scale.
@@ -77,9 +77,9 @@ class DemoConfig:
 
     output: str = "outputs/demo"
     scale: str = "auto"
-    scenes: int = 0
-    steps: int = 0
-    workers: int = 0
+    scenes: int | None = None
+    steps: int | None = None
+    workers: int | None = None
     seed: int = 0
     trained: list[str] = field(default_factory=list)
     small: Scale = field(default_factory=Scale)
@@ -108,7 +108,12 @@ def plan(config: DemoConfig) -> list[Stage]:
     scale, out = config.chosen(), Path(config.output).resolve()
     size = f"size=[{scale.size[0]},{scale.size[1]}]"
     steps = [f"trainer.num_steps={config.steps}"] if config.steps else []
-    world = [f"output={out}/world", f"scenes={config.scenes or scale.scenes}", f"workers={config.workers}", size]
+    world = [
+        f"output={out}/world",
+        f"scenes={config.scenes or scale.scenes}",
+        f"workers={config.workers or 'null'}",
+        size,
+    ]
     prepare = [f"input={out}/world", f"output={out}/prepared", size]
     train = [f"experiment={scale.experiment}", f"data.path={out}/prepared", f"output={out}", "name=run", *steps]
     sample = [f"checkpoint={out}/run", f"script={ROOT / scale.script}", f"out={out}/film"]

@@ -44,12 +44,12 @@ class EvaluateConfig:
 
     checkpoint: a run's folder, a checkpoint, or a model folder.
     films: folders that sample.py wrote, or folders of such folders, whose films are taken together.
-    schedule: a JSON or YAML file with `shots`, the names that each shot shows; empty takes a benchmark script's
+    schedule: a JSON or YAML file with `shots`, the names that each shot shows; null takes a benchmark script's
         entities (EntityBench, MSR-50), or finds in the prompts the names of the global caption's [character] part.
-    clip, dino: local folders with weights; without any, pictures are compared by a histogram of their colours.
+    clip, dino: local folders with weights; where both are null, pictures are compared by a histogram of their colours.
     vbench: for each film what VBench wrote, a file or a folder; empty only tells how to run it.
-    output: a file for the numbers, as JSON; empty only prints them.
-    page: a file for the report, as HTML; empty writes none.
+    output: a file for the numbers, as JSON; null only prints them.
+    page: a file for the report, as HTML; null writes none.
     device, precision: as in `moc.training.ParallelConfig`.
     parallel: what processes do together.
     seed: the seed of the noise.
@@ -61,12 +61,12 @@ class EvaluateConfig:
 
     checkpoint: str = ""
     films: list[str] = field(default_factory=list)
-    schedule: str = ""
-    clip: str = ""
-    dino: str = ""
+    schedule: str | None = None
+    clip: str | None = None
+    dino: str | None = None
     vbench: list[str] = field(default_factory=list)
-    output: str = ""
-    page: str = ""
+    output: str | None = None
+    page: str | None = None
     device: str = "auto"
     precision: str = "auto"
     parallel: MeshConfig = field(default_factory=MeshConfig)

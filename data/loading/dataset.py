@@ -62,7 +62,8 @@ class DataConfig:
     seed: the seed of the order of samples and of the rates' draws.
     workers: processes that read samples.
     prefetch: micro-batches that each worker holds ready.
-    local_cache: a local folder for copies of shards, where a path is a URL (s3://, gs://, https://, ...).
+    local_cache: a local folder for copies of shards, where a path is a URL (s3://, gs://, https://,
+        ...), which needs one.
     local_cache_gigabytes: the size at which its oldest copies go.
     validation: how many scenes are held out of training and evaluated, chosen by a hash of their id.
     held_out: patterns of ids, as in a shell, of scenes that are never trained on; `validation` then chooses among them.
@@ -81,7 +82,7 @@ class DataConfig:
     seed: int = 0
     workers: int = 2
     prefetch: int = 4
-    local_cache: str = ""
+    local_cache: str | None = None
     local_cache_gigabytes: float = 50.0
     validation: int = 0
     held_out: list[str] = field(default_factory=list)
@@ -291,4 +292,4 @@ def open_dataset(config: DataConfig, load_codec: LoadCodec | None = None) -> Sho
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
     max_bytes = int(config.local_cache_gigabytes * 1e9)
     sources = config.sources or [SourceConfig(path=config.path)]
-    return ShotDataset(sources, config.local_cache, max_bytes, load_codec, config.held_out)
+    return ShotDataset(sources, config.local_cache or "", max_bytes, load_codec, config.held_out)

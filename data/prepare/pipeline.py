@@ -93,17 +93,17 @@ class _Run:
         self.process, self.found = process, found
         self.output = Path(config.output)
         self.rule = ShotRule(
-            config.fps, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
+            config.fps or 0.0, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
         )
         self.report = Report()
         self.failures: list[list[str]] = []  # of this process: kind, where, message, and key of the sample if lost
-        self.detector = build_detector(config.detector, config.threshold, device)
+        self.detector = build_detector(config.detector, config.threshold or 0.0, device)
         self.recipe = {
             "decoder": config.decoder,
             "codec": codec.fingerprint,
             "text": text_encoder.fingerprint,
             "sizes": config.sizes,
-            "fps": config.fps,
+            "fps": config.fps or 0.0,  # as earlier versions wrote it, so that their caches are found
             "dtype": config.dtype,
             "online": config.online,
         }

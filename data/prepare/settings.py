@@ -18,15 +18,15 @@ class PrepareConfig:
     output: the folder to write, which training reads.
     size: height and width.
     buckets: more sizes; each file takes the nearest aspect.
-    fps: the frame rate; 0 is each video's own.
+    fps: the frame rate; null is each video's own.
     min_frames: shots shorter than this, at the set rate, are skipped.
     max_frames: longer shots are cut into continuations.
     shots_per_sample: the most that a sample has.
     decoder: what reads videos.
     detector: what finds shots.
-    threshold: that of the detector; 0 is its own.
+    threshold: that of the detector; null is its own.
     online: no latents are stored; training reads the videos and encodes.
-    captioner: a folder with a vision-language model, to caption what has no caption.
+    captioner: a folder with a vision-language model, to caption what has no caption; null captions nothing.
     dtype: that of stored latents and text.
     shard_megabytes: the size of a file of the cache.
     strict: stop at the first bad file.
@@ -36,15 +36,15 @@ class PrepareConfig:
     output: str = ""
     size: list[int] = field(default_factory=lambda: [480, 832])
     buckets: list[list[int]] = field(default_factory=list)
-    fps: float = 0.0
+    fps: float | None = None
     min_frames: int = 5
     max_frames: int = 241
     shots_per_sample: int = 8
     decoder: str = "pyav"
     detector: str = "transnetv2"
-    threshold: float = 0.0
+    threshold: float | None = None
     online: bool = False
-    captioner: str = ""
+    captioner: str | None = None
     dtype: str = "float16"
     shard_megabytes: int = 256
     strict: bool = False

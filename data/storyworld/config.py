@@ -35,7 +35,7 @@ class StoryworldConfig:
     familiar: every scene has the same places and every name the same look, which a small model learns in minutes.
     look_alikes: two others share the fur and the outfit of the name that the last shot of a recall scene returns to.
     crf: the quality of the videos, lower is better.
-    workers: processes; 0 means one for each core.
+    workers: processes; null means one for each core.
     overwrite: replace the storyworld already in `output`.
     """
 
@@ -57,7 +57,7 @@ class StoryworldConfig:
     familiar: bool = False
     look_alikes: bool = False
     crf: int = 14
-    workers: int = 0
+    workers: int | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class StoryworldConfig:
                                  "from 1 to the number of places"),
             "continuation": (self.continuation, 0 <= self.continuation <= 1, "from 0 to 1"),
             "crf": (self.crf, 0 <= self.crf <= 51, "from 0 (lossless) to 51"),
-            "workers": (self.workers, self.workers >= 0, "0 or more"),
+            "workers": (self.workers, (self.workers or 0) >= 0, "0 or more, or null"),
         }  # fmt: skip
         for name, (value, good, rule) in checks.items():
             if not good:

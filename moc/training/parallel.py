@@ -47,9 +47,9 @@ class MeshConfig:
 
     sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
     with samples of their own the weights are sharded, and over those of the streams besides; where nothing is trained
-    these make the same film. replicate: how often that is repeated; 0 is as often as there are processes for."""
+    these make the same film. replicate: how often that is repeated; null is as often as there are processes for."""
 
-    replicate: int = 0
+    replicate: int | None = None
     shard: int = 1
     sequence: int = 1
 
@@ -302,13 +302,13 @@ class Parallel:
 
     def _check_mesh(self, config: ParallelConfig) -> None:
         """Raises UserError unless the processes fill the mesh."""
-        size = max(1, config.replicate) * config.shard * config.sequence
+        size = (config.replicate or 1) * config.shard * config.sequence
         if self.world_size % size or (config.replicate and self.world_size != size):
             wanted = "divide" if not config.replicate else "be"
             axes = f"replicate={config.replicate}, shard={config.shard}, sequence={config.sequence}"
             raise UserError(
                 f"parallel.{axes}: their product {size} must {wanted} the number of processes, {self.world_size}; "
-                "change one of them, or start other processes (replicate=0 takes what is left over)"
+                "change one of them, or start other processes (replicate=null takes what is left over)"
             )
 
     def _mesh(self, **axes: int) -> DeviceMesh:

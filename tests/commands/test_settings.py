@@ -3,6 +3,7 @@
 import pytest
 
 from moc import MoCConfig
+from moc.earlier import translated
 from moc.errors import UserError
 from tests.composing import REQUIRED, parsed
 
@@ -32,6 +33,17 @@ def test_what_is_the_checkpoints_is_null():
     assert {sample.shift, sample.encoders_path, convert.shift, convert.encoders_path} == {None}
     assert parsed("sample", "shift=null", "encoders_path=null") == sample
     assert parsed("sample", "shift=5").shift == 5
+
+
+def test_what_is_not_set_is_null_and_what_said_so_earlier_still_does():
+    prepare, train, demo = parsed("prepare"), parsed("train"), parsed("demo")
+    assert {prepare.fps, prepare.threshold, prepare.captioner, parsed("storyworld").workers} == {None}
+    assert {train.model.path, train.data.local_cache, train.parallel.replicate} == {None}
+    assert {demo.scenes, demo.steps, demo.workers, parsed("evaluate").page, parsed("benchmark_recall").start} == {None}
+    assert parsed("train", "model.path=null", "parallel.replicate=null") == train
+    assert not any((parsed("prepare", "fps=0").fps, parsed("train", "parallel.replicate=0").parallel.replicate))
+    earlier = {"model.path": "", "data.local_cache": "", "parallel.replicate": 0, "model.cut_gap": 0.0, "moc.top_k": 0}
+    assert translated(earlier) == dict.fromkeys(earlier) | {"moc.top_k": 0}
 
 
 def test_the_seed_of_a_run_is_that_of_its_data():
