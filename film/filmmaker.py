@@ -21,7 +21,7 @@ from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
 from film.presentation import present
 from film.script import Script, load_script, parse_script
-from film.shooting import ROUTING, OnStep, Shooting
+from film.shooting import ROUTE_COUNTS, OnStep, Shooting
 from film.video import VideoConfig
 from moc import Execution, MoCConfig, __version__
 from moc.checkout import commit
@@ -237,7 +237,7 @@ class Filmmaker:
             if folder.is_finished and redo:
                 routing = folder.read_routing()
                 routing[:, :, [plan.filmed[number - 1] for number in redo]] = 0
-                folder.reopen(request, redo, {ROUTING: routing})
+                folder.reopen(request, redo, {ROUTE_COUNTS: routing})
             if self.parallel.share(not folder.is_finished):
                 with folder.bound_once_begun():
                     self._make(plan, folder, request, watch)

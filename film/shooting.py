@@ -23,7 +23,7 @@ from moc.statistics import RoutingMap
 
 OnStep = Callable[[Progress], None]
 Sampling = Callable[[OnStep, Progress | None], Iterable[tuple[int, Tensor]]]
-ROUTING = "routing"  # the counts of the routing map, among the tensors that are kept
+ROUTE_COUNTS = "routing"  # the counts of the routing map, among the tensors that are kept
 
 
 class Shooting:
@@ -45,7 +45,7 @@ class Shooting:
         self.numbers = {index: number for number, index in enumerate(plan.filmed, start=1)}
         self.decode = codec.shot_decoder()
         self.kept = folder.kept()
-        routing_map.counts = self.kept.tensors.pop(ROUTING, routing_map.counts)
+        routing_map.counts = self.kept.tensors.pop(ROUTE_COUNTS, routing_map.counts)
 
     def run(self, sampling: Sampling, watch: OnStep | None = None) -> int:
         """Writes what is missing of the film; returns its frames.
@@ -114,7 +114,7 @@ class Shooting:
         }
         for place, own in progress.remembered.items():
             self.kept.tensors |= {f"{place}.{name}": tensor for name, tensor in own.items()}
-        tensors = self.kept.tensors | {ROUTING: self.routing_map.counts}
+        tensors = self.kept.tensors | {ROUTE_COUNTS: self.routing_map.counts}
         self.folder.keep(self.request, replace(self.kept, tensors=tensors))
 
     def _write_shot(self, number: int, latent: Tensor) -> None:
