@@ -30,9 +30,9 @@ class Places:
 def host_memory(size: int, pinned: bool) -> Tensor:
     """New memory, uint8 [size]; pinned as long as the tensor returned lasts. torch's own pinned memory comes in powers
     of two, of which a block of 14 B would fill two thirds. Raises UserError where it cannot be pinned."""
-    memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
-    start = -memory.data_ptr() % _PAGE
-    host = memory[start : start + size]
+    memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8).numpy()
+    start = -memory.ctypes.data % _PAGE
+    host = torch.from_numpy(memory[start : start + size])  # a storage of its own, whose beginning tells torch of pins
     if pinned and size:
         whole = -(-size // _PAGE) * _PAGE
         error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), whole, 1))  # 1: for all devices

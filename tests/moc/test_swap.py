@@ -189,6 +189,7 @@ def test_tensors_lie_in_memory_one_after_another() -> None:
     places = Places(given)
     memory = host_memory(places.size, pinned=False)
     assert (len(memory), memory.data_ptr() % 4096) == (4 * 256, 0)
+    assert memory.untyped_storage().data_ptr() == memory.data_ptr()
     for here, tensor in zip(places.views(memory), given, strict=True):
         here.copy_(tensor)
     for here, tensor in zip(places.views(memory.clone()), given, strict=True):
