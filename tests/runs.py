@@ -160,10 +160,11 @@ def full_at(step: int):
     return save_extras
 
 
-def launch(processes: int, *arguments: object) -> None:
-    """Runs this module in several processes, which must end well."""
+def launch(processes: int, *arguments: object) -> str:
+    """Runs this module in several processes, which must end well; returns what they said on standard error."""
     result = launched(processes, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
 
 
 def launched(processes: int, *arguments: object) -> subprocess.CompletedProcess:

@@ -111,10 +111,11 @@ class TooManySkipped(FloatingPointError):
 
 
 class SkipCount:
-    """Counts skipped steps, names their scenes and ends the run past `most` of them in a row."""
+    """Counts skipped steps, names their scenes and ends the run past `most` of them in a row. tells: whether this
+    process logs them, as one of all does."""
 
-    def __init__(self, most: int, total: int = 0) -> None:
-        self.most, self.total, self.in_a_row = most, total, 0
+    def __init__(self, most: int, tells: bool) -> None:
+        self.most, self.tells, self.total, self.in_a_row = most, tells, 0, 0
 
     def add(self, outcome: Outcome, totals: Totals) -> list[str]:
         """The scenes of a skipped step, none for another. Every process takes part.
@@ -128,7 +129,8 @@ class SkipCount:
         self.in_a_row += 1
         scenes = outcome.scenes()
         what = f"loss {totals.loss:g}, gradient norm {totals.grad_norm:g}"
-        logger.warning("step %d is skipped (%s); its scenes: %s", outcome.step, what, ", ".join(scenes))
+        if self.tells:
+            logger.warning("step %d is skipped (%s); its scenes: %s", outcome.step, what, ", ".join(scenes))
         if self.in_a_row > self.most:
             raise TooManySkipped(
                 f"{self.in_a_row} steps in a row had no finite loss and gradient, the last of them step {outcome.step} "
@@ -142,11 +144,13 @@ class Spikes:
     """Tells losses and gradient norms far above what they were before, with the scenes of the largest losses.
 
     Far is so many standard deviations of their logarithm, over the past hundred steps or so, and twice the usual value.
+    tells: whether this process logs them, as one of all does.
     """
 
     DEVIATIONS, WARM_UP, MEMORY = 6.0, 50, 100
 
-    def __init__(self) -> None:
+    def __init__(self, tells: bool) -> None:
+        self.tells = tells
         self._moments = {"loss": (0.0, 0.0), "grad_norm": (0.0, 0.0)}  # mean and variance of the logarithms
         self._steps = 0
 
@@ -160,9 +164,10 @@ class Spikes:
             return []
         scenes = outcome.worst_scenes()
         what = ", ".join(filter(None, told))
-        logger.warning(
-            "step %d is a spike (%s); its scenes of the largest loss: %s", outcome.step, what, ", ".join(scenes)
-        )
+        if self.tells:
+            logger.warning(
+                "step %d is a spike (%s); its scenes of the largest loss: %s", outcome.step, what, ", ".join(scenes)
+            )
         return scenes
 
     def _look(self, name: str, value: float) -> str:

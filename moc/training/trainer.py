@@ -130,7 +130,7 @@ class Trainer:
         self.ema, self.optimizer = EMA(model, config.ema_decay), build_optimizer(model, optim)
         self._group_numbers = GroupNumbers(self.optimizer)
         self.step = 0
-        self.skips, self.spikes = SkipCount(config.max_skipped_steps), Spikes()
+        self.skips, self.spikes = SkipCount(config.max_skipped_steps, parallel.is_main), Spikes(parallel.is_main)
         self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
         self._clock, self._breakdown = Clock(parallel.device), Breakdown()
         self._survey: Survey | None = None  # of the newest step, at every log_every-th

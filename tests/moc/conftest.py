@@ -25,9 +25,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory) -> Path:
-    """A folder of the runs of TWO, which the same two processes trained: most of their time they start."""
+    """A folder of the runs of TWO, which the same two processes trained: most of their time they start. In said.txt is
+    what both said on standard error."""
     folder = tmp_path_factory.mktemp("two")
     small = make_cache(folder / "cache")
     words = [word for name, asked in TWO.items() for word in (THEN, small, folder / name, *asked)]
-    launch(2, *words[1:])
+    (folder / "said.txt").write_text(launch(2, *words[1:]))
     return folder

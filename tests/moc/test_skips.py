@@ -78,6 +78,8 @@ def test_two_processes_skip_the_same_steps(cache, two_processes, tmp_path):
     steps = [{step: set(names.split(", ")) for step, names in skipped(run).items()} for run in runs]
     assert steps[0]
     assert steps[1] == steps[0]
+    said = (two_processes / "said.txt").read_text()
+    assert [said.count(f"step {step} is skipped") for step in steps[0]] == [1] * len(steps[0])  # by the main one
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-6)
 
 
