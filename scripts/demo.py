@@ -11,10 +11,12 @@ import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,7 +137,8 @@ def main(config: DemoConfig) -> None:
     scale = config.chosen()
     found = ", ".join(visible_gpus()) or "no GPU"
     print(f"{found} found, scale={config.scale}: films of {scale.size[0]}x{scale.size[1]}, {scale.experiment}")
-    seconds = run(plan(config), scale.threads)
+    with raised_signals():
+        seconds = run(plan(config), scale.threads)
     if not report(Path(config.output), ROOT / scale.script, seconds):
         sys.exit(1)
 
@@ -149,11 +152,39 @@ def run(stages: list[Stage], threads: int) -> dict[str, float]:
         minutes = pace * sum(s.seconds for s in stages[index:]) / 60
         print(f"\n[{index + 1}/{len(stages)}] {stage.title} (about {minutes:.1f} minutes left)", flush=True)
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, *stage.arguments], cwd=ROOT, env=environment, check=False)
-        if done.returncode:
+        if _status([sys.executable, *stage.arguments], environment):
             raise UserError(f"the stage failed: python {' '.join(stage.arguments)}")
         taken[stage.title] = time.perf_counter() - start
     return taken
+
+
+def _status(words: list[str], environment: dict[str, str]) -> int:
+    """Runs a command and returns its exit status. What is raised meanwhile ends it too, with all that it started, which
+    is why it has a process group of its own."""
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, process_group=0)
+    try:
+        return process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+
+
+@contextmanager
+def raised_signals() -> Iterator[None]:
+    """Has signals that would end this process at once raise SystemExit instead."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)  # as a shell tells it
+
+    fatal = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in fatal:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in fatal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def report(out: Path, script: Path, seconds: dict[str, float]) -> bool:

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,6 +231,22 @@ def test_the_demo_ends_with_the_stage_that_failed(capfd):
     assert "[1/3] one (about 3.0 minutes left)" in said
     assert "did one" in said
     assert "did three" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_demo_that_is_told_to_end_ends_its_stage_and_what_that_started(tmp_path, number):
+    """The stage starts a process that would hold its standard output open for an hour, and so this test."""
+    stage = "import subprocess; subprocess.run(['sleep', '3600'])"
+    stage = f"from pathlib import Path; Path({str(tmp_path / 'begun')!r}).touch(); {stage}"
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom scripts import demo\n"
+    code += f"with demo.raised_signals():\n    demo.run([demo.Stage('one', 60, ['-c', {stage!r}])], threads=1)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=300)
+    assert process.returncode in (128 + number, -number)
 
 
 # Checkpoints
