@@ -8,6 +8,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from configs.schema import TrainConfig
+from data.loading.dataset import DataConfig
 from moc.checkout import commit, git
 from moc.earlier import translated
 from moc.errors import UserError
@@ -34,6 +36,7 @@ FREE = (
     "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
 )  # fmt: skip
+_EVALUATED = 16  # scenes, where nothing says how many
 
 
 def own_name(name: str) -> str:
@@ -77,6 +80,26 @@ def check_same_run(config: TrainConfig) -> None:
         )
     for key in sorted(free - {"resume", "allow_changes"}):
         logger.info("%s is now %s (was %s)", key, now[key], before[key])
+
+
+def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
+    """The scenes on which a checkpoint's folder is evaluated, where `data.validation` does not say how many: those that
+    its run held out, if it was trained on the same data, and otherwise 16."""
+    if data.validation:
+        return data
+    file = checkpoint.resolve().parent.parent / "config.yaml"
+    settings: Any = OmegaConf.load(file) if file.is_file() else {}
+    trained = settings.get("data")
+    if not trained or _places(trained) != _places(OmegaConf.structured(data)):
+        return replace(data, validation=_EVALUATED)
+    held_out = data.held_out or list(trained.get("held_out", []))
+    return replace(data, validation=trained.get("validation") or _EVALUATED, held_out=held_out)
+
+
+def _places(data: DictConfig) -> set[str]:
+    """Where a config's data lie: URLs, and whole paths of folders."""
+    paths = [source.path for source in data.get("sources") or []] or [data.get("path")]
+    return {path if "://" in path else str(Path(path).resolve()) for path in paths if path}
 
 
 def record_launch(config: TrainConfig, parallel: Parallel, step: int) -> None:

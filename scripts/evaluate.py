@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tqdm import tqdm
 
 from configs.command import command
+from configs.run_record import evaluated
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
 from data.prepare.shots import build_detector
@@ -35,7 +36,7 @@ from evaluation.rivals import compare
 from moc import Execution, MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import MeshConfig, Parallel, ParallelConfig
-from models import Contents, load_model, place
+from models import Contents, load_encoders, load_model, place
 
 
 @dataclass
@@ -56,7 +57,8 @@ class EvaluateConfig:
     draws: how often noise is drawn.
     moc: settings of attention; null takes the checkpoint's.
     execution: how attention is computed.
-    data: the scenes, of which data.validation are held out and evaluated.
+    data: the scenes, of which data.validation are evaluated; 0 takes those that the run held out, where it was trained
+        on the same data, and otherwise 16.
     """
 
     checkpoint: str = ""
@@ -111,8 +113,9 @@ def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
     place(model, parallel)
     model.execution = config.execution
     moc, share = contents.moc.override(config.moc), (parallel.data_rank, parallel.data_ranks)
-    dataset = open_dataset(config.data)
-    batches = list(held_out(dataset, config.data.validation, model.stream, moc.chunk_tokens, *share))
+    data = evaluated(config.data, contents.root)
+    dataset = open_dataset(data, lambda folder: load_encoders(folder).codec)
+    batches = list(held_out(dataset, data.validation, model.stream, moc.chunk_tokens, *share))
     rows = []
     for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel, config.draws):
         rows.append(row.record())

@@ -62,8 +62,7 @@ class DataConfig:
     seed: the seed of the order of samples and of the rates' draws.
     workers: processes that read samples.
     prefetch: micro-batches that each worker holds ready.
-    local_cache: a local folder for copies of shards, where a path is a URL (s3://, gs://, https://,
-        ...), which needs one.
+    local_cache: a local folder for copies of shards, which a path that is a URL (s3://, gs://, https://, ...) needs.
     local_cache_gigabytes: the size at which its oldest copies go.
     validation: how many scenes are held out of training and evaluated, chosen by a hash of their id.
     held_out: patterns of ids, as in a shell, of scenes that are never trained on; `validation` then chooses among them.
@@ -179,7 +178,7 @@ class ShotDataset:
         """Keeps scenes out of training: those that `held_out` names, and `validation` scenes, among these where any is
         named, whose ids hash lowest, the same whatever else the folder holds in whatever order.
 
-        Raises DataError where a pattern names no scene, fewer than `validation` are named, or none is left to train on.
+        Raises DataError where a pattern names no scene, or fewer than `validation` are named.
         """
         ids = sorted({scene.id for _, scene in self.items}, key=_id_hash)
         named = self._named(ids, validation)
@@ -189,12 +188,6 @@ class ShotDataset:
             Source(tuple(i for i in items if self.items[i][1].id not in kept_out), weight)
             for weight, items in self.source_items
         )
-        if any(not source.items for source in training):
-            raise DataError(
-                "no-usable-samples",
-                "data.held_out" if self.held_out else "data.validation",
-                f"{len(kept_out)} of {len(ids)} scenes held out leaves none to train; hold out fewer",
-            )
         first = {scene.id: i for i, (_, scene) in reversed(list(enumerate(self.items)))}
         return Split(training, tuple(first[scene_id] for scene_id in evaluated))
 

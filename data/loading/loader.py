@@ -57,6 +57,12 @@ class Loader:
         self.chunk_tokens, self.rank, self.world_size = chunk_tokens, rank, world_size
         self.accumulation, self.position = accumulation, start_position
         split = dataset.split(config.validation)
+        if not all(source.items for source in split.sources):
+            raise DataError(
+                "no-usable-samples",
+                "data.held_out" if config.held_out else "data.validation",
+                f"what is held out of {len(dataset)} scenes leaves none to train; hold out fewer",
+            )
         self.order = SampleOrder(split.sources, config.seed)
         self.num_training = len(split.training_items)
         sizes = {i: dataset.max_tokens(i, spec) for i in split.training_items}

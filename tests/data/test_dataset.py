@@ -220,6 +220,7 @@ def test_validation_is_held_out_and_fixed(cache):
     assert sorted(parts[0] + parts[1]) == sorted(held)
     with pytest.raises(DataError, match="none to train"):
         loader(config(cache, validation=12))
+    assert len(open_dataset(config(cache)).split(12).held_out) == 12  # to evaluate, which trains nothing
 
 
 def test_named_scenes_are_never_trained_on(cache):
@@ -233,7 +234,7 @@ def test_named_scenes_are_never_trained_on(cache):
     for changes, said in (
         ({"held_out": ["scen"]}, "'scen' names no scene"),
         ({"held_out": ["scene3"], "validation": 2}, "2 is more than the 1 scenes"),
-        ({"held_out": ["*"]}, "12 of 12 scenes held out leaves none"),
+        ({"held_out": ["*"]}, "held out of 12 scenes leaves none to train"),
     ):
         with pytest.raises(DataError, match=said):
             loader(config(cache, **changes))
