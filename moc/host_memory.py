@@ -41,5 +41,11 @@ def host_memory(size: int, pinned: bool) -> Tensor:
                 f"{whole / 2**20:.0f} MiB of the host's memory cannot be pinned (CUDA error {error}): make room there, "
                 "or keep less in it: parallel.swap_blocks, optim.offload, sampler.offload_cache"
             )
-        finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr()).atexit = False
+        finalize(host, _unpin, host.data_ptr()).atexit = False
     return host
+
+
+def _unpin(pointer: int) -> None:
+    """Gives pinned memory back, once what the GPU still copies from it or to it has come."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(pointer)

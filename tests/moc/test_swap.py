@@ -205,6 +205,20 @@ def test_memory_is_pinned_as_long_as_it_lasts() -> None:
         del memory
 
 
+def test_memory_is_unpinned_when_all_copies_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Runtime:
+        cudaHostRegister = staticmethod(lambda *_: said.append("pinned") or 0)
+        cudaHostUnregister = staticmethod(lambda _: said.append("unpinned"))
+
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("waited"))
+    memory = host_memory(5000, pinned=True)
+    assert said == ["pinned"]
+    del memory
+    assert said == ["pinned", "waited", "unpinned"]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_averages_come_to_the_device_for_a_step_alone(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moc.training.offload._STEPPED", 100)
