@@ -77,15 +77,16 @@ def estimate(
     network, mesh = experts[0], mesh or MeshConfig()
     latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
     stream = _Stream(make_layout(Sample(latents, plan.text), network.stream, moc.chunk_tokens), moc)
-    linears = sum(module.weight.numel() for module in network.blocks.modules() if isinstance(module, nn.Linear))
+    linears = [module.weight for module in network.blocks.modules() if isinstance(module, nn.Linear)]
+    num_weights = sum(weight.numel() for weight in linears)
     layers, width = len(network.blocks), network.attention_dim
     remembers = sampler.keeps_history and moc.flows_forward
 
     def flops(tokens: int, pairs: float) -> float:
-        return 2.0 * linears * tokens + layers * FLOPS_PER_PAIR * width * pairs
+        return 2.0 * num_weights * tokens + layers * FLOPS_PER_PAIR * width * pairs
 
     spent = dense = 0.0
-    most_tokens = most_seen = most_sides = forwards = 0
+    most_tokens = most_seen = most_sides = forwards = needed = 0
     remembered: list[list[int]] = [[], []]  # shots, on each side of guidance
     story = plan.story()
     steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, story.num_references)
@@ -105,16 +106,16 @@ def estimate(
                 spent += len(experts) * flops(stream.tokens[shot], stream.pairs([shot], step.shots[: last + 1], False))
         most_sides = max(most_sides, sides if cached else 0)
         most_tokens, most_seen = max(most_tokens, tokens), max(most_seen, total)
+        # What is remembered may be computed again, or come from elsewhere, but for one layer's keys and values.
+        needed = max(needed, LEAST * tokens + 2 * (total - tokens))
     seen = steps[-1].shots
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
-    token = width * next(network.parameters()).itemsize / mesh.sequence  # bytes of one's features
+    token = width * linears[0].itemsize / mesh.sequence  # bytes of one's features, which norms alone have in fp32
     kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such tensors of a token, in each layer and cache
     layer = kept * (stream.global_tokens + most_seen) * token
     caches = len(experts) * most_sides * layers
     here = min(2, caches) if sampler.offload_cache else caches  # layers: the one in use, and the next one
-    # What is remembered of others may be computed again, or come from elsewhere, but for one layer's keys and values.
-    needed = LEAST * most_tokens + 2 * (most_seen - most_tokens)
     return Estimate(
         shot_tokens=stream.tokens,
         sparsity=1 - stream.pairs(seen, seen, moc.dense) / sum(stream.tokens[shot] for shot in seen) ** 2,

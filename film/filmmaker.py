@@ -196,7 +196,7 @@ class Filmmaker:
             plans.append((self.plan(script), folder))
         for plan, folder in plans:
             if self.parallel.leads and (redo or not folder.is_finished):
-                self.check_memory(plan)
+                self.check_memory(plan.anew(redo) if redo else plan)
         for plan, folder in plans:
             self.film(plan, folder, redo, watch)
         self.parallel.gather(None)

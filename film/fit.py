@@ -28,13 +28,14 @@ def check_fits(
     """
     found = count(plan, sampler, offload=offload)
     asked = f"{plan.script.title}: {len(plan.filmed)} shots, {sum(found.shot_tokens)} tokens"
+    if found.memory <= room:
+        return
+    ways = ", or ".join(_ways(plan, count, sampler, offload, room))
+    remedy = f"what fits is {ways}" if ways else memory.SAMPLING
     if found.least > room:
-        ways = ", or ".join(_ways(plan, count, sampler, offload, room))
-        remedy = f"what fits is {ways}" if ways else memory.SAMPLING
         raise UserError(f"{asked}, need {_gib(found.least)} of memory at least, and there are {_gib(room)}: {remedy}")
-    if found.memory > room:
-        about = f"may need about {_gib(found.memory)} of memory, and there are {_gib(room)}"
-        logger.warning("%s, %s; should it not suffice, finished shots are kept", asked, about)
+    about = f"may need about {_gib(found.memory)} of memory, and there are {_gib(room)}"
+    logger.warning("%s, %s; should it not suffice, finished shots are kept, and %s", asked, about, remedy)
 
 
 def _ways(
@@ -68,7 +69,7 @@ def _ways(
             yield f"sampler=shot_by_shot sampler.context_shots={contexts[most - 1]}{also}"
     shots = range(next(n for n, index in enumerate(plan.filmed, start=1) if index not in plan.given), len(plan.filmed))
     if most := bisect_right(shots, room, key=of_first):
-        yield f"its first {shots[most - 1]} shots"
+        yield "its first shot" if shots[most - 1] == 1 else f"its first {shots[most - 1]} shots"
 
 
 def _gib(size: float) -> str:

@@ -75,6 +75,12 @@ class FilmPlan:
             negative=self.negative[: 1 + end],
         )
 
+    def anew(self, numbers: Sequence[int]) -> "FilmPlan":
+        """The plan of some shots alone, counted from 1, for counting: of the others it has shapes and no latents."""
+        stay = [index for number, index in enumerate(self.filmed, start=1) if number not in numbers]
+        known = {index: torch.empty(self.shapes[index], device="meta") for index in stay}
+        return replace(self, given=known | self.given)
+
     def story(self) -> Story:
         """What to sample; texts must be encoded."""
         guidance: list[float | None] = [None] * len(self.shapes)

@@ -99,7 +99,9 @@ def sample_shots(
         except torch.OutOfMemoryError:
             if prompt.cache is None:
                 raise
-            logger.warning("keys and values of %d shots do not fit into memory; sampling goes on without", len(shots))
+            told = "keys and values of %d shots do not fit into memory; sampling goes on without, which takes longer%s"
+            remedy = "" if config.offload_cache else " than, started again, with sampler.offload_cache=true"
+            logger.warning(told, len(shots), remedy)
             prompt.cache = negative.cache = None
         if velocity is None:  # not in the handler, which holds on to what filled the memory
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)

@@ -386,6 +386,39 @@ def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, wri
     filmmaker.make(films)  # are whole
 
 
+def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tmp_path, monkeypatch):
+    """Which is the first, where a long shot comes before short ones; a shot made anew needs its own step alone."""
+    filmmaker = open_filmmaker(trained)
+    long, even = (
+        filmmaker.plan(filmmaker.read(write(STORY | {"shots": [SHOT | {"seconds": seconds}, SHOT, SHOT]})))
+        for seconds in (4, SHOT["seconds"])
+    )
+    assert filmmaker.estimate(long).least == filmmaker.estimate(long.first(1)).least
+    assert filmmaker.estimate(even).least > filmmaker.estimate(even.anew([1])).least
+    assert filmmaker.estimate(even).least == filmmaker.estimate(even.anew([3])).least
+    film_of(filmmaker, write(STORY), tmp_path / "film")
+    monkeypatch.setattr("film.filmmaker.room", lambda _: filmmaker.estimate(even.anew([1])).least)
+    film_of(filmmaker, write(STORY | {"shots": [SHOT | {"seed": 5}, *STORY["shots"][1:]]}), tmp_path / "film", redo=[1])
+    with pytest.raises(UserError, match="of memory at least"):
+        film_of(filmmaker, write(STORY), tmp_path / "other")
+
+
+def test_features_are_counted_in_the_precision_of_the_linears(trained, write):
+    """Whatever that of the first parameter is: Wan's modulation stays in fp32."""
+    filmmaker = open_filmmaker(trained)
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+
+    def features(model) -> float:
+        found = estimate(plan, filmmaker.sampler, model, filmmaker.moc, filmmaker.flow)
+        return found.least - sum(weight.nbytes for weight in model.parameters())
+
+    model = deepcopy(filmmaker.model)
+    whole = features(model)
+    model.to(torch.bfloat16)
+    next(model.parameters()).data = next(model.parameters()).data.float()
+    assert features(model) == whole / 2
+
+
 def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):
     arguments = (f"checkpoint={trained}", f"script={write(STORY)}", f"out={tmp_path / 'film'}", "device=cpu")
     command("sample.py", *arguments, "dry_run=true")

@@ -235,6 +235,7 @@ def test_a_memory_that_fills_up_costs_time_and_no_film(monkeypatch, caplog):
     assert_equal(filled, plain)
     assert max(filled[2]) == 4 * TOKENS
     assert caplog.text.count("do not fit into memory") == 1
+    assert "sampler.offload_cache=true" in caplog.text
 
 
 @pytest.mark.parametrize("cache", [True, False])
