@@ -1,4 +1,4 @@
-"""The README's moving picture: a film beside the earlier shots that one of the model's heads looks back to.
+"""Draws the README's moving picture: a film beside the earlier shots that one of the model's heads looks back to.
 
 python scripts/draw_memory.py checkpoint=PATH script=FILE out=DIR [output=FILE.webp] [settings of sample.py]
 
@@ -46,7 +46,7 @@ class MemoryConfig(SampleConfig):
 
 
 class HeadMaps(RoutingMap):
-    """A routing map that tells heads apart too. by_head: {layer: float64 [N, S, S]}, over all noise levels."""
+    """A routing map that tells heads apart too. by_head: counts by layer, float64 [N, S, S], over all noise levels."""
 
     def __init__(self, num_shots: int, sum_over_heads: Callable[[Tensor], Tensor]) -> None:
         super().__init__(num_shots, sum_over_heads)
@@ -131,6 +131,7 @@ def _there_and_back(moment: int, count: int) -> int:
 
 
 def moving(frames: Sequence[Image.Image]) -> bytes:
+    """The bytes of a WebP that plays the frames without end."""
     file = BytesIO()
     frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=1000 // FRAMES_A_SECOND, loop=0,
                    quality=72, method=6)  # fmt: skip
@@ -143,11 +144,16 @@ def main(config: MemoryConfig) -> None:
     if folder.path.exists():
         raise UserError(f"out={config.out} exists; the film is made anew, so name another folder")
     script = filmmaker.read(Path(config.script), config.size, config.fps)
+    if len(script.shots) < 3:
+        raise UserError(f"{config.script} has {len(script.shots)} shots; give three, of which the last can choose")
     filmmaker.make([(script, folder)])
     if not filmmaker.maps.by_head:
         raise UserError(f"{config.checkpoint} routes nowhere: dense attention and own shots only have no map to draw")
-    layer, head, shares = most_pointed(filmmaker.maps.by_head)
-    write_whole(Path(config.output), moving(list(draw(folder, filmmaker.plan(script), shares))))
+    plan = filmmaker.plan(script)
+    among = torch.tensor(plan.filmed)  # pictures, which are in the stream too, are not shown
+    by_head = {layer: counts[:, among[:, None], among] for layer, counts in filmmaker.maps.by_head.items()}
+    layer, head, shares = most_pointed(by_head)
+    write_whole(Path(config.output), moving(list(draw(folder, plan, shares))))
     table = np.array2string(shares.numpy(), precision=2, suppress_small=True)
     print(f"{config.output}: layer {layer + 1}, head {head + 1} looks back to\n{table}")
     print(*folder.files(), sep="\n")
