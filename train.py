@@ -16,7 +16,6 @@ from configs.preflight import look_first, preflight
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
 from configs.schema import TrainConfig
 from configs.world import recall_world
-from data.interfaces import Codec
 from data.loading.dataset import ShotDataset, open_dataset
 from data.loading.endless import RecallWorld, open_loader
 from film.progress import scene_drawer
@@ -25,7 +24,7 @@ from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
 from moc.training.curves import draw_curves
 from moc.training.interruption import ending_at_signals, ignore_signals, leave_unfinished
-from models import build_model, load_encoders
+from models import build_model, load_codec
 from models.checkpoints.seen import Seen
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,9 @@ def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
     with ending_at_signals():
-        dataset: ShotDataset | RecallWorld | None = None if config.data.recall else open_dataset(config.data, _codec)
+        dataset: ShotDataset | RecallWorld | None = (
+            None if config.data.recall else open_dataset(config.data, load_codec)
+        )
         parallel = Parallel(config.parallel)
         with held(config.run_folder, holds=parallel.is_main):
             dataset = dataset or recall_world(config, parallel.device)
@@ -46,10 +47,6 @@ def main(config: TrainConfig) -> None:
         parallel.close()
     if not finished:
         leave_unfinished()
-
-
-def _codec(encoders: Path) -> Codec:
-    return load_encoders(encoders).codec
 
 
 def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Parallel) -> bool:
@@ -75,7 +72,7 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     loader = open_loader(
-        dataset, config.data, model.stream, config.moc.chunk_tokens, _codec,
+        dataset, config.data, model.stream, config.moc.chunk_tokens, load_codec,
         rank=parallel.data_rank, world_size=parallel.data_ranks, accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
     )  # fmt: skip

@@ -16,7 +16,7 @@ from moc.config import MoCConfig
 from moc.diffusion import Flow, SamplingConfig, Story, sample_shots
 from moc.statistics import RoutingMap
 from moc.training import Parallel
-from models import load_encoders
+from models import load_codec
 
 # Keys and values are not kept: a model that is spread over processes computes whole streams.
 SAMPLING = SamplingConfig(steps=20, guidance_scale=3.0, lag=0.3, cache=False)
@@ -33,7 +33,7 @@ def scene_drawer(
     dataset: prepared data. The scene is the first one held out, or of all where none is.
     """
     (scene, null), folder = _scene(dataset, data.validation), run_folder / "samples"
-    codec, fps = load_encoders(dataset.encoders_folder).codec, dataset.frame_rates[0] if dataset.frame_rates else 24.0
+    codec, fps = load_codec(dataset.encoders_folder), dataset.frame_rates[0] if dataset.frame_rates else 24.0
 
     def draw(model: Any, moc: MoCConfig, step: int) -> None:
         text, negative = ([parallel.put(x.float()) for x in sample.text] for sample in (scene, null))

@@ -17,7 +17,7 @@ from models.checkpoints.experts import BOUNDARY, Experts, check_places
 from models.checkpoints.loras import LoraChoice
 from models.checkpoints.opening import load_checkpoint, open_checkpoint
 from models.encoders.codec import CodecConfig
-from models.encoders.pair import Encoders, EncodersConfig, build_codec, build_encoders, load_encoders
+from models.encoders.pair import Encoders, EncodersConfig, build_codec, build_encoders, load_codec, load_encoders
 from models.encoders.text import TextConfig, build_text_encoder
 from models.frozen import Base
 from models.lora import Lora
@@ -38,6 +38,7 @@ __all__ = [
     "build_encoders",
     "build_model",
     "build_text_encoder",
+    "load_codec",
     "load_denoiser",
     "load_encoders",
     "load_model",

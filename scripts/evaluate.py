@@ -36,7 +36,7 @@ from evaluation.rivals import compare
 from moc import Execution, MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import MeshConfig, Parallel, ParallelConfig
-from models import Contents, load_encoders, load_model, place
+from models import Contents, load_codec, load_model, place
 
 
 @dataclass
@@ -114,7 +114,7 @@ def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
     model.execution = config.execution
     moc, share = contents.moc.override(config.moc), (parallel.data_rank, parallel.data_ranks)
     data = evaluated(config.data, contents.root)
-    dataset = open_dataset(data, lambda folder: load_encoders(folder).codec)
+    dataset = open_dataset(data, load_codec)
     batches = list(held_out(dataset, data.validation, model.stream, moc.chunk_tokens, *share))
     rows = []
     for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel, config.draws):

@@ -70,6 +70,11 @@ def load_encoders(path: str | Path | Contents) -> Encoders:
     return build_encoders(read_encoders(path))
 
 
+def load_codec(path: str | Path | Contents) -> Codec:
+    """The codec of the encoders at `path`; raises UserError as `load_encoders` does."""
+    return load_encoders(path).codec
+
+
 def read_encoders(path: str | Path | Contents) -> EncodersConfig:
     """As `find_encoders`; raises UserError where there are none."""
     contents = Contents.at(path)

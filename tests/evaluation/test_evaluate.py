@@ -1,7 +1,6 @@
 """Evaluation: rivals at the same noise, with equal noise and with clean history."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
         assert (row["sparsity"] < other["sparsity"]) == (row["attention"] == "MoC")
 
 
-def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, tmp_path, monkeypatch):
+def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tmp_path, monkeypatch):
     def ids(checkpoint: Path, data: Path, *settings: str) -> list[str]:
         seen: list[str] = []
         monkeypatch.setattr("evaluation.rivals.compare", lambda *given: seen.extend(b.ids[0] for b in given[3]) or [])
@@ -120,8 +119,8 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, tmp_path,
     one, everyone = ([dataset.items[i][1].id for i in dataset.split(number).held_out] for number in (1, 4))
     assert ids(trained, prepared) == ids(trained / "checkpoints/step_0000003", prepared) == one
     assert ids(trained, prepared, "data.validation=4") == everyone  # nothing is left to train, and nothing trains
-    other = shutil.copytree(prepared, tmp_path / "other")
-    assert ids(trained, other) == everyone
+    online = pipeline.prepare(world, tmp_path / "online", "online=true")  # other data; latents are encoded as asked for
+    assert ids(trained, online) == everyone
 
 
 def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkeypatch):
