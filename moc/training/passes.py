@@ -127,7 +127,8 @@ class _Graph:
 
     def __init__(self, run: Callable[[Inputs], Tensor], inputs: Inputs, pool: Any) -> None:
         self._inputs, self._graph = inputs, torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # A loader's thread may pin memory meanwhile, which the mode "global" takes for an error of the capture.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._losses = run(self._inputs)
 
     def __call__(self, inputs: Inputs) -> Tensor:

@@ -18,7 +18,8 @@ def pools(monkeypatch):
     used, handles = [], iter(range(9))
 
     @contextmanager
-    def capture(graph, pool=None):
+    def capture(graph, pool=None, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"  # other threads, such as a loader's, do as ever
         used.append(pool)
         yield
 
