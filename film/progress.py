@@ -48,7 +48,8 @@ def scene_drawer(
                 cut = not scene.cuts or bool(scene.cuts[index])
                 panels.append(Panel(index + 1, "", len(frames) / fps, cut, frames[pick_frames(len(frames))]))
         except FloatingPointError as error:
-            logger.warning("no sample is drawn at step %d: %s", step, error)
+            if parallel.is_main:
+                logger.warning("no sample is drawn at step %d: %s", step, error)
             return
         finally:
             codec.to("cpu")

@@ -1,11 +1,16 @@
 """Samples of a held-out scene while a model trains: drawn at their steps, from one noise, no trace left in the run."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 from PIL import Image
 
+from data.loading.dataset import DataConfig, open_dataset
 from film import progress
-from moc.training import read_metrics
+from moc import MoCConfig
+from moc.diffusion import Flow
+from moc.training import Parallel, ParallelConfig, read_metrics
 from tests import pipeline
 from tests.pipeline import assert_one_message, refusal
 
@@ -31,3 +36,16 @@ def test_samples_need_prepared_data(tmp_path, capsys):
     place = (f"output={tmp_path}", "name=run", "parallel=cpu", "trainer.num_steps=1")
     said = refusal(capsys, "train.py", "experiment=recall", *place, "trainer.sample_every=1")
     assert_one_message(said, "trainer.sample_every needs prepared data; set it to 0 with data.recall")
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_the_main_process_says_that_no_sample_is_drawn(prepared, tmp_path, monkeypatch, caplog, is_main):
+    def broken(*_, **__):
+        raise FloatingPointError("shot 1")
+
+    monkeypatch.setattr("film.progress.sample_shots", broken)
+    monkeypatch.setattr(Parallel, "is_main", is_main)
+    parallel = Parallel(ParallelConfig("cpu"))
+    draw = progress.scene_drawer(open_dataset(DataConfig(str(prepared))), DataConfig(), Flow(), tmp_path, parallel)
+    draw(SimpleNamespace(stream=None), MoCConfig(), 7)
+    assert caplog.text.count("no sample is drawn at step 7: shot 1") == is_main
