@@ -62,11 +62,11 @@ MEASURED_SPILLS = {("dq_kernel", "90"): 136}
 def attention(setting: Setting) -> None:
     """Routing with drops, attention and its backward, on two shots: as in short samples, then as in long ones."""
     config = moc.MoCConfig(chunk_tokens=setting.chunk_tokens, top_k=setting.top_k)
-    layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, setting.chunk_tokens)
-    q, k, v = torch.zeros(3, layout.num_tokens, NUM_HEADS, setting.head_dim, dtype=setting.dtype).requires_grad_()
-    routes = triton_backend.route(q, k, layout, config, moc.DropKey(seed=0, step=0))
     for max_tokens in (triton_masked.MAX_TOKENS, 0):
-        with patch.object(triton_masked, "MAX_TOKENS", max_tokens):
+        layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, setting.chunk_tokens)
+        q, k, v = torch.zeros(3, layout.num_tokens, NUM_HEADS, setting.head_dim, dtype=setting.dtype).requires_grad_()
+        with patch.object(triton_masked, "MAX_TOKENS", max_tokens):  # a layout keeps what it said once
+            routes = triton_backend.route(q, k, layout, config, moc.DropKey(seed=0, step=0))
             triton_backend.attend(q, k, v, routes, layout, config).sum().backward()
 
 
