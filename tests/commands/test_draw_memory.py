@@ -41,7 +41,7 @@ def test_references_are_not_counted_as_shots(count, tmp_path, capsys):
     assert sum(shares[2]) > 0
 
 
-@pytest.mark.parametrize("name", ["recall_moc", "recall_dense"])
+@pytest.mark.parametrize("name", [pytest.param("recall_moc", marks=pytest.mark.slow), "recall_dense"])
 def test_a_film_is_drawn_with_where_it_looks_to(name, tmp_path, capsys):
     picture = tmp_path / "memory.webp"
     arguments = (
