@@ -1,6 +1,6 @@
 """How a film's video is written, and what stands beside it if asked: subtitles of its prompts, a small preview."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -76,16 +76,17 @@ def write_preview(path: Path, folder: FilmFolder, plan: FilmPlan) -> None:
     frames: list[np.ndarray] = []
     for number in range(1, len(plan.filmed) + 1):
         frames.extend(folder.frames(number, pick, _preview_size))
-    write_whole(path, _moving(frames))
+    write_whole(path, moving(map(Image.fromarray, frames), _PREVIEW_FPS, quality=60))
 
 
 def _preview_size(height: int, width: int) -> tuple[int, int]:
     return max(1, round(height * min(1, _PREVIEW_WIDTH / width))), min(width, _PREVIEW_WIDTH)
 
 
-def _moving(frames: Sequence[np.ndarray]) -> bytes:
-    first, *rest = [Image.fromarray(frame) for frame in frames]
+def moving(frames: Iterable[Image.Image], fps: float, quality: int) -> bytes:
+    """An endless WebP. quality: from 0 to 100."""
+    first, *rest = frames
     file = BytesIO()
-    first.save(file, format="WEBP", save_all=True, append_images=rest, duration=round(1000 / _PREVIEW_FPS), loop=0,
-               quality=60, method=4)  # fmt: skip
+    first.save(file, format="WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0,
+               quality=quality, method=4)  # fmt: skip
     return file.getvalue()

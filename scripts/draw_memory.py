@@ -8,7 +8,6 @@ Films the script anew. Of all heads that one is shown whose routes lead most to 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,6 +23,7 @@ from film.filmmaker import Filmmaker
 from film.folder import FilmFolder
 from film.lettering import draw_text
 from film.plan import FilmPlan
+from film.video import moving
 from moc.errors import UserError
 from moc.files import write_whole
 from moc.layout import ShotLayout
@@ -130,14 +130,6 @@ def _there_and_back(moment: int, count: int) -> int:
     return place if place < count else 2 * count - 2 - place
 
 
-def moving(frames: Sequence[Image.Image]) -> bytes:
-    """The bytes of a WebP that plays the frames without end."""
-    file = BytesIO()
-    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], duration=1000 // FRAMES_A_SECOND, loop=0,
-                   quality=72, method=6)  # fmt: skip
-    return file.getvalue()
-
-
 @command("draw_memory", MemoryConfig)
 def main(config: MemoryConfig) -> None:
     filmmaker, folder = Watched(config), FilmFolder(Path(config.out))
@@ -153,7 +145,7 @@ def main(config: MemoryConfig) -> None:
     among = torch.tensor(plan.filmed)  # pictures, which are in the stream too, are not shown
     by_head = {layer: counts[:, among[:, None], among] for layer, counts in filmmaker.maps.by_head.items()}
     layer, head, shares = most_pointed(by_head)
-    write_whole(Path(config.output), moving(list(draw(folder, plan, shares))))
+    write_whole(Path(config.output), moving(draw(folder, plan, shares), FRAMES_A_SECOND, quality=72))
     table = np.array2string(shares.numpy(), precision=2, suppress_small=True)
     print(f"{config.output}: layer {layer + 1}, head {head + 1} looks back to\n{table}")
     print(*folder.files(), sep="\n")

@@ -19,11 +19,10 @@ from film.script import load_script
 from moc.diffusion.solvers import SolverKind
 from moc.errors import UserError
 from models import load_model
+from tests.film.filming import SHOT, STORY, contents, film_of, open_filmmaker, times_killed
 from tests.film.made_up import MeanCodec
-from tests.film.test_filmmaker import SHOT, STORY, contents, film_of, open_filmmaker, times_killed, write
 from tests.pipeline import command, sample
 
-__all__ = ["write"]  # a fixture
 COLOURS = [(200, 40, 40)] * 12 + [(40, 40, 200)] * 12  # a second of red, a second of blue
 
 

@@ -322,7 +322,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_backward_fills_and_adds_up_no_stream() -> None:
-    """As the gradient of indexing does: on a GPU it sorts the indices, for each layer."""
+    """The gradient of indexing would fill and add up a whole stream, and on a GPU sort the indices, for each layer."""
     batch = make_batch([sample()], small_model().stream, 12)
     loss = sum(x.square().sum() for x in run(small_model(), batch, DENSE))
     with Operators() as seen:

@@ -1,0 +1,135 @@
+"""What a film will cost, against what sampling asks of the model; films that do not fit into memory are refused."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from film.estimate import estimate
+from film.folder import FilmFolder
+from moc.diffusion import sample_shots
+from moc.errors import UserError
+from moc.training import MeshConfig
+from models.checkpoints.experts import Experts
+from tests.film.filming import SHOT, STORY, film_of, open_filmmaker
+from tests.pipeline import command
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"lag": 0.0}, {}, {"context_shots": 1}, {"cache": False, "guidance_interval": [0.0, 0.9]}],
+    ids=str,
+)
+def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, monkeypatch):
+    """Its forwards are those that sampling has, and so are the tokens in their linear layers."""
+    filmmaker = open_filmmaker(trained, **settings)
+    story = STORY | {"shots": [SHOT, SHOT | {"cut": False, "guidance": 1}, SHOT]}
+    plan = filmmaker.plan(filmmaker.read(write(story)))
+    guess = filmmaker.estimate(plan)
+    calls, forward = [], filmmaker.model.forward
+
+    def counting(latents, *arguments, **others):
+        calls.append(sum(x.shape[-3] * x.shape[-2] * x.shape[-1] // 4 for x in latents))
+        return forward(latents, *arguments, **others)
+
+    monkeypatch.setattr(filmmaker.model, "forward", counting)
+    list(
+        sample_shots(
+            filmmaker.model, filmmaker.model.stream, filmmaker.moc, filmmaker.flow, plan.story(), filmmaker.sampler
+        )
+    )
+    assert guess.forwards == len(calls)
+    layers = list(filmmaker.model.blocks)
+    linears = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    assert 2 * linears * sum(calls) < guess.flops < guess.dense_flops
+    assert 0 < guess.sparsity < 1
+    text = "\n".join(guess.lines(plan))
+    assert "goes on" in text
+    assert f"{sum(guess.shot_tokens)} tokens" in text
+
+
+def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write):
+    """Of experts that take turns one is on the device; what both remember is."""
+    filmmaker = open_filmmaker(trained)
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+    one, pair = filmmaker.model, Experts(filmmaker.model, deepcopy(filmmaker.model))
+    settings = {"moc": filmmaker.moc, "flow": filmmaker.flow}
+    assert filmmaker.moc.flows_forward
+
+    def memory(model, offload=False, mesh=None, **sampler) -> float:
+        return estimate(
+            plan, replace(filmmaker.sampler, **sampler), model, **settings, mesh=mesh, offload=offload
+        ).memory
+
+    weights = sum(weight.nbytes for weight in one.parameters())
+    assert memory(pair, cache=False) - memory(one, cache=False) == weights
+    assert memory(pair, cache=False, offload=True) == memory(one, cache=False)
+    assert memory(pair) - memory(one) > weights
+    assert memory(one, guidance_scale=1.0) < memory(one)
+    assert memory(pair, mesh=MeshConfig(sequence=2)) == memory(pair) / 2
+    assert memory(pair) - memory(pair, mesh=MeshConfig(shard=2)) == weights
+
+
+def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, write, tmp_path, monkeypatch, caplog):
+    """Before the first film of a batch is begun; what is said to fit does, and a film that may fit is made."""
+    filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
+    stories = [write(STORY | {"shots": [SHOT] * count}, f"{count}.yaml") for count in (1, 9)]
+    films = [(filmmaker.read(story), FilmFolder(tmp_path / story.stem)) for story in stories]
+    plan = filmmaker.plan(films[1][0])
+    need = filmmaker.estimate(plan)
+    room = filmmaker.estimate(plan.first(2)).memory
+    assert filmmaker.estimate(plan.first(3)).memory > room
+    assert room < need.least < need.memory
+    monkeypatch.setattr("film.filmmaker.room", lambda _: room)
+    with pytest.raises(UserError, match=r"9 shots, \d+ tokens, need .* of memory at least, and there are") as refused:
+        filmmaker.make(films)
+    assert "sampler=shot_by_shot" in str(refused.value)
+    assert str(refused.value).endswith("or its first 2 shots")
+    assert not (tmp_path / "1").exists()
+    monkeypatch.setattr("film.filmmaker.room", lambda _: need.least)
+    filmmaker.make(films)
+    assert "9 shots" in caplog.text
+    assert "may need about" in caplog.text
+    monkeypatch.setattr("film.filmmaker.room", lambda _: 0)
+    filmmaker.make(films)  # are whole
+
+
+def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tmp_path, monkeypatch):
+    """Which is the first, where a long shot comes before short ones; a shot made anew needs its own step alone."""
+    filmmaker = open_filmmaker(trained)
+    long, even = (
+        filmmaker.plan(filmmaker.read(write(STORY | {"shots": [SHOT | {"seconds": seconds}, SHOT, SHOT]})))
+        for seconds in (4, SHOT["seconds"])
+    )
+    assert filmmaker.estimate(long).least == filmmaker.estimate(long.first(1)).least
+    assert filmmaker.estimate(even).least > filmmaker.estimate(even.anew([1])).least
+    assert filmmaker.estimate(even).least == filmmaker.estimate(even.anew([3])).least
+    film_of(filmmaker, write(STORY), tmp_path / "film")
+    monkeypatch.setattr("film.filmmaker.room", lambda _: filmmaker.estimate(even.anew([1])).least)
+    film_of(filmmaker, write(STORY | {"shots": [SHOT | {"seed": 5}, *STORY["shots"][1:]]}), tmp_path / "film", redo=[1])
+    with pytest.raises(UserError, match="of memory at least"):
+        film_of(filmmaker, write(STORY), tmp_path / "other")
+
+
+def test_features_are_counted_in_the_precision_of_the_linears(trained, write):
+    """Whatever that of the first parameter is: Wan's modulation stays in fp32."""
+    filmmaker = open_filmmaker(trained)
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+
+    def features(model) -> float:
+        found = estimate(plan, filmmaker.sampler, model, filmmaker.moc, filmmaker.flow)
+        return found.least - sum(weight.nbytes for weight in model.parameters())
+
+    model = deepcopy(filmmaker.model)
+    whole = features(model)
+    model.to(torch.bfloat16)
+    next(model.parameters()).data = next(model.parameters()).data.float()
+    assert features(model) == whole / 2
+
+
+def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):
+    arguments = (f"checkpoint={trained}", f"script={write(STORY)}", f"out={tmp_path / 'film'}", "device=cpu")
+    command("sample.py", *arguments, "dry_run=true")
+    assert "3 shots, 13 frames" in capsys.readouterr().out
+    assert not (tmp_path / "film").exists()
