@@ -1,0 +1,375 @@
+"""How long a film takes on one GPU, dense against MoC, in each way of sampling, and how much memory.
+
+python scripts/benchmark_sampling.py [films=[paper]] [impls=[moc,dense]] [modes=[staggered,joint,...]] [timed=3]
+
+The sampler is the films' own, on the shape of Wan2.1-T2V-1.3B with random weights in bf16 and with guidance. `paper`
+is a minute of 8 x 23,040 tokens, `wan` one of 480x832 at 16 fps, 375,960 tokens. A whole film is extrapolated: of each
+stream (the shots that a step sees) `timed` steps are taken, the first of which may have to remember a shot. Streams
+that are computed whole cost the same in every mode, so that one measurement of them serves all modes of a call.
+`decode` is a random AutoencoderKLWan on one shot. Each row is written as soon as it is measured, in the place of one of
+its like.
+
+Expected on one H100 (by count, from docs/benchmarks/model.md), start and compilation of about a minute included:
+
+    films=[paper] impls=[moc]                                                 4 minutes, 60 GB of the host's memory
+    films=[paper] impls=[dense] timed=2                                       4 minutes
+    films=[wan] impls=[moc] modes=[staggered,joint,extend_uncached,decode]    4 minutes
+    films=[wan] impls=[moc] modes=[extend_offload] sampler.context_shots=4    3 minutes, 86 GB of the host's memory
+    films=[wan] impls=[dense] timed=1                                         7 minutes
+
+The keys and values of the `wan` minute take 69 GB a side of guidance, so that `extend` without a smaller
+sampler.context_shots does not fit a GPU of 80 GB. Several GPUs: torchrun with parallel.sequence=N.
+"""
+
+import logging
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from configs.command import command
+from moc import Execution, MoCConfig
+from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
+from moc.errors import UserError, check_least
+from moc.files import write_whole
+from moc.kernels import dense
+from moc.statistics import RoutingMap
+from moc.training import Parallel, ParallelConfig
+from models import CodecConfig, ModelConfig, build_codec, build_model, place
+from models.encoders.codec import CodecKind
+from models.stream import StreamModel
+from scripts.measuring import header, markdown_table
+from scripts.rows import measured_on, put_row
+
+logger = logging.getLogger(__name__)
+
+MODES: dict[str, dict[str, Any]] = {
+    "staggered": {"lag": 0.3},
+    "joint": {"lag": 0.0},
+    "extend": {"lag": 1.0},
+    "extend_uncached": {"lag": 1.0, "cache": False},
+    "extend_offload": {"lag": 1.0, "offload_cache": True},
+    "decode": {},
+}
+RIVALS = {mode: mode.partition("_")[0] for mode in MODES if mode != "decode"}  # dense attention remembers nothing
+IMPLEMENTATIONS = ("moc", "dense")
+CHANNELS, TEXT_TOKENS = 16, 64  # of a latent; of each caption
+WARM_UP = (4, 5, 7)  # latent frames of shots: what is compiled for these is compiled for any length
+KEY = ("gpu", "model", "top_k", "film", "impl", "mode", "guidance_scale", "context_shots", "processes")
+
+Shots = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Film:
+    """frames: latent frames of each shot. size: height and width of a latent frame. chunk_tokens: of its chunks."""
+
+    frames: tuple[int, ...]
+    size: tuple[int, int]
+    chunk_tokens: int
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        return [(CHANNELS, frames, *self.size) for frames in self.frames]
+
+
+FILMS = {
+    "paper": Film((36,) * 8, (40, 64), 1280),
+    "wan": Film((31,) + (30,) * 7, (60, 104), 1560),
+    "tiny": Film((2,) * 3, (4, 6), 6),  # to try this script
+}
+
+
+@dataclass(frozen=True)
+class SamplingBenchmarkConfig:
+    """What to measure.
+
+    model: the model and its sizes.
+    moc: what attention attends to; the size of chunks is the film's.
+    execution: how it is computed.
+    parallel: device and precision, and how several processes make a film.
+    sampler: how films are sampled; each mode sets the lag and what is kept of finished shots.
+    films: names among FILMS.
+    impls: moc, dense or both.
+    modes: names among MODES; of those that extend dense attention has one, in which it computes all shots again.
+    timed: how many steps of each stream are taken.
+    text_dim: the width of the captions' features.
+    vae_dim: the width of the codec that decodes.
+    output: the record to write.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moc: MoCConfig = field(default_factory=MoCConfig)
+    execution: Execution = field(default_factory=Execution)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    sampler: SamplingConfig = field(default_factory=SamplingConfig)
+    films: list[str] = field(default_factory=lambda: ["paper"])
+    impls: list[str] = field(default_factory=lambda: list(IMPLEMENTATIONS))
+    modes: list[str] = field(default_factory=lambda: list(MODES))
+    timed: int = 3
+    text_dim: int = 4096
+    vae_dim: int = 96
+    output: str = "docs/benchmarks/sampling.json"
+
+    def __post_init__(self) -> None:
+        check_least(self, "", 1, "timed")
+        for name, known in (("films", FILMS), ("impls", IMPLEMENTATIONS), ("modes", MODES)):
+            unknown = sorted(set(getattr(self, name)) - set(known))
+            if unknown:
+                raise UserError(f"{name}={unknown} are none; say some of {', '.join(known)}")
+
+
+@dataclass
+class Taken:
+    """Steps of one stream: their seconds, those of them in the model, and the peak of memory in bytes."""
+
+    seconds: list[float] = field(default_factory=list)
+    inside: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    @property
+    def usual(self) -> float:
+        """Seconds of a step that has nothing to remember."""
+        return median(self.seconds[1:] or self.seconds)
+
+
+class Clocked:
+    """A model that tells how long its forwards took on the device, and whether one had a cache."""
+
+    def __init__(self, model: StreamModel, on_gpu: bool) -> None:
+        self.model, self.on_gpu, self.had_cache = model, on_gpu, False
+        self._spans: list[tuple[Any, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        start = self._now()
+        out = self.model(*args, **kwargs)
+        self._spans.append((start, self._now()))
+        self.had_cache = kwargs.get("cache") is not None
+        return out
+
+    def seconds(self) -> float:
+        """Those since it was last asked; the device must be done."""
+        took = sum(start.elapsed_time(end) / 1e3 if self.on_gpu else end - start for start, end in self._spans)
+        self._spans.clear()
+        return took
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class EnoughError(Exception):
+    """All is timed."""
+
+
+@command("benchmark_sampling", SamplingBenchmarkConfig)
+def main(config: SamplingBenchmarkConfig) -> None:
+    bench = Bench(config)
+    for name in config.films:
+        for impl in config.impls:
+            bench.film(name, impl)
+        if "decode" in config.modes and bench.parallel.is_main:
+            bench.add(name, "", "decode", decode(FILMS[name], config.vae_dim, bench.parallel))
+    bench.parallel.close()
+
+
+class Bench:
+    """The model and the record. kernel: the fastest dense one that is present."""
+
+    def __init__(self, config: SamplingBenchmarkConfig) -> None:
+        self.config, self.parallel = config, Parallel(config.parallel)
+        device, dtype = self.parallel.device, self.parallel.dtype
+        with device:
+            model = build_model(config.model, latent_channels=CHANNELS, text_dim=config.text_dim)
+        wide = set[str](model._keep_in_fp32_modules or ())
+        for weight_name, weight in model.named_parameters():  # as a checkpoint is loaded
+            if not wide & set(weight_name.split(".")):
+                weight.data = weight.data.to(dtype)
+        model.execution = config.execution
+        self.model = Clocked(place(model, self.parallel), device.type == "cuda")  # type: ignore[arg-type]
+        head_dim = config.model.dim // config.model.num_heads
+        self.kernel = dense.choose(torch.empty(1, 1, head_dim, device=device, dtype=dtype)).name
+
+    def film(self, name: str, impl: str) -> None:
+        """The rows of a film in one implementation; streams that are computed whole are timed once for all modes."""
+        film, whole = FILMS[name], dict[Shots, Taken]()
+        moc = replace(self.config.moc, dense=impl == "dense", chunk_tokens=film.chunk_tokens)
+        for mode in self.config.modes:
+            sampler = replace(self.config.sampler, **MODES[mode])
+            remembers = sampler.keeps_history and moc.flows_forward
+            if mode == "decode" or (moc.dense and mode not in RIVALS.values()):
+                continue
+            streams = Counter(tuple(step.shots) for step in plan_steps(len(film.frames), (), sampler, Flow()))
+            taken, problem = {} if remembers else whole, ""
+            try:
+                if not streams.keys() <= taken.keys():
+                    for frames in WARM_UP:
+                        short = replace(film, frames=(min(frames, film.frames[0]),) * 2)
+                        self.take_steps(short, moc, sampler)
+                    taken.update(self.take_steps(film, moc, sampler))
+            except (torch.OutOfMemoryError, UserError) as error:
+                problem = str(error).partition(". GPU")[0]
+            if self.parallel.is_main:
+                row = {"problem": problem} if problem else summary(streams, taken)
+                history = "kept" if remembers and self.model.had_cache else "computed again"
+                self.add(name, impl, mode, row | {"history": history})
+            if self.model.on_gpu:
+                torch.cuda.empty_cache()
+
+    def take_steps(self, film: Film, moc: MoCConfig, sampler: SamplingConfig) -> dict[Shots, Taken]:
+        """`timed` steps of each stream of a film, in their order: a film of fewer steps, or its beginning."""
+        timed, num_shots, parallel = self.config.timed, len(film.frames), self.parallel
+        enough = (steps for steps in count(timed) if sampler.lag == 0 or round(sampler.lag * steps) >= timed)
+        sampler = replace(sampler, steps=next(enough))
+        steps = plan_steps(num_shots, (), sampler, Flow())
+        taken = {tuple(step.shots): Taken() for step in steps}
+        last = tuple(steps[-1].shots)
+        text = [torch.randn(TEXT_TOKENS, self.config.text_dim, device=parallel.device) for _ in range(num_shots + 1)]
+        story, routing_map = Story(film.shapes, text, text), RoutingMap(num_shots, parallel.sum_over_heads)
+        self.model.seconds()
+        started = self._done()
+
+        def on_step(progress: Progress) -> None:
+            nonlocal started
+            shots, now = tuple(steps[progress.step - 1].shots), self._done()
+            one = taken[shots]
+            one.seconds.append(now - started)
+            one.inside.append(self.model.seconds())
+            if self.model.on_gpu:
+                one.peak = max(one.peak, torch.cuda.max_memory_allocated())
+                torch.cuda.reset_peak_memory_stats()
+            if shots == last and len(one.seconds) == timed:
+                raise EnoughError
+            started = self._done()
+
+        if self.model.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        settings = (self.model, self.model.stream, moc, Flow(), story, sampler, on_step, routing_map)
+        try:
+            with parallel.autocast():
+                for _ in sample_shots(*settings):
+                    pass
+        except EnoughError:
+            pass
+        return taken
+
+    def _done(self) -> float:
+        """The time when the device is done."""
+        if self.model.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def add(self, name: str, impl: str, mode: str, measured: Mapping[str, Any]) -> None:
+        """Puts a row into the record."""
+        config, film = self.config, FILMS[name]
+        sizes = {size: asdict(config.model)[size] for size in ("dim", "num_layers", "num_heads", "ffn_dim")}
+        place = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
+        setup = {
+            "top_k": config.moc.top_k, "guidance_scale": config.sampler.guidance_scale,
+            "context_shots": config.sampler.context_shots, "steps": config.sampler.steps,
+            "tokens": sum(film.frames) * film.size[0] * film.size[1] // 4,
+        }  # fmt: skip
+        host = {"host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        row = place | setup | dict(measured) | host
+        print(row, flush=True)
+        head = header() | {"dense_kernel": self.kernel, "model": sizes, "precision": str(self.parallel.dtype)}
+        output = Path(config.output)
+        write_whole(output.with_suffix(".md"), page(put_row(output, row, KEY, head)).encode())
+
+
+def summary(streams: Mapping[Shots, int], taken: Mapping[Shots, Taken]) -> dict[str, Any]:
+    """A row, from the steps taken of each stream. streams: how many steps of a whole film see each.
+
+    step_seconds: of the usual step of the last stream. film_seconds: of the whole film, extrapolated: of each stream
+    one first step and so many usual ones. outside: the share of the usual steps that is not spent in the model.
+    """
+    last = taken[list(streams)[-1]]
+    ones = [taken[shots] for shots in streams]
+    seconds = [one.seconds[0] + (number - 1) * one.usual for one, number in zip(ones, streams.values(), strict=True)]
+    usual, inside = (sum(sum(times[1:] or times) for times in kind) for kind in (
+        [one.seconds for one in ones], [one.inside for one in ones],
+    ))  # fmt: skip
+    return {
+        "step_seconds": round(last.usual, 4), "film_steps": sum(streams.values()),
+        "film_seconds": round(sum(seconds), 2), "timed_steps": sum(len(one.seconds) for one in ones),
+        "outside": round(1 - inside / usual, 4), "peak_bytes": max(one.peak for one in ones),
+    }  # fmt: skip
+
+
+def decode(film: Film, width: int, parallel: Parallel) -> dict[str, Any]:
+    """A row: seconds and peak of decoding one shot as films do, and of all of them by count."""
+    device = parallel.device
+    with tempfile.TemporaryDirectory() as folder:
+        AutoencoderKLWan(base_dim=width).save_pretrained(folder)  # type: ignore[attr-defined]
+        codec = build_codec(CodecConfig(CodecKind.wan, folder)).to(device)
+
+    def frames(latent: Tensor) -> int:
+        return sum(piece.cpu().shape[1] for piece in codec.decode_stream(latent))
+
+    latent = torch.randn(film.shapes[0], device=device)
+    frames(latent[:, :2])  # loads kernels
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    num_frames = frames(latent)
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    of_all = seconds * sum(film.frames) / film.frames[0]
+    return {"step_seconds": round(seconds, 3), "film_seconds": round(of_all, 2), "film_steps": len(film.frames),
+            "timed_steps": 1, "frames": num_frames, "peak_bytes": peak}  # fmt: skip
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The record as a Markdown page."""
+    same = ("gpu", "film", "guidance_scale", "context_shots", "processes")
+    dense_rows = {(row["mode"], *(row[name] for name in same)): row for row in rows if row["impl"] == "dense"}
+    lines = []
+    for row in rows:
+        against = dense_rows.get((RIVALS.get(row["mode"]), *(row[name] for name in same)), {})
+        times = [
+            f"{against[name] / row[name]:.2f}" if name in against and name in row else ""
+            for name in ("step_seconds", "film_seconds")
+        ]
+        lines.append([
+            row["film"], row["tokens"], row["mode"], row["impl"], row["guidance_scale"], row["context_shots"] or "all",
+            row["processes"], row.get("history", ""), row.get("step_seconds", row.get("problem")), times[0],
+            row.get("film_seconds", ""), times[1],
+            f"{row['timed_steps']} of {row['film_steps']}" if "timed_steps" in row else "",
+            f"{row['outside']:.1%}" if "outside" in row else "",
+            *(f"{row[name] / 2**30:.1f}" if name in row else "" for name in ("peak_bytes", "host_bytes")),
+            str(row["commit"])[:7],
+        ])  # fmt: skip
+    columns = [
+        "film", "tokens", "mode", "attention", "guidance", "context", "GPUs", "history", "step s", "x over dense",
+        "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "commit",
+    ]  # fmt: skip
+    about = (
+        f"{measured_on(rows)} The shape of Wan2.1-T2V-1.3B with random weights; dense kernel "
+        f"{', '.join(sorted({str(row['dense_kernel']) for row in rows}))}. A step is one of the longest stream, both "
+        "sides of guidance; a film of 50 steps a shot is extrapolated from the steps timed; `decode` is one shot, and "
+        "all of them by count. Made by scripts/benchmark_sampling.py."
+    )
+    return f"# Sampling films\n\n{about}\n\n{markdown_table(columns, lines)}\n"
+
+
+if __name__ == "__main__":
+    main()
