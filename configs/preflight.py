@@ -137,7 +137,7 @@ def _disk(run_folder: Path, trainer: Trainer) -> str:
     weights = [tensor for tensors in trainer.saved_tensors().values() for tensor in tensors.values()]
     stored = [(tensor, 1.0) for tensor in weights] + [(weight, n) for weight, n, _ in kept_states(trainer.optimizer)]
     size = sum(tensor.numel() * tensor.itemsize * times for tensor, times in stored)
-    free = shutil.disk_usage(next(place for place in (run_folder, *run_folder.parents) if place.exists())).free
+    free = shutil.disk_usage(next(folder for folder in (run_folder, *run_folder.parents) if folder.exists())).free
     if free < size:
         raise UserError(
             f"{run_folder} has {free / 1e9:.2f} GB free, and a checkpoint takes at least {size / 1e9:.2f}: make room, "
@@ -162,9 +162,9 @@ def _checkpoint(config: TrainConfig, found: Path | None, step: int) -> str:
 
 def _start(config: TrainConfig) -> tuple[Path | None, int]:
     """The checkpoint to go on from, if any, and its step."""
-    places = {"none": None, "auto": config.run_folder}
-    place = places.get(config.resume, Path(config.resume))
-    found = sound_checkpoint(place) if place else None
+    folders = {"none": None, "auto": config.run_folder}
+    folder = folders.get(config.resume, Path(config.resume))
+    found = sound_checkpoint(folder) if folder else None
     return found, read_run_state(found)["step"] if found else 0
 
 

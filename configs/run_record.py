@@ -90,13 +90,13 @@ def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
     file = checkpoint.resolve().parent.parent / "config.yaml"
     settings: Any = OmegaConf.load(file) if file.is_file() else {}
     trained = settings.get("data")
-    if not trained or _places(trained) != _places(OmegaConf.structured(data)):
+    if not trained or _data_paths(trained) != _data_paths(OmegaConf.structured(data)):
         return replace(data, validation=_EVALUATED)
     held_out = data.held_out or list(trained.get("held_out", []))
     return replace(data, validation=trained.get("validation") or _EVALUATED, held_out=held_out)
 
 
-def _places(data: DictConfig) -> set[str]:
+def _data_paths(data: DictConfig) -> set[str]:
     """Where a config's data lie: URLs, and whole paths of folders."""
     paths = [source.path for source in data.get("sources") or []] or [data.get("path")]
     return {path if "://" in path else str(Path(path).resolve()) for path in paths if path}

@@ -9,7 +9,7 @@ from torch import Tensor
 class Codec(Protocol):
     """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'].
 
-    How many frames make whole latent frames depends on a shot's place in its sample, `shot`, and is the codec's to say.
+    How many frames make whole latent frames depends on `shot`, a shot's index in its sample, and is the codec's to say.
     """
 
     latent_channels: int

@@ -19,7 +19,7 @@ def write_whole(path: Path, payload: bytes) -> None:
         files.write_whole(path, payload)
     except OSError as error:
         raise DataError(
-            "cannot-write", path, f"{error.strerror}; free or choose another place, then run again to resume"
+            "cannot-write", path, f"{error.strerror}; free some or choose another folder, then run again to resume"
         ) from error
 
 

@@ -64,7 +64,7 @@ class DataBenchmarkConfig:
 
     def __post_init__(self) -> None:
         if not self.folder:
-            raise UserError("say folder=DIR, a place for the made-up cache")
+            raise UserError("say folder=DIR, where the made-up cache goes")
         check_least(self, "", 1, "scenes", "shots", "steps")
         check_least(self, "", 0, "step_seconds", "workers")
 

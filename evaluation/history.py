@@ -56,11 +56,11 @@ def history_losses(
     """The losses of the last shots of `samples`, of two shots at least each.
 
     The histories of others are those of the sample half the list away. draws: of the noise, which is keyed by the
-    draw's number and the target's place in the list, whatever the model.
+    draw's number and the target's index in the list, whatever the model.
     """
     model.eval()
-    samples = [replace(sample, position=place) for place, sample in enumerate(samples)]
-    others = [samples[(place + len(samples) // 2) % len(samples)] for place in range(len(samples))]
+    samples = [replace(sample, position=index) for index, sample in enumerate(samples)]
+    others = [samples[(index + len(samples) // 2) % len(samples)] for index in range(len(samples))]
     kinds = [
         [_after(sample, None) for sample in samples],
         [_after(sample, sample) for sample in samples],
@@ -114,6 +114,6 @@ def _errors(
                 shots[end] = flow.add_noise(latent, n, sigma)
             with parallel.autocast():
                 out = model(shots, sigma * is_last, batch.text, batch.layout, config)
-            for place, (end, latent, n) in enumerate(zip(ends.tolist(), alone.latents, noise, strict=True)):
-                found[place, draw, level] = (out[end].float() - flow.velocity(latent, n)).square().mean()
+            for index, (end, latent, n) in enumerate(zip(ends.tolist(), alone.latents, noise, strict=True)):
+                found[index, draw, level] = (out[end].float() - flow.velocity(latent, n)).square().mean()
     return found

@@ -30,7 +30,7 @@ from moc.errors import UserError
 from moc.memory import SAMPLING, enough_for, room
 from moc.statistics import RoutingMap
 from moc.training import MeshConfig, Parallel, ParallelConfig
-from models import Encoders, load_denoiser, load_encoders, place
+from models import Encoders, load_denoiser, load_encoders, move_model
 from models.checkpoints.contents import Contents
 from models.checkpoints.loras import read_choices
 from models.checkpoints.seen import Seen, is_untrained
@@ -115,7 +115,7 @@ class Filmmaker:
     @Shared
     def model(self) -> Any:
         """The model on its device or those of the team, which it takes when the first film is sampled."""
-        return place(self._loaded, self.parallel, self.config.offload)
+        return move_model(self._loaded, self.parallel, self.config.offload)
 
     @Shared
     def moc(self) -> MoCConfig:

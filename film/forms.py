@@ -98,13 +98,13 @@ def _from_entitybench(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     schedule, where = raw["entity_schedule"], f"{path} entity_schedule"
     if not isinstance(schedule, dict):
         raise DataError("bad-script", where, f"{schedule!r} is not a mapping of scene:shot to entities")
-    places = [
+    numbered = [
         (scene.get("scene_num", index), number)
         for index, scene in enumerate(raw["scenes"], start=1)
         for number in range(1, len(scene["video_prompts"]) + 1)
     ]
-    refuse_unknown(schedule, {f"{scene}:{number}" for scene, number in places}, where, "bad-script")
-    for shot, (scene, number) in zip(ours["shots"], places, strict=True):
+    refuse_unknown(schedule, {f"{scene}:{number}" for scene, number in numbered}, where, "bad-script")
+    for shot, (scene, number) in zip(ours["shots"], numbered, strict=True):
         shot |= {"entities": schedule.get(f"{scene}:{number}"), "scene": [scene, number]}
     return ours | {"entities": _described(raw.get("entity_descriptions"), f"{path} entity_descriptions")}
 

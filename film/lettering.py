@@ -39,17 +39,17 @@ def draw_text(text: str, cell: tuple[int, int], size: int, bold: bool = False) -
     return picture
 
 
-def _draw_run(picture: Image.Image, place: tuple[float, float], run: str, file: str, size: int) -> None:
-    """Draws what one font has of a line. place: the left end of the line that it stands on."""
+def _draw_run(picture: Image.Image, point: tuple[float, float], run: str, file: str, size: int) -> None:
+    """Draws what one font has of a line. point: the left end of the line that it stands on."""
     font = _font(file, size)
     if font.size == size:
-        ImageDraw.Draw(picture).text(place, run, "black", font, anchor="ls")
+        ImageDraw.Draw(picture).text(point, run, "black", font, anchor="ls")
         return
     scale, base = size / font.size, round(font.size)
     glyphs = Image.new("RGBA", (max(1, round(font.getlength(run))), round(1.25 * font.size)))
     ImageDraw.Draw(glyphs).text((0, base), run, "black", font, anchor="ls", embedded_color=True)
     glyphs = glyphs.resize((max(1, round(glyphs.width * scale)), max(1, round(glyphs.height * scale))))
-    picture.paste(glyphs, (round(place[0]), round(place[1] - base * scale)), glyphs)
+    picture.paste(glyphs, (round(point[0]), round(point[1] - base * scale)), glyphs)
 
 
 def _length(run: str, file: str, size: int) -> float:

@@ -126,40 +126,42 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
     for number, reference in enumerate(script.references):
         add_picture(reference.image, reference.prompt, noise_key(0, REFERENCES + number))
     rest = 0.0  # what rounding took from the shots of one video so far, so that cuts stay where the script has them
-    for place, shot in enumerate(script.shots):
+    for number, shot in enumerate(script.shots):
         own_seed = seed if shot.seed is None else shot.seed
         if shot.image:
-            add_picture(shot.image, shot.caption, noise_key(own_seed, PICTURES + place))
+            add_picture(shot.image, shot.caption, noise_key(own_seed, PICTURES + number))
         plan.filmed.append(len(plan.shapes))
-        wanted = shot.seconds * script.fps + (0 if codec.begins_video(place) else rest)
-        ends = place + 1 == len(script.shots) or (script.shots[place + 1].begins_anew and codec.begins_video(place + 1))
+        wanted = shot.seconds * script.fps + (0 if codec.begins_video(number) else rest)
+        ends = number + 1 == len(script.shots) or (
+            script.shots[number + 1].begins_anew and codec.begins_video(number + 1)
+        )
         footage = Footage(shot.video, shot.start, shot.seconds, script.fps) if shot.video else None
         if footage:
-            _check_order(script.shots, place, codec)
+            _check_order(script.shots, number, codec)
             wanted = min(wanted, len(footage.frames))
-        frames = max(1, round(wanted)) if ends else codec.nearest_frames(wanted, place)
+        frames = max(1, round(wanted)) if ends else codec.nearest_frames(wanted, number)
         if footage and not ends and frames > wanted:  # no frame stands still where the next shot goes on
-            frames = codec.whole_frames(round(wanted), place) or frames
+            frames = codec.whole_frames(round(wanted), number) or frames
         rest = wanted - frames
         plan.num_frames.append(frames)
-        whole = codec.enclosing_frames(frames, place)
-        length, index = codec.latent_frames(whole, place), len(plan.shapes)
+        whole = codec.enclosing_frames(frames, number)
+        length, index = codec.latent_frames(whole, number), len(plan.shapes)
         if footage:
             plan.given[index] = encode(footage.pieces(whole, script.size, device))
             plan.pictures[footage.file] = _content_name(footage.file)
         if shot.last_image:
             plan.ends[index] = _end(shot.last_image, length, script.size, codec, device)
             plan.pictures[shot.last_image] = _content_name(shot.last_image)
-        add(length, shot.caption, shot.begins_anew, noise_key(own_seed, place))
+        add(length, shot.caption, shot.begins_anew, noise_key(own_seed, number))
     return plan
 
 
-def _check_order(shots: Sequence[ScriptShot], place: int, codec: Codec) -> None:
+def _check_order(shots: Sequence[ScriptShot], number: int, codec: Codec) -> None:
     """Raises DataError where a given video cannot be encoded: a continuous codec needs the shots before it."""
-    if not codec.begins_video(place) and not all(shot.video for shot in shots[:place]):
+    if not codec.begins_video(number) and not all(shot.video for shot in shots[:number]):
         raise DataError(
             "bad-script",
-            f"shots[{place}].video",
+            f"shots[{number}].video",
             "stands after a shot that is to be made; this codec makes one video of all shots, in which given ones come "
             "first",
         )

@@ -95,9 +95,9 @@ class Shooting:
         latents |= {self.plan.filmed[number - 1]: latent for number, latent in made.items()}
         remembered: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self.kept.tensors.items():
-            place, _, of_solver = name.partition(".")
+            shot, _, of_solver = name.partition(".")
             if of_solver:
-                remembered.setdefault(int(place), {})[of_solver] = tensor
+                remembered.setdefault(int(shot), {})[of_solver] = tensor
         return Progress(self.kept.step, 0, latents, remembered)
 
     def given(self) -> dict[int, Tensor]:
@@ -112,8 +112,8 @@ class Shooting:
             for index, latent in progress.latents.items()
             if self.numbers.get(index, 0) not in {0, *self.kept.made}  # no picture, and no shot with a file of its own
         }
-        for place, own in progress.remembered.items():
-            self.kept.tensors |= {f"{place}.{name}": tensor for name, tensor in own.items()}
+        for index, own in progress.remembered.items():
+            self.kept.tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
         tensors = self.kept.tensors | {ROUTE_COUNTS: self.routing_map.counts}
         self.folder.keep(self.request, replace(self.kept, tensors=tensors))
 

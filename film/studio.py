@@ -52,7 +52,7 @@ class Studio:
 
     def film(self, name: str) -> FilmFolder:
         """The folder of the film of a script."""
-        return FilmFolder(self._place("films", name))
+        return FilmFolder(self._path("films", name))
 
     def text(self, name: str) -> str:
         """The script as it is written."""
@@ -124,9 +124,9 @@ class Studio:
         return film.path / "takes"
 
     def _script(self, name: str) -> Path:
-        return self._place("scripts", name, ".yaml")
+        return self._path("scripts", name, ".yaml")
 
-    def _place(self, kind: str, name: str, suffix: str = "") -> Path:
+    def _path(self, kind: str, name: str, suffix: str = "") -> Path:
         if not _NAME.fullmatch(name or ""):
             raise UserError(f"{name!r} is no name for a film; use up to 64 letters, digits, spaces, - and _")
         return inside(self.folder, f"{kind}/{name}{suffix}", follow_links=True)

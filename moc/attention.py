@@ -1,4 +1,4 @@
-"""`moc_attention` and `route`: the two calls a model makes, and the only place that chooses a backend.
+"""`moc_attention` and `route`: the two calls a model makes, and the only module that chooses a backend.
 
 A backend is a module with `attend(q, k, v, routes, layout, config, execution)`, differentiable in q, k and v, and
 `route(q, k, layout, config, drops)`; both read from the number of queries which ones they are, the last of the stream.

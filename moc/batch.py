@@ -37,9 +37,9 @@ class StreamSpec:
 @dataclass(frozen=True)
 class Sample:
     """One scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's, then
-    one for each shot. `position` is its place in the run's order of samples and keys its draws: noise, levels, drops.
-    cuts: whether a true cut begins each shot, or it continues the one before; empty is cuts everywhere. source: which
-    part of a mix it comes from."""
+    one for each shot. `position` is where it comes in the run's order of samples and keys its draws: noise, levels,
+    drops. cuts: whether a true cut begins each shot, or it continues the one before; empty is cuts everywhere. source:
+    which part of a mix it comes from."""
 
     latents: list[Tensor]
     text: list[Tensor]
@@ -72,7 +72,7 @@ class Batch:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Each sample's place in the run."""
+        """Each sample's position in the run."""
         return self.layout.positions
 
     def rechunk(self, chunk_tokens: int) -> "Batch":
@@ -91,9 +91,9 @@ def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """`tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
     if device.type == "cpu" or tensors[0].device.type != "cpu" or len({x.dtype for x in tensors}) > 1:
         return [x.to(device, torch.float32) for x in tensors]
-    flat, places = _side_by_side(tensors)
+    flat, offsets = _side_by_side(tensors)
     moved = move(flat, device).float()
-    return [moved[place : place + x.numel()].view(x.shape) for x, place in zip(tensors, places, strict=True)]
+    return [moved[offset : offset + x.numel()].view(x.shape) for x, offset in zip(tensors, offsets, strict=True)]
 
 
 def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:

@@ -1,5 +1,5 @@
 """Settings of earlier versions, in a run's config.yaml, a model's moc.json and a film's metadata: how they are called
-now. The one place that knows them."""
+now. The one module that knows them."""
 
 import json
 from collections.abc import Mapping

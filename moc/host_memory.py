@@ -1,4 +1,4 @@
-"""Memory of the host that a GPU copies from and to at full speed, and the places of tensors in it."""
+"""Memory of the host that a GPU copies from and to at full speed, and the offsets of tensors in it."""
 
 from collections.abc import Sequence
 from weakref import finalize
@@ -12,19 +12,19 @@ _ALIGNMENT = 256  # bytes, of each tensor
 _PAGE = 4096  # bytes; pages are pinned whole, and none twice
 
 
-class Places:
+class Offsets:
     """Where tensors like some given ones lie, one after another, in memory of `size` bytes."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._places: list[tuple[int, int, torch.dtype, torch.Size]] = []
+        self._offsets: list[tuple[int, int, torch.dtype, torch.Size]] = []
         self.size = 0
         for tensor in tensors:
-            self._places.append((self.size, self.size + tensor.nbytes, tensor.dtype, tensor.shape))
+            self._offsets.append((self.size, self.size + tensor.nbytes, tensor.dtype, tensor.shape))
             self.size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors in `memory`, uint8 [size or more]."""
-        return [memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in self._places]
+        return [memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in self._offsets]
 
 
 def host_memory(size: int, pinned: bool) -> Tensor:

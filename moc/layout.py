@@ -169,7 +169,7 @@ class ShotLayout:
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
         self.samples = tuple((text, tuple(shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
-        self._place(positions)
+        self._set_positions(positions)
         self._memo: dict[Hashable, Any] = {}
         self._tile()
         self._tabulate()
@@ -178,8 +178,8 @@ class ShotLayout:
     def build(
         cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280, position: int = 0
     ) -> "ShotLayout":
-        """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens. position: the sample's
-        place in the run, below 2**31; it keys the sample's draws of context drop-off and drop-in."""
+        """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens. position: the
+        sample's in the run, below 2**31; it keys the sample's draws of context drop-off and drop-in."""
         if not _is_whole(global_text_tokens, 0):
             raise ValueError(f"global_text_tokens={global_text_tokens!r} must be a whole number of at least 0")
         return cls([(global_text_tokens, tuple(shots))], chunk_tokens, [position])
@@ -205,11 +205,11 @@ class ShotLayout:
         ).at(self.positions)
 
     def at(self, positions: Sequence[int]) -> "ShotLayout":
-        """The same stream, of samples at other places in the run; both share all tables but `sample_position`."""
+        """The same stream, of samples at other positions in the run; both share all tables but `sample_position`."""
         if tuple(positions) == self.positions:
             return self
         other = self.copied()
-        other._place(positions)
+        other._set_positions(positions)
         other.sample_position = move(other.sample_position, self.device)
         return other
 
@@ -224,7 +224,7 @@ class ShotLayout:
         """Whether it has the texts, shots and chunks that a layout of these `samples` would have; see `ShotLayout`."""
         return (self.chunk_tokens, self.samples) == (chunk_tokens, samples)
 
-    def _place(self, positions: Sequence[int]) -> None:
+    def _set_positions(self, positions: Sequence[int]) -> None:
         for position in positions:
             if not _is_whole(position, 0) or position >= 1 << 31:
                 raise ValueError(f"position={position!r} must be a whole number in [0, 2**31)")

@@ -2,7 +2,7 @@
 
 A query scores every candidate chunk by `q . mean(K_chunk)` and takes the `top_k` best; it has no parameters. In
 training, context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a
-counter hash of (seed, step, layer, global head, the sample's position in the run, the token's place in its sample), so
+counter hash of (seed, step, layer, global head, the sample's position in the run, the token's offset in its sample), so
 that they agree between devices, ranks, packs, head splits and recomputation; every backend draws the same bits.
 
 Source: arXiv 2508.21058, section 3 (routing, causal routing, context drop-off and drop-in) and appendix I (outer loop).
@@ -130,7 +130,7 @@ def query_words(drops: DropKey, num_heads: int, layout: ShotLayout, start: int, 
 
 
 def draw(words: Tensor, stream: int, index: Tensor | int = 0) -> Tensor:
-    """A 32-bit draw of a query's stream; `index` (a chunk's place in its sample) broadcasts against `words`."""
+    """A 32-bit draw of a query's stream; `index` (a chunk's index in its sample) broadcasts against `words`."""
     return hash32(hash32(words ^ (stream * _GOLDEN & _WORD)) + index * _GOLDEN)
 
 

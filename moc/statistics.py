@@ -70,14 +70,14 @@ class RoutingMap:
         levels = [int(sigma * NOISE_LEVELS) for sigma in sigmas or [1.0] * len(making)]
         last = self.counts.shape[1] - 1
         indices = (making, shots, [shots.index(shot) for shot in making], [min(level, last) for level in levels])
-        rows, columns, places, depths = (move(torch.tensor(index), layout.device) for index in indices)
+        rows, columns, made, depths = (move(torch.tensor(index), layout.device) for index in indices)
 
         def observe(layer: int, routes: Tensor) -> None:
             layer = layer if self.is_detailed else 0
             missing = max(0, layer + 1 - len(self.counts))
             counts = self.counts.to(layout.device)
             self.counts = torch.cat([counts, counts.new_zeros(missing, *counts.shape[1:])]) if missing else counts
-            found = self.sum_over_heads(shot_counts(routes, layout)[places]).float()
+            found = self.sum_over_heads(shot_counts(routes, layout)[made]).float()
             self.counts[layer][depths[:, None], rows[:, None], columns] += found
 
         return observe

@@ -13,7 +13,7 @@ from moc import MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import Parallel
 from models.checkpoints.contents import Contents
-from models.checkpoints.experts import BOUNDARY, Experts, check_places
+from models.checkpoints.experts import BOUNDARY, Experts, check_order
 from models.checkpoints.loras import LoraChoice
 from models.checkpoints.opening import load_checkpoint, open_checkpoint
 from models.encoders.codec import CodecConfig
@@ -42,7 +42,7 @@ __all__ = [
     "load_denoiser",
     "load_encoders",
     "load_model",
-    "place",
+    "move_model",
     "save_model",
 ]
 
@@ -175,7 +175,7 @@ def load_denoiser(
     path: of a folder with both (see `Contents.experts`), or of the high-noise one. low_noise: then the path of the
     other one. The boundary is where the high-noise one's noise levels begin (`Contents.own_flow`), else the release's.
     loras: merged into the model, or into both experts; low_noise_loras: into the low-noise one instead.
-    Raises UserError where the two are no pair, are one, or change places.
+    Raises UserError where the two are no pair, are one, or are swapped.
     """
     contents = Contents.at(path)
     pair = contents.experts
@@ -199,13 +199,13 @@ def load_denoiser(
             "the high-noise expert is checkpoint, the other one low_noise_checkpoint"
         )
     if starts[0] == starts[1]:
-        check_places(*pair)
+        check_order(*pair)
     of_low = loras if low_noise_loras is None else low_noise_loras
     low_model = load_model(low.path, dtype, loras=of_low, low_noise=True)
     return Experts(load_model(high.path, dtype, loras=loras), low_model, starts[0] or BOUNDARY)
 
 
-def place(model: Any, parallel: Parallel, offload: bool = False) -> nn.Module:
+def move_model(model: Any, parallel: Parallel, offload: bool = False) -> nn.Module:
     """The model, ready to sample, on the device of this process or those of its team. offload: of two experts the one
     in use alone. Raises UserError where there are not two, or a team holds them."""
     model.eval().requires_grad_(False)

@@ -89,5 +89,5 @@ class KeyValueCache:
 
 def _write(memory: Kept, start: int, new: Kept) -> None:
     """Writes the tensors [L, N, D] into memories from token `start` on."""
-    for place, x in zip(memory, new, strict=True):
-        place[start : start + len(x)].copy_(x, non_blocking=True)
+    for target, x in zip(memory, new, strict=True):
+        target[start : start + len(x)].copy_(x, non_blocking=True)

@@ -187,7 +187,7 @@ class _Split(torch.autograd.Function):
 
 
 class FramePlace(nn.Module):
-    """Where in the frame a token stands: a linear map of the lowest 2D cosines of its place, fp32 [Lv, dim].
+    """Where in the frame a token stands: a linear map of the lowest 2D cosines of its position, fp32 [Lv, dim].
 
     RoPE tells tokens their distances only; a small model learns what belongs where much sooner when it is told.
     """
@@ -211,8 +211,8 @@ class FramePlace(nn.Module):
 
     def _axis(self, size: int) -> Tensor:
         device = self.linear.weight.device
-        place = (torch.arange(size, device=device) + 0.5) / size
-        return torch.cos(torch.pi * place[:, None] * torch.arange(self.num_cosines, device=device))
+        centre = (torch.arange(size, device=device) + 0.5) / size
+        return torch.cos(torch.pi * centre[:, None] * torch.arange(self.num_cosines, device=device))
 
 
 class Condition(nn.Module):

@@ -14,7 +14,7 @@ TILE = 64
 class Members(NamedTuple):
     """The group of each token of one modality, and the same as tiles of up to `TILE` tokens of one group.
 
-    group: int [Lx]. tiles: int64 [n, TILE], places of a tile's tokens, -1 past its end. tile_group: int64 [n].
+    group: int [Lx]. tiles: int64 [n, TILE], rows of a tile's tokens, -1 past its end. tile_group: int64 [n].
     """
 
     group: Tensor

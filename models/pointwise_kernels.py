@@ -2,7 +2,7 @@
 
 Forward, a program owns one row (a token) and reads it once. Backward, a program owns ROWS rows, one after another, and
 keeps sums over them: over a group's rows for what its tokens share, over all rows for a norm's weight. Groups follow
-one another in the stream, so the sums of block b for group g have a place of their own, b + g, in a table of
+one another in the stream, so the sums of block b for group g have a row of their own, b + g, in a table of
 (blocks + groups) rows; `group_sums_kernel` adds them up in that order. There are no atomics, and gradients repeat.
 
 All is computed in fp32. Shape letters: L rows, N heads, D width of a row or head, G groups (NP, DP: powers of two).
@@ -35,9 +35,9 @@ def modulate_kernel(
     column = tl.arange(0, DP)
     inside = column < D
     normed, _ = _layer_norm(tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32), inside, eps, D)
-    place = _group(group, row) * stride + column
-    gain = ONE + tl.load(scale + place, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(shift + place, mask=inside, other=0.0).to(tl.float32)
+    offset = _group(group, row) * stride + column
+    gain = ONE + tl.load(scale + offset, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(shift + offset, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * D + column, (normed * gain + added).to(out.dtype.element_ty), mask=inside)
 
 
@@ -56,9 +56,9 @@ def modulate_backward_kernel(
     for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
         row = block.to(tl.int64) * ROWS + index
         own = _group(group, row)
-        place = sums + (block + current) * (2 * D) + column
-        tl.store(place, dshift, mask=inside & (own != current))
-        tl.store(place + D, dscale, mask=inside & (own != current))
+        pointer = sums + (block + current) * (2 * D) + column
+        tl.store(pointer, dshift, mask=inside & (own != current))
+        tl.store(pointer + D, dscale, mask=inside & (own != current))
         dshift = tl.where(own == current, dshift, 0.0)
         dscale = tl.where(own == current, dscale, 0.0)
         current = own
@@ -71,9 +71,9 @@ def modulate_backward_kernel(
         grad *= gain
         grad = (grad - tl.sum(grad, 0) / D - normed * (tl.sum(grad * normed, 0) / D)) * factor
         tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
-    place = sums + (block + current) * (2 * D) + column
-    tl.store(place, dshift, mask=inside)
-    tl.store(place + D, dscale, mask=inside)
+    pointer = sums + (block + current) * (2 * D) + column
+    tl.store(pointer, dshift, mask=inside)
+    tl.store(pointer + D, dscale, mask=inside)
 
 
 @triton.jit
@@ -156,15 +156,15 @@ def rotate_kernel(
 ):  # fmt: skip
     """Channel pairs of each head of a row, turned by the angle of cos and sin [L, D / 2]; sign -1 turns them back."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, NP)[:, None] * D + tl.arange(0, DP)[None, :]
+    offset = tl.arange(0, NP)[:, None] * D + tl.arange(0, DP)[None, :]
     inside = (tl.arange(0, NP) < N)[:, None] & (tl.arange(0, DP) < D)[None, :]
-    value = tl.load(x + row * (N * D) + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * (N * D) + offset, mask=inside, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(value, [NP, DP // 2, 2]))
     pair = tl.arange(0, DP // 2)
     a = tl.load(cos + row * (D // 2) + pair, mask=pair < D // 2, other=0.0)[None, :]
     b = tl.load(sin + row * (D // 2) + pair, mask=pair < D // 2, other=0.0)[None, :] * sign
     turned = tl.reshape(tl.join(even * a - odd * b, even * b + odd * a), [NP, DP])
-    tl.store(out + row * (N * D) + place, turned.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * (N * D) + offset, turned.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

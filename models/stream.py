@@ -39,7 +39,7 @@ class Part:
     processes share a stream, this one's run of them.
 
     start, end: of the run in the stream. text_rows, video_rows: which rows of the groups' text and video it holds.
-    text_index, video_index: their places within the run. text_members, video_members: which of the groups they belong
+    text_index, video_index: their offsets in the run. text_members, video_members: which of the groups they belong
     to. text_starts: int64 [G + 1], each group's first row of the text of all groups.
     """
 
@@ -58,7 +58,7 @@ class Part:
         rank = exchange.rank if exchange else 0
         self.start, self.end = self._bounds[rank : rank + 2]
         self.num_tokens = self.end - self.start
-        before, first, last = (self._text_before(place) for place in (start, self.start, self.end))
+        before, first, last = (self._text_before(token) for token in (start, self.start, self.end))
         self.text_rows = slice(first - before, last - before)
         self.video_rows = slice(self.start - start - self.text_rows.start, self.end - start - self.text_rows.stop)
         self.text_index = layout.text_index[first:last] - self.start
@@ -66,14 +66,14 @@ class Part:
         tables = layout.memo(("part", self.start, self.end), self._tables)
         self.text_members, self.video_members, self.text_starts = tables
 
-    def _text_before(self, place: int) -> int:
-        """Text tokens of the stream before one of its places."""
-        return sum(min(max(place - group.start, 0), group.text_tokens) for group in self.layout.groups)
+    def _text_before(self, token: int) -> int:
+        """Text tokens of the stream before one of its tokens."""
+        return sum(min(max(token - group.start, 0), group.text_tokens) for group in self.layout.groups)
 
     def _tables(self) -> tuple[Members, Members, Tensor]:
         group = self.layout.token_group[self.start : self.end] - self.first_group
-        places = [(g.start, g.start + g.text_tokens, g.end) for g in self.groups]
-        inside = [[min(max(place, self.start), self.end) for place in of_group] for of_group in places]
+        bounds = [(g.start, g.start + g.text_tokens, g.end) for g in self.groups]
+        inside = [[min(max(token, self.start), self.end) for token in of_group] for of_group in bounds]
         texts, videos = [b - a for a, b, _ in inside], [c - b for _, b, c in inside]
         return (
             Members.build(group[self.text_index], texts),
@@ -85,7 +85,7 @@ class Part:
         """What is computed of the run's video rows [Lr, C] -> that of all rows, on every process of the exchange."""
         if self.exchange is None:
             return video
-        rows = [place - self._text_before(place) for place in self._bounds]
+        rows = [token - self._text_before(token) for token in self._bounds]
         return self.exchange.gather(video, [b - a for a, b in pairwise(rows)])
 
     @property

@@ -129,7 +129,7 @@ class WanTransformer3DModel(StreamModel):
     """Wan's transformer under diffusers' name and settings; its forward is `models.stream.StreamModel`'s.
 
     cut_gap: latent frames left out of the running time at each true cut; the one setting that diffusers does not know.
-    Raises UserError for the family's image-to-video variants, whose extra inputs have no place here, and for a
+    Raises UserError for the family's image-to-video variants, whose extra inputs are not known here, and for a
     negative `cut_gap`.
     """
 

@@ -58,8 +58,8 @@ def plan(folder: Path, num_gpus: int) -> dict[str, list[str]]:
     story = f / "story.yaml"
 
     def train(name: str, steps: int, *settings: str) -> list[str]:
-        place = [f"data.path={f / 'prepared'}", f"output={runs}", f"name={name}", "data.validation=2"]
-        return ["train.py", *place, f"trainer.num_steps={steps}", "trainer.log_every=1", *settings]
+        paths = [f"data.path={f / 'prepared'}", f"output={runs}", f"name={name}", "data.validation=2"]
+        return ["train.py", *paths, f"trainer.num_steps={steps}", "trainer.log_every=1", *settings]
 
     def sample(name: str, checkpoint: Path, script: str | Path, *settings: str) -> list[str]:
         return ["sample.py", f"checkpoint={checkpoint}", f"script={script}", f"out={f / 'films' / name}", *settings]

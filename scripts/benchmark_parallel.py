@@ -99,7 +99,7 @@ def main(config: BenchmarkConfig) -> None:
 def remaining(config: BenchmarkConfig, mesh: str) -> list[tuple[str, int]]:
     """What this code has still to measure on a mesh: implementations and numbers of shots. What is longer than a film
     that failed is not."""
-    same = {name: value for name, value in head(config).items() if name != "date"} | place(config, mesh)
+    same = {name: value for name, value in head(config).items() if name != "date"} | processes_of(config, mesh)
     rows = [row for row in read_rows(Path(config.output)) if same.items() <= row.items()]
     done = {(row["impl"], row["shots"]) for row in rows}
     failed = {row["impl"]: row["shots"] for row in rows if "problem" in row}
@@ -194,12 +194,12 @@ def shares(trainer: Trainer, batch: Batch) -> dict[str, float]:
     return {"exchange_share": round(exchange / seconds, 4), "collective_share": round(collective / seconds, 4)}
 
 
-def place(config: BenchmarkConfig, mesh: str) -> dict[str, Any]:
+def processes_of(config: BenchmarkConfig, mesh: str) -> dict[str, Any]:
     return {"mesh": mesh, "processes": 1 if mesh == "one" else config.processes}
 
 
 def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[str, Any]:
-    return place(config, mesh) | {"impl": impl, "shots": shots}
+    return processes_of(config, mesh) | {"impl": impl, "shots": shots}
 
 
 def head(config: BenchmarkConfig) -> dict[str, Any]:

@@ -243,15 +243,15 @@ def brief(found: dict) -> dict:
 
 def pack(folder: Path, archive: Path) -> None:
     """A model's folder with its weights in bf16."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as scratch:
         for file in folder.iterdir():
-            target = Path(place, file.name)
+            target = Path(scratch, file.name)
             if file.suffix == ".safetensors":
                 save_file({key: value.bfloat16() for key, value in load_file(file).items()}, target)
             else:
                 target.write_bytes(file.read_bytes())
         with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
-            for file in sorted(Path(place).iterdir()):
+            for file in sorted(Path(scratch).iterdir()):
                 tar.add(file, file.name)
 
 

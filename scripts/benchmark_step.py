@@ -59,7 +59,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 # Kinds of kernels by their names; the first that fits counts.
 KINDS = {
     "attention": "flash|fmha|sdpa|masked_|^(forward|merge|delta|dq|add_dq|gather|dkv)_kernel",
-    "routing": "^(means|route|bound|list|select|drop|mark|count|scan|place)_kernel",
+    "routing": "^(means|route|bound|list|select|drop|mark|count|scan|fill)_kernel",
     "norms, modulation, gates": "^(modulate|add_gated|rms_norm|rotate|group_sums)",
     "fp32 matmuls": "sgemm|s1688gemm|f32f32_f32f32_f32|f32f32f32_f32|tf32",
     "matmuls": "gemm|nvjet|cutlass|cublas",

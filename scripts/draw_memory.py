@@ -56,12 +56,12 @@ class HeadMaps(RoutingMap):
         self, layout: ShotLayout, shots: list[int], making: list[int], sigmas: Sequence[float] | None = None
     ) -> Callable[[int, Tensor], None]:
         observe = super().observer(layout, shots, making, sigmas)
-        places, columns = torch.tensor([shots.index(shot) for shot in making]), torch.tensor(shots)
+        made, columns = torch.tensor([shots.index(shot) for shot in making]), torch.tensor(shots)
         num_shots = self.counts.shape[-1]
 
         def by_head(layer: int, routes: Tensor) -> None:
             observe(layer, routes)
-            found = torch.stack([shot_counts(of_head[None], layout).cpu() for of_head in routes])[:, places]
+            found = torch.stack([shot_counts(of_head[None], layout).cpu() for of_head in routes])[:, made]
             counts = self.by_head.setdefault(layer, found.new_zeros(len(routes), num_shots, num_shots))
             counts[:, torch.tensor(making)[:, None], columns] += found
 
@@ -126,8 +126,8 @@ def draw(folder: FilmFolder, plan: FilmPlan, shares: Tensor) -> Iterator[Image.I
 
 def _there_and_back(moment: int, count: int) -> int:
     """0, 1 .. count - 1 .. 1, 0, 1 .."""
-    place = moment % max(1, 2 * count - 2)
-    return place if place < count else 2 * count - 2 - place
+    frame = moment % max(1, 2 * count - 2)
+    return frame if frame < count else 2 * count - 2 - frame
 
 
 @command("draw_memory", MemoryConfig)

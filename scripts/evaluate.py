@@ -36,7 +36,7 @@ from evaluation.rivals import compare
 from moc import Execution, MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import MeshConfig, Parallel, ParallelConfig
-from models import Contents, load_codec, load_model, place
+from models import Contents, load_codec, load_model, move_model
 
 
 @dataclass
@@ -110,7 +110,7 @@ def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
     """The rows of the checkpoint under rival attentions."""
     contents = Contents.sound(config.checkpoint)
     model = load_model(contents)
-    place(model, parallel)
+    move_model(model, parallel)
     model.execution = config.execution
     moc, share = contents.moc.override(config.moc), (parallel.data_rank, parallel.data_ranks)
     data = evaluated(config.data, contents.root)

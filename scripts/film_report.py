@@ -158,10 +158,10 @@ def draw(groups: list[list[dict]], path: Path) -> None:
             alone, colour = _of(group, "alone", sigma), None
             for kind, line in (("history", "-"), ("other", ":")):
                 points = []
-                for place, is_of_it in enumerate(AGES.values()):
+                for column, is_of_it in enumerate(AGES.values()):
                     chosen = torch.tensor([is_of_it(age) for age in ages])
                     found = _lowered(alone[chosen], _of(group, kind, sigma)[chosen], alone[chosen])
-                    points += [(place, found.mean, found.scenes)] if found else []
+                    points += [(column, found.mean, found.scenes)] if found else []
                 label = _title(group[0]) if kind == "history" else None
                 bars = axis.errorbar(
                     *zip(*points, strict=True), marker="o", markersize=3, linestyle=line, color=colour, label=label

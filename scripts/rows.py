@@ -73,14 +73,14 @@ def put_row(
     and each row what is its own. key: the names, in row or header, that tell rows apart; one that a row lacks is "".
     """
     new = json.loads(json.dumps({**header, **row}))  # with keys of text and lists, as the earlier ones have
-    rows = [other for other in read_rows(output) if _place(other, key) != _place(new, key)] + [new]
+    rows = [other for other in read_rows(output) if _key(other, key) != _key(new, key)] + [new]
     shared = {name: new[name] for name in header if all(other.get(name, "") == new[name] for other in rows)}
     lines = ",\n".join(json.dumps({k: v for k, v in other.items() if k not in shared}) for other in rows)
     write_whole(output, f'{{"header": {json.dumps(shared)},\n"rows": [\n{lines}\n]}}\n'.encode())
     return rows
 
 
-def _place(row: Mapping[str, Any], key: Sequence[str]) -> list[Any]:
+def _key(row: Mapping[str, Any], key: Sequence[str]) -> list[Any]:
     return [row.get(name, "") for name in key]
 
 

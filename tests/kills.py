@@ -26,13 +26,13 @@ class Launch:
 
     def __init__(self, ranks: int, cache: Path, folder: Path, background: bool) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         self._steps, told = os.pipe()  # a byte for each step that the first process begins
         self.processes = []
         for rank in range(ranks):
             process = os.fork()
             if not process:
-                _work(rank, ranks, place, told, cache, folder, background)
+                _work(rank, ranks, address, told, cache, folder, background)
             self.processes.append(process)
         os.close(told)
 
@@ -53,11 +53,13 @@ class Launch:
         return not self.end()
 
 
-def _work(rank: int, ranks: int, place: dict[str, str], told: int, cache: Path, folder: Path, background: bool) -> None:
+def _work(
+    rank: int, ranks: int, address: dict[str, str], told: int, cache: Path, folder: Path, background: bool
+) -> None:
     status = 1
     try:
         if ranks > 1:
-            os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+            os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
             os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
         torch.set_num_threads(1)
         resume = find_checkpoint(folder) is not None

@@ -28,16 +28,16 @@ def velocity(model: MMDiT, latents: list[Tensor], sigma: list[float], text: list
         x = x.unflatten(-1, (heads, -1))
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weights[f"{name}.weight"]
 
-    def rotate(x: Tensor, place: Tensor) -> Tensor:
-        """x [L, heads, D]; place [L, 3]: a third of the channels for each of time, height and width."""
+    def rotate(x: Tensor, position: Tensor) -> Tensor:
+        """x [L, heads, D]; position [L, 3]: a third of the channels for each of time, height and width."""
         pairs = x.shape[-1] // 6
-        angles = (place[:, :, None] * theta ** (-torch.arange(pairs) / pairs)).flatten(1)
+        angles = (position[:, :, None] * theta ** (-torch.arange(pairs) / pairs)).flatten(1)
         turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
             torch.ones_like(angles), angles
         ).unsqueeze(1)
         return torch.view_as_real(turned).flatten(-2)
 
-    # Segments of the stream: kind, shot (-1 is the global text), tokens, places; text runs along the diagonal.
+    # Segments of the stream: kind, shot (-1 is the global text), tokens, positions; text runs along the diagonal.
     segments, start = [], 0
     for shot, caption in enumerate(text, start=-1):
         diagonal = torch.arange(start, start + len(caption))[:, None].expand(-1, 3)
@@ -63,12 +63,12 @@ def velocity(model: MMDiT, latents: list[Tensor], sigma: list[float], text: list
     ]
     for layer in range(config.num_layers):
         queries, keys, values, modulations = [], [], [], []
-        for kind, shot, x, place in segments:
+        for kind, shot, x, position in segments:
             name = f"blocks.{layer}.{kind}"
             parts = linear(F.silu(conditions[shot + 1]), f"{name}.modulation.linear").split(config.dim)
             q, k, v = linear(modulated(x, *parts[:2]), f"{name}.to_qkv").split(config.dim, dim=-1)
-            queries.append(rotate(norm(q, f"{name}.norm_q"), place))
-            keys.append(rotate(norm(k, f"{name}.norm_k"), place))
+            queries.append(rotate(norm(q, f"{name}.norm_q"), position))
+            keys.append(rotate(norm(k, f"{name}.norm_k"), position))
             values.append(v.unflatten(-1, (heads, -1)))
             modulations.append(parts)
         scores = torch.einsum("qnd,knd->nqk", torch.cat(queries), torch.cat(keys)) / (config.dim // heads) ** 0.5

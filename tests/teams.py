@@ -17,8 +17,8 @@ MESHES = {"alone": [], "sequence": ["parallel.sequence=2"], "shard": ["parallel.
 def make(run: Path, prepared: Path, scripts: Path, out: Path, *mesh: str) -> None:
     settings = (f"checkpoint={run}", "device=cpu", *mesh)
     command("sample.py", *settings, f"script={scripts}", f"out={out}", "sampler.steps=3", "keep_every=1")
-    place = (f"data.path={prepared}", "data.validation=3", f"output={out / 'losses.json'}")
-    command("scripts/evaluate.py", *settings, *place)
+    paths = (f"data.path={prepared}", "data.validation=3", f"output={out / 'losses.json'}")
+    command("scripts/evaluate.py", *settings, *paths)
 
 
 if __name__ == "__main__":

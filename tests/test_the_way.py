@@ -81,6 +81,6 @@ def test_one_shot_of_a_film_enters_what_the_readme_lists(trained, tmp_path):
     script = tmp_path / "script.yaml"
     script.write_text("{title: t, global: a, size: [32, 48], fps: 8, negative: b, shots: [{prompt: c, seconds: 1}]}")
     with Way("Shooting.run", "Shooting.run").watched() as way:
-        place = (f"checkpoint={trained}", f"script={script}", f"out={tmp_path / 'film'}")
-        command("sample.py", *place, "device=cpu", "sampler.steps=2")
+        paths = (f"checkpoint={trained}", f"script={script}", f"out={tmp_path / 'film'}")
+        command("sample.py", *paths, "device=cpu", "sampler.steps=2")
     assert_readme_tells("One shot of a film", way)

@@ -39,12 +39,12 @@ class FileStore:
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None where there is none."""
-        fs, path = self._place(name)
+        fs, path = self._located(name)
         return fs.size(path) if fs.isfile(path) else None
 
     def read_bytes(self, name: str) -> bytes:
         """A whole small file. Raises OSError."""
-        fs, path = self._place(name)
+        fs, path = self._located(name)
         return fs.cat_file(path)
 
     def glob(self, pattern: str) -> list[str]:
@@ -54,7 +54,7 @@ class FileStore:
 
     def local(self, name: str) -> Path:
         """The file on the local disk, copied there if it must be. Raises DataError (cache-too-small), OSError."""
-        fs, path = self._place(name)
+        fs, path = self._located(name)
         if not self.is_remote:
             return Path(path)
         copy = self._copy(name + _COPY)
@@ -90,7 +90,7 @@ class FileStore:
         except (ImportError, ValueError) as error:  # a package that is not installed, an unknown kind of URL
             raise DataError("no-file-system", self.url, f"cannot be opened here ({error})") from error
 
-    def _place(self, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    def _located(self, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
         """The file system and the path of a file in it."""
         fs, root = self._root()
         self._inside(root, name)
@@ -108,7 +108,7 @@ class FileStore:
             ) from error
 
     def _fetch(self, name: str, copy: Path) -> None:
-        fs, path = self._place(name)
+        fs, path = self._located(name)
         copy.parent.mkdir(parents=True, exist_ok=True)
         partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:

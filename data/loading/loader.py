@@ -135,7 +135,7 @@ def held_out(
     """The held-out scenes in one fixed order, one a batch, nothing dropped, fp32; every `world_size`-th for a rank.
     They may be of any size: a training step's budget is not theirs. Raises DataError as `ShotDataset.split` does."""
     items = dataset.split(validation).held_out
-    draws = [[Draw(position=place, item=item)] for place, item in enumerate(items)][rank::world_size]
+    draws = [[Draw(position=position, item=item)] for position, item in enumerate(items)][rank::world_size]
     for parcel in _data_loader(MicroBatches(dataset, spec, chunk_tokens), draws):
         yield _arrived(parcel).to("cpu")
 

@@ -62,19 +62,19 @@ class SampleOrder:
     def __getitem__(self, position: int) -> tuple[int, int]:
         source, drawn = (0, position) if len(self.sources) == 1 else self._mixed(position)
         items = self.sources[source].items
-        epoch, place = divmod(drawn, len(items))
-        return items[self._shuffle(source, epoch, len(items))[place]], epoch
+        epoch, index = divmod(drawn, len(items))
+        return items[self._shuffle(source, epoch, len(items))[index]], epoch
 
     def _mixed(self, position: int) -> tuple[int, int]:
         """The source of a position, and how many positions it had before."""
-        block, place = divmod(position, _BLOCK)
+        block, offset = divmod(position, _BLOCK)
         if self._block[0] != block:
             schedule = np.repeat(np.arange(len(self.sources)), self._counts)
             keys = random_bits(self.seed, _MIX, block, _BLOCK)
             self._block = (block, schedule[np.argsort(keys, kind="stable")])
         schedule = self._block[1]
-        source = int(schedule[place])
-        return source, block * self._counts[source] + int((schedule[:place] == source).sum())
+        source = int(schedule[offset])
+        return source, block * self._counts[source] + int((schedule[:offset] == source).sum())
 
     def _shuffle(self, source: int, epoch: int, size: int) -> np.ndarray:
         held = self._shuffles.get(source)
@@ -102,7 +102,7 @@ class Draw:
 
     position: int
     item: int
-    variant: float = 0.0  # in [0, 1): place among the caption's lengths
+    variant: float = 0.0  # in [0, 1): which of the caption's lengths, as a share
     drop_global_caption: bool = False
     drop_shot_captions: tuple[bool, ...] = ()
     to_still: tuple[bool, ...] = ()

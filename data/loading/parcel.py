@@ -32,20 +32,20 @@ def wrap(content: Any) -> Parcel:
     pickler.dump(content)
     tensors = [tensor.contiguous() for tensor in pickler.tensors]
     offsets = [0, *accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors)]
-    flat, places = torch.empty(offsets.pop(), dtype=torch.uint8), []
+    flat, entries = torch.empty(offsets.pop(), dtype=torch.uint8), []
     for tensor, offset in zip(tensors, offsets, strict=True):
         flat[offset : offset + tensor.nbytes] = tensor.flatten().view(torch.uint8)
         name = str(tensor.dtype).removeprefix("torch.")
-        places.append((name, tuple(tensor.shape), tensor.stride(), offset // tensor.itemsize))
-    return Parcel(pickle.dumps(places) + shell.getvalue(), flat)
+        entries.append((name, tuple(tensor.shape), tensor.stride(), offset // tensor.itemsize))
+    return Parcel(pickle.dumps(entries) + shell.getvalue(), flat)
 
 
 def unwrap(parcel: Parcel) -> Any:
     """The object again; its tensors are views of the parcel's memory, pinned if that is."""
     shell = io.BytesIO(parcel.shell)
-    places = pickle.load(shell)
-    flat = {name: parcel.flat.view(getattr(torch, name)) for name in {name for name, *_ in places}}
-    views = [flat[name].as_strided(shape, strides, start) for name, shape, strides, start in places]
+    entries = pickle.load(shell)
+    flat = {name: parcel.flat.view(getattr(torch, name)) for name in {name for name, *_ in entries}}
+    views = [flat[name].as_strided(shape, strides, start) for name, shape, strides, start in entries]
     return _Unpickler(shell, views).load()
 
 

@@ -133,8 +133,8 @@ class SampleCaptioner:
         reader = open_video(path, index=plan.index)
         try:
             for indices in plan.indices:
-                places = np.linspace(0, len(indices) - 1, min(_FRAMES_OF_SHOT, len(indices))).round().astype(int)
-                yield list(reader.pick([indices[place] for place in places]).numpy())
+                picked = np.linspace(0, len(indices) - 1, min(_FRAMES_OF_SHOT, len(indices))).round().astype(int)
+                yield list(reader.pick([indices[number] for number in picked]).numpy())
         finally:
             reader.close()
 

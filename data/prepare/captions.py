@@ -90,7 +90,7 @@ def read_sidecar(root: Path, media: str) -> str:
 
 
 def _entries(path: Path) -> Iterable[tuple[str, dict | DataError]]:
-    """(place, fields) of each entry, or what is wrong with its line. Raises DataError where the file as a whole cannot
+    """(where, fields) of each entry, or what is wrong with its line. Raises DataError where the file as a whole cannot
     be read."""
     if path.suffix == ".jsonl":
         return [(f"{path}:{n}", fields) for n, fields in read_objects(path)]

@@ -132,12 +132,12 @@ def _cut_shot(
     pieces: list[tuple[ShotRecord, tuple[int, ...]]] = []
     at = 0
     while at < len(frames):
-        place = (number + len(pieces)) % rule.shots_per_sample
+        shot_index = (number + len(pieces)) % rule.shots_per_sample
         left = min(len(frames) - at, rule.max_frames)
-        part = tuple(frames[at : at + rule.codec.whole_frames(left, place)])
+        part = tuple(frames[at : at + rule.codec.whole_frames(left, shot_index)])
         if part and left >= rule.min_frames:
             pieces.append((ShotRecord(part[0], part[-1] + 1, shot.caption, shot.cut and at == 0), part))
-        at += rule.codec.whole_frames(rule.max_frames, place)
+        at += rule.codec.whole_frames(rule.max_frames, shot_index)
     return pieces
 
 

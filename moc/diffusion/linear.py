@@ -54,9 +54,9 @@ def linear_losses(
     train: Tensor, latents: Tensor, noise: Tensor, sigmas: Sequence[float], patch: int = 2
 ) -> list[float]:
     """Held-out velocity error at each noise level of the better of two linear predictors fitted to `train`: one of the
-    whole shot, and one of each token apart about the mean of its place. Both know the values that do not vary, and so
-    have no error there: a codec's constant channels are no loss that a model could seem to save. train, latents,
-    noise: [n, C, T, H, W]."""
+    whole shot, and one of each token apart about the mean of those that stand where it does. Both know the values that
+    do not vary, and so have no error there: a codec's constant channels are no loss that a model could seem to save.
+    train, latents, noise: [n, C, T, H, W]."""
     mean = train.mean(0, keepdim=True)
     variance = (train - mean).square().mean(0, keepdim=True)
     varies = variance > CONSTANT * variance.mean()

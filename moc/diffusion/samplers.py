@@ -115,9 +115,9 @@ def sample_shots(
                 last = slice(-end.shape[1], None)
                 latents[index][:, last] = flow.add_noise(end, noise[index][:, last], float(after[index]))
             if not latents[index].isfinite().all():
-                place = f"shot {unknown.index(index) + 1}, step {done + 1} of {config.steps}"
+                where = f"shot {unknown.index(index) + 1}, step {done + 1} of {config.steps}"
                 raise FloatingPointError(
-                    f"{place}: the latent is not finite; weights may hold nan, or values overflow: try precision=fp32, "
+                    f"{where}: the latent is not finite; weights may hold nan, or values overflow: try precision=fp32, "
                     "a lower guidance_scale"
                 )
             if after[index] == 0:

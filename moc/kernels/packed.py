@@ -44,7 +44,7 @@ class Packed(NamedTuple):
 
     @classmethod
     def build(cls, lengths: Sequence[int], keys: Sequence[Tensor], num_tokens: int, device: torch.device) -> "Packed":
-        """lengths: of the runs of queries; keys: int64 on the CPU, the places of each run's keys among `num_tokens`.
+        """lengths: of the runs of queries; keys: int64 on the CPU, the tokens of each run's keys, among `num_tokens`.
         Raises ValueError for more runs than FlashAttention-2 takes."""
         if len(lengths) > MAX_RUNS:
             raise ValueError(f"{len(lengths)} runs of queries in one call, of {MAX_RUNS} at most: pack fewer shots")
@@ -94,8 +94,8 @@ def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
     counts = index.bincount(minlength=num_tokens)
     row = torch.zeros(num_tokens, dtype=torch.int64).scatter_(0, index, torch.arange(len(index)))
     shared = (counts > 1).nonzero().squeeze(1)
-    places = (counts[index] > 1).nonzero().squeeze(1)
-    shared_rows = places[index[places].argsort(stable=True)]
+    copies = (counts[index] > 1).nonzero().squeeze(1)
+    shared_rows = copies[index[copies].argsort(stable=True)]
     shared_starts = torch.nn.functional.pad(counts[shared].cumsum(0), (1, 0))
     return [index, row, shared, shared_rows, shared_starts, (counts == 0).nonzero().squeeze(1)]
 

@@ -51,7 +51,7 @@ def attend(
 class _Lists:
     """Routed rows of heads [first, first + G), sorted by (head, chunk), then by token.
 
-    head (within the group), token: int64 [R]. starts: first row of each list, and R. place: int64 [G, L, K], the row of
+    head (within the group), token: int64 [R]. starts: first row of each list, and R. row: int64 [G, L, K], the row of
     each slot, -1 where it is empty.
     """
 
@@ -60,7 +60,7 @@ class _Lists:
     head: Tensor
     token: Tensor
     starts: list[int]
-    place: Tensor
+    row: Tensor
 
     @property
     def heads(self) -> slice:
@@ -77,10 +77,10 @@ class _Lists:
 
     def sum_slots(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """rows [R, D], weights [G, L, K] or None for ones -> their sum over slots, [L, G, D] in fp32 at least."""
-        weights = (self.place >= 0).to(rows.dtype) if weights is None else weights
-        total = rows.new_zeros(*self.place.shape[:2], rows.shape[-1])
-        for slot in range(self.place.shape[-1]):
-            total += rows[self.place[..., slot].clamp(min=0)] * weights[..., slot, None]
+        weights = (self.row >= 0).to(rows.dtype) if weights is None else weights
+        total = rows.new_zeros(*self.row.shape[:2], rows.shape[-1])
+        for slot in range(self.row.shape[-1]):
+            total += rows[self.row[..., slot].clamp(min=0)] * weights[..., slot, None]
         return total.transpose(0, 1)
 
 
@@ -98,10 +98,10 @@ def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
         if not starts[-1]:
             continue
         entries = list_id.argsort(stable=True)[: starts[-1]]
-        place = torch.full_like(list_id, -1)
-        place[entries] = torch.arange(len(entries), device=table.device)
+        row = torch.full_like(list_id, -1)
+        row[entries] = torch.arange(len(entries), device=table.device)
         head, token = entries // (num_tokens * num_slots), entries // num_slots % num_tokens
-        yield _Lists(first, heads, head, token, starts, place.view_as(table))
+        yield _Lists(first, heads, head, token, starts, row.view_as(table))
 
 
 class _Attend(torch.autograd.Function):
@@ -142,7 +142,7 @@ class _Attend(torch.autograd.Function):
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, lists: _Lists) -> None:
     """Adds routed rows [R, D] with their LSE [R] to out [L, N, D] and lse [N, L], in place."""
-    table = row_lse[lists.place.clamp(min=0)].masked_fill(lists.place < 0, -torch.inf)
+    table = row_lse[lists.row.clamp(min=0)].masked_fill(lists.row < 0, -torch.inf)
     own = lse[lists.heads]
     merged = torch.logaddexp(own, table.logsumexp(-1))
     finite = merged.masked_fill(merged == -torch.inf, 0.0)  # a query without any key: all weights exp(-inf - 0) = 0

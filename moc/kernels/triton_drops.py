@@ -1,6 +1,6 @@
 """Context drop-off and drop-in as one Triton kernel over finished routes; the same bits as `moc.routing.apply_drops`.
 
-Every draw is a counter hash of (seed, step, layer, head, the sample's position in the run, the token's place in its
+Every draw is a counter hash of (seed, step, layer, head, the sample's position in the run, the token's offset in its
 sample), so a recomputation, another head split, another pack or another rank draws alike.
 
 Source: arXiv 2508.21058, section 3 (context drop-off, drop-in).
@@ -100,9 +100,9 @@ def drop_kernel(
             token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
             CAUSAL, OWN,
         )  # fmt: skip
-        place = tl.arange(0, RP)[None, :]
-        best = tl.zeros([BQ, RP], tl.int64) + tl.where(place < drop_in_max, NEVER, -1)
-        added = tl.zeros([BQ, RP], tl.int32) - 1 - place
+        column = tl.arange(0, RP)[None, :]
+        best = tl.zeros([BQ, RP], tl.int64) + tl.where(column < drop_in_max, NEVER, -1)
+        added = tl.zeros([BQ, RP], tl.int32) - 1 - column
         for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
             chunk = start + tl.arange(0, BC)
             allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
@@ -127,9 +127,9 @@ def _keep_lowest(keys, chunk, best, added, routed):
         found = tl.min(tl.where(keys == lowest[:, None], chunk[None, :], NONE), 1)
         is_new = tl.max((routed == found[:, None]).to(tl.int32), 1) == 0
         victim = tl.max(tl.where(best == worst[:, None], added, -NONE), 1)
-        place = ((lowest < worst) & is_new)[:, None] & (best == worst[:, None]) & (added == victim[:, None])
-        best = tl.where(place, lowest[:, None], best)
-        added = tl.where(place, found[:, None], added)
+        replaced = ((lowest < worst) & is_new)[:, None] & (best == worst[:, None]) & (added == victim[:, None])
+        best = tl.where(replaced, lowest[:, None], best)
+        added = tl.where(replaced, found[:, None], added)
         keys = tl.where(chunk[None, :] == found[:, None], NEVER, keys)
         worst = tl.max(best, 1)
         lowest = tl.min(keys, 1)

@@ -1,7 +1,7 @@
 """From routes to work lists, on the device: for each (head, chunk) the queries that chose it, in stream order.
 
 A counting sort with bit masks. `mark` sets one bit for each (token, chunk) chosen, 32 tokens a word; `count` scans the
-numbers of bits along the stream, `scan` the lengths of the lists; then a route's place in its list is the number of
+numbers of bits along the stream, `scan` the lengths of the lists; then a route's offset in its list is the number of
 bits before its own. Or-ing bits knows no order, so the lists are the same every time; nothing waits for the host.
 
 Shape letters: L packed tokens, N heads, M chunks, K routes a query, W = ceil(L / 32) words.
@@ -84,10 +84,10 @@ def count_kernel(
     total = tl.zeros([COLUMNS], tl.int32)
     for start in range(0, num_words, ROWS):
         word = start + tl.arange(0, ROWS)
-        place = (head * num_words + word)[:, None] * num_chunks + chunk[None, :]
+        offset = (head * num_words + word)[:, None] * num_chunks + chunk[None, :]
         inside = (word < num_words)[:, None] & (chunk < num_chunks)[None, :]
-        bits = _popcount(tl.load(masks + place, mask=inside, other=0))
-        tl.store(before + place, total[None, :] + tl.cumsum(bits, 0) - bits, mask=inside)
+        bits = _popcount(tl.load(masks + offset, mask=inside, other=0))
+        tl.store(before + offset, total[None, :] + tl.cumsum(bits, 0) - bits, mask=inside)
         total += tl.sum(bits, 0)
     tl.store(counts + (first_head + head) * num_chunks + chunk, total, mask=chunk < num_chunks)
 
@@ -111,20 +111,20 @@ def scan_kernel(counts, starts, tile_starts, first_list, last_list, TILE: tl.con
 
 
 @triton.jit(do_not_specialize=["first_head", "num_entries", "num_slots", "num_words", "num_chunks"])
-def place_kernel(
+def fill_kernel(
     routes, masks, before, starts, tile_starts, entries, tile_list, first_head, num_entries, num_slots, num_words,
     num_chunks, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program writes BLOCK entries of one head to their places in the lists, and the list of each tile.
+    """A program writes BLOCK entries of one head to the lists, and the list of each tile.
 
-    An entry's place is the number of entries before it: earlier words' from `before`, its own word's by its bits.
+    An entry's offset is the number of entries before it: earlier words' from `before`, its own word's by its bits.
     """
     entry, chunk, word, bit, valid = _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK)
     first_list = (first_head + tl.program_id(1)) * num_chunks
     start = tl.load(starts + first_list + chunk, mask=valid, other=0)
     earlier = tl.load(masks + word, mask=valid, other=0) & ((tl.full([BLOCK], 1, tl.int32) << bit) - 1)
-    place = start + tl.load(before + word, mask=valid, other=0) + _popcount(earlier)
-    tl.store(entries + place, entry, mask=valid)
+    offset = start + tl.load(before + word, mask=valid, other=0) + _popcount(earlier)
+    tl.store(entries + offset, entry, mask=valid)
     for index in range(first_list + tl.program_id(0), first_list + num_chunks, tl.num_programs(0)):
         last_tile = tl.load(tile_starts + index + 1)
         for first in range(tl.load(tile_starts + index), last_tile, BLOCK):
@@ -153,5 +153,5 @@ def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
             masks, before, counts, first, num_words, num_chunks, ROWS=128, COLUMNS=32
         )
         scan_kernel[(1,)](counts, starts, tile_starts, first * num_chunks, (first + heads) * num_chunks, tile, BLOCK)
-        place_kernel[grid](routes, masks, before, starts, tile_starts, entries, tile_list, first, *sizes, BLOCK)
+        fill_kernel[grid](routes, masks, before, starts, tile_starts, entries, tile_list, first, *sizes, BLOCK)
     return Lists(entries, starts, tile_starts, tile_list, tile)

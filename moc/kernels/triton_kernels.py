@@ -148,11 +148,11 @@ def merge_kernel(
     valid = token < num_tokens
     first = head.to(tl.int64) * num_tokens + token
     slot = tl.arange(0, SLOTS)[None, :]
-    place = first[:, None] * num_slots + slot
+    cell = first[:, None] * num_slots + slot
     inside = valid[:, None] & (slot < num_slots)
     # Neither load waits for the other: what lies in empty slots is dropped afterwards.
-    routed = tl.load(routes + place, mask=inside, other=-1) >= 0
-    parts = tl.where(routed, tl.load(partial_lse + place, mask=inside, other=0.0), -float("inf"))
+    routed = tl.load(routes + cell, mask=inside, other=-1) >= 0
+    parts = tl.where(routed, tl.load(partial_lse + cell, mask=inside, other=0.0), -float("inf"))
     own = tl.load(lse + first, mask=valid, other=-float("inf"))
     peak = tl.maximum(own, tl.max(parts, 1))
     peak = tl.where(peak == -float("inf"), 0.0, peak)
@@ -256,12 +256,12 @@ def add_dq_kernel(
 
 
 @triton.jit
-def _store_terms(base, place, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
+def _store_terms(base, list_row, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
     """Writes -value as TERMS terms of base's dtype that add up to it, into columns from FIRST on of rows of 16."""
     rest = -value
     for i in tl.static_range(TERMS):
         term = rest.to(base.dtype.element_ty)
-        tl.store(base + place.to(tl.int64) * 16 + FIRST + i, term)
+        tl.store(base + list_row.to(tl.int64) * 16 + FIRST + i, term)
         rest -= term.to(tl.float32)
 
 
@@ -280,12 +280,12 @@ def gather_kernel(
     tile = first_tile + tl.program_id(0)
     if tile < tl.load(tile_starts + num_lists):
         head, _, _, token, valid = _open_tile(entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM)
-        place = tl.program_id(0) * BM + tl.arange(0, BM)
+        list_row = tl.program_id(0) * BM + tl.arange(0, BM)
         row = head.to(tl.int64) * num_tokens + token
-        store_rows(q_list, place, D, load_rows(q + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
-        store_rows(dout_list, place, D, load_rows(dout + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
-        _store_terms(terms_list, place, tl.load(lse + row, mask=valid, other=FAR) / scale, 0, TERMS)
-        _store_terms(terms_list, place, tl.load(delta + row, mask=valid, other=0.0), TERMS, TERMS)
+        store_rows(q_list, list_row, D, load_rows(q + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
+        store_rows(dout_list, list_row, D, load_rows(dout + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
+        _store_terms(terms_list, list_row, tl.load(lse + row, mask=valid, other=FAR) / scale, 0, TERMS)
+        _store_terms(terms_list, list_row, tl.load(delta + row, mask=valid, other=0.0), TERMS, TERMS)
 
 
 @triton.jit

@@ -83,10 +83,10 @@ def _plan(layout: ShotLayout, config: MoCConfig, tile: int) -> MaskedPlan:
 def _anchor_bits(layout: ShotLayout, config: MoCConfig) -> Tensor:
     """int64 [M]: for each chunk, the chunks of its sample that its tokens attend to whatever their routes, as bits."""
     query = torch.arange(layout.num_chunks, device=layout.device)[:, None]
-    place = torch.arange(MAX_CHUNKS, device=layout.device)
-    key = layout.sample_first_chunk[layout.chunk_sample[query]] + place
+    bit = torch.arange(MAX_CHUNKS, device=layout.device)
+    key = layout.sample_first_chunk[layout.chunk_sample[query]] + bit
     seen = is_anchor(layout, config, query, key.clamp(max=layout.num_chunks - 1)) & (key < layout.num_chunks)
-    return (seen.long() << place).sum(-1)
+    return (seen.long() << bit).sum(-1)
 
 
 @triton.jit

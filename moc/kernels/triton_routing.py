@@ -46,12 +46,12 @@ def means_kernel(
         total += tl.sum(load_rows(k + head * D, row, stride, row < last, D, DP).to(tl.float32), 0)
     rest = total / (last - first)
     length = tl.sqrt(tl.sum(rest * rest))
-    place = means + (head * num_chunks + chunk) * DP + tl.arange(0, DP)
+    pointer = means + (head * num_chunks + chunk) * DP + tl.arange(0, DP)
     for i in tl.static_range(TERMS):
         term = rest.to(means.dtype.element_ty)
-        tl.store(place, term)
+        tl.store(pointer, term)
         rest -= term.to(tl.float32)
-        place += num_heads * num_chunks * DP
+        pointer += num_heads * num_chunks * DP
         if i == 0:
             tl.store(slack + head * num_chunks + chunk, 1.01 * tl.sqrt(tl.sum(rest * rest)) + 2e-5 * length)
 
@@ -66,9 +66,9 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
         found = tl.min(tl.where(scores == best[:, None], chunk[None, :], NONE), 1)
         # The chunk with the highest index goes where several kept ones are equally bad.
         victim = tl.max(tl.where(values == worst[:, None], kept, -NONE), 1)
-        place = takes & (kept == victim[:, None])
-        values = tl.where(place, best[:, None], values)
-        kept = tl.where(place, found[:, None], kept)
+        replaced = takes & (kept == victim[:, None])
+        values = tl.where(replaced, best[:, None], values)
+        kept = tl.where(replaced, found[:, None], kept)
         scores = tl.where(takes & (chunk[None, :] == found[:, None]), -float("inf"), scores)
         worst = tl.min(values, 1)
         best = tl.max(scores, 1)
@@ -178,5 +178,5 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
         return routes
     if not first_query:
         return drop_routes(routes, layout, config, drops)
-    whole = torch.nn.functional.pad(routes, (0, 0, first_query, 0), value=-1)  # draws are keyed by the place in it
+    whole = torch.nn.functional.pad(routes, (0, 0, first_query, 0), value=-1)  # draws are keyed by the offset in it
     return drop_routes(whole, layout, config, drops)[:, first_query:]

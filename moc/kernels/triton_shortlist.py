@@ -119,14 +119,14 @@ def list_kernel(
     head, start = first_head + tl.program_id(1), tl.program_id(0) * BQ
     token = start + tl.arange(0, BQ)
     valid = token < num_tokens
-    place = head.to(tl.int64) * num_tokens + token
+    table_row = head.to(tl.int64) * num_tokens + token
     shared, first, last, skip_first, skip_last = _shared_range(
         start, tl.minimum(start + BQ, num_tokens), token_chunk, chunk_group, chunk_sample, group_first_chunk,
         group_shot, sample_first_chunk, CAUSAL, OWN,
     )  # fmt: skip
     if shared:
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
-        bound = tl.load(bounds + place, mask=valid, other=float("inf"))
+        bound = tl.load(bounds + table_row, mask=valid, other=float("inf"))
         row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * ROOM - 1
         column = tl.arange(0, BC)
         up_to = (column[:, None] <= column[None, :]).to(q.dtype.element_ty)
@@ -141,9 +141,9 @@ def list_kernel(
             entry = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | chunk[None, :].to(tl.int64)
             tl.store(row + rank, entry, mask=taken & (rank <= ROOM))
             count += tl.sum(taken.to(tl.int32), 1)
-        tl.store(counts + place, count, mask=valid)
+        tl.store(counts + table_row, count, mask=valid)
     else:
-        tl.store(counts + place, ROOM + 1 + tl.zeros([BQ], tl.int32), mask=valid)
+        tl.store(counts + table_row, ROOM + 1 + tl.zeros([BQ], tl.int32), mask=valid)
 
 
 @triton.jit(do_not_specialize=["first_head", "num_tokens", "top_k"])
@@ -153,8 +153,8 @@ def select_kernel(
     """A program writes the top_k best of each of BQ lists that fit their room to routes [N, L, K]."""
     GONE: tl.constexpr = (1 << 63) - 1  # above every key
     token = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    place = (first_head + tl.program_id(1)).to(tl.int64) * num_tokens + token
-    count = tl.load(counts + place, mask=token < num_tokens, other=ROOM + 1)
+    table_row = (first_head + tl.program_id(1)).to(tl.int64) * num_tokens + token
+    count = tl.load(counts + table_row, mask=token < num_tokens, other=ROOM + 1)
     fits = count <= ROOM
     slot = tl.arange(0, ROOM)[None, :]
     listed = (slot < count[:, None]) & fits[:, None]
@@ -162,7 +162,7 @@ def select_kernel(
     entry = tl.load(row + slot, mask=listed, other=0)
     chunk = entry.to(tl.int32)
     bits = ((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) + 0.0).to(tl.int32, bitcast=True)  # no -0.0
-    # Keys order as scores do, and equal scores by falling place in the stream.
+    # Keys order as scores do, and equal scores by falling index of the chunk.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = tl.where(listed, (ordered.to(tl.int64) << 32) | (ROOM - slot), GONE)
     surplus = tl.where(fits, count - top_k, 0)
@@ -170,7 +170,7 @@ def select_kernel(
         worst = tl.min(keys, 1)
         keys = tl.where((keys == worst[:, None]) & (i < surplus)[:, None], GONE, keys)
     stays = keys < GONE
-    out = routes + place[:, None] * top_k
+    out = routes + table_row[:, None] * top_k
     tl.store(out + tl.cumsum(stays.to(tl.int32), 1) - 1, chunk, mask=stays)
     tl.store(out + slot, tl.zeros_like(chunk) - 1, mask=(slot >= count[:, None]) & (slot < top_k) & fits[:, None])
 

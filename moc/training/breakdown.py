@@ -1,4 +1,4 @@
-"""The loss taken apart: by noise level, by the shot's place in its film, and by the source of the data."""
+"""The loss taken apart: by noise level, by the shot's number in its film, and by the source of the data."""
 
 from collections import defaultdict
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moc.host_memory import Places, host_memory
+from moc.host_memory import Offsets, host_memory
 
 _LEAST = 1 << 20  # bytes; smaller tensors stay where they are
 _PIECE = 1 << 26  # bytes; torch takes pinned memory in powers of two, which may be twice a large tensor in one piece
@@ -55,8 +55,8 @@ class _OnHost:
 
     def back(self) -> Tensor:
         out = torch.empty(self.shape, dtype=self.pieces[0].dtype, device=self.device)
-        for place, piece in zip(out.view(-1).split(len(self.pieces[0])), self.pieces, strict=True):
-            place.copy_(piece, non_blocking=True)
+        for target, piece in zip(out.view(-1).split(len(self.pieces[0])), self.pieces, strict=True):
+            target.copy_(piece, non_blocking=True)
         return out
 
 
@@ -92,9 +92,9 @@ class OffloadedAdamW(torch.optim.AdamW):
         averages = list(self._averages(parameters))
         new = [(parameter, key) for parameter, _, key in averages if (parameter, key) not in self._hosts]
         if new:
-            places = Places([self.state[parameter][key] for parameter, key in new])
-            self._memory.append(host_memory(places.size, new[0][0].is_cuda))
-            self._hosts |= dict(zip(new, places.views(self._memory[-1]), strict=True))
+            offsets = Offsets([self.state[parameter][key] for parameter, key in new])
+            self._memory.append(host_memory(offsets.size, new[0][0].is_cuda))
+            self._hosts |= dict(zip(new, offsets.views(self._memory[-1]), strict=True))
         for parameter, state, key in averages:
             state[key] = self._hosts[parameter, key].copy_(state[key], non_blocking=True)
 

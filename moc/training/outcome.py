@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ShotLoss:
-    """The loss of one shot, its noise level, its place in its film from 1 on, its scene and the source of that."""
+    """The loss of one shot, its noise level, its number in its film from 1 on, its scene and the source of that."""
 
     loss: float
     sigma: float

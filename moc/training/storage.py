@@ -2,7 +2,7 @@
 process writes and reads. The files are those that one process alone would write.
 
 torch's own HuggingFaceStorageWriter has each process write a file of its own, to be merged when all are there; here
-each writes its rows to their place in the merged file at once. Nothing is gathered and nothing is pickled.
+each writes its rows to where they belong in the merged file at once. Nothing is gathered and nothing is pickled.
 """
 
 import os
@@ -65,7 +65,7 @@ def _run(action: Any, *arguments: Any, **settings: Any) -> None:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Start:
     """Where the values of a tensor begin: a file and a byte of it."""
 
     file: Path
@@ -73,7 +73,7 @@ class _Place:
 
 
 class _Writer(dcp.StorageWriter):
-    """Writes rows to their places in safetensors files, which the first process makes, as large as they will be."""
+    """Writes rows where they belong in safetensors files, which the first process makes, as large as they will be."""
 
     def __init__(self, folder: Path, stem: str) -> None:
         self._folder, self._stem = folder, stem
@@ -89,7 +89,7 @@ class _Writer(dcp.StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         entries = {item.index.fqn: _entry(item) for plan in plans for item in plan.items}
-        places: dict[str, _Place] = {}
+        starts_of: dict[str, _Start] = {}
         for file, dealt in deal_to_files(self._folder, entries.values(), self._stem, SHARD_BYTES).items():
             header, starts = file_header(dealt, _PAGE)
             with file.open("wb") as out:
@@ -97,23 +97,23 @@ class _Writer(dcp.StorageWriter):
                 out.write(header)
                 out.flush()
                 os.fsync(out.fileno())
-            places |= {name: _Place(file, first) for name, first in starts.items()}
-        return [replace(plan, storage_data=places) for plan in plans]
+            starts_of |= {name: _Start(file, first) for name, first in starts.items()}
+        return [replace(plan, storage_data=starts_of) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
         with ExitStack() as stack:
             files: dict[Path, BinaryIO] = {}
             for item in plan.items:
-                place = plan.storage_data[item.index.fqn]
-                if place.file not in files:
-                    files[place.file] = stack.enter_context(_opened(place.file))
+                start = plan.storage_data[item.index.fqn]
+                if start.file not in files:
+                    files[start.file] = stack.enter_context(_opened(start.file))
                 rows = planner.resolve_data(item)
                 assert isinstance(rows, Tensor)
-                files[place.file].seek(place.first + _offset(item))
+                files[start.file].seek(start.first + _offset(item))
                 values = rows.detach().to("cpu").contiguous().flatten().view(torch.uint8)
-                files[place.file].write(memoryview(values.numpy()))  # type: ignore[arg-type]
-                results.append(WriteResult(item.index, len(values), place))
+                files[start.file].write(memoryview(values.numpy()))  # type: ignore[arg-type]
+                results.append(WriteResult(item.index, len(values), start))
             for out in files.values():
                 out.flush()
                 os.fsync(out.fileno())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moc.errors import UserError
-from moc.host_memory import Places, host_memory
+from moc.host_memory import Offsets, host_memory
 
 
 class Swap:
@@ -91,13 +91,13 @@ class _Waiting:
 
     def __init__(self, block: nn.Module, pinned: bool) -> None:
         self.weights = [weight for weight in block.parameters() if not weight.requires_grad]
-        self._places = Places(self.weights)
-        self.host = host_memory(self._places.size, pinned)
-        for weight, here in zip(self.weights, self._places.views(self.host), strict=True):
+        self._offsets = Offsets(self.weights)
+        self.host = host_memory(self._offsets.size, pinned)
+        for weight, here in zip(self.weights, self._offsets.views(self.host), strict=True):
             here.copy_(weight.detach())
             weight.data = weight.new_empty(0)
 
     def lie_in(self, memory: Tensor) -> None:
         """Makes the weights views of `memory`, which holds what `host` does."""
-        for weight, here in zip(self.weights, self._places.views(memory), strict=True):
+        for weight, here in zip(self.weights, self._offsets.views(memory), strict=True):
             weight.data = here

@@ -1,7 +1,7 @@
 """The training loop: steps of micro-batches, an optimizer, averaged weights, metrics, checkpoints, resuming.
 
 One optimizer step minimizes the loss averaged over all shots of the global batch: all processes, all micro-batches.
-Every random draw is keyed by the seed and the sample's place in the run (see `Flow.draw_levels`, `DropKey`), so a run
+Every random draw is keyed by the seed and the sample's position in the run (`Flow.draw_levels`, `DropKey`), so a run
 on N processes equals a run on one, and a resumed run equals one that was never stopped.
 """
 
@@ -238,7 +238,7 @@ class Trainer:
         return True
 
     def _interrupted(self) -> bool:
-        """Whether any process was told to end; all processes ask at the same places."""
+        """Whether any process was told to end; all processes ask at the same points."""
         return self.parallel.any(bool(self._interruption.signal))
 
     def _leave(self, metrics: Metrics | None) -> None:

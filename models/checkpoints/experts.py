@@ -95,8 +95,8 @@ class Experts(nn.Module):
         of_high.hook.prev_module_hook = of_low
 
 
-def check_places(high: Path, low: Path) -> None:
-    """Raises UserError where two experts' names say that they changed places. What their paths share says nothing."""
+def check_order(high: Path, low: Path) -> None:
+    """Raises UserError where two experts' names say that they are swapped. What their paths share says nothing."""
     said = [
         {
             word

@@ -65,7 +65,7 @@ class MergedLora:
     @classmethod
     def open(cls, choice: LoraChoice, tensors: Shapes, low_noise: bool = False) -> "MergedLora":
         """Finds which tensor of a model each of the file's belongs to. tensors: the shapes of the model's, by
-        diffusers' names. low_noise: the model is the low-noise one of two. Raises UserError where one has no place."""
+        diffusers' names. low_noise: the model is the low-noise one of two. Raises UserError where one fits no layer."""
         path = Contents(choice.path).model_path("ema")
         source = TensorSource(path)
         layers = _layer_names(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))

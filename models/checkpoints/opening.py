@@ -75,7 +75,7 @@ class Checkpoint:
         return replace(self, loras=tuple(MergedLora.open(choice, tensors, low_noise) for choice in choices))
 
     def fingerprint(self) -> str:
-        """A hash of the weights: names, shapes, dtypes and of each tensor 4096 values. Form and place do not count."""
+        """A hash of the weights: names, shapes, dtypes and of each tensor 4096 values. Form and path do not count."""
         sources = [(self.source, self.stored)] + [(a.source, {n: n for n in a.source.names()}) for a in self.adapters]
         return tensors_digest(
             (name, source.shapes[key], source.sample(key, VALUES_PER_TENSOR))

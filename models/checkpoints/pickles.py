@@ -174,5 +174,5 @@ def _vae22_name(name: str) -> str:
     if match is None:
         return name
     side, way, block, index, layer, kind = match.groups()
-    place = f"resnets.{index}.{VAE22_LAYER[layer]}" if layer in VAE22_LAYER else f"{way}sampler.{layer}"
-    return f"{side}.{way}_blocks.{block}.{place}.{kind}"
+    rest = f"resnets.{index}.{VAE22_LAYER[layer]}" if layer in VAE22_LAYER else f"{way}sampler.{layer}"
+    return f"{side}.{way}_blocks.{block}.{rest}.{kind}"

@@ -38,7 +38,7 @@ class TensorSource:
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._place: dict[str, tuple[Path, int]] = {}  # file, and first byte within it
+        self._located: dict[str, tuple[Path, int]] = {}  # file, and first byte within it
         files, index = _files(self.path)
         for file in files:
             self._describe(file)
@@ -46,15 +46,15 @@ class TensorSource:
             self._check_index(index)
 
     def __len__(self) -> int:
-        return len(self._place)
+        return len(self._located)
 
     def names(self) -> list[str]:
-        return sorted(self._place)
+        return sorted(self._located)
 
     def header(self) -> dict[str, str]:
         """What the makers of the files say in their headers."""
         said: dict[str, str] = {}
-        for file in sorted({file for file, _ in self._place.values()}):
+        for file in sorted({file for file, _ in self._located.values()}):
             said |= _open(file).metadata() or {}
         return said
 
@@ -69,7 +69,7 @@ class TensorSource:
         return self._values(name, (size - count) // 2, count)
 
     def _values(self, name: str, first: int, count: int) -> Tensor:
-        file, start = self._place[name]
+        file, start = self._located[name]
         dtype = self.dtypes[name]
         num_bytes = count * dtype.itemsize
         data = np.fromfile(file, np.uint8, count=num_bytes, offset=start + first * dtype.itemsize)
@@ -82,22 +82,22 @@ class TensorSource:
             start = 8 + struct.unpack("<Q", raw.read(8))[0]
             for name in source.offset_keys():  # in the order of their bytes, which leave no gaps
                 piece = source.get_slice(name)
-                if name in self._place:
-                    raise UserError(f"{name} is in {self._place[name][0]} and in {file}; fetch the folder again")
+                if name in self._located:
+                    raise UserError(f"{name} is in {self._located[name][0]} and in {file}; fetch the folder again")
                 if piece.get_dtype() not in WEIGHT_DTYPES:
                     raise UserError(
                         f"{file}: {name} is {piece.get_dtype()}; weights of {', '.join(WEIGHT_DTYPES)} are read: name "
                         "a release that is not quantized"
                     )
                 self.shapes[name], self.dtypes[name] = tuple(piece.get_shape()), WEIGHT_DTYPES[piece.get_dtype()]
-                self._place[name] = file, start
+                self._located[name] = file, start
                 start += num_bytes((name, self.dtypes[name], self.shapes[name]))
 
     def _check_index(self, index: dict[str, Path]) -> None:
-        place = {name: file for name, (file, _) in self._place.items()}
+        file_of = {name: file for name, (file, _) in self._located.items()}
         problems = {
-            "not in the shard that the index names": sorted(n for n, file in index.items() if place.get(n) != file),
-            "in a shard but not in the index": sorted(place.keys() - index.keys()),
+            "not in the shard that the index names": sorted(n for n, file in index.items() if file_of.get(n) != file),
+            "in a shard but not in the index": sorted(file_of.keys() - index.keys()),
         }
         if any(problems.values()):
             raise UserError(f"{self.path} is not what its index says: {listed(problems)}; {remedy(self.path)}")

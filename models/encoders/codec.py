@@ -7,7 +7,7 @@ and every `temporal_factor` frames after it are one more. What a video is to it,
     true     the shots of a sample are one video, as HoloCine's weights were trained: the first as above, each later one
              temporal_factor * n frames, n latent frames, which depend on the shots before
 
-Either way every cut lies between two latent frames, and one shot alone comes out the same. `shot` is the place of a
+Either way every cut lies between two latent frames, and one shot alone comes out the same. `shot` is the index of a
 shot in its sample, from 0; this file alone knows how frames and latent frames go together. A picture that stands
 between shots, as a reference for the next, is a video of its own in both: `encode` it, and hand it to no stream.
 

@@ -102,7 +102,7 @@ class LappedCodec(Codec):
     spatial_factor = BLOCK[1]
     latents_at_once = 8
     # Descent on the total variation with Nesterov's momentum; more rounds add 0.1 dB at most. The first steps are too
-    # long for flat places, where noise grows, the last short enough to take it back: slower cooling would leave it.
+    # long for flat areas, where noise grows, the last short enough to take it back: slower cooling would leave it.
     rounds, step, cooling, momentum = 6, 0.04, 0.75, 0.85
 
     basis: Tensor

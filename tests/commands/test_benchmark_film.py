@@ -78,8 +78,8 @@ def test_rows_are_trained_tested_and_recorded(tmp_path):
     encoders = build_encoders(EncodersConfig(), ["rabbit"])
     recipe = {"codec": encoders.codec.fingerprint, "text": encoders.text.fingerprint, "sizes": [[32, 48]], "fps": 8}
     writer, made = CacheWriter(folder, recipe), []
-    for place in (NULL_GLOBAL, NULL_SHOT):
-        writer.add_text(torch.zeros(1, 128), "null", place)
+    for key in (NULL_GLOBAL, NULL_SHOT):
+        writer.add_text(torch.zeros(1, 128), "null", key)
     for scene in scenes("film.mp4", "A film.", [1, 8]):
         latents = [torch.randn(54, 1, 4, 6) for _ in scene.shots]
         text = [[torch.randn(2, 128) for _ in range(1 + len(latents))]]

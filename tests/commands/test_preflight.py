@@ -80,9 +80,9 @@ def test_scenes_that_are_encoded_as_they_are_read(capsys, caplog, tmp_path):
 def test_states_are_counted_where_they_lie(optim, on_device):
     """In copies of the weights, beside which a gradient and an average lie; torch's meta stands for a GPU."""
     model = torch.nn.Linear(64, 8, bias=False, device="meta")
-    place = SimpleNamespace(device=torch.device("meta"))
+    parallel = SimpleNamespace(device=torch.device("meta"))
     trainer = SimpleNamespace(
-        parallel=place, bare_model=model, ema=EMA(model, 0.9), optimizer=build_optimizer(model, optim)
+        parallel=parallel, bare_model=model, ema=EMA(model, 0.9), optimizer=build_optimizer(model, optim)
     )
     assert _held_bytes(trainer) == on_device * 64 * 8 * 4
 

@@ -70,9 +70,9 @@ def test_two_processes_film_and_evaluate_as_one(prepared, trained, scripts, tmp_
 
 
 def test_a_mesh_that_one_process_does_not_fill(capsys, trained, prepared, scripts, tmp_path):
-    for script, place in {
+    for script, settings in {
         "sample.py": (f"script={scripts / 'a.yaml'}", f"out={tmp_path / 'film'}"),
         "scripts/evaluate.py": (f"data.path={prepared}",),
     }.items():
-        said = refusal(capsys, script, f"checkpoint={trained}", "device=cpu", "parallel.sequence=2", *place)
+        said = refusal(capsys, script, f"checkpoint={trained}", "device=cpu", "parallel.sequence=2", *settings)
         assert_one_message(said, "sequence=2", "must divide the number of processes, 1")

@@ -31,9 +31,9 @@ def release(prepared, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def dense_run(prepared, release) -> Path:
     """Two steps on dense attention from the release's weights."""
-    place = (f"data.path={prepared}", f"output={release.parent}", "name=run", "model=wan", f"model.path={release}")
+    paths = (f"data.path={prepared}", f"output={release.parent}", "name=run", "model=wan", f"model.path={release}")
     settings = ("parallel=cpu", "moc=dense", "data.batch_tokens=900", "data.workers=0", "trainer.num_steps=2")
-    pipeline.command("train.py", *place, *settings)
+    pipeline.command("train.py", *paths, *settings)
     return release.parent / "run"
 
 
@@ -50,11 +50,11 @@ def test_a_trained_model_is_diffusers_again(dense_run, release):
 def test_the_recipe_for_a_small_gpu_trains_resumes_and_merges(prepared, release, tmp_path):
     """A base in fp8, swapped blocks, activations and averages on the host, all through the command."""
     small = ("data.batch_tokens=900", "data.workers=0", "moc.chunk_tokens=6", "parallel.device=cpu")
-    place = ("experiment=wan_a14b_high_24gb", f"data.path={prepared}", f"output={tmp_path}", f"model.path={release}")
+    paths = ("experiment=wan_a14b_high_24gb", f"data.path={prepared}", f"output={tmp_path}", f"model.path={release}")
     settings = (*small, "parallel.swap_blocks=2", "data.drop_to_still=0", "optim.lr=0.1", "optim.warmup_steps=0")
     for name, steps in (("whole", [2]), ("half", [1, 2])):
         for num_steps in steps:
-            pipeline.command("train.py", *place, *settings, f"name={name}", f"trainer.num_steps={num_steps}")
+            pipeline.command("train.py", *paths, *settings, f"name={name}", f"trainer.num_steps={num_steps}")
     file = "checkpoints/step_0000002/model/pytorch_lora_weights.safetensors"
     one, two = (load_file(tmp_path / name / file) for name in ("whole", "half"))
     assert all(torch.equal(one[name], two[name]) for name in one)

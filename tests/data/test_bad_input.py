@@ -94,7 +94,7 @@ FILES = {
 SPAN = [{"start": 0, "end": 9}]
 GOOD = {"video": "film.mkv", "caption": "fine", "shots": SPAN}
 
-# id of the bad line: (its fields, the kind of its record, what the record's place names)
+# id of the bad line: (its fields, the kind of its record, what the record says where)
 BAD = {
     "zero-byte video": ({"video": "zero.mkv"}, "zero-byte", "zero.mkv"),
     "not a video": ({"video": "text.mkv"}, "not-a-video", "text.mkv"),
@@ -160,24 +160,24 @@ def bad_run(tmp_path_factory):
     }
     lines = [json.dumps({"id": "good"} | GOOD).encode()]
     lines += [json.dumps({"id": name, "caption": "x"} | fields).encode() for name, fields in usable.items()]
-    places = {}
+    line_of = {}
     for name, (fields, _, _) in BAD.items():
-        places[name] = len(lines) + 1
+        line_of[name] = len(lines) + 1
         lines.append(
             fields if isinstance(fields, bytes) else json.dumps({"id": name, "caption": "x"} | fields).encode()
         )
     (folder / "manifest.jsonl").write_bytes(b"\n".join(lines))
     codec = PoolCodec()
     codec.nan_at = 40
-    return run(folder, codec), places
+    return run(folder, codec), line_of
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_a_named_record(bad_run, name):
-    prepared, places = bad_run
-    _, kind, place = BAD[name]
-    place = place.replace("LINE", str(places[name]))
-    matching = [p for p in prepared.report.problems if p["kind"] == kind and p["where"].endswith(place)]
+    prepared, line_of = bad_run
+    _, kind, where = BAD[name]
+    where = where.replace("LINE", str(line_of[name]))
+    matching = [p for p in prepared.report.problems if p["kind"] == kind and p["where"].endswith(where)]
     assert len(matching) == 1, prepared.report.problems
     assert len(matching[0]["message"]) > 10
     assert "\n" not in matching[0]["message"]

@@ -161,19 +161,19 @@ def test_unreadable_files(folder, text, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "place"),
+    ("name", "text", "where"),
     [
         ("captions.json", '{"a.mp4": "one",\n"b.mp4": "two",\n"a.mp4": "three"}', ":3: 'a.mp4'"),
         ("data.json", '[{"path": "b.mp4"},\n{"path": "a.mp4", "cap": "x", "cap": "y"}]', ":2: 'cap'"),
         ("data.csv", "path,text,text\na.mp4,x,y\n", ":1: the column 'text'"),
     ],
 )
-def test_a_key_given_twice_is_refused_with_its_line(folder, name, text, place):
+def test_a_key_given_twice_is_refused_with_its_line(folder, name, text, where):
     (folder / name).write_text(text)
     with pytest.raises(DataError) as error:
         find_scenes(folder)
     assert error.value.kind == "repeated-key"
-    assert place in str(error.value)
+    assert where in str(error.value)
 
 
 @pytest.mark.parametrize("true", [True, "True", "true", 1])

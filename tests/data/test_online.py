@@ -54,14 +54,14 @@ def test_online_latents_equal_stored_ones(folder):
         online.latents(online.scenes[0])
 
 
-@pytest.mark.parametrize("place", ["beside", "within", "around"])
-def test_an_online_cache_and_its_films_move_together(folder, place):
+@pytest.mark.parametrize("side", ["beside", "within", "around"])
+def test_an_online_cache_and_its_films_move_together(folder, side):
     world = folder / "world"
     films, output = {
         "beside": (world / "films", world / "made"),
         "within": (world / "made/films", world / "made"),
         "around": (world, world / "made"),
-    }[place]
+    }[side]
     films.mkdir(parents=True)
     for path in folder.glob("*.mkv"):
         path.rename(films / path.name)

@@ -63,8 +63,8 @@ def test_cover_is_where_the_character_is(world):
 
 def test_a_scene_is_the_same_whatever_is_drawn_with_it():
     many, few = draw_scenes(CONFIG, range(50)), draw_scenes(CONFIG, [41, 7])
-    for place, index in enumerate((41, 7)):
-        assert repr(make_scene(CONFIG, many, index)) == repr(make_scene(CONFIG, few, place))
+    for number, index in enumerate((41, 7)):
+        assert repr(make_scene(CONFIG, many, index)) == repr(make_scene(CONFIG, few, number))
     other = draw_scenes(RecallConfig(**{**vars(CONFIG), "seed": 1}), [7])
     assert repr(make_scene(CONFIG, few, 1)) != repr(make_scene(CONFIG, other, 0))
 

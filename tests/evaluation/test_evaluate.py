@@ -111,8 +111,8 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
     def ids(checkpoint: Path, data: Path, *settings: str) -> list[str]:
         seen: list[str] = []
         monkeypatch.setattr("evaluation.rivals.compare", lambda *given: seen.extend(b.ids[0] for b in given[3]) or [])
-        place = (f"checkpoint={checkpoint}", f"data.path={data}", "device=cpu")
-        pipeline.command("scripts/evaluate.py", *place, *settings)
+        paths = (f"checkpoint={checkpoint}", f"data.path={data}", "device=cpu")
+        pipeline.command("scripts/evaluate.py", *paths, *settings)
         return seen
 
     dataset = open_dataset(DataConfig(str(prepared)))

@@ -195,8 +195,8 @@ def test_a_lora_makes_another_film(trained, write, tmp_path, capsys):
     assert records[0]["fingerprints"]["model"] != records[1]["fingerprints"]["model"]
     plain, lora_film = contents(tmp_path / "plain"), contents(tmp_path / "lora")
     assert plain["latents/01.safetensors"] != lora_film["latents/01.safetensors"]
-    place = (f"checkpoint={trained}", f"script={write(story)}", f"out={tmp_path / 'plain'}", *arguments)
+    paths = (f"checkpoint={trained}", f"script={write(story)}", f"out={tmp_path / 'plain'}", *arguments)
     with pytest.raises(SystemExit, match=r"another film: its fingerprints\.model"):
         command(
-            "sample.py", *place, "sampler.steps=2", f"lora=[{{path: {tmp_path / 'lora.safetensors'}, weight: 0.5}}]"
+            "sample.py", *paths, "sampler.steps=2", f"lora=[{{path: {tmp_path / 'lora.safetensors'}, weight: 0.5}}]"
         )

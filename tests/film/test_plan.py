@@ -51,10 +51,10 @@ def test_cuts_of_one_video_do_not_drift(picture):
     shots = [ScriptShot("a", 5.0, image=picture if i == 3 else None) for i in range(8)]
     codec = MeanCodec(continuous=True)
     plan = plan_film(script(*shots, fps=16.3), codec)
-    lengths = [codec.pixel_frames(plan.shapes[at][1], place) for place, at in enumerate(plan.filmed)]
-    for place in range(1, 9):
-        made = sum(lengths[:place])
-        assert abs(made - place * 5 * 16.3) <= 2
+    lengths = [codec.pixel_frames(plan.shapes[at][1], number) for number, at in enumerate(plan.filmed)]
+    for number in range(1, 9):
+        made = sum(lengths[:number])
+        assert abs(made - number * 5 * 16.3) <= 2
         assert made % 4 == 1
     assert plan.num_frames[:-1] == lengths[:-1]
     assert sum(plan.num_frames) == round(8 * 5 * 16.3)

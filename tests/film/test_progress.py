@@ -33,8 +33,8 @@ def test_samples_are_drawn_at_their_steps_and_change_nothing(prepared, trained, 
 
 
 def test_samples_need_prepared_data(tmp_path, capsys):
-    place = (f"output={tmp_path}", "name=run", "parallel=cpu", "trainer.num_steps=1")
-    said = refusal(capsys, "train.py", "experiment=recall", *place, "trainer.sample_every=1")
+    run = (f"output={tmp_path}", "name=run", "parallel=cpu", "trainer.num_steps=1")
+    said = refusal(capsys, "train.py", "experiment=recall", *run, "trainer.sample_every=1")
     assert_one_message(said, "trainer.sample_every needs prepared data; set it to 0 with data.recall")
 
 

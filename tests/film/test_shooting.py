@@ -39,7 +39,7 @@ def shooting(folder: Path, num_shots: int = 2, keep_every: int = 100) -> Shootin
     return Shooting(FilmFolder(folder), plan, FlatCodec(), REQUEST, RoutingMap(num_shots), keep_every)
 
 
-def test_pictures_are_bytes_in_their_place():
+def test_pictures_are_kept_as_bytes():
     video = torch.zeros(3, 2, 4, 6)
     video[0, 0, 1, 2], video[1, 1, 0, 0], video[2, 0, 0, 0] = 1.0, -1.0, 7.0
     frames = pictures(video, "shot 1")

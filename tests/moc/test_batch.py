@@ -16,8 +16,8 @@ def batch():
 
 
 def pieces(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    flat, places = _side_by_side(tensors)
-    return [flat[place : place + x.numel()].view(x.shape) for x, place in zip(tensors, places, strict=True)]
+    flat, offsets = _side_by_side(tensors)
+    return [flat[offset : offset + x.numel()].view(x.shape) for x, offset in zip(tensors, offsets, strict=True)]
 
 
 @pytest.mark.parametrize("name", ["latents", "text"])

@@ -260,7 +260,7 @@ def packed(*positions: int, frames: int = 40) -> moc.ShotLayout:
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
 def test_a_sample_draws_the_same_in_any_pack(backend):
-    """Keyed by the sample's position and the token's place in it, never by what else is in the pack."""
+    """Keyed by the sample's position and the token's offset in it, never by what else is in the pack."""
     config = moc.MoCConfig(top_k=2, drop_in_rate=1.5)
     layout = packed(7, 5, 9, frames=4).rechunk(3)
     q, k, _ = attention_tensors(layout, num_heads=4, head_dim=16, dtype=torch.float32)

@@ -106,7 +106,7 @@ def test_a_shot_of_a_long_film_is_that_of_one_that_begins_with_its_context(name)
     short = Story(
         [SHAPE] * len(stream),
         *([text[0], *(text[1 + index] for index in stream)] for text in (what.text, what.negative)),
-        given={place: shots[index] for place, index in enumerate(stream[:-1])},
+        given={number: shots[index] for number, index in enumerate(stream[:-1])},
         noise_keys=[noise_key(config.seed, index) for index in stream],
     )
     torch.testing.assert_close(film(model, short, CONFIG)[0][3], shots[7])

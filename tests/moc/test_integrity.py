@@ -33,9 +33,9 @@ def run(whole, tmp_path):
     return tmp_path / "run"
 
 
-def flip(file: Path, place: int = -3) -> None:
+def flip(file: Path, index: int = -3) -> None:
     data = bytearray(file.read_bytes())
-    data[place] ^= 4
+    data[index] ^= 4
     file.write_bytes(data)
     mark = next(f for f in file.parents if f.name.startswith("step_")) / "complete"
     os.utime(mark, ns=(mark.stat().st_atime_ns, mark.stat().st_mtime_ns + 1))  # as in a new process: look again

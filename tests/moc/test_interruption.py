@@ -160,12 +160,12 @@ def test_a_failure_of_helpers_that_were_told_to_end_as_well():
 # The command
 
 
-def one_of_each(signals, places):
-    """Pairs of which only one for each signal and place is fast: the trainer's tests above have every signal."""
+def one_of_each(signals, moments):
+    """Pairs of which only one for each signal and moment is fast: the trainer's tests above have every signal."""
     return [
-        pytest.param(number, place, marks=() if index % len(places) == at else pytest.mark.slow)
+        pytest.param(number, moment, marks=() if index % len(moments) == at else pytest.mark.slow)
         for index, number in enumerate(signals)
-        for at, place in enumerate(places)
+        for at, moment in enumerate(moments)
     ]
 
 
@@ -183,14 +183,14 @@ def undisturbed(prepared, tmp_path_factory):
     return pipeline.train(prepared, tmp_path_factory.mktemp("undisturbed") / "run", "trainer.validate_every=1")
 
 
-@pytest.mark.parametrize(("number", "place"), one_of_each(SIGNALS, ["step", "validation"]))
+@pytest.mark.parametrize(("number", "moment"), one_of_each(SIGNALS, ["step", "validation"]))
 def test_the_command_says_that_it_is_not_finished_and_goes_on(
-    prepared, undisturbed, tmp_path, monkeypatch, handlers, place, number, caplog, capfd
+    prepared, undisturbed, tmp_path, monkeypatch, handlers, moment, number, caplog, capfd
 ):
     """Its losses are those of a run that nothing disturbed, bit for bit. One who is impatient presses Ctrl-C again."""
     run = tmp_path / "run"
     validation = len(Validator.shares) + 1  # losses of the one scene at each level, and its routing
-    call = validation + (1 if place == "step" else 3)
+    call = validation + (1 if moment == "step" else 3)
     with monkeypatch.context() as patch:
         patch.setattr(Flow, "loss", at_call(call, lambda: send(number)))
         patch.setattr(Metrics, "close", lambda _: send(signal.SIGINT))

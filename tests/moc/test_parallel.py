@@ -66,12 +66,12 @@ def test_what_trains_in_bf16_validates_evaluates_and_samples_in_bf16(prepared, t
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(MMDiT, "forward", spy)
-    place = (f"data.path={prepared}", "data.validation=1", "device=cpu")
+    data = (f"data.path={prepared}", "data.validation=1", "device=cpu")
     for name, precision in {"fp32": (), "bf16": ("precision=bf16",)}.items():
         of_train = [f"parallel.{setting}" for setting in precision]
         run = pipeline.train(prepared, tmp_path / name, "trainer.num_steps=1", *of_train)
         assert {grad for grad, _ in seen} == {True, False}  # trained and validated
-        pipeline.command("scripts/evaluate.py", f"checkpoint={run}", *place, *precision)
+        pipeline.command("scripts/evaluate.py", f"checkpoint={run}", *data, *precision)
         pipeline.sample(run, tmp_path / "story.yaml", tmp_path / f"film_{name}", "device=cpu", *precision)
         assert {autocast for _, autocast in seen} == {name == "bf16"}
         seen.clear()

@@ -102,7 +102,7 @@ def test_too_many_in_a_row_end_the_run_which_then_goes_on_after_them(cache, tmp_
 
 
 def test_steps_that_no_checkpoint_passes_over_are_met_again_and_it_is_said(cache, tmp_path, caplog):
-    """The disk is full as the place after them is saved."""
+    """The disk is full as the step after them is saved."""
     with pytest.raises(FloatingPointError, match=r"2 steps in a row"), poisoned(*SCENES):
         train(cache, tmp_path, num_steps=9, log_every=100, max_skipped_steps=1, save_extras=full_at(3))
     assert find_checkpoint(tmp_path) is None

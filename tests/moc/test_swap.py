@@ -11,7 +11,7 @@ from torch import Tensor
 from moc.batch import make_batch
 from moc.diffusion import Flow
 from moc.errors import UserError
-from moc.host_memory import Places, host_memory
+from moc.host_memory import Offsets, host_memory
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig, find_checkpoint
 from moc.training.offload import OffloadActivations, OffloadedAdamW
@@ -79,8 +79,8 @@ def test_a_block_comes_while_the_one_before_it_computes(device: str) -> None:
         for index, block in enumerate(model.blocks):
             frozen = [weight for weight in block.parameters() if not weight.requires_grad]
             memory = swap._slots[held.index(index)].memory if index in held else swap._waiting[index].host
-            places = {weight.untyped_storage().data_ptr() for weight in frozen}
-            assert places == {memory.untyped_storage().data_ptr()}
+            storages = {weight.untyped_storage().data_ptr() for weight in frozen}
+            assert storages == {memory.untyped_storage().data_ptr()}
         return sorted(x for x in held if x is not None)
 
     for index, block in enumerate(model.blocks):
@@ -186,13 +186,13 @@ def kept_bytes(trainer: Trainer) -> int:
 
 def test_tensors_lie_in_memory_one_after_another() -> None:
     given = [torch.randn(3, 5), torch.randint(0, 9, (7,), dtype=torch.uint8), torch.randn(4).bfloat16(), torch.randn(2)]
-    places = Places(given)
-    memory = host_memory(places.size, pinned=False)
+    offsets = Offsets(given)
+    memory = host_memory(offsets.size, pinned=False)
     assert (len(memory), memory.data_ptr() % 4096) == (4 * 256, 0)
     assert memory.untyped_storage().data_ptr() == memory.data_ptr()
-    for here, tensor in zip(places.views(memory), given, strict=True):
+    for here, tensor in zip(offsets.views(memory), given, strict=True):
         here.copy_(tensor)
-    for here, tensor in zip(places.views(memory.clone()), given, strict=True):
+    for here, tensor in zip(offsets.views(memory.clone()), given, strict=True):
         assert torch.equal(here, tensor)
         assert here.dtype == tensor.dtype
 

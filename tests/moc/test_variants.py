@@ -69,7 +69,7 @@ def test_kernels_are_compiled_once_whatever_the_stream(name, capability, monkeyp
     variants = defaultdict(set)
     for launch in launches:
         variants[launch.name].add(launch.variant)
-    assert {"route_kernel", "drop_kernel", "place_kernel", "merge_kernel", "dkv_kernel", "dq_kernel"} <= set(variants)
+    assert {"route_kernel", "drop_kernel", "fill_kernel", "merge_kernel", "dkv_kernel", "dq_kernel"} <= set(variants)
     several = {kernel: keys for kernel, keys in variants.items() if len(keys) > 1}
     assert not several, "\n".join(key for keys in several.values() for key in sorted(keys))
 

@@ -113,7 +113,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(reduced, tmp_path: Pat
 
 @pytest.mark.parametrize("outside", ["../{}", "{folder}/../{}", "a/../../{}"])
 def test_an_index_reads_nothing_outside_its_folder(reduced, tmp_path: Path, outside: str) -> None:
-    """The shard lies there, whole: only its place is wrong."""
+    """The shard lies there, whole: only its folder is wrong."""
     folder = tmp_path / "model"
     reduced.save_pretrained(folder, max_shard_size="300KB")
     (file,) = folder.glob("*.index.json")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from moc import MoCConfig, Sample, make_batch
 from moc.training import Parallel, ParallelConfig
 from moc.training.integrity import checksums, files_to_seal, seal
-from models import Experts, load_denoiser, load_model, place
+from models import Experts, load_denoiser, load_model, move_model
 from models.checkpoints.contents import Contents
 from models.wan import WanTransformer3DModel
 from tests.pipeline import command, refusal, sample
@@ -74,7 +74,7 @@ def test_the_boundary_is_the_pipelines_and_stays_with_what_leaves_it(experts, tm
             load_denoiser(experts["diffusers"])
 
 
-def test_two_in_places_of_their_own(experts):
+def test_two_in_folders_of_their_own(experts):
     high, low = Contents(experts["files"]).experts
     flow, tune = (shutil.copy(p, p.parents[1] / f"{n}.safetensors") for p, n in ((high, "flow"), (low, "tune")))
     assert marks(load_denoiser(tune, flow)) == [2.0, 1.0]  # whose names say nothing
@@ -86,7 +86,7 @@ def test_two_in_places_of_their_own(experts):
         load_denoiser(experts["files"])
 
 
-def test_one_model_twice_and_names_that_change_places_are_refused(experts):
+def test_one_model_twice_and_names_that_are_swapped_are_refused(experts):
     high, low = Contents(experts["files"]).experts
     link = low.with_name("link.safetensors")
     link.symlink_to(high)
@@ -109,7 +109,7 @@ def test_one_model_stays_one(experts, tmp_path):
         assert Contents(path).experts is None
         assert isinstance(load_denoiser(path), WanTransformer3DModel)
     with pytest.raises(ValueError, match="offload=true is for a pair"):
-        place(load_denoiser(experts["files"]), Parallel(ParallelConfig("cpu")), offload=True)
+        move_model(load_denoiser(experts["files"]), Parallel(ParallelConfig("cpu")), offload=True)
 
 
 def test_weights_are_halved_and_norms_are_not(experts):
@@ -132,7 +132,7 @@ def run(model, sigma: float, device="cpu"):
 def test_experts_that_take_turns_are_the_same(experts):
     plain, turns = (
         load_denoiser(experts["files"]),
-        place(load_denoiser(experts["files"]), Parallel(ParallelConfig("cpu")), True),
+        move_model(load_denoiser(experts["files"]), Parallel(ParallelConfig("cpu")), True),
     )
     for sigma in (0.9, 0.5, 0.95):
         assert torch.equal(run(plain, sigma), run(turns, sigma))
@@ -144,7 +144,7 @@ def test_experts_that_take_turns_are_the_same(experts):
 @torch.no_grad()
 def test_one_expert_at_a_time_is_on_the_gpu(experts):
     plain = load_denoiser(experts["files"])
-    model = place(load_denoiser(experts["files"]), Parallel(ParallelConfig("cuda")), offload=True)
+    model = move_model(load_denoiser(experts["files"]), Parallel(ParallelConfig("cuda")), offload=True)
     for sigma, there, away in ((0.9, "high", "low"), (0.5, "low", "high"), (0.9, "high", "low")):
         torch.testing.assert_close(run(model, sigma, "cuda"), run(plain, sigma), rtol=1e-3, atol=1e-3)
         assert next(getattr(model, there).parameters()).is_cuda

@@ -112,7 +112,7 @@ def test_part_of_a_pickle_is_said_to_be_one(tmp_path: Path) -> None:
 
 
 def test_latent_statistics_of_wan22_are_the_release_s() -> None:
-    """Their sums, plain and weighted by place, are those of vae/config.json of Wan-AI/Wan2.2-TI2V-5B-Diffusers."""
+    """Their sums, plain and weighted by index, are those of vae/config.json of Wan-AI/Wan2.2-TI2V-5B-Diffusers."""
     for name, expected in (("latents_mean", (-0.5589, -7.0659)), ("latents_std", (32.5360, 758.3531))):
         values = VAE22[name]
         assert len(values) == 48
