@@ -55,5 +55,5 @@ def match_cuts(found: Sequence[int], truth: Sequence[int], within: float) -> lis
     return errors
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 1.0
+def _share(some: int, whole: int) -> float:
+    return some / whole if whole else 1.0

@@ -16,7 +16,7 @@ from film.storyboard import pick_frames
 
 PICTURES = 8  # of a shot, spread over it, each with the frame after it
 _HEIGHT = 256  # pixels that a picture has at most
-_CHARACTER_PART = re.compile(r"\[character\](.*?)(?:\[|$)", re.IGNORECASE | re.DOTALL)
+_CHARACTERS = re.compile(r"\[character\](.*?)(?:\[|$)", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"(?:^|[.;,]\s*|\n)\s*([A-Z][\w' -]{0,30}?):")
 
 
@@ -79,8 +79,8 @@ def names_by_shot(script: Script) -> list[frozenset[str]]:
     names that its prompt mentions, of those that the global caption's "[character] Ann: ... Bob: ..." gives."""
     if any(shot.entities for shot in script.shots):
         return [frozenset(chain.from_iterable((shot.entities or {}).values())) for shot in script.shots]
-    part = _CHARACTER_PART.search(script.global_caption)
-    known = _NAME.findall(part[1]) if part else []
+    characters = _CHARACTERS.search(script.global_caption)
+    known = _NAME.findall(characters[1]) if characters else []
     return [
         frozenset(name for name in known if re.search(rf"\b{re.escape(name)}\b", shot.prompt)) for shot in script.shots
     ]

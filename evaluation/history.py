@@ -68,11 +68,11 @@ def history_losses(
     ]
     losses = []
     for kind in kinds:
-        parts = [
+        errors = [
             _errors(model, config, flow, kind[at : at + SCENES_AT_ONCE], parallel, sigmas, draws)
             for at in range(0, len(kind), SCENES_AT_ONCE)
         ]
-        losses.append(torch.cat(parts))
+        losses.append(torch.cat(errors))
     alone, history, other = losses
     return HistoryLosses(alone, history, other, tuple(sigmas))
 

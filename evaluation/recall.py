@@ -101,7 +101,7 @@ def accuracy(reader: Reader, world: RecallWorld, scenes: int = 512, batch: int =
         seen = read(reader, world.encode_latents(drawn).flatten(0, 1))
         for name, values in attributes(drawn).items():
             right[name].append(seen[name] == values.flatten())
-    return {name: float(torch.cat(parts).float().mean()) for name, parts in right.items()}
+    return {name: float(torch.cat(lists).float().mean()) for name, lists in right.items()}
 
 
 @dataclass
@@ -126,10 +126,10 @@ class Tally:
     asked: Tensor
 
     @classmethod
-    def join(cls, parts: Sequence["Tally"]) -> "Tally":
+    def join(cls, tallies: Sequence["Tally"]) -> "Tally":
         sums = ("hits", "routed", "reached", "asked")
         return cls(**{
-            f.name: (sum if f.name in sums else torch.cat)([getattr(part, f.name) for part in parts])
+            f.name: (sum if f.name in sums else torch.cat)([getattr(tally, f.name) for tally in tallies])
             for f in fields(cls)
         })  # fmt: skip
 
@@ -148,11 +148,11 @@ class RecallBench:
     def run(self, model: Any, config: MoCConfig, flow: Flow, scenes: int, look_alikes: bool = False) -> Tally:
         model.eval()
         recall = replace(self.world.config, look_alikes=look_alikes)
-        parts = []
+        tallies = []
         for first in range(0, scenes, self.batch):
             positions = list(range(first, min(first + self.batch, scenes)))
-            parts.append(self._run(model, config, flow, recall, positions))
-        return Tally.join(parts)
+            tallies.append(self._run(model, config, flow, recall, positions))
+        return Tally.join(tallies)
 
     def _run(self, model: Any, config: MoCConfig, flow: Flow, recall: RecallConfig, positions: list[int]) -> Tally:
         scenes = draw_scenes(recall, [HELD_OUT + position for position in positions])

@@ -55,9 +55,9 @@ def _module(backend: Backend) -> ModuleType:
 
         return triton_backend
     if backend is Backend.torch:
-        from moc.kernels import torch_parts
+        from moc.kernels import torch_backend
 
-        return torch_parts
+        return torch_backend
     return reference
 
 

@@ -39,7 +39,7 @@ class Sample:
     """One scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's, then
     one for each shot. `position` is where it comes in the run's order of samples and keys its draws: noise, levels,
     drops. cuts: whether a true cut begins each shot, or it continues the one before; empty is cuts everywhere. source:
-    which part of a mix it comes from."""
+    which one of a mix it comes from."""
 
     latents: list[Tensor]
     text: list[Tensor]

@@ -47,7 +47,7 @@ def pairs(layout: ShotLayout, query: Tensor, key: Tensor) -> Pair[Tensor]:
 
 
 def is_own_anchor(pair: Pair[Flag], config: MoCConfig) -> Flag:
-    """Whether the queries always attend to the keys as a part of their own shot."""
+    """Whether the queries always attend to the keys as those of their own shot."""
     if config.own_anchor is OwnAnchor.shot:
         return pair.same_group & pair.in_shot
     if config.own_anchor is OwnAnchor.chunk:

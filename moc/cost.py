@@ -1,4 +1,4 @@
-"""What an attention call really attended to: key pairs by part, FLOPs, sparsity.
+"""What an attention call really attended to: key pairs by kind, FLOPs, sparsity.
 
 Counts follow DESIGN and correct the published formula, which leaves the anchors out (arXiv 2508.21058, section 3.4):
 keys per query = own shot + text + routed chunks. All counts are averages over heads.

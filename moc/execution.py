@@ -20,7 +20,7 @@ class Execution:
     """How `moc.moc_attention` computes; the result is the same but for rounding.
 
     backend: who computes it; auto takes the fastest that fits.
-    dense_kernel: the name of the dense kernel for anchored parts; auto takes the fastest present.
+    dense_kernel: the name of the dense kernel for anchors; auto takes the fastest present.
     deterministic: whether gradients are bitwise repeatable, at some cost in speed.
 
     Strings are accepted for the backend. Raises UserError for values of another type and for an unknown backend.

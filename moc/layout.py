@@ -89,9 +89,9 @@ class Chunk:
 
 
 def split_evenly(total: int, most: int) -> list[int]:
-    """Splits `total` into as few parts of at most `most` as possible, sizes differing by at most one, longer first."""
-    parts = -(-total // most)
-    return [total // parts + (i < total % parts) for i in range(parts)]
+    """Splits `total` into as few numbers of at most `most` as can be; they differ by at most one, the larger first."""
+    count = -(-total // most)
+    return [total // count + (i < total % count) for i in range(count)]
 
 
 def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
@@ -250,8 +250,8 @@ class ShotLayout:
             rooms = [-(-t.nbytes // 16) * 16 // t.itemsize for t in tensors]
             padded = [F.pad(t, (0, room - len(t))) for t, room in zip(tensors, rooms, strict=True)]
             packed = move(torch.cat(padded), device)
-            for name, tensor, part in zip(names, tensors, packed.split(rooms), strict=True):
-                moved.__dict__[name] = part[: len(tensor)]
+            for name, tensor, values in zip(names, tensors, packed.split(rooms), strict=True):
+                moved.__dict__[name] = values[: len(tensor)]
         return moved
 
     def first_query(self, num_queries: int) -> int:
@@ -324,11 +324,11 @@ class ShotLayout:
                 start += length
 
         for sample, (global_text_tokens, shots) in enumerate(self.samples):
-            parts = [
+            members = [
                 (-1, global_text_tokens, None),
                 *((i, s.text_tokens, s.grid) for i, s in enumerate(shots)),
             ]
-            for shot, text_tokens, grid in parts:
+            for shot, text_tokens, grid in members:
                 first_start, first_chunk = start, len(chunks)
                 if text_tokens:
                     add_segment("text", sample, shot, [text_tokens], None)

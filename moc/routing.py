@@ -43,7 +43,7 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
         return _route_to_first(q, means, layout, config, first_query)
     chunks = torch.arange(layout.num_chunks, device=layout.device)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
-    parts = []
+    blocks = []
     for start in range(first_query, layout.num_tokens, block):
         end = min(start + block, layout.num_tokens)
         queries = q[start - first_query : end - first_query].to(means.dtype)
@@ -53,15 +53,15 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:
             routes = apply_drops(routes, allowed, layout, config, drops, start)
-        parts.append(routes)
-    return torch.cat(parts, dim=1)
+        blocks.append(routes)
+    return torch.cat(blocks, dim=1)
 
 
 def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int) -> Tensor:
     """The same for `candidates: first`: a query is scored against the first chunks of its sample's shots alone."""
     table = layout.memo("first chunks", lambda: _first_chunks(layout))
     block = max(1, SCORES_PER_BLOCK // (table.shape[1] * means[0].numel()))
-    parts = []
+    blocks = []
     for start in range(first_query, layout.num_tokens, block):
         end = min(start + block, layout.num_tokens)
         queries = q[start - first_query : end - first_query].to(means.dtype)
@@ -72,8 +72,8 @@ def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCCon
         allowed = (chunks >= 0) & is_candidate(layout, config, query_chunk, chunks.clamp(min=0))
         best = best_chunks(scores, allowed, config.top_k)
         named = chunks.expand(len(best), -1, -1).gather(2, best.clamp(min=0).long())
-        parts.append(named.masked_fill(best < 0, -1).int())
-    return torch.cat(parts, dim=1)
+        blocks.append(named.masked_fill(best < 0, -1).int())
+    return torch.cat(blocks, dim=1)
 
 
 def _first_chunks(layout: ShotLayout) -> Tensor:
@@ -114,8 +114,8 @@ def hash32(x):
 def drop_base(drops: DropKey) -> int | Tensor:
     """The word that (seed, step, layer) contribute to every draw; a tensor where the step is one."""
     word: int | Tensor = 0
-    for part in (drops.seed, drops.step, drops.layer):
-        word = hash32(word ^ hash32(part + _GOLDEN))
+    for number in (drops.seed, drops.step, drops.layer):
+        word = hash32(word ^ hash32(number + _GOLDEN))
     return word
 
 

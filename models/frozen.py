@@ -113,5 +113,5 @@ def packed_tensors(name: str, value: Tensor, frozen: Collection[str], base: Base
     if layer not in frozen or kind != "weight":
         yield name, value
         return
-    for part, tensor in packed(value, base).items():
-        yield f"{layer}.{part}", tensor
+    for kind, tensor in packed(value, base).items():
+        yield f"{layer}.{kind}", tensor

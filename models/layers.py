@@ -86,19 +86,19 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Modulation(nn.Module):
-    """`parts` vectors for each group from its condition [G, dim], in fp32; zero at the start (AdaLN-zero)."""
+    """`count` vectors for each group from its condition [G, dim], in fp32; zero at the start (AdaLN-zero)."""
 
-    def __init__(self, dim: int, parts: int) -> None:
+    def __init__(self, dim: int, count: int) -> None:
         super().__init__()
-        self.parts = parts
-        self.linear = nn.Linear(dim, parts * dim)
+        self.count = count
+        self.linear = nn.Linear(dim, count * dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(condition.device.type, enabled=False):
             out = self.linear(F.silu(condition).to(self.linear.weight.dtype))
-        return out.float().chunk(self.parts, dim=-1)
+        return out.float().chunk(self.count, dim=-1)
 
 
 class TokenStream(RecomputedParts):

@@ -87,6 +87,6 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tu
 @fused
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates neighbouring channel pairs of x [L, N, D] in fp32; returns x's dtype."""
-    cos, sin = (part[:, None] for part in table)
+    cos, sin = (values[:, None] for values in table)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -120,9 +120,9 @@ class TextTimeEmbedding(nn.Module):
         with torch.autocast(sigma.device.type, enabled=False):
             frequencies = self.frequencies(1000 * sigma.float())
             time = self.time_embedder(frequencies.to(self.time_embedder.linear_1.weight.dtype))
-            parts = self.time_proj(F.silu(time).to(self.time_proj.weight.dtype))
+            vectors = self.time_proj(F.silu(time).to(self.time_proj.weight.dtype))
         rows = self.text_embedder(text.to(self.text_embedder.linear_1.weight.dtype))
-        return time.float(), parts.float().unflatten(1, (6, -1)), rows
+        return time.float(), vectors.float().unflatten(1, (6, -1)), rows
 
 
 class WanTransformer3DModel(StreamModel):

@@ -232,7 +232,7 @@ KERNEL_STAGES = {
 
 
 def stages(case: Case) -> dict[str, float]:
-    """Milliseconds of each stage of one MoC case: own kernels by profiler, index and anchored part by events."""
+    """Milliseconds of each stage of one MoC case: own kernels by profiler, index and anchored attention by events."""
     layout, config = case.layout(), case.config()
     qkv = make_inputs(case, layout)
     direction = torch.randn_like(qkv[0])

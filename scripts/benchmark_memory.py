@@ -137,8 +137,8 @@ def draw_model(config: MemoryConfig, device: torch.device) -> StreamModel:
             drawn = {name: draw(name, weight, device)}
             if name == "weight" and isinstance(module, FrozenLinear):
                 drawn = packed(drawn[name], config.model.lora_base)
-            for part, tensor in drawn.items():
-                module.register_parameter(part, nn.Parameter(tensor.cpu(), weight.requires_grad))
+            for key, tensor in drawn.items():
+                module.register_parameter(key, nn.Parameter(tensor.cpu(), weight.requires_grad))
     model.add_lora(Lora(config.model.lora_rank, config.model.lora_targets, "", ""))
     return model
 

@@ -188,7 +188,7 @@ def block_row(model: Any, num_shots: int) -> dict:
 
     linears = {module: 512 if "to_k" in name or "to_v" in name else length
                for name, module in block.attn2.named_modules() if isinstance(module, nn.Linear)}  # fmt: skip
-    linears |= {m: length for part in (block.attn1, block.ffn) for m in part.modules() if isinstance(m, nn.Linear)}
+    linears |= {m: length for layer in (block.attn1, block.ffn) for m in layer.modules() if isinstance(m, nn.Linear)}
     matmuls = [_matmul_ms(linear, rows) for linear, rows in linears.items()]
     copy_speed = copy_bytes_per_ms()
     forward_units = sum(FORWARD_UNITS.values()) + FORWARD_FFN_UNITS * CONFIG.ffn_dim / dim

@@ -164,7 +164,7 @@ class Tester:
         self.parallel = Parallel(ParallelConfig(config.device))
         start = time.monotonic()
         world = recall_world(shared, self.parallel.device)
-        print(f"the world's parts are painted, {time.monotonic() - start:.0f} s", flush=True)
+        print(f"the world is painted, {time.monotonic() - start:.0f} s", flush=True)
         self.reader = self._reader(world)
         self.accuracy = accuracy(self.reader, world, min(config.scenes, 512))
         self.speed = composing_speed(world, config.batch)

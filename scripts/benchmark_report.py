@@ -64,13 +64,13 @@ def write_tables(rows: list[dict], path: Path) -> str:
         "impl", "shots", "tokens", "heads", "chunk, k", "inputs", "forward ms", "backward ms", "sum ms", "peak GiB",
         "density", "ideal x", "x over own kernel dense", "of ideal", "x over FA2", "us a token",
     ]  # fmt: skip
-    parts = [
+    sections = [
         "# Attention benchmark",
         f"{measured_on(rows)} bf16; a row has times and peak memory of one case. Forward times of MoC include routing "
         f"and index; ideal = 1 / density.{''.join(dict.fromkeys(row.get('note', '') for row in rows))}",
     ]
     if long:
-        parts += [
+        sections += [
             f"## Shots of {long[0]['grid']} tokens with {long[0]['text_tokens']} text tokens, global text of "
             f"{long[0]['global_text_tokens']}, head dim 128",
             markdown_table(head, [_case_line(case, cases) for case in long]),
@@ -86,7 +86,7 @@ def write_tables(rows: list[dict], path: Path) -> str:
             ]
             for c in single
         ]
-        parts += [
+        sections += [
             "## The paper's single-shot case: 6.3k tokens, chunk 256, k 3, not causal, own chunk as anchor",
             markdown_table(
                 ["impl", "tokens", "forward ms", "backward ms", "both from a graph ms", "both compiled ms", "density"],
@@ -95,7 +95,7 @@ def write_tables(rows: list[dict], path: Path) -> str:
         ]
     short = [c for c in cases if _is_pack(c)]
     if short:
-        parts += [
+        sections += [
             "## Packs of short shots, 12 heads of 64, k 3: against dense attention within each scene",
             markdown_table(
                 ["impl", "scenes", "shots", "grid", "tokens", "chunk", "forward ms", "backward ms", "sum ms", "density",
@@ -105,8 +105,8 @@ def write_tables(rows: list[dict], path: Path) -> str:
         ]  # fmt: skip
     staged = [row for row in rows if "stages" in row]
     if staged:
-        parts += ["## Stages of MoC, 8 shots, ms", _stage_table(staged)]
-    text = "\n\n".join(parts) + "\n"
+        sections += ["## Stages of MoC, 8 shots, ms", _stage_table(staged)]
+    text = "\n\n".join(sections) + "\n"
     write_whole(path, text.encode())
     return text
 

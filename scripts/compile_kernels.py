@@ -77,7 +77,7 @@ def pointwise_work(setting: Setting) -> None:
     rows, weight, table = torch.zeros(1, dim), torch.zeros(dim), torch.zeros(num_tokens, setting.head_dim // 2)
     x = torch.zeros(num_tokens, dim, dtype=setting.dtype).requires_grad_()
     heads = x.unflatten(1, (NUM_HEADS, setting.head_dim))
-    parts = (
+    outputs = (
         pointwise.modulate(x, rows, rows, members),
         pointwise.add_gated(x, x, rows, members),
         pointwise.layer_norm(x, weight, weight, 1e-6),
@@ -85,8 +85,8 @@ def pointwise_work(setting: Setting) -> None:
         pointwise.rms_norm(heads, weight[: setting.head_dim], 1e-6),
         pointwise.rotate(heads, (table, table)),
     )
-    for part in parts:
-        part.sum().backward(retain_graph=True)
+    for output in outputs:
+        output.sum().backward(retain_graph=True)
 
 
 def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, ahead.Launch]]:

@@ -190,7 +190,7 @@ def line(config: PlanConfig, mesh: list[int], values: dict[str, float]) -> list[
     steps = MONTH / values["step"]
     return [
         f"{mesh[0]} x {mesh[1]} x {config.gpus // (mesh[0] * mesh[1])}", values["films"],
-        *(f"{part:.1f}" for part in [*memory, sum(memory)]), "yes" if sum(memory) < 0.9 * config.gpu_gib else "no",
+        *(f"{gib:.1f}" for gib in [*memory, sum(memory)]), "yes" if sum(memory) < 0.9 * config.gpu_gib else "no",
         f"{values['step']:.1f}", f"{values['weights']:.1f}", f"{steps:,.0f}", f"{steps * values['tokens'] / 1e9:.0f}",
         f"{config.num_steps * values['step'] / 86400:.1f}",
     ]  # fmt: skip

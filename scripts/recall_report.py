@@ -38,7 +38,7 @@ def write_report(rows: list[dict], output: Path) -> None:
 
 def tables(rows: list[dict]) -> str:
     reader = rows[0]["reader"]
-    parts = [
+    sections = [
         "# Recall, row beside row\n\n"
         f"{measured_on(row['machine'] for row in rows)} Made by scripts/benchmark_recall.py. "
         "Recall is the share of looks (fur and outfit, six colours each: chance 0.167) "
@@ -52,7 +52,7 @@ def tables(rows: list[dict]) -> str:
           for row in rows if "swapped" in row),
         "## Commands\n\n" + "\n".join(f"- {_title(row)}: `{row['command']}`" for row in rows),
     ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _title(row: dict) -> str:

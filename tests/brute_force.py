@@ -21,11 +21,11 @@ class Token:
 
 
 def split(total: int, most: int) -> list[int]:
-    """As few parts of at most `most` as possible, each the rounded-up mean of what is left: even, longer first."""
-    parts, left = -(-total // most), total
+    """As few numbers of at most `most` as possible, each the rounded-up mean of what is left: even, longer first."""
+    count, left = -(-total // most), total
     sizes = []
-    for remaining_parts in range(parts, 0, -1):
-        sizes.append(-(-left // remaining_parts))
+    for remaining in range(count, 0, -1):
+        sizes.append(-(-left // remaining))
         left -= sizes[-1]
     return sizes
 

@@ -32,12 +32,12 @@ def refusal(capsys: pytest.CaptureFixture, script: str, *arguments: str) -> str:
     return code if isinstance(code, str) else said
 
 
-def assert_one_message(said: str, *parts: str) -> None:
-    """What a command said is an error of one line, and holds all `parts`."""
+def assert_one_message(said: str, *words: str) -> None:
+    """What a command said is an error of one line, and holds all `words`."""
     assert said.startswith("error: "), said
     assert "\n" not in said.strip(), said
-    for part in parts:
-        assert part in said, said
+    for word in words:
+        assert word in said, said
 
 
 def make_world(output: Path, *arguments: str) -> Path:

@@ -65,20 +65,20 @@ def velocity(model: MMDiT, latents: list[Tensor], sigma: list[float], text: list
         queries, keys, values, modulations = [], [], [], []
         for kind, shot, x, position in segments:
             name = f"blocks.{layer}.{kind}"
-            parts = linear(F.silu(conditions[shot + 1]), f"{name}.modulation.linear").split(config.dim)
-            q, k, v = linear(modulated(x, *parts[:2]), f"{name}.to_qkv").split(config.dim, dim=-1)
+            vectors = linear(F.silu(conditions[shot + 1]), f"{name}.modulation.linear").split(config.dim)
+            q, k, v = linear(modulated(x, *vectors[:2]), f"{name}.to_qkv").split(config.dim, dim=-1)
             queries.append(rotate(norm(q, f"{name}.norm_q"), position))
             keys.append(rotate(norm(k, f"{name}.norm_k"), position))
             values.append(v.unflatten(-1, (heads, -1)))
-            modulations.append(parts)
+            modulations.append(vectors)
         scores = torch.einsum("qnd,knd->nqk", torch.cat(queries), torch.cat(keys)) / (config.dim // heads) ** 0.5
         attended = torch.einsum("nqk,knd->qnd", scores.softmax(-1), torch.cat(values)).flatten(1)
-        for segment, own, parts in zip(
+        for segment, own, vectors in zip(
             segments, attended.split([len(x) for _, _, x, _ in segments]), modulations, strict=True
         ):
             name = f"blocks.{layer}.{segment[0]}"
-            if len(parts) == 6:  # the last layer's text ends here
-                _, _, gate, shift, scale, ffn_gate = parts
+            if len(vectors) == 6:  # the last layer's text ends here
+                _, _, gate, shift, scale, ffn_gate = vectors
                 x = segment[2] + gate * linear(own, f"{name}.to_out")
                 hidden = F.gelu(linear(modulated(x, shift, scale), f"{name}.ffn.0"), approximate="tanh")
                 segment[2] = x + ffn_gate * linear(hidden, f"{name}.ffn.2")

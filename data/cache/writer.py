@@ -54,7 +54,7 @@ class EncodedScene:
 
 
 @dataclass
-class _Part:
+class _Content:
     """What is to be one file."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class _Part:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def take(self, other: "_Part") -> None:
+    def take(self, other: "_Content") -> None:
         self.tensors |= other.tensors
         self.text |= other.text
         self.scenes += other.scenes
@@ -89,26 +89,26 @@ class CacheWriter:
         self.folder, self.recipe, self.writer, self.writers = Path(folder), recipe, writer, writers
         self.dtype, self.shard_bytes = dtype, shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._parts = {part["file"]: part for part in read_parts(self.folder)}
-        self._text_keys = {key for part in self._parts.values() for key in part["text"]}
-        self._fresh, self._shard = _Part(), _Part()  # not on disk yet; all that the next shard takes
+        self._stored = {stored["file"]: stored for stored in read_stored(self.folder)}
+        self._text_keys = {key for stored in self._stored.values() for key in stored["text"]}
+        self._fresh, self._shard = _Content(), _Content()  # not on disk yet; all that the next shard takes
         self._alone: list[str] = []  # files of the shard's scenes until it is written
 
     @property
     def done(self) -> set[str]:
         """Keys of the scenes that are stored."""
-        return whole_scenes(list(self._parts.values()))
+        return whole_scenes(list(self._stored.values()))
 
     def adopt(self) -> None:
         """Take over this writer's share of the one-scene files that killed writers left, of whatever number, so that
         its shards take them. To be called when all writers are there, since each must know what is stored first."""
-        shards = [part for part in self._parts.values() if part["file"].startswith("shard-")]
-        gathered = {key for part in shards for key in _keys(part)}
-        for part in [part for part in self._parts.values() if self._falls_here(part["file"])]:
-            self._alone.append(part["file"])
-            if not _keys(part) <= gathered:  # else its writer was killed as it removed what its shard holds
-                tensors = load_file(self.folder / part["file"])
-                self._shard.take(_Part(tensors, part["text"], part["scenes"]))
+        shards = [stored for stored in self._stored.values() if stored["file"].startswith("shard-")]
+        gathered = {key for stored in shards for key in _keys(stored)}
+        for stored in [stored for stored in self._stored.values() if self._falls_here(stored["file"])]:
+            self._alone.append(stored["file"])
+            if not _keys(stored) <= gathered:  # else its writer was killed as it removed what its shard holds
+                tensors = load_file(self.folder / stored["file"])
+                self._shard.take(_Content(tensors, stored["text"], stored["scenes"]))
             if self._shard.nbytes >= self.shard_bytes:
                 self.flush()
 
@@ -127,7 +127,7 @@ class CacheWriter:
         else:
             self._alone.append(self._write("scene", self._fresh))
             self._shard.take(self._fresh)
-            self._fresh = _Part()
+            self._fresh = _Content()
 
     def add_text(self, tensor: Tensor, where: str, name: str | None = None) -> str:
         """Queue text features unless equal ones are stored; returns their key. name: a fixed key."""
@@ -146,63 +146,63 @@ class CacheWriter:
         if self._shard.tensors:
             self._write("shard", self._shard)
         for file in self._alone:
-            remove_part(self.folder / file)
-            del self._parts[file]
-        self._fresh, self._shard, self._alone = _Part(), _Part(), []
+            remove_stored(self.folder / file)
+            del self._stored[file]
+        self._fresh, self._shard, self._alone = _Content(), _Content(), []
 
     def _falls_here(self, file: str) -> bool:
         kind, writer, _ = file.split("-")
         return kind == "scene" and int(writer) % self.writers == self.writer
 
-    def _write(self, kind: str, content: _Part) -> str:
+    def _write(self, kind: str, content: _Content) -> str:
         """Its record comes last; one whose record was never written is overwritten."""
         names = (f"{kind}-{self.writer}-{number:05d}.safetensors" for number in count())
-        file = next(name for name in names if name not in self._parts)
+        file = next(name for name in names if name not in self._stored)
         payload = save(content.tensors)
         record = {"bytes": len(payload), "scenes": content.scenes, "text": content.text}
         write_whole(self.folder / file, payload)
         write_record((self.folder / file).with_suffix(".json"), record)
-        self._parts[file] = record | {"file": file}
+        self._stored[file] = record | {"file": file}
         return file
 
     def _finite(self, tensor: Tensor, where: str) -> Tensor:
-        stored = tensor.detach().to("cpu", self.dtype).contiguous()
-        if not torch.isfinite(stored).all():
+        in_half = tensor.detach().to("cpu", self.dtype).contiguous()
+        if not torch.isfinite(in_half).all():
             raise DataError("nan-latents", where, f"values are not finite in {self.dtype}; the encoder failed")
-        return stored
+        return in_half
 
 
-def read_parts(folder: Path) -> list[dict]:
+def read_stored(folder: Path) -> list[dict]:
     """What each whole shard of the folder holds, in the order of their names; one deleted or cut short, or whose record
     is, is passed over, so that its scenes are made again."""
-    parts = []
+    all_stored = []
     for path in _records(folder):
         record, file = read_record(path), path.with_suffix(".safetensors")
         if record is not None and _size(file) == record["bytes"]:
-            parts.append(record | {"file": file.name})
-    return parts
+            all_stored.append(record | {"file": file.name})
+    return all_stored
 
 
 def _records(folder: Path) -> list[Path]:
     return sorted([*folder.glob("scene-*.json"), *folder.glob("shard-*.json")])
 
 
-def _keys(part: dict) -> set[str]:
-    return {scene["key"] for scene in part["scenes"]} | part["text"].keys()
+def _keys(stored: dict) -> set[str]:
+    return {scene["key"] for scene in stored["scenes"]} | stored["text"].keys()
 
 
-def whole_scenes(parts: list[dict]) -> set[str]:
+def whole_scenes(all_stored: list[dict]) -> set[str]:
     """Keys of the scenes that the shards hold with all their text, which may lie in other shards."""
-    text = {key for part in parts for key in part["text"]}
+    text = {key for stored in all_stored for key in stored["text"]}
     return {
         scene["key"]
-        for part in parts
-        for scene in part["scenes"]
+        for stored in all_stored
+        for scene in stored["scenes"]
         if all(key in text for variant in scene["text"] for key in variant)
     }
 
 
-def remove_part(path: Path) -> None:
+def remove_stored(path: Path) -> None:
     """A shard, its record first."""
     path.with_suffix(".json").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
@@ -216,25 +216,25 @@ def remove_damaged(folder: Path) -> list[DataError]:
         for path in _records(folder)
         if read_record(path) is None
     ]
-    for part in read_parts(folder):
-        path = folder / part["file"]
-        if not _intact(path, part):
-            remove_part(path)
+    for stored in read_stored(folder):
+        path = folder / stored["file"]
+        if not _intact(path, stored):
+            remove_stored(path)
             damaged.append(DataError("damaged-shard", path, "fails its checksums; deleted, its scenes are made again"))
     return damaged
 
 
-def _intact(path: Path, part: dict) -> bool:
-    wanted = {f"text/{key}": entry["crc32"] for key, entry in part["text"].items()}
-    for scene in part["scenes"]:
+def _intact(path: Path, stored: dict) -> bool:
+    wanted = {f"text/{key}": entry["crc32"] for key, entry in stored["text"].items()}
+    for scene in stored["scenes"]:
         wanted |= {f"{scene['key']}/{i}": shot["crc32"] for i, shot in enumerate(scene["shots"]) if "crc32" in shot}
     try:
         with safe_open(path, framework="pt") as file:
-            stored = all(checksum(file.get_tensor(name)) == crc32 for name, crc32 in wanted.items())
+            is_whole = all(checksum(file.get_tensor(name)) == crc32 for name, crc32 in wanted.items())
     except (SafetensorError, OSError):
         return False
-    videos = {scene["frames"].get("video_index") for scene in part["scenes"] if "frames" in scene} - {None}
-    return stored and all(read_record(path.parent / name) is not None for name in videos)
+    videos = {scene["frames"].get("video_index") for scene in stored["scenes"] if "frames" in scene} - {None}
+    return is_whole and all(read_record(path.parent / name) is not None for name in videos)
 
 
 def _size(path: Path) -> int:
@@ -248,14 +248,14 @@ def finish(folder: Path, recipe: dict, keys: list[str], films: dict[str, str] | 
 
     Scenes of the shards that are not asked for stay out of the index. Raises DataError (no-usable-samples).
     """
-    parts = read_parts(folder)
-    whole = whole_scenes(parts)
+    all_stored = read_stored(folder)
+    whole = whole_scenes(all_stored)
     scenes: dict[str, dict] = {}
     text: dict[str, dict] = {}
-    for number, part in enumerate(parts):
-        for scene in part["scenes"]:
+    for number, stored in enumerate(all_stored):
+        for scene in stored["scenes"]:
             scenes.setdefault(scene["key"], scene | {"shard": number})
-        for key, entry in part["text"].items():
+        for key, entry in stored["text"].items():
             text.setdefault(key, entry | {"shard": number})
     chosen = [scenes[key] for key in keys if key in whole]
     if not chosen:
@@ -263,7 +263,7 @@ def finish(folder: Path, recipe: dict, keys: list[str], films: dict[str, str] | 
     index = {
         "format": CACHE_FORMAT,
         "recipe": recipe,
-        "shards": [{"file": part["file"], "bytes": part["bytes"]} for part in parts],
+        "shards": [{"file": stored["file"], "bytes": stored["bytes"]} for stored in all_stored],
         "text": text,
         "scenes": chosen,
     } | ({"films": films} if films else {})

@@ -30,10 +30,10 @@ class Kind(StrEnum):
 
 @dataclass
 class SourceConfig:
-    """One part of a mix.
+    """One source of a mix.
 
     path: a folder made by scripts/prepare_data.py.
-    weight: its share of the samples, relative to the other parts'.
+    weight: its share of the samples, relative to the other sources'.
     kind: the kind of scenes taken from it.
     """
 

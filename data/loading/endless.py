@@ -151,7 +151,7 @@ class EndlessLoader:
         while True:
             positions = list(range(self.position, self.position + self.scenes))
             self.position += self.scenes
-            yield [self._batch(positions[part :: self.bins]) for part in range(self.rank, self.bins, self.stride)]
+            yield [self._batch(positions[first :: self.bins]) for first in range(self.rank, self.bins, self.stride)]
 
     def held_out(self) -> Iterator[moc.Batch]:
         """This rank's share of the scenes that no training sees."""

@@ -68,20 +68,20 @@ def write_video(
     return count
 
 
-def join_videos(path: str | Path, parts: Sequence[str | Path], chapters: Sequence[str] | None = None) -> int:
+def join_videos(path: str | Path, videos: Sequence[str | Path], chapters: Sequence[str] | None = None) -> int:
     """Joins videos of one size, rate and codec, as `write_video` wrote them, without decoding them; returns how many
-    frames they are. chapters: a title of each part, which becomes a chapter. The file appears under `path` only when
+    frames they are. chapters: a title of each video, which becomes a chapter. The file appears under `path` only when
     whole."""
     path, num_frames = Path(path), 0
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         with av.open(str(partial), "w") as joined:
             stream = None
-            delay = max(_delay(part) for part in parts)
+            delay = max(_delay(video) for video in videos)
             if chapters is not None:
-                joined.set_chapters(_chapters(parts, chapters))
-            for part in parts:
-                with av.open(str(part)) as source:
+                joined.set_chapters(_chapters(videos, chapters))
+            for video in videos:
+                with av.open(str(video)) as source:
                     stream = stream or joined.add_stream_from_template(source.streams.video[0])
                     start = num_frames
                     for packet in source.demux(video=0):
@@ -98,12 +98,12 @@ def join_videos(path: str | Path, parts: Sequence[str | Path], chapters: Sequenc
     return num_frames
 
 
-def _chapters(parts: Sequence[str | Path], titles: Sequence[str]) -> list[Any]:
-    """Each part as a chapter of milliseconds."""
+def _chapters(videos: Sequence[str | Path], titles: Sequence[str]) -> list[Any]:
+    """Each video as a chapter of milliseconds."""
     found: list[Any] = []
     end = Fraction(0)
-    for number, (part, title) in enumerate(zip(parts, titles, strict=True), start=1):
-        with av.open(str(part)) as source:
+    for number, (video, title) in enumerate(zip(videos, titles, strict=True), start=1):
+        with av.open(str(video)) as source:
             stream = source.streams.video[0]
             start, end = end, end + stream.frames / Fraction(stream.average_rate or 1)
         times = {"start": round(1000 * start), "end": round(1000 * end), "time_base": Fraction(1, 1000)}

@@ -40,7 +40,7 @@ _SHOT_QUESTION = (
 
 
 class Captioner(Protocol):
-    """Answers a question about pictures. name: of the model, part of what the answers are kept under."""
+    """Answers a question about pictures. name: of the model, under which the answers are kept."""
 
     name: str
 
@@ -103,8 +103,8 @@ class SampleCaptioner:
         few = [picture for pictures in shots for picture in pictures[:: max(1, len(pictures) // 2)][:2]]
         question = _GLOBAL_QUESTION.format(frames=len(few) // len(shots), shots=len(shots))
         whole = self._ask(plan, few, question, tagged=True)
-        parts = [self._ask(plan, pictures, _SHOT_QUESTION.format(scene=whole)) for pictures in shots]
-        write_record(self._record(plan), {"global": whole, "shots": parts})
+        captions = [self._ask(plan, pictures, _SHOT_QUESTION.format(scene=whole)) for pictures in shots]
+        write_record(self._record(plan), {"global": whole, "shots": captions})
 
     def apply(self, plan: SamplePlan) -> SamplePlan:
         """The plan with its captions; as it is, if there are none for it."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data.cache.online import name_films
-from data.cache.writer import CacheWriter, digest, finish, read_parts, remove_damaged, whole_scenes
+from data.cache.writer import CacheWriter, digest, finish, read_stored, remove_damaged, whole_scenes
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.manifest import write_manifest
@@ -245,7 +245,7 @@ class _Run:
         for _ in range(_LATE_SECONDS + 1):
             notes = [read_record(self._failures(rank)) for rank in range(self.process.world_size)]
             failures = [failure for note in notes if note is not None for failure in note]
-            done = whole_scenes(read_parts(self.cache))
+            done = whole_scenes(read_stored(self.cache))
             settled = done | {key for *_, key in failures}
             lost = [plan.scene.id for plan in plans if plan.key not in settled]
             if not lost and None not in notes:

@@ -82,8 +82,8 @@ def plan_scene(
     for number, window in enumerate(windows):
         name = scene.id if len(windows) == 1 else f"{scene.id}#{number:04d}"
         shots = tuple(shot for shot, _ in window)
-        part = replace(scene, id=name, fps=index.fps, shots=shots, shot_captions=())
-        plans.append(_plan(root, part, tuple(indices for _, indices in window), size, index))
+        own = replace(scene, id=name, fps=index.fps, shots=shots, shot_captions=())
+        plans.append(_plan(root, own, tuple(indices for _, indices in window), size, index))
     return plans, skipped
 
 
@@ -134,9 +134,9 @@ def _cut_shot(
     while at < len(frames):
         shot_index = (number + len(pieces)) % rule.shots_per_sample
         left = min(len(frames) - at, rule.max_frames)
-        part = tuple(frames[at : at + rule.codec.whole_frames(left, shot_index)])
-        if part and left >= rule.min_frames:
-            pieces.append((ShotRecord(part[0], part[-1] + 1, shot.caption, shot.cut and at == 0), part))
+        taken = tuple(frames[at : at + rule.codec.whole_frames(left, shot_index)])
+        if taken and left >= rule.min_frames:
+            pieces.append((ShotRecord(taken[0], taken[-1] + 1, shot.caption, shot.cut and at == 0), taken))
         at += rule.codec.whole_frames(rule.max_frames, shot_index)
     return pieces
 

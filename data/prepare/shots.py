@@ -75,7 +75,7 @@ class TransNetDetector:
 
 class TransNetFinder:
     """Runs the network on a window as soon as its frames are there. Its two responses for a frame: the middle of a
-    transition, and any part of one."""
+    transition, and any frame of one."""
 
     def __init__(self, model: nn.Module, threshold: float, device: str) -> None:
         self.model, self.threshold, self.device = model, threshold, device

@@ -13,7 +13,7 @@ render       frames, boxes, visible shares
 readers      names a place or a character's colours from pixels alone
 dataset      videos, manifest.jsonl, truth.jsonl
 recall       recall scenes by the thousand, as numbers
-stock        their parts, painted once, and their shots composed on any device
+stock        their things, painted once, and their shots composed on any device
 """
 
 from data.storyworld.config import Mode, StoryworldConfig

@@ -112,10 +112,10 @@ def weed(canvas: Canvas, rng: np.random.Generator, leaf: Colour, tip: Colour) ->
 def crystal(canvas: Canvas, rng: np.random.Generator, body: Colour, glow: Colour) -> None:
     canvas.fill(ellipse(0, -0.4, 0.5, 0.45), glow, opacity=0.4, blur=0.16)
     for angle, tall, width in [(-0.5, 0.62, 0.1), (0.45, 0.7, 0.11), (0.0, 1.0, 0.15)]:
-        part = canvas.at(0, 0.02, tall, tall, angle + rng.uniform(-0.1, 0.1))
+        prism = canvas.at(0, 0.02, tall, tall, angle + rng.uniform(-0.1, 0.1))
         width /= tall
-        part.fill(np.array([(-width, 0), (-width, -0.72), (0, -1), (0, 0)]), Gradient(lighter(glow, 0.3), body, -1, 0))
-        part.fill(
+        prism.fill(np.array([(-width, 0), (-width, -0.72), (0, -1), (0, 0)]), Gradient(lighter(glow, 0.3), body, -1, 0))
+        prism.fill(
             np.array([(width, 0), (width, -0.72), (0, -1), (0, 0)]),
             Gradient(mix(body, glow, 0.4), darker(body, 0.3), -1, 0),
         )

@@ -17,7 +17,7 @@ FUR_REGION, OUTFIT_REGION = (0.3, 0.25, 0.7, 0.45), (0.35, 0.77, 0.65, 0.87)
 def name_place(frames: np.ndarray) -> str:
     """The place that frames [F, H, W, 3], uint8, show; robust to blur, noise and faded colours.
 
-    The colours of its upper and lower part (medians of rows, averaged) are taken relative to the mean of all places,
+    The colours of its upper and lower half (medians of rows, averaged) are taken relative to the mean of all places,
     and the place whose palette deviates from that mean in the most similar direction is named: fading towards the
     mean, as an unsure model does, changes the length of the deviation, not its direction.
     """
@@ -45,10 +45,10 @@ def name_looks(frames: np.ndarray, boxes: list) -> dict[str, str]:
 
 
 def _bands(frames: np.ndarray) -> np.ndarray:
-    """Lab colour [2, 3] of the upper and the lower part of the picture."""
+    """Lab colour [2, 3] of the upper and the lower half of the picture."""
     height = frames.shape[1]
     upper, lower = frames[:, : int(0.4 * height)], frames[:, int(0.7 * height) :]
-    return np.stack([_lab(np.median(part, axis=2).mean(axis=(0, 1)) / 255) for part in (upper, lower)])
+    return np.stack([_lab(np.median(half, axis=2).mean(axis=(0, 1)) / 255) for half in (upper, lower)])
 
 
 def _palette(name: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Recall scenes by the thousand: each is a few numbers, drawn from its seed and its index alone.
 
 In a recall scene the last shot returns to a name that exactly one earlier shot showed, and no caption tells its looks.
-These scenes are of storyworld's parts as `stock` paints them: the camera stands still, one character is in a shot, it
+These scenes are of storyworld's things as `stock` paints them: the camera stands still, one character is in a shot, it
 stands on a whole pixel, and its action begins at one moment. `make_scene` gives a scene as the CPU renderer takes it.
 """
 
@@ -93,7 +93,7 @@ class RecallScenes:
         """What [B, C] says of each shot's character: [B, S]."""
         return np.take_along_axis(characters, self.cast, axis=1)
 
-    def part(self, start: int, end: int) -> "RecallScenes":
+    def some(self, start: int, end: int) -> "RecallScenes":
         return RecallScenes(*(getattr(self, f.name)[start:end] for f in fields(self)))
 
 
@@ -106,8 +106,8 @@ def draw_scenes(config: RecallConfig, indices: Sequence[int]) -> RecallScenes:
     """The scenes of these indices, each the same whatever others are drawn with it."""
     shots, names, places = config.shots, config.characters, config.places
     widths = [len(NAMES), names, names, shots, shots, shots, shots, shots, shots, len(PLACES), 1, 1]
-    parts = np.split(_uniforms(config.seed, indices, sum(widths)), np.cumsum(widths)[:-1], axis=1)
-    u_name, u_fur, u_outfit, u_cast, u_place, u_action, u_facing, u_column, u_row, u_stock, u_painting, u_shown = parts
+    draws = np.split(_uniforms(config.seed, indices, sum(widths)), np.cumsum(widths)[:-1], axis=1)
+    u_name, u_fur, u_outfit, u_cast, u_place, u_action, u_facing, u_column, u_row, u_stock, u_painting, u_shown = draws
 
     fur, outfit = _choices(u_fur, len(COLOURS)), _choices(u_outfit, len(COLOURS))
     if config.look_alikes:

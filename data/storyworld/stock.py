@@ -1,4 +1,4 @@
-"""Storyworld's parts, painted once, and shots composed of them on any torch device by the thousand.
+"""Storyworld's things, painted once, and shots composed of them on any torch device by the thousand.
 
 A pixel of a shot is affine in the colours of fur, outfit and light, so that a clip of a character is a few masks:
 
@@ -54,7 +54,7 @@ class Composed:
 
 
 class Stock:
-    """The parts of a world of recall scenes, on a device.
+    """The things of a world of recall scenes, on a device.
 
     clips: fp16 [names x actions x facings, F x 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
     pixels with a margin for where a character may stand. under, over: fp16 [places x paintings, 3, H, W] and
@@ -68,7 +68,7 @@ class Stock:
         renderers = [_place_renderer(config, painting) for painting in range(config.paintings)]
         self.vignette = self._put(renderers[0].vignette[..., 0], torch.float32)
         places = [_paint_place(config, renderer, place) for place in PLACE_NAMES for renderer in renderers]
-        self.under, self.over = (self._put(np.stack(parts)) for parts in zip(*places, strict=True))
+        self.under, self.over = (self._put(np.stack(layers)) for layers in zip(*places, strict=True))
         clips = [
             _paint_clip(renderers[0], actor_of(config, Look(name, "red", "red"), action, facing), self.margin)
             for name in NAMES
@@ -94,10 +94,10 @@ class Stock:
         numbers = [place, painted, scenes.of_shots(scenes.fur).ravel(), scenes.of_shots(scenes.outfit).ravel()]
         shots = move(torch.from_numpy(np.stack(numbers)), self.device).split(SHOTS_AT_ONCE, dim=1)
         where = np.stack([clip, scenes.row.ravel(), scenes.column.ravel()], axis=1).tolist()
-        parts = [
+        composed = [
             self._compose(group, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE]) for n, group in enumerate(shots)
         ]
-        return Composed(torch.cat([part.frames for part in parts]), torch.cat([part.cover for part in parts]))
+        return Composed(torch.cat([some.frames for some in composed]), torch.cat([some.cover for some in composed]))
 
     def _compose(self, numbers: Tensor, where: list[list[int]]) -> Composed:
         """numbers: place, painted place, fur and outfit of each shot, [4, N]. where: clip, row and column of its
@@ -171,5 +171,5 @@ def _masks(renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int])
     shade, alpha = shadow.pixels[..., 3:], plain.pixels[..., 3:]
     own = plain.pixels[..., :3]
     masks = (coloured.pixels[..., :3] - own) / np.array([1, 1, CREAM[2]], np.float32)
-    parts = [(1 - shade) * (1 - alpha), shade * (1 - alpha), own, masks]
-    return np.concatenate(parts, axis=2).transpose(2, 0, 1)
+    layers = [(1 - shade) * (1 - alpha), shade * (1 - alpha), own, masks]
+    return np.concatenate(layers, axis=2).transpose(2, 0, 1)

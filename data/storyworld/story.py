@@ -59,8 +59,8 @@ def plan_scene(config: StoryworldConfig, index: int) -> Scene:
     looks = {name: _draw_look(_look_draws(rng, name, config), name, config.mode) for name in names}
     if config.look_alikes:
         # Colour alone must not say who it is: one more has the first's fur, and one its outfit.
-        for name, part in zip(names[1:], ("fur", "outfit"), strict=False):
-            looks[name] = replace(looks[name], **{part: getattr(looks[names[0]], part)})
+        for name, attribute in zip(names[1:], ("fur", "outfit"), strict=False):
+            looks[name] = replace(looks[name], **{attribute: getattr(looks[names[0]], attribute)})
     num_shots = int(rng.choice(config.shots))
     cuts, casts = _plan_casts(rng, config, names, num_shots)
     places = _plan_places(rng, config, cuts)

@@ -137,7 +137,7 @@ class Flow:
             for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True)
         ]
         # A pack may hold hundreds of samples: what follows the draws is computed for all of them at once.
-        normal, history, is_target = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        normal, history, is_target = (torch.cat(draws_of_all) for draws_of_all in zip(*draws, strict=True))
         sigma = torch.where(is_target, self._level_of(normal), history * self.history_sigma)
         return NoiseLevels(sigma, is_target)
 
@@ -172,7 +172,7 @@ class Flow:
             device, sizes = latents[0].device, [x.numel() for x in latents]
             generator = torch.Generator(device).manual_seed(draw_key(seed, 2 * position + 1))
             drawn = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)  # one launch a sample
-            noise += [part.view(x.shape) for part, x in zip(drawn, latents, strict=True)]
+            noise += [values.view(x.shape) for values, x in zip(drawn, latents, strict=True)]
         return noise
 
     def loss(
@@ -197,7 +197,7 @@ class Flow:
     def errors(
         self, model: Model, noised: Noised, moc: MoCConfig, drops: DropKey | None, on_routes: OnRoutes | None = None
     ) -> Tensor:
-        """The part of `loss` that draws nothing, so that a CUDA graph can hold it."""
+        """The `loss` of what is drawn already, so that a CUDA graph can hold it."""
         noisy, targets, sigma, text, layout = noised
         if self.dense_target and torch.is_grad_enabled():
             with torch.no_grad():

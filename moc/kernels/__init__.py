@@ -1,1 +1,1 @@
-"""Fast backends of MoC attention, each equal to `moc.reference`: `torch_parts` (stock kernels), `triton_backend`."""
+"""Fast backends of MoC attention, each equal to `moc.reference`: `torch_backend` (stock kernels), `triton_backend`."""

@@ -1,8 +1,8 @@
-"""The anchored part of MoC attention: what every query attends to whatever its routes, as a few dense calls.
+"""The anchored attention of MoC: what every query attends to whatever its routes, as a few dense calls.
 
 Anchors are contiguous runs of keys shared by contiguous runs of queries: a shot's queries see their own shot and the
 text of other groups. One dense call a shot takes both together (own rows and text rows side by side), so that there is
-one LSE and no separate text part. About 80 % of the work of the attention is in these calls. Where shots are short,
+one LSE and no separate call for text. About 80 % of the work of the attention is in these calls. Where shots are short,
 so that launches would cost more than work, all of them are one variable-length call (`packed`).
 
 The own *chunk* (`own_anchor: chunk`) is not here: backends add it to the routes, as one more chunk of each query.
@@ -62,7 +62,7 @@ class AnchorCall(NamedTuple):
 
 
 class AnchorPlan(NamedTuple):
-    """How the anchored part is computed: its calls, and the same as one variable-length call where they are short.
+    """How the anchored attention is computed: its calls, and the same as one variable-length call where they are short.
 
     text_index: the layout's; calls are empty where they are packed.
     """
@@ -91,8 +91,8 @@ def _plan(layout: ShotLayout, calls: list[AnchorCall], first_query: int) -> Anch
 
 
 def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> list[AnchorCall]:
-    """The dense calls of the anchored part of queries from `first_query` on, those with keys; together they hold each
-    query at most once."""
+    """The dense calls of the anchored attention of queries from `first_query` on, those with keys; together they hold
+    each query at most once."""
     if config.dense:
         calls = [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
     else:
@@ -178,9 +178,9 @@ def _text_rows(x: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]) -> Te
 
 def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
     """Rows of keys (or values) x [L, N, D] of one call; text: x's text rows."""
-    parts = [x[call.own_start : call.own_end]] if call.num_own else []
-    parts += [text[first:last] for first, last in call.text_spans()]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    rows = [x[call.own_start : call.own_end]] if call.num_own else []
+    rows += [text[first:last] for first, last in call.text_spans()]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, plan: AnchorPlan) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,7 @@ def backward(
     plan: AnchorPlan,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the anchored part, given the merged out and lse."""
+    """dq, dk, dv of the anchored attention, given the merged out and lse."""
     text_index, calls, packed = plan
     if packed is not None:
         return packed_calls.backward(kernel, dout, q, k, v, out, lse, packed, deterministic)
@@ -258,8 +258,8 @@ def _spread(call: AnchorCall, grad: Tensor, like: Tensor, text_index: Tensor) ->
     total = torch.zeros_like(like)
     if call.num_own:
         total[call.own_start : call.own_end] = grad[: call.num_own]
-    for first, last, part in _text_parts(call, grad):
-        total.index_copy_(0, text_index[first:last], part)
+    for first, last, of_text in _text_grads(call, grad):
+        total.index_copy_(0, text_index[first:last], of_text)
     return total
 
 
@@ -267,12 +267,12 @@ def _add(call: AnchorCall, grad: Tensor, total: Tensor, text_total: Tensor) -> N
     """Puts the gradient of a call's own rows into that of all tokens, and adds that of its text rows to all texts'."""
     if call.num_own:
         total[call.own_start : call.own_end] = grad[: call.num_own]
-    for first, last, part in _text_parts(call, grad):
-        text_total[first:last] += part
+    for first, last, of_text in _text_grads(call, grad):
+        text_total[first:last] += of_text
 
 
-def _text_parts(call: AnchorCall, grad: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Bounds of each run of a call's text rows, and its part of the gradient of the call's keys."""
+def _text_grads(call: AnchorCall, grad: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Bounds of each run of a call's text rows, and the gradient of these among the call's keys."""
     start = call.num_own
     for first, last in call.text_spans():
         yield first, last, grad[start : start + last - first]

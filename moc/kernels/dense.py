@@ -1,7 +1,7 @@
 """Dense attention kernels under one signature, the fastest one present chosen by name.
 
 Each kernel returns its output with the natural-log LSE, and has a raw backward that takes any output and LSE: given
-those of a softmax over *more* keys it returns the exact gradient of this part (FlashAttention's backward recomputes
+those of a softmax over *more* keys it returns the exact gradient of these keys (FlashAttention's backward recomputes
 P = exp(S - LSE) and D = rowsum(dO * O), both of which are then the merged ones).
 
     fa3    FlashAttention-3, Hopper        (packages flash_attn_3 or xformers)
@@ -326,7 +326,7 @@ def math_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def math_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `math_forward`, or of this part of a larger softmax whose `out` and `lse` are given."""
+    """The gradient of `math_forward`, or of these keys in a larger softmax whose `out` and `lse` are given."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
     keys, values = k.to(wide).transpose(0, 1), v.to(wide).transpose(0, 1)

@@ -18,7 +18,7 @@ from moc.execution import Execution
 from moc.kernels.anchors import refuse_second_derivative
 from moc.layout import ShotLayout
 
-MAX_TOKENS = 640  # of a sample: beyond, the keys that parts leave out are worth their calls
+MAX_TOKENS = 640  # of a sample: beyond, the keys that separate calls leave out are worth their calls
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -53,7 +53,7 @@ def fits(q: Tensor, layout: ShotLayout, execution: Execution) -> bool:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D], routes int [N, Lq, K] ->
-    [Lq, N, D], same dtype, of any floating dtype. Arguments as those of `torch_parts.attend`."""
+    [Lq, N, D], same dtype, of any floating dtype. Arguments as those of `torch_backend.attend`."""
     first_query = layout.first_query(len(q))
     key = ("masked on a CPU", config.own_anchor, config.text_anchor, first_query)
     samples = layout.memo(key, lambda: _samples(layout, config, first_query))
@@ -87,9 +87,9 @@ class _Attend(torch.autograd.Function):
         out, lse = torch.empty_like(q), []
         for s in samples:
             mask = s.mask(routes[:, s.queries], q.dtype)
-            part, part_lse = _forward(*_heads_first(q[s.queries], k[s.keys], v[s.keys]), attn_mask=mask)
-            out[s.queries] = part[0].transpose(0, 1)
-            lse.append(part_lse)
+            result, own_lse = _forward(*_heads_first(q[s.queries], k[s.keys], v[s.keys]), attn_mask=mask)
+            out[s.queries] = result[0].transpose(0, 1)
+            lse.append(own_lse)
         ctx.save_for_backward(q, k, v, routes, out, *lse)
         ctx.samples = samples
         return out
@@ -99,10 +99,10 @@ class _Attend(torch.autograd.Function):
         refuse_second_derivative("torch")
         q, k, v, routes, out, *lse = ctx.saved_tensors
         grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for s, part_lse in zip(ctx.samples, lse, strict=True):
+        for s, own_lse in zip(ctx.samples, lse, strict=True):
             mask = s.mask(routes[:, s.queries], q.dtype)
             tensors = _heads_first(dout[s.queries], q[s.queries], k[s.keys], v[s.keys], out[s.queries])
-            parts = _backward(*tensors, part_lse, 0.0, False, attn_mask=mask)
-            for grad, rows, part in zip(grads, (s.queries, s.keys, s.keys), parts, strict=True):
-                grad[rows] = part[0].transpose(0, 1)
+            results = _backward(*tensors, own_lse, 0.0, False, attn_mask=mask)
+            for grad, rows, result in zip(grads, (s.queries, s.keys, s.keys), results, strict=True):
+                grad[rows] = result[0].transpose(0, 1)
         return *grads, None, None

@@ -104,11 +104,11 @@ def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, packed: Packed
     """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq], fp32 at least."""
     keys, values = packed.gather(k), packed.gather(v)
     if dense.has_fa2(q):
-        parts = [
+        by_heads = [
             dense.fa2_varlen_forward(q[:, h], keys[:, h], values[:, h], *packed.lengths())
             for h in packed.head_blocks(k)
         ]
-        return _join([out for out, _ in parts], 1), _join([lse for _, lse in parts], 0)
+        return _join([out for out, _ in by_heads], 1), _join([lse for _, lse in by_heads], 0)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, rows in packed.runs():
@@ -123,13 +123,13 @@ def backward(
     """dq, dk, dv, given out and lse, which may be those of a softmax over more keys."""
     keys, values = packed.gather(k), packed.gather(v)
     if dense.has_fa2(q):
-        parts = [
+        by_heads = [
             dense.fa2_varlen_backward(
                 dout[:, h], q[:, h], keys[:, h], values[:, h], out[:, h], lse[h], *packed.lengths(), deterministic
             )
             for h in packed.head_blocks(k)
         ]
-        dq, dkeys, dvalues = (_join(grads, 1) for grads in zip(*parts, strict=True))
+        dq, dkeys, dvalues = (_join(grads, 1) for grads in zip(*by_heads, strict=True))
     else:
         dq, dkeys, dvalues = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(values)
         for queries, rows in packed.runs():
@@ -139,8 +139,8 @@ def backward(
     return dq, packed.sum_rows(dkeys), packed.sum_rows(dvalues)
 
 
-def _join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)
 
 
 class _Attend(torch.autograd.Function):

@@ -97,7 +97,7 @@ def has_wide_units(device: torch.device) -> bool:
 
 
 def blocks_for(q: Tensor, chunk_tokens: int) -> Blocks:
-    """The block sizes of the routed part for q's dtype and device and a layout's `chunk_tokens`.
+    """The block sizes of routed attention for q's dtype and device and a layout's `chunk_tokens`.
 
     The layout's largest chunk changes with every stream, and for other blocks the kernels would be compiled anew.
     """

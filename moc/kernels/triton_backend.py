@@ -1,4 +1,4 @@
-"""Backend `triton`: the anchored part by the fastest dense kernel, the routed part by own kernels, merged exactly.
+"""Backend `triton`: anchored attention by the fastest dense kernel, routed attention by own kernels, merged exactly.
 
 Routes become lists of queries by (head, chunk) on the device; nothing waits for the host. Compiled, the whole attention
 is one `torch.library` operator with a backward, so it goes through `torch.compile(fullgraph=True)`; eager, it is the

@@ -1,14 +1,14 @@
-"""Triton kernels of the routed part: gathered queries against whole chunks, and the sums over a query's routes.
+"""Triton kernels of routed attention: gathered queries against whole chunks, and the sums over a query's routes.
 
 A *tile* is up to BM queries that chose one chunk in one head (see `triton_index`). Every kernel owns what it writes:
 
     forward   a tile x its chunk -> partial output and LSE of each (query, slot)
-    merge     anchored part and partials of a query -> output and LSE
+    merge     anchored output and partials of a query -> output and LSE
     dq        a tile x its chunk -> partial dQ of each (query, slot); `add_dq` sums them
-    dkv       BN keys of a chunk x all queries of its list -> dK, dV, added to the anchored part's
+    dkv       BN keys of a chunk x all queries of its list -> dK, dV, added to those of the anchors
 
-so there are no atomics, and gradients repeat bit for bit. Exact math for attention in parts: FlashAttention's backward
-with the merged LSE and D = rowsum(dO * O).
+so there are no atomics, and gradients repeat bit for bit. Exact math for attention in several calls: FlashAttention's
+backward with the merged LSE and D = rowsum(dO * O).
 
 Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K slots of a query.
 q, k, v, out and their gradients are contiguous [L, N, D]; lse, delta [N, L]; partials [heads of a group, L, K, D].
@@ -140,7 +140,7 @@ def merge_kernel(
 ):  # fmt: skip
     """A program merges, for BT queries of one head, the partials of every slot that holds a route into `out`.
 
-    out: the anchored part's output, changed in place. merged_lse: the LSE of both, which is not written to `lse`:
+    out: the anchored attention's output, changed in place. merged_lse: the LSE of both, which is not written to `lse`:
     several warps load the few LSE of a program, and one may store before another has loaded.
     """
     token = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -152,11 +152,11 @@ def merge_kernel(
     inside = valid[:, None] & (slot < num_slots)
     # Neither load waits for the other: what lies in empty slots is dropped afterwards.
     routed = tl.load(routes + cell, mask=inside, other=-1) >= 0
-    parts = tl.where(routed, tl.load(partial_lse + cell, mask=inside, other=0.0), -float("inf"))
+    slot_lse = tl.where(routed, tl.load(partial_lse + cell, mask=inside, other=0.0), -float("inf"))
     own = tl.load(lse + first, mask=valid, other=-float("inf"))
-    peak = tl.maximum(own, tl.max(parts, 1))
+    peak = tl.maximum(own, tl.max(slot_lse, 1))
     peak = tl.where(peak == -float("inf"), 0.0, peak)
-    merged = peak + tl.log(tl.exp(own - peak) + tl.sum(tl.exp(parts - peak[:, None]), 1))
+    merged = peak + tl.log(tl.exp(own - peak) + tl.sum(tl.exp(slot_lse - peak[:, None]), 1))
     tl.store(merged_lse + first, merged, mask=valid)
     merged = tl.where(merged == -float("inf"), 0.0, merged)
 
@@ -165,9 +165,9 @@ def merge_kernel(
     row = tl.program_id(1).to(tl.int64) * num_tokens + token
     for k in range(num_slots):
         held = tl.load(routes + first * num_slots + k, mask=valid, other=-1) >= 0
-        part = tl.load(partial_lse + first * num_slots + k, mask=valid, other=0.0)
+        one_lse = tl.load(partial_lse + first * num_slots + k, mask=valid, other=0.0)
         value = load_rows(partial, row * num_slots + k, D, held, D, DP)
-        acc += value.to(tl.float32) * tl.where(held, tl.exp(part - merged), 0.0)[:, None]
+        acc += value.to(tl.float32) * tl.where(held, tl.exp(one_lse - merged), 0.0)[:, None]
     store_rows(out, token, stride, acc, valid, D, DP)
 
 
@@ -308,7 +308,7 @@ def dkv_kernel(
 ):  # fmt: skip
     """A program owns BN keys of one chunk and head; it adds what the queries of their list give to dK and dV.
 
-    It loads the keys once and walks over the part of the list in the gathered tiles [first_tile, first_tile +
+    It loads the keys once and walks over what the list has in the gathered tiles [first_tile, first_tile +
     num_tiles).
 
     LSE and delta come through the matrix unit, as further columns of Q and dO: loaded as vectors they would stall

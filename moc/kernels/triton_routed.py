@@ -1,4 +1,4 @@
-"""Launches of the routed part: partial results for a few heads, gathered queries for a few tiles at a time.
+"""Launches of routed attention: partial results for a few heads, gathered queries for a few tiles at a time.
 
 Shape letters: L packed tokens, N heads, D head dim, M chunks, K slots of a query, G heads of a group.
 """
@@ -64,7 +64,7 @@ def routed_forward(
     chunk_starts: Tensor,
     blocks: Blocks,
 ) -> Tensor:
-    """Adds the routed part to `out` [L, N, D], in place; returns `lse` [N, L] with it."""
+    """Adds the routed attention to `out` [L, N, D], in place; returns `lse` [N, L] with it."""
     num_tokens, _, head_dim = q.shape
     num_chunks, num_slots, stride = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0)
     shape, tma = {"D": head_dim, "DP": padded(head_dim)}, use_tma(k)
@@ -91,7 +91,7 @@ def routed_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grads: Sequence[Tensor], lists: Lists,
     routes: Tensor, chunk_starts: Tensor, blocks: Blocks, max_chunk_tokens: int,
 ) -> None:  # fmt: skip
-    """Adds the routed part's gradients to `grads` (dq, dk, dv), in place."""
+    """Adds the routed attention's gradients to `grads` (dq, dk, dv), in place."""
     num_tokens, num_heads, head_dim = q.shape
     dq, dk, dv = grads
     delta = torch.empty_like(lse)

@@ -177,7 +177,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def refuse_later(run_folder: Path, step: int) -> None:
-    """Raises UserError where a run's folder holds checkpoints past `step`: those of another run, or of a part of this
+    """Raises UserError where a run's folder holds checkpoints past `step`: those of another run, or of some of this
     one that is to be done again. They would be taken for the newest. At step 0 converted weights count as well: the run
     would remove them as its oldest checkpoint."""
     later = [folder.name for folder in _checkpoints(run_folder) if step_of(folder) > step or step == 0]
@@ -318,7 +318,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """The state of a run to resume; raises UserError for converted weights, and where part of the state is missing."""
+    """The state of a run to resume; raises UserError for converted weights, and where some of the state is missing."""
     state = read_state(checkpoint)
     if "seed" not in state:
         raise UserError(

@@ -363,4 +363,4 @@ def gather_lists(values: list) -> list:
         return values
     lists: list = [None] * dist.get_world_size()
     dist.all_gather_object(lists, values)
-    return [value for part in lists for value in part]
+    return [value for one in lists for value in one]

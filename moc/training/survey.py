@@ -15,7 +15,7 @@ from moc.cost import attention_cost
 from moc.layout import ShotLayout
 from moc.statistics import chunk_counts, routes_by_distance
 
-# Dense bf16 FLOPs a second, as the makers say, by a part of the GPU's name; the first that fits counts.
+# Dense bf16 FLOPs a second, as the makers say, by a word of the GPU's name; the first that fits counts.
 PEAK_FLOPS = {
     "B300": 2.25e15, "B200": 2.25e15, "GB200": 2.25e15, "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12,
     "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
@@ -28,7 +28,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((flops for word, flops in PEAK_FLOPS.items() if word in name), None)
 
 
 @dataclass

@@ -49,10 +49,10 @@ class Contents:
     def root(self) -> Path:
         """The checkpoint or the diffusers pipeline that this is, or whose model's folder it is; else `path` itself."""
         folders = {*MODEL_FOLDERS, *chain(*EXPERT_FOLDERS)}
-        is_part = self.path.name in folders and any(
+        is_inner = self.path.name in folders and any(
             (self.path.parent / mark).is_file() for mark in (COMPLETE, PIPELINE_FILE)
         )
-        return find_checkpoint(self.path) or (self.path.parent if is_part else self.path)
+        return find_checkpoint(self.path) or (self.path.parent if is_inner else self.path)
 
     def model_path(self, weights: str) -> Path:
         """The file or folder of the model itself: inside a run, a checkpoint or a pipeline."""
@@ -67,8 +67,8 @@ class Contents:
                 f"{self.path} holds two noise experts, {[expert.name for expert in self.experts]}: name the path "
                 "of one; they are trained one at a time"
             )
-        parts = [self.path / name for pair in EXPERT_FOLDERS for name in pair if (self.path / name).is_dir()]
-        return parts[0] if parts else self.path
+        experts = [self.path / name for pair in EXPERT_FOLDERS for name in pair if (self.path / name).is_dir()]
+        return experts[0] if experts else self.path
 
     @property
     def experts(self) -> tuple[Path, Path] | None:
@@ -82,7 +82,7 @@ class Contents:
         pairs = [(self.path / high, self.path / low) for high, low in EXPERT_FOLDERS]
         for high in self.path.glob("*high_noise*.safetensors"):
             pairs.append((high, high.with_name(high.name.replace("high_noise", "low_noise"))))
-        found = sorted(pair for pair in pairs if all(part.exists() for part in pair))
+        found = sorted(pair for pair in pairs if all(expert.exists() for expert in pair))
         if len(found) > 1:
             raise UserError(
                 f"{self.path} holds several pairs of noise experts, {[high.name for high, _ in found]} and their "

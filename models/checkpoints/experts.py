@@ -100,8 +100,8 @@ def check_order(high: Path, low: Path) -> None:
     said = [
         {
             word
-            for part in set(own.absolute().parts) - set(other.absolute().parts)
-            for word in NOISE.findall(part.lower())
+            for name in set(own.absolute().parts) - set(other.absolute().parts)
+            for word in NOISE.findall(name.lower())
         }
         for own, other in ((high, low), (low, high))
     ]

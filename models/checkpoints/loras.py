@@ -24,7 +24,7 @@ from models.checkpoints.tensors import Shapes, TensorSource, listed
 
 LOW_NOISE = "transformer_2."  # a pipeline's low-noise expert, in a file with LoRAs of both
 PREFIXES = (COMFYUI_PREFIX, "base_model.model.", "diffusion_model.", "transformer.", LOW_NOISE, "lora_unet_")
-PART = re.compile(
+TENSOR_NAME = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up))(?:\.\w+)?\.(?P<kind>weight|bias)"
     r"|(?P<other>.+)\.(?P<what>alpha|diff|diff_b)"
 )
@@ -69,24 +69,24 @@ class MergedLora:
         path = Contents(choice.path).model_path("ema")
         source = TensorSource(path)
         layers = _layer_names(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
-        parts: dict[str, dict[str, str]] = {}
+        by_layer: dict[str, dict[str, str]] = {}
         unknown = []
         for name in _of_expert(source.names(), low_noise):
-            match = PART.fullmatch(name)
+            match = TENSOR_NAME.fullmatch(name)
             layer = layers.get(_bare(match["layer"] or match["other"])) if match else None
             if match is None or layer is None:
                 unknown.append(name)
                 continue
-            part = match["what"] or f"{'down' if match['down'] else 'up'}_{match['kind']}"
-            parts.setdefault(layer, {})[part] = name
-        if unknown or not parts:
+            kind = match["what"] or f"{'down' if match['down'] else 'up'}_{match['kind']}"
+            by_layer.setdefault(layer, {})[kind] = name
+        if unknown or not by_layer:
             raise UserError(
                 f"{choice.path} is no LoRA of this model: {listed({'unknown tensors': unknown}) or 'it holds nothing'}"
             )
         scaling = _scaling(source, path)
         factors: dict[str, tuple[str, str, float]] = {}
         differences: dict[str, list[str]] = {}
-        for layer, found in parts.items():
+        for layer, found in by_layer.items():
             if ("down_weight" in found) != ("up_weight" in found):
                 raise UserError(f"{choice.path} holds one half of the LoRA of {layer}; fetch it again")
             if "down_weight" in found:

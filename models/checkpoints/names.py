@@ -35,7 +35,7 @@ BLOCK = {
 
 def _rename(name: str, top: dict[str, str], block: dict[str, str]) -> str | None:
     match = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name)
-    assert match is not None  # every part is optional
+    assert match is not None  # everything is optional
     prefix, stem, suffix = match[1] or "", match[2], match[3] or ""
     new = (block if prefix else top).get(stem)
     return None if new is None else prefix + new + suffix

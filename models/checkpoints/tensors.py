@@ -123,12 +123,12 @@ def _open(file: Path):
 
 
 def listed(problems: dict[str, list[str]], most: int = 10) -> str:
-    parts = []
+    sentences = []
     for what, names in problems.items():
         if names:
             rest = f" and {len(names) - most} more" if len(names) > most else ""
-            parts.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
-    return "; ".join(parts)
+            sentences.append(f"{len(names)} {what}: {', '.join(names[:most])}{rest}")
+    return "; ".join(sentences)
 
 
 def shapes(state: Mapping[str, Tensor]) -> Shapes:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 VALUES_PER_TENSOR = 4096
 
 
-def fingerprint(kind: str, *parts: object) -> str:
-    """`kind` and a hash of the parts, which must have a faithful repr."""
-    return f"{kind}-{hashlib.sha256(repr((kind, *parts)).encode()).hexdigest()[:16]}"
+def fingerprint(kind: str, *facts: object) -> str:
+    """`kind` and a hash of the facts, which must have a faithful repr."""
+    return f"{kind}-{hashlib.sha256(repr((kind, *facts)).encode()).hexdigest()[:16]}"
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -95,7 +95,7 @@ def find_encoders(path: str | Path | Contents) -> EncodersConfig | None:
     for folder in (root, root / "encoders"):
         if (folder / FILE).is_file():
             return _read_config(folder)
-    if not all((root / part).is_dir() for part in PIPELINE):
+    if not all((root / name).is_dir() for name in PIPELINE):
         return None
     pipeline = root.resolve()
     codec = CodecConfig(kind=CodecKind.wan, path=str(pipeline / "vae"))

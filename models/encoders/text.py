@@ -212,18 +212,18 @@ def clean(text: str) -> str:
 
 
 def join_prompt(form: PromptForm, global_caption: str, shot_captions: Sequence[str]) -> tuple[str, list[int]]:
-    """One prompt of all captions, and the character at which each part starts (global, shot 1, ...). Without any shot
+    """One prompt of all captions, and the character at which each starts (global, shot 1, ...). Without any shot
     caption it is the global one as it is."""
-    parts = [clean(caption) for caption in (global_caption, *shot_captions)]
-    if form == PromptForm.holocine and len(shot_captions) > 1 and any(parts[1:]):
+    captions = [clean(caption) for caption in (global_caption, *shot_captions)]
+    if form == PromptForm.holocine and len(shot_captions) > 1 and any(captions[1:]):
         tags = ["[per shot caption]", *["[shot cut]"] * (len(shot_captions) - 1)]
-        story = f"[global caption] {parts[0]} This scene contains {len(shot_captions)} shots."
-        parts = [story, *(f"{tag} {part}" for tag, part in zip(tags, parts[1:], strict=True))]
+        story = f"[global caption] {captions[0]} This scene contains {len(shot_captions)} shots."
+        captions = [story, *(f"{tag} {caption}" for tag, caption in zip(tags, captions[1:], strict=True))]
     starts, end = [], 0
-    for part in parts:
+    for caption in captions:
         starts.append(end)
-        end += len(part) + 1 if part else 0
-    return " ".join(part for part in parts if part), starts
+        end += len(caption) + 1 if caption else 0
+    return " ".join(caption for caption in captions if caption), starts
 
 
 class T5TextEncoder(TextEncoder):
@@ -236,8 +236,8 @@ class T5TextEncoder(TextEncoder):
         super().__init__()
         self.config = config
         folder = Path(config.path)
-        has_parts = (folder / "text_encoder").is_dir()
-        model_folder = folder / "text_encoder" if has_parts else folder
+        is_pipeline = (folder / "text_encoder").is_dir()
+        model_folder = folder / "text_encoder" if is_pipeline else folder
         if not (model_folder / "config.json").is_file():
             raise UserError(
                 f"text.path={config.path!r} is not a folder of a T5 or UMT5 encoder (no config.json)"
@@ -251,12 +251,12 @@ class T5TextEncoder(TextEncoder):
             )
         import transformers  # seconds
 
-        model, model_config = (getattr(transformers, T5_CLASSES[kind] + part) for part in ("EncoderModel", "Config"))
+        model, model_config = (getattr(transformers, T5_CLASSES[kind] + name) for name in ("EncoderModel", "Config"))
         self.model = load_folder(
             model_folder, lambda: model(model_config.from_dict(settings)), torch.bfloat16, tied=TIED, ignored=DECODER
         )
         self.model.set_input_embeddings(self.model.encoder.embed_tokens)  # once in memory, on every device
-        self.tokenizer = load_tokenizer(folder / "tokenizer" if has_parts else folder)
+        self.tokenizer = load_tokenizer(folder / "tokenizer" if is_pipeline else folder)
         self.text_dim = self.model.config.d_model
         self.eval().requires_grad_(False)
         vocabulary = sorted(self.tokenizer.get_vocab().items())  # which comes in another order each time
@@ -276,7 +276,7 @@ class T5TextEncoder(TextEncoder):
         # shot has one (a negative prompt), with the global one, which all shots see.
         owner = [bisect_right(starts, offset + 1) - 1 for offset in offsets[:-1]]
         owner.append(max(owner, default=0))
-        return list(features.split([owner.count(part) for part in range(len(starts))]))
+        return list(features.split([owner.count(index) for index in range(len(starts))]))
 
     def encode_windows(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
         """HoloCine's weights know their own form alone, which stays one prompt."""

@@ -1,4 +1,4 @@
-"""The record of a whole step: the command itself on a small model, with the GPU's part played, and kinds of kernels."""
+"""The record of a whole step: the command itself on a small model, with the GPU played, and kinds of kernels."""
 
 import sys
 from contextlib import nullcontext

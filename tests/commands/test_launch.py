@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.cache.writer import digest, read_parts
+from data.cache.writer import digest, read_stored
 from data.loading.dataset import DataConfig, open_dataset
 from moc.training import join_processes, read_metrics
 from tests import pipeline
@@ -43,7 +43,7 @@ def two_processes():
 def stored(out):
     """Number of each scene of the cache, and the times each was encoded, by the picture that encoding leaves."""
     (cache,) = (out / "cache").iterdir()
-    keys = [scene["key"] for part in read_parts(cache) for scene in part["scenes"]]
+    keys = [scene["key"] for stored in read_stored(cache) for scene in stored["scenes"]]
     pictures = {key: out / "thumbnails" / f"{digest({'key': key, 'shot': 0})}.jpg" for key in keys}
     return Counter(keys), {key: path.stat().st_mtime_ns for key, path in pictures.items()}
 
@@ -59,7 +59,7 @@ def assert_same_cache(one, two):
 def test_accelerate_launches_two_processes_that_share_the_work(folder):
     scenes(folder, *(scene(f"s{n}", (n, n + 9)) for n in range(0, 50, 5)))
     subprocess.run(command(folder, *two_processes()), check=True, env=environment(), timeout=300)
-    shares = [part["scenes"] for part in read_parts(next((folder / "out" / "cache").iterdir()))]
+    shares = [stored["scenes"] for stored in read_stored(next((folder / "out" / "cache").iterdir()))]
     assert [len(share) for share in shares] == [5, 5]
     subprocess.run(command(folder, sys.executable, output=folder / "one"), check=True, env=environment(), timeout=300)
     assert_same_cache(folder / "one", folder / "out")

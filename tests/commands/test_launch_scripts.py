@@ -59,8 +59,8 @@ def test_torchrun_is_told_of_the_hosts_and_the_signals(play, tmp_path):
     play("torchrun", 'echo "$@"')
     status, said = play.run(copied(tmp_path), "experiment=storyworld", "name=a b", NODES="2", HEAD="host0", RUN_ID="7")
     assert status == 0
-    for part in ("--nnodes 2", "--nproc-per-node gpu", "--rdzv-endpoint host0:29500", "--rdzv-id 7"):
-        assert part in said
+    for option in ("--nnodes 2", "--nproc-per-node gpu", "--rdzv-endpoint host0:29500", "--rdzv-id 7"):
+        assert option in said
     assert said.strip().endswith("--signals-to-handle SIGTERM,SIGINT,SIGUSR1 train.py experiment=storyworld name=a b")
 
 

@@ -109,10 +109,10 @@ BAD_SCRIPTS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "parts"), BAD_SCRIPTS)
-def test_scripts_that_cannot_be_filmed(capsys, tmp_path, trained, script, changes, parts):
+@pytest.mark.parametrize(("changes", "words"), BAD_SCRIPTS)
+def test_scripts_that_cannot_be_filmed(capsys, tmp_path, trained, script, changes, words):
     arguments = (f"checkpoint={trained}", f"script={script(**changes)}", f"out={tmp_path / 'film'}")
-    assert_one_message(refusal(capsys, "sample.py", *arguments), *parts)
+    assert_one_message(refusal(capsys, "sample.py", *arguments), *words)
     assert not list(tmp_path.glob("film/*"))
 
 
@@ -124,14 +124,14 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("part", ["metadata.json", "shots/02.mp4", "latents/02.safetensors"])
-def test_a_film_is_not_written_over(capsys, tmp_path, trained, script, part):
+@pytest.mark.parametrize("name", ["metadata.json", "shots/02.mp4", "latents/02.safetensors"])
+def test_a_film_is_not_written_over(capsys, tmp_path, trained, script, name):
     """Nor is one that was not finished: its later shots would stand beside the new film's metadata."""
-    (tmp_path / "film" / part).parent.mkdir(parents=True)
-    (tmp_path / "film" / part).write_text("{}")
+    (tmp_path / "film" / name).parent.mkdir(parents=True)
+    (tmp_path / "film" / name).write_text("{}")
     arguments = sample_arguments(trained, script(), tmp_path / "film")
-    assert_one_message(refusal(capsys, "sample.py", *arguments), "film", part, "another folder")
-    assert names(tmp_path / "film") == {part}
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "film", name, "another folder")
+    assert names(tmp_path / "film") == {name}
 
 
 def test_any_prompt_is_drawn(tmp_path, trained, recwarn):
@@ -178,7 +178,7 @@ def test_a_disk_that_is_full(capsys, tmp_path, trained, script):
 
 
 @pytest.mark.parametrize(
-    ("error", "parts"),
+    ("error", "words"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), ["No space left"]),
         (
@@ -188,7 +188,7 @@ def test_a_disk_that_is_full(capsys, tmp_path, trained, script):
     ],
     ids=["disk", "memory"],
 )
-def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, script, monkeypatch, error, parts):
+def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, script, monkeypatch, error, words):
     """The disk, or the GPU's memory, is full at the second shot: the first one's latents and video stay; no film, no
     metadata."""
 
@@ -201,7 +201,7 @@ def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, sc
     monkeypatch.setattr("film.filmmaker.sample_shots", dying)
     story = script(shots=[{"prompt": "A cat.", "seconds": 0.4}] * 2)
     arguments = (f"checkpoint={trained}", f"script={story}", f"out={tmp_path / 'film'}", "sampler.steps=2")
-    assert_one_message(refusal(capsys, "sample.py", *arguments), *parts)
+    assert_one_message(refusal(capsys, "sample.py", *arguments), *words)
     assert names(tmp_path / "film") == {"latents/01.safetensors", "shots/01.mp4", PROGRESS}
     monkeypatch.undo()
     command("sample.py", *arguments)

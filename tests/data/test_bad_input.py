@@ -51,12 +51,12 @@ def no_frames(path: Path) -> None:
 
 
 def size_change(path: Path) -> None:
-    parts = []
+    videos = []
     for size in ((64, 160), (96, 160)):
         write_numbered(path.with_name("part.ts"), 10, size=size)
-        parts.append(path.with_name("part.ts").read_bytes())
+        videos.append(path.with_name("part.ts").read_bytes())
     path.with_name("part.ts").unlink()
-    path.write_bytes(b"".join(parts))
+    path.write_bytes(b"".join(videos))
 
 
 def eight_k(path: Path) -> None:

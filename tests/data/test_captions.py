@@ -207,7 +207,7 @@ def test_a_bad_line_is_a_record_with_its_number_and_hides_no_other(folder, kind)
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
 def test_only_a_line_feed_ends_a_line(folder, mark):
-    """Marks that other programs take for line ends, and str.splitlines too, are part of the caption."""
+    """Marks that other programs take for line ends, and str.splitlines too, belong to the caption."""
     caption = f"one{mark}two"
     expected = [video("a.mp4", caption), video("videos/c.mp4", "third")]
     if mark > " ":  # JSON takes no bare control character in a text

@@ -139,7 +139,7 @@ def test_the_cache_holds_one_encode_of_the_joined_shots(world: Path, tuned: Path
     line = json.loads((folder / "manifest.jsonl").read_text().splitlines()[0])
     reader = open_video(world / line["video"])
     frames = [reader.read(shot["start"], shot["end"]) for shot in line["shots"]]
-    assert [len(part) for part in frames] == [5, 4, 4]
+    assert [len(shot) for shot in frames] == [5, 4, 4]
     expected, _ = whole(codec, resize.fit(torch.cat(frames), (32, 48)))
     sample = next(sample for sample in (dataset[i] for i in range(len(dataset))) if sample.id == line["id"])
     assert [latent.shape[1] for latent in sample.latents] == [2, 1, 1]
@@ -177,5 +177,5 @@ def test_a_film_is_one_decode_of_the_joined_latents(
     expected = ((decoded + 1) * 127.5).numpy()
     assert np.abs(np.concatenate(shots) - expected[:16]).max() < 0.6
     readers = [open_video(film / name) for name in ("shots/01.mp4", "shots/02.mp4", "shots/03.mp4", "video.mp4")]
-    *parts, video = [reader.read(0, reader.num_frames) for reader in readers]
-    assert torch.equal(torch.cat(parts), video)
+    *shots, video = [reader.read(0, reader.num_frames) for reader in readers]
+    assert torch.equal(torch.cat(shots), video)

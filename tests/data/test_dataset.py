@@ -44,14 +44,14 @@ def steps(made, count):
 
 def merged(*ranks):
     """The set of positions of each step over all ranks."""
-    return [sorted(p for step in by_rank for part in step for p in part) for by_rank in zip(*ranks, strict=True)]
+    return [sorted(p for step in by_rank for batch in step for p in batch) for by_rank in zip(*ranks, strict=True)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 5)), min_size=1, max_size=4), st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_every_epoch_holds_each_item_once(parts, seed):
+def test_every_epoch_holds_each_item_once(sizes, seed):
     sources, first = [], 0
-    for size, weight in parts:
+    for size, weight in sizes:
         sources.append(Source(tuple(range(first, first + size)), weight))
         first += size
     order = SampleOrder(sources, seed)
@@ -75,7 +75,7 @@ FIXED_ORDER = [8, 4, 1, 6, 3, 2, 7, 5, 9, 0, 2, 7]
 
 
 def test_the_order_is_fixed_for_ever():
-    """The order is part of a run's meaning: a change of numpy or of this code must not move it."""
+    """The order belongs to a run's meaning: a change of numpy or of this code must not move it."""
     order = SampleOrder([Source(tuple(range(10)))], seed=7)
     assert [order[p][0] for p in range(12)] == FIXED_ORDER
     assert order[3] == (FIXED_ORDER[3], 0)
@@ -97,9 +97,9 @@ def test_dealing_loses_nothing_and_balances(tokens, bins):
         return
     draws = tuple(Draw(position, 0) for position in range(len(tokens)))
     dealt = deal(Step(0, len(tokens), draws, tuple(tokens)), bins)
-    assert sorted(d.position for part in dealt for d in part) == list(range(len(tokens)))
-    loads = [sum(tokens[d.position] for d in part) for part in dealt]
-    assert min(len(part) for part in dealt) >= 1
+    assert sorted(d.position for batch in dealt for d in batch) == list(range(len(tokens)))
+    loads = [sum(tokens[d.position] for d in batch) for batch in dealt]
+    assert min(len(batch) for batch in dealt) >= 1
     assert max(loads) - min(loads) <= max(tokens)
 
 
@@ -151,7 +151,7 @@ def test_state_counts_what_was_given_out_not_what_was_read_ahead(cache):
     made = loader(config(cache, workers=2, prefetch=8))
     assert made.state() == {"position": 0, "epoch": 0}
     iterator = iter(made)
-    last = max(p for part in next(iterator) for p in part.positions)
+    last = max(p for batch in next(iterator) for p in batch.positions)
     assert made.state()["position"] == last + 1
     for _ in range(6):
         next(iterator)
@@ -306,4 +306,4 @@ def test_batches_are_pinned_for_the_gpu(cache):
 
 def test_a_parcel_is_two_things_to_look_into_however_many_tensors_it_holds():
     few, many = (wrap([torch.randn(2, 3) for _ in range(count)]) for count in (1, 500))
-    assert [type(part) for part in few] == [type(part) for part in many] == [bytes, torch.Tensor]
+    assert [type(batch) for batch in few] == [type(batch) for batch in many] == [bytes, torch.Tensor]

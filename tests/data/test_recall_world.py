@@ -1,4 +1,4 @@
-"""Recall scenes composed of parts: against the CPU renderer, their story, and the loader that trains on them."""
+"""Recall scenes composed of painted things: against the CPU renderer, their story, and the loader for training."""
 
 import numpy as np
 import pytest

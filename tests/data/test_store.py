@@ -8,7 +8,7 @@ import pytest
 
 from data.cache.reader import open_cache
 from data.cache.store import FileStore
-from data.cache.writer import read_parts
+from data.cache.writer import read_stored
 from data.errors import DataError
 from tests.caches import flip_byte, read_everything, scene, write_cache
 
@@ -24,7 +24,7 @@ def remote(tmp_path):
 
 
 def test_a_remote_cache_reads_through_a_bounded_folder(remote, tmp_path):
-    sizes = [part["bytes"] for part in read_parts(tmp_path / "made")]
+    sizes = [stored["bytes"] for stored in read_stored(tmp_path / "made")]
     bound = 2 * max(sizes) + 10
     cache = open_cache(remote, str(tmp_path / "copies"), bound)
     order = [0, 1, 2, 3, 4, 5, 0, 5, 2]

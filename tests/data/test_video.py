@@ -181,9 +181,9 @@ def size_change(path):
     """Two raw streams of different sizes, one after the other, as a broadcast recording has."""
     raw = b""
     for size in ((64, 160), (96, 160)):
-        part = write_numbered(path.with_suffix(".ts"), 10, size=size)
-        raw += part.read_bytes()
-        part.unlink()
+        video = write_numbered(path.with_suffix(".ts"), 10, size=size)
+        raw += video.read_bytes()
+        video.unlink()
     return write_bytes(path, raw)
 
 
@@ -284,18 +284,18 @@ def test_colours_are_tagged_and_come_back(tmp_path):
 
 @pytest.mark.parametrize("lengths", [[1], [9, 1, 2, 40, 5], [2, 30], [30, 2, 1, 1]])
 def test_joined_videos_show_the_frames_of_their_parts(tmp_path, lengths):
-    """Short parts are stored without reordered frames, long ones with them."""
+    """Short videos are stored without reordered frames, long ones with them."""
     rng = np.random.default_rng(0)
-    parts = [tmp_path / f"{index}.mp4" for index in range(len(lengths))]
-    for part, length in zip(parts, lengths, strict=True):
+    videos = [tmp_path / f"{index}.mp4" for index in range(len(lengths))]
+    for video, length in zip(videos, lengths, strict=True):
         still = rng.integers(0, 255, (64, 96, 3), np.uint8)
-        write_video(part, [np.roll(still, shift, 1) for shift in range(length)], 12)
-    assert join_videos(tmp_path / "film.mp4", parts) == sum(lengths)
-    readers = [open_video(path) for path in (*parts, tmp_path / "film.mp4")]
+        write_video(video, [np.roll(still, shift, 1) for shift in range(length)], 12)
+    assert join_videos(tmp_path / "film.mp4", videos) == sum(lengths)
+    readers = [open_video(path) for path in (*videos, tmp_path / "film.mp4")]
     *frames, whole = [reader.read(0, reader.num_frames) for reader in readers]
     assert torch.equal(torch.cat(frames), whole)
     assert readers[-1].index.stamp_fault == ""
     assert readers[-1].index.times == pytest.approx([index / 12 for index in range(sum(lengths))])
     with pytest.raises(FileNotFoundError):
-        join_videos(tmp_path / "other.mp4", [parts[0], tmp_path / "nowhere.mp4"])
+        join_videos(tmp_path / "other.mp4", [videos[0], tmp_path / "nowhere.mp4"])
     assert not list(tmp_path.glob("*other*"))

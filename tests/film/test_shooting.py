@@ -160,9 +160,9 @@ def test_one_process_at_a_time_has_a_folder(tmp_path):
 
 @pytest.mark.parametrize("pattern", FILES)
 def test_a_folder_with_any_part_of_a_film_is_not_written_to(tmp_path, pattern):
-    part = tmp_path / pattern.replace("*", "03")
-    part.parent.mkdir(exist_ok=True)
-    part.touch()
+    shot = tmp_path / pattern.replace("*", "03")
+    shot.parent.mkdir(exist_ok=True)
+    shot.touch()
     with pytest.raises(DataError, match=rf"already holds {pattern.replace('*', '03')} of a film; name another folder"):
         FilmFolder(tmp_path)
 

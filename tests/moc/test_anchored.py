@@ -1,4 +1,4 @@
-"""The anchored part of attention: its plan holds every anchor once, and short runs share one packed call."""
+"""The anchored attention: its plan holds every anchor once, and short runs share one packed call."""
 
 import pytest
 import torch
@@ -81,12 +81,12 @@ def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch)
 
     def forward(q, k, v, *_):
         numbers.append(k.numel())
-        parts = [kernel.forward(q[a], k[b], v[b]) for a, b in packed.runs()]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+        results = [kernel.forward(q[a], k[b], v[b]) for a, b in packed.runs()]
+        return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results], 1)
 
     def backward(dout, q, k, v, out, lse, *_):
         grads = [kernel.backward(dout[a], q[a], k[b], v[b], out[a], lse[:, a]) for a, b in packed.runs()]
-        return tuple(torch.cat(parts) for parts in zip(*grads, strict=True))
+        return tuple(torch.cat(results) for results in zip(*grads, strict=True))
 
     out, lse = packed_kernels.forward(kernel, q, k, v, packed)
     expected = out, lse, *packed_kernels.backward(kernel, dout, q, k, v, out, lse, packed)

@@ -105,9 +105,9 @@ def test_the_cost_of_a_pack_is_the_sum_of_its_samples(stream, config, seed):
     q, k, _ = attention_tensors(layout, seed)
     packed = attention_cost(layout, config, moc.route(q, k, layout, config, backend="reference"), 2, 4)
     alone = []
-    for part, (start, end) in zip(stream.layouts(), layout.sample_ranges, strict=True):
-        routes = moc.route(q[start:end], k[start:end], part, config, backend="reference")
-        alone.append(attention_cost(part, config, routes, 2, 4))
+    for sample, (start, end) in zip(stream.layouts(), layout.sample_ranges, strict=True):
+        routes = moc.route(q[start:end], k[start:end], sample, config, backend="reference")
+        alone.append(attention_cost(sample, config, routes, 2, 4))
     for name in ("own", "text", "routed", "dense", "video", "video_dense", "routing_flops", "flops", "dense_flops"):
         assert getattr(packed, name) == pytest.approx(sum(getattr(cost, name) for cost in alone)), name
 

@@ -1,4 +1,4 @@
-"""Dense kernels: their parts merge exactly, and one is chosen by name, by speed or by determinism."""
+"""Dense kernels: their results merge exactly, and one is chosen by name, by speed or by determinism."""
 
 import logging
 
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("listed")
 def test_parts_merged_by_lse_are_exact_in_output_and_gradients(name, dtype):
     q, k, v, direction = tensors(50, 0, 3, 16, 4, dtype=dtype)
     kernel = dense.choose(q, name)
-    parts = [slice(0, 7), slice(7, 50)]
-    outs, lses = zip(*(kernel.forward(q, k[part], v[part]) for part in parts), strict=True)
+    runs = [slice(0, 7), slice(7, 50)]
+    outs, lses = zip(*(kernel.forward(q, k[run], v[run]) for run in runs), strict=True)
     lse = torch.logaddexp(*lses)
     out = sum(o * (part_lse - lse).exp().T[..., None] for o, part_lse in zip(outs, lses, strict=True))
-    grads = [kernel.backward(direction, q, k[part], v[part], out, lse) for part in parts]
+    grads = [kernel.backward(direction, q, k[run], v[run], out, lse) for run in runs]
     dq, dk, dv = sum(g[0] for g in grads), torch.cat([g[1] for g in grads]), torch.cat([g[2] for g in grads])
 
     exact = [x.double().requires_grad_() for x in (q, k, v)]

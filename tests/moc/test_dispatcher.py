@@ -66,7 +66,7 @@ def test_callers_routes_lose_what_anchors_cover_and_repeats(stream, config, seed
         assert set(row) == named - covered - unseen
 
 
-@pytest.fixture(params=["reference", "torch", "torch in parts", pytest.param("triton", marks=interpreted)])
+@pytest.fixture(params=["reference", "torch", "torch unmasked", pytest.param("triton", marks=interpreted)])
 def backend(request, monkeypatch):
     name, _, in_parts = request.param.partition(" ")
     if in_parts:
@@ -111,7 +111,7 @@ def test_the_last_queries_alone_equal_those_of_all(backend, config):
 
 @pytest.mark.parametrize("name", ["torch", pytest.param("triton", marks=interpreted)])
 def test_queries_before_the_first_one_cost_no_call(name, monkeypatch):
-    """The anchored part of four shots is five dense calls, of the last shot's queries one."""
+    """The anchored attention of four shots is five dense calls, of the last shot's queries one."""
     layout = moc.ShotLayout.build([moc.Shot(2, (2, 2, 2))] * 4, 3, chunk_tokens=4)
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16)
     config = moc.MoCConfig(top_k=1, text_anchor="global_and_own")

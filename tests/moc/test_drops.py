@@ -246,8 +246,8 @@ def test_a_split_of_the_heads_draws_the_same(stream, config, seed):
     q, k, _ = attention_tensors(layout, seed, num_heads=6)
     whole = route(q, k, layout, config, moc.DropKey(seed, 1, 2))
     for first, last in ((0, 2), (2, 3), (3, 6)):
-        part = route(q[:, first:last], k[:, first:last], layout, config, moc.DropKey(seed, 1, 2, first_head=first))
-        assert torch.equal(part, whole[first:last])
+        some = route(q[:, first:last], k[:, first:last], layout, config, moc.DropKey(seed, 1, 2, first_head=first))
+        assert torch.equal(some, whole[first:last])
 
 
 def packed(*positions: int, frames: int = 40) -> moc.ShotLayout:

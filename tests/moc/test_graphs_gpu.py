@@ -36,8 +36,8 @@ class Packs:
     def __iter__(self) -> Iterator[list[Batch]]:
         for step, frames in enumerate(LENGTHS):
             samples = [sample(2 * step + n, frames) for n in range(2)]
-            parts = [samples] if self.micro_batches == 1 else [[x] for x in samples]
-            yield [make_batch(part, self.stream, CONFIG.chunk_tokens) for part in parts]
+            batches = [samples] if self.micro_batches == 1 else [[x] for x in samples]
+            yield [make_batch(batch, self.stream, CONFIG.chunk_tokens) for batch in batches]
 
     def state(self) -> dict:
         return {"position": 0}

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moc
 from moc import reference, routing
-from moc.kernels import anchors, dense, torch_parts
+from moc.kernels import anchors, dense, torch_backend
 from moc.routes import drop_covered
 from tests.routes import assert_same_choice, same_chunks
 
@@ -95,11 +95,11 @@ def test_dense_kernels_take_merged_output_and_lse(name, dtype, head_dim):
         kernel = dense.choose(q, name)
     except ValueError as absent:
         pytest.skip(str(absent))
-    parts = [slice(0, 300), slice(300, 777)]
-    outs, lses = zip(*(kernel.forward(q, k[part], v[part]) for part in parts), strict=True)
+    runs = [slice(0, 300), slice(300, 777)]
+    outs, lses = zip(*(kernel.forward(q, k[run], v[run]) for run in runs), strict=True)
     lse = torch.logaddexp(*lses)
     out = sum(o * (p - lse).exp().T[..., None] for o, p in zip(outs, lses, strict=True)).to(dtype)
-    grads = [kernel.backward(direction, q, k[part], v[part], out, lse) for part in parts]
+    grads = [kernel.backward(direction, q, k[run], v[run], out, lse) for run in runs]
     mine = (out, sum(g[0] for g in grads), torch.cat([g[1] for g in grads]), torch.cat([g[2] for g in grads]))
     wide = [x.float() for x in (q, k, v)]
     truth_out, truth_lse = dense.math_forward(*wide)
@@ -178,9 +178,9 @@ def test_ties_go_to_the_lowest_chunk():
 
 def test_torch_backend_on_the_gpu():
     for own in ("shot", "chunk"):
-        check(moc.MoCConfig(top_k=3, own_anchor=own), attend=torch_parts.attend)
-    check(moc.MoCConfig(top_k=3), attend=torch_parts.attend, dtype=torch.float32, head_dim=64)
-    check(moc.MoCConfig(dense=True, top_k=1), attend=torch_parts.attend)
+        check(moc.MoCConfig(top_k=3, own_anchor=own), attend=torch_backend.attend)
+    check(moc.MoCConfig(top_k=3), attend=torch_backend.attend, dtype=torch.float32, head_dim=64)
+    check(moc.MoCConfig(dense=True, top_k=1), attend=torch_backend.attend)
 
 
 def test_the_longest_rows_fit():
@@ -254,8 +254,8 @@ def test_a_few_heads_and_tiles_at_a_time_are_the_same(monkeypatch):
     whole = with_gradients(lambda *x: moc.moc_attention(*x, layout, config), tensors, direction)
     monkeypatch.setattr(triton_routed, "PARTIAL_SIZE", 0.3)
     monkeypatch.setattr(triton_routed, "PARTIAL_NUMBERS", 0)
-    parts = with_gradients(lambda *x: moc.moc_attention(*x, layout, config), tensors, direction)
-    for a, b in zip(whole, parts, strict=True):
+    blocked = with_gradients(lambda *x: moc.moc_attention(*x, layout, config), tensors, direction)
+    for a, b in zip(whole, blocked, strict=True):
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 

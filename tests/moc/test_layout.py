@@ -130,7 +130,7 @@ def test_chunk_rules(shot, chunk_tokens):
 
 
 def assert_even(lengths: list[int], total: int, unit: int, most: int):
-    """`total` units in as few parts of at most `most` as can be, differing by at most one unit, longer first."""
+    """`total` units in as few numbers of at most `most` as can be, differing by at most one unit, longer first."""
     sizes = [length / unit for length in lengths]
     assert sum(sizes) == total
     assert len(sizes) == math.ceil(total / most)
@@ -188,25 +188,25 @@ def test_rechunk_is_the_same_stream_with_other_chunks(stream, chunk_tokens):
 
 @given(wide)
 def test_pack_sets_samples_one_after_another(stream):
-    parts, packed = stream.layouts(), stream.layout()
-    assert packed.num_tokens == sum(part.num_tokens for part in parts)
+    layouts, packed = stream.layouts(), stream.layout()
+    assert packed.num_tokens == sum(layout.num_tokens for layout in layouts)
     token, chunk, group = 0, 0, 0
-    for sample, part in enumerate(parts):
-        assert packed.sample_ranges[sample] == (token, token + part.num_tokens)
-        inside = slice(token, token + part.num_tokens)
-        assert torch.equal(packed.token_chunk[inside] - chunk, part.token_chunk)
-        assert torch.equal(packed.token_group[inside] - group, part.token_group)
-        assert torch.equal(packed.token_is_text[inside], part.token_is_text)
+    for sample, layout in enumerate(layouts):
+        assert packed.sample_ranges[sample] == (token, token + layout.num_tokens)
+        inside = slice(token, token + layout.num_tokens)
+        assert torch.equal(packed.token_chunk[inside] - chunk, layout.token_chunk)
+        assert torch.equal(packed.token_group[inside] - group, layout.token_group)
+        assert torch.equal(packed.token_is_text[inside], layout.token_is_text)
         assert set(packed.token_sample[inside].tolist()) == {sample}
-        token, chunk, group = token + part.num_tokens, chunk + part.num_chunks, group + part.num_groups
+        token, chunk, group = token + layout.num_tokens, chunk + layout.num_chunks, group + layout.num_groups
 
 
 @given(streams(max_samples=3))
 def test_pack_is_associative(stream):
-    parts = stream.layouts()
-    assert_same(moc.ShotLayout.pack(parts[:1]), parts[0])
-    nested = moc.ShotLayout.pack([moc.ShotLayout.pack(parts[:2]), *parts[2:]])
-    assert_same(nested, moc.ShotLayout.pack(parts))
+    layouts = stream.layouts()
+    assert_same(moc.ShotLayout.pack(layouts[:1]), layouts[0])
+    nested = moc.ShotLayout.pack([moc.ShotLayout.pack(layouts[:2]), *layouts[2:]])
+    assert_same(nested, moc.ShotLayout.pack(layouts))
 
 
 def test_to_moves_every_table_and_leaves_the_original():

@@ -88,7 +88,7 @@ def test_the_floor_lies_below_predicting_the_mean_and_above_the_truth():
     for sigma, floor in zip(SIGMAS, floors, strict=True):
         noisy = (1 - sigma) * held_out + sigma * noise
         assert floor < ((noisy - mean) / sigma - (noise - held_out)).square().mean()
-        # Nobody can tell the small independent part from the noise: its Bayes error is what is left at least.
+        # Nobody can tell what is small and independent from the noise: its Bayes error is what is left at least.
         variance = 0.1**2
         posterior = variance * sigma**2 / ((1 - sigma) ** 2 * variance + sigma**2)
         assert floor > 0.9 * posterior / sigma**2

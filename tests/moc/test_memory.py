@@ -11,13 +11,13 @@ FULL = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capaci
 
 
 @pytest.mark.parametrize(
-    ("call", "parts"),
+    ("call", "words"),
     [
         (7, ("step 2 of ", "data.batch_tokens", "parallel.accumulation", "parallel.activation_checkpointing")),
         (2, ("validation of ", "data.validation=0")),
     ],
 )
-def test_a_full_memory_is_one_message(prepared, tmp_path, monkeypatch, capsys, call, parts):
+def test_a_full_memory_is_one_message(prepared, tmp_path, monkeypatch, capsys, call, words):
     """Validation comes first: four noise levels of one scene, and its routing."""
     healthy, calls, tokens = Flow.loss, [], []
 
@@ -31,7 +31,7 @@ def test_a_full_memory_is_one_message(prepared, tmp_path, monkeypatch, capsys, c
     monkeypatch.setattr(Flow, "loss", loss)
     run = tmp_path / "run"
     said = refusal(capsys, "train.py", *train_arguments(prepared, run), "trainer.checkpoint_every=1")
-    assert_one_message(said, *parts, f"{tokens[0]} tokens", "(CUDA out of memory. Tried to allocate 2.00 GiB)")
+    assert_one_message(said, *words, f"{tokens[0]} tokens", "(CUDA out of memory. Tried to allocate 2.00 GiB)")
     assert "total capacity" not in said
     if call == 7:
         assert find_checkpoint(run).name == "step_0000001"

@@ -64,10 +64,10 @@ def test_what_a_run_tells_of_each_step(rows):
 
 def test_the_parts_of_the_loss_are_those_of_all_processes(rows, two_processes):
     for one, two in zip(rows, read_metrics(two_processes / "plain"), strict=True):
-        parts = {name: value for name, value in one.items() if name.startswith("loss/")}
-        assert {"loss/shot_1", "loss/shot_2", "loss/shot_3"} <= parts.keys()
-        assert any(name.startswith("loss/noise_") for name in parts)
-        assert parts == pytest.approx({name: two.get(name) for name in parts}, rel=1e-5)
+        losses = {name: value for name, value in one.items() if name.startswith("loss/")}
+        assert {"loss/shot_1", "loss/shot_2", "loss/shot_3"} <= losses.keys()
+        assert any(name.startswith("loss/noise_") for name in losses)
+        assert losses == pytest.approx({name: two.get(name) for name in losses}, rel=1e-5)
 
 
 def test_the_loss_is_taken_apart_by_noise_shot_and_source():

@@ -199,8 +199,8 @@ def test_all_but_attention_is_frozen(cache, tmp_path):
     optim = OptimConfig(lr=3e-3, warmup_steps=1, parts=ATTENTION)
     train(cache, tmp_path / "whole", num_steps=3, optim=optim)
     before = model().state_dict()
-    for part in ("model", "ema"):
-        after = tensors(tmp_path / "whole", f"{part}/*.safetensors")
+    for weights in ("model", "ema"):
+        after = tensors(tmp_path / "whole", f"{weights}/*.safetensors")
         changed = {name for name in after if not torch.equal(before[name], after[name])}
         assert {f"blocks.{block}.video.to_qkv.weight" for block in range(2)} <= changed
         assert all(".to_qkv." in name for name in changed)

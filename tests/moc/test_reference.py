@@ -28,11 +28,11 @@ def attention(q, k, v, layout, config, **more):
 
 def dense_by_sample(q, k, v, layout):
     """Dense attention within each sample, by torch."""
-    parts = []
+    outputs = []
     for start, end in layout.sample_ranges:
         heads_first = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        parts.append(scaled_dot_product_attention(*heads_first)[0].transpose(0, 1))
-    return torch.cat(parts)
+        outputs.append(scaled_dot_product_attention(*heads_first)[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def two_samples(chunk_tokens=4) -> moc.ShotLayout:
@@ -138,8 +138,8 @@ def test_packed_samples_equal_samples_alone(stream, config, seed):
     layout = stream.layout()
     q, k, v = attention_tensors(layout, seed)
     alone = [
-        attention(q[start:end], k[start:end], v[start:end], part, config)
-        for part, (start, end) in zip(stream.layouts(), layout.sample_ranges, strict=True)
+        attention(q[start:end], k[start:end], v[start:end], sample, config)
+        for sample, (start, end) in zip(stream.layouts(), layout.sample_ranges, strict=True)
     ]
     torch.testing.assert_close(attention(q, k, v, layout, config), torch.cat(alone))
 

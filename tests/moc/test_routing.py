@@ -65,7 +65,7 @@ def test_low_precision_inputs_are_scored_in_full_precision(dtype):
     stream = Stream(((3, tuple(moc.Shot(2, (8, 2, 4)) for _ in range(4))),), 16)
     layout, config = stream.layout(), moc.MoCConfig(top_k=3)
     q, k, _ = attention_tensors(layout, 1, head_dim=64, dtype=dtype)
-    k = k + 1  # a common part that the differences have to stand against
+    k = k + 1  # a common vector that the differences have to stand against
     routes = brute_force.as_lists(route(q, k, layout, config))
     scores, expected = brute_force.scores(q, k, stream), brute_force.route(q, k, stream, config)
     tokens, compared = brute_force.tokens_of(stream), 0
@@ -93,7 +93,7 @@ def test_descriptors_of_long_chunks_are_accurate(dtype):
     layout = moc.ShotLayout.build([moc.Shot(0, (40, 16, 32))], chunk_tokens=10240)
     k = (torch.randn(layout.num_tokens, 1, 16) + 1).to(dtype)
     means = routing.descriptors(k, layout)
-    exact = torch.stack([part.double().mean(0) for part in k.split(10240)])
+    exact = torch.stack([keys.double().mean(0) for keys in k.split(10240)])
     assert means.dtype == torch.float32
     assert ((means - exact).abs() / exact.abs()).max() < 1e-5
 
@@ -137,11 +137,11 @@ def test_packing_changes_no_route(stream, config, seed):
     q, k, _ = attention_tensors(layout, seed)
     packed = route(q, k, layout, config)
     chunk = 0
-    for part, (start, end) in zip(stream.layouts(), layout.sample_ranges, strict=True):
-        alone = route(q[start:end], k[start:end], part, config)
+    for sample, (start, end) in zip(stream.layouts(), layout.sample_ranges, strict=True):
+        alone = route(q[start:end], k[start:end], sample, config)
         inside = packed[:, start:end]
         assert torch.equal(torch.where(inside >= 0, inside - chunk, -1), alone)
-        chunk += part.num_chunks
+        chunk += sample.num_chunks
 
 
 @given(streams(), configs(), seeds)
@@ -302,8 +302,8 @@ def test_select_shots_averages_so_that_long_shots_have_no_advantage():
 
 
 def test_select_shots_never_crosses_samples():
-    part = moc.ShotLayout.build([moc.Shot(0, (1, 1, 2)) for _ in range(2)], 1, chunk_tokens=2)
-    layout = moc.ShotLayout.pack([part, part])
+    layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 2)) for _ in range(2)], 1, chunk_tokens=2)
+    layout = moc.ShotLayout.pack([layout, layout])
     assert moc.select_shots(torch.ones(layout.num_tokens, 3), layout, 2).tolist() == [
         [-1, -1],
         [0, -1],

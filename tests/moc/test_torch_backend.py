@@ -1,4 +1,4 @@
-"""Backend `torch`, masked and in parts, equals the reference and repeats."""
+"""Backend `torch`, masked and unmasked, equals the reference and repeats."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 import moc
-from moc.kernels import masked, torch_parts
+from moc.kernels import masked, torch_backend
 from tests.moc.against_reference import DROPS, assert_equal_to_reference
 from tests.moc.test_reference import two_samples
 from tests.strategies import attention_tensors, configs, seeds, streams
@@ -15,18 +15,18 @@ from tests.strategies import attention_tensors, configs, seeds, streams
 pytestmark = pytest.mark.usefixtures("listed")
 
 
-@pytest.fixture(params=["masked", "in parts"])
+@pytest.fixture(params=["masked", "unmasked"])
 def way(request, monkeypatch):
     """How the backend computes short samples, and how long ones."""
-    if request.param == "in parts":
+    if request.param == "unmasked":
         monkeypatch.setattr(masked, "MAX_TOKENS", 0)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 @given(streams(), configs(), seeds)
 def test_torch_equals_the_reference(kernel, stream, config, seed):
-    """Masked, and in parts."""
-    layout, attend = stream.layout(), partial(torch_parts.attend, execution=moc.Execution(dense_kernel=kernel))
+    """Masked, and unmasked."""
+    layout, attend = stream.layout(), partial(torch_backend.attend, execution=moc.Execution(dense_kernel=kernel))
     q, k, _ = attention_tensors(layout, seed)
     assert_equal_to_reference(attend, layout, config, moc.route(q, k, layout, config))
 
@@ -36,7 +36,7 @@ def test_torch_equals_the_reference(kernel, stream, config, seed):
 def test_torch_with_drops_and_dense(dense_setting):
     layout, config = two_samples(), moc.MoCConfig(dense=dense_setting, causal=False, top_k=3)
     q, k, _ = attention_tensors(layout)
-    assert_equal_to_reference(torch_parts.attend, layout, config, moc.route(q, k, layout, config, DROPS))
+    assert_equal_to_reference(torch_backend.attend, layout, config, moc.route(q, k, layout, config, DROPS))
 
 
 @pytest.mark.usefixtures("way")
@@ -45,16 +45,16 @@ def test_torch_in_lower_precision(dtype, tolerance):
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
     q, k, _ = attention_tensors(layout)
     routes = moc.route(q, k, layout, config)
-    assert_equal_to_reference(torch_parts.attend, layout, config, routes, dtype, tolerance, head_dim=32)
+    assert_equal_to_reference(torch_backend.attend, layout, config, routes, dtype, tolerance, head_dim=32)
 
 
 def test_torch_a_few_heads_at_a_time_is_the_same(monkeypatch):
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
-    attend = partial(torch_parts.attend, execution=moc.Execution(dense_kernel="math"))
+    attend = partial(torch_backend.attend, execution=moc.Execution(dense_kernel="math"))
     q, k, _ = attention_tensors(layout, num_heads=5)
-    monkeypatch.setattr(torch_parts, "MAX_ELEMENTS", 2 * layout.num_tokens * 2 * 4)
+    monkeypatch.setattr(torch_backend, "MAX_ELEMENTS", 2 * layout.num_tokens * 2 * 4)
     routes = moc.route(q, k, layout, config)
-    assert len(list(torch_parts._lists(routes, layout.num_chunks, 4))) == 3
+    assert len(list(torch_backend._lists(routes, layout.num_chunks, 4))) == 3
     assert_equal_to_reference(attend, layout, config, routes, num_heads=5)
 
 
@@ -65,7 +65,7 @@ def test_torch_gradcheck(own):
     config = moc.MoCConfig(top_k=1, own_anchor=own, causal=False)
     q, k, v = attention_tensors(layout, requires_grad=True, num_heads=1, head_dim=2)
     routes = moc.route(q, k, layout, config)
-    assert torch.autograd.gradcheck(lambda *x: torch_parts.attend(*x, routes, layout, config), (q, k, v))
+    assert torch.autograd.gradcheck(lambda *x: torch_backend.attend(*x, routes, layout, config), (q, k, v))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "math"])

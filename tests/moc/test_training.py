@@ -25,13 +25,13 @@ def whole(cache, tmp_path_factory):
     return folder
 
 
-def weights(folder: Path, part: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(find_checkpoint(folder) / part / "diffusion_pytorch_model.safetensors")
+def weights(folder: Path, kind: str = "model") -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(folder) / kind / "diffusion_pytorch_model.safetensors")
 
 
 def assert_same_weights(a: Path, b: Path, **tolerance) -> None:
-    for part in ("model", "ema"):
-        torch.testing.assert_close(weights(a, part), weights(b, part), **tolerance)
+    for kind in ("model", "ema"):
+        torch.testing.assert_close(weights(a, kind), weights(b, kind), **tolerance)
 
 
 # Learning
@@ -127,8 +127,8 @@ def test_optimizer_states_of_another_model_are_refused(whole, tmp_path):
 def test_a_checkpoint_holds_everything_and_nothing_pickled(whole):
     checkpoint = find_checkpoint(whole)
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
-    parts = {f"{part}/{name}" for part in ("model", "ema") for name in ("config.json", "moc.json")}
-    assert parts | {"complete", "state.json", "optimizer.safetensors", "rng_00000.safetensors"} <= files
+    model_files = {f"{kind}/{name}" for kind in ("model", "ema") for name in ("config.json", "moc.json")}
+    assert model_files | {"complete", "state.json", "optimizer.safetensors", "rng_00000.safetensors"} <= files
     assert {Path(name).suffix for name in files} == {".json", ".safetensors", ""}
     assert [name for name in files if not Path(name).suffix] == ["complete"]
     for path in checkpoint.rglob("*.safetensors"):

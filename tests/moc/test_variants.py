@@ -87,14 +87,14 @@ def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, 
     shift, scale, gate = torch.randn(groups, 6 * dim).requires_grad_().chunk(6, dim=-1)[:3]
     weight, bias = torch.ones(dim).requires_grad_(), torch.zeros(dim)
     heads = tokens(dim) if across_heads else tokens(3, num_heads, head_dim).unbind(1)[0]
-    parts = (
+    outputs = (
         pointwise.modulate(tokens(dim), shift, scale, members),
         pointwise.add_gated(tokens(dim), tokens(dim), gate, members),
         pointwise.layer_norm(tokens(dim), weight, bias, 1e-6),
         pointwise.rms_norm(heads, weight if across_heads else weight[:head_dim], 1e-6),
         pointwise.rotate(tokens(num_heads, head_dim), (table[0], table[1])),
     )
-    return sum(part.float().nan_to_num().sum() for part in parts)
+    return sum(output.float().nan_to_num().sum() for output in outputs)
 
 
 @interpreted

@@ -136,8 +136,8 @@ def test_bad_files_are_one_clear_message(reduced_file: Path, reduced_folder: Pat
     for expert in ("full_high_noise", "full_low_noise"):
         shutil.copy(reduced_file, mixed / f"{expert}.safetensors")
     experts = tmp_path / "experts"
-    for part in ("transformer", "transformer_2"):
-        shutil.copytree(reduced_folder, experts / part)
+    for name in ("transformer", "transformer_2"):
+        shutil.copytree(reduced_folder, experts / name)
     sharded = tmp_path / "sharded"
     load_model(reduced_folder).save_pretrained(sharded, max_shard_size="300KB")
     next(sharded.glob("*-00002-*")).unlink()

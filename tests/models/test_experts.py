@@ -26,14 +26,14 @@ def experts(tmp_path: Path) -> dict[str, Path]:
     """The same two models as a diffusers pipeline, as the release's folder, and as HoloCine's files."""
     folders = {name: tmp_path / name for name in ("diffusers", "release", "files")}
     folders["files"].mkdir()
-    for part, folder, noise in (
+    for name, folder, noise in (
         ("transformer", "high_noise_model", "high"),
         ("transformer_2", "low_noise_model", "low"),
     ):
         model = reduced_wan()
         with torch.no_grad():
             model.get_parameter(TEXT).fill_(1.0 if noise == "high" else 2.0)
-        model.save_pretrained(folders["diffusers"] / part)
+        model.save_pretrained(folders["diffusers"] / name)
         model.save_pretrained(folders["release"] / folder)
         save_original(model, folders["files"] / f"full_{noise}_noise.safetensors")
     return folders
@@ -57,15 +57,15 @@ def test_the_boundary_is_the_pipelines_and_stays_with_what_leaves_it(experts, tm
     index = experts["diffusers"] / "model_index.json"
     index.write_text(json.dumps({"boundary_ratio": 0.9}))
     assert load_denoiser(experts["diffusers"]).boundary == 0.9
-    parts = Contents(experts["diffusers"]).experts
+    experts_of = Contents(experts["diffusers"]).experts
     runs = tmp_path / "high", tmp_path / "low"
-    for part, run, levels in zip(parts, runs, ((0.9, 1.0), (0.0, 0.9)), strict=True):
-        command("scripts/convert_checkpoint.py", f"input={part}", f"output={run}", "form=checkpoint", "shift=8")
-        assert Contents(run).own_flow == replace(Contents(part).own_flow, shift=8)
+    for expert, run, levels in zip(experts_of, runs, ((0.9, 1.0), (0.0, 0.9)), strict=True):
+        command("scripts/convert_checkpoint.py", f"input={expert}", f"output={run}", "form=checkpoint", "shift=8")
+        assert Contents(run).own_flow == replace(Contents(expert).own_flow, shift=8)
         assert (Contents(run).own_flow.sigma_min, Contents(run).own_flow.sigma_max) == levels
     model = load_denoiser(*runs)
     assert (model.boundary, marks(model)) == (0.9, [1.0, 2.0])
-    for high, low in (runs, parts):
+    for high, low in (runs, experts_of):
         with pytest.raises(ValueError, match=rf"{low} is for noise levels from 0\.0 on, {high} from 0\.9: the high"):
             load_denoiser(low, high)
     for ratio in ("0.9", 1.5):
@@ -163,7 +163,7 @@ def script(tmp_path):
 
 
 def expert_of(trained: Path, folder: Path, **flow) -> Path:
-    """A copy of a trained run that says it saw a part of the noise levels."""
+    """A copy of a trained run that says it saw some of the noise levels."""
     shutil.copytree(trained, folder)
     (state,) = folder.glob("checkpoints/*/state.json")
     record = json.loads(state.read_text())

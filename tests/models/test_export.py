@@ -62,11 +62,13 @@ def test_low_precision_keeps_what_must_stay_wide(reduced_file: Path, form: Form,
 
 def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
     step = tmp_path / "run" / "checkpoints" / "step_0000010"
-    for part in ("model", "ema"):
+    for weights in ("model", "ema"):
         model = MMDiT(**MMDIT)
-        save_model(model, step / part, MoCConfig(top_k=3))
+        save_model(model, step / weights, MoCConfig(top_k=3))
     (step / "complete").write_text("")
-    states = {part: load_file(step / part / "diffusion_pytorch_model.safetensors") for part in ("model", "ema")}
+    states = {
+        weights: load_file(step / weights / "diffusion_pytorch_model.safetensors") for weights in ("model", "ema")
+    }
     assert same(load_model(tmp_path / "run"), states["ema"])
     assert same(load_model(step, weights="model"), states["model"])
     convert(open_checkpoint(tmp_path / "run"), tmp_path / "out")

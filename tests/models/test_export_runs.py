@@ -141,15 +141,15 @@ def test_a_pipeline_is_sampled_as_it_is(release: Path, story: Path, tmp_path: Pa
     assert (record["flow"]["shift"], record["moc"]["chunk_tokens"], record["moc"]["top_k"]) == (5, 6, 1)
 
 
-@pytest.mark.parametrize("part", ["transformer", "transformer_2", "low_noise_model", "model", "."])
-def test_attention_settings_are_found_beside_the_weights(reduced_folder: Path, part: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["transformer", "transformer_2", "low_noise_model", "model", "."])
+def test_attention_settings_are_found_beside_the_weights(reduced_folder: Path, name: str, tmp_path: Path) -> None:
     """By all who ask, whichever folder is named."""
     whole = tmp_path / "whole"
-    shutil.copytree(reduced_folder, whole / part)
-    if part == "model":
+    shutil.copytree(reduced_folder, whole / name)
+    if name == "model":
         (whole / "complete").write_text("")  # of a training checkpoint
-    MoCConfig(top_k=2).save(whole / part)
-    for path in (whole, whole / part):
+    MoCConfig(top_k=2).save(whole / name)
+    for path in (whole, whole / name):
         assert Contents(path).moc == open_checkpoint(path).moc == MoCConfig(top_k=2)
 
 

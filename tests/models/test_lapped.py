@@ -116,8 +116,8 @@ def test_the_demo_s_first_frames_are_as_good_as_the_rest(tmp_path: Path) -> None
     codec = LappedCodec(CodecConfig(channels=32, whitening=0.3, still_detail=False))
     decoded = [codec.decode(codec.encode(shot)) for shot in shots]
     first, rest = (
-        sum(psnr(a[:, part], b[:, part]) for a, b in zip(decoded, shots, strict=True)) / len(shots)
-        for part in (slice(0, 1), slice(1, None))
+        sum(psnr(a[:, run], b[:, run]) for a, b in zip(decoded, shots, strict=True)) / len(shots)
+        for run in (slice(0, 1), slice(1, None))
     )
     assert first >= rest >= 26
 

@@ -151,9 +151,14 @@ def test_diffusers_own_model_gives_the_same_with_our_adapter(tmp_path: Path) -> 
     theirs.save_pretrained(tmp_path / "base")
     ours = adapted(tmp_path / "base", linear_names(load_model(tmp_path / "base")))
     ours.save_pretrained(tmp_path / "lora")
-    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": diffusers.UniPCMultistepScheduler()}
+    others = {
+        "vae": None,
+        "text_encoder": None,
+        "tokenizer": None,
+        "scheduler": diffusers.UniPCMultistepScheduler(),
+    }
     plain = copy.deepcopy(theirs)
-    diffusers.WanPipeline(transformer=theirs, **parts).load_lora_weights(tmp_path / "lora")
+    diffusers.WanPipeline(transformer=theirs, **others).load_lora_weights(tmp_path / "lora")
     latent, text = torch.randn(16, 3, 4, 6), torch.randn(20, REDUCED["text_dim"])
     padded = torch.cat([text, torch.zeros(TEXT_TOKENS - 20, REDUCED["text_dim"])])
     batch = make_batch([Sample([latent], [text[:6], text[6:]])], ours.stream, 24)

@@ -80,7 +80,7 @@ def test_an_alpha_scales(form, wan, matrices, tmp_path):
     if form == "comfyui":  # of kohya's names diffusers' converter takes whole models alone
         converted = WanPipeline.lora_state_dict(tensors)
         for layer in LAYERS:
-            up, down = (converted[f"transformer.{layer}.lora_{part}.weight"] for part in "BA")
+            up, down = (converted[f"transformer.{layer}.lora_{letter}.weight"] for letter in "BA")
             torch.testing.assert_close(up @ down, expected[f"{layer}.weight"])
 
 

@@ -56,10 +56,10 @@ def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("parts", [True, False])
-def test_the_model_is_what_its_parts_say(parts: bool) -> None:
+@pytest.mark.parametrize("extras", [True, False])
+def test_the_model_is_what_its_equations_say(extras: bool) -> None:
     """Equal to its equations written out, for shots of different sizes, lengths and noise levels."""
-    model = small_model(input_skip=parts, frame_place=parts, rope_theta=100.0)
+    model = small_model(input_skip=extras, frame_place=extras, rope_theta=100.0)
     for weight in model.parameters():
         weight.mul_(3)  # far from where an activation is a line
     story = Sample(

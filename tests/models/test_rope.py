@@ -68,7 +68,7 @@ def test_table_is_wans() -> None:
 def test_angles_are_exact_far_into_a_film() -> None:
     position = torch.tensor([[12345.0, 0.0, 0.0]], dtype=torch.float64)
     angles = [12345 * 10000 ** (-pair / 22) for pair in range(22)]
-    cos, sin = (part[0, :22].double() for part in rotary_table(position, 128))
+    cos, sin = (values[0, :22].double() for values in rotary_table(position, 128))
     torch.testing.assert_close(cos, torch.tensor([math.cos(a) for a in angles], dtype=torch.float64), rtol=0, atol=1e-7)
     torch.testing.assert_close(sin, torch.tensor([math.sin(a) for a in angles], dtype=torch.float64), rtol=0, atol=1e-7)
 

@@ -78,8 +78,8 @@ def test_missing_extra_and_misshapen_tensors_are_one_message(folder, name, kind,
     change(path, misfit)
     with pytest.raises(ValueError, match=f"is not a whole {kind}") as caught:
         load(path)
-    for part in (str(path), f"1 missing: {missing};", "1 unexpected: stray.weight;", f"{misshapen} (2, 3) instead of"):
-        assert part in str(caught.value)
+    for words in (str(path), f"1 missing: {missing};", "1 unexpected: stray.weight;", f"{misshapen} (2, 3) instead of"):
+        assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["t5", "vae"])

@@ -115,14 +115,14 @@ def test_prompt_forms() -> None:
 
 def test_one_prompt_is_cut_by_span(t5_folder: Path) -> None:
     joined = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), PromptForm.joined))
-    parts = joined.encode("the dog", ["a red fox", "", "Mira walks"])
-    assert [len(part) for part in parts] == [2, 3, 0, 3]  # the last with the end of the text
+    features = joined.encode("the dog", ["a red fox", "", "Mira walks"])
+    assert [len(rows) for rows in features] == [2, 3, 0, 3]  # the last with the end of the text
     whole = joined.model(torch.tensor([joined.tokenizer("the dog a red fox Mira walks").input_ids])).last_hidden_state[
         0
     ]
-    assert torch.equal(torch.cat(parts), whole)
-    assert parts[0].dtype == torch.bfloat16
-    assert [len(part) for part in joined.encode("", ["the dog"])] == [0, 3]
+    assert torch.equal(torch.cat(features), whole)
+    assert features[0].dtype == torch.bfloat16
+    assert [len(rows) for rows in joined.encode("", ["the dog"])] == [0, 3]
 
 
 @torch.no_grad()
@@ -131,8 +131,8 @@ def test_features_are_those_of_diffusers_pipeline(t5_folder: Path, form: PromptF
     """A negative prompt is one without shot captions: every shot sees it, with its end, as the base model does."""
     encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), form))
     randomized(encoder.model.float())  # half precision would round padded rows otherwise
-    parts = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer, "transformer": None, "vae": None}
-    pipeline = diffusers.WanPipeline(**parts, scheduler=diffusers.UniPCMultistepScheduler())
+    components = {"text_encoder": encoder.model, "tokenizer": encoder.tokenizer, "transformer": None, "vae": None}
+    pipeline = diffusers.WanPipeline(**components, scheduler=diffusers.UniPCMultistepScheduler())
     stories = {
         "the  dog &amp;amp;\n fox ": ["", ""],
         "": ["", ""],
@@ -166,12 +166,12 @@ def test_a_window_is_the_global_caption_and_one_shots(t5_folder: Path) -> None:
         for form in (PromptForm.joined, PromptForm.windowed, PromptForm.holocine)
     )
     story = ("the dog", ["a red fox", "", "Mira walks"] * 30)
-    parts = joined.encode_windows(*story)
-    assert [len(part) for part in parts[:4]] == [0, 6, 3, 5]  # each with the end of its text
-    for part, own in zip(parts[1:], story[1], strict=True):
-        assert torch.equal(part, torch.cat(joined.encode("the dog", [own])))
+    features = joined.encode_windows(*story)
+    assert [len(rows) for rows in features[:4]] == [0, 6, 3, 5]  # each with the end of its text
+    for rows, own in zip(features[1:], story[1], strict=True):
+        assert torch.equal(rows, torch.cat(joined.encode("the dog", [own])))
     for encode in (windowed.encode, windowed.encode_windows):
-        assert all(torch.equal(a, b) for a, b in zip(encode(*story), parts, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(encode(*story), features, strict=True))
     for encode in (joined.encode, holocine.encode_windows):
         with pytest.raises(ValueError, match=r"over the text encoder's 12.*moc\.text_anchor=global_and_own"):
             encode(*story)

@@ -61,10 +61,10 @@ def test_streams_join_to_the_whole(wan_folder: Path) -> None:
     wan = build_codec(CodecConfig(CodecKind.wan, str(wan_folder)))
     for codec, pieces in ((LappedCodec(), 2), (wan, 9)):
         latent = torch.randn(codec.latent_channels, 9, 2, 4)
-        parts = list(codec.decode_stream(latent))
-        assert len(parts) == pieces
-        assert torch.cat(parts, 1).shape == (3, 33, 2 * codec.spatial_factor, 4 * codec.spatial_factor)
-        assert torch.equal(torch.cat(parts, 1), codec.decode(latent))
+        pieces_of = list(codec.decode_stream(latent))
+        assert len(pieces_of) == pieces
+        assert torch.cat(pieces_of, 1).shape == (3, 33, 2 * codec.spatial_factor, 4 * codec.spatial_factor)
+        assert torch.equal(torch.cat(pieces_of, 1), codec.decode(latent))
 
 
 def test_wan_codec_is_diffusers_vae_with_normalized_latents(wan_folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""Backend `torch`: the attention in parts by stock kernels, merged exactly by their LSE. Runs on CPUs and any GPU.
+"""Backend `torch`: anchored and routed attention by stock kernels, merged by their LSE. Runs on CPUs and any GPU.
 
-Anchored part: dense calls (`anchors`). Routed part: the queries that chose a chunk, gathered, against that chunk; one
+Anchored: dense calls (`anchors`). Routed: the queries that chose a chunk, gathered, against that chunk; one
 variable-length FlashAttention-2 call where the device has it, else one small dense call a list. A few heads at a time
-bound the memory. Each part's backward gets the merged output and LSE, which makes it exact. Short samples on a CPU are
-not taken in parts but under a mask (`masked`).
+bound the memory. The backward of either gets the merged output and LSE, which makes it exact. Short samples on a CPU
+take one call each, under a mask (`masked`).
 
 Shape letters: L packed tokens, Lq queries, N heads, G heads of a group, D head dim, M chunks, K slots of a query, R
 routed rows. In lists and tables of slots, tokens are queries and count from the first of them.
@@ -129,14 +129,14 @@ class _Attend(torch.autograd.Function):
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
                 dout_rows, q_rows, out_rows = (lists.rows(x) for x in (dout, q, out))
                 row_lse = lse[lists.first + lists.head, lists.token]
-                dq_rows, dk_part, dv_part = _routed(q, kernel).backward(
+                dq_rows, dk_heads, dv_heads = _routed(q, kernel).backward(
                     dout_rows, q_rows, out_rows, row_lse, k, v, lists, layout, deterministic
                 )
                 wide = torch.promote_types(q.dtype, torch.float32)
-                for total, part in zip(
-                    (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_part, dv_part), strict=True
+                for total, added in zip(
+                    (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_heads, dv_heads), strict=True
                 ):
-                    total[:, lists.heads] = (total[:, lists.heads].to(wide) + part).to(total.dtype)
+                    total[:, lists.heads] = (total[:, lists.heads].to(wide) + added).to(total.dtype)
         return dq, dk, dv, None, None, None, None
 
 
@@ -173,10 +173,10 @@ class _ByList:
         """Output [R, D] and LSE [R] of the routed rows."""
         rows = torch.empty_like(q_rows)
         row_lse = q_rows.new_empty(len(q_rows), dtype=torch.promote_types(q_rows.dtype, torch.float32))
-        for index, part in lists.non_empty():
+        for index, of_list in lists.non_empty():
             keys = self._keys(index, lists, layout)
-            out, lse = self.kernel.forward(q_rows[part, None], k[keys], v[keys])
-            rows[part], row_lse[part] = out[:, 0], lse[0]
+            out, lse = self.kernel.forward(q_rows[of_list, None], k[keys], v[keys])
+            rows[of_list], row_lse[of_list] = out[:, 0], lse[0]
         return rows, row_lse
 
     def backward(
@@ -186,16 +186,16 @@ class _ByList:
         """dq of the rows [R, D]; dk, dv [L, G, D]."""
         dq_rows = torch.empty_like(q_rows)
         dk, dv = torch.zeros_like(k[:, lists.heads]), torch.zeros_like(v[:, lists.heads])
-        for index, part in lists.non_empty():
+        for index, of_list in lists.non_empty():
             tokens, head = self._keys(index, lists, layout)
-            dq_part, dk_part, dv_part = self.kernel.backward(
-                dout[part, None], q_rows[part, None], k[tokens, head], v[tokens, head], out[part, None],
-                row_lse[None, part], deterministic,
+            dq_list, dk_list, dv_list = self.kernel.backward(
+                dout[of_list, None], q_rows[of_list, None], k[tokens, head], v[tokens, head], out[of_list, None],
+                row_lse[None, of_list], deterministic,
             )  # fmt: skip
-            dq_rows[part] = dq_part[:, 0]
+            dq_rows[of_list] = dq_list[:, 0]
             dk[tokens, index // layout.num_chunks], dv[tokens, index // layout.num_chunks] = (
-                dk_part[:, 0],
-                dv_part[:, 0],
+                dk_list[:, 0],
+                dv_list[:, 0],
             )
         return dq_rows, dk, dv
 
