@@ -111,8 +111,8 @@ def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
 def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
     """`function` of the tensors of one shape at once, for as many launches as there are shapes.
 
-    lists: S tensors each; those whose first list's tensors share a shape are stacked to [n, ...] and handed over
-    together, one argument a list. Returns the S results, unstacked, in order.
+    lists: of as many tensors each; those whose first list's tensors share a shape are stacked to [n, ...] and handed
+    over together, one argument a list. Returns the results, unstacked, in order.
     """
     by_shape: dict[torch.Size, list[int]] = {}
     for index, tensor in enumerate(lists[0]):

@@ -33,28 +33,28 @@ def write_report(rows: list[dict], output: Path) -> None:
     rows = [row for row in rows if "losses" in row]
     if rows:
         write_whole(output.with_suffix(".md"), tables(rows).encode())
-        draw(_groups(rows), output.with_suffix(".png"))
+        draw(_cases(rows), output.with_suffix(".png"))
 
 
 def tables(rows: list[dict]) -> str:
     """The report of rows, the folds of one kind of attention, seed and number of steps taken together."""
-    groups = _groups(rows)
+    cases = _cases(rows)
     return "\n\n".join([
         "# Big Buck Bunny: what a shot's history is worth\n\n"
         f"{measured_on(row['machine'] for row in rows)} Made by scripts/benchmark_film.py. "
         "The target is a held-out shot at fixed noise; up to seven shots before it are "
         "given true and clean. Intervals hold 95 % and are taken over shots, as if these were independent, which "
         "neighbours in a film are not.",
-        "## Loss of the held-out shots\n\n" + _losses(groups),
+        "## Loss of the held-out shots\n\n" + _losses(cases),
         *(f"## What the history is worth, sigma {sigma:g}\n\nThe share by which it lowers the loss of the shot alone, "
           "by when the character of the shot that was unseen for longest was last seen; beside it by how much more "
-          "than the history of a shot elsewhere.\n\n" + _worth(groups, sigma) for sigma in rows[0]["sigmas"]),
-        "## Held-out loss during training\n\nWith sigma 0.8 on all shots of 24 scenes.\n\n" + _course(groups),
+          "than the history of a shot elsewhere.\n\n" + _worth(cases, sigma) for sigma in rows[0]["sigmas"]),
+        "## Held-out loss during training\n\nWith sigma 0.8 on all shots of 24 scenes.\n\n" + _course(cases),
         "## Commands\n\n" + "\n".join(f"- {_title(row)}, fold {row['fold']}: `{row['command']}`" for row in rows),
     ]) + "\n"  # fmt: skip
 
 
-def _groups(rows: list[dict]) -> list[list[dict]]:
+def _cases(rows: list[dict]) -> list[list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for row in sorted(rows, key=lambda row: (list(TITLES).index(row["row"]), row["seed"], row["steps"], row["fold"])):
         found.setdefault((row["row"], row["seed"], row["steps"]), []).append(row)
@@ -66,47 +66,47 @@ def _title(row: dict) -> str:
     return f"{TITLES[row['row']]}, seed {row['seed']}, {row['steps']} steps{done}"
 
 
-def _of(group: list[dict], kind: str, sigma: float) -> Tensor:
+def _of(case: list[dict], kind: str, sigma: float) -> Tensor:
     """Losses of all folds' targets, float [targets, draws]."""
-    at = group[0]["sigmas"].index(sigma)
-    return torch.cat([torch.tensor(row["losses"][kind])[:, :, at] for row in group])
+    at = case[0]["sigmas"].index(sigma)
+    return torch.cat([torch.tensor(row["losses"][kind])[:, :, at] for row in case])
 
 
-def _losses(groups: list[list[dict]]) -> str:
-    sigmas = groups[0][0]["sigmas"]
+def _losses(cases: list[list[dict]]) -> str:
+    sigmas = cases[0][0]["sigmas"]
     names = {"alone": "alone", "history": "after its history", "other": "after another's"}
     losses = [f"{names[kind]}, sigma {sigma:g}" for sigma in sigmas for kind in names]
     minus = [f"minus dense, sigma {sigma:g}" for sigma in sigmas]
     head = ["row", "sparsity", "shots", *losses, *minus, "minutes"]
     lines = []
-    for group in groups:
-        cells = [estimate(_of(group, kind, sigma)) for sigma in sigmas for kind in names]
-        minutes = sum(row["train_minutes"] for row in group)
-        sparsity = sum(row["sparsity"] for row in group) / len(group)
-        differences = [_minus_dense(group, groups, sigma) for sigma in sigmas]
-        lines.append([_title(group[0]), f"{sparsity:.0%}", cells[0].count, *cells, *differences, f"{minutes:.1f}"])
+    for case in cases:
+        cells = [estimate(_of(case, kind, sigma)) for sigma in sigmas for kind in names]
+        minutes = sum(row["train_minutes"] for row in case)
+        sparsity = sum(row["sparsity"] for row in case) / len(case)
+        differences = [_minus_dense(case, cases, sigma) for sigma in sigmas]
+        lines.append([_title(case[0]), f"{sparsity:.0%}", cells[0].count, *cells, *differences, f"{minutes:.1f}"])
     return markdown_table(head, lines)
 
 
-def _minus_dense(group: list[dict], groups: list[list[dict]], sigma: float) -> str:
+def _minus_dense(case: list[dict], cases: list[list[dict]], sigma: float) -> str:
     """How much higher the loss after its history is than dense attention's on the same shots."""
-    same = [{key: row[key] for key in ("fold", "seed", "steps")} for row in group]
-    for other in groups:
+    same = [{key: row[key] for key in ("fold", "seed", "steps")} for row in case]
+    for other in cases:
         matches = [{key: row[key] for key in ("fold", "seed", "steps")} for row in other] == same
-        if other[0]["row"] == "dense" and other is not group and matches:
+        if other[0]["row"] == "dense" and other is not case and matches:
             dense = _of(other, "history", sigma)
-            found = estimate(100 * (_of(group, "history", sigma) - dense) / dense.mean())
+            found = estimate(100 * (_of(case, "history", sigma) - dense) / dense.mean())
             return f"{found.mean:+.2f} ± {found.scenes:.2f} %"
     return ""
 
 
-def _worth(groups: list[list[dict]], sigma: float) -> str:
+def _worth(cases: list[list[dict]], sigma: float) -> str:
     head = ["row", "all", "all, another's history", "more than another's"]
     head += [age for name in AGES for age in (name, "more than another's")]
     lines = []
-    for group in groups:
-        alone, history, other = (_of(group, kind, sigma) for kind in ("alone", "history", "other"))
-        ages = [target["farthest"] for row in group for target in row["targets"]]
+    for case in cases:
+        alone, history, other = (_of(case, kind, sigma) for kind in ("alone", "history", "other"))
+        ages = [target["farthest"] for row in case for target in row["targets"]]
         cells: list[object] = [
             _share(alone, history, alone),
             _share(alone, other, alone),
@@ -115,7 +115,7 @@ def _worth(groups: list[list[dict]], sigma: float) -> str:
         for is_of_it in AGES.values():
             of = torch.tensor([is_of_it(age) for age in ages])
             cells += [_share(seen[of], history[of], alone[of]) for seen in (alone, other)]
-        lines.append([_title(group[0]), *cells])
+        lines.append([_title(case[0]), *cells])
     return markdown_table(head, lines)
 
 
@@ -129,40 +129,40 @@ def _lowered(before: Tensor, after: Tensor, alone: Tensor) -> Estimate | None:
     return estimate(100 * (before - after) / alone.mean()) if len(alone) else None
 
 
-def _course(groups: list[list[dict]]) -> str:
+def _course(cases: list[list[dict]]) -> str:
     """The loss of validation, averaged over folds, by step."""
     courses = []
-    for group in groups:
+    for case in cases:
         by_step: dict[int, list[float]] = {}
-        for row in group:
+        for row in case:
             for step, loss in row["validation"]:
                 by_step.setdefault(step, []).append(loss)
         courses.append(
-            {step: sum(losses) / len(losses) for step, losses in by_step.items() if len(losses) == len(group)}
+            {step: sum(losses) / len(losses) for step, losses in by_step.items() if len(losses) == len(case)}
         )
     steps = sorted(set().union(*courses))
     lines: list[list[object]] = [
-        [_title(group[0]), *(f"{course[step]:.4f}" if step in course else "" for step in steps)]
-        for group, course in zip(groups, courses, strict=True)
+        [_title(case[0]), *(f"{course[step]:.4f}" if step in course else "" for step in steps)]
+        for case, course in zip(cases, courses, strict=True)
     ]
     return markdown_table(["row", *(f"step {step}" for step in steps)], lines)
 
 
-def draw(groups: list[list[dict]], path: Path) -> None:
+def draw(cases: list[list[dict]], path: Path) -> None:
     """What histories are worth by when the characters were last seen, at each noise level; dotted, those of others."""
-    figure = Figure(figsize=(4.6 * len(groups[0][0]["sigmas"]), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(groups[0][0]["sigmas"]), squeeze=False)[0]
-    for axis, sigma in zip(axes, groups[0][0]["sigmas"], strict=True):
-        for group in groups:
-            ages = [target["farthest"] for row in group for target in row["targets"]]
-            alone, colour = _of(group, "alone", sigma), None
+    figure = Figure(figsize=(4.6 * len(cases[0][0]["sigmas"]), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(cases[0][0]["sigmas"]), squeeze=False)[0]
+    for axis, sigma in zip(axes, cases[0][0]["sigmas"], strict=True):
+        for case in cases:
+            ages = [target["farthest"] for row in case for target in row["targets"]]
+            alone, colour = _of(case, "alone", sigma), None
             for kind, line in (("history", "-"), ("other", ":")):
                 points = []
                 for column, is_of_it in enumerate(AGES.values()):
                     chosen = torch.tensor([is_of_it(age) for age in ages])
-                    found = _lowered(alone[chosen], _of(group, kind, sigma)[chosen], alone[chosen])
+                    found = _lowered(alone[chosen], _of(case, kind, sigma)[chosen], alone[chosen])
                     points += [(column, found.mean, found.scenes)] if found else []
-                label = _title(group[0]) if kind == "history" else None
+                label = _title(case[0]) if kind == "history" else None
                 bars = axis.errorbar(
                     *zip(*points, strict=True), marker="o", markersize=3, linestyle=line, color=colour, label=label
                 )

@@ -108,8 +108,8 @@ class RecallWorld:
     def _pooled(self, cover: Tensor, latents: torch.Size) -> Tensor:
         """[N, F, H, W] of pixels -> [N, T, H', W'] of latents: the first frame is a latent frame of its own."""
         first, rest = cover[:, :1], cover[:, 1:]
-        groups = rest.unflatten(1, (latents[2] - 1, -1)).mean(2) if latents[2] > 1 else rest
-        return torch.nn.functional.adaptive_avg_pool2d(torch.cat([first, groups], 1), (latents[-2], latents[-1]))
+        later = rest.unflatten(1, (latents[2] - 1, -1)).mean(2) if latents[2] > 1 else rest
+        return torch.nn.functional.adaptive_avg_pool2d(torch.cat([first, later], 1), (latents[-2], latents[-1]))
 
 
 class EndlessLoader:

@@ -95,9 +95,9 @@ class Stock:
         shots = move(torch.from_numpy(np.stack(numbers)), self.device).split(SHOTS_AT_ONCE, dim=1)
         where = np.stack([clip, scenes.row.ravel(), scenes.column.ravel()], axis=1).tolist()
         composed = [
-            self._compose(group, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE]) for n, group in enumerate(shots)
+            self._compose(one, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE]) for n, one in enumerate(shots)
         ]
-        return Composed(torch.cat([some.frames for some in composed]), torch.cat([some.cover for some in composed]))
+        return Composed(torch.cat([one.frames for one in composed]), torch.cat([one.cover for one in composed]))
 
     def _compose(self, numbers: Tensor, where: list[list[int]]) -> Composed:
         """numbers: place, painted place, fur and outfit of each shot, [4, N]. where: clip, row and column of its

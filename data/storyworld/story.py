@@ -213,7 +213,7 @@ def vocabulary() -> list[str]:
     animals = [badge.animal for badge in BADGES.values()]
     frame = f"{CUT_PREFIX} [character] : . [environment] , [story] A coat In the and"
     values = (BADGES, animals, COLOURS, PATTERNS, ACCESSORIES, SIZES, ACTIONS, PLACES, STORIES, CAMERAS.values())
-    text = " ".join([frame, *(word for group in values for word in group)])
+    text = " ".join([frame, *(word for some in values for word in some)])
     return sorted(set(words_of(text)))
 
 

@@ -2,7 +2,7 @@
 
 Each kernel returns its output with the natural-log LSE, and has a raw backward that takes any output and LSE: given
 those of a softmax over *more* keys it returns the exact gradient of these keys (FlashAttention's backward recomputes
-P = exp(S - LSE) and D = rowsum(dO * O), both of which are then the merged ones).
+P = exp(scores - LSE) and D = rowsum(dO * O), both of which are then the merged ones).
 
     fa3    FlashAttention-3, Hopper        (packages flash_attn_3 or xformers)
     fa4    FlashAttention-4, Hopper and on (package flash-attn-4, our extra `fa4`)

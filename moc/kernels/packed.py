@@ -4,7 +4,7 @@ A launch costs the same for 72 tokens as for 4,000: a pack of hundreds of short 
 number of its shots. Keys that several runs share (text) are copied for each; their gradients are added in a fixed
 order. Which keys a run reads belongs to the stream, so it is tabulated once a batch and not once a layer.
 
-Shape letters: L tokens of the keys, Lq queries, R gathered keys, S runs, N heads, D head dim.
+Shape letters: L tokens of the keys, Lq queries, R gathered keys, U runs, N heads, D head dim.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ class Packed(NamedTuple):
     """Run i is the queries [query_starts[i], query_starts[i + 1]), which tile q; it attends to the keys
     key_index[key_starts[i] : key_starts[i + 1]], of which there is at least one.
 
-    query_starts, key_starts: int32 [S + 1]. The others are int64, and empty where R = L and keys keep their order.
+    query_starts, key_starts: int32 [U + 1]. The others are int64, and empty where R = L and keys keep their order.
     key_index [R]: the token of each gathered row. row [L]: a gathered row of each token (0 for those without).
     shared [Ls]: tokens with several rows: shared_rows[shared_starts[i] : shared_starts[i + 1]] of token shared[i].
     unread: tokens without a row. max_queries, max_keys: of any run.

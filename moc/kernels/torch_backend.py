@@ -5,8 +5,8 @@ variable-length FlashAttention-2 call where the device has it, else one small de
 bound the memory. The backward of either gets the merged output and LSE, which makes it exact. Short samples on a CPU
 take one call each, under a mask (`masked`).
 
-Shape letters: L packed tokens, Lq queries, N heads, G heads of a group, D head dim, M chunks, K slots of a query, R
-routed rows. In lists and tables of slots, tokens are queries and count from the first of them.
+Shape letters: L packed tokens, Lq queries, N heads, Nb heads of a head block, D head dim, M chunks, K slots of a query,
+R routed rows. In lists and tables of slots, tokens are queries and count from the first of them.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def attend(
     """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
-    Any device and floating dtype. Waits for the device once for each group of heads. Has no second derivative.
+    Any device and floating dtype. Waits for the device once for each head block. Has no second derivative.
     """
     if config.dense or routes is None:
         routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
@@ -49,9 +49,9 @@ def attend(
 
 @dataclass(frozen=True)
 class _Lists:
-    """Routed rows of heads [first, first + G), sorted by (head, chunk), then by token.
+    """Routed rows of heads [first, first + Nb), sorted by (head, chunk), then by token.
 
-    head (within the group), token: int64 [R]. starts: first row of each list, and R. row: int64 [G, L, K], the row of
+    head (within the block), token: int64 [R]. starts: first row of each list, and R. row: int64 [Nb, L, K], the row of
     each slot, -1 where it is empty.
     """
 
@@ -76,7 +76,7 @@ class _Lists:
                 yield index, slice(start, end)
 
     def sum_slots(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """rows [R, D], weights [G, L, K] or None for ones -> their sum over slots, [L, G, D] in fp32 at least."""
+        """rows [R, D], weights [Nb, L, K] or None for ones -> their sum over slots, [L, Nb, D] in fp32 at least."""
         weights = (self.row >= 0).to(rows.dtype) if weights is None else weights
         total = rows.new_zeros(*self.row.shape[:2], rows.shape[-1])
         for slot in range(self.row.shape[-1]):
@@ -86,10 +86,10 @@ class _Lists:
 
 def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
     num_heads, num_tokens, num_slots = routes.shape
-    group = MAX_ELEMENTS // max(1, num_tokens * num_slots * head_dim)
-    group = max(1, min(num_heads, group, MAX_SEQUENCES // num_chunks))
-    for first in range(0, num_heads, group):
-        table = routes[first : first + group].long()
+    block = MAX_ELEMENTS // max(1, num_tokens * num_slots * head_dim)
+    block = max(1, min(num_heads, block, MAX_SEQUENCES // num_chunks))
+    for first in range(0, num_heads, block):
+        table = routes[first : first + block].long()
         heads = len(table)
         list_id = (table + num_chunks * torch.arange(heads, device=table.device)[:, None, None]).flatten()
         list_id = list_id.masked_fill(table.flatten() < 0, heads * num_chunks)
@@ -183,7 +183,7 @@ class _ByList:
         self, dout: Tensor, q_rows: Tensor, out: Tensor, row_lse: Tensor, k: Tensor, v: Tensor,
         lists: _Lists, layout: ShotLayout, deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """dq of the rows [R, D]; dk, dv [L, G, D]."""
+        """dq of the rows [R, D]; dk, dv [L, Nb, D]."""
         dq_rows = torch.empty_like(q_rows)
         dk, dv = torch.zeros_like(k[:, lists.heads]), torch.zeros_like(v[:, lists.heads])
         for index, of_list in lists.non_empty():
@@ -201,11 +201,11 @@ class _ByList:
 
 
 class _VarLen:
-    """One variable-length FlashAttention-2 call for all lists of a group of heads."""
+    """One variable-length FlashAttention-2 call for all lists of a head block."""
 
     @staticmethod
     def _head_major(x: Tensor, lists: _Lists) -> Tensor:
-        """[L, N, D] -> the group's heads one after another, [G * L, 1, D]."""
+        """[L, N, D] -> the block's heads one after another, [Nb * L, 1, D]."""
         return x[:, lists.heads].transpose(0, 1).reshape(-1, 1, x.shape[-1])
 
     @staticmethod
@@ -229,7 +229,7 @@ class _VarLen:
         self, dout: Tensor, q_rows: Tensor, out: Tensor, row_lse: Tensor, k: Tensor, v: Tensor,
         lists: _Lists, layout: ShotLayout, deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """dq of the rows [R, D]; dk, dv [L, G, D]."""
+        """dq of the rows [R, D]; dk, dv [L, Nb, D]."""
         keys, values = self._head_major(k, lists), self._head_major(v, lists)
         dq, dk, dv = dense.fa2_varlen_backward(
             dout[:, None], q_rows[:, None], keys, values, out[:, None], row_lse[None],

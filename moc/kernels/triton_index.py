@@ -4,7 +4,8 @@ A counting sort with bit masks. `mark` sets one bit for each (token, chunk) chos
 numbers of bits along the stream, `scan` the lengths of the lists; then a route's offset in its list is the number of
 bits before its own. Or-ing bits knows no order, so the lists are the same every time; nothing waits for the host.
 
-Shape letters: L packed tokens, N heads, M chunks, K routes a query, W = ceil(L / 32) words.
+Shape letters: L packed tokens, N heads, M chunks, K routes a query, W = ceil(L / 32) words,
+Nb heads of a head block.
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BL
 def mark_kernel(
     routes, masks, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """A program sets the bits of BLOCK slots of one head in masks [G, W, M]: bit t % 32 of word t // 32 of a chunk."""
+    """A program sets the bits of BLOCK slots of one head in masks [Nb, W, M]: bit t % 32 of word t // 32 of a chunk."""
     _, _, word, bit, valid = _route(routes, first_head, num_entries, num_slots, num_words, num_chunks, BLOCK)
     tl.atomic_or(masks + word, tl.full([BLOCK], 1, tl.int32) << bit, mask=valid, sem="relaxed")
 
@@ -77,7 +78,7 @@ def count_kernel(
 ):  # fmt: skip
     """A program counts along the stream, for COLUMNS chunks of one head, the tokens that chose each.
 
-    before [G, W, M]: how many tokens of earlier words did. counts [N, M]: how many did in all.
+    before [Nb, W, M]: how many tokens of earlier words did. counts [N, M]: how many did in all.
     """
     chunk = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     head = tl.program_id(1).to(tl.int64)
@@ -136,16 +137,16 @@ def build_lists(routes: Tensor, num_chunks: int, tile: int) -> Lists:
     """Sorts routes int32 [N, L, K] (-1 = empty, no chunk twice for a query) into lists."""
     num_heads, num_tokens, num_slots = routes.shape
     num_entries, num_words, num_lists = num_tokens * num_slots, cdiv(num_tokens, 32), num_heads * num_chunks
-    group = max(1, min(num_heads, MAX_WORDS // (num_words * num_chunks)))
-    masks = routes.new_empty(group, num_words, num_chunks)
+    head_block = max(1, min(num_heads, MAX_WORDS // (num_words * num_chunks)))
+    masks = routes.new_empty(head_block, num_words, num_chunks)
     before = torch.empty_like(masks)
     counts = routes.new_empty(num_lists)
     starts, tile_starts = (routes.new_empty(num_lists + 1) for _ in range(2))
     entries = routes.new_zeros(num_heads * num_entries)
     tile_list = routes.new_zeros(max_tiles(num_heads * num_entries, num_lists, tile))
     sizes = (num_entries, num_slots, num_words, num_chunks)
-    for first in range(0, num_heads, group):
-        heads = min(group, num_heads - first)
+    for first in range(0, num_heads, head_block):
+        heads = min(head_block, num_heads - first)
         grid = (cdiv(num_entries, BLOCK), heads)
         masks.zero_()
         mark_kernel[grid](routes, masks, first, *sizes, BLOCK)

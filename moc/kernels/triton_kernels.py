@@ -11,7 +11,7 @@ so there are no atomics, and gradients repeat bit for bit. Exact math for attent
 backward with the merged LSE and D = rowsum(dO * O).
 
 Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K slots of a query.
-q, k, v, out and their gradients are contiguous [L, N, D]; lse, delta [N, L]; partials [heads of a group, L, K, D].
+q, k, v, out and their gradients are contiguous [L, N, D]; lse, delta [N, L]; partials [heads of a head block, L, K, D].
 """
 
 import triton

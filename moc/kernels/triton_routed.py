@@ -1,6 +1,6 @@
 """Launches of routed attention: partial results for a few heads, gathered queries for a few tiles at a time.
 
-Shape letters: L packed tokens, N heads, D head dim, M chunks, K slots of a query, G heads of a group.
+Shape letters: L packed tokens, N heads, D head dim, M chunks, K slots of a query.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ def _list_source(x: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
     return TensorDescriptor.from_tensor(x, [rows, padded(x.shape[-1])]) if tma else x
 
 
-def _head_groups(q: Tensor, num_slots: int) -> Iterator[tuple[int, int]]:
+def _head_blocks(q: Tensor, num_slots: int) -> Iterator[tuple[int, int]]:
     """Runs of heads whose partial results stay within the bound."""
     num_heads = q.shape[1]
     size = max(1, min(num_heads, _partial_numbers(q) * num_heads // (num_slots * q.numel())))
@@ -71,7 +71,7 @@ def routed_forward(
     key_sources = [_key_source(x, blocks.forward["BN"], tma) for x in (k, v)]
     partial_lse = torch.empty(routes.shape, dtype=torch.float32, device=q.device)
     merged_lse = torch.empty_like(lse)
-    for first, last in _head_groups(q, num_slots):
+    for first, last in _head_blocks(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
         bounds = (first * num_chunks, last * num_chunks)
         kernels.forward_kernel[(max_tiles(partial.numel() // head_dim, bounds[1] - bounds[0], lists.tile),)](
@@ -137,7 +137,7 @@ def _add_dq(
     num_chunks, num_slots, stride, scale = chunk_starts.numel() - 1, routes.shape[-1], q.stride(0), head_dim**-0.5
     shape, tma = {"D": head_dim, "DP": padded(head_dim)}, use_tma(k)
     key_sources = [_key_source(x, block["BN"], tma) for x in (k, v)]
-    for first, last in _head_groups(q, num_slots):
+    for first, last in _head_blocks(q, num_slots):
         partial = q.new_empty(last - first, num_tokens, num_slots, head_dim)
         bounds = (first * num_chunks, last * num_chunks)
         kernels.dq_kernel[(max_tiles(partial.numel() // head_dim, bounds[1] - bounds[0], lists.tile),)](

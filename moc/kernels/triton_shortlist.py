@@ -2,7 +2,7 @@
 
 Three kernels, each over blocks of queries of one head that may all route to the same chunks:
 
-    bound    keeps the best score of each of GROUPS groups of chunks. top_k groups reach the top_k-th best of these, so
+    bound    keeps the best score of each of TILES tiles of chunks. top_k tiles reach the top_k-th best of these, so
              top_k chunks do: a lower bound of the scores to keep, which few others reach. The first term of the means
              is enough here, less what the others could add (`slack`, by Cauchy-Schwarz).
     list     with exact scores, the chunks that reach the bound, in stream order
@@ -14,8 +14,8 @@ are left to `triton_routing.route_kernel`, which takes any; a count above the ro
 Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). Equals `moc.routing.route`, except that the routes
 of a query come in no order.
 
-Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query, S room
-of a list, G heads of a group.
+Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query, R room
+of a list, Nb heads of a head block.
 """
 
 import torch
@@ -31,7 +31,7 @@ from moc.kernels.triton_kernels import load_rows
 BISECTIONS = tl.constexpr(16)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
 MAX_ENTRIES = 1 << 24  # bounds the lists held at a time; a large q's may take half its bytes
-GROUPS = 128
+TILES = 128
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def bound_kernel(
     q, means, slack, bounds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
     sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
     TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BQ: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+    BQ: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program writes, for BQ queries of one head, a bound that at least top_k chunks' scores reach, and few others.
 
@@ -81,12 +81,12 @@ def bound_kernel(
         valid = token < num_tokens
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
         length = tl.sqrt(tl.sum(queries.to(tl.float32) * queries.to(tl.float32), 1))
-        group = tl.arange(0, GROUPS)
-        best = tl.zeros([BQ, GROUPS], tl.float32) - float("inf")
-        for block in tl.range(first, last, GROUPS, num_stages=STAGES):
-            # Shifted from block to block, so that no period of the chunks fills one group.
-            chunk = block + (group + (block - first) // GROUPS * 37) % GROUPS
-            scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, 1, DP, BQ, GROUPS)
+        tile = tl.arange(0, TILES)
+        best = tl.zeros([BQ, TILES], tl.float32) - float("inf")
+        for block in tl.range(first, last, TILES, num_stages=STAGES):
+            # Shifted from block to block, so that no period of the chunks fills one tile.
+            chunk = block + (tile + (block - first) // TILES * 37) % TILES
+            scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, 1, DP, BQ, TILES)
             mask = _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text)
             less = tl.load(slack + head * num_chunks + chunk, mask=chunk < num_chunks, other=0.0)
             best = tl.maximum(best, scores + (mask[None, :] - length[:, None] * less[None, :]))
@@ -114,7 +114,7 @@ def list_kernel(
 ):  # fmt: skip
     """A program lists, for BQ queries of one head, the chunks whose scores reach the bound, in stream order.
 
-    lists int64 [G, L, S]: score in the upper half, chunk in the lower. counts [N, L]: how many reach it.
+    lists int64 [Nb, L, R]: score in the upper half, chunk in the lower. counts [N, L]: how many reach it.
     """
     head, start = first_head + tl.program_id(1), tl.program_id(0) * BQ
     token = start + tl.arange(0, BQ)
@@ -177,7 +177,7 @@ def select_kernel(
 
 def shortlist_pays(q: Tensor, top_k: int) -> bool:
     """Whether a shortlist is faster than ranking as one walks: in half precision, and on a CPU, interpreted."""
-    return 16 < top_k <= GROUPS // 2 and (q.dtype != torch.float32 or not capability(q.device))
+    return 16 < top_k <= TILES // 2 and (q.dtype != torch.float32 or not capability(q.device))
 
 
 def room_for(top_k: int) -> int:
@@ -199,7 +199,7 @@ def shortlist_routes(
     blocks = (cdiv(num_tokens, 64), num_heads)
     bound_kernel[blocks](
         q, means, slack, bounds, *tables, num_tokens, num_heads, num_chunks, stride, top_k, **settings,
-        BQ=64, GROUPS=GROUPS, STAGES=2, num_warps=4,
+        BQ=64, TILES=TILES, STAGES=2, num_warps=4,
     )  # fmt: skip
     size = max(1, min(num_heads, max(MAX_ENTRIES, q.numel() // 8) // (num_tokens * room)))
     lists = torch.empty(size, num_tokens, room, dtype=torch.int64, device=q.device)

@@ -167,7 +167,7 @@ class ShotEncoder:
         head = codec.pixel_frames(codec.latents_at_once, self.shot)
         latents: list[Tensor] = []
         num_frames = 0
-        for frames in regroup(pieces, head, codec.latents_at_once * codec.temporal_factor):
+        for frames in in_pieces(pieces, head, codec.latents_at_once * codec.temporal_factor):
             codec.check_pixels(frames)
             num_frames += frames.shape[1]
             codec.latent_frames(num_frames, self.shot)
@@ -195,8 +195,8 @@ class ShotDecoder:
             yield self.codec.decode_piece(piece, self.memory, first and start == 0)
 
 
-def regroup(pieces: Iterable[Tensor], head: int, length: int) -> Iterator[Tensor]:
-    """The frames of pieces [3, f, H, W] in groups: one of `head` frames, then of `length`; the last may be short."""
+def in_pieces(pieces: Iterable[Tensor], head: int, length: int) -> Iterator[Tensor]:
+    """The frames of pieces [3, f, H, W], cut anew: a piece of `head` frames, then of `length`; the last may be short."""
     held: Tensor | None = None
     wanted = head
     for piece in pieces:

@@ -72,8 +72,8 @@ class WanCodec(Codec):
         vae, factor = self.vae, self.temporal_factor
 
         def run(patches: Tensor, features: Features) -> Tensor:
-            groups = patches.split([1] * first + [factor] * (patches.shape[2] // factor), dim=2)
-            hidden = (vae.encoder(group, feat_cache=features, feat_idx=[0]) for group in groups)
+            runs = patches.split([1] * first + [factor] * (patches.shape[2] // factor), dim=2)
+            hidden = (vae.encoder(run, feat_cache=features, feat_idx=[0]) for run in runs)
             return torch.cat([vae.quant_conv(x) for x in hidden], dim=2)
 
         patches = patchify(frames[None].float(), self.patch_size)

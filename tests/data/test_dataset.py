@@ -121,14 +121,14 @@ def test_steps_do_not_depend_on_ranks(cache):
 def test_ranks_of_a_sequence_parallel_group_read_the_same(cache):
     """Groups of two processes pass the group's rank: the same batches in a group, each sample in one group."""
     settings = config(cache, drop_captions=0.3, drop_shot_caption=0.3, drop_to_still=0.3)
-    groups = [[list(islice(loader(settings, rank, 2), 4)) for _ in range(2)] for rank in range(2)]
-    for one, other in groups:
+    processes = [[list(islice(loader(settings, rank, 2), 4)) for _ in range(2)] for rank in range(2)]
+    for one, other in processes:
         for a, b in ((a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)):
             assert a.positions == b.positions
             assert a.layout.chunks == b.layout.chunks
             for x, y in zip(a.latents + a.text, b.latents + b.text, strict=True):
                 assert torch.equal(x, y)
-    run = [p for step in merged(*(steps(iter(group[0]), 4) for group in groups)) for p in step]
+    run = [p for step in merged(*(steps(iter(process[0]), 4) for process in processes)) for p in step]
     assert run == list(range(len(run)))
 
 

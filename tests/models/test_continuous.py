@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.encoders.codec import regroup
+from models.encoders.codec import in_pieces
 from tests.codecs import TinyCodecs, Watch, decode_shots, encode_shots, split, whole
 from tests.encoders import PoolCodec
 from tests.models.test_vae import moving_gradient
@@ -42,12 +42,12 @@ def test_the_lengths_of_shots() -> None:
         continuous.latent_frames(2, 1)
 
 
-def test_frames_are_regrouped() -> None:
+def test_frames_come_in_other_pieces() -> None:
     frames = torch.arange(20).view(1, 20, 1, 1)
     for pieces in ([20], [1, 19], [7, 0, 3, 10], [1] * 20):
-        groups = [group.flatten().tolist() for group in regroup(frames.split(pieces, dim=1), 5, 4)]
-        assert groups == [[*range(5)], [*range(5, 9)], [*range(9, 13)], [*range(13, 17)], [*range(17, 20)]]
-    assert list(regroup([], 5, 4)) == []
+        found = [piece.flatten().tolist() for piece in in_pieces(frames.split(pieces, dim=1), 5, 4)]
+        assert found == [[*range(5)], [*range(5, 9)], [*range(9, 13)], [*range(13, 17)], [*range(17, 20)]]
+    assert list(in_pieces([], 5, 4)) == []
 
 
 # Exactness
