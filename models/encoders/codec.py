@@ -196,7 +196,7 @@ class ShotDecoder:
 
 
 def in_pieces(pieces: Iterable[Tensor], head: int, length: int) -> Iterator[Tensor]:
-    """The frames of pieces [3, f, H, W], cut anew: a piece of `head` frames, then of `length`; the last may be short."""
+    """The frames of pieces [3, f, H, W], cut anew: one of `head` frames, then of `length`; the last may be short."""
     held: Tensor | None = None
     wanted = head
     for piece in pieces:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.cache.reader import open_cache
-from data.cache.writer import COMPLETE, CacheWriter, digest, finish, read_parts, remove_part
+from data.cache.writer import COMPLETE, CacheWriter, digest, finish, read_stored, remove_stored
 from data.errors import DataError
 from data.records import write_whole
 from tests.caches import RECIPE, RECORD_FAULTS, flip_byte, read_everything, scene, write_cache
@@ -34,7 +34,7 @@ def test_round_trip_over_several_shards(tmp_path):
 
 def test_equal_text_is_stored_once(tmp_path):
     write_cache(tmp_path, [scene(1), scene(1, shots=1)], shard_bytes=1 << 20)
-    assert len(read_parts(tmp_path)[0]["text"]) == 2 + 3
+    assert len(read_stored(tmp_path)[0]["text"]) == 2 + 3
 
 
 def test_digest_names_the_recipe():
@@ -99,7 +99,9 @@ def test_a_writer_killed_as_it_gathers_stores_nothing_twice(tmp_path, monkeypatc
     for number in range(3):
         writer.add(scene(number))
     with monkeypatch.context() as patch:
-        patch.setattr("data.cache.writer.remove_part", lambda path: None if "00001" in path.name else remove_part(path))
+        patch.setattr(
+            "data.cache.writer.remove_stored", lambda path: None if "00001" in path.name else remove_stored(path)
+        )
         writer.flush()
     assert files_in(tmp_path) == ["scene-0-00001.safetensors", "shard-0-00000.safetensors"]
     again = CacheWriter(tmp_path, RECIPE, shard_bytes=1 << 20)
@@ -156,7 +158,7 @@ def test_a_deleted_shard_is_made_again(tmp_path):
     scenes = [scene(n) for n in range(3)]
     write_cache(tmp_path, scenes, shard_bytes=1)
     lost = open_cache(tmp_path).scenes[1]
-    (tmp_path / read_parts(tmp_path)[lost.shard]["file"]).unlink()
+    (tmp_path / read_stored(tmp_path)[lost.shard]["file"]).unlink()
     writer = CacheWriter(tmp_path, RECIPE, shard_bytes=1)
     assert "key1" not in writer.done
     writer.add(scenes[1])
@@ -236,7 +238,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         writer.add(huge)
     writer.add(scene(2))
     writer.flush()
-    assert [s["id"] for s in read_parts(tmp_path)[0]["scenes"]] == ["scene2"]
+    assert [s["id"] for s in read_stored(tmp_path)[0]["scenes"]] == ["scene2"]
 
 
 def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

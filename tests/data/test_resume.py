@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.cache.reader import open_cache
-from data.cache.writer import CacheWriter, read_parts
+from data.cache.writer import CacheWriter, read_stored
 from data.errors import DataError
 from data.loading.dataset import DataConfig, open_dataset
 from data.prepare import pipeline
@@ -154,7 +154,7 @@ def test_work_that_nobody_stored_is_an_error(folder, monkeypatch):
 def test_damaged_and_missing_shards_are_made_again(folder):
     scenes(folder, scene("a", (0, 9)))
     cache = run(folder).cache
-    shard = cache / read_parts(cache)[0]["file"]
+    shard = cache / read_stored(cache)[0]["file"]
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1
     shard.write_bytes(data)
