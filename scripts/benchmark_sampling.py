@@ -48,7 +48,7 @@ from moc.files import write_whole
 from moc.kernels import dense
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
-from models import CodecConfig, ModelConfig, build_codec, build_model, place
+from models import CodecConfig, ModelConfig, build_codec, build_model, move_model
 from models.encoders.codec import CodecKind
 from models.stream import StreamModel
 from scripts.measuring import header, markdown_table
@@ -205,7 +205,7 @@ class Bench:
             if not wide & set(weight_name.split(".")):
                 weight.data = weight.data.to(dtype)
         model.execution = config.execution
-        self.model = Clocked(place(model, self.parallel), device.type == "cuda")  # type: ignore[arg-type]
+        self.model = Clocked(move_model(model, self.parallel), device.type == "cuda")  # type: ignore[arg-type]
         head_dim = config.model.dim // config.model.num_heads
         self.kernel = dense.choose(torch.empty(1, 1, head_dim, device=device, dtype=dtype)).name
 
@@ -282,14 +282,14 @@ class Bench:
         """Puts a row into the record."""
         config, film = self.config, FILMS[name]
         sizes = {size: asdict(config.model)[size] for size in ("dim", "num_layers", "num_heads", "ffn_dim")}
-        place = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
+        move_model = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
         setup = {
             "top_k": config.moc.top_k, "guidance_scale": config.sampler.guidance_scale,
             "context_shots": config.sampler.context_shots, "steps": config.sampler.steps,
             "tokens": sum(film.frames) * film.size[0] * film.size[1] // 4,
         }  # fmt: skip
         host = {"host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-        row = place | setup | dict(measured) | host
+        row = move_model | setup | dict(measured) | host
         print(row, flush=True)
         head = header() | {"dense_kernel": self.kernel, "model": sizes, "precision": str(self.parallel.dtype)}
         output = Path(config.output)
