@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -83,9 +85,16 @@ class Adapter:
         return weight.float().addmm_(self.source.read(b).float(), self.source.read(a).float())  # lora_alpha is the rank
 
 
-class Trainable:
-    """Mix in before ModelMixin. peft, and the pipelines' form, are imported where an adapter is: they take seconds."""
+class Trainable(ModelMixin, nn.Module, ConfigMixin):
+    """A diffusers model that can have an adapter. peft is imported where one is: it takes seconds."""
 
+    # What diffusers' classes give a model, as far as we use it: type checkers are not shown them (pyproject.toml).
+    config: Any
+    save_config: Callable[[str | Path], None]
+    to_json_string: Callable[[], str]
+    enable_gradient_checkpointing: Callable[[], None]
+    _gradient_checkpointing_func: Callable[..., Any]
+    _keep_in_fp32_modules: ClassVar[Sequence[str] | None]
     lora: Lora | None = None
 
     def add_lora(self, lora: Lora) -> None:

@@ -53,9 +53,10 @@ class MMDiT(StreamModel):
         super().__init__()
         if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
             raise UserError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
-        self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=True)
+        frames, rows, columns = patch_size
+        self.stream = StreamSpec(patch=(frames, rows, columns), text_in_stream=True)
         self.latent_channels, self.attention_dim = latent_channels, dim
-        patch_dim = latent_channels * patch_size[0] * patch_size[1] * patch_size[2]
+        patch_dim = latent_channels * frames * rows * columns
         self.video_in = nn.Linear(patch_dim, dim)
         self.place = FramePlace(dim) if frame_place else None
         self.text_in = nn.Linear(text_dim, dim)

@@ -13,8 +13,6 @@ from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -168,14 +166,15 @@ class StreamAttention:
             q, k, v = (self.exchange.to_heads(x, self.layout.num_tokens - first) for x in (q, k, v))
         pre_rope = config.descriptor is Descriptor.pre_rope
         queries = rotate(q, self.table)
-        kept = (rotate(k, self.table), v, k) if pre_rope else (rotate(k, self.table), v)
+        kept: tuple[Tensor, ...] = (rotate(k, self.table), v, *((k,) if pre_rope else ()))
         if self.cache is not None:
             kept = self.cache.extended(layer, kept, self.remember)
-        scored = (q, kept[2]) if pre_rope else (queries, kept[0])
+        keys, values, *unrotated = kept
+        scored = (q, unrotated[0]) if pre_rope else (queries, keys)
         routes = None if config.dense else self._route(layer, *scored, first)
-        out = moc_attention(queries, *kept[:2], self.layout, config, routes, self.execution)
+        out = moc_attention(queries, keys, values, self.layout, config, routes, self.execution)
         if self.on_distances and not config.dense:
-            self._compare(layer, out, queries, *kept[:2])
+            self._compare(layer, out, queries, keys, values)
         return self.exchange.to_tokens(out) if self.exchange else out
 
     def _compare(self, layer: int, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -220,7 +219,7 @@ class Embedded(NamedTuple):
     condition: Tensor
 
 
-class StreamModel(Trainable, ModelMixin, ConfigMixin):
+class StreamModel(Trainable):
     """Predicts the velocity (noise - latent) of every shot of a packed batch.
 
     A family sets `stream`, `latent_channels`, `attention_dim` (the width of all heads together) and `blocks`, and says

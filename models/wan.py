@@ -167,7 +167,8 @@ class WanTransformer3DModel(StreamModel):
             raise UserError(f"cut_gap={cut_gap} must be finite and at least 0")
         dim = num_attention_heads * attention_head_dim
         self.latent_channels, self.attention_dim = in_channels, dim
-        self.stream = StreamSpec(patch=tuple(patch_size), text_in_stream=False)
+        frames, rows, columns = patch_size
+        self.stream = StreamSpec(patch=(frames, rows, columns), text_in_stream=False)
         self.patch_embedding = nn.Conv3d(in_channels, dim, kernel_size=self.stream.patch, stride=self.stream.patch)
         self.condition_embedder = TextTimeEmbedding(dim, freq_dim, text_dim)
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))

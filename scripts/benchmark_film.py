@@ -136,7 +136,7 @@ def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: Sho
     if checkpoint is None:
         return key | {"failed": (folder / f"{name}.log").read_text()[-2000:]}
     contents = Contents(checkpoint)
-    model = load_model(checkpoint).to(parallel.device)  # type: ignore[arg-type]
+    model = load_model(checkpoint).to(parallel.device)
     shots = film_shots()
     held_out = held_out_blocks(fold)
     targets = [index for index in range(1, len(shots)) if block(index) in held_out]  # 0 has no history

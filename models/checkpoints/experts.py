@@ -90,8 +90,8 @@ class Experts(nn.Module):
     def offload(self, device: torch.device) -> None:
         """Keeps both in CPU memory, and on `device` the one that was called last."""
         device = torch.empty(0, device=device).device  # with its index, as the hooks compare it
-        _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)  # type: ignore[arg-type]
-        _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)  # type: ignore[arg-type]
+        _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)
+        _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)
         of_high.hook.prev_module_hook = of_low
 
 
