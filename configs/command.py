@@ -32,6 +32,9 @@ T = TypeVar("T")
 CONFIGS = Path(__file__).parent
 _FULL = "HYDRA_FULL_ERROR"
 
+# Hydra copies all stored configs each time it composes, and for each group that `--help` lists: it only reads them.
+setattr(ConfigStore, "__deepcopy__", lambda store, _: store)  # noqa: B010 (mypy refuses the assignment)
+
 # Errors of the operating system that the user can mend: a wrong path, a missing right, no network.
 _KINDS = (
     FileNotFoundError,
@@ -107,8 +110,6 @@ def _explaining(schema: type) -> Iterator[None]:
         yield
         return
     said = io.StringIO()
-    # Hydra copies all stored configs, which it only reads, for each group that it lists: two seconds.
-    setattr(ConfigStore, "__deepcopy__", lambda store, _: store)  # noqa: B010 (mypy refuses the assignment)
     try:
         with redirect_stdout(said):
             yield

@@ -103,12 +103,15 @@ class ModelConfig:
             raise UserError(f"model.lora_base={self.lora_base} is of weights under an adapter: set model.lora_rank")
 
 
-def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamModel:
-    """A model with fresh random weights, or with those of `config.path`, on the CPU; in fp32 but for `lora_base`.
+def build_model(
+    config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device | str = "cpu"
+) -> StreamModel:
+    """A model with the weights of `config.path`, on the CPU, or with fresh random ones; in fp32 but for `lora_base`.
 
     Raises UserError where the model there is of another family.
 
-    latent_channels, text_dim: widths of the latents and text features it will see.
+    latent_channels, text_dim: widths of the latents and text features it will see. device: where fresh weights are
+    drawn, and stay.
     """
     if config.lora_rank and not config.path:
         raise UserError("a LoRA needs weights to adapt: set model.path")
@@ -126,6 +129,11 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Str
             base = str(checkpoint.path.resolve())  # not the run, which may train on
             model.add_lora(Lora(config.lora_rank, config.lora_targets, base, checkpoint.fingerprint()))
         return model
+    with torch.device(device):
+        return _fresh(config, latent_channels, text_dim)
+
+
+def _fresh(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamModel:
     if config.family == Family.mmdit:
         sizes = {
             name: getattr(config, name)
