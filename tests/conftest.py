@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
 
 from data.media.write import write_video
-from tests import pipeline, wan_files
+from tests import figures, pipeline, wan_files
 
 torch.set_num_threads(1)
 
@@ -26,6 +26,12 @@ settings.load_profile("moc")
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_figures():
+    with figures.left_out():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,22 @@ import re
 import sys
 import threading
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from unittest import mock
 
+from film.shooting import Shooting
+from moc.training import Trainer
 from tests.pipeline import ROOT, command
 
 
 class Way:
-    """The functions that run from the first call of `first` to the first return of `last`, in the order entered."""
+    """The functions that run from the first call of `first` to the first return of `last`, in the order entered.
 
-    def __init__(self, first: str, last: str) -> None:
+    first: a class and the name of its method. last: the qualified name of a function.
+    """
+
+    def __init__(self, first: tuple[type, str], last: str) -> None:
         self.first, self.last = first, last
         self.entered: dict[tuple[str, int], None] = {}  # file and first line of each
         self.begun = self.ended = False
@@ -22,23 +29,31 @@ class Way:
     def __call__(self, frame, event, _) -> None:
         code = frame.f_code
         if event == "call" and not self.ended:
-            self.begun |= code.co_qualname == self.first
+            self.begun |= code.co_qualname == getattr(*self.first).__qualname__
             if self.begun and code.co_flags & inspect.CO_OPTIMIZED:  # a function, not a module or class that is read
                 self.entered.setdefault((code.co_filename, code.co_firstlineno))
         elif event == "return" and self.begun:
             self.ended |= code.co_qualname == self.last
+            if self.ended:
+                sys.setprofile(None)  # which would slow down all the rest
 
     @contextmanager
     def watched(self):
-        """Watches this thread and those that start meanwhile."""
-        before = sys.getprofile()
-        threading.setprofile(self)
-        sys.setprofile(self)
-        try:
+        """Watches the thread that calls `first`, and those that start meanwhile."""
+        before, first = sys.getprofile(), getattr(*self.first)
+
+        @wraps(first)
+        def watched(*arguments, **settings):
+            threading.setprofile(self)
+            sys.setprofile(self)
+            try:
+                return first(*arguments, **settings)
+            finally:
+                sys.setprofile(before)
+                threading.setprofile(None)
+
+        with mock.patch.object(*self.first, watched):
             yield self
-        finally:
-            sys.setprofile(before)
-            threading.setprofile(None)
         assert self.ended, f"{self.last} did not return"
 
     @property
@@ -71,7 +86,7 @@ def assert_readme_tells(beginning: str, way: Way) -> None:
 
 
 def test_one_training_step_enters_what_the_readme_lists(prepared, tmp_path):
-    with Way("Trainer.run", "Flow.loss").watched() as way:
+    with Way((Trainer, "run"), "Flow.loss").watched() as way:
         debug = ["model=debug", "parallel=cpu", "trainer.num_steps=1", "data.workers=0", "data.validation=0"]
         command("train.py", f"data.path={prepared}", f"output={tmp_path}", "name=run", *debug)
     assert_readme_tells("One training step", way)
@@ -80,7 +95,7 @@ def test_one_training_step_enters_what_the_readme_lists(prepared, tmp_path):
 def test_one_shot_of_a_film_enters_what_the_readme_lists(trained, tmp_path):
     script = tmp_path / "script.yaml"
     script.write_text("{title: t, global: a, size: [32, 48], fps: 8, negative: b, shots: [{prompt: c, seconds: 1}]}")
-    with Way("Shooting.run", "Shooting.run").watched() as way:
+    with Way((Shooting, "run"), "Shooting.run").watched() as way:
         paths = (f"checkpoint={trained}", f"script={script}", f"out={tmp_path / 'film'}")
         command("sample.py", *paths, "device=cpu", "sampler.steps=2")
     assert_readme_tells("One shot of a film", way)

@@ -21,6 +21,7 @@ from data.storyworld.readers import name_place
 from moc import MoCConfig
 from moc.training import read_metrics
 from models import load_encoders, load_model
+from tests import figures
 from tests.pipeline import ROOT, prepare, sample, train, train_arguments
 
 BIKES_STARTS = [0, 30, 76, 137, 187, 242]  # of its six shots
@@ -53,7 +54,8 @@ def story(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def film(trained, story, tmp_path_factory) -> Path:
-    return sample(trained, story, tmp_path_factory.mktemp("sampled") / "film")
+    with figures.drawn():
+        return sample(trained, story, tmp_path_factory.mktemp("sampled") / "film")
 
 
 def frames(path: Path) -> torch.Tensor:

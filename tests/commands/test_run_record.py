@@ -12,7 +12,7 @@ import yaml
 
 from moc.training import read_metrics
 from moc.training.integrity import checksums, files_to_seal, seal
-from tests import pipeline
+from tests import figures, pipeline
 from tests.pipeline import assert_one_message, command, refusal
 
 
@@ -112,7 +112,8 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypat
 
 def test_every_launch_is_recorded(prepared, run):
     """Its command, code, versions and hosts; the lines of earlier launches stay."""
-    command(*launch(prepared, run, "trainer.num_steps=4"))
+    with figures.drawn():
+        command(*launch(prepared, run, "trainer.num_steps=4"))
     first, second = (json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines())
     assert (first["step"], second["step"]) == (0, 3)
     assert second["command"].split()[0].endswith("train.py")

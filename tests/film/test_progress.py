@@ -11,7 +11,7 @@ from film import progress
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training import Parallel, ParallelConfig, read_metrics
-from tests import pipeline
+from tests import figures, pipeline
 from tests.pipeline import assert_one_message, refusal
 
 
@@ -21,7 +21,8 @@ def losses(run):
 
 def test_samples_are_drawn_at_their_steps_and_change_nothing(prepared, trained, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SAMPLING", replace(progress.SAMPLING, steps=4))
-    run = pipeline.train(prepared, tmp_path / "run", "trainer.sample_every=2", "data.validation=1")
+    with figures.drawn():
+        run = pipeline.train(prepared, tmp_path / "run", "trainer.sample_every=2", "data.validation=1")
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == ["step_0000002.png", "step_0000002_routing.png"]
     assert losses(run) == losses(trained)

@@ -1,8 +1,10 @@
 """What tests of training share."""
 
+import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.runs import THEN, launch, make_cache
 
@@ -27,8 +29,12 @@ def cache(tmp_path_factory):
 def two_processes(tmp_path_factory) -> Path:
     """A folder of the runs of TWO, which the same two processes trained: most of their time they start. In said.txt is
     what both said on standard error."""
-    folder = tmp_path_factory.mktemp("two")
-    small = make_cache(folder / "cache")
-    words = [word for name, asked in TWO.items() for word in (THEN, small, folder / name, *asked)]
-    (folder / "said.txt").write_text(launch(2, *words[1:]))
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # that of all processes of pytest
+    folder = shared / "two_processes"
+    with FileLock(shared / "two_processes.lock"):
+        if not (folder / "said.txt").exists():
+            small = make_cache(folder / "cache")
+            words = [word for name, asked in TWO.items() for word in (THEN, small, folder / name, *asked)]
+            (folder / "said.txt").write_text(launch(2, *words[1:]))
     return folder
