@@ -47,7 +47,7 @@ def _ways(
         found, host = count(plan, replace(sampler, **changes), offload=offload), memory.room(torch.device("cpu"))
         return found.memory if found.host_memory <= host else math.inf
 
-    def in_context(offloads: bool, num_shots: int = sampler.context_shots) -> float:
+    def in_context(offloads: bool, num_shots: int | None = sampler.context_shots) -> float:
         return needs(lag=1.0, offload_cache=offloads, context_shots=num_shots)
 
     def of_first(num_shots: int) -> float:

@@ -38,7 +38,7 @@ from data.cache.writer import write_whole
 from data.errors import DataError
 from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
-from moc.earlier import moc_settings
+from moc.earlier import moc_settings, translated
 from moc.errors import UserError
 from moc.files import PARTIAL, HeldError, copy_whole
 from moc.training.checkpoint import read_json
@@ -137,7 +137,7 @@ class FilmFolder:
         known = {name: record[name] for name in (*REQUEST, "video") if name in record}
         if not known.keys() >= set(REQUEST):
             return None
-        return known | {"moc": moc_settings(record["moc"])}
+        return known | {"moc": moc_settings(record["moc"]), "sampler": translated(record["sampler"], "sampler")}
 
     # An unfinished film
 

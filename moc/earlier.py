@@ -15,13 +15,38 @@ RENAMED = {
     "moc.cut_gap": "model.cut_gap",
 }
 # Values that said that nothing is set, by today's keys; null says it now.
-UNSET: dict[str, Any] = {"model.cut_gap": 0.0, "model.path": "", "data.local_cache": "", "parallel.replicate": 0}
+UNSET: dict[str, Any] = {
+    "model.cut_gap": 0.0,
+    "model.path": "",
+    "data.local_cache": "",
+    "parallel.replicate": 0,
+    "prepare.fps": 0.0,
+    "prepare.threshold": 0.0,
+    "codec.path": "",
+    "text.path": "",
+    "sampler.high_noise_guidance_scale": 0.0,
+    "sampler.context_shots": 0,
+}
 
 
-def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, by dotted key, as today's version would have written them."""
+def translated(settings: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
+    """The settings of a run, by dotted key, as today's version would have written them; or those of one `owner`, such
+    as "sampler", by name."""
+    prefix = f"{owner}." if owner else ""
     found = {RENAMED.get(key, key): value for key, value in settings.items()}
-    return found | {key: None for key, unset in UNSET.items() if key in found and found[key] == unset}
+    return found | {key: None for key, value in found.items() if value == UNSET.get(prefix + key)}
+
+
+def set_nulls(config: Any, owner: str) -> None:
+    """Sets the fields of a frozen dataclass to null where they hold what said in earlier versions that nothing is set,
+    as commands and files from then do. owner: as in `translated`."""
+    for name, value in translated(vars(config), owner).items():
+        object.__setattr__(config, name, value)
+
+
+def as_written(key: str, value: Any) -> Any:
+    """The value of a setting, by dotted key, as files have it whose names are hashes of what they hold."""
+    return UNSET[key] if value is None else value
 
 
 def refuse_renamed(argument: str) -> None:

@@ -188,7 +188,7 @@ def _scene(entry: dict) -> CachedScene:
 
 
 def open_cache(
-    path: str | Path, copies: str = "", max_bytes: int = 50 << 30, load_codec: LoadCodec | None = None
+    path: str | Path, copies: str | None = None, max_bytes: int = 50 << 30, load_codec: LoadCodec | None = None
 ) -> Cache:
     """The cache that `path` means, a folder or an fsspec URL: itself, or the only one of a prepared folder.
 

@@ -28,9 +28,9 @@ class FileStore:
     Names may come from an index: one that leads out of the folder is a DataError (outside-root).
     """
 
-    def __init__(self, url: str, copies: str = "", max_bytes: int = 50 << 30) -> None:
+    def __init__(self, url: str, copies: str | None = None, max_bytes: int = 50 << 30) -> None:
         self.url, self.copies, self.max_bytes = url.rstrip("/"), copies, max_bytes
-        if self.is_remote and not copies:
+        if self.is_remote and copies is None:
             raise DataError("no-local-cache", url, "is remote: set data.local_cache to a folder for copies")
 
     @property
@@ -67,8 +67,10 @@ class FileStore:
 
     def forget(self, name: str) -> bool:
         """Delete the local copy of a file of a URL; whether there was one to delete."""
+        if not self.is_remote:
+            return False
         copy = self._copy(name + _COPY)
-        if not self.is_remote or not copy.is_file():
+        if not copy.is_file():
             return False
         copy.unlink(missing_ok=True)
         return True
@@ -97,6 +99,7 @@ class FileStore:
         return fs, f"{root}/{name}"
 
     def _copy(self, name: str) -> Path:
+        assert self.copies is not None  # it is a URL
         return self._inside(Path(self.copies, fsspec.utils.tokenize(self.url)[:16]), name)
 
     def _inside(self, folder: str | Path, name: str) -> Path:
@@ -122,6 +125,7 @@ class FileStore:
             raise DataError(
                 "cache-too-small", name, f"has {size} bytes, the local cache takes {self.max_bytes}; raise it"
             )
+        assert self.copies is not None
         kept = sorted(_uses(Path(self.copies)))
         total = sum(file_size for _, file_size, _ in kept)
         for _, file_size, path in kept:

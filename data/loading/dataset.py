@@ -16,6 +16,7 @@ from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
 from data.loading.order import DRAW, Draw, Source, Split, uniforms
 from data.storyworld.recall import RecallConfig
+from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
 
 
@@ -98,6 +99,7 @@ class DataConfig:
                 raise UserError(f"data.{name}={getattr(self, name)}: recall scenes are whole; set it to 0")
         if self.recall and (self.path or self.sources):
             raise UserError("data.recall is set together with data.path or data.sources; set one of them")
+        set_nulls(self, "data")
         check_least(self, "data", 1, "batch_tokens", "prefetch")
         check_least(self, "data", 0, "workers", "validation", "seed", "local_cache_gigabytes")
 
@@ -111,7 +113,7 @@ class ShotDataset:
     def __init__(
         self,
         sources: Sequence[SourceConfig],
-        copies: str = "",
+        copies: str | None = None,
         max_bytes: int = 50 << 30,
         load_codec: LoadCodec | None = None,
         held_out: Sequence[str] = (),
@@ -285,4 +287,4 @@ def open_dataset(config: DataConfig, load_codec: LoadCodec | None = None) -> Sho
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
     max_bytes = int(config.local_cache_gigabytes * 1e9)
     sources = config.sources or [SourceConfig(path=config.path)]
-    return ShotDataset(sources, config.local_cache or "", max_bytes, load_codec, config.held_out)
+    return ShotDataset(sources, config.local_cache, max_bytes, load_codec, config.held_out)

@@ -21,12 +21,12 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
     return min(buckets, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
 
 
-def resample(times: Sequence[float], start: int, end: int, fps: float) -> list[int]:
+def resample(times: Sequence[float], start: int, end: int, fps: float | None) -> list[int]:
     """Frame indices that show [start, end) at `fps`: at each tick the frame then on screen.
 
-    times: seconds of every frame of the video, so that variable frame rate keeps its speed. fps 0: every frame.
+    times: seconds of every frame of the video, so that variable frame rate keeps its speed. fps None: every frame.
     """
-    if fps <= 0:
+    if fps is None:
         return list(range(start, end))
     step = (times[end - 1] - times[start]) / max(1, end - 1 - start)
     duration = times[end] - times[start] if end < len(times) else times[end - 1] - times[start] + step

@@ -34,6 +34,7 @@ from data.prepare.settings import PrepareConfig
 from data.prepare.shots import build_detector
 from data.prepare.sources import MANIFEST, Found, find_scenes
 from data.records import read_record, write_record
+from moc.earlier import as_written
 from moc.files import PARTIAL
 
 _LATE_SECONDS = 90  # a network file system may show a file to other hosts that much later
@@ -93,17 +94,17 @@ class _Run:
         self.process, self.found = process, found
         self.output = Path(config.output)
         self.rule = ShotRule(
-            config.fps or 0.0, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
+            config.fps, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
         )
         self.report = Report()
         self.failures: list[list[str]] = []  # of this process: kind, where, message, and key of the sample if lost
-        self.detector = build_detector(config.detector, config.threshold or 0.0, device)
+        self.detector = build_detector(config.detector, config.threshold, device)
         self.recipe = {
             "decoder": config.decoder,
             "codec": codec.fingerprint,
             "text": text_encoder.fingerprint,
             "sizes": config.sizes,
-            "fps": config.fps or 0.0,  # as earlier versions wrote it, so that their caches are found
+            "fps": as_written("prepare.fps", config.fps),
             "dtype": config.dtype,
             "online": config.online,
         }

@@ -19,11 +19,11 @@ _CLAIM_TOLERANCE = 0.98
 
 @dataclass(frozen=True)
 class ShotRule:
-    """How shots are cut, in frames at `fps` (0: each video's own): longer than max_frames is cut into continuations,
+    """How shots are cut, in frames at `fps` (None: each video's own): longer than max_frames is cut into continuations,
     shorter than min_frames is skipped, the rest trimmed to whole latent frames of the codec. sizes: (H, W) to choose
     from. Raises DataError (bad-length) where max_frames holds no whole latent frame."""
 
-    fps: float
+    fps: float | None
     min_frames: int
     max_frames: int
     shots_per_sample: int

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.media.decode import DECODERS
 from data.prepare.shots import DETECTORS
+from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -50,6 +51,7 @@ class PrepareConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
+        set_nulls(self, "prepare")
         if not self.input or not self.output:
             raise UserError("say input=DIR and output=DIR")
         if Path(self.input).resolve() == Path(self.output).resolve():

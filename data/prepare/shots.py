@@ -19,6 +19,7 @@ from torch import nn
 
 from data.errors import DataError
 from data.media.index import to_rgb
+from moc.earlier import as_written
 
 DETECTORS = ("transnetv2", "adaptive", "content")
 Span = tuple[int, int]
@@ -50,10 +51,10 @@ class ShotDetector(Protocol):
     def finder(self) -> ShotFinder: ...
 
 
-def build_detector(name: str, threshold: float = 0.0, device: str = "cpu") -> ShotDetector:
-    """threshold: 0 takes the detector's own. Raises DataError (unknown-detector)."""
+def build_detector(name: str, threshold: float | None = None, device: str = "cpu") -> ShotDetector:
+    """threshold: None takes the detector's own. Raises DataError (unknown-detector)."""
     if name == "transnetv2":
-        return TransNetDetector(threshold or 0.5, device)
+        return TransNetDetector(0.5 if threshold is None else threshold, device)
     if name in ("adaptive", "content"):
         return SceneDetectDetector(name, threshold)
     raise DataError("unknown-detector", name, f"detectors are {', '.join(DETECTORS)}")
@@ -113,22 +114,24 @@ class TransNetFinder:
 class SceneDetectDetector:
     """PySceneDetect's adaptive or content detector."""
 
-    def __init__(self, method: str, threshold: float) -> None:
+    def __init__(self, method: str, threshold: float | None) -> None:
         self.method, self.threshold = method, threshold
-        self.name = f"{method} {threshold}"
+        self.name = f"{method} {as_written('prepare.threshold', threshold)}"
 
     def finder(self) -> "SceneDetectFinder":
         return SceneDetectFinder(self.method, self.threshold)
 
 
 class SceneDetectFinder:
-    def __init__(self, method: str, threshold: float) -> None:
+    def __init__(self, method: str, threshold: float | None) -> None:
         from scenedetect import AdaptiveDetector, ContentDetector  # imports OpenCV: only where it is used
 
         if method == "adaptive":
-            self._detector = AdaptiveDetector(adaptive_threshold=threshold or 3.0, min_scene_len=1)
+            own = 3.0 if threshold is None else threshold
+            self._detector = AdaptiveDetector(adaptive_threshold=own, min_scene_len=1)
         else:
-            self._detector = ContentDetector(threshold=threshold or 27.0, min_scene_len=1)
+            own = 27.0 if threshold is None else threshold
+            self._detector = ContentDetector(threshold=own, min_scene_len=1)
         self._reformatter = VideoReformatter()
         self._pictures: list[np.ndarray] = []
         self._cuts: set[int] = set()

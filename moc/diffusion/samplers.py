@@ -58,7 +58,7 @@ def sample_shots(
     sets `high_noise_guidance_scale` for a single model.
     """
     boundary = getattr(model, "boundary", None)
-    if config.high_noise_guidance_scale and boundary is None:
+    if config.high_noise_guidance_scale is not None and boundary is None:
         raise UserError("sampler.high_noise_guidance_scale is for a pair of experts; this model is a single one")
     device = story.text[0].device
     num_shots = len(story.shapes)

@@ -55,7 +55,8 @@ def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: b
 
     A shot's own scale counts for both experts.
     """
-    default = (is_high and config.high_noise_guidance_scale) or config.guidance_scale
+    high = config.high_noise_guidance_scale
+    default = high if is_high and high is not None else config.guidance_scale
     own = story.guidance or [None] * len(story.shapes)
     lowest, highest = config.guidance_interval
     chosen = {index: default if (scale := own[index]) is None else scale for index in step.moving}
@@ -69,8 +70,9 @@ def num_still_remembered(remembered: Sequence[int], history: Sequence[int]) -> i
     return sum(takewhile(bool, alike))
 
 
-def _stream(now: Tensor, moving: list[int], context_shots: int, num_references: int) -> list[int]:
+def _stream(now: Tensor, moving: list[int], context_shots: int | None, num_references: int) -> list[int]:
     """The shots of a step's stream: references, finished ones before those on the move (the latest `context_shots`),
     and these."""
     finished = [index for index in (now == 0).nonzero().flatten().tolist() if num_references <= index < max(moving)]
-    return sorted([*range(num_references), *moving, *finished[-context_shots:]])
+    seen = finished if context_shots is None else finished[-context_shots:]
+    return sorted([*range(num_references), *moving, *seen])

@@ -1,6 +1,5 @@
 """What sampling is asked: the settings, a story, and how far it is."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,7 +7,8 @@ from torch import Tensor
 
 from moc.diffusion.flow import draw_key
 from moc.diffusion.solvers import SolverKind
-from moc.errors import UserError
+from moc.earlier import set_nulls
+from moc.errors import UserError, check_least
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class SamplingConfig:
     solver: how a step is taken: `euler`, or `unipc` or `dpmpp` of diffusers, which need fewer steps.
     dense_steps: in so many first steps of a shot attention is dense.
     guidance_scale: 1 is without guidance.
-    high_noise_guidance_scale: that of the high-noise expert of a pair; 0 is the same.
+    high_noise_guidance_scale: that of the high-noise expert of a pair; null is the same.
     guidance_interval: the lowest and the highest noise level with guidance; outside the scale is 1, and a step asks the
         model once (arXiv 2404.07724).
     lag: how long after the one before it a shot starts, in units of a whole denoising; 0 is joint, 1 shot by shot.
     history_sigma: the noise level of finished shots.
     context_shots: how many finished shots the others see at most, the latest ones, besides references, which all see;
-        memory and time of a shot then do not grow with the film. 0 is all.
+        memory and time of a shot then do not grow with the film. null is all.
     cache: keep the keys and values of finished shots where the result is the same, as long as memory lasts.
     offload_cache: keep them in the host's memory. Each layer's come to the device while the one before it computes; the
         film is the same to the bit.
@@ -36,23 +36,22 @@ class SamplingConfig:
     solver: SolverKind = SolverKind.euler
     dense_steps: int = 0
     guidance_scale: float = 5.0
-    high_noise_guidance_scale: float = 0.0
+    high_noise_guidance_scale: float | None = None
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     lag: float = 1.0
     history_sigma: float = 0.05
-    context_shots: int = 0
+    context_shots: int | None = None
     cache: bool = True
     offload_cache: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
+        set_nulls(self, "sampler")
         if self.steps < 1:
             raise UserError(f"sampler.steps={self.steps} must be at least 1")
         if not 0 <= self.dense_steps <= self.steps:
             raise UserError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
-        for name in ("guidance_scale", "high_noise_guidance_scale"):
-            if not 0 <= getattr(self, name) < math.inf:  # nan neither
-                raise UserError(f"sampler.{name}={getattr(self, name)} must be finite and at least 0")
+        check_least(self, "sampler", 0, "guidance_scale", "high_noise_guidance_scale")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
             raise UserError(
                 f"sampler.guidance_interval={self.guidance_interval} must be [LOW, HIGH], two noise levels in [0, 1]"
@@ -61,8 +60,7 @@ class SamplingConfig:
             raise UserError(f"sampler.lag={self.lag} must lie in [0, 1]: 0 is joint, 1 shot by shot")
         if not 0 <= self.history_sigma < 1:
             raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
-        if self.context_shots < 0:
-            raise UserError(f"sampler.context_shots={self.context_shots} must be at least 0 (0 is all)")
+        check_least(self, "sampler", 1, "context_shots")
 
     @property
     def keeps_history(self) -> bool:

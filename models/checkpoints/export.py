@@ -172,11 +172,14 @@ def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:
 
 def _lasting(config: EncodersConfig) -> EncodersConfig:
     """With paths that hold from any folder; raises UserError where a codec or a text encoder has none."""
+    paths = []
     for name, wanted, encoder in (("codec", CodecKind.wan, config.codec), ("text", TextKind.t5, config.text)):
-        if encoder.kind is not wanted or not Path(encoder.path).is_dir():
+        if encoder.kind is not wanted or encoder.path is None or not Path(encoder.path).is_dir():
+            path = "null" if encoder.path is None else repr(encoder.path)
             raise UserError(
-                f"encoders.{name}.kind={encoder.kind}, encoders.{name}.path={encoder.path!r} must be {wanted} and a "
-                "folder; encoders_path=FOLDER takes those of another kind from where they were made"
+                f"encoders.{name}.kind={encoder.kind}, encoders.{name}.path={path} must be {wanted} and a folder; "
+                "encoders_path=FOLDER takes those of another kind from where they were made"
             )
-    codec, text = (str(Path(encoder.path).resolve()) for encoder in (config.codec, config.text))
+        paths.append(str(Path(encoder.path).resolve()))
+    codec, text = paths
     return EncodersConfig(replace(config.codec, path=codec), replace(config.text, path=text))

@@ -22,6 +22,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
+from moc.earlier import set_nulls
 from moc.errors import UserError
 
 
@@ -48,7 +49,7 @@ class CodecConfig:
     """
 
     kind: CodecKind = CodecKind.lapped
-    path: str = ""
+    path: str | None = None
     channels: int = 54
     whitening: float = 0.5
     still_detail: bool = True
@@ -56,6 +57,7 @@ class CodecConfig:
     continuous: bool = False
 
     def __post_init__(self) -> None:
+        set_nulls(self, "codec")
         if not 1 <= self.channels <= 64:
             raise UserError(f"codec.channels={self.channels} must lie in [1, 64]")
         if not 0 <= self.whitening <= 1:

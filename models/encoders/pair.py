@@ -105,6 +105,7 @@ def find_encoders(path: str | Path | Contents) -> EncodersConfig | None:
 def write_encoders(config: EncodersConfig, folder: Path) -> None:
     """Writes into a new folder what `read_encoders` found: embedded encoders whole, large ones by their path."""
     if config.text.kind is TextKind.embedded:
+        assert config.text.path is not None  # `find_encoders` says where they lie
         shutil.copytree(config.text.path, folder)
     else:
         folder.mkdir()

@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
 from moc.training.checkpoint import read_json, remedy
 from models.checkpoints.strict import load_folder
@@ -59,7 +60,7 @@ class TextConfig:
     """A text encoder.
 
     kind: `embedded`, which needs no download, or `t5`.
-    path: for embedded a folder written by `save`, a word list (one word a line), or "" for the words given at build;
+    path: for embedded a folder written by `save`, a word list (one word a line), or null for the words given at build;
     for t5 a folder with a T5 or UMT5 encoder and its tokenizer.
     form: for t5 only; see `PromptForm`.
     dim, num_layers, seed: the sizes and the seed of the embedded encoder.
@@ -67,7 +68,7 @@ class TextConfig:
     """
 
     kind: TextKind = TextKind.embedded
-    path: str = ""
+    path: str | None = None
     form: PromptForm = PromptForm.separate
     dim: int = 128
     num_layers: int = 2
@@ -75,6 +76,7 @@ class TextConfig:
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
+        set_nulls(self, "text")
         check_least(self, "text", 1, "dim", "num_layers", "max_tokens")
         check_least(self, "text", 0, "seed")
 
@@ -235,6 +237,8 @@ class T5TextEncoder(TextEncoder):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
+        if config.path is None:
+            raise UserError("text.kind=t5 needs text.path=FOLDER, of a T5 or UMT5 encoder and its tokenizer")
         folder = Path(config.path)
         is_pipeline = (folder / "text_encoder").is_dir()
         model_folder = folder / "text_encoder" if is_pipeline else folder
@@ -321,10 +325,10 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def build_text_encoder(config: TextConfig, vocabulary: Iterable[str] = ()) -> TextEncoder:
-    """The text encoder a configuration names. vocabulary: words of the embedded encoder where `path` is empty."""
+    """The text encoder a configuration names. vocabulary: words of the embedded encoder where `path` is null."""
     if config.kind == TextKind.t5:
         return T5TextEncoder(config)
-    if not config.path:
+    if config.path is None:
         return EmbeddedTextEncoder(vocabulary, config)
     path = Path(config.path)
     return EmbeddedTextEncoder.load(path) if path.is_dir() else EmbeddedTextEncoder(_words(path), config)

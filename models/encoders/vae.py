@@ -43,6 +43,8 @@ class WanCodec(Codec):
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
+        if config.path is None:
+            raise UserError("codec.kind=wan needs codec.path=FOLDER, a diffusers folder of AutoencoderKLWan")
         file = Path(config.path, "config.json")
         record = read_json(file) if file.is_file() else {}
         kind = record.get("_class_name")

@@ -5,6 +5,8 @@ import pytest
 from moc import MoCConfig
 from moc.earlier import translated
 from moc.errors import UserError
+from models.encoders.codec import CodecConfig
+from models.encoders.text import TextConfig
 from tests.composing import REQUIRED, parsed
 
 
@@ -44,6 +46,14 @@ def test_what_is_not_set_is_null_and_what_said_so_earlier_still_does():
     assert not any((parsed("prepare", "fps=0").fps, parsed("train", "parallel.replicate=0").parallel.replicate))
     earlier = {"model.path": "", "data.local_cache": "", "parallel.replicate": 0, "model.cut_gap": 0.0, "moc.top_k": 0}
     assert translated(earlier) == dict.fromkeys(earlier) | {"moc.top_k": 0}
+
+
+def test_samplers_and_encoders_of_earlier_versions_are_read_with_nulls():
+    sampler = parsed("sample", "sampler.high_noise_guidance_scale=0", "sampler.context_shots=0").sampler
+    assert sampler == parsed("sample").sampler
+    assert (sampler.high_noise_guidance_scale, sampler.context_shots) == (None, None)
+    assert translated({"context_shots": 0, "steps": 0}, "sampler") == {"context_shots": None, "steps": 0}
+    assert {CodecConfig(path="").path, TextConfig(path="").path} == {None}
 
 
 def test_the_seed_of_a_run_is_that_of_its_data():

@@ -234,7 +234,7 @@ def test_written_video_is_whole_or_absent(tmp_path):
 def test_resample_shows_what_is_on_screen():
     times = [i / 24 for i in range(48)]
     assert resample(times, 0, 48, 12) == list(range(0, 48, 2))
-    assert resample(times, 10, 20, 0) == list(range(10, 20))
+    assert resample(times, 10, 20, None) == list(range(10, 20))
     assert resample(times, 0, 24, 48) == [i // 2 for i in range(48)]
     slow_then_fast = [0.0, 0.5, 1.0, 1.1, 1.2, 1.3]
     assert resample(slow_then_fast, 0, 6, 10) == [0] * 5 + [1] * 5 + [2, 3, 4, 5] + [5] * 1

@@ -143,7 +143,8 @@ def test_a_folder_is_tied_to_what_its_film_is_asked_to_be(tmp_path):
     assert folder.is_finished
     FilmFolder(tmp_path).check_request(REQUEST)
     earlier = REQUEST["moc"] | {"backend": "auto", "dense_kernel": "auto", "deterministic": False, "cut_gap": 0.0}
-    folder.write_metadata(REQUEST | {"moc": earlier})
+    sampler = {"context_shots": 0, "high_noise_guidance_scale": 0.0}
+    folder.write_metadata(REQUEST | {"moc": earlier, "sampler": sampler})
     FilmFolder(tmp_path).check_request(REQUEST)
     with pytest.raises(DataError, match="holds another film"):
         folder.check_request(other | {"sampler": {"steps": 3}})

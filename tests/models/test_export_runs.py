@@ -211,7 +211,7 @@ def test_holocines_file_becomes_a_run_as_it_was_trained(
     paths = (f"encoders.codec.path={release}/vae", f"encoders.text.path={release}")
     for settings, message in (
         (("encoders=wan", "encoders.codec.path=nowhere", paths[1]), "encoders.codec.path='nowhere' must be wan and a"),
-        (("encoders=embedded",), "encoders.codec.kind=lapped, encoders.codec.path='' must be wan and a folder"),
+        (("encoders=embedded",), "encoders.codec.kind=lapped, encoders.codec.path=null must be wan and a folder"),
         (("encoders=wan", *paths, f"encoders_path={release}"), "exclude each other; leave one out"),
         (("encoders=wan",), "encoders.codec.path is not set"),
     ):
