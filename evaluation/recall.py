@@ -202,7 +202,7 @@ class RecallBench:
         sigma: float,
         **more,
     ) -> Tensor:
-        """Of the last shots [B, C, T, H, W] at a noise level, after clean history."""
+        """Returns the velocity of the last shots [B, C, T, H, W] at a noise level, after clean history."""
         shots = [x for history, x in zip(encoded.latents, last, strict=True) for x in (*history[:-1], x)]
         sigmas = torch.zeros(encoded.latents.shape[:2], device=last.device)
         sigmas[:, -1] = sigma

@@ -221,8 +221,8 @@ class Filmmaker:
         check_fits(plan, self._count, self.sampler, self.config.offload, room(self.parallel.device))
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = (), watch: OnStep | None = None) -> None:
-        """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Of a team every process
-        takes part, and the first one alone has to do with the folder.
+        """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Every process of
+        a team takes part, and the first one alone has to do with the folder.
 
         redo: numbers of shots of a whole film, from 1, that are made anew; the others stay as they are, and a new shot
         sees those before it. watch: is told of each step. Raises DataError where the folder holds another film.

@@ -44,7 +44,7 @@ def write_whole(path: Path, payload: bytes, durable: bool = False) -> None:
     durable: the bytes are on the disk before the name is, so that a power cut leaves the old file or the new one.
     Raises OSError, leaving nothing behind.
     """
-    with _beside(path) as partial:
+    with beside(path) as partial:
         partial.write_bytes(payload)
         if durable:
             with partial.open("rb") as file:
@@ -53,13 +53,13 @@ def write_whole(path: Path, payload: bytes, durable: bool = False) -> None:
 
 def copy_whole(source: Path, path: Path) -> None:
     """Copies a file of any size as `write_whole` writes one. Raises OSError, leaving nothing behind."""
-    with _beside(path) as partial:
+    with beside(path) as partial:
         shutil.copyfile(source, partial)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A new path in the same folder, to be written; it gets the name `path` when the block ends well."""
+def beside(path: Path) -> Iterator[Path]:
+    """Gives a new path in the same folder to write to; it gets the name `path` when the block ends well."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -49,11 +49,11 @@ def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
 
 
 class RoutingMap:
-    """Shots by shots, how often the queries of one route to another while it is being made, by layer and noise level
-    (paper, figure 2). What history's queries do in later steps is left out: it repeats itself, or is cached.
+    """Counts how often the queries of each shot route to each other shot while it is being made, by layer and noise
+    level (paper, figure 2). What history's queries do in later steps is left out: it repeats itself, or is cached.
 
-    counts: float32 [layers, NOISE_LEVELS, S, S], the cleanest level first. Of more than MOST_DETAILED shots all layers
-    and levels are counted as one.
+    counts: float32 [layers, NOISE_LEVELS, S, S], the cleanest level first. Where there are more than MOST_DETAILED
+    shots, all layers and levels are counted as one.
     """
 
     def __init__(self, num_shots: int, sum_over_heads: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:

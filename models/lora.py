@@ -40,7 +40,7 @@ class Lora:
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The layers of the model to adapt, by name; raises UserError for a target that is the end of no name."""
+        """The layers of the model to adapt, by name; raises UserError where no name ends in a target."""
         # Linears alone: the models call each of them. Wan's patch_embedding, a Conv3d, gives its weights and is not.
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for target in self.targets:

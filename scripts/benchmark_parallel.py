@@ -174,7 +174,7 @@ def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
 
 
 def step_seconds(trainer: Trainer, batch: Batch) -> float:
-    """Of all processes, which begin together."""
+    """Times a step in seconds; all processes begin together."""
     trainer.parallel.wait()
     start = time.perf_counter()
     trainer._train_step([batch])

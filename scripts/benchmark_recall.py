@@ -132,7 +132,7 @@ def run_name(row: str, config: RecallRowsConfig) -> str:
 
 
 def arguments(row: str, config: RecallRowsConfig) -> list[str]:
-    """Of train.py."""
+    """Returns the arguments of train.py for a row."""
     steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
     start = [f"model.path={config.start}"] if config.start else []
     return ["experiment=recall", *config.settings, *start, *steps, *ROWS[row](config.steps)]

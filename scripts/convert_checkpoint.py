@@ -5,8 +5,8 @@ run or checkpoint (one of a LoRA comes out merged into its base), or the .pth of
 2.2). Prints what it is; leave `output` out to look only.
 `output`: a path that ends in .safetensors gets original names, any other becomes a diffusers folder, or with
 `form=checkpoint` a run's folder, which `sample.py checkpoint=`, `scripts/evaluate.py checkpoint=` and `train.py
-model.path=` take. Tensors pass one by one: 14B needs 1 GiB of memory. Of two experts (Wan2.2-A14B, HoloCine) each is
-converted by itself: `input=FOLDER/transformer`, then `input=FOLDER/transformer_2`; or the file of each.
+model.path=` take. Tensors pass one by one: 14B needs 1 GiB of memory. Two experts (Wan2.2-A14B, HoloCine) are
+converted one by one: `input=FOLDER/transformer`, then `input=FOLDER/transformer_2`; or the file of each.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 python scripts/draw_memory.py checkpoint=PATH script=FILE out=DIR [output=FILE.webp] [settings of sample.py]
 
-Films the script anew. Of all heads that one is shown whose routes lead most to single shots.
+It films the script anew, and shows the head whose routes lead most to single shots.
 """
 
 import sys

@@ -125,7 +125,7 @@ def _share(before: Tensor, after: Tensor, alone: Tensor) -> str:
 
 
 def _lowered(before: Tensor, after: Tensor, alone: Tensor) -> Estimate | None:
-    """By how much of the loss alone one loss lies under another, in percent; of how many shots. None of no shot."""
+    """Says how far one loss lies under another, in percent of the loss alone, with its error; None without a shot."""
     return estimate(100 * (before - after) / alone.mean()) if len(alone) else None
 
 

@@ -1,7 +1,6 @@
 """Files of a cache, wherever it lies: local ones as they are, those of an fsspec URL through bounded local copies."""
 
 import os
-import uuid
 import zlib
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DataError
-from moc.files import PARTIAL, OutsideError, inside
+from moc.files import PARTIAL, OutsideError, beside, inside
 
 _COPY = ".moc-copy"  # an ending that nobody else gives a file, so that making room never takes one of the user's
 
@@ -112,13 +111,8 @@ class FileStore:
 
     def _fetch(self, name: str, copy: Path) -> None:
         fs, path = self._located(name)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(f".{copy.name}.{uuid.uuid4().hex}{PARTIAL}")
-        try:
+        with beside(copy) as partial:
             fs.get_file(path, str(partial))
-            partial.replace(copy)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _make_room(self, size: int, name: str) -> None:
         if size > self.max_bytes:

@@ -142,7 +142,7 @@ class Flow:
         return NoiseLevels(sigma, is_target)
 
     def _draw_sample(self, num_shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each shot a normal and a uniform number, and whether it is a target."""
+        """Draws a normal and a uniform number for each shot, and whether it is a target: fp32 [S] twice, bool [S]."""
         normal, uniform = torch.randn(num_shots, generator=generator), torch.rand(num_shots, generator=generator)
         has_history = bool(torch.rand((), generator=generator) < self.history_rate)
         first_target = int(torch.randint(min(1, num_shots - 1), num_shots, (), generator=generator))
@@ -211,8 +211,8 @@ class Flow:
 
 
 def _share(distances: Tensor, layout: ShotLayout) -> Tensor:
-    """Of distances fp32 [Lv, layers, 2] of video tokens, each shot's sum of the first as a share of that of the second,
-    averaged over the layers: fp32 [S]."""
+    """Sums the distances of video tokens, fp32 [Lv, layers, 2], over each shot, and returns the first sum as a share of
+    the second, averaged over the layers: fp32 [S]."""
 
     def shot_lengths() -> Tensor:
         lengths = torch.tensor([math.prod(group.grid) for group in layout.groups if group.grid is not None])

@@ -37,7 +37,7 @@ class Contents:
 
     @classmethod
     def sound(cls, path: "str | Path | Contents", weights: str = "ema") -> "Contents":
-        """Of a run its newest checkpoint whose files are what was written; of anything else `path` as it is.
+        """Returns the newest checkpoint of a run whose files are what was written; any other `path` as it is.
 
         weights: ema or model, those that are to be read. Raises UserError where every checkpoint is damaged.
         """

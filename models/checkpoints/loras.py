@@ -143,7 +143,7 @@ def _bare(layer: str) -> str:
 
 
 def _of_expert(names: Sequence[str], low_noise: bool) -> list[str]:
-    """Of a file with LoRAs of two experts those of one; of any other file all."""
+    """Keeps the names of one expert where a file holds LoRAs of two; all names of any other file."""
     of_low = [name for name in names if LOW_NOISE in name]
     return of_low if of_low and low_noise else [name for name in names if LOW_NOISE not in name]
 

@@ -9,7 +9,7 @@ and every `temporal_factor` frames after it are one more. What a video is to it,
 
 Either way every cut lies between two latent frames, and one shot alone comes out the same. `shot` is the index of a
 shot in its sample, from 0; this file alone knows how frames and latent frames go together. A picture that stands
-between shots, as a reference for the next, is a video of its own in both: `encode` it, and hand it to no stream.
+between shots, as a reference for the next, is a video of its own in both: `encode` takes it, and streams do not.
 
 Shape letters: F frames (f of a piece), C T H W of a latent.
 """

@@ -4,7 +4,7 @@
 - `T5TextEncoder`: T5 or UMT5 from a local folder, with Wan's text cleaning, 512 tokens at most
 
 `encode(global_caption, shot_captions)` returns a list of 1 + S features [T_i, text_dim]: the global caption's, then
-each shot's. An absent caption is "", which has null features of its own; in a prompt of all captions it has no row.
+each shot's. An absent caption is "", which has null features of its own; a prompt of all captions leaves it out.
 """
 
 import html
