@@ -46,7 +46,8 @@ def write_film(folder: Path, shots: list[tuple[str, list[np.ndarray]]]) -> Path:
     join_videos(folder / "video.mp4", [folder / f"shots/{number:02d}.mp4" for number in range(1, len(shots) + 1)])
     told = [{"prompt": prompt, "seconds": len(frames) / 12, "cut": True} for prompt, frames in shots]
     script = {"title": "t", "global": "[character] Mia: red. Gus: blue, <b>bold</b>. [story] None.", "size": [64, 96]}
-    record = dict.fromkeys(REQUEST) | {"moc": {}, "script": script | {"fps": 12, "negative": "", "shots": told}}
+    told_script = script | {"fps": 12, "negative": "", "shots": told}
+    record = dict.fromkeys(REQUEST) | {"moc": {}, "sampler": {}, "script": told_script}
     (folder / "metadata.json").write_text(json.dumps(record))
     return folder
 

@@ -23,7 +23,7 @@ def film(tmp_path_factory):
     scene = json.loads((root / "world/manifest.jsonl").read_text())
     reader = open_video(root / "world" / scene["video"])
     frames = reader.read(0, reader.num_frames).numpy()
-    FilmFolder(root / "film").write_metadata(dict.fromkeys(REQUEST) | {"moc": {}})
+    FilmFolder(root / "film").write_metadata(dict.fromkeys(REQUEST) | {"moc": {}, "sampler": {}})
     write_video(root / "film/video.mp4", frames, 12)
     for number, shot in enumerate(scene["shots"], start=1):
         write_video(root / f"film/shots/{number:02d}.mp4", frames[shot["start"] : shot["end"]], 12)
