@@ -95,8 +95,8 @@ class DataConfig:
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
-            if self.recall and getattr(self, name):
-                raise UserError(f"data.{name}={getattr(self, name)}: recall scenes are whole; set it to 0")
+            if self.recall and getattr(self, name) and name != "drop_captions":
+                raise UserError(f"data.{name}={getattr(self, name)}: recall scenes lie alike; set it to 0")
         if self.recall and (self.path or self.sources):
             raise UserError("data.recall is set together with data.path or data.sources; set one of them")
         set_nulls(self, "data")

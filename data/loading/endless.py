@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.loading.dataset import DataConfig, ShotDataset
 from data.loading.loader import Loader, build_loader
+from data.storyworld.filmed import build_stock
 from data.storyworld.recall import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
-from data.storyworld.stock import Stock
 
 HELD_OUT_AT_ONCE = 16
 
@@ -63,7 +64,7 @@ class RecallWorld:
                 "divides",
             )
         self.config, self.codec, self.text_encoder, self.save_encoders = config, codec, text, save_encoders
-        self.stock = Stock(config, device)
+        self.stock = build_stock(config, device)
         self.latent_frames = codec.latent_frames(config.frames)
         self._features: dict[str, Tensor] = {}
 
@@ -87,11 +88,14 @@ class RecallWorld:
     def max_shots(self) -> int:
         return self.config.shots
 
-    def encode(self, scenes: RecallScenes) -> EncodedScenes:
+    def encode(self, scenes: RecallScenes, captioned: bool = True) -> EncodedScenes:
+        """captioned: with their captions, or with none."""
         composed, shape = self.stock.compose(scenes), (len(scenes), self.config.shots)
         latents = torch.vmap(self.codec.encode)(composed.frames)
         cover = self._pooled(composed.cover, latents.shape)
-        text = [[self._text(caption) for caption in captions(scenes, i)] for i in range(len(scenes))]
+        none = [""] * (1 + self.config.shots)
+        told = [captions(self.config, scenes, i) if captioned else none for i in range(len(scenes))]
+        text = [[self._text(caption) for caption in of_scene] for of_scene in told]
         return EncodedScenes(scenes, latents.unflatten(0, shape), text, cover.unflatten(0, shape))
 
     def encode_latents(self, scenes: RecallScenes) -> Tensor:
@@ -122,18 +126,20 @@ class EndlessLoader:
         chunk_tokens: int,
         batch_tokens: int,
         validation: int = 0,
+        drop_captions: float = 0.0,
         *,
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
         start_position: int = 0,
     ) -> None:
-        """validation: how many scenes are held out. Raises DataError where a step cannot hold a scene for each rank and
+        """validation: how many scenes are held out. drop_captions: the rate at which a step loses the captions of all
+        its scenes, which so lie alike. Raises DataError where a step cannot hold a scene for each rank and
         accumulation."""
         self.world, self.spec, self.chunk_tokens = world, spec, chunk_tokens
         self.position, self.rank, self.stride = start_position, rank, world_size
-        self.bins, self.validation = world_size * accumulation, validation
-        self._layout: moc.ShotLayout | None = None  # of the last batch: the next one lies alike
+        self.bins, self.validation, self.drop_captions = world_size * accumulation, validation, drop_captions
+        self._layouts: dict[bool, moc.ShotLayout] = {}  # with captions, and without: the next lies alike
         tokens = self._batch([0]).layout.num_tokens
         self.scenes = batch_tokens // tokens
         if self.scenes < self.bins:
@@ -150,8 +156,13 @@ class EndlessLoader:
     def __iter__(self) -> Iterator[list[moc.Batch]]:
         while True:
             positions = list(range(self.position, self.position + self.scenes))
+            draw = np.random.default_rng((self.world.config.seed, self.position)).random()
             self.position += self.scenes
-            yield [self._batch(positions[first :: self.bins]) for first in range(self.rank, self.bins, self.stride)]
+            captioned = bool(draw >= self.drop_captions)
+            yield [
+                self._batch(positions[first :: self.bins], captioned=captioned)
+                for first in range(self.rank, self.bins, self.stride)
+            ]
 
     def held_out(self) -> Iterator[moc.Batch]:
         """This rank's share of the scenes that no training sees."""
@@ -159,12 +170,12 @@ class EndlessLoader:
         for start in range(0, len(positions), HELD_OUT_AT_ONCE):
             yield self._batch(positions[start : start + HELD_OUT_AT_ONCE], HELD_OUT)
 
-    def _batch(self, positions: list[int], first: int = 0) -> moc.Batch:
+    def _batch(self, positions: list[int], first: int = 0, captioned: bool = True) -> moc.Batch:
         scenes = draw_scenes(self.world.config, [first + position for position in positions])
-        samples = self.world.encode(scenes).samples(positions)
-        batch = moc.make_batch(samples, self.spec, self.chunk_tokens, self._layout)
-        self._layout = batch.layout.to(self.world.stock.device)  # where the latents are
-        return replace(batch, layout=self._layout)
+        samples = self.world.encode(scenes, captioned).samples(positions)
+        batch = moc.make_batch(samples, self.spec, self.chunk_tokens, self._layouts.get(captioned))
+        layout = self._layouts[captioned] = batch.layout.to(self.world.stock.device)  # where the latents are
+        return replace(batch, layout=layout)
 
 
 def open_loader(
@@ -177,5 +188,6 @@ def open_loader(
 ) -> Loader | EndlessLoader:
     """The loader of one rank's `share`, as `build_loader` takes it, of whatever a config names."""
     if isinstance(dataset, RecallWorld):
-        return EndlessLoader(dataset, spec, chunk_tokens, config.batch_tokens, config.validation, **share)
+        limits = config.batch_tokens, config.validation, config.drop_captions
+        return EndlessLoader(dataset, spec, chunk_tokens, *limits, **share)
     return build_loader(config, spec, chunk_tokens, load_codec=load_codec, **share)

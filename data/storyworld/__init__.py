@@ -14,6 +14,7 @@ readers      names a place or a character's colours from pixels alone
 dataset      videos, manifest.jsonl, truth.jsonl
 recall       recall scenes by the thousand, as numbers
 stock        their things, painted once, and their shots composed on any device
+filmed       the same with cameras that move
 """
 
 from data.storyworld.config import Mode, StoryworldConfig

@@ -1,8 +1,9 @@
 """Recall scenes by the thousand: each is a few numbers, drawn from its seed and its index alone.
 
-In a recall scene the last shot returns to a name that exactly one earlier shot showed, and no caption tells its looks.
-These scenes are of storyworld's things as `stock` paints them: the camera stands still, one character is in a shot, it
-stands on a whole pixel, and its action begins at one moment. `make_scene` gives a scene as the CPU renderer takes it.
+In a recall scene the last shot returns to a name that exactly one earlier shot showed, and no caption tells its looks,
+unless they are `described`. These scenes are of storyworld's things as `stock` and `filmed` compose them: one character
+is in a shot, it stands on a whole pixel, and its action begins at one moment. `make_scene` gives a scene as the CPU
+renderer takes it.
 """
 
 from collections.abc import Sequence
@@ -12,13 +13,14 @@ import numpy as np
 
 from data.storyworld.characters import BADGES, COLOURS, Look
 from data.storyworld.config import Mode
-from data.storyworld.motion import ACTIONS, Actor, Timing, View
+from data.storyworld.motion import ACTIONS, CAMERAS, Actor, Timing
 from data.storyworld.places import PLACES
-from data.storyworld.story import Recall, Scene, Shot, global_caption, shot_caption
+from data.storyworld.story import Recall, Scene, Shot, end_of, global_caption, shot_caption, start_of
 from moc.errors import UserError, check_least
 
 NAMES, COLOUR_NAMES, PLACE_NAMES, ACTION_NAMES = list(BADGES), list(COLOURS), list(PLACES), list(ACTIONS)
 FACINGS = (-1.0, 1.0)
+STATIC = "static"
 STAGE, DEPTH = 0.25, 0.03  # how far a character stands from the middle of the stage, world units
 GROUND = 0.86  # where it stands, about
 REACH = 0.33  # of a walk, to either side
@@ -31,7 +33,8 @@ class RecallConfig:
 
     size: height and width. frames: of a shot. characters: names in a scene. places: in a scene, each shot in another
     than the shot before. paintings: how many paintings of each place there are. look_alikes: a second name has the
-    returning one's fur, and a third its outfit.
+    returning one's fur, and a third its outfit. described: captions tell the looks. cameras: how the camera may move,
+    names among CAMERAS.
     """
 
     seed: int = 0
@@ -43,6 +46,8 @@ class RecallConfig:
     places: int = 3
     paintings: int = 8
     look_alikes: bool = False
+    described: bool = False
+    cameras: list[str] = field(default_factory=lambda: [STATIC])
 
     def __post_init__(self) -> None:
         check_least(self, "recall", 0, "seed")
@@ -57,6 +62,12 @@ class RecallConfig:
             )
         if not 2 <= self.places <= len(PLACES):
             raise UserError(f"recall.places={self.places} must lie in [2, {len(PLACES)}], so that a cut changes place")
+        if not self.cameras or not set(self.cameras) <= set(CAMERAS):
+            raise UserError(f"recall.cameras={self.cameras} must be some of {', '.join(CAMERAS)}")
+
+    @property
+    def camera_moves(self) -> bool:
+        return any(camera != STATIC for camera in self.cameras)
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,9 @@ class RecallScenes:
     """Many scenes as arrays of int64, B scenes, S shots, C characters; the first character is the one that returns.
 
     name, fur, outfit [B, C]: numbers in NAMES and COLOUR_NAMES. cast [B, S]: which character is in a shot. place,
-    action, facing [B, S]. column, row [B, S]: where it stands, fine pixels from (0, GROUND). painting, shown [B]: of
-    the places; the shot that shows the returning one. places [B, P]: those of the scene.
+    action, facing, camera [B, S]: cameras are those of the config. column, row [B, S]: where it stands, fine pixels
+    from (0, GROUND). painting, shown [B]: of the places; the shot that shows the returning one. places [B, P]: those
+    of the scene.
     """
 
     name: np.ndarray
@@ -75,6 +87,7 @@ class RecallScenes:
     place: np.ndarray
     action: np.ndarray
     facing: np.ndarray
+    camera: np.ndarray
     column: np.ndarray
     row: np.ndarray
     painting: np.ndarray
@@ -105,9 +118,10 @@ def fine_height(config: RecallConfig) -> int:
 def draw_scenes(config: RecallConfig, indices: Sequence[int]) -> RecallScenes:
     """The scenes of these indices, each the same whatever others are drawn with it."""
     shots, names, places = config.shots, config.characters, config.places
-    widths = [len(NAMES), names, names, shots, shots, shots, shots, shots, shots, len(PLACES), 1, 1]
+    widths = [len(NAMES), names, names, shots, shots, shots, shots, shots, shots, len(PLACES), 1, 1, shots]
     draws = np.split(_uniforms(config.seed, indices, sum(widths)), np.cumsum(widths)[:-1], axis=1)
-    u_name, u_fur, u_outfit, u_cast, u_place, u_action, u_facing, u_column, u_row, u_stock, u_painting, u_shown = draws
+    u_name, u_fur, u_outfit, u_cast, u_place, u_action, u_facing, u_column, u_row, *draws = draws
+    u_stock, u_painting, u_shown, u_camera = draws
 
     fur, outfit = _choices(u_fur, len(COLOURS)), _choices(u_outfit, len(COLOURS))
     if config.look_alikes:
@@ -127,6 +141,7 @@ def draw_scenes(config: RecallConfig, indices: Sequence[int]) -> RecallScenes:
         place=np.take_along_axis(stock, steps.cumsum(axis=1) % places, axis=1),
         action=_choices(u_action, len(ACTIONS)),
         facing=_choices(u_facing, len(FACINGS)),
+        camera=_choices(u_camera, len(config.cameras)),
         column=_offsets(u_column, int(STAGE * scale)),
         row=_offsets(u_row, int(DEPTH * scale)),
         painting=_choices(u_painting[:, 0], config.paintings),
@@ -135,25 +150,35 @@ def draw_scenes(config: RecallConfig, indices: Sequence[int]) -> RecallScenes:
     )
 
 
-def captions(scenes: RecallScenes, i: int) -> list[str]:
+def looks_of(scenes: RecallScenes, i: int) -> tuple[Look, ...]:
+    return tuple(
+        Look(NAMES[n], COLOUR_NAMES[f], COLOUR_NAMES[o])
+        for n, f, o in zip(scenes.name[i], scenes.fur[i], scenes.outfit[i], strict=True)
+    )
+
+
+def captions(config: RecallConfig, scenes: RecallScenes, i: int) -> list[str]:
     """The global caption of scene i, then each shot's; names and places stand in the order of the alphabet, so that
-    few captions are many scenes'."""
-    looks = sorted((Look(NAMES[name], "", "") for name in scenes.name[i]), key=lambda look: look.name)
-    places = sorted(PLACE_NAMES[place] for place in scenes.places[i])
-    shots = zip(scenes.place[i], scenes.of_shots(scenes.name)[i], scenes.action[i], strict=True)
-    return [
-        global_caption(looks, places, "journey", Mode.recall),
-        *(shot_caption(PLACE_NAMES[p], [(NAMES[n], ACTION_NAMES[a])], "static", cut=True) for p, n, a in shots),
-    ]
+    few captions are many scenes'. All have as many words in one scene as in another."""
+    looks = looks_of(scenes, i)
+    people, places = sorted(looks, key=lambda look: look.name), sorted(PLACE_NAMES[p] for p in scenes.places[i])
+    told = [global_caption(people, places, "journey", Mode.described if config.described else Mode.recall)]
+    for place, who, action, camera in zip(scenes.place[i], scenes.cast[i], scenes.action[i], scenes.camera[i],
+                                          strict=True):  # fmt: skip
+        doing = _called(looks[who]) if config.described else looks[who].name, ACTION_NAMES[action]
+        told.append(shot_caption(PLACE_NAMES[place], [doing], config.cameras[camera], cut=True))
+    return told
+
+
+def _called(look: Look) -> str:
+    """A described name: a small model reads looks from a shot's own caption long before it finds them in another."""
+    return f"{look.name} the {look.fur} {BADGES[look.name].animal} in the {look.outfit} coat"
 
 
 def make_scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
     """Scene i as `Renderer` draws it."""
-    looks = tuple(
-        Look(NAMES[n], COLOUR_NAMES[f], COLOUR_NAMES[o])
-        for n, f, o in zip(scenes.name[i], scenes.fur[i], scenes.outfit[i], strict=True)
-    )
-    caption, *of_shots = captions(scenes, i)
+    looks = looks_of(scenes, i)
+    caption, *of_shots = captions(config, scenes, i)
     shots = tuple(
         stock_shot(
             config,
@@ -161,6 +186,7 @@ def make_scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
             actor_of(config, looks[scenes.cast[i, s]], scenes.action[i, s], scenes.facing[i, s],
                      scenes.column[i, s], scenes.row[i, s]),
             of_shots[s],
+            config.cameras[scenes.camera[i, s]],
         )
         for s in range(config.shots)
     )  # fmt: skip
@@ -174,10 +200,10 @@ def make_scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
     return Scene(looks, shots, caption, tuple(recalls), False, seed, seed)
 
 
-def stock_shot(config: RecallConfig, place: str, actor: Actor | None, caption: str = "") -> Shot:
-    """A shot of the stock: its camera stands still, and what drifts in the air is where a scene has it at first."""
-    timing, view = Timing(config.frames / config.fps), View()
-    return Shot(place, True, config.frames, timing, "static", view, view, (actor,) if actor else (), 0.0, caption)
+def stock_shot(config: RecallConfig, place: str, actor: Actor | None, caption: str = "", camera: str = STATIC) -> Shot:
+    """A shot of the stock: what drifts in the air is where a scene has it at first."""
+    timing, start, cast = Timing(config.frames / config.fps), start_of(camera), (actor,) if actor else ()
+    return Shot(place, True, config.frames, timing, camera, start, end_of(camera, start), cast, 0.0, caption)
 
 
 def actor_of(config: RecallConfig, look: Look, action: int, facing: int, column: int = 0, row: int = 0) -> Actor:

@@ -122,12 +122,8 @@ class Renderer:
         return np.array([[scale, 0.0, -left * scale], [0.0, scale, -top * scale]])
 
     def warp(self, layer: Layer, view: View) -> np.ndarray:
-        """The layer as the camera sees it: nearer layers move and grow more."""
-        zoom = 1 + (view.zoom - 1) * layer.parallax
-        x, y = view.x * layer.parallax, 0.5 + (view.y - 0.5) * layer.parallax
-        step = layer.scale / (self.height * zoom)  # layer pixels a frame pixel
-        left = (x - self.aspect / 2 / zoom - layer.left) * layer.scale + 0.5 * step - 0.5
-        top = (y - 0.5 / zoom) * layer.scale + 0.5 * step - 0.5
+        """The layer as the camera sees it."""
+        step, left, top = self.sampling(layer, view)
         return cv2.warpAffine(
             layer.pixels,
             np.array([[step, 0.0, left], [0.0, step, top]]),
@@ -135,6 +131,15 @@ class Renderer:
             flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
             borderMode=cv2.BORDER_REPLICATE,
         )
+
+    def sampling(self, layer: Layer, view: View) -> tuple[float, float, float]:
+        """Where the frame's pixels lie in the layer, in its pixels: how far apart, and the first one's column and row.
+        Nearer layers move and grow more."""
+        zoom = 1 + (view.zoom - 1) * layer.parallax
+        x, y = view.x * layer.parallax, 0.5 + (view.y - 0.5) * layer.parallax
+        step = layer.scale / (self.height * zoom)  # layer pixels a frame pixel
+        left = (x - self.aspect / 2 / zoom - layer.left) * layer.scale + 0.5 * step - 0.5
+        return step, left, (y - 0.5 / zoom) * layer.scale + 0.5 * step - 0.5
 
     def draw_drift(self, canvas: Canvas, drift: Drift, clock: float) -> None:
         start = self.air[: drift.count]

@@ -10,6 +10,7 @@ the place's two are the clip's; they hold the average over an open shutter. What
 shutter in the CPU renderer, but not here: frames in which nobody moves are the same within rounding, others nearly.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,8 @@ from data.storyworld.render import SHUTTER, Renderer, draw_shadow, shadow_colour
 from data.storyworld.story import Scene, Shot
 from moc.move import move
 
-SHOTS_AT_ONCE = 512  # bounds the memory of composing
 _BLACK = np.array([0, 0, 0, 1], np.float32)
+_NOBODY = np.eye(8, 1, dtype=np.float32)[..., None]  # all is kept
 _RED, _GREEN, _BLUE = (_BLACK + np.eye(4, dtype=np.float32)[i] for i in range(3))
 
 
@@ -58,8 +59,10 @@ class Stock:
 
     clips: fp16 [names x actions x facings, F x 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
     pixels with a margin for where a character may stand. under, over: fp16 [places x paintings, 3, H, W] and
-    [..., F, 4, H, W], premultiplied RGBA.
+    [..., F, 4, H, W], premultiplied RGBA. at_once: how many shots are composed at a time, which bounds its memory.
     """
+
+    at_once = 512
 
     def __init__(self, config: RecallConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
@@ -67,20 +70,25 @@ class Stock:
         self.margin = (int(DEPTH * scale), int(STAGE * scale))  # rows, columns
         renderers = [_place_renderer(config, painting) for painting in range(config.paintings)]
         self.vignette = self._put(renderers[0].vignette[..., 0], torch.float32)
-        places = [_paint_place(config, renderer, place) for place in PLACE_NAMES for renderer in renderers]
-        self.under, self.over = (self._put(np.stack(layers)) for layers in zip(*places, strict=True))
-        clips = [
-            _paint_clip(renderers[0], actor_of(config, Look(name, "red", "red"), action, facing), self.margin)
+        self._paint_places(renderers)
+        actors = [
+            actor_of(config, Look(name, "red", "red"), action, facing)
             for name in NAMES
             for action in range(len(ACTION_NAMES))
             for facing in range(len(FACINGS))
         ]
-        self.clips = self._put(np.stack(clips)).flatten(1, 2)
+        with ThreadPoolExecutor() as pool:  # most of it is OpenCV's and NumPy's
+            clips = pool.map(lambda actor: self._put(_paint_clip(renderers[0], actor, self.margin)), actors)
+            self.clips = torch.stack(list(clips)).flatten(1, 2)
         lights = np.stack([rgb(place.light)[:3] for place in PLACES.values()])
         colours = np.stack([colour[:3] for colour in COLOURS.values()])
         self.lit = self._put(lights[:, None] * colours, torch.float32)  # [places, colours, 3]
         self.trim = self._put(lights * CREAM[:3], torch.float32)
         self.shadow = self._put(np.stack([shadow_colour(place)[:3] for place in PLACES.values()]), torch.float32)
+
+    def _paint_places(self, renderers: list[Renderer]) -> None:
+        places = [_paint_place(self.config, renderer, place) for place in PLACE_NAMES for renderer in renderers]
+        self.under, self.over = (self._put(np.stack(layers)) for layers in zip(*places, strict=True))
 
     def _put(self, values: np.ndarray, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
@@ -91,26 +99,36 @@ class Stock:
         place = scenes.place.ravel()
         painted = place * self.config.paintings + scenes.painting.repeat(self.config.shots)
         clip = clip_number(scenes.of_shots(scenes.name), scenes.action, scenes.facing).ravel()
-        numbers = [place, painted, scenes.of_shots(scenes.fur).ravel(), scenes.of_shots(scenes.outfit).ravel()]
-        shots = move(torch.from_numpy(np.stack(numbers)), self.device).split(SHOTS_AT_ONCE, dim=1)
-        where = np.stack([clip, scenes.row.ravel(), scenes.column.ravel()], axis=1).tolist()
-        composed = [
-            self._compose(one, where[n * SHOTS_AT_ONCE : (n + 1) * SHOTS_AT_ONCE]) for n, one in enumerate(shots)
-        ]
+        colours = [scenes.of_shots(scenes.fur).ravel(), scenes.of_shots(scenes.outfit).ravel()]
+        numbers = np.stack([place, painted, *colours, scenes.camera.ravel()])
+        where = np.stack([clip, scenes.row.ravel(), scenes.column.ravel()])
+        some = zip(
+            move(torch.from_numpy(numbers), self.device).split(self.at_once, dim=1),
+            torch.from_numpy(where).split(self.at_once, dim=1),
+            strict=True,
+        )
+        composed = [self._compose(*shots) for shots in some]
         return Composed(torch.cat([one.frames for one in composed]), torch.cat([one.cover for one in composed]))
 
-    def _compose(self, numbers: Tensor, where: list[list[int]]) -> Composed:
-        """numbers: place, painted place, fur and outfit of each shot, [4, N]. where: clip, row and column of its
-        character."""
-        place, painted, fur, outfit = numbers.unbind()
-        clips = torch.stack([self._placed(*one) for one in where]).unflatten(1, (self.config.frames, -1))
+    def _compose(self, numbers: Tensor, where: Tensor) -> Composed:
+        """numbers: place, painted place, fur, outfit and camera of each shot, [5, N]. where: clip, row and column of
+        its character, [3, N], on the CPU."""
+        painted = numbers[1]
+        clips = torch.stack([self._placed(*one) for one in where.T.tolist()]).unflatten(1, (self.config.frames, -1))
+        return self._finished(self.under[painted][:, None], clips, [self.over[painted]], numbers)
+
+    def _finished(self, under: Tensor, clips: Tensor, over: list[Tensor], numbers: Tensor) -> Composed:
+        """Shots of what is behind the characters [N, F or 1, 3, H, W], these, and what is before them [N, F, 4, H, W],
+        from the farthest on."""
+        place, _, fur, outfit, _ = numbers.unbind()
         keep, shade, own, masks = clips.split((1, 1, 3, 3), dim=2)
         colours = torch.stack([self.lit[place, fur], self.lit[place, outfit], self.trim[place]], dim=1)
         shadow = self.shadow[place][:, None, :, None, None]
-        frames = self.under[painted][:, None] * keep.float() + shadow * shade + own
+        frames = under * keep.float() + shadow * shade + own
         frames += torch.einsum("nfkhw,nkc->nfchw", masks.float(), colours)
-        colour, alpha = self.over[painted].float().split((3, 1), dim=2)
-        frames = ((frames * (1 - alpha) + colour) * self.vignette).flatten(0, 1)
+        for layer in over:
+            frames = laid_over(frames, layer)
+        frames = (frames * self.vignette).flatten(0, 1)
         pixels = (F.avg_pool2d(frames, 2) * 255 + 0.5).clamp(0, 255).floor() / 127.5 - 1
         cover = F.avg_pool2d((1 - keep.float() - shade.float()).flatten(0, 1), 2)
         return Composed(
@@ -122,6 +140,12 @@ class Stock:
         (rows, columns), (height, width) = self.margin, self.vignette.shape
         top, left = rows - row, columns - column
         return self.clips[clip, :, top : top + height, left : left + width]
+
+
+def laid_over(frames: Tensor, layer: Tensor) -> Tensor:
+    """Premultiplied RGBA [N, F, 4, H, W] over opaque frames [N, F, 3, H, W]."""
+    colour, alpha = layer.float().split((3, 1), dim=2)
+    return frames * (1 - alpha) + colour
 
 
 def _place_renderer(config: RecallConfig, painting: int) -> Renderer:
@@ -149,22 +173,31 @@ def _paint_clip(renderer: Renderer, actor: Actor, margin: tuple[int, int]) -> np
     shot = next(shot for shot in renderer.scene.shots)
     shot = Shot(**{**vars(shot), "actors": (actor,)})
     half = SHUTTER / 2 / renderer.fps
-    frames = []
+    size = (renderer.height + 2 * margin[0], renderer.width + 2 * margin[1])
+    clip, masks = np.empty((shot.frames, 8, *size), np.float16), np.empty((8, *size), np.float32)
     for frame in range(shot.frames):
         time = (frame + 0.5) / renderer.fps
         count = renderer.count_samples(shot, time - half, time + half)
         moments = [time + half * ((2 * sample + 1) / count - 1) for sample in range(count)]
-        frames.append(np.mean([_masks(renderer, shot, moment, margin) for moment in moments], axis=0))
-    return np.stack(frames)
+        masks[:] = _NOBODY
+        for window, drawn in (_masks(renderer, shot, moment, margin) for moment in moments):
+            masks[(slice(None), *window)] += (drawn - _NOBODY) / count
+        clip[frame] = masks
+    return clip
 
 
-def _masks(renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int]) -> np.ndarray:
-    """[8, H', W'] at one moment."""
+def _masks(
+    renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int]
+) -> tuple[tuple[slice, slice], np.ndarray]:
+    """The rows and columns that hold the character and its shadow at one moment, and the masks there [8, h, w]."""
     actor = shot.actors[0]
     pose, size = pose_at(actor, shot.timing, time), SIZES[actor.look.size]
     world = renderer.world(View()) + np.array([[0, 0, margin[1]], [0, 0, margin[0]]])
-    shape = (renderer.height + 2 * margin[0], renderer.width + 2 * margin[1], 4)
-    shadow, plain, coloured = (Canvas(np.zeros(shape, np.float32), world) for _ in range(3))
+    corners = [(pose.x - 0.65 * size, pose.y - pose.lift - 1.25 * size), (pose.x + 0.65 * size, pose.y + 0.25 * size)]
+    shape = (renderer.width + 2 * margin[1], renderer.height + 2 * margin[0])
+    (x0, y0), (x1, y1) = (np.array(corners) * np.diag(world[:, :2]) + world[:, 2]).clip(0, shape).astype(int)
+    window, world = (slice(y0, y1), slice(x0, x1)), world - np.array([[0, 0, x0], [0, 0, y0]])
+    shadow, plain, coloured = (Canvas(np.zeros((y1 - y0, x1 - x0, 4), np.float32), world) for _ in range(3))
     draw_shadow(shadow, pose, size, _BLACK)
     draw_in_colours(plain, actor.look, pose, _BLACK, _BLACK, _BLACK)
     draw_in_colours(coloured, actor.look, pose, _RED, _GREEN, _BLUE)
@@ -172,4 +205,4 @@ def _masks(renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int])
     own = plain.pixels[..., :3]
     masks = (coloured.pixels[..., :3] - own) / np.array([1, 1, CREAM[2]], np.float32)
     layers = [(1 - shade) * (1 - alpha), shade * (1 - alpha), own, masks]
-    return np.concatenate(layers, axis=2).transpose(2, 0, 1)
+    return window, np.concatenate(layers, axis=2).transpose(2, 0, 1)

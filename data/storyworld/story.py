@@ -167,15 +167,22 @@ def _film(rng: np.random.Generator, config: StoryworldConfig, before: Shot | Non
                     "zoom in": start.zoom < 1.1, "zoom out": start.zoom > 1.2}  # fmt: skip
         able = [name for name, can in possible.items() if can]
         camera = str(rng.choice([name for name in able if name in (config.cameras or able)] or ["static"]))
-    elif camera.startswith("pan"):
-        start = View(x=PAN if camera == "pan left" else -PAN)
-    elif camera == "zoom out":
-        start = View(x=start.x, y=0.55, zoom=CLOSE)
-    ends = {
+    else:
+        start = start_of(camera, start.x)
+    return camera, start, end_of(camera, start)
+
+
+def start_of(camera: str, x: float = 0.0) -> View:
+    """Where a camera's move begins after a cut; x: of one that does not pan."""
+    pans = {"pan left": PAN, "pan right": -PAN}
+    return View(x, 0.55, CLOSE) if camera == "zoom out" else View(pans.get(camera, x))
+
+
+def end_of(camera: str, start: View) -> View:
+    return {
         "static": start, "pan left": replace(start, x=-PAN), "pan right": replace(start, x=PAN),
         "zoom in": View(start.x / 2, 0.55, CLOSE), "zoom out": View(start.x, 0.5, 1.0),
-    }  # fmt: skip
-    return camera, start, ends[camera]
+    }[camera]  # fmt: skip
 
 
 def _find_recalls(casts: list[list[str]], cuts: list[bool]) -> tuple[Recall, ...]:
@@ -199,7 +206,8 @@ def _describe(look: Look, mode: Mode) -> str:
     animal = BADGES[look.name].animal
     if mode == Mode.recall:
         return animal
-    return f"{look.size} {look.fur} {animal}, {look.pattern} {look.outfit} coat, {look.accessory}"
+    clothes = [f"{look.pattern} {look.outfit} coat", *filter(None, [look.accessory])]
+    return ", ".join([f"{look.size} {look.fur} {animal}", *clothes])
 
 
 def shot_caption(place: str, doings: list[tuple[str, str]], camera: str, cut: bool) -> str:

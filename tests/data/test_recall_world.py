@@ -1,5 +1,8 @@
 """Recall scenes composed of painted things: against the CPU renderer, their story, and the loader for training."""
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,8 @@ from data.loading.endless import EndlessLoader, RecallWorld
 from data.storyworld import vocabulary
 from data.storyworld.characters import COLOURS
 from data.storyworld.dataset import recall_truth
+from data.storyworld.filmed import build_stock
+from data.storyworld.motion import CAMERAS
 from data.storyworld.recall import ACTION_NAMES, NAMES, RecallConfig, captions, draw_scenes, make_scene
 from data.storyworld.render import SHUTTER, Renderer
 from data.storyworld.stock import Composed
@@ -18,6 +23,7 @@ from moc.errors import UserError
 from models import EncodersConfig, build_encoders
 
 CONFIG = RecallConfig(size=[32, 48], frames=5, shots=4, paintings=2)
+FILMED = replace(CONFIG, paintings=1, frames=2, fps=6, described=True, cameras=list(CAMERAS))
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,31 @@ def test_composed_shots_are_those_of_the_renderer(world):
                 assert difference.mean() < (0.05 if still else 0.3)
                 still_frames += still
     assert still_frames > 60
+
+
+def test_shots_of_moving_cameras_are_those_of_the_renderer():
+    """Within rounding where nothing moves in an open shutter; a renderer's moving camera blurs edges a little.
+
+    What drifts across the frame's edge is cut there before it is blurred, by the renderer alone."""
+    scenes = draw_scenes(FILMED, range(6))
+    composed = pixels(build_stock(FILMED, "cpu").compose(scenes)).reshape(6, FILMED.shots, FILMED.frames, 32, 48, 3)
+    half, compared = SHUTTER / 2 / FILMED.fps, Counter()
+    for i in range(len(scenes)):
+        scene = make_scene(FILMED, scenes, i)
+        renderer = Renderer(scene, (32, 48), FILMED.fps)
+        for shot, found in zip(scene.shots, composed[i], strict=True):
+            frames = np.stack([frame for frame, _ in renderer.render(shot)])
+            times = (np.arange(FILMED.frames) + 0.5) / FILMED.fps
+            still = [renderer.count_samples(shot, time - half, time + half) == 1 for time in times]
+            difference = np.abs(found - frames)[:, 2:-2, 2:-2]
+            if shot.camera == "static":
+                assert difference[still].max(initial=0) < 6  # OpenCV may round where it samples to 1/32 of a pixel
+                assert difference.mean() < 0.3
+            else:
+                assert difference.mean() < 1.5
+                assert difference.mean() < 0.2 * np.abs(frames[-1].astype(float) - frames[0]).mean()
+            compared[shot.camera] += 1
+    assert compared.keys() == set(CAMERAS)
 
 
 def test_cover_is_where_the_character_is(world):
@@ -85,12 +116,39 @@ def test_the_last_shot_returns_to_a_name_that_one_shot_showed():
 
 def test_captions_tell_no_looks_and_have_one_length(world):
     scenes = draw_scenes(CONFIG, range(40))
-    told = [captions(scenes, i) for i in range(40)]
+    told = [captions(CONFIG, scenes, i) for i in range(40)]
     words = {word for texts in told for text in texts for word in words_of(text)}
     assert not words & set(COLOURS)
     assert words <= set(vocabulary())
     lengths = {tuple(len(world.text_encoder.encode(text, [])[0]) for text in texts) for texts in told}
     assert len(lengths) == 1
+
+
+def test_described_captions_tell_each_shots_looks_in_one_length(world):
+    scenes = draw_scenes(FILMED, range(40))
+    lengths = set()
+    for i in range(40):
+        whole, *shots = captions(FILMED, scenes, i)
+        lengths.add(tuple(len(world.text_encoder.encode(text, [])[0]) for text in (whole, *shots)))
+        for caption, shot in zip(shots, make_scene(FILMED, scenes, i).shots, strict=True):
+            look = shot.actors[0].look
+            assert f"{look.name} the {look.fur} " in caption
+            assert f" in the {look.outfit} coat {shot.actors[0].action}. {CAMERAS[shot.camera]}" in caption
+            assert f"{look.name}: big {look.fur} " in whole
+    assert len(lengths) == 1
+
+
+def test_a_step_loses_all_its_captions_or_none(world):
+    def texts(**share: int) -> list[bool]:
+        loader = EndlessLoader(world, StreamSpec(), 6, 400, drop_captions=0.5, **share)
+        steps = [step[0] for step, _ in zip(loader, range(6), strict=False)]
+        null = world.text_encoder.encode("", [])[0]
+        captioned = [[not torch.equal(text, null) for text in step.text] for step in steps]
+        assert all(len(set(of_step)) == 1 for of_step in captioned)
+        return [of_step[0] for of_step in captioned]
+
+    assert set(texts()) == {True, False}
+    assert texts() == texts(rank=1, world_size=2)
 
 
 def test_look_alikes_share_the_returning_names_colours():
