@@ -13,7 +13,7 @@ import numpy as np
 
 from data.storyworld.characters import BADGES, COLOURS, Look
 from data.storyworld.config import Mode
-from data.storyworld.motion import ACTIONS, CAMERAS, Actor, Timing
+from data.storyworld.motion import ACTIONS, CAMERAS, Actor, Timing, camera_at
 from data.storyworld.places import PLACES
 from data.storyworld.story import Recall, Scene, Shot, end_of, global_caption, shot_caption, start_of
 from moc.errors import UserError, check_least
@@ -34,7 +34,7 @@ class RecallConfig:
     size: height and width. frames: of a shot. characters: names in a scene. places: in a scene, each shot in another
     than the shot before. paintings: how many paintings of each place there are. look_alikes: a second name has the
     returning one's fur, and a third its outfit. described: captions tell the looks. cameras: how the camera may move,
-    names among CAMERAS.
+    names among CAMERAS. travel: the share of its way that it goes in a shot.
     """
 
     seed: int = 0
@@ -48,6 +48,7 @@ class RecallConfig:
     look_alikes: bool = False
     described: bool = False
     cameras: list[str] = field(default_factory=lambda: [STATIC])
+    travel: float = 1.0
 
     def __post_init__(self) -> None:
         check_least(self, "recall", 0, "seed")
@@ -64,6 +65,9 @@ class RecallConfig:
             raise UserError(f"recall.places={self.places} must lie in [2, {len(PLACES)}], so that a cut changes place")
         if not self.cameras or not set(self.cameras) <= set(CAMERAS):
             raise UserError(f"recall.cameras={self.cameras} must be some of {', '.join(CAMERAS)}")
+
+        if not 0 < self.travel <= 1:
+            raise UserError(f"recall.travel={self.travel} must lie in (0, 1]")
 
     @property
     def camera_moves(self) -> bool:
@@ -203,7 +207,8 @@ def make_scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
 def stock_shot(config: RecallConfig, place: str, actor: Actor | None, caption: str = "", camera: str = STATIC) -> Shot:
     """A shot of the stock: what drifts in the air is where a scene has it at first."""
     timing, start, cast = Timing(config.frames / config.fps), start_of(camera), (actor,) if actor else ()
-    return Shot(place, True, config.frames, timing, camera, start, end_of(camera, start), cast, 0.0, caption)
+    end = camera_at(start, end_of(camera, start), timing, config.travel * timing.seconds)
+    return Shot(place, True, config.frames, timing, camera, start, end, cast, 0.0, caption)
 
 
 def actor_of(config: RecallConfig, look: Look, action: int, facing: int, column: int = 0, row: int = 0) -> Actor:

@@ -23,7 +23,7 @@ from moc.errors import UserError
 from models import EncodersConfig, build_encoders
 
 CONFIG = RecallConfig(size=[32, 48], frames=5, shots=4, paintings=2)
-FILMED = replace(CONFIG, paintings=1, frames=2, fps=6, described=True, cameras=list(CAMERAS))
+FILMED = replace(CONFIG, paintings=1, frames=3, described=True, cameras=list(CAMERAS), travel=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,7 @@ def test_shots_of_moving_cameras_are_those_of_the_renderer():
                 assert difference[still].max(initial=0) < 6  # OpenCV may round where it samples to 1/32 of a pixel
                 assert difference.mean() < 0.3
             else:
-                assert difference.mean() < 1.5
-                assert difference.mean() < 0.2 * np.abs(frames[-1].astype(float) - frames[0]).mean()
+                assert difference.mean() < 0.25 * np.abs(frames[-1].astype(float) - frames[0]).mean()
             compared[shot.camera] += 1
     assert compared.keys() == set(CAMERAS)
 
