@@ -22,8 +22,8 @@ UNSET: dict[str, Any] = {
     "parallel.replicate": 0,
     "prepare.fps": 0.0,
     "prepare.threshold": 0.0,
-    "codec.path": "",
-    "text.path": "",
+    "encoders.codec.path": "",
+    "encoders.text.path": "",
     "sampler.high_noise_guidance_scale": 0.0,
     "sampler.context_shots": 0,
 }

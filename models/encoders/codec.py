@@ -57,7 +57,7 @@ class CodecConfig:
     continuous: bool = False
 
     def __post_init__(self) -> None:
-        set_nulls(self, "codec")
+        set_nulls(self, "encoders.codec")
         if not 1 <= self.channels <= 64:
             raise UserError(f"codec.channels={self.channels} must lie in [1, 64]")
         if not 0 <= self.whitening <= 1:

@@ -76,7 +76,7 @@ class TextConfig:
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        set_nulls(self, "text")
+        set_nulls(self, "encoders.text")
         check_least(self, "text", 1, "dim", "num_layers", "max_tokens")
         check_least(self, "text", 0, "seed")
 

@@ -44,7 +44,15 @@ def test_what_is_not_set_is_null_and_what_said_so_earlier_still_does():
     assert {demo.scenes, demo.steps, demo.workers, parsed("evaluate").page, parsed("benchmark_recall").start} == {None}
     assert parsed("train", "model.path=null", "parallel.replicate=null") == train
     assert not any((parsed("prepare", "fps=0").fps, parsed("train", "parallel.replicate=0").parallel.replicate))
-    earlier = {"model.path": "", "data.local_cache": "", "parallel.replicate": 0, "model.cut_gap": 0.0, "moc.top_k": 0}
+    earlier = {
+        "encoders.codec.path": "",
+        "encoders.text.path": "",
+        "model.path": "",
+        "data.local_cache": "",
+        "parallel.replicate": 0,
+        "model.cut_gap": 0.0,
+        "moc.top_k": 0,
+    }
     assert translated(earlier) == dict.fromkeys(earlier) | {"moc.top_k": 0}
 
 
