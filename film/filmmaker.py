@@ -319,6 +319,7 @@ class Filmmaker:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "versions": versions(),
             "redone": shooting.kept.redo,
+            "reused_steps": shooting.reused,
             "seconds": round(time.time() - started, 1),
         }
         folder.write_metadata(request | facts)

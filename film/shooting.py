@@ -24,11 +24,13 @@ from moc.statistics import RoutingMap
 OnStep = Callable[[Progress], None]
 Sampling = Callable[[OnStep, Progress | None], Iterable[tuple[int, Tensor]]]
 ROUTE_COUNTS = "routing"  # the counts of the routing map, among the tensors that are kept
+REUSED = "reused"  # and how many steps took an earlier one's velocity
 
 
 class Shooting:
     """One film in the making. request: what it is asked to be, as its folder keeps it. routing_map: what sampling
-    counts routes in. keep_every: steps after which sampling is kept. Takes up what the folder keeps."""
+    counts routes in. keep_every: steps after which sampling is kept. Takes up what the folder keeps. reused: how many
+    steps took an earlier one's velocity (`SamplingConfig.step_cache`)."""
 
     def __init__(
         self,
@@ -46,6 +48,7 @@ class Shooting:
         self.decode = codec.shot_decoder()
         self.kept = folder.kept()
         routing_map.counts = self.kept.tensors.pop(ROUTE_COUNTS, routing_map.counts)
+        self.reused = int(self.kept.tensors.pop(REUSED, 0))
 
     def run(self, sampling: Sampling, watch: OnStep | None = None) -> int:
         """Writes what is missing of the film; returns its frames.
@@ -60,6 +63,7 @@ class Shooting:
             def on_step(progress: Progress) -> None:
                 bar.total = progress.num_steps
                 bar.update(progress.step - bar.n)
+                self.reused = progress.reused
                 if progress.step % self.keep_every == 0 or self._is_new:
                     self._keep(progress)
                 if watch:
@@ -98,7 +102,7 @@ class Shooting:
             shot, _, of_solver = name.partition(".")
             if of_solver:
                 remembered.setdefault(int(shot), {})[of_solver] = tensor
-        return Progress(self.kept.step, 0, latents, remembered)
+        return Progress(self.kept.step, 0, latents, remembered, self.reused)
 
     def given(self) -> dict[int, Tensor]:
         """Latents, by their index in the stream, of the shots that stay while others are made anew."""
@@ -114,7 +118,7 @@ class Shooting:
         }
         for index, own in progress.remembered.items():
             self.kept.tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
-        tensors = self.kept.tensors | {ROUTE_COUNTS: self.routing_map.counts}
+        tensors = self.kept.tensors | {ROUTE_COUNTS: self.routing_map.counts, REUSED: torch.tensor(progress.reused)}
         self.folder.keep(self.request, replace(self.kept, tensors=tensors))
 
     def _write_shot(self, number: int, latent: Tensor) -> None:

@@ -15,7 +15,7 @@ such stream, however long it is.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 
@@ -25,9 +25,10 @@ from torch import Tensor
 from moc.batch import StreamSpec
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow, Model
+from moc.diffusion.reuse import StepReuse, Way
 from moc.diffusion.sides import Side, Stream, guided_velocity
 from moc.diffusion.solvers import Solver, build_solver
-from moc.diffusion.steps import guidance_scales, plan_steps, sigma_table
+from moc.diffusion.steps import Step, guidance_scales, plan_steps, sigma_table
 from moc.diffusion.story import Progress, SamplingConfig, Story, noise_key
 from moc.errors import UserError
 from moc.statistics import RoutingMap
@@ -72,6 +73,9 @@ def sample_shots(
         index: {name: x.to(device) for name, x in own.items()}
         for index, own in (start.remembered if start else {}).items()
     }
+    reuse = StepReuse(config.step_cache, start.reused if start else 0)
+    for index, own in remembered.items():
+        reuse.remember(index, own)
     steps = plan_steps(num_shots, story.given, config, flow, story.num_references)
     cuts = story.cuts or [True] * num_shots
     prompt, negative = (Side(model, spec, text, cuts) for text in (story.text, story.negative))
@@ -93,9 +97,12 @@ def sample_shots(
         observe = None
         if routing_map:
             observe = routing_map.observer(prompt.layout(stream, moc), shots, moving, now[moving].tolist())
-        velocity = None
+        asked = {index: latents[index] for index in moving}
+        way = _way(step, scales, is_high)
+        velocity = reuse.known(way, asked)
+        is_new = velocity is None
         try:
-            velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
+            velocity = velocity or guided_velocity(prompt, negative, stream, attention, scales, observe)
         except torch.OutOfMemoryError:
             if prompt.cache is None:
                 raise
@@ -105,6 +112,8 @@ def sample_shots(
             prompt.cache = negative.cache = None
         if velocity is None:  # not in the handler, which holds on to what filled the memory
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
+        if is_new:
+            reuse.keep(way, asked, velocity)
         for index in moving:
             done = step.steps_done[index]
             if index not in solvers:
@@ -122,10 +131,18 @@ def sample_shots(
                 )
             if after[index] == 0:
                 del solvers[index]
+                reuse.forget(index)
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
         if on_step:
             begun = {index: latents[index] for index in range(num_shots) if after[index] < 1}
-            on_step(Progress(number, len(steps), begun, {index: one.remembered() for index, one in solvers.items()}))
+            kept = {index: solver.remembered() | reuse.remembered(index) for index, solver in solvers.items()}
+            on_step(Progress(number, len(steps), begun, kept, reuse.reused))
+
+
+def _way(step: Step, scales: Mapping[int, float], is_high: bool) -> Way:
+    """What of a step, besides latents and noise levels, decides the velocities."""
+    pairs = (number for pair in scales.items() for number in pair)
+    return [float(step.is_dense), float(is_high), float(len(step.shots)), *map(float, step.shots), *map(float, pairs)]
 
 
 def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:

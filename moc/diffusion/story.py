@@ -29,6 +29,8 @@ class SamplingConfig:
     cache: keep the keys and values of finished shots where the result is the same, as long as memory lasts.
     offload_cache: keep them in the host's memory. Each layer's come to the device while the one before it computes; the
         film is the same to the bit.
+    step_cache: a step takes the velocity of an earlier one where it is thought to have changed by less than this share
+        (see `moc.diffusion.reuse`); null and 0 ask the model in every step.
     seed: the seed of the noise, which is drawn shot by shot.
     """
 
@@ -43,6 +45,7 @@ class SamplingConfig:
     context_shots: int | None = None
     cache: bool = True
     offload_cache: bool = False
+    step_cache: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +64,9 @@ class SamplingConfig:
         if not 0 <= self.history_sigma < 1:
             raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
         check_least(self, "sampler", 1, "context_shots")
+
+        if self.step_cache is not None and not 0 <= self.step_cache < math.inf:
+            raise UserError(f"sampler.step_cache={self.step_cache} must be null, or finite and at least 0")
 
     @property
     def keeps_history(self) -> bool:
@@ -123,13 +129,14 @@ class Story:
 @dataclass(frozen=True)
 class Progress:
     """How far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of every shot
-    that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index. remembered: what
-    the solvers of shots on the move remember, by index and name."""
+    that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index. remembered: what is remembered
+    of the steps of shots on the move, by index and name. reused: how many steps took an earlier one's velocity."""
 
     step: int
     num_steps: int
     latents: dict[int, Tensor]
     remembered: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    reused: int = 0
 
 
 def noise_key(seed: int, number: int) -> int:

@@ -1,5 +1,7 @@
 """What a film keeps of its finished shots: counted before it is made, and moved to the host without another film."""
 
+import json
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -8,8 +10,9 @@ from pathlib import Path
 import yaml
 
 from film.filmmaker import Filmmaker, FilmmakerConfig
-from film.folder import FilmFolder
+from film.folder import METADATA, FilmFolder
 from moc.diffusion import SamplingConfig
+from tests.film.filming import contents
 
 
 def write(folder: Path, shots: int) -> Path:
@@ -64,6 +67,18 @@ def test_a_film_goes_on_with_its_cache_in_the_host(trained, tmp_path):
                 assert not folder.is_finished
         films.append([path.read_bytes() for path in sorted((folder.path / "latents").iterdir())])
     assert films[0] == films[1]
+
+
+def test_a_film_that_reuses_steps_says_how_many_and_goes_on_with_the_same_bytes(trained, tmp_path):
+    filmmaker = open_filmmaker(trained, lag=0.0, step_cache=1000.0).with_steps(5)
+    plan, films = filmmaker.plan(filmmaker.read(write(tmp_path, 2))), []
+    for name, stops in (("whole", [None]), ("stopped", [4, None])):
+        for stop in stops:
+            with suppress(InterruptedError):
+                filmmaker.film(plan, FilmFolder(tmp_path / name), watch=partial(_stop_at, stop))
+        films.append(contents(tmp_path / name))
+    assert films[0] == films[1]
+    assert json.loads(films[0][METADATA])["reused_steps"] == 3
 
 
 def _stop_at(step, progress) -> None:

@@ -1,0 +1,89 @@
+"""Steps that take the velocity of an earlier one, where it is thought to have hardly changed.
+
+How much it has is estimated from the shot itself, without asking the model: the latent's distance from where the model
+was last asked, times how much the velocity changed per distance between the last two times (EasyCache, arXiv
+2507.02860). diffusers' caches hook into the blocks of a model and compare features of all tokens: too much to keep with
+an unfinished film, and one decision for shots at several noise levels. What is kept here is a shot's own, and small.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+import torch
+from torch import Tensor
+
+Way = list[float]  # how the model is asked in a step; equal lists stand for equal questions but for latents and noise
+
+
+@dataclass(frozen=True)
+class Asked:
+    """When the model was last asked about a shot: how, its latent and the velocity then, both fp32 [C, T, H, W], and
+    the rate: how much the velocity had changed since the time before, by the latent's distance; inf where it is not
+    known."""
+
+    way: Way
+    latent: Tensor
+    velocity: Tensor
+    rate: float = inf
+
+    def change(self, latent: Tensor) -> float:
+        """By which share of itself the velocity is thought to have changed at another latent."""
+        return self.rate * _size(latent - self.latent) / max(_size(self.velocity), 1e-12)
+
+    def again(self, way: Way, latent: Tensor, velocity: Tensor) -> "Asked":
+        """What the next time makes of it."""
+        distance = _size(latent - self.latent) if way == self.way else 0.0
+        return Asked(way, latent, velocity, _size(velocity - self.velocity) / distance if distance else inf)
+
+
+@dataclass
+class StepReuse:
+    """What the model was last asked about each shot on the move.
+
+    threshold: a velocity is taken again where it is thought to have changed by less than this share. None and 0: never.
+    reused: how many steps took theirs again.
+    """
+
+    threshold: float | None
+    reused: int = 0
+    _asked: dict[int, Asked] = field(default_factory=dict)
+
+    def known(self, way: Way, latents: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
+        """The velocities of shots with these latents, if those of all of them hold; else None: ask the model."""
+        if not self.threshold or not all(self._holds(way, index, latent) for index, latent in latents.items()):
+            return None
+        self.reused += 1
+        return {index: self._asked[index].velocity for index in latents}
+
+    def keep(self, way: Way, latents: Mapping[int, Tensor], velocity: Mapping[int, Tensor]) -> None:
+        """Keeps what the model was asked about these shots, and answered."""
+        for index, latent in latents.items() if self.threshold else ():
+            before = self._asked.get(index, Asked([], latent, velocity[index]))
+            self._asked[index] = before.again(way, latent, velocity[index])
+
+    def _holds(self, way: Way, index: int, latent: Tensor) -> bool:
+        before = self._asked.get(index)
+        return before is not None and before.way == way and before.change(latent) < (self.threshold or 0)
+
+    def forget(self, index: int) -> None:
+        """Lets go of a finished shot."""
+        self._asked.pop(index, None)
+
+    def remembered(self, index: int) -> dict[str, Tensor]:
+        """What the next step needs of those before, to be kept with an unfinished film."""
+        if index not in self._asked:
+            return {}
+        asked = self._asked[index]
+        numbers = torch.tensor([asked.rate, *asked.way], dtype=torch.float64)
+        return {"asked": numbers, "asked_latent": asked.latent, "asked_velocity": asked.velocity}
+
+    def remember(self, index: int, remembered: Mapping[str, Tensor]) -> None:
+        """Goes on from what `remembered` gave."""
+        if "asked" in remembered:
+            rate, *way = remembered["asked"].tolist()
+            self._asked[index] = Asked(way, remembered["asked_latent"], remembered["asked_velocity"], rate)
+
+
+def _size(x: Tensor) -> float:
+    return float(x.abs().mean())
