@@ -7,11 +7,13 @@ an unfinished film, and one decision for shots at several noise levels. What is 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 import torch
 from torch import Tensor
+
+from moc.diffusion.steps import Step
 
 Way = list[float]  # how the model is asked in a step; equal lists stand for equal questions but for latents and noise
 
@@ -37,38 +39,44 @@ class Asked:
         return Asked(way, latent, velocity, _size(velocity - self.velocity) / distance if distance else inf)
 
 
-@dataclass
 class StepReuse:
-    """What the model was last asked about each shot on the move.
+    """What the model was last asked about each shot on the move. reused: how many steps took a velocity again."""
 
-    threshold: a velocity is taken again where it is thought to have changed by less than this share. None and 0: never.
-    reused: how many steps took theirs again.
-    """
+    def __init__(
+        self, threshold: float, reused: int = 0, remembered: Mapping[int, Mapping[str, Tensor]] | None = None
+    ) -> None:
+        """threshold: a velocity is taken again where it is thought to have changed by less than this share. reused,
+        remembered: as an earlier one had them, by `remembered` of each shot."""
+        self.threshold, self.reused = threshold, reused
+        self._asked: dict[int, Asked] = {}
+        for index, own in (remembered or {}).items():
+            if "asked" in own:
+                rate, *way = own["asked"].tolist()
+                self._asked[index] = Asked(way, own["asked_latent"], own["asked_velocity"], rate)
 
-    threshold: float | None
-    reused: int = 0
-    _asked: dict[int, Asked] = field(default_factory=dict)
-
-    def known(self, way: Way, latents: Mapping[int, Tensor]) -> dict[int, Tensor] | None:
-        """The velocities of shots with these latents, if those of all of them hold; else None: ask the model."""
-        if not self.threshold or not all(self._holds(way, index, latent) for index, latent in latents.items()):
+    def known(
+        self, step: Step, scales: Mapping[int, float], is_high: bool, latents: Mapping[int, Tensor]
+    ) -> dict[int, Tensor] | None:
+        """The velocities of shots with these latents, if those of all of them hold; else None: ask the model. scales,
+        is_high: as in `guidance_scales`."""
+        way = _way(step, scales, is_high)
+        if not all(self._holds(way, index, latent) for index, latent in latents.items()):
             return None
         self.reused += 1
         return {index: self._asked[index].velocity for index in latents}
 
-    def keep(self, way: Way, latents: Mapping[int, Tensor], velocity: Mapping[int, Tensor]) -> None:
-        """Keeps what the model was asked about these shots, and answered."""
-        for index, latent in latents.items() if self.threshold else ():
-            before = self._asked.get(index, Asked([], latent, velocity[index]))
-            self._asked[index] = before.again(way, latent, velocity[index])
-
-    def _holds(self, way: Way, index: int, latent: Tensor) -> bool:
-        before = self._asked.get(index)
-        return before is not None and before.way == way and before.change(latent) < (self.threshold or 0)
-
-    def forget(self, index: int) -> None:
-        """Lets go of a finished shot."""
-        self._asked.pop(index, None)
+    def keep(
+        self,
+        step: Step,
+        scales: Mapping[int, float],
+        is_high: bool,
+        latents: Mapping[int, Tensor],
+        velocity: Mapping[int, Tensor],
+    ) -> None:
+        """Keeps what the model was asked about these shots, and answered; lets go of all others."""
+        way = _way(step, scales, is_high)
+        before = {index: self._asked.get(index, Asked([], x, velocity[index])) for index, x in latents.items()}
+        self._asked = {index: before[index].again(way, latent, velocity[index]) for index, latent in latents.items()}
 
     def remembered(self, index: int) -> dict[str, Tensor]:
         """What the next step needs of those before, to be kept with an unfinished film."""
@@ -78,11 +86,15 @@ class StepReuse:
         numbers = torch.tensor([asked.rate, *asked.way], dtype=torch.float64)
         return {"asked": numbers, "asked_latent": asked.latent, "asked_velocity": asked.velocity}
 
-    def remember(self, index: int, remembered: Mapping[str, Tensor]) -> None:
-        """Goes on from what `remembered` gave."""
-        if "asked" in remembered:
-            rate, *way = remembered["asked"].tolist()
-            self._asked[index] = Asked(way, remembered["asked_latent"], remembered["asked_velocity"], rate)
+    def _holds(self, way: Way, index: int, latent: Tensor) -> bool:
+        before = self._asked.get(index)
+        return before is not None and before.way == way and before.change(latent) < self.threshold
+
+
+def _way(step: Step, scales: Mapping[int, float], is_high: bool) -> Way:
+    """What of a step, besides latents and noise levels, decides the velocities."""
+    pairs = (number for pair in scales.items() for number in pair)
+    return [float(step.is_dense), float(is_high), float(len(step.shots)), *map(float, step.shots), *map(float, pairs)]
 
 
 def _size(x: Tensor) -> float:

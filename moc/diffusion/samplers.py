@@ -15,7 +15,7 @@ such stream, however long it is.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -25,10 +25,10 @@ from torch import Tensor
 from moc.batch import StreamSpec
 from moc.config import MoCConfig
 from moc.diffusion.flow import Flow, Model
-from moc.diffusion.reuse import StepReuse, Way
+from moc.diffusion.reuse import StepReuse
 from moc.diffusion.sides import Side, Stream, guided_velocity
 from moc.diffusion.solvers import Solver, build_solver
-from moc.diffusion.steps import Step, guidance_scales, plan_steps, sigma_table
+from moc.diffusion.steps import guidance_scales, plan_steps, sigma_table
 from moc.diffusion.story import Progress, SamplingConfig, Story, noise_key
 from moc.errors import UserError
 from moc.statistics import RoutingMap
@@ -73,9 +73,7 @@ def sample_shots(
         index: {name: x.to(device) for name, x in own.items()}
         for index, own in (start.remembered if start else {}).items()
     }
-    reuse = StepReuse(config.step_cache, start.reused if start else 0)
-    for index, own in remembered.items():
-        reuse.remember(index, own)
+    reuse = StepReuse(config.step_cache, start.reused if start else 0, remembered) if config.step_cache else None
     steps = plan_steps(num_shots, story.given, config, flow, story.num_references)
     cuts = story.cuts or [True] * num_shots
     prompt, negative = (Side(model, spec, text, cuts) for text in (story.text, story.negative))
@@ -97,9 +95,8 @@ def sample_shots(
         observe = None
         if routing_map:
             observe = routing_map.observer(prompt.layout(stream, moc), shots, moving, now[moving].tolist())
-        asked = {index: latents[index] for index in moving}
-        way = _way(step, scales, is_high)
-        velocity = reuse.known(way, asked)
+        way, asked = (step, scales, is_high), {index: latents[index] for index in moving}
+        velocity = None if reuse is None else reuse.known(*way, asked)
         is_new = velocity is None
         try:
             velocity = velocity or guided_velocity(prompt, negative, stream, attention, scales, observe)
@@ -112,8 +109,8 @@ def sample_shots(
             prompt.cache = negative.cache = None
         if velocity is None:  # not in the handler, which holds on to what filled the memory
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
-        if is_new:
-            reuse.keep(way, asked, velocity)
+        if reuse and is_new:
+            reuse.keep(*way, asked, velocity)
         for index in moving:
             done = step.steps_done[index]
             if index not in solvers:
@@ -131,18 +128,13 @@ def sample_shots(
                 )
             if after[index] == 0:
                 del solvers[index]
-                reuse.forget(index)
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
         if on_step:
             begun = {index: latents[index] for index in range(num_shots) if after[index] < 1}
-            kept = {index: solver.remembered() | reuse.remembered(index) for index, solver in solvers.items()}
-            on_step(Progress(number, len(steps), begun, kept, reuse.reused))
-
-
-def _way(step: Step, scales: Mapping[int, float], is_high: bool) -> Way:
-    """What of a step, besides latents and noise levels, decides the velocities."""
-    pairs = (number for pair in scales.items() for number in pair)
-    return [float(step.is_dense), float(is_high), float(len(step.shots)), *map(float, step.shots), *map(float, pairs)]
+            kept = {
+                index: one.remembered() | (reuse.remembered(index) if reuse else {}) for index, one in solvers.items()
+            }
+            on_step(Progress(number, len(steps), begun, kept, reuse.reused if reuse else 0))
 
 
 def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:

@@ -54,7 +54,7 @@ class SamplingConfig:
             raise UserError(f"sampler.steps={self.steps} must be at least 1")
         if not 0 <= self.dense_steps <= self.steps:
             raise UserError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
-        check_least(self, "sampler", 0, "guidance_scale", "high_noise_guidance_scale")
+        check_least(self, "sampler", 0, "guidance_scale", "high_noise_guidance_scale", "step_cache")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
             raise UserError(
                 f"sampler.guidance_interval={self.guidance_interval} must be [LOW, HIGH], two noise levels in [0, 1]"
@@ -64,9 +64,6 @@ class SamplingConfig:
         if not 0 <= self.history_sigma < 1:
             raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
         check_least(self, "sampler", 1, "context_shots")
-
-        if self.step_cache is not None and not 0 <= self.step_cache < math.inf:
-            raise UserError(f"sampler.step_cache={self.step_cache} must be null, or finite and at least 0")
 
     @property
     def keeps_history(self) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 from moc.diffusion import SamplingConfig, sample_shots
 from moc.diffusion.reuse import StepReuse
+from moc.diffusion.steps import Step
 from moc.errors import UserError
 from tests.moc.test_history import FLOW, FORWARD, build, story
 from tests.moc.test_samplers import Recording
@@ -15,7 +16,11 @@ from tests.moc.test_samplers import film as field_film
 from tests.moc.test_samplers import story as plain_story
 
 CONFIG = SamplingConfig(steps=12, guidance_scale=2.0)
-WAY = [0.0]
+
+
+def way(is_dense=False):
+    """How a step of shot 7 is asked."""
+    return Step(torch.ones(8), torch.zeros(8), [7], [7], [0] * 8, is_dense), {7: 1.0}, False
 
 
 def film(model, what, config, start=None):
@@ -75,27 +80,26 @@ def test_it_is_the_latents_way_times_the_rate_of_the_last_two():
     """The velocity changed by 0.1 on a way of 1, so that another way of 2 is thought to change it by 0.2 of 1.1."""
     reuse, zero = StepReuse(0.19), torch.zeros(1, 1, 2, 2)
     for latent, velocity in ((0.0, 1.0), (1.0, 1.1)):
-        assert reuse.known(WAY, {7: zero + latent}) is None
-        reuse.keep(WAY, {7: zero + latent}, {7: zero + velocity, 8: zero})
-    known = reuse.known(WAY, {7: zero + 3})
+        assert reuse.known(*way(), {7: zero + latent}) is None
+        reuse.keep(*way(), {7: zero + latent}, {7: zero + velocity, 8: zero})
+    known = reuse.known(*way(), {7: zero + 3})
     assert known is not None
     assert torch.equal(known[7], zero + 1.1)
-    assert reuse.known(WAY, {7: zero - 2}) is None  # 0.3 of 1.1
-    assert reuse.known(WAY, {7: zero + 3, 8: zero}) is None  # which was never asked about
+    assert reuse.known(*way(), {7: zero - 2}) is None  # 0.3 of 1.1
+    assert reuse.known(*way(), {7: zero + 3, 8: zero}) is None  # which was never asked about
     assert reuse.reused == 1
-    reuse.forget(7)
-    assert reuse.known(WAY, {7: zero + 3}) is None
+    assert reuse.remembered(8) == {}
 
 
 def test_a_step_that_is_asked_otherwise_asks():
     """Dense first steps, guidance in an interval, shots that begin or end, another expert: nothing is taken over."""
     reuse, zero = StepReuse(100.0), torch.zeros(1, 1, 2, 2)
     for latent in (0.0, 1.0):
-        reuse.keep(WAY, {0: zero + latent}, {0: zero + 1 + latent})
-    assert reuse.known(WAY, {0: zero + 1}) is not None
-    assert reuse.known([1.0], {0: zero + 1}) is None
-    reuse.keep([1.0], {0: zero + 2}, {0: zero + 3})
-    assert reuse.known([1.0], {0: zero + 2}) is None  # at whose rate nothing is known yet
+        reuse.keep(*way(), {7: zero + latent}, {7: zero + 1 + latent})
+    assert reuse.known(*way(), {7: zero + 1}) is not None
+    assert reuse.known(*way(is_dense=True), {7: zero + 1}) is None
+    reuse.keep(*way(is_dense=True), {7: zero + 2}, {7: zero + 3})
+    assert reuse.known(*way(is_dense=True), {7: zero + 2}) is None  # at whose rate nothing is known yet
     model, what = build("experts"), story(2)
     calls = []
     for expert in (model.high, model.low):
