@@ -99,7 +99,7 @@ def store_defaults(config_name: str, schema: type) -> None:
 
 
 def defaults(schema: type) -> dict[str, Any]:
-    """The defaults of a schema as plain values; `parse` gives them their types."""
+    """Returns the defaults of a schema as plain values; `parse` gives them their types."""
     return OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)  # type: ignore[return-value]
 
 
@@ -152,14 +152,14 @@ def _ending(full: bool, *mendable: type[Exception]) -> Iterator[None]:
 
 
 def for_user(error: Exception) -> bool:
-    """Whether an error is one that the user can mend, rather than a bug of the code."""
+    """Returns whether an error is one that the user can mend, rather than a bug of the code."""
     if isinstance(error, (UserError, FloatingPointError, CompactHydraException, OmegaConfBaseException)):
         return True
     return isinstance(error, _KINDS) or disk_error(error) is not None
 
 
 def message_of(error: Exception) -> str:
-    """An error's message on one line; the operating system's own names the file first."""
+    """Returns an error's message on one line; the operating system's own names the file first."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).partition("Config search path:")[0].split())
@@ -196,7 +196,7 @@ def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
 
 
 def _structured(schema: type, cfg: DictConfig) -> DictConfig:
-    """The schema's defaults, to merge into; an optional dataclass that `cfg` sets has its own."""
+    """Returns the schema's defaults, to merge into; an optional dataclass that `cfg` sets has its own."""
     node = _writable(OmegaConf.structured(schema))
     for name, hint in get_type_hints(schema).items():
         if OmegaConf.is_dict(cfg.get(name)) and not OmegaConf.is_missing(node, name) and node[name] is None:

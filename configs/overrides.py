@@ -9,8 +9,8 @@ from moc.errors import UserError
 
 
 def readable(argument: str, folder: Path) -> str:
-    """The argument as Hydra reads it. A text that its grammar refuses, such as `/films [1]/a=b`, is quoted; what looks
-    like a list or a mapping is left to Hydra's message.
+    """Returns the argument as Hydra reads it. A text that its grammar refuses, such as `/films [1]/a=b`, is quoted;
+    what looks like a list or a mapping is left to Hydra's message.
 
     folder: of the YAML files, where a group of settings is a folder. Raises UserError where a group is set to what is
     no name, such as null.
@@ -30,12 +30,12 @@ def readable(argument: str, folder: Path) -> str:
 
 
 def quoted(text: str) -> str:
-    """The text as Hydra's grammar quotes it: only backslashes before a quote, or at the end, are doubled."""
+    """Returns the text as Hydra's grammar quotes it: only backslashes before a quote, or at the end, are doubled."""
     pieces = text.split("'")
     doubled = [piece + "\\" * (len(piece) - len(piece.rstrip("\\"))) for piece in pieces]
     return "'" + "\\'".join(doubled) + "'"
 
 
 def _names_options(value: object) -> bool:
-    """Whether Hydra takes the value for a group: a name or a list of them, or settings for the group itself."""
+    """Returns whether Hydra takes the value for a group: a name or a list of them, or settings for the group itself."""
     return all(isinstance(name, str | dict) for name in (value if isinstance(value, list) else [value]))

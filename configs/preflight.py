@@ -84,7 +84,7 @@ def look_first(config: TrainConfig, dataset: Data, parallel: Parallel, trainer: 
 
 
 def _processes(parallel: Parallel) -> str:
-    """Whether the processes reach each other from device to device, and where they are."""
+    """Returns whether the processes reach each other from device to device, and where they are."""
     total = int(parallel.sum(parallel.put(torch.ones(()))))
     if total != parallel.data_ranks:
         raise UserError(f"{parallel.data_ranks} processes sum ones to {total}; look at the network and NCCL's settings")
@@ -94,8 +94,8 @@ def _processes(parallel: Parallel) -> str:
 
 
 def _data(dataset: Data, most: int, first: int = 0, near: bool = False) -> str:
-    """Whether a share of the scenes, which begins with one of this number, is as it was written; near: of those alone
-    that lie on this machine as latents, which are read at once. Raises DataError where one is not."""
+    """Returns whether a share of the scenes, which begins with one of this number, is as it was written; near: of those
+    alone that lie on this machine as latents, which are read at once. Raises DataError where one is not."""
     if isinstance(dataset, RecallWorld):
         return "scenes are composed as they are asked for"
     items = enumerate(dataset.items)
@@ -110,7 +110,7 @@ def _data(dataset: Data, most: int, first: int = 0, near: bool = False) -> str:
 
 
 def _memory(trainer: Trainer) -> str:
-    """What a process holds on its device all the time, by count. Raises UserError where the GPU cannot."""
+    """Returns what a process holds on its device all the time, by count. Raises UserError where the GPU cannot."""
     device = trainer.parallel.device
     what, size = "weights, averages, gradients and states take at least", _held_bytes(trainer) / 2**30
     if device.type != "cuda":
@@ -122,7 +122,7 @@ def _memory(trainer: Trainer) -> str:
 
 
 def _held_bytes(trainer: Trainer) -> int:
-    """Bytes of weights, averages, gradients and the optimizer's states on a process's device, at least."""
+    """Returns bytes of weights, averages, gradients and the optimizer's states on a process's device, at least."""
     kind = trainer.parallel.device.type
     weights = [weight for weight in trainer.bare_model.parameters() if local(weight).device.type == kind]
     gradients = [weight for weight in weights if weight.requires_grad]
@@ -132,8 +132,8 @@ def _held_bytes(trainer: Trainer) -> int:
 
 
 def _disk(run_folder: Path, trainer: Trainer) -> str:
-    """What a checkpoint takes, by count. Raises UserError where the disk does not hold one more. The run's folder need
-    not be there yet."""
+    """Returns what a checkpoint takes, by count. Raises UserError where the disk does not hold one more. The run's
+    folder need not be there yet."""
     weights = [tensor for tensors in trainer.saved_tensors().values() for tensor in tensors.values()]
     stored = [(tensor, 1.0) for tensor in weights] + [(weight, n) for weight, n, _ in kept_states(trainer.optimizer)]
     size = sum(tensor.numel() * tensor.itemsize * times for tensor, times in stored)
@@ -147,21 +147,21 @@ def _disk(run_folder: Path, trainer: Trainer) -> str:
 
 
 def _time_left(config: TrainConfig, step: int) -> str:
-    """How long the rest will take by what the run has taken, if that is known."""
+    """Returns how long the rest will take by what the run has taken, if that is known."""
     rows = [row for row in read_metrics(config.run_folder) if "step_seconds" in row and row["step"] <= step]
     days = rows[-1]["step_seconds"] * (config.trainer.num_steps - step) / 86400 if rows else 0
     return f", about {days:.2f} days" if rows else ""
 
 
 def _checkpoint(config: TrainConfig, found: Path | None, step: int) -> str:
-    """Whether the run can go on where it stopped. Raises UserError where it cannot."""
+    """Returns whether the run can go on where it stopped. Raises UserError where it cannot."""
     if found and config.resume == "auto":
         check_same_run(config)
     return f"{found} is whole; the run goes on from step {step}" if found else "none; the run begins"
 
 
 def _start(config: TrainConfig) -> tuple[Path | None, int]:
-    """The checkpoint to go on from, if any, and its step."""
+    """Returns the checkpoint to go on from, if any, and its step."""
     folders = {"none": None, "auto": config.run_folder}
     folder = folders.get(config.resume, Path(config.resume))
     found = sound_checkpoint(folder) if folder else None
@@ -169,7 +169,7 @@ def _start(config: TrainConfig) -> tuple[Path | None, int]:
 
 
 def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train, found: Path | None, first: int) -> str:
-    """Some steps and a save of the run itself. Raises UserError where memory or the disk does not suffice."""
+    """Makes some steps and a save of the run itself. Raises UserError where memory or the disk does not suffice."""
     length = replace(
         config.trainer, num_steps=first + _STEPS, log_every=1, validate_every=0, checkpoint_every=0, sample_every=0
     )
@@ -193,7 +193,7 @@ def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train,
 
 
 def _told(config: TrainConfig, trial: TrainConfig, first: int, parallel: Parallel) -> str:
-    """What the run will take, by its trial. Raises UserError where its checkpoints do not fit on the disk."""
+    """Returns what the run will take, by its trial. Raises UserError where its checkpoints do not fit on the disk."""
     row = read_metrics(trial.run_folder)[-1]
     (saved,) = trial.run_folder.glob("checkpoints/step_*")
     size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())

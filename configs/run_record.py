@@ -40,14 +40,15 @@ _EVALUATED = 16  # scenes, where nothing says how many
 
 
 def own_name(name: str) -> str:
-    """A run's name; that of a sweep's job (`-m`) has its number added, since a run of its own needs a folder of its
-    own."""
+    """Returns a run's name; that of a sweep's job (`-m`) has its number added, since a run of its own needs a folder of
+    its own."""
     hydra = HydraConfig.get()
     return f"{name}-{hydra.job.num}" if hydra.mode is RunMode.MULTIRUN else name
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
-    """Where `resume` has the run go on, if anywhere. Raises FileNotFoundError where a folder that it names has none."""
+    """Returns where `resume` has the run go on, if anywhere. Raises FileNotFoundError where a folder that it names has
+    none."""
     if config.resume == "none":
         return None
     if config.resume == "auto":
@@ -83,8 +84,8 @@ def check_same_run(config: TrainConfig) -> None:
 
 
 def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
-    """The scenes on which a checkpoint's folder is evaluated, where `data.validation` does not say how many: those that
-    its run held out, if it was trained on the same data, and otherwise 16."""
+    """Returns the scenes on which a checkpoint's folder is evaluated, where `data.validation` does not say how many:
+    those that its run held out, if it was trained on the same data, and otherwise 16."""
     if data.validation:
         return data
     file = checkpoint.resolve().parent.parent / "config.yaml"
@@ -97,7 +98,7 @@ def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
 
 
 def _data_paths(data: DictConfig) -> set[str]:
-    """Where a config's data lie: URLs, and whole paths of folders."""
+    """Returns where a config's data lie: URLs, and whole paths of folders."""
     paths = [source.path for source in data.get("sources") or []] or [data.get("path")]
     return {path if "://" in path else str(Path(path).resolve()) for path in paths if path}
 

@@ -15,8 +15,8 @@ _CONFIG = "== Config ==\n"  # Hydra's heading of the composed YAML
 
 
 def words(schema: type) -> dict[str, str]:
-    """The words on every key of a schema and of the dataclasses in it, by full key. Those on the settings of a list's
-    items are among the list's own."""
+    """Returns the words on every key of a schema and of the dataclasses in it, by full key. Those on the settings of a
+    list's items are among the list's own."""
     own = {name: text for kind in reversed(schema.__mro__) if is_dataclass(kind) for name, text in _said(kind).items()}
     hints, found = get_type_hints(schema), {}
     for name in (field.name for field in fields(schema)):

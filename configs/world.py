@@ -10,7 +10,7 @@ from models import build_encoders
 
 
 def recall_world(config: TrainConfig, device: torch.device) -> RecallWorld:
-    """The world of `config.data.recall` on a device. Raises UserError where the config has none."""
+    """Returns the world of `config.data.recall` on a device. Raises UserError where the config has none."""
     if config.data.recall is None:
         raise UserError("data.recall is not set; take experiment=recall")
     encoders = build_encoders(config.encoders, vocabulary())

@@ -15,7 +15,7 @@ _WORDS = {"true": True, "false": False, "1": True, "0": False}
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises DataError (not-utf-8), OSError."""
+    """Reads a UTF-8 file, with or without a byte order mark. Raises DataError (not-utf-8), OSError."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -23,8 +23,8 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, path: object, line: int = 1) -> Any:
-    """The value of a JSON text. line: where the text begins in the file. Raises DataError, with the line: not-json,
-    repeated-key."""
+    """Returns the value of a JSON text. line: where the text begins in the file. Raises DataError, with the line:
+    not-json, repeated-key."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -66,7 +66,7 @@ def _object_of_line(raw: bytes, path: Path, number: int) -> dict:
 
 
 def parse_yaml(text: str, path: object) -> Any:
-    """The value of a YAML text of plain types. Raises DataError, with the line where it is known: not-yaml,
+    """Returns the value of a YAML text of plain types. Raises DataError, with the line where it is known: not-yaml,
     repeated-key."""
     try:
         return yaml.load(text, _StrictLoader)
@@ -81,7 +81,8 @@ def parse_yaml(text: str, path: object) -> Any:
 
 
 def flag(value: Any) -> bool | None:
-    """What a truth value of a hand-written or generated file says: true, "True", "true" or 1; None for any other."""
+    """Returns what a truth value of a hand-written or generated file says: true, "True", "true" or 1; None for any
+    other."""
     return _WORDS.get(str(value).strip().lower()) if isinstance(value, bool | int | str) else None
 
 
@@ -98,7 +99,7 @@ def _twice(key: str, where: str) -> DataError:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json itself would keep the last of two equal keys."""
+    """Returns a JSON object; json itself would keep the last of two equal keys."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise _RepeatedKeyError
@@ -106,7 +107,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _first_repeated_key(text: str) -> tuple[str, int]:
-    """The first key that its object has already, and its line, in a text with such a key."""
+    """Returns the first key that its object has already, and its line, in a text with such a key."""
     objects: list[set[str]] = []
     for token in re.finditer(r'("(?:[^"\\]|\\.)*")\s*(:?)|[{}]', text):
         string, colon = token.groups()

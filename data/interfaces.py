@@ -17,7 +17,7 @@ class Codec(Protocol):
     fingerprint: str
 
     def encode(self, video: Tensor) -> Tensor:
-        """A still, or a sample's only shot."""
+        """Returns a still, or a sample's only shot."""
 
     def shot_encoder(self) -> Callable[[Iterable[Tensor]], Tensor]:
         """Returns a function for one sample: it takes the pieces of each shot in order, and gives its latent."""
@@ -26,19 +26,19 @@ class Codec(Protocol):
         """Returns a function for one sample: it takes the latent of each shot in order, and gives its pieces."""
 
     def begins_video(self, shot: int) -> bool:
-        """Whether the shot starts afresh, not where the one before ended."""
+        """Returns whether the shot starts afresh, not where the one before ended."""
 
     def latent_frames(self, frames: int, shot: int = 0) -> int:
         """Latent frames of a shot of whole ones."""
 
     def whole_frames(self, frames: int, shot: int = 0) -> int:
-        """The longest run within `frames` that is whole latent frames; 0 where there is none."""
+        """Returns the longest run within `frames` that is whole latent frames; 0 where there is none."""
 
     def enclosing_frames(self, frames: int, shot: int = 0) -> int:
-        """The shortest length of whole latent frames that is at least `frames`."""
+        """Returns the shortest length of whole latent frames that is at least `frames`."""
 
     def nearest_frames(self, frames: float, shot: int = 0) -> int:
-        """The length of whole latent frames, one at least, nearest to `frames`."""
+        """Returns the length of whole latent frames, one at least, nearest to `frames`."""
 
 
 class TextEncoder(Protocol):

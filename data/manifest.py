@@ -63,19 +63,20 @@ class SceneRecord:
         return self.origin or self.id
 
     def to_dict(self) -> dict:
-        """The JSON object of the line, without the fields that say nothing."""
+        """Returns the JSON object of the line, without the fields that say nothing."""
         other = ("shots", "shot_captions", "origin")
         fields = {k: v for k, v in asdict(self).items() if v is not None and k not in other}
         return fields | ({"shots": [asdict(shot) for shot in self.shots]} if self.shots else {})
 
 
 def captions(caption: Caption) -> tuple[str, ...]:
-    """All the lengths of a caption, one at least."""
+    """Returns all the lengths of a caption, one at least."""
     return (caption,) if isinstance(caption, str) else caption
 
 
 def shot_prompt(caption: str, cut: bool) -> str:
-    """A shot's caption as the text encoder gets it, in training and sampling: LCT marks a true cut by a prefix."""
+    """Returns a shot's caption as the text encoder gets it, in training and sampling: LCT marks a true cut by a
+    prefix."""
     if not cut or caption.startswith(CUT_PREFIX):
         return caption
     return f"{CUT_PREFIX} {caption}".strip()
@@ -88,7 +89,7 @@ def write_manifest(path: str | Path, scenes: Iterable[SceneRecord]) -> None:
 
 
 def load_manifest(path: str | Path, root: str | Path | None = None) -> list[SceneRecord]:
-    """All scenes, or DataError at the first fault or when there is none. root: what paths are relative to
+    """Returns all scenes, or DataError at the first fault or when there is none. root: what paths are relative to
     (the manifest's own folder by default)."""
     scenes = []
     for entry in read_manifest(path, root):
@@ -101,7 +102,7 @@ def load_manifest(path: str | Path, root: str | Path | None = None) -> list[Scen
 
 
 def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[SceneRecord | DataError]:
-    """Each line's scene, or what is wrong with it; a bad line does not hide the others."""
+    """Yields each line's scene, or what is wrong with it; a bad line does not hide the others."""
     path = Path(path)
     root = Path(root) if root is not None else path.parent
     if not path.is_file():
@@ -124,7 +125,7 @@ def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[
 
 
 def resolve(root: Path, relative: str, where: object) -> Path:
-    """The file `relative` names under `root`. Raises DataError: outside-root (.., absolute, or a symlink that
+    """Returns the file `relative` names under `root`. Raises DataError: outside-root (.., absolute, or a symlink that
     leads out), missing-file, bad-path (no name that a file can have, a circle of symlinks)."""
     try:
         relative.encode()
@@ -168,7 +169,7 @@ def scene_from_dict(fields: dict, where: str) -> SceneRecord:
 
 
 def check_caption(value: object, where: str) -> Caption:
-    """A string, or a list of strings as a tuple. Raises DataError: bad-caption, huge-caption, not-utf-8."""
+    """Returns a string, or a list of strings as a tuple. Raises DataError: bad-caption, huge-caption, not-utf-8."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise DataError("bad-caption", where, f"a string or a list of strings, got {str(value)[:80]!r}")

@@ -30,8 +30,8 @@ def write_record(path: Path, content: Any) -> None:
 
 
 def read_record(path: Path) -> Any:
-    """The content of a record; None where there is none, or, which is said once for each folder, one that is empty, cut
-    short, altered or of an older version."""
+    """Returns the content of a record; None where there is none, or, which is said once for each folder, one that is
+    empty, cut short, altered or of an older version."""
     try:
         payload = path.read_bytes()
     except FileNotFoundError:

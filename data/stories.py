@@ -14,7 +14,7 @@ _SCENE_FIELDS = {"scene_num", "video_prompts", "cut", "first_frame_prompt", "act
 
 
 def spans_between(cuts: Any, num_frames: Any, shots: int, where: str, kind: str) -> list[tuple[float, float]]:
-    """The (first, end) frames of each of `shots` shots, from HoloCine's `shot_cut_frames` and `num_frames`.
+    """Returns the (first, end) frames of each of `shots` shots, from HoloCine's `shot_cut_frames` and `num_frames`.
 
     Raises DataError of `kind` where the cuts are not numbers that rise within the video, one fewer than the shots.
     """
@@ -27,7 +27,7 @@ def spans_between(cuts: Any, num_frames: Any, shots: int, where: str, kind: str)
 
 
 def prompts_and_cuts(scenes: Any, where: str, kind: str) -> list[tuple[Any, bool]]:
-    """Each prompt of StoryMem's `scenes` and whether a cut begins it; without `cut`, one begins each.
+    """Returns each prompt of StoryMem's `scenes` and whether a cut begins it; without `cut`, one begins each.
 
     Raises DataError of `kind` with the scene and its field. Prompts are returned unread.
     """

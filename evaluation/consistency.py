@@ -42,7 +42,7 @@ class Consistency:
 
 
 def consistency(film: Film, features: str, seen: Sequence[Tensor], gate: Gate) -> Consistency:
-    """The consistency of a film by features of a name. seen: those of each shot's pictures, [n, D]."""
+    """Returns the consistency of a film by features of a name. seen: those of each shot's pictures, [n, D]."""
     means = torch.nn.functional.normalize(torch.stack([shot.mean(0) for shot in seen]), dim=1)
     similar = means @ means.T
     found = Consistency(features, gate.rule, [within(shot) for shot in seen], gate.admitted)
@@ -76,7 +76,7 @@ def within(pictures: Tensor) -> float | None:
 
 
 def fidelity(film: Film, scores: Tensor | None = None) -> Gate:
-    """Which shots show what they should. scores: of a CLIP (`prompt_scores`)."""
+    """Returns which shots show what they should. scores: of a CLIP (`prompt_scores`)."""
     deviations = [float(shot.pictures.std(axis=(1, 2)).max()) for shot in film.shots]
     shown = [deviation > _BLANK_DEVIATION for deviation in deviations]
     if scores is None or len(scores) < 2:
@@ -87,7 +87,7 @@ def fidelity(film: Film, scores: Tensor | None = None) -> Gate:
 
 
 def prompt_scores(film: Film, clip: Clip, seen: Sequence[Tensor]) -> Tensor:
-    """The similarity of each shot to each prompt, averaged over its pictures: [shots, prompts]. seen: the CLIP's
-    features of each shot's pictures, [n, D]."""
+    """Returns the similarity of each shot to each prompt, averaged over its pictures: [shots, prompts]. seen: the
+    CLIP's features of each shot's pictures, [n, D]."""
     texts = clip.texts([shot.prompt for shot in film.shots])
     return torch.stack([(shot @ texts.T).mean(0) for shot in seen])

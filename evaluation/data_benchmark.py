@@ -70,7 +70,7 @@ class DataBenchmarkConfig:
 
 
 def write_random_cache(config: DataBenchmarkConfig) -> Path:
-    """A cache of random latents and text, once."""
+    """Writes a cache of random latents and text, once."""
     folder = Path(config.folder)
     recipe = {"codec": "random", "text": "random"}
     writer = CacheWriter(folder, recipe)
@@ -125,7 +125,7 @@ def measure_loader(config: DataBenchmarkConfig) -> dict:
 
 
 def measure_decoding(film: Path, detector: str, folder: Path) -> dict:
-    """Frames a second of decoding a film whole, and of finding its shots."""
+    """Returns frames a second of decoding a film whole, and of finding its shots."""
     scan = scan_video(film.parent, film.name, folder, build_detector(detector), progress=True)
     if scan.index is None:
         raise scan.error or UserError(f"{film} was not scanned")
@@ -161,8 +161,8 @@ def measure_cuts(truth: Path, detector: str, folder: Path) -> dict:
 
 
 def join_films(films: Sequence[Path], folder: Path, num_cuts: int = 60, seed: int = 0) -> Path:
-    """A film of pieces of real shots joined by hard cuts, and its manifest. Pieces keep off the ends of the shots that
-    PySceneDetect finds in `films`, and a shot never follows itself."""
+    """Makes a film of pieces of real shots joined by hard cuts, and its manifest. Pieces keep off the ends of the shots
+    that PySceneDetect finds in `films`, and a shot never follows itself."""
     readers = [open_video(film) for film in films]
     pool = [(reader, span) for reader, film in zip(readers, films, strict=True) for span in _long_shots(film)]
     rng = random.Random(seed)

@@ -23,7 +23,7 @@ class Estimate:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """The estimate of values [scenes, draws], of one scene at least."""
+    """Returns the estimate of values [scenes, draws], of one scene at least."""
     values = values.double().cpu()
     return Estimate(float(values.mean()), half_width(values.mean(1)), half_width(values.mean(0)), len(values))
 

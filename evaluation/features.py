@@ -30,7 +30,7 @@ class Features(Protocol):
     is_published: bool
 
     def images(self, pictures: np.ndarray) -> Tensor:
-        """Features of pictures uint8 [n, h, w, 3]: fp32 [n, D] of length 1, on the CPU."""
+        """Returns features of pictures uint8 [n, h, w, 3]: fp32 [n, D] of length 1, on the CPU."""
         ...
 
 
@@ -86,7 +86,7 @@ class Clip:
 
     @torch.inference_mode()
     def texts(self, texts: list[str]) -> Tensor:
-        """Features of texts, cut off at the model's length: fp32 [n, D] of length 1, on the CPU."""
+        """Returns features of texts, cut off at the model's length: fp32 [n, D] of length 1, on the CPU."""
         longest = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         said = self.model.text_model(
@@ -96,7 +96,7 @@ class Clip:
 
 
 def _load(kind: Any, path: str) -> Any:
-    """What transformers finds in a local folder; raises UserError where it finds none."""
+    """Returns what transformers finds in a local folder; raises UserError where it finds none."""
     if not Path(path).is_dir():
         raise UserError(f"{path} is no folder with weights; give a local one, such as a clone of a model's repository")
     try:

@@ -31,8 +31,8 @@ class Measured:
 
 
 def measure(film: Film, features: Sequence[Features], clip: Clip | None, detector: ShotDetector) -> Measured:
-    """What a film comes to. clip: for text alignment and the gate of consistency; None leaves them out. Each sees the
-    film once."""
+    """Returns what a film comes to. clip: for text alignment and the gate of consistency; None leaves them out. Each
+    sees the film once."""
     every = [*features, clip] if clip and clip not in features else features
     seen = {one.name: [one.images(shot.pictures) for shot in film.shots] for one in every}
     alike = prompt_scores(film, clip, seen[clip.name]) if clip else None
@@ -48,7 +48,7 @@ def measure(film: Film, features: Sequence[Features], clip: Clip | None, detecto
 
 
 def cuts(film: Film, detector: ShotDetector) -> CutAccuracy:
-    """How well the cuts found in the whole video match the scripted ones."""
+    """Returns how well the cuts found in the whole video match the scripted ones."""
     scripted, frames = [], 0
     for index, shot in enumerate(film.shots):
         if index and shot.cut:
@@ -58,8 +58,8 @@ def cuts(film: Film, detector: ShotDetector) -> CutAccuracy:
 
 
 def scores(name: str, films: Sequence[Measured]) -> dict[str, Any]:
-    """The scores of one film or several together, JSON-ready: shots and returns of all of them are pooled, cuts and
-    drift averaged. A value is null where nothing was there to measure."""
+    """Returns the scores of one film or several together, JSON-ready: shots and returns of all of them are pooled, cuts
+    and drift averaged. A value is null where nothing was there to measure."""
     speeds = torch.tensor([x for film in films for x in film.speeds])
     found_in = [asdict(film.cuts) for film in films]
     alignments = [film.alignment for film in films if film.alignment is not None]
@@ -77,7 +77,7 @@ def scores(name: str, films: Sequence[Measured]) -> dict[str, Any]:
 
 
 def slopes(drifts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, dict[str, float | None]]:
-    """The mean slope of each measure over films, and for one film the probability of its slope by chance."""
+    """Returns the mean slope of each measure over films, and for one film the probability of its slope by chance."""
     names = drifts[0] if drifts else {}
     return {
         name: {
@@ -109,25 +109,25 @@ def summary(films: Sequence[Consistency]) -> dict[str, Any]:
 
 
 def difference(one: Tensor, other: Tensor) -> dict[str, float | None] | None:
-    """The difference of two means with half of its 95 % interval; None where one of them is of nothing."""
+    """Returns the difference of two means with half of its 95 % interval; None where one of them is of nothing."""
     if not len(one) or not len(other):
         return None
     return {"mean": rounded(float(one.mean() - other.mean())), "half": rounded(half_difference(one, other))}
 
 
 def counted(values: Tensor) -> dict[str, Any] | None:
-    """Mean, half of its 95 % interval and count of values [n]; None of none."""
+    """Returns mean, half of its 95 % interval and count of values [n]; None of none."""
     if not len(values):
         return None
     return {"mean": rounded(float(values.mean())), "half": rounded(half_width(values)), "count": len(values)}
 
 
 def average(values: Sequence[float]) -> float | None:
-    """The mean of the values that are numbers; None where none is."""
+    """Returns the mean of the values that are numbers; None where none is."""
     known = [value for value in values if not math.isnan(value)]
     return rounded(sum(known) / len(known)) if known else None
 
 
 def rounded(value: float) -> float | None:
-    """A value for JSON, which knows no nan."""
+    """Returns a value for JSON, which knows no nan."""
     return None if math.isnan(value) else round(value, 5)

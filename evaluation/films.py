@@ -47,7 +47,8 @@ class Film:
 
 
 def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = None) -> Film:
-    """The film of a folder that sample.py has finished. schedule: names by shot, in place of those found in prompts.
+    """Returns the film of a folder that sample.py has finished. schedule: names by shot, in place of those found in
+    prompts.
 
     Raises DataError where there is no whole film, or the schedule is not of as many shots.
     """
@@ -66,7 +67,7 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
 
 
 def find_films(folder: str | Path) -> list[Path]:
-    """The folder of one film, or those of all films in it. Raises DataError where there is none."""
+    """Returns the folder of one film, or those of all films in it. Raises DataError where there is none."""
     folder = Path(folder)
     films = [folder] if (folder / METADATA).is_file() else sorted(file.parent for file in folder.glob(f"*/{METADATA}"))
     if not films:
@@ -75,8 +76,9 @@ def find_films(folder: str | Path) -> list[Path]:
 
 
 def names_by_shot(script: Script) -> list[frozenset[str]]:
-    """Who and what each shot shows: the entities of a benchmark's script (EntityBench's schedule, MSR-50's), else the
-    names that its prompt mentions, of those that the global caption's "[character] Ann: ... Bob: ..." gives."""
+    """Returns who and what each shot shows: the entities of a benchmark's script (EntityBench's schedule, MSR-50's),
+    else the names that its prompt mentions, of those that the global caption's "[character] Ann: ... Bob: ..."
+    gives."""
     if any(shot.entities for shot in script.shots):
         return [frozenset(chain.from_iterable((shot.entities or {}).values())) for shot in script.shots]
     characters = _CHARACTERS.search(script.global_caption)
@@ -87,8 +89,8 @@ def names_by_shot(script: Script) -> list[frozenset[str]]:
 
 
 def read_schedule(path: str | Path) -> list[list[str]]:
-    """A file of who and what recurs, as EntityBench keeps it for each shot: JSON or YAML, `shots`, a list of lists of
-    names. Raises DataError where it is none."""
+    """Returns a file of who and what recurs, as EntityBench keeps it for each shot: JSON or YAML, `shots`, a list of
+    lists of names. Raises DataError where it is none."""
     path = Path(path)
     if not path.is_file():
         raise DataError(
@@ -105,7 +107,7 @@ def read_schedule(path: str | Path) -> list[list[str]]:
 
 
 def _pictures(files: FilmFolder, number: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """How many frames a shot has, some of them, and the frame after each."""
+    """Returns how many frames a shot has, some of them, and the frame after each."""
     count = files.num_frames(number)
     chosen = pick_frames(max(1, count - 1), PICTURES)
     after = [min(index + 1, count - 1) for index in chosen]

@@ -32,14 +32,14 @@ class HistoryLosses:
     sigmas: tuple[float, ...]
 
     def worth(self, targets: Sequence[int], sigma: float, history: str = "history") -> Estimate:
-        """How much the loss of some targets falls by a history, `history` or `other`, as a share of their mean loss
-        alone; over 0 where it helps."""
+        """Returns how much the loss of some targets falls by a history, `history` or `other`, as a share of their mean
+        loss alone; over 0 where it helps."""
         at = self.sigmas.index(sigma)
         alone = self.alone[list(targets), :, at]
         return estimate((alone - getattr(self, history)[list(targets), :, at]) / alone.mean())
 
     def loss(self, sigma: float, history: str = "history") -> Estimate:
-        """The loss over all targets, `alone`, after their `history` or after that of an `other` scene."""
+        """Returns the loss over all targets, `alone`, after their `history` or after that of an `other` scene."""
         return estimate(getattr(self, history)[:, :, self.sigmas.index(sigma)])
 
 
@@ -53,7 +53,7 @@ def history_losses(
     sigmas: Sequence[float] = SIGMAS,
     draws: int = 4,
 ) -> HistoryLosses:
-    """The losses of the last shots of `samples`, of two shots at least each.
+    """Returns the losses of the last shots of `samples`, of two shots at least each.
 
     The histories of others are those of the sample half the list away. draws: of the noise, which is keyed by the
     draw's number and the target's index in the list, whatever the model.
@@ -78,7 +78,7 @@ def history_losses(
 
 
 def _after(sample: Sample, history: Sample | None) -> Sample:
-    """The last shot of a sample under its captions, after the history of another, or after none."""
+    """Returns the last shot of a sample under its captions, after the history of another, or after none."""
     given = (history.latents[:-1], history.text[1:-1], list(history.cuts)[:-1]) if history else ([], [], [])
     latents, text, cuts = given
     return replace(
@@ -98,7 +98,7 @@ def _errors(
     sigmas: Sequence[float],
     draws: int,
 ) -> Tensor:
-    """Mean squared velocity errors of the last shots: fp32 [targets, draws, sigmas], on the CPU."""
+    """Returns mean squared velocity errors of the last shots: fp32 [targets, draws, sigmas], on the CPU."""
     batch = moc.make_batch(samples, model.stream, config.chunk_tokens).to(parallel.device)
     alone = moc.make_batch([_after(sample, None) for sample in samples], model.stream, config.chunk_tokens)
     alone = alone.to(parallel.device)

@@ -11,8 +11,8 @@ _FLOW_HEIGHT = 128
 
 
 def speed(shot: ShownShot, fps: float) -> float:
-    """Mean length of the optical flow (Farneback's, by OpenCV) between neighbouring frames, in heights of the frame a
-    second. VBench's dynamic degree takes RAFT's instead, and is another number."""
+    """Returns mean length of the optical flow (Farneback's, by OpenCV) between neighbouring frames, in heights of the
+    frame a second. VBench's dynamic degree takes RAFT's instead, and is another number."""
     if shot.frames < 2:
         return 0.0
     lengths = []
@@ -31,8 +31,8 @@ def _grey(picture: np.ndarray) -> np.ndarray:
 
 
 def appearance(shot: ShownShot) -> dict[str, float]:
-    """What tends to drift in long sampling: brightness, contrast and saturation in [0, 1], and sharpness, the deviation
-    of the Laplacian of values in [0, 1]."""
+    """Returns what tends to drift in long sampling: brightness, contrast and saturation in [0, 1], and sharpness, the
+    deviation of the Laplacian of values in [0, 1]."""
     hsv = np.stack([cv2.cvtColor(picture, cv2.COLOR_RGB2HSV) for picture in shot.pictures]) / 255
     grey = np.stack([cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) for picture in shot.pictures]) / 255
     return {

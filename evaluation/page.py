@@ -43,7 +43,7 @@ def write_page(
 
 
 def shown(value: Any) -> str:
-    """A number as a table has it: a mean with half its interval, or a dash where there is none."""
+    """Returns a number as a table has it: a mean with half its interval, or a dash where there is none."""
     if value is None:
         return "–"
     if isinstance(value, dict) and "mean" in value:
@@ -54,7 +54,7 @@ def shown(value: Any) -> str:
 
 
 def board(film: Film) -> Board:
-    """The storyboard of a film, small enough to keep."""
+    """Returns the storyboard of a film, small enough to keep."""
     shots = []
     for shot in film.shots:
         chosen = [_thumbnail(shot.pictures[index]) for index in pick_frames(len(shot.pictures), _PICTURES)]
@@ -71,6 +71,6 @@ def _thumbnail(picture: np.ndarray) -> np.ndarray:
 
 
 def side_by_side(boards: Sequence[Sequence[Board]]) -> list[list[tuple[dict[str, Any] | None, ...]]]:
-    """The first film of each name, shot by shot, then the second of each, and so on; None past a film's end."""
+    """Returns the first film of each name, shot by shot, then the second of each, and so on; None past a film's end."""
     stories = zip_longest(*boards, fillvalue=[])
     return [list(zip_longest(*films)) for films in stories]

@@ -34,8 +34,8 @@ NOT_COMPARABLE = (
 
 
 def vbench_command(films: Sequence[Path]) -> str:
-    """The command that measures the six of the shots of films, for an environment with vbench and its weights; the
-    results come to lie in each film's folder, as `vbench`."""
+    """Returns the command that measures the six of the shots of films, for an environment with vbench and its weights;
+    the results come to lie in each film's folder, as `vbench`."""
     folders = shlex.join(str(film) for film in films)
     return (
         f"for film in {folders}; do for dimension in {' '.join(SIX)}; do vbench evaluate --dimension $dimension "
@@ -44,7 +44,8 @@ def vbench_command(films: Sequence[Path]) -> str:
 
 
 def read_vbench(path: str | Path) -> dict[str, float]:
-    """What VBench wrote in an *_eval_results.json, or in all under a folder: the mean of each of the six that is there.
+    """Returns what VBench wrote in an *_eval_results.json, or in all under a folder: the mean of each of the six that
+    is there.
 
     Raises UserError where there is no such file, or none of the six in it.
     """
@@ -67,7 +68,7 @@ def read_vbench(path: str | Path) -> dict[str, float]:
 
 
 def beside_the_paper(films: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Rows for a table: the paper's, then those of our films, with "not measured" where VBench was not run."""
+    """Returns rows for a table: the paper's, then those of our films, with "not measured" where VBench was not run."""
     rows = [[name, *(f"{value:.4f}" for value in values)] for name, values in PAPER.items()]
     for name, values in films.items():
         rows.append([name, *(f"{values[key]:.4f}" if key in values else "not measured" for key in SIX)])

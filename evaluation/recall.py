@@ -59,13 +59,14 @@ class Reader(nn.Module):
 
 
 def attributes(scenes: RecallScenes) -> dict[str, Tensor]:
-    """What each shot shows: int64 [B, S] by attribute."""
+    """Returns what each shot shows: int64 [B, S] by attribute."""
     found = {name: scenes.of_shots(getattr(scenes, name)) for name in (*LOOKS, "name")} | {"place": scenes.place}
     return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
 def train_reader(world: RecallWorld, steps: int, batch: int = 32, noise: float = 0.3, lr: float = 1e-3) -> Reader:
-    """A reader of the world's true shots; up to `noise` of noise on them teaches it to bear a sampled shot's flaws."""
+    """Trains a reader of the world's true shots; up to `noise` of noise on them teaches it to bear a sampled shot's
+    flaws."""
     device, shots = world.stock.device, world.config.shots
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -89,12 +90,12 @@ def train_reader(world: RecallWorld, steps: int, batch: int = 32, noise: float =
 
 @torch.no_grad()
 def read(reader: Reader, latents: Tensor) -> dict[str, Tensor]:
-    """The values seen in shots [N, C, T, H, W]: int64 [N] by attribute, on the CPU."""
+    """Returns the values seen in shots [N, C, T, H, W]: int64 [N] by attribute, on the CPU."""
     return {name: logits.argmax(-1).cpu() for name, logits in reader(latents).items()}
 
 
 def accuracy(reader: Reader, world: RecallWorld, scenes: int = 512, batch: int = 64) -> dict[str, float]:
-    """The share of true shots, of scenes that nobody trained on, that the reader reads right."""
+    """Returns the share of true shots, of scenes that nobody trained on, that the reader reads right."""
     right: dict[str, list[Tensor]] = {name: [] for name in ATTRIBUTES}
     for first in range(HELD_OUT, HELD_OUT + scenes, batch):
         drawn = draw_scenes(world.config, range(first, first + batch))
@@ -212,7 +213,8 @@ class RecallBench:
 
     @torch.no_grad()
     def mass(self, model: Any, config: MoCConfig, routing: MoCConfig, flow: Flow, scenes: int = 64) -> dict:
-        """What routes by `routing` would keep of dense attention, for the returning characters (evaluation/mass.py)."""
+        """Returns what routes by `routing` would keep of dense attention, for the returning characters
+        (evaluation/mass.py)."""
         model.eval()
         mass = Mass()
         for first in range(0, scenes, MASS_AT_ONCE):
@@ -229,7 +231,7 @@ class RecallBench:
 
 
 def returning_tokens(encoded: EncodedScenes, layout: ShotLayout, spec: moc.StreamSpec) -> Tensor:
-    """The video tokens of the last shots that hold the returning character, int64."""
+    """Returns the video tokens of the last shots that hold the returning character, int64."""
     patches = F.avg_pool3d(encoded.cover[:, -1], spec.patch).flatten(1) > COVERED  # [B, tokens of a shot]
     is_last = layout.group_shot[layout.token_group[layout.video_index]] == encoded.latents.shape[1] - 1
     return layout.video_index[is_last][patches.flatten()]
@@ -261,7 +263,7 @@ class RouteCount:
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share, by Wilson's score."""
+    """Returns the 95 % interval of a share, by Wilson's score."""
     if not count:
         return 0.0, 1.0
     share, square = right / count, z * z / count
@@ -270,7 +272,7 @@ def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def summary(tally: Tally) -> dict:
-    """A tally as plain numbers: recall is the share of looks (fur and outfit) that reappear right."""
+    """Returns a tally as plain numbers: recall is the share of looks (fur and outfit) that reappear right."""
     looks = tally.right[:, : len(LOOKS)]
     low, high = wilson(int(looks.sum()), looks.numel())
     by_distance = {}

@@ -34,7 +34,8 @@ class RivalRow:
         return f"{history}  {self.attention:<14} sparsity {self.sparsity:.0%}  {losses}"
 
     def record(self) -> dict:
-        """The row for JSON. loss: means; scenes, draws: halves of 95 % intervals, null of one scene or one draw."""
+        """Returns the row for JSON. loss: means; scenes, draws: halves of 95 % intervals, null of one scene or one
+        draw."""
         halves = {
             name: {sigma: None if math.isnan(half) else half for sigma, half in values.items()}
             for name, values in (
@@ -49,8 +50,8 @@ class RivalRow:
 def compare(
     model: nn.Module, moc: MoCConfig, flow: Flow, batches: list[Batch], seed: int, parallel: Parallel, draws: int = 1
 ) -> Iterator[RivalRow]:
-    """The rows of dense, MoC and own-shot attention: with equal noise on all shots, then after a clean history. Every
-    process takes part, with scenes of its own. Raises UserError, on all of them, where one has none.
+    """Yields the rows of dense, MoC and own-shot attention: with equal noise on all shots, then after a clean history.
+    Every process takes part, with scenes of its own. Raises UserError, on all of them, where one has none.
 
     batches: of one scene each, every `data_ranks`-th for a process. draws: how often noise is drawn, by seeds from
     `seed` on.
@@ -70,7 +71,7 @@ def compare(
 
 
 def _of_each_scene(validator: Validator, model: nn.Module, attention: MoCConfig, parallel: Parallel) -> Tensor:
-    """The loss of each scene of all processes: [scenes, sigmas]."""
+    """Returns the loss of each scene of all processes: [scenes, sigmas]."""
     own, ranks = len(validator.batches), parallel.data_ranks
     counts = gather_lists([own])
     found = torch.zeros(ranks * max(counts), len(validator.sigmas), 2, device=parallel.device)

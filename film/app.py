@@ -39,7 +39,7 @@ _CARDS = Environment(autoescape=True).from_string(
 
 
 def build_app(studio: Studio) -> gr.Blocks:
-    """The page. It shows what is in the studio's folder, and does what `Studio` does."""
+    """Builds the page. It shows what is in the studio's folder, and does what `Studio` does."""
     with gr.Blocks(title="Storyboard", analytics_enabled=False) as app:
         gr.Markdown("# Storyboard\nWrite a story shot by shot, see what it costs, film it, make single shots anew.")
         with gr.Row():
@@ -138,7 +138,7 @@ def launch(studio: Studio, port: int, block: bool = True) -> gr.Blocks:
 def _follow(
     states: Iterator[State], end: Callable[[], tuple[Any, ...]], done: str = "filmed"
 ) -> Iterator[tuple[Any, ...]]:
-    """What to show of a film in the making: how far it is, and its newest shot; then the whole."""
+    """Yields what to show of a film in the making: how far it is, and its newest shot; then the whole."""
     count = 0
     for state in states:
         newest = gr.skip()
@@ -149,7 +149,7 @@ def _follow(
 
 
 def _film(studio: Studio, name: str) -> tuple[Any, Any, Any]:
-    """The video, the cards and the files of a film, as far as they are there."""
+    """Returns the video, the cards and the files of a film, as far as they are there."""
     folder = studio.film(name)
     files = [str(path) for path in [*folder.files(), folder.path / "metadata.json"] if path.exists()]
     video = folder.path / "video.mp4"
@@ -169,19 +169,19 @@ def _cards(studio: Studio, name: str) -> str:
 
 @lru_cache(512)
 def _still(film: Path, number: int, modified: int) -> str:
-    """A picture of a shot, decoded once while its video stays as it is."""
+    """Returns a picture of a shot, decoded once while its video stays as it is."""
     return data_url(Stills(FilmFolder(film)).middle(number))
 
 
 def _filled(value: int | None, label: str) -> int:
-    """What a field for a number holds. Raises UserError where it is empty."""
+    """Returns what a field for a number holds. Raises UserError where it is empty."""
     if value is None:
         raise UserError(f"{label} is empty; write a whole number there")
     return value
 
 
 def _takes(studio: Studio, name: str, number: int) -> tuple[str | None, str | None]:
-    """The two newest takes of a shot."""
+    """Returns the two newest takes of a shot."""
     takes = [str(path) for path in studio.takes(name, number)]
     return (takes[-2] if len(takes) > 1 else None), (takes[-1] if takes else None)
 

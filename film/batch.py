@@ -9,7 +9,8 @@ SUFFIXES = {".yaml", ".yml", ".json"}
 
 
 def find_films(script: str | Path, out: str | Path) -> list[tuple[Path, FilmFolder]]:
-    """Each script with its film's folder: `out` itself, or out/NAME for each NAME.yaml or NAME.json in a folder.
+    """Returns each script with its film's folder: `out` itself, or out/NAME for each NAME.yaml or NAME.json in a
+    folder.
 
     Raises DataError where a folder holds no script, or two of one name, and where a film has no folder.
     """

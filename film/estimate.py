@@ -41,7 +41,7 @@ class Estimate:
     least: float
 
     def lines(self, plan: FilmPlan) -> list[str]:
-        """A table for the user."""
+        """Returns a table for the user."""
         rows = ["shot  begins      frames  seconds   latent frames  tokens"]
         for number, index in enumerate(plan.filmed, start=1):
             shot, frames = plan.script.shots[number - 1], plan.num_frames[number - 1]

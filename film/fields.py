@@ -8,7 +8,7 @@ DEFAULT_FPS, DEFAULT_SECONDS = 16.0, 5.0
 
 
 def text_of(raw: dict[str, Any], name: str, where: object) -> str:
-    """The text of a field, or "" where there is none; YAML makes numbers of titles like 1984."""
+    """Returns the text of a field, or "" where there is none; YAML makes numbers of titles like 1984."""
     value = raw.get(name)
     if isinstance(value, dict | list):
         raise DataError("bad-script", f"{where} {name}", f"{value!r} is not a text")
@@ -16,7 +16,8 @@ def text_of(raw: dict[str, Any], name: str, where: object) -> str:
 
 
 def whole(text: str, where: str) -> str:
-    """The text, with two halves of a character that YAML read from \\u escapes joined; a lone half is refused."""
+    """Returns the text, with two halves of a character that YAML read from \\u escapes joined; a lone half is
+    refused."""
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:

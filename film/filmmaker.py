@@ -105,7 +105,7 @@ class Filmmaker:
 
     @Shared
     def _loaded(self) -> Any:
-        """The model on the CPU."""
+        """Returns the model on the CPU."""
         config, dtype = self.config, self.parallel.dtype
         of_low = None if config.low_noise_lora is None else read_choices(config.low_noise_lora)
         model = load_denoiser(self.contents, config.low_noise_checkpoint, dtype, read_choices(config.lora), of_low)
@@ -114,7 +114,7 @@ class Filmmaker:
 
     @Shared
     def model(self) -> Any:
-        """The model on its device or those of the team, which it takes when the first film is sampled."""
+        """Returns the model on its device or those of the team, which it takes when the first film is sampled."""
         return move_model(self._loaded, self.parallel, self.config.offload)
 
     @Shared
@@ -148,8 +148,8 @@ class Filmmaker:
     def read(
         self, path: Path, size: list[int] | None = None, fps: float | None = None, text: str | None = None
     ) -> Script:
-        """A script in the given size and frame rate, else in its own, else in those of the films that the model was
-        trained on. Tells of what the model never saw. text: of a script that is not in its file yet."""
+        """Returns a script in the given size and frame rate, else in its own, else in those of the films that the model
+        was trained on. Tells of what the model never saw. text: of a script that is not in its file yet."""
         given = {name: value for name, value in {"size": size, "fps": fps}.items() if value is not None}
         if text is None:
             script = load_script(path, given, self.seen.defaults)
@@ -171,7 +171,7 @@ class Filmmaker:
         return plan
 
     def request(self, plan: FilmPlan) -> dict[str, Any]:
-        """All that decides the frames of a film."""
+        """Returns all that decides the frames of a film."""
         video = self.config.video.record()
         return ({"video": video} if video else {}) | {
             "script": plan.record(),
@@ -202,13 +202,13 @@ class Filmmaker:
         self.parallel.gather(None)
 
     def with_steps(self, steps: int) -> "Filmmaker":
-        """A filmmaker of another number of steps; what is loaded, now or later, is loaded once for both."""
+        """Returns a filmmaker of another number of steps; what is loaded, now or later, is loaded once for both."""
         other = copy(self)
         other.sampler = replace(self.sampler, steps=steps)
         return other
 
     def estimate(self, plan: FilmPlan) -> Estimate:
-        """What a film will cost."""
+        """Returns what a film will cost."""
         return self._count(plan, self.sampler, offload=self.config.offload)
 
     @property
@@ -245,7 +245,7 @@ class Filmmaker:
             folder.forget()  # now, since shots made anew are not asked for twice
 
     def with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:
-        """The script, with the seeds of the folder's film in the shots that stay as they are. Raises DataError
+        """Returns the script, with the seeds of the folder's film in the shots that stay as they are. Raises DataError
         (no-film), and UserError where the shots `redo` cannot be made anew alone."""
         before = folder.request()
         if before is None:
@@ -287,12 +287,12 @@ class Filmmaker:
                 pass
 
     def _story(self, plan: FilmPlan, given: dict[int, Tensor]) -> Story:
-        """What is sampled. given: latents by index in the stream that are known besides the plan's; a team's are those
-        of its first process."""
+        """Returns what is sampled. given: latents by index in the stream that are known besides the plan's; a team's
+        are those of its first process."""
         return replace(plan.story(), given=plan.given | self.parallel.share(given))
 
     def routing_map(self, plan: FilmPlan) -> RoutingMap:
-        """What counts where the routes of a film go."""
+        """Returns what counts where the routes of a film go."""
         return RoutingMap(len(plan.shapes), self.parallel.sum_over_heads)
 
     @contextmanager

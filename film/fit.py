@@ -41,7 +41,7 @@ def check_fits(
 def _ways(
     plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, room: float
 ) -> Iterator[str]:
-    """What fits by the rough count, as a user may ask for it."""
+    """Yields what fits by the rough count, as a user may ask for it."""
 
     def needs(**changes: Any) -> float:
         found, host = count(plan, replace(sampler, **changes), offload=offload), memory.room(torch.device("cpu"))

@@ -126,7 +126,7 @@ class FilmFolder:
         self.keep(request, Kept(0, made, sorted(redo), tensors))
 
     def request(self) -> dict[str, Any] | None:
-        """The request of the film that the folder holds; None where it holds none."""
+        """Returns the request of the film that the folder holds; None where it holds none."""
         if (self.path / PROGRESS).exists():
             record = self._read_progress()[0]
         else:
@@ -211,41 +211,41 @@ class FilmFolder:
         return self.path / f"latents/{number:02d}.safetensors"
 
     def shot(self, number: int) -> Path:
-        """The video of a shot, counted from 1."""
+        """Returns the video of a shot, counted from 1."""
         return self.path / f"shots/{number:02d}.mp4"
 
     def write_latent(self, number: int, latent: Tensor) -> int:
-        """The latent [C, T, H, W] of a shot; returns its checksum."""
+        """Writes the latent [C, T, H, W] of a shot; returns its checksum."""
         latent = latent.cpu().contiguous()
         write_whole(self._latent(number), save({"latent": latent}))
         return checksum(latent)
 
     def read_latent(self, number: int) -> Tensor:
-        """The latent of a shot; raises DataError (damaged-film) where it cannot be read."""
+        """Returns the latent of a shot; raises DataError (damaged-film) where it cannot be read."""
         try:
             return load_file(self._latent(number))["latent"]
         except (SafetensorError, KeyError, FileNotFoundError):
             raise self._damaged(self._latent(number)) from None
 
     def write_shot(self, number: int, frames: Iterable[np.ndarray], fps: float, codec: str, crf: int) -> int:
-        """The frames of a shot, uint8 [H, W, 3] each, as `VideoConfig` has codec and crf; returns how many."""
+        """Writes the frames of a shot, uint8 [H, W, 3] each, as `VideoConfig` has codec and crf; returns how many."""
         return write_video(self.shot(number), frames, fps, codec, crf, bt709=True)
 
     def join_shots(self, num_shots: int, chapters: Sequence[str] | None = None) -> int:
-        """All shots as one video, their frames as they are, and as chapters of these titles; returns how many."""
+        """Joins all shots as one video, their frames as they are, and as chapters of these titles; returns how many."""
         shots = [self.shot(number) for number in range(1, num_shots + 1)]
         return join_videos(self.path / "video.mp4", shots, chapters)
 
     def num_frames(self, number: int) -> int:
-        """How many frames the video of a shot has."""
+        """Returns how many frames the video of a shot has."""
         with av.open(str(self.shot(number))) as container:
             return container.streams.video[0].frames
 
     def frames(
         self, number: int, pick: Callable[[int], list[int]], fit: Callable[[int, int], tuple[int, int]]
     ) -> np.ndarray:
-        """Some frames of a shot as its video shows them, uint8 [n, H, W, 3]. pick: which, of how many. fit: the size
-        that they get, of the (height, width) they have."""
+        """Returns some frames of a shot as its video shows them, uint8 [n, H, W, 3]. pick: which, of how many. fit: the
+        size that they get, of the (height, width) they have."""
         with av.open(str(self.shot(number))) as container:
             stream, reformatter = container.streams.video[0], VideoReformatter()
             stream.thread_type = "AUTO"
@@ -267,7 +267,8 @@ class FilmFolder:
         write_whole(self.path / ROUTING, save({"counts": counts.cpu().contiguous()}))
 
     def read_routing(self) -> Tensor:
-        """The counts of the film's routing map; of an older film without that file what its metadata say of them."""
+        """Returns the counts of the film's routing map; of an older film without that file what its metadata say of
+        them."""
         path = self.path / ROUTING
         if not path.exists():
             return torch.tensor(self.read_metadata()["routing"])[None, None]
@@ -311,13 +312,13 @@ class FilmFolder:
 
 
 def _shot(request: dict[str, Any], number: int) -> Any:
-    """What a request asks of a shot; None where its script has none of that number."""
+    """Returns what a request asks of a shot; None where its script has none of that number."""
     shots = request["script"]["shots"]
     return shots[number - 1] if number <= len(shots) else None
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:
-    """The first value in which two JSON objects differ, in words; "" where they are equal."""
+    """Returns the first value in which two JSON objects differ, in words; "" where they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in {**before, **now}:
             said = _difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))

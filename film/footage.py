@@ -19,14 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def picture(file: Path, size: tuple[int, int]) -> Tensor:
-    """A picture as a video of one frame, float [3, 1, H, W] in [-1, 1]; says so where it is resized or cropped."""
+    """Returns a picture as a video of one frame, float [3, 1, H, W] in [-1, 1]; says so where it is resized or
+    cropped."""
     frame = read_image(file)
     _tell(file, (frame.shape[1], frame.shape[2]), size)
     return fit(frame, size)
 
 
 def seconds_after(file: Path, start: float) -> float:
-    """How long a video goes on after `start` seconds; raises DataError (past-the-end) where it does not."""
+    """Returns how long a video goes on after `start` seconds; raises DataError (past-the-end) where it does not."""
     index = _indexed(file)
     seconds = index.num_frames / index.fps - start
     if seconds < 1 / index.fps:
@@ -64,7 +65,7 @@ class Footage:
 
 
 def _indexed(file: Path) -> VideoIndex:
-    """The index of a video, which takes a decoding of the whole; read once while the file stays as it is."""
+    """Returns the index of a video, which takes a decoding of the whole; read once while the file stays as it is."""
     stat = file.stat()
     return _index_of(file, stat.st_mtime_ns, stat.st_size)
 

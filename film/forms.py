@@ -21,7 +21,8 @@ _ANCHOR = re.compile(r"(, (full body|standing|white background|cinematic|no peop
 
 
 def as_ours(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A script of any known form in our own, whose values are not read yet; raises DataError citing file and field."""
+    """Returns a script of any known form in our own, whose values are not read yet; raises DataError citing file and
+    field."""
     return _reader(raw, path)(raw, path)
 
 
@@ -71,7 +72,7 @@ def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _shared(raw: dict[str, Any]) -> dict[str, Any]:
-    """The fields that mean the same in every form, under our names."""
+    """Returns the fields that mean the same in every form, under our names."""
     return {"negative" if key == "negative_prompt" else key: raw[key] for key in _SHARED_FIELDS & raw.keys()}
 
 

@@ -23,7 +23,7 @@ _JOINED = ("Mn", "Me", "Cf")  # categories of characters that change the one bef
 
 
 def draw_text(text: str, cell: tuple[int, int], size: int, bold: bool = False) -> Image.Image:
-    """A white picture of `cell` pixels (W, H) with as much of the text as fits, in the middle of its height."""
+    """Returns a white picture of `cell` pixels (W, H) with as much of the text as fits, in the middle of its height."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
     fonts, line_height = _fonts("".join(sorted(set(text))), bold), round(1.25 * size)
     length = sum(_length(run, file, size) for run, file in _runs(text, fonts))
@@ -58,7 +58,7 @@ def _length(run: str, file: str, size: int) -> float:
 
 
 def _runs(text: str, fonts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The text in pieces, each with the first of the fonts that has its characters."""
+    """Yields the text in pieces, each with the first of the fonts that has its characters."""
     run, of = "", fonts[0]
     for character in text:
         joined = run and unicodedata.category(character) in _JOINED
@@ -104,7 +104,7 @@ def _system_fonts() -> list[str]:
 
 @cache
 def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    """The font in this size, or in the only one it has."""
+    """Returns the font in this size, or in the only one it has."""
     try:
         return ImageFont.truetype(file, size)
     except OSError:
@@ -113,7 +113,7 @@ def _font(file: str, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _codes(file: str) -> frozenset[int]:
-    """The characters that a font has; none where it cannot be read, or Pillow could not draw with it."""
+    """Returns the characters that a font has; none where it cannot be read, or Pillow could not draw with it."""
     try:
         _font(file, 16)
         return frozenset(FT2Font(file).get_charmap())

@@ -50,7 +50,7 @@ def _numbered(name: str) -> tuple[int, str]:
 
 
 def _shots(plan: FilmPlan, record: dict[str, Any], counts: Tensor) -> list[dict[str, Any]]:
-    """What the page says of each shot."""
+    """Returns what the page says of each shot."""
     fps, start = plan.script.fps, 0
     routes = counts.sum((0, 1))
     shares = (routes / routes.sum(1, keepdim=True).clamp(min=1e-12))[:, :-1]
@@ -77,7 +77,7 @@ def _shots(plan: FilmPlan, record: dict[str, Any], counts: Tensor) -> list[dict[
 
 
 def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """The tables below the film, by their heading: what it cost, how it was sampled and with what."""
+    """Returns the tables below the film, by their heading: what it cost, how it was sampled and with what."""
     cost, sampler = record["estimate"], record["sampler"]
     sampling = {name: sampler[name] for name in ("steps", "guidance_scale", "lag") if name in sampler}
     seeds = sorted({shot["seed"] for shot in record["script"]["shots"]})
@@ -107,13 +107,13 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _changed(moc: dict[str, Any]) -> dict[str, Any]:
-    """The settings of attention that say most."""
+    """Returns the settings of attention that say most."""
     return {name: moc[name] for name in ("dense", "chunk_tokens", "top_k", "causal") if name in moc}
 
 
 def _counts_of_shots(counts: Tensor, filmed: list[int]) -> Tensor:
-    """The counts of the rows of filmed shots, float64 [layers, levels, S, S + 1]. The last column counts what went to
-    pictures, which are not filmed."""
+    """Returns the counts of the rows of filmed shots, float64 [layers, levels, S, S + 1]. The last column counts what
+    went to pictures, which are not filmed."""
     rows = counts[:, :, filmed].double()
     others = rows.sum(-1, keepdim=True) - rows[..., filmed].sum(-1, keepdim=True)
     return torch.cat([rows[..., filmed], others], -1)
@@ -128,7 +128,7 @@ def _packed(counts: Tensor) -> dict[str, Any]:
 
 
 def data_url(picture: np.ndarray) -> str:
-    """A picture, uint8 [H, W, 3], as a page holds it: JPEG in a URL."""
+    """Returns a picture, uint8 [H, W, 3], as a page holds it: JPEG in a URL."""
     file = BytesIO()
     Image.fromarray(picture).save(file, format="JPEG", quality=82)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

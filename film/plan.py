@@ -58,7 +58,7 @@ class FilmPlan:
         self.negative = encode(self.script.negative, [""] * len(self.captions))
 
     def first(self, num_shots: int) -> "FilmPlan":
-        """The plan of the script's first shots."""
+        """Returns the plan of the script's first shots."""
         end = self.filmed[num_shots - 1] + 1
         return replace(
             self,
@@ -76,13 +76,14 @@ class FilmPlan:
         )
 
     def anew(self, numbers: Sequence[int]) -> "FilmPlan":
-        """The plan of some shots alone, counted from 1, for counting: of the others it has shapes and no latents."""
+        """Returns the plan of some shots alone, counted from 1, for counting: of the others it has shapes and no
+        latents."""
         stay = [index for number, index in enumerate(self.filmed, start=1) if number not in numbers]
         known = {index: torch.empty(self.shapes[index], device="meta") for index in stay}
         return replace(self, given=known | self.given)
 
     def story(self) -> Story:
-        """What to sample; texts must be encoded."""
+        """Returns what to sample; texts must be encoded."""
         guidance: list[float | None] = [None] * len(self.shapes)
         for index, shot in zip(self.filmed, self.script.shots, strict=True):
             guidance[index] = shot.guidance
@@ -99,7 +100,7 @@ class FilmPlan:
         )
 
     def record(self) -> dict[str, Any]:
-        """The script in its own form, as JSON has it, with every seed and with the pictures' names."""
+        """Returns the script in its own form, as JSON has it, with every seed and with the pictures' names."""
         return self.script.record(self.seed, self.pictures)
 
 
@@ -168,8 +169,8 @@ def _check_order(shots: Sequence[ScriptShot], number: int, codec: Codec) -> None
 
 
 def _end(image: Path, latent_frames: int, size: tuple[int, int], codec: Codec, device: torch.device | str) -> Tensor:
-    """The last latent frame [C, 1, H', W'] of a shot that ends in a picture. It codes change, and a still has none:
-    three latent frames of the picture are enough to forget where it began."""
+    """Returns the last latent frame [C, 1, H', W'] of a shot that ends in a picture. It codes change, and a still has
+    none: three latent frames of the picture are enough to forget where it began."""
     frames = codec.enclosing_frames(1)
     while codec.latent_frames(frames) < min(3, latent_frames):
         frames = codec.enclosing_frames(frames + 1)

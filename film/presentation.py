@@ -23,13 +23,13 @@ class Stills:
         self._middles: dict[int, np.ndarray] = {}
 
     def row(self, number: int) -> np.ndarray:
-        """Frames spread over a shot, uint8 [n, H, W, 3], as a storyboard shows them."""
+        """Returns frames spread over a shot, uint8 [n, H, W, 3], as a storyboard shows them."""
         frames = self.folder.frames(number, pick_frames, page_size)
         self._middles[number] = frames[len(frames) // 2].copy()
         return frames
 
     def middle(self, number: int) -> np.ndarray:
-        """A frame of the middle of a shot, uint8 [H, W, 3]."""
+        """Returns a frame of the middle of a shot, uint8 [H, W, 3]."""
         if number not in self._middles:
             self.row(number)
         return self._middles[number]

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 def scene_drawer(
     dataset: Any, data: DataConfig, flow: Flow, run_folder: Path, parallel: Parallel
 ) -> Callable[[Any, MoCConfig, int], None]:
-    """What draws a model's sample at a step, as storyboard and routing map in `samples/` of the run's folder; every
-    process takes part.
+    """Returns what draws a model's sample at a step, as storyboard and routing map in `samples/` of the run's folder;
+    every process takes part.
 
     dataset: prepared data. The scene is the first one held out, or of all where none is.
     """
@@ -61,7 +61,7 @@ def scene_drawer(
 
 
 def _scene(dataset: ShotDataset, validation: int) -> tuple[Sample, Sample]:
-    """A scene with its captions, and without."""
+    """Returns a scene with its captions, and without."""
     item = dataset.split(validation).held_out[0] if validation else 0
     dropped = (True,) * len(dataset[item].latents)
     null = Draw(0, item, drop_global_caption=True, drop_shot_captions=dropped)

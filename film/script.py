@@ -93,7 +93,7 @@ class Script:
     entities: Mapping[str, str] | None = None
 
     def record(self, seed: int, names: Mapping[Path, str]) -> dict[str, Any]:
-        """The script as JSON has it. seed: of the shots without one. names: under which pictures are named."""
+        """Returns the script as JSON has it. seed: of the shots without one. names: under which pictures are named."""
         shots: list[dict[str, Any]] = []
         for shot in self.shots:
             fields = {"prompt": shot.prompt, "seconds": shot.seconds, "cut": shot.cut}
@@ -126,8 +126,9 @@ def load_script(
 def parse_script(
     text: str, path: Path, given: Mapping[str, Any] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> Script:
-    """What `load_script` reads in a file, of a text that need not be in one. path: its ending tells JSON from YAML, and
-    the pictures lie in its folder. given, defaults: a `size` and `fps` instead of the script's, and where it has none.
+    """Returns what `load_script` reads in a file, of a text that need not be in one. path: its ending tells JSON from
+    YAML, and the pictures lie in its folder. given, defaults: a `size` and `fps` instead of the script's, and where it
+    has none.
     """
     raw = parse_json(text, path) if path.suffix.lower() == ".json" else parse_yaml(text, path)
     if not isinstance(raw, dict):
@@ -224,7 +225,7 @@ def _descriptions(raw: Any, where: str) -> dict[str, str] | None:
 
 
 def _names(raw: Any, where: str) -> dict[str, list[str]] | None:
-    """The names of entities by kind."""
+    """Returns the names of entities by kind."""
     if raw is None:
         return None
     if not isinstance(raw, dict):

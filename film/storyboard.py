@@ -22,7 +22,7 @@ _CELL, _GAP, _HEAD = 330, 8, 48  # pixels: width of a frame or caption, space be
 
 
 def pick_frames(num_frames: int, count: int = FRAMES_A_ROW) -> list[int]:
-    """Indices of `count` frames spread over a shot, first and last among them."""
+    """Returns indices of `count` frames spread over a shot, first and last among them."""
     return np.linspace(0, num_frames - 1, min(count, num_frames)).round().astype(int).tolist()
 
 
@@ -114,7 +114,7 @@ def _line_axes(figure: Figure, axis: Axes, thumbnails: Sequence[np.ndarray]) -> 
 
 
 def _middle(picture: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The middle of a picture, filling `width` x `height` pixels."""
+    """Returns the middle of a picture, filling `width` x `height` pixels."""
     return np.asarray(ImageOps.fit(Image.fromarray(picture), (max(1, width), max(1, height))))
 
 

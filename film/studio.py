@@ -47,15 +47,15 @@ class Studio:
         (self.folder / "scripts").mkdir(parents=True, exist_ok=True)
 
     def names(self) -> list[str]:
-        """The names of the scripts."""
+        """Returns the names of the scripts."""
         return sorted(path.stem for path in (self.folder / "scripts").glob("*.yaml") if _NAME.fullmatch(path.stem))
 
     def film(self, name: str) -> FilmFolder:
-        """The folder of the film of a script."""
+        """Returns the folder of the film of a script."""
         return FilmFolder(self._path("films", name))
 
     def text(self, name: str) -> str:
-        """The script as it is written."""
+        """Returns the script as it is written."""
         path = self._script(name)
         if not path.is_file():
             raise UserError(
@@ -68,7 +68,7 @@ class Studio:
         return self.filmmaker.read(self._script(name))
 
     def shot(self, name: str, number: int) -> ScriptShot:
-        """A shot of a script, counted from 1."""
+        """Returns a shot of a script, counted from 1."""
         shots = self.read(name).shots
         if not 1 <= number <= len(shots):
             raise UserError(f"{name} has shots 1 to {len(shots)}, and no {number}")
@@ -82,7 +82,7 @@ class Studio:
         return self._keep(path, self.filmmaker.read(as_json, text=text))
 
     def estimate(self, name: str) -> str:
-        """What a film will cost."""
+        """Returns what a film will cost."""
         plan = self.filmmaker.plan(self.read(name))
         return "\n".join(self.filmmaker.estimate(plan).lines(plan))
 
@@ -115,7 +115,7 @@ class Studio:
         return self._make(self.filmmaker, name, film, [number])
 
     def takes(self, name: str, number: int) -> list[Path]:
-        """The videos of all takes of a shot, the first one first."""
+        """Returns the videos of all takes of a shot, the first one first."""
         film = self.film(name)
         before = sorted(self._takes(film).glob(f"{number:02d}_*.mp4"), key=lambda path: int(path.stem.split("_")[1]))
         return [*before, *(path for path in [film.shot(number)] if path.exists())]

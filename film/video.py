@@ -41,7 +41,7 @@ class VideoConfig:
             raise UserError(f"video.crf={self.crf} must be from 0, the best, to 51")
 
     def record(self) -> dict[str, Any]:
-        """What of it decides the bytes of the videos, where it is not the usual."""
+        """Returns what of it decides the bytes of the videos, where it is not the usual."""
         usual = VideoConfig()
         chosen = {name: getattr(self, name) for name in _DECIDING}
         return chosen if any(value != getattr(usual, name) for name, value in chosen.items()) else {}
@@ -84,7 +84,7 @@ def _preview_size(height: int, width: int) -> tuple[int, int]:
 
 
 def moving(frames: Iterable[Image.Image], fps: float, quality: int) -> bytes:
-    """An endless WebP. quality: from 0 to 100."""
+    """Returns an endless WebP. quality: from 0 to 100."""
     first, *rest = frames
     file = BytesIO()
     first.save(file, format="WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0,

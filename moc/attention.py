@@ -29,7 +29,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def resolve_backend(q: Tensor, chosen: Backend) -> ModuleType:
-    """The module that will compute this call. Raises UserError where the backend does not fit q."""
+    """Returns the module that will compute this call. Raises UserError where the backend does not fit q."""
     if chosen is Backend.auto:
         chosen = Backend.triton if q.is_cuda and _triton_fits(q) else Backend.torch
     elif chosen is Backend.triton and not _triton_fits(q):
@@ -88,7 +88,7 @@ def route(
 
 
 def _router(q: Tensor, config: MoCConfig, execution: Execution) -> ModuleType:
-    """The module that will route; Triton's kernels know no candidates but all."""
+    """Returns the module that will route; Triton's kernels know no candidates but all."""
     return resolve_backend(q, execution.backend) if config.candidates is Candidates.all else routing
 
 

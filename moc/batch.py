@@ -76,7 +76,7 @@ class Batch:
         return self.layout.positions
 
     def rechunk(self, chunk_tokens: int) -> "Batch":
-        """The same batch with chunks of another size."""
+        """Returns the same batch with chunks of another size."""
         return replace(self, layout=self.layout.rechunk(chunk_tokens))
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -97,8 +97,8 @@ def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """A flat tensor that holds those of one dtype, and where in it each begins: the memory they share, where they fill
-    at least half of it, as those of a loader do, and otherwise a copy."""
+    """Returns a flat tensor that holds those of one dtype, and where in it each begins: the memory they share, where
+    they fill at least half of it, as those of a loader do, and otherwise a copy."""
     sizes, starts = [x.numel() for x in tensors], [int(x.storage_offset()) for x in tensors]
     first = min(starts)
     length = max(start + size for start, size in zip(starts, sizes, strict=True)) - first
@@ -125,7 +125,7 @@ def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> lis
 
 
 def stream_of(sample: Sample, spec: StreamSpec) -> tuple[int, tuple[Shot, ...]]:
-    """How a model with this spec sees a sample: the number of its global text's tokens, and its shots."""
+    """Returns how a model with this spec sees a sample: the number of its global text's tokens, and its shots."""
     texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
     cuts = sample.cuts or [True] * len(sample.latents)
     shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
@@ -133,7 +133,7 @@ def stream_of(sample: Sample, spec: StreamSpec) -> tuple[int, tuple[Shot, ...]]:
 
 
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:
-    """The stream of one sample as a model with this spec sees it."""
+    """Returns the stream of one sample as a model with this spec sees it."""
     return ShotLayout([stream_of(sample, spec)], chunk_tokens, [sample.position])
 
 

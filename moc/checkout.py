@@ -7,12 +7,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def commit() -> str | None:
-    """The commit of the checkout; None where this is none, or there is no git."""
+    """Returns the commit of the checkout; None where this is none, or there is no git."""
     return git("rev-parse", "HEAD")
 
 
 def git(*arguments: str) -> str | None:
-    """What git answers, without spaces around it; None where this is no checkout, or there is no git.
+    """Returns what git answers, without spaces around it; None where this is no checkout, or there is no git.
 
     It writes nothing there: `git status` would renew the index, and leave a lock behind where the disk is full.
     """

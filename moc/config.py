@@ -101,7 +101,7 @@ class MoCConfig:
         return self.causal and self.own_anchor is OwnAnchor.shot and self.text_anchor is TextAnchor.global_and_own
 
     def at_layer(self, layer: int) -> "MoCConfig":
-        """The settings of one layer: this, or dense for the first `dense_layers`."""
+        """Returns the settings of one layer: this, or dense for the first `dense_layers`."""
         return replace(self, dense=True) if layer < self.dense_layers else self
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +109,8 @@ class MoCConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MoCConfig":
-        """The inverse of `to_dict`; settings left out have their defaults. Raises UserError for what does not fit."""
+        """Returns the inverse of `to_dict`; settings left out have their defaults. Raises UserError for what does not
+        fit."""
         unknown = set(values) - {field.name for field in fields(cls)}
         if unknown:
             raise UserError(f"unknown MoC settings {sorted(unknown)}; known are {[f.name for f in fields(cls)]}")
@@ -117,7 +118,7 @@ class MoCConfig:
 
     @classmethod
     def unset(cls) -> dict[str, Any]:
-        """Every setting as None, which `override` leaves as it is."""
+        """Returns every setting as None, which `override` leaves as it is."""
         return dict.fromkeys(field.name for field in fields(cls))
 
     def override(self, values: dict[str, Any]) -> "MoCConfig":
@@ -130,8 +131,8 @@ class MoCConfig:
 
     @classmethod
     def load(cls, folder: str | Path) -> "MoCConfig":
-        """What `save` wrote, without what only earlier versions wrote; raises UserError, naming the file, where it does
-        not fit."""
+        """Returns what `save` wrote, without what only earlier versions wrote; raises UserError, naming the file, where
+        it does not fit."""
         file = Path(folder, "moc.json")
         try:
             values = json.loads(file.read_text())

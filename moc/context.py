@@ -34,7 +34,7 @@ class Pair(Generic[Flag]):
 
 
 def pairs(layout: ShotLayout, query: Tensor, key: Tensor) -> Pair[Tensor]:
-    """The pairs of two int tensors of chunks, which broadcast."""
+    """Returns the pairs of two int tensors of chunks, which broadcast."""
     query_group, key_group = layout.chunk_group[query], layout.chunk_group[key]
     return Pair(
         same_sample=layout.chunk_sample[query] == layout.chunk_sample[key],
@@ -47,7 +47,7 @@ def pairs(layout: ShotLayout, query: Tensor, key: Tensor) -> Pair[Tensor]:
 
 
 def is_own_anchor(pair: Pair[Flag], config: MoCConfig) -> Flag:
-    """Whether the queries always attend to the keys as those of their own shot."""
+    """Returns whether the queries always attend to the keys as those of their own shot."""
     if config.own_anchor is OwnAnchor.shot:
         return pair.same_group & pair.in_shot
     if config.own_anchor is OwnAnchor.chunk:
@@ -56,7 +56,7 @@ def is_own_anchor(pair: Pair[Flag], config: MoCConfig) -> Flag:
 
 
 def is_text_anchor(pair: Pair[Flag], config: MoCConfig) -> Flag:
-    """Whether the queries always attend to the keys as text."""
+    """Returns whether the queries always attend to the keys as text."""
     text = pair.same_sample & pair.is_text
     if config.text_anchor is TextAnchor.all:
         return text
@@ -66,13 +66,13 @@ def is_text_anchor(pair: Pair[Flag], config: MoCConfig) -> Flag:
 
 
 def is_anchor(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the queries of each pair of chunks attend to the keys whatever their routes; bool, broadcast."""
+    """Returns whether the queries of each pair of chunks attend to the keys whatever their routes; bool, broadcast."""
     pair = pairs(layout, query, key)
     return is_own_anchor(pair, config) | is_text_anchor(pair, config)
 
 
 def is_candidate(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the queries of each pair of chunks may route to the keys; bool, broadcast.
+    """Returns whether the queries of each pair of chunks may route to the keys; bool, broadcast.
 
     Candidates are the video chunks that no anchor covers and, when causal, earlier ones only: with the own shot as
     anchor those of earlier shots. Global text precedes every shot, so it has none under causal routing.
@@ -85,7 +85,7 @@ def is_candidate(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tens
 
 
 def _is_first(layout: ShotLayout) -> Tensor:
-    """Whether each chunk is the first one of a shot's video; bool [M]."""
+    """Returns whether each chunk is the first one of a shot's video; bool [M]."""
     before = torch.arange(-1, layout.num_chunks - 1, device=layout.device)
     follows_video = (layout.chunk_group[before] == layout.chunk_group) & ~layout.chunk_is_text[before]
     return ~layout.chunk_is_text & ~(follows_video & (before >= 0))

@@ -75,7 +75,8 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
     video_lengths = lengths.masked_fill(layout.chunk_is_text, 0)
 
     def keys(query: Tensor, key: Tensor) -> Tensor:
-        """Keys that the queries of chunks always attend to, float64 [Q, 3]: of the own shot, of text, of own video."""
+        """Returns keys that the queries of chunks always attend to, float64 [Q, 3]: of the own shot, of text, of own
+        video."""
         pair = pairs(layout, query, key)
         own = pair.same_sample if config.dense else is_own_anchor(pair, config)
         text = is_text_anchor(pair, config) & ~own

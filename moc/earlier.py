@@ -30,8 +30,8 @@ UNSET: dict[str, Any] = {
 
 
 def translated(settings: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
-    """The settings of a run, by dotted key, as today's version would have written them; or those of one `owner`, such
-    as "sampler", by name."""
+    """Returns the settings of a run, by dotted key, as today's version would have written them; or those of one
+    `owner`, such as "sampler", by name."""
     prefix = f"{owner}." if owner else ""
     found = {RENAMED.get(key, key): value for key, value in settings.items()}
     return found | {key: None for key, value in found.items() if value == UNSET.get(prefix + key)}
@@ -45,7 +45,7 @@ def set_nulls(config: Any, owner: str) -> None:
 
 
 def as_written(key: str, value: Any) -> Any:
-    """The value of a setting, by dotted key, as files have it whose names are hashes of what they hold."""
+    """Returns the value of a setting, by dotted key, as files have it whose names are hashes of what they hold."""
     return UNSET[key] if value is None else value
 
 
@@ -58,13 +58,13 @@ def refuse_renamed(argument: str) -> None:
 
 
 def moc_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a moc.json, without those that are none of attention's any more."""
+    """Returns the settings of a moc.json, without those that are none of attention's any more."""
     return {name: value for name, value in stored.items() if f"moc.{name}" not in RENAMED}
 
 
 def cut_gap(settings: Mapping[str, Any], moc_folder: Path | None) -> float:
-    """The `cut_gap` of a Wan model: that of its config.json, whose `settings` are given and leave out a gap of 0, or
-    the one that the moc.json of a folder holds, where earlier versions wrote it."""
+    """Returns the `cut_gap` of a Wan model: that of its config.json, whose `settings` are given and leave out a gap of
+    0, or the one that the moc.json of a folder holds, where earlier versions wrote it."""
     file = moc_folder / "moc.json" if moc_folder else None
     if "cut_gap" in settings or not (file and file.is_file()):
         return settings.get("cut_gap", 0.0)

@@ -27,8 +27,8 @@ class Exchange:
     size: int
 
     def bounds(self, start: int, end: int) -> list[int]:
-        """Where the run of each process begins, and the end of the last: [P + 1]. Lengths differ by one at most.
-        Raises UserError where the tokens are too few."""
+        """Returns where the run of each process begins, and the end of the last: [P + 1]. Lengths differ by one at
+        most. Raises UserError where the tokens are too few."""
         if end - start < self.size:
             raise UserError(
                 f"a stream of {end - start} tokens is too short for parallel.sequence={self.size}: lower it"

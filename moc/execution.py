@@ -35,7 +35,7 @@ class Execution:
 
     @staticmethod
     def of(given: "Execution | str | None") -> "Execution":
-        """An execution as it is, that of a backend's name, or the default one for None."""
+        """Returns an execution as it is, that of a backend's name, or the default one for None."""
         return AUTO if given is None else given if isinstance(given, Execution) else Execution(given)  # type: ignore[arg-type]
 
 

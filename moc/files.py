@@ -24,7 +24,7 @@ class HeldError(UserError):
 
 
 def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:
-    """The path of `name` within `folder`, whether or not there is such a file.
+    """Returns the path of `name` within `folder`, whether or not there is such a file.
 
     Every name that comes from a file, an index or a setting passes through here before it is joined to a folder.
     follow_links: refuse a symlink that leads out too. Hugging Face's cache keeps whole models behind such links.

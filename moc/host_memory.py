@@ -23,13 +23,13 @@ class Offsets:
             self.size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def views(self, memory: Tensor) -> list[Tensor]:
-        """The tensors in `memory`, uint8 [size or more]."""
+        """Returns the tensors in `memory`, uint8 [size or more]."""
         return [memory[start:end].view(dtype).view(shape) for start, end, dtype, shape in self._offsets]
 
 
 def host_memory(size: int, pinned: bool) -> Tensor:
-    """New memory, uint8 [size]; pinned as long as the tensor returned lasts. torch's own pinned memory comes in powers
-    of two, of which a block of 14 B would fill two thirds. Raises UserError where it cannot be pinned."""
+    """Returns new memory, uint8 [size]; pinned as long as the tensor returned lasts. torch's own pinned memory comes in
+    powers of two, of which a block of 14 B would fill two thirds. Raises UserError where it cannot be pinned."""
     memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8).numpy()
     start = -memory.ctypes.data % _PAGE
     host = torch.from_numpy(memory[start : start + size])  # a storage of its own, whose beginning tells torch of pins

@@ -178,7 +178,7 @@ class ShotLayout:
     def build(
         cls, shots: Iterable[Shot], global_text_tokens: int = 0, chunk_tokens: int = 1280, position: int = 0
     ) -> "ShotLayout":
-        """The stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens. position: the
+        """Returns the stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens. position: the
         sample's in the run, below 2**31; it keys the sample's draws of context drop-off and drop-in."""
         if not _is_whole(global_text_tokens, 0):
             raise ValueError(f"global_text_tokens={global_text_tokens!r} must be a whole number of at least 0")
@@ -186,7 +186,7 @@ class ShotLayout:
 
     @classmethod
     def pack(cls, layouts: Sequence["ShotLayout"]) -> "ShotLayout":
-        """The samples of several layouts, one after another; all must have the same `chunk_tokens`."""
+        """Returns the samples of several layouts, one after another; all must have the same `chunk_tokens`."""
         sizes = {layout.chunk_tokens for layout in layouts}
         if not sizes:
             raise ValueError("a pack needs at least one layout")
@@ -196,7 +196,7 @@ class ShotLayout:
         return cls(samples, sizes.pop(), [position for layout in layouts for position in layout.positions])
 
     def rechunk(self, chunk_tokens: int) -> "ShotLayout":
-        """The same stream, on the same device, cut into chunks of another size."""
+        """Returns the same stream, on the same device, cut into chunks of another size."""
         if chunk_tokens == self.chunk_tokens:
             return self
         return self.memo(
@@ -205,7 +205,8 @@ class ShotLayout:
         ).at(self.positions)
 
     def at(self, positions: Sequence[int]) -> "ShotLayout":
-        """The same stream, of samples at other positions in the run; both share all tables but `sample_position`."""
+        """Returns the same stream, of samples at other positions in the run; both share all tables but
+        `sample_position`."""
         if tuple(positions) == self.positions:
             return self
         other = self.copied()
@@ -214,14 +215,15 @@ class ShotLayout:
         return other
 
     def copied(self) -> "ShotLayout":
-        """The same layout with a `sample_position` of its own, in which other positions can be written."""
+        """Returns the same layout with a `sample_position` of its own, in which other positions can be written."""
         other = object.__new__(ShotLayout)
         other.__dict__.update(self.__dict__)
         other.sample_position = self.sample_position.clone()
         return other
 
     def is_stream_of(self, samples: tuple[tuple[int, tuple[Shot, ...]], ...], chunk_tokens: int) -> bool:
-        """Whether it has the texts, shots and chunks that a layout of these `samples` would have; see `ShotLayout`."""
+        """Returns whether it has the texts, shots and chunks that a layout of these `samples` would have; see
+        `ShotLayout`."""
         return (self.chunk_tokens, self.samples) == (chunk_tokens, samples)
 
     def _set_positions(self, positions: Sequence[int]) -> None:
@@ -255,11 +257,12 @@ class ShotLayout:
         return moved
 
     def first_query(self, num_queries: int) -> int:
-        """The token of the first of `num_queries` queries, which are the last ones of the stream."""
+        """Returns the token of the first of `num_queries` queries, which are the last ones of the stream."""
         return self.num_tokens - num_queries
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` derives from this layout, made once for each key: tables that every layer of a forward shares."""
+        """Returns what `make` derives from this layout, made once for each key: tables that every layer of a forward
+        shares."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]

@@ -24,13 +24,13 @@ SAMPLING = (
 
 
 def peak_gib(device: torch.device) -> dict[str, float]:
-    """The most memory that tensors of this process took on a GPU; nothing is known of a CPU."""
+    """Returns the most memory that tensors of this process took on a GPU; nothing is known of a CPU."""
     return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
 def room(device: torch.device) -> int:
-    """Bytes that this process has or can still get on a device. On a CPU that is all of the memory, since what is lent
-    to files and to others is not lost."""
+    """Returns bytes that this process has or can still get on a device. On a CPU that is all of the memory, since what
+    is lent to files and to others is not lost."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

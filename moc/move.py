@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def move(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on `device`. A copy from CPU memory to a GPU goes through pinned memory, so that the CPU does not wait
-    until the GPU has come to it; torch.compile traces a plain one, since it knows no pinned memory."""
+    """Returns the tensor on `device`. A copy from CPU memory to a GPU goes through pinned memory, so that the CPU does
+    not wait until the GPU has come to it; torch.compile traces a plain one, since it knows no pinned memory."""
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -28,8 +28,8 @@ class Routes:
 
     @classmethod
     def checked(cls, indices: Tensor, layout: ShotLayout, config: MoCConfig) -> "Routes":
-        """A caller's indices, int [N, Lq, K], without those that do not count: repeats, chunks that anchors cover and
-        those of other samples. Raises ValueError for another shape or type."""
+        """Returns a caller's indices, int [N, Lq, K], without those that do not count: repeats, chunks that anchors
+        cover and those of other samples. Raises ValueError for another shape or type."""
         if indices.dim() != 3 or not 0 < indices.shape[1] <= layout.num_tokens:
             raise ValueError(f"routes must be [N, Lq, K], Lq at most {layout.num_tokens}; got {tuple(indices.shape)}")
         if indices.dtype not in (torch.int16, torch.int32, torch.int64):
@@ -37,14 +37,15 @@ class Routes:
         return cls(drop_covered(indices, layout, config), layout.first_query(indices.shape[1]))
 
     def whole(self) -> Tensor:
-        """The indices of all queries of the stream, int [N, L, K]; those before `first_query` have no routes."""
+        """Returns the indices of all queries of the stream, int [N, L, K]; those before `first_query` have no
+        routes."""
         return F.pad(self.indices, (0, 0, self.first_query, 0), value=-1)
 
 
 @torch.no_grad()
 def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """A caller's routes int [N, Lq, K] as attention takes them: repeats, chunks that anchors cover and those of other
-    samples become -1."""
+    """Returns a caller's routes int [N, Lq, K] as attention takes them: repeats, chunks that anchors cover and those of
+    other samples become -1."""
     return torch.stack([_drop_covered(of_head.long(), layout, config) for of_head in routes.unbind()])
 
 

@@ -58,7 +58,8 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
 
 
 def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int) -> Tensor:
-    """The same for `candidates: first`: a query is scored against the first chunks of its sample's shots alone."""
+    """Returns the same for `candidates: first`: a query is scored against the first chunks of its sample's shots
+    alone."""
     table = layout.memo("first chunks", lambda: _first_chunks(layout))
     block = max(1, SCORES_PER_BLOCK // (table.shape[1] * means[0].numel()))
     blocks = []
@@ -77,7 +78,7 @@ def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCCon
 
 
 def _first_chunks(layout: ShotLayout) -> Tensor:
-    """The first video chunk of each shot of each sample, int64 [samples, S], -1 where there are fewer shots."""
+    """Returns the first video chunk of each shot of each sample, int64 [samples, S], -1 where there are fewer shots."""
     rows: list[list[int]] = [[] for _ in range(layout.num_samples)]
     for group in layout.groups:
         if group.video_tokens:
@@ -112,7 +113,7 @@ def hash32(x):
 
 
 def drop_base(drops: DropKey) -> int | Tensor:
-    """The word that (seed, step, layer) contribute to every draw; a tensor where the step is one."""
+    """Returns the word that (seed, step, layer) contribute to every draw; a tensor where the step is one."""
     word: int | Tensor = 0
     for number in (drops.seed, drops.step, drops.layer):
         word = hash32(word ^ hash32(number + _GOLDEN))
@@ -120,7 +121,7 @@ def drop_base(drops: DropKey) -> int | Tensor:
 
 
 def query_words(drops: DropKey, num_heads: int, layout: ShotLayout, start: int, end: int) -> Tensor:
-    """int64 [N, end - start]: one hashed word for each head and token of a part of the stream."""
+    """Returns int64 [N, end - start]: one hashed word for each head and token of a part of the stream."""
     heads = torch.arange(drops.first_head, drops.first_head + num_heads, device=layout.device)
     by_head = hash32(drop_base(drops) ^ hash32(heads + _GOLDEN))
     sample = layout.token_sample[start:end]
@@ -130,12 +131,12 @@ def query_words(drops: DropKey, num_heads: int, layout: ShotLayout, start: int, 
 
 
 def draw(words: Tensor, stream: int, index: Tensor | int = 0) -> Tensor:
-    """A 32-bit draw of a query's stream; `index` (a chunk's index in its sample) broadcasts against `words`."""
+    """Returns a 32-bit draw of a query's stream; `index` (a chunk's index in its sample) broadcasts against `words`."""
     return hash32(hash32(words ^ (stream * _GOLDEN & _WORD)) + index * _GOLDEN)
 
 
 def unit(word: Tensor) -> Tensor:
-    """A uniform fp32 in [0, 1) from the upper 24 bits of a 32-bit draw."""
+    """Returns a uniform fp32 in [0, 1) from the upper 24 bits of a 32-bit draw."""
     return (word >> 8).float() * 2.0**-24
 
 

@@ -27,7 +27,7 @@ class Stage:
         MoCConfig().override(self.settings())  # their limits, now and not at step 10,000
 
     def settings(self) -> dict[str, float | None]:
-        """What it sets, in the words of `MoCConfig`."""
+        """Returns what it sets, in the words of `MoCConfig`."""
         return {name: value for name, value in asdict(self).items() if name != "step"}
 
 
@@ -46,7 +46,7 @@ class MoCSchedule:
             raise UserError(f"schedule steps {steps} must be increasing and not negative")
 
     def at(self, step: int, config: MoCConfig) -> MoCConfig:
-        """The MoC settings of a training step."""
+        """Returns the MoC settings of a training step."""
         for stage in self.stages:
             if stage.step <= step:
                 config = config.override(stage.settings())

@@ -40,7 +40,7 @@ def chunk_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
 
 
 def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
-    """How often the queries of each shot routed to each shot: float64 [S, S], over all heads. Never waits
+    """Returns how often the queries of each shot routed to each shot: float64 [S, S], over all heads. Never waits
     for a GPU."""
     counts = chunk_counts(routes, layout).double()
     by_group = counts.new_zeros(layout.num_groups, layout.num_groups).index_add_(1, layout.chunk_group, counts)
@@ -65,8 +65,8 @@ class RoutingMap:
     def observer(
         self, layout: ShotLayout, shots: list[int], making: list[int], sigmas: Sequence[float] | None = None
     ) -> Callable[[int, Tensor], None]:
-        """A callback for the model's `on_routes`. shots: the story's indices of the stream's shots. making: those of
-        them that are being made. sigmas: the noise level of each of these; None stands for 1."""
+        """Returns a callback for the model's `on_routes`. shots: the story's indices of the stream's shots. making:
+        those of them that are being made. sigmas: the noise level of each of these; None stands for 1."""
         levels = [int(sigma * NOISE_LEVELS) for sigma in sigmas or [1.0] * len(making)]
         last = self.counts.shape[1] - 1
         indices = (making, shots, [shots.index(shot) for shot in making], [min(level, last) for level in levels])
@@ -83,15 +83,15 @@ class RoutingMap:
         return observe
 
     def shares(self) -> Tensor:
-        """Which share of each shot's routes goes to each shot, float64 [S, S] on the CPU: rows sum to 1, or to 0
-        without routes."""
+        """Returns which share of each shot's routes goes to each shot, float64 [S, S] on the CPU: rows sum to 1, or to
+        0 without routes."""
         counts = self.counts.sum((0, 1), dtype=torch.float64)
         return (counts / counts.sum(1, keepdim=True).clamp(min=1)).cpu()
 
 
 def routes_by_distance(counts: Tensor, layout: ShotLayout) -> dict[int, float]:
-    """How many routes of shots' queries go how many shots back (negative: forward). counts [G, M]: of `chunk_counts`,
-    float64 on the CPU."""
+    """Returns how many routes of shots' queries go how many shots back (negative: forward). counts [G, M]: of
+    `chunk_counts`, float64 on the CPU."""
     group_shot = torch.tensor([group.shot for group in layout.groups])
     chunk_shot = torch.tensor([layout.groups[chunk.group].shot for chunk in layout.chunks])
     distance = group_shot[:, None] - chunk_shot

@@ -106,7 +106,8 @@ class ModelConfig:
 def build_model(
     config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device | str = "cpu"
 ) -> StreamModel:
-    """A model with the weights of `config.path`, on the CPU, or with fresh random ones; in fp32 but for `lora_base`.
+    """Returns a model with the weights of `config.path`, on the CPU, or with fresh random ones; in fp32 but for
+    `lora_base`.
 
     Raises UserError where the model there is of another family.
 
@@ -159,8 +160,8 @@ def load_model(
     loras: Sequence[LoraChoice] = (),
     low_noise: bool = False,
 ) -> StreamModel:
-    """The model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original names, or
-    `Contents.sound` of one of them.
+    """Returns the model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original
+    names, or `Contents.sound` of one of them.
 
     An adapter comes merged into its base.
     dtype: of its weights, norms and time embedding excepted; None as they are stored.
@@ -214,8 +215,8 @@ def load_denoiser(
 
 
 def move_model(model: Any, parallel: Parallel, offload: bool = False) -> nn.Module:
-    """The model, ready to sample, on the device of this process or those of its team. offload: of two experts the one
-    in use alone. Raises UserError where there are not two, or a team holds them."""
+    """Returns the model, ready to sample, on the device of this process or those of its team. offload: of two experts
+    the one in use alone. Raises UserError where there are not two, or a team holds them."""
     model.eval().requires_grad_(False)
     experts = (model.high, model.low) if isinstance(model, Experts) else (model,)
     if not offload:

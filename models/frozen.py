@@ -54,8 +54,8 @@ class FrozenLinear(nn.Linear):
 
 
 def packed(weight: Tensor, base: Base) -> dict[str, Tensor]:
-    """The `weight` and, where it has one, the `scale` of a `FrozenLinear` for a weight [out, in] of any dtype. The
-    largest number of a row becomes the largest of the format."""
+    """Returns the `weight` and, where it has one, the `scale` of a `FrozenLinear` for a weight [out, in] of any dtype.
+    The largest number of a row becomes the largest of the format."""
     if base is Base.bf16:
         return {"weight": weight.bfloat16()}
     weight, largest = weight.float(), _LARGEST[base]
@@ -67,7 +67,7 @@ def packed(weight: Tensor, base: Base) -> dict[str, Tensor]:
 
 
 def unpacked(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight that `packed` was given, to the format's rounding, in `dtype`."""
+    """Returns the weight that `packed` was given, to the format's rounding, in `dtype`."""
     if scale is None:
         return weight.to(dtype)
     numbers = weight.view(_FP8) if weight.dtype == torch.uint8 else weight
@@ -107,8 +107,8 @@ def freeze_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
 
 
 def packed_tensors(name: str, value: Tensor, frozen: Collection[str], base: Base) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that hold one of a model's own: of the weight of a frozen linear, by `freeze_linears`, its packed
-    ones; any other is as it is."""
+    """Yields the tensors that hold one of a model's own: of the weight of a frozen linear, by `freeze_linears`, its
+    packed ones; any other is as it is."""
     layer, _, kind = name.rpartition(".")
     if layer not in frozen or kind != "weight":
         yield name, value

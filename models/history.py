@@ -37,8 +37,8 @@ class KeyValueCache:
 
     @torch.no_grad()
     def extended(self, layer: int, new: Kept, remember: bool) -> Kept:
-        """Keys, values and the like [L, N, D] of history and of new tokens together; the latter become history if
-        `remember`. What is returned holds until the layer is asked again. Raises ValueError beyond the capacity."""
+        """Returns keys, values and the like [L, N, D] of history and of new tokens together; the latter become history
+        if `remember`. What is returned holds until the layer is asked again. Raises ValueError beyond the capacity."""
         start, end = self.num_tokens, self.num_tokens + len(new[0])
         if end > self.capacity:
             raise ValueError(f"a cache for {self.capacity} tokens is given {end}: make it for its longest stream")
@@ -58,7 +58,7 @@ class KeyValueCache:
         self.num_tokens = min(self.num_tokens, num_tokens)
 
     def _memory(self, like: Tensor) -> Tensor:
-        """New memory [capacity, N, D] for tensors like this one."""
+        """Returns new memory [capacity, N, D] for tensors like this one."""
         shape = (self.capacity, *like.shape[1:])
         if not self.offload:
             return like.new_empty(shape)
@@ -66,7 +66,8 @@ class KeyValueCache:
         return self._hosts[-1].view(like.dtype).view(shape)
 
     def _brought(self, layer: int, new: Kept) -> Kept:
-        """A layer's history on the device, with room for what is new behind it. The next layer starts on its way."""
+        """Returns a layer's history on the device, with room for what is new behind it. The next layer starts on its
+        way."""
         whole = self._coming.pop(layer) if layer in self._coming else self._bring(layer, new)
         if self._stream:
             torch.cuda.current_stream(new[0].device).wait_stream(self._stream)

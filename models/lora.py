@@ -40,7 +40,7 @@ class Lora:
         (folder / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
-        """The layers of the model to adapt, by name; raises UserError where no name ends in a target."""
+        """Returns the layers of the model to adapt, by name; raises UserError where no name ends in a target."""
         # Linears alone: the models call each of them. Wan's patch_embedding, a Conv3d, gives its weights and is not.
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for target in self.targets:
@@ -50,7 +50,7 @@ class Lora:
         return {name: linears[name] for name in linears if any(_ends_in(name, target) for target in self.targets)}
 
     def shapes(self, model: nn.Module) -> Shapes:
-        """The shapes of the adapter's tensors for a model without it, by their names in the file."""
+        """Returns the shapes of the adapter's tensors for a model without it, by their names in the file."""
         expected: dict[str, tuple[int, ...]] = {}
         for name, linear in self.linears(model).items():
             a, b = _names(name)
@@ -63,7 +63,7 @@ def _ends_in(name: str, target: str) -> bool:
 
 
 def _names(linear: str) -> tuple[str, str]:
-    """The names of the two tensors that adapt a layer."""
+    """Returns the names of the two tensors that adapt a layer."""
     return f"{PREFIX}{linear}.lora_A.weight", f"{PREFIX}{linear}.lora_B.weight"
 
 
@@ -75,7 +75,8 @@ class Adapter:
     source: TensorSource
 
     def merge(self, name: str, weight: Tensor) -> Tensor:
-        """A tensor of the base with what the adapter adds, in fp32 to be rounded once; as it is where that is nothing.
+        """Returns a tensor of the base with what the adapter adds, in fp32 to be rounded once; as it is where that is
+        nothing.
 
         name: the tensor's, as diffusers has it.
         """
@@ -151,8 +152,8 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
         return "diffusion_pytorch_model" if self.lora is None else "pytorch_lora_weights"
 
     def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the tensors of a state dict that `save_pretrained` writes, by their names in its files; an adapter's
-        are those of a pipeline's file."""
+        """Returns those of the tensors of a state dict that `save_pretrained` writes, by their names in its files; an
+        adapter's are those of a pipeline's file."""
         if self.lora is None:
             return state
         from peft import get_peft_model_state_dict
@@ -184,7 +185,8 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def read_lora(folder: Path) -> Lora | None:
-    """The settings beside an adapter; None where the folder holds none. Raises UserError for what is no lora.json."""
+    """Returns the settings beside an adapter; None where the folder holds none. Raises UserError for what is no
+    lora.json."""
     file = folder / SETTINGS
     if not file.is_file():
         return None

@@ -23,7 +23,7 @@ ELEMENTS = 512  # of a row for each warp
 
 
 def _sizes(width: int, num_heads: int | None = None) -> dict[str, int]:
-    """The constants of a kernel whose programs hold rows of num_heads * width numbers."""
+    """Returns the constants of a kernel whose programs hold rows of num_heads * width numbers."""
     sizes = {"D": width, "DP": next_power_of_2(width)}
     if num_heads is not None:
         sizes |= {"N": num_heads, "NP": next_power_of_2(num_heads)}

@@ -28,13 +28,13 @@ def grid_coordinates(grid: Grid) -> Tensor:
 
 @lru_cache(1024)
 def _group_coordinates(text_tokens: int, grid: Grid | None) -> Tensor:
-    """A group's own positions in mmdit's stream: its text, then its video from the end of the text on."""
+    """Returns a group's own positions in mmdit's stream: its text, then its video from the end of the text on."""
     text = torch.arange(text_tokens, dtype=torch.float64)[:, None].expand(-1, 3)
     return text if grid is None else torch.cat([text, grid_coordinates(grid) + text_tokens])
 
 
 def interleaved_positions(layout: ShotLayout) -> Tensor:
-    """Positions of mmdit's stream: float64 [L, 3], made on the CPU and moved to the layout's device at once."""
+    """Returns positions of mmdit's stream: float64 [L, 3], made on the CPU and moved to the layout's device at once."""
     pieces, starts, start = [], [], 0.0
     for group in layout.groups:
         start = 0.0 if group.shot < 0 else start  # each sample starts anew
@@ -45,8 +45,8 @@ def interleaved_positions(layout: ShotLayout) -> Tensor:
 
 
 def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
-    """Positions of wan's stream of video only: float64 [L, 3]. Time runs on over the shots of a sample; `gap` latent
-    frames are left out at each true cut, so that with gap 0, or one shot, it is the base model's."""
+    """Returns positions of wan's stream of video only: float64 [L, 3]. Time runs on over the shots of a sample; `gap`
+    latent frames are left out at each true cut, so that with gap 0, or one shot, it is the base model's."""
     pieces, starts = [], []
     for _, shots in layout.samples:
         start = 0.0
@@ -72,7 +72,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation of each channel pair: two fp32 [L, head_dim / 2].
+    """Returns cosine and sine of the rotation of each channel pair: two fp32 [L, head_dim / 2].
 
     positions: float64 [L, 3]. Angles are taken in float64: at position 10^4 a float32 angle is off by 1e-3.
     """

@@ -65,7 +65,7 @@ class Part:
         self.text_members, self.video_members, self.text_starts = tables
 
     def _text_before(self, token: int) -> int:
-        """Text tokens of the stream before one of its tokens."""
+        """Returns text tokens of the stream before one of its tokens."""
         return sum(min(max(token - group.start, 0), group.text_tokens) for group in self.layout.groups)
 
     def _tables(self) -> tuple[Members, Members, Tensor]:
@@ -241,7 +241,7 @@ class StreamModel(Trainable):
         raise NotImplementedError
 
     def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
-        """The rotary table of the whole stream (see `models.rope.rotary_table`)."""
+        """Returns the rotary table of the whole stream (see `models.rope.rotary_table`)."""
         raise NotImplementedError
 
     def project(self, tokens: Any, patches: Tensor, condition: Tensor, part: Part) -> Tensor:
@@ -261,7 +261,7 @@ class StreamModel(Trainable):
         remember: bool = False,
         on_distances: Callable[[Tensor], None] | None = None,
     ) -> list[Tensor]:
-        """The velocity of each shot, fp32, in the form of `latents`.
+        """Returns the velocity of each shot, fp32, in the form of `latents`.
 
         latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
         text: text-encoder features [T_i, text_dim] of each group: of each sample the global caption's, then its shots'.
@@ -303,7 +303,7 @@ class StreamModel(Trainable):
                 module.recomputes_parts = True
 
     def new_cache(self, capacity: int, offload: bool = False) -> KeyValueCache:
-        """The history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
+        """Returns the history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
         return KeyValueCache(capacity, offload)
 
 
@@ -315,7 +315,7 @@ def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch: Grid) -> list[Tensor]:
-    """The inverse of `patchify`; grids are the (T, H, W) of each shot's tokens."""
+    """Returns the inverse of `patchify`; grids are the (T, H, W) of each shot's tokens."""
     a, b, c = patch
     shots = [x.view(*grid, -1) for x, grid in zip(tokens.split([t * h * w for t, h, w in grids]), grids, strict=True)]
     return each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)

@@ -99,7 +99,7 @@ class Block(RecomputedParts):
 
 
 def pack_windows(windows: list[Window], num_rows: int, device: torch.device) -> Packed:
-    """The windows, which tile the queries, as one variable-length call over `num_rows` rows of text."""
+    """Returns the windows, which tile the queries, as one variable-length call over `num_rows` rows of text."""
     rows = torch.arange(num_rows)
     keys = [torch.cat([rows[first:last] for first, last in window.ranges]) for window in windows]
     return Packed.build([window.end - window.start for window in windows], keys, num_rows, device)
@@ -209,7 +209,7 @@ class WanTransformer3DModel(StreamModel):
 
 
 def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, list[Window]]:
-    """Text rows of all samples [R, text_dim], and which of them the tokens of each shot see.
+    """Returns text rows of all samples [R, text_dim], and which of them the tokens of each shot see.
 
     text_anchor all: the sample's prompt, padded to 512 rows. global_and_own: the global caption's rows, the own shot's,
     and the padding; that of the whole prompt, as HoloCine was trained, or, where text flows strictly forward, as much

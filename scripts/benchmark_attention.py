@@ -189,7 +189,7 @@ def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Ten
 
 
 def measure(case: Case) -> list[dict]:
-    """Rows of one case: forward, backward, and for the short stream both from a graph."""
+    """Returns rows of one case: forward, backward, and for the short stream both from a graph."""
     torch.cuda.empty_cache()
     layout = case.layout()
     qkv = make_inputs(case, layout)
@@ -232,7 +232,8 @@ KERNEL_STAGES = {
 
 
 def stages(case: Case) -> dict[str, float]:
-    """Milliseconds of each stage of one MoC case: own kernels by profiler, index and anchored attention by events."""
+    """Returns milliseconds of each stage of one MoC case: own kernels by profiler, index and anchored attention by
+    events."""
     layout, config = case.layout(), case.config()
     qkv = make_inputs(case, layout)
     direction = torch.randn_like(qkv[0])

@@ -53,7 +53,7 @@ class CommandsConfig:
 
 
 def plan(folder: Path, num_gpus: int) -> dict[str, list[str]]:
-    """The commands by name, each as what follows `python`; later ones need what earlier ones made."""
+    """Returns the commands by name, each as what follows `python`; later ones need what earlier ones made."""
     f, runs = folder, folder / "runs"
     story = f / "story.yaml"
 
@@ -153,7 +153,7 @@ def start(arguments: list[str], log: Path, name: str) -> dict:
 
 
 def table(rows: list[dict], folder: Path) -> str:
-    """The record as a Markdown page, in which paths are shortened to `folder`."""
+    """Returns the record as a Markdown page, in which paths are shortened to `folder`."""
     about = (
         f"{measured_on(rows)} Each command in a fresh process, imports and start-up included, one after another on one "
         "machine, so that later ones find compiled kernels; `start` rows have a cache of kernels of their own, and end "

@@ -105,7 +105,7 @@ def run(seed: int, setting: str, output: Path, config: DemoSeedsConfig) -> dict:
 
 
 def cpu_name() -> str:
-    """The processor's model, and whether it has AVX-512."""
+    """Returns the processor's model, and whether it has AVX-512."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())

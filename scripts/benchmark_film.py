@@ -101,17 +101,17 @@ def main(config: FilmRowsConfig) -> None:
 
 
 def held_out_blocks(fold: int) -> list[int]:
-    """The blocks of the film that a fold holds out."""
+    """Returns the blocks of the film that a fold holds out."""
     return list(range(fold, block(len(film_shots()) - 1) + 1, FOLDS))
 
 
 def run_name(row: str, fold: int, config: FilmRowsConfig) -> str:
-    """The name of a training's run."""
+    """Returns the name of a training's run."""
     return f"{row}_fold{fold}_seed{config.seed}_{config.steps}"
 
 
 def arguments(row: str, fold: int, config: FilmRowsConfig) -> list[str]:
-    """The settings of train.py that a row and a fold are."""
+    """Returns the settings of train.py that a row and a fold are."""
     held_out = ",".join(f'"*b{number:02d}*"' for number in held_out_blocks(fold))
     data = [f"data.path={config.film}", f"data.held_out=[{held_out}]"]
     steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
@@ -129,7 +129,7 @@ def train(row: str, fold: int, config: FilmRowsConfig, folder: Path) -> float:
 
 
 def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: ShotDataset, parallel: Parallel) -> dict:
-    """A row of the record: what a checkpoint makes of each held-out shot that has one before it."""
+    """Returns a row of the record: what a checkpoint makes of each held-out shot that has one before it."""
     name = run_name(row, fold, config)
     key = {"row": row, "fold": fold, "seed": config.seed, "steps": config.steps}
     checkpoint = find_checkpoint(folder / name)
@@ -159,7 +159,7 @@ def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: Sho
 
 
 def sample_of(dataset: ShotDataset, index: int) -> Sample:
-    """The scene that ends with shot `index`. Raises UserError where the data lack it."""
+    """Returns the scene that ends with shot `index`. Raises UserError where the data lack it."""
     wanted = scene_id(max(0, index + 1 - LENGTH), index)
     for item, (_, scene) in enumerate(dataset.items):
         if scene.id == wanted:
@@ -168,8 +168,8 @@ def sample_of(dataset: ShotDataset, index: int) -> Sample:
 
 
 def target(shots: list[FilmShot], index: int) -> dict:
-    """A held-out shot: its number, and how many shots ago those in it were seen last, the nearest and the farthest of
-    them; -1 stands for never before, and null for a shot that shows nobody."""
+    """Returns a held-out shot: its number, and how many shots ago those in it were seen last, the nearest and the
+    farthest of them; -1 stands for never before, and null for a shot that shows nobody."""
     ages = [-1 if age is None else age for age in last_seen(shots, index).values()]
     farthest = -1 if -1 in ages else max(ages, default=None)
     known = [age for age in ages if age > 0]

@@ -84,7 +84,7 @@ def main(config: MemoryConfig) -> None:
 
 
 def settings(config: MemoryConfig) -> dict[str, Any]:
-    """What tells a row from the others."""
+    """Returns what tells a row from the others."""
     model, parallel = config.model, config.parallel
     return {
         "dim": model.dim, "layers": model.num_layers, "base": str(model.lora_base), "rank": model.lora_rank,
@@ -124,8 +124,8 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
 
 
 def draw_model(config: MemoryConfig, device: torch.device) -> StreamModel:
-    """The model with an adapter, its weights drawn on `device` and kept on the CPU: never more than one of them is held
-    in another format than its own."""
+    """Returns the model with an adapter, its weights drawn on `device` and kept on the CPU: never more than one of them
+    is held in another format than its own."""
     sizes = replace(config.model, lora_rank=0, lora_targets=[], lora_base=Base.fp32)
     with init_empty_weights():
         model = build_model(sizes, latent_channels=config.latent[0], text_dim=config.text_dim)
@@ -157,7 +157,7 @@ def make_film(config: MemoryConfig, model: StreamModel) -> Batch:
 
 
 def step(trainer: Trainer, batch: Batch) -> tuple[float, float]:
-    """Seconds and loss of one step."""
+    """Returns seconds and loss of one step."""
     start = time.perf_counter()
     trainer._train_step([batch])
     loss = trainer._look(None).loss  # waits for the device
@@ -165,7 +165,7 @@ def step(trainer: Trainer, batch: Batch) -> tuple[float, float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The record as a Markdown page."""
+    """Returns the record as a Markdown page."""
     lines = [
         [
             f"{row['layers']} x {row['dim']}", row["base"], row["rank"], row["swapped"],

@@ -72,7 +72,7 @@ class ModelBenchmarkConfig:
 
 
 def make_story(num_shots: int, shape: tuple[int, ...] = LATENT) -> Batch:
-    """One sample of random latents and captions."""
+    """Returns one sample of random latents and captions."""
     latents = [torch.randn(shape) for _ in range(num_shots)]
     text = [torch.randn(40, TEXT_DIM) for _ in range(num_shots + 1)]
     spec = models.wan.StreamSpec(patch=(1, 2, 2), text_in_stream=False)
@@ -80,8 +80,8 @@ def make_story(num_shots: int, shape: tuple[int, ...] = LATENT) -> Batch:
 
 
 def measure(function: Callable[[], object]) -> tuple[float, int]:
-    """Milliseconds and peak bytes of `function`: the median of three, warm; the second of two from SLOW on, and the
-    first from TOO_SLOW on (another number of shots may compile once more)."""
+    """Returns milliseconds and peak bytes of `function`: the median of three, warm; the second of two from SLOW on, and
+    the first from TOO_SLOW on (another number of shots may compile once more)."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ms = median_ms(function, 1)
@@ -93,7 +93,7 @@ def measure(function: Callable[[], object]) -> tuple[float, int]:
 
 
 def density(model: nn.Module, batch: Batch, config: MoCConfig) -> float:
-    """Share of all pairs that the first layer attends to."""
+    """Returns share of all pairs that the first layer attends to."""
     routes: dict[int, Tensor] = {}
     sigma = torch.ones(batch.num_shots, device="cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
@@ -104,7 +104,7 @@ def density(model: nn.Module, batch: Batch, config: MoCConfig) -> float:
 def passes(
     model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, config: MoCConfig
 ) -> dict[str, Callable[[], None]]:
-    """A forward and a training step on a batch."""
+    """Returns a forward and a training step on a batch."""
     flow = Flow()
     levels = flow.draw_levels(batch, seed=0)
     sigma = levels.sigma.cuda()
@@ -163,7 +163,7 @@ class _NoAttention(torch.autograd.Function):
 
 
 def block_row(model: Any, num_shots: int) -> dict:
-    """One block without its attention, forward and forward plus backward, against its floor."""
+    """Returns one block without its attention, forward and forward plus backward, against its floor."""
     layout = make_story(num_shots).layout
     block = model.blocks[0]
     dim, length = CONFIG.dim, layout.num_tokens
@@ -207,7 +207,7 @@ def block_row(model: Any, num_shots: int) -> dict:
 
 
 def _matmul_ms(linear: nn.Linear, rows: int) -> tuple[float, float]:
-    """A linear's matmuls alone, in bf16: forward, and the two of its backward."""
+    """Returns a linear's matmuls alone, in bf16: forward, and the two of its backward."""
     weight, bias = linear.weight.bfloat16(), linear.bias.bfloat16()
     x = torch.randn(rows, linear.in_features, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn(rows, linear.out_features, device="cuda", dtype=torch.bfloat16)

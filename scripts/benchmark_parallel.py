@@ -97,8 +97,8 @@ def main(config: BenchmarkConfig) -> None:
 
 
 def remaining(config: BenchmarkConfig, mesh: str) -> list[tuple[str, int]]:
-    """What this code has still to measure on a mesh: implementations and numbers of shots. What is longer than a film
-    that failed is not."""
+    """Returns what this code has still to measure on a mesh: implementations and numbers of shots. What is longer than
+    a film that failed is not."""
     same = {name: value for name, value in head(config).items() if name != "date"} | processes_of(config, mesh)
     rows = [row for row in read_rows(Path(config.output)) if same.items() <= row.items()]
     done = {(row["impl"], row["shots"]) for row in rows}
@@ -155,7 +155,7 @@ def make_film(config: BenchmarkConfig, stream: StreamSpec, shots: int, position:
 
 
 def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
-    """The median step, memory, and what share of a step the device is at collectives, waiting included."""
+    """Returns the median step, memory, and what share of a step the device is at collectives, waiting included."""
     parallel = trainer.parallel
     on_gpu = parallel.device.type == "cuda"
     if on_gpu:
@@ -203,7 +203,7 @@ def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[
 
 
 def head(config: BenchmarkConfig) -> dict[str, Any]:
-    """Where and what is measured."""
+    """Returns where and what is measured."""
     sizes = {name: asdict(config.model)[name] for name in ("family", "dim", "num_layers", "num_heads", "ffn_dim")}
     model = {name: str(value) for name, value in sizes.items()}
     measured = {"latent": list(config.latent), "recomputed": config.parallel.activation_checkpointing}
@@ -217,7 +217,7 @@ def add_row(config: BenchmarkConfig, row: dict[str, Any]) -> None:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The record as a Markdown page, with a table of each setup."""
+    """Returns the record as a Markdown page, with a table of each setup."""
     setups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         setups.setdefault(json.dumps([row[name] for name in SETUP]), []).append(row)
@@ -226,7 +226,7 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one setup."""
+    """Returns the rows of one setup."""
     one = {(row["impl"], row["shots"]): row.get("tokens_per_second") for row in rows if row["mesh"] == "one"}
     lines = []
     for row in rows:

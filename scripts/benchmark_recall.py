@@ -139,7 +139,7 @@ def arguments(row: str, config: RecallRowsConfig) -> list[str]:
 
 
 def composed(config: RecallRowsConfig, folder: Path) -> TrainConfig:
-    """The settings that all rows share."""
+    """Returns the settings that all rows share."""
     words = [f"output={folder}", "name=composed", *config.settings]
     shown = subprocess.run(
         [sys.executable, "train.py", "experiment=recall", *words, "--cfg", "job"],
@@ -237,7 +237,7 @@ def composing_speed(world: RecallWorld, batch: int, repeats: int = 5) -> float:
 
 
 def brief(found: dict) -> dict:
-    """A summary without its tables."""
+    """Returns a summary without its tables."""
     return {name: found[name] for name in ("readings", "recall", "interval", "sparsity", "loss", "region_loss")}
 
 

@@ -16,7 +16,7 @@ STAGE_ORDER = (
 
 
 def _grouped(rows: Iterable[dict]) -> dict[tuple, dict]:
-    """Rows of one case together: its fields, plus ms by pass and their sum."""
+    """Returns rows of one case together: its fields, plus ms by pass and their sum."""
     out: dict[tuple, dict] = {}
     for row in rows:
         fields = {name: value for name, value in row.items() if name not in ("pass", "ms", "stages")}

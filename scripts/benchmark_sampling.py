@@ -164,7 +164,7 @@ class Clocked:
         return out
 
     def seconds(self) -> float:
-        """Those since it was last asked; the device must be done."""
+        """Returns those since it was last asked; the device must be done."""
         took = sum(start.elapsed_time(end) / 1e3 if self.on_gpu else end - start for start, end in self._spans)
         self._spans.clear()
         return took
@@ -273,7 +273,7 @@ class Bench:
         return taken
 
     def _done(self) -> float:
-        """The time when the device is done."""
+        """Returns the time when the device is done."""
         if self.model.on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -297,7 +297,7 @@ class Bench:
 
 
 def summary(streams: Mapping[Shots, int], taken: Mapping[Shots, Taken]) -> dict[str, Any]:
-    """A row, from the steps taken of each stream. streams: how many steps of a whole film see each.
+    """Returns a row, from the steps taken of each stream. streams: how many steps of a whole film see each.
 
     step_seconds: of the usual step of the last stream. film_seconds: of the whole film, extrapolated: of each stream
     one first step and so many usual ones. outside: the share of the usual steps that is not spent in the model.
@@ -316,7 +316,7 @@ def summary(streams: Mapping[Shots, int], taken: Mapping[Shots, Taken]) -> dict[
 
 
 def decode(film: Film, width: int, parallel: Parallel) -> dict[str, Any]:
-    """A row: seconds and peak of decoding one shot as films do, and of all of them by count."""
+    """Returns a row: seconds and peak of decoding one shot as films do, and of all of them by count."""
     device = parallel.device
     with tempfile.TemporaryDirectory() as folder:
         AutoencoderKLWan(base_dim=width).save_pretrained(folder)  # type: ignore[attr-defined]
@@ -339,7 +339,7 @@ def decode(film: Film, width: int, parallel: Parallel) -> dict[str, Any]:
 
 
 def page(rows: list[dict[str, Any]]) -> str:
-    """The record as a Markdown page."""
+    """Returns the record as a Markdown page."""
     same = ("gpu", "film", "guidance_scale", "context_shots", "processes")
     dense_rows = {(row["mode"], *(row[name] for name in same)): row for row in rows if row["impl"] == "dense"}
     lines = []

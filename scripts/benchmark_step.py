@@ -120,7 +120,7 @@ def main(config: StepConfig) -> None:
 
 
 def make_pack(model: StreamModel, grid: tuple[int, int, int], scenes: int, chunk_tokens: int) -> Parcel:
-    """A batch as a worker of the loader sends it."""
+    """Returns a batch as a worker of the loader sends it."""
     shape = (CHANNELS, *(size * patch for size, patch in zip(grid, model.stream.patch, strict=True)))
 
     def sample(position: int) -> Sample:
@@ -131,13 +131,14 @@ def make_pack(model: StreamModel, grid: tuple[int, int, int], scenes: int, chunk
 
 
 def arriving(parcels: Iterable[Parcel]) -> Iterator[Batch]:
-    """The batches of the parcels by turns, without end, through pinned memory and a thread, as the loader has them."""
+    """Returns the batches of the parcels by turns, without end, through pinned memory and a thread, as the loader has
+    them."""
     pinned = [parcel._replace(flat=parcel.flat.pin_memory()) for parcel in parcels]
     return ahead(lambda: map(unwrap, cycle(pinned)))
 
 
 def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, rates: dict[str, float]) -> dict:
-    """A row: the mean step, what the host and the GPU did in it, and its floor."""
+    """Returns a row: the mean step, what the host and the GPU did in it, and its floor."""
     model, moc = trainer.bare_model, trainer.moc
     scene = SHOTS * (grid[0] * grid[1] * grid[2] + TEXT_TOKENS) + TEXT_TOKENS
     scenes = max(SIZES, config.tokens // scene)
@@ -191,7 +192,7 @@ def take_steps(trainer: Trainer, source: Iterator[Batch], count: int) -> dict[st
 
 
 def by_kind(times: dict[str, float]) -> dict[str, float]:
-    """Milliseconds of each of `KINDS`, the longest first, and of other kernels; times: by the kernel's name."""
+    """Returns milliseconds of each of `KINDS`, the longest first, and of other kernels; times: by the kernel's name."""
     kinds: dict[str, float] = defaultdict(float)
     for name, ms in times.items():
         kinds[next((kind for kind, like in KINDS.items() if re.search(like, name.lower())), "other")] += ms
@@ -224,7 +225,7 @@ def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
 
 
 def table(rows: list[dict]) -> str:
-    """The record as a Markdown page."""
+    """Returns the record as a Markdown page."""
     kinds = dict.fromkeys(kind for row in rows for kind in row["kernels_ms"])
     lines = []
     for row in rows:

@@ -104,7 +104,7 @@ def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, a
 
 
 def faults(rows: list[dict]) -> list[str]:
-    """A line for each kernel that takes more shared memory than its GPU has, or spills more than FEW_BYTES."""
+    """Returns a line for each kernel that takes more shared memory than its GPU has, or spills more than FEW_BYTES."""
     found = []
     for row in rows:
         gpu, name = row["gpu"], row["name"]

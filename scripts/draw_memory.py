@@ -93,8 +93,8 @@ def most_pointed(by_head: dict[int, Tensor]) -> tuple[int, int, Tensor]:
 
 
 def draw(folder: FilmFolder, plan: FilmPlan, shares: Tensor) -> Iterator[Image.Image]:
-    """The moving picture's frames: the shot on the left; on the right all shots until then, of which those that it does
-    not look to are pale, and those that it looks to more than evenly are framed."""
+    """Yields the moving picture's frames: the shot on the left; on the right all shots until then, of which those that
+    it does not look to are pale, and those that it looks to more than evenly are framed."""
     numbers = range(1, len(plan.filmed) + 1)
     films = [list(folder.frames(number, lambda count: list(range(count)), lambda *size: size)) for number in numbers]
     height, width = films[0][0].shape[:2]

@@ -107,7 +107,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
-    """The rows of the checkpoint under rival attentions."""
+    """Returns the rows of the checkpoint under rival attentions."""
     contents = Contents.sound(config.checkpoint)
     model = load_model(contents)
     move_model(model, parallel)
@@ -125,7 +125,7 @@ def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
 
 
 def judge(config: EvaluateConfig, parallel: Parallel) -> tuple[list[dict], list[list[Board]]]:
-    """The scores of each of `config.films`, and the storyboards of its films."""
+    """Returns the scores of each of `config.films`, and the storyboards of its films."""
     schedule = read_schedule(config.schedule) if config.schedule else None
     clip = Clip(config.clip, parallel.device) if config.clip else None
     given: list[Features | None] = [Dino(config.dino, parallel.device) if config.dino else None, clip]

@@ -37,7 +37,7 @@ def write_report(rows: list[dict], output: Path) -> None:
 
 
 def tables(rows: list[dict]) -> str:
-    """The report of rows, the folds of one kind of attention, seed and number of steps taken together."""
+    """Returns the report of rows, the folds of one kind of attention, seed and number of steps taken together."""
     cases = _cases(rows)
     return "\n\n".join([
         "# Big Buck Bunny: what a shot's history is worth\n\n"
@@ -89,7 +89,7 @@ def _losses(cases: list[list[dict]]) -> str:
 
 
 def _minus_dense(case: list[dict], cases: list[list[dict]], sigma: float) -> str:
-    """How much higher the loss after its history is than dense attention's on the same shots."""
+    """Returns how much higher the loss after its history is than dense attention's on the same shots."""
     same = [{key: row[key] for key in ("fold", "seed", "steps")} for row in case]
     for other in cases:
         matches = [{key: row[key] for key in ("fold", "seed", "steps")} for row in other] == same
@@ -130,7 +130,7 @@ def _lowered(before: Tensor, after: Tensor, alone: Tensor) -> Estimate | None:
 
 
 def _course(cases: list[list[dict]]) -> str:
-    """The loss of validation, averaged over folds, by step."""
+    """Returns the loss of validation, averaged over folds, by step."""
     courses = []
     for case in cases:
         by_step: dict[int, list[float]] = {}

@@ -40,7 +40,7 @@ def median_ms(function: Callable[[], object], repeats: int, warm_up: float = 0.4
 
 
 def copy_bytes_per_ms() -> float:
-    """Bytes read and written a millisecond by a copy of 4 GB."""
+    """Returns bytes read and written a millisecond by a copy of 4 GB."""
     source = torch.empty(1 << 31, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source), 10)
@@ -68,6 +68,6 @@ def header() -> dict:
 
 
 def markdown_table(head: list[str], lines: Sequence[Sequence[object]]) -> str:
-    """A Markdown table of cells as they print."""
+    """Returns a Markdown table of cells as they print."""
     rows: list[Sequence[object]] = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)

@@ -155,12 +155,13 @@ class Measured:
         self.activation_bytes = activations / (one["tokens"] * size.dim * size.layers)
 
     def efficiency(self, sequence: int) -> float:
-        """The share of their speed that GPUs have along `sequence`: what is lost grows as the share of tokens sent."""
+        """Returns the share of their speed that GPUs have along `sequence`: what is lost grows as the share of tokens
+        sent."""
         return 1 - self.loss * (1 - 1 / sequence) / (1 - 1 / 2)
 
 
 def plan(config: PlanConfig, measured: Measured, size: Size, sequence: int, shard: int) -> dict[str, float]:
-    """The numbers of one mesh. Raises UserError where `sequence` does not divide the heads."""
+    """Returns the numbers of one mesh. Raises UserError where `sequence` does not divide the heads."""
     if config.model.num_heads % sequence:
         raise UserError(f"meshes: sequence={sequence} must divide the model's {config.model.num_heads} heads")
     films, tokens = config.gpus // sequence, config.shots * measured.shot_tokens
@@ -197,7 +198,7 @@ def line(config: PlanConfig, mesh: list[int], values: dict[str, float]) -> list[
 
 
 def report(config: PlanConfig, rows: list[dict[str, Any]]) -> str:
-    """The table, and what it assumes. rows: those of `benchmark_parallel.py`."""
+    """Returns the table, and what it assumes. rows: those of `benchmark_parallel.py`."""
     measured, size = Measured(rows), Size.of(config.model)
     values = [plan(config, measured, size, *mesh) for mesh in config.meshes]
     saved, every = SAVED_BYTES * size.params, config.checkpoint_every * values[0]["step"]

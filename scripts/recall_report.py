@@ -81,7 +81,8 @@ def _main(rows: list[dict]) -> str:
 
 
 def _minus_dense(row: dict, rows: list[dict]) -> str:
-    """The difference over the same scenes to dense attention of the same seed that began with the same weights."""
+    """Returns the difference over the same scenes to dense attention of the same seed that began with the same
+    weights."""
     alike = [r for r in rows if all(r.get(name) == row.get(name) for name in ("seed", "start"))]
     rivals = [r for r in alike if r["row"] == "dense" and r is not row]
     if not rivals or len(rivals[0]["all"]["right"]) != len(row["all"]["right"]):
@@ -92,7 +93,7 @@ def _minus_dense(row: dict, rows: list[dict]) -> str:
 
 
 def _right(row: dict) -> np.ndarray:
-    """Whether each look of each scene is right, float [B, 2]."""
+    """Returns whether each look of each scene is right, float [B, 2]."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["all"]["right"]), np.uint8))
     return bits[: row["all"]["readings"]].reshape(-1, 2).astype(float)
 

@@ -57,7 +57,8 @@ def machine(parallel: Parallel) -> dict:
 
 
 def read_rows(output: Path) -> list[dict]:
-    """The rows of a record, each with what the record's header says of all of them; none where there is no record."""
+    """Returns the rows of a record, each with what the record's header says of all of them; none where there is no
+    record."""
     if not output.exists():
         return []
     record = json.loads(output.read_text())

@@ -32,15 +32,15 @@ def latent_shapes(plan: SamplePlan, codec: Codec) -> list[list[int]]:
 
 
 def name_films(root: Path, cache: Path) -> dict[str, str]:
-    """Where the videos lie, for the index: their folder, and where that is beside, around or in the prepared one also
-    its name from there, by which it is found when both have moved together."""
+    """Returns where the videos lie, for the index: their folder, and where that is beside, around or in the prepared
+    one also its name from there, by which it is found when both have moved together."""
     root, around = root.resolve(), _around(cache)
     beside = {"beside": root.relative_to(around).as_posix()} if root.is_relative_to(around) else {}
     return {"absolute": str(root)} | beside
 
 
 def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> dict:
-    """What `encode_frames` needs, for the index; leaves the video's own index in the cache folder."""
+    """Returns what `encode_frames` needs, for the index; leaves the video's own index in the cache folder."""
     size = (root / plan.scene.path).stat().st_size
     frames = {"file": plan.scene.path, "bytes": size, "decoder": decoder, "size": plan.size}
     if plan.index is None:
@@ -90,5 +90,5 @@ def _find_video(frames: dict, films: dict[str, str], store: FileStore) -> Path:
 
 
 def _around(cache: Path) -> Path:
-    """The folder that PREPARED lies in, of PREPARED/cache/DIGEST."""
+    """Returns the folder that PREPARED lies in, of PREPARED/cache/DIGEST."""
     return (cache / "../../..").resolve()

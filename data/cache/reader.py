@@ -84,7 +84,7 @@ class Cache:
         return self.__dict__ | {"_open": {}, "_codec": None}
 
     def _codec_now(self) -> Codec:
-        """The codec of latents that are not stored, loaded at their first use."""
+        """Returns the codec of latents that are not stored, loaded at their first use."""
         if self._codec is None:
             if self.load_codec is None:
                 raise DataError("no-codec", self.store.url, "stores no latents, and nothing to encode them was given")
@@ -101,7 +101,7 @@ class Cache:
             )
 
     def _read(self, shard: int, name: str, crc32: int) -> Tensor:
-        """A tensor that its checksum fits. A bad local copy of a remote shard is fetched anew, once."""
+        """Returns a tensor that its checksum fits. A bad local copy of a remote shard is fetched anew, once."""
         try:
             return self._read_once(shard, name, crc32)
         except DataError:
@@ -128,7 +128,8 @@ class Cache:
 
 
 def _read_index(store: FileStore) -> dict:
-    """The index, its scenes typed, and all that they refer to there. Raises DataError: damaged-index, other-format."""
+    """Returns the index, its scenes typed, and all that they refer to there. Raises DataError: damaged-index,
+    other-format."""
     where = f"{store.url}/{INDEX}"
     try:
         index = json.loads(store.read_bytes(INDEX))
@@ -162,7 +163,7 @@ def _read_index(store: FileStore) -> dict:
 
 
 def _unstored(index: dict) -> list[str]:
-    """What the index names and stores nowhere."""
+    """Returns what the index names and stores nowhere."""
     shards, text = range(len(index["shards"])), index["text"]
     keys = {key for scene in index["scenes"] for variant in scene.text_keys for key in variant}
     homeless = [key for key, entry in text.items() if entry["shard"] not in shards]
@@ -190,7 +191,7 @@ def _scene(entry: dict) -> CachedScene:
 def open_cache(
     path: str | Path, copies: str | None = None, max_bytes: int = 50 << 30, load_codec: LoadCodec | None = None
 ) -> Cache:
-    """The cache that `path` means, a folder or an fsspec URL: itself, or the only one of a prepared folder.
+    """Returns the cache that `path` means, a folder or an fsspec URL: itself, or the only one of a prepared folder.
 
     load_codec: for a cache without latents, makes the codec of its encoders/ folder.
 

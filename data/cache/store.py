@@ -15,7 +15,7 @@ _COPY = ".moc-copy"  # an ending that nobody else gives a file, so that making r
 
 
 def checksum(tensor: Tensor) -> int:
-    """The CRC32 of a CPU tensor's bytes, which the index of a cache keeps for each."""
+    """Returns the CRC32 of a CPU tensor's bytes, which the index of a cache keeps for each."""
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
@@ -37,22 +37,23 @@ class FileStore:
         return "://" in self.url and not self.url.startswith("file://")
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, None where there is none."""
+        """Returns bytes of a file, None where there is none."""
         fs, path = self._located(name)
         return fs.size(path) if fs.isfile(path) else None
 
     def read_bytes(self, name: str) -> bytes:
-        """A whole small file. Raises OSError."""
+        """Reads a whole small file. Raises OSError."""
         fs, path = self._located(name)
         return fs.cat_file(path)
 
     def glob(self, pattern: str) -> list[str]:
-        """Names under the folder that match, sorted."""
+        """Returns names under the folder that match, sorted."""
         fs, root = self._root()
         return sorted(path[len(root) :].lstrip("/") for path in fs.glob(f"{root}/{pattern}"))
 
     def local(self, name: str) -> Path:
-        """The file on the local disk, copied there if it must be. Raises DataError (cache-too-small), OSError."""
+        """Returns the file on the local disk, copied there if it must be. Raises DataError (cache-too-small),
+        OSError."""
         fs, path = self._located(name)
         if not self.is_remote:
             return Path(path)
@@ -75,7 +76,7 @@ class FileStore:
         return True
 
     def local_folder(self, name: str) -> Path:
-        """A folder of small files on the local disk, copied there if it must be, to stay."""
+        """Returns a folder of small files on the local disk, copied there if it must be, to stay."""
         if not self.is_remote:
             return self.local(name)
         for file in self.glob(f"{name}/**"):
@@ -84,15 +85,15 @@ class FileStore:
         return self._copy(name)
 
     def _root(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The file system, kept by fsspec for each process since handles do not survive a fork, and the folder in it.
-        Raises DataError (no-file-system)."""
+        """Returns the file system, kept by fsspec for each process since handles do not survive a fork, and the folder
+        in it. Raises DataError (no-file-system)."""
         try:
             return fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:  # a package that is not installed, an unknown kind of URL
             raise DataError("no-file-system", self.url, f"cannot be opened here ({error})") from error
 
     def _located(self, name: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        """The file system and the path of a file in it."""
+        """Returns the file system and the path of a file in it."""
         fs, root = self._root()
         self._inside(root, name)
         return fs, f"{root}/{name}"

@@ -173,8 +173,8 @@ class CacheWriter:
 
 
 def read_stored(folder: Path) -> list[dict]:
-    """What each whole shard of the folder holds, in the order of their names; one deleted or cut short, or whose record
-    is, is passed over, so that its scenes are made again."""
+    """Returns what each whole shard of the folder holds, in the order of their names; one deleted or cut short, or
+    whose record is, is passed over, so that its scenes are made again."""
     all_stored = []
     for path in _records(folder):
         record, file = read_record(path), path.with_suffix(".safetensors")
@@ -192,7 +192,7 @@ def _keys(stored: dict) -> set[str]:
 
 
 def whole_scenes(all_stored: list[dict]) -> set[str]:
-    """Keys of the scenes that the shards hold with all their text, which may lie in other shards."""
+    """Returns keys of the scenes that the shards hold with all their text, which may lie in other shards."""
     text = {key for stored in all_stored for key in stored["text"]}
     return {
         scene["key"]

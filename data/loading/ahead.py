@@ -33,7 +33,7 @@ class _Failure:
 
 
 def ahead(make: Callable[[], Iterator[Item]]) -> Iterator[Item]:
-    """The items of `make()`, an endless iterator, which is made and asked in a thread.
+    """Yields the items of `make()`, an endless iterator, which is made and asked in a thread.
 
     A slow or hanging item does not hold up the end of this iterator, and that of the program for some seconds at most;
     a signal reaches the thread that waits here. An error of an item is raised in its place.

@@ -194,7 +194,7 @@ class ShotDataset:
         return Split(training, tuple(first[scene_id] for scene_id in evaluated))
 
     def _named(self, ids: list[str], validation: int) -> list[str]:
-        """Those of the ids that `held_out` names, in their order. Raises DataError, see `split`."""
+        """Returns those of the ids that `held_out` names, in their order. Raises DataError, see `split`."""
         by_pattern = {pattern: {x for x in ids if fnmatchcase(x, pattern)} for pattern in self.held_out}
         for pattern, found in by_pattern.items():
             if not found:
@@ -206,7 +206,7 @@ class ShotDataset:
         return [x for x in ids if x in named]
 
     def draw(self, position: int, item: int, config: DataConfig) -> Draw:
-        """What position `position` drops, by (seed, position) alone."""
+        """Returns what position `position` drops, by (seed, position) alone."""
         num_shots = self.items[item][1].num_shots
         u = uniforms(config.seed, DRAW, position, 3 + 2 * num_shots)
         no_captions = bool(u[1] < config.drop_captions)
@@ -220,7 +220,7 @@ class ShotDataset:
         )
 
     def text_keys(self, draw: Draw) -> list[str]:
-        """Keys of the text features a draw shows: 1 + S."""
+        """Returns keys of the text features a draw shows: 1 + S."""
         variants = self.items[draw.item][1].text_keys
         keys = list(variants[int(draw.variant * len(variants))])
         if draw.drop_global_caption:
@@ -231,7 +231,7 @@ class ShotDataset:
         return keys
 
     def num_tokens(self, draw: Draw, spec: moc.StreamSpec) -> int:
-        """Tokens of the sample in a model's stream, from the index alone."""
+        """Returns tokens of the sample in a model's stream, from the index alone."""
         cache, scene = self.items[draw.item]
         pt, ph, pw = spec.patch
         total = 0
@@ -243,7 +243,7 @@ class ShotDataset:
         return total
 
     def max_tokens(self, item: int, spec: moc.StreamSpec) -> int:
-        """Tokens of an item at most, whatever is drawn."""
+        """Returns tokens of an item at most, whatever is drawn."""
         cache, scene = self.items[item]
         total = self.num_tokens(Draw(0, item), spec)
         if spec.text_in_stream:
@@ -282,7 +282,8 @@ def _id_hash(scene_id: str) -> str:
 
 
 def open_dataset(config: DataConfig, load_codec: LoadCodec | None = None) -> ShotDataset:
-    """The dataset a config names. load_codec: for caches without latents. Raises DataError where it names none."""
+    """Returns the dataset a config names. load_codec: for caches without latents. Raises DataError where it names
+    none."""
     if bool(config.path) == bool(config.sources):
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
     max_bytes = int(config.local_cache_gigabytes * 1e9)

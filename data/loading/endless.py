@@ -99,7 +99,7 @@ class RecallWorld:
         return EncodedScenes(scenes, latents.unflatten(0, shape), text, cover.unflatten(0, shape))
 
     def encode_latents(self, scenes: RecallScenes) -> Tensor:
-        """The latents alone: fp32 [B, S, C, T, H, W]."""
+        """Returns the latents alone: fp32 [B, S, C, T, H, W]."""
         latents = torch.vmap(self.codec.encode)(self.stock.compose(scenes).frames)
         return latents.unflatten(0, (len(scenes), self.config.shots))
 
@@ -186,7 +186,7 @@ def open_loader(
     load_codec: LoadCodec | None = None,
     **share: int,
 ) -> Loader | EndlessLoader:
-    """The loader of one rank's `share`, as `build_loader` takes it, of whatever a config names."""
+    """Returns the loader of one rank's `share`, as `build_loader` takes it, of whatever a config names."""
     if isinstance(dataset, RecallWorld):
         limits = config.batch_tokens, config.validation, config.drop_captions
         return EndlessLoader(dataset, spec, chunk_tokens, *limits, **share)

@@ -71,7 +71,7 @@ class Loader:
         check_budget(sizes[largest], scene_id, config.batch_tokens, world_size * accumulation)
 
     def state(self) -> dict[str, int]:
-        """Where to go on: `start_position` of another loader, on any number of ranks."""
+        """Returns where to go on: `start_position` of another loader, on any number of ranks."""
         return {"position": self.position, "epoch": self.position // self.num_training}
 
     def __iter__(self) -> Iterator[list[moc.Batch]]:
@@ -117,7 +117,7 @@ def build_loader(
     start_position: int = 0,
     load_codec: LoadCodec | None = None,
 ) -> Loader:
-    """The training data of one data-parallel rank (ranks that share a sample pass the same rank).
+    """Returns the training data of one data-parallel rank (ranks that share a sample pass the same rank).
 
     Iterating gives steps from `start_position` on, each a list of `accumulation` moc.Batch whose samples together
     with the other ranks' are a run of consecutive positions of at most `config.batch_tokens` tokens.
@@ -132,7 +132,8 @@ def build_loader(
 def held_out(
     dataset: ShotDataset, validation: int, spec: moc.StreamSpec, chunk_tokens: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[moc.Batch]:
-    """The held-out scenes in one fixed order, one a batch, nothing dropped, fp32; every `world_size`-th for a rank.
+    """Yields the held-out scenes in one fixed order, one a batch, nothing dropped, fp32; every `world_size`-th for a
+    rank.
     They may be of any size: a training step's budget is not theirs. Raises DataError as `ShotDataset.split` does."""
     items = dataset.split(validation).held_out
     draws = [[Draw(position=position, item=item)] for position, item in enumerate(items)][rank::world_size]

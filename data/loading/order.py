@@ -66,7 +66,7 @@ class SampleOrder:
         return items[self._shuffle(source, epoch, len(items))[index]], epoch
 
     def _mixed(self, position: int) -> tuple[int, int]:
-        """The source of a position, and how many positions it had before."""
+        """Returns the source of a position, and how many positions it had before."""
         block, offset = divmod(position, _BLOCK)
         if self._block[0] != block:
             schedule = np.repeat(np.arange(len(self.sources)), self._counts)

@@ -41,7 +41,7 @@ def wrap(content: Any) -> Parcel:
 
 
 def unwrap(parcel: Parcel) -> Any:
-    """The object again; its tensors are views of the parcel's memory, pinned if that is."""
+    """Returns the object again; its tensors are views of the parcel's memory, pinned if that is."""
     shell = io.BytesIO(parcel.shell)
     entries = pickle.load(shell)
     flat = {name: parcel.flat.view(getattr(torch, name)) for name in {name for name, *_ in entries}}

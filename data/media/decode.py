@@ -31,7 +31,7 @@ _SEEK_EARLY_SECONDS = 1.0
 
 
 def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None = None) -> IndexedReader:
-    """A frame-exact reader. index: a scan made before, so that the file is not decoded again to count frames.
+    """Returns a frame-exact reader. index: a scan made before, so that the file is not decoded again to count frames.
 
     Raises DataError for files that cannot be read, and for a decoder that is unknown, not installed or known to read
     this file wrong.
@@ -104,7 +104,8 @@ class PyAVReader(IndexedReader):
         self._decoded, self._num_decoded = container.decode(stream), 0
 
     def _near(self, start: int) -> bool:
-        """Whether decoding on to `start` is no longer than seeking to it, or than starting over without stamps."""
+        """Returns whether decoding on to `start` is no longer than seeking to it, or than starting over without
+        stamps."""
         times = self.index.times
         return self.index.pts is None or times[start] - times[min(self._next, len(times) - 1)] <= _SEEK_EARLY_SECONDS
 
@@ -159,7 +160,7 @@ class DecordReader(IndexedReader):
 
 
 def decord_fault(path: Path) -> str:
-    """What in the file decord is known to read wrong, or "" if nothing.
+    """Returns what in the file decord is known to read wrong, or "" if nothing.
 
     Open groups of pictures show as packets that come after a keyframe and are shown before it.
     """
@@ -226,7 +227,8 @@ def _faults(decoder: str, path: Path) -> Iterator[None]:
 
 
 def _load(decoder: str) -> Any:
-    """The package. Raises DataError (decoder-missing); an installed torchcodec may fail in loading its libraries."""
+    """Returns the package. Raises DataError (decoder-missing); an installed torchcodec may fail in loading its
+    libraries."""
     try:
         if decoder == "torchcodec":
             import_module("torchcodec.decoders")

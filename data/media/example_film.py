@@ -55,7 +55,8 @@ class ExampleFilmConfig:
 
 
 def fetch(folder: Path, lengths: Sequence[int] = ()) -> Path:
-    """The film's file in `folder`, with its caption and credit beside it, and a manifest of scenes of so many shots.
+    """Returns the film's file in `folder`, with its caption and credit beside it, and a manifest of scenes of so many
+    shots.
 
     Raises DataError (download-failed)."""
     film = folder / FILM

@@ -28,13 +28,13 @@ class FilmShot:
 
 
 def film_shots() -> list[FilmShot]:
-    """The film's shots, but for black ones and those of the credits."""
+    """Returns the film's shots, but for black ones and those of the credits."""
     shots = json.loads(LIST.read_text(encoding="utf-8"))["shots"]
     return [FilmShot(**shot | {"characters": tuple(shot["characters"])}) for shot in shots]
 
 
 def last_seen(shots: Sequence[FilmShot], index: int) -> dict[str, int | None]:
-    """How many shots ago each character of shot `index` was seen last; None where never before."""
+    """Returns how many shots ago each character of shot `index` was seen last; None where never before."""
     found: dict[str, int | None] = {}
     for name in shots[index].characters:
         before = [back for back in range(1, index + 1) if name in shots[index - back].characters]
@@ -43,7 +43,7 @@ def last_seen(shots: Sequence[FilmShot], index: int) -> dict[str, int | None]:
 
 
 def block(index: int) -> int:
-    """The block of a shot, both counted from 0."""
+    """Returns the block of a shot, both counted from 0."""
     return index // BLOCK
 
 
@@ -63,6 +63,6 @@ def scenes(film: str, caption: str, shots_of_a_scene: Sequence[int]) -> Iterator
 
 
 def scene_id(first: int, last: int) -> str:
-    """The id of the scene of shots first to last, both included and counted from 0."""
+    """Returns the id of the scene of shots first to last, both included and counted from 0."""
     blocks = "".join(f"b{number:02d}" for number in range(block(first), block(last) + 1))
     return f"{blocks}-shots{first:03d}-{last:03d}"

@@ -112,7 +112,7 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
 
 
 def estimated_frames(path: Path) -> int | None:
-    """The number of frames that the header claims, for progress bars only; None where it claims none."""
+    """Returns the number of frames that the header claims, for progress bars only; None where it claims none."""
     try:
         with opened(path) as (container, stream):
             seconds = (container.duration or 0) / av.time_base

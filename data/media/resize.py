@@ -16,7 +16,7 @@ _READ_PIXELS = 16 << 20  # of a piece, before or after fitting
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The (H, W) of `buckets` whose aspect ratio is nearest; the first of equals."""
+    """Returns the (H, W) of `buckets` whose aspect ratio is nearest; the first of equals."""
     aspect = math.log(height / width)
     return min(buckets, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
 
@@ -51,7 +51,7 @@ def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def read_pieces(reader: IndexedReader, indices: Sequence[int], size: tuple[int, int]) -> Iterator[Tensor]:
-    """Frames `indices` (ascending, may repeat) of the video, as `fit` gives them, few at a time."""
+    """Yields frames `indices` (ascending, may repeat) of the video, as `fit` gives them, few at a time."""
     span = max(1, _READ_PIXELS // max(reader.height * reader.width, size[0] * size[1]))
     at = 0
     while at < len(indices):
@@ -63,7 +63,7 @@ def read_pieces(reader: IndexedReader, indices: Sequence[int], size: tuple[int, 
 def read_shots(
     path: Path, decoder: str, index: VideoIndex | None, shots: Sequence[Sequence[int]], size: tuple[int, int]
 ) -> Iterator[Iterator[Tensor]]:
-    """The pieces of each shot of a sample, to be read in order; of an image, which has no index, its one frame.
+    """Yields the pieces of each shot of a sample, to be read in order; of an image, which has no index, its one frame.
 
     Raises DataError: missing-file, broken, not-an-image, ...
     """

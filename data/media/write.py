@@ -99,7 +99,7 @@ def join_videos(path: str | Path, videos: Sequence[str | Path], chapters: Sequen
 
 
 def _chapters(videos: Sequence[str | Path], titles: Sequence[str]) -> list[Any]:
-    """Each video as a chapter of milliseconds."""
+    """Returns each video as a chapter of milliseconds."""
     found: list[Any] = []
     end = Fraction(0)
     for number, (video, title) in enumerate(zip(videos, titles, strict=True), start=1):
@@ -112,7 +112,7 @@ def _chapters(videos: Sequence[str | Path], titles: Sequence[str]) -> list[Any]:
 
 
 def _delay(path: str | Path) -> int:
-    """How long before it is shown a video's first frame is decoded, in units of its time stamps."""
+    """Returns how long before it is shown a video's first frame is decoded, in units of its time stamps."""
     with av.open(str(path)) as source:
         return -(next(source.demux(video=0)).dts or 0)
 

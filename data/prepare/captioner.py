@@ -89,12 +89,12 @@ class SampleCaptioner:
     folder: Path
 
     def wants(self, plan: SamplePlan) -> bool:
-        """Whether neither the scene nor any shot has a caption."""
+        """Returns whether neither the scene nor any shot has a caption."""
         given = [plan.scene.caption, *(shot.caption for shot in plan.scene.shots)]
         return not any(text.strip() for caption in given for text in captions(caption))
 
     def has(self, plan: SamplePlan) -> bool:
-        """Whether the model was asked before."""
+        """Returns whether the model was asked before."""
         return read_record(self._record(plan)) is not None
 
     def make(self, plan: SamplePlan) -> None:
@@ -107,7 +107,7 @@ class SampleCaptioner:
         write_record(self._record(plan), {"global": whole, "shots": captions})
 
     def apply(self, plan: SamplePlan) -> SamplePlan:
-        """The plan with its captions; as it is, if there are none for it."""
+        """Returns the plan with its captions; as it is, if there are none for it."""
         answers = read_record(self._record(plan))
         if answers is None:
             return plan
@@ -125,7 +125,7 @@ class SampleCaptioner:
         raise DataError("bad-answer", plan.scene.id, f"{self.captioner.name} did not answer in form: {answer[:80]!r}")
 
     def _pictures(self, plan: SamplePlan) -> Iterator[list[np.ndarray]]:
-        """A few frames of each shot, evenly spaced."""
+        """Yields a few frames of each shot, evenly spaced."""
         path = self.root / plan.scene.path
         if plan.index is None:
             yield list(read_image(path).numpy())
@@ -143,11 +143,11 @@ class SampleCaptioner:
 
 
 def has_tags(text: str) -> bool:
-    """Whether the three tags stand in it in order, each with something after it."""
+    """Returns whether the three tags stand in it in order, each with something after it."""
     return re.search(r"\s*\S.*".join(re.escape(tag) for tag in TAGS) + r"\s*\S", text, re.DOTALL) is not None
 
 
 def lengths(text: str) -> Caption:
-    """The first sentence, and the whole if it says more."""
+    """Returns the first sentence, and the whole if it says more."""
     first = re.split(r"(?<=[.!?])\s", text, maxsplit=1)[0]
     return text if first == text else (first, text)

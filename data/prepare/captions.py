@@ -39,13 +39,13 @@ _TOO_MANY = "values without a column"
 
 
 def find_caption_file(root: Path) -> Path | None:
-    """The folder's caption file of a known name, if any."""
+    """Returns the folder's caption file of a known name, if any."""
     names = [*CAPTION_FILES, "videos.txt"]
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneRecord | DataError]:
-    """A scene for each entry of the file, or what is wrong with it."""
+    """Yields a scene for each entry of the file, or what is wrong with it."""
     for where, fields in _entries(path):
         try:
             if isinstance(fields, DataError):
@@ -81,7 +81,8 @@ def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str])
 
 
 def read_sidecar(root: Path, media: str) -> str:
-    """The caption in NAME.txt beside NAME.mp4, or "". Raises DataError (not-utf-8, huge-caption, outside-root)."""
+    """Returns the caption in NAME.txt beside NAME.mp4, or "". Raises DataError (not-utf-8, huge-caption,
+    outside-root)."""
     sidecar = Path(media).with_suffix(".txt").as_posix()
     if not (root / sidecar).is_file():
         return ""
@@ -131,7 +132,8 @@ def _paired_lines(path: Path, text: str) -> Iterable[tuple[str, dict | DataError
 
 
 def _lines(text: str) -> list[str]:
-    """What line feeds end; str.splitlines would also end a line at U+2028, U+0085 and others that captions hold."""
+    """Returns what line feeds end; str.splitlines would also end a line at U+2028, U+0085 and others that captions
+    hold."""
     return [line.removesuffix("\n") for line in io.StringIO(text)]
 
 
@@ -142,7 +144,7 @@ def _object(value: object, where: str) -> dict:
 
 
 def _locate(root: Path, name: str) -> str:
-    """The path under `root` that a name means: as it stands, or in videos/ or images/."""
+    """Returns the path under `root` that a name means: as it stands, or in videos/ or images/."""
     folders = () if ".." in Path(name).parts else _MEDIA_FOLDERS
     for folder in folders:
         relative = (Path(folder) / name).as_posix()
@@ -159,7 +161,7 @@ def _caption(value: object, where: str) -> Caption:
 
 
 def _shot_captions(fields: dict, where: str) -> list[Caption]:
-    """A caption for each true cut: StoryMem's prompts of shots that go on without one are joined."""
+    """Returns a caption for each true cut: StoryMem's prompts of shots that go on without one are joined."""
     scenes = fields.get("scenes")
     if not isinstance(scenes, list):
         texts: list = next((fields[name] for name in _SHOT_CAPTIONS if isinstance(fields.get(name), list)), [])
@@ -174,7 +176,7 @@ def _shot_captions(fields: dict, where: str) -> list[Caption]:
 
 
 def _shots(fields: dict, texts: list[Caption], where: str) -> tuple[ShotRecord, ...]:
-    """Shots where the entry gives their frames (HoloCine's shot_cut_frames and num_frames), else none."""
+    """Returns shots where the entry gives their frames (HoloCine's shot_cut_frames and num_frames), else none."""
     cuts, num_frames = fields.get("shot_cut_frames"), fields.get("num_frames")
     if not texts or cuts is None:
         return ()

@@ -60,7 +60,7 @@ class SampleEncoder:
         writer.add_text(null_shot, "null caption", NULL_SHOT)
 
     def _shots(self, plan: SamplePlan) -> Iterator[Iterator[Tensor]]:
-        """The pieces of each shot, on the device; the middle frame of each is saved on its way."""
+        """Yields the pieces of each shot, on the device; the middle frame of each is saved on its way."""
         path = self.root / plan.scene.path
         shots = read_shots(path, self.decoder, plan.index, plan.indices, plan.size)
         for i, pieces in enumerate(shots):
@@ -75,7 +75,7 @@ class SampleEncoder:
             yield piece.to(self.device)
 
     def _text(self, plan: SamplePlan) -> list[list[Tensor]]:
-        """Features of each length of the captions; a caption with fewer lengths repeats its last."""
+        """Returns features of each length of the captions; a caption with fewer lengths repeats its last."""
         whole = captions(plan.scene.caption)
         shots = [(captions(shot.caption), shot.cut) for shot in plan.scene.shots] or [(("",), False)]
         lengths = max(len(texts) for texts in [whole, *(texts for texts, _ in shots)])

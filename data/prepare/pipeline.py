@@ -155,7 +155,7 @@ class _Run:
         return scan_video(self.found.root, relative, self.output / "scans", detector, self.process.rank == 0)
 
     def _videos(self) -> dict[str, bool]:
-        """Each video, and whether any scene wants its shots found."""
+        """Returns each video, and whether any scene wants its shots found."""
         wanted: dict[str, bool] = {}
         for scene in self.found.scenes:
             if scene.video:
@@ -168,7 +168,7 @@ class _Run:
             self._scan(relative, detect)
 
     def _plan(self) -> list[SamplePlan]:
-        """All samples, the same on every process."""
+        """Returns all samples, the same on every process."""
         videos = self._videos()
         plans: list[SamplePlan] = []
         scans = {video: self._scan(video, detect) for video, detect in videos.items()}
@@ -189,7 +189,7 @@ class _Run:
         return plans
 
     def _caption(self, plans: list[SamplePlan], captioner: Captioner) -> list[SamplePlan]:
-        """The plans, those without any caption with the model's."""
+        """Returns the plans, those without any caption with the model's."""
         captions = SampleCaptioner(captioner, self.found.root, self.output / "captions")
         wanted = {plan.key: plan for plan in plans if captions.wants(plan)}
         for plan in self.process.share(wanted, "caption", {key for key, plan in wanted.items() if captions.has(plan)}):
@@ -241,8 +241,8 @@ class _Run:
         write_record(self._failures(rank), self.failures)
 
     def _outcome(self, plans: list[SamplePlan]) -> set[str]:
-        """Keys of the samples stored by all processes; reports those that failed. What other hosts wrote may show here
-        late. Raises DataError (lost-work) where a sample is neither, so that no cache lacks one silently."""
+        """Returns keys of the samples stored by all processes; reports those that failed. What other hosts wrote may
+        show here late. Raises DataError (lost-work) where a sample is neither, so that no cache lacks one silently."""
         for _ in range(_LATE_SECONDS + 1):
             notes = [read_record(self._failures(rank)) for rank in range(self.process.world_size)]
             failures = [failure for note in notes if note is not None for failure in note]

@@ -99,7 +99,7 @@ def _detected_shots(scene: SceneRecord, spans: Sequence[Span]) -> list[ShotRecor
 
 
 def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
-    """What a person should look at, though the scene is used: no caption, fewer frames than claimed, stamps
+    """Returns what a person should look at, though the scene is used: no caption, fewer frames than claimed, stamps
     that were mended, another rate."""
     found = []
     if not any(text.strip() for caption in _captions(scene) for text in captions(caption)):
@@ -127,7 +127,7 @@ def _captions(scene: SceneRecord) -> list[Caption]:
 def _cut_shot(
     shot: ShotRecord, index: VideoIndex, rule: ShotRule, number: int
 ) -> list[tuple[ShotRecord, tuple[int, ...]]]:
-    """The shot, or its continuations, as shots `number` and on of the scene, and the frames of each."""
+    """Returns the shot, or its continuations, as shots `number` and on of the scene, and the frames of each."""
     frames = resample(index.times, shot.start, shot.end, rule.fps)
     pieces: list[tuple[ShotRecord, tuple[int, ...]]] = []
     at = 0
@@ -142,7 +142,7 @@ def _cut_shot(
 
 
 def replan(root: Path, plan: SamplePlan, scene: SceneRecord) -> SamplePlan:
-    """The plan with other captions, under another key."""
+    """Returns the plan with other captions, under another key."""
     return _plan(root, scene, plan.indices, plan.size, plan.index)
 
 

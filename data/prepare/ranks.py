@@ -32,8 +32,8 @@ class Process:
     first: Callable[[list[str]], list[str]] = lambda names: names
 
     def share(self, items: Mapping[str, Item], label: str, done: Container[str] = ()) -> Iterator[Item]:
-        """Every world_size-th item that is not done, by the first process's list, with progress and an estimate of
-        the time left. Raises DataError (other-input) for an item that only the first process has."""
+        """Yields every world_size-th item that is not done, by the first process's list, with progress and an estimate
+        of the time left. Raises DataError (other-input) for an item that only the first process has."""
         todo = self.first([name for name in items if name not in done])
         for name in tqdm(todo[self.rank :: self.world_size], desc=label, disable=self.rank != 0, unit="item"):
             if name not in items:

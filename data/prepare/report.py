@@ -70,11 +70,11 @@ class Report:
         )
 
     def counts(self) -> dict[str, int]:
-        """How many records of each kind of problem."""
+        """Returns how many records of each kind of problem."""
         return dict(Counter(problem["kind"] for problem in self.problems))
 
     def speed(self) -> dict[str, float]:
-        """Frames a second of each stage that took time."""
+        """Returns frames a second of each stage that took time."""
         return {
             stage: round(self.frames[stage] / seconds, 1)
             for stage, seconds in self.seconds.items()

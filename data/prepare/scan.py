@@ -33,7 +33,8 @@ class Scan:
 
 
 def scan_video(root: Path, relative: str, folder: Path, detector: ShotDetector | None, progress: bool = False) -> Scan:
-    """The scan of a video, from `folder` if one was made of this very file with this detector (None: no shots)."""
+    """Returns the scan of a video, from `folder` if one was made of this very file with this detector (None: no
+    shots)."""
     stat = (root / relative).stat()
     made_of = {
         "video": relative,

@@ -152,8 +152,8 @@ class SceneDetectFinder:
 
 
 def spans_between(transition: np.ndarray) -> list[Span]:
-    """Shots between runs of transition frames: bool [F]. A run's first frame still belongs to the shot before it
-    (a hard cut is a run of one: the last frame of its shot); the rest of the run belongs to none."""
+    """Returns shots between runs of transition frames: bool [F]. A run's first frame still belongs to the shot before
+    it (a hard cut is a run of one: the last frame of its shot); the rest of the run belongs to none."""
     spans, start = [], 0
     for i in range(len(transition)):
         if transition[i] and (i == 0 or not transition[i - 1]):
@@ -218,18 +218,18 @@ def _is_flash(pictures: np.ndarray, end: int, start: int) -> bool:
 
 
 def without_blanks(spans: list[Span], pictures: np.ndarray) -> list[Span]:
-    """The spans that show something: all, if none does."""
+    """Returns the spans that show something: all, if none does."""
     shown = [(start, end) for start, end in spans if pictures[start:end].std(axis=(1, 2)).max() > _BLANK_DEVIATION]
     return shown or spans
 
 
 def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Mean differences of 0..255 values, float32 [F] of float32 pictures [F, H, W, 3]; b may be one picture."""
+    """Returns mean differences of 0..255 values, float32 [F] of float32 pictures [F, H, W, 3]; b may be one picture."""
     return np.abs(a - b).mean(axis=(1, 2, 3))
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean difference of 0..255 values."""
+    """Returns mean difference of 0..255 values."""
     return float(np.abs(a.astype(np.float32) - b.astype(np.float32)).mean())
 
 

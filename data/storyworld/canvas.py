@@ -20,7 +20,7 @@ RIM = 0.014  # of a figure, in its own units
 
 
 def rgb(hex_code: str) -> Colour:
-    """The colour of a code such as "#f0c080"."""
+    """Returns the colour of a code such as "#f0c080"."""
     return np.array([*(int(hex_code[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0], np.float32)
 
 
@@ -60,7 +60,7 @@ Paint = Colour | Gradient | Callable[[np.ndarray, np.ndarray], np.ndarray]  # or
 
 
 def shaded(colour: Colour, y0: float, y1: float) -> Gradient:
-    """The colour lit from the upper left: a lighter tone at y0, a darker one at y1."""
+    """Returns the colour lit from the upper left: a lighter tone at y0, a darker one at y1."""
     return Gradient(lighter(colour, 0.16), darker(colour, 0.2), y0, y1, slant=0.4)
 
 
@@ -107,14 +107,14 @@ class Canvas:
 
     @classmethod
     def blank(cls, height: int, width: int, scale: float, left: float = 0.0, top: float = 0.0) -> "Canvas":
-        """A transparent canvas whose first pixel lies at (left, top), with `scale` pixels a unit."""
+        """Returns a transparent canvas whose first pixel lies at (left, top), with `scale` pixels a unit."""
         matrix = np.array([[scale, 0.0, -left * scale], [0.0, scale, -top * scale]])
         return cls(np.zeros((height, width, 4), np.float32), matrix)
 
     def at(
         self, x: float, y: float, scale_x: float = 1.0, scale_y: float | None = None, angle: float = 0.0
     ) -> "Canvas":
-        """The same pixels seen from a new origin, scaled and turned."""
+        """Returns the same pixels seen from a new origin, scaled and turned."""
         scale_y = scale_x if scale_y is None else scale_y
         c, s = math.cos(angle), math.sin(angle)
         local = np.array([[c * scale_x, -s * scale_y, x], [s * scale_x, c * scale_y, y], [0.0, 0.0, 1.0]])
@@ -152,7 +152,7 @@ class Canvas:
         self.fill(points, paint)
 
     def _colours(self, paint: Paint, x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
-        """The paint's colour [4], or its colours [h, w, 4] over the pixels of the box."""
+        """Returns the paint's colour [4], or its colours [h, w, 4] over the pixels of the box."""
         if isinstance(paint, np.ndarray):
             return paint
         px = np.arange(x0 + 0.5, x1, dtype=np.float32)

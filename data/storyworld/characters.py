@@ -135,7 +135,7 @@ def _draw_arms(body: Canvas, pose: Pose, fur: Colour, outfit: Colour) -> None:
 
 
 def _pear() -> np.ndarray:
-    """The outline of the coat: narrow shoulders, wide hem."""
+    """Returns the outline of the coat: narrow shoulders, wide hem."""
     outline = ellipse(0, -0.27, 0.2, 0.2)
     outline[:, 0] *= 1 + 0.9 * (outline[:, 1] + 0.27)
     return outline

@@ -106,7 +106,7 @@ def write_scene(config: StoryworldConfig, index: int) -> dict:
 
 
 def recall_truth(config: RecallConfig, index: int) -> dict:
-    """The truth of a scene that `stock` composes, as the CPU renderer draws it."""
+    """Returns the truth of a scene that `stock` composes, as the CPU renderer draws it."""
     scene = make_scene(config, draw_scenes(config, [index]), 0)
     renderer = Renderer(scene, (config.size[0], config.size[1]), config.fps)
     sightings = [[seen for _, seen in renderer.render(shot)] for shot in scene.shots]
@@ -165,7 +165,7 @@ def _record(config: StoryworldConfig, index: int) -> SceneRecord:
 
 
 def _spans(scene: Scene) -> list[tuple[int, int]]:
-    """Each shot's half-open span of frames."""
+    """Returns each shot's half-open span of frames."""
     ends = np.cumsum([shot.frames for shot in scene.shots]).tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
 

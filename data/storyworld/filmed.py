@@ -26,7 +26,7 @@ PIXELS_AT_ONCE = 1 << 25  # fine pixels of all frames, which take some 200 bytes
 
 
 def build_stock(config: RecallConfig, device: torch.device | str) -> Stock:
-    """The things of a world, for cameras as it has them."""
+    """Returns the things of a world, for cameras as it has them."""
     return (FilmedStock if config.camera_moves else Stock)(config, device)
 
 
@@ -55,7 +55,7 @@ class FilmedStock(Stock):
         self.clip_size = clip
 
     def _views(self, renderer: Renderer, layer: Layer) -> Tensor:
-        """Where the pixels of each frame of each camera lie in a layer."""
+        """Returns where the pixels of each frame of each camera lie in a layer."""
         config, (height, width) = self.config, layer.pixels.shape[:2]
         views = []
         for camera in config.cameras:
@@ -67,7 +67,7 @@ class FilmedStock(Stock):
         return self._put(np.stack(views), torch.float32).unflatten(0, (len(config.cameras), -1))
 
     def _shift(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        """What moves a view by whole rows and columns, [2, N], of a layer of this size: [N, 1, 1, 1, 2]."""
+        """Returns what moves a view by whole rows and columns, [2, N], of a layer of this size: [N, 1, 1, 1, 2]."""
         across = pixels.flip(0) * 2 / torch.tensor(size[::-1])[:, None]
         return move(across.T.float().contiguous(), self.device)[:, None, None, None]
 
@@ -83,7 +83,8 @@ class FilmedStock(Stock):
 
 
 def _sampled(layer: Tensor, view: Tensor) -> Tensor:
-    """A layer [N, C, h, w], or one of each frame [N, F, C, h, w], seen as [N, F, H, W, 2] says: [N, F, C, H, W]."""
+    """Returns a layer [N, C, h, w], or one of each frame [N, F, C, h, w], seen as [N, F, H, W, 2] says: [N, F, C, H,
+    W]."""
     if layer.ndim == 5:
         return F.grid_sample(
             layer.flatten(0, 1).float(), view.flatten(0, 1), padding_mode="border", align_corners=False
@@ -93,7 +94,7 @@ def _sampled(layer: Tensor, view: Tensor) -> Tensor:
 
 
 def _paint_air(config: RecallConfig, renderer: Renderer, place: str, margin: int) -> np.ndarray:
-    """What drifts in a place, in each frame, with a margin for pans: [F, 4, H, w]."""
+    """Returns what drifts in a place, in each frame, with a margin for pans: [F, 4, H, w]."""
     frames = []
     for frame in range(config.frames):
         pixels = np.zeros((renderer.height, renderer.width + 2 * margin, 4), np.float32)
@@ -104,6 +105,6 @@ def _paint_air(config: RecallConfig, renderer: Renderer, place: str, margin: int
 
 
 def _layer(renderer: Renderer, size: tuple[int, ...], margin: int) -> Layer:
-    """The stage at fine pixels, with a margin to the left and the right."""
+    """Returns the stage at fine pixels, with a margin to the left and the right."""
     left = -renderer.aspect / 2 - margin / renderer.height
     return Layer(np.zeros(size, np.float32), renderer.height, left, 1.0)

@@ -50,14 +50,14 @@ class Timing:
     settle_out: bool = False
 
     def energy(self, time: float) -> float:
-        """How much of the action shows, 0 at rest to 1."""
+        """Returns how much of the action shows, 0 at rest to 1."""
         ease = min(SETTLE_SECONDS, self.seconds / 2)
         rising = smoothstep(time / ease) if self.settle_in else 1.0
         falling = smoothstep((self.seconds - time) / ease) if self.settle_out else 1.0
         return rising * falling
 
     def distance(self, time: float) -> float:
-        """The integral of energy from 0: seconds walked at full speed."""
+        """Returns the integral of energy from 0: seconds walked at full speed."""
         ease = min(SETTLE_SECONDS, self.seconds / 2)
         covered = time
         if self.settle_in:
@@ -74,12 +74,12 @@ def smoothstep(t: float) -> float:
 
 
 def _integral(t: float) -> float:
-    """The integral of smoothstep from 0 to t in [0, 1]."""
+    """Returns the integral of smoothstep from 0 to t in [0, 1]."""
     return t**3 - t**4 / 2
 
 
 def camera_at(start: View, end: View, timing: Timing, time: float) -> View:
-    """The view between `start` and `end`; eased only where a continuation borders."""
+    """Returns the view between `start` and `end`; eased only where a continuation borders."""
     share = timing.distance(time) / max(timing.distance(timing.seconds), 1e-6)
     return View(*(a + (b - a) * share for a, b in zip(_fields(start), _fields(end), strict=True)))
 
@@ -99,7 +99,7 @@ class Moment:
 
 
 def pose_at(actor: Actor, timing: Timing, time: float) -> Pose:
-    """The actor's pose `time` seconds into its shot."""
+    """Returns the actor's pose `time` seconds into its shot."""
     moment = Moment(time, time + actor.phase, timing.energy(time), timing.distance(time))
     rest = Pose(
         actor.x,
@@ -116,7 +116,7 @@ def _side(actor: Actor) -> float:
 
 
 def _face(actor: Actor, time: float, towards: float) -> float:
-    """The facing on its way to `towards`: a continued shot may begin in the middle of a turn."""
+    """Returns the facing on its way to `towards`: a continued shot may begin in the middle of a turn."""
     return actor.facing + (towards - actor.facing) * smoothstep(time / SETTLE_SECONDS)
 
 

@@ -136,7 +136,7 @@ class Layer:
 def paint_layers(
     name: str, seed: tuple[int, ...], aspect: float, scale: float, occluder: bool
 ) -> tuple[Layer, Layer, Layer]:
-    """The far backdrop (opaque), the ground with its props, and what stands before the characters.
+    """Returns the far backdrop (opaque), the ground with its props, and what stands before the characters.
 
     aspect: frame width over height. scale: pixels a world unit. occluder: whether something tall stands in front. The
     same seed gives the same picture at any scale.

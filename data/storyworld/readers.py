@@ -15,7 +15,7 @@ FUR_REGION, OUTFIT_REGION = (0.3, 0.25, 0.7, 0.45), (0.35, 0.77, 0.65, 0.87)
 
 
 def name_place(frames: np.ndarray) -> str:
-    """The place that frames [F, H, W, 3], uint8, show; robust to blur, noise and faded colours.
+    """Returns the place that frames [F, H, W, 3], uint8, show; robust to blur, noise and faded colours.
 
     The colours of its upper and lower half (medians of rows, averaged) are taken relative to the mean of all places,
     and the place whose palette deviates from that mean in the most similar direction is named: fading towards the
@@ -30,7 +30,7 @@ def name_place(frames: np.ndarray) -> str:
 
 
 def name_looks(frames: np.ndarray, boxes: list) -> dict[str, str]:
-    """The fur and outfit colour of the character in `boxes`, one [x0, y0, x1, y1] (or None) for each frame.
+    """Returns the fur and outfit colour of the character in `boxes`, one [x0, y0, x1, y1] (or None) for each frame.
 
     frames: uint8 [F, H, W, 3]. Every pixel of the regions votes. Made for recall scenes, whose coats are plain: a
     pattern or a hat can mislead it. Raises ValueError if no box is given.
@@ -59,7 +59,7 @@ def _palette(name: str) -> np.ndarray:
 
 
 def _name_colour(pixels: np.ndarray) -> str:
-    """The commonest nearest colour of pixels [n, 3], uint8."""
+    """Returns the commonest nearest colour of pixels [n, 3], uint8."""
     names = list(COLOURS)
     palette = np.stack([_lab(COLOURS[name]) for name in names])
     lab = cv2.cvtColor((pixels[None] / 255).astype(np.float32), cv2.COLOR_RGB2LAB)[0]
@@ -68,7 +68,7 @@ def _name_colour(pixels: np.ndarray) -> str:
 
 
 def _crop(frame: np.ndarray, box, region: tuple[float, float, float, float]) -> np.ndarray:
-    """The pixels [n, 3] of a region of the box; one at least."""
+    """Returns the pixels [n, 3] of a region of the box; one at least."""
     x0, y0, x1, y1 = box
     left, right = (int(x0 + share * (x1 - x0)) for share in (region[0], region[2]))
     top, bottom = (int(y0 + share * (y1 - y0)) for share in (region[1], region[3]))

@@ -107,7 +107,7 @@ class RecallScenes:
         return self.cast.shape[1] - 1 - self.shown
 
     def of_shots(self, characters: np.ndarray) -> np.ndarray:
-        """What [B, C] says of each shot's character: [B, S]."""
+        """Returns what [B, C] says of each shot's character: [B, S]."""
         return np.take_along_axis(characters, self.cast, axis=1)
 
     def some(self, start: int, end: int) -> "RecallScenes":
@@ -115,12 +115,12 @@ class RecallScenes:
 
 
 def fine_height(config: RecallConfig) -> int:
-    """Rows of the grid that frames are drawn on, twice as fine as their pixels."""
+    """Returns rows of the grid that frames are drawn on, twice as fine as their pixels."""
     return 2 * config.size[0]
 
 
 def draw_scenes(config: RecallConfig, indices: Sequence[int]) -> RecallScenes:
-    """The scenes of these indices, each the same whatever others are drawn with it."""
+    """Returns the scenes of these indices, each the same whatever others are drawn with it."""
     shots, names, places = config.shots, config.characters, config.places
     widths = [len(NAMES), names, names, shots, shots, shots, shots, shots, shots, len(PLACES), 1, 1, shots]
     draws = np.split(_uniforms(config.seed, indices, sum(widths)), np.cumsum(widths)[:-1], axis=1)
@@ -162,8 +162,8 @@ def looks_of(scenes: RecallScenes, i: int) -> tuple[Look, ...]:
 
 
 def captions(config: RecallConfig, scenes: RecallScenes, i: int) -> list[str]:
-    """The global caption of scene i, then each shot's; names and places stand in the order of the alphabet, so that
-    few captions are many scenes'. All have as many words in one scene as in another."""
+    """Returns the global caption of scene i, then each shot's; names and places stand in the order of the alphabet, so
+    that few captions are many scenes'. All have as many words in one scene as in another."""
     looks = looks_of(scenes, i)
     people, places = sorted(looks, key=lambda look: look.name), sorted(PLACE_NAMES[p] for p in scenes.places[i])
     told = [global_caption(people, places, "journey", Mode.described if config.described else Mode.recall)]
@@ -175,7 +175,8 @@ def captions(config: RecallConfig, scenes: RecallScenes, i: int) -> list[str]:
 
 
 def _called(look: Look) -> str:
-    """A described name: a small model reads looks from a shot's own caption long before it finds them in another."""
+    """Returns a described name: a small model reads looks from a shot's own caption long before it finds them in
+    another."""
     return f"{look.name} the {look.fur} {BADGES[look.name].animal} in the {look.outfit} coat"
 
 
@@ -205,14 +206,14 @@ def make_scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
 
 
 def stock_shot(config: RecallConfig, place: str, actor: Actor | None, caption: str = "", camera: str = STATIC) -> Shot:
-    """A shot of the stock: what drifts in the air is where a scene has it at first."""
+    """Returns a shot of the stock: what drifts in the air is where a scene has it at first."""
     timing, start, cast = Timing(config.frames / config.fps), start_of(camera), (actor,) if actor else ()
     end = camera_at(start, end_of(camera, start), timing, config.travel * timing.seconds)
     return Shot(place, True, config.frames, timing, camera, start, end, cast, 0.0, caption)
 
 
 def actor_of(config: RecallConfig, look: Look, action: int, facing: int, column: int = 0, row: int = 0) -> Actor:
-    """A character of the stock, whose action begins at a moment of its own."""
+    """Returns a character of the stock, whose action begins at a moment of its own."""
     scale = fine_height(config)
     x, y = column / scale, (round(GROUND * scale) + row) / scale
     clip = clip_number(NAMES.index(look.name), action, facing)

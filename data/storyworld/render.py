@@ -56,7 +56,7 @@ class Renderer:
         self.vignette = self._make_vignette()
 
     def render(self, shot: Shot) -> Iterator[tuple[np.ndarray, list[Sighting]]]:
-        """Each frame, uint8 [H, W, 3], with a sighting of each of the shot's actors."""
+        """Yields each frame, uint8 [H, W, 3], with a sighting of each of the shot's actors."""
         for frame in range(shot.frames):
             yield self._render_frame(shot, (frame + 0.5) / self.fps)
 
@@ -86,7 +86,7 @@ class Renderer:
         return min(max(math.ceil(moved * self.size[0] / 1.5), 1), MAX_SAMPLES)
 
     def _draw(self, shot: Shot, time: float) -> tuple[np.ndarray, list[Cutout], np.ndarray]:
-        """The picture [H, W, 4], a cutout of each actor, and the front layer's alpha [H, W]."""
+        """Returns the picture [H, W, 4], a cutout of each actor, and the front layer's alpha [H, W]."""
         view = view_at(shot, time)
         image, ground, front = (self.warp(layer, view) for layer in self.layers[shot.place])
         lay_over(image, ground)
@@ -108,7 +108,7 @@ class Renderer:
         return image, cutouts, front[..., 3]
 
     def _window(self, world: np.ndarray, pose: Pose, size: float) -> tuple[slice, slice]:
-        """The rows and columns of the frame that hold the whole character."""
+        """Returns the rows and columns of the frame that hold the whole character."""
         foot = pose.y - pose.lift
         reach = np.array([[pose.x - 0.65 * size, foot - 1.25 * size], [pose.x + 0.65 * size, foot + 0.12 * size]])
         (x0, y0), (x1, y1) = (reach * np.diag(world[:, :2]) + world[:, 2]).astype(int)
@@ -116,13 +116,13 @@ class Renderer:
         return slice(min(max(y0, 0), self.height), min(max(y1, 0), self.height)), columns
 
     def world(self, view: View) -> np.ndarray:
-        """The map [2, 3] from world units to the frame's (fine) pixels."""
+        """Returns the map [2, 3] from world units to the frame's (fine) pixels."""
         scale = self.height * view.zoom
         left, top = view.x - self.aspect / 2 / view.zoom, view.y - 0.5 / view.zoom
         return np.array([[scale, 0.0, -left * scale], [0.0, scale, -top * scale]])
 
     def warp(self, layer: Layer, view: View) -> np.ndarray:
-        """The layer as the camera sees it."""
+        """Returns the layer as the camera sees it."""
         step, left, top = self.sampling(layer, view)
         return cv2.warpAffine(
             layer.pixels,
@@ -133,8 +133,8 @@ class Renderer:
         )
 
     def sampling(self, layer: Layer, view: View) -> tuple[float, float, float]:
-        """Where the frame's pixels lie in the layer, in its pixels: how far apart, and the first one's column and row.
-        Nearer layers move and grow more."""
+        """Returns where the frame's pixels lie in the layer, in its pixels: how far apart, and the first one's column
+        and row. Nearer layers move and grow more."""
         zoom = 1 + (view.zoom - 1) * layer.parallax
         x, y = view.x * layer.parallax, 0.5 + (view.y - 0.5) * layer.parallax
         step = layer.scale / (self.height * zoom)  # layer pixels a frame pixel
@@ -155,7 +155,7 @@ class Renderer:
         canvas.fill(dots, rgb(drift.colour), opacity=0.85)
 
     def _sight(self, cutouts: list[Cutout], front: np.ndarray) -> list[Sighting]:
-        """The sighting of each actor, in the order of the shot's cast."""
+        """Returns the sighting of each actor, in the order of the shot's cast."""
         sightings = {}
         hidden = front.copy()
         for cutout in reversed(cutouts):  # from the nearest

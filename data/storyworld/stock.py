@@ -95,7 +95,7 @@ class Stock:
 
     @torch.no_grad()
     def compose(self, scenes: RecallScenes) -> Composed:
-        """All shots of the scenes, in order: N = B x S."""
+        """Returns all shots of the scenes, in order: N = B x S."""
         place = scenes.place.ravel()
         painted = place * self.config.paintings + scenes.painting.repeat(self.config.shots)
         clip = clip_number(scenes.of_shots(scenes.name), scenes.action, scenes.facing).ravel()
@@ -118,8 +118,8 @@ class Stock:
         return self._finished(self.under[painted][:, None], clips, [self.over[painted]], numbers)
 
     def _finished(self, under: Tensor, clips: Tensor, over: list[Tensor], numbers: Tensor) -> Composed:
-        """Shots of what is behind the characters [N, F or 1, 3, H, W], these, and what is before them [N, F, 4, H, W],
-        from the farthest on."""
+        """Returns shots of what is behind the characters [N, F or 1, 3, H, W], these, and what is before them [N, F, 4,
+        H, W], from the farthest on."""
         place, _, fur, outfit, _ = numbers.unbind()
         keep, shade, own, masks = clips.split((1, 1, 3, 3), dim=2)
         colours = torch.stack([self.lit[place, fur], self.lit[place, outfit], self.trim[place]], dim=1)
@@ -136,7 +136,7 @@ class Stock:
         )
 
     def _placed(self, clip: int, row: int, column: int) -> Tensor:
-        """A clip [F x 8, H, W] with its character moved by whole fine pixels."""
+        """Returns a clip [F x 8, H, W] with its character moved by whole fine pixels."""
         (rows, columns), (height, width) = self.margin, self.vignette.shape
         top, left = rows - row, columns - column
         return self.clips[clip, :, top : top + height, left : left + width]
@@ -149,14 +149,14 @@ def laid_over(frames: Tensor, layer: Tensor) -> Tensor:
 
 
 def _place_renderer(config: RecallConfig, painting: int) -> Renderer:
-    """All places in one of their paintings."""
+    """Returns all places in one of their paintings."""
     shots = tuple(stock_shot(config, place, None) for place in PLACE_NAMES)
     seed = (config.seed, painting)
     return Renderer(Scene((), shots, "", (), False, seed, seed), (config.size[0], config.size[1]), config.fps)
 
 
 def _paint_place(config: RecallConfig, renderer: Renderer, place: str) -> tuple[np.ndarray, np.ndarray]:
-    """What is behind a character [3, H, W], and before it in each frame [F, 4, H, W], premultiplied."""
+    """Returns what is behind a character [3, H, W], and before it in each frame [F, 4, H, W], premultiplied."""
     under, ground, front = (renderer.warp(layer, View()) for layer in renderer.layers[place])
     lay_over(under, ground)
     over = []
@@ -169,7 +169,7 @@ def _paint_place(config: RecallConfig, renderer: Renderer, place: str) -> tuple[
 
 
 def _paint_clip(renderer: Renderer, actor: Actor, margin: tuple[int, int]) -> np.ndarray:
-    """The masks of a clip [F, 8, H', W'], each frame averaged over the shutter as the renderer does it."""
+    """Returns the masks of a clip [F, 8, H', W'], each frame averaged over the shutter as the renderer does it."""
     shot = next(shot for shot in renderer.scene.shots)
     shot = Shot(**{**vars(shot), "actors": (actor,)})
     half = SHUTTER / 2 / renderer.fps
@@ -189,7 +189,8 @@ def _paint_clip(renderer: Renderer, actor: Actor, margin: tuple[int, int]) -> np
 def _masks(
     renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int]
 ) -> tuple[tuple[slice, slice], np.ndarray]:
-    """The rows and columns that hold the character and its shadow at one moment, and the masks there [8, h, w]."""
+    """Returns the rows and columns that hold the character and its shadow at one moment, and the masks there [8, h,
+    w]."""
     actor = shot.actors[0]
     pose, size = pose_at(actor, shot.timing, time), SIZES[actor.look.size]
     world = renderer.world(View()) + np.array([[0, 0, margin[1]], [0, 0, margin[0]]])

@@ -91,7 +91,7 @@ def plan_scene(config: StoryworldConfig, index: int) -> Scene:
 
 
 def _look_draws(rng: np.random.Generator, name: str, config: StoryworldConfig) -> np.random.Generator:
-    """Where a name's look comes from: the scene's draws, or in a familiar world the name's own."""
+    """Returns where a name's look comes from: the scene's draws, or in a familiar world the name's own."""
     return np.random.default_rng((config.seed, list(BADGES).index(name))) if config.familiar else rng
 
 
@@ -104,7 +104,7 @@ def _draw_look(rng: np.random.Generator, name: str, mode: Mode) -> Look:
 
 
 def _plan_casts(rng, config: StoryworldConfig, names: list[str], num_shots: int) -> tuple[list[bool], list[list[str]]]:
-    """Which shots begin with a true cut, and the names in each shot."""
+    """Returns which shots begin with a true cut, and the names in each shot."""
     if config.mode == Mode.recall:
         # The last shot's first name was shown in exactly one earlier shot, at a distance drawn evenly.
         returning, *others = names
@@ -158,7 +158,7 @@ def _direct(rng: np.random.Generator, cast: list[Look], aspect: float, before: S
 
 
 def _film(rng: np.random.Generator, config: StoryworldConfig, before: Shot | None) -> tuple[str, View, View]:
-    """A camera move and its two ends; after a continuation it starts where the shot before left off."""
+    """Returns a camera move and its two ends; after a continuation it starts where the shot before left off."""
     sway = 0.0 if config.familiar else 0.06
     start = before.end_view if before else View(x=float(rng.uniform(-sway, sway)))
     camera = str(rng.choice(config.cameras or list(CAMERAS)))
@@ -173,7 +173,7 @@ def _film(rng: np.random.Generator, config: StoryworldConfig, before: Shot | Non
 
 
 def start_of(camera: str, x: float = 0.0) -> View:
-    """Where a camera's move begins after a cut; x: of one that does not pan."""
+    """Returns where a camera's move begins after a cut; x: of one that does not pan."""
     pans = {"pan left": PAN, "pan right": -PAN}
     return View(x, 0.55, CLOSE) if camera == "zoom out" else View(pans.get(camera, x))
 
@@ -186,7 +186,7 @@ def end_of(camera: str, start: View) -> View:
 
 
 def _find_recalls(casts: list[list[str]], cuts: list[bool]) -> tuple[Recall, ...]:
-    """Every return of a name after a true cut."""
+    """Returns every return of a name after a true cut."""
     recalls = []
     for i, cast in enumerate(casts):
         for name in cast:
@@ -197,7 +197,7 @@ def _find_recalls(casts: list[list[str]], cuts: list[bool]) -> tuple[Recall, ...
 
 
 def global_caption(looks: list[Look], places: list[str], story: str, mode: Mode) -> str:
-    """The scene's caption in the form of LCT 8: characters by name, environment, story."""
+    """Returns the scene's caption in the form of LCT 8: characters by name, environment, story."""
     people = " ".join(f"{look.name}: {_describe(look, mode)}." for look in looks)
     return f"[character] {people} [environment] {', '.join(places)}. [story] A {story}."
 
@@ -217,7 +217,7 @@ def shot_caption(place: str, doings: list[tuple[str, str]], camera: str, cut: bo
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark a caption may hold, as written there, sorted."""
+    """Returns every word and mark a caption may hold, as written there, sorted."""
     animals = [badge.animal for badge in BADGES.values()]
     frame = f"{CUT_PREFIX} [character] : . [environment] , [story] A coat In the and"
     values = (BADGES, animals, COLOURS, PATTERNS, ACCESSORIES, SIZES, ACTIONS, PLACES, STORIES, CAMERAS.values())
@@ -226,12 +226,12 @@ def vocabulary() -> list[str]:
 
 
 def words_of(caption: str) -> list[str]:
-    """The caption split into words and single marks."""
+    """Returns the caption split into words and single marks."""
     return re.findall(r"\w+|[^\w\s]", caption)
 
 
 def place_of_caption(prompt: str) -> str:
-    """The place a shot's prompt names. Raises ValueError if it names none, or several."""
+    """Returns the place a shot's prompt names. Raises ValueError if it names none, or several."""
     named = [place for place in PLACES if place in words_of(prompt.lower())]
     if len(named) != 1:
         raise ValueError(f"prompt {prompt!r} names {named or 'no place'}; name one of {', '.join(PLACES)}")

@@ -38,12 +38,12 @@ class NoiseLevels:
 
     @classmethod
     def equal(cls, level: float, num_shots: int) -> "NoiseLevels":
-        """All shots at one level, all of them targets."""
+        """Returns all shots at one level, all of them targets."""
         return cls(torch.full((num_shots,), level), torch.ones(num_shots, dtype=torch.bool))
 
     @classmethod
     def after_clean_history(cls, level: float, layout: ShotLayout) -> "NoiseLevels":
-        """The last shot of each sample at one level, a target; those before it clean."""
+        """Returns the last shot of each sample at one level, a target; those before it clean."""
         last = torch.tensor([i + 1 == len(shots) for _, shots in layout.samples for i in range(len(shots))])
         return cls(torch.where(last, level, 0.0), last)
 
@@ -111,22 +111,22 @@ class Flow:
             )
 
     def shifted(self, sigma: Tensor) -> Tensor:
-        """The noise level that the shift makes of an unshifted one; both lie in [0, 1]."""
+        """Returns the noise level that the shift makes of an unshifted one; both lie in [0, 1]."""
         return self.shift * sigma / (1 + (self.shift - 1) * sigma)
 
     def level(self, share: float) -> float:
-        """The noise level a share of the way through the range that is trained."""
+        """Returns the noise level a share of the way through the range that is trained."""
         return self.sigma_min + share * (self.sigma_max - self.sigma_min)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-        """The latent at noise level sigma in [0, 1]: 0 gives the latent, 1 the noise.
+        """Returns the latent at noise level sigma in [0, 1]: 0 gives the latent, 1 the noise.
 
         latent, noise: of one shape, such as [C, T, H, W]. sigma: a number, or a tensor that broadcasts against them.
         """
         return (1 - sigma) * latent + sigma * noise
 
     def velocity(self, latent: Tensor, noise: Tensor) -> Tensor:
-        """What a model predicts: the derivative of `add_noise` by sigma, in the shape of latent and noise."""
+        """Returns what a model predicts: the derivative of `add_noise` by sigma, in the shape of latent and noise."""
         return noise - latent
 
     def draw_levels(self, batch: Batch, seed: int) -> NoiseLevels:
@@ -150,14 +150,15 @@ class Flow:
         return normal, uniform, torch.tensor(is_target)
 
     def _level_of(self, normal: Tensor) -> Tensor:
-        """The noise levels of normal draws, float32: the draws' quantiles are squeezed into those of the range."""
+        """Returns the noise levels of normal draws, float32: the draws' quantiles are squeezed into those of the
+        range."""
         lowest, highest = self._quantiles()
         quantile = lowest + (highest - lowest) * torch.special.ndtr(normal.double())
         logits = self.logit_mean + self.logit_std * torch.special.ndtri(quantile)
         return self.shifted(logits.sigmoid()).clamp(self.sigma_min, self.sigma_max).float()
 
     def _quantiles(self) -> Tensor:
-        """The quantiles of sigma_min and sigma_max in the shifted logit-normal, float64 [2].
+        """Returns the quantiles of sigma_min and sigma_max in the shifted logit-normal, float64 [2].
 
         A shift adds its logarithm to the logits.
         """
@@ -179,7 +180,7 @@ class Flow:
         self, model: Model, batch: Batch, levels: NoiseLevels, moc: MoCConfig, seed: int,
         drops: DropKey | None = None, on_routes: OnRoutes | None = None,
     ) -> Tensor:  # fmt: skip
-        """The mean squared velocity error of every shot, history included: fp32 [S]. While gradients are taken,
+        """Returns the mean squared velocity error of every shot, history included: fp32 [S]. While gradients are taken,
         `dense_target` and `dense_attention` count.
 
         levels: noise levels of the batch's shots, on the CPU. moc: what attention attends to. seed: of the noise.
@@ -188,7 +189,7 @@ class Flow:
         return self.errors(model, self.noised(batch, levels, seed), moc, drops, on_routes)
 
     def noised(self, batch: Batch, levels: NoiseLevels, seed: int) -> Noised:
-        """The batch at these noise levels."""
+        """Returns the batch at these noise levels."""
         sigma = move(levels.sigma, batch.layout.device)
         latents, noise = [x.float() for x in batch.latents], self.draw_noise(batch, seed)
         noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, sigma.unbind())
@@ -197,7 +198,7 @@ class Flow:
     def errors(
         self, model: Model, noised: Noised, moc: MoCConfig, drops: DropKey | None, on_routes: OnRoutes | None = None
     ) -> Tensor:
-        """The `loss` of what is drawn already, so that a CUDA graph can hold it."""
+        """Returns the `loss` of what is drawn already, so that a CUDA graph can hold it."""
         noisy, targets, sigma, text, layout = noised
         if self.dense_target and torch.is_grad_enabled():
             with torch.no_grad():

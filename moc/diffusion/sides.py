@@ -52,7 +52,8 @@ class Side:
     def velocity(
         self, stream: Stream, moc: MoCConfig, on_routes: Callable[[int, Tensor], None] | None = None
     ) -> dict[int, Tensor]:
-        """The velocity, in fp32, of each shot of a stream, or of the last alone where the others are remembered."""
+        """Returns the velocity, in fp32, of each shot of a stream, or of the last alone where the others are
+        remembered."""
         if self.cache is None or not moc.flows_forward:
             return self._run(stream, moc, on_routes=on_routes)
         history = stream.shots[:-1]
@@ -65,7 +66,7 @@ class Side:
         return self._run(stream, moc, len(history), on_routes=on_routes, cache=self.cache)
 
     def layout(self, stream: Stream, moc: MoCConfig) -> ShotLayout:
-        """The layout of a stream, built once for steps of the same shots."""
+        """Returns the layout of a stream, built once for steps of the same shots."""
         if self._layout is None or self._layout[0] != stream.shots:
             sample = Sample(stream.latents, self._texts(stream), cuts=[self.cuts[index] for index in stream.shots])
             layout = make_layout(sample, self.spec, moc.chunk_tokens)
@@ -76,7 +77,7 @@ class Side:
         return [self.text[0], *(self.text[1 + index] for index in stream.shots)]
 
     def _run(self, stream: Stream, moc: MoCConfig, first: int = 0, **others: Any) -> dict[int, Tensor]:
-        """One forward for the shots of a stream from the `first` on."""
+        """Runs one forward for the shots of a stream from the `first` on."""
         sigma = move(stream.sigma[first:], stream.latents[0].device)
         layout = self.layout(stream, moc)
         out = self.model(stream.latents[first:], sigma, self._texts(stream), layout, moc, **others)

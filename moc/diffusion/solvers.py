@@ -28,7 +28,7 @@ class Euler:
         self.levels = levels
 
     def step(self, number: int, latent: Tensor, velocity: Tensor) -> Tensor:
-        """The latent after step `number`, counted from 0."""
+        """Returns the latent after step `number`, counted from 0."""
         return latent + float(self.levels[number + 1] - self.levels[number]) * velocity
 
     def remembered(self) -> dict[str, Tensor]:
@@ -55,12 +55,13 @@ class Multistep:
             scheduler.this_order = min(order, number, len(levels) - number)
 
     def step(self, number: int, latent: Tensor, velocity: Tensor) -> Tensor:
-        """The latent after step `number`, counted from 0; steps come in order."""
+        """Returns the latent after step `number`, counted from 0; steps come in order."""
         timestep = self.scheduler.timesteps[number]  # the schedulers go by the index of a step, not by this
         return self.scheduler.step(velocity, timestep, latent, return_dict=False)[0]
 
     def remembered(self) -> dict[str, Tensor]:
-        """What the next step needs of those before: predictions, by their age, and the latent that UniPC corrects."""
+        """Returns what the next step needs of those before: predictions, by their age, and the latent that UniPC
+        corrects."""
         found = {f"prediction_{age}": x for age, x in enumerate(reversed(self.scheduler.model_outputs))}
         found["corrected"] = getattr(self.scheduler, "last_sample", None)
         return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -70,7 +71,7 @@ Solver = Euler | Multistep
 
 
 def build_solver(kind: SolverKind, levels: Tensor, number: int, remembered: Mapping[str, Tensor]) -> Solver:
-    """A shot's solver before its step `number`, with what it remembered there."""
+    """Returns a shot's solver before its step `number`, with what it remembered there."""
     if kind is SolverKind.euler:
         return Euler(levels)
     return Multistep(kind, levels, number, remembered)

@@ -36,7 +36,7 @@ class Step:
 def plan_steps(
     num_shots: int, given: Container[int], config: SamplingConfig, flow: Flow, num_references: int = 0
 ) -> list[Step]:
-    """The steps of a story, of which the shots `given` are known; num_references: as in `Story`."""
+    """Returns the steps of a story, of which the shots `given` are known; num_references: as in `Story`."""
     unknown = [index for index in range(num_shots) if index not in given]
     clocks = sigma_table(len(unknown), config, flow)
     table = torch.zeros(len(clocks), num_shots)
@@ -51,7 +51,8 @@ def plan_steps(
 
 
 def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: bool = False) -> dict[int, float]:
-    """The guidance scale of each shot that moves; 1 is without. is_high: whether the high-noise expert takes the step.
+    """Returns the guidance scale of each shot that moves; 1 is without. is_high: whether the high-noise expert takes
+    the step.
 
     A shot's own scale counts for both experts.
     """
@@ -64,15 +65,15 @@ def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: b
 
 
 def num_still_remembered(remembered: Sequence[int], history: Sequence[int]) -> int:
-    """How many shots of a history are remembered as they are seen in it: its first ones, as far as no shot before them
-    has left, since each was computed with all those before it."""
+    """Returns how many shots of a history are remembered as they are seen in it: its first ones, as far as no shot
+    before them has left, since each was computed with all those before it."""
     alike = (a == b for a, b in zip(remembered, history, strict=False))
     return sum(takewhile(bool, alike))
 
 
 def _stream(now: Tensor, moving: list[int], context_shots: int | None, num_references: int) -> list[int]:
-    """The shots of a step's stream: references, finished ones before those on the move (the latest `context_shots`),
-    and these."""
+    """Returns the shots of a step's stream: references, finished ones before those on the move (the latest
+    `context_shots`), and these."""
     finished = [index for index in (now == 0).nonzero().flatten().tolist() if num_references <= index < max(moving)]
     seen = finished if context_shots is None else finished[-context_shots:]
     return sorted([*range(num_references), *moving, *seen])

@@ -137,5 +137,5 @@ class Progress:
 
 
 def noise_key(seed: int, number: int) -> int:
-    """The seed of the noise of shot `number` in a story of `seed`."""
+    """Returns the seed of the noise of shot `number` in a story of `seed`."""
     return draw_key(seed, number)

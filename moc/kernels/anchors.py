@@ -56,7 +56,7 @@ class AnchorCall(NamedTuple):
         return self.num_own + self.num_text
 
     def text_spans(self) -> list[tuple[int, int]]:
-        """The runs of text rows that are not empty."""
+        """Returns the runs of text rows that are not empty."""
         spans = ((self.text_start, self.text_end), (self.later_start, self.later_end))
         return [(start, end) for start, end in spans if end > start]
 
@@ -73,7 +73,7 @@ class AnchorPlan(NamedTuple):
 
 
 def anchor_plan(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> AnchorPlan:
-    """The plan of a stream, made once for each kind of anchors."""
+    """Returns the plan of a stream, made once for each kind of anchors."""
     key = ("anchors", config.dense, config.own_anchor, config.text_anchor, first_query)
     return layout.memo(key, lambda: _plan(layout, anchor_calls(layout, config, first_query), first_query))
 
@@ -91,8 +91,8 @@ def _plan(layout: ShotLayout, calls: list[AnchorCall], first_query: int) -> Anch
 
 
 def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> list[AnchorCall]:
-    """The dense calls of the anchored attention of queries from `first_query` on, those with keys; together they hold
-    each query at most once."""
+    """Returns the dense calls of the anchored attention of queries from `first_query` on, those with keys; together
+    they hold each query at most once."""
     if config.dense:
         calls = [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
     else:
@@ -102,7 +102,7 @@ def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) ->
 
 
 def covers_all(calls: Sequence[AnchorCall], num_tokens: int) -> bool:
-    """Whether every query is in some call."""
+    """Returns whether every query is in some call."""
     return sum(call.end - call.start for call in calls) == num_tokens
 
 
@@ -144,7 +144,7 @@ def _by_sample(layout: ShotLayout) -> Iterator[AnchorCall]:
 def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
     @cache  # a pack has thousands of pairs of groups, and eight kinds of them
     def anchors(in_shot: bool, same_group: bool, is_global: bool) -> tuple[bool, bool]:
-        """Whether tokens of one group attend to their own shot, and to the text of the other group."""
+        """Returns whether tokens of one group attend to their own shot, and to the text of the other group."""
         pair = Pair(True, same_group, False, in_shot=in_shot, is_text=True, is_global=is_global)
         return is_own_anchor(pair, config), is_text_anchor(pair, config)
 
@@ -177,7 +177,7 @@ def _text_rows(x: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]) -> Te
 
 
 def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
-    """Rows of keys (or values) x [L, N, D] of one call; text: x's text rows."""
+    """Returns rows of keys (or values) x [L, N, D] of one call; text: x's text rows."""
     rows = [x[call.own_start : call.own_end]] if call.num_own else []
     rows += [text[first:last] for first, last in call.text_spans()]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -252,7 +252,7 @@ def backward(
 
 
 def _spread(call: AnchorCall, grad: Tensor, like: Tensor, text_index: Tensor) -> Tensor:
-    """The gradient of one call's keys as that of all tokens, shaped as `like`."""
+    """Returns the gradient of one call's keys as that of all tokens, shaped as `like`."""
     if call.num_own == like.shape[0]:
         return grad.contiguous()
     total = torch.zeros_like(like)

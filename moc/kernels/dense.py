@@ -52,7 +52,7 @@ class DenseKernel:
 
 
 def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseKernel:
-    """The kernel called `name`, or the fastest that fits q's device, dtype and head dim (and determinism).
+    """Returns the kernel called `name`, or the fastest that fits q's device, dtype and head dim (and determinism).
 
     Raises UserError for an unknown name and for a kernel that is not installed or does not fit.
     """
@@ -90,7 +90,7 @@ def _choose(
 
 
 def is_installed(name: str) -> bool:
-    """Whether the library of this kernel is present (whatever the device)."""
+    """Returns whether the library of this kernel is present (whatever the device)."""
     return {"fa3": _fa3, "fa4": _fa4}.get(name, lambda: True)() is not None
 
 
@@ -234,7 +234,7 @@ def _fa2_backward(
 
 
 def has_fa2(q: Tensor) -> bool:
-    """Whether FlashAttention-2 takes q: fp16 or bf16 on an Ampere GPU or newer."""
+    """Returns whether FlashAttention-2 takes q: fp16 or bf16 on an Ampere GPU or newer."""
     return _half_on_gpu(capability(q.device), q.dtype, q.shape[-1])
 
 
@@ -326,7 +326,7 @@ def math_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def math_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `math_forward`, or of these keys in a larger softmax whose `out` and `lse` are given."""
+    """Returns the gradient of `math_forward`, or of these keys in a larger softmax whose `out` and `lse` are given."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
     keys, values = k.to(wide).transpose(0, 1), v.to(wide).transpose(0, 1)

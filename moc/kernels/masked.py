@@ -46,7 +46,7 @@ class _Sample(NamedTuple):
 
 
 def fits(q: Tensor, layout: ShotLayout, execution: Execution) -> bool:
-    """Whether a mask is the fastest way, as far as the settings leave the choice."""
+    """Returns whether a mask is the fastest way, as far as the settings leave the choice."""
     short = max(end - start for start, end in layout.sample_ranges) <= MAX_TOKENS
     return q.device.type == "cpu" and short and execution.dense_kernel in ("auto", "cpu")
 

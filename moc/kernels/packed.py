@@ -80,7 +80,7 @@ class Packed(NamedTuple):
         return total.index_fill_(0, self.unread, 0) if len(self.unread) else total
 
     def runs(self) -> Iterator[tuple[slice, slice]]:
-        """The queries and the gathered keys of each run; waits for the device."""
+        """Yields the queries and the gathered keys of each run; waits for the device."""
         q, k = self.query_starts.tolist(), self.key_starts.tolist()
         for i in range(len(q) - 1):
             yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])

@@ -18,12 +18,12 @@ def cdiv(total: int, size: int) -> int:
 
 
 def next_power_of_2(number: int) -> int:
-    """The least power of two that is not below `number`, which is 1 at least."""
+    """Returns the least power of two that is not below `number`, which is 1 at least."""
     return 1 << (number - 1).bit_length()
 
 
 def padded(head_dim: int) -> int:
-    """The head dim as kernels see it: a power of two that the matrix unit takes."""
+    """Returns the head dim as kernels see it: a power of two that the matrix unit takes."""
     return max(16, next_power_of_2(head_dim))
 
 
@@ -92,12 +92,12 @@ MASKED_FULL = Blocks(
 
 
 def has_wide_units(device: torch.device) -> bool:
-    """Whether a GPU is one of WIDE_UNITS; a CPU, where kernels are interpreted, is taken for one."""
+    """Returns whether a GPU is one of WIDE_UNITS; a CPU, where kernels are interpreted, is taken for one."""
     return capability(device) in (None, *WIDE_UNITS)
 
 
 def blocks_for(q: Tensor, chunk_tokens: int) -> Blocks:
-    """The block sizes of routed attention for q's dtype and device and a layout's `chunk_tokens`.
+    """Returns the block sizes of routed attention for q's dtype and device and a layout's `chunk_tokens`.
 
     The layout's largest chunk changes with every stream, and for other blocks the kernels would be compiled anew.
     """
@@ -109,7 +109,7 @@ def blocks_for(q: Tensor, chunk_tokens: int) -> Blocks:
 
 
 def masked_blocks(q: Tensor) -> Blocks:
-    """The block sizes of the kernels of short samples for q's dtype, head dim and device."""
+    """Returns the block sizes of the kernels of short samples for q's dtype, head dim and device."""
     if q.dtype == torch.float32:
         return MASKED_FULL
     if not has_wide_units(q.device):

@@ -164,7 +164,7 @@ class _ByList:
 
     @staticmethod
     def _keys(index: int, lists: _Lists, layout: ShotLayout) -> tuple[slice, slice]:
-        """Tokens and head of a list's keys."""
+        """Returns tokens and head of a list's keys."""
         head, chunk = divmod(index, layout.num_chunks)
         start = layout.chunks[chunk].start
         return slice(start, start + layout.chunks[chunk].length), slice(lists.first + head, lists.first + head + 1)

@@ -56,7 +56,7 @@ def attend(
 
 
 def _flat(plan: AnchorPlan) -> tuple[list[Tensor], list[int]]:
-    """A plan as an operator takes it."""
+    """Returns a plan as an operator takes it."""
     if plan.packed is None:
         return [plan.text_index], [number for call in plan.calls for number in call]
     *tables, max_queries, max_keys = plan.packed
@@ -64,7 +64,7 @@ def _flat(plan: AnchorPlan) -> tuple[list[Tensor], list[int]]:
 
 
 def _plan(tables: Sequence[Tensor], numbers: Sequence[int]) -> AnchorPlan:
-    """The inverse of `_flat`."""
+    """Returns the inverse of `_flat`."""
     text_index, *packed = tables
     if packed:
         return AnchorPlan(text_index, [], Packed._make([*packed, *numbers]))
@@ -111,7 +111,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _arguments(ctx) -> list[Any]:
-    """What `_save` kept, as `_backward` takes it after dout."""
+    """Returns what `_save` kept, as `_backward` takes it after dout."""
     saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
     return [*saved[:11], list(saved[11:]), *ctx.settings]
 

@@ -39,7 +39,7 @@ class Lists:
 
 
 def max_tiles(num_entries: int, num_lists: int, tile: int) -> int:
-    """The most tiles that `num_lists` lists over `num_entries` slots of the route table can have."""
+    """Returns the most tiles that `num_lists` lists over `num_entries` slots of the route table can have."""
     return num_entries // tile + num_lists
 
 

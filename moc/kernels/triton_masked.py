@@ -47,7 +47,8 @@ class MaskedPlan(NamedTuple):
 
 
 def masked_plan(q: Tensor, layout: ShotLayout, config: MoCConfig) -> MaskedPlan | None:
-    """The plan of a stream of short samples, made once for q's tile; None where they are long or have too many chunks.
+    """Returns the plan of a stream of short samples, made once for q's tile; None where they are long or have too many
+    chunks.
 
     Of q [L, N, D] it takes dtype, head dim and device.
     """
@@ -81,7 +82,8 @@ def _plan(layout: ShotLayout, config: MoCConfig, tile: int) -> MaskedPlan:
 
 
 def _anchor_bits(layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """int64 [M]: for each chunk, the chunks of its sample that its tokens attend to whatever their routes, as bits."""
+    """Returns int64 [M]: for each chunk, the chunks of its sample that its tokens attend to whatever their routes, as
+    bits."""
     query = torch.arange(layout.num_chunks, device=layout.device)[:, None]
     bit = torch.arange(MAX_CHUNKS, device=layout.device)
     key = layout.sample_first_chunk[layout.chunk_sample[query]] + bit

@@ -21,18 +21,18 @@ PARTIAL_NUMBERS = 1 << 26
 
 
 def use_tma(x: Tensor) -> bool:
-    """Whether keys are read by tensor descriptors (Hopper and on; rows of whole 16 bytes)."""
+    """Returns whether keys are read by tensor descriptors (Hopper and on; rows of whole 16 bytes)."""
     fits = x.shape[-1] * x.element_size() % 16 == 0
     return fits and (capability(x.device) or (0, 0)) >= (9, 0)
 
 
 def _key_source(x: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
-    """What a kernel reads keys or values [L, N, D] from, `rows` tokens of one head at a time."""
+    """Returns what a kernel reads keys or values [L, N, D] from, `rows` tokens of one head at a time."""
     return TensorDescriptor.from_tensor(x, [rows, 1, padded(x.shape[-1])]) if tma else x
 
 
 def _list_source(x: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
-    """What a kernel reads queries in list order [rows, D] from."""
+    """Returns what a kernel reads queries in list order [rows, D] from."""
     return TensorDescriptor.from_tensor(x, [rows, padded(x.shape[-1])]) if tma else x
 
 

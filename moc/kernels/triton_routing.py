@@ -116,7 +116,7 @@ def route_kernel(
 
 
 def chunk_means(k: Tensor, chunk_starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean key of each chunk as terms of k's dtype, and the slack of the first one.
+    """Returns mean key of each chunk as terms of k's dtype, and the slack of the first one.
 
     k [L, N, D] -> [TERMS, N, M, DP], DP the padded head dim, and fp32 [N, M].
     """

@@ -176,7 +176,7 @@ def select_kernel(
 
 
 def shortlist_pays(q: Tensor, top_k: int) -> bool:
-    """Whether a shortlist is faster than ranking as one walks: in half precision, and on a CPU, interpreted."""
+    """Returns whether a shortlist is faster than ranking as one walks: in half precision, and on a CPU, interpreted."""
     return 16 < top_k <= TILES // 2 and (q.dtype != torch.float32 or not capability(q.device))
 
 

@@ -27,8 +27,8 @@ class Breakdown:
                 self._sums[name][1] += 1
 
     def read(self) -> dict[str, float]:
-        """The means over all processes, each of which takes part: loss/noise_0.3 is of noise levels in [0.3, 0.4),
-        loss/shot_1 of the first shots of films, loss/source_NAME of a source of the mix."""
+        """Returns the means over all processes, each of which takes part: loss/noise_0.3 is of noise levels in [0.3,
+        0.4), loss/shot_1 of the first shots of films, loss/source_NAME of a source of the mix."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
         for name, loss, count in gather_lists([(name, *sum_) for name, sum_ in self._sums.items()]):
             sums[name][0] += loss

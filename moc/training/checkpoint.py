@@ -51,7 +51,8 @@ class DiskError(UserError):
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run's folder, or `path` itself when it is one; None where there is none."""
+    """Returns the newest complete checkpoint of a run's folder, or `path` itself when it is one; None where there is
+    none."""
     path = Path(path)
     if (path / COMPLETE).exists():
         return path
@@ -59,8 +60,8 @@ def find_checkpoint(path: str | Path) -> Path | None:
 
 
 def sound_checkpoint(path: str | Path, weights: str | None = None, set_aside: bool = False) -> Path | None:
-    """The newest complete checkpoint of a run's folder whose files are what was written, or `path` itself when it is
-    one; None where there is no complete one. Those passed over are told.
+    """Returns the newest complete checkpoint of a run's folder whose files are what was written, or `path` itself when
+    it is one; None where there is no complete one. Those passed over are told.
 
     weights: look only at what sampling with these ("ema" or "model") reads, not at the optimizer. set_aside: rename
     those passed over to damaged_0000100, so that the run can go on to their steps again.
@@ -98,7 +99,7 @@ def _rename_damaged(checkpoint: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of finished steps that a checkpoint's name tells."""
+    """Returns the number of finished steps that a checkpoint's name tells."""
     match = _STEP_FOLDER.fullmatch(checkpoint.name)
     if not match:
         raise UserError(f"{checkpoint} is not named like a checkpoint (step_0000100)")
@@ -205,7 +206,7 @@ def remove_old(run_folder: Path, keep: int, every: int = 0) -> None:
 
 
 def _newest_first(run_folder: Path) -> list[Path]:
-    """The complete checkpoints of a run."""
+    """Returns the complete checkpoints of a run."""
     return [folder for folder in reversed(_checkpoints(run_folder)) if (folder / COMPLETE).exists()]
 
 
@@ -227,7 +228,8 @@ def optimizer_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def remedy(path: str | Path) -> str:
-    """What to do about a damaged or incomplete file or folder: a checkpoint of one's own cannot be fetched again."""
+    """Returns what to do about a damaged or incomplete file or folder: a checkpoint of one's own cannot be fetched
+    again."""
     path = Path(path).absolute()
     checkpoint = next((f for f in (path, *path.parents) if _STEP_FOLDER.fullmatch(f.name)), None)
     if checkpoint is None:
@@ -255,7 +257,8 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
 
 def _stored_states(folder: Path) -> dict[str, Entry]:
-    """The optimizer states in a checkpoint, by the names of `optimizer_states`. Raises UserError for a damaged file."""
+    """Returns the optimizer states in a checkpoint, by the names of `optimizer_states`. Raises UserError for a damaged
+    file."""
     found: dict[str, Entry] = {}
     for file in sorted(folder.glob("optimizer*.safetensors")):
         with _damage_told(file), safe_open(file, framework="pt") as stored:
@@ -266,8 +269,8 @@ def _stored_states(folder: Path) -> dict[str, Entry]:
 
 
 def _empty_state(entry: Entry, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> Tensor:
-    """A tensor for a state. One of the parameter's shape lies where the optimizer keeps such, sharded as the parameter
-    is; another, like fused AdamW's step, beside the parameter."""
+    """Returns a tensor for a state. One of the parameter's shape lies where the optimizer keeps such, sharded as the
+    parameter is; another, like fused AdamW's step, beside the parameter."""
     _, dtype, shape = entry
     if shape and shape == parameter.shape:
         device = state_device(optimizer, parameter)
@@ -285,7 +288,7 @@ def _damage_told(file: Path) -> Iterator[None]:
 
 
 def rng_states() -> dict[str, Tensor]:
-    """The random states of this process."""
+    """Returns the random states of this process."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -313,12 +316,13 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint; raises UserError where it is damaged."""
+    """Returns the state of a checkpoint; raises UserError where it is damaged."""
     return read_json(folder / "state.json")
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """The state of a run to resume; raises UserError for converted weights, and where some of the state is missing."""
+    """Returns the state of a run to resume; raises UserError for converted weights, and where some of the state is
+    missing."""
     state = read_state(checkpoint)
     if "seed" not in state:
         raise UserError(
@@ -334,7 +338,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises UserError, naming the file, where it holds none."""
+    """Returns the object in a JSON file; raises UserError, naming the file, where it holds none."""
     try:
         values = json.loads(file.read_text())
     except ValueError as error:

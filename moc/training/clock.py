@@ -23,7 +23,7 @@ class Clock:
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def wait(self, take: Callable[[], Sequence[Batch] | None]) -> Sequence[Batch] | None:
-        """The batches of a step that `take` waits for, if any come."""
+        """Returns the batches of a step that `take` waits for, if any come."""
         asked = time.perf_counter()
         batches = take()
         self.waited += time.perf_counter() - asked
@@ -40,8 +40,8 @@ class Clock:
         self._marks.append((phase, mark))
 
     def read(self) -> dict[str, float]:
-        """Seconds a step and of each of its phases, the share of it spent waiting for data, and tokens a second, since
-        the last reading. On a GPU the last step must be finished."""
+        """Returns seconds a step and of each of its phases, the share of it spent waiting for data, and tokens a
+        second, since the last reading. On a GPU the last step must be finished."""
         elapsed, steps = time.perf_counter() - self.start, max(1, self.steps)
         values = {
             "step_seconds": elapsed / steps,

@@ -47,7 +47,7 @@ class GroupNumbers:
 
 
 def _numbers(group: Group) -> dict[str, Any]:
-    """The numbers of a group, and its tensors of one number with their dtype."""
+    """Returns the numbers of a group, and its tensors of one number with their dtype."""
     found: dict[str, Any] = {}
     for key, value in group.items():
         if isinstance(value, Tensor) and value.dim() == 0:

@@ -28,7 +28,7 @@ def files_to_seal(folder: Path) -> list[str]:
 
 
 def checksums(folder: Path, files: Sequence[str]) -> dict[str, int]:
-    """The checksum of each of some files, by its path within the folder. Raises OSError."""
+    """Returns the checksum of each of some files, by its path within the folder. Raises OSError."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(files, pool.map(lambda name: _checksum(folder / name), files), strict=True))
 

@@ -81,7 +81,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def wait(self, take: Callable[[], Result]) -> Result | None:
-        """What `take` returns, or None as soon as a signal has come, however long `take` would have taken."""
+        """Returns what `take` returns, or None as soon as a signal has come, however long `take` would have taken."""
         try:
             try:
                 self._waiting = True

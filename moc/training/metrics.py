@@ -135,7 +135,7 @@ class TensorBoard:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics; a last line cut off by a crash is left out."""
+    """Returns the rows of a run's metrics; a last line cut off by a crash is left out."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
@@ -144,7 +144,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def headline(values: dict[str, Any]) -> dict[str, str]:
-    """What the progress line says of a logged step."""
+    """Returns what the progress line says of a logged step."""
     shown = {
         "loss": f"{values['loss']:.4f}" if "loss" in values else "not finite",
         "tokens/s": f"{values['tokens_per_second']:,.0f}",

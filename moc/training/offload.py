@@ -99,7 +99,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             state[key] = self._hosts[parameter, key].copy_(state[key], non_blocking=True)
 
     def _averages(self, parameters: Sequence[Tensor]) -> Iterator[tuple[Tensor, dict[str, Tensor], str]]:
-        """Each parameter, its state and the name of a tensor in it, but for the count of steps."""
+        """Yields each parameter, its state and the name of a tensor in it, but for the count of steps."""
         for parameter in parameters:
             state = self.state.get(parameter, {})
             yield from ((parameter, state, key) for key in list(state) if state[key].dim())

@@ -96,8 +96,8 @@ def freeze_parts(model: nn.Module, parts: Sequence[PartConfig]) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over the trainable parameters; weight decay on matrices only. Raises UserError where it is not
-    installed, does not take its arguments, or takes whole weights alone and these are sharded."""
+    """Returns the optimizer over the trainable parameters; weight decay on matrices only. Raises UserError where it is
+    not installed, does not take its arguments, or takes whole weights alone and these are sharded."""
     build = _BUILDERS.get(config.name, _build_imported)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if (config.offload or config.name in _OF_WHOLE_WEIGHTS) and any(isinstance(p, DTensor) for p in trained.values()):
@@ -129,7 +129,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
-    """The learning rate of a step, counted from 0."""
+    """Returns the learning rate of a step, counted from 0."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     if config.decay == "constant" or step < config.warmup_steps:
         return config.lr * warmup
@@ -164,7 +164,7 @@ def kept_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, floa
 
 
 def state_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
-    """Where states of a parameter's shape lie between two steps; counts of steps lie beside the parameter."""
+    """Returns where states of a parameter's shape lie between two steps; counts of steps lie beside the parameter."""
     return getattr(optimizer, "state_device", parameter.device)
 
 

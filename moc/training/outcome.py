@@ -61,7 +61,7 @@ class Outcome:
         return list(dict.fromkeys(broken or everyone))
 
     def worst_scenes(self, most: int = 3) -> list[str]:
-        """The scenes of the largest losses, the worst first. Every process takes part."""
+        """Returns the scenes of the largest losses, the worst first. Every process takes part."""
         shots = gather_lists([(shot.loss, shot.scene) for shot in self.target_shots()])
         return list(dict.fromkeys(scene for _, scene in sorted(shots, reverse=True)))[:most]
 
@@ -78,7 +78,7 @@ class ShotLoss:
 
 
 def _of_each_shot(batches: Sequence[Batch], by_sample: Sequence[Sequence[str]]) -> list[str]:
-    """What is said of each sample of each batch, once for each of its shots."""
+    """Returns what is said of each sample of each batch, once for each of its shots."""
     return [
         value
         for batch, values in zip(batches, by_sample, strict=True)
@@ -101,7 +101,7 @@ class Totals:
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
     def finite(self) -> dict[str, float]:
-        """Those of the loss and the norm that can be logged: JSON has no NaN."""
+        """Returns those of the loss and the norm that can be logged: JSON has no NaN."""
         values = {"loss": self.loss, "grad_norm": self.grad_norm}
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
@@ -118,7 +118,7 @@ class SkipCount:
         self.most, self.tells, self.total, self.in_a_row = most, tells, 0, 0
 
     def add(self, outcome: Outcome, totals: Totals) -> list[str]:
-        """The scenes of a skipped step, none for another. Every process takes part.
+        """Returns the scenes of a skipped step, none for another. Every process takes part.
 
         Raises TooManySkipped past `most` skipped steps in a row.
         """
@@ -155,7 +155,8 @@ class Spikes:
         self._steps = 0
 
     def add(self, outcome: Outcome, totals: Totals) -> list[str]:
-        """The scenes of a spike, none for another step. Every process takes part, and all see the same totals."""
+        """Returns the scenes of a spike, none for another step. Every process takes part, and all see the same
+        totals."""
         if totals.skipped:
             return []
         self._steps += 1
@@ -171,7 +172,7 @@ class Spikes:
         return scenes
 
     def _look(self, name: str, value: float) -> str:
-        """What is to be told of a value, if anything; takes it into the moments."""
+        """Returns what is to be told of a value, if anything; takes it into the moments."""
         logarithm, (mean, variance) = math.log(max(value, 1e-30)), self._moments[name]
         above = logarithm - mean
         weight = max(1 / self._steps, 1 / self.MEMORY)
@@ -195,7 +196,8 @@ def check_finite(parallel: Parallel, model: nn.Module, ema: EMA, optimizer: torc
 
 
 def _by_device(flags: Iterable[Tensor]) -> list[Tensor]:
-    """Whether all flags of a device are set, for each device that some lie on, so that the host waits once for each."""
+    """Returns whether all flags of a device are set, for each device that some lie on, so that the host waits once for
+    each."""
     found: dict[torch.device, list[Tensor]] = {}
     for flag in flags:
         found.setdefault(flag.device, []).append(flag)

@@ -173,17 +173,17 @@ class Parallel:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
 
     def autocast(self) -> AbstractContextManager:
-        """The precision of a forward pass. Casts of sharded weights are not kept, as the weights are not."""
+        """Returns the precision of a forward pass. Casts of sharded weights are not kept, as the weights are not."""
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not self.is_sharded)
 
     def put(self, tensor: Tensor) -> Tensor:
-        """The tensor on this process's device."""
+        """Returns the tensor on this process's device."""
         return move(tensor, self.device)
 
     def wrap(self, model: Any) -> nn.Module:
-        """A model as the training loop calls it, on the device: its gradients are averaged over all processes. Raises
-        UserError where no blocks can be swapped."""
+        """Returns a model as the training loop calls it, on the device: its gradients are averaged over all processes.
+        Raises UserError where no blocks can be swapped."""
         if not self._swap_blocks:
             self.spread(model)
         else:
@@ -208,7 +208,7 @@ class Parallel:
             fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
 
     def share(self, value: Result) -> Result:
-        """The value of the team's first process, on each of the team."""
+        """Returns the value of the team's first process, on each of the team."""
         if not self.is_sharded:
             return value
         values = [value]
@@ -217,7 +217,7 @@ class Parallel:
         return values[0]
 
     def sum_over_heads(self, values: Tensor) -> Tensor:
-        """The sum over the processes that hold a stream, each of which has some heads; on each of them."""
+        """Returns the sum over the processes that hold a stream, each of which has some heads; on each of them."""
         if self._exchange:
             values = values.clone()
             dist.all_reduce(values, group=self._exchange.group)
@@ -229,14 +229,14 @@ class Parallel:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes with samples of their own, on each process."""
+        """Returns the sum over all processes with samples of their own, on each process."""
         if self.data_ranks > 1:
             values = values.clone()
             dist.all_reduce(values, group=self._data_group)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. It travels between the hosts, waiting for no device."""
+        """Returns whether the flag is set on any process. It travels between the hosts, waiting for no device."""
         if self.world_size == 1:
             return flag
         number = torch.tensor(int(flag))
@@ -244,8 +244,8 @@ class Parallel:
         return bool(number)
 
     def gather(self, value: Result) -> list[Result]:
-        """The values of all processes, on each of them. It waits for those that write files beyond the timeout, and may
-        run in a thread of its own beside the training."""
+        """Returns the values of all processes, on each of them. It waits for those that write files beyond the timeout,
+        and may run in a thread of its own beside the training."""
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
@@ -287,14 +287,14 @@ class Parallel:
             ) from error
 
     def _absent(self) -> list[str]:
-        """The processes that do not say within some seconds that they wait in vain too."""
+        """Returns the processes that do not say within some seconds that they wait in vain too."""
         _store().set(f"moc/waits/{self.rank}", "")
         time.sleep(min(10.0, self._timeout))
         absent = [rank for rank in range(self.world_size) if not _store().check([f"moc/waits/{rank}"])]
         return [f"rank {rank} on {_store().get(f'moc/host/{rank}').decode()}" for rank in absent]
 
     def of_main(self, make: Callable[[], Result]) -> Result:
-        """What the main process makes, on all of them; the others make none."""
+        """Returns what the main process makes, on all of them; the others make none."""
         return gather_lists([make()] if self.is_main else [])[0]
 
     def wait(self) -> None:
@@ -321,7 +321,7 @@ class Parallel:
 
 
 def _store() -> Any:
-    """The key-value store through which the processes found each other; it outlives any of them."""
+    """Returns the key-value store through which the processes found each other; it outlives any of them."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -344,12 +344,12 @@ def join_processes(cpu: bool = False, timeout: float | None = None) -> PartialSt
 
 
 def visible_gpus() -> list[str]:
-    """The devices that `device=auto` takes before the CPU: "cuda:0" and so on."""
+    """Returns the devices that `device=auto` takes before the CPU: "cuda:0" and so on."""
     return [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
 def _find_device(name: str, state: Any) -> torch.device:
-    """The device that a setting names, for this process."""
+    """Returns the device that a setting names, for this process."""
     here = visible_gpus()
     if name == "cpu" or (name == "auto" and not here):
         return torch.device("cpu")
@@ -363,7 +363,7 @@ def _find_device(name: str, state: Any) -> torch.device:
 
 
 def gather_lists(values: list) -> list:
-    """The lists of all processes, one after another, on each of them."""
+    """Returns the lists of all processes, one after another, on each of them."""
     if not dist.is_initialized():
         return values
     lists: list = [None] * dist.get_world_size()

@@ -107,7 +107,7 @@ class Passes:
         return losses.detach()
 
     def _kind(self, layout: ShotLayout) -> "_Kind | None":
-        """The kind of such a micro-batch, where it is to have a graph and is not the first of its kind."""
+        """Returns the kind of such a micro-batch, where it is to have a graph and is not the first of its kind."""
         for kind in self._kinds:
             if kind.layout.is_stream_of(layout.samples, layout.chunk_tokens):
                 return kind

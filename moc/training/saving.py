@@ -33,7 +33,7 @@ class Snapshot:
     rng: dict[str, Tensor] = field(default_factory=ckpt.rng_states)
 
     def on_host(self) -> "Snapshot":
-        """A copy that later steps leave as it is."""
+        """Returns a copy that later steps leave as it is."""
         models = {name: on_host(tensors) for name, tensors in self.models.items()}
         return replace(self, models=models, optimizer=on_host(self.optimizer))
 

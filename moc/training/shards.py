@@ -10,16 +10,16 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor; a change of it is one of the tensor."""
+    """Returns what this process holds of a tensor; a change of it is one of the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; every process takes part."""
+    """Returns all of a tensor; every process takes part."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def hollow(model: nn.Module) -> nn.Module:
-    """A copy of a model that is not sharded yet, without values and memory for them."""
+    """Returns a copy of a model that is not sharded yet, without values and memory for them."""
     values = {id(x): nn.Parameter(x.to("meta"), x.requires_grad) for x in model.parameters()}
     return deepcopy(model, values | {id(x): x.to("meta") for x in model.buffers()})

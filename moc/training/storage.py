@@ -135,7 +135,7 @@ def _entry(item: WriteItem) -> Entry:
 
 
 def _offset(item: WriteItem) -> int:
-    """The bytes of a tensor before the rows of an item. FSDP2 shards tensors over their first dimension."""
+    """Returns the bytes of a tensor before the rows of an item. FSDP2 shards tensors over their first dimension."""
     assert item.tensor_data
     data = item.tensor_data
     if list(data.chunk.sizes[1:]) != list(data.size[1:]):
@@ -145,7 +145,8 @@ def _offset(item: WriteItem) -> int:
 
 
 def _opened(file: Path) -> BinaryIO:
-    """A file that is there, for writing alone: what other processes write meanwhile is not read, nor written again."""
+    """Returns a file that is there, for writing alone: what other processes write meanwhile is not read, nor written
+    again."""
     try:
         return os.fdopen(os.open(file, os.O_WRONLY), "wb")
     except FileNotFoundError:

@@ -20,14 +20,14 @@ Entry = tuple[str, torch.dtype, tuple[int, ...]]  # name, dtype and shape of a t
 
 
 def num_bytes(entry: Entry) -> int:
-    """The size of a tensor's values."""
+    """Returns the size of a tensor's values."""
     _, dtype, shape = entry
     return dtype.itemsize * torch.Size(shape).numel()
 
 
 def file_header(entries: Iterable[Entry], multiple: int = 8) -> tuple[bytes, dict[str, int]]:
-    """The bytes that a file of these tensors begins with, and the byte of the file at which each tensor begins, in the
-    order of those. multiple: the header's length is one of this number."""
+    """Returns the bytes that a file of these tensors begins with, and the byte of the file at which each tensor begins,
+    in the order of those. multiple: the header's length is one of this number."""
     ordered = sorted(entries, key=lambda entry: (-entry[1].itemsize, entry[0]))
     description: dict[str, object] = {"__metadata__": {"format": "pt"}}
     starts, end = {}, 0
@@ -40,8 +40,8 @@ def file_header(entries: Iterable[Entry], multiple: int = 8) -> tuple[bytes, dic
 
 
 def deal_to_files(folder: Path, entries: Iterable[Entry], stem: str, shard_bytes: int) -> dict[Path, list[Entry]]:
-    """The tensors of each file of a folder, as diffusers deals them: one file, or shards of at most `shard_bytes` where
-    no tensor is larger. Writes the index of shards."""
+    """Returns the tensors of each file of a folder, as diffusers deals them: one file, or shards of at most
+    `shard_bytes` where no tensor is larger. Writes the index of shards."""
     by_name = {entry[0]: entry for entry in entries}
     plan = split_state_dict_into_shards_factory(
         by_name, get_storage_size=num_bytes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=shard_bytes

@@ -49,7 +49,7 @@ class Steps(Protocol):
     def __iter__(self) -> Any: ...
 
     def state(self) -> dict[str, Any]:
-        """Where the data stands after the steps taken so far, JSON-ready."""
+        """Returns where the data stands after the steps taken so far, JSON-ready."""
         ...
 
 
@@ -238,7 +238,7 @@ class Trainer:
         return True
 
     def _interrupted(self) -> bool:
-        """Whether any process was told to end; all processes ask at the same points."""
+        """Returns whether any process was told to end; all processes ask at the same points."""
         return self.parallel.any(bool(self._interruption.signal))
 
     def _leave(self, metrics: Metrics | None) -> None:
@@ -283,7 +283,7 @@ class Trainer:
         self._saver.save(snapshot, last)
 
     def saved_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of the two models in a checkpoint, by their names in its files."""
+        """Returns the tensors of the two models in a checkpoint, by their names in its files."""
         weights, stored = self.bare_model.state_dict(), self._saver.model.stored
         return {"model": stored(weights), "ema": stored(weights | self.ema.averages)}
 
@@ -343,7 +343,7 @@ class Trainer:
         return totals
 
     def _summary(self, totals: Totals) -> dict[str, Any]:
-        """The values to log for a step; the loss is over the targets of all processes, which all take part."""
+        """Returns the values to log for a step; the loss is over the targets of all processes, which all take part."""
         moc, timing = self.schedule.at(self.step - 1, self.moc), self._clock.read()
         speed = timing["tokens_per_second"]
         survey = self._survey.read(speed, self.parallel.dtype) if self._survey else {}

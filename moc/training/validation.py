@@ -75,9 +75,10 @@ class Validator:
 
     @torch.no_grad()
     def routing(self, model: nn.Module, moc: MoCConfig, parallel: Parallel) -> dict[str, Any]:
-        """What attention did on the first held-out batch at sigma 0.8 (of an expert's range): sparsity and FLOPs
-        averaged over all layers, dense ones among them; entropy and unused over those that route, and absent where none
-        does. Where processes share a stream, all of them take part, and entropy and unused are means of their heads."""
+        """Returns what attention did on the first held-out batch at sigma 0.8 (of an expert's range): sparsity and
+        FLOPs averaged over all layers, dense ones among them; entropy and unused over those that route, and absent
+        where none does. Where processes share a stream, all of them take part, and entropy and unused are means of
+        their heads."""
         batch = _on(self.batches[0], parallel, moc)
         rows: list[dict[str, float]] = []
 
@@ -110,8 +111,8 @@ class Validator:
 
 
 def rivals(moc: MoCConfig) -> dict[str, MoCConfig]:
-    """A checkpoint's attention among its rivals. In "own shot only" nothing carries the video of another shot onward:
-    no route, no dense layer, no other shot's text."""
+    """Returns a checkpoint's attention among its rivals. In "own shot only" nothing carries the video of another shot
+    onward: no route, no dense layer, no other shot's text."""
     routed = replace(moc, dense=False)
     own = replace(routed, top_k=0, dense_layers=0, own_anchor=OwnAnchor.shot, text_anchor=TextAnchor.global_and_own)
     return {"dense": replace(moc, dense=True), "MoC": routed, "own shot only": own}

@@ -32,7 +32,8 @@ class Contents:
 
     @classmethod
     def at(cls, path: "str | Path | Contents") -> "Contents":
-        """What a path holds, not looked through for damage; `Contents` stay as they are, here and in `sound`."""
+        """Returns what a path holds, not looked through for damage; `Contents` stay as they are, here and in
+        `sound`."""
         return path if isinstance(path, Contents) else cls(Path(path))
 
     @classmethod
@@ -55,7 +56,7 @@ class Contents:
         return find_checkpoint(self.path) or (self.path.parent if is_inner else self.path)
 
     def model_path(self, weights: str) -> Path:
-        """The file or folder of the model itself: inside a run, a checkpoint or a pipeline."""
+        """Returns the file or folder of the model itself: inside a run, a checkpoint or a pipeline."""
         if not self.path.is_dir():
             return self.path
         checkpoint = find_checkpoint(self.path)

@@ -84,7 +84,7 @@ class Experts(nn.Module):
         self.high.execution = self.low.execution = execution
 
     def new_cache(self, capacity: int, offload: bool = False) -> ExpertCaches:
-        """The history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
+        """Returns the history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
         return ExpertCaches(self.high.new_cache(capacity, offload), self.low.new_cache(capacity, offload))
 
     def offload(self, device: torch.device) -> None:

@@ -58,7 +58,7 @@ class Beside:
             raise UserError(f"encoders_path={self.encoders_path} and encoders exclude each other; leave one out")
 
     def given(self) -> list[str]:
-        """The names of those that do not come from the input."""
+        """Returns the names of those that do not come from the input."""
         values = {field.name: getattr(self, field.name) for field in fields(Beside)}
         values["moc"] = next((value for value in self.moc.values() if value is not None), None)
         return [name for name, value in values.items() if value is not None]
@@ -151,20 +151,21 @@ def _write_diffusers(
 
 
 def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
-    """The input's attention settings with the given ones; None where there are neither."""
+    """Returns the input's attention settings with the given ones; None where there are neither."""
     if "moc" not in beside.given():
         return checkpoint.moc
     return (checkpoint.moc or MoCConfig()).override(beside.moc)
 
 
 def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
-    """The input's, with the given shift; an expert that leaves its pipeline takes its range of noise levels along."""
+    """Returns the input's, with the given shift; an expert that leaves its pipeline takes its range of noise levels
+    along."""
     flow = Contents(checkpoint.path).own_flow
     return flow if beside.shift is None else replace(flow, shift=beside.shift)
 
 
 def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:
-    """The given encoders, or the input's, if it has any."""
+    """Returns the given encoders, or the input's, if it has any."""
     if beside.encoders is not None:
         return _lasting(beside.encoders)
     return read_encoders(beside.encoders_path) if beside.encoders_path else find_encoders(checkpoint.root)

@@ -39,7 +39,8 @@ class LoraChoice:
 
 
 def read_choices(setting: Any) -> tuple[LoraChoice, ...]:
-    """The LoRAs of a setting: a path, or a list of paths and of {path: PATH, weight: NUMBER}. Raises UserError."""
+    """Returns the LoRAs of a setting: a path, or a list of paths and of {path: PATH, weight: NUMBER}. Raises
+    UserError."""
     found = []
     for one in setting if isinstance(setting, list | tuple) else [setting] if setting else []:
         fields = {"path": one} if isinstance(one, str) else one
@@ -115,7 +116,7 @@ class MergedLora:
             raise UserError(f"{path} is no LoRA of this model: {listed({'misshapen': misshapen})}")
 
     def merge(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the model with what the LoRA adds, in fp32; as it is where that is nothing."""
+        """Returns a tensor of the model with what the LoRA adds, in fp32; as it is where that is nothing."""
         if name in self.factors:
             up, down, scale = self.factors[name]
             added = self.source.read(up).float().flatten(1) @ self.source.read(down).float().flatten(1)
@@ -136,7 +137,7 @@ def _layer_names(layers: Iterable[str]) -> dict[str, str]:
 
 
 def _bare(layer: str) -> str:
-    """A layer's name without what makers put before it."""
+    """Returns a layer's name without what makers put before it."""
     while prefix := next((prefix for prefix in PREFIXES if layer.startswith(prefix)), ""):
         layer = layer.removeprefix(prefix)
     return layer
@@ -149,8 +150,8 @@ def _of_expert(names: Sequence[str], low_noise: bool) -> list[str]:
 
 
 def _scaling(source: TensorSource, path: Path) -> Callable[[int], float]:
-    """How much a LoRA without alphas of its own is scaled, by its rank: as peft's settings beside it, or diffusers' in
-    its header, say; 1 where nothing does."""
+    """Returns how much a LoRA without alphas of its own is scaled, by its rank: as peft's settings beside it, or
+    diffusers' in its header, say; 1 where nothing does."""
     settings: dict[str, Any] = {}
     beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
     if beside.is_file():

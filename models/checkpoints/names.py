@@ -42,10 +42,10 @@ def _rename(name: str, top: dict[str, str], block: dict[str, str]) -> str | None
 
 
 def to_diffusers_name(name: str) -> str | None:
-    """An original name, with ComfyUI's prefix or without, as diffusers'; None for one no Wan model has."""
+    """Returns an original name, with ComfyUI's prefix or without, as diffusers'; None for one no Wan model has."""
     return _rename(name.removeprefix(COMFYUI_PREFIX), TOP, BLOCK)
 
 
 def to_original_name(name: str) -> str | None:
-    """The inverse of `to_diffusers_name`."""
+    """Returns the inverse of `to_diffusers_name`."""
     return _rename(name, {new: old for old, new in TOP.items()}, {new: old for old, new in BLOCK.items()})

@@ -60,7 +60,7 @@ class Checkpoint:
         return self.adapters[-1].source.path if self.adapters else self.source.path
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as stored; where a LoRA is merged into it fp32, for the caller to round."""
+        """Returns one tensor, as stored; where a LoRA is merged into it fp32, for the caller to round."""
         weight = self.source.read(self.stored[name])
         for adapter in self.adapters:
             weight = adapter.merge(name, weight)
@@ -75,7 +75,8 @@ class Checkpoint:
         return replace(self, loras=tuple(MergedLora.open(choice, tensors, low_noise) for choice in choices))
 
     def fingerprint(self) -> str:
-        """A hash of the weights: names, shapes, dtypes and of each tensor 4096 values. Form and path do not count."""
+        """Returns a hash of the weights: names, shapes, dtypes and of each tensor 4096 values. Form and path do not
+        count."""
         sources = [(self.source, self.stored)] + [(a.source, {n: n for n in a.source.names()}) for a in self.adapters]
         return tensors_digest(
             (name, source.shapes[key], source.sample(key, VALUES_PER_TENSOR))
@@ -84,7 +85,8 @@ class Checkpoint:
         )
 
     def empty_model(self) -> StreamModel:
-        """The model on the meta device; raises UserError, listing names, unless the tensors are exactly its own."""
+        """Returns the model on the meta device; raises UserError, listing names, unless the tensors are exactly its
+        own."""
         try:
             with init_empty_weights():
                 model = CLASSES[self.kind](**self.config)
@@ -99,15 +101,15 @@ class Checkpoint:
         return model
 
     def dtypes(self, model: StreamModel, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
-        """The dtype that each weight of `model` is held in where `dtype` is asked for: norms, modulation and the time
-        embedder in fp32, whatever it is. None: as they are stored."""
+        """Returns the dtype that each weight of `model` is held in where `dtype` is asked for: norms, modulation and
+        the time embedder in fp32, whatever it is. None: as they are stored."""
         names, wide = list(model.state_dict()), set[str](model._keep_in_fp32_modules or ())
         if dtype is None:
             return {name: self.source.dtypes[self.stored[name]] for name in names}
         return {name: torch.float32 if wide & set(name.split(".")) else dtype for name in names}
 
     def describe(self) -> str:
-        """One line for the user: what the file is."""
+        """Returns one line for the user: what the file is."""
         count = sum(torch.Size(self.source.shapes[key]).numel() for key in self.stored.values())
         dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in self.source.dtypes.values()})
         what = "multi-shot MMDiT" if self.kind == "MMDiT" else WAN_NAMES.get(_size(self.config), "a Wan model")
@@ -164,7 +166,7 @@ def _gap(path: Path, kind: str, settings: dict[str, Any]) -> dict[str, float]:
 
 
 def _open_base(lora: Lora, path: Path) -> Checkpoint:
-    """The weights that the LoRA at `path` adapts."""
+    """Returns the weights that the LoRA at `path` adapts."""
     if not Path(lora.base).exists():
         raise UserError(
             f"{path} holds a LoRA of {lora.base}, which does not exist: put it back, or set base in "
@@ -205,7 +207,7 @@ def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
 
 
 def _class_config(kind: type[StreamModel], settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The class's arguments from a config.json; a setting it does not know must be empty."""
+    """Returns the class's arguments from a config.json; a setting it does not know must be empty."""
     known = signature(kind.__init__).parameters.keys() - {"self"}
     unknown = [key for key, value in settings.items() if key not in known and not key.startswith("_") and value]
     if unknown:
@@ -214,7 +216,7 @@ def _class_config(kind: type[StreamModel], settings: dict[str, Any], path: Path)
 
 
 def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[str, Any]:
-    """The class's arguments as the tensors' shapes tell them."""
+    """Returns the class's arguments as the tensors' shapes tell them."""
     embedder = "condition_embedder.{}_embedder.linear_1.weight"
     patch, ffn, out = "patch_embedding.weight", "blocks.0.ffn.net.0.proj.weight", "proj_out.bias"
     text, time = embedder.format("text"), embedder.format("time")
@@ -242,8 +244,8 @@ def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[st
 def load_checkpoint(
     checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32, base: Base = Base.fp32
 ) -> StreamModel:
-    """The model on the CPU. dtype: of its weights (norms and time embedding stay fp32), None as they are stored. base:
-    how the linears of its blocks are kept, frozen unless it is fp32; each is packed as it is read.
+    """Returns the model on the CPU. dtype: of its weights (norms and time embedding stay fp32), None as they are
+    stored. base: how the linears of its blocks are kept, frozen unless it is fp32; each is packed as it is read.
 
     Raises UserError unless the stored tensors are exactly the model's.
     """

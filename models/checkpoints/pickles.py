@@ -87,7 +87,7 @@ def convert_pickle(file: Path, output: Path) -> str:
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a .pth file, mapped from disk; nothing but tensors and plain containers is accepted.
+    """Returns the tensors of a .pth file, mapped from disk; nothing but tensors and plain containers is accepted.
 
     The form of torch before 1.6, which is no zip, is held in memory.
     """

@@ -28,7 +28,7 @@ class Seen:
 
     @classmethod
     def read(cls, contents: Contents) -> "Seen":
-        """What `write` left in a checkpoint. Raises UserError where that is damaged."""
+        """Returns what `write` left in a checkpoint. Raises UserError where that is damaged."""
         file = contents.root / FILE
         try:
             return cls(**read_json(file)) if file.is_file() else cls()
@@ -42,7 +42,7 @@ class Seen:
         return {name: value for name, value in found.items() if value}
 
     def unseen(self, size: Sequence[int], fps: float, num_shots: int) -> list[str]:
-        """What of a film the model was never trained on, in words."""
+        """Returns what of a film the model was never trained on, in words."""
         told = []
         if self.sizes and list(size) not in [list(known) for known in self.sizes]:
             told.append(f"{size[0]}x{size[1]} (but {', '.join(f'{h}x{w}' for h, w in self.sizes)})")
@@ -54,5 +54,5 @@ class Seen:
 
 
 def is_untrained(contents: Contents, moc: MoCConfig) -> bool:
-    """Whether weights that never saw Mixture of Contexts are asked to attend with it."""
+    """Returns whether weights that never saw Mixture of Contexts are asked to attend with it."""
     return not moc.dense and contents.stored_moc is None

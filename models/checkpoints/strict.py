@@ -20,7 +20,8 @@ def load_folder(
     tied: Sequence[str] = (),
     ignored: tuple[str, ...] = (),
 ) -> Any:
-    """The model of a folder, on the CPU, in `dtype`, from its safetensors files alone; its class is what `build` says.
+    """Returns the model of a folder, on the CPU, in `dtype`, from its safetensors files alone; its class is what
+    `build` says.
 
     build: makes the model from the folder's config.json. tied: names of one tensor, of which the files may hold any.
     ignored: prefixes of tensors that may be there and are left out. Raises UserError where the config does not make a

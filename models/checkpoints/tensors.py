@@ -52,14 +52,14 @@ class TensorSource:
         return sorted(self._located)
 
     def header(self) -> dict[str, str]:
-        """What the makers of the files say in their headers."""
+        """Returns what the makers of the files say in their headers."""
         said: dict[str, str] = {}
         for file in sorted({file for file, _ in self._located.values()}):
             said |= _open(file).metadata() or {}
         return said
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU, in the file's dtype."""
+        """Returns one tensor, on the CPU, in the file's dtype."""
         return self._values(name, 0, torch.Size(self.shapes[name]).numel()).reshape(self.shapes[name])
 
     def sample(self, name: str, most: int) -> Tensor:
@@ -151,8 +151,8 @@ def check_tensors(path: str | Path, what: str, found: Shapes, expected: Shapes) 
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The safetensors files that make up the checkpoint at `path`, and which of them its index, if any, names for each
-    tensor."""
+    """Returns the safetensors files that make up the checkpoint at `path`, and which of them its index, if any, names
+    for each tensor."""
     if path.suffix in PICKLES:
         raise UserError(f"{path} is a pickle file, which can run code when read; {SAFE}")
     if path.is_file():
@@ -182,8 +182,8 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
 
 
 def read_index(file: Path) -> dict[str, Path]:
-    """The shard of each tensor, by an index file beside the shards. Raises UserError for what is no such index, and
-    where it names a file outside its own folder."""
+    """Returns the shard of each tensor, by an index file beside the shards. Raises UserError for what is no such index,
+    and where it names a file outside its own folder."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{file} has no weight_map from tensors to shards; {remedy(file)}")

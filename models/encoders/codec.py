@@ -85,15 +85,15 @@ class Codec(nn.Module):
         return torch.cat(list(self.decode_stream(latent)), dim=1)
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
-        """The same in pieces float [3, f, H, W]."""
+        """Returns the same in pieces float [3, f, H, W]."""
         return self.shot_decoder()(latent)
 
     def shot_encoder(self) -> "ShotEncoder":
-        """A new stream, for the shots of one sample in order."""
+        """Returns a new stream, for the shots of one sample in order."""
         return ShotEncoder(self)
 
     def shot_decoder(self) -> "ShotDecoder":
-        """A new stream, for the shots of one sample in order."""
+        """Returns a new stream, for the shots of one sample in order."""
         return ShotDecoder(self)
 
     def encode_piece(self, frames: Tensor, memory: dict, first: bool) -> Tensor:
@@ -102,32 +102,32 @@ class Codec(nn.Module):
         raise NotImplementedError
 
     def decode_piece(self, latent: Tensor, memory: dict, first: bool) -> Tensor:
-        """The frames of the next latents of a video, in the same way."""
+        """Returns the frames of the next latents of a video, in the same way."""
         raise NotImplementedError
 
     # Frames and latent frames
 
     def begins_video(self, shot: int) -> bool:
-        """Whether the shot is encoded afresh, not as going on from the one before."""
+        """Returns whether the shot is encoded afresh, not as going on from the one before."""
         return shot == 0 or not self.continuous
 
     def pixel_frames(self, latent_frames: int, shot: int = 0) -> int:
-        """Frames that `latent_frames` of a shot decode to."""
+        """Returns frames that `latent_frames` of a shot decode to."""
         lone = int(self.begins_video(shot))  # the frame that is a latent frame of its own
         return lone + (latent_frames - lone) * self.temporal_factor
 
     def whole_frames(self, frames: int, shot: int = 0) -> int:
-        """The longest run within `frames` that is whole latent frames; 0 where there is none."""
+        """Returns the longest run within `frames` that is whole latent frames; 0 where there is none."""
         lone = int(self.begins_video(shot))
         return max(0, lone + (frames - lone) // self.temporal_factor * self.temporal_factor)
 
     def nearest_frames(self, frames: float, shot: int = 0) -> int:
-        """The length of whole latent frames, one at least, nearest to `frames`."""
+        """Returns the length of whole latent frames, one at least, nearest to `frames`."""
         lone = int(self.begins_video(shot))
         return self.pixel_frames(max(1, lone + round((frames - lone) / self.temporal_factor)), shot)
 
     def enclosing_frames(self, frames: int, shot: int = 0) -> int:
-        """The shortest length of whole latent frames that is at least `frames`."""
+        """Returns the shortest length of whole latent frames that is at least `frames`."""
         return self.whole_frames(max(frames, self.pixel_frames(1, shot)) + self.temporal_factor - 1, shot)
 
     def latent_frames(self, frames: int, shot: int = 0) -> int:
@@ -198,7 +198,8 @@ class ShotDecoder:
 
 
 def in_pieces(pieces: Iterable[Tensor], head: int, length: int) -> Iterator[Tensor]:
-    """The frames of pieces [3, f, H, W], cut anew: one of `head` frames, then of `length`; the last may be short."""
+    """Yields the frames of pieces [3, f, H, W], cut anew: one of `head` frames, then of `length`; the last may be
+    short."""
     held: Tensor | None = None
     wanted = head
     for piece in pieces:

@@ -15,7 +15,8 @@ def fingerprint(kind: str, *facts: object) -> str:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A hash of a module's weights: names, shapes, dtypes and values, of large tensors 4096 values at even steps."""
+    """Returns a hash of a module's weights: names, shapes, dtypes and values, of large tensors 4096 values at even
+    steps."""
     return tensors_digest(
         (name, tuple(weight.shape), weight.detach().flatten()[:: max(1, weight.numel() // VALUES_PER_TENSOR)].cpu())
         for name, weight in sorted(module.state_dict().items())
@@ -23,7 +24,7 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def tensors_digest(tensors: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
-    """A hash of tensors, in their order: name, shape, and some of the values, flat, with their dtype."""
+    """Returns a hash of tensors, in their order: name, shape, and some of the values, flat, with their dtype."""
     digest = hashlib.sha256()
     for name, shape, some in tensors:
         digest.update(f"{name} {shape} {some.dtype}".encode())

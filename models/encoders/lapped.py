@@ -46,21 +46,23 @@ def opponent_matrix() -> Tensor:
 
 
 def block_transform() -> Tensor:
-    """The DCT of a block in opponent colours: float64 [768, 768], orthonormal, a row for each (colour, t, u, v)."""
+    """Returns the DCT of a block in opponent colours: float64 [768, 768], orthonormal, a row for each (colour, t, u,
+    v)."""
     time, space = dct_matrix(BLOCK[0]), dct_matrix(BLOCK[1])
     full = torch.einsum("ai,bj,ck,dl->abcdijkl", opponent_matrix(), time, space, space)
     return full.flatten(4).flatten(0, 3)
 
 
 def amplitudes() -> Tensor:
-    """The law above for every coefficient: float64 [3, 4, 8, 8] (colour, t, u, v)."""
+    """Returns the law above for every coefficient: float64 [3, 4, 8, 8] (colour, t, u, v)."""
     t, u, v = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in BLOCK), indexing="ij")
     opponent = torch.tensor(OPPONENT, dtype=torch.float64)[:, None, None, None]
     return AMPLITUDE * opponent * (1 + 4 * (TEMPO * t + u + v)) ** -DECAY
 
 
 def kept_coefficients(channels: int, still_detail: bool = True) -> Tensor:
-    """The one of a block's 768 coefficients that each channel holds: int64 [2, C], of first latent frames, of others.
+    """Returns the one of a block's 768 coefficients that each channel holds: int64 [2, C], of first latent frames, of
+    others.
 
     A channel of temporal frequency 0 holds the same in both; the others have in the first the next of those, or
     without `still_detail` the same as well, which is 0 where nothing moves.
@@ -147,12 +149,12 @@ class LappedCodec(Codec):
         return torch.einsum("thwk,tck->thwc", to_blocks(across_borders(video, self.rotation)), basis)
 
     def _synthesized(self, coefficients: Tensor, basis: Tensor) -> Tensor:
-        """The video of these coefficients, all others 0."""
+        """Returns the video of these coefficients, all others 0."""
         blocks = torch.einsum("thwc,tck->thwk", coefficients, basis)
         return across_borders(from_blocks(blocks), self.rotation.T)
 
     def _flattest(self, stored: Tensor, basis: Tensor) -> Tensor:
-        """The video [3, 4 T, H, W] with coefficients `stored` and little total variation."""
+        """Returns the video [3, 4 T, H, W] with coefficients `stored` and little total variation."""
         video = ahead = self._synthesized(stored, basis)
         for index in range(self.rounds):
             moved = ahead - self.step * self.cooling**index * variation_gradient(ahead)
@@ -167,7 +169,7 @@ def to_blocks(video: Tensor) -> Tensor:
 
 
 def from_blocks(blocks: Tensor) -> Tensor:
-    """The inverse of `to_blocks`."""
+    """Returns the inverse of `to_blocks`."""
     sizes = {"c": 3, "a": BLOCK[0], "b": BLOCK[1], "d": BLOCK[2]}
     return rearrange(blocks, "t h w (c a b d) -> c (t a) (h b) (w d)", **sizes)
 

@@ -52,7 +52,7 @@ class Encoders:
 
 
 def build_codec(config: CodecConfig) -> Codec:
-    """The codec a configuration names, on the CPU."""
+    """Returns the codec a configuration names, on the CPU."""
     if config.kind is not CodecKind.wan:
         return LappedCodec(config)
     from models.encoders.vae import WanCodec  # imports much of diffusers: only where it is used
@@ -66,12 +66,12 @@ def build_encoders(config: EncodersConfig, vocabulary: Iterable[str] = ()) -> En
 
 
 def load_encoders(path: str | Path | Contents) -> Encoders:
-    """The encoders at `path`, as `read_encoders` finds them; raises UserError where they come out different."""
+    """Returns the encoders at `path`, as `read_encoders` finds them; raises UserError where they come out different."""
     return build_encoders(read_encoders(path))
 
 
 def load_codec(path: str | Path | Contents) -> Codec:
-    """The codec of the encoders at `path`; raises UserError as `load_encoders` does."""
+    """Returns the codec of the encoders at `path`; raises UserError as `load_encoders` does."""
     return load_encoders(path).codec
 
 
@@ -89,8 +89,8 @@ def read_encoders(path: str | Path | Contents) -> EncodersConfig:
 
 
 def find_encoders(path: str | Path | Contents) -> EncodersConfig | None:
-    """The encoders of a folder that `Encoders.save` wrote, of a run or checkpoint, or of a diffusers pipeline of Wan,
-    which its transformer's folder names as well. An embedded text encoder's path is where it lies."""
+    """Returns the encoders of a folder that `Encoders.save` wrote, of a run or checkpoint, or of a diffusers pipeline
+    of Wan, which its transformer's folder names as well. An embedded text encoder's path is where it lies."""
     root = Contents.at(path).root
     for folder in (root, root / "encoders"):
         if (folder / FILE).is_file():

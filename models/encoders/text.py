@@ -88,11 +88,11 @@ class TextEncoder(nn.Module):
     fingerprint: str
 
     def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
-        """Features of the global caption and of each shot's: 1 + S tensors [T_i, text_dim]."""
+        """Returns features of the global caption and of each shot's: 1 + S tensors [T_i, text_dim]."""
         raise NotImplementedError
 
     def encode_windows(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
-        """The same for a model whose shots see the global caption and their own alone: no caption counts in the
+        """Returns the same for a model whose shots see the global caption and their own alone: no caption counts in the
         features of another shot, and no number of shots makes a prompt too long."""
         return self.encode(global_caption, shot_captions)
 
@@ -157,7 +157,7 @@ class EmbeddedTextEncoder(TextEncoder):
 
     @classmethod
     def load(cls, folder: str | Path) -> "EmbeddedTextEncoder":
-        """The encoder that `save` wrote; raises UserError if its weights do not come out the same here."""
+        """Returns the encoder that `save` wrote; raises UserError if its weights do not come out the same here."""
         file, vocabulary = Path(folder, "text_encoder.json"), Path(folder, "vocabulary.txt")
         if not (file.is_file() and vocabulary.is_file()):
             raise UserError(f"{folder} holds no text encoder ({file.name}, {vocabulary.name}): name one that was saved")
@@ -214,8 +214,8 @@ def clean(text: str) -> str:
 
 
 def join_prompt(form: PromptForm, global_caption: str, shot_captions: Sequence[str]) -> tuple[str, list[int]]:
-    """One prompt of all captions, and the character at which each starts (global, shot 1, ...). Without any shot
-    caption it is the global one as it is."""
+    """Returns one prompt of all captions, and the character at which each starts (global, shot 1, ...). Without any
+    shot caption it is the global one as it is."""
     captions = [clean(caption) for caption in (global_caption, *shot_captions)]
     if form == PromptForm.holocine and len(shot_captions) > 1 and any(captions[1:]):
         tags = ["[per shot caption]", *["[shot cut]"] * (len(shot_captions) - 1)]
@@ -311,7 +311,8 @@ class T5TextEncoder(TextEncoder):
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a folder; raises UserError where transformers would make up an empty one, or name no file."""
+    """Returns the tokenizer of a folder; raises UserError where transformers would make up an empty one, or name no
+    file."""
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(f"{folder} holds no tokenizer (tokenizer.json or spiece.model): put the release's files there")
     for file in folder.glob("tokenizer*.json"):
@@ -325,7 +326,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def build_text_encoder(config: TextConfig, vocabulary: Iterable[str] = ()) -> TextEncoder:
-    """The text encoder a configuration names. vocabulary: words of the embedded encoder where `path` is null."""
+    """Returns the text encoder a configuration names. vocabulary: words of the embedded encoder where `path` is
+    null."""
     if config.kind == TextKind.t5:
         return T5TextEncoder(config)
     if config.path is None:

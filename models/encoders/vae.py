@@ -120,7 +120,7 @@ class WanCodec(Codec):
         return self._blended(rows, TILE // scale.output, TILE_STRIDE // scale.output)
 
     def _blended(self, rows: list[list[Tensor]], size: int, stride: int) -> Tensor:
-        """One picture of overlapping tiles."""
+        """Returns one picture of overlapping tiles."""
         for i, row in enumerate(rows):
             for j, tile in enumerate(row):
                 if i:
@@ -131,7 +131,7 @@ class WanCodec(Codec):
 
 
 def no_features(network: nn.Module) -> Features:
-    """The feature cache of a network that has seen nothing."""
+    """Returns the feature cache of a network that has seen nothing."""
     return [None] * sum(isinstance(module, WanCausalConv3d) for module in network.modules())
 
 
