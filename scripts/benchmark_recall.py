@@ -7,6 +7,19 @@ finished after `minutes` is tested where it stands, and the same command goes on
 with the weights of one checkpoint, such as a dense row's, instead of none. Tests are those of evaluation/recall.py. A
 row is printed and put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
 and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
+
+The shortest command of each ablation: `python scripts/benchmark_recall.py` with one of these lines. On one H100 a command
+is to take nine minutes at most, tests included.
+
+    ON='start=docs/checkpoints/recall_dense settings=["optim.lr=1.5e-3"] steps=3600 minutes=5'
+    rows=[moc] seed=1 $ON                              another seed; and seed=2
+    rows=[moc] steps=8000 minutes=5                    from scratch; goes on if asked again
+    rows=[moc_dense_target] $ON                        half of the target is the dense velocity
+    rows=[moc_of_frames,moc_of_half_frames] $ON        chunk and k at equal density
+    rows=[moc_no_own_shot,moc_no_text] $ON             without an anchor
+    rows=[moc_no_drops,moc_not_causal] $ON
+    rows=[moc_progressive,moc] $ON                     a schedule against fixed chunks
+    rows=[moc_pre_rope,moc_all_text] $ON
 """
 
 import json
@@ -107,6 +120,10 @@ ROWS = {
     "moc_pre_rope": lambda steps: ["moc.descriptor=pre_rope"],
     "moc_no_drops": lambda steps: NO_DROPS,
     "moc_all_text": lambda steps: ["moc.text_anchor=all"],
+    "moc_no_own_shot": lambda steps: ["moc.own_anchor=none"],
+    "moc_no_text": lambda steps: ["moc.text_anchor=none"],
+    "moc_not_causal": lambda steps: ["moc.causal=false"],
+    "moc_dense_target": lambda steps: ["flow.dense_target=0.5"],
     "dense_causal": lambda steps: ["moc.chunk_tokens=48", "moc.top_k=7", *NO_DROPS],
 }
 

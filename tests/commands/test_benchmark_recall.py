@@ -2,14 +2,18 @@
 
 import copy
 import json
+import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from moc.errors import UserError
+from moc.training import read_metrics
 from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, arguments
 from scripts.recall_report import TITLES, tables, write_report
-from scripts.rows import put_row
+from scripts.rows import ROOT, put_row
 
 
 def row(name: str, right: list[int], steps: int = 10, start: str = "") -> dict:
@@ -59,3 +63,18 @@ def test_rows_are_compared_with_dense_over_the_same_scenes():
     assert tables([row("moc", [1, 0])]).count("±") == 4  # of the losses
     # A dense row that began elsewhere is no rival.
     assert tables([row("dense", [1, 1]), row("moc", [1, 0], start="dense")]).count("±") == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_takes_steps(name, tmp_path):
+    small = [
+        "data.recall.size=[32,48]", "data.recall.frames=1", "data.recall.shots=3", "data.recall.paintings=1",
+        "data.batch_tokens=300", "model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.ffn_dim=32",
+        "parallel.device=cpu", f"output={tmp_path}", "name=row", "trainer.log_every=1",
+    ]  # fmt: skip
+    words = [*arguments(name, RecallRowsConfig(steps=5)), *small]
+    subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "row") if "loss" in row]
+    assert len(losses) == 5  # the stages of a schedule begin at different ones
+    assert all(math.isfinite(loss) for loss in losses)
