@@ -8,8 +8,8 @@ with the weights of one checkpoint, such as a dense row's, instead of none. Test
 row is printed and put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
 and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
 
-The shortest command of each ablation: `python scripts/benchmark_recall.py` with one of these lines. On one H100 a command
-is to take nine minutes at most, tests included.
+The shortest command of each ablation: `python scripts/benchmark_recall.py` with one of these lines. On one H100 a
+command is to take nine minutes at most, tests included.
 
     ON='start=docs/checkpoints/recall_dense settings=["optim.lr=1.5e-3"] steps=3600 minutes=5'
     rows=[moc] seed=1 $ON                              another seed; and seed=2
