@@ -6,18 +6,20 @@ After `parse` there is no DictConfig any more. Unknown keys, wrong types and mis
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, ConfigCompositionException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tqdm import tqdm
@@ -77,13 +79,33 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
             with _ending(full, ValueError), _full_errors(True):
                 for argument in sys.argv[1:]:
                     refuse_renamed(argument)
-                sys.argv[1:] = [readable(argument, CONFIGS) for argument in sys.argv[1:]]
-                with _explaining(schema):
+                sys.argv[1:] = [readable(argument, CONFIGS) for argument in _sweep_first(sys.argv[1:])]
+                with _explaining(schema), _naming_settings(schema):
                     hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(task)()
 
         return main
 
     return decorate
+
+
+def _sweep_first(arguments: list[str]) -> list[str]:
+    """The arguments with -m before all settings: argparse takes no settings on both sides of it."""
+    return sorted(arguments, key=lambda argument: argument not in {"-m", "--multirun"})
+
+
+@contextmanager
+def _naming_settings(schema: type) -> Iterator[None]:
+    """Raises UserError for a setting that does not exist, with those it may mean: Hydra's message advises to add it."""
+    try:
+        yield
+    except ConfigCompositionException as error:
+        unknown = re.match(r"Could not override '([\w.]+)'", str(error))
+        if unknown is None:
+            raise
+        key, known = unknown[1], list(words(schema))
+        meant = [name for name in known if name.split(".")[-1] == key.split(".")[-1]] or get_close_matches(key, known)
+        remedy = f"did you mean {' or '.join(meant)}? --help lists all" if meant else "--help lists all"
+        raise UserError(f"there is no setting {key}; {remedy}") from None
 
 
 def store_defaults(config_name: str, schema: type) -> None:
