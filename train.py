@@ -86,6 +86,8 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     finished = trainer.run(loader, metrics, validator)
     if not finished:
         ignore_signals()
+    elif parallel.is_main and not config.preflight:
+        logger.info("%s has a model: python sample.py checkpoint=%s script=FILE out=DIR", run_folder, run_folder)
     if metrics:
         metrics.close()
     return finished

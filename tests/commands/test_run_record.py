@@ -47,6 +47,7 @@ def test_a_longer_run_and_more_workers_are_told_and_taken(prepared, run, caplog)
     with caplog.at_level(logging.INFO):
         command(*launch(prepared, run, "trainer.num_steps=4", "data.prefetch=2"))
     assert "trainer.num_steps is now 4 (was 3)" in caplog.text
+    assert f"python sample.py checkpoint={run} " in caplog.text
     assert (run / "checkpoints/step_0000004").exists()
     assert yaml.safe_load((run / "config.1.yaml").read_text())["trainer"]["num_steps"] == 3
 
@@ -102,7 +103,7 @@ def test_a_finished_run_says_so(prepared, run, caplog):
 
 def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where Hydra notes the sweep
-    command("train.py", "-m", *pipeline.train_arguments(prepared, tmp_path / "run"), "optim.lr=1e-3,1e-4")
+    command("train.py", *pipeline.train_arguments(prepared, tmp_path / "run"), "-m", "optim.lr=1e-3,1e-4")
     for number, rate in enumerate((1e-3, 1e-4)):
         folder = tmp_path / f"run-{number}"
         assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == rate
