@@ -111,12 +111,13 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
     return _index(stamps, height, width, fps, time_base)
 
 
-def estimated_frames(path: Path) -> int | None:
-    """Returns the number of frames that the header claims, for progress bars only; None where it claims none."""
+def estimated_frames(path: Path, fps: float | None = None) -> int | None:
+    """Returns the number of frames that the header claims; None where it claims none. fps: the measured rate, for a
+    header that says a duration alone: its own rate is off where the rate varies."""
     try:
         with opened(path) as (container, stream):
             seconds = (container.duration or 0) / av.time_base
-            return stream.frames or round(seconds * float(stream.average_rate or 0)) or None
+            return stream.frames or round(seconds * (fps or float(stream.average_rate or 0))) or None
     except DataError:
         return None
 

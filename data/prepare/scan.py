@@ -55,8 +55,7 @@ def scan_video(root: Path, relative: str, folder: Path, detector: ShotDetector |
 def _scan_now(path: Path, detector: ShotDetector | None, progress: bool) -> Scan:
     finder = detector.finder() if detector else None
     watch = _Stopwatch()
-    claimed = estimated_frames(path)
-    bar = tqdm(desc=path.name[-24:], total=claimed, unit="frame", leave=False, disable=not progress)
+    bar = tqdm(desc=path.name[-24:], total=estimated_frames(path), unit="frame", leave=False, disable=not progress)
 
     def see(frame: av.VideoFrame) -> None:
         bar.update()
@@ -76,7 +75,7 @@ def _scan_now(path: Path, detector: ShotDetector | None, progress: bool) -> Scan
     if finder:
         with watch:
             spans = tuple(finder.spans())
-    return Scan(index, spans, None, claimed, decode_seconds, watch.seconds)
+    return Scan(index, spans, None, estimated_frames(path, index.fps), decode_seconds, watch.seconds)
 
 
 class _Stopwatch:

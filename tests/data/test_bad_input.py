@@ -13,6 +13,10 @@ from PIL import Image
 from data.cache.reader import open_cache
 from data.errors import DataError
 from data.loading.dataset import DataConfig, open_dataset
+from data.manifest import SceneRecord
+from data.media.index import estimated_frames
+from data.prepare.planning import doubts
+from data.prepare.scan import scan_video
 from tests.encoders import PoolCodec
 from tests.films import write_numbered, write_paired
 from tests.preparing import film_folder, run, scene, scenes
@@ -251,3 +255,12 @@ def test_bad_settings(folder, change, message):
     scenes(folder, scene("a", (0, 9)))
     with pytest.raises(ValueError, match=message):
         run(folder, **change)
+
+
+def test_a_film_of_a_varying_rate_that_is_whole_is_not_truncated(tmp_path):
+    """Its header has a duration and a rate of its own, which together claim other frames than there are."""
+    ticks = [tick for second in range(0, 800, 100) for tick in (second, second + 10, second + 90)]
+    path = write_numbered(tmp_path / "film.mkv", len(ticks), ticks=ticks)
+    assert abs(estimated_frames(path) - len(ticks)) > 2
+    scanned = scan_video(tmp_path, path.name, tmp_path / "scans", None)
+    assert not doubts(SceneRecord(id="film", video=path.name, caption="A film."), scanned)
