@@ -196,7 +196,7 @@ class Filmmaker:
             plans.append((self.plan(script), folder))
         for plan, folder in plans:
             if self.parallel.leads and (redo or not folder.is_finished):
-                self.check_memory(plan.anew(redo) if redo else plan)
+                self.check_memory(plan.anew(redo) if redo else plan, is_begun=folder.request() is not None)
         for plan, folder in plans:
             self.film(plan, folder, redo, watch)
         self.parallel.gather(None)
@@ -216,9 +216,11 @@ class Filmmaker:
         """`estimate` of this model under these settings of attention."""
         return partial(estimate, model=self._loaded, moc=self.moc, flow=self.flow, mesh=self.config.parallel)
 
-    def check_memory(self, plan: FilmPlan) -> None:
-        """Raises UserError, with what would fit, where a film cannot fit into the device's memory."""
-        check_fits(plan, self._count, self.sampler, self.config.offload, room(self.parallel.device))
+    def check_memory(self, plan: FilmPlan, is_begun: bool = False) -> None:
+        """Raises UserError, with what would fit, where a film cannot fit into the device's memory. is_begun: whether
+        its folder holds it already."""
+        offload, has = self.config.offload, room(self.parallel.device)
+        check_fits(plan, self._count, self.sampler, offload, has, self.parallel.is_sharded, is_begun)
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = (), watch: OnStep | None = None) -> None:
         """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Every process of

@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -20,43 +19,68 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(
-    plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, room: int
+    plan: FilmPlan,
+    count: Callable[..., Estimate],
+    sampler: SamplingConfig,
+    offload: bool,
+    room: int,
+    is_sharded: bool = False,
+    is_begun: bool = False,
 ) -> None:
     """Raises UserError where a film surely does not fit, and warns where it may not.
 
-    count: what a plan costs with a sampler and with `offload` (`film.estimate`). room: bytes of the device.
+    count: what a plan costs with a sampler and with `offload` (`film.estimate`). room: bytes of the device. is_sharded:
+    whether several processes hold the model, which none can then offload. is_begun: whether the folder holds the film,
+    so that it takes no settings that its frames would show.
     """
     found = count(plan, sampler, offload=offload)
     asked = f"{plan.script.title}: {len(plan.filmed)} shots, {sum(found.shot_tokens)} tokens"
     if found.memory <= room:
         return
-    ways = ", or ".join(_ways(plan, count, sampler, offload, room))
-    remedy = f"what fits is {ways}" if ways else memory.SAMPLING
+    ways = list(_hidden_ways(plan, count, sampler, offload, room, is_sharded))
+    if not is_begun:
+        ways += _ways(plan, count, sampler, offload, room)
+    general = f"name another folder for out, and there {memory.SAMPLING}" if is_begun else memory.SAMPLING
+    remedy = f"what fits is {', or '.join(ways)}" if ways else general
     if found.least > room:
         raise UserError(f"{asked}, need {_gib(found.least)} of memory at least, and there are {_gib(room)}: {remedy}")
     about = f"may need about {_gib(found.memory)} of memory, and there are {_gib(room)}"
     logger.warning("%s, %s; should it not suffice, finished shots are kept, and %s", asked, about, remedy)
 
 
+def _needs(plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool) -> float:
+    """Returns bytes of the device by the rough count; more than any has where the host's do not suffice."""
+    found, host = count(plan, sampler, offload=offload), memory.room(torch.device("cpu"))
+    return found.memory if found.host_memory <= host else math.inf
+
+
+def _hidden_ways(
+    plan: FilmPlan,
+    count: Callable[..., Estimate],
+    sampler: SamplingConfig,
+    offload: bool,
+    room: float,
+    is_sharded: bool,
+) -> Iterator[str]:
+    """Yields what fits by the rough count and changes no frame, as a user may ask for it."""
+    if not offload and not is_sharded and count(plan, sampler, offload=True).memory <= room:
+        yield "offload=true"
+    if not sampler.offload_cache and _needs(plan, count, replace(sampler, offload_cache=True), offload) <= room:
+        yield "sampler.offload_cache=true"
+
+
 def _ways(
     plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, room: float
 ) -> Iterator[str]:
-    """Yields what fits by the rough count, as a user may ask for it."""
-
-    def needs(**changes: Any) -> float:
-        found, host = count(plan, replace(sampler, **changes), offload=offload), memory.room(torch.device("cpu"))
-        return found.memory if found.host_memory <= host else math.inf
+    """Yields what else fits by the rough count: another film."""
 
     def in_context(offloads: bool, num_shots: int | None = sampler.context_shots) -> float:
-        return needs(lag=1.0, offload_cache=offloads, context_shots=num_shots)
+        changed = replace(sampler, lag=1.0, offload_cache=offloads, context_shots=num_shots)
+        return _needs(plan, count, changed, offload)
 
     def of_first(num_shots: int) -> float:
         return count(plan.first(num_shots), sampler, offload=offload).memory
 
-    if not offload and count(plan, sampler, offload=True).memory <= room:
-        yield "offload=true"
-    if not sampler.offload_cache and needs(offload_cache=True) <= room:
-        yield "sampler.offload_cache=true"
     contexts = range(1, len(plan.filmed))
     for offloads in (False, True)[sampler.offload_cache :]:
         also = " sampler.offload_cache=true" if offloads and not sampler.offload_cache else ""

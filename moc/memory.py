@@ -18,8 +18,8 @@ STEP = (
 VALIDATION = "hold out shorter scenes, or none: data.validation=0"
 SAMPLING = (
     "take sampler=shot_by_shot or sampler=staggered, with a smaller sampler.context_shots, which hold fewer shots at "
-    "once, sampler.offload_cache=true where moc=forward keeps their keys and values, offload=true where there are two "
-    "experts, or a script of shorter shots or a smaller size"
+    "once, sampler.offload_cache=true where moc=forward keeps their keys and values, offload=true where one process "
+    "holds two experts, or a script of shorter shots or a smaller size"
 )
 
 

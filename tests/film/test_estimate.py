@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from film.estimate import estimate
+from film.estimate import Estimate, estimate
+from film.fit import check_fits
 from film.folder import FilmFolder
 from moc.diffusion import sample_shots
 from moc.errors import UserError
@@ -93,6 +94,26 @@ def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, wri
     assert "may need about" in caplog.text
     monkeypatch.setattr("film.filmmaker.room", lambda _: 0)
     filmmaker.make(films)  # are whole
+
+
+def test_what_would_fit_is_what_its_folder_and_the_processes_take(trained, write, tmp_path, monkeypatch):
+    """A film that is there takes no settings that its frames would show, and experts on shards are not offloaded."""
+    filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
+    story, folder = write(STORY), tmp_path / "film"
+    film_of(filmmaker, story, folder)
+    monkeypatch.setattr("film.filmmaker.room", lambda _: 1)
+    anew = write(STORY | {"shots": [SHOT | {"seed": 5}, *STORY["shots"][1:]]})
+    with pytest.raises(UserError, match="name another folder for out, and there take sampler=shot_by_shot"):
+        film_of(filmmaker, anew, folder, redo=[1])
+
+    def count(plan, sampler, offload=False) -> Estimate:
+        return replace(filmmaker.estimate(plan), least=2, memory=0 if offload else 2)
+
+    plan = filmmaker.plan(filmmaker.read(story))
+    for is_sharded in (False, True):
+        with pytest.raises(UserError) as refused:
+            check_fits(plan, count, filmmaker.sampler, False, 1, is_sharded)
+        assert ("offload=true" in str(refused.value).partition("what fits is")[2]) is not is_sharded
 
 
 def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tmp_path, monkeypatch):
