@@ -13,7 +13,6 @@ given/<digest>.png, ...                      copies of the pictures and videos t
 A film is tied to its request, a JSON object of all that decides its frames: another request in its folder is refused.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -40,7 +39,7 @@ from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
 from moc.earlier import moc_settings, translated
 from moc.errors import UserError
-from moc.files import PARTIAL, HeldError, copy_whole
+from moc.files import PARTIAL, copy_whole, held
 from moc.training.checkpoint import read_json
 
 METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
@@ -83,20 +82,10 @@ class FilmFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """The folder, made if need be, for this process alone. Raises HeldError where another one films there."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise HeldError(
-                    f"{self.path} is in use by another process; wait for it to end, or name another folder"
-                ) from None
+        with held(self.path):
             for path in self.path.rglob(f".*{PARTIAL}"):  # of a process that was killed
                 path.unlink()
             yield
-        finally:
-            os.close(handle)
 
     @property
     def is_finished(self) -> bool:
