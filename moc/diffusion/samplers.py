@@ -92,8 +92,9 @@ def sample_shots(
         attention = replace(moc, dense=True) if step.is_dense else moc
         is_high = boundary is not None and float(sigma.max()) >= boundary
         scales = guidance_scales(step, story, config, is_high)
-        observe = None
+        observe, counts = None, None
         if routing_map:
+            counts = routing_map.counts.clone()
             observe = routing_map.observer(prompt.layout(stream, moc), shots, moving, now[moving].tolist())
         way, asked = (step, scales, is_high), {index: latents[index] for index in moving}
         velocity = None if reuse is None else reuse.known(*way, asked)
@@ -107,6 +108,8 @@ def sample_shots(
             remedy = "" if config.offload_cache else " than, started again, with sampler.offload_cache=true"
             logger.warning(told, len(shots), remedy)
             prompt.cache = negative.cache = None
+            if routing_map and counts is not None:
+                routing_map.counts = counts  # as they were: the step is counted once
         if velocity is None:  # not in the handler, which holds on to what filled the memory
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
         if reuse and is_new:

@@ -220,14 +220,15 @@ def test_dense_first_steps_see_everything_and_later_ones_the_cache(name):
 
 
 def test_a_memory_that_fills_up_costs_time_and_no_film(monkeypatch, caplog):
-    """From the third shot on keys and values do not fit."""
+    """From the third shot on keys and values do not fit, which shows once a pass has counted its routes."""
     model, what = build("mmdit"), story()
     forward = model.forward
 
     def filling(*args, cache=None, **kwargs):
+        velocity = forward(*args, cache=cache, **kwargs)
         if cache is not None and args[3].num_shots > 2:
             raise torch.OutOfMemoryError("full")
-        return forward(*args, cache=cache, **kwargs)
+        return velocity
 
     plain = film(model, what, replace(CONFIG, cache=False))
     monkeypatch.setattr(model, "forward", filling)
