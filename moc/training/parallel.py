@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_least, disk_error
 from moc.exchange import Exchange
 from moc.move import move
 from moc.training.offload import OffloadActivations
@@ -254,23 +254,30 @@ class Parallel:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process raises meanwhile is raised on all of them, as a UserError where it is one; they must not
-        wait for each other within."""
+        """What one process raises meanwhile is raised on all of them, as a UserError or an OSError where it is one.
+        They must not wait for each other within."""
         failure: Exception | None = None
-        told: tuple[bool, str] | None = None
+        told: tuple[type[Exception], tuple] | None = None
         try:
             yield
-        except UserError as error:
-            failure, told = error, (True, f"rank {self.rank}: {error}")
         except Exception as error:
-            failure, number = error, getattr(error, "errno", None)
-            told = False, f"rank {self.rank} failed: {error!r}" + (f" (os error {number})" if number else "")
+            failure, told = error, self._for_others(error)
         elsewhere = [one for one in self.gather(told) if one]
         if failure:
             raise failure
         if elsewhere:
-            for_user, message = elsewhere[0]
-            raise UserError(message) if for_user else RuntimeError(message)
+            kind, arguments = elsewhere[0]
+            raise kind(*arguments)
+
+    def _for_others(self, error: Exception) -> tuple[type[Exception], tuple]:
+        """What the other processes raise where this one has raised an error: the type and its arguments."""
+        where = f"rank {self.rank}"
+        if isinstance(error, OSError) and error.errno:  # whose number makes the type, such as PermissionError
+            return OSError, (error.errno, f"{where}: {error.strerror}", error.filename)
+        told = disk_error(error)
+        if isinstance(error, UserError) or told:
+            return UserError, (f"{where}: {error}",)
+        return RuntimeError, (f"{where} failed: {error!r}",)
 
     @contextmanager
     def naming_absent(self) -> Iterator[None]:
