@@ -105,8 +105,8 @@ class TensorSource:
 
 def download_hint(path: str | Path) -> str:
     """Tells how to fetch what a path names, where it could be a repository of the Hugging Face hub; else ""."""
-    match = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)", str(path))
-    if match is None or Path(path).parent.exists():
+    match = re.fullmatch(r"(?:https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)(?:/[\w./-]*)?", str(path))
+    if match is None or Path(match[1]).parent.exists():
         return ""
     return (
         f"; if it is a repository of the Hugging Face hub, fetch it (hf download {match[1]} --local-dir DIR) and name "

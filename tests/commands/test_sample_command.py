@@ -43,7 +43,7 @@ def test_sampling_from_what_is_no_model(capsys, tmp_path, script):
 def test_a_model_of_the_hub_is_fetched_first(capsys, tmp_path, script, trained):
     name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     arguments = (f"script={script()}", f"out={tmp_path / 'film'}")
-    for wrong in (f"checkpoint={name}", f"checkpoint=https://huggingface.co/{name}"):
+    for wrong in (f"checkpoint={name}", f"checkpoint={name}/transformer", f"checkpoint=https://huggingface.co/{name}"):
         assert_one_message(refusal(capsys, "sample.py", wrong, *arguments), "does not exist", f"hf download {name} ")
     wrong = (f"checkpoint={trained}", f"encoders_path={name}")
     assert_one_message(refusal(capsys, "sample.py", *wrong, *arguments), f"hf download {name} ")
