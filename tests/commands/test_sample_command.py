@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from film.folder import PROGRESS
 from moc.diffusion.samplers import sample_shots
+from moc.files import LOCK
 from moc.training.integrity import checksums, files_to_seal, seal
 from tests.pipeline import ROOT, assert_one_message, command, prepare, refusal
 
@@ -67,7 +68,7 @@ def test_weights_that_are_not_finite_make_no_film(capsys, tmp_path, trained, scr
     arguments = (f"checkpoint={model}", f"encoders_path={trained}", f"script={script()}", f"out={tmp_path / 'film'}")
     said = refusal(capsys, "sample.py", *arguments, "sampler.steps=2")
     assert_one_message(said.splitlines()[-1], "shot 1, step 1 of 2", "not finite")
-    assert not [path for path in tmp_path.glob("film/**/*") if path.is_file()]
+    assert [path.name for path in tmp_path.glob("film/**/*") if path.is_file()] == [LOCK]
 
 
 def test_weights_of_whole_numbers_are_refused(capsys, tmp_path, trained, script):
@@ -94,7 +95,7 @@ def test_a_checkpoint_with_the_encoders_of_another_model(capsys, tmp_path, train
     seal(mixed.parent, checksums(mixed.parent, files_to_seal(mixed.parent)))
     arguments = (f"checkpoint={tmp_path / 'run'}", f"script={script()}", f"out={tmp_path / 'film'}")
     assert_one_message(refusal(capsys, "sample.py", *arguments), "64", "128", "text")
-    assert not list(tmp_path.glob("film/*"))
+    assert [path.name for path in tmp_path.glob("film/*")] == [LOCK]
 
 
 # Scripts
@@ -121,7 +122,7 @@ def sample_arguments(trained: Path, story: Path, out: Path) -> list[str]:
 
 
 def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {LOCK}
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "shots/02.mp4", "latents/02.safetensors"])
