@@ -1,10 +1,10 @@
-"""Attention of short samples on a CPU: one dense call a sample, under a mask of the chunks that each query attends to.
+"""Attention of short samples on a CPU: one dense call a shot, under a mask of the chunks that each query attends to.
 
-In a sample of a few hundred tokens a call for each shot and each list of routed queries takes longer than the keys that
-it leaves out. Anchors and routes are both sets of chunks, so the mask is a table of chunks, spread over their tokens.
-The backward makes it anew, which costs less than to keep it.
+In a sample of a few hundred tokens a call for each list of routed queries takes longer than the keys that it leaves
+out; a call for each shot leaves out those that come after all it may see. Anchors and routes are both sets of chunks,
+so the mask is a table of chunks, spread over their tokens.
 
-Shape letters: L packed tokens, Lq queries, N heads, D head dim, M chunks of a sample, K slots of a query.
+Shape letters: L packed tokens, Lq queries, N heads, D head dim, M chunks up to the last one seen, K slots of a query.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
-from moc.context import is_anchor
+from moc.context import is_anchor, is_candidate
 from moc.execution import Execution
 from moc.kernels.anchors import refuse_second_derivative
 from moc.layout import ShotLayout
@@ -24,8 +24,9 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class _Sample(NamedTuple):
-    """queries: of q, keys: of the stream. first_chunk: of the sample; key_chunk int64 [keys]: counted from it.
+class _Run(NamedTuple):
+    """queries: of q, a group's; keys: of the stream, from its sample's start on. first_chunk: of the sample; key_chunk
+    int64 [keys]: counted from it.
 
     anchors fp32 [queries, M + 1]: 0 for the chunks that a query attends to whatever its routes, -inf for the others;
     the last column is for empty slots.
@@ -38,7 +39,7 @@ class _Sample(NamedTuple):
     anchors: Tensor
 
     def mask(self, routes: Tensor, dtype: torch.dtype) -> Tensor:
-        """What to add to the scores, 0 or -inf: routes of the sample's queries [N, Lq, K] -> [1, N, Lq, keys]."""
+        """What to add to the scores, 0 or -inf: routes of the run's queries [N, Lq, K] -> [1, N, Lq, keys]."""
         num_heads, num_queries, _ = routes.shape
         local = (routes.long() - self.first_chunk).masked_fill(routes < 0, self.anchors.shape[1] - 1)
         chunks = self.anchors.to(dtype).repeat(num_heads, 1, 1).scatter_(-1, local, 0.0)
@@ -56,23 +57,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, 
     [Lq, N, D], same dtype, of any floating dtype. Arguments as those of `torch_backend.attend`."""
     first_query = layout.first_query(len(q))
     key = ("masked on a CPU", config.own_anchor, config.text_anchor, first_query)
-    samples = layout.memo(key, lambda: _samples(layout, config, first_query))
-    return _Attend.apply(q, k, v, routes, samples)
+    runs = layout.memo(key, lambda: _runs(layout, config, first_query))
+    return _Attend.apply(q, k, v, routes, runs)
 
 
-def _samples(layout: ShotLayout, config: MoCConfig, first_query: int) -> list[_Sample]:
+def _runs(layout: ShotLayout, config: MoCConfig, first_query: int) -> list[_Run]:
     found = []
-    chunk_bounds = layout.sample_first_chunk.tolist()
-    for (start, end), first, last in zip(layout.sample_ranges, chunk_bounds, chunk_bounds[1:], strict=False):
-        begin = max(start, first_query)
-        if begin < end:
-            chunks = torch.arange(first, last)
-            barred = ~is_anchor(layout, config, chunks[:, None], chunks)
-            table = torch.zeros(barred.shape).masked_fill(barred, -torch.inf)
+    for group in layout.groups:
+        begin, (start, _) = max(group.start, first_query), layout.sample_ranges[group.sample]
+        if begin < group.end:
+            first, last = layout.sample_first_chunk[group.sample : group.sample + 2].tolist()
+            keys, chunks = torch.arange(first, last), layout.token_chunk[begin : group.end, None].long()
+            anchors = is_anchor(layout, config, chunks, keys)
+            seen = (anchors | is_candidate(layout, config, chunks, keys)).any(0)
+            num_seen = max(1, int((seen * (keys - first + 1)).max()))
+            table = torch.zeros(anchors.shape).masked_fill(~anchors, -torch.inf)[:, :num_seen]
+            end = int(layout.chunk_cu_seqlens[first + num_seen])
             key_chunk = layout.token_chunk[start:end].long() - first
-            anchors = torch.nn.functional.pad(table, (0, 1))[key_chunk[begin - start :]]
-            queries = slice(begin - first_query, end - first_query)
-            found.append(_Sample(queries, slice(start, end), first, key_chunk, anchors))
+            queries = slice(begin - first_query, group.end - first_query)
+            found.append(_Run(queries, slice(start, end), first, key_chunk, torch.nn.functional.pad(table, (0, 1))))
     return found
 
 
@@ -83,26 +86,25 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, routes, samples):
-        out, lse = torch.empty_like(q), []
-        for s in samples:
-            mask = s.mask(routes[:, s.queries], q.dtype)
-            result, own_lse = _forward(*_heads_first(q[s.queries], k[s.keys], v[s.keys]), attn_mask=mask)
-            out[s.queries] = result[0].transpose(0, 1)
-            lse.append(own_lse)
-        ctx.save_for_backward(q, k, v, routes, out, *lse)
-        ctx.samples = samples
+    def forward(ctx, q, k, v, routes, runs):
+        out, kept = torch.empty_like(q), []
+        for run in runs:
+            mask = run.mask(routes[:, run.queries], q.dtype)
+            result, lse = _forward(*_heads_first(q[run.queries], k[run.keys], v[run.keys]), attn_mask=mask)
+            out[run.queries] = result[0].transpose(0, 1)
+            kept += [lse, mask]
+        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.runs = runs
         return out
 
     @staticmethod
     def backward(ctx, dout):
         refuse_second_derivative("torch")
-        q, k, v, routes, out, *lse = ctx.saved_tensors
-        grads = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for s, own_lse in zip(ctx.samples, lse, strict=True):
-            mask = s.mask(routes[:, s.queries], q.dtype)
-            tensors = _heads_first(dout[s.queries], q[s.queries], k[s.keys], v[s.keys], out[s.queries])
-            results = _backward(*tensors, own_lse, 0.0, False, attn_mask=mask)
-            for grad, rows, result in zip(grads, (s.queries, s.keys, s.keys), results, strict=True):
-                grad[rows] = result[0].transpose(0, 1)
+        q, k, v, out, *kept = ctx.saved_tensors
+        grads = [torch.zeros_like(x) for x in (q, k, v)]
+        for run, lse, mask in zip(ctx.runs, kept[::2], kept[1::2], strict=True):
+            tensors = _heads_first(dout[run.queries], q[run.queries], k[run.keys], v[run.keys], out[run.queries])
+            results = _backward(*tensors, lse, 0.0, False, attn_mask=mask)
+            for grad, rows, result in zip(grads, (run.queries, run.keys, run.keys), results, strict=True):
+                grad[rows] += result[0].transpose(0, 1)
         return *grads, None, None

@@ -79,14 +79,24 @@ def test_which_streams_are_masked(kernel):
     assert not masked.fits(q, moc.ShotLayout.pack([layout, longer]), execution)
 
 
-def test_what_a_mask_takes_from_the_stream_is_made_once(monkeypatch):
+@pytest.mark.parametrize(("text_anchor", "ends"), [("global_and_own", [5, 170, 330]), ("all", [175, 175, 330])])
+def test_queries_have_no_keys_that_come_after_all_they_may_see(text_anchor, ends):
+    """The global text and the first shot see of the second its caption at most."""
+    layout = moc.ShotLayout.build([moc.Shot(5, (1, 16, 10)), moc.Shot(5, (1, 31, 5))], 5, chunk_tokens=256)
+    config = moc.MoCConfig(chunk_tokens=256, text_anchor=text_anchor)
+    runs = masked._runs(layout, config, first_query=0)
+    assert [run.queries.stop for run in runs] == [5, 170, 330]
+    assert [run.keys.stop for run in runs] == ends
+
+
+def test_what_a_mask_takes_from_the_stream_is_made_once_a_shot(monkeypatch):
     made, is_anchor = [], masked.is_anchor
     monkeypatch.setattr(masked, "is_anchor", lambda *args: made.append(args) or is_anchor(*args))
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
     q, k, v = attention_tensors(layout, requires_grad=True)
     for _ in range(3):
         moc.moc_attention(q, k, v, layout, config, backend="torch").sum().backward()
-    assert len(made) == layout.num_samples
+    assert len(made) == sum(group.end > group.start for group in layout.groups)
 
 
 @pytest.mark.usefixtures("way")
