@@ -70,9 +70,10 @@ def estimate(
     flow: Flow,
     mesh: MeshConfig | None = None,
     offload: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Estimate:
     """model: a `StreamModel`, or two experts, of which one is called at a time, and, if `offload`, on the device. mesh:
-    how processes share it."""
+    how processes share it. dtype: of its forward passes."""
     experts = [model.high, model.low] if hasattr(model, "high") else [model]
     network, mesh = experts[0], mesh or MeshConfig()
     latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
@@ -111,7 +112,7 @@ def estimate(
     seen = steps[-1].shots
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
-    token = width * linears[0].itemsize / mesh.sequence  # bytes of one's features, which norms alone have in fp32
+    token = width * dtype.itemsize / mesh.sequence  # bytes of one's features, which norms alone have in fp32
     kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such tensors of a token, in each layer and cache
     layer = kept * (stream.global_tokens + most_seen) * token
     caches = len(experts) * most_sides * layers

@@ -35,6 +35,7 @@ from models.checkpoints.contents import Contents
 from models.checkpoints.loras import read_choices
 from models.checkpoints.seen import Seen, is_untrained
 from models.encoders.fingerprint import fingerprint, weights_digest
+from models.frozen import Base, multiply_in_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +48,15 @@ Value = TypeVar("Value")
 class FilmmakerConfig:
     """What films are made with. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two
     noise experts (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise
-    one, where checkpoint is the other. lora: a LoRA's file or folder, of any maker, or a list of such and of
-    {path: PATH, weight: NUMBER}, merged into the weights. low_noise_lora: as lora, of the low-noise expert alone; null
-    takes lora. encoders_path: a folder of them, or a diffusers pipeline. device, precision: as
-    in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. parallel: what several
-    processes do together. offload: of two experts only the one in use stays on the GPU. shift: of the noise levels.
-    moc: the settings of attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's.
-    execution: how attention is computed. keep_every: sampling is kept after so many steps, and after each shot. video:
-    how videos are written."""
+    one, where checkpoint is the other. lora: a LoRA's file or folder, of any maker, or a list of such and of {path:
+    PATH, weight: NUMBER}, merged into the weights. low_noise_lora: as lora, of the low-noise expert alone; null takes
+    lora. encoders_path: a folder of them, or a diffusers pipeline. device, precision: as in
+    `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. weights: how those of the blocks'
+    linears are kept instead, unless null: bf16, or fp8 or int8 with a scale a row. fp8_matmuls: with fp8 weights these
+    linears round their inputs to fp8 too, and multiply in it. parallel: what several processes do together. offload: of
+    two experts only the one in use stays on the GPU. shift: of the noise levels. moc: the settings of attention. null,
+    in encoders_path, shift and each setting of moc, takes the checkpoint's. execution: how attention is computed.
+    keep_every: sampling is kept after so many steps, and after each shot. video: how videos are written."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None
@@ -63,6 +65,8 @@ class FilmmakerConfig:
     encoders_path: str | None = None
     device: str = "auto"
     precision: str = "auto"
+    weights: Base | None = None
+    fp8_matmuls: bool = False
     parallel: MeshConfig = field(default_factory=MeshConfig)
     offload: bool = False
     shift: float | None = None
@@ -77,6 +81,10 @@ class FilmmakerConfig:
             raise UserError("checkpoint is not set; say checkpoint=PATH script=FILE out=DIR")
         for setting in (self.lora, self.low_noise_lora):
             read_choices(setting)
+        if self.weights is Base.fp32:
+            raise UserError("weights=fp32 are those of precision=fp32; say that, or weights=bf16, fp8 or int8")
+        if self.fp8_matmuls and self.weights is not Base.fp8:
+            raise UserError("fp8_matmuls=true is of weights that are kept in fp8; set weights=fp8")
         if self.keep_every < 1:
             raise UserError(f"keep_every={self.keep_every} must be at least 1")
 
@@ -108,7 +116,10 @@ class Filmmaker:
         """Returns the model on the CPU."""
         config, dtype = self.config, self.parallel.dtype
         of_low = None if config.low_noise_lora is None else read_choices(config.low_noise_lora)
-        model = load_denoiser(self.contents, config.low_noise_checkpoint, dtype, read_choices(config.lora), of_low)
+        loras, base = (read_choices(config.lora), of_low), config.weights or Base.fp32
+        model = load_denoiser(self.contents, config.low_noise_checkpoint, dtype, *loras, base)
+        if config.fp8_matmuls:
+            multiply_in_fp8(model, self.parallel.device)
         model.execution = config.execution
         return model
 
@@ -178,7 +189,7 @@ class Filmmaker:
             "moc": self.moc.to_dict(),
             "flow": asdict(self.flow),
             "sampler": {name: value for name, value in asdict(self.sampler).items() if name not in UNSEEN},
-            "precision": str(self.parallel.dtype),
+            "precision": str(self.parallel.dtype) + ", fp8 matmuls" * self.config.fp8_matmuls,
             "fingerprints": self.fingerprints,
         }
 
@@ -214,7 +225,8 @@ class Filmmaker:
     @property
     def _count(self) -> Callable[..., Estimate]:
         """`estimate` of this model under these settings of attention."""
-        return partial(estimate, model=self._loaded, moc=self.moc, flow=self.flow, mesh=self.config.parallel)
+        mesh, dtype = self.config.parallel, self.parallel.dtype
+        return partial(estimate, model=self._loaded, moc=self.moc, flow=self.flow, mesh=mesh, dtype=dtype)
 
     def check_memory(self, plan: FilmPlan, is_begun: bool = False) -> None:
         """Raises UserError, with what would fit, where a film cannot fit into the device's memory. is_begun: whether

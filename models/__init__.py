@@ -159,6 +159,7 @@ def load_model(
     weights: str = "ema",
     loras: Sequence[LoraChoice] = (),
     low_noise: bool = False,
+    base: Base = Base.fp32,
 ) -> StreamModel:
     """Returns the model at `path`, on the CPU: a run or training checkpoint, a diffusers folder, a file with original
     names, or `Contents.sound` of one of them.
@@ -166,10 +167,11 @@ def load_model(
     An adapter comes merged into its base.
     dtype: of its weights, norms and time embedding excepted; None as they are stored.
     weights: "ema" or "model", where a training checkpoint has both. loras: others' adapters, merged in turn.
-    low_noise: the model is the low-noise one of two, of which a LoRA may be.
+    low_noise: the model is the low-noise one of two, of which a LoRA may be. base: how the linears of the blocks are
+    kept, frozen; fp32 is as all weights are.
     Raises UserError where the tensors are not exactly those of a model that is known.
     """
-    return load_checkpoint(open_checkpoint(path, weights).with_loras(loras, low_noise), dtype)
+    return load_checkpoint(open_checkpoint(path, weights).with_loras(loras, low_noise), dtype, base)
 
 
 def load_denoiser(
@@ -178,12 +180,14 @@ def load_denoiser(
     dtype: torch.dtype | None = torch.float32,
     loras: Sequence[LoraChoice] = (),
     low_noise_loras: Sequence[LoraChoice] | None = None,
+    base: Base = Base.fp32,
 ) -> StreamModel | Experts:
     """Loads what a sampler calls, on the CPU: the model at `path`, as `load_model` finds it, or two experts.
 
     path: of a folder with both (see `Contents.experts`), or of the high-noise one. low_noise: then the path of the
     other one. The boundary is where the high-noise one's noise levels begin (`Contents.own_flow`), else the release's.
-    loras: merged into the model, or into both experts; low_noise_loras: into the low-noise one instead.
+    loras: merged into the model, or into both experts; low_noise_loras: into the low-noise one instead. base: as in
+    `load_model`.
     Raises UserError where the two are no pair, are one, or are swapped.
     """
     contents = Contents.at(path)
@@ -197,7 +201,7 @@ def load_denoiser(
     if pair is None:
         if low_noise_loras is not None:
             raise UserError("low_noise_lora is for a pair of experts; this model is a single one: set lora")
-        return load_model(path, dtype, loras=loras)
+        return load_model(path, dtype, loras=loras, base=base)
     high, low = (Contents(expert) for expert in pair)
     if high.model_path("ema").resolve() == low.model_path("ema").resolve():
         raise UserError(f"{high.path} and {low.path} are one model; name the high-noise expert and the low-noise one")
@@ -210,8 +214,8 @@ def load_denoiser(
     if starts[0] == starts[1]:
         check_order(*pair)
     of_low = loras if low_noise_loras is None else low_noise_loras
-    low_model = load_model(low.path, dtype, loras=of_low, low_noise=True)
-    return Experts(load_model(high.path, dtype, loras=loras), low_model, starts[0] or BOUNDARY)
+    low_model = load_model(low.path, dtype, loras=of_low, low_noise=True, base=base)
+    return Experts(load_model(high.path, dtype, loras=loras, base=base), low_model, starts[0] or BOUNDARY)
 
 
 def move_model(model: Any, parallel: Parallel, offload: bool = False) -> nn.Module:

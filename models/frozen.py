@@ -1,4 +1,5 @@
-"""Linears that are never trained, kept in few bytes under an adapter: as bf16, as fp8 or as int8 with a scale a row.
+"""Linears that are not trained, kept in few bytes under an adapter or to sample: as bf16, as fp8 or as int8 with a
+scale a row.
 
 torchao has such weights too, as tensors of a class of its own. They have no memory that one copy could move between
 the host and a GPU, and safetensors stores none. These are plain tensors, which DDP sends, FSDP2 shards and a swap of
@@ -13,13 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import ScalingType, scaled_mm
+
+from moc.errors import UserError
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # numbers of each format
 _FP8 = torch.float8_e4m3fn
+_ROWS = 16384  # of an input that are rounded together: they are in fp32 meanwhile
 
 
 class Base(StrEnum):
-    """How the weights under an adapter are kept."""
+    """How weights that are not trained are kept."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -33,10 +38,12 @@ class FrozenLinear(nn.Linear):
     weight: bfloat16, int8, or the bits of fp8 (e4m3) as uint8, since neither gloo nor NCCL sends that type everywhere.
     scale: fp32 [out_features, 1], what a row of whole numbers or fp8 is multiplied by; none in bf16. The product is
     taken in fp32 and rounded once, to autocast's dtype or to the input's, whenever the layer is used: the only memory
-    it takes then is that of one weight.
+    it takes then is that of one weight. fp8_matmul: round the input to fp8 too, with a scale a row, and multiply in
+    fp8; there is no gradient then.
     """
 
     scale: nn.Parameter | None
+    fp8_matmul = False
 
     def __init__(self, linear: nn.Linear, base: Base) -> None:
         nn.Module.__init__(self)
@@ -50,7 +57,18 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if self.fp8_matmul:
+            return self._in_fp8(x).to(dtype)
         return _Linear.apply(x, self.weight, self.scale, self.bias, dtype)
+
+    def _in_fp8(self, x: Tensor) -> Tensor:
+        rows = [packed(some, Base.fp8) for some in x.flatten(end_dim=-2).split(_ROWS)]
+        numbers, scales = (torch.cat([row[name] for row in rows]) for name in ("weight", "scale"))
+        weight, scale = self.weight.view(_FP8).t(), self.scale.view(1, -1)  # type: ignore[union-attr]
+        bias = None if self.bias is None else self.bias.bfloat16()  # in which H100s give the product
+        by_row = ScalingType.RowWise
+        out = scaled_mm(numbers.view(_FP8), weight, scales, by_row, scale, by_row, bias=bias)
+        return out.unflatten(0, x.shape[:-1])
 
 
 def packed(weight: Tensor, base: Base) -> dict[str, Tensor]:
@@ -104,6 +122,16 @@ def freeze_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
             frozen[f"blocks.{name}"] = FrozenLinear(module, base)
             model.blocks.set_submodule(name, frozen[f"blocks.{name}"])
     return frozen
+
+
+def multiply_in_fp8(model: Any, device: torch.device) -> None:
+    """Has the frozen fp8 linears of a model multiply in fp8, where their sizes are multiples of 16. Raises UserError
+    for a GPU that has no such matmuls."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"{torch.cuda.get_device_name(device)} has no fp8 matmuls; leave out fp8_matmuls")
+    for module in model.modules():
+        if isinstance(module, FrozenLinear) and module.weight.dtype == torch.uint8:
+            module.fp8_matmul = module.in_features % 16 == 0 == module.out_features % 16
 
 
 def packed_tensors(name: str, value: Tensor, frozen: Collection[str], base: Base) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ Expected on one H100 (by count, from docs/benchmarks/model.md), start and compil
     films=[wan] impls=[moc] modes=[staggered,joint,extend_uncached,decode]    4 minutes
     films=[wan] impls=[moc] modes=[extend_offload] sampler.context_shots=4    3 minutes, 86 GB of the host's memory
     films=[wan] impls=[dense] timed=1                                         7 minutes
+    films=[paper] impls=[moc] modes=[joint] weights=fp8 [fp8_matmuls=true]    1 minute each
 
 The keys and values of the `wan` minute take 69 GB a side of guidance, so that `extend` without a smaller
 sampler.context_shots does not fit a GPU of 80 GB. Several GPUs: torchrun with parallel.sequence=N.
@@ -50,6 +51,7 @@ from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
 from models import CodecConfig, ModelConfig, build_codec, build_model, move_model
 from models.encoders.codec import CodecKind
+from models.frozen import Base, freeze_linears, multiply_in_fp8
 from models.stream import StreamModel
 from scripts.measuring import header, markdown_table
 from scripts.rows import measured_on, put_row
@@ -68,7 +70,7 @@ RIVALS = {mode: mode.partition("_")[0] for mode in MODES if mode != "decode"}  #
 IMPLEMENTATIONS = ("moc", "dense")
 CHANNELS, TEXT_TOKENS = 16, 64  # of a latent; of each caption
 WARM_UP = (4, 5, 7)  # latent frames of shots: what is compiled for these is compiled for any length
-KEY = ("gpu", "model", "top_k", "film", "impl", "mode", "guidance_scale", "context_shots", "processes")
+KEY = ("gpu", "model", "weights", "top_k", "film", "impl", "mode", "guidance_scale", "context_shots", "processes")
 
 Shots = tuple[int, ...]
 
@@ -101,6 +103,7 @@ class SamplingBenchmarkConfig:
     moc: what attention attends to; the size of chunks is the film's.
     execution: how it is computed.
     parallel: device and precision, and how several processes make a film.
+    weights, fp8_matmuls: as in `film.filmmaker.FilmmakerConfig`.
     sampler: how films are sampled; each mode sets the lag and what is kept of finished shots.
     films: names among FILMS.
     impls: moc, dense or both.
@@ -115,6 +118,8 @@ class SamplingBenchmarkConfig:
     moc: MoCConfig = field(default_factory=MoCConfig)
     execution: Execution = field(default_factory=Execution)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    weights: Base | None = None
+    fp8_matmuls: bool = False
     sampler: SamplingConfig = field(default_factory=SamplingConfig)
     films: list[str] = field(default_factory=lambda: ["paper"])
     impls: list[str] = field(default_factory=lambda: list(IMPLEMENTATIONS))
@@ -204,6 +209,9 @@ class Bench:
         for weight_name, weight in model.named_parameters():  # as a checkpoint is loaded
             if not wide & set(weight_name.split(".")):
                 weight.data = weight.data.to(dtype)
+        freeze_linears(model, config.weights or Base.fp32)
+        if config.fp8_matmuls:
+            multiply_in_fp8(model, device)
         model.execution = config.execution
         self.model = Clocked(move_model(model, self.parallel), device.type == "cuda")  # type: ignore[arg-type]
         head_dim = config.model.dim // config.model.num_heads
@@ -284,6 +292,7 @@ class Bench:
         sizes = {size: asdict(config.model)[size] for size in ("dim", "num_layers", "num_heads", "ffn_dim")}
         move_model = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
         setup = {
+            "weights": str(config.weights or "") + ", fp8 matmuls" * config.fp8_matmuls,
             "top_k": config.moc.top_k, "guidance_scale": config.sampler.guidance_scale,
             "context_shots": config.sampler.context_shots, "steps": config.sampler.steps,
             "tokens": sum(film.frames) * film.size[0] * film.size[1] // 4,
@@ -341,7 +350,11 @@ def decode(film: Film, width: int, parallel: Parallel) -> dict[str, Any]:
 def page(rows: list[dict[str, Any]]) -> str:
     """Returns the record as a Markdown page."""
     same = ("gpu", "film", "guidance_scale", "context_shots", "processes")
-    dense_rows = {(row["mode"], *(row[name] for name in same)): row for row in rows if row["impl"] == "dense"}
+    dense_rows = {
+        (row["mode"], *(row[name] for name in same)): row
+        for row in rows
+        if row["impl"] == "dense" and not row["weights"]
+    }
     lines = []
     for row in rows:
         against = dense_rows.get((RIVALS.get(row["mode"]), *(row[name] for name in same)), {})
@@ -350,8 +363,9 @@ def page(rows: list[dict[str, Any]]) -> str:
             for name in ("step_seconds", "film_seconds")
         ]
         lines.append([
-            row["film"], row["tokens"], row["mode"], row["impl"], row["guidance_scale"], row["context_shots"] or "all",
-            row["processes"], row.get("history", ""), row.get("step_seconds", row.get("problem")), times[0],
+            row["film"], row["tokens"], row["mode"], row["impl"], row["weights"] or "as computed",
+            row["guidance_scale"], row["context_shots"] or "all", row["processes"], row.get("history", ""),
+            row.get("step_seconds", row.get("problem")), times[0],
             row.get("film_seconds", ""), times[1],
             f"{row['timed_steps']} of {row['film_steps']}" if "timed_steps" in row else "",
             f"{row['outside']:.1%}" if "outside" in row else "",
@@ -359,8 +373,8 @@ def page(rows: list[dict[str, Any]]) -> str:
             str(row["commit"])[:7],
         ])  # fmt: skip
     columns = [
-        "film", "tokens", "mode", "attention", "guidance", "context", "GPUs", "history", "step s", "x over dense",
-        "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "commit",
+        "film", "tokens", "mode", "attention", "weights", "guidance", "context", "GPUs", "history", "step s",
+        "x over dense", "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "commit",
     ]  # fmt: skip
     about = (
         f"{measured_on(rows)} The shape of Wan2.1-T2V-1.3B with random weights; dense kernel "

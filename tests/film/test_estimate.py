@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from film.estimate import Estimate, estimate
+from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.fit import check_fits
 from film.folder import FilmFolder
 from moc.diffusion import sample_shots
 from moc.errors import UserError
 from moc.training import MeshConfig
 from models.checkpoints.experts import Experts
+from models.frozen import Base
 from tests.film.filming import SHOT, STORY, film_of, open_filmmaker
 from tests.pipeline import command
 
@@ -133,20 +135,20 @@ def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tm
         film_of(filmmaker, write(STORY), tmp_path / "other")
 
 
-def test_features_are_counted_in_the_precision_of_the_linears(trained, write):
+def test_features_are_counted_in_the_precision_of_the_forward_and_weights_in_their_own(trained, write):
     """Whatever that of the first parameter is: Wan's modulation stays in fp32."""
-    filmmaker = open_filmmaker(trained)
-    plan = filmmaker.plan(filmmaker.read(write(STORY)))
 
-    def features(model) -> float:
-        found = estimate(plan, filmmaker.sampler, model, filmmaker.moc, filmmaker.flow)
-        return found.least - sum(weight.nbytes for weight in model.parameters())
+    def count(**settings) -> tuple[float, float]:
+        filmmaker = Filmmaker(FilmmakerConfig(str(trained), device="cpu", **settings))
+        plan = filmmaker.plan(filmmaker.read(write(STORY)))
+        weights = sum(weight.nbytes for weight in filmmaker.model.parameters())
+        return weights, filmmaker.estimate(plan).least - weights
 
-    model = deepcopy(filmmaker.model)
-    whole = features(model)
-    model.to(torch.bfloat16)
-    next(model.parameters()).data = next(model.parameters()).data.float()
-    assert features(model) == whole / 2
+    weights, features = count()
+    assert count(precision="bf16")[1] == features / 2
+    kept, features_over_fp8 = count(weights=Base.fp8)
+    assert kept < weights
+    assert features_over_fp8 == features
 
 
 def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):

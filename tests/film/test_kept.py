@@ -7,11 +7,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pytest
 import yaml
 
+from data.errors import DataError
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.folder import METADATA, FilmFolder
 from moc.diffusion import SamplingConfig
+from moc.errors import UserError
+from models.frozen import Base, FrozenLinear
 from tests.film.filming import contents
 
 
@@ -79,6 +83,39 @@ def test_a_film_that_reuses_steps_says_how_many_and_goes_on_with_the_same_bytes(
         films.append(contents(tmp_path / name))
     assert films[0] == films[1]
     assert json.loads(films[0][METADATA])["reused_steps"] == 3
+
+
+def test_films_of_weights_in_few_bytes_are_films_of_their_own(trained, tmp_path):
+    """Close to that of the weights as they are, and known by what they are made with."""
+    script, latents, requests = write(tmp_path, 1), {}, []
+    for settings in ({}, {"weights": Base.int8}, {"weights": Base.fp8}, {"weights": Base.fp8, "fp8_matmuls": True}):
+        sampler = SamplingConfig(steps=2, guidance_scale=1.0)
+        filmmaker = Filmmaker(FilmmakerConfig(str(trained), device="cpu", sampler=sampler, **settings))
+        plan = filmmaker.plan(filmmaker.read(script))
+        folder = FilmFolder(tmp_path / str(len(requests)))
+        filmmaker.film(plan, folder)
+        latents[len(requests)] = folder.read_latent(1)
+        requests.append(json.dumps(filmmaker.request(plan)))
+    assert len(set(requests)) == len(requests)
+    assert all((latents[n] - latents[0]).norm() < 0.1 * latents[0].norm() for n in range(1, len(requests)))
+    frozen = [layer for layer in filmmaker.model.modules() if isinstance(layer, FrozenLinear)]
+    assert frozen
+    assert all(layer.fp8_matmul for layer in frozen)
+    with pytest.raises(DataError, match="holds another film"):
+        filmmaker.film(plan, FilmFolder(tmp_path / "0"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": Base.fp32}, "say that, or weights=bf16"),
+        ({"fp8_matmuls": True}, "set weights=fp8"),
+        ({"weights": Base.int8, "fp8_matmuls": True}, "set weights=fp8"),
+    ],
+)
+def test_weights_that_are_none_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        FilmmakerConfig("checkpoint", **settings)
 
 
 def _stop_at(step, progress) -> None:

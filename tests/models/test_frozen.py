@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from moc import MoCConfig, Sample, make_batch
 from models import ModelConfig, build_model, load_model, save_model
-from models.checkpoints.opening import load_checkpoint, open_checkpoint
-from models.frozen import Base, FrozenLinear, packed, unpacked
+from models.frozen import Base, FrozenLinear, multiply_in_fp8, packed, unpacked
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.stream import StreamModel
@@ -73,6 +72,30 @@ def test_a_linear_computes_with_the_kept_weight(base: Base, device: str) -> None
         torch.testing.assert_close(grad, expected_grad, **error)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_linear_multiplies_in_fp8(has_bias: bool, device: str, monkeypatch) -> None:
+    """Both sides are rounded row by row, however many rows are rounded at once; other sizes multiply as they did."""
+    monkeypatch.setattr("models.frozen._ROWS", 5)
+    torch.manual_seed(0)
+    layer = FrozenLinear(nn.Linear(48, 32, bias=has_bias), Base.fp8).to(device)
+    odd = FrozenLinear(nn.Linear(12, 32), Base.fp8).to(device)
+    x = torch.randn(2, 6, 48, device=device) * torch.logspace(-3, 3, 6, device=device)[:, None]
+    multiply_in_fp8(nn.ModuleList([layer, odd]), torch.device(device))
+    assert not odd.fp8_matmul
+    rows = packed(x.flatten(0, 1), Base.fp8)
+    rounded = unpacked(rows["weight"], rows["scale"], torch.float32).view_as(x)
+    expected = rounded @ unpacked(layer.weight, layer.scale, torch.float32).T
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=False):
+        found = layer(x)
+    assert (found.dtype, found.shape) == (torch.float32, expected.shape)
+    if has_bias:
+        found = found - layer.bias.bfloat16().float()
+    error = (found - expected).abs()
+    assert (error <= 2**-7 * (expected.abs() + (layer.bias.abs().max() if has_bias else 0)) + 1e-6).all()
+    assert not torch.allclose(found, x @ unpacked(layer.weight, layer.scale, torch.float32).T, rtol=1e-3)
+
+
 def loss_and_gradients(model: StreamModel) -> tuple[Tensor, dict[str, Tensor]]:
     """Of the adapter, which is drawn alike whatever is under it."""
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +147,7 @@ def test_an_adapter_learns_as_on_the_weights_in_fp32(family: str, base: Base, tm
 
 def test_weights_are_packed_as_they_are_read(tmp_path: Path) -> None:
     path = save_base("wan", tmp_path / "base")
-    model = load_checkpoint(open_checkpoint(path), base=Base.fp8)
+    model = load_model(path, base=Base.fp8)
     plain = load_model(path)
     size = sum(weight.nbytes for weight in model.blocks.parameters())
     assert size < 0.35 * sum(weight.nbytes for weight in plain.blocks.parameters())
