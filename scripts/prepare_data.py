@@ -3,7 +3,7 @@
 `input` holds videos (shots are detected, NAME.txt beside NAME.mp4 is its caption) or a manifest.jsonl. `output`
 becomes a folder that `data.path=` of train.py reads; open its report.html to look the data over. Run it again after
 a kill: it makes only what is missing. Many processes share the work, a GPU each or on the CPU (device=cpu):
-accelerate launch --multi_gpu --num_processes N scripts/prepare_data.py ...; for many hosts see README.md.
+accelerate launch --multi_gpu --num_processes N scripts/prepare_data.py ...; for many hosts see docs/data.md.
 """
 
 import sys

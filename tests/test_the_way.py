@@ -1,4 +1,4 @@
-"""The way through the code: what one training step and one shot of a film enter is what the README says to read."""
+"""The way through the code: what one training step and one shot of a film enter is what its page says to read."""
 
 import ast
 import inspect
@@ -75,27 +75,27 @@ class Way:
         return len(lines)
 
 
-def assert_readme_tells(beginning: str, way: Way) -> None:
-    """The README's paragraph that begins so lists these files, in this order, and a limit that the lines keep."""
-    paragraph = (ROOT / "README.md").read_text().split(beginning)[1].split("\n\n")[0]
+def assert_page_tells(beginning: str, way: Way) -> None:
+    """The page's paragraph that begins so lists these files, in this order, and a limit that the lines keep."""
+    paragraph = (ROOT / "docs/read_the_code.md").read_text().split(beginning)[1].split("\n\n")[0]
     files = [str(file.relative_to(ROOT)) for file in way.files]
-    assert re.findall(r"`(\S+\.py)`", paragraph) == files, f"the README should list {files}"
+    assert re.findall(r"`(\S+\.py)`", paragraph) == files, f"docs/read_the_code.md should list {files}"
     num_files, limit = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:files|lines)", paragraph))
     assert num_files == len(files)
     assert way.num_lines() <= limit <= 2000, way.num_lines()
 
 
-def test_one_training_step_enters_what_the_readme_lists(prepared, tmp_path):
+def test_one_training_step_enters_what_its_page_lists(prepared, tmp_path):
     with Way((Trainer, "run"), "Flow.loss").watched() as way:
         debug = ["model=debug", "parallel=cpu", "trainer.num_steps=1", "data.workers=0", "data.validation=0"]
         command("train.py", f"data.path={prepared}", f"output={tmp_path}", "name=run", *debug)
-    assert_readme_tells("One training step", way)
+    assert_page_tells("One training step", way)
 
 
-def test_one_shot_of_a_film_enters_what_the_readme_lists(trained, tmp_path):
+def test_one_shot_of_a_film_enters_what_its_page_lists(trained, tmp_path):
     script = tmp_path / "script.yaml"
     script.write_text("{title: t, global: a, size: [32, 48], fps: 8, negative: b, shots: [{prompt: c, seconds: 1}]}")
     with Way((Shooting, "run"), "Shooting.run").watched() as way:
         paths = (f"checkpoint={trained}", f"script={script}", f"out={tmp_path / 'film'}")
         command("sample.py", *paths, "device=cpu", "sampler.steps=2")
-    assert_readme_tells("One shot of a film", way)
+    assert_page_tells("One shot of a film", way)
