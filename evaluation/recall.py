@@ -147,6 +147,7 @@ class RecallBench:
 
     @torch.no_grad()
     def run(self, model: Any, config: MoCConfig, flow: Flow, scenes: int, look_alikes: bool = False) -> Tally:
+        """Samples the last shots of so many scenes by a model and tallies what they show."""
         model.eval()
         recall = replace(self.world.config, look_alikes=look_alikes)
         tallies = []

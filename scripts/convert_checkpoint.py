@@ -33,6 +33,8 @@ class Weights(StrEnum):
 
 
 class Dtype(StrEnum):
+    """How converted weights are stored."""
+
     stored = "stored"
     float32 = "float32"
     bfloat16 = "bfloat16"

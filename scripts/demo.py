@@ -107,6 +107,7 @@ class Stage:
 
 
 def plan(config: DemoConfig) -> list[Stage]:
+    """Returns the commands of the demo, in order."""
     scale, out = config.chosen(), Path(config.output).resolve()
     size = f"size=[{scale.size[0]},{scale.size[1]}]"
     steps = [f"trainer.num_steps={config.steps}"] if config.steps else []

@@ -187,6 +187,7 @@ def plan(config: PlanConfig, measured: Measured, size: Size, sequence: int, shar
 
 
 def line(config: PlanConfig, mesh: list[int], values: dict[str, float]) -> list[object]:
+    """Returns the cells of a mesh in the table."""
     memory = [values[name] for name in ("states", "gathered", "activations")]
     steps = MONTH / values["step"]
     return [

@@ -111,6 +111,7 @@ class _Run:
         self.cache = self.output / "cache" / digest(self.recipe)
 
     def all_stages(self, captioner: Captioner | None, save_encoders: Callable[[Path], None] | None) -> Prepared:
+        """Runs scanning, planning, captions, encoding and the report, in this order; see `prepare`."""
         for problem in self.found.problems:
             self._problem(problem)
         if self.process.rank == 0:

@@ -54,6 +54,7 @@ class Report:
                 self.count("shot detection", scan.index.num_frames, scan.detect_seconds)
 
     def add_sample(self, plan: SamplePlan) -> None:
+        """Takes a sample into the list of what the cache holds."""
         shots = [
             {"start": shot.start, "end": shot.end, "cut": shot.cut, "frames": len(indices), "caption": shot.caption}
             for shot, indices in zip(plan.scene.shots, plan.indices, strict=False)

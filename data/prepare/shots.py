@@ -123,6 +123,8 @@ class SceneDetectDetector:
 
 
 class SceneDetectFinder:
+    """Finds the shots of one video by PySceneDetect; `SceneDetectDetector` makes one for each."""
+
     def __init__(self, method: str, threshold: float | None) -> None:
         from scenedetect import AdaptiveDetector, ContentDetector  # imports OpenCV: only where it is used
 

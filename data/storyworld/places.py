@@ -18,6 +18,8 @@ MARGIN = 0.45  # world units painted beyond the frame on either side, for pans
 
 @dataclass(frozen=True)
 class PropKind:
+    """One kind of prop of a place: its drawing, its two colours, its height and how many of it stand there."""
+
     name: str
     colours: tuple[str, str]
     height: float

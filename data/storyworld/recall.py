@@ -7,7 +7,7 @@ renderer takes it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -109,9 +109,6 @@ class RecallScenes:
     def of_shots(self, characters: np.ndarray) -> np.ndarray:
         """Returns what [B, C] says of each shot's character: [B, S]."""
         return np.take_along_axis(characters, self.cast, axis=1)
-
-    def some(self, start: int, end: int) -> "RecallScenes":
-        return RecallScenes(*(getattr(self, f.name)[start:end] for f in fields(self)))
 
 
 def fine_height(config: RecallConfig) -> int:

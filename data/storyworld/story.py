@@ -18,6 +18,8 @@ CLOSE, PAN = 1.25, 0.16  # zoom of a close view; half a pan's way, world units
 
 @dataclass(frozen=True)
 class Shot:
+    """One shot of a scene: where it is, how long, how the camera goes from its first view to its last, and who acts."""
+
     place: str
     cut: bool
     frames: int
@@ -42,6 +44,8 @@ class Recall:
 
 @dataclass(frozen=True)
 class Scene:
+    """A scene as it is told before it is drawn: looks of its cast, shots, captions, and which names return."""
+
     looks: tuple[Look, ...]
     shots: tuple[Shot, ...]
     caption: str
