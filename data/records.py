@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_whole(path: Path, payload: bytes) -> None:
-    """As `moc.files.write_whole`. Raises DataError (cannot-write)."""
+    """Writes as `moc.files.write_whole` does. Raises DataError (cannot-write)."""
     try:
         files.write_whole(path, payload)
     except OSError as error:

@@ -252,7 +252,7 @@ class FilmFolder:
         return read_json(self.path / METADATA)
 
     def write_routing(self, counts: Tensor) -> None:
-        """The counts of the film's routing map (`moc.statistics.RoutingMap`)."""
+        """Writes the counts of the film's routing map (`moc.statistics.RoutingMap`)."""
         write_whole(self.path / ROUTING, save({"counts": counts.cpu().contiguous()}))
 
     def read_routing(self) -> Tensor:

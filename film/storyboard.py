@@ -47,7 +47,7 @@ def page_size(height: int, width: int) -> tuple[int, int]:
 
 
 def draw_storyboard(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """One page: a row for each shot, with its number, length, cut and caption, then its frames."""
+    """Draws one page: a row for each shot, with its number, length, cut and caption, then its frames."""
     height, width = panels[0].frames.shape[1:3]
     cell = page_size(height, width)[::-1]
     across, down = cell[0] + _GAP, cell[1] + _GAP

@@ -48,7 +48,7 @@ class VideoConfig:
 
 
 def write_subtitles(path: Path, plan: FilmPlan) -> None:
-    """The prompt of each shot while it is seen, as SubRip or, where the path ends in .vtt, as WebVTT."""
+    """Writes the prompt of each shot while it is seen, as SubRip or, where the path ends in .vtt, as WebVTT."""
     is_vtt, start, blocks = path.suffix == ".vtt", 0, []
     for number, (shot, frames) in enumerate(zip(plan.script.shots, plan.num_frames, strict=True), start=1):
         times = [_clock(at / plan.script.fps, "." if is_vtt else ",") for at in (start, start + frames)]
@@ -66,7 +66,7 @@ def _clock(seconds: float, point: str) -> str:
 
 
 def write_preview(path: Path, folder: FilmFolder, plan: FilmPlan) -> None:
-    """A moving WebP of the film's beginning and of each shot's: all shots have a share of its seconds."""
+    """Writes a moving WebP of the film's beginning and of each shot's: all shots have a share of its seconds."""
     each = max(2, round(_PREVIEW_FPS * _PREVIEW_SECONDS / len(plan.filmed)))
 
     def pick(num_frames: int) -> list[int]:

@@ -132,7 +132,7 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """A diffusers folder; with an adapter, the adapter's file and lora.json in place of the weights."""
+        """Writes a diffusers folder; with an adapter, the adapter's file and lora.json in place of the weights."""
         if self.lora is None:
             super().save_pretrained(folder, **kwargs)
             return
@@ -141,7 +141,7 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
         save_file(self.stored(self.state_dict()), file, metadata={"format": "pt"})
 
     def save_settings(self, folder: Path) -> None:
-        """What `save_pretrained` writes but for the weights."""
+        """Writes what `save_pretrained` does, but for the weights."""
         self.save_config(folder)
         if self.lora is not None:
             self.lora.save(folder)

@@ -259,7 +259,7 @@ def brief(found: dict) -> dict:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """A model's folder with its weights in bf16."""
+    """Packs a model's folder with its weights in bf16."""
     with tempfile.TemporaryDirectory() as scratch:
         for file in folder.iterdir():
             target = Path(scratch, file.name)

@@ -218,7 +218,8 @@ class Bench:
         self.kernel = dense.choose(torch.empty(1, 1, head_dim, device=device, dtype=dtype)).name
 
     def film(self, name: str, impl: str) -> None:
-        """The rows of a film in one implementation; streams that are computed whole are timed once for all modes."""
+        """Measures the rows of a film in one implementation; streams that are computed whole are timed once for all
+        modes."""
         film, whole = FILMS[name], dict[Shots, Taken]()
         moc = replace(self.config.moc, dense=impl == "dense", chunk_tokens=film.chunk_tokens)
         for mode in self.config.modes:

@@ -71,7 +71,7 @@ def attention(setting: Setting) -> None:
 
 
 def pointwise_work(setting: Setting) -> None:
-    """The functions around attention, as both model families call them, and their backward."""
+    """Runs the functions around attention, as both model families call them, and their backward."""
     num_tokens, dim = 40, NUM_HEADS * setting.head_dim
     members = Members.build(torch.zeros(num_tokens, dtype=torch.int32), [num_tokens])
     rows, weight, table = torch.zeros(1, dim), torch.zeros(dim), torch.zeros(num_tokens, setting.head_dim // 2)
@@ -117,7 +117,7 @@ def faults(rows: list[dict]) -> list[str]:
 
 
 def write_tables(rows: list[dict], path: Path) -> None:
-    """One table a setting: its kernels by GPU."""
+    """Writes one table a setting: its kernels by GPU."""
     gpus = list(dict.fromkeys(row["gpu"] for row in rows))
     text = [
         "# What the Triton kernels take",

@@ -149,7 +149,8 @@ def _course(cases: list[list[dict]]) -> str:
 
 
 def draw(cases: list[list[dict]], path: Path) -> None:
-    """What histories are worth by when the characters were last seen, at each noise level; dotted, those of others."""
+    """Draws what histories are worth by when the characters were last seen, at each noise level; dotted, those of
+    others."""
     figure = Figure(figsize=(4.6 * len(cases[0][0]["sigmas"]), 4.2), layout="constrained")
     axes = figure.subplots(1, len(cases[0][0]["sigmas"]), squeeze=False)[0]
     for axis, sigma in zip(axes, cases[0][0]["sigmas"], strict=True):

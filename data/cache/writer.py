@@ -203,7 +203,7 @@ def whole_scenes(all_stored: list[dict]) -> set[str]:
 
 
 def remove_stored(path: Path) -> None:
-    """A shard, its record first."""
+    """Removes a shard, its record first."""
     path.with_suffix(".json").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 

@@ -54,7 +54,7 @@ class SampleEncoder:
         return replace(encoded, shapes=latent_shapes(plan, self.codec), frames=frames)
 
     def add_null_text(self, writer: CacheWriter) -> None:
-        """What stands for a dropped caption, global and of a shot: features of the empty one."""
+        """Stores what stands for a dropped caption, global and of a shot: features of the empty one."""
         null_global, null_shot = self.text_encoder.encode("", [""])
         writer.add_text(null_global, "null caption", NULL_GLOBAL)
         writer.add_text(null_shot, "null caption", NULL_SHOT)

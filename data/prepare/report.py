@@ -106,7 +106,7 @@ def thumbnail_name(plan: SamplePlan, shot: int) -> str:
 
 
 def save_thumbnail(output: Path, plan: SamplePlan, shot: int, frame: Tensor) -> None:
-    """A fitted frame of a shot, float [3, H, W] in [-1, 1], as trained on."""
+    """Writes a fitted frame of a shot, float [3, H, W] in [-1, 1], as trained on."""
     array = ((frame.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).numpy().astype(np.uint8)
     image = Image.fromarray(array)
     image.thumbnail((4 * _THUMBNAIL_HEIGHT, _THUMBNAIL_HEIGHT))

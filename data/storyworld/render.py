@@ -179,7 +179,7 @@ class Renderer:
 
 
 def draw_shadow(canvas: Canvas, pose: Pose, size: float, colour: Colour) -> None:
-    """The soft shadow at the feet of a character of `size` frame heights."""
+    """Draws the soft shadow at the feet of a character of `size` frame heights."""
     grow = 1 / (1 + 3 * pose.lift)
     shadow = ellipse(pose.x + 0.06 * size, pose.y, 0.3 * size * grow, 0.06 * size * grow)
     canvas.fill(shadow, colour, opacity=0.5 * grow, blur=0.04 * size)
