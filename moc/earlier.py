@@ -18,6 +18,7 @@ RENAMED = {
 UNSET: dict[str, Any] = {
     "model.cut_gap": 0.0,
     "model.path": "",
+    "data.path": "",
     "data.local_cache": "",
     "parallel.replicate": 0,
     "prepare.fps": 0.0,

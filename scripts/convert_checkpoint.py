@@ -46,7 +46,7 @@ class Settings(Beside):
     """What to convert, and into what.
 
     input: the file or folder to convert.
-    output: the file or folder to write; empty only looks.
+    output: the file or folder to write; null only looks.
     form: the form of the output; auto is original for a path that ends in .safetensors, else diffusers.
     weights: those of a training checkpoint to take.
     dtype: that of the output; norms, modulation and the time embedder are fp32 in each but stored.
@@ -54,7 +54,7 @@ class Settings(Beside):
     """
 
     input: str = ""
-    output: str = ""
+    output: str | None = None
     form: Form = Form.auto
     weights: Weights = Weights.ema
     dtype: Dtype = Dtype.stored
@@ -70,9 +70,9 @@ class Settings(Beside):
 
 @command("convert", Settings)
 def main(settings: Settings) -> None:
-    source, output = Path(settings.input), Path(settings.output)
+    source, output = Path(settings.input), Path(settings.output) if settings.output else None
     if source.suffix in PICKLES:
-        if not settings.output:
+        if output is None:
             raise UserError("output= is missing: the folder to write")
         if settings != Settings(input=settings.input, output=settings.output):
             raise UserError(f"{source} is a pickle, with which only input and output go; leave the other settings out")
@@ -81,10 +81,10 @@ def main(settings: Settings) -> None:
         checkpoint = open_checkpoint(source, settings.weights)
         checkpoint.empty_model()
         print(f"{source}: {checkpoint.describe()}")
-        if settings.output:
+        if output:
             dtype = None if settings.dtype == Dtype.stored else getattr(torch, settings.dtype)
             convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3), settings.form, settings)
-    if settings.output:
+    if output:
         print(f"wrote {output}")
 
 

@@ -75,7 +75,7 @@ class DataConfig:
     Rates are probabilities, drawn for each sample by (seed, position).
     """
 
-    path: str = ""
+    path: str | None = None
     sources: list[SourceConfig] = field(default_factory=list)
     recall: RecallConfig | None = None
     batch_tokens: int = 8192
@@ -92,6 +92,7 @@ class DataConfig:
     drop_to_still: float = 0.1
 
     def __post_init__(self) -> None:
+        set_nulls(self, "data")
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
@@ -99,7 +100,6 @@ class DataConfig:
                 raise UserError(f"data.{name}={getattr(self, name)}: recall scenes lie alike; set it to 0")
         if self.recall and (self.path or self.sources):
             raise UserError("data.recall is set together with data.path or data.sources; set one of them")
-        set_nulls(self, "data")
         check_least(self, "data", 1, "batch_tokens", "prefetch")
         check_least(self, "data", 0, "workers", "validation", "seed", "local_cache_gigabytes")
 
@@ -284,8 +284,8 @@ def _id_hash(scene_id: str) -> str:
 def open_dataset(config: DataConfig, load_codec: LoadCodec | None = None) -> ShotDataset:
     """Returns the dataset a config names. load_codec: for caches without latents. Raises DataError where it names
     none."""
-    if bool(config.path) == bool(config.sources):
+    sources = config.sources if config.path is None else [SourceConfig(path=config.path)]
+    if not sources or (config.path and config.sources):
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
     max_bytes = int(config.local_cache_gigabytes * 1e9)
-    sources = config.sources or [SourceConfig(path=config.path)]
     return ShotDataset(sources, config.local_cache, max_bytes, load_codec, config.held_out)
