@@ -5,11 +5,13 @@ Source: context-causal generation with cached keys and values, Long Context Tuni
 Shape letters: L packed tokens, N heads, D head dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moc.errors import UserError
 from moc.host_memory import host_memory
 
 Kept = tuple[Tensor, ...]  # keys, values and the like of a layer
@@ -20,15 +22,20 @@ class KeyValueCache:
     """Keys and values of the shots generated so far, by layer; one for each prompt and sample. No gradient flows
     through it.
 
-    capacity: tokens of the longest stream that it is for. A layer's memory is taken once, when it is first asked, and
-        what a forward computes is written behind the history: nothing is copied, and nothing grows.
+    capacity: tokens of the longest stream that it is for. What a forward computes is written behind the history:
+        nothing is copied, and nothing grows.
+    num_layers: of the model. The memory of all of them is taken at once, when the first one is asked.
+    anyone: whether a flag is set on any of the processes that compute a stream together, and have such caches. Where
+        one of them has no memory left, all raise torch.OutOfMemoryError, and none waits for it within a forward.
     offload: that memory is the host's, and the history of a layer comes to the device while the layer before computes.
         All of it comes: what the queries of a shot and their heads route to can together be nearly every chunk.
     num_tokens: of the history.
     """
 
     capacity: int
+    num_layers: int
     offload: bool = False
+    anyone: Callable[[bool], bool] = bool
     num_tokens: int = 0
     _layers: dict[int, Kept] = field(default_factory=dict)
     _coming: dict[int, Kept] = field(default_factory=dict)  # the layer on its way to the device
@@ -42,8 +49,8 @@ class KeyValueCache:
         start, end = self.num_tokens, self.num_tokens + len(new[0])
         if end > self.capacity:
             raise ValueError(f"a cache for {self.capacity} tokens is given {end}: make it for its longest stream")
-        if layer not in self._layers:
-            self._layers[layer] = tuple(self._memory(x) for x in new)
+        if not self._layers:
+            self._take_memory(new)
         if self.offload:
             whole = self._brought(layer, new)
             if remember:
@@ -56,6 +63,17 @@ class KeyValueCache:
     def keep_first(self, num_tokens: int) -> None:
         """Forgets the history after its first `num_tokens`."""
         self.num_tokens = min(self.num_tokens, num_tokens)
+
+    def _take_memory(self, like: Kept) -> None:
+        problem = ""
+        try:
+            for layer in range(self.num_layers):
+                self._layers[layer] = tuple(self._memory(x) for x in like)
+        except (torch.OutOfMemoryError, UserError) as error:
+            problem = str(error)
+        if self.anyone(bool(problem)):
+            self._layers, self._hosts = {}, []
+            raise torch.OutOfMemoryError(problem or "another process has no memory left for keys and values")
 
     def _memory(self, like: Tensor) -> Tensor:
         """Returns new memory [capacity, N, D] for tensors like this one."""

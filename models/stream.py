@@ -224,7 +224,8 @@ class StreamModel(Trainable):
 
     A family sets `stream`, `latent_channels`, `attention_dim` (the width of all heads together) and `blocks`, and says
     how tokens are embedded, rotated and projected. exchange: set from outside where processes share a stream; all of
-    them are then given, and give, whole latents. execution: how attention is computed; set from outside, and not saved.
+    them are then given, and give, whole latents. anyone: as in `KeyValueCache`, set from outside too. execution: how
+    attention is computed; set from outside, and not saved.
     """
 
     stream: StreamSpec
@@ -232,6 +233,7 @@ class StreamModel(Trainable):
     attention_dim: int
     blocks: nn.ModuleList
     exchange: Exchange | None = None
+    anyone: Callable[[bool], bool] = bool
     execution: Execution = AUTO
     gradient_checkpointing = False
     _supports_gradient_checkpointing = True
@@ -304,7 +306,7 @@ class StreamModel(Trainable):
 
     def new_cache(self, capacity: int, offload: bool = False) -> KeyValueCache:
         """Returns the history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
-        return KeyValueCache(capacity, offload)
+        return KeyValueCache(capacity, len(self.blocks), offload, self.anyone)
 
 
 def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:

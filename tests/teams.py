@@ -4,14 +4,23 @@ python -m torch.distributed.run --nproc_per_node 2 -m tests.teams RUN PREPARED S
 OUT has a folder for each mesh: a film of each of the scripts, and losses.json.
 """
 
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
+from models.history import KeyValueCache
 from tests.pipeline import command
 
-MESHES = {"alone": [], "sequence": ["parallel.sequence=2"], "shard": ["parallel.shard=2"]}
+MESHES = {
+    "alone": [],
+    "sequence": ["parallel.sequence=2"],
+    "shard": ["parallel.shard=2"],
+    "sequence_full": ["parallel.sequence=2"],  # one process has no memory for keys and values
+    "shard_full": ["parallel.shard=2"],
+}
 
 
 def make(run: Path, prepared: Path, scripts: Path, out: Path, *mesh: str) -> None:
@@ -21,9 +30,15 @@ def make(run: Path, prepared: Path, scripts: Path, out: Path, *mesh: str) -> Non
     command("scripts/evaluate.py", *settings, *paths)
 
 
+def full(*_: object) -> None:
+    raise torch.OutOfMemoryError("full")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run, prepared, scripts, out = map(Path, sys.argv[1:])
     for name, mesh in MESHES.items():
-        make(run, prepared, scripts, out / name, *mesh)
+        is_full = name.endswith("full") and os.environ["RANK"] == "1"
+        with mock.patch.object(KeyValueCache, "_memory", full if is_full else KeyValueCache._memory):
+            make(run, prepared, scripts, out / name, *mesh)
     torch.distributed.destroy_process_group()

@@ -202,6 +202,7 @@ class Parallel:
         if not self.is_sharded:
             model.to(self.device)
             return
+        model.anyone = self.any_of_team
         # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         for unit in (*model.blocks, model):
@@ -215,6 +216,14 @@ class Parallel:
         group = self._shard_mesh.get_group("shard")
         dist.broadcast_object_list(values, dist.get_global_rank(group, 0), group)
         return values[0]
+
+    def any_of_team(self, flag: bool) -> bool:
+        """Whether the flag is set on any process of the team."""
+        if not self.is_sharded:
+            return flag
+        number = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(number, group=self._shard_mesh.get_group("shard"))
+        return bool(number)
 
     def sum_over_heads(self, values: Tensor) -> Tensor:
         """Returns the sum over the processes that hold a stream, each of which has some heads; on each of them."""

@@ -162,18 +162,42 @@ def test_a_layer_comes_while_the_one_before_it_computes(monkeypatch):
 
     monkeypatch.setattr(KeyValueCache, "extended", watched)
     film(build("wan"), story(2), replace(CONFIG, guidance_scale=1.0, offload_cache=True))
-    assert asked == [(0, False), (1, False)] + [(0, False), (1, True)] * (2 * STEPS)
-    assert coming == [0, 0] + [1, 0] * (2 * STEPS)
+    assert asked == [(0, False), (1, True)] * (1 + 2 * STEPS)
+    assert coming == [1, 0] * (1 + 2 * STEPS)
 
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_cache_refuses_more_than_it_was_made_for(offload):
-    cache = KeyValueCache(capacity=3, offload=offload)
+    cache = KeyValueCache(capacity=3, num_layers=1, offload=offload)
     two = (torch.randn(2, 1, 4), torch.randn(2, 1, 4))
     cache.extended(0, two, remember=True)
     cache.num_tokens = 2
     with pytest.raises(ValueError, match="for 3 tokens is given 4"):
         cache.extended(0, two, remember=False)
+
+
+@pytest.mark.parametrize("is_mine", [True, False])
+def test_where_one_process_finds_no_memory_all_of_them_know_at_once(is_mine, monkeypatch):
+    """Those that found some let go of it."""
+    told = []
+
+    def anyone(flag: bool) -> bool:
+        told.append(flag)
+        return True
+
+    taken = KeyValueCache._memory
+
+    def second_fails(cache, like):
+        if is_mine and cache._layers:
+            raise torch.OutOfMemoryError("full")
+        return taken(cache, like)
+
+    monkeypatch.setattr(KeyValueCache, "_memory", second_fails)
+    cache = KeyValueCache(capacity=2, num_layers=2, anyone=anyone)
+    with pytest.raises(torch.OutOfMemoryError, match="full" if is_mine else "another process"):
+        cache.extended(0, (torch.randn(2, 1, 4), torch.randn(2, 1, 4)), remember=True)
+    assert told == [is_mine]
+    assert not cache._layers
 
 
 def test_both_experts_remember():

@@ -373,7 +373,7 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
     first = batch.layout.groups[2].start  # where the second shot's text begins
     two = pack(model, sample(), sample())
     for inputs, num_tokens in ((batch, 16), (two, first)):
-        cache = KeyValueCache(99, num_tokens=num_tokens)
+        cache = KeyValueCache(99, 2, num_tokens=num_tokens)
         with pytest.raises(ValueError, match=f"the cache holds {num_tokens} tokens"):
             model(inputs.latents, torch.rand(6), inputs.text, inputs.layout, forward, cache=cache)
 
