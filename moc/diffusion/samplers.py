@@ -15,7 +15,7 @@ such stream, however long it is.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -65,15 +65,13 @@ def sample_shots(
     num_shots = len(story.shapes)
     keys = story.noise_keys or [noise_key(config.seed, index) for index in range(num_shots)]
     noise = [_shot_noise(shape, key, device) for shape, key in zip(story.shapes, keys, strict=True)]
-    known = story.given | (start.latents if start else {})
+    start = start or Progress(0, 0, {})
+    known = story.given | start.latents
     latents = [known.get(index, noise[index]).to(device).float() for index in range(num_shots)]
     unknown = [index for index in range(num_shots) if index not in story.given]
     levels, solvers = sigma_table(1, config, flow)[:, 0], dict[int, Solver]()
-    remembered = {
-        index: {name: x.to(device) for name, x in own.items()}
-        for index, own in (start.remembered if start else {}).items()
-    }
-    reuse = StepReuse(config.step_cache, start.reused if start else 0, remembered) if config.step_cache else None
+    remembered = {index: {name: x.to(device) for name, x in own.items()} for index, own in start.remembered.items()}
+    reuse = StepReuse(config.step_cache, start.reused, remembered) if config.step_cache else None
     steps = plan_steps(num_shots, story.given, config, flow, story.num_references)
     cuts = story.cuts or [True] * num_shots
     prompt, negative = (Side(model, spec, text, cuts) for text in (story.text, story.negative))
@@ -81,7 +79,7 @@ def sample_shots(
         for side in (prompt, negative):
             side.keep_history(latents, [step.shots for step in steps], config.offload_cache)
 
-    for number, step in islice(enumerate(steps, start=1), start.step if start else 0, None):
+    for number, step in islice(enumerate(steps, start=1), start.step, None):
         now, after, shots, moving = step.now, step.after, step.shots, step.moving
         sigma = torch.where(now == 0, config.history_sigma, now)[shots]
         seen = [
@@ -104,10 +102,7 @@ def sample_shots(
         except torch.OutOfMemoryError:
             if prompt.cache is None:
                 raise
-            told = "keys and values of %d shots do not fit into memory; sampling goes on without, which takes longer%s"
-            remedy = "" if config.offload_cache else " than, started again, with sampler.offload_cache=true"
-            logger.warning(told, len(shots), remedy)
-            prompt.cache = negative.cache = None
+            _do_without_cache((prompt, negative), len(shots), config.offload_cache)
             if routing_map and counts is not None:
                 routing_map.counts = counts  # as they were: the step is counted once
         if velocity is None:  # not in the handler, which holds on to what filled the memory
@@ -124,11 +119,7 @@ def sample_shots(
                 last = slice(-end.shape[1], None)
                 latents[index][:, last] = flow.add_noise(end, noise[index][:, last], float(after[index]))
             if not latents[index].isfinite().all():
-                where = f"shot {unknown.index(index) + 1}, step {done + 1} of {config.steps}"
-                raise FloatingPointError(
-                    f"{where}: the latent is not finite; weights may hold nan, or values overflow: try precision=fp32, "
-                    "a lower guidance_scale"
-                )
+                raise _not_finite(f"shot {unknown.index(index) + 1}, step {done + 1} of {config.steps}")
             if after[index] == 0:
                 del solvers[index]
         yield from ((index, latents[index]) for index in moving if after[index] == 0)
@@ -138,6 +129,22 @@ def sample_shots(
                 index: one.remembered() | (reuse.remembered(index) if reuse else {}) for index, one in solvers.items()
             }
             on_step(Progress(number, len(steps), begun, kept, reuse.reused if reuse else 0))
+
+
+def _do_without_cache(sides: Sequence[Side], num_shots: int, was_offloaded: bool) -> None:
+    """Has both sides of guidance compute their history again from now on."""
+    told = "keys and values of %d shots do not fit into memory; sampling goes on without, which takes longer%s"
+    remedy = "" if was_offloaded else " than, started again, with sampler.offload_cache=true"
+    logger.warning(told, num_shots, remedy)
+    for side in sides:
+        side.cache = None
+
+
+def _not_finite(where: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{where}: the latent is not finite; weights may hold nan, or values overflow: try precision=fp32, a lower "
+        "guidance_scale"
+    )
 
 
 def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:
