@@ -1,19 +1,19 @@
 """Attention of short samples on a CPU: one dense call a shot, under a mask of the chunks that each query attends to.
 
 In a sample of a few hundred tokens a call for each list of routed queries takes longer than the keys that it leaves
-out; a call for each shot leaves out those that come after all it may see. Anchors and routes are both sets of chunks,
-so the mask is a table of chunks, spread over their tokens.
+out; a call for each shot leaves out those that come after all it attends to. Anchors and routes are both sets of
+chunks, so the mask is a table of chunks, spread over their tokens.
 
-Shape letters: L packed tokens, Lq queries, N heads, D head dim, M chunks up to the last one seen, K slots of a query.
+Shape letters: L packed tokens, Lq queries, N heads, D head dim, M chunks of a sample, K slots of a query.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moc.config import MoCConfig
-from moc.context import is_anchor, is_candidate
+from moc.context import is_anchor
 from moc.execution import Execution
 from moc.kernels.anchors import refuse_second_derivative
 from moc.layout import ShotLayout
@@ -25,25 +25,29 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Run(NamedTuple):
-    """queries: of q, a group's; keys: of the stream, from its sample's start on. first_chunk: of the sample; key_chunk
-    int64 [keys]: counted from it.
+    """queries: of q, a group's; start: of its sample in the stream. first_chunk: of the sample; key_chunk int64 [tokens
+    of the sample]: counted from it. ends: of the tokens of so many chunks; num_anchored: chunks up to the last anchor.
 
     anchors fp32 [queries, M + 1]: 0 for the chunks that a query attends to whatever its routes, -inf for the others;
     the last column is for empty slots.
     """
 
     queries: slice
-    keys: slice
+    start: int
     first_chunk: int
     key_chunk: Tensor
+    ends: list[int]
+    num_anchored: int
     anchors: Tensor
 
     def mask(self, routes: Tensor, dtype: torch.dtype) -> Tensor:
-        """What to add to the scores, 0 or -inf: routes of the run's queries [N, Lq, K] -> [1, N, Lq, keys]."""
-        num_heads, num_queries, _ = routes.shape
+        """What to add to the scores, 0 or -inf: routes of the run's queries [N, Lq, K] -> [1, N, Lq, keys], of the keys
+        up to the last one that is attended to."""
         local = (routes.long() - self.first_chunk).masked_fill(routes < 0, self.anchors.shape[1] - 1)
-        chunks = self.anchors.to(dtype).repeat(num_heads, 1, 1).scatter_(-1, local, 0.0)
-        return chunks.gather(-1, self.key_chunk.expand(num_heads, num_queries, -1))[None]
+        chunks = self.anchors.to(dtype).repeat(len(routes), 1, 1).scatter_(-1, local, 0.0)
+        num_routed = int(routes.max()) + 1 - self.first_chunk if routes.numel() else 0
+        keys = self.key_chunk[: self.ends[max(self.num_anchored, num_routed, 1)]]
+        return chunks.gather(-1, keys.expand(*routes.shape[:2], -1))[None]
 
 
 def fits(q: Tensor, layout: ShotLayout, execution: Execution) -> bool:
@@ -64,18 +68,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, 
 def _runs(layout: ShotLayout, config: MoCConfig, first_query: int) -> list[_Run]:
     found = []
     for group in layout.groups:
-        begin, (start, _) = max(group.start, first_query), layout.sample_ranges[group.sample]
+        begin, (start, end) = max(group.start, first_query), layout.sample_ranges[group.sample]
         if begin < group.end:
             first, last = layout.sample_first_chunk[group.sample : group.sample + 2].tolist()
-            keys, chunks = torch.arange(first, last), layout.token_chunk[begin : group.end, None].long()
-            anchors = is_anchor(layout, config, chunks, keys)
-            seen = (anchors | is_candidate(layout, config, chunks, keys)).any(0)
-            num_seen = max(1, int((seen * (keys - first + 1)).max()))
-            table = torch.zeros(anchors.shape).masked_fill(~anchors, -torch.inf)[:, :num_seen]
-            end = int(layout.chunk_cu_seqlens[first + num_seen])
+            chunks = torch.arange(first, last)
+            is_seen = is_anchor(layout, config, layout.token_chunk[begin : group.end, None].long(), chunks)
+            table = torch.zeros(is_seen.shape).masked_fill(~is_seen, -torch.inf)
             key_chunk = layout.token_chunk[start:end].long() - first
-            queries = slice(begin - first_query, group.end - first_query)
-            found.append(_Run(queries, slice(start, end), first, key_chunk, torch.nn.functional.pad(table, (0, 1))))
+            ends = (layout.chunk_cu_seqlens[first : last + 1] - start).tolist()
+            num_anchored = int((is_seen * (chunks + 1 - first)).max())
+            queries, anchors = slice(begin - first_query, group.end - first_query), nn.functional.pad(table, (0, 1))
+            found.append(_Run(queries, start, first, key_chunk, ends, num_anchored, anchors))
     return found
 
 
@@ -90,7 +93,8 @@ class _Attend(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         for run in runs:
             mask = run.mask(routes[:, run.queries], q.dtype)
-            result, lse = _forward(*_heads_first(q[run.queries], k[run.keys], v[run.keys]), attn_mask=mask)
+            keys = slice(run.start, run.start + mask.shape[-1])
+            result, lse = _forward(*_heads_first(q[run.queries], k[keys], v[keys]), attn_mask=mask)
             out[run.queries] = result[0].transpose(0, 1)
             kept += [lse, mask]
         ctx.save_for_backward(q, k, v, out, *kept)
@@ -103,8 +107,9 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, *kept = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (q, k, v)]
         for run, lse, mask in zip(ctx.runs, kept[::2], kept[1::2], strict=True):
-            tensors = _heads_first(dout[run.queries], q[run.queries], k[run.keys], v[run.keys], out[run.queries])
+            keys = slice(run.start, run.start + mask.shape[-1])
+            tensors = _heads_first(dout[run.queries], q[run.queries], k[keys], v[keys], out[run.queries])
             results = _backward(*tensors, lse, 0.0, False, attn_mask=mask)
-            for grad, rows, result in zip(grads, (run.queries, run.keys, run.keys), results, strict=True):
+            for grad, rows, result in zip(grads, (run.queries, keys, keys), results, strict=True):
                 grad[rows] += result[0].transpose(0, 1)
         return *grads, None, None
