@@ -1,12 +1,10 @@
-"""What tests of training share."""
+"""What tests of training share. torch is imported within, since pytest reads this before `tests.fixtures`."""
 
 import os
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-
-from tests.runs import THEN, launch, make_cache
 
 # These are the runs of two processes, by name, and what is asked of each.
 TWO = {
@@ -22,6 +20,8 @@ TWO = {
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """A small cache to train the debug model on; returns its folder."""
+    from tests.runs import make_cache
+
     return make_cache(tmp_path_factory.mktemp("cache"))
 
 
@@ -29,6 +29,8 @@ def cache(tmp_path_factory):
 def two_processes(tmp_path_factory) -> Path:
     """A folder of the runs of TWO, which the same two processes trained: most of their time they start. In said.txt is
     what both said on standard error."""
+    from tests.runs import THEN, launch, make_cache
+
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # that of all processes of pytest
     folder = shared / "two_processes"

@@ -1,6 +1,6 @@
 """Backend `triton` on CPU, interpreted, against the reference: routing, lists, attention, the operator.
 
-The interpreter runs where there is no GPU (`conftest` asks for it before Triton is first imported); it needs fp32.
+The interpreter runs where there is no GPU (`tests.fixtures` asks for it before Triton is imported); it needs fp32.
 """
 
 import pytest
