@@ -80,7 +80,7 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
                 for argument in sys.argv[1:]:
                     refuse_renamed(argument)
                 sys.argv[1:] = [readable(argument, CONFIGS) for argument in _sweep_first(sys.argv[1:])]
-                with _explaining(schema), _naming_settings(schema):
+                with _explaining(schema, run.__globals__["__doc__"] or ""), _naming_settings(schema):
                     hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(task)()
 
         return main
@@ -126,8 +126,8 @@ def defaults(schema: type) -> dict[str, Any]:
 
 
 @contextmanager
-def _explaining(schema: type) -> Iterator[None]:
-    """Has `--help`, which ends the process, say what each key is."""
+def _explaining(schema: type, about: str) -> Iterator[None]:
+    """Has `--help`, which ends the process, say what each key is. about: what the command does."""
     if {"--help", "-h"}.isdisjoint(sys.argv):
         yield
         return
@@ -136,7 +136,7 @@ def _explaining(schema: type) -> Iterator[None]:
         with redirect_stdout(said):
             yield
     finally:
-        print(explained(said.getvalue(), words(schema)), end="")
+        print(explained(said.getvalue(), words(schema), about), end="")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import get_args, get_type_hints
 from moc import MoCConfig
 
 _CONFIG = "== Config ==\n"  # Hydra's heading of the composed YAML
+_APPLICATION = "command is powered by Hydra."  # its first line, with the name of the function that it runs
 
 
 def words(schema: type) -> dict[str, str]:
@@ -41,9 +42,13 @@ def _said(kind: type) -> dict[str, str]:
     return found
 
 
-def explained(help_text: str, said: dict[str, str]) -> str:
-    """Hydra's help with the words on each key above its line; keys that share their words follow each other."""
+def explained(help_text: str, said: dict[str, str], about_command: str) -> str:
+    """Returns Hydra's help, begun with what the command does, with the words on each key above its line.
+
+    Keys that share their words follow each other.
+    """
     head, heading, config = help_text.partition(_CONFIG)
+    head = head.replace(_APPLICATION, about_command.strip(), 1)
     lines: list[str] = []
     path: list[str] = []
     before = ""

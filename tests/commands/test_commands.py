@@ -43,6 +43,8 @@ def test_help_says_what_each_key_is(capfd):
     with pytest.raises(SystemExit):
         command("train.py", "--help")
     said = capfd.readouterr().out
+    assert said.startswith("Trains a multi-shot video model: `python train.py experiment=NAME key=value ...`")
+    assert "is powered by Hydra" not in said
     assert "\n# the optimizer and its learning rate.\noptim:\n" in said
     assert "\n  # the learning rate after its rise.\n  lr: 9.0e-05\n" in said
     assert "step: the first step of the stage." in said.partition("\nschedule:")[0].replace("\n# ", " ")
