@@ -80,8 +80,7 @@ class Shooting:
     _is_new = False  # whether a shot was finished that is not kept yet
 
     def _start(self) -> Progress | None:
-        """Returns where sampling goes on from. Shots whose latents alone are there get their videos, given ones
-        first."""
+        """Returns where sampling goes on from. Shots with latents alone get their videos, given ones first."""
         if self.folder.request() is None:  # so that what is written first is known to be of this film
             self.folder.keep(self.request, self.kept)
         for number, index in enumerate(self.plan.filmed, start=1):

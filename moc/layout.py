@@ -205,8 +205,7 @@ class ShotLayout:
         ).at(self.positions)
 
     def at(self, positions: Sequence[int]) -> "ShotLayout":
-        """Returns the same stream, of samples at other positions in the run; both share all tables but
-        `sample_position`."""
+        """Returns the same stream, of samples at other positions; both share all tables but `sample_position`."""
         if tuple(positions) == self.positions:
             return self
         other = self.copied()
@@ -261,8 +260,7 @@ class ShotLayout:
         return self.num_tokens - num_queries
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Returns what `make` derives from this layout, made once for each key: tables that every layer of a forward
-        shares."""
+        """Returns what `make` derives from this layout, made once for each key: tables that all layers share."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]

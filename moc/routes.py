@@ -37,8 +37,7 @@ class Routes:
         return cls(drop_covered(indices, layout, config), layout.first_query(indices.shape[1]))
 
     def whole(self) -> Tensor:
-        """Returns the indices of all queries of the stream, int [N, L, K]; those before `first_query` have no
-        routes."""
+        """Returns the indices of all queries of the stream, int [N, L, K]; none before `first_query`."""
         return F.pad(self.indices, (0, 0, self.first_query, 0), value=-1)
 
 

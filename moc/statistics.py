@@ -40,8 +40,7 @@ def chunk_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
 
 
 def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
-    """Returns how often the queries of each shot routed to each shot: float64 [S, S], over all heads. Never waits
-    for a GPU."""
+    """Returns how often the queries of each shot routed to each shot: float64 [S, S], over all heads, with no wait."""
     counts = chunk_counts(routes, layout).double()
     by_group = counts.new_zeros(layout.num_groups, layout.num_groups).index_add_(1, layout.chunk_group, counts)
     shots = move(torch.tensor(layout.shot_groups), routes.device)

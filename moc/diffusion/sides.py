@@ -52,8 +52,7 @@ class Side:
     def velocity(
         self, stream: Stream, moc: MoCConfig, on_routes: Callable[[int, Tensor], None] | None = None
     ) -> dict[int, Tensor]:
-        """Returns the velocity, in fp32, of each shot of a stream, or of the last alone where the others are
-        remembered."""
+        """Returns the velocity, in fp32, of each shot of a stream, or of the last where others are remembered."""
         if self.cache is None or not moc.flows_forward:
             return self._run(stream, moc, on_routes=on_routes)
         history = stream.shots[:-1]

@@ -51,8 +51,7 @@ def plan_steps(
 
 
 def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: bool = False) -> dict[int, float]:
-    """Returns the guidance scale of each shot that moves; 1 is without. is_high: whether the high-noise expert takes
-    the step.
+    """Returns the guidance scale of each shot that moves; 1 is without. is_high: of the high-noise expert.
 
     A shot's own scale counts for both experts.
     """
@@ -72,8 +71,7 @@ def num_still_remembered(remembered: Sequence[int], history: Sequence[int]) -> i
 
 
 def _stream(now: Tensor, moving: list[int], context_shots: int | None, num_references: int) -> list[int]:
-    """Returns the shots of a step's stream: references, finished ones before those on the move (the latest
-    `context_shots`), and these."""
+    """Returns the shots of a step's stream: references, the latest finished ones, and those on the move."""
     finished = [index for index in (now == 0).nonzero().flatten().tolist() if num_references <= index < max(moving)]
     seen = finished if context_shots is None else finished[-context_shots:]
     return sorted([*range(num_references), *moving, *seen])

@@ -51,8 +51,7 @@ class DiskError(UserError):
 
 
 def find_checkpoint(path: str | Path) -> Path | None:
-    """Returns the newest complete checkpoint of a run's folder, or `path` itself when it is one; None where there is
-    none."""
+    """Returns the newest complete checkpoint of a run's folder, or `path` itself when it is one; else None."""
     path = Path(path)
     if (path / COMPLETE).exists():
         return path
