@@ -1,6 +1,7 @@
 """Models, codecs and text encoders: what a configuration names, built or loaded."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -104,7 +105,7 @@ class ModelConfig:
 
 
 def build_model(
-    config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device | str = "cpu"
+    config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device | None = None
 ) -> StreamModel:
     """Returns a model with the weights of `config.path`, on the CPU, or with fresh random ones; in fp32 but for
     `lora_base`.
@@ -112,7 +113,7 @@ def build_model(
     Raises UserError where the model there is of another family.
 
     latent_channels, text_dim: widths of the latents and text features it will see. device: where fresh weights are
-    drawn, and stay.
+    drawn, and stay; None is torch's default.
     """
     if config.lora_rank and not config.path:
         raise UserError("a LoRA needs weights to adapt: set model.path")
@@ -130,7 +131,7 @@ def build_model(
             base = str(checkpoint.path.resolve())  # not the run, which may train on
             model.add_lora(Lora(config.lora_rank, config.lora_targets, base, checkpoint.fingerprint()))
         return model
-    with torch.device(device):
+    with device or nullcontext():
         return _fresh(config, latent_channels, text_dim)
 
 
