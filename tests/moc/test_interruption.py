@@ -161,7 +161,7 @@ def test_a_failure_of_helpers_that_were_told_to_end_as_well():
 
 
 def one_of_each(signals, moments):
-    """Pairs of which one for each moment is fast, each of another signal: the trainer's tests above have every signal."""
+    """Pairs of which one for each moment is fast, of another signal: the trainer's tests above have every signal."""
     return [
         pytest.param(number, moment, marks=() if index == at else pytest.mark.slow)
         for index, number in enumerate(signals)
