@@ -1,6 +1,6 @@
 """Films a prompt script: `python sample.py checkpoint=PATH script=FILE out=DIR key=value ...`.
 
-Writes to DIR, each as soon as it is known: latents/NN.safetensors, shots/NN.mp4, then video.mp4, metadata.json with
+It writes to DIR, each as soon as it is known: latents/NN.safetensors, shots/NN.mp4, then video.mp4, metadata.json with
 everything to repeat it, storyboard.png and routing.png. A command that was killed goes on where it was. script=FOLDER
 films each script in it, to DIR/NAME; dry_run=true tells what the films will cost, and makes none. `accelerate launch
 sample.py` deals the scripts to its processes, or with parallel.sequence=N has N of them make each film together.

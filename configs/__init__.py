@@ -1,1 +1,1 @@
-"""Typed configuration: dataclasses beside their owners hold types and defaults, YAML what differs from them."""
+"""Configuration is typed: dataclasses beside their owners hold types and defaults, YAML what differs from them."""

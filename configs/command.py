@@ -1,4 +1,4 @@
-"""How every command runs: Hydra composes its YAML, `parse` types it, and an error of the user's is one message.
+"""Runs every command: Hydra composes its YAML, `parse` types it, and an error of the user's becomes one message.
 
 After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
 """

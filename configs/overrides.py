@@ -1,4 +1,4 @@
-"""The command line's `key=value` arguments, made ready for Hydra's grammar, in which a path with brackets is none."""
+"""Quotes `key=value` arguments of the command line where Hydra's grammar needs it, such as a path with brackets."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The typed configuration of the commands that compose the whole project; YAML beside it holds what groups change."""
+"""Types the configuration of the commands that compose the whole project; YAML beside it holds what groups change."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from models import EncodersConfig, ModelConfig
 
 @dataclass
 class TrainConfig:
-    """What `train.py` does.
+    """Sets what `train.py` does.
 
     name: the run's name.
     output: the folder of runs; this one's is output/name.
@@ -75,7 +75,7 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig(FilmmakerConfig):
-    """What `sample.py` does.
+    """Sets what `sample.py` does.
 
     script: the file that says what to film, or a folder of such files.
     out: the folder to write; of several scripts each has a folder of its name in it.

@@ -1,4 +1,4 @@
-"""The world of recall scenes that a run trains on, with the encoders it names."""
+"""Builds the world of recall scenes that a run trains on, with the encoders it names."""
 
 import torch
 

@@ -1,1 +1,1 @@
-"""Data: films and manifests in, packed batches of latents and text out. Imports moc, never models."""
+"""Data turns films and manifests into packed batches of latents and text. It imports moc, never models."""

@@ -1,4 +1,4 @@
-"""JSON and YAML that people write, read strictly: a key given twice is refused with its line."""
+"""Reads JSON and YAML that people write, strictly: a key given twice is refused with its line."""
 
 import json
 import re
@@ -87,7 +87,7 @@ def flag(value: Any) -> bool | None:
 
 
 class _RepeatedKeyError(Exception):
-    """A mapping has a key twice. key, line: known to YAML's reader."""
+    """Says that a mapping has a key twice. key, line: the key and where YAML's reader found it."""
 
     def __init__(self, key: str = "", line: int = 0) -> None:
         super().__init__(key)
@@ -124,7 +124,7 @@ def _first_repeated_key(text: str) -> tuple[str, int]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader, but for keys that are given twice, where it would keep the last."""
+    """Loads as YAML's safe loader, but refuses a key that is given twice, of which YAML would keep the last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -1,4 +1,4 @@
-"""What can be wrong with the user's data: one exception, named, so that a report can list it."""
+"""Defines the one exception for what can be wrong with the user's data, with a kind that a report can list."""
 
 from collections.abc import Mapping, Set
 
@@ -6,7 +6,7 @@ from moc.errors import UserError
 
 
 class DataError(UserError):
-    """A file, line or value of the data that cannot be used.
+    """Says that a file, line or value of the data cannot be used.
 
     kind: short stable name of the fault ("zero-byte", "overlapping-shots", ...), the key of the report.
     where: the file, or file:line and field, at fault.

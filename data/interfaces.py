@@ -1,4 +1,4 @@
-"""What data asks of the codec and the text encoder it is handed; it never imports models."""
+"""Defines what data asks of the codec and the text encoder that it is given; data never imports models."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Codec(Protocol):
-    """Video to latents: float [3, F, H, W] in [-1, 1] to [C, T, H', W'].
+    """Encodes video, float [3, F, H, W] in [-1, 1], to latents [C, T, H', W'].
 
-    How many frames make whole latent frames depends on `shot`, a shot's index in its sample, and is the codec's to say.
+    The codec says how many frames make whole latent frames; it may depend on `shot`, a shot's index in its sample.
     """
 
     latent_channels: int
@@ -42,7 +42,7 @@ class Codec(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Captions to features: 1 + S tensors [T_i, text_dim]."""
+    """Encodes captions to features: 1 + S tensors [T_i, text_dim]."""
 
     fingerprint: str
 

@@ -1,4 +1,4 @@
-"""The manifest: JSON Lines, one scene a line, a scene being one video with its shots, or one image.
+"""A manifest is JSON Lines with one scene a line: one video with its shots, or one image.
 
 {"id": "...", "video": "rel/path.mp4", "caption": "...", "fps": 24,
  "shots": [{"start": 0, "end": 96, "caption": "...", "cut": true}, ...]}
@@ -28,7 +28,7 @@ _SHOT_FIELDS = frozenset({"start", "end", "caption", "cut"})
 
 @dataclass(frozen=True)
 class ShotRecord:
-    """Frames [start, end) of the video. cut: a true cut begins it; false: it continues the shot before."""
+    """Names frames [start, end) of the video. cut: whether a true cut begins it, or it continues the shot before."""
 
     start: int
     end: int
@@ -38,10 +38,10 @@ class ShotRecord:
 
 @dataclass(frozen=True)
 class SceneRecord:
-    """One line. Exactly one of video and image is set; fps None: the video's own; shots empty: to be detected.
+    """Holds a line. Exactly one of video and image is set; fps None: the video's own; shots empty: to be detected.
 
     shot_captions: of the shots to be detected, from other tools' files; never in a manifest. origin: the file and line
-    that the scene was read from, "" where it was no line of a file; two scenes may be equal without it.
+    that the scene was read from, "" where it was no line of a file; it does not count when scenes are compared.
     """
 
     id: str
@@ -59,7 +59,7 @@ class SceneRecord:
 
     @property
     def where(self) -> str:
-        """What an error cites: the line it was read from, or its id."""
+        """Returns what an error cites: the line that the scene was read from, or its id."""
         return self.origin or self.id
 
     def to_dict(self) -> dict:

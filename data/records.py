@@ -1,4 +1,4 @@
-"""Small files that a run of preparing leaves for the next: written whole, and made anew if they are not as written."""
+"""Keeps small files that a run of preparing leaves for the next; one that is not as it was written is made anew."""
 
 import json
 import logging

@@ -1,1 +1,1 @@
-"""Evaluation: what is measured of data and models. Imports moc, models and data; only commands import it."""
+"""Measures data and models. It imports moc, models and data; only commands import it."""

@@ -1,10 +1,10 @@
-"""Does a film keep its looks: within each shot, and when a name comes back after so many shots.
+"""Measures whether a film keeps its looks, within each shot and when a name comes back after some shots.
 
 Raw similarity of two shots says little, since all shots of a film are alike and a model that copies one look everywhere
-would score best. So what is told is the similarity of shots that share a name, by how long ago it was shown last, minus
+would score best. So the score is the similarity of shots that share a name, by how long ago it was shown last, minus
 that of shots which share none. Only shots that show what they should are compared (a gate by fidelity, as in
 EntityBench): with CLIP those that fit their own prompt better than the film's other prompts on average, without it
-those that are no blank.
+those that are not blank.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _BLANK_DEVIATION = 3.0  # of 0..255 values
 
 @dataclass(frozen=True)
 class Gate:
-    """admitted: whether each shot shows what it should, and is compared. rule: by which that was found."""
+    """Tells which shots are compared. admitted: whether each shows what it should. rule: how that was found."""
 
     admitted: list[bool]
     rule: str
@@ -30,8 +30,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class Consistency:
-    """intra: of each shot, None of one picture. admitted: whether each shot is compared. same: of each return of a name
-    (distance in shots, similarity). different: similarities of shots that name somebody each, and nobody both."""
+    """Holds similarities. intra: within each shot, None for one picture. admitted: whether each shot is compared.
+    same: (distance in shots, similarity) of each return of a name. different: between shots that name somebody each,
+    but nobody both."""
 
     features: str
     gate: str

@@ -1,4 +1,4 @@
-"""How well found cuts match the true ones."""
+"""Measures how well found cuts match the true ones."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from data.prepare.shots import ShotDetector
 
 @dataclass(frozen=True)
 class CutAccuracy:
-    """score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of cuts within the tolerance. deviation: how
-    many frames off matched cuts are on average; nan where none is matched."""
+    """Scores cuts. score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of cuts within the tolerance.
+    deviation: how many frames off matched cuts are on average; nan where none is matched."""
 
     score: float
     precision: float

@@ -1,4 +1,4 @@
-"""How fast and how right the data comes: steps kept waiting by the loader, decoding, shot detection against truth."""
+"""Measures how fast and how right data comes: steps that wait for the loader, decoding, shots found against truth."""
 
 import gc
 import random
@@ -31,7 +31,7 @@ _PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the s
 
 @dataclass
 class DataBenchmarkConfig:
-    """Samples as in the paper: 8 shots of 480x832, about 180k tokens, T5's text.
+    """Sets what is measured; samples are as in the paper: 8 shots of 480x832, about 180k tokens, T5's text.
 
     folder: where the made-up cache goes, about 250 MB.
     output: the record to write.

@@ -1,4 +1,4 @@
-"""Means with error bars, of values that were measured in some scenes with some draws of noise each."""
+"""Gives means with error bars of values that were measured in some scenes, with some draws of noise in each."""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and half the width of its 95 % interval (Student's t). scenes: as other scenes would change it, the draws
-    of each averaged; draws: as other noise would on the same scenes. A half is nan where there is one scene or draw.
-    count: how many scenes."""
+    """Holds a mean and half the width of its 95 % interval (Student's t), which is nan for one scene or one draw.
+    scenes: how other scenes would change the mean, the draws of each averaged. draws: how other noise would change it
+    on the same scenes. count: how many scenes."""
 
     mean: float
     scenes: float

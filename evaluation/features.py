@@ -1,4 +1,4 @@
-"""What of a picture is compared: DINO's or CLIP's features from local weights, else a histogram of its colours.
+"""Computes what of a picture is compared: features of DINO or CLIP from local weights, else a histogram of colours.
 
 The histogram is the best that could be had without a download: on Big Buck Bunny it tells pairs of shots that show one
 character from pairs that show different ones with an area under the curve of 0.68 (TransNetV2's inner features: 0.65 at
@@ -24,7 +24,7 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Features(Protocol):
-    """name: what a report calls them. is_published: whether others measure with the same."""
+    """Computes features. name: what a report calls them. is_published: whether others measure with the same."""
 
     name: str
     is_published: bool
@@ -35,7 +35,7 @@ class Features(Protocol):
 
 
 class ColourHistogram:
-    """The square roots of a histogram of hue, saturation and value (OpenCV), whose products are Bhattacharyya's."""
+    """Takes square roots of a histogram of hue, saturation and value (OpenCV); their products are Bhattacharyya's."""
 
     name, is_published = "colour histogram", False
 
@@ -48,7 +48,7 @@ class ColourHistogram:
 
 
 class Dino:
-    """The class token of a DINO or DINOv2 from a local folder."""
+    """Takes the class token of a DINO or DINOv2 from a local folder."""
 
     is_published = True
 
@@ -66,7 +66,7 @@ class Dino:
 
 
 class Clip:
-    """The joint space of a CLIP from a local folder."""
+    """Maps pictures and texts to the joint space of a CLIP from a local folder."""
 
     is_published = True
 

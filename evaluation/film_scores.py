@@ -1,4 +1,4 @@
-"""All that is measured of one sampled film, or of a folder of them, as plain numbers."""
+"""Measures all that is measured of one sampled film, or of a folder of them, as plain numbers."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from evaluation.motion import STILL, drift, speed
 
 @dataclass(frozen=True)
 class Measured:
-    """What one film came to. speeds: of its shots. consistency: by each kind of features. alignment: similarities of
-    shots to their prompts, of a CLIP; None without one."""
+    """Holds the scores of a film. speeds: those of its shots. consistency: by each kind of features. alignment: the
+    similarities of shots to their prompts by a CLIP; None without one."""
 
     seconds: float
     cuts: CutAccuracy

@@ -1,4 +1,4 @@
-"""A sampled film as it is judged: pictures of each shot, what its script asked for, and who each shot names."""
+"""Reads a sampled film to be judged: pictures of each shot, what its script asked for, and who each shot names."""
 
 import re
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ _NAME = re.compile(r"(?:^|[.;,]\s*|\n)\s*([A-Z][\w' -]{0,30}?):")
 
 @dataclass(frozen=True)
 class ShownShot:
-    """pictures, after: uint8 [n, h, w, 3], frames spread over the shot and the frame that follows each. frames: how
-    many the shot has. names: of the characters and places that it is said to show."""
+    """Shows a shot. pictures, after: uint8 [n, h, w, 3], frames spread over the shot and the frame that follows each.
+    frames: how many the shot has. names: the characters and places that it is said to show."""
 
     prompt: str
     cut: bool
@@ -35,7 +35,7 @@ class ShownShot:
 
 @dataclass(frozen=True)
 class Film:
-    """folder: as sample.py wrote it."""
+    """Holds a film to be judged. folder: as sample.py wrote it."""
 
     folder: Path
     script: Script

@@ -1,8 +1,8 @@
-"""What is a shot's history worth? Its loss at fixed noise after the shots before it, beside its loss alone.
+"""Measures what a shot's history is worth: its loss at fixed noise after the shots before it, beside its loss alone.
 
-The last shot of each scene is the target; the shots before it are given true and clean. The same noise is laid over it
-three times: `alone`, without any history; after its own `history`; and after that of an `other` scene, which is worth
-something to a model that takes the style of a film from its history, and nothing to memory.
+The last shot of each scene is the target; the shots before it are given true and clean. The same noise is added to it
+three times: `alone`, without any history; after its own `history`; and after that of an `other` scene. The last helps
+a model that takes only the style of a film from its history; it cannot help one that remembers what was shown.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ SCENES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class HistoryLosses:
-    """Losses of target shots, fp32 [targets, draws, sigmas] each. sigmas: the noise levels of the last dim."""
+    """Holds losses of target shots, fp32 [targets, draws, sigmas] each. sigmas: the noise levels of the last dim."""
 
     alone: Tensor
     history: Tensor

@@ -1,4 +1,4 @@
-"""Is a sampled film the story that was scripted, judged from pixels alone; and what a model's loss must beat."""
+"""Judges from pixels alone whether a sampled film is the scripted story, and says what a model's loss must beat."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from moc.diffusion.linear import linear_losses
 
 @dataclass(frozen=True)
 class Verdict:
-    """places: (scripted, seen) of each shot. cuts: first frames of new shots, as scripted and as found."""
+    """Judges a film. places: (scripted, seen) of each shot. cuts: first frames of shots, as scripted and as found."""
 
     places: list[tuple[str, str]]
     scripted_cuts: list[int]

@@ -1,5 +1,5 @@
-"""How much of dense attention do routes keep? The softmax mass that a query would spend on the video of other shots,
-and the share of it that lies on the chunks it routes to.
+"""Measures how much of dense attention routes keep: the softmax mass that a query would spend on the video of other
+shots, and the share of it that lies on the chunks it routes to.
 
 Shape letters: L packed tokens, N heads, D head dim, M chunks, K routes, Q queries that are asked about.
 """
@@ -20,8 +20,8 @@ from models.rope import rotate
 
 @dataclass
 class Mass:
-    """Sums over queries, fp32 [N] each, by layer. elsewhere: mass on other shots' video. kept: of that on the routed
-    chunks. best: of that on the chunks that hold most of it, as many. queries: how many."""
+    """Holds sums over queries, fp32 [N] each, by layer. elsewhere: mass on other shots' video. kept: its part on the
+    routed chunks. best: its part on as many chunks, those that hold most of it. queries: how many there are."""
 
     elsewhere: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)

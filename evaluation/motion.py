@@ -1,4 +1,4 @@
-"""How much moves in a film, and how its pictures change from shot to shot."""
+"""Measures how much moves in a film, and how its pictures change from shot to shot."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""The report of an evaluation: one HTML page, with storyboards side by side."""
+"""Writes the report of an evaluation: one HTML page, with storyboards side by side."""
 
 from collections.abc import Sequence
 from itertools import zip_longest

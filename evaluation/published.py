@@ -1,4 +1,4 @@
-"""Numbers of the paper beside ours: VBench's six, which only VBench measures, in the user's own environment.
+"""Sets the paper's numbers beside ours: the six of VBench, which VBench itself measures, in an environment of its own.
 
 Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, its tables of multi-shot and single-shot video.
 """

@@ -1,4 +1,4 @@
-"""Does a model remember? The looks of a name that returns, read from the shot it makes after a true history.
+"""Tests whether a model remembers: a returning name's looks are read from the shot it makes after a true history.
 
 The last shot of a recall scene (data/storyworld/recall.py) returns to a name that one earlier shot showed. Its history
 is given clean and it alone is sampled, or its loss is taken at set noise; a reader then tells fur and outfit. The
@@ -38,7 +38,7 @@ READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
 
 
 class Reader(nn.Module):
-    """Reads a shot's attributes from its latent: [N, C, T, H, W] -> logits by attribute, each [N, values]."""
+    """Reads a shot's attributes from its latent [N, C, T, H, W]: it returns logits by attribute, each [N, values]."""
 
     def __init__(self, channels: int, width: int = 256) -> None:
         """channels: of all latent frames together."""
@@ -107,12 +107,12 @@ def accuracy(reader: Reader, world: RecallWorld, scenes: int = 512, batch: int =
 
 @dataclass
 class Tally:
-    """What was found in many scenes. All but the routes' have a row for each scene.
+    """Collects what was found in many scenes. All tensors but those of the routes have a row for each scene.
 
-    distance [B]: in shots. right: bool [B, 4] of ATTRIBUTES. copied: bool [B, 2], wrong, and the look of another of the
-    scene. loss, region_loss: fp32 [B, sigmas], of the last shot whole and of its character.
-    hits, routed, reached, asked: [M, N], routes of the character's tokens that lead to the shot which shows it, all of
-    those routes, tokens with such a route, and tokens.
+    distance [B]: in shots. right: bool [B, 4], by ATTRIBUTES. copied: bool [B, 2], whether the answer is wrong and the
+    look of another of the scene. loss, region_loss: fp32 [B, sigmas], for the whole last shot and for its character.
+    hits, routed, reached, asked: [M, N], how many routes of the character's tokens lead to the shot which shows it, how
+    many routes they have, how many of these tokens have such a route, and how many tokens there are.
     """
 
     distance: Tensor

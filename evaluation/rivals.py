@@ -1,4 +1,4 @@
-"""The held-out loss of one model under rival settings of attention, at the same noise."""
+"""Measures the held-out loss of one model under rival settings of attention, at the same noise."""
 
 import math
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ from moc.training.parallel import gather_lists
 
 @dataclass(frozen=True)
 class RivalRow:
-    """What one kind of attention comes to. clean_history: whether only the last shot is noisy. sparsity: of the first
-    scene. losses: by noise level, over scenes and draws of noise."""
+    """Holds the result of one kind of attention. clean_history: whether only the last shot is noisy. sparsity: that of
+    the first scene. losses: by noise level, over scenes and draws of noise."""
 
     attention: str
     clean_history: bool
@@ -28,7 +28,7 @@ class RivalRow:
 
     @property
     def line(self) -> str:
-        """The row for the terminal."""
+        """Returns the row for the terminal."""
         history = "clean history, last shot" if self.clean_history else "equal noise, all shots  "
         losses = "  ".join(f"sigma {sigma:g}: {loss}" for sigma, loss in self.losses.items())
         return f"{history}  {self.attention:<14} sparsity {self.sparsity:.0%}  {losses}"

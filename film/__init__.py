@@ -1,1 +1,1 @@
-"""Films: from a prompt script to the files of a sampled film. Imports moc, models and data; only commands import it."""
+"""Makes the files of a sampled film from a prompt script. Imports moc, models and data; only commands import it."""

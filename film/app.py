@@ -1,4 +1,4 @@
-"""The windows of a studio: a page for the browser, made with gradio (`pip install -e '.[app]'`)."""
+"""Shows a studio as a page for the browser, made with gradio (`pip install -e '.[app]'`)."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps

@@ -1,4 +1,4 @@
-"""What a film will cost, counted from its plan before anything is sampled."""
+"""Counts from its plan what a film will cost, before anything is sampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ LEAST = 4  # of them that no block can do without: the tokens, their queries, ke
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a film costs.
+    """Tells what a film costs.
 
-    shot_tokens: of each shot of the stream, its text included.
-    sparsity: of attention in the last step's stream, each query with as many routes as it can have.
+    shot_tokens: how many each shot of the stream has, its text included.
+    sparsity: that of attention in the last step's stream, if each query has as many routes as it can.
     forwards: calls of the model, those that remember finished shots included.
-    flops, dense_flops: of all of them, with this attention and with a dense one that remembers nothing.
+    flops, dense_flops: those of all forwards, with this attention and with a dense one that remembers nothing.
     memory: bytes of the weights, of keys and values that are kept and of a forward, roughly, on each device.
     host_memory: bytes of keys and values that are kept in the host's memory instead.
-    least: bytes without which it cannot be made: those of the weights and of a forward that keeps nothing in between.
+    least: bytes without which no film can be made: those of the weights and of a forward that keeps nothing.
     """
 
     shot_tokens: list[int]
@@ -130,7 +130,7 @@ def estimate(
 
 
 class _Stream:
-    """Tokens and chunks of the shots of a story."""
+    """Counts tokens and chunks of the shots of a story."""
 
     def __init__(self, layout: ShotLayout, moc: MoCConfig) -> None:
         shots = [layout.groups[index] for index in layout.shot_groups]

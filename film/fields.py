@@ -1,4 +1,4 @@
-"""How values of a script are read; each raises DataError (bad-script) with file and field."""
+"""Reads values of a script; each function raises DataError (bad-script) with file and field."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A model with its encoders, ready to film prompt scripts."""
+"""Loads a model with its encoders and films prompt scripts with it."""
 
 import logging
 import time
@@ -46,17 +46,17 @@ Value = TypeVar("Value")
 
 @dataclass
 class FilmmakerConfig:
-    """What films are made with. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two
-    noise experts (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: of two experts kept apart the low-noise
-    one, where checkpoint is the other. lora: a LoRA's file or folder, of any maker, or a list of such and of {path:
-    PATH, weight: NUMBER}, merged into the weights. low_noise_lora: as lora, of the low-noise expert alone; null takes
-    lora. encoders_path: a folder of them, or a diffusers pipeline. device, precision: as in
+    """Sets what films are made with. checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of
+    two noise experts (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: the low-noise one of two experts that
+    are kept apart, where checkpoint is the other. lora: a LoRA's file or folder, of any maker, or a list of such and of
+    {path: PATH, weight: NUMBER}, merged into the weights. low_noise_lora: as lora, for the low-noise expert alone; null
+    takes lora. encoders_path: a folder of encoders, or a diffusers pipeline. device, precision: as in
     `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. weights: how those of the blocks'
     linears are kept instead, unless null: bf16, or fp8 or int8 with a scale a row. fp8_matmuls: with fp8 weights these
-    linears round their inputs to fp8 too, and multiply in it. parallel: what several processes do together. offload: of
-    two experts only the one in use stays on the GPU. shift: of the noise levels. moc: the settings of attention. null,
-    in encoders_path, shift and each setting of moc, takes the checkpoint's. execution: how attention is computed.
-    keep_every: sampling is kept after so many steps, and after each shot. video: how videos are written."""
+    linears round their inputs to fp8 too, and multiply in it. parallel: what several processes do together. offload:
+    only the one of two experts that is in use stays on the GPU. shift: that of the noise levels. moc: the settings of
+    attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's. execution: how attention
+    is computed. keep_every: sampling is kept after so many steps and after each shot. video: how videos are written."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None
@@ -90,7 +90,7 @@ class FilmmakerConfig:
 
 
 class Shared(Generic[Value]):
-    """A property that is made when it is first read, once for a filmmaker and those that `with_steps` makes of it."""
+    """Makes a property when it is first read, once for a filmmaker and those that `with_steps` makes of it."""
 
     def __init__(self, make: Callable[[Any], Value]) -> None:
         self.make, self.name = make, make.__name__
@@ -102,7 +102,7 @@ class Shared(Generic[Value]):
 
 
 class Filmmaker:
-    """A model and its encoders, loaded once, when they are first needed, to film any number of scripts."""
+    """Films any number of scripts with a model and its encoders, which are loaded once, when they are first needed."""
 
     def __init__(self, config: FilmmakerConfig) -> None:
         self.config, self.sampler, self.shared = config, config.sampler, dict[str, Any]()
@@ -225,7 +225,7 @@ class Filmmaker:
 
     @property
     def _count(self) -> Callable[..., Estimate]:
-        """`estimate` of this model under these settings of attention."""
+        """Returns `estimate` for this model and these settings of attention."""
         mesh, dtype = self.config.parallel, self.parallel.dtype
         return partial(estimate, model=self._loaded, moc=self.moc, flow=self.flow, mesh=mesh, dtype=dtype)
 

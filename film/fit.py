@@ -1,4 +1,4 @@
-"""Whether a film fits into memory: told before anything is sampled, with what would fit."""
+"""Tells before anything is sampled whether a film fits into memory, and what would fit."""
 
 import logging
 import math

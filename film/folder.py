@@ -1,11 +1,11 @@
-"""The folder of one film: what sampling writes there, each file whole or not at all.
+"""A film has one folder, in which sampling writes each file whole or not at all:
 
 latents/01.safetensors, shots/01.mp4, ...    as soon as a shot is known
 video.mp4                                    the shots one after another
 metadata.json                                everything to repeat the film; written when the film is whole
-routing.safetensors                          how often each shot routed to each, by layer and noise level
+routing.safetensors                          how often each shot routed to each other, by layer and noise level
 index.html, storyboard.png, storyboard_2.png, ..., routing.png; if asked video.srt, video.vtt, preview.webp
-                                             what to look at; the film is whole without
+                                             what to look at; the film is whole without them
 001_002.mp4, ...                             shots once more, by the scene and shot of a benchmark's script
 given/<digest>.png, ...                      copies of the pictures and videos that its script names
 .progress.safetensors                        how far an unfinished film is, and what it was asked to be
@@ -55,8 +55,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Kept:
-    """The record of an unfinished film. step: of sampling. made: the checksum of the latent of each finished shot, by
-    its number, which counts from 1. redo: the shots that are made anew, in a film that was whole before. tensors:
+    """Records an unfinished film. step: that of sampling. made: the checksum of each finished shot's latent, by the
+    shot's number, which counts from 1. redo: the shots that are made anew, in a film that was whole before. tensors:
     whatever else sampling goes on from."""
 
     step: int = 0
@@ -66,8 +66,8 @@ class Kept:
 
 
 class FilmFolder:
-    """A folder for one film, made when it is first written to. Raises DataError (film-exists, not-a-folder) where it
-    cannot be one: a shorter film would leave the last shots of a longer one standing."""
+    """Keeps one film in a folder, made when it is first written to. Raises DataError (film-exists, not-a-folder) where
+    it cannot: a shorter film, for example, would leave the last shots of a longer one there."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

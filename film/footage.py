@@ -1,4 +1,4 @@
-"""What a script shows the model, at the film's size and frame rate: pictures, and shots of a video."""
+"""Reads what a script shows the model, at the film's size and frame rate: pictures, and shots of a video."""
 
 import bisect
 import logging
@@ -40,7 +40,7 @@ def seconds_after(file: Path, start: float) -> float:
 
 
 class Footage:
-    """A stretch of a video, in frames of the film. start, seconds: in the video's time."""
+    """Reads a stretch of a video, in frames of the film. start, seconds: in the video's time."""
 
     def __init__(self, file: Path, start: float, seconds: float, fps: float) -> None:
         self.file, self.index = file, _indexed(file)

@@ -1,7 +1,7 @@
-"""Texts drawn by Pillow as they stand: "$" is no formula.
+"""Draws texts by Pillow as they are written: "$" begins no formula.
 
-Where the usual font lacks characters, those of the system stand in, each for what it has: emoji and Chinese may share a
-line. What no font has is drawn as empty boxes, which is told.
+Characters that the usual font lacks are drawn in whichever font of the system has them: emoji and Chinese may share a
+line. Those that no font has are drawn as empty boxes, and a warning says so.
 """
 
 import logging

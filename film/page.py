@@ -1,7 +1,7 @@
-"""The page of a film: one HTML file in its folder, to be opened from disk.
+"""Writes the page of a film: one HTML file in its folder, to be opened from disk.
 
-Thumbnails, prompts and where routes go are in the file; the videos, storyboards and the metadata are linked as they lie
-beside it. It asks no network for anything. Texts of the script are escaped.
+Thumbnails, prompts and where routes go are in the file; the page links to the videos, storyboards and metadata beside
+it. It asks no network for anything. Texts of the script are escaped.
 """
 
 import base64

@@ -1,6 +1,6 @@
-"""From a prompt script to what a sampler needs.
+"""Makes what a sampler needs from a prompt script.
 
-Codec and text encoder are handed in; of the codec this module knows the interface only (data/interfaces.py).
+Codec and text encoder are handed in; this module knows only the codec's interface (data/interfaces.py).
 """
 
 import hashlib
@@ -25,16 +25,16 @@ PICTURES, REFERENCES = 1 << 20, 1 << 21
 
 @dataclass
 class FilmPlan:
-    """The stream of a film. device: the codec's.
+    """Describes the stream of a film. device: the codec's.
 
     shapes: (C, T, H, W) of each latent. cuts, noise_keys, text, negative: as in `moc.diffusion.Story`.
     given: latents of pictures and of given videos. A picture is a one-frame shot of its own with a cut before and after
-        it: the script's references stand before all shots, that of a shot before the shot that shall look like it. It
+        it: the script's references stand before all shots, a shot's own picture stands before that shot. A picture
         is encoded apart, never decoded, and a continuous codec does not count it as a shot.
     ends: the last latent frame of shots that end in a picture.
     pictures: what the script names, under names that tell the content.
     filmed, num_frames: where each of the script's shots stands in the stream, and its length. It is as long as the
-        script says, and what its latent holds more is left out, unless the next shot goes on from there.
+        script says; frames that its latent holds beyond that are left out, unless the next shot goes on from there.
     """
 
     script: Script

@@ -1,4 +1,4 @@
-"""What a whole film is looked at with: storyboard, routing map and page. Each is drawn once, from the film's files."""
+"""Draws what a whole film is looked at with, from the film's files and once: storyboard, routing map and page."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from film.video import VideoConfig, write_preview, write_subtitles
 
 
 class Stills:
-    """Pictures of a film's shots, each video decoded once. The middle one of each shot stays in memory."""
+    """Gives pictures of a film's shots and decodes each video once. Each shot's middle picture stays in memory."""
 
     def __init__(self, folder: FilmFolder) -> None:
         self.folder = folder

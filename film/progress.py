@@ -1,4 +1,4 @@
-"""Samples of a held-out scene while a model trains, always from the same noise, so that the pictures compare."""
+"""Samples a held-out scene while a model trains, always from the same noise, so that the pictures compare."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Prompt scripts: what to film, shot by shot. YAML or JSON, in our form or one of `film.forms`.
+"""A prompt script says what to film, shot by shot. It is YAML or JSON, in our form or one of `film.forms`.
 
     title: The lighthouse
     global: "..."            # characters, place, story
@@ -15,7 +15,7 @@
 A film's metadata.json is read as the script of that film, with the seed of each shot.
 
 A benchmark's script also says who and what is in each shot, and where: `entities` of a shot, by kind, and `entities` of
-the script, a description of each name. A shot's `scene` is its [scene, shot] there, by which its video is filed.
+the script, a description of each name. A shot's `scene` is its [scene, shot] there, after which its video is named.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,12 +39,12 @@ _SHOT_FIELDS = {
 
 @dataclass(frozen=True)
 class ScriptShot:
-    """One shot of a film. Files lie inside the script's folder.
+    """Describes one shot of a film. Files lie inside the script's folder.
 
     cut: a true cut begins it; false: it goes on from the shot before. image: a picture that the shot shall look like.
     last_image: the picture that it ends in. video: what the shot is, from `start` seconds on, so that it is not made.
-    guidance: the guidance scale. seed: of its noise. None takes the film's. entities: the names of who and what is
-    seen, and where, by kind. scene: the numbers of a scene and of a shot in it, from 1, in a benchmark.
+    guidance: the guidance scale. seed: that of its noise. None takes the film's. entities: the names of who and what
+    is seen, and where, by kind. scene: the numbers of a scene and of a shot in it, from 1, in a benchmark.
     """
 
     prompt: str
@@ -61,18 +61,18 @@ class ScriptShot:
 
     @property
     def begins_anew(self) -> bool:
-        """Whether it does not go on from the shot before, but from a cut or a picture."""
+        """Returns whether the shot begins with a cut or a picture instead of going on from the shot before."""
         return self.cut or self.image is not None
 
     @property
     def caption(self) -> str:
-        """The prompt as the text encoder gets it."""
+        """Returns the prompt as the text encoder gets it."""
         return shot_prompt(self.prompt, self.cut)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture of a character or a place, already inside the script's folder, and what it shows."""
+    """Holds a picture of a character or a place, which lies inside the script's folder, and what it shows."""
 
     prompt: str
     image: Path
@@ -80,8 +80,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Script:
-    """A story. size: (height, width) in pixels. references: what every shot may look back to. entities: a description
-    of each name."""
+    """Tells a story. size: (height, width) in pixels. references: what every shot may look back to. entities: a
+    description of each name."""
 
     title: str
     global_caption: str

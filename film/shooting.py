@@ -1,7 +1,7 @@
-"""From latents that a sampler gives shot by shot to the files of a film.
+"""Writes the files of a film from the latents that a sampler gives shot by shot.
 
-Each shot is written as soon as it is sampled. How far sampling is, is kept after each shot and every few steps, so that
-the same command goes on from there and gives the same bytes as one that was never stopped.
+Each shot is written as soon as it is sampled. The state of sampling is kept after each shot and every few steps, so
+that the same command goes on from there and gives the same bytes as one that was never stopped.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,9 +28,9 @@ REUSED = "reused"  # and how many steps took an earlier one's velocity
 
 
 class Shooting:
-    """One film in the making. request: what it is asked to be, as its folder keeps it. routing_map: what sampling
-    counts routes in. keep_every: steps after which sampling is kept. Takes up what the folder keeps. reused: how many
-    steps took an earlier one's velocity (`SamplingConfig.step_cache`)."""
+    """Makes one film, or goes on with what the folder keeps of it. request: what it is asked to be, as its folder
+    keeps it. routing_map: what sampling counts routes in. keep_every: steps after which sampling is kept. reused: how
+    many steps took an earlier one's velocity (`SamplingConfig.step_cache`)."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Pictures of a sampled story: the storyboard (contact sheets of ten shots each) and the routing map."""
+"""Draws pictures of a sampled story: the storyboard (contact sheets of ten shots each) and the routing map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ def pick_frames(num_frames: int, count: int = FRAMES_A_ROW) -> list[int]:
 
 @dataclass(frozen=True)
 class Panel:
-    """A shot on the storyboard. number: from 1. cut: whether a cut begins it. frames: uint8 [n, H, W, 3]."""
+    """Shows a shot on the storyboard. number: from 1. cut: whether a cut begins it. frames: uint8 [n, H, W, 3]."""
 
     number: int
     caption: str

@@ -1,7 +1,7 @@
-"""A folder in which a person writes scripts and films them: what the app does, without its windows.
+"""Keeps a folder in which a person writes scripts and films them: this is what the app does, without its windows.
 
 scripts/NAME.yaml, with the pictures that they name      films/NAME/       as `film.folder` has it
-films/NAME/takes/03_1.mp4    shot 3 as it was first      previews/DIGEST/  the same film, in few steps
+films/NAME/takes/03_1.mp4    shot 3 as first made        previews/DIGEST/  the same film, in few steps
 
 Every name is checked, and nothing is read or written outside the folder.
 """
@@ -29,18 +29,18 @@ _NAME = re.compile(r"\w[\w -]{0,63}")
 
 @dataclass(frozen=True)
 class State:
-    """How far a film is. done: the share of its steps. shots: the videos of its finished shots, in order."""
+    """Tells how far a film is. done: the share of its steps. shots: the videos of its finished shots, in order."""
 
     done: float
     shots: list[Path]
 
 
 class _Stopped(Exception):
-    """Nobody waits for a film any more; what is finished of it is kept."""
+    """Says that nobody waits for a film any more; what is finished of it is kept."""
 
 
 class Studio:
-    """Scripts and films in one folder. preview_steps: of a preview."""
+    """Manages scripts and films in one folder. preview_steps: the steps of a preview."""
 
     def __init__(self, filmmaker: Filmmaker, folder: str | Path, preview_steps: int = 8) -> None:
         self.filmmaker, self.folder, self.preview_steps = filmmaker, Path(folder).resolve(), preview_steps

@@ -1,4 +1,4 @@
-"""How a film's video is written, and what stands beside it if asked: subtitles of its prompts, a small preview."""
+"""Writes a film's video and, if asked, what stands beside it: subtitles of its prompts, a small preview."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ _PREVIEW_WIDTH, _PREVIEW_FPS, _PREVIEW_SECONDS = 320, 6, 12
 
 @dataclass
 class VideoConfig:
-    """How films are written. codec: libx264 (H.264) or libx265 (HEVC). crf: its quality number; less is better and
-    larger. chapters: whether each shot is a chapter of the video. subtitles:
+    """Sets how films are written. codec: libx264 (H.264) or libx265 (HEVC). crf: its quality number; less is better
+    and larger. chapters: whether each shot is a chapter of the video. subtitles:
     whether the prompts are written as video.srt and video.vtt. preview: whether preview.webp is written, small and
     moving, for a README."""
 

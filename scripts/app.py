@@ -1,6 +1,6 @@
-"""A storyboard in the browser: python scripts/app.py checkpoint=PATH folder=DIR [port=7860] [key=value ...]
+"""Opens a storyboard in the browser: python scripts/app.py checkpoint=PATH folder=DIR [port=7860] [key=value ...]
 
-Scripts are written, estimated and filmed there, single shots made anew and takes compared, all in DIR. The page is
+There one writes, estimates and films scripts, makes single shots anew and compares takes, all in DIR. The page is
 served to this machine alone. It needs gradio: pip install -e '.[app]'
 """
 
@@ -19,10 +19,10 @@ from moc.errors import UserError
 
 @dataclass
 class AppConfig(FilmmakerConfig):
-    """What the app films with, and where.
+    """Sets what the app films with, and where.
 
-    folder: scripts and films lie in it; nothing else is read or written.
-    port: of the page, on this machine.
+    folder: where scripts and films lie; nothing else is read or written.
+    port: the page's, on this machine.
     preview_steps: the steps of a preview.
     sampler: how shots are sampled.
     """

@@ -62,7 +62,7 @@ class Impl(StrEnum):
 
 @dataclass(frozen=True)
 class AttentionBenchmarkConfig:
-    """What to measure.
+    """Sets what to measure.
 
     suites: the sets of cases, namely number of shots, sizes of chunks, number of heads, a single short shot, a million
     tokens, packs of short shots.
@@ -77,7 +77,7 @@ class AttentionBenchmarkConfig:
 
 @dataclass(frozen=True)
 class Case:
-    """One stream and one way to attend over it; `impl` is a dense kernel's name or moc-<its name>."""
+    """Describes one stream and one way to attend over it; `impl` is a dense kernel's name or moc-<its name>."""
 
     impl: str
     shots: int

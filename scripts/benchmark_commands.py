@@ -1,7 +1,7 @@
-"""The README's commands on a GPU, one after another, each in a fresh process as a user starts it, and how long each
-takes: python scripts/benchmark_commands.py [folder=DIR] [only=[NAME,...]]
+"""Times the README's commands on a GPU, one after another, each in a fresh process as a user starts it:
+python scripts/benchmark_commands.py [folder=DIR] [only=[NAME,...]]
 
-Without a public checkpoint, Wan's are random weights of the 1.3B shape. What a command says goes to folder/logs/. One
+There is no public checkpoint: Wan's are random weights of the 1.3B shape. A command's output goes to folder/logs/. One
 that fails does not end the others; the exit status then is 1.
 """
 
@@ -40,7 +40,7 @@ README_STORY = {
 
 @dataclass(frozen=True)
 class CommandsConfig:
-    """What to time, and where what the commands make goes.
+    """Sets what to time, and where what the commands make goes.
 
     folder: where what they make goes, about 60 GB.
     output: the record to write; a table of the same name, .md, comes to lie beside it.

@@ -1,7 +1,7 @@
-"""Measure the loader at the paper's token counts: python scripts/benchmark_data.py folder=DIR [key=value ...]
+"""Measures the loader at the paper's token counts: python scripts/benchmark_data.py folder=DIR [key=value ...]
 
 film=FILE also measures decoding it and finding its shots; truth=[DIR] (a storyworld) and films=[A,B] (joined by known
-cuts) the accuracy of the cuts found.
+cuts) measure the accuracy of the cuts found.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""How far the demo's verdict is from failing: demos of several seeds and environments, beside each other on the CPU.
+"""Measures how far the demo is from failing: it runs demos of several seeds and environments at once on the CPU.
 
 python scripts/benchmark_demo.py [seeds=N] [processes=N] [settings=[...]] [folder=DIR] [output=FILE]
 
-Runs a demo for each seed in each environment, one thread each. A demo's row (its verdict, its CPU-minutes, the seconds
-of its stages) is printed and added to the output as soon as it is done, so that a run that was stopped still tells.
-Exit status 1 where a demo failed.
+A demo runs for each seed in each environment, one thread each. Its row (its verdict, its CPU-minutes, the seconds of
+its stages) is printed and added to the output as soon as it is done, so that a run that was stopped still tells. The
+exit status is 1 where a demo failed.
 """
 
 import json
@@ -31,7 +31,7 @@ DEMO = ROOT / "scripts/demo.py"
 
 @dataclass(frozen=True)
 class DemoSeedsConfig:
-    """The demos to run.
+    """Sets the demos to run.
 
     folder: where the demos go.
     output: the record to write.

@@ -1,4 +1,4 @@
-"""Rows side by side on a real film: what are the shots before worth to a shot, by when its characters were last seen?
+"""Measures on a real film what earlier shots are worth to a shot, by when its characters were last seen, row by row.
 
 python scripts/benchmark_film.py film=BUNNY [rows=[dense,moc,own_shot]] [folds=[0,1,2,3]] [steps=N] [minutes=N] [seed=N]
 
@@ -44,7 +44,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class FilmRowsConfig:
-    """What to train and to test.
+    """Sets what to train and to test.
 
     film: the folder of the prepared film.
     rows: names among ROWS; without any, the tables of the output's rows are made anew.

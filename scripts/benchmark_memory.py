@@ -1,10 +1,10 @@
-"""How much memory a step of an adapter takes on one GPU, and how long.
+"""Measures how much memory a training step of an adapter takes on one GPU, and how long.
 
 python scripts/benchmark_memory.py [limit_gib=23] [model.lora_base=fp8] [parallel.swap_blocks=40] [shots=4]
 
-As it is, it takes steps of the trainer on the shape of an expert of Wan2.2-T2V-A14B and a film of four shots of 57
-frames of 480x832, 93,600 tokens, as experiment=wan_a14b_high_24gb does. The weights are random, drawn one at a time and
-kept at once in their format. Every call adds its row to the record, or replaces the one of the same settings.
+By default the trainer takes steps on the shape of an expert of Wan2.2-T2V-A14B and a film of four shots of 57 frames of
+480x832, 93,600 tokens, as experiment=wan_a14b_high_24gb does. The weights are random, drawn one at a time and kept at
+once in their format. Every call adds its row to the record, or replaces the one of the same settings.
 """
 
 import resource
@@ -40,7 +40,7 @@ TEXT_TOKENS = 64  # of each caption
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What to measure.
+    """Sets what to measure.
 
     model: the model's sizes, its adapter and how the weights under it are kept.
     moc: what attention attends to.

@@ -6,8 +6,8 @@ The shape of Wan2.1-T2V-1.3B with random weights, fp32 under bf16 autocast, shot
 - forward: one prediction, without gradients
 - training step: loss, backward with activation checkpointing, clipping, AdamW
 dense is the fastest dense kernel present; MoC routes to 5 chunks of 1,280 tokens, drops included in training.
-And one block without its attention against what it must cost: its matmuls, timed apart, plus the bytes that its
-pointwise operations must move, at the speed of a copy.
+It also compares one block without its attention with what it must cost: its matmuls, timed apart, plus the bytes that
+its pointwise operations must move, at the speed of a copy.
 
 Writes OUTPUT.json (a header and rows), OUTPUT.md and OUTPUT.png.
 """
@@ -61,7 +61,7 @@ FORWARD_FFN_UNITS, BACKWARD_FFN_UNITS = 2, 3  # of the activation, in units of t
 
 @dataclass(frozen=True)
 class ModelBenchmarkConfig:
-    """What to measure.
+    """Sets what to measure.
 
     shots: the numbers of shots of a story, one row each.
     output: the path of the files to write, without their endings.
@@ -149,7 +149,7 @@ def model_rows(model: nn.Module, optimizer: torch.optim.Optimizer, num_shots: in
 
 
 class _NoAttention(torch.autograd.Function):
-    """Stands for attention at no cost: gives back v (or zeros), and its gradient to q, k and v."""
+    """Stands in for attention at no cost: it returns v (or zeros), and gives its gradient to q, k and v."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

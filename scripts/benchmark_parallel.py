@@ -1,4 +1,4 @@
-"""A training step on one and on several GPUs of a host, dense and MoC, along each axis of the mesh:
+"""Measures a training step on one and on several GPUs of a host, dense and MoC, along each axis of the mesh:
 python scripts/benchmark_parallel.py [processes=2] [model=wan_1.3b] [shots=[1,2,4]] [meshes=[one,data,shard,sequence]]
 
 A step is the trainer's own (noise, forward, backward, clipping, AdamW, moving average) on films of random latents, with
@@ -44,7 +44,7 @@ LONG = 20.0  # seconds of a first step after which one is measured, not a median
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure.
+    """Sets what to measure.
 
     model: the model and its sizes.
     moc: what attention attends to.

@@ -1,4 +1,4 @@
-"""Rows side by side: what does a model remember under one kind of attention or another, trained alike?
+"""Measures what models remember that are trained alike under different kinds of attention, one row for each.
 
 python scripts/benchmark_recall.py rows=[dense,own_shot] [steps=N] [minutes=N] [start=PATH] [settings=["key=value",...]]
 
@@ -8,7 +8,7 @@ with the weights of one checkpoint, such as a dense row's, instead of none. Test
 row is printed and put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
 and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
 
-The shortest command of each ablation: `python scripts/benchmark_recall.py` with one of these lines. On one H100 a
+The shortest command of each ablation is `python scripts/benchmark_recall.py` with one of these lines. On one H100 a
 command is to take nine minutes at most, tests included.
 
     ON='start=docs/checkpoints/recall_dense settings=["optim.lr=1.5e-3"] steps=3600 minutes=5'
@@ -59,7 +59,7 @@ PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5
 
 @dataclass(frozen=True)
 class RecallRowsConfig:
-    """What to train and to read.
+    """Sets what to train and to read.
 
     rows: names among ROWS; without any, the tables of the output's rows are made anew.
     steps: how long each is trained.

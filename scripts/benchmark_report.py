@@ -1,4 +1,4 @@
-"""Tables and a plot from the rows of `benchmark_attention.py`."""
+"""Makes tables and a plot from the rows of `benchmark_attention.py`."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,15 +1,15 @@
-"""How long a film takes on one GPU, dense against MoC, in each way of sampling, and how much memory.
+"""Measures how long a film takes on one GPU and how much memory, dense against MoC, in each way of sampling.
 
 python scripts/benchmark_sampling.py [films=[paper]] [impls=[moc,dense]] [modes=[staggered,joint,...]] [timed=3]
 
 The sampler is the films' own, on the shape of Wan2.1-T2V-1.3B with random weights in bf16 and with guidance. `paper`
-is a minute of 8 x 23,040 tokens, `wan` one of 480x832 at 16 fps, 375,960 tokens. A whole film is extrapolated: of each
-stream (the shots that a step sees) `timed` steps are taken, the first of which may have to remember a shot. Streams
+is a minute of 8 x 23,040 tokens, `wan` one of 480x832 at 16 fps, 375,960 tokens. A whole film is extrapolated: `timed`
+steps are taken of each stream (the shots that a step sees), the first of which may have to remember a shot. Streams
 that are computed whole cost the same in every mode, so that one measurement of them serves all modes of a call.
-`decode` is a random AutoencoderKLWan on one shot. Each row is written as soon as it is measured, in the place of one of
-its like.
+`decode` is a random AutoencoderKLWan on one shot. Each row is written as soon as it is measured and replaces one of
+the same settings.
 
-Expected on one H100 (by count, from docs/benchmarks/model.md), start and compilation of about a minute included:
+One H100 is expected to take (by count, from docs/benchmarks/model.md; start and compilation, about a minute, included):
 
     films=[paper] impls=[moc]                                                 4 minutes, 60 GB of the host's memory
     films=[paper] impls=[dense] timed=2                                       4 minutes
@@ -77,7 +77,7 @@ Shots = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Film:
-    """frames: latent frames of each shot. size: height and width of a latent frame. chunk_tokens: of its chunks."""
+    """Measures a film. frames: latent frames of each shot. size: height, width of a latent. chunk_tokens: a chunk's."""
 
     frames: tuple[int, ...]
     size: tuple[int, int]
@@ -97,7 +97,7 @@ FILMS = {
 
 @dataclass(frozen=True)
 class SamplingBenchmarkConfig:
-    """What to measure.
+    """Sets what to measure.
 
     model: the model and its sizes.
     moc: what attention attends to; the size of chunks is the film's.
@@ -139,7 +139,7 @@ class SamplingBenchmarkConfig:
 
 @dataclass
 class Taken:
-    """Steps of one stream: their seconds, those of them in the model, and the peak of memory in bytes."""
+    """Holds steps of one stream: their seconds, how many of these the model took, and the peak of memory in bytes."""
 
     seconds: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)
@@ -147,12 +147,12 @@ class Taken:
 
     @property
     def usual(self) -> float:
-        """Seconds of a step that has nothing to remember."""
+        """Returns the seconds of a step that has nothing to remember."""
         return median(self.seconds[1:] or self.seconds)
 
 
 class Clocked:
-    """A model that tells how long its forwards took on the device, and whether one had a cache."""
+    """Wraps a model and tells how long its forwards took on the device, and whether one had a cache."""
 
     def __init__(self, model: StreamModel, on_gpu: bool) -> None:
         self.model, self.on_gpu, self.had_cache = model, on_gpu, False
@@ -183,7 +183,7 @@ class Clocked:
 
 
 class EnoughError(Exception):
-    """All is timed."""
+    """Says that all is timed."""
 
 
 @command("benchmark_sampling", SamplingBenchmarkConfig)
@@ -198,7 +198,7 @@ def main(config: SamplingBenchmarkConfig) -> None:
 
 
 class Bench:
-    """The model and the record. kernel: the fastest dense one that is present."""
+    """Times a model and keeps the record. kernel: the fastest dense one that is present."""
 
     def __init__(self, config: SamplingBenchmarkConfig) -> None:
         self.config, self.parallel = config, Parallel(config.parallel)

@@ -1,10 +1,10 @@
-"""Where the time of a whole training step goes on one GPU, and how near it comes to its floor.
+"""Measures where the time of a whole training step goes on one GPU, and how near it comes to its floor.
 
 python scripts/benchmark_step.py [model=base] [tokens=65536] [packs=[[3,4,6],[6,8,12]]] [output=FILE]
 
 A step is the trainer's own: noise, forward and backward under autocast, clipping, AdamW and the moving average, on
-packs of scenes of four shots of random latents, which come as the loader sends them; packs: token grids of a shot. The
-number of scenes changes from step to step, as in training. The floor of a step is what no code could spare:
+packs of scenes of four shots of random latents, as the loader sends them; `packs` are the token grids of a shot. The
+number of scenes changes from step to step, as in training. The floor of a step is what no code could avoid:
 
 - the FLOPs of its matmuls and of its attended pairs, forward and backward, at the rate of one large bf16 matmul
 - the bytes that its pointwise operations, the optimizer and the casts of weights must move, at the speed of a copy
@@ -80,7 +80,7 @@ WEIGHT_BYTES = 62
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What to measure.
+    """Sets what to measure.
 
     model: the model and its sizes.
     moc: what attention attends to.

@@ -3,7 +3,7 @@
     python scripts/compile_kernels.py              # all of them, minutes; writes docs/benchmarks/kernels_ahead.md
     python scripts/compile_kernels.py --gpus 90 --settings bf16-64 --output kernels.json
 
-Ends with exit status 1 where a kernel takes more shared memory than a program may have, or spills registers.
+It ends with exit status 1 where a kernel takes more shared memory than a program may have, or spills registers.
 """
 
 import argparse
@@ -35,7 +35,7 @@ NUM_HEADS = 12
 
 @dataclass(frozen=True)
 class Setting:
-    """A kind of model: what kernels are compiled anew for."""
+    """Describes a kind of model; kernels are compiled anew for each."""
 
     dtype: torch.dtype
     head_dim: int

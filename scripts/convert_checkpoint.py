@@ -1,8 +1,8 @@
-"""Convert a checkpoint: python scripts/convert_checkpoint.py input=PATH [output=PATH] [key=value ...]
+"""Converts a checkpoint: python scripts/convert_checkpoint.py input=PATH [output=PATH] [key=value ...]
 
 `input`: a diffusers folder or pipeline, a .safetensors file with original or ComfyUI names (Wan, HoloCine), a training
-run or checkpoint (one of a LoRA comes out merged into its base), or the .pth of Wan's T5 encoder or of its VAE (2.1 or
-2.2). Prints what it is; leave `output` out to look only.
+run or checkpoint (that of a LoRA is merged into its base), or the .pth of Wan's T5 encoder or of its VAE (2.1 or 2.2).
+The command prints what it is; leave `output` out to look only.
 `output`: a path that ends in .safetensors gets original names, any other becomes a diffusers folder, or with
 `form=checkpoint` a run's folder, which `sample.py checkpoint=`, `scripts/evaluate.py checkpoint=` and `train.py
 model.path=` take. Tensors pass one by one: 14B needs 1 GiB of memory. Two experts (Wan2.2-A14B, HoloCine) are
@@ -33,7 +33,7 @@ class Weights(StrEnum):
 
 
 class Dtype(StrEnum):
-    """How converted weights are stored."""
+    """Says how converted weights are stored."""
 
     stored = "stored"
     float32 = "float32"
@@ -43,7 +43,7 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Settings(Beside):
-    """What to convert, and into what.
+    """Sets what to convert, and into what.
 
     input: the file or folder to convert.
     output: the file or folder to write; null only looks.

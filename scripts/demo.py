@@ -1,10 +1,10 @@
-"""The main job in one command: make demo, or python scripts/demo.py [output=DIR] [key=value ...]
+"""Does the main job in one command: make demo, or python scripts/demo.py [output=DIR] [key=value ...]
 
-Films a story with a model that was trained before, which is seen in the first minute. Then makes a storyworld, prepares
-its films, trains a small model with Mixture of Contexts, samples a story from it, and checks what came out; where there
-is a GPU, this world and model are larger (configs/demo.yaml). Every stage is a command of this project, as a user would
-call it. Ends with status 1 where the new model's film does not show the scripted places, or the model is no better than
-the best linear predictor.
+It films a story with a model that was trained before, which is seen in the first minute. Then it makes a storyworld,
+prepares its films, trains a small model with Mixture of Contexts, samples a story from it, and checks what came out;
+where there is a GPU, this world and model are larger (configs/demo.yaml). Every stage is a command of this project, as
+a user would call it. It ends with status 1 where the new model's film does not show the scripted places, or the model
+is no better than the best linear predictor.
 """
 
 import json
@@ -41,7 +41,7 @@ JUDGED_SIGMA = 0.8
 
 @dataclass(frozen=True)
 class Scale:
-    """A world, and what a model learns of it: see configs/demo.yaml.
+    """Sets a world, and what a model learns of it: see configs/demo.yaml.
 
     scenes: how many the world has.
     size: height and width of its frames.
@@ -65,7 +65,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo does.
+    """Sets what the demo does.
 
     output: the folder of all that it makes.
     scale: small, large or auto, which is large where there is a GPU.
@@ -99,7 +99,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """A command of the demo, and the seconds it took on the machine it was tuned on."""
+    """Holds a command of the demo, and the seconds it took on the machine it was tuned on."""
 
     title: str
     seconds: int

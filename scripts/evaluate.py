@@ -1,14 +1,14 @@
-"""Evaluate a checkpoint, sampled films, or both: python scripts/evaluate.py [checkpoint=PATH data.path=PREPARED]
+"""Evaluates a checkpoint, sampled films, or both: python scripts/evaluate.py [checkpoint=PATH data.path=PREPARED]
 [films=[FILM, OTHER]] [clip=FOLDER] [dino=FOLDER] [output=FILE.json] [page=FILE.html] [key=value ...]
 
-A checkpoint: its held-out loss under dense, MoC and own-shot-only attention, at the same noise. MoC has no parameters,
-so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal noise on all shots the rows
-barely differ; a clean history before one noisy shot tells what the history is worth. `accelerate launch` deals the
-scenes to its processes.
+Of a checkpoint it takes the held-out loss under dense, MoC and own-shot-only attention, at the same noise. MoC has no
+parameters, so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal noise on all
+shots the rows barely differ; a clean history before one noisy shot tells what the history is worth. `accelerate launch`
+deals the scenes to its processes.
 
-Films, as sample.py writes them: cuts, motion, drift, and whether looks stay within a shot and come back with their
-names; with local weights text alignment too. VBench runs in an environment of its own: its command is told, and
-vbench=[RESULT, ...], one for each film, puts its numbers beside the paper's.
+Of films, as sample.py writes them, it measures cuts, motion, drift, and whether looks stay within a shot and come back
+with their names; with local weights text alignment too. VBench runs in an environment of its own: its command is
+printed, and vbench=[RESULT, ...], one for each film, puts its numbers beside the paper's.
 """
 
 import json
@@ -41,7 +41,7 @@ from models import Contents, load_codec, load_model, move_model
 
 @dataclass
 class EvaluateConfig:
-    """What to evaluate and how.
+    """Sets what to evaluate and how.
 
     checkpoint: a run's folder, a checkpoint, or a model folder.
     films: folders that sample.py wrote, or folders of such folders, whose films are taken together.

@@ -1,4 +1,4 @@
-"""Fetch a whole real film, Big Buck Bunny (58 MB, CC-BY 3.0): python scripts/example_film.py output=DIR
+"""Fetches a whole real film, Big Buck Bunny (58 MB, CC-BY 3.0): python scripts/example_film.py output=DIR
 
 Then: python scripts/prepare_data.py input=DIR output=PREPARED size=[64,112] fps=8
 

@@ -1,4 +1,4 @@
-"""Tables and a plot from the rows of `benchmark_film.py`."""
+"""Makes tables and a plot from the rows of `benchmark_film.py`."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Make a storyworld, videos with exact ground truth: python scripts/make_storyworld.py output=DIR [key=value ...]
+"""Makes a storyworld, videos with exact ground truth: python scripts/make_storyworld.py output=DIR [key=value ...]
 
 `output` becomes a folder with videos/, manifest.jsonl (what prepare_data.py reads), truth.jsonl (what is in every
 frame) and vocabulary.txt (every word of the captions). --help lists the settings and their defaults.

@@ -1,4 +1,4 @@
-"""What the GPU benchmarks share: a warm median of device times, and the header of a record."""
+"""Holds what the GPU benchmarks share: a warm median of device times, and the header of a record."""
 
 import statistics
 import time

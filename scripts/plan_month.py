@@ -1,7 +1,7 @@
-"""A long run on paper: python scripts/plan_month.py [gpus=64] [model=wan_14b] [shots=8] [meshes=[[8,8],[4,16]]]
+"""Plans a long run on paper: python scripts/plan_month.py [gpus=64] [model=wan_14b] [shots=8] [meshes=[[8,8],[4,16]]]
 
-Nothing is measured here: by count, and by the rows that `benchmark_parallel.py` measured on one and two GPUs, it tells
-for each mesh what a GPU holds, how long a step and a month's run take, and what its checkpoints move. The table says in
+It measures nothing: by count, and by the rows that `benchmark_parallel.py` measured on one and two GPUs, it tells for
+each mesh what a GPU holds, how long a step and a month's run take, and what its checkpoints move. The table says in
 words what is assumed.
 """
 
@@ -65,12 +65,12 @@ What is assumed:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """The run to plan.
+    """Sets the run to plan.
 
     model: the model's sizes; everything in it is trained.
     gpus: how many there are, eight to a host.
     gpu_gib: the memory of one.
-    shots: of a film, each as long as those that were measured.
+    shots: how many a film has, each as long as those that were measured.
     meshes: pairs of parallel.sequence and parallel.shard; what is left over replicates.
     network_gb: gigabytes a second that a GPU sends and receives between hosts.
     disk_gb: gigabytes a second that a host writes.
@@ -103,7 +103,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """A model by count. params: all of them. linears: those of the blocks' linear layers."""
+    """Counts a model's parameters. params: all of them. linears: those of the blocks' linear layers."""
 
     params: int
     linears: int
@@ -128,7 +128,7 @@ class Size:
 
 
 class Measured:
-    """What the measured rows say of a GPU: flops, a second; loss, the share that two GPUs along `sequence` lose; shot
+    """Holds what the measured rows say of a GPU: flops, a second; loss, the share two GPUs along `sequence` lose; shot
     tokens; bytes of activations for a token, a layer and a number of the model's width. They are those of the longest
     film on one GPU and on two. Raises UserError where there is none."""
 

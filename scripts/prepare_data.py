@@ -1,4 +1,4 @@
-"""Prepare a folder of films for training: python scripts/prepare_data.py input=DIR output=DIR [key=value ...]
+"""Prepares a folder of films for training: python scripts/prepare_data.py input=DIR output=DIR [key=value ...]
 
 `input` holds videos (shots are detected, NAME.txt beside NAME.mp4 is its caption) or a manifest.jsonl. `output`
 becomes a folder that `data.path=` of train.py reads; open its report.html to look the data over. Run it again after
@@ -23,7 +23,7 @@ from models import EncodersConfig, build_encoders
 
 @dataclass
 class Settings(PrepareConfig):
-    """The stages' settings, and what makes the cache.
+    """Sets how the stages run, and what encodes the cache.
 
     device: as in `moc.training.ParallelConfig`.
     encoders: the codec and the text encoder.

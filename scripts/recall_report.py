@@ -1,4 +1,4 @@
-"""Tables and plots from the rows of `benchmark_recall.py`."""
+"""Makes tables and plots from the rows of `benchmark_recall.py`."""
 
 from pathlib import Path
 

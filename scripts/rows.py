@@ -1,5 +1,4 @@
-"""What benchmarks share of their records: rows side by side, each with where it was measured, and a training of so many
-minutes."""
+"""Holds what benchmarks share: a record of rows, each with where it was measured, and a training of so many minutes."""
 
 import io
 import json

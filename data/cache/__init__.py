@@ -1,1 +1,1 @@
-"""The cache of prepared latents and text: its writer and its reader."""
+"""This package writes and reads the cache of prepared latents and text."""

@@ -1,6 +1,6 @@
-"""Latents encoded while training instead of stored: the cache then holds captions, and which frames to read of what.
+"""Encodes latents while training: the cache then holds captions, and says which frames of which file to read.
 
-Slower to train on, and nothing to store; a codec in loader workers runs on the CPU. The latents equal stored ones.
+Training is slower, but no latents are stored; a codec in loader workers runs on the CPU. Latents equal stored ones.
 """
 
 from collections.abc import Callable

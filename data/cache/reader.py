@@ -1,4 +1,4 @@
-"""Reading a cache: the index in memory, tensors from its shards by name, each checked against its checksum."""
+"""Reads a cache: its index into memory, tensors from its shards by name, each checked against its checksum."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ REMEDY = "run scripts/prepare_data.py again: it makes only what is missing"
 
 @dataclass(frozen=True)
 class CachedScene:
-    """One scene of the index. latent_shapes: (C, T, H, W) a shot; text_keys: [caption length][1 + S]."""
+    """Holds a scene of the index. latent_shapes: (C, T, H, W) of each shot; text_keys: [caption length][1 + S]."""
 
     id: str
     key: str
@@ -40,7 +40,7 @@ class CachedScene:
 
 
 class Cache:
-    """A finished cache, opened for reading. Cheap to send to loader workers: files open at the first read.
+    """Reads a finished cache. It is cheap to send to loader workers, because files open at the first read.
 
     Raises DataError: unfinished-cache, damaged-index, other-format, missing-shard, truncated-shard.
     """
@@ -77,7 +77,7 @@ class Cache:
 
     @property
     def encoders_folder(self) -> Path:
-        """What decodes these latents and prompts with this text."""
+        """Returns the folder of encoders that decode these latents and encode prompts as this text."""
         return self.store.local_folder("encoders")
 
     def __getstate__(self) -> dict:

@@ -1,4 +1,4 @@
-"""Files of a cache, wherever it lies: local ones as they are, those of an fsspec URL through bounded local copies."""
+"""Opens a cache's files wherever they lie: local ones directly, those of an fsspec URL by way of local copies."""
 
 import os
 import zlib
@@ -20,11 +20,11 @@ def checksum(tensor: Tensor) -> int:
 
 
 class FileStore:
-    """The files of one folder, by name. Opens nothing before it is asked, so it travels to worker processes.
+    """Gives the files of one folder by name. It opens none before it is asked, so it can be sent to workers.
 
     url: a local path or an fsspec URL (s3://, gs://, https://, ...). copies: local folder for files of a URL, which may
-    hold other files as well; the copies together stay under max_bytes, the least recently used going first.
-    Names may come from an index: one that leads out of the folder is a DataError (outside-root).
+    hold other files as well; the copies together stay under max_bytes: the least recently used are deleted first.
+    Names may come from an index: one that leads out of the folder raises DataError (outside-root).
     """
 
     def __init__(self, url: str, copies: str | None = None, max_bytes: int = 50 << 30) -> None:

@@ -1,15 +1,15 @@
-"""The cache: latents shot by shot and deduplicated text features, in safetensors shards under a JSON index.
+"""A cache holds latents shot by shot and deduplicated text features, in safetensors shards under a JSON index.
 
     cache/<digest of what made it>/
         shard-<writer>-00000.safetensors   latents "<scene key>/<shot>", text "text/<key>"
-        shard-<writer>-00000.json          what it holds; written after it, so a shard without one never counts
+        shard-<writer>-00000.json          what the shard holds; written after it, so a shard without one is ignored
         scene-<writer>-00000.*             the same of one scene, until its shard is written
         index.json                         all shards, scenes and text keys, merged at the end
         complete                           written last
 
 The digest covers decoder, codec, text encoder, size and fps, so another setting makes another cache, never a mixed
 one. Every tensor has a CRC32 that each read checks. Writers share nothing but the folder: any number of processes
-may fill it. Each scene is on disk as soon as it is added, so that a restarted run makes none again.
+may fill it. Each scene is on disk as soon as it is added, so that a restarted run encodes no scene twice.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ def digest(recipe: dict) -> str:
 
 @dataclass(frozen=True)
 class EncodedScene:
-    """One scene to store. latents: [C, T, H, W] a shot. text: for each caption length, 1 + S tensors [T_i, text_dim]
+    """Holds a scene to store. latents: [C, T, H, W] a shot. text: for each caption length 1 + S tensors [T_i, text_dim]
     (global first). kind: "image", "single" or "multi". key: a digest of all that the scene was made of.
     cuts: as in `moc.Sample`."""
 
@@ -55,7 +55,7 @@ class EncodedScene:
 
 @dataclass
 class _Content:
-    """What is to be one file."""
+    """Holds the tensors and scenes that will be one file."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     text: dict[str, dict] = field(default_factory=dict)
@@ -72,9 +72,9 @@ class _Content:
 
 
 class CacheWriter:
-    """Adds scenes to a cache folder: each at once as a file of its own, those of a shard together when it is full.
+    """Adds scenes to a cache folder: each is written at once as a file of its own, and these merge into full shards.
 
-    writer: the number of this one among the `writers` that fill the folder now, which keeps them apart in file names.
+    writer: the number of this writer among the `writers` that fill the folder now; file names contain it.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class CacheWriter:
 
     @property
     def done(self) -> set[str]:
-        """Keys of the scenes that are stored."""
+        """Returns the keys of the scenes that are stored."""
         return whole_scenes(list(self._stored.values()))
 
     def adopt(self) -> None:

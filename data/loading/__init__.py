@@ -1,1 +1,1 @@
-"""Loading: from prepared caches to packed batches, in one order whatever the ranks."""
+"""Loads packed batches from prepared caches, in an order that does not depend on the number of ranks."""

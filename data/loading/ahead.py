@@ -1,4 +1,4 @@
-"""Taking items ahead in a thread, one while the one before is in use."""
+"""Takes items ahead in a thread: the next one while the one before is in use."""
 
 import atexit
 import queue

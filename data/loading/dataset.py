@@ -1,4 +1,4 @@
-"""The training set: scenes of prepared caches as moc.Sample, and the settings of loading."""
+"""Gives the scenes of prepared caches as moc.Sample to train on, and defines the settings of loading."""
 
 import hashlib
 import math
@@ -21,7 +21,7 @@ from moc.errors import UserError, check_least
 
 
 class Kind(StrEnum):
-    """Which scenes a source gives: stills, scenes of one shot, scenes of several, or all."""
+    """Says which scenes a source gives: stills, scenes of one shot, scenes of several, or all."""
 
     any = "any"
     image = "image"
@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 @dataclass
 class SourceConfig:
-    """One source of a mix.
+    """Sets one source of a mix.
 
     path: a folder made by scripts/prepare_data.py.
     weight: its share of the samples, relative to the other sources'.
@@ -48,13 +48,13 @@ class SourceConfig:
 
     @property
     def name(self) -> str:
-        """What the source is called in the run's metrics."""
+        """Returns what the source is called in the run's metrics."""
         return self.path if self.kind is Kind.any else f"{self.path} ({self.kind})"
 
 
 @dataclass
 class DataConfig:
-    """What training reads and how.
+    """Sets what training reads and how.
 
     path: a folder made by scripts/prepare_data.py.
     sources: a mix of several such folders, in place of path.
@@ -105,7 +105,7 @@ class DataConfig:
 
 
 class ShotDataset:
-    """Scenes of one or more caches. `dataset[i]` is scene i whole; `sample(draw)` applies a draw's drops.
+    """Gives scenes of one or more caches. `dataset[i]` is scene i whole; `sample(draw)` applies a draw's drops.
 
     Raises DataError: missing or unfinished caches, no-usable-samples, mixed-encoders.
     """
@@ -150,7 +150,7 @@ class ShotDataset:
 
     @property
     def encoders_folder(self) -> Path:
-        """What decodes these latents and prompts with this text; every checkpoint carries a copy."""
+        """Returns the encoders that decode these latents and encode prompts as this text; a checkpoint has a copy."""
         return self.caches[0].encoders_folder
 
     def save_encoders(self, folder: Path) -> None:
@@ -158,18 +158,18 @@ class ShotDataset:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """Heights and widths that films were prepared in, those of the first cache first."""
+        """Returns the heights and widths that films were prepared in, those of the first cache first."""
         return list(dict.fromkeys((size[0], size[1]) for c in self.caches for size in c.recipe.get("sizes", [])))
 
     @property
     def frame_rates(self) -> list[float]:
-        """Frames a second that films were prepared at, those of the first cache first."""
+        """Returns the frame rates that films were prepared at, those of the first cache first."""
         rates = [cache.recipe.get("fps") for cache in self.caches]
         return list(dict.fromkeys(float(rate) for rate in rates if rate))  # 0 leaves each film its own
 
     @property
     def max_shots(self) -> int:
-        """Shots of the longest scene."""
+        """Returns the number of shots of the scene that has most."""
         return max(scene.num_shots for _, scene in self.items)
 
     @property

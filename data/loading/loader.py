@@ -1,4 +1,4 @@
-"""The loader: endless optimizer steps of packed batches for one rank, resumable from one position.
+"""Loads endless optimizer steps of packed batches for one rank; one position is enough to resume from.
 
 `for step in build_loader(...)`: each step is a list of `accumulation` moc.Batch, on the CPU and in the dtype of the
 cache. Workers read ahead; neither their number nor the number of ranks changes which samples a step holds.
@@ -24,7 +24,7 @@ from moc.errors import UserError
 
 
 class MicroBatches(Dataset):
-    """Lists of draws -> moc.Batch in a parcel, in a worker. A DataError travels as a value and is raised on arrival."""
+    """Makes a parcel with a moc.Batch of each list of draws, in a worker. A DataError is sent back and raised there."""
 
     def __init__(self, dataset: ShotDataset, spec: moc.StreamSpec, chunk_tokens: int) -> None:
         self.dataset, self.spec, self.chunk_tokens = dataset, spec, chunk_tokens
@@ -40,7 +40,7 @@ class MicroBatches(Dataset):
 
 
 class Loader:
-    """See `build_loader`. `position`: the next sample not yet given out."""
+    """Gives steps; `build_loader` makes it. `position`: the next sample not yet given out."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
-"""The order of samples: which scene stands at each position of a run, and what is dropped from it.
+"""Orders samples: says which scene stands at each position of a run, and what is dropped from it.
 
 Position p counts samples 0, 1, 2 ... over the whole run. Everything here is a function of (seed, p) alone, from a
-counter-based generator, so the order is the same for any number of workers and ranks and resumes from one integer.
+counter-based generator, so the order is the same for any number of workers and ranks; p alone tells where to resume.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def uniforms(seed: int, stream: int, index: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Source:
-    """Items drawn together: dataset indices, and their share of the positions."""
+    """Holds items that are drawn together: dataset indices, and their share of the positions."""
 
     items: tuple[int, ...]
     weight: float = 1.0
@@ -34,7 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """What of a dataset is trained on, and the items held out of that, in one fixed order."""
+    """Says which items of a dataset are trained on, and which are held out of that, in one fixed order."""
 
     sources: tuple[Source, ...]
     held_out: tuple[int, ...]
@@ -45,8 +45,8 @@ class Split:
 
 
 class SampleOrder:
-    """Position -> (item, epoch of its source). Each source is shuffled anew each epoch and gone through whole, so
-    within an epoch no item is lost or doubled; sources are interleaved by weight, exactly over 1000 positions."""
+    """Maps a position to (item, epoch of its source). A source is shuffled anew for each epoch, and an epoch gives
+    each of its items once; sources are interleaved by weight, exactly over 1000 positions."""
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
         if not sources or any(not source.items for source in sources):
@@ -98,7 +98,7 @@ def _apportion(shares: np.ndarray, total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of the run: the item, its position, which caption length, and what is dropped for training."""
+    """Describes a sample of the run: the item, its position, which caption length, and what training drops of it."""
 
     position: int
     item: int

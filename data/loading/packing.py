@@ -1,7 +1,7 @@
-"""Packing a run's samples: into optimizer steps by a token budget, and each step into micro-batches for the ranks.
+"""Packs a run's samples into optimizer steps by a token budget, and each step into micro-batches for the ranks.
 
 A step is a run of consecutive positions that fits the budget, whatever the number of ranks, so N ranks train on
-exactly what one would; the step's samples are then dealt to rank x accumulation bins of nearly equal tokens.
+exactly what one would; the step's samples are then dealt to ranks x accumulation bins of nearly equal tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from data.loading.order import Draw
 
 @dataclass(frozen=True)
 class Step:
-    """Positions [start, end) and their draws."""
+    """Holds the positions [start, end) of one step and their draws."""
 
     start: int
     end: int

@@ -1,4 +1,4 @@
-"""Sending a batch between processes as one tensor: each tensor of its own costs a millisecond of sockets.
+"""Sends a batch between processes as one tensor, since every tensor that is sent costs a millisecond of sockets.
 
 Only the loader and its own workers exchange parcels; none is ever written to a file.
 """
@@ -15,10 +15,10 @@ _ALIGNMENT = 16
 
 
 class Parcel(NamedTuple):
-    """shell: pickled, of each tensor the name of its dtype, shape, strides and where it begins, in elements; then
-    the object without its tensors. flat: uint8, their bytes.
+    """Holds an object and its tensors. shell: pickled, the dtype's name, shape, strides and first element of each
+    tensor, then the object without its tensors. flat: uint8, the tensors' bytes.
 
-    A DataLoader that pins memory looks through lists and tuples, number by number, and leaves bytes alone.
+    `shell` is bytes because a DataLoader that pins memory would look through lists and tuples number by number.
     """
 
     shell: bytes

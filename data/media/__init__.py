@@ -1,1 +1,1 @@
-"""Video and image files: decoded to exact frames, resized, written."""
+"""Video and image files are decoded to exact frames, resized and written here."""

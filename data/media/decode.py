@@ -1,9 +1,9 @@
-"""`open_video`, and the decoders behind it, by name: one interface, and tests hold all to the same exact frames.
+"""`open_video` opens a video with a decoder by its name; tests hold all decoders to the same exact frames.
 
 PyAV scans every file (frame count and times); the others only read frames. It reads by seeking one second early and
 decoding forward, comparing every frame's timestamp with the scan: a bare seek is wrong on open GOP, HEVC and variable
-frame rate. decord bundles an FFmpeg of 2021 and is silently wrong on some files, so those are refused by name of the
-cause, never read.
+frame rate. decord bundles an FFmpeg of 2021 and is silently wrong on some files; those are refused, and the error
+names the cause.
 """
 
 from collections.abc import Iterator, Sequence
@@ -141,7 +141,7 @@ class PyAVReader(IndexedReader):
 
 
 class DecordReader(IndexedReader):
-    """decord, for files it reads right."""
+    """Reads by decord the files that it reads right."""
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
         super().__init__(path, index or index_video(path))
@@ -188,7 +188,7 @@ def decord_fault(path: Path) -> str:
 
 
 class TorchCodecReader(IndexedReader):
-    """torchcodec in its exact mode."""
+    """Reads by torchcodec in its exact mode."""
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
         super().__init__(path, index or index_video(path))

@@ -1,7 +1,7 @@
-"""A whole real film with recurring characters: Big Buck Bunny (Blender Foundation, CC-BY 3.0), by pip, with its shots.
+"""Fetches a whole real film with recurring characters, Big Buck Bunny (Blender Foundation, CC-BY 3.0), and its shots.
 
-The source package of moviepy ships it; pip fetches that once, and each finished step is kept, so a second call goes
-on where the first was stopped.
+The source package of moviepy contains it; pip downloads that once, and each finished step is kept, so a second call
+goes on where the first was stopped.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _FILM_MEMBER = "moviepy_10_minutes/resources/bbb.mp4"
 
 @dataclass
 class ExampleFilmConfig:
-    """Where the film goes.
+    """Sets where the film goes.
 
     output: the folder to put the film in.
     scenes: how many shots the scenes of its manifest have; every shot ends one of each length. Without any there is no

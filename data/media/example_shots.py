@@ -1,4 +1,4 @@
-"""Who appears in each shot of the example film, from a list made by eye, and the film as overlapping scenes of shots.
+"""Says who appears in each shot of the example film, by a list made by eye, and divides it into overlapping scenes.
 
 A scene is one shot, or a shot with those before it, and is named after the blocks of ten shots that it touches: a block
 is held out of training by `data.held_out=["*b03*"]`, with all scenes that show any of it.
@@ -18,7 +18,7 @@ LONGEST = 10 * 24  # frames; of a longer shot the last ones are taken, in which 
 
 @dataclass(frozen=True)
 class FilmShot:
-    """number: among the shots that the detector finds, from 1. start, end: frames, half-open. characters: by name."""
+    """Is one shot. number: from 1, as the detector finds them. start, end: frames, half-open. characters: names."""
 
     number: int
     start: int

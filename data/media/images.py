@@ -1,4 +1,4 @@
-"""Still images, as videos of one frame."""
+"""Reads still images as videos of one frame."""
 
 from pathlib import Path
 

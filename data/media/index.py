@@ -1,4 +1,4 @@
-"""The frames of a video file are counted and timed exactly.
+"""Counts and times the frames of a video file exactly.
 
 Counts and times come from decoding the whole stream once (`index_video`), never from headers. Frames are read by index
 through `data.media.decode.open_video`.
@@ -24,7 +24,7 @@ _MAX_SIDE = 16384
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """What one full decode found. pts: timestamp of each frame in stream units; None where the file has no
+    """Holds what one full decode found. pts: timestamp of each frame in stream units; None where the file has no
     usable ones (then frames are reached by decoding from the start). times: seconds, from 0. stamp_fault: how the
     file's time stamps were mended, or ""."""
 
@@ -41,7 +41,7 @@ class VideoIndex:
 
 
 class IndexedReader:
-    """Frames of one video by decoded index; the decoders derive from it."""
+    """Reads frames of one video by decoded index; the decoders derive from it."""
 
     def __init__(self, path: Path, index: VideoIndex) -> None:
         self.path, self.index = path, index
@@ -149,7 +149,7 @@ def _index(stamps: list[int | None], height: int, width: int, fps: float, time_b
 
 
 class opened:
-    """Container and first video stream, closed on leaving; faults become DataErrors."""
+    """Opens a container and its first video stream, and closes them on leaving; faults become DataErrors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

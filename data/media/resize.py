@@ -1,4 +1,4 @@
-"""Frames at the model's rate and sizes: which frames of a file, which frame size, resized, cropped, read in pieces."""
+"""Brings frames to the model's rate and sizes: chooses frames and a size, reads in pieces, resizes and crops."""
 
 import bisect
 import math

@@ -1,4 +1,4 @@
-"""Frames are written to a video file, which appears only when it is whole."""
+"""Writes frames to a video file, which appears only when it is whole."""
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction

@@ -1,1 +1,1 @@
-"""Preparing: from a folder of videos or a manifest to a cache to train on."""
+"""Prepares a cache to train on from a folder of videos or a manifest."""

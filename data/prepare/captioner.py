@@ -1,4 +1,4 @@
-"""Captions by a local vision-language model, for samples that have none.
+"""Captions samples that have no captions, by a local vision-language model.
 
 A sample gets a global caption "[character] ... [environment] ... [story] ...", in which each character has an ID
 (character1, ...), then a caption for each shot that calls them by it. The first sentence is kept as a shorter length.
@@ -40,7 +40,7 @@ _SHOT_QUESTION = (
 
 
 class Captioner(Protocol):
-    """Answers a question about pictures. name: of the model, under which the answers are kept."""
+    """Answers a question about pictures. name: the model's name, under which the answers are kept."""
 
     name: str
 
@@ -48,7 +48,7 @@ class Captioner(Protocol):
 
 
 class TransformersCaptioner:
-    """A vision-language model from a local folder, any that transformers loads as image-text-to-text."""
+    """Runs a vision-language model from a local folder, any that transformers loads as image-text-to-text."""
 
     def __init__(self, path: str, device: str = "cpu", max_new_tokens: int = 512) -> None:
         if not Path(path).is_dir():

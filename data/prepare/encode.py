@@ -1,4 +1,4 @@
-"""Third stage of preparing: samples' frames and captions through the codec and the text encoder into the cache."""
+"""Third stage of preparing: the codec and the text encoder encode samples' frames and captions into the cache."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence

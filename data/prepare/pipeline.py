@@ -1,4 +1,4 @@
-"""From a folder of videos to a cache to train on: find, scan, plan, caption, encode, report.
+"""Makes a cache to train on from a folder of videos: finds, scans, plans, captions, encodes, reports.
 
 Every stage keeps what it finished, so that a run that was killed goes on, and a second run redoes nothing. Many
 processes, on one host or many that share the folders, take turns over the items; they meet only between stages. One
@@ -42,7 +42,7 @@ _LATE_SECONDS = 90  # a network file system may show a file to other hosts that 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What came of it. cache: the folder to train on."""
+    """Holds what preparing came to. cache: the folder to train on."""
 
     cache: Path
     manifest: Path
@@ -79,7 +79,7 @@ def prepare(
 
 
 class _Run:
-    """One run's state: the configuration, the found scenes and the report being filled."""
+    """Holds one run's state: the configuration, the found scenes and the report being filled."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Second stage of preparing: from scenes and scans to samples, each a few shots of whole latent frames."""
+"""Second stage of preparing: scenes and scans become plans of samples, each a few shots of whole latent frames."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ _CLAIM_TOLERANCE = 0.98
 
 @dataclass(frozen=True)
 class ShotRule:
-    """How shots are cut, in frames at `fps` (None: each video's own): longer than max_frames is cut into continuations,
-    shorter than min_frames is skipped, the rest trimmed to whole latent frames of the codec. sizes: (H, W) to choose
-    from. Raises DataError (bad-length) where max_frames holds no whole latent frame."""
+    """Says how shots are cut, in frames at `fps` (None: each video's own). A shot longer than max_frames is cut into
+    continuations, one shorter than min_frames is skipped, the rest are trimmed to whole latent frames of the codec.
+    sizes: (H, W) to choose from. Raises DataError (bad-length) where max_frames holds no whole latent frame."""
 
     fps: float | None
     min_frames: int
@@ -38,7 +38,7 @@ class ShotRule:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """One sample to encode. scene: its manifest line; indices: the frames of each shot; size (H, W) after
+    """Plans a sample to encode. scene: its manifest line; indices: the frames of each shot; size: (H, W) after
     resizing; key: a digest of all that the encoding depends on besides the cache's recipe."""
 
     scene: SceneRecord

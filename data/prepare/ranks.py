@@ -1,7 +1,7 @@
-"""The processes that prepare together, on one host or many, and the output folder they hold.
+"""Coordinates the processes that prepare together, on one host or many, and reserves their output folder.
 
-They share a folder and talk at a few points only: to come to the same one, and to take the first process's list of
-what there is to do, since hosts may see a shared folder at different ages. No clock of any host is compared.
+They share a folder and talk at a few points only: to wait for each other, and to take the first process's list of
+what there is to do, since hosts may see different states of a shared folder. No clock of any host is compared.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping
@@ -23,7 +23,7 @@ _PATIENCE = timedelta(days=7)  # one may have hours of film left when another is
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those preparing together. wait: returns when all have come to the same point. first: given
+    """Represents this process among those preparing together. wait: returns when all have called it. first: given
     a list, returns the one that the first process gave."""
 
     rank: int = 0
@@ -42,7 +42,7 @@ class Process:
 
 
 def joined() -> Process:
-    """This process of those that torch.distributed has joined, or the only one."""
+    """Returns this process of those that torch.distributed has joined, or the only one."""
     if not dist.is_initialized():
         return Process()
     group = dist.new_group(timeout=_PATIENCE, backend="gloo")

@@ -1,4 +1,4 @@
-"""The report of preparing: what was taken, cut and skipped and why, as JSON and as a page to look the data over."""
+"""Reports what preparing took, cut and skipped and why, as JSON and as a page to look the data over."""
 
 import json
 from collections import Counter
@@ -31,8 +31,8 @@ _TEMPLATES = Environment(
 
 @dataclass
 class Report:
-    """Filled by the stages of preparing. problems: kind, where, message and action ("skipped", "warning", "made
-    again"). seconds and frames: what each stage took, of all runs for scanning, of this one for encoding."""
+    """Collects what the stages of preparing find. problems: kind, where, message and action ("skipped", "warning",
+    "made again"). seconds, frames: what each stage took: scanning in all runs, encoding in this one."""
 
     samples: list[dict] = field(default_factory=list)
     problems: list[dict] = field(default_factory=list)

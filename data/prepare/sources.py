@@ -1,4 +1,4 @@
-"""What a folder offers: its manifest, or its videos and images with captions beside them."""
+"""Finds what a folder offers: its manifest, or its videos and images with captions beside them."""
 
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ MANIFEST, VOCABULARY = "manifest.jsonl", "vocabulary.txt"
 
 @dataclass
 class Found:
-    """Scenes of a folder, and what was wrong with the others."""
+    """Holds the scenes of a folder, and what was wrong with others."""
 
     root: Path
     scenes: list[SceneRecord] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Storyworld: a procedural world of multi-shot stories with exact ground truth.
+"""Storyworld is a procedural world of multi-shot stories with exact ground truth. Its modules hold:
 
 config       the settings
 canvas       antialiased shapes, gradients, soft edges
@@ -13,8 +13,8 @@ render       frames, boxes, visible shares
 readers      names a place or a character's colours from pixels alone
 dataset      videos, manifest.jsonl, truth.jsonl
 recall       recall scenes by the thousand, as numbers
-stock        their things, painted once, and their shots composed on any device
-filmed       the same with cameras that move
+stock        what recall scenes show, painted once, and their shots composed on any device
+filmed       the same for shots with moving cameras
 """
 
 from data.storyworld.config import Mode, StoryworldConfig

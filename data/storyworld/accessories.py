@@ -1,4 +1,4 @@
-"""What storyworld's characters wear besides their coat; each is drawn on the head, in the head's units (animals.py)."""
+"""Draws what storyworld's characters wear besides their coat, on the head and in the head's units (animals.py)."""
 
 from collections.abc import Callable
 

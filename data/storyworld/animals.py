@@ -1,6 +1,6 @@
-"""Storyworld's animals: what tells one from another, which is ears, face and tail.
+"""Draws what tells storyworld's animals apart: their ears, face and tail.
 
-Head units: (0, 0) is the head's middle, half a head is about 0.24; y points down. `facing` runs from -1 (left) to 1.
+In head units (0, 0) is the head's middle, half a head is about 0.24; y points down. `facing` runs from -1 (left) to 1.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ FACE_SHIFT = 0.055  # how far the face moves towards where it looks
 
 @dataclass(frozen=True)
 class Coat:
-    """The fur's colour, its shading on the head, and the inside of the ears."""
+    """Holds the fur's colour, its shading on the head, and the colour inside the ears."""
 
     fur: Colour
     skin: Gradient
@@ -34,7 +34,7 @@ def _no_tail(body: Canvas, fur: Colour, back: float) -> None:
 
 @dataclass(frozen=True)
 class Animal:
-    """ears, face: drawn on the head, behind and upon it. tail: drawn on the body, `back` its side. eyes: x, y."""
+    """Draws one animal's parts. ears: behind the head. face: upon it. tail: on the body's side `back`. eyes: x, y."""
 
     ears: Callable[[Canvas, Coat], None]
     face: Callable[[Canvas, Coat, float], None]

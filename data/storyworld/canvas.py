@@ -1,4 +1,4 @@
-"""Antialiased drawing for storyworld: filled shapes with gradients, soft edges and alpha, on float RGBA pixels.
+"""Draws antialiased for storyworld: filled shapes with gradients, soft edges and alpha, on float RGBA pixels.
 
 Colours are opaque RGBA in [0, 1], float32 [4]; pixels are premultiplied RGBA, float32 [H, W, 4]. A canvas carries an
 affine map from local units to pixels, so that a shape is written once in its own units (y points down) and placed
@@ -43,7 +43,7 @@ def darker(colour: Colour, share: float) -> Colour:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Colours running from `start` at y0 to `end` at y1 of the local units; `slant` tilts the run along x."""
+    """Colours run from `start` at y0 to `end` at y1 in local units; `slant` tilts their direction along x."""
 
     start: Colour
     end: Colour
@@ -92,7 +92,7 @@ def star(x: float, y: float, radius: float, tips: int, depth: float, angle: floa
 
 
 class Canvas:
-    """Pixels and the map from local units to them: pixel = matrix @ (x, y, 1)."""
+    """Holds pixels and the map from local units to them: pixel = matrix @ (x, y, 1)."""
 
     def __init__(self, pixels: np.ndarray, matrix: np.ndarray):
         (a, b, tx), (c, d, ty) = matrix.tolist()

@@ -1,7 +1,7 @@
-"""Storyworld's characters: eight animals with clothes, drawn from a look (who) and a pose (how).
+"""Draws storyworld's characters, eight animals with clothes, from a look (who) and a pose (how).
 
-A name owns its animal, its emblem and its gait, always: they are its visible badge. Fur and outfit colour, pattern,
-accessory and size belong to a scene. Local units: the feet stand on (0, 0), the head's top is near y = -0.9, y down.
+A name always has the same animal, emblem and gait: they are its visible badge. Fur and outfit colour, pattern,
+accessory and size belong to a scene. In local units the feet stand on (0, 0), the head's top is near y = -0.9, y down.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ EMBLEMS: dict[str, np.ndarray] = {
 
 @dataclass(frozen=True)
 class Badge:
-    """What a name owns in every scene. bounce: frame heights of bob at a step; pace: steps a second."""
+    """Holds what a name has in every scene. bounce: its bob at a step, in frame heights; pace: steps a second."""
 
     animal: str
     emblem: str
@@ -67,7 +67,7 @@ BADGES: dict[str, Badge] = {
 
 @dataclass(frozen=True)
 class Look:
-    """A character as drawn in one scene; colour names, "" for no accessory."""
+    """Says how a character is drawn in one scene: names of colours and of the rest, "" for no accessory."""
 
     name: str
     fur: str
@@ -79,7 +79,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Pose:
-    """x, y: feet on the ground, world units. facing: -1 left .. 1 right, 0 to the viewer. Angles in radians."""
+    """Poses a character. x, y: its feet, world units. facing: -1 left, 1 right, 0 the viewer. Angles are in radians."""
 
     x: float
     y: float

@@ -1,4 +1,4 @@
-"""Storyworld's settings."""
+"""Defines storyworld's settings."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -10,7 +10,7 @@ from moc.errors import UserError
 
 
 class Mode(StrEnum):
-    """described: captions tell the looks. recall: only an early shot shows them."""
+    """Says who tells the looks. described: the captions do. recall: only an early shot shows them."""
 
     described = "described"
     recall = "recall"
@@ -18,7 +18,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class StoryworldConfig:
-    """What to write, and where.
+    """Sets what to write, and where.
 
     output: the folder to write.
     scenes: how many.

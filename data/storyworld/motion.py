@@ -1,6 +1,6 @@
-"""How storyworld's characters and camera move: pure functions of time.
+"""Moves storyworld's characters and camera by pure functions of time.
 
-An action that borders on a continuation settles to rest there, so that the next shot goes on without a jump.
+Where a shot continues another, actions come to rest, so that the next shot goes on without a jump.
 """
 
 import math
@@ -15,7 +15,7 @@ REST_ARM = 0.35
 
 @dataclass(frozen=True)
 class Actor:
-    """One character in one shot: where it starts, and the bounds its walk turns back at (world units)."""
+    """Describes one character in a shot: where it starts, and the bounds where its walk turns back (world units)."""
 
     look: Look
     action: str
@@ -34,7 +34,7 @@ CAMERAS = {
 
 @dataclass(frozen=True)
 class View:
-    """Where the camera looks: the world point at the frame's middle, and the magnification."""
+    """Says where the camera looks: the world point at the frame's middle, and the magnification."""
 
     x: float = 0.0
     y: float = 0.5
@@ -43,7 +43,7 @@ class View:
 
 @dataclass(frozen=True)
 class Timing:
-    """seconds: the shot's length. settle_in, settle_out: it continues a shot, or is continued."""
+    """Times a shot. seconds: its length. settle_in, settle_out: whether it continues a shot, or is continued."""
 
     seconds: float
     settle_in: bool = False
@@ -90,7 +90,7 @@ def _fields(view: View) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Moment:
-    """time: into the shot. clock: the actor's own, for what repeats. energy, distance: as Timing has them."""
+    """Times an actor. time: into the shot. clock: its own, for what repeats. energy, distance: those of Timing."""
 
     time: float
     clock: float

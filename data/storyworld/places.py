@@ -1,7 +1,7 @@
-"""Storyworld's places: palette, backdrop, texture, props and light, painted once a scene as parallax layers.
+"""Paints storyworld's places, once a scene, as parallax layers: palette, backdrop, texture, props and light.
 
 A place's layers are painted from its own seed, so a place that returns later in a scene looks as it did before.
-World units: the frame is one unit high at zoom 1, y points down, x = 0 is the middle of the stage.
+In world units the frame is one unit high at zoom 1, y points down, and x = 0 is the middle of the stage.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ MARGIN = 0.45  # world units painted beyond the frame on either side, for pans
 
 @dataclass(frozen=True)
 class PropKind:
-    """One kind of prop of a place: its drawing, its two colours, its height and how many of it stand there."""
+    """Describes a kind of prop of a place: its drawing, its two colours, its height and how many stand there."""
 
     name: str
     colours: tuple[str, str]
@@ -28,7 +28,7 @@ class PropKind:
 
 @dataclass(frozen=True)
 class Drift:
-    """Small things in the air; velocity in frame heights a second."""
+    """Describes small things that drift in the air; the velocity is in frame heights a second."""
 
     colour: str
     count: int
@@ -39,7 +39,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Place:
-    """Colours run from top to bottom; `light` the tint it throws on characters."""
+    """Describes a place. Its colours run from top to bottom; `light` is the tint it throws on characters."""
 
     sky: tuple[str, str]
     hills: tuple[str, str]
@@ -127,7 +127,7 @@ PLACES: dict[str, Place] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """Premultiplied float32 [h, w, 4] pixels, `scale` of them a world unit, starting at world (left, 0)."""
+    """Holds premultiplied float32 [h, w, 4] pixels, `scale` of them a world unit, starting at world (left, 0)."""
 
     pixels: np.ndarray
     scale: float

@@ -1,6 +1,6 @@
-"""Reading storyworld from pixels alone: which place a shot shows, and a character's colours.
+"""Reads storyworld from pixels alone: which place a shot shows, and a character's colours.
 
-Both compare colours in CIE Lab, where distance is about what the eye sees.
+Both compare colours in CIE Lab, where distances are close to what the eye sees.
 """
 
 import cv2

@@ -1,6 +1,6 @@
-"""Rendering storyworld's shots to frames, with the box and the visible share of each character.
+"""Renders storyworld's shots to frames, with the box and the visible share of each character.
 
-Each frame is drawn once or more within the open shutter and averaged (motion blur), on a finer grid if small.
+A frame is the mean of one or more drawings while the shutter is open (motion blur); a small one is drawn larger.
 """
 
 import math
@@ -23,7 +23,7 @@ FINE_BELOW = 300  # frame heights under this are drawn at twice the size
 
 @dataclass(frozen=True)
 class Sighting:
-    """box: x0, y0, x1, y1 in pixels of the frame, None out of it. visible: share not hidden by what is in front."""
+    """Says what is seen of an actor. box: x0, y0, x1, y1 in pixels, None outside. visible: the share not hidden."""
 
     box: tuple[float, float, float, float] | None
     visible: float
@@ -31,7 +31,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Cutout:
-    """The alpha of one actor (its number in the cast) within a window of the fine frame."""
+    """Holds the alpha of one actor (its number in the cast) within a window of the fine frame."""
 
     actor: int
     window: tuple[slice, slice]

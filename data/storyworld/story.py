@@ -1,4 +1,4 @@
-"""Planning storyworld's scenes: who, where, what happens shot by shot, and the captions, from a closed vocabulary."""
+"""Plans storyworld's scenes: who, where, what happens shot by shot, and the captions, from a closed vocabulary."""
 
 import re
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ CLOSE, PAN = 1.25, 0.16  # zoom of a close view; half a pan's way, world units
 
 @dataclass(frozen=True)
 class Shot:
-    """One shot of a scene: where it is, how long, how the camera goes from its first view to its last, and who acts."""
+    """Tells a shot of a scene: where it is, how long, how the camera goes from its first view to its last, who acts."""
 
     place: str
     cut: bool
@@ -34,7 +34,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Recall:
-    """In shot `shot` the name returns, its looks last shown `distance` shots ago, in all in shots `shown_in`."""
+    """Says that a name returns in shot `shot`; its looks were shown in shots `shown_in`, last `distance` shots ago."""
 
     shot: int
     name: str
@@ -44,7 +44,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene as it is told before it is drawn: looks of its cast, shots, captions, and which names return."""
+    """Tells a scene before it is drawn: the looks of its cast, its shots, captions, and which names return."""
 
     looks: tuple[Look, ...]
     shots: tuple[Shot, ...]
