@@ -89,7 +89,7 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
 
 
 def _sweep_first(arguments: list[str]) -> list[str]:
-    """The arguments with -m before all settings: argparse takes no settings on both sides of it."""
+    """Returns the arguments with -m before all settings: argparse takes no settings on both sides of it."""
     return sorted(arguments, key=lambda argument: argument not in {"-m", "--multirun"})
 
 

@@ -144,7 +144,7 @@ def _values(config: TrainConfig) -> Any:
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings; a list is one value, without what its items leave at null."""
+    """Yields (dotted key, value) of nested mappings; a list is one value, without what its items leave at null."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{key}.")

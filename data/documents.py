@@ -38,9 +38,9 @@ def parse_json(text: str, path: object, line: int = 1) -> Any:
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict | DataError]]:
-    """(line, object) of each line of JSON Lines that is not blank, or what is wrong with it: huge-line, not-utf-8,
-    not-json, repeated-key, not-an-object. Only a line feed ends a line: texts may hold U+2028, U+0085 and their like.
-    Raises OSError."""
+    """Yields (line, object) of each line of JSON Lines that is not blank, or what is wrong with it: huge-line,
+    not-utf-8, not-json, repeated-key, not-an-object. Only a line feed ends a line: texts may hold U+2028, U+0085 and
+    their like. Raises OSError."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():

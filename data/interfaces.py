@@ -29,7 +29,7 @@ class Codec(Protocol):
         """Returns whether the shot starts afresh, not where the one before ended."""
 
     def latent_frames(self, frames: int, shot: int = 0) -> int:
-        """Latent frames of a shot of whole ones."""
+        """Returns how many latent frames a shot of `frames` has, which must make whole ones."""
 
     def whole_frames(self, frames: int, shot: int = 0) -> int:
         """Returns the longest run within `frames` that is whole latent frames; 0 where there is none."""

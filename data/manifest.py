@@ -83,7 +83,7 @@ def shot_prompt(caption: str, cut: bool) -> str:
 
 
 def write_manifest(path: str | Path, scenes: Iterable[SceneRecord]) -> None:
-    """Write one line a scene; the file appears whole or not at all."""
+    """Writes one line a scene; the file appears whole or not at all."""
     lines = [json.dumps(scene.to_dict(), ensure_ascii=False) + "\n" for scene in scenes]
     write_whole(Path(path), "".join(lines).encode())
 
@@ -143,7 +143,7 @@ def resolve(root: Path, relative: str, where: object) -> Path:
 
 
 def scene_from_dict(fields: dict, where: str) -> SceneRecord:
-    """Check one line's object. Raises DataError citing `where` and the field."""
+    """Checks one line's object. Raises DataError citing `where` and the field."""
     refuse_unknown(fields, _SCENE_FIELDS, where, "unknown-field")
     scene_id = fields.get("id")
     if not isinstance(scene_id, str) or not 0 < len(scene_id) <= 200:

@@ -24,7 +24,7 @@ def write_whole(path: Path, payload: bytes) -> None:
 
 
 def write_record(path: Path, content: Any) -> None:
-    """Content that JSON can hold, but None, with its checksum. Raises DataError (cannot-write)."""
+    """Writes content that JSON can hold, but None, with its checksum. Raises DataError (cannot-write)."""
     text = json.dumps(content)
     write_whole(path, f'{{"crc32": {_checksum(text)}, "content": {text}}}\n'.encode())
 

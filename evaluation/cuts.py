@@ -21,7 +21,7 @@ class CutAccuracy:
 
 
 def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int, tolerance: int = 1) -> CutAccuracy:
-    """Compare cuts (first frames of new shots) of a video of num_frames.
+    """Compares cuts (first frames of new shots) of a video of num_frames.
 
     NSD = (frame errors of matched cuts + a mean shot length for each missed or extra cut) / num_frames, where cuts
     are matched one to one, nearest first, up to half a mean shot length apart.
@@ -36,7 +36,8 @@ def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int, to
 
 
 def found_cuts(film: Path, detector: ShotDetector) -> list[int]:
-    """First frames of the shots but the first that a detector sees in `film/video.mp4`; `film/scans` keeps the scan."""
+    """Returns the first frames of all shots but the first that a detector sees in `film/video.mp4`; `film/scans`
+    keeps the scan."""
     spans = scan_video(film, "video.mp4", film / "scans", detector).spans or ()
     return [start for start, _ in spans[1:]]
 

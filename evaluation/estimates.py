@@ -29,7 +29,7 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def half_width(values: Tensor) -> float:
-    """Half the width of the 95 % interval of the mean of independent values [n]; nan where n is 1."""
+    """Returns half the width of the 95 % interval of the mean of independent values [n]; nan where n is 1."""
     count = len(values)
     if count < 2:
         return math.nan
@@ -37,8 +37,8 @@ def half_width(values: Tensor) -> float:
 
 
 def half_difference(one: Tensor, other: Tensor) -> float:
-    """Half the width of the 95 % interval of the difference of the means of independent values [n], [m], by Welch; nan
-    where one of them is a single value. scipy's own warns where values are all alike."""
+    """Returns half the width of the 95 % interval of the difference of the means of independent values [n], [m], by
+    Welch; nan where one of them is a single value. scipy's own function warns where values are all alike."""
     counts = len(one), len(other)
     if min(counts) < 2:
         return math.nan

@@ -106,7 +106,7 @@ def _load(kind: Any, path: str) -> Any:
 
 
 def _preparation(path: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Size, mean and deviation of the pictures that a model was trained on; where its folder is silent, ImageNet's."""
+    """Returns size, mean and deviation of the pictures that a model learned from; by default ImageNet's."""
     file = Path(path, "preprocessor_config.json")
     record = read_json(file) if file.is_file() else {}
     size = record.get("crop_size") or record.get("size") or 224

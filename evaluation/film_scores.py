@@ -89,8 +89,8 @@ def slopes(drifts: Sequence[dict[str, tuple[float, float]]]) -> dict[str, dict[s
 
 
 def summary(films: Sequence[Consistency]) -> dict[str, Any]:
-    """Consistency by one kind of features as plain numbers: within shots; of names that return, in all and by distance
-    in shots; of shots that share no name; and the difference of the last two (Welch's interval)."""
+    """Returns consistency by one kind of features as plain numbers: within shots; of names that return, in all and by
+    distance in shots; of shots that share no name; and the difference of the last two (Welch's interval)."""
     same = [pair for film in films for pair in film.same]
     similar, different = torch.tensor([x for _, x in same]), torch.tensor([x for film in films for x in film.different])
     return {

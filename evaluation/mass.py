@@ -29,7 +29,7 @@ class Mass:
     queries: int = 0
 
     def add(self, layer: int, elsewhere: Tensor, kept: Tensor, best: Tensor) -> None:
-        """Each [N, Q]."""
+        """Adds a layer's masses, [N, Q] each."""
         for sums, values in ((self.elsewhere, elsewhere), (self.kept, kept), (self.best, best)):
             sums[layer] = sums.get(layer, 0) + values.sum(1).cpu()
         self.queries += elsewhere.shape[1] if layer == 0 else 0

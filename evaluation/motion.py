@@ -44,8 +44,8 @@ def appearance(shot: ShownShot) -> dict[str, float]:
 
 
 def drift(film: Film) -> dict[str, tuple[float, float]]:
-    """By how much each measure of `appearance` changes from one shot to the next, as a share of its mean over the film,
-    and the probability of such a slope by chance (p of a linear regression). Empty for fewer than three shots."""
+    """Returns how much each measure of `appearance` changes from one shot to the next, as a share of its mean over the
+    film, and the probability of such a slope by chance (p of a linear regression); {} for fewer than three shots."""
     if len(film.shots) < 3:
         return {}
     rows = [appearance(shot) for shot in film.shots]

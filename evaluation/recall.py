@@ -41,7 +41,7 @@ class Reader(nn.Module):
     """Reads a shot's attributes from its latent [N, C, T, H, W]: it returns logits by attribute, each [N, values]."""
 
     def __init__(self, channels: int, width: int = 256) -> None:
-        """channels: of all latent frames together."""
+        """Builds the network. channels: of all latent frames together."""
         super().__init__()
         self.enter = nn.Conv2d(channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(
@@ -141,7 +141,7 @@ class RecallBench:
     def __init__(
         self, world: RecallWorld, reader: Reader, parallel: Parallel, steps: int = 10, seed: int = 0, batch: int = 64
     ) -> None:
-        """steps: Euler steps of a sampled shot. seed: of the noise, the same for every model. batch: scenes at once."""
+        """Sets up the tests. steps: Euler steps of a shot. seed: that of all models' noise. batch: scenes at once."""
         self.world, self.reader, self.parallel = world, reader, parallel
         self.steps, self.seed, self.batch = steps, seed, batch
 

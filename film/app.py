@@ -200,7 +200,7 @@ def _told(act: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _told_along(act: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """`_told` for what tells how far it is."""
+    """Does what `_told` does, for a function that yields how far it is."""
 
     @wraps(act)
     def told(*arguments: Any) -> Iterator[Any]:

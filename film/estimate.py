@@ -72,8 +72,8 @@ def estimate(
     offload: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
-    """model: a `StreamModel`, or two experts, of which one is called at a time, and, if `offload`, on the device. mesh:
-    how processes share it. dtype: of its forward passes."""
+    """Returns the cost of a film. model: a `StreamModel`, or two experts, of which one is called at a time; with
+    `offload` only that one is on the device. mesh: how processes share it. dtype: that of its forward passes."""
     experts = [model.high, model.low] if hasattr(model, "high") else [model]
     network, mesh = experts[0], mesh or MeshConfig()
     latents = [torch.empty(shape, device="meta") for shape in plan.shapes]

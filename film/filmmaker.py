@@ -130,7 +130,7 @@ class Filmmaker:
 
     @Shared
     def moc(self) -> MoCConfig:
-        """The checkpoint's attention settings, but for those that are asked for; warns where it was trained dense."""
+        """Returns the checkpoint's attention settings, but for those asked for; warns where it was trained dense."""
         moc = self.contents.moc.override(self.config.moc)
         if is_untrained(self.contents, moc):
             logger.warning(

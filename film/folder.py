@@ -81,7 +81,7 @@ class FilmFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The folder, made if need be, for this process alone. Raises HeldError where another one films there."""
+        """Holds the folder, made if need be, for this process alone. Raises HeldError where another one films there."""
         with held(self.path):
             for path in self.path.rglob(f".*{PARTIAL}"):  # of a process that was killed
                 path.unlink()

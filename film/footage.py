@@ -54,7 +54,7 @@ class Footage:
             )
 
     def pieces(self, count: int, size: tuple[int, int], device: torch.device | str) -> Iterator[Tensor]:
-        """`count` frames in pieces float [3, f, H, W]; the last frame stands as long as there are too few."""
+        """Yields `count` frames in pieces float [3, f, H, W]; where there are too few, the last one is repeated."""
         _tell(self.file, (self.index.height, self.index.width), size)
         frames = (self.frames + [self.frames[-1]] * count)[:count]
         reader = open_video(self.file, "pyav", self.index)

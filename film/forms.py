@@ -43,7 +43,7 @@ def _reader(raw: dict[str, Any], path: Path) -> Callable[[dict[str, Any], Path],
 
 
 def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """HoloCine: captions apart with a frame count, or one tagged prompt."""
+    """Reads HoloCine's form: captions apart with a frame count, or one tagged prompt."""
     own = {"global_caption", "shot_captions", "num_frames", "shot_cut_frames", "prompt"}
     refuse_unknown(raw, own | _SHARED_FIELDS, str(path), "bad-script")
     apart = sorted({"global_caption", "shot_captions"} & raw.keys())
@@ -77,14 +77,14 @@ def _shared(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tagged(prompt: str) -> tuple[str, list[str]]:
-    """Global caption and shot captions of a prompt with [global caption], [per shot caption] and [shot cut]."""
+    """Returns global caption and shot captions of a prompt with [global caption], [per shot caption] and [shot cut]."""
     whole, *rest = re.split(r"\[per shot caption\]", prompt, maxsplit=1, flags=re.IGNORECASE)
     global_caption = re.sub(r"\[global caption\]", "", whole, flags=re.IGNORECASE)
     return global_caption, re.split(r"\[shot cut\]", rest[0], flags=re.IGNORECASE) if rest else []
 
 
 def _from_storymem(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """StoryMem: scenes, each with a list of prompts and a list that says which of them a cut begins."""
+    """Reads StoryMem's form: scenes, each with a list of prompts and a list that says which of them a cut begins."""
     refuse_unknown(raw, {"story_name", "story_overview", "scenes"} | _SHARED_FIELDS, str(path), "bad-script")
     prompts = prompts_and_cuts(raw["scenes"], f"{path} scenes", "bad-script")
     shots = [{"prompt": prompt, "cut": cut} for prompt, cut in prompts]
@@ -92,7 +92,7 @@ def _from_storymem(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _from_entitybench(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """EntityBench: a story of StoryMem's form with a schedule of entities, whose keys are "scene:shot"."""
+    """Reads EntityBench's form: StoryMem's with a schedule of entities, whose keys are "scene:shot"."""
     extra = {"entity_schedule", "entity_descriptions"}
     notes = {name for name in raw if name.startswith("_")}  # such as where the episode comes from
     ours = _from_storymem({name: value for name, value in raw.items() if name not in extra | notes}, path)
@@ -123,8 +123,8 @@ def _described(raw: Any, where: str) -> dict[str, Any]:
 
 
 def _from_msr(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """MSR-50: ten shots of three entities A, B, C before three backgrounds D, E, F. What these look like is said in the
-    global caption, since shots name them shortly; each shot is a cut."""
+    """Reads MSR-50's form: ten shots of three entities A, B, C before three backgrounds D, E, F. The global caption
+    says what these look like, since shots name them shortly; each shot is a cut."""
     own = {"scenario_id", "domain", "entities", "backgrounds", "shots"}
     refuse_unknown(raw, own | _SHARED_FIELDS, str(path), "bad-script")
     characters, places = (_looks(raw.get(kind), f"{path} {kind}") for kind in ("entities", "backgrounds"))

@@ -73,8 +73,8 @@ def _runs(text: str, fonts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 @cache
 def _fonts(characters: str, bold: bool) -> tuple[str, ...]:
-    """DejaVu Sans, which matplotlib brings along, and those of the system that have what it lacks, the ones that have
-    most of it first."""
+    """Returns DejaVu Sans, which matplotlib brings along, and fonts of the system that have what it lacks; those that
+    have most of it come first."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     chosen = [str(Path(matplotlib.get_data_path(), "fonts/ttf", name))]
     missing = {ord(one) for one in characters if one.isprintable() and unicodedata.category(one) not in _JOINED}

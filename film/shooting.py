@@ -131,7 +131,7 @@ class Shooting:
 
 
 def pictures(video: Tensor, of: str) -> np.ndarray:
-    """Decoded float [3, F, H, W] in [-1, 1] -> uint8 [F, H, W, 3]. Raises FloatingPointError, naming what they are
+    """Turns float [3, F, H, W] in [-1, 1] into uint8 [F, H, W, 3]. Raises FloatingPointError, naming what they are
     `of`, where they are not finite: they would be shown as black."""
     if not video.isfinite().all():
         raise FloatingPointError(f"{of}: its latent is finite, its decoded pictures are not; the codec may hold nan")

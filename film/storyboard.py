@@ -42,7 +42,7 @@ class Panel:
 
 
 def page_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width that frames have on a storyboard."""
+    """Returns the height and width that frames have on a storyboard."""
     return max(1, round(_CELL * height / width)), _CELL
 
 

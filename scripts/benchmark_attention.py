@@ -147,7 +147,7 @@ def structured_inputs(layout: moc.ShotLayout, heads: int, head_dim: int) -> list
 
 
 def graph_ms(function: Callable[[], object]) -> float:
-    """Time of `function` replayed from a CUDA graph."""
+    """Returns the time of `function` replayed from a CUDA graph."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
@@ -160,7 +160,7 @@ def graph_ms(function: Callable[[], object]) -> float:
 
 
 def compiled_ms(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> float:
-    """Time of forward and backward, compiled, with the CUDA graphs that torch.compile makes of them."""
+    """Returns the time of forward and backward, compiled, with the CUDA graphs that torch.compile makes of them."""
     config, execution, leaves = case.config(), case.execution, [x.detach().requires_grad_() for x in qkv]
     attend = torch.compile(
         lambda q, k, v: moc.moc_attention(q, k, v, layout, config, backend=execution),
@@ -176,7 +176,7 @@ def compiled_ms(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction
 
 
 def passes(case: Case, layout: moc.ShotLayout, qkv: list[Tensor], direction: Tensor) -> tuple[Callable, Callable]:
-    """forward() -> state, backward(state). A dense kernel is called directly on one scene."""
+    """Returns forward() -> state, and backward(state). A dense kernel is called directly on one scene."""
     if case.is_moc or case.is_short:
         config, execution = case.config(), case.execution
         q, k, v = (x.detach().requires_grad_() for x in qkv)
@@ -268,7 +268,7 @@ def stages(case: Case) -> dict[str, float]:
 
 
 def cases(suites: Sequence[str], impls: Sequence[str]) -> list[Case]:
-    """Everything to measure, each case once."""
+    """Returns everything to measure, each case once."""
     found: list[Case] = []
     for impl in impls:
         sparse = Case(f"moc-{impl}", 8)

@@ -134,7 +134,7 @@ def compile_all(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def model_rows(model: nn.Module, optimizer: torch.optim.Optimizer, num_shots: int) -> list[dict]:
-    """Forward and training step at one length, for each kind of attention."""
+    """Measures forward and training step at one length, for each kind of attention."""
     batch, rows = make_story(num_shots), []
     for impl, config in ATTENTION.items():
         attended = round(density(model, batch, config), 4)
@@ -216,7 +216,7 @@ def _matmul_ms(linear: nn.Linear, rows: int) -> tuple[float, float]:
 
 
 def write_report(record: dict, output: Path) -> str:
-    """OUTPUT.json, OUTPUT.md and OUTPUT.png; returns the tables."""
+    """Writes OUTPUT.json, OUTPUT.md and OUTPUT.png; returns the tables."""
     write_whole(output.with_suffix(".json"), (json.dumps(record, indent=1) + "\n").encode())
     head, rows = record["header"], record["rows"]
     dense_ms = {(r["shots"], r["pass"]): r["ms"] for r in rows if r["impl"] == "dense"}

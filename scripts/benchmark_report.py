@@ -132,7 +132,7 @@ def _stage_table(rows: list[dict]) -> str:
 
 
 def write_plot(rows: list[dict], path: Path) -> None:
-    """Forward plus backward against the number of shots, dense and MoC (figure 5 of arXiv 2508.21058)."""
+    """Plots forward plus backward against the number of shots, dense and MoC (figure 5 of arXiv 2508.21058)."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -245,7 +245,7 @@ class Bench:
                 torch.cuda.empty_cache()
 
     def take_steps(self, film: Film, moc: MoCConfig, sampler: SamplingConfig) -> dict[Shots, Taken]:
-        """`timed` steps of each stream of a film, in their order: a film of fewer steps, or its beginning."""
+        """Takes `timed` steps of each stream of a film, in their order: a film of fewer steps, or its beginning."""
         timed, num_shots, parallel = self.config.timed, len(film.frames), self.parallel
         enough = (steps for steps in count(timed) if sampler.lag == 0 or round(sampler.lag * steps) >= timed)
         sampler = replace(sampler, steps=next(enough))

@@ -60,7 +60,7 @@ MEASURED_SPILLS = {("dq_kernel", "90"): 136}
 
 
 def attention(setting: Setting) -> None:
-    """Routing with drops, attention and its backward, on two shots: as in short samples, then as in long ones."""
+    """Runs routing with drops, attention and its backward on two shots: as in short samples, then as in long ones."""
     config = moc.MoCConfig(chunk_tokens=setting.chunk_tokens, top_k=setting.top_k)
     for max_tokens in (triton_masked.MAX_TOKENS, 0):
         layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, setting.chunk_tokens)
@@ -90,7 +90,7 @@ def pointwise_work(setting: Setting) -> None:
 
 
 def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, ahead.Launch]]:
-    """(GPU, setting, launch): one launch of each variant; a variant that several settings share goes with the first."""
+    """Yields (GPU, setting, launch): a launch of each variant; one that several settings share goes with the first."""
     for gpu in gpus:
         variants = set()
         for name in settings:

@@ -235,13 +235,13 @@ def report(out: Path, script: Path, seconds: dict[str, float]) -> bool:
 
 
 def cpu_minutes() -> float:
-    """CPU time of this process and of all that it started and that are over."""
+    """Returns the CPU time of this process and of all that it started and that are over."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used) / 60
 
 
 def ratio_to_line(sigmas: Sequence[float], losses: Sequence[float], linear: Sequence[float]) -> float:
-    """Geometric mean of the model's loss against the best linear predictor's, over the noise levels that are judged."""
+    """Returns the geometric mean, over the judged noise levels, of the model's loss / the best linear predictor's."""
     judged = [loss / line for sigma, loss, line in zip(sigmas, losses, linear, strict=True) if sigma <= JUDGED_SIGMA]
     return math.prod(judged) ** (1 / len(judged))
 

@@ -79,8 +79,8 @@ class Watched(Filmmaker):
 
 
 def most_pointed(by_head: dict[int, Tensor]) -> tuple[int, int, Tensor]:
-    """Layer, head and shares [S, S] of the head whose routes from a shot of several earlier ones lead most to a single
-    one, on the average over shots."""
+    """Returns layer, head and shares [S, S] of the head that looks most at one earlier shot: of the routes from a shot
+    with several earlier ones, the largest share leads to a single one, on the average over shots."""
     found = []
     for layer, counts in by_head.items():
         shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -125,7 +125,7 @@ def draw(folder: FilmFolder, plan: FilmPlan, shares: Tensor) -> Iterator[Image.I
 
 
 def _there_and_back(moment: int, count: int) -> int:
-    """0, 1 .. count - 1 .. 1, 0, 1 .."""
+    """Returns the frame of a moment, which goes 0, 1 .. count - 1 .. 1, 0, 1 .."""
     frame = moment % max(1, 2 * count - 2)
     return frame if frame < count else 2 * count - 2 - frame
 

@@ -22,8 +22,8 @@ def check_gpu() -> None:
 
 
 def median_ms(function: Callable[[], object], repeats: int, warm_up: float = 0.4) -> float:
-    """Median time of `function` on the device, after `warm_up` seconds of it unless repeats is 1: the GPU's power limit
-    shows only after some tenths of a second."""
+    """Returns the median time of `function` on the device, after `warm_up` seconds of it unless repeats is 1: the GPU's
+    power limit shows only after some tenths of a second."""
     end_of_warm_up = time.monotonic() + (warm_up if repeats > 1 else 0)
     while time.monotonic() < end_of_warm_up:
         function()
@@ -53,7 +53,7 @@ def matmul_flops_per_ms(size: int = 8192) -> float:
 
 
 def header() -> dict:
-    """GPU, versions, commit and date of a measurement; None stands for what is not there."""
+    """Returns GPU, versions, commit and date of a measurement; None stands for what is not there."""
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,

@@ -149,7 +149,7 @@ def _recall_and_loss(found: dict) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Recall against distance, and the character's loss against the pairs attended to."""
+    """Draws recall against distance, and the character's loss against the pairs attended to."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")

@@ -44,7 +44,7 @@ def train_for(minutes: float, words: list[str], log: Path) -> float:
 
 
 def machine(parallel: Parallel) -> dict:
-    """Device, cores, versions, commit and date."""
+    """Returns device, cores, versions, commit and date."""
     return {
         "device": parallel.device_name,
         "cores": os.cpu_count(),

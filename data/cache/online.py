@@ -25,7 +25,7 @@ LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
 
 
 def latent_shapes(plan: SamplePlan, codec: Codec) -> list[list[int]]:
-    """[C, T, H, W] of each shot, before anything is encoded."""
+    """Returns [C, T, H, W] of each shot, before anything is encoded."""
     height, width = (side // codec.spatial_factor for side in plan.size)
     lengths = [codec.latent_frames(len(indices), shot) for shot, indices in enumerate(plan.indices)]
     return [[codec.latent_channels, length, height, width] for length in lengths]
@@ -55,7 +55,7 @@ def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> 
 def encode_frames(
     frames: dict, films: dict[str, str], store: FileStore, codec: Codec, dtype: torch.dtype
 ) -> list[Tensor]:
-    """[C, T, H, W] of each shot, in the dtype that a cache would hold. Raises DataError: no-latents (a cache at a
+    """Returns [C, T, H, W] of each shot, in the dtype of a cache. Raises DataError: no-latents (a cache at a
     URL, which may not name files of this machine), missing-file, outside-root, changed-file, damaged-record, and those
     of reading."""
     if store.is_remote:

@@ -61,14 +61,14 @@ class Cache:
             self._check_size(shard["file"], shard["bytes"])
 
     def latents(self, scene: CachedScene) -> list[Tensor]:
-        """[C, T, H, W] of each shot, as stored, or as they would be. Raises DataError: damaged-shard, no-codec."""
+        """Returns [C, T, H, W] of each shot, as stored or to be stored. Raises DataError: damaged-shard, no-codec."""
         if scene.frames:
             dtype = getattr(torch, self.recipe["dtype"])
             return encode_frames(scene.frames, self.films, self.store, self._codec_now(), dtype)
         return [self._read(scene.shard, f"{scene.key}/{i}", crc32) for i, crc32 in enumerate(scene.latent_checksums)]
 
     def text_features(self, key: str) -> Tensor:
-        """[T_i, text_dim] as stored. Raises DataError (damaged-shard)."""
+        """Returns [T_i, text_dim] as stored. Raises DataError (damaged-shard)."""
         entry = self.text[key]
         return self._read(entry["shard"], f"text/{key}", entry["crc32"])
 

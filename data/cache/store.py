@@ -66,7 +66,7 @@ class FileStore:
         return copy
 
     def forget(self, name: str) -> bool:
-        """Delete the local copy of a file of a URL; whether there was one to delete."""
+        """Deletes the local copy of a file of a URL and returns whether there was one."""
         if not self.is_remote:
             return False
         copy = self._copy(name + _COPY)
@@ -131,7 +131,7 @@ class FileStore:
 
 
 def _uses(folder: Path) -> list[tuple[float, int, Path]]:
-    """(last use, bytes, path) of each copy, unfinished ones of killed processes too; others may be deleting them."""
+    """Returns (last use, bytes, path) of each copy, unfinished ones too; other processes may be deleting them."""
     found = []
     for path in [*folder.rglob(f"*{_COPY}"), *folder.rglob(f".*{PARTIAL}")]:
         try:

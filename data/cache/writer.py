@@ -33,7 +33,7 @@ NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
 
 
 def digest(recipe: dict) -> str:
-    """16 hex digits naming a cache: the same for equal recipes whatever the order of their keys."""
+    """Returns 16 hex digits that name a cache: equal recipes give the same, whatever the order of their keys."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -100,8 +100,8 @@ class CacheWriter:
         return whole_scenes(list(self._stored.values()))
 
     def adopt(self) -> None:
-        """Take over this writer's share of the one-scene files that killed writers left, of whatever number, so that
-        its shards take them. To be called when all writers are there, since each must know what is stored first."""
+        """Takes over this writer's share of the one-scene files that killed writers left, of whatever number, so that
+        its shards take them. Call it when all writers are there, since each must know what is stored first."""
         shards = [stored for stored in self._stored.values() if stored["file"].startswith("shard-")]
         gathered = {key for stored in shards for key in _keys(stored)}
         for stored in [stored for stored in self._stored.values() if self._falls_here(stored["file"])]:
@@ -113,7 +113,7 @@ class CacheWriter:
                 self.flush()
 
     def add(self, scene: EncodedScene) -> None:
-        """Store a scene. Raises DataError (nan-latents, cannot-write)."""
+        """Stores a scene. Raises DataError (nan-latents, cannot-write)."""
         shots: list[dict] = [{"shape": shape} for shape in scene.shapes]
         latents = [self._finite(latent, f"{scene.id} shot {i}") for i, latent in enumerate(scene.latents)]
         text = [[self.add_text(tensor, scene.id) for tensor in variant] for variant in scene.text]
@@ -130,7 +130,7 @@ class CacheWriter:
             self._fresh = _Content()
 
     def add_text(self, tensor: Tensor, where: str, name: str | None = None) -> str:
-        """Queue text features unless equal ones are stored; returns their key. name: a fixed key."""
+        """Queues text features unless equal ones are stored; returns their key. name: a fixed key."""
         tensor = self._finite(tensor, f"{where} text")
         shape = str(tuple(tensor.shape)).encode()
         key = name or hashlib.sha256(shape + tensor.view(torch.uint8).numpy().tobytes()).hexdigest()[:24]
@@ -141,7 +141,7 @@ class CacheWriter:
         return key
 
     def flush(self) -> None:
-        """Gather what is stored scene by scene, and what is queued, in one shard."""
+        """Gathers what is stored scene by scene, and what is queued, in one shard."""
         self._shard.take(self._fresh)
         if self._shard.tensors:
             self._write("shard", self._shard)
@@ -209,7 +209,7 @@ def remove_stored(path: Path) -> None:
 
 
 def remove_damaged(folder: Path) -> list[DataError]:
-    """Delete shards that fail a checksum or cannot be read, with their records, and say which, and which records cannot
+    """Deletes shards that fail a checksum or cannot be read, with their records; says which, and which records cannot
     be read; what they held is made again by the next run."""
     damaged = [
         DataError("damaged-record", path, "is not as it was written; the scenes of its shard are made again")
@@ -242,7 +242,7 @@ def _size(path: Path) -> int:
 
 
 def finish(folder: Path, recipe: dict, keys: list[str], films: dict[str, str] | None = None) -> int:
-    """Merge the shards' records into the index, the scenes of `keys` in that order; returns their number.
+    """Merges the shards' records into the index, the scenes of `keys` in that order, and returns their number.
 
     films: where the videos lie of scenes without latents (data/cache/online.py).
 

@@ -254,7 +254,7 @@ class ShotDataset:
         return total
 
     def sample(self, draw: Draw) -> moc.Sample:
-        """Read a draw: latents [C, T, H, W] and text [T_i, text_dim] as stored, in half precision as a rule
+        """Reads a draw: latents [C, T, H, W] and text [T_i, text_dim] as stored, in half precision as a rule
         (`Batch.to` widens them). Raises DataError (damaged-shard)."""
         cache, scene = self.caches[self.items[draw.item][0]], self.items[draw.item][1]
         latents = cache.latents(scene)

@@ -157,7 +157,7 @@ def _data_loader(
 
 
 def _leave_signals(worker: int) -> None:
-    """A terminal and a scheduler send these to every process of a run; the main one is to answer."""
+    """Ignores signals that a terminal or a scheduler sends to every process of a run; the main one answers them."""
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

@@ -14,13 +14,13 @@ _SHUFFLE, _MIX, DRAW = 0, 1, 2  # streams of the generator
 
 
 def random_bits(seed: int, stream: int, index: int, count: int) -> np.ndarray:
-    """uint64 [count], a function of its arguments alone."""
+    """Returns uint64 [count], a function of its arguments alone."""
     generator = np.random.Philox(key=[seed, stream], counter=[0, index, 0, 0])
     return generator.random_raw(count)
 
 
 def uniforms(seed: int, stream: int, index: int, count: int) -> np.ndarray:
-    """float64 [count] in [0, 1)."""
+    """Returns float64 [count] in [0, 1)."""
     return (random_bits(seed, stream, index, count) >> np.uint64(11)) * 2.0**-53
 
 
@@ -85,7 +85,7 @@ class SampleOrder:
 
 
 def _apportion(shares: np.ndarray, total: int) -> list[int]:
-    """Whole counts nearest the shares (largest remainders), at least 1 each, summing to total."""
+    """Returns whole counts nearest the shares (largest remainders), at least 1 each, summing to total."""
     counts = np.maximum(1, np.floor(shares * total)).astype(int)
     remainders = shares * total - counts
     while counts.sum() != total:

@@ -40,7 +40,7 @@ def plan_steps(
 
 
 def deal(step: Step, bins: int) -> list[list[Draw]]:
-    """Split a step into `bins` non-empty lists of nearly equal tokens: largest first, to the lightest bin."""
+    """Splits a step into `bins` non-empty lists of nearly equal tokens: largest first, to the lightest bin."""
     order = sorted(range(len(step.draws)), key=lambda i: (-step.tokens[i], i))
     loads = [0] * bins
     dealt: list[list[int]] = [[] for _ in range(bins)]

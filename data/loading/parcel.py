@@ -26,7 +26,7 @@ class Parcel(NamedTuple):
 
 
 def wrap(content: Any) -> Parcel:
-    """Any picklable object with CPU tensors in it."""
+    """Wraps any picklable object with CPU tensors in it."""
     shell = io.BytesIO()
     pickler = _Pickler(shell)
     pickler.dump(content)

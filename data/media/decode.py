@@ -110,7 +110,7 @@ class PyAVReader(IndexedReader):
         return self.index.pts is None or times[start] - times[min(self._next, len(times) - 1)] <= _SEEK_EARLY_SECONDS
 
     def _fill(self, out: Tensor, indices: Sequence[int]) -> bool:
-        """Decode forward into `out`; False where the stream departs from the scan."""
+        """Decodes forward into `out`; returns False where the stream departs from the scan."""
         for i, frame_index in enumerate(indices):
             if i and frame_index == indices[i - 1]:
                 out[i] = out[i - 1]
@@ -215,7 +215,7 @@ def _check_count(decoder: str, reader: IndexedReader, count: int) -> None:
 
 @contextmanager
 def _faults(decoder: str, path: Path) -> Iterator[None]:
-    """What the decoder raises, as a DataError (decoder-unsafe): the scan has read the file, so the fault is its own."""
+    """Raises a decoder's errors as DataError (decoder-unsafe): the scan has read the file, so the fault is its own."""
     faults: tuple[type[Exception], ...] = (RuntimeError, IndexError, ValueError)
     if decoder == "decord":
         faults = (*faults, _load(decoder).DECORDError)

@@ -48,7 +48,7 @@ def block(index: int) -> int:
 
 
 def scenes(film: str, caption: str, shots_of_a_scene: Sequence[int]) -> Iterator[SceneRecord]:
-    """For each shot and each length the scene that ends with it; the film's first scenes are shorter.
+    """Yields for each shot and each length the scene that ends with it; the film's first scenes are shorter.
 
     film: the path of the video. caption: the global one. shots_of_a_scene: lengths in shots.
     """

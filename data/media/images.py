@@ -11,7 +11,7 @@ from data.errors import DataError
 
 
 def read_image(path: Path) -> Tensor:
-    """uint8 [1, H, W, 3] RGB, upright as its EXIF says. Raises DataError (zero-byte, not-an-image)."""
+    """Returns uint8 [1, H, W, 3] RGB, upright as its EXIF says. Raises DataError (zero-byte, not-an-image)."""
     if path.stat().st_size == 0:
         raise DataError("zero-byte", path, "the file is empty (0 bytes)")
     try:

@@ -63,16 +63,16 @@ class IndexedReader:
         return self.index.width
 
     def read(self, start: int, end: int) -> Tensor:
-        """uint8 [end - start, H, W, 3] RGB, upright. Raises DataError (out-of-range, broken)."""
+        """Returns uint8 [end - start, H, W, 3] RGB, upright. Raises DataError (out-of-range, broken)."""
         raise NotImplementedError
 
     def pick(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [n, H, W, 3] of ascending indices, which may repeat."""
+        """Returns uint8 [n, H, W, 3] of ascending indices, which may repeat."""
         first = indices[0]
         return self.read(first, indices[-1] + 1)[torch.tensor(indices) - first]
 
     def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
+        """Closes the file; a later read opens it again."""
 
     def _check_span(self, start: int, end: int) -> None:
         if not 0 <= start < end <= self.num_frames:
@@ -82,7 +82,7 @@ class IndexedReader:
 
 
 def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | None = None) -> VideoIndex:
-    """Decode the whole video once; `on_frame(frame)` sees every frame (shot detection rides along).
+    """Decodes the whole video once; `on_frame(frame)` sees every frame (shot detection rides along).
 
     Raises DataError: zero-byte, not-a-video, audio-only, no-frames, broken, size-change, too-large.
     """
@@ -123,7 +123,7 @@ def estimated_frames(path: Path, fps: float | None = None) -> int | None:
 
 
 def _index(stamps: list[int | None], height: int, width: int, fps: float, time_base: Fraction | None) -> VideoIndex:
-    """Time the frames by their stamps. A frame that has none, or repeats the last one, is put evenly between the
+    """Times the frames by their stamps. A frame that has none, or repeats the last one, is put evenly between the
     stamps around it; where stamps go back, or too few are there, the header's rate is assumed."""
     count = len(stamps)
     if count == 1:
@@ -191,7 +191,7 @@ def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
 
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None) -> np.ndarray:
-    """uint8 [H, W, 3] of a frame of any pixel format and depth, upright as a player shows it, scaled to `size`.
+    """Returns uint8 [H, W, 3] of a frame of any pixel format and depth, upright as a player shows it, scaled to `size`.
 
     reformatter: one for all frames of a film: a new one for each costs fifty times as much.
     """

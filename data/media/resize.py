@@ -22,7 +22,7 @@ def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) 
 
 
 def resample(times: Sequence[float], start: int, end: int, fps: float | None) -> list[int]:
-    """Frame indices that show [start, end) at `fps`: at each tick the frame then on screen.
+    """Returns frame indices that show [start, end) at `fps`: at each tick the frame then on screen.
 
     times: seconds of every frame of the video, so that variable frame rate keeps its speed. fps None: every frame.
     """
@@ -38,7 +38,7 @@ def resample(times: Sequence[float], start: int, end: int, fps: float | None) ->
 
 
 def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [F, H, W, 3] to float [3, F, h, w] in [-1, 1]: resized keeping aspect to cover `size`, centre-cropped."""
+    """Turns uint8 [F, H, W, 3] into float [3, F, h, w] in [-1, 1], resized to cover `size` and centre-cropped."""
     height, width = size
     scale = max(height / frames.shape[1], width / frames.shape[2])
     covering = [max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))]

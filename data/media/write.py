@@ -23,10 +23,10 @@ def write_video(
     pixel_format: str = "yuv420p",
     bt709: bool = False,
 ) -> int:
-    """Encode uint8 [H, W, 3] RGB frames and return how many; the file appears under `path` only when whole.
+    """Encodes uint8 [H, W, 3] RGB frames and returns how many; the file appears under `path` only when whole.
 
-    bt709: convert colours by BT.709 and say so in the file, so that every player shows the same; else by FFmpeg's own
-    default, which the file does not tell.
+    bt709: whether to convert colours by BT.709 and say so in the file, so that every player shows the same; else by
+    FFmpeg's own default, which the file does not tell.
     One encoder thread, so that the same frames give the same bytes on any machine.
     Raises ValueError for no frames, sizes that differ, or odd sizes (4:2:0 video needs even ones).
     """

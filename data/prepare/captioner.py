@@ -69,7 +69,7 @@ class TransformersCaptioner:
 
     @torch.inference_mode()
     def answer(self, pictures: Sequence[np.ndarray], question: str) -> str:
-        """pictures: uint8 [H, W, 3] each."""
+        """Returns the answer. pictures: uint8 [H, W, 3] each."""
         content: list[dict] = [{"type": "image", "image": Image.fromarray(picture)} for picture in pictures]
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         inputs = self.processor.apply_chat_template(
@@ -98,7 +98,7 @@ class SampleCaptioner:
         return read_record(self._record(plan)) is not None
 
     def make(self, plan: SamplePlan) -> None:
-        """Ask for a plan's captions. Raises DataError (bad-answer, and those of reading)."""
+        """Asks for a plan's captions. Raises DataError (bad-answer, and those of reading)."""
         shots = list(self._pictures(plan))
         few = [picture for pictures in shots for picture in pictures[:: max(1, len(pictures) // 2)][:2]]
         question = _GLOBAL_QUESTION.format(frames=len(few) // len(shots), shots=len(shots))

@@ -91,7 +91,7 @@ def read_sidecar(root: Path, media: str) -> str:
 
 
 def _entries(path: Path) -> Iterable[tuple[str, dict | DataError]]:
-    """(where, fields) of each entry, or what is wrong with its line. Raises DataError where the file as a whole cannot
+    """Returns (where, fields) of each entry, or what is wrong with its line. Raises DataError where the file cannot
     be read."""
     if path.suffix == ".jsonl":
         return [(f"{path}:{n}", fields) for n, fields in read_objects(path)]
@@ -155,7 +155,7 @@ def _locate(root: Path, name: str) -> str:
 
 
 def _caption(value: object, where: str) -> Caption:
-    """A list is a caption's lengths, as in FastVideo's `cap`; one of one is a plain caption."""
+    """Returns the caption. A list holds its lengths, as FastVideo's `cap`; a list of one is a plain caption."""
     checked = check_caption(value, f"{where} caption")
     return checked[0] if isinstance(checked, tuple) and len(checked) == 1 else checked
 

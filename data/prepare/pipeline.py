@@ -59,7 +59,7 @@ def prepare(
     captioner: Captioner | None = None,
     device: str = "cpu",
 ) -> Prepared:
-    """Run all stages. found: what `find_scenes(config.input, config.output)` gave, if it was called before.
+    """Runs all stages. found: what `find_scenes(config.input, config.output)` gave, if it was called before.
     save_encoders: called with cache/encoders before the cache counts as complete. captioner: instead of the one that
     config names. device: where detector, codec and captioner compute.
 
@@ -145,7 +145,7 @@ class _Run:
         self.report.add_problem(error)
 
     def _check_earlier_work(self) -> None:
-        """Throw away damaged shards of an earlier run, and its notes of what failed."""
+        """Deletes damaged shards of an earlier run, and its notes of what failed."""
         for problem in remove_damaged(self.cache):
             self.report.add_problem(problem, action="made again")
         for path in self.cache.glob("failures-*.json"):
@@ -266,7 +266,7 @@ class _Run:
         return self.cache / f"failures-{rank}.json"
 
     def _report(self, plans: list[SamplePlan]) -> None:
-        """Write the report. Raises DataError (no-usable-samples, lost-work)."""
+        """Writes the report. Raises DataError (no-usable-samples, lost-work)."""
         done = self._outcome(plans)
         for plan in plans:
             if plan.key in done:

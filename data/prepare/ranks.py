@@ -72,7 +72,7 @@ def _lost_peers() -> Iterator[None]:
 
 @contextmanager
 def held(output: Path, process: Process) -> Iterator[None]:
-    """The output folder, for this run alone; the first process holds it for all. Raises DataError: output-in-use,
+    """Holds the output folder for this run alone; the first process does so for all. Raises DataError: output-in-use,
     cannot-write."""
     with ExitStack() as stack:
         try:

@@ -83,7 +83,7 @@ class Report:
         }
 
     def write(self, output: Path) -> None:
-        """report.json and report.html in the output folder."""
+        """Writes report.json and report.html in the output folder."""
         summary = {
             "samples": len(self.samples),
             "shots": sum(len(sample["thumbnails"]) for sample in self.samples),

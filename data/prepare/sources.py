@@ -26,7 +26,7 @@ class Found:
     _ids: set[str] = field(default_factory=set)
 
     def add(self, entry: SceneRecord | DataError) -> None:
-        """Sort an entry to where it belongs; a second one of the same id is a problem."""
+        """Sorts an entry to where it belongs; a second one of the same id is a problem."""
         if isinstance(entry, DataError):
             self.problems.append(entry)
         elif entry.id in self._ids:

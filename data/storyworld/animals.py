@@ -160,7 +160,7 @@ ANIMALS: dict[str, Animal] = {
 
 
 def draw_head(head: Canvas, animal: Animal, fur: Colour, facing: float, open_eyes: float) -> None:
-    """open_eyes: 1 open, 0 closed."""
+    """Draws the head. open_eyes: 1 open, 0 closed."""
     coat = Coat.of(fur)
     animal.ears(head, coat)
     head.fill_rimmed(ellipse(0, 0, 0.26, 0.22), coat.skin, fur)

@@ -29,7 +29,7 @@ _DARK = rgb("#170f29")  # with a little blue: grey shadows look dirty
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:
-    """`a` with the given share of `b`."""
+    """Returns `a` with the given share of `b`."""
     return a + (b - a) * share
 
 
@@ -70,7 +70,7 @@ _CAP = np.stack([np.cos(_TURN[:17] - np.pi / 2), np.sin(_TURN[:17] - np.pi / 2)]
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
-    """Corner points [n, 2] of an ellipse; `angle` in radians, clockwise on the picture."""
+    """Returns corner points [n, 2] of an ellipse; `angle` in radians, clockwise on the picture."""
     c, s = math.cos(angle), math.sin(angle)
     return _CIRCLE @ np.array([[rx * c, rx * s], [-ry * s, ry * c]]) + (x, y)
 
@@ -121,7 +121,7 @@ class Canvas:
         return Canvas(self.pixels, self.matrix @ local)
 
     def fill(self, points: np.ndarray, paint: Paint, opacity: float = 1.0, blur: float = 0.0) -> None:
-        """Paint a polygon [n, 2], or several [k, n, 2] at once that do not overlap.
+        """Paints a polygon [n, 2], or several [k, n, 2] at once that do not overlap.
 
         blur: the softness of the edge, a Gaussian sigma in local units.
         """
@@ -144,7 +144,7 @@ class Canvas:
         region += alpha * (self._colours(paint, x0, y0, x1, y1) - region)
 
     def fill_rimmed(self, points: np.ndarray, paint: Paint, tone: Colour) -> None:
-        """Fill with a thin dark rim of the tone, which keeps a figure apart from what is of its colour behind it."""
+        """Fills with a thin dark rim of the tone, which sets a figure off from what has its colour behind it."""
         centre = points.mean(axis=0)
         spokes = points - centre
         reach = np.sqrt((spokes**2).sum(axis=1, keepdims=True))
@@ -168,6 +168,6 @@ class Canvas:
 
 
 def lay_over(under: np.ndarray, upper: np.ndarray) -> None:
-    """Lay premultiplied `upper` on `under` in place; both float32 [H, W, 4]."""
+    """Lays premultiplied `upper` on `under` in place; both float32 [H, W, 4]."""
     under *= 1 - upper[..., 3:]
     under += upper

@@ -94,12 +94,12 @@ class Pose:
 
 
 def draw_character(canvas: Canvas, look: Look, pose: Pose, light: Colour) -> None:
-    """Draw on a canvas of world units. light: the tint of the place, multiplied into the colours."""
+    """Draws on a canvas of world units. light: the tint of the place, multiplied into the colours."""
     draw_in_colours(canvas, look, pose, COLOURS[look.fur] * light, COLOURS[look.outfit] * light, light)
 
 
 def draw_in_colours(canvas: Canvas, look: Look, pose: Pose, fur: Colour, outfit: Colour, light: Colour) -> None:
-    """Draw in any colours, lit already; of `look` they replace the fur's and the outfit's. Every pixel is an affine
+    """Draws in any colours, lit already, which replace the fur's and the outfit's of `look`. Every pixel is an affine
     function of `fur`, `outfit` and `light`, channel by channel, where the look has no accessory."""
     height = SIZES[look.size]
     body = canvas.at(pose.x, pose.y - pose.lift, height / pose.stretch, height * pose.stretch, pose.lean)

@@ -37,7 +37,7 @@ MANIFEST, TRUTH, VOCABULARY, VIDEOS = "manifest.jsonl", "truth.jsonl", "vocabula
 
 
 def generate(config: StoryworldConfig) -> Path:
-    """Write the whole dataset under `config.output` and return its manifest's path.
+    """Writes the whole dataset under `config.output` and returns its manifest's path.
 
     The same config and seed give the same files whatever the number of workers. The manifest is written last: a
     folder without one is unfinished. Raises FileExistsError if there is one already and `overwrite` is off.
@@ -65,7 +65,7 @@ def _clear(root: Path, overwrite: bool) -> None:
 
 
 def _write_scenes(config: StoryworldConfig) -> Iterator[tuple[int, dict]]:
-    """Write every video; yield (number, truth) as they come."""
+    """Writes every video; yields (number, truth) as they come."""
     workers = min(config.workers or os.cpu_count() or 1, config.scenes)
     bar = tqdm(total=config.scenes, desc="storyworld", unit="scene", dynamic_ncols=True)
     with bar:
@@ -89,7 +89,7 @@ def _write_scenes(config: StoryworldConfig) -> Iterator[tuple[int, dict]]:
 
 
 def write_scene(config: StoryworldConfig, index: int) -> dict:
-    """Write the video of scene `index` and return its truth."""
+    """Writes the video of scene `index` and returns its truth."""
     scene = plan_scene(config, index)
     renderer = Renderer(scene, (config.size[0], config.size[1]), config.fps)
     sightings: list[list[list[Sighting]]] = []  # by shot, frame, actor

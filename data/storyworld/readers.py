@@ -45,7 +45,7 @@ def name_looks(frames: np.ndarray, boxes: list) -> dict[str, str]:
 
 
 def _bands(frames: np.ndarray) -> np.ndarray:
-    """Lab colour [2, 3] of the upper and the lower half of the picture."""
+    """Returns the Lab colour [2, 3] of the upper and the lower half of the picture."""
     height = frames.shape[1]
     upper, lower = frames[:, : int(0.4 * height)], frames[:, int(0.7 * height) :]
     return np.stack([_lab(np.median(half, axis=2).mean(axis=(0, 1)) / 255) for half in (upper, lower)])
@@ -76,5 +76,5 @@ def _crop(frame: np.ndarray, box, region: tuple[float, float, float, float]) -> 
 
 
 def _lab(colour: np.ndarray) -> np.ndarray:
-    """Lab [3] of one RGB colour in [0, 1]."""
+    """Returns Lab [3] of one RGB colour in [0, 1]."""
     return cv2.cvtColor(np.asarray(colour[:3], np.float32)[None, None], cv2.COLOR_RGB2LAB)[0, 0]

@@ -76,7 +76,7 @@ class Renderer:
         return np.clip(small * 255 + 0.5, 0, 255).astype(np.uint8), sightings
 
     def count_samples(self, shot: Shot, start: float, end: float) -> int:
-        """Enough that nothing moves more than about a pixel and a half between samples."""
+        """Returns how many samples keep every move between two of them under about a pixel and a half."""
         views = [view_at(shot, time) for time in (start, end)]
         moved = abs(views[1].x - views[0].x) + abs(math.log(views[1].zoom / views[0].zoom)) * self.aspect / 2
         for actor in shot.actors:

@@ -56,7 +56,7 @@ class Scene:
 
 
 def plan_scene(config: StoryworldConfig, index: int) -> Scene:
-    """Scene `index` of the world `config.seed` names; the same whoever asks, in any order."""
+    """Returns scene `index` of the world that `config.seed` names, the same in any order of calls."""
     seed = (config.seed, index)
     rng = np.random.default_rng(seed)
     names = rng.permutation(config.names or list(BADGES))[: config.characters].tolist()
@@ -128,7 +128,7 @@ def _plan_casts(rng, config: StoryworldConfig, names: list[str], num_shots: int)
 
 
 def _plan_places(rng: np.random.Generator, config: StoryworldConfig, cuts: list[bool]) -> list[str]:
-    """A true cut moves to another of the scene's places, if it has several."""
+    """Returns the place of each shot: a true cut moves to another of the scene's places, if it has several."""
     stock = rng.permutation(config.places or list(PLACES))[: config.places_per_scene].tolist()
     places = [stock[0]]
     for cut in cuts[1:]:
@@ -138,7 +138,7 @@ def _plan_places(rng: np.random.Generator, config: StoryworldConfig, cuts: list[
 
 
 def _direct(rng: np.random.Generator, cast: list[Look], aspect: float, before: Shot | None) -> tuple[Actor, ...]:
-    """Give each of the cast an action and a place on the stage; after a continuation, where they were."""
+    """Gives each of the cast an action and a place on the stage; after a continuation, where they were."""
     stage, gap = 0.33 * aspect, 0.06 * aspect * (len(cast) > 1)
     actors = []
     for i, look in enumerate(cast):
@@ -215,7 +215,7 @@ def _describe(look: Look, mode: Mode) -> str:
 
 
 def shot_caption(place: str, doings: list[tuple[str, str]], camera: str, cut: bool) -> str:
-    """doings: (name, action) of each character."""
+    """Returns a shot's caption. doings: (name, action) of each character."""
     acts = " and ".join(f"{name} {action}" for name, action in doings)
     return f"{CUT_PREFIX + ' ' if cut else ''}In the {place}, {acts}. {CAMERAS[camera]}"
 
