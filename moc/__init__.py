@@ -1,4 +1,4 @@
-"""Mixture of Contexts: sparse attention over the shots of a long video, with training and sampling around it."""
+"""Mixture of Contexts is sparse attention over the shots of a long video; training and sampling stand around it."""
 
 from moc import reference
 from moc.attention import moc_attention, route

@@ -1,8 +1,8 @@
-"""`moc_attention` and `route`: the two calls a model makes, and the only module that chooses a backend.
+"""`moc_attention` and `route` are the two calls that a model makes; this module alone chooses a backend.
 
 A backend is a module with `attend(q, k, v, routes, layout, config, execution)`, differentiable in q, k and v, and
-`route(q, k, layout, config, drops)`; both read from the number of queries which ones they are, the last of the stream.
-It is imported when it is first chosen.
+`route(q, k, layout, config, drops)`; both take q as the last queries of the stream, as many as it holds. It is imported
+when it is first chosen.
 
 Shape letters: L packed tokens, Lq queries (L, or those from `first_query` on), N heads, D head dim, K routes.
 """

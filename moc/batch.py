@@ -1,4 +1,4 @@
-"""What travels from the data to the loss: shots, captions and their layout, packed.
+"""A `Batch` is what travels from the data to the loss: shots, captions and their layout, packed.
 
 A model says through its `StreamSpec` how latents become tokens; `make_batch` lays samples out accordingly.
 """
@@ -17,7 +17,7 @@ from moc.move import move
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """How a model lays a sample out: latent patch (T, H, W) of a token; whether text stands in the stream."""
+    """Says how a model lays a sample out: latent patch (T, H, W) of a token; whether text stands in the stream."""
 
     patch: tuple[int, int, int] = (1, 2, 2)
     text_in_stream: bool = True
@@ -36,10 +36,10 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """One scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's, then
-    one for each shot. `position` is where it comes in the run's order of samples and keys its draws: noise, levels,
-    drops. cuts: whether a true cut begins each shot, or it continues the one before; empty is cuts everywhere. source:
-    which one of a mix it comes from."""
+    """Holds one scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's,
+    then one for each shot. `position` is where it comes in the run's order of samples and keys its draws: noise,
+    levels, drops. cuts: whether a true cut begins each shot, or it continues the one before; empty means cuts
+    everywhere. source: which source of a mix it comes from."""
 
     latents: list[Tensor]
     text: list[Tensor]
@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed samples: latents of all shots, text of all groups (global, shot 1, ... for each sample), their layout."""
+    """Packs samples: latents of all shots, text of all groups (global, shot 1, ... for each sample), their layout."""
 
     latents: list[Tensor]
     text: list[Tensor]
@@ -72,7 +72,7 @@ class Batch:
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Each sample's position in the run."""
+        """Returns each sample's position in the run."""
         return self.layout.positions
 
     def rechunk(self, chunk_tokens: int) -> "Batch":

@@ -1,4 +1,4 @@
-"""What git says of the checkout that this code runs from; its commit is noted beside whatever the code makes."""
+"""Git tells of the checkout that this code runs from; its commit is noted beside whatever the code makes."""
 
 import subprocess
 from pathlib import Path

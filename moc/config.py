@@ -1,4 +1,4 @@
-"""`MoCConfig` says what is attended to, in one frozen, validated, JSON-ready object; how is `moc.execution`'s.
+"""`MoCConfig` says what is attended to, in one frozen, validated, JSON-ready object; `moc.execution` says how.
 
 Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, section 3 (anchors, causal routing, drops).
 """
@@ -16,7 +16,7 @@ from moc.errors import UserError, check_least, set_types
 
 
 class OwnAnchor(StrEnum):
-    """Which of its own tokens a query always attends to."""
+    """Says which of its own tokens a query always attends to."""
 
     shot = "shot"
     chunk = "chunk"
@@ -24,7 +24,7 @@ class OwnAnchor(StrEnum):
 
 
 class TextAnchor(StrEnum):
-    """Which text tokens a query always attends to."""
+    """Says which text tokens a query always attends to."""
 
     all = "all"
     global_and_own = "global_and_own"
@@ -32,14 +32,14 @@ class TextAnchor(StrEnum):
 
 
 class Candidates(StrEnum):
-    """Which video chunks routing may choose from: all, or the first of each shot alone."""
+    """Says which video chunks routing may choose from: all, or the first of each shot alone."""
 
     all = "all"
     first = "first"
 
 
 class Descriptor(StrEnum):
-    """Which tensors routing scores: q and k as attention uses them, or those passed as `route_qk`."""
+    """Says which tensors routing scores: q and k as attention uses them, or those passed as `route_qk`."""
 
     post_rope = "post_rope"
     pre_rope = "pre_rope"
@@ -47,7 +47,7 @@ class Descriptor(StrEnum):
 
 @dataclass(frozen=True)
 class MoCConfig:
-    """Settings of `moc.moc_attention`; strings are accepted for the enums.
+    """Says what `moc.moc_attention` attends to; strings are accepted for the enums.
 
     dense: plain attention within each sample, no routing; the other fields are then unused.
     chunk_tokens: target chunk size in tokens, for whoever builds or rechunks the layout; attention takes the layout's.
@@ -63,7 +63,7 @@ class MoCConfig:
         min(Poisson(lambda), drop_in_max) chunks.
     dense_layers: how many of the model's first layers attend densely.
 
-    Neither p_max nor lambda is published. Ours drop (p_max=1) or add half a chunk or more a query on average.
+    Neither p_max nor lambda is published. Our values drop (p_max=1) or add half a chunk or more a query on average.
     """
 
     dense: bool = False
@@ -92,12 +92,12 @@ class MoCConfig:
 
     @property
     def flows_forward(self) -> bool:
-        """Whether a token depends on its own and earlier shots only."""
+        """Returns whether a token depends on its own and earlier shots only."""
         return self.text_flows_forward and not self.dense and not self.dense_layers
 
     @property
     def text_flows_forward(self) -> bool:
-        """Whether a shot's text must not depend on later shots. Dense steps and layers do not change that."""
+        """Returns whether a shot's text must not depend on later shots. Dense steps and layers do not change that."""
         return self.causal and self.own_anchor is OwnAnchor.shot and self.text_anchor is TextAnchor.global_and_own
 
     def at_layer(self, layer: int) -> "MoCConfig":

@@ -1,4 +1,4 @@
-"""What a query may see: the rule of anchors and candidates, written once for routing, attention's plans and cost.
+"""This is what a query may see: the rule of anchors and candidates, written once for routing, attention and its cost.
 
 All tokens of a chunk see the same, so the rule speaks of a chunk of queries and a chunk of keys. `moc.reference` states
 anchors on its own, and Triton's routing states candidates in its kernels: tests compare them with this.
@@ -20,7 +20,7 @@ Flag = TypeVar("Flag", bool, Tensor)
 
 @dataclass(frozen=True)
 class Pair(Generic[Flag]):
-    """How a chunk of queries and a chunk of keys stand to each other: bools, or bool tensors of many pairs.
+    """Says how a chunk of queries and a chunk of keys stand to each other: bools, or bool tensors of many pairs.
 
     in_shot: the queries are of a shot, not of global text. is_text, is_global: the keys are text, are global text.
     """

@@ -1,4 +1,4 @@
-"""What an attention call really attended to: key pairs by kind, FLOPs, sparsity.
+"""This module counts what an attention call really attended to: key pairs by kind, FLOPs, sparsity.
 
 Counts follow DESIGN and correct the published formula, which leaves the anchors out (arXiv 2508.21058, section 3.4):
 keys per query = own shot + text + routed chunks. All counts are averages over heads.
@@ -15,17 +15,17 @@ from moc.context import is_candidate, is_own_anchor, is_text_anchor, pairs
 from moc.layout import ShotLayout
 from moc.routes import check_whole, drop_covered
 
-QUERY_CHUNKS = 256  # looked at together
-FLOPS_PER_PAIR = 4  # times head dim: q k^T and p v, a multiply and an add each
+QUERY_CHUNKS = 256  # queries that are looked at together
+FLOPS_PER_PAIR = 4  # is multiplied by head dim: q k^T and p v take a multiply and an add each
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Attended (query, key) pairs of one head, and the forward FLOPs of all heads of one layer.
+    """Counts the attended (query, key) pairs of one head, and the forward FLOPs of all heads of one layer.
 
     own: keys of the query's own shot (or chunk). text: text anchors outside of it. routed: keys of routed chunks that
-    no anchor covers, each once. routing_flops: every video key pooled, every query scored against its candidates; 0
-    where top_k is.
+    no anchor covers, each once. routing_flops: of pooling every video key and scoring every query against its
+    candidates; 0 where top_k is 0.
     dense: pairs of dense attention, the sum of L^2 over samples. video, video_dense: the same among video tokens alone.
     """
 
@@ -56,7 +56,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Forward FLOPs: attention over the attended pairs, plus routing."""
+        """Returns the forward FLOPs of attention over the attended pairs, plus those of routing."""
         return self.attended * self.flops_per_pair + self.routing_flops
 
     @property

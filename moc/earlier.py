@@ -1,5 +1,5 @@
-"""Settings of earlier versions, in a run's config.yaml, a model's moc.json and a film's metadata: how they are called
-now. The one module that knows them."""
+"""This module alone knows how settings of earlier versions, in a run's config.yaml, a model's moc.json and a film's
+metadata, are called now."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ RENAMED = {
     "moc.deterministic": "execution.deterministic",
     "moc.cut_gap": "model.cut_gap",
 }
-# Values that said that nothing is set, by today's keys; null says it now.
+# These values, by today's keys, said that nothing is set; null says it now.
 UNSET: dict[str, Any] = {
     "model.cut_gap": 0.0,
     "model.path": "",

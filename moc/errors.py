@@ -1,4 +1,4 @@
-"""The one class of errors that are meant for the user."""
+"""`UserError` is the one class of errors that are meant for the user."""
 
 import errno
 import math
@@ -12,7 +12,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLON
 
 
 class UserError(ValueError):
-    """What the user can mend, in a setting, a file or a machine: a command ends with its message alone.
+    """Tells what the user can mend, in a setting, a file or a machine: a command ends with its message alone.
 
     The message names the value, the rule and the remedy. A bug raises anything else and keeps its traceback.
     """

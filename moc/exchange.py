@@ -1,5 +1,5 @@
-"""Sequence parallelism: several processes hold one stream, each a run of its tokens, and within attention some of its
-heads (DeepSpeed-Ulysses, arXiv 2309.14509).
+"""In sequence parallelism several processes hold one stream: each has a run of its tokens, and within attention some of
+its heads (DeepSpeed-Ulysses, arXiv 2309.14509).
 
 Everything but attention works on one token at a time, so that a process computes its own tokens alone. Attention is
 given all tokens of its share of the heads: two exchanges around it turn one split into the other.
@@ -20,7 +20,7 @@ from moc.errors import UserError
 
 @dataclass(frozen=True)
 class Exchange:
-    """The processes that hold one stream. group: of torch.distributed. rank, size: of this process in it."""
+    """Links processes that hold one stream. group: theirs in torch.distributed. rank, size: of this process in it."""
 
     group: Any
     rank: int

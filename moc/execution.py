@@ -1,4 +1,4 @@
-"""How attention is computed, apart from what is attended to (`moc.config`): it belongs to a run, never to weights."""
+"""`Execution` says how attention is computed (`moc.config` says to what); it belongs to a run, never to weights."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -7,7 +7,7 @@ from moc.errors import set_types
 
 
 class Backend(StrEnum):
-    """Who computes the attention; `auto` takes the fastest that fits the device."""
+    """Says who computes the attention; `auto` takes the fastest that fits the device."""
 
     auto = "auto"
     reference = "reference"
@@ -17,7 +17,7 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class Execution:
-    """How `moc.moc_attention` computes; the result is the same but for rounding.
+    """Says how `moc.moc_attention` computes; the result is the same but for rounding.
 
     backend: who computes it; auto takes the fastest that fits.
     dense_kernel: the name of the dense kernel for anchors; auto takes the fastest present.

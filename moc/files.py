@@ -1,4 +1,5 @@
-"""Files and folders shared with others: names that stay inside a folder, whole files, and one holder at a time."""
+"""Files and folders are shared with others: names stay inside a folder, files are whole, one holds a folder at a
+time."""
 
 import os
 import shutil
@@ -16,11 +17,11 @@ LOCK = ".lock"
 
 
 class OutsideError(UserError):
-    """A name that leads out of the folder it was given for."""
+    """Is raised for a name that leads out of the folder it was given for."""
 
 
 class HeldError(UserError):
-    """A folder that another process holds."""
+    """Is raised for a folder that another process holds."""
 
 
 def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:

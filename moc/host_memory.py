@@ -1,4 +1,4 @@
-"""Memory of the host that a GPU copies from and to at full speed, and the offsets of tensors in it."""
+"""A GPU copies from and to this memory of the host at full speed; `Offsets` says where tensors lie in it."""
 
 from collections.abc import Sequence
 from weakref import finalize
@@ -13,7 +13,7 @@ _PAGE = 4096  # bytes; pages are pinned whole, and none twice
 
 
 class Offsets:
-    """Where tensors like some given ones lie, one after another, in memory of `size` bytes."""
+    """Says where tensors like some given ones lie, one after another, in memory of `size` bytes."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._offsets: list[tuple[int, int, torch.dtype, torch.Size]] = []
@@ -32,10 +32,10 @@ def host_memory(size: int, pinned: bool) -> Tensor:
     powers of two, of which a block of 14 B would fill two thirds. Raises UserError where it cannot be pinned."""
     memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8).numpy()
     start = -memory.ctypes.data % _PAGE
-    host = torch.from_numpy(memory[start : start + size])  # a storage of its own, whose beginning tells torch of pins
+    host = torch.from_numpy(memory[start : start + size])  # has its own storage, whose beginning tells torch of pins
     if pinned and size:
         whole = -(-size // _PAGE) * _PAGE
-        error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), whole, 1))  # 1: for all devices
+        error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), whole, 1))  # 1 pins for all devices
         if error:
             raise UserError(
                 f"{whole / 2**20:.0f} MiB of the host's memory cannot be pinned (CUDA error {error}): make room there, "

@@ -1,4 +1,4 @@
-"""The packed token stream: who stands where, and how it is cut into chunks.
+"""A `ShotLayout` describes the packed token stream: who stands where, and how it is cut into chunks.
 
 One sample is `[global text][text 1][video 1][text 2][video 2]...`; samples of a batch follow one another. A *group* is
 the global text of a sample or one shot (its text, then its video); groups tile the stream, chunks tile the groups.
@@ -31,8 +31,8 @@ def _is_whole(value: object, least: int) -> bool:
 
 @dataclass(frozen=True)
 class Shot:
-    """One shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video tokens. cut: a true
-    cut begins it; false: it continues the shot before."""
+    """Describes one shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video tokens.
+    cut: whether a true cut begins it, or it continues the shot before."""
 
     text_tokens: int
     grid: Grid
@@ -48,7 +48,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens of one kind ("text" or "video"); shot counts within the sample, -1 for its global text."""
+    """Is a run of tokens of one kind ("text" or "video"); shot counts within the sample, -1 for its global text."""
 
     kind: str
     sample: int
@@ -61,7 +61,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """The global text of a sample (shot -1) or a shot: text_tokens, then video_tokens, from `start` on."""
+    """Is the global text of a sample (shot -1) or a shot: text_tokens, then video_tokens, from `start` on."""
 
     sample: int
     shot: int
@@ -79,7 +79,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Chunk:
-    """The unit of routing: a run of tokens inside one segment."""
+    """Is the unit of routing: a run of tokens inside one segment."""
 
     kind: str
     sample: int
@@ -104,7 +104,7 @@ def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
 
 
 class ShotLayout:
-    """An immutable description of a packed stream. Build it with `ShotLayout.build`, join samples with `pack`.
+    """Describes a packed stream and never changes. Build it with `ShotLayout.build`, join samples with `pack`.
 
     Python side (plain ints): segments, groups, chunks, sample_ranges, num_*; positions, which say where in the run each
     sample stands and key its random draws.
@@ -287,7 +287,7 @@ class ShotLayout:
 
     @cached_property
     def shot_groups(self) -> tuple[int, ...]:
-        """The group of each shot of the pack, in order."""
+        """Returns the group of each shot of the pack, in order."""
         return tuple(index for index, group in enumerate(self.groups) if group.shot >= 0)
 
     @property
@@ -300,7 +300,7 @@ class ShotLayout:
 
     @cached_property
     def sample_ranges(self) -> tuple[tuple[int, int], ...]:
-        """(start, end) of each sample in the stream."""
+        """Returns (start, end) of each sample in the stream."""
         starts = [group.start for group in self.groups if group.shot < 0]
         return tuple(zip(starts, [*starts[1:], self.num_tokens], strict=True))
 

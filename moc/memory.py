@@ -1,4 +1,4 @@
-"""What training and sampling say when the GPU's memory is full."""
+"""These functions tell what training and sampling say when the GPU's memory is full."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Moving tensors to a device."""
+"""`move` moves tensors to a device."""
 
 import torch
 from torch import Tensor

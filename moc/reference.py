@@ -1,4 +1,5 @@
-"""MoC attention written for reading: an explicit mask, a softmax, nothing else. Exact, slow, any device, any dtype.
+"""Attention is written for reading here: an explicit mask, a softmax, nothing else. It is exact, slow, for any device
+and dtype.
 
 Every fast backend must equal it, in forward and in the gradients of q, k and v.
 """
@@ -70,7 +71,7 @@ def attend(
     execution: not asked, since there is one way only; the other backends have more.
     """
     first_query = layout.first_query(len(q))
-    if first_query:  # as all queries, of which those before it are left out again
+    if first_query:  # is computed for all queries; those before it are left out again
         q = F.pad(q, (0, 0, 0, 0, first_query, 0))
         routes = None if routes is None else F.pad(routes, (0, 0, first_query, 0), value=-1)
         return attend(q, k, v, routes, layout, config)[first_query:]

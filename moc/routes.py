@@ -1,4 +1,4 @@
-"""Routes: the chunks that the queries of a stream attend to besides their anchors, from `moc.route` or from a caller.
+"""Routes are the chunks that queries of a stream attend to besides their anchors, from `moc.route` or from a caller.
 
 Shape letters: L packed tokens, Lq queries, N heads, K routes a query.
 """
@@ -16,8 +16,8 @@ from moc.layout import ShotLayout
 
 @dataclass(frozen=True)
 class Routes:
-    """Routes that attention takes as they are: indices int [N, Lq, K], -1 where a slot is empty, of the queries from
-    `first_query` on.
+    """Holds routes that attention takes as they are: indices int [N, Lq, K], -1 where a slot is empty, of the queries
+    from `first_query` on.
 
     No query has a chunk twice, a chunk that its anchors cover or one of another sample. `moc.route` makes such indices
     for the same layout and config; those of a caller go through `checked`.

@@ -1,4 +1,4 @@
-"""Routing: which chunks each query of each head attends to besides its anchors, in plain tensor code.
+"""Routing chooses, in plain tensor code, the chunks that each query of each head attends to besides its anchors.
 
 A query scores every candidate chunk by `q . mean(K_chunk)` and takes the `top_k` best; it has no parameters. In
 training, context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a

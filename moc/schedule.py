@@ -1,5 +1,5 @@
-"""The progressive schedule: chunk size, top_k and drops by training step (paper, table of training runs: chunk sizes of
-10240 -> 1280)."""
+"""The progressive schedule sets chunk size, top_k and drops by training step (paper, table of training runs: chunk
+sizes of 10240 -> 1280)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from moc.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """Settings of attention from one step on; null leaves one as it was before.
+    """Sets attention from one step on; null leaves a setting as it was before.
 
     step: the first step of the stage.
     chunk_tokens: the target size of a chunk. top_k: the chunks that a query routes to.
@@ -24,7 +24,7 @@ class Stage:
     drop_in_rate: float | None = None
 
     def __post_init__(self) -> None:
-        MoCConfig().override(self.settings())  # their limits, now and not at step 10,000
+        MoCConfig().override(self.settings())  # checks their limits now and not at step 10,000
 
     def settings(self) -> dict[str, float | None]:
         """Returns what it sets, in the words of `MoCConfig`."""
@@ -33,7 +33,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class MoCSchedule:
-    """Stages in order of step; before the first one, and with none at all, the config stands as it is.
+    """Holds stages in order of step; before the first one, and with none at all, the config stands as it is.
 
     Raises UserError where steps do not increase; a stage itself where its settings are out of range.
     """

@@ -1,4 +1,4 @@
-"""What routing does, in a few numbers cheap enough to log: how far, how spread, what is never chosen."""
+"""A few numbers, cheap enough to log, say what routing does: how far it goes, how spread, what it never chooses."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,9 +17,9 @@ MOST_DETAILED = 100  # shots of a routing map that tells layers and noise levels
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """share_by_distance[d]: of the routes of shots' queries, the share that goes d shots back (negative: forward).
-    Queries of global text stand in no shot, so their routes have no distance. entropy: of the choice of chunks over all
-    queries, in [0, 1] of its maximum. unused: share of video chunks that no query chose."""
+    """Sums up routes. share_by_distance[d]: the share of the routes of shots' queries that goes d shots back (negative:
+    forward). Queries of global text stand in no shot, so their routes have no distance. entropy: that of the choice of
+    chunks over all queries, as a share of its maximum. unused: the share of video chunks that no query chose."""
 
     share_by_distance: dict[int, float]
     entropy: float

@@ -1,4 +1,4 @@
-"""Models, codecs and text encoders: what a configuration names, built or loaded."""
+"""This package builds or loads the models, codecs and text encoders that a configuration names."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -58,7 +58,7 @@ FAMILIES = {Family.mmdit: MMDiT, Family.wan: WanTransformer3DModel}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model and its sizes.
+    """Names a model and its sizes.
 
     family: the kind of transformer.
     path: weights to start from (anything `load_model` reads), from which the sizes then come; null starts from fresh
@@ -128,7 +128,7 @@ def build_model(
             checkpoint = replace(checkpoint, config=checkpoint.config | {"cut_gap": config.cut_gap})
         model = load_checkpoint(checkpoint, base=config.lora_base)
         if config.lora_rank:
-            base = str(checkpoint.path.resolve())  # not the run, which may train on
+            base = str(checkpoint.path.resolve())  # names the checkpoint, since the run may train on
             model.add_lora(Lora(config.lora_rank, config.lora_targets, base, checkpoint.fingerprint()))
         return model
     with device or nullcontext():

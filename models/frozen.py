@@ -1,4 +1,4 @@
-"""Linears that are not trained, kept in few bytes under an adapter or to sample: as bf16, as fp8 or as int8 with a
+"""Linears that are not trained are kept in few bytes, under an adapter or to sample: as bf16, as fp8 or as int8 with a
 scale a row.
 
 torchao has such weights too, as tensors of a class of its own. They have no memory that one copy could move between
@@ -18,13 +18,13 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from moc.errors import UserError
 
-_LARGEST = {"fp8": 448.0, "int8": 127.0}  # numbers of each format
+_LARGEST = {"fp8": 448.0, "int8": 127.0}  # the largest number of each format
 _FP8 = torch.float8_e4m3fn
-_ROWS = 16384  # of an input that are rounded together: they are in fp32 meanwhile
+_ROWS = 16384  # so many of an input are rounded together: they are in fp32 meanwhile
 
 
 class Base(StrEnum):
-    """How weights that are not trained are kept."""
+    """Says how weights that are not trained are kept."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -33,7 +33,7 @@ class Base(StrEnum):
 
 
 class FrozenLinear(nn.Linear):
-    """A linear layer that computes as `linear` does, with its weight rounded to a format.
+    """Is a linear layer that computes as `linear` does, with its weight rounded to a format.
 
     weight: bfloat16, int8, or the bits of fp8 (e4m3) as uint8, since neither gloo nor NCCL sends that type everywhere.
     scale: fp32 [out_features, 1], what a row of whole numbers or fp8 is multiplied by; none in bf16. The product is
@@ -65,7 +65,7 @@ class FrozenLinear(nn.Linear):
         rows = [packed(some, Base.fp8) for some in x.flatten(end_dim=-2).split(_ROWS)]
         numbers, scales = (torch.cat([row[name] for row in rows]) for name in ("weight", "scale"))
         weight, scale = self.weight.view(_FP8).t(), self.scale.view(1, -1)  # type: ignore[union-attr]
-        bias = None if self.bias is None else self.bias.bfloat16()  # in which H100s give the product
+        bias = None if self.bias is None else self.bias.bfloat16()  # H100s give the product in it
         by_row = ScalingType.RowWise
         out = scaled_mm(numbers.view(_FP8), weight, scales, by_row, scale, by_row, bias=bias)
         return out.unflatten(0, x.shape[:-1])

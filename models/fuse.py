@@ -1,4 +1,4 @@
-"""One kernel in place of several for the pointwise work around attention: norms, modulation, gates, rotation."""
+"""One kernel replaces several in the pointwise work around attention: norms, modulation, gates, rotation."""
 
 from collections.abc import Callable
 from functools import wraps

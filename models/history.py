@@ -1,4 +1,4 @@
-"""What a story that is generated shot by shot keeps of its finished shots: their keys and values in every layer.
+"""A story that is generated shot by shot keeps the keys and values of its finished shots, in every layer.
 
 Source: context-causal generation with cached keys and values, Long Context Tuning, arXiv 2503.10589, section 3.4.
 
@@ -19,7 +19,7 @@ Kept = tuple[Tensor, ...]  # keys, values and the like of a layer
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the shots generated so far, by layer; one for each prompt and sample. No gradient flows
+    """Keeps keys and values of the shots generated so far, by layer; one for each prompt and sample. No gradient flows
     through it.
 
     capacity: tokens of the longest stream that it is for. What a forward computes is written behind the history:
@@ -39,7 +39,7 @@ class KeyValueCache:
     num_tokens: int = 0
     _layers: dict[int, Kept] = field(default_factory=dict)
     _coming: dict[int, Kept] = field(default_factory=dict)  # the layer on its way to the device
-    _hosts: list[Tensor] = field(default_factory=list)  # which stay pinned as long as they are held
+    _hosts: list[Tensor] = field(default_factory=list)  # these stay pinned as long as they are held
     _stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Layers of the MMDiT: two token streams, text and video, each with its own weights, joined in one attention.
+"""The MMDiT's layers have two token streams, text and video, each with its own weights, joined in one attention.
 
 - modulation: one vector for each group (the global text or a shot) gives shift, scale and gate (AdaLN-zero)
 - norms, modulation and rotation are computed in fp32, whatever autocast or the weights' dtype
@@ -22,7 +22,7 @@ from models.stream import Attend, Part
 
 
 class _Spread(torch.autograd.Function):
-    """rows[group], whose gradient sums tiles of tokens and then the tiles of each group: indexing's own adds 10^5
+    """Gives rows[group], whose gradient sums tiles of tokens and then the tiles of each group: indexing's own adds 10^5
     tokens into a few rows one by one."""
 
     @staticmethod
@@ -72,21 +72,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in fp32 that returns its input's dtype."""
+    """Takes a layer norm in fp32 and returns its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm in fp32 that returns its input's dtype."""
+    """Takes an RMS norm in fp32 and returns its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
 
 class Modulation(nn.Module):
-    """`count` vectors for each group from its condition [G, dim], in fp32; zero at the start (AdaLN-zero)."""
+    """Makes `count` vectors for each group from its condition [G, dim], in fp32; zero at the start (AdaLN-zero)."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Modulation(nn.Module):
 
 
 class TokenStream(RecomputedParts):
-    """One modality's weights in a block: q, k, v for the joint attention, then the output projection and the FFN.
+    """Holds a modality's weights in a block: q, k, v for the joint attention, then the output projection and the FFN.
 
     update=False leaves out what follows attention: the last block's text feeds keys and values only.
     """
@@ -133,7 +133,7 @@ class TokenStream(RecomputedParts):
 
 
 class JointBlock(RecomputedParts):
-    """Separate text and video weights around one attention over the packed stream (MMDiT)."""
+    """Puts separate text and video weights around one attention over the packed stream (MMDiT)."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, last: bool = False) -> None:
         super().__init__()
@@ -160,8 +160,8 @@ class JointBlock(RecomputedParts):
 
 
 class _Join(torch.autograd.Function):
-    """Text [Lt, N, D] and video [Lv, N, D] -> the stream [L, N, D]; each is the other's gradient, with `_Split`, where
-    indexing's own would fill and add up a whole stream for each of the two."""
+    """Joins text [Lt, N, D] and video [Lv, N, D] -> the stream [L, N, D]; each is the other's gradient, with `_Split`,
+    where indexing's own would fill and add up a whole stream for each of the two."""
 
     @staticmethod
     def forward(ctx, text: Tensor, video: Tensor, part: Part) -> Tensor:
@@ -174,7 +174,7 @@ class _Join(torch.autograd.Function):
 
 
 class _Split(torch.autograd.Function):
-    """The stream [L, N, D] -> its text [Lt, N, D] and its video [Lv, N, D]."""
+    """Splits the stream [L, N, D] -> its text [Lt, N, D] and its video [Lv, N, D]."""
 
     @staticmethod
     def forward(ctx, stream: Tensor, part: Part) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ class _Split(torch.autograd.Function):
 
 
 class FramePlace(nn.Module):
-    """Where in the frame a token stands: a linear map of the lowest 2D cosines of its position, fp32 [Lv, dim].
+    """Says where in the frame a token stands: a linear map of the lowest 2D cosines of its position, fp32 [Lv, dim].
 
     RoPE tells tokens their distances only; a small model learns what belongs where much sooner when it is told.
     """
@@ -216,7 +216,7 @@ class FramePlace(nn.Module):
 
 
 class Condition(nn.Module):
-    """Timestep and pooled caption of each group -> the vector that modulates its tokens, fp32 [G, dim]."""
+    """Maps timestep and pooled caption of each group to the vector that modulates its tokens, fp32 [G, dim]."""
 
     def __init__(self, dim: int, text_dim: int, freq_dim: int) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class Condition(nn.Module):
 
 
 class Output(nn.Module):
-    """Modulated norm, then a linear to patches [Lv, patch_dim], zero at the start.
+    """Takes a modulated norm, then a linear to patches [Lv, patch_dim], zero at the start.
 
     with_skip adds the noisy patch times a gain of the condition, channel by channel: the best linear predictor of the
     velocity then costs the network nothing, which a small model needs and a wide one does not.

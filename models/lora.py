@@ -1,4 +1,4 @@
-"""LoRA for either model, through peft, and what a trainer asks of a model: to save and to restore itself, wholly.
+"""Either model can have a LoRA, through peft, and does what a trainer asks: it saves and restores itself, wholly.
 
 A model with an adapter saves the adapter alone, in the form that diffusers' pipelines load (`load_lora_weights`), with
 `lora.json` beside it: rank, target layers, and which weights it adapts. `open_checkpoint`
@@ -23,13 +23,13 @@ from moc.training.storage import read_tensors
 from models.checkpoints.tensors import INDEX, Shapes, TensorSource, check_tensors, read_index, shapes
 
 SETTINGS = "lora.json"
-PREFIX = "transformer."  # of the adapter's names in a pipeline's file
+PREFIX = "transformer."  # begins the adapter's names in a pipeline's file
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Settings of an adapter. targets: what its layers' names end in. base: path of the weights that it adapts, and
-    fingerprint: which those are, should others come to lie there (`Checkpoint.fingerprint`)."""
+    """Has the settings of an adapter. targets: what its layers' names end in. base: path of the weights that it adapts,
+    and fingerprint: which those are, should others come to lie there (`Checkpoint.fingerprint`)."""
 
     rank: int
     targets: Sequence[str]
@@ -41,7 +41,7 @@ class Lora:
 
     def linears(self, model: nn.Module) -> dict[str, nn.Linear]:
         """Returns the layers of the model to adapt, by name; raises UserError where no name ends in a target."""
-        # Linears alone: the models call each of them. Wan's patch_embedding, a Conv3d, gives its weights and is not.
+        # Only linears take adapters: the models call each. Wan's patch_embedding, a Conv3d, only lends its weights.
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for target in self.targets:
             if not any(_ends_in(name, target) for name in linears):
@@ -69,7 +69,7 @@ def _names(linear: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A trained adapter on disk."""
+    """Is a trained adapter on disk."""
 
     lora: Lora
     source: TensorSource
@@ -87,9 +87,9 @@ class Adapter:
 
 
 class Trainable(ModelMixin, nn.Module, ConfigMixin):
-    """A diffusers model that can have an adapter. peft is imported where one is: it takes seconds."""
+    """Is a diffusers model that can have an adapter. peft is imported where one is: it takes seconds."""
 
-    # What diffusers' classes give a model, as far as we use it: type checkers are not shown them (pyproject.toml).
+    # Diffusers' classes give a model these, which type checkers are not shown (pyproject.toml).
     config: Any
     save_config: Callable[[str | Path], None]
     to_json_string: Callable[[], str]
@@ -122,7 +122,7 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         for file in Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").glob("*" + INDEX):
             read_index(file)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that all of them are told
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # lets all of them be told
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         expected = shapes(model.state_dict())
         unexpected = dict.fromkeys(info["unexpected_keys"], ())
@@ -148,7 +148,7 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
 
     @property
     def weights_stem(self) -> str:
-        """What the files of the weights that `save_pretrained` writes are called, but for their ending."""
+        """Says what the files of the weights that `save_pretrained` writes are called, but for their ending."""
         return "diffusion_pytorch_model" if self.lora is None else "pytorch_lora_weights"
 
     def stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The group of the stream that each token belongs to, as the work around attention asks for it."""
+"""`Members` says which group of the stream each token belongs to, as the work around attention asks for it."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ TILE = 64
 
 
 class Members(NamedTuple):
-    """The group of each token of one modality, and the same as tiles of up to `TILE` tokens of one group.
+    """Holds the group of each token of one modality, and the same as tiles of up to `TILE` tokens of one group.
 
     group: int [Lx]. tiles: int64 [n, TILE], rows of a tile's tokens, -1 past its end. tile_group: int64 [n].
     """

@@ -1,4 +1,4 @@
-"""The multi-shot diffusion transformer of Long Context Tuning (arXiv 2503.10589), attending by Mixture of Contexts.
+"""`MMDiT` is the multi-shot diffusion transformer of Long Context Tuning (arXiv 2503.10589) with Mixture of Contexts.
 
 - MMDiT: separate text and video weights, joint attention over the packed stream of all shots, q/k norm by head
 - interleaved 3D RoPE: [text 1][video 1][text 2][video 2]... along the space-time diagonal
@@ -24,7 +24,7 @@ from models.stream import Embedded, Part, StreamModel
 
 
 class MMDiT(StreamModel):
-    """The multi-shot transformer that is trained from nothing; its forward is `models.stream.StreamModel`'s.
+    """Is the multi-shot transformer that is trained from nothing; its forward is `models.stream.StreamModel`'s.
 
     latent_channels, text_dim: widths of the codec's latents and of the text encoder's features.
     patch_size: latent (frames, height, width) of a token. input_skip: see `models.layers.Output`.

@@ -1,4 +1,4 @@
-"""The pointwise functions of `models.layers` and `models.rope` on a GPU: each is one kernel, and one or two backward.
+"""On a GPU each pointwise function of `models.layers` and `models.rope` is one kernel, and one or two backward.
 
 Eager, each of their operations reads and writes all tokens in fp32. torch.compile makes as few kernels, but takes many
 seconds at the start of every process, and more for other lengths. `models.fuse` calls the functions here in place of
@@ -18,8 +18,8 @@ from moc.kernels.sizes import cdiv, next_power_of_2
 from models import pointwise_kernels as kernels
 from models.members import Members
 
-ROWS = 32  # of a program of a backward kernel
-ELEMENTS = 512  # of a row for each warp
+ROWS = 32  # rows of a program of a backward kernel
+ELEMENTS = 512  # numbers of a row for each warp
 
 
 def _sizes(width: int, num_heads: int | None = None) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Triton kernels of the pointwise work around attention; `models.pointwise` launches them.
+"""These Triton kernels do the pointwise work around attention; `models.pointwise` launches them.
 
 Forward, a program owns one row (a token) and reads it once. Backward, a program owns ROWS rows, one after another, and
 keeps sums over them: over a group's rows for what its tokens share, over all rows for a norm's weight. Groups follow

@@ -1,4 +1,4 @@
-"""Parts of a block that are computed once more in backward, within a block that is recomputed itself."""
+"""Parts of a block are computed once more in backward, within a block that is recomputed itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ROW_PARTS = 4  # of a feed-forward network
+ROW_PARTS = 4  # parts of a feed-forward network
 
 
 class RecomputedParts(nn.Module):
-    """A module whose parts are computed once more in backward, one after another, where `recomputes_parts` is set: what
-    backward needs then is that of one part at a time."""
+    """Is a module whose parts are computed once more in backward, one after another, where `recomputes_parts` is set:
+    what backward needs then is that of one part at a time."""
 
     recomputes_parts = False
 

@@ -1,4 +1,4 @@
-"""Rotary positions of a packed multi-shot stream, and the rotation itself.
+"""This module gives the rotary positions of a packed multi-shot stream, and rotates by them.
 
 mmdit: interleaved 3D RoPE of Long Context Tuning (arXiv 2503.10589, section 3). A text token has one coordinate on all
 three axes; a shot's video starts where its text ends, along the space-time diagonal; the next text starts past the

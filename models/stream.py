@@ -1,4 +1,4 @@
-"""The forward that both models share: which tokens of the packed stream it computes, and their self-attention.
+"""Both models share this forward: it says which tokens of the packed stream are computed, and does self-attention.
 
 Usually a forward computes the whole stream. In context-causal generation finished shots are history: their keys and
 values stay in a `KeyValueCache`, and a forward computes the tokens after them only.
@@ -33,7 +33,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Part:
-    """The tokens of a stream that a forward computes: those of the groups from `first_group` on, or, where several
+    """Names the tokens that a forward computes: those of the groups from `first_group` on, or, where several
     processes share a stream, this one's run of them.
 
     start, end: of the run in the stream. text_rows, video_rows: which rows of the groups' text and video it holds.
@@ -92,7 +92,7 @@ class Part:
 
     @cached_property
     def grids(self) -> list[Grid]:
-        """Token grids of the part's shots."""
+        """Returns the token grids of the part's shots."""
         return [group.grid for group in self.groups if group.grid is not None]
 
     def group_sigma(self, sigma: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ class Part:
 
 @dataclass
 class StreamAttention:
-    """The self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are taken, so
-    that recomputation under activation checkpointing attends to the same chunks and does not route twice.
+    """Does the self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are
+    taken, so that recomputation under activation checkpointing attends to the same chunks and does not route twice.
 
     table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
     exchange: the processes that hold the tokens; each attends with its share of the heads. execution: how it computes.
@@ -207,7 +207,7 @@ class StreamAttention:
 
 
 class Embedded(NamedTuple):
-    """The things that the blocks of a model work on.
+    """Holds the things that the blocks of a model work on.
 
     tokens: what a block takes first and returns changed, a tensor or a tuple of them. inputs: what every block is given
     besides.

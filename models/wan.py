@@ -1,4 +1,4 @@
-"""The Wan family of video transformers with Mixture of Contexts on self-attention, under diffusers' names.
+"""The Wan family of video transformers has Mixture of Contexts in self-attention here, under diffusers' names.
 
 - Wan2.1-T2V-1.3B and 14B, Wan2.2-TI2V-5B, each expert of Wan2.2-T2V-A14B, HoloCine: the same code, other sizes
 - the stream is video only; text comes by cross-attention, windowed by `text_anchor` to the global and own-shot caption
@@ -37,7 +37,7 @@ TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features
 
 
 class Window(NamedTuple):
-    """Stream tokens [start, end) see the text rows of `ranges` (of all samples' prompts, one after another)."""
+    """Lets stream tokens [start, end) see the text rows of `ranges` (of all samples' prompts, in order)."""
 
     start: int
     end: int
@@ -45,7 +45,7 @@ class Window(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Projections and norms of one attention; q and k are normed over the full width, before the head split."""
+    """Has the projections and norms of one attention; q and k are normed over the full width, before the head split."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 class Block(RecomputedParts):
-    """Self-attention over the stream, cross-attention to the text, FFN; modulated by each token's shot."""
+    """Does self-attention over the stream, cross-attention to the text and an FFN, modulated by each token's shot."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class TextTimeEmbedding(nn.Module):
 
 
 class WanTransformer3DModel(StreamModel):
-    """Wan's transformer under diffusers' name and settings; its forward is `models.stream.StreamModel`'s.
+    """Is Wan's transformer under diffusers' name and settings; its forward is `models.stream.StreamModel`'s.
 
     cut_gap: latent frames left out of the running time at each true cut; the one setting that diffusers does not know.
     Raises UserError for the family's image-to-video variants, whose extra inputs are not known here, and for a

@@ -1,4 +1,4 @@
-"""Rectified flow over shots: one noise convention for the loss and for sampling."""
+"""This package trains and samples by rectified flow over shots, with one noise convention for both."""
 
 from moc.diffusion.flow import Flow, NoiseLevels
 from moc.diffusion.samplers import sample_shots

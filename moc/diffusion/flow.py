@@ -1,11 +1,11 @@
-"""Rectified flow with a noise level for each shot. `Flow` owns the convention: loss and samplers both ask it.
+"""Rectified flow gives each shot a noise level. `Flow` owns the convention: loss and samplers both ask it.
 
     noisy = (1 - sigma) latent + sigma noise        velocity = noise - latent        sigma in [0, 1], 1 = pure noise
 
-Training draws sigma for each shot from a shifted logit-normal, cut off to a range where a model is one of two experts,
-each for its own noise levels (Wan2.2). In a share of the samples the shots before a random one
-are a near-clean history, so that the model learns to continue from shots it is given, with the small errors that
-sampled shots have. Sources: LCT, arXiv 2503.10589 (a timestep for each shot, history noise); SD3, arXiv 2403.03206
+Training draws sigma for each shot from a shifted logit-normal. Where a model is one of two experts, each for its own
+noise levels (Wan2.2), it is cut off to the range of these. In a share of the samples the shots before a random one are
+a near-clean history, so that the model learns to continue from shots it is given, with the small errors that sampled
+shots have. Sources: LCT, arXiv 2503.10589 (a timestep for each shot, history noise); SD3, arXiv 2403.03206
 (logit-normal, shift).
 """
 
@@ -30,8 +30,9 @@ OnRoutes = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """The noise level of each shot of a batch, and which shots are to be learned: sigma float32 [S], is_target bool
-    [S], on the CPU. The others are history: given, almost clean, without a loss (there it would be all noise)."""
+    """Holds the noise level of each shot of a batch, and which shots are to be learned: sigma float32 [S], is_target
+    bool [S], on the CPU. The others are history: they are given almost clean and have no loss, which would be all
+    noise."""
 
     sigma: Tensor
     is_target: Tensor
@@ -49,8 +50,8 @@ class NoiseLevels:
 
 
 class Noised(NamedTuple):
-    """What a model is given and what it is to predict, on the device: noisy latents and velocities [C, T, H, W], one
-    each for each shot, their noise levels, sigma float32 [S], and the text and the layout of the batch."""
+    """Holds what a model is given and is to predict, on the device: noisy latents and velocities [C, T, H, W], one each
+    for each shot, their noise levels, sigma float32 [S], and the text and the layout of the batch."""
 
     latents: list[Tensor]
     targets: list[Tensor]
@@ -61,7 +62,7 @@ class Noised(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """The noise convention and how training draws noise levels.
+    """Owns the noise convention and says how training draws noise levels.
 
     shift: moves noise levels up for larger latents, in training and sampling (Wan: 3 at 480p, 5 above).
     logit_mean, logit_std: mean and deviation of sigma's logits before the shift.
@@ -88,7 +89,7 @@ class Flow:
     dense_attention: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.shift < math.inf:  # nan neither
+        if not 0 < self.shift < math.inf:  # refuses nan too
             raise UserError(f"flow.shift={self.shift} must be positive and finite")
         for name in ("history_rate", "history_sigma", "dense_target"):
             if not 0 <= getattr(self, name) <= 1:
@@ -172,7 +173,7 @@ class Flow:
             latents = batch.latents[len(noise) : len(noise) + len(shots)]
             device, sizes = latents[0].device, [x.numel() for x in latents]
             generator = torch.Generator(device).manual_seed(draw_key(seed, 2 * position + 1))
-            drawn = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)  # one launch a sample
+            drawn = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)  # is one launch a sample
             noise += [values.view(x.shape) for values, x in zip(drawn, latents, strict=True)]
         return noise
 

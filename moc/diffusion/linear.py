@@ -1,4 +1,4 @@
-"""The best linear denoiser: a floor that a trained model must beat to have learned more than means and covariances.
+"""The best linear denoiser is what a trained model must beat to have learned more than means and covariances.
 
 For data with mean m and covariance C, the velocity that is linear in the noisy x and has the least squared error is
 `-m + sum_i gain(s_i) u_i u_i^T (x - (1 - sigma) m)` over the eigenpairs (s_i, u_i) of C, with
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CONSTANT = 1e-6  # of the mean variance: a value that varies less is constant up to rounding
+CONSTANT = 1e-6  # a value that varies less than this share of the mean variance is constant up to rounding
 
 
 @dataclass(frozen=True)
 class LinearPredictor:
-    """mean [d], basis [d, r] of unit eigenvectors, variance [r] along them and `rest` along all other directions."""
+    """Has mean [d], basis [d, r] of unit eigenvectors, variance [r] along them and `rest` along all other
+    directions."""
 
     mean: Tensor
     basis: Tensor

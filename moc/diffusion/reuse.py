@@ -1,9 +1,10 @@
-"""Steps that take the velocity of an earlier one, where it is thought to have hardly changed.
+"""A step may take the velocity of an earlier one, where it is thought to have hardly changed.
 
-How much it has is estimated from the shot itself, without asking the model: the latent's distance from where the model
-was last asked, times how much the velocity changed per distance between the last two times (EasyCache, arXiv
-2507.02860). diffusers' caches hook into the blocks of a model and compare features of all tokens: too much to keep with
-an unfinished film, and one decision for shots at several noise levels. What is kept here is a shot's own, and small.
+How much it has changed is estimated from the shot itself, without asking the model: the latent's distance from where
+the model was last asked, times how much the velocity changed per distance between the last two times (EasyCache, arXiv
+2507.02860). diffusers' caches hook into the blocks of a model and compare features of all tokens: these are too much to
+keep with an unfinished film, and decide once for shots at several noise levels. What is kept here belongs to one shot,
+and is small.
 """
 
 from collections.abc import Mapping
@@ -15,14 +16,14 @@ from torch import Tensor
 
 from moc.diffusion.steps import Step
 
-Way = list[float]  # how the model is asked in a step; equal lists stand for equal questions but for latents and noise
+Way = list[float]  # says how a step asks the model; equal lists ask the same but for latents and noise
 
 
 @dataclass(frozen=True)
 class Asked:
-    """When the model was last asked about a shot: how, its latent and the velocity then, both fp32 [C, T, H, W], and
-    the rate: how much the velocity had changed since the time before, by the latent's distance; inf where it is not
-    known."""
+    """Tells when the model was last asked about a shot: how, with the latent and the velocity then, both fp32 [C, T, H,
+    W], and the rate: how much the velocity had changed since the time before, divided by the latent's distance; inf
+    where it is not known."""
 
     way: Way
     latent: Tensor
@@ -40,7 +41,7 @@ class Asked:
 
 
 class StepReuse:
-    """What the model was last asked about each shot on the move. reused: how many steps took a velocity again."""
+    """Keeps what the model was last asked about each unfinished shot. reused: how many steps took a velocity again."""
 
     def __init__(
         self, threshold: float, reused: int = 0, remembered: Mapping[int, Mapping[str, Tensor]] | None = None

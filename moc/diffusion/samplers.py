@@ -1,4 +1,4 @@
-"""Sampling the shots of a story: steps along the flow, each shot on its own clock.
+"""The shots of a story are sampled by steps along the flow, each shot on its own clock.
 
 A shot starts `lag` (in units of a whole denoising) after the one before it. One loop covers three ways of sampling:
 
@@ -10,8 +10,8 @@ A shot that has not started is not in the stream, so nothing depends on it. A fi
 noised to `history_sigma` against error accumulation (LCT, arXiv 2503.10589). Shot by shot, and where attention flows
 strictly forward, nothing that history computes ever changes: a model that can remember then keeps its keys and values
 and computes the new shot alone, with the same result. Where a shot leaves the stream (`context_shots`), those after it
-are remembered anew, as they are without it: the film is that of streams that begin there, and its memory is that of one
-such stream, however long it is.
+are remembered anew, computed without it: the film comes out as from streams that begin there, and takes the memory of
+one such stream, however long the film is.
 """
 
 import logging
@@ -104,8 +104,8 @@ def sample_shots(
                 raise
             _do_without_cache((prompt, negative), len(shots), config.offload_cache)
             if routing_map and counts is not None:
-                routing_map.counts = counts  # as they were: the step is counted once
-        if velocity is None:  # not in the handler, which holds on to what filled the memory
+                routing_map.counts = counts  # are put back as they were: the step is counted once
+        if velocity is None:  # asked outside the handler, which holds on to what filled the memory
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
         if reuse and is_new:
             reuse.keep(*way, asked, velocity)

@@ -1,4 +1,4 @@
-"""The two sides of guidance: the model under the prompt and under the negative one, and what it remembers on each."""
+"""Guidance has two sides: the model under the prompt and under the negative one, each with what it remembers there."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from moc.move import move
 
 @dataclass(frozen=True)
 class Stream:
-    """The shots of a step's stream: their indices in the story, noisy latents, and noise levels [S]."""
+    """Holds the shots of a step's stream: their indices in the story, noisy latents, and noise levels [S]."""
 
     shots: list[int]
     latents: list[Tensor]
@@ -30,7 +30,7 @@ class Stream:
 
 
 class Side:
-    """One side of guidance: the model under the prompt or under the negative one, and what it remembers there."""
+    """Is one side of guidance: the model under the prompt or under the negative one, and what it remembers there."""
 
     def __init__(self, model: Model, spec: StreamSpec, text: list[Tensor], cuts: Sequence[bool]) -> None:
         self.model, self.spec, self.cuts = model, spec, cuts
@@ -59,7 +59,7 @@ class Side:
         first = num_still_remembered(self._remembered, history)
         if first < len(self._remembered):
             self.cache.keep_first(self.layout(stream, moc).groups[first].end if first else 0)
-        for count in range(first, len(history)):  # shot by shot, so that a resumed story computes the same bits
+        for count in range(first, len(history)):  # goes shot by shot, so that a resumed story computes the same bits
             self._run(stream.up_to(count + 1), moc, count, cache=self.cache, remember=True)
         self._remembered = history
         return self._run(stream, moc, len(history), on_routes=on_routes, cache=self.cache)

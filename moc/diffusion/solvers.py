@@ -1,4 +1,4 @@
-"""How a shot moves along the flow from one noise level to the next: Euler, or a multistep solver of diffusers.
+"""A solver moves a shot along the flow from one noise level to the next: Euler, or a multistep solver of diffusers.
 
 Each shot has a solver of its own, so that shots may stand at different noise levels. A multistep solver remembers the
 shot's last predictions; what it remembers is kept with an unfinished film (`Progress.remembered`), which then goes on
@@ -21,7 +21,7 @@ class SolverKind(StrEnum):
 
 
 class Euler:
-    """One straight step after another; remembers nothing."""
+    """Takes one straight step after another and remembers nothing."""
 
     def __init__(self, levels: Tensor) -> None:
         """levels: noise levels from 1 down to 0, float32 [steps + 1]."""
@@ -36,7 +36,7 @@ class Euler:
 
 
 class Multistep:
-    """UniPC (arXiv 2302.04867) or DPM-Solver++ (arXiv 2211.01095), both of second order, in diffusers' schedulers."""
+    """Steps by UniPC (arXiv 2302.04867) or DPM-Solver++ (arXiv 2211.01095) of order 2, in diffusers' schedulers."""
 
     def __init__(
         self, kind: SolverKind, levels: Tensor, number: int = 0, remembered: Mapping[str, Tensor] = {}
@@ -78,7 +78,7 @@ def build_solver(kind: SolverKind, levels: Tensor, number: int, remembered: Mapp
 
 
 def _scheduler(kind: SolverKind) -> Any:
-    import diffusers  # here: it takes seconds
+    import diffusers  # is imported here, since it takes seconds
 
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if kind is SolverKind.unipc:

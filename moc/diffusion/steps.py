@@ -1,4 +1,4 @@
-"""The steps of a story: which shots are in the stream of each, at which noise levels, and which of them move."""
+"""A `Step` of a story says which shots are in its stream, at which noise levels, and which of them move."""
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of sampling. now, after: float32 [S], the noise level of each shot of the story before it and after it.
-    shots: those of the stream. moving: those of them that take the step. steps_done: by each shot before it. is_dense:
-    whether attention is."""
+    """Describes one step of sampling. now, after: float32 [S], the noise level of each shot of the story before and
+    after it. shots: those of the stream. moving: those of them that take the step. steps_done: how many steps each shot
+    has taken before it. is_dense: whether attention is dense."""
 
     now: Tensor
     after: Tensor

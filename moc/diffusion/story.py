@@ -1,4 +1,4 @@
-"""What sampling is asked: the settings, a story, and how far it is."""
+"""This module holds what sampling is asked for: the settings, a story, and how far it is sampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ from moc.errors import UserError, check_least
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How shots are sampled.
+    """Says how shots are sampled.
 
-    steps: steps of each shot.
+    steps: the number of steps of each shot.
     solver: how a step is taken: `euler`, or `unipc` or `dpmpp` of diffusers, which need fewer steps.
-    dense_steps: in so many first steps of a shot attention is dense.
-    guidance_scale: 1 is without guidance.
-    high_noise_guidance_scale: that of the high-noise expert of a pair; null is the same.
+    dense_steps: how many of a shot's first steps have dense attention.
+    guidance_scale: how strongly the prompt guides; 1 is without guidance.
+    high_noise_guidance_scale: the scale of the high-noise expert of a pair; null is guidance_scale.
     guidance_interval: the lowest and the highest noise level with guidance; outside the scale is 1, and a step asks the
         model once (arXiv 2404.07724).
     lag: how long after the one before it a shot starts, in units of a whole denoising; 0 is joint, 1 shot by shot.
@@ -67,13 +67,13 @@ class SamplingConfig:
 
     @property
     def keeps_history(self) -> bool:
-        """Whether keys and values of finished shots may be kept, where attention flows strictly forward."""
+        """Returns whether keys and values of finished shots may be kept, where attention flows strictly forward."""
         return self.cache and self.lag == 1
 
 
 @dataclass(frozen=True)
 class Story:
-    """What is to be sampled: one shot or more, of which at least one is not given.
+    """Describes what is to be sampled: one shot or more, of which at least one is not given.
 
     shapes: (C, T, H, W) of each shot's latent.
     text, negative: features [T_i, text_dim] of the global caption, then of each shot's, to steer to and away from.
@@ -125,9 +125,10 @@ class Story:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of every shot
-    that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index. remembered: what is remembered
-    of the steps of shots on the move, by index and name. reused: how many steps took an earlier one's velocity."""
+    """Holds how far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of every
+    shot that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index. remembered: what is
+    remembered of the steps of unfinished shots, by index and name. reused: how many steps took an earlier one's
+    velocity."""
 
     step: int
     num_steps: int

@@ -1,1 +1,1 @@
-"""Fast backends of MoC attention, each equal to `moc.reference`: `torch_backend` (stock kernels), `triton_backend`."""
+"""The fast backends of MoC attention equal `moc.reference`: `torch_backend` (stock kernels) and `triton_backend`."""

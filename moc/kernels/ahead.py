@@ -1,4 +1,4 @@
-"""What the Triton kernels are compiled for, and to, on a machine without a GPU.
+"""This module finds what the Triton kernels are compiled for, and to, on a machine without a GPU.
 
 The launchers run as they do on a GPU of a given compute capability, but on small CPU tensors, and each launch is
 written down instead of done. Its *variant* is what Triton compiles a kernel for: types, constants, alignments, options.
@@ -32,7 +32,7 @@ SHARED_MEMORY = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and its arguments; specialization: the type and the attributes of each, as Triton sees them."""
+    """Holds a kernel and its arguments; specialization: the type and the attributes of each, as Triton sees them."""
 
     kernel: Any
     capability: Capability
@@ -46,7 +46,7 @@ class Launch:
 
     @property
     def variant(self) -> str:
-        """The key under which Triton keeps what it has compiled for this launch."""
+        """Returns the key under which Triton keeps what it has compiled for this launch."""
         kinds = zip(self.arguments, self.specialization, strict=True)
         constants = [self.arguments[name] for name, kind in kinds if kind[0] == "constexpr"]
         return f"{self.name} {self.specialization} {constants} {sorted(self.options.items())}"
@@ -54,7 +54,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes on a GPU. spilled: bytes of a thread's registers that went to memory; shared: bytes."""
+    """Says what a kernel takes on a GPU. spilled: bytes of a thread's registers that went to memory; shared: bytes."""
 
     name: str
     warps: int

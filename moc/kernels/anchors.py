@@ -1,4 +1,4 @@
-"""The anchored attention of MoC: what every query attends to whatever its routes, as a few dense calls.
+"""This module attends to MoC's anchors, what every query sees whatever its routes, in a few dense calls.
 
 Anchors are contiguous runs of keys shared by contiguous runs of queries: a shot's queries see their own shot and the
 text of other groups. One dense call a shot takes both together (own rows and text rows side by side), so that there is
@@ -62,7 +62,7 @@ class AnchorCall(NamedTuple):
 
 
 class AnchorPlan(NamedTuple):
-    """How the anchored attention is computed: its calls, and the same as one variable-length call where they are short.
+    """Plans anchored attention: its calls, or, where they are short, the same as one variable-length call.
 
     text_index: the layout's; calls are empty where they are packed.
     """

@@ -1,4 +1,4 @@
-"""Dense attention kernels under one signature, the fastest one present chosen by name.
+"""Dense attention kernels have one signature here; the fastest one present is chosen by name.
 
 Each kernel returns its output with the natural-log LSE, and has a raw backward that takes any output and LSE: given
 those of a softmax over *more* keys it returns the exact gradient of these keys (FlashAttention's backward recomputes
@@ -39,7 +39,7 @@ Backward = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class DenseKernel:
-    """One way to compute dense attention with scale D**-0.5, without mask.
+    """Is one way to compute dense attention with scale D**-0.5, without mask.
 
     forward(q, k, v) -> (out, lse): q [Lq, N, D], k, v [Lk, N, D] -> out [Lq, N, D] in their dtype, lse fp32 [N, Lq].
     backward(dout, q, k, v, out, lse, deterministic) -> (dq, dk, dv), where out and lse may be merged ones.
@@ -107,7 +107,7 @@ def _fa3() -> ModuleType | None:
     for package in ("flash_attn_3", "xformers.flash_attn_3"):
         try:
             import_module(f"{package}._C")
-        except (ImportError, OSError):  # not installed, or for another CUDA
+        except (ImportError, OSError):  # is not installed, or is for another CUDA
             continue
         return torch.ops.flash_attn_3
     return None
@@ -194,7 +194,7 @@ def _cudnn_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if len(q) == len(k) == 1:  # which cuDNN refuses
+    if len(q) == len(k) == 1:  # cuDNN refuses this
         return _fa2_forward(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)
     return out[0].transpose(0, 1), lse.reshape(q.shape[1], q.shape[0])
@@ -205,7 +205,7 @@ def _cudnn_backward(
 ) -> tuple[Tensor, ...]:
     if len(q) == len(k) == 1:
         return _fa2_backward(dout, q, k, v, out, lse, deterministic)
-    seed = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout, which is off
+    seed = torch.empty((), dtype=torch.int64, device=q.device)  # seeds dropout, which is off
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         dout, q, k, v, out, lse[None, :, :, None].contiguous(), seed, seed, None, None, None,

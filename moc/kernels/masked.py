@@ -1,4 +1,4 @@
-"""Attention of short samples on a CPU: one dense call a shot, under a mask of the chunks that each query attends to.
+"""Short samples on a CPU take one dense call a shot here, under a mask of the chunks that each query attends to.
 
 In a sample of a few hundred tokens a call for each list of routed queries takes longer than the keys that it leaves
 out; a call for each shot leaves out those that come after all it attends to. Anchors and routes are both sets of
@@ -18,15 +18,16 @@ from moc.execution import Execution
 from moc.kernels.anchors import refuse_second_derivative
 from moc.layout import ShotLayout
 
-MAX_TOKENS = 640  # of a sample: beyond, the keys that separate calls leave out are worth their calls
+MAX_TOKENS = 640  # in a longer sample the keys that separate calls leave out are worth their calls
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Run(NamedTuple):
-    """queries: of q, a group's; start: of its sample in the stream. first_chunk: of the sample; key_chunk int64 [tokens
-    of the sample]: counted from it. ends: of the tokens of so many chunks; num_anchored: chunks up to the last anchor.
+    """Describes the call of one group. queries: the group's in q. start: its sample's in the stream. first_chunk: the
+    sample's. key_chunk: int64 [tokens of the sample], each one's chunk, counted from it. ends: how many tokens so many
+    chunks have. num_anchored: the number of chunks up to the last anchor.
 
     anchors fp32 [queries, M + 1]: 0 for the chunks that a query attends to whatever its routes, -inf for the others;
     the last column is for empty slots.

@@ -1,4 +1,4 @@
-"""Many short attentions in one variable-length call: runs of queries, each with keys of its own, gathered once a layer.
+"""Many short attentions are one variable-length call: runs of queries, each with its own keys, gathered once a layer.
 
 A launch costs the same for 72 tokens as for 4,000: a pack of hundreds of short shots is one call here, whatever the
 number of its shots. Keys that several runs share (text) are copied for each; their gradients are added in a fixed
@@ -28,7 +28,7 @@ class Packed(NamedTuple):
     query_starts, key_starts: int32 [U + 1]. The others are int64, and empty where R = L and keys keep their order.
     key_index [R]: the token of each gathered row. row [L]: a gathered row of each token (0 for those without).
     shared [Ls]: tokens with several rows: shared_rows[shared_starts[i] : shared_starts[i + 1]] of token shared[i].
-    unread: tokens without a row. max_queries, max_keys: of any run.
+    unread: tokens without a row. max_queries, max_keys: the most of any run.
     """
 
     query_starts: Tensor

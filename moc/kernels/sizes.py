@@ -1,4 +1,4 @@
-"""Sizes that launches of Triton kernels are made of: block sizes for each GPU and dtype, and arithmetic with sizes.
+"""Triton kernels are launched with these sizes: block sizes for each GPU and dtype, and arithmetic with sizes.
 
 Triton has functions of the same names, for kernels too: called from outside they take microseconds, twenty times as
 long, and what a short stream takes is the time of its launches.
@@ -29,7 +29,7 @@ def padded(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Block sizes of the attention kernels: BM queries, BN keys, num_warps and num_stages of each."""
+    """Holds block sizes of the attention kernels: BM queries, BN keys, num_warps and num_stages of each."""
 
     tile: int
     forward: dict[str, int]
@@ -50,7 +50,7 @@ HALF_SMALL_CHUNKS = Blocks(
     dq={"BN": 32, "num_warps": 4, "num_stages": 3},
     dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
 )
-# By what they compile to without spills (docs/benchmarks/kernels_ahead.md); not measured.
+# Chosen by what compiles without spills (docs/benchmarks/kernels_ahead.md); they are not measured.
 HALF_BY_REGISTERS = Blocks(
     tile=128,
     forward={"BN": 32, "num_warps": 8, "num_stages": 2},
@@ -75,7 +75,7 @@ MASKED_HALF = Blocks(
     dq={"BN": 64, "num_warps": 4},
     dkv={"BM": 64, "num_warps": 4},
 )
-# By what they compile to; not measured.
+# Chosen by what they compile to; they are not measured.
 MASKED_HALF_WIDE_HEADS = replace(MASKED_HALF, dkv={"BM": 32, "num_warps": 8})
 MASKED_HALF_BY_REGISTERS = Blocks(
     tile=32,

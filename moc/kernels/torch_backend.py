@@ -1,9 +1,9 @@
-"""Backend `torch`: anchored and routed attention by stock kernels, merged by their LSE. Runs on CPUs and any GPU.
+"""Backend `torch` merges anchored and routed attention of stock kernels by their LSE. It runs on CPUs and any GPU.
 
-Anchored: dense calls (`anchors`). Routed: the queries that chose a chunk, gathered, against that chunk; one
-variable-length FlashAttention-2 call where the device has it, else one small dense call a list. A few heads at a time
-bound the memory. The backward of either gets the merged output and LSE, which makes it exact. Short samples on a CPU
-take one call each, under a mask (`masked`).
+Anchored attention is dense calls (`anchors`). Routed attention gathers the queries that chose a chunk against that
+chunk, in one variable-length FlashAttention-2 call where the device has it, else in one small dense call a list. A few
+heads at a time bound the memory. The backward of either gets the merged output and LSE, which makes it exact. Short
+samples on a CPU take one call each, under a mask (`masked`).
 
 Shape letters: L packed tokens, Lq queries, N heads, Nb heads of a head block, D head dim, M chunks, K slots of a query,
 R routed rows. In lists and tables of slots, tokens are queries and count from the first of them.
@@ -26,7 +26,7 @@ from moc.routing import route
 __all__ = ["attend", "route"]
 
 MAX_ELEMENTS = 1 << 29  # gathered queries held at a time, in numbers; FA2 faults past 2^31
-MAX_SEQUENCES = 65535  # of one FA2 call
+MAX_SEQUENCES = 65535  # one FA2 call takes no more
 
 
 def attend(
@@ -49,7 +49,7 @@ def attend(
 
 @dataclass(frozen=True)
 class _Lists:
-    """Routed rows of heads [first, first + Nb), sorted by (head, chunk), then by token.
+    """Holds the routed rows of heads [first, first + Nb), sorted by (head, chunk), then by token.
 
     head (within the block), token: int64 [R]. starts: first row of each list, and R. row: int64 [Nb, L, K], the row of
     each slot, -1 where it is empty.
@@ -158,7 +158,7 @@ def _routed(q: Tensor, kernel: DenseKernel) -> "_ByList | _VarLen":
 
 @dataclass(frozen=True)
 class _ByList:
-    """One dense call for each (head, chunk)."""
+    """Computes one dense call for each (head, chunk)."""
 
     kernel: DenseKernel
 
@@ -201,7 +201,7 @@ class _ByList:
 
 
 class _VarLen:
-    """One variable-length FlashAttention-2 call for all lists of a head block."""
+    """Computes one variable-length FlashAttention-2 call for all lists of a head block."""
 
     @staticmethod
     def _head_major(x: Tensor, lists: _Lists) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backend `triton`: anchored attention by the fastest dense kernel, routed attention by own kernels, merged exactly.
+"""Backend `triton` merges, exactly, anchored attention of the fastest dense kernel and routed attention of its own.
 
 Routes become lists of queries by (head, chunk) on the device; nothing waits for the host. Compiled, the whole attention
 is one `torch.library` operator with a backward, so it goes through `torch.compile(fullgraph=True)`; eager, it is the
@@ -112,7 +112,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _arguments(ctx) -> list[Any]:
     """Returns what `_save` kept, as `_backward` takes it after dout."""
-    saved = ctx.saved_tensors  # once: checkpointing unpacks no tensor twice
+    saved = ctx.saved_tensors  # is read once: checkpointing unpacks no tensor twice
     return [*saved[:11], list(saved[11:]), *ctx.settings]
 
 

@@ -1,4 +1,4 @@
-"""Which chunks a query may route to and how it scores them, inside Triton kernels; as `moc.context`."""
+"""These functions tell, inside Triton kernels, what a query may route to, as `moc.context`, and how it scores that."""
 
 import triton
 import triton.language as tl

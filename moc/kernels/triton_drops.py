@@ -1,4 +1,4 @@
-"""Context drop-off and drop-in as one Triton kernel over finished routes; the same bits as `moc.routing.apply_drops`.
+"""One Triton kernel does context drop-off and drop-in on finished routes, with the bits of `moc.routing.apply_drops`.
 
 Every draw is a counter hash of (seed, step, layer, head, the sample's position in the run, the token's offset in its
 sample), so a recomputation, another head split, another pack or another rank draws alike.

@@ -1,8 +1,9 @@
-"""From routes to work lists, on the device: for each (head, chunk) the queries that chose it, in stream order.
+"""Routes become work lists on the device: for each (head, chunk) the queries that chose it, in stream order.
 
-A counting sort with bit masks. `mark` sets one bit for each (token, chunk) chosen, 32 tokens a word; `count` scans the
-numbers of bits along the stream, `scan` the lengths of the lists; then a route's offset in its list is the number of
-bits before its own. Or-ing bits knows no order, so the lists are the same every time; nothing waits for the host.
+This is a counting sort with bit masks. `mark` sets one bit for each (token, chunk) chosen, 32 tokens a word; `count`
+scans the numbers of bits along the stream, `scan` the lengths of the lists; then a route's offset in its list is the
+number of bits before its own. Bits may be or-ed in any order, so the lists are the same every time; nothing waits for
+the host.
 
 Shape letters: L packed tokens, N heads, M chunks, K routes a query, W = ceil(L / 32) words,
 Nb heads of a head block.
@@ -23,7 +24,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Lists:
-    """The routed queries by (head, chunk), int32; list h * M + c belongs to head h and chunk c.
+    """Holds the routed queries by (head, chunk), int32; list h * M + c belongs to head h and chunk c.
 
     entries [N * L * K]: token * K + slot of each routed query; those of list i are [starts[i], starts[i + 1]).
     starts [N * M + 1]. tile_starts [N * M + 1]: a list is cut into tiles of `tile` queries; list i has the tiles

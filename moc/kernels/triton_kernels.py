@@ -1,4 +1,4 @@
-"""Triton kernels of routed attention: gathered queries against whole chunks, and the sums over a query's routes.
+"""These Triton kernels attend with gathered queries to whole chunks, and sum over each query's routes.
 
 A *tile* is up to BM queries that chose one chunk in one head (see `triton_index`). Every kernel owns what it writes:
 
@@ -7,8 +7,8 @@ A *tile* is up to BM queries that chose one chunk in one head (see `triton_index
     dq        a tile x its chunk -> partial dQ of each (query, slot); `add_dq` sums them
     dkv       BN keys of a chunk x all queries of its list -> dK, dV, added to those of the anchors
 
-so there are no atomics, and gradients repeat bit for bit. Exact math for attention in several calls: FlashAttention's
-backward with the merged LSE and D = rowsum(dO * O).
+so there are no atomics, and gradients repeat bit for bit. Attention in several calls is exact: backward is
+FlashAttention's with the merged LSE and D = rowsum(dO * O).
 
 Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K slots of a query.
 q, k, v, out and their gradients are contiguous [L, N, D]; lse, delta [N, L]; partials [heads of a head block, L, K, D].

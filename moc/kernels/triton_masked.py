@@ -1,4 +1,4 @@
-"""Attention of short samples in Triton: dense within a sample, under a mask of the chunks that each query attends to.
+"""Short samples in Triton attend densely within a sample, under a mask of the chunks that each query attends to.
 
 In a sample of a few hundred tokens the anchors and the routes are most of the keys, and lists of gathered queries cost
 more than the keys they leave out. What a query of a head attends to is a set of chunks of its sample: the bits of one
@@ -9,7 +9,7 @@ nothing is merged:
     dq        the same -> dQ
     dkv       BN keys x the queries of their sample, those blocks that attend to one of them -> dK, dV
 
-Every kernel owns what it writes: no atomics, and gradients repeat bit for bit.
+Every kernel owns what it writes: there are no atomics, and gradients repeat bit for bit.
 
 Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K slots of a query.
 """
@@ -29,12 +29,12 @@ from moc.kernels.triton_kernels import LOG2E, delta_kernel, load_rows, store_row
 from moc.layout import ShotLayout
 from moc.move import move
 
-MAX_CHUNKS = 64  # of a sample: the bits of a word
-MAX_TOKENS = 2048  # of a sample, on average: up to there, lists to leave keys out cost what they save, on an H100
+MAX_CHUNKS = 64  # a sample has one bit of a word for each
+MAX_TOKENS = 2048  # samples up to this mean length are masked: lists to leave keys out cost what they save, on an H100
 
 
 class MaskedPlan(NamedTuple):
-    """blocks int32 [n, 4]: up to a tile of tokens of one sample each: start, end, and start and end of the sample.
+    """Plans a stream. blocks int32 [n, 4]: up to a tile of a sample's tokens: start, end, then the sample's.
 
     token_chunk int32 [L]: each token's chunk, counted within its sample. first_chunk int32 [L]: its sample's first one.
     anchors int64 [L]: the chunks of its sample that a token attends to whatever its routes, as bits.
@@ -212,7 +212,7 @@ def masked_dkv_kernel(
     keys = load_rows(k + head * D, key, stride, inside, D, DP)
     values = load_rows(v + head * D, key, stride, inside, D, DP)
     chunk = tl.load(token_chunk + key, mask=inside, other=0)
-    # The bits of the block's chunks, from the first to the last of them.
+    # These are the bits of the block's chunks, from the first to the last of them.
     one = tl.full([1], 1, tl.int64)
     lowest = tl.load(token_chunk + key_start).to(tl.int64)
     highest = tl.load(token_chunk + key_end - 1).to(tl.int64)

@@ -1,4 +1,4 @@
-"""Launches of routed attention: partial results for a few heads, gathered queries for a few tiles at a time.
+"""This module launches routed attention: partial results for a few heads, gathered queries for a few tiles at a time.
 
 Shape letters: L packed tokens, N heads, D head dim, M chunks, K slots of a query.
 """
@@ -14,7 +14,7 @@ from moc.kernels.dense import capability
 from moc.kernels.sizes import Blocks, cdiv, next_power_of_2, padded
 from moc.kernels.triton_index import Lists, max_tiles
 
-# Partial results and gathered queries held at a time: so many times q, or so many numbers where q is small and every
+# So many times q are held as partial results and gathered queries, or so many numbers where q is small and every
 # launch counts.
 PARTIAL_SIZE = 1.25
 PARTIAL_NUMBERS = 1 << 26
@@ -113,7 +113,7 @@ def _add_dkv(
     all_tiles = max_tiles(routes.numel(), num_lists, lists.tile)
     num_tiles = min(all_tiles, cdiv(_partial_numbers(q) // head_dim, lists.tile))
 
-    terms = 3 if capability(q.device) else 1  # interpreted, fp32
+    terms = 3 if capability(q.device) else 1  # interpreted kernels take fp32
     q_list, dout_list = (q.new_empty(num_tiles * lists.tile, head_dim) for _ in range(2))
     terms_dtype = torch.bfloat16 if terms == 3 else torch.float32
     terms_list = torch.zeros(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)

@@ -1,4 +1,4 @@
-"""Routing in Triton: chunk means in one pass over K, then scores and top-k together; scores are not stored.
+"""Triton's routing takes chunk means in one pass over K, then scores and top-k together; scores are not stored.
 
 A program takes BQ queries of one head, walks over the chunks they may route to, BC at a time, and keeps the best
 chunks of each query in registers: as long as some query has a score above its worst kept one, each query takes its
@@ -6,7 +6,7 @@ best remaining score. Chunks come in stream order and only a strictly better sco
 the lowest index. Means enter the matrix unit as a sum of terms of q's dtype (three bf16 or two fp16), which restores
 fp32 accuracy, as q itself is exact. With many routes a query a shortlist comes first (`triton_shortlist`).
 
-Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). Equals `moc.routing.route`, except that the routes
+Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). It equals `moc.routing.route`, except that the routes
 of a query come in no order.
 
 Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query.

@@ -1,4 +1,4 @@
-"""Routing with many routes a query, in Triton: most chunks are ruled out before any is ranked.
+"""Where a query has many routes, these Triton kernels rule most chunks out before any is ranked.
 
 Three kernels, each over blocks of queries of one head that may all route to the same chunks:
 
@@ -11,7 +11,7 @@ Three kernels, each over blocks of queries of one head that may all route to the
 Blocks whose queries differ in what they may route to, and those where some list outgrows its room (many equal scores),
 are left to `triton_routing.route_kernel`, which takes any; a count above the room tells.
 
-Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). Equals `moc.routing.route`, except that the routes
+Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). It equals `moc.routing.route`, except that the routes
 of a query come in no order.
 
 Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query, R room
@@ -84,7 +84,7 @@ def bound_kernel(
         tile = tl.arange(0, TILES)
         best = tl.zeros([BQ, TILES], tl.float32) - float("inf")
         for block in tl.range(first, last, TILES, num_stages=STAGES):
-            # Shifted from block to block, so that no period of the chunks fills one tile.
+            # The tiles are shifted from block to block, so that no period of the chunks fills one tile.
             chunk = block + (tile + (block - first) // TILES * 37) % TILES
             scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, 1, DP, BQ, TILES)
             mask = _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text)

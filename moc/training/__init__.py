@@ -1,4 +1,4 @@
-"""Training on any number of processes: the trainer, its checkpoints, optimizer, averaged weights and metrics."""
+"""Training runs on any number of processes: here are trainer, checkpoints, optimizer, averaged weights and metrics."""
 
 from moc.training.checkpoint import find_checkpoint, sound_checkpoint
 from moc.training.ema import EMA

@@ -1,16 +1,16 @@
-"""The loss taken apart: by noise level, by the shot's number in its film, and by the source of the data."""
+"""A `Breakdown` takes the loss apart: by noise level, by the shot's number in its film, by the source of the data."""
 
 from collections import defaultdict
 
 from moc.training.outcome import Outcome
 from moc.training.parallel import gather_lists
 
-_BINS = 10  # of the noise level, over [0, 1]
+_BINS = 10  # bins of the noise level over [0, 1]
 _LAST_SHOT = 16  # shots from here on count as one
 
 
 class Breakdown:
-    """The mean loss of target shots, taken apart, over the steps that were added since the last reading."""
+    """Takes the mean loss of target shots apart, over the steps that were added since the last reading."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder a step, nothing pickled, and never one that looks whole and is not.
+"""A checkpoint is a folder for a step; nothing is pickled, and none looks whole that is not.
 
     step_0000100/
         model/            a diffusers folder (config.json, safetensors) with moc.json: loads anywhere by itself
@@ -43,7 +43,7 @@ _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
 class DiskError(UserError):
-    """A checkpoint that the disk does not take; `problem` says why, and that the earlier ones stand."""
+    """Is raised for a checkpoint that the disk does not take; `problem` says why, and that the earlier ones stand."""
 
     def __init__(self, problem: str) -> None:
         self.problem = problem
@@ -106,7 +106,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 class Alone:
-    """The process that writes a checkpoint by itself; `Parallel` stands for several that write one together."""
+    """Is a process that writes a checkpoint by itself; `Parallel` stands for several that write one together."""
 
     is_main, rank, world_size = True, 0, 1
 
@@ -118,7 +118,7 @@ class Alone:
 
 
 class Writers(Protocol):
-    """The processes that write a checkpoint; see `Parallel`."""
+    """Stands for the processes that write a checkpoint; see `Parallel`."""
 
     @property
     def is_main(self) -> bool: ...
@@ -149,7 +149,7 @@ def new_checkpoint(run_folder: Path, step: int, writers: Writers | None = None) 
         yield partial
         with writers.together():
             files = files_to_seal(partial) if writers.is_main else []
-        files = writers.gather(files)[0]  # as the main process lists them: another host may see some later
+        files = writers.gather(files)[0]  # takes the main process's list: another host may see some later
         with writers.together():
             share = checksums(partial, files[writers.rank :: writers.world_size])
         shares = writers.gather(share)

@@ -1,4 +1,4 @@
-"""How long steps take: as a whole, waiting for data, and in each of their phases."""
+"""A `Clock` tells how long steps take: as a whole, waiting for data, and in each of their phases."""
 
 import time
 from collections import defaultdict

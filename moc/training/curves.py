@@ -1,4 +1,4 @@
-"""A picture of a run's curves, for those who have no tracker."""
+"""This module draws a run's curves, for those who have no tracker."""
 
 import logging
 from io import BytesIO
@@ -7,7 +7,7 @@ from typing import Any
 
 from moc.files import write_whole
 
-# Title of each panel -> what the names of its curves begin with.
+# The title of each panel maps to what the names of its curves begin with.
 PANELS = {
     "loss": ("loss", "grad_norm"),
     "held-out loss": ("validation/",),
@@ -25,7 +25,7 @@ def draw_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Draws rows of `metrics.jsonl` into curves.png, where matplotlib is installed. A picture that fails costs no more
     than itself: a warning."""
     try:
-        from matplotlib.figure import Figure  # not pyplot, which may ask for a display
+        from matplotlib.figure import Figure  # pyplot may ask for a display
     except ImportError:
         return
     figure = Figure(figsize=(15, 8))

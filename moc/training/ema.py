@@ -1,4 +1,4 @@
-"""Averaged weights: what validation and sampling use."""
+"""Averaged weights are what validation and sampling use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +11,9 @@ from moc.training.shards import local
 
 
 class EMA:
-    """An exponential moving average of a model's trained weights, in their dtype, warmed up by (1 + n) / (10 + n) after
-    n updates; the first one takes the weights as they are. Unlike torch's AveragedModel it never waits for the GPU.
+    """Keeps an exponential moving average of a model's trained weights, in their dtype, warmed up by (1 + n) / (10 + n)
+    after n updates; the first one takes the weights as they are. Unlike torch's AveragedModel it never waits for the
+    GPU.
 
     averages: by the parameter's name, sharded as the parameter is.
     """

@@ -1,4 +1,4 @@
-"""What an optimizer keeps besides tensors by parameter, so that a resumed run steps as one that never stopped."""
+"""A checkpoint has an optimizer's numbers besides its tensors, so a resumed run steps as one that never stopped."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ _OURS = ("lr", "factor")  # set at every step
 
 
 class GroupNumbers:
-    """The numbers that an optimizer itself changes in its groups, as schedule-free ones do with their sums of weights
-    and optimi's with their count of steps. Settings are not among them: those come from the configuration.
+    """Saves the numbers that an optimizer itself changes in its groups, as schedule-free ones do with their sums of
+    weights and optimi's with their count of steps. Settings are not among them: those come from the configuration.
 
     optimizer: as it was built, before its first step.
     """

@@ -1,4 +1,4 @@
-"""Folders that are what was written: every file is on the disk before the mark `complete` is, and its checksum in it.
+"""A folder is what was written: every file is on the disk before the mark `complete` is, which holds its checksum.
 
 The mark holds one JSON object, from a file's path within the folder to the CRC32 of its bytes. Files that say where
 other weights lie are left out, since who moves those edits them. Checkpoints of earlier versions have an empty mark;

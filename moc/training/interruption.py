@@ -1,4 +1,4 @@
-"""Signals that tell a run to end: looked at within a step, and answered with a checkpoint and an exit status; before
+"""Signals that tell a run to end are looked at within a step, and answered with a checkpoint and an exit status; before
 training begins, with the exit status alone.
 
 Schedulers send SIGTERM or SIGUSR1 before they take a machine, a user presses Ctrl-C. Repeated ones change nothing.
@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 NOT_FINISHED = os.EX_TEMPFAIL  # 75, the exit status of a run that the same command goes on with
-MARKER = "MOC_UNFINISHED"  # environment variable: a file to make then, for launchers whose own status is another
+MARKER = "MOC_UNFINISHED"  # an environment variable names a file to make then, for launchers with another status
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Result = TypeVar("Result")

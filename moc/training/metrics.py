@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line each in `metrics.jsonl`, always; Weights & Biases or TensorBoard besides, if asked
+"""Metrics of a run are always JSON lines in `metrics.jsonl`; Weights & Biases or TensorBoard get them too if asked
 for."""
 
 import errno
@@ -71,7 +71,7 @@ class Metrics:
 
 
 class Tracker(Protocol):
-    """Where metrics go besides the file."""
+    """Takes metrics to where they go besides the file."""
 
     def log(self, step: int, values: dict[str, Any]) -> None: ...
 
@@ -79,7 +79,7 @@ class Tracker(Protocol):
 
 
 class WeightsAndBiases:
-    """One run there for one folder, however often it is resumed: its id is kept in the folder."""
+    """Makes one run there for one folder, however often it is resumed: its id is kept in the folder."""
 
     def __init__(self, folder: Path, config: TrackerConfig, run_config: dict[str, Any]) -> None:
         import wandb
@@ -98,12 +98,12 @@ class WeightsAndBiases:
                 resume="allow",
                 allow_val_change=True,
             )
-        except wandb.Error as error:  # such as no key, or no network
+        except wandb.Error as error:  # comes where there is no key or no network
             raise UserError(
                 f"tracking.tracker={config.tracker}: Weights & Biases does not start ({error}); mend that, or say "
                 "tracking.tracker=wandb-offline and synchronize the run later"
             ) from None
-        # A step of our own, since theirs refuses the steps that a killed run does again.
+        # We give a step of our own, since theirs refuses the steps that a killed run does again.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ class WeightsAndBiases:
 
 
 class TensorBoard:
-    """Event files in the run's folder; a resumed run replaces the steps past its checkpoint."""
+    """Writes event files in the run's folder; a resumed run replaces the steps past its checkpoint."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         try:

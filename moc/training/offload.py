@@ -1,4 +1,4 @@
-"""What a GPU does not need at once, kept in the host's memory meanwhile: tensors for backward, averages of AdamW."""
+"""The host's memory keeps what a GPU does not need at once: tensors for backward, averages of AdamW."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
 
 @dataclass
 class _OnHost:
-    """A tensor on the host, in pieces, and the device that it came from."""
+    """Holds a tensor on the host, in pieces, and the device that it came from."""
 
     shape: torch.Size
     device: torch.device
@@ -61,15 +61,15 @@ class _OnHost:
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW whose averages of gradients wait on the host. In a step those of some parameters come to the device, which
-    computes as ever, and go back; the host waits for the last of them."""
+    """Is AdamW whose averages of gradients wait on the host. In a step those of some parameters come to the device,
+    which computes as ever, and go back; the host waits for the last of them."""
 
-    state_device = torch.device("cpu")  # where states like a parameter lie between two steps
+    state_device = torch.device("cpu")  # states like a parameter lie here between two steps
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._hosts: dict[tuple[Tensor, str], Tensor] = {}
-        self._memory: list[Tensor] = []  # in which those lie
+        self._memory: list[Tensor] = []  # holds those states
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

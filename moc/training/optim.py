@@ -1,4 +1,4 @@
-"""Optimizers by name, and their learning rate: a plain function of the step, so that resuming needs no scheduler."""
+"""Optimizers are made by name; their learning rate is a plain function of the step, so resuming needs no scheduler."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from moc.errors import UserError, check_least
 from moc.training.offload import OffloadedAdamW
 
-Group = dict[str, Any]  # of an optimizer: its parameters and their settings
+Group = dict[str, Any]  # a group of an optimizer: its parameters and their settings
 
 
 @dataclass(frozen=True)
 class PartConfig:
-    """A part of the model.
+    """Names a part of the model and its learning rate.
 
     match: the parameters whose names match it, with * and ?.
     factor: what their learning rate is multiplied by; 0 freezes them.
@@ -34,7 +34,7 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer.
+    """Says how the optimizer steps.
 
     name: adamw, adamw8bit (of bitsandbytes), muon (weights of two dimensions in the blocks, adamw for the rest), or
     where a class is imported from, such as torch.optim.Adafactor, schedulefree.AdamWScheduleFree or optimi.StableAdamW,
@@ -138,7 +138,7 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 class Several(torch.optim.Optimizer):
-    """Optimizers over different parameters as one, with the groups and the states of all."""
+    """Steps optimizers over different parameters as one, with the groups and the states of all."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
@@ -148,7 +148,7 @@ class Several(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         groups = iter(self.param_groups)
         for optimizer in self.optimizers:
-            optimizer.state = self.state  # which loading a checkpoint may have replaced, like the groups
+            optimizer.state = self.state  # loading a checkpoint may have replaced it, like the groups
             optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
             optimizer.step()
 
@@ -226,12 +226,12 @@ def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
     if module.partition(".")[0] == "optimi":  # its Triton kernels need a GPU, and take no shards
         own["triton"] = all(p.is_cuda and not isinstance(p, DTensor) for p in parameters.values())
     optimizer = kind(_groups(parameters, config), lr=config.lr, **own | config.args)
-    if hasattr(optimizer, "train"):  # schedule-free: the weights that gradients are taken at, of which ours average
+    if hasattr(optimizer, "train"):  # schedule-free: gradients are taken at these weights; our average is of them
         optimizer.train()
     return optimizer
 
 
 _OF_WHOLE_WEIGHTS = ("adamw8bit", "torch.optim.Adafactor")
 _BUILDERS = {"adamw": _build_adamw, "adamw8bit": _build_adamw8bit, "muon": _build_muon}
-# For each byte of a float32 parameter. AdamW8bit keeps two averages of one byte a number.
+# Bytes kept for each byte of a float32 parameter. AdamW8bit keeps two averages of one byte a number.
 _KEPT = {"torch.AdamW": 2.0, "moc.OffloadedAdamW": 2.0, "torch.Muon": 1.0, "bitsandbytes.AdamW8bit": 0.5}

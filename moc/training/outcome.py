@@ -1,4 +1,4 @@
-"""What a training step came to: its loss and its gradient's norm, read a step late so that the host never waits for it.
+"""An `Outcome` is a training step's loss and gradient norm, read a step late so that the host never waits for them.
 
 A step whose loss or gradient is not finite is skipped on the device, before the optimizer steps (`found_inf`, which
 fused AdamW heeds). The host hears of it when the next step is under way, counts it and names its scenes.
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Outcome:
-    """The outcome of one step. `read` waits for the device to have finished the step; the constructor does not."""
+    """Holds a step's outcome. `read` waits for the device to have finished the step; the constructor does not."""
 
     def __init__(
         self, step: int, batches: Sequence[Batch], levels: Sequence[NoiseLevels], losses: Tensor, totals: Tensor
@@ -68,7 +68,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ShotLoss:
-    """The loss of one shot, its noise level, its number in its film from 1 on, its scene and the source of that."""
+    """Holds a shot's loss, its noise level, its number in its film from 1 on, its scene and the source of that."""
 
     loss: float
     sigma: float
@@ -89,7 +89,7 @@ def _of_each_shot(batches: Sequence[Batch], by_sample: Sequence[Sequence[str]]) 
 
 @dataclass(frozen=True)
 class Totals:
-    """loss, grad_norm: of the step, over all processes. num_finite: how many of its shots have a finite loss."""
+    """Sums up a step. loss, grad_norm: over all processes. num_finite: how many of its shots have a finite loss."""
 
     loss: float = math.nan
     grad_norm: float = math.nan
@@ -97,7 +97,7 @@ class Totals:
 
     @property
     def skipped(self) -> bool:
-        """Whether the optimizer left the step out."""
+        """Returns whether the optimizer left the step out."""
         return not (math.isfinite(self.loss) and math.isfinite(self.grad_norm))
 
     def finite(self) -> dict[str, float]:
@@ -107,7 +107,7 @@ class Totals:
 
 
 class TooManySkipped(FloatingPointError):
-    """Too many steps in a row were skipped."""
+    """Is raised where too many steps in a row were skipped."""
 
 
 class SkipCount:
@@ -143,7 +143,7 @@ class SkipCount:
 class Spikes:
     """Tells losses and gradient norms far above what they were before, with the scenes of the largest losses.
 
-    Far is so many standard deviations of their logarithm, over the past hundred steps or so, and twice the usual value.
+    Far means so many standard deviations of their logarithm, over some hundred past steps, and twice the usual value.
     tells: whether this process logs them, as one of all does.
     """
 

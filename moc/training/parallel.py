@@ -1,4 +1,4 @@
-"""The processes of a command, its device and its precision: `Parallel` owns them, and nobody else chooses.
+"""`Parallel` owns the processes of a command, its device and its precision; nobody else chooses them.
 
 Processes form a mesh of replicate x shard x sequence. Those along `sequence` hold one stream together (`moc.exchange`);
 all others have samples of their own. Weights, averages and the optimizer's states are sharded over shard x sequence
@@ -43,7 +43,7 @@ _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORL
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the processes of a command share its work and its weights.
+    """Says how the processes of a command share its work and its weights.
 
     sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
     with samples of their own the weights are sharded, and over those of the streams besides; where nothing is trained
@@ -60,10 +60,11 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig(MeshConfig):
-    """Where and how a step is computed.
+    """Says where and how a step is computed.
 
     device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
-    precision: of every forward pass, in training and out of it: auto (bf16 on a GPU, fp32 on the CPU), fp32 or bf16.
+    precision: what every forward pass computes in, in training or not: auto (bf16 on a GPU, fp32 on the CPU), fp32 or
+    bf16.
     accumulation: micro-batches a step on each process.
     activation_checkpointing: recompute blocks in backward; routes are kept.
     recompute_parts: recompute the parts of such a block once more, one at a time: less memory for one more forward.
@@ -109,13 +110,13 @@ class ParallelConfig(MeshConfig):
 
 
 class Parallel:
-    """This process among those of a command: rank, world_size, device, and dtype, that of its forward passes.
+    """Knows this process among those of a command: rank, world_size, device, and dtype, that of its forward passes.
 
-    data_rank, data_ranks: among the processes with samples of their own; those that hold a stream together count as
-    one. saving: a context in which a forward pass keeps what its backward needs where the configuration says; offloads:
-    whether that is the host's memory. is_sharded: whether forward passes of all processes must keep step. team,
-    num_teams: which team of processes this one belongs to, where those that hold a model together make one thing
-    together; leads: whether it is its first.
+    data_rank, data_ranks: rank and number among the processes with samples of their own; those that hold a stream
+    together count as one. saving: a context in which a forward pass keeps what its backward needs where the
+    configuration says; offloads: whether that is the host's memory. is_sharded: whether forward passes of all processes
+    must keep step. team, num_teams: which team of processes this one belongs to, where those that hold a model together
+    make one thing together; leads: whether it is its first.
     Raises UserError for a device that does not exist, for a mesh that the processes do not fill, and where accelerate
     started one process of several.
     """
@@ -130,7 +131,7 @@ class Parallel:
             torch.cuda.set_device(self.device)  # kernels that we launch ourselves go to the current one
         precision = ("bf16" if has_gpu else "fp32") if config.precision == "auto" else config.precision
         self.dtype = PRECISIONS[precision]
-        self.file_group: Any = None  # of the processes as they write files together
+        self.file_group: Any = None  # the group of the processes as they write files together
         if self.world_size > 1:
             self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
             self.file_group = dist.new_group(backend="gloo", timeout=_PATIENT)
@@ -159,17 +160,17 @@ class Parallel:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and the log."""
+        """Returns whether this process writes the files and the log."""
         return self.rank == 0
 
     @property
     def init_device(self) -> torch.device:
-        """Where a model's first weights are drawn: on the device, in no time, unless it is not to hold all of them."""
+        """Says where a model's first weights are drawn: on the device, in no time, unless it is not to hold all."""
         return torch.device("cpu") if self.is_sharded or self._swap_blocks else self.device
 
     @property
     def device_name(self) -> str:
-        """What the device is called."""
+        """Returns what the device is called."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"
 
     def autocast(self) -> AbstractContextManager:
@@ -281,7 +282,7 @@ class Parallel:
     def _for_others(self, error: Exception) -> tuple[type[Exception], tuple]:
         """What the other processes raise where this one has raised an error: the type and its arguments."""
         where = f"rank {self.rank}"
-        if isinstance(error, OSError) and error.errno:  # whose number makes the type, such as PermissionError
+        if isinstance(error, OSError) and error.errno:  # its number makes the type, such as PermissionError
             return OSError, (error.errno, f"{where}: {error.strerror}", error.filename)
         told = disk_error(error)
         if isinstance(error, UserError) or told:

@@ -1,7 +1,7 @@
-"""Forward and backward of a micro-batch, kernel by kernel or as a CUDA graph.
+"""Forward and backward of a micro-batch run kernel by kernel or as a CUDA graph.
 
 A graph launches at once what takes the host longer to launch, kernel by kernel, than a GPU takes to compute where the
-model is small. It is of one kind of micro-batch: a stream (texts and shots of the same lengths) under the same MoC
+model is small. It serves one kind of micro-batch: a stream (texts and shots of the same lengths) under the same MoC
 settings. The first of a kind compiles its kernels and makes the stream's tables, the second is captured, later ones are
 copied to where the graph reads. Gradients add to those that are there, as in any backward. Graphs compute in the same
 memory, since one is replayed after another; those of settings that the schedule has left are dropped.
@@ -26,9 +26,9 @@ from moc.training.survey import Survey
 
 @dataclass(frozen=True)
 class Inputs:
-    """What forward and backward of one micro-batch read, on the device.
+    """Holds what forward and backward of one micro-batch read, on the device.
 
-    weights [S]: of each shot's loss in the sum that is minimized. step: int64 [], from 0 on.
+    weights [S]: that of each shot's loss in the sum that is minimized. step: int64 [], from 0 on.
     """
 
     noised: Noised
@@ -64,9 +64,9 @@ class Passes:
             )
         self._parallel, self._model, self._flow, self._seed = parallel, model, flow, seed
         self._most = graphs if parallel.device.type == "cuda" else 0
-        self._moc: MoCConfig | None = None  # of all kinds
+        self._moc: MoCConfig | None = None  # the settings of all kinds kept
         self._kinds: list[_Kind] = []
-        self._pool: Any = None  # of the memory of their graphs
+        self._pool: Any = None  # the pool of memory of their graphs
 
     def __call__(
         self, batch: Batch, levels: NoiseLevels, scale: Tensor, step: int, moc: MoCConfig, survey: Survey | None,
@@ -123,7 +123,7 @@ class _Kind:
 
 
 class _Graph:
-    """What `run` does with `inputs`, captured. Its losses last until another graph of the pool is replayed."""
+    """Replays what `run` does with `inputs`. Its losses last until another graph of the pool is replayed."""
 
     def __init__(self, run: Callable[[Inputs], Tensor], inputs: Inputs, pool: Any) -> None:
         self._inputs, self._graph = inputs, torch.cuda.CUDAGraph()

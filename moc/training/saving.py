@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run after `step` steps.
+    """Holds a run after `step` steps.
 
     models: tensors by the names of their files, of "model" and "ema". optimizer: as `optimizer_states` names them.
     state: what state.json holds. moc: attention as it then is. rng: the random states of this process.
@@ -57,7 +57,7 @@ class Saver:
     ) -> None:
         self.parallel, self.run_folder, self.model, self.save_extras = parallel, run_folder, model, save_extras
         self.keep, self.keep_every, self.in_background = keep, keep_every, in_background
-        self.saved_step = 0  # of the newest checkpoint
+        self.saved_step = 0  # the step of the newest checkpoint
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -68,7 +68,7 @@ class Saver:
         if last:
             self._write(snapshot)
         elif self.in_background:
-            # A daemon, so that a process that fails meanwhile ends, and with it the job.
+            # It is a daemon, so that a process that fails meanwhile ends, and with it the job.
             self._thread = threading.Thread(target=self._note_failure, args=(snapshot.on_host(),), daemon=True)
             self._thread.start()
         else:

@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a shard.
+"""These functions take tensors of which each process holds a shard.
 
 A tensor that is not sharded counts as one whose only shard is the whole.
 """

@@ -1,4 +1,4 @@
-"""Sharded tensors to and from safetensors files, through torch.distributed.checkpoint, which plans the rows that each
+"""Sharded tensors go to and from safetensors files through torch.distributed.checkpoint, which plans the rows that each
 process writes and reads. The files are those that one process alone would write.
 
 torch's own HuggingFaceStorageWriter has each process write a file of its own, to be merged when all are there; here
@@ -66,7 +66,7 @@ def _run(action: Any, *arguments: Any, **settings: Any) -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where the values of a tensor begin: a file and a byte of it."""
+    """Says where the values of a tensor begin: a file and a byte of it."""
 
     file: Path
     first: int

@@ -1,5 +1,5 @@
-"""What attention did in one training step and what the step computed: counted on the device while the step runs, and
-read when it is over, so that the step itself waits for nothing."""
+"""A `Survey` tells what attention did in one training step and what the step computed. It counts on the device while
+the step runs and is read when it is over, so that the step itself waits for nothing."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,8 +33,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @dataclass
 class _Forward:
-    """One forward: how often the queries of each group chose each chunk, int64 [G, M], over its `layers` that route and
-    all their `heads`."""
+    """Counts of one forward how often the queries of each group chose each chunk, int64 [G, M], over its `layers` that
+    route and all their `heads`."""
 
     layout: ShotLayout
     counts: Tensor | int = 0
@@ -51,7 +51,7 @@ class _Forward:
 
 @dataclass
 class Survey:
-    """Routing, density and FLOPs of one step, on this process's share of it. model: a `StreamModel`, not wrapped."""
+    """Tells routing, density and FLOPs of a step, on this process's share of it. model: a `StreamModel`, unwrapped."""
 
     model: Any
     moc: MoCConfig

@@ -1,4 +1,4 @@
-"""Blocks whose frozen weights wait in the host's memory and come to the device while the block before them computes.
+"""Frozen weights of blocks wait in the host's memory and come to the device while the block before them computes.
 
 Forward takes the blocks in order and backward in the reverse, where activation checkpointing computes each of them once
 more before its gradients. Whenever a block begins, the next one of that direction starts on its way, on a stream of its
@@ -77,7 +77,7 @@ class Swap:
 
 
 class _Slot:
-    """Memory of the device for one block, the number of that block, and the event of its arrival on a GPU."""
+    """Holds memory of the device for one block, the number of that block, and the event of its arrival on a GPU."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -86,8 +86,8 @@ class _Slot:
 
 
 class _Waiting:
-    """The frozen weights of a block, one after another in `host`, uint8 [bytes]. They have no memory of their own until
-    `lie_in` gives them one."""
+    """Holds the frozen weights of a block, one after another in `host`, uint8 [bytes]. They have no memory of their own
+    until `lie_in` gives them one."""
 
     def __init__(self, block: nn.Module, pinned: bool) -> None:
         self.weights = [weight for weight in block.parameters() if not weight.requires_grad]

@@ -1,5 +1,5 @@
-"""Where tensors lie in safetensors files. It is known before a value is written, so that a file is never held in memory
-and several processes may write their own rows of one."""
+"""This module says where tensors lie in safetensors files. That is known before a value is written, so that a file is
+never held in memory and several processes may write their own rows of one."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""The training loop: steps of micro-batches, an optimizer, averaged weights, metrics, checkpoints, resuming.
+"""The training loop has steps of micro-batches, an optimizer, averaged weights, metrics, checkpoints and resuming.
 
 One optimizer step minimizes the loss averaged over all shots of the global batch: all processes, all micro-batches.
 Every random draw is keyed by the seed and the sample's position in the run (`Flow.draw_levels`, `DropKey`), so a run
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """The data of a run: iterates over steps, endlessly, each a list of this process's micro-batches."""
+    """Gives the data of a run: iterates over steps, endlessly, each a list of this process's micro-batches."""
 
     def __iter__(self) -> Any: ...
 
@@ -55,9 +55,9 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long a run is and how often it reports.
+    """Says how long a run is and how often it reports.
 
-    num_steps: optimizer steps of the run.
+    num_steps: the number of optimizer steps of the run.
     log_every, validate_every, checkpoint_every: how many steps lie between two; 0 is never.
     sample_every: how many steps lie between two samples of a held-out scene; 0 is never.
     keep_checkpoints: how many of the newest stay.
@@ -131,9 +131,9 @@ class Trainer:
         self._group_numbers = GroupNumbers(self.optimizer)
         self.step = 0
         self.skips, self.spikes = SkipCount(config.max_skipped_steps, parallel.is_main), Spikes(parallel.is_main)
-        self._outcomes: deque[Outcome] = deque()  # of steps that have not been looked at
+        self._outcomes: deque[Outcome] = deque()  # those of steps that have not been looked at
         self._clock, self._breakdown = Clock(parallel.device), Breakdown()
-        self._survey: Survey | None = None  # of the newest step, at every log_every-th
+        self._survey: Survey | None = None  # that of the newest step, at every log_every-th
         self._pass = Passes(parallel, self.model, flow, seed, config.cuda_graphs)
         self._proven = True  # whether the weights have given a finite loss, as far as is known
         self._validation_due = True
@@ -182,7 +182,7 @@ class Trainer:
         ):
             try:
                 finished = self._run(steps, metrics, validator, bar)
-            except FloatingPointError:  # of all processes at once
+            except FloatingPointError:  # is raised on all processes at once
                 self._saver.join()
                 raise
             if not finished:
@@ -243,7 +243,7 @@ class Trainer:
 
     def _leave(self, metrics: Metrics | None) -> None:
         """Saves what no checkpoint holds yet, and says so."""
-        self.optimizer.zero_grad()  # of a step that was not finished
+        self.optimizer.zero_grad()  # drops those of a step that was not finished
         self._look(metrics)
         self._saver.join()
         if not self._proven:
@@ -264,7 +264,7 @@ class Trainer:
             self.save(self._data_state)
             self._saver.join()
         if self.parallel.is_main:
-            saved = self._saver.saved_step == self.step  # which a full disk prevents
+            saved = self._saver.saved_step == self.step  # a full disk prevents it
             logger.warning("the same command %s", "goes on after these steps" if saved else "meets these steps again")
 
     def save(self, data_state: dict[str, Any], last: bool = False) -> None:

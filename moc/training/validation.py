@@ -1,4 +1,4 @@
-"""Held-out loss at fixed noise: the same batches, noise and noise levels each time, so that numbers compare."""
+"""Held-out loss has fixed noise: the same batches, noise and noise levels each time, so that numbers compare."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +18,9 @@ from moc.training.parallel import Parallel, gather_lists
 
 @dataclass(frozen=True)
 class Validator:
-    """Loss of held-out batches at each of `sigmas`: equal on all shots of a sample, or with `clean_history` on its last
-    shot, the others clean (equal noise barely tells models that recall from those that do not). shares: how far
-    through the flow's range each of `sigmas` lies; the range is all of [0, 1] but for an expert."""
+    """Takes the loss of held-out batches at each of `sigmas`: equal on all shots of a sample, or with `clean_history`
+    on its last shot, the others clean (equal noise barely tells models that recall from those that do not). shares: how
+    far through the flow's range each of `sigmas` lies; the range is all of [0, 1] but for an expert."""
 
     batches: Sequence[Batch]
     flow: Flow
@@ -105,7 +105,7 @@ class Validator:
         of_all_heads = parallel.sum_over_heads(parallel.put(torch.tensor(list(sums.values()), dtype=torch.float64)))
         *values, count = of_all_heads.tolist()
         means = {key: value / count for key, value in zip(rows[0], values, strict=True)}
-        routed = len(rows) / (len(rows) + moc.dense_layers)  # share of the layers
+        routed = len(rows) / (len(rows) + moc.dense_layers)  # is the share of the layers
         whole = {"sparsity": means["sparsity"] * routed, "flops_of_dense": 1 + (means["flops_of_dense"] - 1) * routed}
         return means | whole
 

@@ -1,1 +1,1 @@
-"""Checkpoints: what a path holds, opened strictly, and written in other forms."""
+"""Here checkpoints are found in what a path holds, opened strictly, and written in other forms."""

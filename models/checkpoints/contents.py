@@ -15,7 +15,7 @@ from moc.errors import UserError
 from moc.training.checkpoint import find_checkpoint, read_json, read_state, remedy, sound_checkpoint
 from moc.training.integrity import COMPLETE
 
-# A checkpoint, a diffusers pipeline and the release of Wan2.2 keep their models here; of two experts high noise first.
+# A checkpoint, a diffusers pipeline and Wan2.2's release keep their models here; of two experts high noise is first.
 MODEL_FOLDERS = ("ema", "model")
 EXPERT_FOLDERS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 PIPELINE_FILE = "model_index.json"  # the file that makes a folder a diffusers pipeline
@@ -48,7 +48,7 @@ class Contents:
 
     @cached_property
     def root(self) -> Path:
-        """The checkpoint or the diffusers pipeline that this is, or whose model's folder it is; else `path` itself."""
+        """Is the checkpoint or the pipeline that `path` is, or whose model's folder it is; else `path` itself."""
         folders = {*MODEL_FOLDERS, *chain(*EXPERT_FOLDERS)}
         is_inner = self.path.name in folders and any(
             (self.path.parent / mark).is_file() for mark in (COMPLETE, PIPELINE_FILE)
@@ -73,8 +73,8 @@ class Contents:
 
     @property
     def experts(self) -> tuple[Path, Path] | None:
-        """The high-noise and the low-noise model in a folder of both: a diffusers pipeline, the release, or two files
-        such as HoloCine's full_high_noise.safetensors and full_low_noise.safetensors; None where there are not two.
+        """Finds the high-noise and the low-noise model in a folder of both: a diffusers pipeline, the release, or two
+        files such as HoloCine's full_high_noise.safetensors and full_low_noise.safetensors; None where not two are.
 
         Raises UserError where there are several such pairs.
         """
@@ -93,8 +93,8 @@ class Contents:
 
     @property
     def flow(self) -> Flow:
-        """The noise convention of a run, a checkpoint, a pipeline or a model's folder; the default one where it does
-        not say."""
+        """Tells the noise convention of a run, a checkpoint, a pipeline or a model's folder; the default one where it
+        does not say."""
         if not (self.root / "state.json").exists():
             return _scheduler_flow(self.root / "scheduler" / "scheduler_config.json")
         try:
@@ -106,8 +106,8 @@ class Contents:
 
     @property
     def own_flow(self) -> Flow:
-        """As `flow`; that of a pipeline's expert covers its own noise levels alone: from the pipeline's boundary_ratio
-        on, or up to it."""
+        """Is as `flow`, but that of a pipeline's expert covers its own noise levels alone: from the pipeline's
+        boundary_ratio on, or up to it."""
         boundary = _boundary_ratio(self.root / PIPELINE_FILE)
         high, low = zip(*EXPERT_FOLDERS, strict=True)
         if boundary is not None and self.path.name in high:
@@ -118,17 +118,17 @@ class Contents:
 
     @property
     def moc(self) -> MoCConfig:
-        """The attention settings; the default ones where there are none."""
+        """Reads the attention settings; gives the default ones where there are none."""
         return self.stored_moc or MoCConfig()
 
     @property
     def stored_moc(self) -> MoCConfig | None:
-        """The attention settings beside the weights; None where there are none."""
+        """Reads the attention settings beside the weights; None where there are none."""
         return MoCConfig.load(self.moc_folder) if self.moc_folder else None
 
     @cached_property
     def moc_folder(self) -> Path | None:
-        """Where moc.json lies."""
+        """Says where moc.json lies."""
         names = ("", *MODEL_FOLDERS, *chain(*EXPERT_FOLDERS))
         folders = [base / name for base in (self.path, self.root) for name in names]
         return next((folder for folder in folders if (folder / "moc.json").is_file()), None)

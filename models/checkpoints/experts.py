@@ -1,4 +1,4 @@
-"""Wan2.2-T2V-A14B and HoloCine: two transformers of one shape, one for high noise and one for low.
+"""Wan2.2-T2V-A14B and HoloCine are two transformers of one shape, one for high noise and one for low.
 
 They are trained one at a time, each as a model of its own; sampling switches at the boundary, and can keep the expert
 that is not in use in CPU memory.
@@ -19,12 +19,12 @@ from models.checkpoints.contents import EXPERT_FOLDERS
 from models.history import KeyValueCache
 from models.stream import StreamModel
 
-BOUNDARY = 0.875  # of the release
-NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # in a name: no "flow", no "lower"
+BOUNDARY = 0.875  # is the release's
+NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # stands in a name, but not in "flow" or "lower"
 
 
 class ExpertCaches(NamedTuple):
-    """What each expert remembers of one story."""
+    """Holds what each expert remembers of one story."""
 
     high: KeyValueCache
     low: KeyValueCache
@@ -36,7 +36,7 @@ class ExpertCaches(NamedTuple):
 
 
 class Experts(nn.Module):
-    """One model to the sampler: `high` while the noisiest shot is at `boundary` or above, `low` below.
+    """Is one model to the sampler: `high` while the noisiest shot is at `boundary` or above, `low` below.
 
     boundary: in [0, 1]. The noisiest shot is the one being made: history is almost clean.
     """
@@ -70,13 +70,13 @@ class Experts(nn.Module):
             for model, own in zip((self.high, self.low), cache or (None, None), strict=True)
         )
         if remember:
-            low()  # first: it made the shot before, and is still on the device where they take turns
+            low()  # goes first: it made the shot before, and is still on the device where they take turns
             return high()
         return high() if float(sigma.max()) >= self.boundary else low()
 
     @property
     def execution(self) -> Execution:
-        """How both compute their attention."""
+        """Says how both compute their attention."""
         return self.high.execution
 
     @execution.setter
@@ -89,7 +89,7 @@ class Experts(nn.Module):
 
     def offload(self, device: torch.device) -> None:
         """Keeps both in CPU memory, and on `device` the one that was called last."""
-        device = torch.empty(0, device=device).device  # with its index, as the hooks compare it
+        device = torch.empty(0, device=device).device  # has its index, as the hooks compare it
         _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)
         _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)
         of_high.hook.prev_module_hook = of_low

@@ -1,6 +1,6 @@
-"""Checkpoints converted between their forms, one tensor in memory at a time.
+"""This module converts checkpoints between their forms, with one tensor in memory at a time.
 
-Written are a diffusers folder, one file with Wan's original names, or a run's folder with one training checkpoint.
+It writes a diffusers folder, one file with Wan's original names, or a run's folder with one training checkpoint.
 """
 
 import sys
@@ -28,7 +28,7 @@ from models.encoders.text import TextKind
 
 
 class Form(StrEnum):
-    """The form to write. auto: original for a path that ends in .safetensors, else diffusers."""
+    """Names the form to write. auto: original for a path that ends in .safetensors, else diffusers."""
 
     auto = "auto"
     diffusers = "diffusers"
@@ -38,11 +38,11 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Beside:
-    """The settings beside the weights; null takes the input's, where it has them. All but moc are for a training
+    """Gives the settings beside the weights; null takes the input's, where it has them. All but moc are for a training
     checkpoint.
 
     moc: the settings of attention, moc.json.
-    shift: that of the flow.
+    shift: the shift of the flow.
     encoders_path: what `models.encoders.pair.read_encoders` reads; embedded encoders are copied, others noted by path.
     encoders: the settings of the encoders themselves, in place of encoders_path; they say what a path cannot: how
     HoloCine's weights were trained.

@@ -1,9 +1,9 @@
-"""LoRAs of any maker, merged into the weights that they are read with: `lora=PATH` of sampling.
+"""LoRAs of any maker are merged into the weights that they are read with (`lora=PATH` in sampling).
 
-Names that are read: diffusers' and peft's (`transformer.`, `base_model.model.`, lora_A and lora_B), ComfyUI's and
-DiffSynth's (`diffusion_model.` before the release's names), and kohya's and musubi-tuner's (`lora_unet_` with
-underscores for dots, lora_down and lora_up, alpha). Distilled releases add whole differences (diff, diff_b). diffusers
-has converters of these names too, which leave out what they do not know; here every tensor is merged or refused.
+It reads the names of diffusers and peft (`transformer.`, `base_model.model.`, lora_A and lora_B), of ComfyUI and
+DiffSynth (`diffusion_model.` before the release's names), and of kohya and musubi-tuner (`lora_unet_` with underscores
+for dots, lora_down and lora_up, alpha). Distilled releases add whole differences (diff, diff_b). diffusers has
+converters of these names too, which leave out what they do not know; here every tensor is merged or refused.
 """
 
 import json
@@ -22,7 +22,7 @@ from models.checkpoints.contents import Contents
 from models.checkpoints.names import COMFYUI_PREFIX, to_original_name
 from models.checkpoints.tensors import Shapes, TensorSource, listed
 
-LOW_NOISE = "transformer_2."  # a pipeline's low-noise expert, in a file with LoRAs of both
+LOW_NOISE = "transformer_2."  # begins the low-noise expert's names in a file with LoRAs of both
 PREFIXES = (COMFYUI_PREFIX, "base_model.model.", "diffusion_model.", "transformer.", LOW_NOISE, "lora_unet_")
 TENSOR_NAME = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up))(?:\.\w+)?\.(?P<kind>weight|bias)"
@@ -32,7 +32,7 @@ TENSOR_NAME = re.compile(
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """A LoRA to sample with. weight: how much of it is added; 1 is as it was trained."""
+    """Names a LoRA to sample with. weight: how much of it is added; 1 is as it was trained."""
 
     path: Path
     weight: float = 1.0
@@ -55,8 +55,8 @@ def read_choices(setting: Any) -> tuple[LoraChoice, ...]:
 
 @dataclass(frozen=True)
 class MergedLora:
-    """A LoRA beside weights, ready to be merged. factors: of a weight the names of its up and down matrices and their
-    scale; differences: of a tensor the names of what is added to it; both by diffusers' names of the tensors."""
+    """Is a LoRA beside weights, ready to be merged. factors: a weight's up and down matrices, by name, and their scale;
+    differences: the names of what is added to a tensor; both by diffusers' names of the tensors."""
 
     source: TensorSource
     weight: float

@@ -1,10 +1,10 @@
-"""Names of tensors: those of the Wan release and those of diffusers."""
+"""Tensors have two names: that of the Wan release and that of diffusers; this module translates them."""
 
 import re
 
 COMFYUI_PREFIX = "model.diffusion_model."
 
-# Stems of the original release -> diffusers'; the rest of a name (".weight", ".bias") is shared.
+# Stems of the original release map to diffusers'; the rest of a name (".weight", ".bias") is shared.
 TOP = {
     "patch_embedding": "patch_embedding",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -35,7 +35,7 @@ BLOCK = {
 
 def _rename(name: str, top: dict[str, str], block: dict[str, str]) -> str | None:
     match = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name)
-    assert match is not None  # everything is optional
+    assert match is not None  # everything in the pattern is optional
     prefix, stem, suffix = match[1] or "", match[2], match[3] or ""
     new = (block if prefix else top).get(stem)
     return None if new is None else prefix + new + suffix

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: what a path holds, and strict loading; `export.py` beside it writes them in other forms.
+"""This module finds a checkpoint on disk and loads it strictly; `export.py` beside it writes it in other forms.
 
-Forms that are read: a diffusers folder (sharded or not), a file or folder with the Wan release's original names, with
-or without ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint, also of a LoRA, which reads as
-merged into its base. Names inside this module are diffusers'.
+It reads a diffusers folder (sharded or not), a file or folder with the Wan release's original names, with or without
+ComfyUI's prefix (HoloCine's files are such), a training run or checkpoint, also of a LoRA, which reads as merged into
+its base. Names inside this module are diffusers'.
 """
 
 import math
@@ -33,16 +33,16 @@ from models.stream import StreamModel
 from models.wan import WanTransformer3DModel
 
 CLASSES: dict[str, type[StreamModel]] = {"MMDiT": MMDiT, "WanTransformer3DModel": WanTransformer3DModel}
-RELEASE_CLASS = "WanModel"  # in a config.json of the release, whose settings the tensors' shapes tell as well
-HEAD_DIM = 128  # of every Wan model; files without a config do not tell it
+RELEASE_CLASS = "WanModel"  # stands in the release's config.json; the tensors' shapes tell its settings as well
+HEAD_DIM = 128  # every Wan model has it; files without a config do not tell it
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. root: the training checkpoint or pipeline it belongs to, or its own path. form: diffusers,
+    """Is a model on disk. root: the training checkpoint or pipeline it belongs to, or its own path. form: diffusers,
     original or comfyui names. config: its class's arguments. stored: diffusers name -> the name in the file. moc:
     attention settings kept beside the weights. adapters: LoRAs of the stored weights, each trained on top of the ones
-    before it. loras: others', merged after these."""
+    before it. loras: those of others, merged after these."""
 
     root: Path
     form: str
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The model's own file or folder, or the adapter's where the checkpoint is a LoRA."""
+        """Is the model's own file or folder, or the adapter's where the checkpoint is a LoRA."""
         return self.adapters[-1].source.path if self.adapters else self.source.path
 
     def read(self, name: str) -> Tensor:
@@ -90,7 +90,7 @@ class Checkpoint:
         try:
             with init_empty_weights():
                 model = CLASSES[self.kind](**self.config)
-        except ValueError as error:  # the class's own
+        except ValueError as error:  # is raised by the class itself
             raise UserError(f"{self.source.path}: {error}") from None
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None

@@ -1,4 +1,4 @@
-"""The Wan release's own T5 encoder and both VAEs, which come as pickles: read with weights_only, written as folders.
+"""The Wan release's T5 encoder and both VAEs come as pickles, which are read with weights_only and written as folders.
 
 Only these are read from pickles at all, and only by `convert_pickle`; everything else reads the folders it writes.
 """
@@ -19,7 +19,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from moc.errors import UserError
 from models.checkpoints.tensors import WEIGHT_DTYPES, check_tensors, new_folder, shapes, write_sharded
 
-# Stems of the release's T5 encoder -> transformers'; {} is the layer.
+# Stems of the release's T5 encoder map to transformers'; {} is the layer.
 T5_TOP = {"token_embedding": "shared", "norm": "encoder.final_layer_norm"}
 T5_LAYER = {
     "norm1": "encoder.block.{}.layer.0.layer_norm",
@@ -30,11 +30,11 @@ T5_LAYER = {
     "ffn.fc1": "encoder.block.{}.layer.1.DenseReluDense.wi_1",
     "ffn.fc2": "encoder.block.{}.layer.1.DenseReluDense.wo",
 }
-# The tensors whose shapes tell the config.
+# The shapes of these tensors tell the config.
 T5_SIZES = ["token_embedding", "blocks.0.attn.q", "blocks.0.pos_embedding.embedding", "blocks.0.ffn.gate.0"]
 VAE_SIZES = ["encoder.conv1", "decoder.conv1"]
 
-# Layers of a block of Wan2.2's VAE -> diffusers'. Its blocks nest; the rest of its names are Wan2.1's.
+# Layers of a block of Wan2.2's VAE map to diffusers'. Its blocks nest; the rest of its names are Wan2.1's.
 VAE22_LAYER = {
     **{"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"},
     "shortcut": "conv_shortcut",
@@ -55,7 +55,7 @@ VAE22 = {
         *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
     ],
 }
-LEGACY = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # near the start of a file that is no zip
+LEGACY = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # stands near the start of a file that is no zip
 
 
 def convert_pickle(file: Path, output: Path) -> str:
@@ -73,7 +73,7 @@ def convert_pickle(file: Path, output: Path) -> str:
         what, model, state, stem = *_vae(tensors, file), "diffusion_pytorch_model"
     else:
         raise UserError(f"{file} is neither Wan's T5 encoder nor one of its VAEs; other pickles are not read")
-    # T5's embedding is stored once
+    # T5's embedding is stored once.
     expected = {name: shape for name, shape in shapes(model.state_dict()).items() if "embed_tokens" not in name}
     check_tensors(file, type(model).__name__, shapes(state), expected)
     with new_folder(output) as partial:
@@ -101,7 +101,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is {what}; fetch it again")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # code in it, or damage, which the old form shows in many ways
+    except Exception as error:  # there is code in it, or damage, which the old form shows in many ways
         raise UserError(f"{file} cannot be read safely: {_reason(error)}; fetch the release's own file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} holds other things than tensors by name")

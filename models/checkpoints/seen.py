@@ -1,5 +1,5 @@
-"""What a checkpoint was trained on, kept beside its weights in films.json: sampling takes its size and frame rate from
-there, and tells of what the model never saw."""
+"""What a checkpoint was trained on is kept beside its weights in films.json: sampling takes its size and frame rate
+from there, and tells of what the model never saw."""
 
 import json
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ FILE = "films.json"
 
 @dataclass(frozen=True)
 class Seen:
-    """Sizes (height, width) and frame rates of the films that a model was trained on, the most usual first, and how
-    many shots a sample had at most; nothing where that is not known."""
+    """Holds sizes (height, width) and frame rates of the films that a model was trained on, the most usual first, and
+    how many shots a sample had at most; nothing where that is not known."""
 
     sizes: Sequence[Sequence[int]] = ()
     fps: Sequence[float] = ()
@@ -37,7 +37,7 @@ class Seen:
 
     @property
     def defaults(self) -> dict[str, object]:
-        """The size and the frame rate to film in, as a script has them."""
+        """Returns the size and the frame rate to film in, as a script has them."""
         found = {"size": list(next(iter(self.sizes), ())), "fps": next(iter(self.fps), None)}
         return {name: value for name, value in found.items() if value}
 

@@ -1,4 +1,4 @@
-"""Strict loading: a folder's tensors are exactly those of its model, or one UserError lists what is wrong."""
+"""Loading is strict: a folder's tensors are exactly those of its model, or one UserError lists what is wrong."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

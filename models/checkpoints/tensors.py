@@ -1,6 +1,6 @@
-"""Safetensors files read and written one tensor at a time, so that a checkpoint larger than memory passes through.
+"""Safetensors files are read and written one tensor at a time, so a checkpoint larger than memory passes through.
 
-What cannot be read is one clear UserError: a pickle, a truncated file, a folder with two experts, a missing shard.
+What cannot be read raises one clear UserError: a pickle, a cut file, a folder with two experts, a missing shard.
 """
 
 import os
@@ -29,7 +29,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class TensorSource:
-    """The tensors of one .safetensors file, or of a folder with one such file or a sharded set and its index.
+    """Reads the tensors of one .safetensors file, or of a folder with one such file or a sharded set and its index.
 
     Tensors are read, not mapped: a file larger than memory may not be mapped as torch does it.
     """
@@ -38,7 +38,7 @@ class TensorSource:
         self.path = Path(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._located: dict[str, tuple[Path, int]] = {}  # file, and first byte within it
+        self._located: dict[str, tuple[Path, int]] = {}  # each tensor's file, and first byte within it
         files, index = _files(self.path)
         for file in files:
             self._describe(file)
@@ -80,7 +80,7 @@ class TensorSource:
     def _describe(self, file: Path) -> None:
         with _open(file) as source, file.open("rb") as raw:
             start = 8 + struct.unpack("<Q", raw.read(8))[0]
-            for name in source.offset_keys():  # in the order of their bytes, which leave no gaps
+            for name in source.offset_keys():  # come in the order of their bytes, which leave no gaps
                 piece = source.get_slice(name)
                 if name in self._located:
                     raise UserError(f"{name} is in {self._located[name][0]} and in {file}; fetch the folder again")

@@ -1,1 +1,1 @@
-"""Encoders: between pixels or words and what a transformer reads: codecs and text encoders."""
+"""Codecs and text encoders stand between pixels or words and what a transformer reads."""

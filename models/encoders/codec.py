@@ -33,10 +33,10 @@ class CodecKind(StrEnum):
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """A codec.
+    """Names a codec and its settings.
 
     kind: `lapped`, which needs no download, or `wan`.
-    path: wan only: folder of an AutoencoderKLWan.
+    path: wan only: the folder of an AutoencoderKLWan.
     channels: lapped only: coefficients kept of each block's 768, at most 64. A shot's first frame takes as much as four
     others, so 1/12 of the pixel values is 48 channels in shots of 9 frames, 54 in shots of 17, and tends to 64.
     whitening: lapped only: 0 divides every coefficient by one constant, so that latent error is pixel error; 1 brings
@@ -65,7 +65,7 @@ class CodecConfig:
 
 
 class Codec(nn.Module):
-    """The interface that data, trainer and sampler rely on. A codec supplies `encode_piece` and `decode_piece`."""
+    """Is the interface that data, trainer and sampler rely on. A codec supplies `encode_piece` and `decode_piece`."""
 
     latent_channels: int
     temporal_factor: int = 4
@@ -113,7 +113,7 @@ class Codec(nn.Module):
 
     def pixel_frames(self, latent_frames: int, shot: int = 0) -> int:
         """Returns frames that `latent_frames` of a shot decode to."""
-        lone = int(self.begins_video(shot))  # the frame that is a latent frame of its own
+        lone = int(self.begins_video(shot))  # one frame may be a latent frame of its own
         return lone + (latent_frames - lone) * self.temporal_factor
 
     def whole_frames(self, frames: int, shot: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Short names of what decides the meaning of latents and text features; caches are keyed by them."""
+"""A fingerprint is a short name of what decides the meaning of latents or text features; caches are keyed by it."""
 
 import hashlib
 from collections.abc import Iterable

@@ -1,12 +1,12 @@
-"""The embedded codec for pictures: a training-free lapped transform, decoded to the flattest picture that fits.
+"""The embedded codec is a training-free lapped transform, decoded to the flattest picture that fits.
 
 - Overlap: values within half a block of a border between two blocks are rotated across it before the blocks are
   transformed (Malvar's lapped orthogonal transform as a pre-filter, which leaves constants alone), in both directions
   of a frame. All of it stays orthonormal, and a coefficient sees 16 x 16 pixels at the cost of 8 x 8.
-- Which coefficients: the largest of a fixed law. The first latent frame has one frame to hold, so all of its channels
+- Which coefficients: the largest of a fixed law stay. The first latent frame has one frame to hold, so all channels
   go to the frequencies of space (unless `still_detail` is off).
-- Decoding: of all videos with the stored coefficients, nearly the one of least total variation over space and time,
-  which is what flat colours and sharp edges have in common.
+- Decoding: of all videos with the stored coefficients, it finds nearly the one of least total variation over space and
+  time, which is what flat colours and sharp edges have in common.
 
 No weights are trained; the constants of the law and of the descent were chosen by hand on storyworld. At its defaults
 (64x96, 17 frames a shot) 54 channels store 1/12.09 of the pixel values and hold 30.3 dB on average over shots of seeds
@@ -24,7 +24,7 @@ from models.encoders.fingerprint import fingerprint
 
 BLOCK = (4, 8, 8)
 HALF = BLOCK[1] // 2
-# Typical amplitude of a coefficient: AMPLITUDE * OPPONENT[colour] / (1 + 4 f) ** DECAY, f = TEMPO t + u + v, with
+# A coefficient's typical amplitude is AMPLITUDE * OPPONENT[colour] / (1 + 4 f) ** DECAY, f = TEMPO t + u + v, with
 # (t, u, v) its frequency.
 AMPLITUDE = 10.0
 OPPONENT = (1.0, 0.5, 0.35)
@@ -95,7 +95,7 @@ def border_rotation() -> Tensor:
 
 
 class LappedCodec(Codec):
-    """See the module's docstring. Every stored coefficient survives decoding exactly.
+    """Is the codec that the module describes. Every stored coefficient survives decoding exactly.
 
     Channels are ordered by expected amplitude; a coefficient is divided by A (a / A) ** whitening, where a is its
     amplitude in the law and A the largest.
@@ -126,7 +126,7 @@ class LappedCodec(Codec):
 
     @in_fp32
     def encode_piece(self, frames: Tensor, memory: dict, first: bool) -> Tensor:
-        if first:  # a latent frame of its own: the frame repeated
+        if first:  # its latent frame is that of the frame repeated
             frames = torch.cat([frames[:, :1].expand(-1, BLOCK[0] - 1, -1, -1), frames], dim=1)
         basis, scale = self._of_latents(frames.shape[1] // BLOCK[0], first)
         return (self._analyzed(frames.float(), basis) / scale).permute(3, 0, 1, 2).contiguous()

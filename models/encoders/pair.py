@@ -1,4 +1,4 @@
-"""The pair that stands between pixels, words and the transformer: a codec and a text encoder, kept together.
+"""A codec and a text encoder stand between pixels, words and the transformer, and are kept together.
 
 A prepared folder and every checkpoint hold them as `encoders/`, so that whoever has the latents or the model can decode
 and prompt with just what made them. Embedded encoders are stored whole; large ones by the path they were loaded from.
@@ -19,12 +19,12 @@ from models.encoders.lapped import LappedCodec
 from models.encoders.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
 
 FILE = "encoders.json"
-PIPELINE = ("vae", "text_encoder", "tokenizer")  # what a diffusers pipeline of Wan has besides the transformer
+PIPELINE = ("vae", "text_encoder", "tokenizer")  # a diffusers pipeline of Wan has these besides the transformer
 
 
 @dataclass(frozen=True)
 class EncodersConfig:
-    """The codec and the text encoder that make a cache.
+    """Names the codec and the text encoder that make a cache.
 
     codec: between frames and latents.
     text: between captions and features.
@@ -36,7 +36,7 @@ class EncodersConfig:
 
 @dataclass(frozen=True)
 class Encoders:
-    """A codec and a text encoder, and the settings they were built by."""
+    """Holds a codec and a text encoder, and the settings they were built by."""
 
     config: EncodersConfig
     codec: Codec
@@ -55,7 +55,7 @@ def build_codec(config: CodecConfig) -> Codec:
     """Returns the codec a configuration names, on the CPU."""
     if config.kind is not CodecKind.wan:
         return LappedCodec(config)
-    from models.encoders.vae import WanCodec  # imports much of diffusers: only where it is used
+    from models.encoders.vae import WanCodec  # imports much of diffusers, so only where it is used
 
     return WanCodec(config)
 

@@ -1,7 +1,7 @@
-"""Text encoders: captions to features, behind one interface.
+"""Text encoders turn captions into features, behind one interface.
 
-- `EmbeddedTextEncoder`: a small seeded T5 with a word-piece tokenizer made from a word list, for runs without download
-- `T5TextEncoder`: T5 or UMT5 from a local folder, with Wan's text cleaning, 512 tokens at most
+- `EmbeddedTextEncoder` is a small seeded T5 with word pieces made from a word list, for runs without download
+- `T5TextEncoder` is T5 or UMT5 from a local folder, with Wan's text cleaning, 512 tokens at most
 
 `encode(global_caption, shot_captions)` returns a list of 1 + S features [T_i, text_dim]: the global caption's, then
 each shot's. An absent caption is "", which has null features of its own; a prompt of all captions leaves it out.
@@ -45,9 +45,9 @@ class TextKind(StrEnum):
 
 
 class PromptForm(StrEnum):
-    """separate: each caption is encoded apart. windowed: each shot's with the global one before it, which then has no
-    features of its own. The others encode all captions as one prompt and cut its features by span: joined: captions one
-    after another (Wan); holocine: with that model's tags and shot count."""
+    """Says how captions become prompts. separate: each is encoded apart. windowed: each shot's is encoded with the
+    global one before it, which then has no features of its own. The others encode all captions as one prompt and cut
+    its features by span: joined: captions one after another (Wan); holocine: with that model's tags and shot count."""
 
     separate = "separate"
     windowed = "windowed"
@@ -57,12 +57,12 @@ class PromptForm(StrEnum):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text encoder.
+    """Names a text encoder and its settings.
 
     kind: `embedded`, which needs no download, or `t5`.
     path: for embedded a folder written by `save`, a word list (one word a line), or null for the words given at build;
     for t5 a folder with a T5 or UMT5 encoder and its tokenizer.
-    form: for t5 only; see `PromptForm`.
+    form: for t5 only: how captions become a prompt; see `PromptForm`.
     dim, num_layers, seed: the sizes and the seed of the embedded encoder.
     max_tokens: the length of the longest prompt.
     """
@@ -82,7 +82,7 @@ class TextConfig:
 
 
 class TextEncoder(nn.Module):
-    """The interface that data, trainer and sampler rely on."""
+    """Is the interface that data, trainer and sampler rely on."""
 
     text_dim: int
     fingerprint: str
@@ -101,14 +101,14 @@ class TextEncoder(nn.Module):
 
 
 class EmbeddedTextEncoder(TextEncoder):
-    """A T5 encoder with fixed random weights: its features keep the identity and order of words, and mean no more.
+    """Is a T5 encoder with fixed random weights: its features keep identity and order of words, and mean no more.
 
     vocabulary: words that become one token each; any other English text is spelled in characters.
     """
 
     def __init__(self, vocabulary: Iterable[str], config: TextConfig | None = None) -> None:
         super().__init__()
-        from transformers import T5Config, T5EncoderModel  # seconds to import
+        from transformers import T5Config, T5EncoderModel  # takes seconds to import
 
         self.config = config or TextConfig()
         self.vocabulary = sorted({word.lower() for word in vocabulary if word.strip()})
@@ -204,7 +204,7 @@ def seed_weights(model: nn.Module, seed: int) -> None:
 
 T5_CLASSES = {"t5": "T5", "umt5": "UMT5"}  # transformers': T5EncoderModel, ...
 TIED = ("encoder.embed_tokens.weight", "shared.weight")  # files hold one of them, or both
-DECODER = ("decoder.", "lm_head.")  # of a whole T5, whose encoder is all we take
+DECODER = ("decoder.", "lm_head.")  # stand in a whole T5, whose encoder is all we take
 
 
 def clean(text: str) -> str:
@@ -229,7 +229,7 @@ def join_prompt(form: PromptForm, global_caption: str, shot_captions: Sequence[s
 
 
 class T5TextEncoder(TextEncoder):
-    """A T5 or UMT5 encoder in bf16 from a folder: the model and its tokenizer, or Wan's `text_encoder/`, `tokenizer/`.
+    """Runs T5 or UMT5 in bf16 from a folder: the model and its tokenizer, or Wan's `text_encoder/`, `tokenizer/`.
 
     Features of padding are not returned: Wan's transformer adds its zero rows itself.
     """
@@ -253,17 +253,17 @@ class T5TextEncoder(TextEncoder):
             raise UserError(
                 f"{model_folder} holds a {kind!r} model; the text encoder must be one of {list(T5_CLASSES)}"
             )
-        import transformers  # seconds
+        import transformers  # takes seconds to import
 
         model, model_config = (getattr(transformers, T5_CLASSES[kind] + name) for name in ("EncoderModel", "Config"))
         self.model = load_folder(
             model_folder, lambda: model(model_config.from_dict(settings)), torch.bfloat16, tied=TIED, ignored=DECODER
         )
-        self.model.set_input_embeddings(self.model.encoder.embed_tokens)  # once in memory, on every device
+        self.model.set_input_embeddings(self.model.encoder.embed_tokens)  # keeps it once in memory, on every device
         self.tokenizer = load_tokenizer(folder / "tokenizer" if is_pipeline else folder)
         self.text_dim = self.model.config.d_model
         self.eval().requires_grad_(False)
-        vocabulary = sorted(self.tokenizer.get_vocab().items())  # which comes in another order each time
+        vocabulary = sorted(self.tokenizer.get_vocab().items())  # comes in another order each time
         self.fingerprint = fingerprint(
             kind, str(config.form), config.max_tokens, vocabulary, weights_digest(self.model)
         )

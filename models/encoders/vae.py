@@ -1,4 +1,4 @@
-"""AutoencoderKLWan behind the codec interface (Wan2.1: 16 channels, 4x8x8; Wan2.2: 48 channels, 4x16x16).
+"""AutoencoderKLWan has the codec interface here (Wan2.1: 16 channels, 4x8x8; Wan2.2: 48 channels, 4x16x16).
 
 Encoder and decoder run one latent frame at a time with the causal convolutions' feature caches, as diffusers' own
 `encode` and `decode` do, so that a video may go on where its last piece ended and memory does not grow with it.
@@ -20,21 +20,22 @@ from models.checkpoints.tensors import download_hint
 from models.encoders.codec import Codec, CodecConfig, in_fp32
 from models.encoders.fingerprint import fingerprint, weights_digest
 
-TILE, TILE_STRIDE = 256, 192  # pixels, diffusers' own
+TILE, TILE_STRIDE = 256, 192  # pixels, as in diffusers
 
 Features = list  # what each causal convolution keeps of the frames before: a tensor, a mark, or None
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Pixels of the whole frame that one value of a network's input and of its output stands for."""
+    """Says how many pixels of the whole frame one value of a network's input and of its output stands for."""
 
     input: int
     output: int
 
 
 class WanCodec(Codec):
-    """AutoencoderKLWan in fp32 from `config.path`; latents are normalized by the means and deviations of its config.
+    """Runs AutoencoderKLWan in fp32 from `config.path`; latents are normalized by the means and deviations of its
+    config.
 
     With tiling, frames over 256 pixels a side are coded in overlapping tiles that are blended as diffusers does it,
     eight latent frames at a time. Features of the tiles not at work wait in host memory: together they are larger than
