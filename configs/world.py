@@ -14,4 +14,5 @@ def recall_world(config: TrainConfig, device: torch.device) -> RecallWorld:
     if config.data.recall is None:
         raise UserError("data.recall is not set; take experiment=recall")
     encoders = build_encoders(config.encoders, vocabulary())
-    return RecallWorld(config.data.recall, encoders.codec.to(device), encoders.text, encoders.save, device)
+    codec, text = encoders.codec.to(device), encoders.text.to(device)
+    return RecallWorld(config.data.recall, codec, text, encoders.save, device)

@@ -47,3 +47,6 @@ class TextEncoder(Protocol):
     fingerprint: str
 
     def encode(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]: ...
+
+    def encode_each(self, captions: Sequence[str]) -> list[Tensor]:
+        """Returns features of captions that stand alone, one each."""

@@ -22,6 +22,7 @@ from data.storyworld.filmed import build_stock
 from data.storyworld.recall import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
 
 HELD_OUT_AT_ONCE = 16
+KEPT_CAPTIONS = 1 << 13  # of up to 30 KB
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class RecallWorld:
         save_encoders: Callable[[Path], None],
         device: torch.device | str = "cpu",
     ) -> None:
-        """codec: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where the
+        """codec, text: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where the
         codec cannot take such shots."""
         if codec.whole_frames(config.frames) != config.frames or any(n % codec.spatial_factor for n in config.size):
             raise DataError(
@@ -74,7 +75,7 @@ class RecallWorld:
 
     @property
     def text_dim(self) -> int:
-        return self._text("").shape[1]
+        return self._texts([""])[0].shape[1]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -95,7 +96,8 @@ class RecallWorld:
         cover = self._pooled(composed.cover, latents.shape)
         none = [""] * (1 + self.config.shots)
         told = [captions(self.config, scenes, i) if captioned else none for i in range(len(scenes))]
-        text = [[self._text(caption) for caption in of_scene] for of_scene in told]
+        texts = iter(self._texts([caption for of_scene in told for caption in of_scene]))
+        text = [[next(texts) for _ in of_scene] for of_scene in told]
         return EncodedScenes(scenes, latents.unflatten(0, shape), text, cover.unflatten(0, shape))
 
     def encode_latents(self, scenes: RecallScenes) -> Tensor:
@@ -103,11 +105,14 @@ class RecallWorld:
         latents = torch.vmap(self.codec.encode)(self.stock.compose(scenes).frames)
         return latents.unflatten(0, (len(scenes), self.config.shots))
 
-    def _text(self, caption: str) -> Tensor:
-        if caption not in self._features:
-            features = self.text_encoder.encode(caption, [])[0]
-            self._features[caption] = features.to(self.stock.device).float()
-        return self._features[caption]
+    def _texts(self, captions: list[str]) -> list[Tensor]:
+        """Few captions return where looks are told, and all do where they are not."""
+        if len(self._features) > KEPT_CAPTIONS:
+            self._features = {}
+        new = [caption for caption in dict.fromkeys(captions) if caption not in self._features]
+        features = self.text_encoder.encode_each(new)
+        self._features |= {caption: x.to(self.stock.device).float() for caption, x in zip(new, features, strict=True)}
+        return [self._features[caption] for caption in captions]
 
     def _pooled(self, cover: Tensor, latents: torch.Size) -> Tensor:
         """[N, F, H, W] of pixels -> [N, T, H', W'] of latents: the first frame is a latent frame of its own."""

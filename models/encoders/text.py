@@ -23,8 +23,10 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from moc.batch import each_shape
 from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
+from moc.move import move
 from moc.training.checkpoint import read_json, remedy
 from models.checkpoints.strict import load_folder
 from models.checkpoints.tensors import download_hint
@@ -96,6 +98,11 @@ class TextEncoder(nn.Module):
         features of another shot, and no number of shots makes a prompt too long."""
         return self.encode(global_caption, shot_captions)
 
+    def encode_each(self, captions: Sequence[str]) -> list[Tensor]:
+        """Returns features [T_i, text_dim] of captions that stand alone, each as `encode(caption, [])[0]` gives it, to
+        rounding."""
+        return [self.encode(caption, [])[0] for caption in captions]
+
 
 # The embedded encoder
 
@@ -136,15 +143,27 @@ class EmbeddedTextEncoder(TextEncoder):
 
     def encode_caption(self, caption: str) -> Tensor:
         """fp32 [T, text_dim]; the last row is the end of the text, and "" has that row alone."""
+        return self._features(torch.tensor([self._ids(caption)]))[0]
+
+    @torch.no_grad()
+    def encode_each(self, captions: Sequence[str]) -> list[Tensor]:
+        """Captions of one length are encoded at once."""
+        ids = [torch.tensor(self._ids(caption)) for caption in captions]
+        return each_shape(self._features, ids)
+
+    def _ids(self, caption: str) -> list[int]:
         ids = self.tokenizer.encode(clean(caption)).ids
         if len(ids) >= self.config.max_tokens:
             logger.warning(
                 "a caption of %d tokens is cut after %d, which are all that the model sees of it (%r...)",
                 *(len(ids), self.config.max_tokens - 1, caption[:60]),
             )
-        kept = torch.tensor([[*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)]])
+        return [*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)]
+
+    def _features(self, ids: Tensor) -> Tensor:
+        """ids: int64 [B, T], on the CPU."""
         with torch.autocast(self.model.device.type, enabled=False):
-            return self.model(kept.to(self.model.device)).last_hidden_state[0]
+            return self.model(move(ids, self.model.device)).last_hidden_state
 
     def save(self, folder: str | Path) -> None:
         """Writes what `load` needs: settings and word list; the weights follow from the seed."""

@@ -61,6 +61,13 @@ def test_captions_differ_clearly_by_name(embedded: EmbeddedTextEncoder) -> None:
     assert similar[1:].min() > 0.9  # the other words stay themselves
 
 
+def test_captions_encoded_at_once_have_the_features_of_each_alone(embedded: EmbeddedTextEncoder) -> None:
+    captions = ["Mira walks", "", "the harbor", "Mira walks in the harbor", "the dog"]
+    alone = [embedded.encode(caption, [])[0] for caption in captions]
+    torch.testing.assert_close(embedded.encode_each(captions), alone, rtol=0, atol=1e-5)
+    assert embedded.encode_each([]) == []
+
+
 def test_an_absent_caption_has_null_features(embedded: EmbeddedTextEncoder) -> None:
     null, caption = embedded.encode("", ["the dog"])
     assert null.shape == (1, 128)
