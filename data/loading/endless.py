@@ -54,8 +54,8 @@ class RecallWorld:
         save_encoders: Callable[[Path], None],
         device: torch.device | str = "cpu",
     ) -> None:
-        """codec, text: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where the
-        codec cannot take such shots."""
+        """codec, text: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where
+        the codec cannot take such shots."""
         if codec.whole_frames(config.frames) != config.frames or any(n % codec.spatial_factor for n in config.size):
             raise DataError(
                 "unfit-size",
@@ -91,10 +91,10 @@ class RecallWorld:
 
     def encode(self, scenes: RecallScenes, captioned: bool = True) -> EncodedScenes:
         """captioned: with their captions, or with none."""
-        composed, shape = self.stock.compose(scenes), (len(scenes), self.config.shots)
+        composed, shape = self.stock.compose(scenes), scenes.cast.shape
         latents = torch.vmap(self.codec.encode)(composed.frames)
         cover = self._pooled(composed.cover, latents.shape)
-        none = [""] * (1 + self.config.shots)
+        none = [""] * (1 + shape[1])
         told = [captions(self.config, scenes, i) if captioned else none for i in range(len(scenes))]
         texts = iter(self._texts([caption for of_scene in told for caption in of_scene]))
         text = [[next(texts) for _ in of_scene] for of_scene in told]
@@ -103,7 +103,7 @@ class RecallWorld:
     def encode_latents(self, scenes: RecallScenes) -> Tensor:
         """Returns the latents alone: fp32 [B, S, C, T, H, W]."""
         latents = torch.vmap(self.codec.encode)(self.stock.compose(scenes).frames)
-        return latents.unflatten(0, (len(scenes), self.config.shots))
+        return latents.unflatten(0, scenes.cast.shape)
 
     def _texts(self, captions: list[str]) -> list[Tensor]:
         """Few captions return where looks are told, and all do where they are not."""

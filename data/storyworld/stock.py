@@ -5,9 +5,10 @@ A pixel of a shot is affine in the colours of fur, outfit and light, so that a c
     shown = under * keep + shadow colour * shade + own + fur * furred + outfit * dressed + trim * trimmed
     frame = shown * clear + over
 
-`under` is the place behind the character, `over` with `clear` = 1 - its alpha what drifts and stands before it. All but
-the place's two are the clip's; they hold the average over an open shutter. What drifts in the air moves with the
-shutter in the CPU renderer, but not here: frames in which nobody moves are the same within rounding, others nearly.
+`under` is the place behind the character, `over` with `clear` = 1 - its alpha what drifts and stands before it, both
+darkened by the vignette. All but the place's are the clip's; they hold the average over an open shutter. What drifts in
+the air moves with the shutter in the CPU renderer, but not here: frames in which nobody moves are the same within
+rounding, others nearly.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -57,15 +58,17 @@ class Composed:
 class Stock:
     """The things of a world of recall scenes, on a device.
 
-    clips: fp16 [names x actions x facings, F x 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
-    pixels with a margin for where a character may stand. under, over: fp16 [places x paintings, 3, H, W] and
-    [..., F, 4, H, W], premultiplied RGBA. at_once: how many shots are composed at a time, which bounds its memory.
+    clips: fp16 [names x actions x facings, F, 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
+    pixels with a margin for where a character may stand. under, over: fp16 [places x paintings x views, F or 1, 3, H,
+    W] and [..., F, 4, H, W], premultiplied colour and clear. views: how many cameras see a painting differently.
+    at_once: how many shots are composed at a time, which bounds its memory. dtype: clips are coloured in it.
     """
 
-    at_once = 512
+    at_once, views = 512, 1
 
     def __init__(self, config: RecallConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.device = config, torch.device(device)
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         scale = fine_height(config)
         self.margin = (int(DEPTH * scale), int(STAGE * scale))  # rows, columns
         renderers = [_place_renderer(config, painting) for painting in range(config.paintings)]
@@ -79,7 +82,7 @@ class Stock:
         ]
         with ThreadPoolExecutor() as pool:  # most of it is OpenCV's and NumPy's
             clips = pool.map(lambda actor: self._put(_paint_clip(renderers[0], actor, self.margin)), actors)
-            self.clips = torch.stack(list(clips)).flatten(1, 2)
+            self.clips = torch.stack(list(clips))
         lights = np.stack([rgb(place.light)[:3] for place in PLACES.values()])
         colours = np.stack([colour[:3] for colour in COLOURS.values()])
         self.lit = self._put(lights[:, None] * colours, torch.float32)  # [places, colours, 3]
@@ -88,7 +91,13 @@ class Stock:
 
     def _paint_places(self, renderers: list[Renderer]) -> None:
         places = [_paint_place(self.config, renderer, place) for place in PLACE_NAMES for renderer in renderers]
-        self.under, self.over = (self._put(np.stack(layers)) for layers in zip(*places, strict=True))
+        under, over = (self._put(np.stack(layers), torch.float32) for layers in zip(*places, strict=True))
+        self.under, self.over = under[:, None].half(), self._before(over)
+
+    def _before(self, over: Tensor) -> Tensor:
+        """Premultiplied RGBA [..., 4, H, W] before a character -> fp16 premultiplied colour and clear, darkened."""
+        colour, alpha = over.split((3, 1), dim=-3)
+        return (torch.cat([colour, 1 - alpha], dim=-3) * self.vignette).half()
 
     def _put(self, values: np.ndarray, dtype: torch.dtype = torch.float16) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype)
@@ -97,7 +106,8 @@ class Stock:
     def compose(self, scenes: RecallScenes) -> Composed:
         """Returns all shots of the scenes, in order: N = B x S."""
         place = scenes.place.ravel()
-        painted = place * self.config.paintings + scenes.painting.repeat(self.config.shots)
+        painted = place * self.config.paintings + scenes.painting.repeat(scenes.place.shape[1])
+        painted = painted * self.views + scenes.camera.ravel() % self.views
         clip = clip_number(scenes.of_shots(scenes.name), scenes.action, scenes.facing).ravel()
         colours = [scenes.of_shots(scenes.fur).ravel(), scenes.of_shots(scenes.outfit).ravel()]
         numbers = np.stack([place, painted, *colours, scenes.camera.ravel()])
@@ -111,41 +121,35 @@ class Stock:
         return Composed(torch.cat([one.frames for one in composed]), torch.cat([one.cover for one in composed]))
 
     def _compose(self, numbers: Tensor, where: Tensor) -> Composed:
-        """numbers: place, painted place, fur, outfit and camera of each shot, [5, N]. where: clip, row and column of
-        its character, [3, N], on the CPU."""
-        painted = numbers[1]
-        clips = torch.stack([self._placed(*one) for one in where.T.tolist()]).unflatten(1, (self.config.frames, -1))
-        return self._finished(self.under[painted][:, None], clips, [self.over[painted]], numbers)
-
-    def _finished(self, under: Tensor, clips: Tensor, over: list[Tensor], numbers: Tensor) -> Composed:
-        """Returns shots of what is behind the characters [N, F or 1, 3, H, W], these, and what is before them [N, F, 4,
-        H, W], from the farthest on."""
-        place, _, fur, outfit, _ = numbers.unbind()
-        keep, shade, own, masks = clips.split((1, 1, 3, 3), dim=2)
-        colours = torch.stack([self.lit[place, fur], self.lit[place, outfit], self.trim[place]], dim=1)
-        shadow = self.shadow[place][:, None, :, None, None]
-        frames = under * keep.float() + shadow * shade + own
-        frames += torch.einsum("nfkhw,nkc->nfchw", masks.float(), colours)
-        for layer in over:
-            frames = laid_over(frames, layer)
-        frames = (frames * self.vignette).flatten(0, 1)
-        pixels = (F.avg_pool2d(frames, 2) * 255 + 0.5).clamp(0, 255).floor() / 127.5 - 1
-        cover = F.avg_pool2d((1 - keep.float() - shade.float()).flatten(0, 1), 2)
+        """numbers: place, painted view of it, fur, outfit and camera of each shot, [5, N]. where: clip, row and column
+        of its character, [3, N], on the CPU."""
+        keep, shade, shown = self._characters(numbers, where).float().split((1, 1, 3), dim=2)
+        frames = torch.addcmul(shown, keep, self.under[numbers[1]])
+        over, clear = self.over[numbers[1]].split((3, 1), dim=2)
+        frames = torch.addcmul(over, frames, clear)
+        pixels = F.avg_pool2d(frames.flatten(0, 1), 2).mul_(255).add_(0.5).clamp_(0, 255).floor_() / 127.5 - 1
+        cover = 1 - F.avg_pool2d((keep + shade).flatten(0, 1), 2)
         return Composed(
-            pixels.unflatten(0, (len(place), -1)).transpose(1, 2), cover.squeeze(1).unflatten(0, (len(place), -1))
+            pixels.unflatten(0, frames.shape[:2]).transpose(1, 2), cover.squeeze(1).unflatten(0, frames.shape[:2])
         )
 
+    def _characters(self, numbers: Tensor, where: Tensor) -> Tensor:
+        """Returns keep, shade and the colours of the characters and their shadows: [N, F, 5, H, W]."""
+        return self._coloured(torch.stack([self._placed(*one) for one in where.T.tolist()]), numbers)
+
+    def _coloured(self, clips: Tensor, numbers: Tensor) -> Tensor:
+        """[N, F, 8, H, W] of clips -> `dtype` [N, F, 5, H, W]: keep, shade and colours."""
+        place, _, fur, outfit, _ = numbers.unbind()
+        mix = torch.eye(5, 8, device=self.device).repeat(len(place), 1, 1)
+        mix[:, 2:, 1] = self.shadow[place]
+        mix[:, 2:, 5:] = torch.stack([self.lit[place, fur], self.lit[place, outfit], self.trim[place]], dim=2)
+        return (mix[:, None].to(self.dtype) @ clips.to(self.dtype).flatten(3)).unflatten(3, clips.shape[3:])
+
     def _placed(self, clip: int, row: int, column: int) -> Tensor:
-        """Returns a clip [F x 8, H, W] with its character moved by whole fine pixels."""
+        """Returns a clip [F, 8, H, W] with its character moved by whole fine pixels."""
         (rows, columns), (height, width) = self.margin, self.vignette.shape
         top, left = rows - row, columns - column
-        return self.clips[clip, :, top : top + height, left : left + width]
-
-
-def laid_over(frames: Tensor, layer: Tensor) -> Tensor:
-    """Premultiplied RGBA [N, F, 4, H, W] over opaque frames [N, F, 3, H, W]."""
-    colour, alpha = layer.float().split((3, 1), dim=2)
-    return frames * (1 - alpha) + colour
+        return self.clips[clip, ..., top : top + height, left : left + width]
 
 
 def _place_renderer(config: RecallConfig, painting: int) -> Renderer:

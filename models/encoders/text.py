@@ -143,22 +143,21 @@ class EmbeddedTextEncoder(TextEncoder):
 
     def encode_caption(self, caption: str) -> Tensor:
         """fp32 [T, text_dim]; the last row is the end of the text, and "" has that row alone."""
-        return self._features(torch.tensor([self._ids(caption)]))[0]
+        return self._features(self._ids(caption)[None])[0]
 
     @torch.no_grad()
     def encode_each(self, captions: Sequence[str]) -> list[Tensor]:
         """Captions of one length are encoded at once."""
-        ids = [torch.tensor(self._ids(caption)) for caption in captions]
-        return each_shape(self._features, ids)
+        return each_shape(self._features, [self._ids(caption) for caption in captions])
 
-    def _ids(self, caption: str) -> list[int]:
+    def _ids(self, caption: str) -> Tensor:
         ids = self.tokenizer.encode(clean(caption)).ids
         if len(ids) >= self.config.max_tokens:
             logger.warning(
                 "a caption of %d tokens is cut after %d, which are all that the model sees of it (%r...)",
                 *(len(ids), self.config.max_tokens - 1, caption[:60]),
             )
-        return [*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)]
+        return torch.tensor([*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)])
 
     def _features(self, ids: Tensor) -> Tensor:
         """ids: int64 [B, T], on the CPU."""

@@ -80,6 +80,19 @@ def test_shots_of_moving_cameras_are_those_of_the_renderer():
     assert compared.keys() == set(CAMERAS)
 
 
+@pytest.mark.parametrize("config", [CONFIG, FILMED], ids=["static", "moving"])
+def test_shots_coloured_in_half_precision_are_the_same_within_a_level(config):
+    scenes, stock = draw_scenes(config, range(4)), build_stock(config)
+    stock.dtype = torch.float32
+    exact = stock.compose(scenes)
+    stock.dtype = torch.float16  # as on a GPU
+    half = stock.compose(scenes)
+    difference = np.abs(pixels(half) - pixels(exact))
+    assert difference.max() < 1.01
+    assert difference.mean() < 0.05
+    torch.testing.assert_close(half.cover, exact.cover, rtol=0, atol=2e-3)
+
+
 def test_cover_is_where_the_character_is(world):
     scenes = draw_scenes(CONFIG, [3])
     cover = world.stock.compose(scenes).cover
@@ -163,6 +176,15 @@ def test_latents_are_the_codecs_of_each_shot(world):
     one_by_one = torch.stack([world.codec.encode(frames) for frames in world.stock.compose(scenes).frames])
     torch.testing.assert_close(encoded.latents[0], one_by_one)
     assert encoded.cover.shape == (1, CONFIG.shots, *one_by_one.shape[2:])
+
+
+def test_scenes_may_have_more_shots_than_the_worlds(world):
+    scenes = draw_scenes(replace(CONFIG, shots=7), [9, 2])
+    encoded = world.encode(scenes)
+    assert encoded.latents.shape[:2] == encoded.cover.shape[:2] == (2, 7)
+    assert [len(of_scene) for of_scene in encoded.text] == [8, 8]
+    second = world.encode(draw_scenes(replace(CONFIG, shots=7), [2]))
+    torch.testing.assert_close(encoded.latents[1:], second.latents)
 
 
 def test_ranks_together_and_a_resumed_loader_give_the_same_scenes(world):
