@@ -113,7 +113,7 @@ def store_defaults(config_name: str, schema: type) -> None:
     groups as `schema`, so that YAML holds only what differs from them."""
     store = ConfigStore.instance()
     store.store(f"{config_name}_schema", defaults(schema))
-    store.store("schema", defaults(MoCConfig), group="moc")  # whatever a command makes of it
+    store.store("schema", defaults(MoCConfig), group="moc")  # every command has the group, whatever it makes of it
     for name, hint in get_type_hints(schema).items():
         group = next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
         if group and (CONFIGS / name).is_dir():
@@ -166,7 +166,7 @@ def _ending(full: bool, *mendable: type[Exception]) -> Iterator[None]:
             raise
         if isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)  # as a shell tells it
+            sys.exit(128 + signal.SIGINT)  # the status that a shell gives an interrupted command
         if for_user(error) or isinstance(error, mendable):
             sys.exit(f"error: {message_of(error)}")
         traceback.print_exception(error)

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 Data = ShotDataset | RecallWorld
 Train = Callable[[TrainConfig, Data, Parallel], bool]
 
-_SCENES = 32  # that are read
-_SCENES_A_START = 4  # by each process
-_STEPS = 3  # that are tried; the first ones compile kernels
+_SCENES = 32  # how many are read
+_SCENES_A_START = 4  # how many each process reads before a start
+_STEPS = 3  # how many are tried; the first ones compile kernels
 
 
 def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> bool:

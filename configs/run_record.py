@@ -29,7 +29,7 @@ from moc.training.parallel import gather_lists
 
 logger = logging.getLogger(__name__)
 
-# What changes neither the model nor what it learns from; all else is part of what a run is.
+# These change neither the model nor what it learns from; all other settings are part of what a run is.
 FREE = (
     "name", "output", "resume", "allow_changes", "preflight", "tracking", "parallel", "execution",
     "trainer.num_steps", "trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every",

@@ -9,7 +9,7 @@ from typing import Any
 from data.documents import flag
 from data.errors import DataError, refuse_unknown
 
-# What is shown of a scene, and besides what its first frames and actions are, which its prompts say again.
+# The fields of a scene. Its prompts repeat what the last two, its first frames and actions, say.
 _SCENE_FIELDS = {"scene_num", "video_prompts", "cut", "first_frame_prompt", "action_descriptions"}
 
 

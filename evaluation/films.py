@@ -14,7 +14,7 @@ from film.folder import METADATA, FilmFolder
 from film.script import Script, load_script
 from film.storyboard import pick_frames
 
-PICTURES = 8  # of a shot, spread over it, each with the frame after it
+PICTURES = 8  # how many of a shot are looked at, spread over it, each with the frame after it
 _HEIGHT = 256  # pixels that a picture has at most
 _CHARACTERS = re.compile(r"\[character\](.*?)(?:\[|$)", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"(?:^|[.;,]\s*|\n)\s*([A-Z][\w' -]{0,30}?):")
@@ -96,7 +96,7 @@ def read_schedule(path: str | Path) -> list[list[str]]:
         raise DataError(
             "missing-schedule", path, "no such file; give a JSON or YAML file with shots: [[name, ...], ...]"
         )
-    raw = parse_yaml(read_text(path), path)  # which JSON is
+    raw = parse_yaml(read_text(path), path)  # JSON is YAML too
     shots = raw.get("shots") if isinstance(raw, dict) else None
     if not isinstance(shots, list):
         raise DataError("bad-schedule", f"{path} shots", "is not a list with the names in each shot")

@@ -52,7 +52,7 @@ def drift(film: Film) -> dict[str, tuple[float, float]]:
     found = {}
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
-        if np.ptp(values) == 0:  # no slope, of which a regression would say nan
+        if np.ptp(values) == 0:  # there is no slope; a regression would give nan
             found[name] = (0.0, 1.0)
             continue
         line = linregress(np.arange(len(values)), values)

@@ -33,7 +33,7 @@ LOOKS = ("fur", "outfit")
 ATTRIBUTES = {"fur": len(COLOUR_NAMES), "outfit": len(COLOUR_NAMES), "name": len(NAMES), "place": len(PLACE_NAMES)}
 SIGMAS = (0.8, 0.95)
 COVERED = 0.5  # the share of a latent value's pixels that must be the character's for it to be of the recalled region
-MASS_AT_ONCE = 8  # scenes, whose attention is laid out whole
+MASS_AT_ONCE = 8  # how many scenes; their attention is computed as whole matrices
 READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
 
 
@@ -248,7 +248,7 @@ class RouteCount:
         self.shown = torch.from_numpy(encoded.scenes.shown).to(device)[layout.token_sample[self.tokens]]
         self.chunk_shot = layout.group_shot[layout.chunk_group]
         self.rows: list[Tensor] = []
-        self.sparsity: list[float] = []  # of video-video pairs
+        self.sparsity: list[float] = []  # that of video-video pairs
 
     def __call__(self, layer: int, routes: Tensor) -> None:
         self.sparsity.append(attention_cost(self.layout, self.config, routes, num_heads=1, head_dim=1).video_sparsity)
@@ -293,7 +293,7 @@ def summary(tally: Tally) -> dict:
             for name, right in zip(ATTRIBUTES, tally.right.unbind(1), strict=True)
         },
         "by_distance": by_distance,
-        "right": np.packbits(looks.flatten().numpy()).tobytes().hex(),  # each look of each scene, to compare rows by
+        "right": np.packbits(looks.flatten().numpy()).tobytes().hex(),  # each look's of each scene, to compare rows
     }
     for name, loss in (("loss", tally.loss), ("region_loss", tally.region_loss)):
         found[name] = {

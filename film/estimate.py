@@ -15,7 +15,7 @@ from moc.diffusion import Flow, SamplingConfig, guidance_scales, num_still_remem
 from moc.training import MeshConfig
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
-LEAST = 4  # of them that no block can do without: the tokens, their queries, keys and values
+LEAST = 4  # as many as no block can do without: the tokens, their queries, keys and values
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def estimate(
 
     spent = dense = 0.0
     most_tokens = most_seen = most_sides = forwards = needed = 0
-    remembered: list[list[int]] = [[], []]  # shots, on each side of guidance
+    remembered: list[list[int]] = [[], []]  # remembered shots on each side of guidance
     story = plan.story()
     steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, story.num_references)
     for step in steps:
@@ -112,8 +112,8 @@ def estimate(
     seen = steps[-1].shots
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
-    token = width * dtype.itemsize / mesh.sequence  # bytes of one's features, which norms alone have in fp32
-    kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such tensors of a token, in each layer and cache
+    token = width * dtype.itemsize / mesh.sequence  # bytes of a token's features; only norms have them in fp32
+    kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # how many of these each layer and cache keeps
     layer = kept * (stream.global_tokens + most_seen) * token
     caches = len(experts) * most_sides * layers
     here = min(2, caches) if sampler.offload_cache else caches  # layers: the one in use, and the next one

@@ -39,7 +39,7 @@ from models.frozen import Base, multiply_in_fp8
 
 logger = logging.getLogger(__name__)
 
-UNSEEN = {"seed", "offload_cache"}  # settings of the sampler that no frame shows: shots have seeds of their own
+UNSEEN = {"seed", "offload_cache"}  # these sampler settings change no frame: shots have seeds of their own
 
 Value = TypeVar("Value")
 
@@ -179,7 +179,7 @@ class Filmmaker:
         text = self.encoders.text.to(device)
         windowed = self.moc.text_flows_forward and not stream.text_in_stream
         plan.encode_texts(text.encode_windows if windowed else text.encode)
-        text.to("cpu")  # its memory is the model's from here on
+        text.to("cpu")  # from here on the model needs its memory
         return plan
 
     def request(self, plan: FilmPlan) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class Filmmaker:
                 with folder.bound_once_begun():
                     self._make(plan, folder, request, watch)
             present(folder, plan, self.config.video)
-            folder.forget()  # now, since shots made anew are not asked for twice
+            folder.forget()  # forgets what it was asked to redo, so that no shot is made anew twice
 
     def with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:
         """Returns the script, with the seeds of the folder's film in the shots that stay as they are. Raises DataError

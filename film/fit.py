@@ -85,7 +85,7 @@ def _ways(
     for offloads in (False, True)[sampler.offload_cache :]:
         also = " sampler.offload_cache=true" if offloads and not sampler.offload_cache else ""
         if also and in_context(offloads) == in_context(False):
-            break  # nothing is kept
+            break  # then nothing is kept that could be offloaded
         if sampler.lag < 1 and in_context(offloads) <= room:
             yield f"sampler=shot_by_shot{also}"
             break

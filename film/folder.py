@@ -43,11 +43,11 @@ from moc.files import PARTIAL, copy_whole, held
 from moc.training.checkpoint import read_json
 
 METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
-REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # what of the metadata decides the frames
+REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # metadata that decide the frames
 ROUTING = "routing.safetensors"
 SCENES = "[0-9][0-9][0-9]_[0-9][0-9][0-9].mp4"
 GIVEN = f"given/{'[0-9a-f]' * 16}.*"
-DRAWN = ("index.html", "storyboard*.png", "routing.png", "video.srt", "video.vtt", "preview.webp")  # of a whole film
+DRAWN = ("index.html", "storyboard*.png", "routing.png", "video.srt", "video.vtt", "preview.webp")  # once it is whole
 FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, ROUTING, *DRAWN)
 REMEDY = "name another folder, or remove this one"
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class FilmFolder:
         else:
             try:
                 record = self.read_metadata()
-            except (FileNotFoundError, UserError):  # none of ours
+            except (FileNotFoundError, UserError):  # it is no film of ours
                 return None
         known = {name: record[name] for name in (*REQUEST, "video") if name in record}
         if not known.keys() >= set(REQUEST):
@@ -245,7 +245,7 @@ class FilmFolder:
     def copy_pictures(self, names: Mapping[Path, str]) -> None:
         """Copies the pictures and videos of a script to where its record names them."""
         for file, name in names.items():
-            if not (self.path / name).exists():  # whose name tells its content
+            if not (self.path / name).exists():  # a file of that name has that content
                 copy_whole(file, self.path / name)
 
     def read_metadata(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from moc.statistics import RoutingMap
 OnStep = Callable[[Progress], None]
 Sampling = Callable[[OnStep, Progress | None], Iterable[tuple[int, Tensor]]]
 ROUTE_COUNTS = "routing"  # the counts of the routing map, among the tensors that are kept
-REUSED = "reused"  # and how many steps took an earlier one's velocity
+REUSED = "reused"  # the number of steps that took an earlier one's velocity, among them too
 
 
 class Shooting:
@@ -77,7 +77,7 @@ class Shooting:
         titles = [shot.prompt for shot in self.plan.script.shots] if self.video.chapters else None
         return self.folder.join_shots(len(self.numbers), titles)
 
-    _is_new = False  # whether a shot was finished that is not kept yet
+    _is_new = False  # whether a shot is finished but not kept yet
 
     def _start(self) -> Progress | None:
         """Returns where sampling goes on from. Shots with latents alone get their videos, given ones first."""
@@ -126,7 +126,7 @@ class Shooting:
         frames: Iterator[np.ndarray] = (frame for piece in pieces for frame in piece)
         shown, video = islice(frames, self.plan.num_frames[number - 1]), self.video
         self.folder.write_shot(number, shown, self.plan.script.fps, video.codec, video.crf)
-        for _ in frames:  # which are past the shot's end
+        for _ in frames:  # decodes what is past the shot's end, which is not shown
             pass
 
 

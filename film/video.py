@@ -15,7 +15,7 @@ from film.plan import FilmPlan
 from moc.errors import UserError
 
 CODECS = ("libx264", "libx265")
-_DECIDING = ("codec", "crf", "chapters")  # of the settings, the bytes of the videos
+_DECIDING = ("codec", "crf", "chapters")  # these settings decide the bytes of the videos
 _PREVIEW_WIDTH, _PREVIEW_FPS, _PREVIEW_SECONDS = 320, 6, 12
 
 

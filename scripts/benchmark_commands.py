@@ -23,7 +23,7 @@ from moc.files import write_whole
 from scripts.measuring import check_gpu, header, markdown_table
 from scripts.rows import ROOT, measured_on, put_row
 
-KEY = ("gpu", "gpus", "name")  # of a row in the record
+KEY = ("gpu", "gpus", "name")  # what tells a row of the record from others
 SMALL_STORY = "configs/scripts/storyworld.yaml"
 README_STORY = {
     "title": "The lighthouse",

@@ -32,8 +32,8 @@ from scripts.rows import machine, put_row, read_rows, train_for
 
 FOLDS = 4
 LENGTH = 8  # shots of a scene
-COURSE = "validation/loss_0.8"  # of a run's metrics: with equal noise on all shots
-KEY = ("row", "fold", "seed", "steps")  # of a row in the record
+COURSE = "validation/loss_0.8"  # the metric of a run's course: equal noise on all shots
+KEY = ("row", "fold", "seed", "steps")  # what tells a row of the record from others
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
     "dense": ["moc=dense"],

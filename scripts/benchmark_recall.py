@@ -53,7 +53,7 @@ from models.checkpoints.contents import Contents
 from scripts.recall_report import write_report
 from scripts.rows import ROOT, machine, put_row, read_rows, train_for
 
-# Chunks of all that went before, which is dense and causal; then finer and fewer ones.
+# The schedule begins with chunks of all that went before, which is dense and causal; then they are finer and fewer.
 PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5))
 
 
@@ -104,7 +104,7 @@ def progressive(steps: int) -> str:
     return f"schedule=[{', '.join(stages)}]"
 
 
-KEY = ("row", "seed", "steps", "start")  # of a row in the record
+KEY = ("row", "seed", "steps", "start")  # what tells a row of the record from others
 # Chunk tokens and chunks that a dense model routes to, untrained: a frame has 24 tokens, a row of it 6.
 SWAPS = ((24, 1), (24, 2), (24, 4), (24, 7), (24, 14), (12, 2), (12, 3), (6, 4), (6, 5), (6, 8), (6, 11))
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]

@@ -77,7 +77,7 @@ Shots = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Film:
-    """Measures a film. frames: latent frames of each shot. size: height, width of a latent. chunk_tokens: a chunk's."""
+    """Sizes a film. frames: latent frames of each shot. size: height, width of a latent. chunk_tokens: a chunk's."""
 
     frames: tuple[int, ...]
     size: tuple[int, int]
@@ -206,7 +206,7 @@ class Bench:
         with device:
             model = build_model(config.model, latent_channels=CHANNELS, text_dim=config.text_dim)
         wide = set[str](model._keep_in_fp32_modules or ())
-        for weight_name, weight in model.named_parameters():  # as a checkpoint is loaded
+        for weight_name, weight in model.named_parameters():  # one by one, as a checkpoint is loaded
             if not wide & set(weight_name.split(".")):
                 weight.data = weight.data.to(dtype)
         freeze_linears(model, config.weights or Base.fp32)

@@ -54,8 +54,8 @@ SETTINGS = {
     "fp32-128": Setting(torch.float32, 128, 1280, 5),
     "fp32-128-small-chunks": Setting(torch.float32, 128, 160, 20),
 }
-FEW_BYTES = 64  # of a thread's registers in memory, which no loop notices
-# Bytes that kernels spill with blocks that were fastest nevertheless, as measured: of dq, small chunks on an H100.
+FEW_BYTES = 64  # so few registers of a thread may be spilled: no loop notices
+# Bytes that kernels spill with blocks that were measured to be the fastest nevertheless: dq of small chunks on an H100.
 MEASURED_SPILLS = {("dq_kernel", "90"): 136}
 
 

@@ -176,7 +176,7 @@ def raised_signals() -> Iterator[None]:
     """Has signals that would end this process at once raise SystemExit instead."""
 
     def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)  # as a shell tells it
+        sys.exit(128 + number)  # the status that a shell gives such an end
 
     fatal = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
     for number in fatal:

@@ -18,7 +18,7 @@ def main(config: StoryworldConfig) -> None:
 
 
 if __name__ == "__main__":
-    # Not above: every worker process imports this file, and this brings in transformers and diffusers.
+    # This import is not above: every worker process imports this file, and it brings in transformers and diffusers.
     from configs.command import command
 
     command("storyworld", StoryworldConfig)(main)()

@@ -26,7 +26,7 @@ from scripts.rows import read_rows
 
 MONTH = 30 * 86400  # seconds
 GPUS_A_HOST = 8
-STATE_BYTES = 20  # of a parameter, in fp32: itself, its average, its gradient and two states of AdamW
+STATE_BYTES = 20  # for each parameter, in fp32: itself, its average, its gradient and two states of AdamW
 SAVED_BYTES = 16  # the same without the gradient
 HEAD = [
     "sequence x shard x replicate", "films a step", "states GiB", "gathered GiB", "activations GiB", "sum GiB", "fits",
@@ -170,8 +170,8 @@ def plan(config: PlanConfig, measured: Measured, size: Size, sequence: int, shar
     activations = measured.activation_bytes * tokens * size.dim * size.layers / sequence
     flops = size.flops(config.shots, measured.shot_tokens, measured.moc) / sequence
     computing = flops / measured.flops / measured.efficiency(sequence)
-    # Weights gathered for forward and for backward and gradients scattered once, over hosts where more than one holds
-    # them; gradients averaged over replicas besides.
+    # Weights are gathered for forward and for backward and gradients scattered once, across hosts if several hold
+    # them; gradients are also averaged over replicas.
     gathered_bytes = 3 * 4 * size.params * (1 - 1 / held) if held > GPUS_A_HOST else 0
     averaged_bytes = 2 * 4 * size.params / held if config.gpus > max(held, GPUS_A_HOST) else 0
     weights = (gathered_bytes + averaged_bytes) / (config.network_gb * 1e9)

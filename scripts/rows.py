@@ -72,7 +72,7 @@ def put_row(
     row: what was measured. header: where, when and with what; the record's header holds what is the same for all rows,
     and each row what is its own. key: the names, in row or header, that tell rows apart; one that a row lacks is "".
     """
-    new = json.loads(json.dumps({**header, **row}))  # with keys of text and lists, as the earlier ones have
+    new = json.loads(json.dumps({**header, **row}))  # keys become texts and tuples lists, as in earlier rows
     rows = [other for other in read_rows(output) if _key(other, key) != _key(new, key)] + [new]
     shared = {name: new[name] for name in header if all(other.get(name, "") == new[name] for other in rows)}
     lines = ",\n".join(json.dumps({k: v for k, v in other.items() if k not in shared}) for other in rows)

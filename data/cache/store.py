@@ -59,7 +59,7 @@ class FileStore:
             return Path(path)
         copy = self._copy(name + _COPY)
         if copy.is_file():
-            os.utime(copy)  # its last use
+            os.utime(copy)  # marks its last use
             return copy
         self._make_room(fs.size(path), name)
         self._fetch(name, copy)
@@ -99,7 +99,7 @@ class FileStore:
         return fs, f"{root}/{name}"
 
     def _copy(self, name: str) -> Path:
-        assert self.copies is not None  # it is a URL
+        assert self.copies is not None  # so it is for a URL
         return self._inside(Path(self.copies, fsspec.utils.tokenize(self.url)[:16]), name)
 
     def _inside(self, folder: str | Path, name: str) -> Path:

@@ -14,7 +14,7 @@ import torch
 Item = TypeVar("Item")
 
 
-_PATIENCE = 5.0  # seconds in all
+_PATIENCE = 5.0  # seconds to wait for all threads together
 _running: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[bool]] = weakref.WeakKeyDictionary()
 
 
@@ -44,7 +44,7 @@ def ahead(make: Callable[[], Iterator[Item]]) -> Iterator[Item]:
 
     def take() -> None:
         if device is not None:
-            torch.cuda.set_device(device)  # a new thread has the first one
+            torch.cuda.set_device(device)  # a new thread begins with the first GPU
         try:
             items = make()
             while wanted.get():
@@ -64,6 +64,6 @@ def ahead(make: Callable[[], Iterator[Item]]) -> Iterator[Item]:
             wanted.put(True)
             held = [item]
             del item
-            yield held.pop()  # which keeps it alive no longer than its user does
+            yield held.pop()  # so that only the user keeps it alive
     finally:
         wanted.put(False)

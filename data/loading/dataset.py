@@ -122,7 +122,7 @@ class ShotDataset:
         self.caches: list[Cache] = []
         self.items: list[tuple[int, CachedScene]] = []
         self.source_items: list[tuple[float, list[int]]] = []
-        self.source_names: list[str] = []  # of each item, where there are several sources
+        self.source_names: list[str] = []  # the source of each item, where there are several
         opened: dict[str, int] = {}
         for source in sources:
             if source.path not in opened:

@@ -76,8 +76,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[moc.Batch]]:
         ends: deque[int] = deque()
-        # Made in the thread that asks it, where torch leaves the end of a worker to be found there: in the main thread
-        # it would raise it anywhere, in the middle of a checkpoint too.
+        # The iterator is made in the thread that asks it, which then finds out if a worker has died: in the main thread
+        # torch would raise that anywhere, in the middle of a checkpoint too.
         micro_batches, workers = MicroBatches(self.dataset, self.spec, self.chunk_tokens), self.config.workers
         parcels = ahead(lambda: iter(_data_loader(micro_batches, self._planned(ends), workers, self.config.prefetch)))
         step: deque[moc.Batch] = deque()
@@ -85,7 +85,7 @@ class Loader:
             step.append(_arrived(next(parcels)))
             if len(step) == self.accumulation:
                 self.position = ends.popleft()
-                yield [step.popleft() for _ in range(self.accumulation)]  # keeping none of them alive here
+                yield [step.popleft() for _ in range(self.accumulation)]  # so that only the user keeps them alive
 
     def held_out(self) -> Iterator[moc.Batch]:
         """This rank's share of the scenes that it does not train on; see `held_out`."""

@@ -18,7 +18,7 @@ LONGEST = 10 * 24  # frames; of a longer shot the last ones are taken, in which 
 
 @dataclass(frozen=True)
 class FilmShot:
-    """Is one shot. number: from 1, as the detector finds them. start, end: frames, half-open. characters: names."""
+    """Describes a shot. number: from 1, as the detector has it. start, end: frames, half-open. characters: names."""
 
     number: int
     start: int

@@ -85,7 +85,7 @@ def join_videos(path: str | Path, videos: Sequence[str | Path], chapters: Sequen
                     stream = stream or joined.add_stream_from_template(source.streams.video[0])
                     start = num_frames
                     for packet in source.demux(video=0):
-                        if packet.pts is None or packet.duration is None:  # the end of the file
+                        if packet.pts is None or packet.duration is None:  # such a packet ends the file
                             continue
                         packet.pts += start * packet.duration
                         packet.dts = num_frames * packet.duration - delay
@@ -122,5 +122,5 @@ def _check_writable(path: Path, array: np.ndarray, codec: str) -> None:
         raise ValueError(f"{path}: a frame is uint8 [H, W, 3], got {array.dtype} {array.shape}")
     if array.shape[0] % 2 or array.shape[1] % 2:
         raise UserError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
-    if codec == "libx265" and min(array.shape[:2]) < 64:  # its largest block; it would end the process
+    if codec == "libx265" and min(array.shape[:2]) < 64:  # its largest block: less would end the process
         raise UserError(f"{path}: libx265 needs pictures of at least 64x64, got {array.shape[0]}x{array.shape[1]}")

@@ -28,7 +28,7 @@ class SampleEncoder:
     output: Path
     decoder: str
     device: str
-    online_in: Path | None = None  # a cache folder that is to hold no latents
+    online_in: Path | None = None  # the cache folder, if it is to hold no latents
 
     def encode(self, plan: SamplePlan) -> EncodedScene:
         """Raises DataError: broken, size-change and others of reading; out-of-memory."""
@@ -37,7 +37,7 @@ class SampleEncoder:
         try:
             for pieces in self._shots(plan):
                 if self.online_in:
-                    deque(pieces, maxlen=0)  # read all the same: what cannot be read shall fail now
+                    deque(pieces, maxlen=0)  # frames are read all the same, so that what cannot be read fails now
                 else:
                     latents.append(encode(pieces))
         except torch.OutOfMemoryError as error:

@@ -97,7 +97,7 @@ class _Run:
             config.fps, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
         )
         self.report = Report()
-        self.failures: list[list[str]] = []  # of this process: kind, where, message, and key of the sample if lost
+        self.failures: list[list[str]] = []  # this process's: kind, where, message, and key of the sample if lost
         self.detector = build_detector(config.detector, config.threshold, device)
         self.recipe = {
             "decoder": config.decoder,

@@ -13,7 +13,7 @@ from data.media.index import VideoIndex, estimated_frames, index_video
 from data.prepare.shots import ShotDetector, Span
 from data.records import read_record, write_record
 
-_VERSION = 2  # of what a scan finds; records of another are made anew
+_VERSION = 2  # the version of what a scan finds; records of another version are made anew
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ _FAINT = 0.01  # a response that counts where the picture jumps as well
 _JUMP_DIFFERENCE, _JUMP_RATIO, _JUMP_FRAMES = 15.0, 1.4, 5
 _CHANGED, _CHANGED_SHARE = 10.0, 0.4  # a caption that pops up changes less of the picture
 _FADE, _FADE_FRAMES, _FADE_RESPONSE = 0.5, 5, 0.15
-_BLANK_DEVIATION = 3.0  # within a colour of a picture, of 0..255 values
+_BLANK_DEVIATION = 3.0  # the most that values (0 to 255) of a blank picture's colour deviate
 _FLASH_FRAMES = 4
 _FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash is far off its shot, and far more than its two sides are
 

@@ -14,9 +14,9 @@ import numpy as np
 
 Colour = np.ndarray  # float32 [4]
 
-SUBPIXEL_BITS = 4  # of OpenCV's fixed-point polygon corners
+SUBPIXEL_BITS = 4  # OpenCV's polygon corners are fixed-point numbers with so many
 SUBPIXELS = 2**SUBPIXEL_BITS
-RIM = 0.014  # of a figure, in its own units
+RIM = 0.014  # the width of a figure's rim, in its own units
 
 
 def rgb(hex_code: str) -> Colour:
@@ -56,7 +56,7 @@ class Gradient:
         return self.start + (self.end - self.start) * share
 
 
-Paint = Colour | Gradient | Callable[[np.ndarray, np.ndarray], np.ndarray]  # or local (x, y) -> [h, w, 4]
+Paint = Colour | Gradient | Callable[[np.ndarray, np.ndarray], np.ndarray]  # the last maps local (x, y) to [h, w, 4]
 
 
 def shaded(colour: Colour, y0: float, y1: float) -> Gradient:

@@ -13,7 +13,7 @@ from data.storyworld.accessories import ACCESSORIES
 from data.storyworld.animals import ANIMALS, CREAM, draw_head
 from data.storyworld.canvas import Canvas, Colour, Paint, capsule, darker, ellipse, rgb, shaded, star
 
-# Six values, far apart in hue or lightness, so that a reader of pixels can tell them after a lossy codec.
+# The six values are far apart in hue or lightness, so that a reader of pixels can tell them after a lossy codec.
 COLOURS: dict[str, Colour] = {
     "red": rgb("#e0483c"), "yellow": rgb("#f7c93e"), "green": rgb("#4fae4a"),
     "blue": rgb("#3f74e0"), "pink": rgb("#f58ad0"), "white": rgb("#f4f1ea"),

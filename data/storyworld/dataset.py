@@ -74,7 +74,7 @@ def _write_scenes(config: StoryworldConfig) -> Iterator[tuple[int, dict]]:
                 yield index, write_scene(config, index)
                 bar.update()
             return
-        # Forked from a process of their own, since the parent may hold threads, which imports once for all of them.
+        # Workers are forked from a server process, since this one may hold threads; it imports once for all of them.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         with ProcessPoolExecutor(workers, context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:

@@ -263,7 +263,7 @@ def _paint_texture(canvas, rng, kind: str, top: Colour, bottom: Colour, half: fl
 def _place_props(canvas, rng, kinds: tuple[PropKind, ...], baseline: tuple[float, float], half: float) -> None:
     stands = []
     for kind in kinds:
-        # One prop in each of `count` equal stretches: scattered, never bunched.
+        # Each of `count` equal stretches has one prop, so that props are scattered, never bunched.
         stretch = 2 * half / kind.count
         for i in range(kind.count):
             x = -half + (i + rng.uniform(0.15, 0.85)) * stretch

@@ -137,7 +137,7 @@ class Renderer:
         and row. Nearer layers move and grow more."""
         zoom = 1 + (view.zoom - 1) * layer.parallax
         x, y = view.x * layer.parallax, 0.5 + (view.y - 0.5) * layer.parallax
-        step = layer.scale / (self.height * zoom)  # layer pixels a frame pixel
+        step = layer.scale / (self.height * zoom)  # how many layer pixels a frame pixel spans
         left = (x - self.aspect / 2 / zoom - layer.left) * layer.scale + 0.5 * step - 0.5
         return step, left, (y - 0.5 / zoom) * layer.scale + 0.5 * step - 0.5
 
@@ -158,7 +158,7 @@ class Renderer:
         """Returns the sighting of each actor, in the order of the shot's cast."""
         sightings = {}
         hidden = front.copy()
-        for cutout in reversed(cutouts):  # from the nearest
+        for cutout in reversed(cutouts):  # the nearest comes first
             rows, columns = (np.flatnonzero((cutout.alpha > 0.5).any(axis=axis)) for axis in (1, 0))
             if not len(rows):
                 sightings[cutout.actor] = Sighting(None, 0.0)

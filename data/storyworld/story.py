@@ -51,8 +51,8 @@ class Scene:
     caption: str
     recalls: tuple[Recall, ...]
     occluders: bool  # whether tall things may hide a character
-    seed: tuple[int, int]  # of all that is drawn at random in it
-    paint_seed: tuple[int, ...]  # of its places
+    seed: tuple[int, int]  # seeds all that is drawn at random in it
+    paint_seed: tuple[int, ...]  # seeds the painting of its places
 
 
 def plan_scene(config: StoryworldConfig, index: int) -> Scene:
