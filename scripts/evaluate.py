@@ -1,13 +1,13 @@
 """Evaluates a checkpoint, sampled films, or both: python scripts/evaluate.py [checkpoint=PATH data.path=PREPARED]
 [films=[FILM, OTHER]] [clip=FOLDER] [dino=FOLDER] [output=FILE.json] [page=FILE.html] [key=value ...]
 
-Of a checkpoint it takes the held-out loss under dense, MoC and own-shot-only attention, at the same noise. MoC has no
+It measures a checkpoint's held-out loss under dense, MoC and own-shot-only attention, at the same noise. MoC has no
 parameters, so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal noise on all
 shots the rows barely differ; a clean history before one noisy shot tells what the history is worth. `accelerate launch`
 deals the scenes to its processes.
 
-Of films, as sample.py writes them, it measures cuts, motion, drift, and whether looks stay within a shot and come back
-with their names; with local weights text alignment too. VBench runs in an environment of its own: its command is
+In films that sample.py wrote it measures cuts, motion, drift, whether looks stay within a shot and come back with their
+names, and with local weights text alignment. VBench runs in an environment of its own: its command is
 printed, and vbench=[RESULT, ...], one for each film, puts its numbers beside the paper's.
 """
 
