@@ -22,7 +22,6 @@ from data.storyworld.filmed import build_stock
 from data.storyworld.recall import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
 
 HELD_OUT_AT_ONCE = 16
-KEPT_CAPTIONS = 1 << 13  # of up to 30 KB
 
 
 @dataclass(frozen=True)
@@ -106,13 +105,16 @@ class RecallWorld:
         return latents.unflatten(0, scenes.cast.shape)
 
     def _texts(self, captions: list[str]) -> list[Tensor]:
-        """Few captions return where looks are told, and all do where they are not."""
-        if len(self._features) > KEPT_CAPTIONS:
-            self._features = {}
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._features]
-        features = self.text_encoder.encode_each(new)
-        self._features |= {caption: x.to(self.stock.device).float() for caption, x in zip(new, features, strict=True)}
+        """Returns features that a resumed run repeats to the bit: those encoded at once are a step's."""
+        if self.config.described:  # few captions return
+            return self._encoded(captions)
+        for caption in captions:
+            if caption not in self._features:
+                self._features[caption] = self._encoded([caption])[0]
         return [self._features[caption] for caption in captions]
+
+    def _encoded(self, captions: list[str]) -> list[Tensor]:
+        return [x.to(self.stock.device).float() for x in self.text_encoder.encode_each(captions)]
 
     def _pooled(self, cover: Tensor, latents: torch.Size) -> Tensor:
         """[N, F, H, W] of pixels -> [N, T, H', W'] of latents: the first frame is a latent frame of its own."""

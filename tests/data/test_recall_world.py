@@ -170,6 +170,17 @@ def test_look_alikes_share_the_returning_names_colours():
     assert (scenes.outfit[:, 2] == scenes.outfit[:, 0]).all()
 
 
+def test_described_captions_are_encoded_as_each_alone():
+    encoders = build_encoders(EncodersConfig(), vocabulary())
+    config = replace(CONFIG, frames=1, paintings=1, described=True)
+    world = RecallWorld(config, encoders.codec, encoders.text, encoders.save)
+    scenes = draw_scenes(config, [3, 5])
+    text = world.encode(scenes).text
+    for i, of_scene in enumerate(text):
+        alone = [encoders.text.encode(caption, [])[0] for caption in captions(config, scenes, i)]
+        torch.testing.assert_close(of_scene, alone, rtol=0, atol=1e-5)
+
+
 def test_latents_are_the_codecs_of_each_shot(world):
     scenes = draw_scenes(CONFIG, [9])
     encoded = world.encode(scenes)
