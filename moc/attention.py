@@ -44,12 +44,12 @@ def resolve_backend(q: Tensor, chosen: Backend) -> ModuleType:
 
 @cache
 def _log(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) -> None:
-    """Once for each kind of call."""
+    """Logs once for each kind of call."""
     logger.info("attention on %s, %s, head dim %d: backend %s", device, dtype, head_dim, backend)
 
 
 def _module(backend: Backend) -> ModuleType:
-    """Import statements rather than a table of names: torch.compile can trace them."""
+    """Imports by statements, not from a table of names, since torch.compile can trace statements."""
     if backend is Backend.triton:
         from moc.kernels import triton_backend
 
@@ -104,7 +104,7 @@ def moc_attention(
     drops: DropKey | None = None,
     first_query: int = 0,
 ) -> Tensor:
-    """Mixture-of-Contexts attention over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
+    """Attends by Mixture of Contexts over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
 
     Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks.
 
@@ -138,7 +138,7 @@ def moc_attention(
 
 
 def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout, first_query: int) -> None:
-    """given: q, k and perhaps v, called `names` in messages."""
+    """Checks `given`, which is q, k and perhaps v; messages call them `names`."""
     q, k, *others = given
     if not 0 <= first_query < layout.num_tokens:
         raise ValueError(f"first_query={first_query} is no token of a stream of {layout.num_tokens}")

@@ -23,7 +23,7 @@ class StreamSpec:
     text_in_stream: bool = True
 
     def grid(self, latent: Tensor) -> tuple[int, int, int]:
-        """Token grid of a latent [C, T, H, W]; raises UserError where the patch does not divide it."""
+        """Returns the token grid of a latent [C, T, H, W]; raises UserError where the patch does not divide it."""
         sizes = latent.shape[-3:]
         if any(size % patch for size, patch in zip(sizes, self.patch, strict=True)):
             raise UserError(
@@ -88,7 +88,7 @@ class Batch:
 
 
 def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """`tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
+    """Returns `tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
     if device.type == "cpu" or tensors[0].device.type != "cpu" or len({x.dtype for x in tensors}) > 1:
         return [x.to(device, torch.float32) for x in tensors]
     flat, offsets = _side_by_side(tensors)
@@ -109,7 +109,7 @@ def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
-    """`function` of the tensors of one shape at once, for as many launches as there are shapes.
+    """Applies `function` to the tensors of one shape at once, for as many launches as there are shapes.
 
     lists: of as many tensors each; those whose first list's tensors share a shape are stacked to [n, ...] and handed
     over together, one argument a list. Returns the results, unstacked, in order.

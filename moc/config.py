@@ -122,7 +122,7 @@ class MoCConfig:
         return dict.fromkeys(field.name for field in fields(cls))
 
     def override(self, values: dict[str, Any]) -> "MoCConfig":
-        """These settings with those of `values` that are not None. Raises UserError for what does not fit."""
+        """Returns these settings with those of `values` that are not None. Raises UserError for what does not fit."""
         return self.from_dict(self.to_dict() | {name: value for name, value in values.items() if value is not None})
 
     def save(self, folder: str | Path) -> None:

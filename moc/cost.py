@@ -104,8 +104,8 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
 
 
 def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
-    """FLOPs of one head: scoring a candidate takes a multiply and an add for each dim, pooling an add for each dim of a
-    key."""
+    """Returns the FLOPs of one head: scoring a candidate takes a multiply and an add for each dim, pooling an add for
+    each dim of a key."""
     if config.dense or not config.top_k:
         return 0
     candidates = _by_query_chunk(layout, lambda query, key: is_candidate(layout, config, query, key).sum(-1))
@@ -114,8 +114,8 @@ def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
 
 
 def _by_query_chunk(layout: ShotLayout, count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """`count` of query chunks [Q, 1] and all key chunks [M], for every query chunk: a block of them at a time, since a
-    table of all pairs takes gigabytes at 10,000 chunks."""
+    """Returns `count` of query chunks [Q, 1] and all key chunks [M], for every query chunk. It takes a block of them at
+    a time, since a table of all pairs takes gigabytes at 10,000 chunks."""
     chunks = torch.arange(layout.num_chunks, device=layout.device)
     return torch.cat([count(block[:, None], chunks) for block in chunks.split(QUERY_CHUNKS)])
 

@@ -44,14 +44,14 @@ class Exchange:
         return _AllToAll.apply(by_rank, [len(x)] * self.size, self._lengths(num_tokens), self.group)
 
     def to_tokens(self, x: Tensor) -> Tensor:
-        """The inverse of `to_heads`: [L, N / P, D] -> [Lr, N, D]."""
+        """Undoes `to_heads`: returns [Lr, N, D] of x [L, N / P, D]."""
         lengths = self._lengths(len(x))
         by_rank = _AllToAll.apply(x, lengths, [lengths[self.rank]] * self.size, self.group)
         return by_rank.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1, 2)
 
     def gather(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """The rows of all processes, one after another: [Lr, C] -> [L, C]. lengths: rows of each. All must go on to
-        compute the same with the result, as its gradient is not added up."""
+        """Returns the rows of all processes, one after another: [Lr, C] -> [L, C]. lengths: rows of each. All must go
+        on to compute the same with the result, as its gradient is not added up."""
         return _Gather.apply(x, lengths, self)
 
     def _lengths(self, num_tokens: int) -> list[int]:

@@ -72,7 +72,7 @@ def beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def held(folder: Path, holds: bool = True) -> Iterator[None]:
-    """The folder, made if need be, for those who came together alone.
+    """Holds the folder, which is made if need be, for those alone who came together.
 
     holds: whether this process is the one that holds it for all of them; the others pass. The lock is the system's and
     ends with the process, however that ends. Raises HeldError where others hold it, OSError.

@@ -95,7 +95,7 @@ def split_evenly(total: int, most: int) -> list[int]:
 
 
 def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
-    """Token lengths of the chunks of one shot's video: whole latent frames, or rows of a frame that is too large."""
+    """Returns token lengths of the chunks of a shot's video: whole latent frames, or rows of too large a frame."""
     frames, height, width = grid
     if height * width <= chunk_tokens:
         return [f * height * width for f in split_evenly(frames, chunk_tokens // (height * width))]
@@ -162,7 +162,7 @@ class ShotLayout:
     def __init__(
         self, samples: Sequence[tuple[int, tuple[Shot, ...]]], chunk_tokens: int, positions: Sequence[int]
     ) -> None:
-        """samples: (global text tokens, shots) of each sample. Prefer `build` and `pack`."""
+        """Takes (global text tokens, shots) of each sample. Prefer `build` and `pack`."""
         if not _is_whole(chunk_tokens, 1):
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
         if not samples or any(not shots for _, shots in samples):

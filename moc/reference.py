@@ -15,7 +15,7 @@ from moc.routing import route
 
 
 def anchor_mask(layout: ShotLayout, config: MoCConfig, tokens: slice | Tensor = slice(None)) -> Tensor:
-    """bool [L, L]: the keys that every head of a query attends to whatever the routes (for dense: the whole sample).
+    """Returns bool [L, L]: the keys that all heads of a query attend to whatever the routes (dense: the whole sample).
 
     `tokens` restricts queries and keys to a part of the stream.
     """
@@ -41,7 +41,7 @@ def anchor_mask(layout: ShotLayout, config: MoCConfig, tokens: slice | Tensor = 
 
 
 def attention_mask(routes: Tensor | None, layout: ShotLayout, config: MoCConfig, tokens: slice = slice(None)) -> Tensor:
-    """bool [N, L, L] (or [1, L, L] without routes): what each query of each head attends to."""
+    """Returns bool [N, L, L] (or [1, L, L] without routes): what each query of each head attends to."""
     mask = anchor_mask(layout, config, tokens)[None]
     if config.dense or routes is None:
         return mask
@@ -53,7 +53,7 @@ def attention_mask(routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v under mask [N | 1, L, L], in fp32 at least; a query without any key gives zero."""
+    """Returns softmax(q k^T / sqrt(D)) v under mask [N | 1, L, L], in fp32 at least: zero for a query without keys."""
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.einsum("ind,jnd->nij", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
@@ -66,7 +66,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
     execution: Execution | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention over anchors and routed chunks together, each key once: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D].
+    """Attends to anchors and routed chunks together, each key once: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D].
 
     execution: not asked, since there is one way only; the other backends have more.
     """
@@ -89,8 +89,8 @@ def moc_attention(
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
 ) -> Tensor:
-    """`moc.moc_attention` by the plain reference; arguments and result as there, but nothing is checked, and
-    fewer queries than keys are the last ones of the stream."""
+    """Computes `moc.moc_attention` by the plain reference. Arguments and result are as there, but nothing is checked,
+    and fewer queries than keys are the last ones of the stream."""
     if routes is None and not config.dense:
         routes = route(*(route_qk or (q, k)), layout, config, drops)
     return attend(q, k, v, routes, layout, config)

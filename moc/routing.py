@@ -25,7 +25,7 @@ SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a tim
 
 
 def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
-    """Mean key of every chunk: k [L, N, D] -> [M, N, D], in fp32 (fp64 for fp64 keys)."""
+    """Returns the mean key of every chunk: k [L, N, D] -> [M, N, D], in fp32 (fp64 for fp64 keys)."""
     wide = k if k.dtype == torch.float64 else k.float()
     return torch.segment_reduce(wide, "mean", offsets=layout.chunk_cu_seqlens.long(), unsafe=True)
 
@@ -88,7 +88,7 @@ def _first_chunks(layout: ShotLayout) -> Tensor:
 
 
 def best_chunks(scores: Tensor, allowed: Tensor, top_k: int) -> Tensor:
-    """The `top_k` best allowed chunks: scores [N, L, M], allowed [L, M] -> int32 [N, L, top_k], -1 where fewer."""
+    """Picks the `top_k` best allowed chunks: scores [N, L, M], allowed [L, M] -> int32 [N, L, top_k], -1 if fewer."""
     scores = scores.masked_fill(~allowed, -torch.inf)
     values, order = scores.sort(dim=-1, descending=True, stable=True)
     routes = order[..., :top_k].masked_fill(values[..., :top_k] == -torch.inf, -1).int()
@@ -103,7 +103,7 @@ COUNT_OFF, COUNT_IN, KEY_OFF, KEY_IN = 0, 1, 2, 3  # the independent streams of 
 
 
 def hash32(x):
-    """A 32-bit avalanche hash (two multiplies, three xor-shifts) of ints or int64 tensors holding 32-bit words."""
+    """Applies a 32-bit avalanche hash (two multiplies, three xor-shifts) to ints or int64 tensors of 32-bit words."""
     x = x & _WORD
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _WORD
@@ -142,7 +142,7 @@ def unit(word: Tensor) -> Tensor:
 
 @cache
 def poisson_thresholds(rate: float, most: int) -> tuple[float, ...]:
-    """Cumulative Poisson probabilities P(m <= j) for j < most: a uniform u draws the number of them not above u."""
+    """Returns cumulative Poisson probabilities P(m <= j), j < most: a uniform u draws the number of them up to u."""
     total, term, out = 0.0, math.exp(-rate), []
     for j in range(most):
         total += term
@@ -154,10 +154,10 @@ def poisson_thresholds(rate: float, most: int) -> tuple[float, ...]:
 def apply_drops(
     routes: Tensor, allowed: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey, first_token: int
 ) -> Tensor:
-    """Drop-off and drop-in on routes [N, L, top_k] of the queries from `first_token` on.
+    """Applies drop-off and drop-in to routes [N, L, top_k] of the queries from `first_token` on.
 
-    Drop-off: p ~ U(0, drop_off_max), floor(p held) of the `held` routes go. Drop-in: min(Poisson(rate), drop_in_max)
-    candidates that were not routed come. Both choose those with the lowest random keys.
+    Drop-off removes floor(p held) of the `held` routes, p ~ U(0, drop_off_max). Drop-in adds min(Poisson(rate),
+    drop_in_max) candidates that were not routed. Both choose those with the lowest random keys.
     Returns int32 [N, L, top_k + drop_in_max].
     """
     num_heads, num_queries, _ = routes.shape
@@ -194,7 +194,7 @@ def apply_drops(
 
 @torch.no_grad()
 def select_shots(features: Tensor, layout: ShotLayout, n: int) -> Tensor:
-    """For each shot the `n` earlier shots of its sample most like it, by the dot product of mean token features.
+    """Finds each shot's `n` most similar earlier shots of its sample, by the dot product of mean token features.
 
     features: [L, C], any token features of the stream. Returns int64 [S, n] of shots of the pack, best first, -1 where
     there are fewer: those a reduced stream for this shot keeps. Raises ValueError for features of another stream.

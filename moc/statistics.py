@@ -27,8 +27,8 @@ class RoutingStatistics:
 
 
 def chunk_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
-    """How often the queries of each group chose each chunk: routes int [N, L, K] -> int64 [G, M], over all heads.
-    Raises ValueError for routes of a part of the stream."""
+    """Counts how often the queries of each group chose each chunk: routes int [N, L, K] -> int64 [G, M], over all
+    heads. Raises ValueError for routes of a part of the stream."""
     check_whole(routes, layout)
     num_groups, num_chunks = layout.num_groups, layout.num_chunks
     group = layout.token_group.long()[None, :, None]
@@ -56,7 +56,7 @@ class RoutingMap:
     """
 
     def __init__(self, num_shots: int, sum_over_heads: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
-        """sum_over_heads: adds up the counts of those who have the other heads, where several share a stream."""
+        """`sum_over_heads` adds up the counts of those who have the other heads, where several share a stream."""
         self.sum_over_heads = sum_over_heads
         self.is_detailed = num_shots <= MOST_DETAILED
         self.counts = torch.zeros(0, NOISE_LEVELS if self.is_detailed else 1, num_shots, num_shots)
@@ -99,7 +99,7 @@ def routes_by_distance(counts: Tensor, layout: ShotLayout) -> dict[int, float]:
 
 
 def routing_statistics(routes: Tensor, layout: ShotLayout) -> RoutingStatistics:
-    """Summary of one layer's routes, int [N, L, K]. Synchronizes with the device once."""
+    """Summarizes one layer's routes, int [N, L, K]. Synchronizes with the device once."""
     counts = chunk_counts(routes, layout).cpu().double()
     by_distance = routes_by_distance(counts, layout)
     total = max(1.0, sum(by_distance.values()))

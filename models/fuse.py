@@ -12,7 +12,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 def fused(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """`function` of tensors; where its first argument is on a GPU, the kernel of its name in `models.pointwise`."""
+    """Wraps a function of tensors: where the first is on a GPU, the kernel of its name in `models.pointwise` runs."""
 
     @wraps(function)
     def choose(*args: P.args, **kwargs: P.kwargs) -> Tensor:

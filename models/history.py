@@ -94,7 +94,7 @@ class KeyValueCache:
         return whole
 
     def _bring(self, layer: int, new: Kept) -> Kept:
-        """On a GPU on a stream of its own, which first waits for what may still read the memory that it writes."""
+        """Copies, on a GPU by a stream of its own, which first waits for what may still read the memory it writes."""
         if new[0].is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(new[0].device)
         whole = tuple(x.new_empty(self.num_tokens + len(x), *x.shape[1:]) for x in new)

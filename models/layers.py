@@ -48,26 +48,26 @@ def spread(rows: Tensor, members: Members) -> Tensor:
 
 @fused
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> Tensor:
-    """Layer norm without parameters, then the group's scale and shift ([G, dim]); x [Lx, dim], computed in fp32."""
+    """Applies layer norm without parameters, then the group's scale and shift ([G, dim]) to x [Lx, dim], in fp32."""
     normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
     return (normed * (1 + spread(scale, members)) + spread(shift, members)).to(x.dtype)
 
 
 @fused
 def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members) -> Tensor:
-    """x + gate * change, the gate being the group's; computed in fp32, returned in x's dtype."""
+    """Returns x + gate * change, the gate being the group's; it is computed in fp32, returned in x's dtype."""
     return (x.float() + spread(gate, members) * change.float()).to(x.dtype)
 
 
 @fused
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm over the last axis in fp32, returned in x's dtype."""
+    """Applies layer norm over the last axis in fp32 and returns x's dtype."""
     return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
 @fused
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """RMS norm over the last axis in fp32, returned in x's dtype."""
+    """Applies RMS norm over the last axis in fp32 and returns x's dtype."""
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
@@ -119,7 +119,7 @@ class TokenStream(RecomputedParts):
             self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
     def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> tuple[Tensor, Tensor, Tensor]:
-        """x [Lx, dim] -> q, k, v, each [Lx, N, D]; q and k normed by head."""
+        """Projects x [Lx, dim] to q, k, v, each [Lx, N, D]; q and k are normed by head."""
         shift, scale = modulation[:2]
         qkv = self.to_qkv(modulate(x, shift, scale, members))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv.chunk(3, dim=-1))
@@ -144,7 +144,7 @@ class JointBlock(RecomputedParts):
     def forward(
         self, text: Tensor, video: Tensor, condition: Tensor, part: Part, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]; attend: q, k, v [L, N, D] -> [L, N, D]."""
+        """Returns text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]; attend: q, k, v [L, N, D] -> [L, N, D]."""
         text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
 
         def attended(text: Tensor, video: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class FramePlace(nn.Module):
         return self.linear(torch.cat([cosines[grid] for grid in grids]).to(dtype))
 
     def _cosines(self, grid: Grid) -> Tensor:
-        """[T * H * W, 64] of one shot."""
+        """Returns the cosines [T * H * W, 64] of one shot."""
         frames, height, width = grid
         rows, columns = (self._axis(size) for size in (height, width))
         plane = torch.einsum("ha,wb->hwab", rows, columns)
@@ -225,7 +225,7 @@ class Condition(nn.Module):
         self.caption = nn.Sequential(nn.Linear(text_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, sigma: Tensor, captions: Tensor) -> Tensor:
-        """sigma [G] in [0, 1], captions [G, text_dim]."""
+        """Maps sigma [G] in [0, 1] and captions [G, text_dim] to fp32 [G, dim]."""
         dtype = self.time.linear_1.weight.dtype
         with torch.autocast(sigma.device.type, enabled=False):
             time = self.time(self.frequencies(1000 * sigma.float()).to(dtype))
@@ -251,7 +251,7 @@ class Output(nn.Module):
             nn.init.zeros_(self.gain.bias)
 
     def forward(self, x: Tensor, patches: Tensor, condition: Tensor, members: Members) -> Tensor:
-        """condition: [G, dim] of each group; members: the video tokens of each."""
+        """Returns fp32 [Lv, patch_dim] of x; condition: [G, dim] of each group; members: the video tokens of each."""
         shift, scale = self.modulation(condition)
         out = self.linear(modulate(x, shift, scale, members)).float()
         if self.gain is None:

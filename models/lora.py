@@ -117,8 +117,8 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> Self | tuple[Self, dict[str, Any]]:
-        """As diffusers', but raises UserError, listing names, unless the tensors are exactly the model's: diffusers
-        would draw those that are missing and warn, and read whatever an index names."""
+        """Reads as diffusers does, but raises UserError, listing names, unless the tensors are exactly the model's:
+        diffusers would draw those that are missing and warn, and read whatever an index names."""
         wants_info = kwargs.pop("output_loading_info", False)
         for file in Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").glob("*" + INDEX):
             read_index(file)

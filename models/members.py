@@ -23,7 +23,7 @@ class Members(NamedTuple):
 
     @classmethod
     def build(cls, group: Tensor, lengths: Sequence[int]) -> "Members":
-        """lengths: tokens of each group, in order; group: int [Lx] of each token, on the device."""
+        """Tabulates groups of `lengths` tokens, in order; group: int [Lx] of each token, on the device."""
         sizes = torch.tensor(lengths)
         num_tiles = (sizes + TILE - 1) // TILE
         tile_group = torch.arange(len(sizes)).repeat_interleave(num_tiles)

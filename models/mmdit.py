@@ -87,7 +87,7 @@ class MMDiT(StreamModel):
 
 
 def pooled(text: Tensor, starts: Tensor) -> Tensor:
-    """Mean feature of each group's text, zero where there is none: [Lt, text_dim] -> fp32 [G, text_dim].
+    """Returns the mean feature of each group's text, zero where there is none: [Lt, text_dim] -> fp32 [G, text_dim].
 
     starts: int64 [G + 1], each group's first row.
     """

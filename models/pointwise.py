@@ -31,12 +31,12 @@ def _sizes(width: int, num_heads: int | None = None) -> dict[str, int]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [G, D] with contiguous rows; they may lie apart, as those of a slice do."""
+    """Returns x [G, D] with contiguous rows; they may lie apart, as those of a slice do."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _group_sums(sums: Tensor, group: Tensor | None, num_rows: int, num_groups: int) -> Tensor:
-    """fp32 [G, ...] from the tables [blocks + G, ...] of a backward kernel."""
+    """Sums the tables [blocks + G, ...] of a backward kernel to fp32 [G, ...]."""
     out = sums.new_empty(num_groups, *sums.shape[1:])
     width = out[0].numel()
     kernels.group_sums_kernel[(num_groups, cdiv(width, 64))](sums, group, out, num_rows, width, ROWS=ROWS, BM=32, BN=64)
@@ -48,7 +48,7 @@ class _Modulate(Function):
     def forward(
         ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, group: Tensor | None, eps: float, one: float
     ) -> Tensor:
-        """x [L, D], shift and scale [G, D]; `one` is added to scale."""
+        """Takes x [L, D], shift and scale [G, D]; `one` is added to scale."""
         x, shift, scale = x.contiguous(), _rows(shift), _rows(scale)
         if shift.stride() != scale.stride():
             shift, scale = shift.contiguous(), scale.contiguous()
@@ -105,7 +105,7 @@ class _AddGated(Function):
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [L, N, D], whose tokens may lie apart."""
+        """Takes x [L, N, D], whose tokens may lie apart."""
         if x.stride()[1:] != (x.shape[2], 1):
             x = x.contiguous()
         ctx.save_for_backward(x, weight)

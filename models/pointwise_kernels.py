@@ -14,13 +14,13 @@ import triton.language as tl
 
 @triton.jit
 def _group(group, row):
-    """The row's group; all rows are of group 0 where `group` is None."""
+    """Returns the row's group; all rows are of group 0 where `group` is None."""
     return 0 if group is None else tl.load(group + row).to(tl.int32)
 
 
 @triton.jit
 def _layer_norm(value, inside, eps, D: tl.constexpr):
-    """A row, normed, and the factor by which it was."""
+    """Returns a row, normed, and the factor by which it was."""
     value = tl.where(inside, value - tl.sum(value, 0) / D, 0.0)
     factor = 1.0 / tl.sqrt(tl.sum(value * value, 0) / D + eps)
     return value * factor, factor
@@ -30,7 +30,7 @@ def _layer_norm(value, inside, eps, D: tl.constexpr):
 def modulate_kernel(
     x, shift, scale, group, out, stride, eps, ONE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
 ):  # fmt: skip
-    """out = norm(x) * (ONE + scale[group]) + shift[group]; shift and scale [G, D] have rows `stride` apart."""
+    """Writes out = norm(x) * (ONE + scale[group]) + shift[group]; shift and scale [G, D] have rows `stride` apart."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
     inside = column < D
@@ -46,7 +46,7 @@ def modulate_backward_kernel(
     x, scale, group, dout, dx, sums, num_rows, stride, eps,
     ONE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dx, and sums [blocks + G, 2, D]: of dout (for shift) and of dout * norm(x) (for scale)."""
+    """Writes dx, and sums [blocks + G, 2, D]: of dout (for shift) and of dout * norm(x) (for scale)."""
     block = tl.program_id(0)
     column = tl.arange(0, DP)
     inside = column < D
@@ -78,7 +78,7 @@ def modulate_backward_kernel(
 
 @triton.jit
 def add_gated_kernel(x, change, gate, group, out, stride, D: tl.constexpr, DP: tl.constexpr):
-    """out = x + gate[group] * change; gate [G, D] has rows `stride` apart."""
+    """Writes out = x + gate[group] * change; gate [G, D] has rows `stride` apart."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
     inside = column < D
@@ -92,7 +92,7 @@ def add_gated_kernel(x, change, gate, group, out, stride, D: tl.constexpr, DP: t
 def add_gated_backward_kernel(
     change, gate, group, dout, dchange, sums, num_rows, stride, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """dchange, and sums [blocks + G, D] of dout * change, for gate."""
+    """Writes dchange, and sums [blocks + G, D] of dout * change, for gate."""
     block = tl.program_id(0)
     column = tl.arange(0, DP)
     inside = column < D
@@ -115,7 +115,7 @@ def add_gated_backward_kernel(
 def rms_norm_kernel(
     x, weight, out, stride, eps, N: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr
 ):  # fmt: skip
-    """Each head of a row over its root mean square, times weight [D]; rows of x are `stride` apart."""
+    """Writes each head of a row over its root mean square, times weight [D]; rows of x are `stride` apart."""
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, NP)[:, None], tl.arange(0, DP)[None, :]
     inside = (head < N) & (column < D)
@@ -130,7 +130,7 @@ def rms_norm_backward_kernel(
     x, weight, dout, dx, sums, num_rows, stride, eps,
     N: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dx [L, N, D], and sums [blocks, D] of dout * x over its root mean square, for weight."""
+    """Writes dx [L, N, D], and sums [blocks, D] of dout * x over its root mean square, for weight."""
     block = tl.program_id(0)
     head, column = tl.arange(0, NP)[:, None], tl.arange(0, DP)[None, :]
     inside = (head < N) & (column < D)
@@ -154,7 +154,7 @@ def rms_norm_backward_kernel(
 def rotate_kernel(
     x, cos, sin, out, sign, N: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr
 ):  # fmt: skip
-    """Channel pairs of each head of a row, turned by the angle of cos and sin [L, D / 2]; sign -1 turns them back."""
+    """Turns channel pairs of each head of a row by the angle of cos and sin [L, D / 2]; sign -1 turns them back."""
     row = tl.program_id(0).to(tl.int64)
     offset = tl.arange(0, NP)[:, None] * D + tl.arange(0, DP)[None, :]
     inside = (tl.arange(0, NP) < N)[:, None] & (tl.arange(0, DP) < D)[None, :]
@@ -169,7 +169,7 @@ def rotate_kernel(
 
 @triton.jit
 def _first_row(group, num_rows, least):
-    """The first row of group `least` or a later one."""
+    """Returns the first row of group `least` or a later one."""
     low, high = 0, num_rows
     while low < high:
         middle = (low + high) // 2
@@ -181,7 +181,7 @@ def _first_row(group, num_rows, least):
 
 @triton.jit(do_not_specialize=["num_rows", "width"])
 def group_sums_kernel(sums, group, out, num_rows, width, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """out [G, width]: what the blocks of ROWS rows have summed for each group, block b's for group g at b + g."""
+    """Writes to out [G, width] what blocks of ROWS rows have summed for each group, block b's for group g at b + g."""
     own = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     first, last = 0, num_rows

@@ -17,11 +17,11 @@ class RecomputedParts(nn.Module):
     recomputes_parts = False
 
     def apart(self, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args), as a part."""
+        """Returns function(*args), computed as a part."""
         again = self.recomputes_parts and torch.is_grad_enabled()
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False) if again else function(*args)
 
     def by_rows(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """function(x), which takes each row by itself, in parts of some of the rows."""
+        """Returns function(x), computed in parts of some of the rows; the function takes each row by itself."""
         again = self.recomputes_parts and torch.is_grad_enabled()
         return torch.cat([self.apart(function, rows) for rows in x.chunk(ROW_PARTS)]) if again else function(x)

@@ -21,7 +21,7 @@ from models.fuse import fused
 
 @lru_cache(64)
 def grid_coordinates(grid: Grid) -> Tensor:
-    """(t, h, w) of every token of a grid in stream order: float64 [T * H * W, 3], on the CPU."""
+    """Returns (t, h, w) of every token of a grid in stream order: float64 [T * H * W, 3], on the CPU."""
     axes = [torch.arange(size, dtype=torch.float64) for size in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
 
@@ -66,7 +66,7 @@ def _shifted(pieces: list[Tensor], starts: Tensor) -> Tensor:
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
-    """How a head's channels are shared by time, height and width (128 -> 44, 42, 42, as in Wan)."""
+    """Shares a head's channels between time, height and width (128 -> 44, 42, 42, as in Wan)."""
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 

@@ -42,7 +42,7 @@ class Part:
     """
 
     def __init__(self, layout: ShotLayout, start: int = 0, exchange: Exchange | None = None) -> None:
-        """start: tokens before the groups; they end a group of a stream of one sample, or there are none."""
+        """Leaves out `start` tokens before the groups: they end a group of a stream of one sample, or are none."""
         firsts = [index for index, group in enumerate(layout.groups) if group.start == start]
         if start and (layout.num_samples > 1 or not firsts):
             raise ValueError(
@@ -80,7 +80,7 @@ class Part:
         )
 
     def gather(self, video: Tensor) -> Tensor:
-        """What is computed of the run's video rows [Lr, C] -> that of all rows, on every process of the exchange."""
+        """Returns all rows, on every process of the exchange, of what is computed of the run's video rows [Lr, C]."""
         if self.exchange is None:
             return video
         rows = [token - self._text_before(token) for token in self._bounds]
@@ -96,7 +96,7 @@ class Part:
         return [group.grid for group in self.groups if group.grid is not None]
 
     def group_sigma(self, sigma: Tensor) -> Tensor:
-        """[S] -> [G]: each shot's sigma, 0 for global text; without a device sync."""
+        """Returns each group's sigma [G], that of its shot in sigma [S], 0 for global text; without a device sync."""
         is_shot = self.layout.group_shot[self.first_group :] >= 0
         with_global = torch.cat([sigma.new_zeros(1), sigma])
         return with_global[is_shot.cumsum(0) * is_shot]
@@ -160,7 +160,7 @@ class StreamAttention:
             )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [L, N, D] of the part's tokens, before rotation -> [L, N, D]."""
+        """Returns the attention [L, N, D] of the part's tokens, given their q, k, v [L, N, D] before rotation."""
         config, first = self.config.at_layer(layer), self.cache.num_tokens if self.cache else 0
         if self.exchange:
             q, k, v = (self.exchange.to_heads(x, self.layout.num_tokens - first) for x in (q, k, v))
@@ -239,7 +239,7 @@ class StreamModel(Trainable):
     _supports_gradient_checkpointing = True
 
     def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
-        """patches [Lv, patch_dim] of the part's rows, sigma [G] of its groups; text [T_i, text_dim] of all groups."""
+        """Embeds the part's patches [Lv, patch_dim]; sigma [G] of its groups, text [T_i, text_dim] of all groups."""
         raise NotImplementedError
 
     def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:

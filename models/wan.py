@@ -58,7 +58,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q of x [L, dim], k and v of context [Lc, dim], as [.., N, D]."""
+        """Returns q of x [L, dim], and k and v of context [Lc, dim], as [.., N, D]."""
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
         return self.heads(q), self.heads(k), self.heads(self.to_v(context))
 
@@ -81,8 +81,8 @@ class Block(RecomputedParts):
     def forward(
         self, x: Tensor, context: Tensor, time: Tensor, members: Members, windows: Packed, attend: Attend
     ) -> Tensor:
-        """x [L, dim]; context: text rows of all samples [R, dim], of which `windows` says who sees what; time fp32
-        [G, 6, dim]; members: the tokens of each group."""
+        """Returns x [L, dim]. context: text rows of all samples [R, dim], of which `windows` says who sees what; time:
+        fp32 [G, 6, dim]; members: the tokens of each group."""
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(1)
 
         def with_stream(x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class TextTimeEmbedding(nn.Module):
         self.text_embedder = PixArtAlphaTextProjection(text_dim, dim, act_fn="gelu_tanh")
 
     def forward(self, sigma: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sigma [G], text rows [R, text_dim] -> fp32 [G, dim], fp32 [G, 6, dim], [R, dim]."""
+        """Embeds sigma [G] and text rows [R, text_dim]: returns fp32 [G, dim], fp32 [G, 6, dim], [R, dim]."""
         with torch.autocast(sigma.device.type, enabled=False):
             frequencies = self.frequencies(1000 * sigma.float())
             time = self.time_embedder(frequencies.to(self.time_embedder.linear_1.weight.dtype))
@@ -176,7 +176,7 @@ class WanTransformer3DModel(StreamModel):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
-        """text: features of each group's span of its sample's prompt; see `text_windows`."""
+        """Takes as text the features of each group's span of its sample's prompt; see `text_windows`."""
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
         layout = part.layout
@@ -195,7 +195,7 @@ class WanTransformer3DModel(StreamModel):
         return layout.memo(("running", head_dim, gap), lambda: rotary_table(running_positions(layout, gap), head_dim))
 
     def to_json_string(self) -> str:
-        """As diffusers', without a `cut_gap` of 0, so that a public model's config.json stays what it was."""
+        """Returns diffusers' text without a `cut_gap` of 0, so that a public model's config.json stays what it was."""
         config = json.loads(super().to_json_string())
         if not config["cut_gap"]:
             del config["cut_gap"]

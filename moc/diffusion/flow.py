@@ -131,8 +131,8 @@ class Flow:
         return noise - latent
 
     def draw_levels(self, batch: Batch, seed: int) -> NoiseLevels:
-        """Noise levels of a batch in training, keyed by (seed, position of the sample): the same whatever the number of
-        ranks and the packing, and whether the run was resumed."""
+        """Draws the noise levels of a batch in training, keyed by (seed, position of the sample): they are the same
+        whatever the number of ranks and the packing, and whether the run was resumed."""
         draws = [
             self._draw_sample(len(shots), torch.Generator().manual_seed(draw_key(seed, 2 * position)))
             for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True)
@@ -167,7 +167,7 @@ class Flow:
         return torch.special.ndtr((bounds - self.logit_mean) / self.logit_std)
 
     def draw_noise(self, batch: Batch, seed: int) -> list[Tensor]:
-        """Noise for each latent, on its device, keyed like the levels."""
+        """Draws noise for each latent, on its device, keyed like the levels."""
         noise: list[Tensor] = []
         for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True):
             latents = batch.latents[len(noise) : len(noise) + len(shots)]

@@ -40,7 +40,7 @@ class LinearPredictor:
         return cls(mean, basis, variance, rest)
 
     def velocity(self, noisy: Tensor, sigma: float) -> Tensor:
-        """Predicted velocity of noisy rows [n, d] at a noise level."""
+        """Predicts the velocity of noisy rows [n, d] at a noise level."""
 
         def gain(s: Tensor) -> Tensor:
             return (sigma - (1 - sigma) * s) / ((1 - sigma) ** 2 * s + sigma**2)
@@ -54,10 +54,10 @@ class LinearPredictor:
 def linear_losses(
     train: Tensor, latents: Tensor, noise: Tensor, sigmas: Sequence[float], patch: int = 2
 ) -> list[float]:
-    """Held-out velocity error at each noise level of the better of two linear predictors fitted to `train`: one of the
-    whole shot, and one of each token apart about the mean of those that stand where it does. Both know the values that
-    do not vary, and so have no error there: a codec's constant channels are no loss that a model could seem to save.
-    train, latents, noise: [n, C, T, H, W]."""
+    """Returns the held-out velocity error at each noise level of the better of two linear predictors fitted to `train`:
+    one of the whole shot, and one of each token apart about the mean of those that stand where it does. Both know the
+    values that do not vary, and so have no error there: a codec's constant channels are no loss that a model could seem
+    to save. train, latents, noise: [n, C, T, H, W]."""
     mean = train.mean(0, keepdim=True)
     variance = (train - mean).square().mean(0, keepdim=True)
     varies = variance > CONSTANT * variance.mean()
@@ -76,7 +76,7 @@ def linear_losses(
 
 
 def _principal_directions(rows: Tensor) -> Tensor:
-    """Orthonormal [d, r] spanning centred rows [n, d], from the smaller of the two Gram matrices."""
+    """Returns orthonormal [d, r] spanning centred rows [n, d], from the smaller of the two Gram matrices."""
     if rows.shape[0] >= rows.shape[1]:
         return torch.linalg.eigh(rows.T @ rows).eigenvectors
     values, vectors = torch.linalg.eigh(rows @ rows.T)
@@ -85,6 +85,6 @@ def _principal_directions(rows: Tensor) -> Tensor:
 
 
 def _tokens(x: Tensor, patch: int) -> Tensor:
-    """[n, C, T, H, W] -> [n T H/p W/p, C p p]."""
+    """Returns the tokens [n T H/p W/p, C p p] of x [n, C, T, H, W]."""
     x = x.unfold(3, patch, patch).unfold(4, patch, patch)
     return x.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(0, 3)

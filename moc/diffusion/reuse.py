@@ -31,11 +31,11 @@ class Asked:
     rate: float = inf
 
     def change(self, latent: Tensor) -> float:
-        """By which share of itself the velocity is thought to have changed at another latent."""
+        """Returns by which share of itself the velocity is thought to have changed at another latent."""
         return self.rate * _size(latent - self.latent) / max(_size(self.velocity), 1e-12)
 
     def again(self, way: Way, latent: Tensor, velocity: Tensor) -> "Asked":
-        """What the next time makes of it."""
+        """Returns what is kept once the model has been asked again."""
         distance = _size(latent - self.latent) if way == self.way else 0.0
         return Asked(way, latent, velocity, _size(velocity - self.velocity) / distance if distance else inf)
 
@@ -46,7 +46,7 @@ class StepReuse:
     def __init__(
         self, threshold: float, reused: int = 0, remembered: Mapping[int, Mapping[str, Tensor]] | None = None
     ) -> None:
-        """threshold: a velocity is taken again where it is thought to have changed by less than this share. reused,
+        """Takes a velocity again where it is thought to have changed by less than the share `threshold`. reused,
         remembered: as an earlier one had them, by `remembered` of each shot."""
         self.threshold, self.reused = threshold, reused
         self._asked: dict[int, Asked] = {}
@@ -58,8 +58,8 @@ class StepReuse:
     def known(
         self, step: Step, scales: Mapping[int, float], is_high: bool, latents: Mapping[int, Tensor]
     ) -> dict[int, Tensor] | None:
-        """The velocities of shots with these latents, if those of all of them hold; else None: ask the model. scales,
-        is_high: as in `guidance_scales`."""
+        """Returns the velocities of shots with these latents if those of all of them hold, else None: ask the model.
+        scales, is_high: as in `guidance_scales`."""
         way = _way(step, scales, is_high)
         if not all(self._holds(way, index, latent) for index, latent in latents.items()):
             return None
@@ -80,7 +80,7 @@ class StepReuse:
         self._asked = {index: before[index].again(way, latent, velocity[index]) for index, latent in latents.items()}
 
     def remembered(self, index: int) -> dict[str, Tensor]:
-        """What the next step needs of those before, to be kept with an unfinished film."""
+        """Returns what the next step needs of those before; it is kept with an unfinished film."""
         if index not in self._asked:
             return {}
         asked = self._asked[index]
@@ -93,7 +93,7 @@ class StepReuse:
 
 
 def _way(step: Step, scales: Mapping[int, float], is_high: bool) -> Way:
-    """What of a step, besides latents and noise levels, decides the velocities."""
+    """Returns what of a step, besides latents and noise levels, decides the velocities."""
     pairs = (number for pair in scales.items() for number in pair)
     return [float(step.is_dense), float(is_high), float(len(step.shots)), *map(float, step.shots), *map(float, pairs)]
 

@@ -148,6 +148,6 @@ def _not_finite(where: str) -> FloatingPointError:
 
 
 def _shot_noise(shape: tuple[int, ...], key: int, device: torch.device) -> Tensor:
-    """Noise of one shot, drawn on the CPU so that a key means the same noise on every device."""
+    """Returns the noise of one shot, drawn on the CPU so that a key means the same noise on every device."""
     generator = torch.Generator().manual_seed(key)
     return torch.randn(shape, generator=generator).to(device)

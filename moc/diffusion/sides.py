@@ -40,7 +40,7 @@ class Side:
         self._layout: tuple[list[int], ShotLayout] | None = None
 
     def keep_history(self, latents: list[Tensor], streams: Iterable[Sequence[int]], offload: bool) -> None:
-        """From now on the shots before a stream's last one are remembered, as they are first seen there.
+        """Remembers from now on the shots before a stream's last one, as they are first seen there.
 
         latents: of the story's shots. streams: the shots of each that will come. offload: into the host's memory.
         """
@@ -91,8 +91,8 @@ def guided_velocity(
     scales: Mapping[int, float],
     on_routes: Callable[[int, Tensor], None] | None,
 ) -> dict[int, Tensor]:
-    """Classifier-free guidance of the shots that `scales` has: negative + scale (prompt - negative), in fp32, and the
-    prompt's alone at scale 1. Where all are 1 the negative side is not asked."""
+    """Returns the velocities of the shots that `scales` has by classifier-free guidance: negative + scale (prompt -
+    negative), in fp32, and the prompt's alone at scale 1. The negative side is not asked where all are 1."""
     towards = prompt.velocity(stream, moc, on_routes)
     if all(scale == 1 for scale in scales.values()):
         return towards

@@ -24,7 +24,7 @@ class Euler:
     """Takes one straight step after another and remembers nothing."""
 
     def __init__(self, levels: Tensor) -> None:
-        """levels: noise levels from 1 down to 0, float32 [steps + 1]."""
+        """Takes noise levels from 1 down to 0, float32 [steps + 1]."""
         self.levels = levels
 
     def step(self, number: int, latent: Tensor, velocity: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Multistep:
     def __init__(
         self, kind: SolverKind, levels: Tensor, number: int = 0, remembered: Mapping[str, Tensor] = {}
     ) -> None:
-        """levels: as in `Euler`. number: of the next step. remembered: by this class, before it."""
+        """Begins at step `number`, with levels as in `Euler` and what this class `remembered` before it."""
         self.scheduler = scheduler = _scheduler(kind)
         scheduler.set_timesteps(len(levels) - 1)
         scheduler.sigmas = levels.clamp(max=ALMOST_NOISE)

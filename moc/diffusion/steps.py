@@ -12,7 +12,7 @@ from moc.diffusion.story import SamplingConfig, Story
 
 
 def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
-    """Noise level of each shot before each step and after the last: float32 [rows, num_shots], from 1 down to 0."""
+    """Returns each shot's noise level before each step and after the last: float32 [rows, num_shots], from 1 to 0."""
     delay = round(config.lag * config.steps) * torch.arange(num_shots)
     row = torch.arange(config.steps + int(delay[-1]) + 1)
     done = ((row[:, None] - delay) / config.steps).clamp(0, 1)

@@ -69,7 +69,7 @@ def _target(capability: Capability) -> GPUTarget:
 
 @contextmanager
 def recorded(capability: Capability) -> Iterator[list[Launch]]:
-    """Within it no kernel runs: launches are added to the list, with the blocks for a GPU of this capability.
+    """Adds launches made within to the list it yields, with the blocks for a GPU of this capability; no kernel runs.
 
     What kernels should have written stays as it was allocated.
     """

@@ -123,7 +123,7 @@ def _same_for_all(config: MoCConfig) -> bool:
 
 
 def _sample_groups(layout: ShotLayout) -> Iterator[tuple[list[tuple[Group, int, int]], int, int]]:
-    """For each sample its groups, each with the bounds of its text rows, and the bounds of the sample's text rows."""
+    """Yields each sample's groups, each with the bounds of its text rows, and the bounds of the sample's text rows."""
     rows: list[tuple[Group, int, int]] = []
     start = 0
     for group in layout.groups:
@@ -172,7 +172,7 @@ def _runs(spans: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:
 
 
 def _text_rows(x: Tensor, text_index: Tensor, calls: Sequence[AnchorCall]) -> Tensor:
-    """x's text rows [Lt, N, D], or none where no call takes any."""
+    """Returns x's text rows [Lt, N, D], or none where no call takes any."""
     return x[text_index] if any(call.num_text for call in calls) else x[:0]
 
 
@@ -184,7 +184,7 @@ def _keys(call: AnchorCall, x: Tensor, text: Tensor) -> Tensor:
 
 
 def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, plan: AnchorPlan) -> tuple[Tensor, Tensor]:
-    """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq] (fp32 at least); without anchors: 0 and -inf."""
+    """Returns out [Lq, N, D], lse [N, Lq] (fp32 at least) of q [Lq, N, D], k, v [L, N, D]; 0, -inf without anchors."""
     text_index, calls, packed = plan
     if packed is not None:
         return packed_calls.forward(kernel, q, k, v, packed)
@@ -221,7 +221,7 @@ def backward(
     plan: AnchorPlan,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of the anchored attention, given the merged out and lse."""
+    """Returns dq, dk, dv of the anchored attention, given the merged out and lse."""
     text_index, calls, packed = plan
     if packed is not None:
         return packed_calls.backward(kernel, dout, q, k, v, out, lse, packed, deterministic)

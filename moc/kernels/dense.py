@@ -61,7 +61,7 @@ def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseK
 
 @cache
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a GPU, None for a CPU; kept, since asking costs as much as launching a kernel."""
+    """Returns a GPU's compute capability, None for a CPU; kept, since asking costs as much as launching a kernel."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
@@ -181,7 +181,7 @@ def _fa4_backward(
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """[L, N, D] -> [1, N, L, D], without a copy."""
+    """Returns tensors [L, N, D] as [1, N, L, D], without a copy."""
     return [x[None].transpose(1, 2) for x in tensors]
 
 
@@ -263,7 +263,7 @@ def fa2_varlen_backward(
 
 @contextmanager
 def deterministic_algorithms(wanted: bool) -> Iterator[None]:
-    """Torch's switch for deterministic kernels, for the length of one call: FA2's backward has no argument for it."""
+    """Sets torch's switch for deterministic kernels for one call, since FA2's backward has no argument for it."""
     before, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -294,7 +294,7 @@ def _cpu_backward(
 
 
 def _out_of_autocast(kernel: Callable) -> Callable:
-    """Autocast would round the products to bf16."""
+    """Keeps a kernel out of autocast, which would round the products to bf16."""
 
     @wraps(kernel)
     def run(q: Tensor, *args):
@@ -311,7 +311,7 @@ def _query_blocks(q: Tensor, k: Tensor) -> list[slice]:
 
 @_out_of_autocast
 def math_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention in blocks of queries, in fp32 at least; any device and dtype."""
+    """Computes attention in blocks of queries, in fp32 at least; it takes any device and dtype."""
     wide = torch.promote_types(q.dtype, torch.float32)
     keys, values = k.to(wide).permute(1, 2, 0), v.to(wide).transpose(0, 1)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)

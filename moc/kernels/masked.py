@@ -42,8 +42,8 @@ class _Run(NamedTuple):
     anchors: Tensor
 
     def mask(self, routes: Tensor, dtype: torch.dtype) -> Tensor:
-        """What to add to the scores, 0 or -inf: routes of the run's queries [N, Lq, K] -> [1, N, Lq, keys], of the keys
-        up to the last one that is attended to."""
+        """Returns what to add to the scores, 0 or -inf: routes of the run's queries [N, Lq, K] -> [1, N, Lq, keys], of
+        the keys up to the last one that is attended to."""
         local = (routes.long() - self.first_chunk).masked_fill(routes < 0, self.anchors.shape[1] - 1)
         chunks = self.anchors.to(dtype).repeat(len(routes), 1, 1).scatter_(-1, local, 0.0)
         num_routed = int(routes.max()) + 1 - self.first_chunk if routes.numel() else 0
@@ -58,8 +58,8 @@ def fits(q: Tensor, layout: ShotLayout, execution: Execution) -> bool:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D], routes int [N, Lq, K] ->
-    [Lq, N, D], same dtype, of any floating dtype. Arguments as those of `torch_backend.attend`."""
+    """Computes attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D], routes int [N, Lq, K]
+    -> [Lq, N, D], same dtype, of any floating dtype. The arguments are those of `torch_backend.attend`."""
     first_query = layout.first_query(len(q))
     key = ("masked on a CPU", config.own_anchor, config.text_anchor, first_query)
     runs = layout.memo(key, lambda: _runs(layout, config, first_query))
@@ -84,7 +84,7 @@ def _runs(layout: ShotLayout, config: MoCConfig, first_query: int) -> list[_Run]
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """[L, N, D] -> [1, N, L, D], without a copy."""
+    """Returns tensors [L, N, D] as [1, N, L, D], without a copy."""
     return [x[None].transpose(1, 2) for x in tensors]
 
 

@@ -44,8 +44,8 @@ class Packed(NamedTuple):
 
     @classmethod
     def build(cls, lengths: Sequence[int], keys: Sequence[Tensor], num_tokens: int, device: torch.device) -> "Packed":
-        """lengths: of the runs of queries; keys: int64 on the CPU, the tokens of each run's keys, among `num_tokens`.
-        Raises ValueError for more runs than FlashAttention-2 takes."""
+        """Tabulates runs of `lengths` queries; keys: int64 on the CPU, the tokens of each run's keys, among
+        `num_tokens`. Raises ValueError for more runs than FlashAttention-2 takes."""
         if len(lengths) > MAX_RUNS:
             raise ValueError(f"{len(lengths)} runs of queries in one call, of {MAX_RUNS} at most: pack fewer shots")
         counts = [len(x) for x in keys]
@@ -64,7 +64,7 @@ class Packed(NamedTuple):
         return [slice(first, first + size) for first in range(0, num_heads, size)]
 
     def gather(self, x: Tensor) -> Tensor:
-        """[L, N, D] -> [R, N, D]."""
+        """Returns the gathered rows [R, N, D] of x [L, N, D]."""
         return x.index_select(0, self.key_index) if len(self.key_index) else x
 
     def sum_rows(self, grad: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Packed(NamedTuple):
 
 
 def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
-    """key_index, row, shared, shared_rows, shared_starts and unread of the tokens `index` of the gathered rows."""
+    """Returns key_index, row, shared, shared_rows, shared_starts and unread of tokens `index` of the gathered rows."""
     counts = index.bincount(minlength=num_tokens)
     row = torch.zeros(num_tokens, dtype=torch.int64).scatter_(0, index, torch.arange(len(index)))
     shared = (counts > 1).nonzero().squeeze(1)
@@ -101,7 +101,7 @@ def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
 
 
 def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """q [Lq, N, D], k, v [L, N, D] -> out [Lq, N, D], lse [N, Lq], fp32 at least."""
+    """Returns out [Lq, N, D] and lse [N, Lq], which is fp32 at least, of q [Lq, N, D], k, v [L, N, D]."""
     keys, values = packed.gather(k), packed.gather(v)
     if dense.has_fa2(q):
         by_heads = [
@@ -120,7 +120,7 @@ def backward(
     kernel: DenseKernel, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, packed: Packed,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv, given out and lse, which may be those of a softmax over more keys."""
+    """Returns dq, dk, dv, given out and lse, which may be those of a softmax over more keys."""
     keys, values = packed.gather(k), packed.gather(v)
     if dense.has_fa2(q):
         by_heads = [
@@ -159,5 +159,5 @@ class _Attend(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
-    """Attention of each run to its keys, differentiable: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype."""
+    """Attends from each run to its keys, differentiably: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype."""
     return _Attend.apply(q, k, v, packed)

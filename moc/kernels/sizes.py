@@ -118,7 +118,7 @@ def masked_blocks(q: Tensor) -> Blocks:
 
 
 def route_blocks(q: Tensor, top_k: int) -> dict[str, int]:
-    """BQ queries, BC chunks and num_warps of the routing kernel."""
+    """Returns BQ queries, BC chunks and num_warps of the routing kernel."""
     if q.dtype == torch.float32:
         return {"BQ": 32, "BC": 16, "num_warps": 4}
     return {"BQ": 128 if top_k <= 8 else 64, "BC": 32, "num_warps": 4}

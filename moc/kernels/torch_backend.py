@@ -33,10 +33,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
     execution: Execution = AUTO,
 ) -> Tensor:  # fmt: skip
-    """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
+    """Attends to anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
-    Any device and floating dtype. Waits for the device once for each head block. Has no second derivative.
+    Takes any device and floating dtype. Waits for the device once for each head block. Has no second derivative.
     """
     if config.dense or routes is None:
         routes = torch.empty(q.shape[1], len(q), 0, dtype=torch.int32, device=q.device)
@@ -67,7 +67,7 @@ class _Lists:
         return slice(self.first, self.first + self.num_heads)
 
     def rows(self, x: Tensor) -> Tensor:
-        """x [L, N, D] -> [R, D]."""
+        """Returns the rows [R, D] of x [L, N, D]."""
         return x[self.token, self.first + self.head]
 
     def non_empty(self) -> Iterator[tuple[int, slice]]:
@@ -76,7 +76,7 @@ class _Lists:
                 yield index, slice(start, end)
 
     def sum_slots(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """rows [R, D], weights [Nb, L, K] or None for ones -> their sum over slots, [L, Nb, D] in fp32 at least."""
+        """Sums rows [R, D], times weights [Nb, L, K] (None: ones), over slots: [L, Nb, D] in fp32 at least."""
         weights = (self.row >= 0).to(rows.dtype) if weights is None else weights
         total = rows.new_zeros(*self.row.shape[:2], rows.shape[-1])
         for slot in range(self.row.shape[-1]):
@@ -170,7 +170,7 @@ class _ByList:
         return slice(start, start + layout.chunks[chunk].length), slice(lists.first + head, lists.first + head + 1)
 
     def forward(self, q_rows: Tensor, k: Tensor, v: Tensor, lists: _Lists, layout: ShotLayout) -> tuple[Tensor, Tensor]:
-        """Output [R, D] and LSE [R] of the routed rows."""
+        """Returns output [R, D] and LSE [R] of the routed rows."""
         rows = torch.empty_like(q_rows)
         row_lse = q_rows.new_empty(len(q_rows), dtype=torch.promote_types(q_rows.dtype, torch.float32))
         for index, of_list in lists.non_empty():
@@ -183,7 +183,7 @@ class _ByList:
         self, dout: Tensor, q_rows: Tensor, out: Tensor, row_lse: Tensor, k: Tensor, v: Tensor,
         lists: _Lists, layout: ShotLayout, deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """dq of the rows [R, D]; dk, dv [L, Nb, D]."""
+        """Returns dq of the rows [R, D], and dk, dv [L, Nb, D]."""
         dq_rows = torch.empty_like(q_rows)
         dk, dv = torch.zeros_like(k[:, lists.heads]), torch.zeros_like(v[:, lists.heads])
         for index, of_list in lists.non_empty():
@@ -205,7 +205,7 @@ class _VarLen:
 
     @staticmethod
     def _head_major(x: Tensor, lists: _Lists) -> Tensor:
-        """[L, N, D] -> the block's heads one after another, [Nb * L, 1, D]."""
+        """Returns the block's heads of x [L, N, D] one after another, [Nb * L, 1, D]."""
         return x[:, lists.heads].transpose(0, 1).reshape(-1, 1, x.shape[-1])
 
     @staticmethod
@@ -220,7 +220,7 @@ class _VarLen:
         return starts, torch.cat([by_head.flatten(), end]), longest, layout.max_chunk_tokens
 
     def forward(self, q_rows: Tensor, k: Tensor, v: Tensor, lists: _Lists, layout: ShotLayout) -> tuple[Tensor, Tensor]:
-        """Output [R, D] and LSE [R] of the routed rows."""
+        """Returns output [R, D] and LSE [R] of the routed rows."""
         keys, values = self._head_major(k, lists), self._head_major(v, lists)
         out, lse = dense.fa2_varlen_forward(q_rows[:, None], keys, values, *self._lengths(lists, layout))
         return out[:, 0], lse[0]
@@ -229,7 +229,7 @@ class _VarLen:
         self, dout: Tensor, q_rows: Tensor, out: Tensor, row_lse: Tensor, k: Tensor, v: Tensor,
         lists: _Lists, layout: ShotLayout, deterministic: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """dq of the rows [R, D]; dk, dv [L, Nb, D]."""
+        """Returns dq of the rows [R, D], and dk, dv [L, Nb, D]."""
         keys, values = self._head_major(k, lists), self._head_major(v, lists)
         dq, dk, dv = dense.fa2_varlen_backward(
             dout[:, None], q_rows[:, None], keys, values, out[:, None], row_lse[None],

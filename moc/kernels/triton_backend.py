@@ -33,10 +33,10 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
     execution: Execution = AUTO,
 ) -> Tensor:  # fmt: skip
-    """Attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
+    """Attends to anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
-    Head dims up to 128, fp32, fp16 and bf16. Has no second derivative.
+    Takes head dims up to 128, fp32, fp16 and bf16. Has no second derivative.
     """
     first_query = layout.first_query(len(q))  # the kernels count queries from it
     if routes is not None and routes.shape[-1] and not (config.dense or first_query or torch.compiler.is_compiling()):
@@ -79,7 +79,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, chunk_starts: Tensor, tables: Sequence[Tensor],
     numbers: Sequence[int], chunk_tokens: int, max_chunk_tokens: int, dense_kernel: str, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """out [Lq, N, D], lse [N, Lq], and the tensors of the `Lists` for the backward."""
+    """Returns out [Lq, N, D], lse [N, Lq], and the tensors of the `Lists` for the backward."""
     kernel = dense.choose(q, dense_kernel, deterministic)
     out, lse = anchors.forward(kernel, q, k, v, _plan(tables, numbers))
     if not routes.numel():

@@ -138,7 +138,7 @@ def _keep_lowest(keys, chunk, best, added, routed):
 
 @cache
 def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
-    """`poisson_thresholds` on a device; kept, so that no layer copies them."""
+    """Returns `poisson_thresholds` on a device; they are kept, so that no layer copies them."""
     return move(torch.tensor(poisson_thresholds(rate, most), dtype=torch.float32), device)
 
 

@@ -275,7 +275,7 @@ class _Masked(torch.autograd.Function):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, plan: MaskedPlan) -> Tensor:
-    """Attention over anchors and routed chunks: q, k, v [L, N, D], routes int32 [N, L, K] -> [L, N, D], same dtype.
+    """Attends to anchors and routed chunks: q, k, v [L, N, D], routes int32 [N, L, K] -> [L, N, D], same dtype.
 
     plan: `masked_plan` of this q.
     """

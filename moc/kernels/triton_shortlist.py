@@ -52,7 +52,7 @@ def _shared_range(
 
 @triton.jit
 def _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text):
-    """[BC]: 0 for each chunk from the first one on that the queries may route to, -inf for the others."""
+    """Returns [BC]: 0 for each chunk from the first one on that the queries may route to, -inf for the others."""
     video = tl.load(chunk_is_text + chunk, mask=chunk < last, other=1) == 0
     skipped = (chunk >= skip_first) & (chunk < skip_last)
     return tl.where(video & (skipped == 0), 0.0, -float("inf"))
@@ -181,7 +181,7 @@ def shortlist_pays(q: Tensor, top_k: int) -> bool:
 
 
 def room_for(top_k: int) -> int:
-    """Room of a list: top_k, the few more that the bound lets through, and some."""
+    """Returns the room of a list: top_k, the few more that the bound lets through, and some."""
     return next_power_of_2(top_k + top_k // 4 + 8)
 
 

@@ -133,7 +133,7 @@ class Writers(Protocol):
 
 @contextmanager
 def new_checkpoint(run_folder: Path, step: int, writers: Writers | None = None) -> Iterator[Path]:
-    """A folder to fill; it becomes `checkpoints/step_...` when the block ends well, and is removed when it does not.
+    """Yields a folder to fill; it becomes `checkpoints/step_...` when the block ends well, and is removed when not.
 
     writers: the processes that fill it, where they are several; all come here, and what the block raises it must raise
     on all of them. Raises DiskError where the disk does not take it.
@@ -216,8 +216,8 @@ def _checkpoints(run_folder: Path) -> list[Path]:
 
 
 def optimizer_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer states as `<parameter>.<state>` tensors; a number of Python's becomes an int64 or a float64 of no
-    dimension, which no optimizer keeps as a tensor."""
+    """Returns optimizer states as `<parameter>.<state>` tensors; a number of Python's becomes an int64 or a float64 of
+    no dimension, which no optimizer keeps as a tensor."""
     return {
         f"{name}.{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=_NUMBERS.get(type(value)))
         for name, parameter in model.named_parameters()

@@ -32,7 +32,7 @@ class Clock:
         return batches
 
     def begin(self, phase: str) -> None:
-        """What the device is given from now on, until the next call, belongs to this phase; to none if it is ""."""
+        """Counts what the device is given until the next call as this phase's, or as no phase's if it is ""."""
         mark: float | torch.cuda.Event = time.perf_counter()
         if self._on_gpu:
             mark = torch.cuda.Event(enable_timing=True)

@@ -34,8 +34,8 @@ class EMA:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, the model has the averaged weights and `averages` holds the model's own: what is loaded into
-        the model meanwhile becomes the average."""
+        """Gives the model the averaged weights while the block lasts, and `averages` the model's own: what is loaded
+        into the model meanwhile becomes the average."""
         self._swap(model)
         try:
             yield

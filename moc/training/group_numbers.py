@@ -23,7 +23,7 @@ class GroupNumbers:
         self._built = [_numbers(group) for group in optimizer.param_groups]
 
     def state(self) -> dict[str, Any]:
-        """JSON-ready: of each group what has changed, and the names of states that no parameter has a value of."""
+        """Returns, JSON-ready, each group's changes and the names of states that no parameter has a value of."""
         pairs = zip(self._optimizer.param_groups, self._built, strict=True)
         groups = [
             {key: value for key, value in _numbers(group).items() if key not in built or built[key] != value}

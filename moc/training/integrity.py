@@ -67,7 +67,7 @@ def damaged_files(folder: Path, among: frozenset[str] | None = None) -> list[str
 
 @lru_cache
 def _damaged_files(folder: Path, among: frozenset[str] | None, written: int) -> list[str]:
-    """written: when the mark was, so that a folder written anew is looked at anew."""
+    """Looks once for each `written`, the time of the mark, so that a folder written anew is looked at anew."""
     text = (folder / COMPLETE).read_text(errors="replace")
     try:
         sums = dict(json.loads(text or "{}"))
@@ -82,7 +82,7 @@ def _damaged_files(folder: Path, among: frozenset[str] | None, written: int) -> 
 
 
 def _checksum(path: Path) -> int:
-    """CRC32 of a file's bytes. Raises OSError."""
+    """Returns the CRC32 of a file's bytes. Raises OSError."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
@@ -91,7 +91,7 @@ def _checksum(path: Path) -> int:
 
 
 def _checksum_if_there(path: Path) -> int | None:
-    """CRC32 of a file's bytes; None where they cannot be read. Raises PermissionError."""
+    """Returns the CRC32 of a file's bytes, None where they cannot be read. Raises PermissionError."""
     try:
         return _checksum(path)
     except PermissionError:

@@ -185,7 +185,7 @@ def _groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[Gr
 
 
 def _build_adamw(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused, since it then heeds `found_inf`."""
+    """Builds a fused AdamW, since it then heeds `found_inf`."""
     settings: dict[str, Any] = {"betas": tuple(config.betas), "eps": config.eps, "fused": True} | config.args
     kind = OffloadedAdamW if config.offload else torch.optim.AdamW
     return kind(_groups(parameters, config), lr=config.lr, **settings)

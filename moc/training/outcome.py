@@ -27,8 +27,8 @@ class Outcome:
     def __init__(
         self, step: int, batches: Sequence[Batch], levels: Sequence[NoiseLevels], losses: Tensor, totals: Tensor
     ) -> None:
-        """step: counted from 1. levels: of each batch. losses [S]: this process's, of each shot. totals: the loss, the
-        gradient's norm and the number of finite shot losses, over all processes."""
+        """Takes the step's number, from 1 on, the levels of each batch and the losses [S] of this process's shots.
+        totals: the loss, the gradient's norm and the number of finite shot losses, over all processes."""
         self.step, self._layouts, self._levels = step, [batch.layout for batch in batches], levels
         self._shot_ids = _of_each_shot(batches, [batch.ids for batch in batches])
         self._sources = _of_each_shot(batches, [batch.sources for batch in batches])

@@ -219,7 +219,7 @@ class Parallel:
         return values[0]
 
     def any_of_team(self, flag: bool) -> bool:
-        """Whether the flag is set on any process of the team."""
+        """Returns whether the flag is set on any process of the team."""
         if not self.is_sharded:
             return flag
         number = torch.tensor(int(flag), device=self.device)
@@ -264,8 +264,8 @@ class Parallel:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What one process raises meanwhile is raised on all of them, as a UserError or an OSError where it is one.
-        They must not wait for each other within."""
+        """Raises on all processes what one of them raises within the block, as a UserError or an OSError where it is
+        one. They must not wait for each other within."""
         failure: Exception | None = None
         told: tuple[type[Exception], tuple] | None = None
         try:
@@ -280,7 +280,7 @@ class Parallel:
             raise kind(*arguments)
 
     def _for_others(self, error: Exception) -> tuple[type[Exception], tuple]:
-        """What the other processes raise where this one has raised an error: the type and its arguments."""
+        """Returns what the other processes raise where this one has raised an error: the type and its arguments."""
         where = f"rank {self.rank}"
         if isinstance(error, OSError) and error.errno:  # its number makes the type, such as PermissionError
             return OSError, (error.errno, f"{where}: {error.strerror}", error.filename)

@@ -36,7 +36,7 @@ class Inputs:
     step: Tensor
 
     def like(self, layout: ShotLayout) -> "Inputs":
-        """Memory for the inputs of such micro-batches; layout: of the same stream, its tables made."""
+        """Returns memory for the inputs of such micro-batches. layout: of the same stream, its tables made."""
         latents, targets, sigma, text, _ = self.noised
         lists = ([x.clone() for x in tensors] for tensors in (latents, targets, text))
         own_latents, own_targets, own_text = lists

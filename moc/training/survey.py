@@ -24,7 +24,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOPs a second that the device can do at most, in bf16; None where that is not known."""
+    """Returns how many FLOPs a second the device can do at most, in bf16; None where that is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -71,15 +71,15 @@ class Survey:
                 hook.remove()
 
     def _add_linear(self, linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """The forward; where gradients are taken, that of the input, and of the weight if it is trained."""
+        """Counts the forward and, where gradients are taken, that of the input and of the weight if it is trained."""
         times = 2 + linear.weight.requires_grad if torch.is_grad_enabled() else 1
         self.linear_flops += 2 * inputs[0].numel() * linear.out_features * times
 
     def read(self, tokens_per_second: float, dtype: torch.dtype) -> dict[str, float]:
-        """density: attended pairs of those of dense attention, over all layers. flops_per_token: of the model's linears
-        and of attention over the attended pairs, forward and backward, nothing computed twice counted twice. mfu: what
-        share that is of the device's peak, where it is known. routes/back_2: the share of the routes that go two shots
-        back.
+        """Returns what was measured. density: attended pairs of those of dense attention, over all layers.
+        flops_per_token: of the model's linears and of attention over the attended pairs, forward and backward, nothing
+        computed twice counted twice. mfu: what share that is of the device's peak, where it is known. routes/back_2:
+        the share of the routes that go two shots back.
 
         tokens_per_second: of this process. dtype: of the forward. Waits for the device.
         """

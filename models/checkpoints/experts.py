@@ -61,7 +61,7 @@ class Experts(nn.Module):
         remember: bool = False,
         **kwargs: Any,
     ) -> list[Tensor]:
-        """As `WanTransformer3DModel`; reads the noise level, which waits for the device.
+        """Computes what `WanTransformer3DModel` does; reads the noise level, which waits for the device.
 
         Both experts remember, each in its own cache, whatever the noise level: a later shot will ask both.
         """

@@ -172,7 +172,7 @@ def _encoders(checkpoint: Checkpoint, beside: Beside) -> EncodersConfig | None:
 
 
 def _lasting(config: EncodersConfig) -> EncodersConfig:
-    """With paths that hold from any folder; raises UserError where a codec or a text encoder has none."""
+    """Returns settings with paths that hold in any folder; raises UserError where a codec or text encoder has none."""
     paths = []
     for name, wanted, encoder in (("codec", CodecKind.wan, config.codec), ("text", TextKind.t5, config.text)):
         if encoder.kind is not wanted or encoder.path is None or not Path(encoder.path).is_dir():

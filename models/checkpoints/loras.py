@@ -127,7 +127,7 @@ class MergedLora:
 
 
 def _layer_names(layers: Iterable[str]) -> dict[str, str]:
-    """Every name that a layer goes by -> diffusers' name of it."""
+    """Returns diffusers' name of a layer by every name that the layer goes by."""
     known: dict[str, str] = {}
     for layer in layers:
         original = (to_original_name(f"{layer}.weight") or "").removesuffix(".weight")

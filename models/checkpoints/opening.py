@@ -187,7 +187,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
-    """(form, diffusers name -> stored name) of a file of the Wan family."""
+    """Returns the form of a file of the Wan family, and its stored names by those of diffusers."""
     names = source.names()
     if any(name.startswith("condition_embedder.") or ".attn1." in name for name in names):
         return "diffusers", {name: name for name in names}

@@ -114,7 +114,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """Why torch refuses a file; its own words would go on to say how to run the code in it."""
+    """Returns why torch refuses a file; its own words would go on to say how to run the code in it."""
     said = str(error)
     if "weights_only" not in said:
         return said.partition("\n")[0]
@@ -169,7 +169,7 @@ def _vae(tensors: dict[str, Tensor], file: Path) -> tuple[str, AutoencoderKLWan,
 
 
 def _vae22_name(name: str) -> str:
-    """diffusers' name of a tensor in Wan2.2's nested blocks; any other is left as it is."""
+    """Returns diffusers' name of a tensor in Wan2.2's nested blocks; any other is left as it is."""
     match = re.fullmatch(r"(encoder|decoder)\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)\.(\w+)", name)
     if match is None:
         return name

@@ -63,7 +63,7 @@ class TensorSource:
         return self._values(name, 0, torch.Size(self.shapes[name]).numel()).reshape(self.shapes[name])
 
     def sample(self, name: str, most: int) -> Tensor:
-        """At most `most` values from the middle of a tensor, flat: one short read, whatever its size."""
+        """Returns at most `most` values from the middle of a tensor, flat: one short read, whatever its size."""
         size = torch.Size(self.shapes[name]).numel()
         count = min(most, size)
         return self._values(name, (size - count) // 2, count)
@@ -115,7 +115,7 @@ def download_hint(path: str | Path) -> str:
 
 
 def _open(file: Path):
-    """The file's checked header; its tensors are left alone ("np" maps them without claiming memory)."""
+    """Opens a file, checking its header; its tensors are left alone ("np" maps them without claiming memory)."""
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
@@ -195,7 +195,7 @@ def read_index(file: Path) -> dict[str, Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends well and is removed when it does not."""
+    """Yields a folder to fill, which gets its name when the block ends well and is removed when it does not."""
     partial = folder.with_name(f".{folder.name}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

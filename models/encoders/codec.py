@@ -75,13 +75,13 @@ class Codec(nn.Module):
     latents_at_once: int = 1  # latent frames of a piece
 
     def encode(self, video: Tensor) -> Tensor:
-        """A sample's only shot or a still, float [3, F, H, W] in [-1, 1] -> fp32 [C, T, H / s, W / s]."""
+        """Encodes a sample's only shot or a still: float [3, F, H, W] in [-1, 1] -> fp32 [C, T, H / s, W / s]."""
         self.check_pixels(video)
         self.latent_frames(video.shape[1])
         return self.shot_encoder()([video])
 
     def decode(self, latent: Tensor) -> Tensor:
-        """[C, T, H', W'] of a sample's only shot -> fp32 [3, F, H, W] in [-1, 1]."""
+        """Decodes a sample's only shot: [C, T, H', W'] -> fp32 [3, F, H, W] in [-1, 1]."""
         return torch.cat(list(self.decode_stream(latent)), dim=1)
 
     def decode_stream(self, latent: Tensor) -> Iterator[Tensor]:
@@ -97,7 +97,7 @@ class Codec(nn.Module):
         return ShotDecoder(self)
 
     def encode_piece(self, frames: Tensor, memory: dict, first: bool) -> Tensor:
-        """Whole latents of the next frames of a video; first: these begin it. `memory`, at first empty, is the
+        """Returns whole latents of the next frames of a video; first: these begin it. `memory`, at first empty, is the
         codec's own, for what it must know of the frames before."""
         raise NotImplementedError
 
@@ -131,7 +131,7 @@ class Codec(nn.Module):
         return self.whole_frames(max(frames, self.pixel_frames(1, shot)) + self.temporal_factor - 1, shot)
 
     def latent_frames(self, frames: int, shot: int = 0) -> int:
-        """Latent frames of a shot; raises ValueError where its frames are not whole latent frames."""
+        """Returns how many latent frames a shot has; raises ValueError where its frames are not whole ones."""
         lone = int(self.begins_video(shot))
         if frames < 1 or self.whole_frames(frames, shot) != frames:
             below = max(self.pixel_frames(1, shot), self.whole_frames(frames, shot))
@@ -158,7 +158,7 @@ class ShotEncoder:
         self.memory: dict = {}
 
     def __call__(self, pieces: Iterable[Tensor]) -> Tensor:
-        """Pieces float [3, f, H, W] in [-1, 1] of the next shot, of any lengths -> fp32 [C, T, H / s, W / s].
+        """Encodes the next shot's pieces float [3, f, H, W] in [-1, 1], of any lengths, to fp32 [C, T, H / s, W / s].
 
         Holds no more than a few frames besides the piece it was handed. Raises ValueError where the shot is not whole
         latent frames.
@@ -187,7 +187,7 @@ class ShotDecoder:
         self.memory: dict = {}
 
     def __call__(self, latent: Tensor) -> Iterator[Tensor]:
-        """[C, T, H', W'] of the next shot -> its frames in pieces float [3, f, H, W]; take them all before the next."""
+        """Decodes the next shot [C, T, H', W'] to pieces of frames float [3, f, H, W]; take all before the next shot."""
         first = self.codec.begins_video(self.shot)
         if first:
             self.memory = {}

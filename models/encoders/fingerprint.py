@@ -10,7 +10,7 @@ VALUES_PER_TENSOR = 4096
 
 
 def fingerprint(kind: str, *facts: object) -> str:
-    """`kind` and a hash of the facts, which must have a faithful repr."""
+    """Returns `kind` and a hash of the facts, which must have a faithful repr."""
     return f"{kind}-{hashlib.sha256(repr((kind, *facts)).encode()).hexdigest()[:16]}"
 
 

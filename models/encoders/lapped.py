@@ -33,7 +33,7 @@ DECAY = 1.2
 
 
 def dct_matrix(size: int) -> Tensor:
-    """Orthonormal DCT-II: float64 [size, size], row k the k-th frequency."""
+    """Returns the orthonormal DCT-II: float64 [size, size], row k the k-th frequency."""
     n = torch.arange(size, dtype=torch.float64)
     rows = torch.cos(math.pi / size * (n + 0.5) * n[:, None]) * math.sqrt(2 / size)
     rows[0] /= math.sqrt(2)
@@ -41,7 +41,7 @@ def dct_matrix(size: int) -> Tensor:
 
 
 def opponent_matrix() -> Tensor:
-    """Orthonormal luma, red-blue and green-magenta axes of RGB: float64 [3, 3] (the DCT of three samples)."""
+    """Returns orthonormal luma, red-blue and green-magenta axes of RGB: float64 [3, 3] (the DCT of three samples)."""
     return dct_matrix(3)
 
 
@@ -82,7 +82,7 @@ def kept_coefficients(channels: int, still_detail: bool = True) -> Tensor:
 
 
 def border_rotation() -> Tensor:
-    """Rotation of the 8 values around a border of blocks: float64 [8, 8], orthonormal.
+    """Returns the rotation of the 8 values around a border of blocks: float64 [8, 8], orthonormal.
 
     What is mirrored at the border stays; of the rest, the DCT-IV is put in the place of the DCT-II.
     """
@@ -145,7 +145,7 @@ class LappedCodec(Codec):
         return self.basis[later], self.scale[later][:, None, None]
 
     def _analyzed(self, video: Tensor, basis: Tensor) -> Tensor:
-        """[3, 4 T, H, W] -> coefficients [T, H', W', C]."""
+        """Returns the coefficients [T, H', W', C] of a video [3, 4 T, H, W]."""
         return torch.einsum("thwk,tck->thwc", to_blocks(across_borders(video, self.rotation)), basis)
 
     def _synthesized(self, coefficients: Tensor, basis: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class LappedCodec(Codec):
 
 
 def to_blocks(video: Tensor) -> Tensor:
-    """[3, F, H, W] -> the values of each block [F / 4, H / 8, W / 8, 768]."""
+    """Returns the values of each block of [3, F, H, W]: [F / 4, H / 8, W / 8, 768]."""
     return rearrange(video, "c (t a) (h b) (w d) -> t h w (c a b d)", a=BLOCK[0], b=BLOCK[1], d=BLOCK[2])
 
 
@@ -175,7 +175,7 @@ def from_blocks(blocks: Tensor) -> Tensor:
 
 
 def across_borders(video: Tensor, rotation: Tensor) -> Tensor:
-    """[3, F, H, W] with each 8 x 8 patch around a corner of blocks turned by `rotation` [64, 64].
+    """Returns [3, F, H, W] with each 8 x 8 patch around a corner of blocks turned by `rotation` [64, 64].
 
     Beyond its edges a frame is mirrored, which no rotation changes.
     """
@@ -188,7 +188,7 @@ def across_borders(video: Tensor, rotation: Tensor) -> Tensor:
 
 
 def variation_gradient(video: Tensor, soft: float = 1e-2) -> Tensor:
-    """Gradient of the total variation of [3, F, H, W]: the sum over pixels of sqrt(soft + squared derivative).
+    """Returns the gradient of the total variation of [3, F, H, W], summing sqrt(soft + squared derivative) over pixels.
 
     The derivative is that of all colours by time and space together, so that an edge is an edge in all; its square is
     the mean of those to either side.

@@ -61,7 +61,7 @@ def build_codec(config: CodecConfig) -> Codec:
 
 
 def build_encoders(config: EncodersConfig, vocabulary: Iterable[str] = ()) -> Encoders:
-    """Codec and text encoder of a configuration; `vocabulary` is for an embedded text encoder without a path."""
+    """Builds codec and text encoder of a configuration; `vocabulary` is for an embedded text encoder without a path."""
     return Encoders(config, build_codec(config.codec), build_text_encoder(config.text, vocabulary))
 
 
@@ -76,7 +76,7 @@ def load_codec(path: str | Path | Contents) -> Codec:
 
 
 def read_encoders(path: str | Path | Contents) -> EncodersConfig:
-    """As `find_encoders`; raises UserError where there are none."""
+    """Returns what `find_encoders` finds; raises UserError where there are none."""
     contents = Contents.at(path)
     found, path = find_encoders(contents), contents.path
     if found is None:

@@ -142,7 +142,7 @@ class EmbeddedTextEncoder(TextEncoder):
         return [self.encode_caption(caption) for caption in (global_caption, *shot_captions)]
 
     def encode_caption(self, caption: str) -> Tensor:
-        """fp32 [T, text_dim]; the last row is the end of the text, and "" has that row alone."""
+        """Returns fp32 [T, text_dim]; the last row is the end of the text, and "" has that row alone."""
         return self._features(self._ids(caption)[None])[0]
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ class EmbeddedTextEncoder(TextEncoder):
         return torch.tensor([*ids[: self.config.max_tokens - 1], self.tokenizer.token_to_id(END)])
 
     def _features(self, ids: Tensor) -> Tensor:
-        """ids: int64 [B, T], on the CPU."""
+        """Returns the features of ids, int64 [B, T] on the CPU."""
         with torch.autocast(self.model.device.type, enabled=False):
             return self.model(move(ids, self.model.device)).last_hidden_state
 
@@ -194,7 +194,7 @@ class EmbeddedTextEncoder(TextEncoder):
 
 
 def word_piece_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """Lower-case word pieces: the given words whole, any other word by its characters."""
+    """Returns a tokenizer of lower-case word pieces: the given words whole, any other word by its characters."""
     pieces = [UNKNOWN, END, *CHARACTERS, *(f"##{c}" for c in CHARACTERS)]
     pieces += [word for word in words if word not in set(pieces)]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
@@ -226,7 +226,7 @@ DECODER = ("decoder.", "lm_head.")  # stand in a whole T5, whose encoder is all 
 
 
 def clean(text: str) -> str:
-    """Wan's text cleaning: mend broken Unicode, undo HTML escapes, join white space."""
+    """Cleans text as Wan does: it mends broken Unicode, undoes HTML escapes and joins white space."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
@@ -301,7 +301,7 @@ class T5TextEncoder(TextEncoder):
         return list(features.split([owner.count(index) for index in range(len(starts))]))
 
     def encode_windows(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
-        """HoloCine's weights know their own form alone, which stays one prompt."""
+        """Keeps to one prompt with HoloCine's weights, which know their own form alone."""
         if self.config.form == PromptForm.joined:
             return self._encode_windows(global_caption, shot_captions)
         return self.encode(global_caption, shot_captions)
@@ -314,7 +314,7 @@ class T5TextEncoder(TextEncoder):
         return [none, *(features[prompt] for prompt in prompts)]
 
     def _features(self, prompt: str) -> tuple[Tensor, list[int]]:
-        """bf16 [T, text_dim] of a prompt with its end token, and the character at which each token starts."""
+        """Returns bf16 [T, text_dim] of a prompt with its end token, and the character at which each token starts."""
         tokens = self.tokenizer(prompt, return_offsets_mapping=True)
         if len(tokens.input_ids) > self.config.max_tokens:
             raise UserError(

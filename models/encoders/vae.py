@@ -104,8 +104,8 @@ class WanCodec(Codec):
     def _in_tiles(
         self, run: Callable[[Tensor, Features], Tensor], network: nn.Module, x: Tensor, memory: dict, scale: Scale
     ) -> Tensor:
-        """`run` of x [1, c, t, h, w] whole, or tile by tile; `memory` holds the features that the network keeps of
-        each, which `run` updates."""
+        """Applies `run` to x [1, c, t, h, w] whole, or tile by tile; `memory` holds the features that the network keeps
+        of each, which `run` updates."""
         size, stride = TILE // scale.input, TILE_STRIDE // scale.input
         height, width = x.shape[-2:]
         if not self.tiling or max(height, width) <= size:
