@@ -78,7 +78,7 @@ def route(
     backend: Execution | str | None = None,
     first_query: int = 0,
 ) -> Tensor:
-    """Chunks chosen for each query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], -1 where a slot is empty.
+    """Returns each query's and head's chunks: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], -1 where a slot is empty.
 
     A query's chunks come in no set order. K = top_k; where drops apply (`drops` given and the config has any), top_k +
     drop_in_max. Not differentiable. backend, first_query: as in `moc_attention`.

@@ -80,7 +80,7 @@ class Batch:
         return replace(self, layout=self.layout.rechunk(chunk_tokens))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """This batch on `device`, latents and text in fp32: loaders send halves, and the device widens them."""
+        """Returns this batch on `device`, latents and text in fp32: loaders send halves, the device widens them."""
         device = torch.device(device)
         return replace(
             self, latents=_moved(self.latents, device), text=_moved(self.text, device), layout=self.layout.to(device)

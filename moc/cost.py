@@ -121,6 +121,6 @@ def _by_query_chunk(layout: ShotLayout, count: Callable[[Tensor, Tensor], Tensor
 
 
 def _routed_keys(routes: Tensor, lengths: Tensor) -> Tensor:
-    """Keys of a query's routed chunks, averaged over heads: lengths [M] -> float64 [L]."""
+    """Returns the keys of a query's routed chunks, averaged over heads: lengths [M] -> float64 [L]."""
     lengths = torch.cat([lengths, lengths.new_zeros(1)])  # -1, an empty slot, has none
     return lengths[routes.long()].sum(-1).mean(0)

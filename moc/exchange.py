@@ -36,8 +36,8 @@ class Exchange:
         return [start + (end - start) * rank // self.size for rank in range(self.size + 1)]
 
     def to_heads(self, x: Tensor, num_tokens: int) -> Tensor:
-        """This process's tokens of all heads [Lr, N, D] -> all `num_tokens` of its heads [L, N / P, D].
-        Raises UserError where the processes do not divide the heads."""
+        """Turns this process's tokens of all heads [Lr, N, D] to all `num_tokens` of its heads [L, N / P, D]. Raises
+        UserError where the processes do not divide the heads."""
         if x.shape[1] % self.size:
             raise UserError(f"parallel.sequence={self.size} does not divide the model's {x.shape[1]} heads; set it so")
         by_rank = x.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1)

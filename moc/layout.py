@@ -235,7 +235,7 @@ class ShotLayout:
         self.sample_position = torch.tensor(self.positions, dtype=torch.int32)
 
     def to(self, device: torch.device | str) -> "ShotLayout":
-        """This layout with its tensors on `device`; one copy for each dtype, none when it is there already."""
+        """Returns this layout with its tensors on `device`: one copy for each dtype, none when it is there already."""
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self

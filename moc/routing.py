@@ -32,9 +32,9 @@ def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
 
 @torch.no_grad()
 def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
-    """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], best first, -1 where a slot is
-    empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go to the
-    lowest chunk index. Scores are exact to fp32 rounding, under autocast too.
+    """Returns the routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], best first, -1 where a
+    slot is empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go
+    to the lowest chunk index. Scores are exact to fp32 rounding, under autocast too.
     """
     first_query = layout.first_query(len(q))
     means = descriptors(k, layout)

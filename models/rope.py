@@ -59,7 +59,7 @@ def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
 
 
 def _shifted(pieces: list[Tensor], starts: Tensor) -> Tensor:
-    """Pieces one after another, the rows of each moved by its start: starts [pieces, 3 or 1]. A stream may have a
+    """Lays pieces one after another, the rows of each moved by its start: starts [pieces, 3 or 1]. A stream may have a
     thousand pieces, so that operations on each of them would take longer than a step."""
     lengths = torch.tensor([len(piece) for piece in pieces])
     return torch.cat(pieces) + starts.repeat_interleave(lengths, dim=0)

@@ -247,7 +247,7 @@ class StreamModel(Trainable):
         raise NotImplementedError
 
     def project(self, tokens: Any, patches: Tensor, condition: Tensor, part: Part) -> Tensor:
-        """Tokens after the last block -> the velocity of their patches, fp32 [Lv, patch_dim]."""
+        """Maps tokens after the last block to the velocity of their patches, fp32 [Lv, patch_dim]."""
         raise NotImplementedError
 
     def forward(
@@ -310,7 +310,7 @@ class StreamModel(Trainable):
 
 
 def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
-    """Shots [C, T, H, W] -> their tokens, in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
+    """Returns the tokens of shots [C, T, H, W], in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
     a, b, c = patch
     tokens = partial(rearrange, pattern="n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
     return torch.cat(each_shape(tokens, latents))

@@ -25,7 +25,7 @@ class Stream:
     sigma: Tensor
 
     def up_to(self, count: int) -> "Stream":
-        """Its first `count` shots."""
+        """Returns its first `count` shots."""
         return Stream(self.shots[:count], self.latents[:count], self.sigma[:count])
 
 

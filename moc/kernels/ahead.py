@@ -101,7 +101,7 @@ def compiled(launch: Launch) -> Compiled:
 
 
 def _usage(binary: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack: the kernels have no arrays of their own, so these are spills."""
+    """Returns a thread's registers and bytes of stack, which are spills: the kernels have no arrays of their own."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()

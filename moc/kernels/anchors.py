@@ -107,7 +107,7 @@ def covers_all(calls: Sequence[AnchorCall], num_tokens: int) -> bool:
 
 
 def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
-    """Routes with the own chunk as one more slot, for `own_anchor: chunk`: [N, Lq, K] -> [N, Lq, K + 1].
+    """Adds the own chunk to routes as one more slot, for `own_anchor: chunk`: [N, Lq, K] -> [N, Lq, K + 1].
 
     Global text has no own chunk, and the own chunk of a text token is left out where its text anchors cover it.
     """
@@ -162,7 +162,7 @@ def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
 
 
 def _runs(spans: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:
-    """Spans of rows in order, joined where they touch: the bounds of two runs at most, the second one often empty."""
+    """Joins spans of rows, in order, where they touch: gives the bounds of two runs at most, the second often empty."""
     bounds: list[int] = []
     for first, last in spans:
         if last > first:
@@ -272,7 +272,7 @@ def _add(call: AnchorCall, grad: Tensor, total: Tensor, text_total: Tensor) -> N
 
 
 def _text_grads(call: AnchorCall, grad: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Bounds of each run of a call's text rows, and the gradient of these among the call's keys."""
+    """Yields the bounds of each run of a call's text rows, and the gradient of these among the call's keys."""
     start = call.num_own
     for first, last in call.text_spans():
         yield first, last, grad[start : start + last - first]

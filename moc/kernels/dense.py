@@ -241,7 +241,7 @@ def has_fa2(q: Tensor) -> bool:
 def fa2_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
-    """Sequences packed along the first dim, int32 prefix sums of their lengths -> out like q, lse [N, Lq].
+    """Takes sequences packed along the first dim, int32 prefix sums of lengths -> out like q, lse [N, Lq].
 
     A sequence without keys gives lse +inf.
     """
@@ -253,7 +253,7 @@ def fa2_varlen_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
     max_q: int, max_k: int, deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of `fa2_varlen_forward`, with given out and lse."""
+    """Returns the gradients of `fa2_varlen_forward`, with given out and lse."""
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     with deterministic_algorithms(deterministic):
         return torch.ops.aten._flash_attention_backward(

@@ -57,7 +57,7 @@ class Packed(NamedTuple):
         return cls._make([*moved, max(lengths), max(counts)])
 
     def head_blocks(self, k: Tensor) -> list[slice]:
-        """Runs of heads of k [L, N, D] whose gathered rows can be addressed."""
+        """Returns runs of heads of k [L, N, D] whose gathered rows can be addressed."""
         num_heads, head_dim = k.shape[1:]
         numbers = max(len(self.key_index), len(k)) * head_dim
         size = max(1, min(num_heads, MAX_NUMBERS // numbers))
@@ -68,7 +68,7 @@ class Packed(NamedTuple):
         return x.index_select(0, self.key_index) if len(self.key_index) else x
 
     def sum_rows(self, grad: Tensor) -> Tensor:
-        """Gradients of gathered rows [R, N, D] -> those of the tokens [L, N, D], added in fp32 at least."""
+        """Returns gradients of the tokens [L, N, D] of those of gathered rows [R, N, D], added in fp32 at least."""
         if not len(self.key_index):
             return grad
         total = grad.index_select(0, self.row)

@@ -13,7 +13,7 @@ from moc.kernels.dense import capability
 
 
 def cdiv(total: int, size: int) -> int:
-    """Blocks of `size` that hold `total`."""
+    """Returns how many blocks of `size` hold `total`."""
     return -(-total // size)
 
 

@@ -171,7 +171,7 @@ def _(routes: Tensor, *args) -> Tensor:
 
 
 def drop_routes(routes: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey) -> Tensor:
-    """Routes int32 [N, L, K] after context drop-off and drop-in: [N, L, K + drop_in_max]."""
+    """Returns routes int32 [N, L, K] after context drop-off and drop-in: [N, L, K + drop_in_max]."""
     word = drop_base(drops)
     base = word.view(1) if isinstance(word, Tensor) else torch.full((1,), word, dtype=torch.int64, device=routes.device)
     return (_operator if torch.compiler.is_compiling() else _drop_routes)(

@@ -37,7 +37,7 @@ def _list_source(x: Tensor, rows: int, tma: bool) -> Tensor | TensorDescriptor:
 
 
 def _head_blocks(q: Tensor, num_slots: int) -> Iterator[tuple[int, int]]:
-    """Runs of heads whose partial results stay within the bound."""
+    """Yields runs of heads whose partial results stay within the bound."""
     num_heads = q.shape[1]
     size = max(1, min(num_heads, _partial_numbers(q) * num_heads // (num_slots * q.numel())))
     size = cdiv(num_heads, cdiv(num_heads, size))

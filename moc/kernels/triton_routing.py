@@ -165,8 +165,8 @@ def _(q: Tensor, k: Tensor, *args) -> Tensor:
 
 
 def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
-    """Routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], in no order, -1 where a slot is
-    empty. K is top_k, and top_k + drop_in_max where drops apply.
+    """Returns the routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], in no order, -1 where
+    a slot is empty. K is top_k, and top_k + drop_in_max where drops apply.
     """
     first_query = layout.first_query(len(q))
     routes = (_operator if torch.compiler.is_compiling() else _route)(

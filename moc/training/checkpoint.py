@@ -210,7 +210,7 @@ def _newest_first(run_folder: Path) -> list[Path]:
 
 
 def _checkpoints(run_folder: Path) -> list[Path]:
-    """Folders with a checkpoint's name, by step."""
+    """Returns the folders with a checkpoint's name, by step."""
     folders = run_folder.glob("checkpoints/step_*")
     return sorted((f for f in folders if _STEP_FOLDER.fullmatch(f.name)), key=step_of)
 

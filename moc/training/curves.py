@@ -51,7 +51,7 @@ def draw_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _curves(rows: list[dict[str, Any]], beginnings: tuple[str, ...]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each curve whose name begins so; a beginning that ends a word is a whole name."""
+    """Returns steps and values of each curve whose name begins so; a beginning that ends a word is a whole name."""
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for row in rows:
         for name, value in row.items():

@@ -22,7 +22,7 @@ _THREADS = 8
 
 
 def files_to_seal(folder: Path) -> list[str]:
-    """Paths within a folder of the files whose checksums its mark is to hold."""
+    """Returns the paths within a folder of the files whose checksums its mark is to hold."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in (COMPLETE, *_EDITED))
     return [path.relative_to(folder).as_posix() for path in files]
 
@@ -57,7 +57,7 @@ def sync(path: Path) -> None:
 
 
 def damaged_files(folder: Path, among: frozenset[str] | None = None) -> list[str]:
-    """Paths within a sealed folder of the files that are missing, unreadable or changed since.
+    """Returns the paths within a sealed folder of the files that are missing, unreadable or changed since.
 
     among: look only at files and folders of these names at the folder's top. What was found once is not looked at again
     in the same process.

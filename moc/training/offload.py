@@ -106,7 +106,7 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 
 def _together(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of parameters, each of few numbers or one of them."""
+    """Yields runs of parameters, each of few numbers or one of them."""
     some: list[Tensor] = []
     numbers = 0
     for parameter in parameters:

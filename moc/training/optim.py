@@ -173,7 +173,7 @@ def _factor(name: str, parts: Sequence[PartConfig]) -> float:
 
 
 def _groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[Group]:
-    """Parameters of one factor and one weight decay together; matrices come first."""
+    """Puts parameters of one factor and one weight decay together; matrices come first."""
     groups: dict[tuple[float, float], Group] = {}
     for is_matrix in (True, False):
         for name, parameter in parameters.items():
@@ -203,7 +203,7 @@ def _build_adamw8bit(parameters: dict[str, nn.Parameter], config: OptimConfig) -
 
 
 def _build_muon(parameters: dict[str, nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """Steps of Muon have the size of AdamW's, so that one learning rate suits both (arXiv 2502.16982)."""
+    """Builds a Muon whose steps have the size of AdamW's, so that one learning rate suits both (arXiv 2502.16982)."""
     hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and name.startswith("blocks.")}
     others = {name: p for name, p in parameters.items() if name not in hidden}
     optimizers: list[torch.optim.Optimizer] = []

@@ -43,7 +43,7 @@ class Outcome:
         return Totals(*self._totals.tolist())
 
     def target_shots(self) -> Iterator["ShotLoss"]:
-        """This process's target shots of finite loss; once `read` has returned."""
+        """Yields this process's target shots of finite loss, once `read` has returned."""
         indices = (group.shot + 1 for layout in self._layouts for group in layout.groups if group.shot >= 0)
         sigmas, targets = (
             torch.cat([getattr(level, name) for level in self._levels]).tolist() for name in ("sigma", "is_target")
@@ -53,8 +53,8 @@ class Outcome:
         return (shot for shot, target in zip(shots, targets, strict=True) if target and math.isfinite(shot.loss))
 
     def scenes(self) -> list[str]:
-        """Ids of the samples whose loss is not finite, or of all of the step where every loss is: nobody knows then
-        whose gradient it was. Every process takes part."""
+        """Returns the ids of the samples whose loss is not finite, or of all of the step where every loss is: nobody
+        knows then whose gradient it was. Every process takes part."""
         finite = self._losses.isfinite().tolist()
         broken = gather_lists([name for name, fine in zip(self._shot_ids, finite, strict=True) if not fine])
         everyone = gather_lists(self._shot_ids)

@@ -343,7 +343,7 @@ def _store() -> Any:
 
 
 def join_processes(cpu: bool = False, timeout: float | None = None) -> PartialState:
-    """This process among those that `accelerate launch`, torchrun or a plain `python` started.
+    """Returns this process among those that `accelerate launch`, torchrun or a plain `python` started.
 
     timeout: seconds that they wait for each other at most; None is torch's own.
 

@@ -44,7 +44,7 @@ class Validator:
     def losses(
         self, model: nn.Module, moc: MoCConfig, parallel: Parallel, is_over: Callable[[], bool] = lambda: False
     ) -> Tensor:
-        """Loss summed over this process's target shots at each noise level, and their number: [num sigmas, 2].
+        """Sums the loss over this process's target shots at each noise level, and counts them: [num sigmas, 2].
 
         Where the model is sharded, a process with fewer batches than others keeps step: it computes one again.
         is_over: asked before each batch, by all processes equally often; where true, those left are left out.

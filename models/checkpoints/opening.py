@@ -69,8 +69,8 @@ class Checkpoint:
         return weight
 
     def with_loras(self, choices: Sequence[LoraChoice], low_noise: bool = False) -> "Checkpoint":
-        """This checkpoint with LoRAs merged. low_noise: it is the low-noise one of two. Raises UserError for those of
-        another model."""
+        """Returns this checkpoint with LoRAs merged. low_noise: it is the low-noise one of two. Raises UserError for
+        those of another model."""
         tensors = {name: self.source.shapes[key] for name, key in self.stored.items()}
         return replace(self, loras=tuple(MergedLora.open(choice, tensors, low_noise) for choice in choices))
 

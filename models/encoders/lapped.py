@@ -140,7 +140,7 @@ class LappedCodec(Codec):
         return video.clamp(-1, 1)
 
     def _of_latents(self, num_latents: int, first: bool) -> tuple[Tensor, Tensor]:
-        """Basis [T, C, 768] and scale [T, 1, 1, C] of each latent frame of a piece."""
+        """Returns basis [T, C, 768] and scale [T, 1, 1, C] of each latent frame of a piece."""
         later = (torch.arange(num_latents, device=self.basis.device) >= first).long()
         return self.basis[later], self.scale[later][:, None, None]
 
