@@ -187,7 +187,7 @@ class ShotDecoder:
         self.memory: dict = {}
 
     def __call__(self, latent: Tensor) -> Iterator[Tensor]:
-        """Decodes the next shot [C, T, H', W'] to pieces of frames float [3, f, H, W]; take all before the next shot."""
+        """Decodes the next shot [C, T, H', W'] to pieces of frames float [3, f, H, W]; take all before the next one."""
         first = self.codec.begins_video(self.shot)
         if first:
             self.memory = {}
