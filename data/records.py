@@ -43,7 +43,7 @@ def read_record(path: Path) -> Any:
 
 
 def parse_record(payload: bytes) -> Any:
-    """As `read_record`, of a file's bytes."""
+    """Does as `read_record`, of a file's bytes."""
     try:
         fields = json.loads(payload)
         whole = fields["crc32"] == _checksum(json.dumps(fields["content"]))

@@ -57,7 +57,8 @@ def consistency(film: Film, features: str, seen: Sequence[Tensor], gate: Gate) -
 
 
 def returns(names: Sequence[frozenset[str]]) -> list[tuple[int, int]]:
-    """Pairs of shots, each (the last one before that shows a name, one that shows it again), once for each pair."""
+    """Returns pairs of shots, each (the last one before that shows a name, one that shows it again), once for each
+    pair."""
     last: dict[str, int] = {}
     pairs = set()
     for index, named in enumerate(names):
@@ -67,7 +68,7 @@ def returns(names: Sequence[frozenset[str]]) -> list[tuple[int, int]]:
 
 
 def within(pictures: Tensor) -> float | None:
-    """VBench's form of consistency within a shot: the mean similarity of each picture to the first and to the one
+    """Measures VBench's consistency within a shot: the mean similarity of each picture to the first and to the one
     before, of features [n, D]; None of one picture."""
     if len(pictures) < 2:
         return None

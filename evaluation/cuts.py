@@ -43,7 +43,7 @@ def found_cuts(film: Path, detector: ShotDetector) -> list[int]:
 
 
 def match_cuts(found: Sequence[int], truth: Sequence[int], within: float) -> list[int]:
-    """Distances of the pairs of found and true cuts, matched one to one, nearest first."""
+    """Returns distances of the pairs of found and true cuts, matched one to one, nearest first."""
     pairs = sorted((abs(a - b), i, j) for i, a in enumerate(found) for j, b in enumerate(truth) if abs(a - b) <= within)
     used_found: set[int] = set()
     used_truth: set[int] = set()

@@ -93,8 +93,9 @@ def write_random_cache(config: DataBenchmarkConfig) -> Path:
 
 
 def measure_loader(config: DataBenchmarkConfig) -> dict:
-    """Steps of a fixed time, one sample each, on the loader: the share of the time spent waiting for data, and the
-    processor time of this process in it, which is what the wait comes to on a machine that is not busy otherwise."""
+    """Takes steps of a fixed time, one sample each, on the loader; returns the share of the time spent waiting for
+    data, and the processor time of this process in it, which is what the wait comes to on a machine that is not busy
+    otherwise."""
     _, frames, height, width = config.latent
     tokens = config.shots * (frames * (height // 2) * (width // 2) + config.text[0]) + config.text[0]
     data = DataConfig(path=config.folder, batch_tokens=tokens, workers=config.workers)

@@ -116,7 +116,7 @@ def _preparation(path: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
 
 
 def _pixels(pictures: np.ndarray, size: int, mean: tuple[float, ...], deviation: tuple[float, ...]) -> Tensor:
-    """Pictures uint8 [n, h, w, 3] as a square [n, 3, size, size] from their middle, normalized."""
+    """Returns pictures uint8 [n, h, w, 3] as a square [n, 3, size, size] from their middle, normalized."""
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     scale = size / min(pixels.shape[2:])
     whole = [max(size, round(side * scale)) for side in pixels.shape[2:]]

@@ -47,8 +47,8 @@ def judge_film(film: Path, script: Script, detector: ShotDetector) -> Verdict:
 
 
 def held_out_floors(config: DataConfig, sigmas: Sequence[float]) -> tuple[float, list[float]]:
-    """Losses on the held-out scenes, at the noise that validation draws: of predicting the mean velocity, and at each
-    noise level of the best linear predictor of the training scenes. All shots must have one size."""
+    """Returns losses on the held-out scenes, at the noise that validation draws: of predicting the mean velocity, and
+    at each noise level of the best linear predictor of the training scenes. All shots must have one size."""
     dataset = open_dataset(config)
     training_items = dataset.split(config.validation).training_items
     training = torch.stack([x.float() for i in training_items for x in dataset[i].latents])

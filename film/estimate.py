@@ -143,7 +143,7 @@ class _Stream:
         ]
 
     def pairs(self, queries: Sequence[int], shots: Sequence[int], dense: bool) -> float:
-        """Pairs of a query and a key that it attends to, of the shots `queries` in a stream of `shots`."""
+        """Counts pairs of a query and a key that it attends to, of the shots `queries` in a stream of `shots`."""
         if dense:
             return float(sum(self.tokens[shot] for shot in queries) * sum(self.tokens[shot] for shot in shots))
         pairs = 0.0

@@ -341,7 +341,7 @@ class Filmmaker:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a film's bits, and the commit where this is a checkout."""
+    """Returns versions of what decides a film's bits, and the commit where this is a checkout."""
     found = {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
     at = commit()
     return found | {"commit": at} if at else found

@@ -139,7 +139,7 @@ def _from_msr(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _looks(raw: Any, where: str) -> dict[str, str]:
-    """MSR-50's descriptions by name, without what they say for lone pictures of an entity or a place."""
+    """Returns MSR-50's descriptions by name, without what they say for lone pictures of an entity or a place."""
     if not isinstance(raw, dict) or not all(isinstance(text, str) for text in raw.values()):
         raise DataError("bad-script", where, f"{raw!r} is not a mapping of names to descriptions")
     return {name: _ANCHOR.sub("", text) for name, text in raw.items()}

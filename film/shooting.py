@@ -105,7 +105,7 @@ class Shooting:
         return Progress(self.kept.step, 0, latents, remembered, self.reused)
 
     def given(self) -> dict[int, Tensor]:
-        """Latents, by their index in the stream, of the shots that stay while others are made anew."""
+        """Returns latents, by their index in the stream, of the shots that stay while others are made anew."""
         stay = sorted(self.kept.made.keys() - self.kept.redo) if self.kept.redo else []
         return {self.plan.filmed[number - 1]: self.folder.read_latent(number) for number in stay}
 

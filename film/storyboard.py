@@ -66,7 +66,7 @@ def draw_storyboard(path: Path, title: str, panels: Sequence[Panel]) -> None:
 
 
 def draw_routing_map(path: Path, shares: Tensor, thumbnails: Sequence[np.ndarray] = ()) -> None:
-    """Shots by shots, the share of each shot's routes that goes to each: float [S, S]. The diagonal is set apart: a
+    """Draws the share of each shot's routes that goes to each shot, float [S, S]. The diagonal is set apart: a
     query's own shot is no route but a mandatory link (paper, figure 2). thumbnails: of each shot, uint8 [H, W, 3], to
     stand along both axes."""
     table = np.ma.masked_array(shares.numpy(), mask=np.eye(len(shares), dtype=bool))

@@ -133,7 +133,7 @@ def random_inputs(layout: moc.ShotLayout, heads: int, head_dim: int) -> list[Ten
 
 
 def structured_inputs(layout: moc.ShotLayout, heads: int, head_dim: int) -> list[Tensor]:
-    """Queries and keys that share a smooth field over space and time, and one of three identities a shot."""
+    """Returns queries and keys that share a smooth field over space and time, and one of three identities a shot."""
     q, k, v = random_inputs(layout, heads, head_dim)
     identities = torch.randn(3, heads, head_dim, device="cuda")
     for index, group in enumerate(g for g in layout.groups if g.grid is not None):

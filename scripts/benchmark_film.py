@@ -177,7 +177,7 @@ def target(shots: list[FilmShot], index: int) -> dict:
 
 
 def as_lists(losses: HistoryLosses) -> dict[str, list]:
-    """Losses by kind, [targets][draws][sigmas]."""
+    """Returns losses by kind, [targets][draws][sigmas]."""
     return {
         kind: [[[round(x, 5) for x in row] for row in rows] for rows in getattr(losses, kind).tolist()]
         for kind in ("alone", "history", "other")

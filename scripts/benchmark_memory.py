@@ -96,7 +96,7 @@ def settings(config: MemoryConfig) -> dict[str, Any]:
 
 
 def measure(config: MemoryConfig) -> dict[str, Any]:
-    """Peaks of memory on the GPU and on the host, and the median step."""
+    """Returns peaks of memory on the GPU and on the host, and the median step."""
     parallel = Parallel(config.parallel)
     start = time.perf_counter()
     model = draw_model(config, parallel.device)

@@ -245,7 +245,7 @@ class Tester:
 
 
 def composing_speed(world: RecallWorld, batch: int, repeats: int = 5) -> float:
-    """Scenes a second that become latents."""
+    """Returns how many scenes a second become latents."""
     start = time.monotonic()
     for number in range(repeats):
         latents = world.encode_latents(draw_scenes(world.config, range(number * batch, (number + 1) * batch)))

@@ -175,7 +175,7 @@ def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, ra
 
 
 def take_steps(trainer: Trainer, source: Iterator[Batch], count: int) -> dict[str, float]:
-    """Steps as `Trainer.run` takes them; milliseconds of one, of the host alone, and of each phase."""
+    """Takes steps as `Trainer.run` does; returns milliseconds of one, of the host alone, and of each phase."""
     clock = trainer._clock
     clock.reset()
     start = time.perf_counter()
@@ -200,7 +200,7 @@ def by_kind(times: dict[str, float]) -> dict[str, float]:
 
 
 def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
-    """FLOPs and bytes of one step, forward and backward."""
+    """Returns FLOPs and bytes of one step, forward and backward."""
     model = trainer.bare_model
     batch = pack.rechunk(trainer.moc.chunk_tokens).to(trainer.parallel.device)
     layout = batch.layout

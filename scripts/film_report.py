@@ -67,7 +67,7 @@ def _title(row: dict) -> str:
 
 
 def _of(case: list[dict], kind: str, sigma: float) -> Tensor:
-    """Losses of all folds' targets, float [targets, draws]."""
+    """Returns losses of all folds' targets, float [targets, draws]."""
     at = case[0]["sigmas"].index(sigma)
     return torch.cat([torch.tensor(row["losses"][kind])[:, :, at] for row in case])
 

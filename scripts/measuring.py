@@ -47,7 +47,7 @@ def copy_bytes_per_ms() -> float:
 
 
 def matmul_flops_per_ms(size: int = 8192) -> float:
-    """FLOPs a millisecond of one square bf16 matmul."""
+    """Returns FLOPs a millisecond of one square bf16 matmul."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / median_ms(lambda: a @ b, 20)
 

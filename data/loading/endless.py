@@ -1,4 +1,4 @@
-"""Recall scenes composed as they are asked for, on the trainer's device: endless, and nothing is read from a disk.
+"""Composes recall scenes as they are asked for, on the trainer's device: endless, and nothing is read from a disk.
 
 Position p of a run is scene p of the world, so that ranks, packs and resumed runs agree. The pixels go straight to the
 codec: unlike films of `scripts/make_storyworld.py` they were never H.264.
@@ -26,8 +26,8 @@ HELD_OUT_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class EncodedScenes:
-    """Scenes as a model sees them, B scenes of S shots. latents: fp32 [B, S, C, T, H, W]. text: of each scene 1 + S
-    features [T_i, text_dim]. cover: [B, S, T, H, W], the character's share of what a value of the latent holds."""
+    """Holds scenes as a model sees them, B scenes of S shots. latents: fp32 [B, S, C, T, H, W]. text: of each scene 1 +
+    S features [T_i, text_dim]. cover: [B, S, T, H, W], the character's share of what a value of the latent holds."""
 
     scenes: RecallScenes
     latents: Tensor
@@ -117,7 +117,7 @@ class RecallWorld:
         return [x.to(self.stock.device).float() for x in self.text_encoder.encode_each(captions)]
 
     def _pooled(self, cover: Tensor, latents: torch.Size) -> Tensor:
-        """[N, F, H, W] of pixels -> [N, T, H', W'] of latents: the first frame is a latent frame of its own."""
+        """Pools [N, F, H, W] of pixels to [N, T, H', W'] of latents: the first frame is a latent frame of its own."""
         first, rest = cover[:, :1], cover[:, 1:]
         later = rest.unflatten(1, (latents[2] - 1, -1)).mean(2) if latents[2] > 1 else rest
         return torch.nn.functional.adaptive_avg_pool2d(torch.cat([first, later], 1), (latents[-2], latents[-1]))

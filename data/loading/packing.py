@@ -24,7 +24,7 @@ class Step:
 def plan_steps(
     draw_at: Callable[[int], Draw], tokens_of: Callable[[Draw], int], batch_tokens: int, start: int
 ) -> Iterator[Step]:
-    """Steps from position `start` on, endless: positions are taken in order while they fit `batch_tokens`."""
+    """Yields steps from position `start` on, endless: positions are taken in order while they fit `batch_tokens`."""
     draws: list[Draw] = []
     tokens: list[int] = []
     position = start

@@ -51,7 +51,7 @@ class SamplePlan:
 def plan_scene(
     root: Path, scene: SceneRecord, scan: Scan | None, rule: ShotRule
 ) -> tuple[list[SamplePlan], list[DataError]]:
-    """Samples of a scene, and what was left out of it. Raises DataError where nothing of it can be used."""
+    """Returns the samples of a scene, and what was left out of it. Raises DataError where nothing of it can be used."""
     if scene.image:
         height, width = read_image(root / scene.image).shape[1:3]
         return [_plan(root, scene, ((0,),), nearest_bucket(height, width, rule.sizes), None)], []

@@ -43,7 +43,7 @@ class Report:
         self.problems.append({"kind": error.kind, "where": error.where, "message": error.message, "action": action})
 
     def count(self, stage: str, frames: int, seconds: float = 0.0) -> None:
-        """Frames, and seconds, that a stage took."""
+        """Notes how many frames, and seconds, a stage took."""
         self.frames[stage] = self.frames.get(stage, 0) + frames
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 

@@ -39,8 +39,8 @@ class Found:
 
 
 def find_scenes(root: str | Path, output: str | Path | None = None) -> Found:
-    """Scenes of the folder's manifest.jsonl, or of a caption file of another tool (data/prepare/captions.py); without
-    either, one for each video and image in it, but for those under `output` (thumbnails of an earlier run).
+    """Returns scenes of the folder's manifest.jsonl, or of a caption file of another tool (data/prepare/captions.py);
+    without either, one for each video and image in it, but for those under `output` (thumbnails of an earlier run).
 
     Raises DataError: missing-input, empty-input.
     """
@@ -89,7 +89,7 @@ def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataE
 
 
 def vocabulary(found: Found, limit: int = 8000) -> list[str]:
-    """Words for a tokenizer made for this data: the folder's vocabulary.txt (one word a line) where it has one,
+    """Returns words for a tokenizer made for this data: the folder's vocabulary.txt (one word a line) where it has one,
     else the `limit` most frequent words of the captions. Raises DataError (not-utf-8)."""
     file = found.root / VOCABULARY
     if file.is_file():

@@ -1,4 +1,4 @@
-"""Shots composed of storyworld's things through a camera that moves.
+"""Here shots are composed of storyworld's things through a camera that moves.
 
 A camera moves in few ways, so that what each of its frames sees of a place is painted beforehand, and where it looks is
 known: a grid of a clip's pixels, to be sampled between as the CPU renderer does it. The camera stands still within an
@@ -89,7 +89,7 @@ def _sampled(layer: Tensor, view: Tensor) -> Tensor:
 
 
 def _laid_over(below: Tensor, layer: Tensor) -> Tensor:
-    """Premultiplied RGBA [..., 4, H, W] over RGB or premultiplied RGBA."""
+    """Lays premultiplied RGBA [..., 4, H, W] over RGB or premultiplied RGBA."""
     return below * (1 - layer[..., 3:, :, :]) + layer[..., : below.shape[-3], :, :]
 
 

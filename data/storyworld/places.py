@@ -223,7 +223,7 @@ def _paint_houses(canvas: Canvas, rng: np.random.Generator, base: float, depth: 
 
 
 def _paint_cave(canvas: Canvas, rng: np.random.Generator, base: float, depth: int, paint: Paint, half: float) -> None:
-    """Hills, and stone hanging from the roof."""
+    """Paints hills, and stone hanging from the roof."""
     x = -half - 0.1
     while x < half + 0.1:
         width, tall = rng.uniform(0.05, 0.12), rng.uniform(0.08, 0.26) * (1.2 - 0.4 * depth)

@@ -1,4 +1,4 @@
-"""Recall scenes by the thousand: each is a few numbers, drawn from its seed and its index alone.
+"""Draws recall scenes by the thousand: each is a few numbers, drawn from its seed and its index alone.
 
 In a recall scene the last shot returns to a name that exactly one earlier shot showed, and no caption tells its looks,
 unless they are `described`. These scenes are of storyworld's things as `stock` and `filmed` compose them: one character
@@ -76,7 +76,8 @@ class RecallConfig:
 
 @dataclass(frozen=True)
 class RecallScenes:
-    """Many scenes as arrays of int64, B scenes, S shots, C characters; the first character is the one that returns.
+    """Holds many scenes as arrays of int64, B scenes, S shots, C characters; the first character is the one that
+    returns.
 
     name, fur, outfit [B, C]: numbers in NAMES and COLOUR_NAMES. cast [B, S]: which character is in a shot. place,
     action, facing, camera [B, S]: cameras are those of the config. column, row [B, S]: where it stands, fine pixels
@@ -103,7 +104,7 @@ class RecallScenes:
 
     @property
     def distance(self) -> np.ndarray:
-        """How many shots ago the returning name was last shown."""
+        """Returns how many shots ago the returning name was last shown."""
         return self.cast.shape[1] - 1 - self.shown
 
     def of_shots(self, characters: np.ndarray) -> np.ndarray:
@@ -178,7 +179,7 @@ def _called(look: Look) -> str:
 
 
 def make_scene(config: RecallConfig, scenes: RecallScenes, i: int) -> Scene:
-    """Scene i as `Renderer` draws it."""
+    """Returns scene i as `Renderer` draws it."""
     looks = looks_of(scenes, i)
     caption, *of_shots = captions(config, scenes, i)
     shots = tuple(
@@ -218,7 +219,7 @@ def actor_of(config: RecallConfig, look: Look, action: int, facing: int, column:
 
 
 def clip_number(name, action, facing):
-    """Where the clip of a name's action, seen from one side, stands in the stock; of ints or arrays of them."""
+    """Returns where the clip of a name's action, seen from one side, stands in the stock; of ints or arrays of them."""
     return (name * len(ACTION_NAMES) + action) * len(FACINGS) + facing
 
 
@@ -227,12 +228,12 @@ def _choices(uniform: np.ndarray, count: int) -> np.ndarray:
 
 
 def _offsets(uniform: np.ndarray, most: int) -> np.ndarray:
-    """Whole numbers in [-most, most]."""
+    """Returns whole numbers in [-most, most]."""
     return _choices(uniform, 2 * most + 1) - most
 
 
 def _uniforms(seed: int, indices: Sequence[int], count: int) -> np.ndarray:
-    """float64 [B, count] in [0, 1), a row for each index, by SplitMix64 of (seed, index, column)."""
+    """Returns float64 [B, count] in [0, 1), a row for each index, by SplitMix64 of (seed, index, column)."""
     with np.errstate(over="ignore"):
         rows = _mixed(np.asarray(indices, np.uint64) + _mixed(np.array([seed], np.uint64) + _GOLDEN))
         bits = _mixed(rows[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))

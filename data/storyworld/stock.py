@@ -49,7 +49,8 @@ _RED, _GREEN, _BLUE = (_BLACK + np.eye(4, dtype=np.float32)[i] for i in range(3)
 
 @dataclass(frozen=True)
 class Composed:
-    """Shots as pixels: frames [N, 3, F, H, W] in [-1, 1], and cover [N, F, H, W], the character's share of a pixel."""
+    """Holds shots as pixels: frames [N, 3, F, H, W] in [-1, 1], and cover [N, F, H, W], the character's share of a
+    pixel."""
 
     frames: Tensor
     cover: Tensor
@@ -95,7 +96,7 @@ class Stock:
         self.under, self.over = under[:, None].half(), self._before(over)
 
     def _before(self, over: Tensor) -> Tensor:
-        """Premultiplied RGBA [..., 4, H, W] before a character -> fp16 premultiplied colour and clear, darkened."""
+        """Returns RGBA [..., 4, H, W] before a character as fp16 premultiplied colour and clear, darkened."""
         colour, alpha = over.split((3, 1), dim=-3)
         return (torch.cat([colour, 1 - alpha], dim=-3) * self.vignette).half()
 
@@ -138,7 +139,7 @@ class Stock:
         return self._coloured(torch.stack([self._placed(*one) for one in where.T.tolist()]), numbers)
 
     def _coloured(self, clips: Tensor, numbers: Tensor) -> Tensor:
-        """[N, F, 8, H, W] of clips -> `dtype` [N, F, 5, H, W]: keep, shade and colours."""
+        """Colours clips [N, F, 8, H, W]: `dtype` [N, F, 5, H, W] of keep, shade and colours."""
         place, _, fur, outfit, _ = numbers.unbind()
         mix = torch.eye(5, 8, device=self.device).repeat(len(place), 1, 1)
         mix[:, 2:, 1] = self.shadow[place]
