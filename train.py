@@ -56,7 +56,7 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     if checkpoint and config.resume == "auto":
         check_same_run(config)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, dataset.latent_channels, dataset.text_dim, parallel.init_device)
+    model = build_model(config.model, dataset.latent_channels, dataset.text_dim)
     model.execution = config.execution
     config.parallel.set_recomputation(model)
 

@@ -1,7 +1,6 @@
 """This package builds or loads the models, codecs and text encoders that a configuration names."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -104,16 +103,13 @@ class ModelConfig:
             raise UserError(f"model.lora_base={self.lora_base} is of weights under an adapter: set model.lora_rank")
 
 
-def build_model(
-    config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device | None = None
-) -> StreamModel:
-    """Returns a model with the weights of `config.path`, on the CPU, or with fresh random ones; in fp32 but for
-    `lora_base`.
+def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamModel:
+    """Returns a model with the weights of `config.path`, on the CPU, or with fresh random ones, on torch's default
+    device; in fp32 but for `lora_base`.
 
     Raises UserError where the model there is of another family.
 
-    latent_channels, text_dim: widths of the latents and text features it will see. device: where fresh weights are
-    drawn, and stay; None is torch's default.
+    latent_channels, text_dim: widths of the latents and text features it will see.
     """
     if config.lora_rank and not config.path:
         raise UserError("a LoRA needs weights to adapt: set model.path")
@@ -131,11 +127,6 @@ def build_model(
             base = str(checkpoint.path.resolve())  # names the checkpoint, since the run may train on
             model.add_lora(Lora(config.lora_rank, config.lora_targets, base, checkpoint.fingerprint()))
         return model
-    with device or nullcontext():
-        return _fresh(config, latent_channels, text_dim)
-
-
-def _fresh(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamModel:
     if config.family == Family.mmdit:
         sizes = {
             name: getattr(config, name)

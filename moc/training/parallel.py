@@ -164,11 +164,6 @@ class Parallel:
         return self.rank == 0
 
     @property
-    def init_device(self) -> torch.device:
-        """Says where a model's first weights are drawn: on the device, in no time, unless it is not to hold all."""
-        return torch.device("cpu") if self.is_sharded or self._swap_blocks else self.device
-
-    @property
     def device_name(self) -> str:
         """Returns what the device is called."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "the CPU"

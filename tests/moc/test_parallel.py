@@ -9,7 +9,6 @@ from accelerate import PartialState
 
 from moc.errors import UserError, disk_error
 from moc.training import Parallel, ParallelConfig
-from models import Family, ModelConfig, build_model
 from models.mmdit import MMDiT
 from tests import pipeline
 from tests.composing import composed
@@ -32,17 +31,6 @@ def test_the_cpu_is_what_is_left_and_the_log_says_what_was_taken(caplog, monkeyp
     assert caplog.messages == ["running on the CPU, precision fp32, 1 process"]
     with parallel.autocast():
         assert not torch.is_autocast_enabled("cpu")
-
-
-@pytest.mark.parametrize(
-    ("is_sharded", "swap_blocks", "device"), [(False, 0, "meta"), (True, 0, "cpu"), (False, 1, "cpu")]
-)
-def test_fresh_weights_are_drawn_on_a_device_that_holds_them_all(is_sharded, swap_blocks, device):
-    parallel = Parallel(ParallelConfig("cpu", activation_checkpointing=True, swap_blocks=swap_blocks))
-    parallel.device, parallel.is_sharded = torch.device("meta"), is_sharded
-    for family in Family:
-        model = build_model(ModelConfig(family, dim=16, num_heads=2), 4, 8, parallel.init_device)
-        assert {tensor.device.type for tensor in model.state_dict().values()} == {device}
 
 
 def test_a_precision_that_is_asked_for(caplog):
