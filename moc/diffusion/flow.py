@@ -173,7 +173,7 @@ class Flow:
             latents = batch.latents[len(noise) : len(noise) + len(shots)]
             device, sizes = latents[0].device, [x.numel() for x in latents]
             generator = torch.Generator(device).manual_seed(draw_key(seed, 2 * position + 1))
-            drawn = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)  # is one launch a sample
+            drawn = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)  # one launch a sample
             noise += [values.view(x.shape) for values, x in zip(drawn, latents, strict=True)]
         return noise
 

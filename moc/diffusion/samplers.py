@@ -104,7 +104,7 @@ def sample_shots(
                 raise
             _do_without_cache((prompt, negative), len(shots), config.offload_cache)
             if routing_map and counts is not None:
-                routing_map.counts = counts  # are put back as they were: the step is counted once
+                routing_map.counts = counts  # the step is tried again, and counts once
         if velocity is None:  # asked outside the handler, which holds on to what filled the memory
             velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
         if reuse and is_new:

@@ -19,7 +19,7 @@ from models.checkpoints.contents import EXPERT_FOLDERS
 from models.history import KeyValueCache
 from models.stream import StreamModel
 
-BOUNDARY = 0.875  # is the release's
+BOUNDARY = 0.875  # Wan2.2-A14B's own
 NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # stands in a name, but not in "flow" or "lower"
 
 
