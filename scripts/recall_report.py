@@ -48,6 +48,7 @@ def tables(rows: list[dict]) -> str:
         "Recall is the share of looks (fur and outfit, six colours each: chance 0.167) "
         "that reappear right in a last shot sampled after a true history; the reader tells true shots to "
         f"{min(reader['fur'], reader['outfit']):.3f} at least. Intervals hold 95 %.",
+        "## Seeds together: mean, least and greatest\n\n" + _over_seeds(rows),
         "## Recall, and loss of the last shot\n\n" + _main(rows),
         "## Recall by distance in shots\n\n" + _by_distance(rows),
         "## Beside look-alikes\n\n" + _look_alikes(rows),
@@ -61,8 +62,11 @@ def tables(rows: list[dict]) -> str:
 
 def _title(row: dict) -> str:
     done = "" if row["steps_done"] == row["steps"] else f" (stopped at step {row['steps_done']})"
-    start = f", from {row['start']}" if row.get("start") else ""
-    return f"{TITLES[row['row']]}, seed {row['seed']}{start}{done}"
+    return f"{TITLES[row['row']]}, seed {row['seed']}{_start(row)}{done}"
+
+
+def _start(row: dict) -> str:
+    return f", from {row['start']}" if row.get("start") else ""
 
 
 def _main(rows: list[dict]) -> str:
@@ -73,27 +77,59 @@ def _main(rows: list[dict]) -> str:
     for row in rows:
         found = row["all"]
         low, high = found["interval"]
+        difference = _minus_dense(row, rows)
         losses = [
             f"{found[name][s][0]:.4f} ± {found[name][s][1]:.4f}" for name in ("loss", "region_loss") for s in SIGMAS
         ]
         lines.append([
-            _title(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})", _minus_dense(row, rows),
+            _title(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})",
+            "{:+.3f} ± {:.3f}".format(*difference) if difference else "",
             f"{found['sparsity']:.1%}", *(f"{found['by_attribute'][name]:.3f}" for name in ("fur", "outfit")),
             f"{found['copied']:.3f}", *losses, row["scenes_seen"], f"{row['train_minutes']:.1f}",
         ])  # fmt: skip
     return markdown_table(head, lines)
 
 
-def _minus_dense(row: dict, rows: list[dict]) -> str:
+def _seeds(rows: list[dict]) -> dict[str, list[dict]]:
+    """Returns the rows that differ by their seed alone, or by where time ended them, under one name."""
+    together: dict[str, list[dict]] = {}
+    for row in rows:
+        together.setdefault(f"{TITLES[row['row']]}{_start(row)}", []).append(row)
+    return {f"{name}, {len(members)} seeds" if len(members) > 1 else name: members
+            for name, members in together.items()}  # fmt: skip
+
+
+def _over_seeds(rows: list[dict]) -> str:
+    """Returns a table of the mean over seeds, with the least and the greatest."""
+    head = ["attention", "seeds", "recall", "minus dense", *(f"loss, sigma {s}" for s in SIGMAS)]
+    lines = []
+    for members in _seeds(rows).values():
+        recalls = [row["all"]["recall"] for row in members]
+        differences = [found[0] for row in members if (found := _minus_dense(row, rows))]
+        losses = [np.mean([row["all"]["loss"][s][0] for row in members]) for s in SIGMAS]
+        lines.append([
+            f"{TITLES[members[0]['row']]}{_start(members[0])}", ", ".join(str(row["seed"]) for row in members),
+            _spread(recalls, ".3f"), _spread(differences, "+.3f"), *(f"{loss:.5f}" for loss in losses),
+        ])  # fmt: skip
+    return markdown_table(head, lines)
+
+
+def _spread(values: list[float], form: str) -> str:
+    if len(values) < 2:
+        return "".join(f"{value:{form}}" for value in values)
+    return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _minus_dense(row: dict, rows: list[dict]) -> tuple[float, float] | None:
     """Returns the difference over the same scenes to dense attention of the same seed that began with the same
-    weights."""
+    weights, and half of its 95 % interval; None where there is no such row."""
     alike = [r for r in rows if all(r.get(name) == row.get(name) for name in ("seed", "start"))]
     rivals = [r for r in alike if r["row"] == "dense" and r is not row]
     if not rivals or len(rivals[0]["all"]["right"]) != len(row["all"]["right"]):
-        return ""
+        return None
     difference = (_right(row) - _right(rivals[0])).mean(1)
     half = 1.96 * difference.std() / len(difference) ** 0.5
-    return f"{difference.mean():+.3f} ± {half:.3f}"
+    return difference.mean(), half
 
 
 def _right(row: dict) -> np.ndarray:
@@ -149,22 +185,28 @@ def _recall_and_loss(found: dict) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draws recall against distance, and the character's loss against the pairs attended to."""
+    """Draws recall against distance, and the character's loss against the pairs attended to.
+
+    A kind of attention has one colour, and a line for each seed; what began without weights is dashed."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for row in rows:
-        found = row["all"]
-        distances = [int(d) for d in found["by_distance"]]
-        shares, lows, highs, _ = np.array(list(found["by_distance"].values())).T
-        label = _title(row)
-        (line,) = left.plot(distances, shares, marker="o", markersize=3, label=label)
-        left.fill_between(distances, lows, highs, color=line.get_color(), alpha=0.15)
-        loss, half = found["region_loss"]["0.95"]
-        right.errorbar(100 * (1 - found["sparsity"]), loss, half, marker="o", color=line.get_color(), label=label)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
+    kinds = list(dict.fromkeys(row["row"] for row in rows))
+    for label, members in _seeds(rows).items():
+        color, style = f"C{kinds.index(members[0]['row'])}", "-" if members[0].get("start") else "--"
+        for number, row in enumerate(members):
+            found = row["all"]
+            distances = [int(d) for d in found["by_distance"]]
+            shares, lows, highs, _ = np.array(list(found["by_distance"].values())).T
+            left.plot(distances, shares, style, marker="o", markersize=3, color=color,
+                      label=None if number else label)  # fmt: skip
+            left.fill_between(distances, lows, highs, color=color, alpha=0.1)
+            loss, half = found["region_loss"]["0.95"]
+            face = color if members[0].get("start") else "none"
+            right.errorbar(100 * (1 - found["sparsity"]), loss, half, marker="o", color=color, markerfacecolor=face)
     left.axhline(1 / 6, color="grey", linestyle=":", linewidth=1)
     left.set(xlabel="shots since the name was shown", ylabel="looks recalled", ylim=(0, 1.02))
     right.set(xlabel="pairs of video tokens attended to, % of dense", ylabel="loss of the character, sigma 0.95")
-    left.legend(fontsize=7)
+    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     write_figure(figure, path)
     plt.close(figure)
