@@ -4,7 +4,7 @@ A backend is a module with `attend(q, k, v, routes, layout, config, execution)`,
 `route(q, k, layout, config, drops)`; both take q as the last queries of the stream, as many as it holds. It is imported
 when it is first chosen.
 
-Shape letters: L packed tokens, Lq queries (L, or those from `first_query` on), N heads, D head dim, K routes.
+Shape letters: L packed tokens, Lq queries (the last ones of the stream, or all L), N heads, D head dim, K routes.
 """
 
 import logging
@@ -76,14 +76,13 @@ def route(
     config: MoCConfig,
     drops: DropKey | None = None,
     backend: Execution | str | None = None,
-    first_query: int = 0,
 ) -> Tensor:
     """Returns each query's and head's chunks: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], -1 where a slot is empty.
 
     A query's chunks come in no set order. K = top_k; where drops apply (`drops` given and the config has any), top_k +
-    drop_in_max. Not differentiable. backend, first_query: as in `moc_attention`.
+    drop_in_max. Not differentiable. Fewer queries than keys, and backend: as in `moc_attention`.
     """
-    _check("q, k", (q, k), layout, first_query)
+    _check("q, k", (q, k), layout)
     return _router(q, config, Execution.of(backend)).route(q, k, layout, config, drops)
 
 
@@ -102,24 +101,22 @@ def moc_attention(
     backend: Execution | str | None = None,
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
-    first_query: int = 0,
 ) -> Tensor:
     """Attends by Mixture of Contexts over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
 
-    Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks.
+    Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks. Fewer queries than
+    keys are the last ones of the stream: nothing is computed for those before them, whose keys and values others still
+    attend to (a finished shot's, kept from an earlier call).
 
     layout: describes the stream; on the device of q. config: what to attend to; `config.dense` is plain attention.
-    routes: to use instead of routing here. `Routes`, with a first query of their own, are taken as they are (those of
-        `route`, in recomputation); int [N, Lq, K] are the caller's own, which go through `Routes.checked`.
+    routes: to use instead of routing here. `Routes` are taken as they are (those of `route`, in recomputation);
+        int [N, Lq, K] are the caller's own, which go through `Routes.checked`.
     backend: a name, an `Execution`, or None for the fastest. route_qk: the (q, k) to score with `descriptor: pre_rope`.
     drops: the key of context drop-off and drop-in, in training; None leaves them out.
-    first_query: q holds the queries of the stream from this token on; nothing is computed for those before it, whose
-        keys and values others still attend to (a finished shot's, kept from an earlier call).
 
     Raises ValueError where shapes, dtypes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
     """
-    first_query = routes.first_query if isinstance(routes, Routes) else first_query
-    _check("q, k, v", (q, k, v), layout, first_query)
+    _check("q, k, v", (q, k, v), layout)
     execution = Execution.of(backend)
     module = resolve_backend(q, execution.backend)
     if config.dense:
@@ -132,20 +129,20 @@ def moc_attention(
         if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
             raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
         if route_qk is not None:
-            _check_route_qk(route_qk, q, layout, first_query)
+            _check_route_qk(route_qk, q, layout)
         indices = _router(q, config, execution).route(*(route_qk or (q, k)), layout, config, drops)
     return module.attend(q, k, v, indices, layout, config, execution)
 
 
-def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout, first_query: int) -> None:
+def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout) -> None:
     """Checks `given`, which is q, k and perhaps v; messages call them `names`."""
     q, k, *others = given
-    if not 0 <= first_query < layout.num_tokens:
-        raise ValueError(f"first_query={first_query} is no token of a stream of {layout.num_tokens}")
-    alike = all(x.shape == k.shape for x in others)
-    if q.dim() != 3 or not alike or q.shape != (len(k) - first_query, *k.shape[1:]):
-        but = f", but for the {first_query} queries before first_query" if first_query else ""
-        raise ValueError(f"{names} must share one shape [L, N, D]{but}; got {[tuple(x.shape) for x in given]}")
+    alike = all(x.shape == k.shape for x in others) and q.shape[1:] == k.shape[1:]
+    if q.dim() != 3 or not alike or not 0 < len(q) <= len(k):
+        raise ValueError(
+            f"{names} must share one shape [L, N, D], of which q may have the last tokens alone; got "
+            f"{[tuple(x.shape) for x in given]}"
+        )
     if not q.is_floating_point() or any(x.dtype != q.dtype for x in given):
         raise ValueError(f"{names} must share one floating dtype; got {[x.dtype for x in given]}: cast them alike")
     if len(k) != layout.num_tokens:
@@ -154,7 +151,10 @@ def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout, first_quer
         raise ValueError(f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch")
 
 
-def _check_route_qk(route_qk: tuple[Tensor, Tensor], q: Tensor, layout: ShotLayout, first_query: int) -> None:
-    _check("the q, k of route_qk", route_qk, layout, first_query)
-    if route_qk[0].shape[1] != q.shape[1]:
-        raise ValueError(f"route_qk has {route_qk[0].shape[1]} heads, q {q.shape[1]}: every head routes by its own")
+def _check_route_qk(route_qk: tuple[Tensor, Tensor], q: Tensor, layout: ShotLayout) -> None:
+    _check("the q, k of route_qk", route_qk, layout)
+    if route_qk[0].shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"route_qk has {len(route_qk[0])} queries of {route_qk[0].shape[1]} heads, q {len(q)} of {q.shape[1]}: "
+            "every query of every head routes by its own"
+        )

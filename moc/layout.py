@@ -255,10 +255,6 @@ class ShotLayout:
                 moved.__dict__[name] = values[: len(tensor)]
         return moved
 
-    def first_query(self, num_queries: int) -> int:
-        """Returns the token of the first of `num_queries` queries, which are the last ones of the stream."""
-        return self.num_tokens - num_queries
-
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """Returns what `make` derives from this layout, made once for each key: tables that all layers share."""
         if key not in self._memo:

@@ -70,11 +70,11 @@ def attend(
 
     execution: not asked, since there is one way only; the other backends have more.
     """
-    first_query = layout.first_query(len(q))
-    if first_query:  # is computed for all queries; those before it are left out again
-        q = F.pad(q, (0, 0, 0, 0, first_query, 0))
-        routes = None if routes is None else F.pad(routes, (0, 0, first_query, 0), value=-1)
-        return attend(q, k, v, routes, layout, config)[first_query:]
+    missing = len(k) - len(q)
+    if missing:  # is computed for all queries; those before q's are left out again
+        q = F.pad(q, (0, 0, 0, 0, missing, 0))
+        routes = None if routes is None else F.pad(routes, (0, 0, missing, 0), value=-1)
+        return attend(q, k, v, routes, layout, config)[missing:]
     samples = [slice(start, end) for start, end in layout.sample_ranges]
     return torch.cat([masked_attention(q[s], k[s], v[s], attention_mask(routes, layout, config, s)) for s in samples])
 

@@ -16,15 +16,14 @@ from moc.layout import ShotLayout
 
 @dataclass(frozen=True)
 class Routes:
-    """Holds routes that attention takes as they are: indices int [N, Lq, K], -1 where a slot is empty, of the queries
-    from `first_query` on.
+    """`Routes` are chunk indices that attention takes as they are: int [N, Lq, K], -1 where a slot is empty, of the
+    last Lq queries of the stream.
 
     No query has a chunk twice, a chunk that its anchors cover or one of another sample. `moc.route` makes such indices
     for the same layout and config; those of a caller go through `checked`.
     """
 
     indices: Tensor
-    first_query: int = 0
 
     @classmethod
     def checked(cls, indices: Tensor, layout: ShotLayout, config: MoCConfig) -> "Routes":
@@ -34,11 +33,12 @@ class Routes:
             raise ValueError(f"routes must be [N, Lq, K], Lq at most {layout.num_tokens}; got {tuple(indices.shape)}")
         if indices.dtype not in (torch.int16, torch.int32, torch.int64):
             raise ValueError(f"routes must be chunk indices of an int type; got {indices.dtype}")
-        return cls(drop_covered(indices, layout, config), layout.first_query(indices.shape[1]))
+        return cls(drop_covered(indices, layout, config))
 
-    def whole(self) -> Tensor:
-        """Returns the indices of all queries of the stream, int [N, L, K]; none before `first_query`."""
-        return F.pad(self.indices, (0, 0, self.first_query, 0), value=-1)
+    def whole(self, layout: ShotLayout) -> Tensor:
+        """Returns the indices of all queries of the stream, int [N, L, K]; earlier queries have none."""
+        missing = layout.num_tokens - self.indices.shape[1]
+        return F.pad(self.indices, (0, 0, missing, 0), value=-1) if missing else self.indices
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tenso
 
 def _drop_covered(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
     routes = routes.sort(dim=-1).values
-    query = layout.token_chunk[layout.first_query(len(routes)) :, None]
+    query = layout.token_chunk[-len(routes) :, None]
     covered = (routes < 0) | (layout.chunk_sample[routes] != layout.chunk_sample[query])
     covered[:, 1:] |= routes[:, 1:] == routes[:, :-1]
     return routes.masked_fill(covered | is_anchor(layout, config, query, routes), -1).int()
@@ -61,5 +61,5 @@ def check_whole(routes: Tensor, layout: ShotLayout) -> None:
     if routes.dim() != 3 or routes.shape[1] != layout.num_tokens:
         raise ValueError(
             f"routes must be [N, {layout.num_tokens}, K], of the whole stream; got {tuple(routes.shape)}: "
-            "pad those from a first_query on with rows of -1"
+            "pad those of the last queries alone by `Routes(routes).whole(layout)`"
         )

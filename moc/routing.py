@@ -11,6 +11,7 @@ Shape letters: L packed tokens, N heads, D head dim, M chunks, K routes a query,
 """
 
 import math
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -36,17 +37,15 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     slot is empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go
     to the lowest chunk index. Scores are exact to fp32 rounding, under autocast too.
     """
-    first_query = layout.first_query(len(q))
     means = descriptors(k, layout)
     applies_drops = drops is not None and config.has_drops
     if config.candidates is Candidates.first and not applies_drops:
-        return _route_to_first(q, means, layout, config, first_query)
+        return _route_to_first(q, means, layout, config)
     chunks = torch.arange(layout.num_chunks, device=layout.device)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
     blocks = []
-    for start in range(first_query, layout.num_tokens, block):
-        end = min(start + block, layout.num_tokens)
-        queries = q[start - first_query : end - first_query].to(means.dtype)
+    for start, end, of_block in _query_blocks(q, layout, block):
+        queries = of_block.to(means.dtype)
         with torch.autocast(q.device.type, enabled=False):
             scores = torch.einsum("lnd,mnd->nlm", queries, means)
         allowed = is_candidate(layout, config, layout.token_chunk[start:end, None], chunks)
@@ -57,15 +56,23 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     return torch.cat(blocks, dim=1)
 
 
-def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCConfig, first_query: int) -> Tensor:
+def _query_blocks(q: Tensor, layout: ShotLayout, block: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yields up to `block` queries of q [Lq, N, D] at a time, the last ones of the stream, each with their bounds in
+    it."""
+    start = layout.num_tokens - len(q)
+    for queries in q.split(block):
+        yield start, start + len(queries), queries
+        start += len(queries)
+
+
+def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Returns the same for `candidates: first`: a query is scored against the first chunks of its sample's shots
     alone."""
     table = layout.memo("first chunks", lambda: _first_chunks(layout))
     block = max(1, SCORES_PER_BLOCK // (table.shape[1] * means[0].numel()))
     blocks = []
-    for start in range(first_query, layout.num_tokens, block):
-        end = min(start + block, layout.num_tokens)
-        queries = q[start - first_query : end - first_query].to(means.dtype)
+    for start, end, of_block in _query_blocks(q, layout, block):
+        queries = of_block.to(means.dtype)
         chunks = table[layout.token_sample[start:end]]  # [block, S]
         with torch.autocast(q.device.type, enabled=False):
             scores = torch.einsum("lnd,lsnd->nls", queries, means[chunks.clamp(min=0)])

@@ -171,7 +171,7 @@ class StreamAttention:
             kept = self.cache.extended(layer, kept, self.remember)
         keys, values, *unrotated = kept
         scored = (q, unrotated[0]) if pre_rope else (queries, keys)
-        routes = None if config.dense else self._route(layer, *scored, first)
+        routes = None if config.dense else self._route(layer, *scored)
         out = moc_attention(queries, keys, values, self.layout, config, routes, self.execution)
         if self.on_distances and not config.dense:
             self._compare(layer, out, queries, keys, values)
@@ -192,17 +192,17 @@ class StreamAttention:
             distances = torch.cat([self.distances[layer] for layer in sorted(self.distances)], dim=1)
             self.on_distances(part.gather(distances[part.video_index]).unflatten(1, (-1, 2)))
 
-    def _route(self, layer: int, q: Tensor, k: Tensor, first: int) -> Routes:
+    def _route(self, layer: int, q: Tensor, k: Tensor) -> Routes:
         if layer in self.routes:
-            return replace(self.routes[layer], indices=self.routes[layer].indices.int())
+            return Routes(self.routes[layer].indices.int())
         first_head = self.exchange.rank * q.shape[1] if self.exchange else 0
         drops = replace(self.drops, layer=layer, first_head=first_head) if self.drops else None
-        routes = Routes(route(q, k, self.layout, self.config, drops, self.execution, first), first)
+        routes = Routes(route(q, k, self.layout, self.config, drops, self.execution))
         if self.on_routes:
-            self.on_routes(layer, routes.whole())
+            self.on_routes(layer, routes.whole(self.layout))
         if torch.is_grad_enabled():
             few = self.layout.num_chunks <= torch.iinfo(torch.int16).max
-            self.routes[layer] = replace(routes, indices=routes.indices.short()) if few else routes
+            self.routes[layer] = Routes(routes.indices.short()) if few else routes
         return routes
 
 

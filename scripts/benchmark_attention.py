@@ -251,7 +251,7 @@ def stages(case: Case) -> dict[str, float]:
     routes = moc.route(q, k, layout, config, backend=case.execution)
     tile = sizes.blocks_for(q, layout.chunk_tokens).tile
     times["index"] = median_ms(lambda: triton_index.build_lists(routes, layout.num_chunks, tile), 5)
-    kernel, plan = dense.choose(q, case.execution.dense_kernel), anchors.anchor_plan(layout, config)
+    kernel, plan = dense.choose(q, case.execution.dense_kernel), anchors.anchor_plan(layout, config, layout.num_tokens)
     out, lse = anchors.forward(kernel, q, k, v, plan)
     own = [
         call._replace(text_start=0, text_end=0, later_start=0, later_end=0) if call.num_own else call

@@ -43,7 +43,7 @@ def clear_choices(q: Tensor, k: Tensor, layout: moc.ShotLayout, config: moc.MoCC
     scores = torch.einsum("lnd,mnd->nlm", q.double(), means)
     off = error * q.double().norm(dim=-1).T[..., None] * means.norm(dim=-1).T[:, None]
     chunks = torch.arange(layout.num_chunks, device=layout.device)
-    allowed = is_candidate(layout, config, layout.token_chunk[layout.first_query(len(q)) :, None], chunks)
+    allowed = is_candidate(layout, config, layout.token_chunk[-len(q) :, None], chunks)
     order = scores.masked_fill(~allowed, -torch.inf).argsort(-1, descending=True)
     low = (scores - off).masked_fill(~allowed, torch.inf).gather(-1, order)
     high = (scores + off).masked_fill(~allowed, -torch.inf).gather(-1, order)

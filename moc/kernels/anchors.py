@@ -72,16 +72,16 @@ class AnchorPlan(NamedTuple):
     packed: Packed | None
 
 
-def anchor_plan(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> AnchorPlan:
-    """Returns the plan of a stream, made once for each kind of anchors."""
-    key = ("anchors", config.dense, config.own_anchor, config.text_anchor, first_query)
-    return layout.memo(key, lambda: _plan(layout, anchor_calls(layout, config, first_query), first_query))
+def anchor_plan(layout: ShotLayout, config: MoCConfig, num_queries: int) -> AnchorPlan:
+    """Returns the plan for the last `num_queries` queries of a stream, made once for each kind of anchors."""
+    key = ("anchors", config.dense, config.own_anchor, config.text_anchor, num_queries)
+    return layout.memo(key, lambda: _plan(layout, anchor_calls(layout, config, num_queries), num_queries))
 
 
-def _plan(layout: ShotLayout, calls: list[AnchorCall], first_query: int) -> AnchorPlan:
+def _plan(layout: ShotLayout, calls: list[AnchorCall], num_queries: int) -> AnchorPlan:
     short = 1 < len(calls) <= MAX_RUNS and sum(call.num_keys for call in calls) < SHORT * len(calls)
     packed = None
-    if short and covers_all(calls, layout.num_tokens - first_query):
+    if short and covers_all(calls, num_queries):
         tokens = torch.arange(layout.num_tokens)
         texts = [tokens[s.start : s.start + s.length] for s in layout.segments if s.kind == "text"]
         text = torch.cat(texts) if texts else tokens[:0]
@@ -90,14 +90,15 @@ def _plan(layout: ShotLayout, calls: list[AnchorCall], first_query: int) -> Anch
     return AnchorPlan(layout.text_index, [] if packed else calls, packed)
 
 
-def anchor_calls(layout: ShotLayout, config: MoCConfig, first_query: int = 0) -> list[AnchorCall]:
-    """Returns the dense calls of the anchored attention of queries from `first_query` on, those with keys; together
+def anchor_calls(layout: ShotLayout, config: MoCConfig, num_queries: int) -> list[AnchorCall]:
+    """Returns the dense calls of the anchored attention of the last `num_queries` queries, those with keys; together
     they hold each query at most once."""
     if config.dense:
         calls = [AnchorCall(start, end, start, end, 0, 0, 0, 0) for start, end in layout.sample_ranges]
     else:
         calls = list(_by_sample(layout) if _same_for_all(config) else _by_group(layout, config))
-    calls = [c._replace(start=max(c.start - first_query, 0), end=c.end - first_query) for c in calls]
+    first = layout.num_tokens - num_queries
+    calls = [call._replace(start=max(call.start - first, 0), end=call.end - first) for call in calls]
     return [call for call in calls if call.num_keys and call.end > call.start]
 
 
@@ -114,8 +115,7 @@ def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Ten
     if config.own_anchor is not OwnAnchor.chunk:
         return routes
     own = layout.token_shot_chunk if config.text_anchor is TextAnchor.none else layout.token_video_chunk
-    first_query = layout.first_query(routes.shape[1])
-    return torch.cat([routes, own[first_query:, None].expand(routes.shape[0], -1, 1)], dim=-1)
+    return torch.cat([routes, own[-routes.shape[1] :, None].expand(routes.shape[0], -1, 1)], dim=-1)
 
 
 def _same_for_all(config: MoCConfig) -> bool:

@@ -60,14 +60,13 @@ def fits(q: Tensor, layout: ShotLayout, execution: Execution) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Computes attention over anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D], routes int [N, Lq, K]
     -> [Lq, N, D], same dtype, of any floating dtype. The arguments are those of `torch_backend.attend`."""
-    first_query = layout.first_query(len(q))
-    key = ("masked on a CPU", config.own_anchor, config.text_anchor, first_query)
-    runs = layout.memo(key, lambda: _runs(layout, config, first_query))
+    key = ("masked on a CPU", config.own_anchor, config.text_anchor, len(q))
+    runs = layout.memo(key, lambda: _runs(layout, config, len(q)))
     return _Attend.apply(q, k, v, routes, runs)
 
 
-def _runs(layout: ShotLayout, config: MoCConfig, first_query: int) -> list[_Run]:
-    found = []
+def _runs(layout: ShotLayout, config: MoCConfig, num_queries: int) -> list[_Run]:
+    found, first_query = [], layout.num_tokens - num_queries
     for group in layout.groups:
         begin, (start, end) = max(group.start, first_query), layout.sample_ranges[group.sample]
         if begin < group.end:

@@ -109,7 +109,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, q, k, v, routes, layout, config, execution):
         kernel = dense.choose(q, execution.dense_kernel, execution.deterministic)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        plan = anchors.anchor_plan(layout, config, layout.first_query(len(q)))
+        plan = anchors.anchor_plan(layout, config, len(q))
         out, lse = anchors.forward(kernel, q, k, v, plan)
         if routes.shape[-1]:
             for lists in _lists(routes, layout.num_chunks, q.shape[-1]):

@@ -38,8 +38,8 @@ def attend(
     routes: int [N, Lq, K], no chunk twice in a row and none that the anchors cover; None (or K = 0) for anchors alone.
     Takes head dims up to 128, fp32, fp16 and bf16. Has no second derivative.
     """
-    first_query = layout.first_query(len(q))  # the kernels count queries from it
-    if routes is not None and routes.shape[-1] and not (config.dense or first_query or torch.compiler.is_compiling()):
+    whole = len(q) == len(k)
+    if routes is not None and routes.shape[-1] and whole and not (config.dense or torch.compiler.is_compiling()):
         plan = triton_masked.masked_plan(q, layout, config)
         if plan is not None:
             return triton_masked.attend(q, k, v, routes.int(), plan)
@@ -47,7 +47,7 @@ def attend(
         routes = anchors.with_own_chunk(routes, layout, config).int().contiguous()
     if config.dense or routes is None or routes.shape[-1] == 0:
         routes = torch.empty(0, 0, 0, dtype=torch.int32, device=q.device)
-    tables, numbers = _flat(anchors.anchor_plan(layout, config, first_query))
+    tables, numbers = _flat(anchors.anchor_plan(layout, config, len(q)))
     inputs = (
         q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, tables, numbers,
         layout.chunk_tokens, layout.max_chunk_tokens, execution.dense_kernel, execution.deterministic,

@@ -24,6 +24,7 @@ from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
 from moc.kernels.triton_shortlist import room_for, shortlist_pays, shortlist_routes
 from moc.layout import ShotLayout
+from moc.routes import Routes
 
 TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
@@ -168,15 +169,12 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     """Returns the routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], in no order, -1 where
     a slot is empty. K is top_k, and top_k + drop_in_max where drops apply.
     """
-    first_query = layout.first_query(len(q))
     routes = (_operator if torch.compiler.is_compiling() else _route)(
-        q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk[first_query:],
+        q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk[-len(q) :],
         layout.chunk_group, layout.chunk_sample, layout.chunk_is_text, layout.group_first_chunk, layout.group_shot,
         layout.sample_first_chunk, config.top_k, config.causal, OWN_ANCHORS[config.own_anchor],
     )  # fmt: skip
     if drops is None or not config.has_drops:
         return routes
-    if not first_query:
-        return drop_routes(routes, layout, config, drops)
-    whole = torch.nn.functional.pad(routes, (0, 0, first_query, 0), value=-1)  # draws are keyed by the offset in it
-    return drop_routes(whole, layout, config, drops)[:, first_query:]
+    whole = Routes(routes).whole(layout)  # draws are keyed by the offset in the stream
+    return drop_routes(whole, layout, config, drops)[:, -len(q) :]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("listed")
 def test_the_calls_of_the_anchored_part_hold_every_anchor_once(stream, config, seed):
     layout = stream.layout()
     seen = torch.zeros(layout.num_tokens, layout.num_tokens, dtype=torch.int32)
-    for call in anchors.anchor_calls(layout, config):
+    for call in anchors.anchor_calls(layout, config, layout.num_tokens):
         keys = torch.cat([
             torch.arange(call.own_start, call.own_end),
             layout.text_index[call.text_start : call.text_end],
@@ -45,7 +45,7 @@ def test_a_call_a_group_equals_one_packed_call(config, monkeypatch):
     for short in (anchors.SHORT, 0):
         monkeypatch.setattr(anchors, "SHORT", short)
         layout = two_samples()
-        assert (anchors.anchor_plan(layout, config).packed is not None) == (short > 0)
+        assert (anchors.anchor_plan(layout, config, layout.num_tokens).packed is not None) == (short > 0)
         out = moc.moc_attention(q, k, v, layout, config, backend="torch")
         results.append((out, *torch.autograd.grad(out, (q, k, v), direction)))
     for packed, apart in zip(*results, strict=True):
@@ -103,6 +103,8 @@ def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch)
 
 
 def test_a_plan_is_made_once_a_stream():
-    layout, config = two_samples(), moc.MoCConfig(top_k=2)
-    assert anchors.anchor_plan(layout, config) is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5))
-    assert anchors.anchor_plan(layout, config) is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True))
+    layout, length = two_samples(), two_samples().num_tokens
+    plan = anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length)
+    assert plan is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5), length)
+    assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True), length)
+    assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length - 1)

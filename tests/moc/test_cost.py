@@ -152,7 +152,7 @@ def test_routes_of_the_last_queries_alone_are_refused():
     layout = moc.ShotLayout.build([moc.Shot(0, (2, 2, 2))] * 2, chunk_tokens=4)
     q, k, _ = attention_tensors(layout)
     for first in (layout.num_tokens - 1, 3):
-        routes = moc.route(q[first:], k, layout, moc.MoCConfig(top_k=1), first_query=first)
+        routes = moc.route(q[first:], k, layout, moc.MoCConfig(top_k=1))
         for count in (lambda r: attention_cost(layout, moc.MoCConfig(), r, 2, 4), lambda r: chunk_counts(r, layout)):
             with pytest.raises(ValueError, match=r"routes must be \[N, 16, K\].*pad"):
                 count(routes)

@@ -94,12 +94,12 @@ def test_the_last_queries_alone_equal_those_of_all(backend, config):
     direction = torch.randn_like(whole)
     firsts = [layout.groups[2].start, layout.groups[3].end - 3, 1, layout.num_tokens - 1]
     for first in firsts[:1] if backend == "triton" else firsts:
-        kind = {"backend": backend, "drops": drops, "first_query": first}
+        kind = {"backend": backend, "drops": drops}
         tail = moc.moc_attention(q[first:], k, v, layout, config, **kind)
         torch.testing.assert_close(tail, whole[first:], rtol=1e-5, atol=1e-5)
         if not config.dense:
             routes = moc.route(q[first:], k, layout, config, **kind)
-            again = moc.moc_attention(q[first:], k, v, layout, config, routes, backend, first_query=first)
+            again = moc.moc_attention(q[first:], k, v, layout, config, routes, backend)
             torch.testing.assert_close(again, tail, rtol=1e-5, atol=1e-5)
         mine = torch.autograd.grad(tail, (q, k, v), direction[first:])
         cut = direction.clone()
@@ -127,5 +127,5 @@ def test_queries_before_the_first_one_cost_no_call(name, monkeypatch):
     monkeypatch.setattr(anchors, "forward", counting)
     moc.moc_attention(q, k, v, layout, config, backend=name)
     last = layout.groups[-1].start
-    moc.moc_attention(q[last:], k, v, layout, config, backend=name, first_query=last)
+    moc.moc_attention(q[last:], k, v, layout, config, backend=name)
     assert calls == [5, 1]

@@ -275,7 +275,7 @@ def test_the_operator_passes_opcheck():
     layout, config = stream(), moc.MoCConfig(top_k=3)
     (q, k, v), _ = inputs(layout, head_dim=64)
     routes = triton_backend.route(q, k, layout, config)
-    tables, numbers = triton_backend._flat(anchors.anchor_plan(layout, config))
+    tables, numbers = triton_backend._flat(anchors.anchor_plan(layout, config, layout.num_tokens))
     settings = (tables, numbers, layout.chunk_tokens, layout.max_chunk_tokens, "fa2", True)
     torch.library.opcheck(
         torch.ops.moc.attend,
@@ -326,11 +326,10 @@ def test_the_last_queries_alone_equal_those_of_all(settings, backend):
     (q, k, v), direction = inputs(layout)
     whole = moc.moc_attention(q, k, v, layout, config, backend=backend)
     for first in (layout.groups[2].start, layout.groups[-1].start + 11):
-        kind = {"backend": backend, "first_query": first}
-        tail = moc.moc_attention(q[first:], k, v, layout, config, **kind)
+        tail = moc.moc_attention(q[first:], k, v, layout, config, backend=backend)
         if not config.dense:
             all_routes = moc.route(q, k, layout, config, backend=backend)
-            assert same_chunks(moc.route(q[first:], k, layout, config, **kind), all_routes[:, first:])
+            assert same_chunks(moc.route(q[first:], k, layout, config, backend=backend), all_routes[:, first:])
         cut = direction.clone()
         cut[:first] = 0
         mine = (tail, *torch.autograd.grad(tail, (q, k, v), direction[first:]))

@@ -326,8 +326,8 @@ def test_wrong_inputs_are_refused():
     refused(r"one shape", q, k[:, :1], v)
     refused(r"one shape", q, k, v[..., :2])
     refused(rf"k has {length - 1} tokens, its layout {length}", q[1:], k[1:], v[1:])
-    refused(rf"first_query={length} is no token", q[:0], k, v, first_query=length)
-    refused(r"one shape .* the 3 queries before first_query", q, k, v, first_query=3)
+    refused(r"one shape .* of which q may have the last tokens alone", q[:0], k, v)
+    refused(r"one shape .* the last tokens alone", q, k[3:], v[3:])
     refused("layout is on meta, q on cpu.*layout.to", q, k, v, layout=layout.to("meta"))
     refused("route_qk.*pre_rope", q, k, v, route_qk=(q, k))
     refused("route_qk.*pre_rope", q, k, v, config=moc.MoCConfig(descriptor="pre_rope"))
@@ -343,7 +343,7 @@ def test_a_wrong_route_qk_is_refused():
     refused("the q, k of route_qk must share one shape", q, k, v, config=config, route_qk=(q, k[:-1]))
     refused("k has .* tokens, its layout", q, k, v, config=config, route_qk=(q[1:], k[1:]))
     refused("one floating dtype", q, k, v, config=config, route_qk=(q.float(), k))
-    refused("route_qk has 1 heads, q 2", q, k, v, config=config, route_qk=(q[:, :1], k[:, :1]))
+    refused("route_qk has .* queries of 1 heads, q .* of 2", q, k, v, config=config, route_qk=(q[:, :1], k[:, :1]))
 
 
 def test_wrong_routes_are_refused():
@@ -365,20 +365,20 @@ def test_the_rule_for_chunks_is_the_one_for_tokens(stream, config):
     assert torch.equal(is_anchor(layout, config, chunk[:, None], chunk), moc.reference.anchor_mask(layout, config))
 
 
-def test_routes_know_their_first_query_and_are_checked_once():
+def test_routes_of_the_last_queries_are_checked_once():
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
     q, k, v = attention_tensors(layout)
     first = layout.num_tokens - 5
-    chosen = moc.route(q[first:], k, layout, config, first_query=first)
-    routes = moc.Routes(chosen, first)
-    expected = attention(q[first:], k, v, layout, config, routes=chosen, first_query=first)
+    chosen = moc.route(q[first:], k, layout, config)
+    routes = moc.Routes(chosen)
+    expected = attention(q[first:], k, v, layout, config, routes=chosen)
     assert torch.equal(attention(q[first:], k, v, layout, config, routes=routes), expected)
-    assert torch.equal(routes.whole()[:, first:], chosen)
-    assert (routes.whole()[:, :first] == -1).all()
+    assert torch.equal(routes.whole(layout)[:, first:], chosen)
+    assert (routes.whole(layout)[:, :first] == -1).all()
     again = moc.Routes.checked(torch.cat([chosen, chosen], -1), layout, config)  # each chunk is named twice
-    assert again.first_query == first
+    assert again.indices.shape[1] == 5
     assert torch.equal((again.indices >= 0).sum(-1), (chosen >= 0).sum(-1))
-    refused("one shape", q, k, v, routes=routes)
+    refused(r"routes must be \[2, .*\(2, 5, 2\)", q, k, v, routes=routes)
     refused(r"routes must be \[1, 5, K\]", q[first:, :1], k[:, :1], v[:, :1], routes=routes)
     for wrong in (chosen[0], chosen[:, :0], chosen.float()):
         with pytest.raises(ValueError, match="routes must be"):

@@ -161,7 +161,7 @@ def test_the_block_of_queries_scored_at_a_time_changes_nothing(monkeypatch):
         monkeypatch.setattr(routing, "SCORES_PER_BLOCK", scores_per_block)
         assert torch.equal(route(q, k, layout, config), whole[0])
         assert torch.equal(route(q, k, layout, config, drops=drops), whole[1])
-        assert torch.equal(route(q[20:], k, layout, config, drops=drops, first_query=20), whole[1][:, 20:])
+        assert torch.equal(route(q[20:], k, layout, config, drops=drops), whole[1][:, 20:])
 
 
 def test_routing_leaves_no_graph():

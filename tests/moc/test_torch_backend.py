@@ -84,7 +84,7 @@ def test_queries_have_no_keys_that_come_after_all_they_may_see(text_anchor, ends
     """The global text and the first shot see of the second its caption at most."""
     layout = moc.ShotLayout.build([moc.Shot(5, (1, 16, 10)), moc.Shot(5, (1, 31, 5))], 5, chunk_tokens=256)
     config = moc.MoCConfig(chunk_tokens=256, text_anchor=text_anchor)
-    runs = masked._runs(layout, config, first_query=0)
+    runs = masked._runs(layout, config, layout.num_tokens)
     assert [run.queries.stop for run in runs] == [5, 170, 330]
     routes = moc.route(*attention_tensors(layout)[:2], layout, config)
     assert [run.mask(routes[:, run.queries], torch.float32).shape[-1] for run in runs] == ends

@@ -185,7 +185,7 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
     config = moc.MoCConfig(top_k=1)
     q, k, v = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1, requires_grad=True)
     routes = triton_backend.route(q, k, layout, config)
-    tables, numbers = triton_backend._flat(anchors.anchor_plan(layout, config))
+    tables, numbers = triton_backend._flat(anchors.anchor_plan(layout, config, layout.num_tokens))
     settings = (tables, numbers, layout.chunk_tokens, layout.max_chunk_tokens, "auto", False)
     for table in (routes, routes.new_empty(0, 0, 0)):  # the latter for dense attention and top_k 0
         arguments = (q, k, v, table, layout.chunk_cu_seqlens, *settings)

@@ -53,7 +53,7 @@ def train_and_sample(layout: moc.ShotLayout, config: moc.MoCConfig) -> None:
     moc.moc_attention(q, k, v, layout, config, backend="triton", drops=drops).sum().backward()
     with torch.no_grad():
         for first in (0, layout.groups[-1].start):
-            moc.moc_attention(q[first:], k, v, layout, config, backend="triton", first_query=first)
+            moc.moc_attention(q[first:], k, v, layout, config, backend="triton")
 
 
 @interpreted
