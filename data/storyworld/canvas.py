@@ -2,7 +2,8 @@
 
 Colours are opaque RGBA in [0, 1], float32 [4]; pixels are premultiplied RGBA, float32 [H, W, 4]. A canvas carries an
 affine map from local units to pixels, so that a shape is written once in its own units (y points down) and placed
-anywhere, at any size.
+anywhere, at any size. Several pictures that differ in their colours alone are drawn at once: pixels [H, W, k, 4] take
+colours [k, 4]. NumPy paints planes faster than pixels, so that a view of [4, H, W] is the better canvas.
 """
 
 import math
@@ -98,6 +99,7 @@ class Canvas:
         (a, b, tx), (c, d, ty) = matrix.tolist()
         self.pixels = pixels
         self.matrix = matrix
+        self._colour_axes = (1,) * (pixels.ndim - 2)
         self.determinant = a * d - b * c
         # Pixel back to local units: x = inverse[0] . (px, py, 1), y = inverse[1] . (px, py, 1).
         rows = ((d, -b, b * ty - d * tx), (-c, a, c * tx - a * ty))
@@ -139,7 +141,7 @@ class Canvas:
         cv2.fillPoly(mask, list(fixed.reshape(-1, *fixed.shape[-2:])), 255, cv2.LINE_AA, SUBPIXEL_BITS)
         if sigma > 0.3:
             mask = cv2.GaussianBlur(mask, (0, 0), sigma, borderType=cv2.BORDER_CONSTANT)
-        alpha = mask[..., None] * np.float32(opacity / 255)
+        alpha = mask.reshape(mask.shape + self._colour_axes) * np.float32(opacity / 255)
         region = self.pixels[y0:y1, x0:x1]
         region += alpha * (self._colours(paint, x0, y0, x1, y1) - region)
 
@@ -162,7 +164,8 @@ class Canvas:
             run = 1 / (paint.y1 - paint.y0)
             start = (y_start + paint.slant * x_start - paint.y0) * run
             share = (yx + paint.slant * xx) * run * px + ((yy + paint.slant * xy) * run * py + start)
-            share = np.minimum(np.maximum(share, 0), 1)[..., None]
+            share = np.minimum(np.maximum(share, 0), 1)
+            share = share.reshape(share.shape + self._colour_axes)
             return paint.start + share * (paint.end - paint.start)
         return paint(xx * px + (xy * py + x_start), yx * px + (yy * py + y_start))
 

@@ -63,14 +63,14 @@ class FilmedStock(Stock):
     def _views(self, renderer: Renderer, layer: Layer) -> Tensor:
         """Returns where the pixels of each frame of each camera lie in a layer."""
         config, (height, width) = self.config, layer.pixels.shape[:2]
-        views = []
-        for camera in config.cameras:
-            shot = stock_shot(config, PLACE_NAMES[0], None, camera=camera)
-            for frame in range(config.frames):
-                step, left, top = renderer.sampling(layer, view_at(shot, (frame + 0.5) / config.fps))
-                x, y = left + step * np.arange(renderer.width), top + step * np.arange(renderer.height)
-                views.append(np.stack(np.meshgrid((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), axis=-1))
-        return self._put(np.stack(views), torch.float32).unflatten(0, (len(config.cameras), -1))
+        shots = [stock_shot(config, PLACE_NAMES[0], None, camera=camera) for camera in config.cameras]
+        times = [(frame + 0.5) / config.fps for frame in range(config.frames)]
+        sampled = np.array([renderer.sampling(layer, view_at(shot, time)) for shot in shots for time in times])
+        step, left, top = sampled.T[..., None]
+        x = self._put((2 * (left + step * np.arange(renderer.width)) + 1) / width - 1, torch.float32)
+        y = self._put((2 * (top + step * np.arange(renderer.height)) + 1) / height - 1, torch.float32)
+        grids = torch.stack(torch.broadcast_tensors(x[:, None], y[:, :, None]), dim=-1)
+        return grids.unflatten(0, (len(shots), -1))
 
     def _shift(self, pixels: Tensor) -> Tensor:
         """Returns what moves a view of clips by whole rows and columns, [2, N]: [N, 1, 1, 1, 2]."""
@@ -97,10 +97,10 @@ def _paint_air(config: RecallConfig, renderer: Renderer, place: str, margin: int
     """Returns what drifts in a place, in each frame, with a margin for pans: [F, 4, H, w]."""
     frames = []
     for frame in range(config.frames):
-        pixels = np.zeros((renderer.height, renderer.width + 2 * margin, 4), np.float32)
-        canvas = Canvas(pixels, renderer.world(View()) + np.array([[0, 0, margin], [0, 0, 0]]))
+        planes = np.zeros((4, renderer.height, renderer.width + 2 * margin), np.float32)
+        canvas = Canvas(planes.transpose(1, 2, 0), renderer.world(View()) + np.array([[0, 0, margin], [0, 0, 0]]))
         renderer.draw_drift(canvas, PLACES[place].drift, (frame + 0.5) / config.fps)
-        frames.append(pixels.transpose(2, 0, 1))
+        frames.append(planes)
     return np.stack(frames)
 
 

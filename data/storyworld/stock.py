@@ -11,7 +11,6 @@ the air moves with the shutter in the CPU renderer, but not here: frames in whic
 rounding, others nearly.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +43,7 @@ from moc.move import move
 
 _BLACK = np.array([0, 0, 0, 1], np.float32)
 _NOBODY = np.eye(8, 1, dtype=np.float32)[..., None]  # all is kept
-_RED, _GREEN, _BLUE = (_BLACK + np.eye(4, dtype=np.float32)[i] for i in range(3))
+_RED, _GREEN, _BLUE = (np.stack([_BLACK, _BLACK + np.eye(4, dtype=np.float32)[i]]) for i in range(3))
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,12 @@ class Stock:
             for action in range(len(ACTION_NAMES))
             for facing in range(len(FACINGS))
         ]
-        with ThreadPoolExecutor() as pool:  # most of it is OpenCV's and NumPy's
-            clips = pool.map(lambda actor: self._put(_paint_clip(renderers[0], actor, self.margin)), actors)
-            self.clips = torch.stack(list(clips))
+        rows, columns = (n + 2 * edge for n, edge in zip(self.vignette.shape, self.margin, strict=True))
+        nobody = self._put(_NOBODY)
+        self.clips = nobody.expand(len(actors), config.frames, -1, rows, columns).contiguous()
+        for number, actor in enumerate(actors):  # threads would be slower: most of it is Python
+            window, clip = _paint_clip(renderers[0], actor, self.margin)
+            self.clips[number, :, :, *window] = self._put(clip)
         lights = np.stack([rgb(place.light)[:3] for place in PLACES.values()])
         colours = np.stack([colour[:3] for colour in COLOURS.values()])
         self.lit = self._put(lights[:, None] * colours, torch.float32)  # [places, colours, 3]
@@ -173,42 +175,44 @@ def _paint_place(config: RecallConfig, renderer: Renderer, place: str) -> tuple[
     return under[..., :3].transpose(2, 0, 1), np.stack(over)
 
 
-def _paint_clip(renderer: Renderer, actor: Actor, margin: tuple[int, int]) -> np.ndarray:
-    """Returns the masks of a clip [F, 8, H', W'], each frame averaged over the shutter as the renderer does it."""
-    shot = next(shot for shot in renderer.scene.shots)
-    shot = Shot(**{**vars(shot), "actors": (actor,)})
+def _paint_clip(renderer: Renderer, actor: Actor, margin: tuple[int, int]) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Returns the rows and columns that hold a character and its shadow, and the masks of its clip there, fp16 [F, 8,
+    h, w], each frame averaged over the shutter as the renderer does it."""
+    shot = Shot(**{**vars(renderer.scene.shots[0]), "actors": (actor,)})
     half = SHUTTER / 2 / renderer.fps
-    size = (renderer.height + 2 * margin[0], renderer.width + 2 * margin[1])
-    clip, masks = np.empty((shot.frames, 8, *size), np.float16), np.empty((8, *size), np.float32)
+    frames = []
     for frame in range(shot.frames):
         time = (frame + 0.5) / renderer.fps
         count = renderer.count_samples(shot, time - half, time + half)
         moments = [time + half * ((2 * sample + 1) / count - 1) for sample in range(count)]
+        frames.append([_masks(renderer, shot, moment, margin) for moment in moments])
+    windows = np.array([window for drawn in frames for window, _ in drawn])
+    (top, left), (bottom, right) = windows[:, 0].min(0), windows[:, 1].max(0)
+    clip = np.empty((shot.frames, 8, bottom - top, right - left), np.float16)
+    masks = np.empty(clip.shape[1:], np.float32)
+    for frame, drawn in enumerate(frames):
         masks[:] = _NOBODY
-        for window, drawn in (_masks(renderer, shot, moment, margin) for moment in moments):
-            masks[(slice(None), *window)] += (drawn - _NOBODY) / count
+        for ((y0, x0), (y1, x1)), layers in drawn:
+            masks[:, y0 - top : y1 - top, x0 - left : x1 - left] += (layers - _NOBODY) / len(drawn)
         clip[frame] = masks
-    return clip
+    return (slice(top, bottom), slice(left, right)), clip
 
 
-def _masks(
-    renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int]
-) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Returns the rows and columns that hold the character and its shadow at one moment, and the masks there [8, h,
-    w]."""
+def _masks(renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the window that holds the character and its shadow at one moment, its first row and column and those
+    after its last, and the masks there [8, h, w]."""
     actor = shot.actors[0]
     pose, size = pose_at(actor, shot.timing, time), SIZES[actor.look.size]
     world = renderer.world(View()) + np.array([[0, 0, margin[1]], [0, 0, margin[0]]])
     corners = [(pose.x - 0.65 * size, pose.y - pose.lift - 1.25 * size), (pose.x + 0.65 * size, pose.y + 0.25 * size)]
     shape = (renderer.width + 2 * margin[1], renderer.height + 2 * margin[0])
-    (x0, y0), (x1, y1) = (np.array(corners) * np.diag(world[:, :2]) + world[:, 2]).clip(0, shape).astype(int)
-    window, world = (slice(y0, y1), slice(x0, x1)), world - np.array([[0, 0, x0], [0, 0, y0]])
-    shadow, plain, coloured = (Canvas(np.zeros((y1 - y0, x1 - x0, 4), np.float32), world) for _ in range(3))
-    draw_shadow(shadow, pose, size, _BLACK)
-    draw_in_colours(plain, actor.look, pose, _BLACK, _BLACK, _BLACK)
-    draw_in_colours(coloured, actor.look, pose, _RED, _GREEN, _BLUE)
-    shade, alpha = shadow.pixels[..., 3:], plain.pixels[..., 3:]
-    own = plain.pixels[..., :3]
-    masks = (coloured.pixels[..., :3] - own) / np.array([1, 1, CREAM[2]], np.float32)
-    layers = [(1 - shade) * (1 - alpha), shade * (1 - alpha), own, masks]
-    return window, np.concatenate(layers, axis=2).transpose(2, 0, 1)
+    window = (np.array(corners) * np.diag(world[:, :2]) + world[:, 2]).clip(0, shape).astype(int)[:, ::-1]
+    (y0, x0), (y1, x1) = window
+    world = world - np.array([[0, 0, x0], [0, 0, y0]])
+    shadow = np.zeros((4, y1 - y0, x1 - x0), np.float32)
+    drawn = np.zeros((2, *shadow.shape), np.float32)  # in black and in colours
+    draw_shadow(Canvas(shadow.transpose(1, 2, 0), world), pose, size, _BLACK)
+    draw_in_colours(Canvas(drawn.transpose(2, 3, 0, 1), world), actor.look, pose, _RED, _GREEN, _BLUE)
+    shade, own, alpha = shadow[3:], drawn[0, :3], drawn[0, 3:]
+    masks = (drawn[1, :3] - own) / np.array([1, 1, CREAM[2]], np.float32)[:, None, None]
+    return window, np.concatenate([(1 - shade) * (1 - alpha), shade * (1 - alpha), own, masks])
