@@ -11,15 +11,13 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from accelerate import init_empty_weights
-from torch import nn
 
 from configs.command import command
 from moc import MoCConfig
@@ -28,10 +26,9 @@ from moc.diffusion import Flow
 from moc.files import write_whole
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
-from models import ModelConfig, build_model
-from models.frozen import Base, FrozenLinear, freeze_linears, packed
-from models.lora import Lora
+from models import ModelConfig
 from models.stream import StreamModel
+from scripts.adapted import draw_adapted
 from scripts.measuring import check_gpu, header, markdown_table
 from scripts.rows import measured_on, put_row
 
@@ -99,7 +96,7 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     """Returns peaks of memory on the GPU and on the host, and the median step."""
     parallel = Parallel(config.parallel)
     start = time.perf_counter()
-    model = draw_model(config, parallel.device)
+    model = draw_adapted(config.model, config.latent[0], config.text_dim, parallel.device)
     built = time.perf_counter() - start
     config.parallel.set_recomputation(model)
     batch, on_gpu = make_film(config, model), parallel.device.type == "cuda"
@@ -121,33 +118,6 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     if on_gpu:
         row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
     return row
-
-
-def draw_model(config: MemoryConfig, device: torch.device) -> StreamModel:
-    """Returns the model with an adapter, its weights drawn on `device` and kept on the CPU: never more than one of them
-    is held in another format than its own."""
-    sizes = replace(config.model, lora_rank=0, lora_targets=[], lora_base=Base.fp32)
-    with init_empty_weights():
-        model = build_model(sizes, latent_channels=config.latent[0], text_dim=config.text_dim)
-    freeze_linears(model, config.model.lora_base)
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if name == "scale" and isinstance(module, FrozenLinear):
-                continue  # it comes with its weight
-            drawn = {name: draw(name, weight, device)}
-            if name == "weight" and isinstance(module, FrozenLinear):
-                drawn = packed(drawn[name], config.model.lora_base)
-            for key, tensor in drawn.items():
-                module.register_parameter(key, nn.Parameter(tensor.cpu(), weight.requires_grad))
-    model.add_lora(Lora(config.model.lora_rank, config.model.lora_targets, "", ""))
-    return model
-
-
-def draw(name: str, weight: nn.Parameter, device: torch.device) -> torch.Tensor:
-    """Matrices keep the size of what they are given; norms are ones and biases zeros."""
-    if weight.dim() < 2:
-        return torch.full(weight.shape, float(name == "weight"), device=device)
-    return torch.randn(weight.shape, device=device) * (weight.numel() / len(weight)) ** -0.5
 
 
 def make_film(config: MemoryConfig, model: StreamModel) -> Batch:

@@ -31,6 +31,7 @@ from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
+from scripts.adapted import draw_adapted
 from scripts.measuring import header, markdown_table
 from scripts.rows import measured_on, put_row, read_rows
 
@@ -122,8 +123,13 @@ def measure_mesh(config: BenchmarkConfig) -> None:
     """Measures what remains on this mesh; ends at the first film that does not fit."""
     axes: dict[str, Any] = dict.fromkeys(AXES[config.mesh], config.processes)
     parallel = Parallel(replace(config.parallel, **axes))
-    with parallel.device:
-        model = build_model(config.model, latent_channels=config.latent[0], text_dim=config.text_dim)
+    widths = config.latent[0], config.text_dim
+    if config.model.lora_rank:
+        torch.manual_seed(0)  # all processes hold one model
+        model = draw_adapted(config.model, *widths, parallel.device)
+    else:
+        with parallel.device:
+            model = build_model(config.model, *widths)
     model.execution = config.execution
     config.parallel.set_recomputation(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -205,6 +211,8 @@ def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[
 def head(config: BenchmarkConfig) -> dict[str, Any]:
     """Returns where and what is measured."""
     sizes = {name: asdict(config.model)[name] for name in ("family", "dim", "num_layers", "num_heads", "ffn_dim")}
+    if config.model.lora_rank:  # an adapter, and how the weights under it are kept
+        sizes |= {"lora_rank": config.model.lora_rank, "lora_base": config.model.lora_base}
     model = {name: str(value) for name, value in sizes.items()}
     measured = {"latent": list(config.latent), "recomputed": config.parallel.activation_checkpointing}
     return header() | {"model": model, "moc": config.moc.to_dict()} | measured

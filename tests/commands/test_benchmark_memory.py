@@ -6,7 +6,8 @@ from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig
 from models.frozen import Base, FrozenLinear, unpacked
-from scripts.benchmark_memory import MemoryConfig, draw_model, measure, settings, table
+from scripts.adapted import draw_adapted
+from scripts.benchmark_memory import MemoryConfig, measure, settings, table
 from scripts.rows import read_rows
 from tests.pipeline import command
 from tests.wan_files import REDUCED
@@ -23,7 +24,7 @@ CONFIG = MemoryConfig(
 
 
 def test_weights_are_drawn_in_their_format():
-    model = draw_model(CONFIG, torch.device("cpu"))
+    model = draw_adapted(CONFIG.model, CONFIG.latent[0], CONFIG.text_dim, torch.device("cpu"))
     assert not any(weight.is_meta for weight in model.parameters())
     frozen = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     assert len(frozen) == 3 * 10

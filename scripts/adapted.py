@@ -1,0 +1,43 @@
+"""Draws a large model with random weights and an adapter, in no more memory than its frozen weights take."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from models import ModelConfig, build_model
+from models.frozen import Base, FrozenLinear, freeze_linears, packed
+from models.lora import Lora
+from models.stream import StreamModel
+
+
+def draw_adapted(config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device) -> StreamModel:
+    """Returns the model with an adapter, its weights drawn on `device` and kept on the CPU: never more than one of them
+    is held in another format than its own.
+
+    config: with an adapter; what lies under it is kept as `lora_base` says. latent_channels, text_dim: as in
+    `models.build_model`.
+    """
+    sizes = replace(config, lora_rank=0, lora_targets=[], lora_base=Base.fp32)
+    with init_empty_weights():
+        model = build_model(sizes, latent_channels, text_dim)
+    freeze_linears(model, config.lora_base)
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            if name == "scale" and isinstance(module, FrozenLinear):
+                continue  # it comes with its weight
+            drawn = {name: draw(name, weight, device)}
+            if name == "weight" and isinstance(module, FrozenLinear):
+                drawn = packed(drawn[name], config.lora_base)
+            for key, tensor in drawn.items():
+                module.register_parameter(key, nn.Parameter(tensor.cpu(), weight.requires_grad))
+    model.add_lora(Lora(config.lora_rank, config.lora_targets, "", ""))
+    return model
+
+
+def draw(name: str, weight: nn.Parameter, device: torch.device) -> torch.Tensor:
+    """Returns random values: matrices keep the size of what they are given; norms are ones and biases zeros."""
+    if weight.dim() < 2:
+        return torch.full(weight.shape, float(name == "weight"), device=device)
+    return torch.randn(weight.shape, device=device) * (weight.numel() / len(weight)) ** -0.5
