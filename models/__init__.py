@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models.checkpoints.opening import load_checkpoint, open_checkpoint
 from models.encoders.codec import CodecConfig
 from models.encoders.pair import Encoders, EncodersConfig, build_codec, build_encoders, load_codec, load_encoders
 from models.encoders.text import TextConfig, build_text_encoder
+from models.fresh import drawn_apart
 from models.frozen import Base
 from models.lora import Lora
 from models.mmdit import MMDiT
@@ -127,6 +129,10 @@ def build_model(config: ModelConfig, latent_channels: int, text_dim: int) -> Str
             base = str(checkpoint.path.resolve())  # names the checkpoint, since the run may train on
             model.add_lora(Lora(config.lora_rank, config.lora_targets, base, checkpoint.fingerprint()))
         return model
+    return drawn_apart(partial(_fresh, config, latent_channels, text_dim))
+
+
+def _fresh(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamModel:
     if config.family == Family.mmdit:
         sizes = {
             name: getattr(config, name)

@@ -75,7 +75,8 @@ class Block(RecomputedParts):
         self.attn2 = Attention(dim, num_heads, eps)
         self.norm2 = LayerNorm(dim, eps)
         self.ffn = FeedForward(dim, inner_dim=ffn_dim, activation_fn="gelu-approximate")
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim))
+        nn.init.normal_(self.scale_shift_table, std=dim**-0.5)
         self.eps = eps
 
     def forward(
@@ -173,7 +174,8 @@ class WanTransformer3DModel(StreamModel):
         self.condition_embedder = TextTimeEmbedding(dim, freq_dim, text_dim)
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
+        nn.init.normal_(self.scale_shift_table, std=dim**-0.5)
 
     def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
         """Takes as text the features of each group's span of its sample's prompt; see `text_windows`."""
