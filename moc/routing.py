@@ -1,6 +1,7 @@
 """Routing chooses, in plain tensor code, the chunks that each query of each head attends to besides its anchors.
 
-A query scores every candidate chunk by `q . mean(K_chunk)` and takes the `top_k` best; it has no parameters. In
+A query scores every candidate chunk by `q . mean(K_chunk)`, or by the means of its parts (`descriptor_parts`), and
+takes the `top_k` best; it has no parameters. In
 training, context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a
 counter hash of (seed, step, layer, global head, the sample's position in the run, the token's offset in its sample), so
 that they agree between devices, ranks, packs, head splits and recomputation; every backend draws the same bits.
@@ -25,10 +26,28 @@ from moc.move import move
 SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a time, over all heads
 
 
-def descriptors(k: Tensor, layout: ShotLayout) -> Tensor:
-    """Returns the mean key of every chunk: k [L, N, D] -> [M, N, D], in fp32 (fp64 for fp64 keys)."""
+def descriptors(k: Tensor, layout: ShotLayout, parts: int = 1) -> Tensor:
+    """Returns the mean key of every chunk, or of each of its parts: k [L, N, D] -> [M * parts, N, D], in fp32 (fp64
+    for fp64 keys). That of an empty part, in a chunk of fewer tokens than parts, is 0."""
     wide = k if k.dtype == torch.float64 else k.float()
-    return torch.segment_reduce(wide, "mean", offsets=layout.chunk_cu_seqlens.long(), unsafe=True)
+    return torch.segment_reduce(wide, "mean", offsets=_part_offsets(layout, parts).long(), unsafe=True, initial=0)
+
+
+def _part_offsets(layout: ShotLayout, parts: int) -> Tensor:
+    """Returns where the parts of all chunks begin, and the end of the last: int [M * parts + 1]."""
+    starts = layout.chunk_cu_seqlens
+    if parts == 1:
+        return starts
+    cuts = torch.arange(parts, device=starts.device)
+    return torch.cat([(starts[:-1, None] + starts.diff()[:, None] * cuts // parts).flatten(), starts[-1:]])
+
+
+def _log_mass(scores: Tensor, layout: ShotLayout, parts: int, head_dim: int) -> Tensor:
+    """Returns the scores of chunks by those of their parts, as `MoCConfig.descriptor_parts` says: [N, l, M * parts] ->
+    [N, l, M]."""
+    tokens = _part_offsets(layout, parts).diff().unflatten(0, (-1, parts))
+    shares = tokens / tokens.sum(1, keepdim=True)
+    return (scores.unflatten(-1, (-1, parts)) * head_dim**-0.5 + shares.log()).logsumexp(-1)
 
 
 @torch.no_grad()
@@ -37,17 +56,19 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     slot is empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go
     to the lowest chunk index. Scores are exact to fp32 rounding, under autocast too.
     """
-    means = descriptors(k, layout)
+    parts = config.descriptor_parts
+    means = descriptors(k, layout, parts)
     applies_drops = drops is not None and config.has_drops
-    if config.candidates is Candidates.first and not applies_drops:
+    if config.candidates is Candidates.first and not applies_drops and parts == 1:
         return _route_to_first(q, means, layout, config)
     chunks = torch.arange(layout.num_chunks, device=layout.device)
-    block = max(1, SCORES_PER_BLOCK // (q.shape[1] * layout.num_chunks))
+    block = max(1, SCORES_PER_BLOCK // (q.shape[1] * len(means)))
     blocks = []
     for start, end, of_block in _query_blocks(q, layout, block):
         queries = of_block.to(means.dtype)
         with torch.autocast(q.device.type, enabled=False):
             scores = torch.einsum("lnd,mnd->nlm", queries, means)
+            scores = scores if parts == 1 else _log_mass(scores, layout, parts, q.shape[-1])
         allowed = is_candidate(layout, config, layout.token_chunk[start:end, None], chunks)
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:

@@ -20,6 +20,7 @@ command is to take nine minutes at most, tests included.
     rows=[moc_no_drops,moc_not_causal] $ON
     rows=[moc_progressive,moc] $ON                     a schedule against fixed chunks
     rows=[moc_pre_rope,moc_all_text] $ON
+    rows=[moc_lse,moc_lse_of_frames] $ON               scores by log-sum-exp over the means of parts of a chunk
 """
 
 import json
@@ -105,8 +106,12 @@ def progressive(steps: int) -> str:
 
 
 KEY = ("row", "seed", "steps", "start")  # what tells a row of the record from others
-# Chunk tokens and chunks that a dense model routes to, untrained: a frame has 24 tokens, a row of it 6.
-SWAPS = ((24, 1), (24, 2), (24, 4), (24, 7), (24, 14), (12, 2), (12, 3), (6, 4), (6, 5), (6, 8), (6, 11))
+# What a dense model is swapped to, untrained: chunk tokens, of which a frame has 24 and a row of it 6, chunks that it
+# routes to, and parts of a chunk that have a mean of their own.
+SWAPS = (
+    (24, 1, 1), (24, 2, 1), (24, 4, 1), (24, 7, 1), (24, 14, 1), (12, 2, 1), (12, 3, 1),
+    (6, 4, 1), (6, 5, 1), (6, 8, 1), (6, 11, 1), (24, 1, 4), (24, 1, 24), (24, 2, 4), (24, 4, 4), (6, 5, 3), (6, 5, 6),
+)  # fmt: skip
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
     "dense": lambda steps: ["moc=dense"],
@@ -118,6 +123,8 @@ ROWS = {
     "moc_of_frames": lambda steps: ["moc.chunk_tokens=24", "moc.top_k=1"],
     "moc_of_half_frames": lambda steps: ["moc.chunk_tokens=12", "moc.top_k=2"],
     "moc_pre_rope": lambda steps: ["moc.descriptor=pre_rope"],
+    "moc_lse": lambda steps: ["moc.descriptor_parts=3"],
+    "moc_lse_of_frames": lambda steps: ["moc.chunk_tokens=24", "moc.top_k=1", "moc.descriptor_parts=4"],
     "moc_no_drops": lambda steps: NO_DROPS,
     "moc_all_text": lambda steps: ["moc.text_anchor=all"],
     "moc_no_own_shot": lambda steps: ["moc.own_anchor=none"],
@@ -215,10 +222,10 @@ class Tester:
             twins = self.bench.run(model, moc, flow, self.config.look_alikes, look_alikes=True)
             found["look_alikes"] = summary(twins)
         if moc.dense:
-            for chunk_tokens, top_k in SWAPS:
-                swap = MoCConfig(chunk_tokens=chunk_tokens, top_k=top_k)
-                swapped = brief(summary(self.bench.run(model, swap, flow, max(1, self.config.scenes // 8))))
-                found.setdefault("swapped", []).append({"chunk_tokens": chunk_tokens, "top_k": top_k} | swapped)
+            for values in SWAPS:
+                swap = dict(zip(("chunk_tokens", "top_k", "descriptor_parts"), values, strict=True))
+                tally = self.bench.run(model, MoCConfig(**swap), flow, max(1, self.config.scenes // 8))
+                found.setdefault("swapped", []).append(swap | brief(summary(tally)))
         routing = moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=6, top_k=5)
         found["mass"] = self.bench.mass(model, moc, routing, flow)
         state = json.loads((checkpoint / "state.json").read_text())

@@ -20,6 +20,8 @@ TITLES = {
     "moc_not_causal": "MoC, not causal",
     "moc_dense_target": "MoC, dense velocity as half of the target",
     "moc_pre_rope": "MoC, routed before RoPE",
+    "moc_lse": "MoC, log-sum-exp of three means a chunk",
+    "moc_lse_of_frames": "MoC, chunks of a frame, log-sum-exp of four means",
     "moc_of_half_frames": "MoC, chunks of half a frame",
     "moc_of_frames": "MoC, chunks of a frame",
     "first_frame": "first frame of every shot",
@@ -171,11 +173,13 @@ def _retrieval(rows: list[dict]) -> str:
 
 def _swapped(row: dict) -> str:
     lines = [["dense", "0.0%", *_recall_and_loss(row["all"])]]
-    lines += [
-        [f"{found['top_k']} of {found['chunk_tokens']} tokens", f"{found['sparsity']:.1%}", *_recall_and_loss(found)]
-        for found in row["swapped"]
-    ]
+    lines += [[_chunks(found), f"{found['sparsity']:.1%}", *_recall_and_loss(found)] for found in row["swapped"]]
     return markdown_table(["routed chunks", "sparsity of video pairs", "recall", "character's loss, 0.95"], lines)
+
+
+def _chunks(swap: dict) -> str:
+    parts = swap.get("descriptor_parts", 1)
+    return f"{swap['top_k']} of {swap['chunk_tokens']} tokens" + (f", scored by {parts} means" if parts > 1 else "")
 
 
 def _recall_and_loss(found: dict) -> list[str]:

@@ -1,14 +1,15 @@
 """Routes against a brute force: scores, candidates, ties, missing candidates; and the outer loop, `select_shots`."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 import moc
-from moc import routing
+from moc import attention, routing
 from moc.earlier import cut_gap
 from tests import brute_force
 from tests.strategies import Stream, attention_tensors, configs, seeds, streams
@@ -27,6 +28,25 @@ def test_routes_equal_the_brute_force(stream, config, seed):
     assert routes.dtype == torch.int32
     expected = brute_force.route(q, k, stream, config)
     assert torch.equal(routes, brute_force.as_table(expected, config.top_k))  # best first, then empty slots
+
+
+@given(streams(), configs(), seeds, st.integers(2, 5))
+def test_routes_by_several_means_equal_the_brute_force(stream, config, seed, parts):
+    """Chunks of fewer tokens than parts are among them."""
+    layout, config = stream.layout(), replace(config, descriptor_parts=parts)
+    q, k, _ = attention_tensors(layout, seed)
+    expected = brute_force.route(q, k, stream, config)
+    assert torch.equal(route(q, k, layout, config), brute_force.as_table(expected, config.top_k))
+    assert attention._router(q, config, moc.Execution(backend="triton")) is routing
+
+
+def test_several_means_find_a_key_that_one_mean_hides():
+    """Chunk 0 has one key that matches among its opposites, chunk 1 has none that does."""
+    layout = moc.ShotLayout.build([moc.Shot(0, (2, 1, 4)), moc.Shot(0, (1, 1, 4))], chunk_tokens=4)
+    q, k = torch.zeros(12, 1, 4), torch.zeros(12, 1, 4)
+    q[..., 0], k[0, 0, 0], k[1:4, 0, 0] = 4.0, 3.0, -2.0
+    assert (route(q, k, layout, moc.MoCConfig(top_k=1))[0, 8:] == 1).all()
+    assert (route(q, k, layout, moc.MoCConfig(top_k=1, descriptor_parts=4))[0, 8:] == 0).all()
 
 
 @given(streams(max_size=(4, 1, 2), max_chunk_tokens=2), configs(max_top_k=3), seeds)

@@ -32,9 +32,9 @@ def test_torch_equals_the_reference(kernel, stream, config, seed):
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("dense_setting", [False, True])
-def test_torch_with_drops_and_dense(dense_setting):
-    layout, config = two_samples(), moc.MoCConfig(dense=dense_setting, causal=False, top_k=3)
+@pytest.mark.parametrize("settings", [{}, {"dense": True}, {"descriptor_parts": 3}])
+def test_torch_with_drops_and_dense(settings):
+    layout, config = two_samples(), moc.MoCConfig(causal=False, top_k=3, **settings)
     q, k, _ = attention_tensors(layout)
     assert_equal_to_reference(torch_backend.attend, layout, config, moc.route(q, k, layout, config, DROPS))
 
