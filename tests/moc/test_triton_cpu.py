@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 import moc
 from moc import routing
+from moc.context import is_candidate
 from moc.kernels import anchors
 from tests.moc.against_reference import DROPS, assert_equal_to_reference, interpreted
 from tests.moc.test_reference import OPTIONS, two_samples
@@ -46,6 +47,25 @@ def test_triton_equals_the_reference(causal, own, text):
 @interpreted
 def test_triton_with_drops_and_a_padded_head_dim():
     check_triton(two_samples(3), moc.MoCConfig(top_k=3, causal=False, drop_in_max=3), DROPS, head_dim=24)
+
+
+@interpreted
+@pytest.mark.parametrize("own", ["shot", "chunk", "none"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernels_know_the_candidates_of_the_table(causal, own):
+    """`moc.context` says what a query may route to, and the kernels say it once more: a query with a route for every
+    chunk, or a random one for every chunk, has just its candidates."""
+    from moc.kernels import triton_backend
+
+    layout = two_samples()
+    chunks, rule = torch.arange(layout.num_chunks), {"causal": causal, "own_anchor": own}
+    expected = is_candidate(layout, moc.MoCConfig(**rule), layout.token_chunk[:, None], chunks)
+    q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
+    all_routed = moc.MoCConfig(**rule, top_k=len(chunks))
+    all_added = moc.MoCConfig(**rule, top_k=1, drop_off_max=0.0, drop_in_rate=500.0, drop_in_max=len(chunks))
+    for config, drops in ((all_routed, None), (all_added, DROPS)):
+        routes = triton_backend.route(q, k, layout, config, drops)[0]
+        assert torch.equal((routes[..., None] == chunks).any(1), expected)
 
 
 @interpreted
