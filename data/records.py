@@ -1,5 +1,6 @@
 """Keeps small files that a run of preparing leaves for the next; one that is not as it was written is made anew."""
 
+import hashlib
 import json
 import logging
 import zlib
@@ -21,6 +22,12 @@ def write_whole(path: Path, payload: bytes) -> None:
         raise DataError(
             "cannot-write", path, f"{error.strerror}; free some or choose another folder, then run again to resume"
         ) from error
+
+
+def digest(recipe: dict) -> str:
+    """Returns 16 hex digits to name what a recipe gives: equal recipes give the same, whatever the order of their
+    keys."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_record(path: Path, content: Any) -> None:

@@ -11,24 +11,15 @@ import torch
 from torch import Tensor
 
 from data.cache.store import FileStore
-from data.cache.writer import digest
 from data.errors import DataError
 from data.interfaces import Codec
 from data.manifest import resolve
 from data.media.index import VideoIndex
 from data.media.resize import read_shots
-from data.prepare.planning import SamplePlan
-from data.records import parse_record, read_record, write_record
+from data.records import digest, parse_record, read_record, write_record
 from moc.files import inside
 
 LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
-
-
-def latent_shapes(plan: SamplePlan, codec: Codec) -> list[list[int]]:
-    """Returns [C, T, H, W] of each shot, before anything is encoded."""
-    height, width = (side // codec.spatial_factor for side in plan.size)
-    lengths = [codec.latent_frames(len(indices), shot) for shot, indices in enumerate(plan.indices)]
-    return [[codec.latent_channels, length, height, width] for length in lengths]
 
 
 def name_films(root: Path, cache: Path) -> dict[str, str]:
@@ -39,17 +30,28 @@ def name_films(root: Path, cache: Path) -> dict[str, str]:
     return {"absolute": str(root)} | beside
 
 
-def describe_frames(plan: SamplePlan, root: Path, cache: Path, decoder: str) -> dict:
-    """Returns what `encode_frames` needs, for the index; leaves the video's own index in the cache folder."""
-    size = (root / plan.scene.path).stat().st_size
-    frames = {"file": plan.scene.path, "bytes": size, "decoder": decoder, "size": plan.size}
-    if plan.index is None:
+def describe_frames(
+    root: Path,
+    file: str,
+    decoder: str,
+    index: VideoIndex | None,
+    indices: tuple[tuple[int, ...], ...],
+    size: tuple[int, int],
+    cache: Path,
+) -> dict:
+    """Returns what `encode_frames` needs, for the index; leaves the video's own index in the cache folder.
+
+    file: the name under `root` of a video, or of an image, which has no index. indices: those of each shot's frames.
+    size: (H, W) after resizing.
+    """
+    frames = {"file": file, "bytes": (root / file).stat().st_size, "decoder": decoder, "size": size}
+    if index is None:
         return frames
-    index = asdict(plan.index)
-    name = f"videos/{digest({'file': frames['file'], 'index': index})}.json"
+    fields = asdict(index)
+    name = f"videos/{digest({'file': file, 'index': fields})}.json"
     if read_record(cache / name) is None:
-        write_record(cache / name, index)
-    return frames | {"video_index": name, "indices": plan.indices}
+        write_record(cache / name, fields)
+    return frames | {"video_index": name, "indices": indices}
 
 
 def encode_frames(

@@ -32,11 +32,6 @@ INDEX, COMPLETE = "index.json", "complete"
 NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
 
 
-def digest(recipe: dict) -> str:
-    """Returns 16 hex digits that name a cache: equal recipes give the same, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-
-
 @dataclass(frozen=True)
 class EncodedScene:
     """Holds a scene to store. latents: [C, T, H, W] a shot. text: for each caption length 1 + S tensors [T_i, text_dim]

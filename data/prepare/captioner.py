@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.cache.writer import digest
 from data.errors import DataError
 from data.manifest import Caption, captions, check_caption
 from data.media.decode import open_video
 from data.media.images import read_image
 from data.prepare.planning import SamplePlan, replan
-from data.records import read_record, write_record
+from data.records import digest, read_record, write_record
 
 TAGS = ("[character]", "[environment]", "[story]")
 _FRAMES_OF_SHOT = 4

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.cache.online import describe_frames, latent_shapes
+from data.cache.online import describe_frames
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
@@ -50,8 +50,9 @@ class SampleEncoder:
         encoded = EncodedScene(scene.id, plan.key, kind, latents, self._text(plan), cuts=cuts)
         if not self.online_in:
             return encoded
-        frames = describe_frames(plan, self.root, self.online_in, self.decoder)
-        return replace(encoded, shapes=latent_shapes(plan, self.codec), frames=frames)
+        shown = (plan.index, plan.indices, plan.size)
+        frames = describe_frames(self.root, scene.path, self.decoder, *shown, self.online_in)
+        return replace(encoded, shapes=_latent_shapes(plan, self.codec), frames=frames)
 
     def add_null_text(self, writer: CacheWriter) -> None:
         """Stores what stands for a dropped caption, global and of a shot: features of the empty one."""
@@ -85,6 +86,13 @@ class SampleEncoder:
             )
             for n in range(lengths)
         ]
+
+
+def _latent_shapes(plan: SamplePlan, codec: Codec) -> list[list[int]]:
+    """Returns [C, T, H, W] of each shot, before anything is encoded."""
+    height, width = (side // codec.spatial_factor for side in plan.size)
+    lengths = [codec.latent_frames(len(indices), shot) for shot, indices in enumerate(plan.indices)]
+    return [[codec.latent_channels, length, height, width] for length in lengths]
 
 
 def _of_length(texts: Sequence[str], n: int) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data.cache.online import name_films
-from data.cache.writer import CacheWriter, digest, finish, read_stored, remove_damaged, whole_scenes
+from data.cache.writer import CacheWriter, finish, read_stored, remove_damaged, whole_scenes
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.manifest import write_manifest
@@ -33,7 +33,7 @@ from data.prepare.scan import Scan, scan_video
 from data.prepare.settings import PrepareConfig
 from data.prepare.shots import build_detector
 from data.prepare.sources import MANIFEST, Found, find_scenes
-from data.records import read_record, write_record
+from data.records import digest, read_record, write_record
 from moc.earlier import as_written
 from moc.files import PARTIAL
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.cache.writer import digest
 from data.errors import DataError
 from data.interfaces import Codec
 from data.manifest import Caption, SceneRecord, ShotRecord, captions
@@ -13,6 +12,7 @@ from data.media.index import VideoIndex
 from data.media.resize import nearest_bucket, resample
 from data.prepare.scan import Scan
 from data.prepare.shots import Span
+from data.records import digest
 
 _CLAIM_TOLERANCE = 0.98
 

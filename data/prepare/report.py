@@ -11,12 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
-from data.cache.writer import digest
 from data.errors import DataError
 from data.manifest import captions
 from data.prepare.planning import SamplePlan
 from data.prepare.scan import Scan
-from data.records import write_whole
+from data.records import digest, write_whole
 
 REPORT_JSON, REPORT_HTML, THUMBNAILS = "report.json", "report.html", "thumbnails"
 _THUMBNAIL_HEIGHT = 96

@@ -7,11 +7,10 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-from data.cache.writer import digest
 from data.errors import DataError
 from data.media.index import VideoIndex, estimated_frames, index_video
 from data.prepare.shots import ShotDetector, Span
-from data.records import read_record, write_record
+from data.records import digest, read_record, write_record
 
 _VERSION = 2  # the version of what a scan finds; records of another version are made anew
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data.cache.writer import digest, read_stored
+from data.cache.writer import read_stored
 from data.loading.dataset import DataConfig, open_dataset
+from data.records import digest
 from moc.training import join_processes, read_metrics
 from tests import pipeline
 from tests.films import write_numbered

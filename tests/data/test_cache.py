@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from data.cache.reader import open_cache
-from data.cache.writer import COMPLETE, CacheWriter, digest, finish, read_stored, remove_stored
+from data.cache.writer import COMPLETE, CacheWriter, finish, read_stored, remove_stored
 from data.errors import DataError
-from data.records import write_whole
+from data.records import digest, write_whole
 from tests.caches import RECIPE, RECORD_FAULTS, flip_byte, read_everything, scene, write_cache
 
 
