@@ -188,7 +188,7 @@ def message_of(error: Exception) -> str:
 
 
 def parse(cfg: DictConfig, schema: type[T]) -> T:
-    """Hydra's config as a `schema` object; raises UserError with the full key of what is wrong.
+    """Returns Hydra's config as a `schema` object; raises UserError with the full key of what is wrong.
 
     A value `${required}` in YAML is one that the user must give: a merge would take the schema's default for `???`.
     """

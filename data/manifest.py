@@ -28,7 +28,8 @@ _SHOT_FIELDS = frozenset({"start", "end", "caption", "cut"})
 
 @dataclass(frozen=True)
 class ShotRecord:
-    """Names frames [start, end) of the video. cut: whether a true cut begins it, or it continues the shot before."""
+    """A shot is the frames [start, end) of its video. cut: whether a true cut begins it, or it continues the shot
+    before."""
 
     start: int
     end: int
@@ -38,7 +39,8 @@ class ShotRecord:
 
 @dataclass(frozen=True)
 class SceneRecord:
-    """Holds a line. Exactly one of video and image is set; fps None: the video's own; shots empty: to be detected.
+    """A scene is one line of a manifest. Exactly one of video and image is set; fps None: the video's own; shots empty:
+    to be detected.
 
     shot_captions: of the shots to be detected, from other tools' files; never in a manifest. origin: the file and line
     that the scene was read from, "" where it was no line of a file; it does not count when scenes are compared.

@@ -24,7 +24,8 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Features(Protocol):
-    """Computes features. name: what a report calls them. is_published: whether others measure with the same."""
+    """Features describe pictures as vectors, whose products are similarities. name: what a report calls them.
+    is_published: whether others measure with the same."""
 
     name: str
     is_published: bool
@@ -35,7 +36,7 @@ class Features(Protocol):
 
 
 class ColourHistogram:
-    """Takes square roots of a histogram of hue, saturation and value (OpenCV); their products are Bhattacharyya's."""
+    """These are the square roots of a histogram of hue, saturation and value (OpenCV): products are Bhattacharyya's."""
 
     name, is_published = "colour histogram", False
 
@@ -48,7 +49,7 @@ class ColourHistogram:
 
 
 class Dino:
-    """Takes the class token of a DINO or DINOv2 from a local folder."""
+    """These features are the class token of a DINO or DINOv2 from a local folder."""
 
     is_published = True
 
@@ -66,7 +67,7 @@ class Dino:
 
 
 class Clip:
-    """Maps pictures and texts to the joint space of a CLIP from a local folder."""
+    """These features are those of pictures and texts in the joint space of a CLIP from a local folder."""
 
     is_published = True
 

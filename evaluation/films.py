@@ -22,8 +22,9 @@ _NAME = re.compile(r"(?:^|[.;,]\s*|\n)\s*([A-Z][\w' -]{0,30}?):")
 
 @dataclass(frozen=True)
 class ShownShot:
-    """Shows a shot. pictures, after: uint8 [n, h, w, 3], frames spread over the shot and the frame that follows each.
-    frames: how many the shot has. names: the characters and places that it is said to show."""
+    """A shown shot holds the pictures by which a shot is judged. pictures, after: uint8 [n, h, w, 3], frames spread
+    over the shot and the frame that follows each. frames: how many the shot has. names: the characters and places that
+    it is said to show."""
 
     prompt: str
     cut: bool

@@ -21,7 +21,8 @@ from moc.diffusion.linear import linear_losses
 
 @dataclass(frozen=True)
 class Verdict:
-    """Judges a film. places: (scripted, seen) of each shot. cuts: first frames of shots, as scripted and as found."""
+    """A verdict says what a film shows, beside its script. places: (scripted, seen) of each shot. cuts: first frames of
+    shots, as scripted and as found."""
 
     places: list[tuple[str, str]]
     scripted_cuts: list[int]

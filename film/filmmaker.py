@@ -90,7 +90,7 @@ class FilmmakerConfig:
 
 
 class Shared(Generic[Value]):
-    """Makes a property when it is first read, once for a filmmaker and those that `with_steps` makes of it."""
+    """A shared property is made when it is first read, once for a filmmaker and those that `with_steps` makes of it."""
 
     def __init__(self, make: Callable[[Any], Value]) -> None:
         self.make, self.name = make, make.__name__

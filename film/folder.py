@@ -55,9 +55,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Kept:
-    """Records an unfinished film. step: that of sampling. made: the checksum of each finished shot's latent, by the
-    shot's number, which counts from 1. redo: the shots that are made anew, in a film that was whole before. tensors:
-    whatever else sampling goes on from."""
+    """This record is what is kept of an unfinished film. step: that of sampling. made: the checksum of each finished
+    shot's latent, by the shot's number, which counts from 1. redo: the shots that are made anew, in a film that was
+    whole before. tensors: whatever else sampling goes on from."""
 
     step: int = 0
     made: dict[int, int] = field(default_factory=dict)

@@ -111,7 +111,7 @@ def _from_entitybench(raw: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _described(raw: Any, where: str) -> dict[str, Any]:
-    """EntityBench's descriptions by name: {"Character 1": {"name": ..., "description": ...}, ...}."""
+    """Returns EntityBench's descriptions by name, from {"Character 1": {"name": ..., "description": ...}, ...}."""
     if raw is None:
         return {}
     if not isinstance(raw, dict):

@@ -16,7 +16,7 @@ from film.video import VideoConfig, write_preview, write_subtitles
 
 
 class Stills:
-    """Gives pictures of a film's shots and decodes each video once. Each shot's middle picture stays in memory."""
+    """These are pictures of a film's shots; each video is decoded once. Each shot's middle picture stays in memory."""
 
     def __init__(self, folder: FilmFolder) -> None:
         self.folder = folder

@@ -72,7 +72,7 @@ class ScriptShot:
 
 @dataclass(frozen=True)
 class Reference:
-    """Holds a picture of a character or a place, which lies inside the script's folder, and what it shows."""
+    """A reference is a picture of a character or a place, inside the script's folder, and what it shows."""
 
     prompt: str
     image: Path
@@ -80,8 +80,8 @@ class Reference:
 
 @dataclass(frozen=True)
 class Script:
-    """Tells a story. size: (height, width) in pixels. references: what every shot may look back to. entities: a
-    description of each name."""
+    """A script tells a story. size: (height, width) in pixels. references: what every shot may look back to. entities:
+    a description of each name."""
 
     title: str
     global_caption: str

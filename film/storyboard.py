@@ -28,7 +28,8 @@ def pick_frames(num_frames: int, count: int = FRAMES_A_ROW) -> list[int]:
 
 @dataclass(frozen=True)
 class Panel:
-    """Shows a shot on the storyboard. number: from 1. cut: whether a cut begins it. frames: uint8 [n, H, W, 3]."""
+    """A panel shows a shot on the storyboard. number: from 1. cut: whether a cut begins it. frames: uint8 [n, H, W,
+    3]."""
 
     number: int
     caption: str

@@ -36,9 +36,9 @@ class StreamSpec:
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds one scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global caption's,
-    then one for each shot. `position` is where it comes in the run's order of samples and keys its draws: noise,
-    levels, drops. cuts: whether a true cut begins each shot, or it continues the one before; empty means cuts
+    """A sample is one scene: latents [C, T, H, W], one for each shot; text features [T_i, text_dim], the global
+    caption's, then one for each shot. `position` is where it comes in the run's order of samples and keys its draws:
+    noise, levels, drops. cuts: whether a true cut begins each shot, or it continues the one before; empty means cuts
     everywhere. source: which source of a mix it comes from."""
 
     latents: list[Tensor]
@@ -58,7 +58,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packs samples: latents of all shots, text of all groups (global, shot 1, ... for each sample), their layout."""
+    """A batch is packed samples: latents of all shots, text of all groups (global, shot 1, ... for each sample), their
+    layout."""
 
     latents: list[Tensor]
     text: list[Tensor]

@@ -149,11 +149,11 @@ class MoCConfig:
 
 @dataclass(frozen=True)
 class DropKey:
-    """Names the random draws of context drop-off and drop-in, together with what the layout says of each token: its
-    sample's position in the run and its offset in the sample. The same key gives a sample the same draws on any device
-    or rank, in any pack, head split or recomputation. `first_head` is the global index of head 0 of the tensors at
-    hand. step: a number, or an int64 tensor [] of it on the device, for a CUDA graph that is replayed at other steps.
-    """
+    """A drop key sets the random draws of context drop-off and drop-in, together with what the layout says of each
+    token: its sample's position in the run and its offset in the sample. The same key gives a sample the same draws on
+    any device or rank, in any pack, head split or recomputation. `first_head` is the global index of head 0 of the
+    tensors at hand. step: a number, or an int64 tensor [] of it on the device, for a CUDA graph that is replayed at
+    other steps."""
 
     seed: int
     step: int | Tensor

@@ -17,11 +17,11 @@ LOCK = ".lock"
 
 
 class OutsideError(UserError):
-    """Is raised for a name that leads out of the folder it was given for."""
+    """This error is raised for a name that leads out of the folder it was given for."""
 
 
 class HeldError(UserError):
-    """Is raised for a folder that another process holds."""
+    """This error is raised for a folder that another process holds."""
 
 
 def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:

@@ -48,7 +48,8 @@ class Shot:
 
 @dataclass(frozen=True)
 class Segment:
-    """Is a run of tokens of one kind ("text" or "video"); shot counts within the sample, -1 for its global text."""
+    """A segment is a run of tokens of one kind, "text" or "video"; shot counts within the sample, -1 for its global
+    text."""
 
     kind: str
     sample: int
@@ -61,7 +62,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Group:
-    """Is the global text of a sample (shot -1) or a shot: text_tokens, then video_tokens, from `start` on."""
+    """A group is the global text of a sample (shot -1) or a shot: text_tokens, then video_tokens, from `start` on."""
 
     sample: int
     shot: int
@@ -79,7 +80,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Is the unit of routing: a run of tokens inside one segment."""
+    """A chunk, the unit of routing, is a run of tokens inside one segment."""
 
     kind: str
     sample: int
@@ -104,7 +105,7 @@ def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
 
 
 class ShotLayout:
-    """Describes a packed stream and never changes. Build it with `ShotLayout.build`, join samples with `pack`.
+    """A layout describes a packed stream and never changes. Build it with `ShotLayout.build`, join samples with `pack`.
 
     Python side (plain ints): segments, groups, chunks, sample_ranges, num_*; positions, which say where in the run each
     sample stands and key its random draws.

@@ -17,9 +17,10 @@ MOST_DETAILED = 100  # shots of a routing map that tells layers and noise levels
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Sums up routes. share_by_distance[d]: the share of the routes of shots' queries that goes d shots back (negative:
-    forward). Queries of global text stand in no shot, so their routes have no distance. entropy: that of the choice of
-    chunks over all queries, as a share of its maximum. unused: the share of video chunks that no query chose."""
+    """These numbers sum up the routes of a layer. share_by_distance[d]: the share of the routes of shots' queries that
+    goes d shots back (negative: forward). Queries of global text stand in no shot, so their routes have no distance.
+    entropy: that of the choice of chunks over all queries, as a share of its maximum. unused: the share of video chunks
+    that no query chose."""
 
     share_by_distance: dict[int, float]
     entropy: float

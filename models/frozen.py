@@ -33,7 +33,7 @@ class Base(StrEnum):
 
 
 class FrozenLinear(nn.Linear):
-    """Is a linear layer that computes as `linear` does, with its weight rounded to a format.
+    """This linear layer computes as `linear` does, with its weight rounded to a format.
 
     weight: bfloat16, int8, or the bits of fp8 (e4m3) as uint8, since neither gloo nor NCCL sends that type everywhere.
     scale: fp32 [out_features, 1], what a row of whole numbers or fp8 is multiplied by; none in bf16. The product is

@@ -72,14 +72,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Takes a layer norm in fp32 and returns its input's dtype."""
+    """This layer norm computes in fp32 and returns its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Takes an RMS norm in fp32 and returns its input's dtype."""
+    """This RMS norm computes in fp32 and returns its input's dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -102,7 +102,8 @@ class Modulation(nn.Module):
 
 
 class TokenStream(RecomputedParts):
-    """Holds a modality's weights in a block: q, k, v for the joint attention, then the output projection and the FFN.
+    """These are a modality's weights in a block: q, k, v for the joint attention, then the output projection and the
+    FFN.
 
     update=False leaves out what follows attention: the last block's text feeds keys and values only.
     """
@@ -133,7 +134,7 @@ class TokenStream(RecomputedParts):
 
 
 class JointBlock(RecomputedParts):
-    """Puts separate text and video weights around one attention over the packed stream (MMDiT)."""
+    """A joint block has separate text and video weights around one attention over the packed stream (MMDiT)."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, last: bool = False) -> None:
         super().__init__()
@@ -233,7 +234,7 @@ class Condition(nn.Module):
 
 
 class Output(nn.Module):
-    """Takes a modulated norm, then a linear to patches [Lv, patch_dim], zero at the start.
+    """The output is a modulated norm, then a linear to patches [Lv, patch_dim], zero at the start.
 
     with_skip adds the noisy patch times a gain of the condition, channel by channel: the best linear predictor of the
     velocity then costs the network nothing, which a small model needs and a wide one does not.

@@ -28,8 +28,8 @@ PREFIX = "transformer."  # begins the adapter's names in a pipeline's file
 
 @dataclass(frozen=True)
 class Lora:
-    """Has the settings of an adapter. targets: what its layers' names end in. base: path of the weights that it adapts,
-    and fingerprint: which those are, should others come to lie there (`Checkpoint.fingerprint`)."""
+    """These are the settings of an adapter. targets: what its layers' names end in. base: path of the weights that it
+    adapts, and fingerprint: which those are, should others come to lie there (`Checkpoint.fingerprint`)."""
 
     rank: int
     targets: Sequence[str]
@@ -69,7 +69,7 @@ def _names(linear: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Is a trained adapter on disk."""
+    """This is a trained adapter on disk."""
 
     lora: Lora
     source: TensorSource
@@ -87,7 +87,7 @@ class Adapter:
 
 
 class Trainable(ModelMixin, nn.Module, ConfigMixin):
-    """Is a diffusers model that can have an adapter. peft is imported where one is: it takes seconds."""
+    """This is a diffusers model that can have an adapter. peft is imported where one is: it takes seconds."""
 
     # Diffusers' classes give a model these, which type checkers are not shown (pyproject.toml).
     config: Any

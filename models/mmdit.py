@@ -24,7 +24,7 @@ from models.stream import Embedded, Part, StreamModel
 
 
 class MMDiT(StreamModel):
-    """Is the multi-shot transformer that is trained from nothing; its forward is `models.stream.StreamModel`'s.
+    """This is the multi-shot transformer that is trained from nothing; its forward is `models.stream.StreamModel`'s.
 
     latent_channels, text_dim: widths of the codec's latents and of the text encoder's features.
     patch_size: latent (frames, height, width) of a token. input_skip: see `models.layers.Output`.

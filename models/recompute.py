@@ -11,8 +11,8 @@ ROW_PARTS = 4  # parts of a feed-forward network
 
 
 class RecomputedParts(nn.Module):
-    """Is a module whose parts are computed once more in backward, one after another, where `recomputes_parts` is set:
-    what backward needs then is that of one part at a time."""
+    """This is a module whose parts are computed once more in backward, one after another, where `recomputes_parts` is
+    set: what backward needs then is that of one part at a time."""
 
     recomputes_parts = False
 

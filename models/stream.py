@@ -33,7 +33,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Part:
-    """Names the tokens that a forward computes: those of the groups from `first_group` on, or, where several
+    """A part is the tokens that a forward computes: those of the groups from `first_group` on, or, where several
     processes share a stream, this one's run of them.
 
     start, end: of the run in the stream. text_rows, video_rows: which rows of the groups' text and video it holds.
@@ -130,7 +130,7 @@ class Part:
 
 @dataclass
 class StreamAttention:
-    """Does the self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are
+    """This is the self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are
     taken, so that recomputation under activation checkpointing attends to the same chunks and does not route twice.
 
     table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
@@ -207,7 +207,7 @@ class StreamAttention:
 
 
 class Embedded(NamedTuple):
-    """Holds the things that the blocks of a model work on.
+    """This is what the blocks of a model work on.
 
     tokens: what a block takes first and returns changed, a tensor or a tuple of them. inputs: what every block is given
     besides.

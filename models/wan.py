@@ -45,7 +45,8 @@ class Window(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Has the projections and norms of one attention; q and k are normed over the full width, before the head split."""
+    """These are the projections and norms of one attention; q and k are normed over the full width, before the head
+    split."""
 
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -67,7 +68,8 @@ class Attention(nn.Module):
 
 
 class Block(RecomputedParts):
-    """Does self-attention over the stream, cross-attention to the text and an FFN, modulated by each token's shot."""
+    """A block is self-attention over the stream, cross-attention to the text and an FFN, modulated by each token's
+    shot."""
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
@@ -127,7 +129,7 @@ class TextTimeEmbedding(nn.Module):
 
 
 class WanTransformer3DModel(StreamModel):
-    """Is Wan's transformer under diffusers' name and settings; its forward is `models.stream.StreamModel`'s.
+    """This is Wan's transformer under diffusers' name and settings; its forward is `models.stream.StreamModel`'s.
 
     cut_gap: latent frames left out of the running time at each true cut; the one setting that diffusers does not know.
     Raises UserError for the family's image-to-video variants, whose extra inputs are not known here, and for a

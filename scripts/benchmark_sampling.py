@@ -77,7 +77,8 @@ Shots = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Film:
-    """Sizes a film. frames: latent frames of each shot. size: height, width of a latent. chunk_tokens: a chunk's."""
+    """A film to sample has these sizes. frames: latent frames of each shot. size: height, width of a latent.
+    chunk_tokens: a chunk's."""
 
     frames: tuple[int, ...]
     size: tuple[int, int]
@@ -139,7 +140,8 @@ class SamplingBenchmarkConfig:
 
 @dataclass
 class Taken:
-    """Holds steps of one stream: their seconds, how many of these the model took, and the peak of memory in bytes."""
+    """These are the steps of one stream: their seconds, how many of these the model took, and the peak of memory in
+    bytes."""
 
     seconds: list[float] = field(default_factory=list)
     inside: list[float] = field(default_factory=list)

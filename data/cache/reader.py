@@ -22,7 +22,8 @@ REMEDY = "run scripts/prepare_data.py again: it makes only what is missing"
 
 @dataclass(frozen=True)
 class CachedScene:
-    """Holds a scene of the index. latent_shapes: (C, T, H, W) of each shot; text_keys: [caption length][1 + S]."""
+    """A cached scene is an entry of the index. latent_shapes: (C, T, H, W) of each shot; text_keys: [caption length][1
+    + S]."""
 
     id: str
     key: str

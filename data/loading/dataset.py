@@ -105,7 +105,8 @@ class DataConfig:
 
 
 class ShotDataset:
-    """Gives scenes of one or more caches. `dataset[i]` is scene i whole; `sample(draw)` applies a draw's drops.
+    """This dataset gives the scenes of one or more caches. `dataset[i]` is scene i whole; `sample(draw)` applies a
+    draw's drops.
 
     Raises DataError: missing or unfinished caches, no-usable-samples, mixed-encoders.
     """

@@ -43,7 +43,7 @@ class EncodedScenes:
 
 
 class RecallWorld:
-    """A world of recall scenes in one codec's latents and one text encoder's features, on `device`."""
+    """This world gives recall scenes as one codec's latents and one text encoder's features, on `device`."""
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class RecallWorld:
         save_encoders: Callable[[Path], None],
         device: torch.device | str = "cpu",
     ) -> None:
-        """codec, text: on `device`. save_encoders: writes both where sampling looks for them. Raises DataError where
-        the codec cannot take such shots."""
+        """Takes a codec and a text encoder on `device`. save_encoders: writes both where sampling looks for them.
+        Raises DataError where the codec cannot take such shots."""
         if codec.whole_frames(config.frames) != config.frames or any(n % codec.spatial_factor for n in config.size):
             raise DataError(
                 "unfit-size",
@@ -89,7 +89,7 @@ class RecallWorld:
         return self.config.shots
 
     def encode(self, scenes: RecallScenes, captioned: bool = True) -> EncodedScenes:
-        """captioned: with their captions, or with none."""
+        """Returns scenes as a model sees them, with their captions or, unless `captioned`, with none."""
         composed, shape = self.stock.compose(scenes), scenes.cast.shape
         latents = torch.vmap(self.codec.encode)(composed.frames)
         cover = self._pooled(composed.cover, latents.shape)
@@ -124,7 +124,7 @@ class RecallWorld:
 
 
 class EndlessLoader:
-    """Endless optimizer steps of one rank, as `data.loading.loader.Loader` gives them."""
+    """This loader gives endless optimizer steps of one rank, as `data.loading.loader.Loader` does."""
 
     def __init__(
         self,
@@ -140,9 +140,9 @@ class EndlessLoader:
         accumulation: int = 1,
         start_position: int = 0,
     ) -> None:
-        """validation: how many scenes are held out. drop_captions: the rate at which a step loses the captions of all
-        its scenes, which so lie alike. Raises DataError where a step cannot hold a scene for each rank and
-        accumulation."""
+        """Takes the share of one rank, as `build_loader` does. validation: how many scenes are held out. drop_captions:
+        the rate at which a step loses the captions of all its scenes, which so lie alike. Raises DataError where a step
+        cannot hold a scene for each rank and accumulation."""
         self.world, self.spec, self.chunk_tokens = world, spec, chunk_tokens
         self.position, self.rank, self.stride = start_position, rank, world_size
         self.bins, self.validation, self.drop_captions = world_size * accumulation, validation, drop_captions
@@ -172,7 +172,7 @@ class EndlessLoader:
             ]
 
     def held_out(self) -> Iterator[moc.Batch]:
-        """This rank's share of the scenes that no training sees."""
+        """Yields this rank's share of the scenes that no training sees."""
         positions = list(range(self.rank, self.validation, self.stride))
         for start in range(0, len(positions), HELD_OUT_AT_ONCE):
             yield self._batch(positions[start : start + HELD_OUT_AT_ONCE], HELD_OUT)

@@ -40,7 +40,7 @@ class MicroBatches(Dataset):
 
 
 class Loader:
-    """Gives steps; `build_loader` makes it. `position`: the next sample not yet given out."""
+    """A loader gives the steps of a run; `build_loader` makes it. `position`: the next sample not yet given out."""
 
     def __init__(
         self,
@@ -88,12 +88,12 @@ class Loader:
                 yield [step.popleft() for _ in range(self.accumulation)]  # so that only the user keeps them alive
 
     def held_out(self) -> Iterator[moc.Batch]:
-        """This rank's share of the scenes that it does not train on; see `held_out`."""
+        """Yields this rank's share of the scenes that are held out; see `held_out`."""
         spec, chunk_tokens = self.spec, self.chunk_tokens
         return held_out(self.dataset, self.config.validation, spec, chunk_tokens, self.rank, self.world_size)
 
     def _planned(self, ends: deque[int]) -> Iterator[list[Draw]]:
-        """This rank's micro-batches, planned ahead of their reading; notes where each step ends."""
+        """Yields this rank's micro-batches, planned ahead of their reading, and notes where each step ends."""
         steps = plan_steps(
             lambda position: self.dataset.draw(position, self.order[position][0], self.config),
             lambda draw: self.dataset.num_tokens(draw, self.spec),

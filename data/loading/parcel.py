@@ -15,8 +15,8 @@ _ALIGNMENT = 16
 
 
 class Parcel(NamedTuple):
-    """Holds an object and its tensors. shell: pickled, the dtype's name, shape, strides and first element of each
-    tensor, then the object without its tensors. flat: uint8, the tensors' bytes.
+    """A parcel holds an object and, apart, its tensors. shell: pickled, the dtype's name, shape, strides and first
+    element of each tensor, then the object without its tensors. flat: uint8, the tensors' bytes.
 
     `shell` is bytes because a DataLoader that pins memory would look through lists and tuples number by number.
     """

@@ -38,8 +38,8 @@ class ShotRule:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """Plans a sample to encode. scene: its manifest line; indices: the frames of each shot; size: (H, W) after
-    resizing; key: a digest of all that the encoding depends on besides the cache's recipe."""
+    """A plan says how a sample is encoded. scene: its manifest line; indices: the frames of each shot; size: (H, W)
+    after resizing; key: a digest of all that the encoding depends on besides the cache's recipe."""
 
     scene: SceneRecord
     indices: tuple[tuple[int, ...], ...]

@@ -45,7 +45,7 @@ EMBLEMS: dict[str, np.ndarray] = {
 
 @dataclass(frozen=True)
 class Badge:
-    """Holds what a name has in every scene. bounce: its bob at a step, in frame heights; pace: steps a second."""
+    """A badge is what a name has in every scene. bounce: its bob at a step, in frame heights; pace: steps a second."""
 
     animal: str
     emblem: str
@@ -79,7 +79,8 @@ class Look:
 
 @dataclass(frozen=True)
 class Pose:
-    """Poses a character. x, y: its feet, world units. facing: -1 left, 1 right, 0 the viewer. Angles are in radians."""
+    """A pose says how a character stands. x, y: its feet, world units. facing: -1 left, 1 right, 0 the viewer. Angles
+    are in radians."""
 
     x: float
     y: float

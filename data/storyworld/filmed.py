@@ -31,7 +31,7 @@ def build_stock(config: RecallConfig, device: torch.device | str = "cpu") -> Sto
 
 
 class FilmedStock(Stock):
-    """The things of a world whose cameras move: its places are seen by each camera beforehand.
+    """This stock is that of a world whose cameras move: what each camera sees of a place is painted beforehand.
 
     seen: fp32 [cameras, F, H, W, 2], where in a clip the pixels lie, as `grid_sample` takes them.
     """

@@ -43,7 +43,8 @@ class View:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times a shot. seconds: its length. settle_in, settle_out: whether it continues a shot, or is continued."""
+    """A timing says when things happen in a shot. seconds: its length. settle_in, settle_out: whether it continues a
+    shot, or is continued."""
 
     seconds: float
     settle_in: bool = False
@@ -90,7 +91,8 @@ def _fields(view: View) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class Moment:
-    """Times an actor. time: into the shot. clock: its own, for what repeats. energy, distance: those of Timing."""
+    """A moment is a point in an actor's time. time: into the shot. clock: its own, for what repeats. energy, distance:
+    those of Timing."""
 
     time: float
     clock: float

@@ -29,7 +29,7 @@ HELD_OUT = 1 << 40  # the first index of scenes that no training sees
 
 @dataclass
 class RecallConfig:
-    """A world of recall scenes.
+    """These settings describe a world of recall scenes.
 
     size: height and width. frames: of a shot. characters: names in a scene. places: in a scene, each shot in another
     than the shot before. paintings: how many paintings of each place there are. look_alikes: a second name has the

@@ -56,7 +56,7 @@ class Composed:
 
 
 class Stock:
-    """The things of a world of recall scenes, on a device.
+    """A stock holds what recall scenes are composed of, on a device.
 
     clips: fp16 [names x actions x facings, F, 8, H', W'], keep, shade, own (3), furred, dressed and trimmed, on fine
     pixels with a margin for where a character may stand. under, over: fp16 [places x paintings x views, F or 1, 3, H,
@@ -124,8 +124,8 @@ class Stock:
         return Composed(torch.cat([one.frames for one in composed]), torch.cat([one.cover for one in composed]))
 
     def _compose(self, numbers: Tensor, where: Tensor) -> Composed:
-        """numbers: place, painted view of it, fur, outfit and camera of each shot, [5, N]. where: clip, row and column
-        of its character, [3, N], on the CPU."""
+        """Returns the shots that these numbers describe. numbers: place, painted view of it, fur, outfit and camera of
+        each shot, [5, N]. where: clip, row and column of its character, [3, N], on the CPU."""
         keep, shade, shown = self._characters(numbers, where).float().split((1, 1, 3), dim=2)
         frames = torch.addcmul(shown, keep, self.under[numbers[1]])
         over, clear = self.over[numbers[1]].split((3, 1), dim=2)

@@ -18,7 +18,7 @@ CLOSE, PAN = 1.25, 0.16  # zoom of a close view; half a pan's way, world units
 
 @dataclass(frozen=True)
 class Shot:
-    """Tells a shot of a scene: where it is, how long, how the camera goes from its first view to its last, who acts."""
+    """A shot says where a scene is, for how long, how the camera goes from its first view to its last, and who acts."""
 
     place: str
     cut: bool
@@ -44,7 +44,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Scene:
-    """Tells a scene before it is drawn: the looks of its cast, its shots, captions, and which names return."""
+    """A scene says what is to be drawn: the looks of its cast, its shots, captions, and which names return."""
 
     looks: tuple[Look, ...]
     shots: tuple[Shot, ...]

@@ -16,8 +16,8 @@ CONSTANT = 1e-6  # a value that varies less than this share of the mean variance
 
 @dataclass(frozen=True)
 class LinearPredictor:
-    """Has mean [d], basis [d, r] of unit eigenvectors, variance [r] along them and `rest` along all other
-    directions."""
+    """The predictor takes latents for a Gaussian: mean [d], basis [d, r] of unit eigenvectors, variance [r] along them
+    and `rest` along all other directions."""
 
     mean: Tensor
     basis: Tensor

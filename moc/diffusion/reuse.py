@@ -21,9 +21,9 @@ Way = list[float]  # says how a step asks the model; equal lists ask the same bu
 
 @dataclass(frozen=True)
 class Asked:
-    """Tells when the model was last asked about a shot: how, with the latent and the velocity then, both fp32 [C, T, H,
-    W], and the rate: how much the velocity had changed since the time before, divided by the latent's distance; inf
-    where it is not known."""
+    """This is what the model was last asked about a shot: in which way, with the latent and the velocity then, both
+    fp32 [C, T, H, W], and the rate, which is how much the velocity had changed since the time before, divided by the
+    latent's distance; inf where it is not known."""
 
     way: Way
     latent: Tensor

@@ -30,7 +30,7 @@ class Stream:
 
 
 class Side:
-    """Is one side of guidance: the model under the prompt or under the negative one, and what it remembers there."""
+    """A side of guidance is the model under the prompt or under the negative one, and what it remembers there."""
 
     def __init__(self, model: Model, spec: StreamSpec, text: list[Tensor], cuts: Sequence[bool]) -> None:
         self.model, self.spec, self.cuts = model, spec, cuts

@@ -21,7 +21,7 @@ class SolverKind(StrEnum):
 
 
 class Euler:
-    """Takes one straight step after another and remembers nothing."""
+    """This solver takes one straight step after another and remembers nothing."""
 
     def __init__(self, levels: Tensor) -> None:
         """Takes noise levels from 1 down to 0, float32 [steps + 1]."""
@@ -36,7 +36,8 @@ class Euler:
 
 
 class Multistep:
-    """Steps by UniPC (arXiv 2302.04867) or DPM-Solver++ (arXiv 2211.01095) of order 2, in diffusers' schedulers."""
+    """This solver steps by UniPC (arXiv 2302.04867) or DPM-Solver++ (arXiv 2211.01095) of order 2, in diffusers'
+    schedulers."""
 
     def __init__(
         self, kind: SolverKind, levels: Tensor, number: int = 0, remembered: Mapping[str, Tensor] = {}

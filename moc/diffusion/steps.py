@@ -21,9 +21,9 @@ def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """Describes one step of sampling. now, after: float32 [S], the noise level of each shot of the story before and
-    after it. shots: those of the stream. moving: those of them that take the step. steps_done: how many steps each shot
-    has taken before it. is_dense: whether attention is dense."""
+    """A step of sampling moves some shots of a stream. now, after: float32 [S], the noise level of each shot of the
+    story before and after it. shots: those of the stream. moving: those of them that take the step. steps_done: how
+    many steps each shot has taken before it. is_dense: whether attention is dense."""
 
     now: Tensor
     after: Tensor

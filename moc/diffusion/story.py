@@ -73,7 +73,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Story:
-    """Describes what is to be sampled: one shot or more, of which at least one is not given.
+    """A story is what is to be sampled: one shot or more, of which at least one is not given.
 
     shapes: (C, T, H, W) of each shot's latent.
     text, negative: features [T_i, text_dim] of the global caption, then of each shot's, to steer to and away from.
@@ -125,8 +125,8 @@ class Story:
 
 @dataclass(frozen=True)
 class Progress:
-    """Holds how far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of every
-    shot that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index. remembered: what is
+    """This is how far a story is sampled: enough to go on from there. step: steps done of `num_steps`. latents: of
+    every shot that has begun, noisy or finished, and of given ones; fp32 [C, T, H, W], by index. remembered: what is
     remembered of the steps of unfinished shots, by index and name. reused: how many steps took an earlier one's
     velocity."""
 

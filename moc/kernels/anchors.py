@@ -62,7 +62,7 @@ class AnchorCall(NamedTuple):
 
 
 class AnchorPlan(NamedTuple):
-    """Plans anchored attention: its calls, or, where they are short, the same as one variable-length call.
+    """A plan of anchored attention holds its calls, or, where they are short, the same as one variable-length call.
 
     text_index: the layout's; calls are empty where they are packed.
     """

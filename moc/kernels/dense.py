@@ -39,7 +39,7 @@ Backward = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class DenseKernel:
-    """Is one way to compute dense attention with scale D**-0.5, without mask.
+    """A dense kernel is one way to compute dense attention with scale D**-0.5, without mask.
 
     forward(q, k, v) -> (out, lse): q [Lq, N, D], k, v [Lk, N, D] -> out [Lq, N, D] in their dtype, lse fp32 [N, Lq].
     backward(dout, q, k, v, out, lse, deterministic) -> (dq, dk, dv), where out and lse may be merged ones.

@@ -25,7 +25,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Run(NamedTuple):
-    """Describes the call of one group. queries: the group's in q. start: its sample's in the stream. first_chunk: the
+    """A run is the call of one group. queries: the group's in q. start: its sample's in the stream. first_chunk: the
     sample's. key_chunk: int64 [tokens of the sample], each one's chunk, counted from it. ends: how many tokens so many
     chunks have. num_anchored: the number of chunks up to the last anchor.
 

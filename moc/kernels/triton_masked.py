@@ -34,7 +34,8 @@ MAX_TOKENS = 2048  # samples up to this mean length are masked: lists to leave k
 
 
 class MaskedPlan(NamedTuple):
-    """Plans a stream. blocks int32 [n, 4]: up to a tile of a sample's tokens: start, end, then the sample's.
+    """This is how the attention of a stream is laid out. blocks int32 [n, 4]: up to a tile of a sample's tokens: start,
+    end, then the sample's.
 
     token_chunk int32 [L]: each token's chunk, counted within its sample. first_chunk int32 [L]: its sample's first one.
     anchors int64 [L]: the chunks of its sample that a token attends to whatever its routes, as bits.

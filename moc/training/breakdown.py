@@ -10,7 +10,8 @@ _LAST_SHOT = 16  # shots from here on count as one
 
 
 class Breakdown:
-    """Takes the mean loss of target shots apart, over the steps that were added since the last reading."""
+    """A breakdown splits the mean loss of target shots by noise level, shot and source, over the steps since it was
+    last read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])

@@ -43,7 +43,8 @@ _STEP_FOLDER = re.compile(r"step_(\d{7,})")
 
 
 class DiskError(UserError):
-    """Is raised for a checkpoint that the disk does not take; `problem` says why, and that the earlier ones stand."""
+    """This error is raised for a checkpoint that the disk does not take; `problem` says why, and that the earlier ones
+    stand."""
 
     def __init__(self, problem: str) -> None:
         self.problem = problem
@@ -106,7 +107,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 class Alone:
-    """Is a process that writes a checkpoint by itself; `Parallel` stands for several that write one together."""
+    """`Alone` is a process that writes a checkpoint by itself; `Parallel` stands for several that write one
+    together."""
 
     is_main, rank, world_size = True, 0, 1
 
@@ -118,7 +120,7 @@ class Alone:
 
 
 class Writers(Protocol):
-    """Stands for the processes that write a checkpoint; see `Parallel`."""
+    """`Writers` are the processes that write a checkpoint; see `Parallel`."""
 
     @property
     def is_main(self) -> bool: ...

@@ -11,8 +11,8 @@ from moc.batch import Batch
 
 
 class Clock:
-    """Times steps, how long they wait for data, and how long the device is at each phase of them. device: on a GPU the
-    phases are timed there, by events, for which the host never waits."""
+    """A clock measures how long steps take, how long they wait for data, and how long the device is at each of their
+    phases. device: on a GPU the phases are timed there, by events, for which the host never waits."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._on_gpu = torch.device(device).type == "cuda"

@@ -20,8 +20,8 @@ TRACKERS = ("none", "wandb", "wandb-offline", "tensorboard")
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    """tracker: none (the file alone), wandb, wandb-offline (to be synchronized later; needs no account), or
-    tensorboard. project: of Weights & Biases."""
+    """These settings say where metrics go besides their file. tracker: none (the file alone), wandb, wandb-offline (to
+    be synchronized later; needs no account), or tensorboard. project: of Weights & Biases."""
 
     tracker: str = "none"
     project: str = "moc"
@@ -71,7 +71,7 @@ class Metrics:
 
 
 class Tracker(Protocol):
-    """Takes metrics to where they go besides the file."""
+    """A tracker takes the metrics elsewhere, besides the file."""
 
     def log(self, step: int, values: dict[str, Any]) -> None: ...
 
@@ -79,7 +79,7 @@ class Tracker(Protocol):
 
 
 class WeightsAndBiases:
-    """Makes one run there for one folder, however often it is resumed: its id is kept in the folder."""
+    """This tracker makes one run there for one folder, however often it is resumed: its id is kept in the folder."""
 
     def __init__(self, folder: Path, config: TrackerConfig, run_config: dict[str, Any]) -> None:
         import wandb
@@ -114,7 +114,7 @@ class WeightsAndBiases:
 
 
 class TensorBoard:
-    """Writes event files in the run's folder; a resumed run replaces the steps past its checkpoint."""
+    """This tracker writes event files in the run's folder; a resumed run replaces the steps past its checkpoint."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         try:

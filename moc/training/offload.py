@@ -61,8 +61,8 @@ class _OnHost:
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """Is AdamW whose averages of gradients wait on the host. In a step those of some parameters come to the device,
-    which computes as ever, and go back; the host waits for the last of them."""
+    """This is AdamW whose averages of gradients wait on the host. In a step those of some parameters come to the
+    device, which computes as ever, and go back; the host waits for the last of them."""
 
     state_device = torch.device("cpu")  # states like a parameter lie here between two steps
 

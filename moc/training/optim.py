@@ -138,7 +138,7 @@ def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
 
 
 class Several(torch.optim.Optimizer):
-    """Steps optimizers over different parameters as one, with the groups and the states of all."""
+    """Several optimizers, over different parameters, step here as one, with the groups and the states of all."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers

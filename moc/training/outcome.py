@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 class Outcome:
-    """Holds a step's outcome. `read` waits for the device to have finished the step; the constructor does not."""
+    """An outcome is what came of a step. `read` waits for the device to have finished the step; the constructor does
+    not."""
 
     def __init__(
         self, step: int, batches: Sequence[Batch], levels: Sequence[NoiseLevels], losses: Tensor, totals: Tensor
@@ -89,7 +90,8 @@ def _of_each_shot(batches: Sequence[Batch], by_sample: Sequence[Sequence[str]]) 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums up a step. loss, grad_norm: over all processes. num_finite: how many of its shots have a finite loss."""
+    """These numbers sum up a step. loss, grad_norm: over all processes. num_finite: how many of its shots have a finite
+    loss."""
 
     loss: float = math.nan
     grad_norm: float = math.nan
@@ -107,7 +109,7 @@ class Totals:
 
 
 class TooManySkipped(FloatingPointError):
-    """Is raised where too many steps in a row were skipped."""
+    """This error is raised where too many steps in a row were skipped."""
 
 
 class SkipCount:

@@ -110,7 +110,8 @@ class ParallelConfig(MeshConfig):
 
 
 class Parallel:
-    """Knows this process among those of a command: rank, world_size, device, and dtype, that of its forward passes.
+    """`Parallel` knows this process among those of a command: rank, world_size, device, and dtype, that of its forward
+    passes.
 
     data_rank, data_ranks: rank and number among the processes with samples of their own; those that hold a stream
     together count as one. saving: a context in which a forward pass keeps what its backward needs where the

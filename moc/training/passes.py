@@ -54,8 +54,8 @@ class Inputs:
 
 
 class Passes:
-    """Takes the forward and backward passes of a run; graphs: how many kinds of micro-batches have one kept. Raises
-    UserError where graphs are asked for and cannot be."""
+    """`Passes` runs the forward and backward passes of a run; graphs: how many kinds of micro-batches have one kept.
+    Raises UserError where graphs are asked for and cannot be."""
 
     def __init__(self, parallel: Parallel, model: nn.Module, flow: Flow, seed: int, graphs: int) -> None:
         if graphs and (parallel.world_size > 1 or parallel.offloads or getattr(model, "gradient_checkpointing", False)):

@@ -33,8 +33,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @dataclass
 class _Forward:
-    """Counts of one forward how often the queries of each group chose each chunk, int64 [G, M], over its `layers` that
-    route and all their `heads`."""
+    """This counts, in one forward, how often the queries of each group chose each chunk, int64 [G, M], over its
+    `layers` that route and all their `heads`."""
 
     layout: ShotLayout
     counts: Tensor | int = 0
@@ -51,7 +51,8 @@ class _Forward:
 
 @dataclass
 class Survey:
-    """Tells routing, density and FLOPs of a step, on this process's share of it. model: a `StreamModel`, unwrapped."""
+    """A survey tells routing, density and FLOPs of a step, on this process's share of it. model: a `StreamModel`,
+    unwrapped."""
 
     model: Any
     moc: MoCConfig

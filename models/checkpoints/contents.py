@@ -48,7 +48,7 @@ class Contents:
 
     @cached_property
     def root(self) -> Path:
-        """Is the checkpoint or the pipeline that `path` is, or whose model's folder it is; else `path` itself."""
+        """Returns the checkpoint or the pipeline that `path` is, or whose model's folder it is; else `path` itself."""
         folders = {*MODEL_FOLDERS, *chain(*EXPERT_FOLDERS)}
         is_inner = self.path.name in folders and any(
             (self.path.parent / mark).is_file() for mark in (COMPLETE, PIPELINE_FILE)
@@ -106,7 +106,7 @@ class Contents:
 
     @property
     def own_flow(self) -> Flow:
-        """Is as `flow`, but that of a pipeline's expert covers its own noise levels alone: from the pipeline's
+        """Returns `flow`, which for a pipeline's expert covers its own noise levels alone: from the pipeline's
         boundary_ratio on, or up to it."""
         boundary = _boundary_ratio(self.root / PIPELINE_FILE)
         high, low = zip(*EXPERT_FOLDERS, strict=True)

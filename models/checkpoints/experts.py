@@ -36,7 +36,7 @@ class ExpertCaches(NamedTuple):
 
 
 class Experts(nn.Module):
-    """Is one model to the sampler: `high` while the noisiest shot is at `boundary` or above, `low` below.
+    """Two experts are one model to the sampler: `high` while the noisiest shot is at `boundary` or above, `low` below.
 
     boundary: in [0, 1]. The noisiest shot is the one being made: history is almost clean.
     """

@@ -55,8 +55,8 @@ def read_choices(setting: Any) -> tuple[LoraChoice, ...]:
 
 @dataclass(frozen=True)
 class MergedLora:
-    """Is a LoRA beside weights, ready to be merged. factors: a weight's up and down matrices, by name, and their scale;
-    differences: the names of what is added to a tensor; both by diffusers' names of the tensors."""
+    """This is a LoRA beside weights, ready to be merged. factors: a weight's up and down matrices, by name, and their
+    scale; differences: the names of what is added to a tensor; both by diffusers' names of the tensors."""
 
     source: TensorSource
     weight: float

@@ -39,10 +39,10 @@ HEAD_DIM = 128  # every Wan model has it; files without a config do not tell it
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Is a model on disk. root: the training checkpoint or pipeline it belongs to, or its own path. form: diffusers,
-    original or comfyui names. config: its class's arguments. stored: diffusers name -> the name in the file. moc:
-    attention settings kept beside the weights. adapters: LoRAs of the stored weights, each trained on top of the ones
-    before it. loras: those of others, merged after these."""
+    """A checkpoint is a model on disk. root: the training checkpoint or pipeline it belongs to, or its own path. form:
+    diffusers, original or comfyui names. config: its class's arguments. stored: diffusers name -> the name in the file.
+    moc: attention settings kept beside the weights. adapters: LoRAs of the stored weights, each trained on top of the
+    ones before it. loras: those of others, merged after these."""
 
     root: Path
     form: str
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """Is the model's own file or folder, or the adapter's where the checkpoint is a LoRA."""
+        """Returns the model's own file or folder, or the adapter's where the checkpoint is a LoRA."""
         return self.adapters[-1].source.path if self.adapters else self.source.path
 
     def read(self, name: str) -> Tensor:

@@ -65,7 +65,8 @@ class CodecConfig:
 
 
 class Codec(nn.Module):
-    """Is the interface that data, trainer and sampler rely on. A codec supplies `encode_piece` and `decode_piece`."""
+    """This is the interface that data, trainer and sampler rely on. A codec supplies `encode_piece` and
+    `decode_piece`."""
 
     latent_channels: int
     temporal_factor: int = 4

@@ -95,7 +95,7 @@ def border_rotation() -> Tensor:
 
 
 class LappedCodec(Codec):
-    """Is the codec that the module describes. Every stored coefficient survives decoding exactly.
+    """This is the codec that the module describes. Every stored coefficient survives decoding exactly.
 
     Channels are ordered by expected amplitude; a coefficient is divided by A (a / A) ** whitening, where a is its
     amplitude in the law and A the largest.

@@ -84,7 +84,7 @@ class TextConfig:
 
 
 class TextEncoder(nn.Module):
-    """Is the interface that data, trainer and sampler rely on."""
+    """This is the interface that data, trainer and sampler rely on."""
 
     text_dim: int
     fingerprint: str
@@ -108,7 +108,7 @@ class TextEncoder(nn.Module):
 
 
 class EmbeddedTextEncoder(TextEncoder):
-    """Is a T5 encoder with fixed random weights: its features keep identity and order of words, and mean no more.
+    """This is a T5 encoder with fixed random weights: its features keep identity and order of words, and mean no more.
 
     vocabulary: words that become one token each; any other English text is spelled in characters.
     """
