@@ -6,6 +6,9 @@ films each script in it, to DIR/NAME; dry_run=true tells what the films will cos
 sample.py` deals the scripts to its processes, or with parallel.sequence=N has N of them make each film together.
 """
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 from configs.command import command
 from configs.schema import SampleConfig
 from film.batch import find_films

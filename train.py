@@ -9,6 +9,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 import torch
 
 from configs.command import command
@@ -35,12 +38,10 @@ def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
     with ending_at_signals():
-        dataset: ShotDataset | RecallWorld | None = (
-            None if config.data.recall else open_dataset(config.data, load_codec)
-        )
+        prepared = None if config.data.recall else open_dataset(config.data, load_codec)
         parallel = Parallel(config.parallel)
         with held(config.run_folder, holds=parallel.is_main):
-            dataset = dataset or recall_world(config, parallel.device)
+            dataset: ShotDataset | RecallWorld = prepared or recall_world(config, parallel.device)
             if config.preflight:
                 sys.exit(not preflight(config, dataset, parallel, _train))
             finished = _train(config, dataset, parallel)

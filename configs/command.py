@@ -27,7 +27,7 @@ from tqdm import tqdm
 from configs.overrides import readable
 from configs.words import explained, words
 from moc import MoCConfig
-from moc.earlier import refuse_renamed
+from moc.earlier import UNSET, refuse_renamed
 from moc.errors import UserError, disk_error
 
 T = TypeVar("T")
@@ -67,6 +67,8 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
     def decorate(run: Callable[[T], Any]) -> Callable[[], None]:
         def main() -> None:
             full = os.environ.get(_FULL) == "1"
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # that of `configs.importing` ends here
+                signal.signal(signal.SIGINT, signal.default_int_handler)
 
             def task(cfg: DictConfig) -> None:
                 logging.basicConfig(format="%(message)s", handlers=[BesideBars()])
@@ -195,10 +197,22 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
     try:
         OmegaConf.missing_keys(cfg)  # an interpolation that leads nowhere is named here, with its key
         _check_elements(cfg, schema)
+        _refuse_empty(cfg, defaults(schema))
         typed = OmegaConf.merge(_structured(schema, cfg), cfg)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(_message(error)) from None
+
+
+def _refuse_empty(cfg: DictConfig, unset: dict[str, Any], prefix: str = "") -> None:
+    """Raises UserError for a text of nothing where null says that nothing is set: a shell gives one for a variable that
+    it does not have. Some settings of earlier versions said it so."""
+    for name, default in unset.items():
+        value, key = cfg.get(name), f"{prefix}{name}"
+        if isinstance(default, dict) and isinstance(value, DictConfig):
+            _refuse_empty(value, default, f"{key}.")
+        elif default is None and value == "" and key not in UNSET:
+            raise UserError(f"{key} is empty; say {key}=VALUE, or leave it out")
 
 
 def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:

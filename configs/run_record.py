@@ -85,16 +85,19 @@ def check_same_run(config: TrainConfig) -> None:
 
 def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
     """Returns the scenes on which a checkpoint's folder is evaluated, where `data.validation` does not say how many:
-    those that its run held out, if it was trained on the same data, and otherwise 16."""
+    those that its run held out, if it was trained on the same data, and otherwise 16. Tells which."""
     if data.validation:
         return data
     file = checkpoint.resolve().parent.parent / "config.yaml"
     settings: Any = OmegaConf.load(file) if file.is_file() else {}
     trained = settings.get("data")
-    if not trained or _data_paths(trained) != _data_paths(OmegaConf.structured(data)):
-        return replace(data, validation=_EVALUATED)
-    held_out = data.held_out or list(trained.get("held_out", []))
-    return replace(data, validation=trained.get("validation") or _EVALUATED, held_out=held_out)
+    is_same = bool(trained) and _data_paths(trained) == _data_paths(OmegaConf.structured(data))
+    number, names = (trained.get("validation", 0), list(trained.get("held_out", []))) if is_same else (0, [])
+    whose = "other data than the run's"
+    if is_same:
+        whose = "those that the run held out" if number or names else "the run held out none: it was trained on them"
+    logger.info("data.validation=0 takes %d scenes, where there are as many; %s", number or _EVALUATED, whose)
+    return replace(data, validation=number or _EVALUATED, held_out=data.held_out or names)
 
 
 def _data_paths(data: DictConfig) -> set[str]:

@@ -20,6 +20,10 @@ class DataError(UserError):
         return type(self), (self.kind, self.where, self.message)
 
 
+class DataWarning(DataError):
+    """Says what a person should look at, though the data are used as they are."""
+
+
 def refuse_unknown(fields: Mapping, known: Set[str], where: str, kind: str) -> None:
     """Raises DataError of `kind` for the first field that is not a known one."""
     unknown = sorted(str(key) for key in fields if key not in known)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 from configs.command import command
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.studio import Studio

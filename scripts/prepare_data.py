@@ -12,6 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 from configs.command import command
 from data.prepare.pipeline import prepare
 from data.prepare.ranks import joined
@@ -46,7 +49,8 @@ def main(settings: Settings) -> None:
     report = prepared.report
     print(f"{len(report.samples)} samples in {prepared.cache}")
     for kind, count in report.counts().items():
-        print(f"  {kind}: {count}")
+        first = next(problem for problem in report.problems if problem["kind"] == kind)
+        print(f"  {count} {kind}{', the first' * (count > 1)}: {first['where']}: {first['message']}")
     print(f"look them over: {Path(settings.output, 'report.html')}")
 
 

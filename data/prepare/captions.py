@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.documents import parse_json, read_objects, read_text
-from data.errors import DataError
+from data.errors import DataError, DataWarning
 from data.manifest import Caption, SceneRecord, ShotRecord, check_caption, resolve
 from data.stories import prompts_and_cuts, spans_between
 
@@ -45,7 +45,9 @@ def find_caption_file(root: Path) -> Path | None:
 
 
 def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneRecord | DataError]:
-    """Yields a scene for each entry of the file, or what is wrong with it."""
+    """Yields a scene for each entry of the file, or what is wrong with it; and at last a warning for the first entry
+    that has no field of captions, whose name may be misspelt."""
+    unnamed = None
     for where, fields in _entries(path):
         try:
             if isinstance(fields, DataError):
@@ -53,6 +55,13 @@ def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneR
             yield _scene(path.parent, fields, where, image_suffixes)
         except DataError as error:
             yield error
+        else:
+            if unnamed is None and not fields.keys() & {*_CAPTION, *_SHOT_CAPTIONS, "scenes"}:
+                unnamed = DataWarning(
+                    "no-caption-field", where, f"none of {', '.join(fields)} is a caption; call it {_CAPTION[0]}"
+                )
+    if unnamed:
+        yield unnamed
 
 
 def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str]) -> SceneRecord:

@@ -114,6 +114,8 @@ class _Run:
         """Runs scanning, planning, captions, encoding and the report, in this order; see `prepare`."""
         for problem in self.found.problems:
             self._problem(problem)
+        for warning in self.found.warnings:
+            self.report.add_problem(warning, action="warning")
         if self.process.rank == 0:
             for path in self.output.rglob(f".*{PARTIAL}"):  # of a run that was killed
                 path.unlink()

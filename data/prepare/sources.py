@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.documents import read_text
-from data.errors import DataError
+from data.errors import DataError, DataWarning
 from data.manifest import CUT_PREFIX, SceneRecord, captions, read_manifest, resolve
 from data.media.index import VIDEO_SUFFIXES
 from data.prepare.captions import find_caption_file, read_captions, read_sidecar
@@ -18,16 +18,19 @@ MANIFEST, VOCABULARY = "manifest.jsonl", "vocabulary.txt"
 
 @dataclass
 class Found:
-    """Holds the scenes of a folder, and what was wrong with others."""
+    """Holds the scenes of a folder, what was wrong with others, and what a person should look at."""
 
     root: Path
     scenes: list[SceneRecord] = field(default_factory=list)
     problems: list[DataError] = field(default_factory=list)
+    warnings: list[DataWarning] = field(default_factory=list)
     _ids: set[str] = field(default_factory=set)
 
     def add(self, entry: SceneRecord | DataError) -> None:
         """Sorts an entry to where it belongs; a second one of the same id is a problem."""
-        if isinstance(entry, DataError):
+        if isinstance(entry, DataWarning):
+            self.warnings.append(entry)
+        elif isinstance(entry, DataError):
             self.problems.append(entry)
         elif entry.id in self._ids:
             self.problems.append(
@@ -60,22 +63,28 @@ def find_scenes(root: str | Path, output: str | Path | None = None) -> Found:
     for entry in entries:
         found.add(entry)
     if not found.scenes and not found.problems:
+        also = "".join(f"; {warning.message}" for warning in found.warnings)
         raise DataError(
             "empty-input",
             root,
-            f"holds no {MANIFEST} and no video ({', '.join(sorted(VIDEO_SUFFIXES))}) or image",
+            f"holds no {MANIFEST} and no video ({', '.join(sorted(VIDEO_SUFFIXES))}) or image{also}",
         )
     return found
 
 
 def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataError]:
+    """Yields a scene for each video and image, and at last a warning that counts all other files by their
+    endings, but for captions beside them."""
+    media, other = [], []
     for path in sorted(root.rglob("*")):
-        suffix = path.suffix.lower()
-        if suffix not in VIDEO_SUFFIXES | IMAGE_SUFFIXES or path.name.startswith("."):
+        if path.name.startswith(".") or (output and path.parent.resolve().is_relative_to(output)):
             continue
-        if output and path.parent.resolve().is_relative_to(output):
-            continue
-        relative = path.relative_to(root).as_posix()
+        if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+            media.append(path)
+        elif path.is_file():
+            other.append(path)
+    for path in media:
+        suffix, relative = path.suffix.lower(), path.relative_to(root).as_posix()
         try:
             resolve(root, relative, relative)
             caption = read_sidecar(root, relative)
@@ -86,6 +95,11 @@ def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataE
             yield SceneRecord(id=relative, image=relative, caption=caption)
         else:
             yield SceneRecord(id=relative, video=relative, caption=caption)
+    captions_files = {path.with_suffix(".txt") for path in media} | {root / VOCABULARY}
+    passed_over = Counter(path.suffix.lower() or path.name for path in other if path not in captions_files)
+    if passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+        yield DataWarning("passed-over", root, f"neither a video nor an image, nor the caption of one: {kinds}")
 
 
 def vocabulary(found: Found, limit: int = 8000) -> list[str]:

@@ -42,13 +42,15 @@ def read_choices(setting: Any) -> tuple[LoraChoice, ...]:
     """Returns the LoRAs of a setting: a path, or a list of paths and of {path: PATH, weight: NUMBER}. Raises
     UserError."""
     found = []
-    for one in setting if isinstance(setting, list | tuple) else [setting] if setting else []:
+    for one in setting if isinstance(setting, list | tuple) else [] if setting is None else [setting]:
         fields = {"path": one} if isinstance(one, str) else one
         fields = fields if isinstance(fields, dict) else {}
         path, weight = fields.get("path"), fields.get("weight", 1.0)
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
-        if not is_number or not isinstance(path, str) or fields.keys() - {"path", "weight"}:
-            raise UserError(f"lora={one!r} must be a path, or {{path: PATH, weight: NUMBER}}, or a list of such")
+        if not is_number or not isinstance(path, str) or not path.strip() or fields.keys() - {"path", "weight"}:
+            raise UserError(
+                f"lora={one!r} must be a path, or {{path: PATH, weight: NUMBER}}, or a list of such; null takes none"
+            )
         found.append(LoraChoice(Path(path), float(weight)))
     return tuple(found)
 

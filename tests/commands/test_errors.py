@@ -3,6 +3,7 @@
 import errno
 import logging
 import re
+import subprocess
 import sys
 
 import pytest
@@ -80,6 +81,41 @@ def test_an_interrupt_is_one_line(capsys, monkeypatch):
         command("train.py", "parallel=cpu")
     assert ending.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+
+
+IMPORTED = """
+import os, runpy, signal, sys
+
+class Interrupting:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name in {"torch", "numpy", "tqdm", "hydra"}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, getattr(signal, sys.argv.pop()))
+sys.meta_path.insert(0, Interrupting)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+COMMANDS = [
+    "train",
+    "sample",
+    *(f"scripts/{name}" for name in ("prepare_data", "evaluate", "convert_checkpoint", "app")),
+]
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "scripts/make_storyworld"])
+def test_an_interrupt_while_a_command_imports_is_one_line(name):
+    """It comes as the first library is looked for."""
+    arguments = [sys.executable, "-c", IMPORTED, f"{name}.py"]
+    ended = subprocess.run([*arguments, "default_int_handler"], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_command_in_the_background_goes_on_ignoring_an_interrupt():
+    arguments = [sys.executable, "-c", IMPORTED, "scripts/make_storyworld.py", "--help", "SIG_IGN"]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 # The command line

@@ -57,6 +57,16 @@ def test_what_is_not_set_is_null_and_what_said_so_earlier_still_does():
     assert translated(earlier) == dict.fromkeys(earlier) | {"moc.top_k": 0}
 
 
+@pytest.mark.parametrize(
+    ("command", "key"),
+    [("sample", "lora"), ("sample", "encoders_path"), ("evaluate", "page"), ("prepare", "captioner")],
+)
+def test_a_text_of_nothing_is_no_unset_setting(command, key):
+    """As a shell gives it for a variable that it does not have."""
+    with pytest.raises(UserError, match=f"^{key} is empty"):
+        parsed(command, f"{key}=")
+
+
 def test_samplers_and_encoders_of_earlier_versions_are_read_with_nulls():
     sampler = parsed("sample", "sampler.high_noise_guidance_scale=0", "sampler.context_shots=0").sampler
     assert sampler == parsed("sample").sampler

@@ -222,3 +222,26 @@ def test_only_a_line_feed_ends_a_line(folder, mark):
     (folder / "videos.txt").unlink()
     (folder / "data.csv").write_text(f"video,caption\na.mp4,{caption}\nc.mp4,third\n", encoding="utf-8")
     assert find_scenes(folder).scenes == expected
+
+
+def test_captions_under_an_unknown_name_are_told_with_their_line(folder):
+    """The films are used: a captioner may tell what they show. Other fields say other things, and are no fault."""
+    (folder / "metadata.csv").write_text("file_name,txt,fps\na.mp4,first,24\nb.mp4,second,24\ngone.mp4,third,24\n")
+    found = find_scenes(folder)
+    assert found.scenes == [video("a.mp4", ""), video("b.mp4", "")]
+    (unknown,) = found.warnings
+    assert (unknown.kind, unknown.where) == ("no-caption-field", f"{folder / 'metadata.csv'}:2")
+    assert "none of file_name, txt, fps is a caption" in str(unknown)
+    assert [(problem.kind, problem.where) for problem in found.problems] == [
+        ("missing-file", f"{folder / 'metadata.csv'}:4")
+    ]
+    (folder / "metadata.csv").write_text("file_name,text,fps\na.mp4,first,24\nb.mp4,,24\n")
+    assert find_scenes(folder).warnings == []
+
+
+def test_files_that_are_passed_over_are_counted_by_kind(folder):
+    for name in ("a.txt", "gone.txt", "clip.GIF", "videos/d.gif", "take.h264", "LICENSE", "vocabulary.txt", ".hidden"):
+        (folder / name).write_text("x")
+    (warning,) = find_scenes(folder).warnings
+    assert (warning.kind, warning.where) == ("passed-over", str(folder))
+    assert warning.message.endswith(": 2 .gif, 1 .h264, 1 .txt, 1 LICENSE")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs.run_record import evaluated
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
 from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
@@ -107,7 +108,7 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
         assert (row["sparsity"] < other["sparsity"]) == (row["attention"] == "MoC")
 
 
-def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tmp_path, monkeypatch):
+def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tmp_path, monkeypatch, caplog):
     def ids(checkpoint: Path, data: Path, *settings: str) -> list[str]:
         seen: list[str] = []
         monkeypatch.setattr("evaluation.rivals.compare", lambda *given: seen.extend(b.ids[0] for b in given[3]) or [])
@@ -118,9 +119,22 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
     dataset = open_dataset(DataConfig(str(prepared)))
     one, everyone = ([dataset.items[i][1].id for i in dataset.split(number).held_out] for number in (1, 4))
     assert ids(trained, prepared) == ids(trained / "checkpoints/step_0000003", prepared) == one
+    assert "data.validation=0 takes 1 scenes, where there are as many; those that the run held out" in caplog.text
+    caplog.clear()
     assert ids(trained, prepared, "data.validation=4") == everyone  # nothing is left to train, and nothing trains
+    assert "data.validation" not in caplog.text
     online = pipeline.prepare(world, tmp_path / "online", "online=true")  # other data; latents are encoded as asked for
     assert ids(trained, online) == everyone
+    assert "takes 16 scenes, where there are as many; other data than the run's" in caplog.text
+
+
+def test_a_run_that_held_no_scene_out_is_evaluated_on_what_it_was_trained_on(tmp_path, caplog):
+    """And it is said."""
+    caplog.set_level("INFO")
+    (tmp_path / "config.yaml").write_text("data: {path: prepared, validation: 0}")
+    taken = evaluated(DataConfig("prepared"), tmp_path / "checkpoints/step_0000003")
+    assert (taken.validation, taken.held_out) == (16, [])
+    assert "the run held out none: it was trained on them" in caplog.text
 
 
 def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkeypatch):

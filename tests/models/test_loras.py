@@ -179,7 +179,9 @@ def test_what_is_no_lora_of_the_model_is_refused(change, message, wan, matrices,
         load_model(wan, loras=[LoraChoice(tmp_path / "lora.safetensors")])
 
 
-@pytest.mark.parametrize("setting", [3, [3], [{"weight": 1}], [{"path": "a", "weight": "x"}], [{"path": "a", "b": 1}]])
+@pytest.mark.parametrize(
+    "setting", [3, [3], "", [" "], [{"weight": 1}], [{"path": "a", "weight": "x"}], [{"path": "a", "b": 1}]]
+)
 def test_a_setting_that_names_no_lora_is_refused(setting):
     with pytest.raises(UserError, match="must be a path"):
         read_choices(setting)
