@@ -30,14 +30,13 @@ def descriptors(k: Tensor, layout: ShotLayout, parts: int = 1) -> Tensor:
     """Returns the mean key of every chunk, or of each of its parts: k [L, N, D] -> [M * parts, N, D], in fp32 (fp64
     for fp64 keys). That of an empty part, in a chunk of fewer tokens than parts, is 0."""
     wide = k if k.dtype == torch.float64 else k.float()
-    return torch.segment_reduce(wide, "mean", offsets=_part_offsets(layout, parts).long(), unsafe=True, initial=0)
+    offsets = layout.chunk_cu_seqlens if parts == 1 else _part_offsets(layout, parts)
+    return torch.segment_reduce(wide, "mean", offsets=offsets.long(), unsafe=True, initial=0)
 
 
 def _part_offsets(layout: ShotLayout, parts: int) -> Tensor:
     """Returns where the parts of all chunks begin, and the end of the last: int [M * parts + 1]."""
     starts = layout.chunk_cu_seqlens
-    if parts == 1:
-        return starts
     cuts = torch.arange(parts, device=starts.device)
     return torch.cat([(starts[:-1, None] + starts.diff()[:, None] * cuts // parts).flatten(), starts[-1:]])
 

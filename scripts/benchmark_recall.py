@@ -224,7 +224,7 @@ class Tester:
         if moc.dense:
             for values in SWAPS:
                 swap = dict(zip(("chunk_tokens", "top_k", "descriptor_parts"), values, strict=True))
-                tally = self.bench.run(model, MoCConfig(**swap), flow, max(1, self.config.scenes // 8))
+                tally = self.bench.run(model, MoCConfig.from_dict(swap), flow, max(1, self.config.scenes // 8))
                 found.setdefault("swapped", []).append(swap | brief(summary(tally)))
         routing = moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=6, top_k=5)
         found["mass"] = self.bench.mass(model, moc, routing, flow)
