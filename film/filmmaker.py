@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from film.estimate import Estimate, estimate
-from film.fit import check_fits
+from film.fit import check_fits, placed
 from film.folder import FilmFolder
 from film.plan import FilmPlan, plan_film
 from film.presentation import present
@@ -221,7 +221,11 @@ class Filmmaker:
 
     def estimate(self, plan: FilmPlan) -> Estimate:
         """Returns what a film will cost."""
-        return self._count(plan, self.sampler, offload=self.config.offload)
+        return self._count(plan, self._sampler_of(plan), offload=self.config.offload)
+
+    def _sampler_of(self, plan: FilmPlan) -> SamplingConfig:
+        """Returns how a film is sampled."""
+        return placed(plan, self._count, self.sampler, self.config.offload, room(self.parallel.device))
 
     @property
     def _count(self) -> Callable[..., Estimate]:
@@ -233,7 +237,7 @@ class Filmmaker:
         """Raises UserError, with what would fit, where a film cannot fit into the device's memory. is_begun: whether
         its folder holds it already."""
         offload, has = self.config.offload, room(self.parallel.device)
-        check_fits(plan, self._count, self.sampler, offload, has, self.parallel.is_sharded, is_begun)
+        check_fits(plan, self._count, self._sampler_of(plan), offload, has, self.parallel.is_sharded, is_begun)
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = (), watch: OnStep | None = None) -> None:
         """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Every process of
@@ -285,20 +289,21 @@ class Filmmaker:
     def _sample(
         self,
         story: Story,
+        sampler: SamplingConfig,
         routing_map: RoutingMap,
         on_step: OnStep | None = None,
         start: Progress | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """Samples the shots of a story, for a team from where its first process says."""
-        start = self.parallel.share(start)
-        settings = (self.moc, self.flow, story, self.sampler)
+        """Samples the shots of a story, for a team as its first process says and from where that says."""
+        start, sampler = self.parallel.share((start, sampler))
+        settings = (self.moc, self.flow, story, sampler)
         return sample_shots(self.model, self.model.stream, *settings, on_step, routing_map, start)
 
     def _help(self, plan: FilmPlan) -> None:
         """Computes this process's share of the forward passes of a film that the team makes."""
         story = self._story(plan, {})
         with self._sampling(plan):
-            for _ in self._sample(story, self.routing_map(plan)):
+            for _ in self._sample(story, self.sampler, self.routing_map(plan)):
                 pass
 
     def _story(self, plan: FilmPlan, given: dict[int, Tensor]) -> Story:
@@ -319,9 +324,9 @@ class Filmmaker:
         started, routing_map, device = time.time(), self.routing_map(plan), self.parallel.device
         folder.copy_pictures(plan.pictures)
         shooting = Shooting(folder, plan, self.encoders.codec, request, routing_map, self.config.keep_every)
-        story = self._story(plan, shooting.given())
+        story, sampler = self._story(plan, shooting.given()), self._sampler_of(plan)
         with self._sampling(plan):
-            num_frames = shooting.run(partial(self._sample, story, routing_map), watch)
+            num_frames = shooting.run(partial(self._sample, story, sampler, routing_map), watch)
         folder.remove_pictures()
         folder.write_routing(routing_map.counts)
         facts = {

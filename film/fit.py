@@ -5,7 +5,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -16,6 +15,19 @@ from moc.diffusion import SamplingConfig
 from moc.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def placed(
+    plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, room: int
+) -> SamplingConfig:
+    """Returns the sampler, which keeps keys and values in the host's memory if that is left to us, they fit there, and
+    the device's does not suffice. count, room: as in `check_fits`."""
+    there = replace(sampler, offload_cache=True)
+    if sampler.offload_cache is None and count(plan, sampler, offload=offload).memory > room >= _needs(
+        plan, count, there, offload
+    ):
+        return there
+    return sampler
 
 
 def check_fits(
@@ -50,8 +62,12 @@ def check_fits(
 
 def _needs(plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool) -> float:
     """Returns bytes of the device by the rough count; more than any has where the host's do not suffice."""
-    found, host = count(plan, sampler, offload=offload), memory.room(torch.device("cpu"))
-    return found.memory if found.host_memory <= host else math.inf
+    if sampler.offload_cache is None:
+        return min(_needs(plan, count, replace(sampler, offload_cache=there), offload) for there in (False, True))
+    found = count(plan, sampler, offload=offload)
+    if torch.device(plan.device).type == "cpu":  # is the host
+        return found.memory + found.host_memory
+    return found.memory if found.host_memory <= memory.host_room() else math.inf
 
 
 def _hidden_ways(
@@ -65,7 +81,7 @@ def _hidden_ways(
     """Yields what fits by the rough count and changes no frame, as a user may ask for it."""
     if not offload and not is_sharded and count(plan, sampler, offload=True).memory <= room:
         yield "offload=true"
-    if not sampler.offload_cache and _needs(plan, count, replace(sampler, offload_cache=True), offload) <= room:
+    if sampler.offload_cache is False and _needs(plan, count, replace(sampler, offload_cache=True), offload) <= room:
         yield "sampler.offload_cache=true"
 
 
@@ -74,23 +90,17 @@ def _ways(
 ) -> Iterator[str]:
     """Yields what else fits by the rough count: another film."""
 
-    def in_context(offloads: bool, num_shots: int | None = sampler.context_shots) -> float:
-        changed = replace(sampler, lag=1.0, offload_cache=offloads, context_shots=num_shots)
-        return _needs(plan, count, changed, offload)
+    def in_context(num_shots: int | None) -> float:
+        return _needs(plan, count, replace(sampler, lag=1.0, context_shots=num_shots), offload)
 
     def of_first(num_shots: int) -> float:
         return count(plan.first(num_shots), sampler, offload=offload).memory
 
     contexts = range(1, len(plan.filmed))
-    for offloads in (False, True)[sampler.offload_cache :]:
-        also = " sampler.offload_cache=true" if offloads and not sampler.offload_cache else ""
-        if also and in_context(offloads) == in_context(False):
-            break  # then nothing is kept that could be offloaded
-        if sampler.lag < 1 and in_context(offloads) <= room:
-            yield f"sampler=shot_by_shot{also}"
-            break
-        if most := bisect_right(contexts, room, key=partial(in_context, offloads)):
-            yield f"sampler=shot_by_shot sampler.context_shots={contexts[most - 1]}{also}"
+    if sampler.lag < 1 and in_context(sampler.context_shots) <= room:
+        yield "sampler=shot_by_shot"
+    elif most := bisect_right(contexts, room, key=in_context):
+        yield f"sampler=shot_by_shot sampler.context_shots={contexts[most - 1]}"
     shots = range(next(n for n, index in enumerate(plan.filmed, start=1) if index not in plan.given), len(plan.filmed))
     if most := bisect_right(shots, room, key=of_first):
         yield "its first shot" if shots[most - 1] == 1 else f"its first {shots[most - 1]} shots"

@@ -1,8 +1,10 @@
 """These functions tell what training and sampling say when the GPU's memory is full."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -15,11 +17,11 @@ STEP = (
     "model.lora_base=fp8 and parallel.swap_blocks, or spread weights or films over several processes: parallel.shard, "
     "parallel.sequence"
 )
+_CONTAINER = Path("/sys/fs/cgroup")  # as the kernel shows a container its own limits
 VALIDATION = "hold out shorter scenes, or none: data.validation=0"
 SAMPLING = (
     "take sampler=shot_by_shot or sampler=staggered, with a smaller sampler.context_shots, which hold fewer shots at "
-    "once, sampler.offload_cache=true where moc=forward keeps their keys and values, offload=true where one process "
-    "holds two experts, or a script of shorter shots or a smaller size"
+    "once, offload=true where one process holds two experts, or a script of shorter shots or a smaller size"
 )
 
 
@@ -34,6 +36,27 @@ def room(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def host_room() -> int:
+    """Returns bytes of the host's memory, or of its container's, that each process started here can still take."""
+    left = room(torch.device("cpu"))
+    try:
+        left = min(left, 1024 * _number("MemAvailable: +", "/proc/meminfo"))
+        # What a container took of files' contents comes back; what is its own (anon) does not.
+        left = min(left, _number("", _CONTAINER / "memory.max") - _number("anon ", _CONTAINER / "memory.stat"))
+    except (OSError, ValueError):
+        pass  # no Linux, no container, or one without a limit
+    return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _number(after: str, file: str | Path) -> int:
+    """Returns the number that a line of a file of the kernel begins with, after what the expression `after` matches.
+    Raises ValueError where no line does."""
+    found = re.search(rf"^{after}(\d+)", Path(file).read_text(), re.MULTILINE)
+    if not found:
+        raise ValueError(f"{file} has no line of {after!r} and a number")
+    return int(found[1])
 
 
 @contextmanager

@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 MODES: dict[str, dict[str, Any]] = {
     "staggered": {"lag": 0.3},
     "joint": {"lag": 0.0},
-    "extend": {"lag": 1.0},
+    "extend": {"lag": 1.0, "offload_cache": False},
     "extend_uncached": {"lag": 1.0, "cache": False},
     "extend_offload": {"lag": 1.0, "offload_cache": True},
     "decode": {},

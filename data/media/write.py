@@ -12,6 +12,11 @@ from torch import Tensor
 
 from moc.errors import UserError
 
+_OF_CODEC = {
+    "libx264": {"x264-params": "mbtree=0"},  # x264's MB-tree is not repeatable
+    "libx265": {"x265-params": "log-level=error"},  # it would tell twenty lines of each shot
+}
+
 
 def write_video(
     path: str | Path,
@@ -36,16 +41,15 @@ def write_video(
     count = 0
     try:
         with av.open(str(partial), "w") as container:
-            stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+            stream = _named(container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001)))
             stream.codec_context.thread_count = 1
             assert isinstance(stream, av.VideoStream), codec
-            repeatable = {"x264-params": "mbtree=0"} if codec == "libx264" else {}  # x264's MB-tree is not
             if bt709:
                 stream.codec_context.color_primaries = ColorPrimaries.BT709
                 stream.codec_context.color_trc = ColorTrc.BT709
                 stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
             reformatter = VideoReformatter()
-            stream.codec_context.options = {"crf": str(crf)} | repeatable | (options or {})
+            stream.codec_context.options = {"crf": str(crf)} | _OF_CODEC.get(codec, {}) | (options or {})
             for count, picture in enumerate(frames, start=1):
                 array = np.ascontiguousarray(picture)
                 if count == 1:
@@ -82,7 +86,7 @@ def join_videos(path: str | Path, videos: Sequence[str | Path], chapters: Sequen
                 joined.set_chapters(_chapters(videos, chapters))
             for video in videos:
                 with av.open(str(video)) as source:
-                    stream = stream or joined.add_stream_from_template(source.streams.video[0])
+                    stream = stream or _named(joined.add_stream_from_template(source.streams.video[0]))
                     start = num_frames
                     for packet in source.demux(video=0):
                         if packet.pts is None or packet.duration is None:  # such a packet ends the file
@@ -96,6 +100,13 @@ def join_videos(path: str | Path, videos: Sequence[str | Path], chapters: Sequen
     finally:
         partial.unlink(missing_ok=True)
     return num_frames
+
+
+def _named(stream: Any) -> Any:
+    """Returns a new stream under the name that Apple's players ask of HEVC."""
+    if stream.codec_context.name == "libx265":
+        stream.codec_context.codec_tag = "hvc1"
+    return stream
 
 
 def _chapters(videos: Sequence[str | Path], titles: Sequence[str]) -> list[Any]:

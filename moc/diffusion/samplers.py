@@ -77,7 +77,7 @@ def sample_shots(
     prompt, negative = (Side(model, spec, text, cuts) for text in (story.text, story.negative))
     if config.keeps_history and hasattr(model, "new_cache"):
         for side in (prompt, negative):
-            side.keep_history(latents, [step.shots for step in steps], config.offload_cache)
+            side.keep_history(latents, [step.shots for step in steps], bool(config.offload_cache))
 
     for number, step in islice(enumerate(steps, start=1), start.step, None):
         now, after, shots, moving = step.now, step.after, step.shots, step.moving
@@ -97,16 +97,15 @@ def sample_shots(
         way, asked = (step, scales, is_high), {index: latents[index] for index in moving}
         velocity = None if reuse is None else reuse.known(*way, asked)
         is_new = velocity is None
-        try:
-            velocity = velocity or guided_velocity(prompt, negative, stream, attention, scales, observe)
-        except torch.OutOfMemoryError:
-            if prompt.cache is None:
-                raise
-            _do_without_cache((prompt, negative), len(shots), config.offload_cache)
-            if routing_map and counts is not None:
-                routing_map.counts = counts  # the step is tried again, and counts once
-        if velocity is None:  # asked outside the handler, which holds on to what filled the memory
-            velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
+        while velocity is None:
+            try:
+                velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
+            except torch.OutOfMemoryError:
+                if prompt.cache is None:
+                    raise
+                _keep_elsewhere((prompt, negative), len(shots), config.offload_cache is None)
+                if routing_map and counts is not None:
+                    routing_map.counts = counts.clone()  # the step is tried again, and counts once
         if reuse and is_new:
             reuse.keep(*way, asked, velocity)
         for index in moving:
@@ -131,13 +130,17 @@ def sample_shots(
             on_step(Progress(number, len(steps), begun, kept, reuse.reused if reuse else 0))
 
 
-def _do_without_cache(sides: Sequence[Side], num_shots: int, was_offloaded: bool) -> None:
-    """Has both sides of guidance compute their history again from now on."""
-    told = "keys and values of %d shots do not fit into memory; sampling goes on without, which takes longer%s"
-    remedy = "" if was_offloaded else " than, started again, with sampler.offload_cache=true"
-    logger.warning(told, num_shots, remedy)
+def _keep_elsewhere(sides: Sequence[Side], num_shots: int, may_move: bool) -> None:
+    """Moves what both sides of guidance remember to the host's memory; where it lies there already or must not, has
+    them compute their history again from now on."""
+    moves = may_move and not sides[0].offloads
+    then = "they lie in the host's from now on" if moves else "sampling goes on without, which takes longer"
+    logger.warning("keys and values of %d shots do not fit into memory; %s", num_shots, then)
     for side in sides:
-        side.cache = None
+        if moves:
+            side.remember_anew(offload=True)
+        else:
+            side.cache = None
 
 
 def _not_finite(where: str) -> FloatingPointError:

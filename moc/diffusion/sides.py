@@ -36,6 +36,7 @@ class Side:
         self.model, self.spec, self.cuts = model, spec, cuts
         self.text = [x.float() for x in text]
         self.cache: Any = None
+        self.offloads, self._capacity = False, 0
         self._remembered: list[int] = []
         self._layout: tuple[list[int], ShotLayout] | None = None
 
@@ -46,8 +47,13 @@ class Side:
         """
         num_global, shots = stream_of(Sample(latents, self.text), self.spec)
         tokens = [shot.text_tokens + math.prod(shot.grid) for shot in shots]
-        longest = max(sum(tokens[index] for index in stream) for stream in streams)
-        self.cache = self.model.new_cache(num_global + longest, offload)  # type: ignore[attr-defined]
+        self._capacity = num_global + max(sum(tokens[index] for index in stream) for stream in streams)
+        self.remember_anew(offload)
+
+    def remember_anew(self, offload: bool) -> None:
+        """Forgets all, and remembers it anew when it is seen next. offload: into the host's memory."""
+        self.cache = self.model.new_cache(self._capacity, offload)  # type: ignore[attr-defined]
+        self._remembered, self.offloads = [], offload
 
     def velocity(
         self, stream: Stream, moc: MoCConfig, on_routes: Callable[[int, Tensor], None] | None = None

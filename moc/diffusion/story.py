@@ -28,7 +28,7 @@ class SamplingConfig:
         memory and time of a shot then do not grow with the film. null is all.
     cache: keep the keys and values of finished shots where the result is the same, as long as memory lasts.
     offload_cache: keep them in the host's memory. Each layer's come to the device while the one before it computes; the
-        film is the same to the bit.
+        film is the same to the bit. null does so where the device's memory does not suffice.
     step_cache: a step takes the velocity of an earlier one where it is thought to have changed by less than this share
         (see `moc.diffusion.reuse`); null and 0 ask the model in every step.
     seed: the seed of the noise, which is drawn shot by shot.
@@ -44,7 +44,7 @@ class SamplingConfig:
     history_sigma: float = 0.05
     context_shots: int | None = None
     cache: bool = True
-    offload_cache: bool = False
+    offload_cache: bool | None = None
     step_cache: float | None = None
     seed: int = 0
 

@@ -77,22 +77,22 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
 def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, write, tmp_path, monkeypatch, caplog):
     """Before the first film of a batch is begun; what is said to fit does, and a film that may fit is made."""
     filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
-    stories = [write(STORY | {"shots": [SHOT] * count}, f"{count}.yaml") for count in (1, 9)]
+    stories = [write(STORY | {"shots": [SHOT] * count}, f"{count}.yaml") for count in (1, 13)]
     films = [(filmmaker.read(story), FilmFolder(tmp_path / story.stem)) for story in stories]
     plan = filmmaker.plan(films[1][0])
     need = filmmaker.estimate(plan)
-    room = filmmaker.estimate(plan.first(2)).memory
-    assert filmmaker.estimate(plan.first(3)).memory > room
+    room = filmmaker.estimate(plan.first(3)).memory
+    assert filmmaker.estimate(plan.first(4)).memory > room
     assert room < need.least < need.memory
     monkeypatch.setattr("film.filmmaker.room", lambda _: room)
-    with pytest.raises(UserError, match=r"9 shots, \d+ tokens, need .* of memory at least, and there are") as refused:
+    with pytest.raises(UserError, match=r"13 shots, \d+ tokens, need .* of memory at least, and there are") as refused:
         filmmaker.make(films)
     assert "sampler=shot_by_shot" in str(refused.value)
-    assert str(refused.value).endswith("or its first 2 shots")
+    assert str(refused.value).endswith("or its first 3 shots")
     assert not (tmp_path / "1").exists()
     monkeypatch.setattr("film.filmmaker.room", lambda _: need.least)
     filmmaker.make(films)
-    assert "9 shots" in caplog.text
+    assert "13 shots" in caplog.text
     assert "may need about" in caplog.text
     monkeypatch.setattr("film.filmmaker.room", lambda _: 0)
     filmmaker.make(films)  # are whole
@@ -129,7 +129,8 @@ def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tm
     assert filmmaker.estimate(even).least > filmmaker.estimate(even.anew([1])).least
     assert filmmaker.estimate(even).least == filmmaker.estimate(even.anew([3])).least
     film_of(filmmaker, write(STORY), tmp_path / "film")
-    monkeypatch.setattr("film.filmmaker.room", lambda _: filmmaker.estimate(even.anew([1])).least)
+    least = filmmaker.estimate(even.anew([1])).least
+    monkeypatch.setattr("film.filmmaker.room", lambda _: least)
     film_of(filmmaker, write(STORY | {"shots": [SHOT | {"seed": 5}, *STORY["shots"][1:]]}), tmp_path / "film", redo=[1])
     with pytest.raises(UserError, match="of memory at least"):
         film_of(filmmaker, write(STORY), tmp_path / "other")

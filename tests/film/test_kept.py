@@ -57,6 +57,31 @@ def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
     assert nothing.host_memory == count(9, cache=False, offload_cache=True)[0].host_memory == 0
 
 
+def test_keys_and_values_lie_in_the_host_where_the_device_is_short(trained, tmp_path, monkeypatch):
+    """By the count of a film, and if they have room there and it is not said where they lie. The CPU is the host."""
+    filmmaker = open_filmmaker(trained)
+    plan = filmmaker.plan(filmmaker.read(write(tmp_path, 9)))
+    here = filmmaker.estimate(plan)
+    there = filmmaker.with_steps(2)
+    there.sampler = replace(filmmaker.sampler, offload_cache=True)
+    there = there.estimate(plan)
+    for device, room, host, moves in (
+        ("cuda", there.memory, there.host_memory, True),
+        ("cuda", here.memory, there.host_memory, False),
+        ("cuda", there.memory - 1, there.host_memory, False),
+        ("cuda", there.memory, there.host_memory - 1, False),
+        ("cpu", there.memory, there.host_memory, False),
+    ):
+        plan.device = device
+        monkeypatch.setattr("film.filmmaker.room", lambda _, room=room: room)
+        monkeypatch.setattr("film.fit.memory.host_room", lambda host=host: host)
+        assert filmmaker.estimate(plan) == (there if moves else here)
+        for said in (True, False):
+            other = filmmaker.with_steps(2)
+            other.sampler = replace(filmmaker.sampler, offload_cache=said)
+            assert other.estimate(plan) == (there if said else here)
+
+
 def test_a_film_goes_on_with_its_cache_in_the_host(trained, tmp_path):
     """Where memory did not suffice, nothing of what was made is lost."""
     script, films = write(tmp_path, 3), []

@@ -49,7 +49,7 @@ def test_shots_of_any_codec_are_joined_frame_by_frame(tmp_path, codec):
     assert [round(float(chapter["start"] * chapter["time_base"]) * 12) for chapter in chapters] == [0, 5, 11]
 
 
-def test_what_is_asked_for_stands_beside_the_film(trained, tmp_path):
+def test_what_is_asked_for_stands_beside_the_film(trained, tmp_path, capfd):
     (tmp_path / "story.json").write_text(json.dumps(STORY))
     video = VideoConfig(codec="libx265", crf=30, chapters=True, subtitles=True, preview=True)
     sampler = SamplingConfig(steps=1, guidance_scale=1.0)
@@ -58,8 +58,10 @@ def test_what_is_asked_for_stands_beside_the_film(trained, tmp_path):
     script = filmmaker.read(tmp_path / "story.json")
     filmmaker.make([(script, film)])
     with av.open(str(film.path / "video.mp4")) as container:
-        assert container.streams.video[0].codec_context.name == "hevc"
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.codec_tag) == ("hevc", "hvc1")
         assert [chapter["metadata"]["title"] for chapter in container.chapters()][1] == "海の上に光。"
+    assert "x265" not in capfd.readouterr().err
     assert (film.path / "video.srt").read_text() == (
         "1\n00:00:00,000 --> 00:00:00,417\nMia <walks> & waves.\n\n2\n00:00:00,417 --> 00:00:00,750\n海の上に光。\n"
     )

@@ -166,6 +166,19 @@ def test_a_layer_comes_while_the_one_before_it_computes(monkeypatch):
     assert coming == [1, 0] * (1 + 2 * STEPS)
 
 
+def test_more_than_the_host_has_left_is_not_taken(monkeypatch):
+    """Taking it would have the system kill the process."""
+    tensors, needed = (torch.randn(2, 1, 4), torch.randn(2, 1, 4)), 3 * 3 * 2 * 16
+    for left, fits in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr("models.history.host_room", lambda left=left: left)
+        cache = KeyValueCache(capacity=3, num_layers=3, offload=True)
+        if fits:
+            assert cache.extended(0, tensors, remember=True)[0].shape == (2, 1, 4)
+        else:
+            with pytest.raises(torch.OutOfMemoryError, match="more than the host has left"):
+                cache.extended(0, tensors, remember=True)
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_cache_refuses_more_than_it_was_made_for(offload):
     cache = KeyValueCache(capacity=3, num_layers=1, offload=offload)
@@ -243,24 +256,38 @@ def test_dense_first_steps_see_everything_and_later_ones_the_cache(name):
     assert not torch.allclose(cached[0][3], dense[0][3], rtol=1e-3)
 
 
-def test_a_memory_that_fills_up_costs_time_and_no_film(monkeypatch, caplog):
-    """From the third shot on keys and values do not fit, which shows once a pass has counted its routes."""
-    model, what = build("mmdit"), story()
+@pytest.mark.parametrize(
+    ("name", "offload", "fits_host", "moves", "computes_again"),
+    [
+        ("mmdit", None, True, 1, 0),
+        ("experts", None, True, 1, 0),
+        ("mmdit", None, False, 1, 1),
+        ("mmdit", False, True, 0, 1),
+        ("mmdit", True, False, 0, 1),
+    ],
+)
+def test_a_memory_that_fills_up_costs_time_and_no_film(
+    monkeypatch, caplog, name, offload, fits_host, moves, computes_again
+):
+    """From the third shot on keys and values do not fit, which shows once a pass has counted its routes. They move to
+    the host, unless it is said where they lie; where they cannot, history is computed again."""
+    model, what = build(name), story()
     forward = model.forward
 
     def filling(*args, cache=None, **kwargs):
         velocity = forward(*args, cache=cache, **kwargs)
-        if cache is not None and args[3].num_shots > 2:
+        is_there = cache is not None and (cache[0] if name == "experts" else cache).offload
+        if cache is not None and args[3].num_shots > 2 and not (is_there and fits_host):
             raise torch.OutOfMemoryError("full")
         return velocity
 
     plain = film(model, what, replace(CONFIG, cache=False))
     monkeypatch.setattr(model, "forward", filling)
-    filled = film(model, what, CONFIG)
+    filled = film(model, what, replace(CONFIG, offload_cache=offload))
     assert_equal(filled, plain)
-    assert max(filled[2]) == 4 * TOKENS
-    assert caplog.text.count("do not fit into memory") == 1
-    assert "sampler.offload_cache=true" in caplog.text
+    assert max(filled[2]) == (4 if computes_again else 1) * TOKENS
+    assert caplog.text.count("they lie in the host's from now on") == moves
+    assert caplog.text.count("goes on without") == computes_again
 
 
 @pytest.mark.parametrize("cache", [True, False])

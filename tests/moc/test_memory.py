@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moc import memory
 from moc.diffusion import Flow
 from moc.training import find_checkpoint
 from tests.pipeline import assert_one_message, refusal, train_arguments
@@ -35,3 +36,16 @@ def test_a_full_memory_is_one_message(prepared, tmp_path, monkeypatch, capsys, c
     assert "total capacity" not in said
     if call == 7:
         assert find_checkpoint(run).name == "step_0000001"
+
+
+def test_the_hosts_room_is_what_its_container_has_left_for_each_process(tmp_path, monkeypatch):
+    """Contents of files, which the kernel counts as the container's too, come back."""
+    free = memory.host_room()
+    assert 0 < free <= memory.room(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\nanon_thp 7\n")
+    for limit, left in (("max", free), ("9000", 8000)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert memory.host_room() == pytest.approx(left, rel=0.5)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.host_room() == 2000
