@@ -5,7 +5,9 @@ A model says through its `StreamSpec` how latents become tokens; `make_batch` la
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +24,10 @@ class StreamSpec:
     patch: tuple[int, int, int] = (1, 2, 2)
     text_in_stream: bool = True
 
-    def grid(self, latent: Tensor) -> tuple[int, int, int]:
-        """Returns the token grid of a latent [C, T, H, W]; raises UserError where the patch does not divide it."""
-        sizes = latent.shape[-3:]
+    def grid(self, shape: torch.Size) -> tuple[int, int, int]:
+        """Returns the token grid of a latent of this shape, (C, T, H, W); raises UserError where the patch does not
+        divide it."""
+        sizes = shape[-3:]
         if any(size % patch for size, patch in zip(sizes, self.patch, strict=True)):
             raise UserError(
                 f"latent size {tuple(sizes)} (frames, height, width) is not divisible by the model's patch "
@@ -92,9 +95,11 @@ def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """Returns `tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
     if device.type == "cpu" or tensors[0].device.type != "cpu" or len({x.dtype for x in tensors}) > 1:
         return [x.to(device, torch.float32) for x in tensors]
-    flat, offsets = _side_by_side(tensors)
-    moved = move(flat, device).float()
-    return [moved[offset : offset + x.numel()].view(x.shape) for x, offset in zip(tensors, offsets, strict=True)]
+    (flat, offsets), shapes = _side_by_side(tensors), [x.shape for x in tensors]
+    moved, ends = move(flat, device).float(), list(accumulate(shape.numel() for shape in shapes))
+    if [*offsets[1:], len(flat)] == ends:
+        return list(laid_out(moved, shapes))
+    return [moved[offset : offset + shape.numel()].view(shape) for shape, offset in zip(shapes, offsets, strict=True)]
 
 
 def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
@@ -109,27 +114,74 @@ def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
     return torch.cat([x.reshape(-1) for x in tensors]), [0, *accumulate(sizes[:-1])]
 
 
-def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> list[Tensor]:
-    """Applies `function` to the tensors of one shape at once, for as many launches as there are shapes.
+class Alike(Sequence[Tensor]):
+    """Is a list of tensors that holds those of each shape stacked: what is done to all of them takes as many launches
+    as there are shapes, where a pack may have hundreds of shots.
+
+    stacks: for each shape the places of its tensors in the list, and the tensors, [n, ...].
+    """
+
+    def __init__(self, stacks: Sequence[tuple[Sequence[int], Tensor]]) -> None:
+        self.stacks = stacks
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "Alike":
+        """Stacks tensors, unless they are stacked already."""
+        if isinstance(tensors, cls):
+            return tensors
+        by_shape: dict[torch.Size, list[int]] = {}
+        for place, tensor in enumerate(tensors):
+            by_shape.setdefault(tensor.shape, []).append(place)
+        return cls([(places, torch.stack([tensors[i] for i in places])) for places in by_shape.values()])
+
+    @cached_property
+    def _tensors(self) -> list[Tensor]:
+        rows = {place: row for places, stack in self.stacks for place, row in zip(places, stack.unbind(), strict=True)}
+        return [rows[place] for place in range(len(rows))]
+
+    def __len__(self) -> int:
+        return sum(len(places) for places, _ in self.stacks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tensors[index]
+
+    def at(self, places: Sequence[int]) -> Tensor:
+        """Returns the tensors at these places, stacked."""
+        kept = next((stack for own, stack in self.stacks if list(own) == list(places)), None)
+        return torch.stack([self[place] for place in places]) if kept is None else kept
+
+    def stacked(self) -> Tensor:
+        """Returns all tensors, stacked, which are of one shape."""
+        return self.at(range(len(self)))
+
+    def joined(self) -> Tensor:
+        """Returns all tensors, one after another along the first axis."""
+        return torch.cat(self._tensors) if len(self.stacks) > 1 else self.stacks[0][1].flatten(0, 1)
+
+
+def laid_out(flat: Tensor, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
+    """Returns the tensors of these shapes that lie one after another in `flat` [n], which they fill."""
+    if len(set(shapes)) == 1:
+        return Alike([(range(len(shapes)), flat.view(len(shapes), *shapes[0]))])
+    pieces = flat.split([shape.numel() for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> Alike:
+    """Applies `function` to the tensors of one shape at once.
 
     lists: of as many tensors each; those whose first list's tensors share a shape are stacked to [n, ...] and handed
-    over together, one argument a list. Returns the results, unstacked, in order.
+    over together, one argument a list. Returns the results in order.
     """
-    by_shape: dict[torch.Size, list[int]] = {}
-    for index, tensor in enumerate(lists[0]):
-        by_shape.setdefault(tensor.shape, []).append(index)
-    results: dict[int, Tensor] = {}
-    for members in by_shape.values():
-        stacked = function(*(torch.stack([tensors[i] for i in members]) for tensors in lists))
-        results.update(zip(members, stacked.unbind(), strict=True))
-    return [results[index] for index in range(len(lists[0]))]
+    first, *others = (Alike.of(tensors) for tensors in lists)
+    return Alike([(places, function(stack, *(x.at(places) for x in others))) for places, stack in first.stacks])
 
 
 def stream_of(sample: Sample, spec: StreamSpec) -> tuple[int, tuple[Shot, ...]]:
     """Returns how a model with this spec sees a sample: the number of its global text's tokens, and its shots."""
     texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
     cuts = sample.cuts or [True] * len(sample.latents)
-    shots = [Shot(n, spec.grid(x), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
+    shots = [Shot(n, spec.grid(x.shape), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
     return texts[0], tuple(shots)
 
 

@@ -22,9 +22,9 @@ class Members(NamedTuple):
     tile_group: Tensor
 
     @classmethod
-    def build(cls, group: Tensor, lengths: Sequence[int]) -> "Members":
+    def build(cls, group: Tensor, lengths: Sequence[int] | Tensor) -> "Members":
         """Tabulates groups of `lengths` tokens, in order; group: int [Lx] of each token, on the device."""
-        sizes = torch.tensor(lengths)
+        sizes = torch.as_tensor(lengths)
         num_tiles = (sizes + TILE - 1) // TILE
         tile_group = torch.arange(len(sizes)).repeat_interleave(num_tiles)
         first_tile, start = num_tiles.cumsum(0) - num_tiles, sizes.cumsum(0) - sizes

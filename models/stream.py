@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moc import Descriptor, DropKey, Execution, MoCConfig, Routes, ShotLayout, StreamSpec, moc_attention, route
-from moc.batch import each_shape
+from moc.batch import each_shape, laid_out
 from moc.errors import UserError
 from moc.exchange import Exchange
 from moc.execution import AUTO
@@ -70,9 +70,8 @@ class Part:
 
     def _tables(self) -> tuple[Members, Members, Tensor]:
         group = self.layout.token_group[self.start : self.end] - self.first_group
-        bounds = [(g.start, g.start + g.text_tokens, g.end) for g in self.groups]
-        inside = [[min(max(token, self.start), self.end) for token in of_group] for of_group in bounds]
-        texts, videos = [b - a for a, b, _ in inside], [c - b for _, b, c in inside]
+        bounds = torch.tensor([(g.start, g.start + g.text_tokens, g.end) for g in self.groups])
+        texts, videos = bounds.clamp(self.start, self.end).diff(dim=1).unbind(1)
         return (
             Members.build(group[self.text_index], texts),
             Members.build(group[self.video_index], videos),
@@ -102,7 +101,13 @@ class Part:
         return with_global[is_shot.cumsum(0) * is_shot]
 
     def check(
-        self, latents: list[Tensor], sigma: Tensor, text: list[Tensor], spec: StreamSpec, channels: int, text_dim: int
+        self,
+        latents: Sequence[Tensor],
+        sigma: Tensor,
+        text: list[Tensor],
+        spec: StreamSpec,
+        channels: int,
+        text_dim: int,
     ) -> None:
         """Raises ValueError where a forward's inputs and its layout describe different shots, or another model's."""
         shots, groups = len(self.grids), self.layout.num_groups
@@ -111,19 +116,21 @@ class Part:
                 f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for {shots} shots to compute in a "
                 f"stream of {groups} groups: build the layout from this batch (moc.make_batch)"
             )
-        for grid, latent in zip(self.grids, latents, strict=True):
-            if latent.shape[0] != channels:
+        # Of hundreds of shots most are alike: each kind is looked at once.
+        for grid, shape in dict.fromkeys(zip(self.grids, (x.shape for x in latents), strict=True)):
+            if shape[0] != channels:
                 raise UserError(
-                    f"latent has {latent.shape[0]} channels, this model takes {channels}: "
+                    f"latent has {shape[0]} channels, this model takes {channels}: "
                     "encode with the codec that the model was trained with"
                 )
-            if spec.grid(latent) != grid:
-                raise ValueError(f"latent of {tuple(latent.shape)} is not the layout's {grid}")
-        for group, features in zip(self.layout.groups, text, strict=True):
-            expected = (group.text_tokens if spec.text_in_stream else len(features), text_dim)
-            if tuple(features.shape) != expected:
+            if spec.grid(shape) != grid:
+                raise ValueError(f"latent of {tuple(shape)} is not the layout's {grid}")
+        texts = zip((group.text_tokens for group in self.layout.groups), (x.shape for x in text), strict=True)
+        for tokens, shape in dict.fromkeys(texts):
+            expected = (tokens if spec.text_in_stream else shape[0], text_dim)
+            if tuple(shape) != expected:
                 raise UserError(
-                    f"text features are {tuple(features.shape)}, expected {expected}: "
+                    f"text features are {tuple(shape)}, expected {expected}: "
                     "encode with the text encoder that the model was trained with"
                 )
 
@@ -252,7 +259,7 @@ class StreamModel(Trainable):
 
     def forward(
         self,
-        latents: list[Tensor],
+        latents: Sequence[Tensor],
         sigma: Tensor,
         text: list[Tensor],
         layout: ShotLayout,
@@ -313,11 +320,13 @@ def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
     """Returns the tokens of shots [C, T, H, W], in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
     a, b, c = patch
     tokens = partial(rearrange, pattern="n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
-    return torch.cat(each_shape(tokens, latents))
+    return each_shape(tokens, latents).joined()
 
 
 def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch: Grid) -> list[Tensor]:
     """Returns the inverse of `patchify`; grids are the (T, H, W) of each shot's tokens."""
     a, b, c = patch
-    shots = [x.view(*grid, -1) for x, grid in zip(tokens.split([t * h * w for t, h, w in grids]), grids, strict=True)]
-    return each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)
+    shots = laid_out(tokens.flatten(), [torch.Size((*grid, tokens.shape[-1])) for grid in grids])
+    return list(
+        each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)
+    )

@@ -10,14 +10,15 @@ shots have. Sources: LCT, arXiv 2503.10589 (a timestep for each shot, history no
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moc.batch import Batch, each_shape
+from moc.batch import Alike, Batch, each_shape, laid_out
 from moc.config import DropKey, MoCConfig
 from moc.errors import UserError
 from moc.layout import ShotLayout
@@ -53,8 +54,8 @@ class Noised(NamedTuple):
     """Holds what a model is given and is to predict, on the device: noisy latents and velocities [C, T, H, W], one each
     for each shot, their noise levels, sigma float32 [S], and the text and the layout of the batch."""
 
-    latents: list[Tensor]
-    targets: list[Tensor]
+    latents: Sequence[Tensor]
+    targets: Sequence[Tensor]
     sigma: Tensor
     text: list[Tensor]
     layout: ShotLayout
@@ -133,22 +134,18 @@ class Flow:
     def draw_levels(self, batch: Batch, seed: int) -> NoiseLevels:
         """Draws the noise levels of a batch in training, keyed by (seed, position of the sample): they are the same
         whatever the number of ranks and the packing, and whether the run was resumed."""
+        counts, generator = [len(shots) for _, shots in batch.layout.samples], torch.Generator()
         draws = [
-            self._draw_sample(len(shots), torch.Generator().manual_seed(draw_key(seed, 2 * position)))
-            for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True)
+            _draw_sample(count, generator.manual_seed(draw_key(seed, 2 * position)))
+            for position, count in zip(batch.positions, counts, strict=True)
         ]
         # A pack may hold hundreds of samples: what follows the draws is computed for all of them at once.
-        normal, history, is_target = (torch.cat(draws_of_all) for draws_of_all in zip(*draws, strict=True))
-        sigma = torch.where(is_target, self._level_of(normal), history * self.history_sigma)
+        normal, uniform, chance, first_target = (torch.cat(draws_of_all) for draws_of_all in zip(*draws, strict=True))
+        of_sample = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        shot = torch.cat([torch.arange(count) for count in counts])
+        is_target = (chance >= self.history_rate)[of_sample] | (shot >= first_target[of_sample])
+        sigma = torch.where(is_target, self._level_of(normal), uniform * self.history_sigma)
         return NoiseLevels(sigma, is_target)
-
-    def _draw_sample(self, num_shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws a normal and a uniform number for each shot, and whether it is a target: fp32 [S] twice, bool [S]."""
-        normal, uniform = torch.randn(num_shots, generator=generator), torch.rand(num_shots, generator=generator)
-        has_history = bool(torch.rand((), generator=generator) < self.history_rate)
-        first_target = int(torch.randint(min(1, num_shots - 1), num_shots, (), generator=generator))
-        is_target = [not has_history or shot >= first_target for shot in range(num_shots)]
-        return normal, uniform, torch.tensor(is_target)
 
     def _level_of(self, normal: Tensor) -> Tensor:
         """Returns the noise levels of normal draws, float32: the draws' quantiles are squeezed into those of the
@@ -168,14 +165,12 @@ class Flow:
 
     def draw_noise(self, batch: Batch, seed: int) -> list[Tensor]:
         """Draws noise for each latent, on its device, keyed like the levels."""
-        noise: list[Tensor] = []
-        for position, (_, shots) in zip(batch.positions, batch.layout.samples, strict=True):
-            latents = batch.latents[len(noise) : len(noise) + len(shots)]
-            device, sizes = latents[0].device, [x.numel() for x in latents]
-            generator = torch.Generator(device).manual_seed(draw_key(seed, 2 * position + 1))
-            drawn = torch.randn(sum(sizes), generator=generator, device=device).split(sizes)  # one launch a sample
-            noise += [values.view(x.shape) for values, x in zip(drawn, latents, strict=True)]
-        return noise
+        device, numbers = batch.latents[0].device, (x.numel() for x in batch.latents)
+        sizes = [sum(islice(numbers, len(shots))) for _, shots in batch.layout.samples]
+        noise, generator = torch.empty(sum(sizes), device=device), torch.Generator(device)
+        for position, drawn in zip(batch.positions, noise.split(sizes), strict=True):  # one launch a sample
+            torch.randn(drawn.shape, generator=generator.manual_seed(draw_key(seed, 2 * position + 1)), out=drawn)
+        return list(laid_out(noise, [x.shape for x in batch.latents]))
 
     def loss(
         self, model: Model, batch: Batch, levels: NoiseLevels, moc: MoCConfig, seed: int,
@@ -192,8 +187,9 @@ class Flow:
     def noised(self, batch: Batch, levels: NoiseLevels, seed: int) -> Noised:
         """Returns the batch at these noise levels."""
         sigma = move(levels.sigma, batch.layout.device)
-        latents, noise = [x.float() for x in batch.latents], self.draw_noise(batch, seed)
-        noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, sigma.unbind())
+        by_shot = Alike([(range(len(sigma)), sigma)])
+        latents, noise = each_shape(Tensor.float, batch.latents), Alike.of(self.draw_noise(batch, seed))
+        noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, by_shot)
         return Noised(noisy, each_shape(self.velocity, latents, noise), sigma, batch.text, batch.layout)
 
     def errors(
@@ -208,7 +204,7 @@ class Flow:
         found: list[Tensor] = []
         told = {"on_distances": found.append} if self.dense_attention and torch.is_grad_enabled() else {}
         predicted = model(noisy, sigma, text, layout, moc, drops=drops, on_routes=on_routes, **told)
-        error = torch.stack(each_shape(lambda p, t: (p.float() - t).square().flatten(1).mean(1), predicted, targets))
+        error = each_shape(lambda p, t: (p.float() - t).square().flatten(1).mean(1), predicted, targets).stacked()
         return error + self.dense_attention * _share(found[0], layout) if found else error
 
 
@@ -222,6 +218,14 @@ def _share(distances: Tensor, layout: ShotLayout) -> Tensor:
 
     sums = torch.segment_reduce(distances, "sum", lengths=layout.memo("shot lengths", shot_lengths), unsafe=True)
     return (sums[..., 0] / sums[..., 1].clamp(min=1e-12)).mean(1)
+
+
+def _draw_sample(num_shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draws for one sample a normal and a uniform number for each shot, fp32 [S] twice, a uniform one that says whether
+    it has a history, fp32 [1], and the first shot after that, int64 [1]."""
+    normal, uniform = torch.randn(num_shots, generator=generator), torch.rand(num_shots, generator=generator)
+    chance = torch.rand(1, generator=generator)
+    return normal, uniform, chance, torch.randint(min(1, num_shots - 1), num_shots, (1,), generator=generator)
 
 
 def draw_key(seed: int, number: int) -> int:

@@ -148,7 +148,7 @@ class EmbeddedTextEncoder(TextEncoder):
     @torch.no_grad()
     def encode_each(self, captions: Sequence[str]) -> list[Tensor]:
         """Encodes captions, those of one length at once."""
-        return each_shape(self._features, [self._ids(caption) for caption in captions])
+        return list(each_shape(self._features, [self._ids(caption) for caption in captions]))
 
     def _ids(self, caption: str) -> Tensor:
         ids = self.tokenizer.encode(clean(caption)).ids

@@ -5,7 +5,7 @@ import torch
 
 from data.loading.parcel import unwrap, wrap
 from moc import Sample, make_batch
-from moc.batch import StreamSpec, _side_by_side
+from moc.batch import Alike, StreamSpec, _side_by_side, each_shape, laid_out
 
 SHAPES = [(3, 1, 2, 2), (3, 2, 4, 2), (3, 1, 2, 6)]
 
@@ -49,3 +49,20 @@ def test_it_arrives_in_fp32_with_its_shapes():
     moved = unwrap(wrap(batch())).to("meta")
     assert [tuple(x.shape) for x in moved.latents] == SHAPES
     assert {x.dtype for x in (*moved.latents, *moved.text)} == {torch.float32}
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (4, 2, 4, 3)])
+def test_what_is_alike_is_computed_at_once_and_stacked_once(sizes):
+    tensors, numbers = [torch.randn(size, 2) for size in sizes], torch.arange(len(sizes)).float()
+    by_place, calls = Alike([(range(len(sizes)), numbers)]), []
+    doubled = each_shape(lambda x, n: calls.append(x) or 2 * x + n.view(-1, 1, 1), tensors, by_place)
+    assert len(calls) == len(set(sizes))
+    for mine, x, number in zip(doubled, tensors, numbers, strict=True):
+        assert torch.equal(mine, 2 * x + number)
+    assert [x is y for (_, x), (_, y) in zip(Alike.of(doubled).stacks, doubled.stacks, strict=True)] == [True] * len(
+        calls
+    )
+    assert torch.equal(doubled.joined(), torch.cat(list(doubled)))
+    assert torch.equal(each_shape(lambda x: x.sum((1, 2)), doubled).stacked(), torch.stack([x.sum() for x in doubled]))
+    flat = torch.cat([x.flatten() for x in tensors])
+    assert all(torch.equal(a, b) for a, b in zip(laid_out(flat, [x.shape for x in tensors]), tensors, strict=True))
