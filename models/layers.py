@@ -43,7 +43,7 @@ class _Spread(torch.autograd.Function):
 
 def spread(rows: Tensor, members: Members) -> Tensor:
     """Gives each token its group's row: [G, C] -> [Lx, C]."""
-    return _Spread.apply(rows, *members)
+    return _Spread.apply(rows, members.group, members.tiles, members.tile_group)
 
 
 @fused
@@ -86,7 +86,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Modulation(nn.Module):
-    """Makes `count` vectors for each group from its condition [G, dim], in fp32; zero at the start (AdaLN-zero)."""
+    """Makes `count` vectors for each group, fp32, from its condition [G, dim]; zero at the start (AdaLN-zero)."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -96,9 +96,8 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(condition.device.type, enabled=False):
-            out = self.linear(F.silu(condition).to(self.linear.weight.dtype))
-        return out.float().chunk(self.count, dim=-1)
+        # A pack of short shots has a thousand groups: fp32 would cost as much as half of the attention.
+        return self.linear(F.silu(condition).to(self.linear.weight.dtype)).float().chunk(self.count, dim=-1)
 
 
 class TokenStream(RecomputedParts):

@@ -35,24 +35,27 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _group_sums(sums: Tensor, group: Tensor | None, num_rows: int, num_groups: int) -> Tensor:
+def _group_sums(sums: Tensor, starts: Tensor | None, num_rows: int, num_groups: int) -> Tensor:
     """Sums the tables [blocks + G, ...] of a backward kernel to fp32 [G, ...]."""
     out = sums.new_empty(num_groups, *sums.shape[1:])
-    width = out[0].numel()
-    kernels.group_sums_kernel[(num_groups, cdiv(width, 64))](sums, group, out, num_rows, width, ROWS=ROWS, BM=32, BN=64)
+    width, block = out[0].numel(), 128 if starts is None else 8  # a group has few rows, and all of them many
+    kernels.group_sums_kernel[(num_groups, cdiv(width, 64))](
+        sums, starts, out, num_rows, width, ROWS=ROWS, BM=block, BN=64
+    )
     return out
 
 
 class _Modulate(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, group: Tensor | None, eps: float, one: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, group: Tensor | None, starts: Tensor | None, eps: float,
+        one: float,
+    ) -> Tensor:  # fmt: skip
         """Takes x [L, D], shift and scale [G, D]; `one` is added to scale."""
         x, shift, scale = x.contiguous(), _rows(shift), _rows(scale)
         if shift.stride() != scale.stride():
             shift, scale = shift.contiguous(), scale.contiguous()
-        ctx.save_for_backward(x, scale, group)
+        ctx.save_for_backward(x, scale, group, starts)
         ctx.eps, ctx.one, ctx.dtype = eps, one, shift.dtype
         out = torch.empty_like(x)
         if len(x):
@@ -64,7 +67,7 @@ class _Modulate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, group = ctx.saved_tensors
+        x, scale, group, starts = ctx.saved_tensors
         num_rows, width = x.shape
         dx, blocks = torch.empty_like(x), cdiv(num_rows, ROWS)
         sums = x.new_empty(blocks + len(scale), 2, width, dtype=torch.float32)
@@ -73,15 +76,15 @@ class _Modulate(Function):
                 x, scale, group, dout.contiguous(), dx, sums, num_rows, scale.stride(0), ctx.eps,
                 ONE=ctx.one, **_sizes(width), ROWS=ROWS,
             )  # fmt: skip
-        dshift, dscale = _group_sums(sums, group, num_rows, len(scale)).unbind(1)
-        return dx, dshift.to(ctx.dtype), dscale.to(scale.dtype), None, None, None
+        dshift, dscale = _group_sums(sums, starts, num_rows, len(scale)).unbind(1)
+        return dx, dshift.to(ctx.dtype), dscale.to(scale.dtype), None, None, None, None
 
 
 class _AddGated(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, change: Tensor, gate: Tensor, group: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, change: Tensor, gate: Tensor, group: Tensor, starts: Tensor) -> Tensor:
         x, change, gate = x.contiguous(), change.contiguous(), _rows(gate)
-        ctx.save_for_backward(change, gate, group)
+        ctx.save_for_backward(change, gate, group, starts)
         out = torch.empty_like(x)
         if len(x):
             kernels.add_gated_kernel[(len(x),)](x, change, gate, group, out, gate.stride(0), **_sizes(x.shape[-1]))
@@ -90,7 +93,7 @@ class _AddGated(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        change, gate, group = ctx.saved_tensors
+        change, gate, group, starts = ctx.saved_tensors
         num_rows, width = change.shape
         dchange, blocks = torch.empty_like(change), cdiv(num_rows, ROWS)
         sums = change.new_empty(blocks + len(gate), width, dtype=torch.float32)
@@ -99,7 +102,7 @@ class _AddGated(Function):
                 change, gate, group, dout.contiguous(), dchange, sums, num_rows, gate.stride(0),
                 **_sizes(width), ROWS=ROWS,
             )  # fmt: skip
-        return dout, dchange, _group_sums(sums, group, num_rows, len(gate)).to(gate.dtype), None
+        return dout, dchange, _group_sums(sums, starts, num_rows, len(gate)).to(gate.dtype), None, None
 
 
 class _RMSNorm(Function):
@@ -147,15 +150,15 @@ class _Rotate(Function):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> Tensor:
-    return _Modulate.apply(x, shift, scale, members.group, eps, 1.0)
+    return _Modulate.apply(x, shift, scale, members.group, members.starts, eps, 1.0)
 
 
 def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members) -> Tensor:
-    return _AddGated.apply(x, change, gate, members.group)
+    return _AddGated.apply(x, change, gate, members.group, members.starts)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _Modulate.apply(x, bias[None], weight[None], None, eps, 0.0)
+    return _Modulate.apply(x, bias[None], weight[None], None, None, eps, 0.0)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

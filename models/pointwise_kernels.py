@@ -167,26 +167,14 @@ def rotate_kernel(
     tl.store(out + row * (N * D) + offset, turned.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _first_row(group, num_rows, least):
-    """Returns the first row of group `least` or a later one."""
-    low, high = 0, num_rows
-    while low < high:
-        middle = (low + high) // 2
-        before = tl.load(group + middle).to(tl.int32) < least
-        low = tl.where(before, middle + 1, low)
-        high = tl.where(before, high, middle)
-    return low
-
-
 @triton.jit(do_not_specialize=["num_rows", "width"])
-def group_sums_kernel(sums, group, out, num_rows, width, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def group_sums_kernel(sums, starts, out, num_rows, width, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Writes to out [G, width] what blocks of ROWS rows have summed for each group, block b's for group g at b + g."""
     own = tl.program_id(0)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     first, last = 0, num_rows
-    if group is not None:
-        first, last = _first_row(group, num_rows, own), _first_row(group, num_rows, own + 1)
+    if starts is not None:
+        first, last = tl.load(starts + own), tl.load(starts + own + 1)
     total = tl.zeros([BM, BN], tl.float32)
     last_block = tl.where(first < last, (last + ROWS - 1) // ROWS, 0)
     for start in range(first // ROWS, last_block, BM):
