@@ -1,7 +1,8 @@
 """The MMDiT's layers have two token streams, text and video, each with its own weights, joined in one attention.
 
 - modulation: one vector for each group (the global text or a shot) gives shift, scale and gate (AdaLN-zero)
-- norms, modulation and rotation are computed in fp32, whatever autocast or the weights' dtype
+- norms, modulation and rotation are computed in fp32, whatever autocast or the weights' dtype; the linear that makes
+  the modulation follows autocast
 - on a GPU each of the pointwise functions is one kernel (`models.fuse`, `models.pointwise`)
 
 Shape letters: L packed tokens, Lx tokens of one stream, N heads, D head dim, G groups; latents C T H W.
