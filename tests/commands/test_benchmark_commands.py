@@ -1,34 +1,60 @@
 """The record of the README's commands on a GPU: what is run, and what is written of it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from configs.command import parse, store_defaults
-from configs.schema import SampleConfig, TrainConfig
+from configs.command import parse
+from configs.overrides import readable
 from scripts import benchmark_commands
-from scripts.benchmark_commands import plan, run, table
-from tests.pipeline import ROOT
+from scripts.benchmark_commands import Job, plan, run, table
+from tests.composing import COMMANDS, CONFIGS, composed, schema_of
+from tests.test_pages import PAGES, commands_of
 
 HEAD = {"gpu": "a GPU", "gpus": 2, "torch": "2", "cuda": "13", "cudnn": 9, "triton": "3", "commit": "c", "date": "d"}
-SCHEMAS = {"train.py": ("train", TrainConfig), "sample.py": ("sample", SampleConfig)}
+NAMES = {f"{module.replace('.', '/')}.py": name for name, (module, _) in COMMANDS.items()}
+
+
+def script_of(job: Job) -> int:
+    return next(index for index, argument in enumerate(job.arguments) if argument.endswith(".py"))
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2])
 def test_every_command_is_one_that_its_script_takes(tmp_path, num_gpus):
-    commands = plan(tmp_path, num_gpus)
-    assert ("train base, all GPUs" in commands) == (num_gpus == 2)
-    for arguments in commands.values():
-        script = next(index for index, argument in enumerate(arguments) if argument.endswith(".py"))
-        assert (ROOT / arguments[script]).is_file()
-        if arguments[script] in SCHEMAS:
-            name, schema = SCHEMAS[arguments[script]]
-            store_defaults(name, schema)
-            with initialize_config_dir(str(ROOT / "configs"), version_base=None):
-                assert isinstance(parse(compose(name, arguments[script + 1 :]), schema), schema)
+    jobs = plan(tmp_path, num_gpus)
+    assert ("train base, all GPUs" in jobs) == (num_gpus == 2)
+    for job in jobs.values():
+        script = script_of(job)
+        name, settings = NAMES[job.arguments[script]], job.arguments[script + 1 :]
+        schema = schema_of(name)
+        assert isinstance(parse(composed(name, *[readable(setting, CONFIGS) for setting in settings]), schema), schema)
+
+
+def test_what_a_command_reads_is_made_by_one_before_it(tmp_path):
+    """But for what the checkout holds, and what the benchmark itself writes."""
+    jobs = plan(tmp_path, 2)
+
+    def made_before(name: str) -> list[Path]:
+        own = [path for path in [jobs[name].makes] if path]
+        return own + [path for need in jobs[name].needs for path in made_before(need)]
+
+    for name, job in jobs.items():
+        assert list(jobs).index(name) > max([-1, *(list(jobs).index(need) for need in job.needs)])
+        own = {tmp_path / "release", tmp_path / "story.yaml", tmp_path / "report.html", tmp_path / "r.json"}
+        there = own | set(made_before(name))
+        for path in re.findall(rf"{re.escape(str(tmp_path))}[\w./]*", " ".join(job.arguments)):
+            if Path(path) != tmp_path / "runs":
+                assert any(Path(path).is_relative_to(made) for made in there), (name, path)
+
+
+def test_every_script_that_the_pages_run_is_timed(tmp_path):
+    timed = {job.arguments[script_of(job)] for job in plan(tmp_path, 2).values()}
+    said = {script for page in PAGES for script, _ in commands_of(page)}
+    others = {"scripts/app.py", "scripts/plan_month.py"}  # a server, and what computes without a GPU
+    assert {s for s in said if not s.startswith(("scripts/benchmark_", "scripts/draw_"))} - timed == others
 
 
 def test_a_row_tells_how_a_command_ended_and_the_log_what_it_said(tmp_path):
@@ -38,22 +64,60 @@ def test_a_row_tells_how_a_command_ended_and_the_log_what_it_said(tmp_path):
     assert (tmp_path / "logs/x.log").read_text() == "hello\n"
 
 
-def test_the_record_and_its_table(tmp_path, monkeypatch):
-    """Through the command, with two commands that end at once in place of the real ones."""
-    fakes = {"good": ["-c", "print(1)"], "bad": ["-c", "raise SystemExit(2)"]}
-    monkeypatch.setattr(benchmark_commands, "plan", lambda *_: fakes)
+def call(monkeypatch, tmp_path, *settings: str) -> tuple[str | int | None, list[tuple[str, int]]]:
+    """Runs the command; returns its exit status and, in order, the (name, exit code) of all rows of the record."""
+    output = tmp_path / "r.json"
+    monkeypatch.setattr(sys, "argv", ["x", f"folder={tmp_path / 'made'}", f"output={output}", *settings])
+    status: str | int | None = 0
+    try:
+        benchmark_commands.main()
+    except SystemExit as ending:
+        status = ending.code
+    return status, [(row["name"], row["exit_code"]) for row in json.loads(output.read_text())["rows"]]
+
+
+@pytest.fixture
+def fakes(tmp_path, monkeypatch) -> dict[str, Job]:
+    """Commands that end at once, in place of the real ones."""
+    file = tmp_path / "made/c/file"
+    jobs = {
+        "writes": Job(["-c", f"open({str(file)!r}, 'a').write('x')"], (), file),
+        "reads": Job(["-c", f"assert open({str(file)!r}).read() == 'x'"], ("writes",)),
+        "bad": Job(["-c", "raise SystemExit(2)"]),
+        "after bad": Job(["-c", "pass"], ("bad",)),
+        "good": Job(["-c", "pass"]),
+    }
+    monkeypatch.setattr(benchmark_commands, "plan", lambda *_: jobs)
     monkeypatch.setattr(benchmark_commands, "header", lambda: dict(HEAD))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    output = tmp_path / "r.json"
-    monkeypatch.setattr(sys, "argv", ["x", f"folder={tmp_path / 'made'}", f"output={output}"])
-    with pytest.raises(SystemExit) as ending:
-        benchmark_commands.main()
-    assert ending.value.code == 1
-    assert [(r["name"], r["exit_code"]) for r in json.loads(output.read_text())["rows"]] == [("good", 0), ("bad", 2)]
-    page = output.with_suffix(".md").read_text()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: HEAD["gpus"])
+    return jobs
+
+
+def test_the_record_and_its_table(fakes, tmp_path, monkeypatch):
+    rows = [("writes", 0), ("reads", 0), ("bad", 2), ("good", 0)]
+    assert call(monkeypatch, tmp_path) == (1, rows)
+    page = (tmp_path / "r.md").read_text()
     assert "a GPU" in page
     assert "commit c" in page
-    assert [line.split("|")[1].strip() for line in page.splitlines()[-2:]] == ["good", "bad"]
+    assert [line.split("|")[1].strip() for line in page.splitlines()[-4:]] == [name for name, _ in rows]
+
+
+def test_a_command_needs_no_more_than_what_it_reads(fakes, tmp_path, monkeypatch):
+    assert call(monkeypatch, tmp_path, "only=[reads]") == (0, [("writes", 0), ("reads", 0)])
+    assert call(monkeypatch, tmp_path, "only=[good]")[1] == [("writes", 0), ("reads", 0), ("good", 0)]
+
+
+def test_a_second_call_goes_on_where_the_first_one_was_ended(fakes, tmp_path, monkeypatch):
+    call(monkeypatch, tmp_path)
+    done = [name for name in fakes if name not in ("bad", "after bad")]
+    fakes |= {name: Job(["-c", "raise SystemExit(3)"]) for name in done}
+    fakes["bad"] = Job(["-c", "pass"])
+    assert call(monkeypatch, tmp_path) == (0, [*((name, 0) for name in done), ("bad", 0), ("after bad", 0)])
+    # On another commit all is run again.
+    monkeypatch.setattr(benchmark_commands, "header", lambda: HEAD | {"commit": "d"})
+    status, rows = call(monkeypatch, tmp_path)
+    assert (status, dict(rows)["good"], dict(rows)["after bad"]) == (1, 3, 0)
 
 
 def test_a_table_shortens_paths_to_the_folder():
