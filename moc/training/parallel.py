@@ -6,10 +6,13 @@ all others have samples of their own. Weights, averages and the optimizer's stat
 what spreads them is built once, here, from outside.
 """
 
+import ctypes
 import logging
 import os
 import re
+import signal
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +41,7 @@ Result = TypeVar("Result")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PATIENT = timedelta(days=1)  # how long the processes wait for one that writes files
 _BROKEN = re.compile(r"/gloo/\S+:\d+\]|pair closure|\bNCCL\b")  # what gloo, which has no error of its own, says
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
 
@@ -352,8 +356,16 @@ def join_processes(cpu: bool = False, timeout: float | None = None) -> PartialSt
             "accelerate launch was asked for several processes and started one: it hands them to torch's launcher with "
             "--multi_gpu only; say that, which needs no GPU, and leave --cpu out"
         )
+    if "TORCHELASTIC_RUN_ID" in environment:
+        _end_with_launcher()
     settings = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     return PartialState(cpu=cpu or not torch.cuda.is_available(), **settings)
+
+
+def _end_with_launcher() -> None:
+    """Has Linux send SIGTERM to this process when torch's launcher dies, which started it and alone would end it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def visible_gpus() -> list[str]:

@@ -10,28 +10,38 @@
 # PROCESSES  how many processes this host starts: a number, or gpu, one for each GPU (gpu)
 #
 # Hosts mount the same outputs and data at the same place. SIGTERM, SIGUSR1 and SIGINT are handed on to every process,
-# which then save. The exit status is 75 where the run is not finished and the same command goes on: torchrun's own is 1
-# then, so the processes make a file that tells it.
+# which then save, however long that takes. The exit status is 75 where the run is not finished and the same command
+# goes on: torchrun's own is 1 then, so the processes make a file that tells it.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 PATH="$PWD/.venv/bin:$PATH"
 MOC_UNFINISHED="$(mktemp -u)"
 export MOC_UNFINISHED
 
-torchrun --nnodes "${NODES:-1}" --nproc-per-node "${PROCESSES:-gpu}" \
-    --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:${PORT:-29500}" --rdzv-id "${RUN_ID:-moc}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 train.py "$@" &
-child=$!
+told=""
 for signal in TERM INT USR1; do
-    # shellcheck disable=SC2064  # the values of now are meant
-    trap "kill -$signal $child 2>/dev/null" "$signal"
+    # shellcheck disable=SC2064  # the value of now is meant
+    trap "told=$signal" "$signal"
 done
+# torchrun itself must hear none of them: it would kill the processes 30 seconds later, in the middle of a save, and
+# leave them at the second signal, which Slurm sends to all that it finds.
+(
+    trap '' TERM INT USR1
+    exec torchrun --nnodes "${NODES:-1}" --nproc-per-node "${PROCESSES:-gpu}" \
+        --rdzv-backend c10d --rdzv-endpoint "${HEAD:-localhost}:${PORT:-29500}" --rdzv-id "${RUN_ID:-moc}" \
+        --signals-to-handle SIGQUIT train.py "$@"
+) &
+child=$!
 wait "$child"
 status=$?
-while [ "$status" -gt 128 ] && kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the child
+while [ "$told" ] && kill -0 "$child" 2>/dev/null; do # again and again, since a process that starts hears nothing yet
+    pkill "-$told" -P "$child"
+    sleep 1
+done
+if [ "$told" ]; then
     wait "$child"
     status=$?
-done
+fi
 if [ -e "$MOC_UNFINISHED" ]; then
     rm -f "$MOC_UNFINISHED"
     exit 75

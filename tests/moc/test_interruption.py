@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from moc.diffusion import Flow
@@ -303,6 +304,19 @@ def test_processes_agree_where_to_end(prepared, tmp_path):
     step = json.loads((find_checkpoint(run) / "state.json").read_text())["step"]
     assert f"SIGUSR1: step {step} of 999 is saved" in said
     assert len(read_metrics(run)) >= step
+
+
+@pytest.mark.slow
+def test_processes_outlive_no_launcher(prepared, tmp_path):
+    """It is killed, and both processes save as if they were told to end."""
+    run = tmp_path / "run"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    with hanging(prepared, run, *launcher) as process:
+        processes = psutil.Process(process.pid).children()
+        assert len(processes) == 2
+        process.kill()
+        assert psutil.wait_procs(processes, timeout=120)[1] == []
+    assert find_checkpoint(run) is not None
 
 
 LEFT = """
