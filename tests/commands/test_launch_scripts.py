@@ -90,7 +90,7 @@ print("saved", flush=True)
 
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_a_signal_comes_to_the_processes_alone_though_they_still_start(play, tmp_path, name):
-    """Slurm sends it to the script and, by some of its settings, to torchrun as well, which would leave at the second."""
+    """Slurm sends it to the script and, by some of its settings, to torchrun too, which would leave at the second."""
     (tmp_path / "rank.py").write_text(RANK)
     play("torchrun", f"{sys.executable} {tmp_path}/rank.py & wait $!; exit 1")
     process = play.start(copied(tmp_path))
