@@ -3,19 +3,20 @@
 from collections.abc import Callable
 from functools import wraps
 from importlib.util import find_spec
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
 P = ParamSpec("P")
+R = TypeVar("R")
 HAS_TRITON = find_spec("triton") is not None
 
 
-def fused(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def fused(function: Callable[P, R]) -> Callable[P, R]:
     """Wraps a function of tensors: where the first is on a GPU, the kernel of its name in `models.pointwise` runs."""
 
     @wraps(function)
-    def choose(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def choose(*args: P.args, **kwargs: P.kwargs) -> R:
         if not (HAS_TRITON and isinstance(args[0], Tensor) and args[0].is_cuda):
             return function(*args, **kwargs)
         from models import pointwise  # imports Triton

@@ -19,7 +19,8 @@ from moc.layout import Grid
 from models.fuse import fused
 from models.members import Members
 from models.recompute import RecomputedParts
-from models.stream import Attend, Part
+from models.rope import rotate
+from models.stream import Attend, Part, Table
 
 
 class _Spread(torch.autograd.Function):
@@ -72,6 +73,51 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
+class _Join(torch.autograd.Function):
+    """Joins text [Lt, N, D] and video [Lv, N, D] -> the stream [L, N, D]; each is the other's gradient, with `_Split`,
+    where indexing's own would fill and add up a whole stream for each of the two."""
+
+    @staticmethod
+    def forward(ctx, text: Tensor, video: Tensor, part: Part) -> Tensor:
+        ctx.part, stream = part, video.new_empty(part.num_tokens, *video.shape[1:])
+        return stream.index_copy_(0, part.text_index, text.to(video.dtype)).index_copy_(0, part.video_index, video)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_Split.apply(grad, ctx.part), None
+
+
+class _Split(torch.autograd.Function):
+    """Splits the stream [L, N, D] -> its text [Lt, N, D] and its video [Lv, N, D]."""
+
+    @staticmethod
+    def forward(ctx, stream: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        ctx.part = part
+        return stream.index_select(0, part.text_index), stream.index_select(0, part.video_index)
+
+    @staticmethod
+    def backward(ctx, text: Tensor, video: Tensor) -> tuple[Tensor, None]:
+        return _Join.apply(text, video, ctx.part), None
+
+
+@fused
+def join(
+    text: Tensor, video: Tensor, norms: Sequence[tuple[Tensor, Tensor]], part: Part, table: Table | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns q, k, v of the stream, each [L, N, D], from those of text [Lt, 3 N D] and of video [Lv, 3 N D].
+
+    norms: of text and of video, the weights [D] of q's and of k's norm, by head. table: where it is given, q and k are
+    rotated.
+    """
+    found = []
+    for qkv, (norm_q, norm_k) in zip((text, video), norms, strict=True):
+        q, k, v = (x.unflatten(-1, (-1, len(norm_q))) for x in qkv.chunk(3, dim=-1))
+        found.append((rms_norm(q, norm_q, eps), rms_norm(k, norm_k, eps), v))
+    q, k, v = (_Join.apply(of_text, of_video, part) for of_text, of_video in zip(*found, strict=True))
+    return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
+
+
 class LayerNorm(nn.LayerNorm):
     """This layer norm computes in fp32 and returns its input's dtype."""
 
@@ -119,12 +165,15 @@ class TokenStream(RecomputedParts):
             self.to_out = nn.Linear(dim, dim)
             self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
 
-    def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> tuple[Tensor, Tensor, Tensor]:
-        """Projects x [Lx, dim] to q, k, v, each [Lx, N, D]; q and k are normed by head."""
+    def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
+        """Projects x [Lx, dim] to q, k and v, one beside another: [Lx, 3 dim]."""
         shift, scale = modulation[:2]
-        qkv = self.to_qkv(modulate(x, shift, scale, members))
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in qkv.chunk(3, dim=-1))
-        return self.norm_q(q), self.norm_k(k), v
+        return self.to_qkv(modulate(x, shift, scale, members))
+
+    @property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """Returns the weights of q's and of k's norm, each [D]."""
+        return self.norm_q.weight, self.norm_k.weight
 
     def update(self, x: Tensor, attended: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
         """Adds the attention output [Lx, N, D] and the FFN to x [Lx, dim]."""
@@ -145,46 +194,20 @@ class JointBlock(RecomputedParts):
     def forward(
         self, text: Tensor, video: Tensor, condition: Tensor, part: Part, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """Returns text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]; attend: q, k, v [L, N, D] -> [L, N, D]."""
+        """Returns text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]."""
         text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
 
         def attended(text: Tensor, video: Tensor) -> Tensor:
             text_qkv = self.text.project(text, text_mod, part.text_members)
             video_qkv = self.video.project(video, video_mod, part.video_members)
-            return attend(*(_Join.apply(t, x, part) for t, x in zip(text_qkv, video_qkv, strict=True)))
+            q, k, v = join(text_qkv, video_qkv, (self.text.norms, self.video.norms), part, attend.table)
+            return attend(q, k, v, rotated=attend.table is not None)
 
         of_text, of_video = _Split.apply(self.apart(attended, text, video), part)
         video = self.video.update(video, of_video, video_mod, part.video_members)
         if not self.last:
             text = self.text.update(text, of_text, text_mod, part.text_members)
         return text, video
-
-
-class _Join(torch.autograd.Function):
-    """Joins text [Lt, N, D] and video [Lv, N, D] -> the stream [L, N, D]; each is the other's gradient, with `_Split`,
-    where indexing's own would fill and add up a whole stream for each of the two."""
-
-    @staticmethod
-    def forward(ctx, text: Tensor, video: Tensor, part: Part) -> Tensor:
-        ctx.part, stream = part, video.new_empty(part.num_tokens, *video.shape[1:])
-        return stream.index_copy_(0, part.text_index, text.to(video.dtype)).index_copy_(0, part.video_index, video)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_Split.apply(grad, ctx.part), None
-
-
-class _Split(torch.autograd.Function):
-    """Splits the stream [L, N, D] -> its text [Lt, N, D] and its video [Lv, N, D]."""
-
-    @staticmethod
-    def forward(ctx, stream: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        ctx.part = part
-        return stream.index_select(0, part.text_index), stream.index_select(0, part.video_index)
-
-    @staticmethod
-    def backward(ctx, text: Tensor, video: Tensor) -> tuple[Tensor, None]:
-        return _Join.apply(text, video, ctx.part), None
 
 
 class FramePlace(nn.Module):

@@ -7,6 +7,7 @@ those, by name; arguments and results are the same, to rounding.
 Shape letters: L tokens, N heads, D head dim or width, G groups.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.autograd.function import once_differentiable
 from moc.kernels.sizes import cdiv, next_power_of_2
 from models import pointwise_kernels as kernels
 from models.members import Members
+from models.stream import Part, Table
 
 ROWS = 32  # rows of a program of a backward kernel
 ELEMENTS = 512  # numbers of a row for each warp
+HEADS, ROUNDS = 32, 16  # heads of a program that joins streams, and how many times so many its backward takes
 
 
 def _sizes(width: int, num_heads: int | None = None) -> dict[str, int]:
@@ -149,6 +152,43 @@ class _Rotate(Function):
         return _Rotate.apply(dout, *ctx.saved_tensors, -ctx.sign), None, None, None
 
 
+class _Join(Function):
+    @staticmethod
+    def forward(ctx: Any, text: Tensor, video: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes text and video [rows, 3 N D], then their norms' weights, their rows' tokens, the table and eps."""
+        text, video = text.contiguous(), video.contiguous()
+        *tensors, ctx.eps = rest
+        ctx.save_for_backward(text, video, *tensors)
+        rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[0])
+        q, k, v = (video.new_empty(sum(rows), sizes["N"], sizes["D"]) for _ in range(3))
+        if blocks := sum(cdiv(number * sizes["N"], HEADS) for number in rows):
+            kernels.join_kernel[(blocks,)](text, video, *tensors, q, k, v, *rows, ctx.eps, **sizes, BLOCK=HEADS)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        text, video, *tensors = ctx.saved_tensors
+        rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[0])
+        dtext, dvideo = torch.empty_like(text), torch.empty_like(video)
+        of_text, of_video = (cdiv(number * sizes["N"], HEADS * ROUNDS) for number in rows)
+        sums = video.new_empty(of_text + of_video, 2, sizes["D"], dtype=torch.float32)
+        if len(sums):
+            kernels.join_backward_kernel[(len(sums),)](
+                text, video, *tensors, *(grad.contiguous() for grad in grads), dtext, dvideo, sums, *rows, of_text,
+                ctx.eps, **sizes, BLOCK=HEADS, ROUNDS=ROUNDS,
+            )  # fmt: skip
+        of_weights = [x for part in sums.split((of_text, of_video)) for x in part.sum(0)]
+        dweights = [grad.to(weight.dtype) for grad, weight in zip(of_weights, tensors[:4], strict=True)]
+        return dtext, dvideo, *dweights, *(None,) * 5
+
+
+def _head_sizes(qkv: Tensor, weight: Tensor) -> dict[str, int]:
+    """Returns the constants of the kernels that take heads of rows [Lx, 3 N D]; weight [D]."""
+    width = len(weight)
+    return {"N": qkv.shape[1] // (3 * width), "D": width, "DP": next_power_of_2(width), "num_warps": 4}
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> Tensor:
     return _Modulate.apply(x, shift, scale, members.group, members.starts, eps, 1.0)
 
@@ -167,3 +207,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return _Rotate.apply(x, *table, 1.0)
+
+
+def join(
+    text: Tensor, video: Tensor, norms: Sequence[tuple[Tensor, Tensor]], part: Part, table: Table | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = [weight for of_stream in norms for weight in of_stream]
+    return _Join.apply(text, video, *weights, part.text_index, part.video_index, *(table or (None, None)), eps)

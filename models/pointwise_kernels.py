@@ -167,6 +167,121 @@ def rotate_kernel(
     tl.store(out + row * (N * D) + offset, turned.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _heads(index, block, num_rows, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the rows, heads and tokens of the BLOCK heads of a block of rows, and whether there are such; int64."""
+    head = block * BLOCK + tl.arange(0, BLOCK)
+    row = (head // N).to(tl.int64)
+    return row, head % N, tl.load(index + row, mask=row < num_rows, other=0), row < num_rows
+
+
+@triton.jit
+def _turn(value, token, inside, cos, sin, sign, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns heads [BLOCK, DP] whose channel pairs are turned by the angles of their tokens, where there are any."""
+    if cos is not None:
+        even, odd = tl.split(tl.reshape(value, [BLOCK, DP // 2, 2]))
+        pair = tl.arange(0, DP // 2)[None, :]
+        offset, some = token[:, None] * (D // 2) + pair, inside[:, None] & (pair < D // 2)
+        a = tl.load(cos + offset, mask=some, other=0.0)
+        b = tl.load(sin + offset, mask=some, other=0.0) * sign
+        value = tl.reshape(tl.join(even * a - odd * b, even * b + odd * a), [BLOCK, DP])
+    return value
+
+
+@triton.jit
+def _normed_heads(value, eps, D: tl.constexpr):
+    """Returns heads [BLOCK, DP] over their root mean square, and the factor by which they were."""
+    factor = (1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps))[:, None]
+    return value * factor, factor
+
+
+@triton.jit
+def _join_block(
+    qkv, q_weight, k_weight, index, cos, sin, q, k, v, block, num_rows, eps,
+    N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Norms, turns and writes to q, k, v [L, N, D] what BLOCK heads of qkv [rows, 3, N, D] hold."""
+    row, head, token, inside = _heads(index, block, num_rows, N, BLOCK)
+    column = tl.arange(0, DP)[None, :]
+    some = inside[:, None] & (column < D)
+    own = (row * (3 * N * D) + head * D)[:, None] + column
+    joint = (token * (N * D) + head * D)[:, None] + column
+    for part in tl.static_range(2):
+        weight, target = (q_weight, q) if part == 0 else (k_weight, k)
+        normed, _ = _normed_heads(tl.load(qkv + own + part * N * D, mask=some, other=0.0).to(tl.float32), eps, D)
+        normed *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        normed = _turn(normed, token, inside, cos, sin, 1.0, D, DP, BLOCK)
+        tl.store(target + joint, normed.to(target.dtype.element_ty), mask=some)
+    tl.store(v + joint, tl.load(qkv + own + 2 * N * D, mask=some, other=0.0).to(v.dtype.element_ty), mask=some)
+
+
+@triton.jit(do_not_specialize=["num_text", "num_video"])
+def join_kernel(
+    text, video, text_q_weight, text_k_weight, video_q_weight, video_k_weight, text_index, video_index, cos, sin,
+    q, k, v, num_text, num_video, eps, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program norms, turns and joins BLOCK heads of text or of video, [rows, 3, N, D] each, in q, k, v [L, N, D]."""
+    block, text_blocks = tl.program_id(0), tl.cdiv(num_text * N, BLOCK)
+    if block < text_blocks:
+        _join_block(
+            text, text_q_weight, text_k_weight, text_index, cos, sin, q, k, v, block, num_text, eps, N, D, DP, BLOCK
+        )
+    else:
+        _join_block(
+            video, video_q_weight, video_k_weight, video_index, cos, sin, q, k, v, block - text_blocks, num_video, eps,
+            N, D, DP, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _join_backward_blocks(
+    qkv, q_weight, k_weight, index, cos, sin, dq, dk, dv, dqkv, sums, first, num_rows, eps,
+    N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, DP)[None, :]
+    for part in tl.static_range(2):
+        weight, joint_grad = (q_weight, dq) if part == 0 else (k_weight, dk)
+        gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        dweight = tl.zeros([BLOCK, DP], tl.float32)
+        for i in range(ROUNDS):
+            row, head, token, inside = _heads(index, first * ROUNDS + i, num_rows, N, BLOCK)
+            some = inside[:, None] & (column < D)
+            own = (row * (3 * N * D) + head * D)[:, None] + column + part * N * D
+            joint = (token * (N * D) + head * D)[:, None] + column
+            grad = tl.load(joint_grad + joint, mask=some, other=0.0).to(tl.float32)
+            grad = _turn(grad, token, inside, cos, sin, -1.0, D, DP, BLOCK)
+            normed, factor = _normed_heads(tl.load(qkv + own, mask=some, other=0.0).to(tl.float32), eps, D)
+            dweight += grad * normed
+            grad *= gain
+            grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
+            tl.store(dqkv + own, grad.to(dqkv.dtype.element_ty), mask=some)
+            if part == 0:
+                value = tl.load(dv + joint, mask=some, other=0.0)
+                tl.store(dqkv + own + 2 * N * D, value.to(dqkv.dtype.element_ty), mask=some)
+        tl.store(sums + part * D + column, tl.sum(dweight, 0)[None, :], mask=column < D)
+
+
+@triton.jit(do_not_specialize=["num_text", "num_video", "text_blocks"])
+def join_backward_kernel(
+    text, video, text_q_weight, text_k_weight, video_q_weight, video_k_weight, text_index, video_index, cos, sin,
+    dq, dk, dv, dtext, dvideo, sums, num_text, num_video, text_blocks, eps,
+    N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """A program writes dtext or dvideo of ROUNDS blocks of heads, and sums [programs, 2, D] for the norms' weights."""
+    block = tl.program_id(0)
+    sums += block * (2 * D)
+    if block < text_blocks:
+        _join_backward_blocks(
+            text, text_q_weight, text_k_weight, text_index, cos, sin, dq, dk, dv, dtext, sums, block, num_text, eps,
+            N, D, DP, BLOCK, ROUNDS,
+        )  # fmt: skip
+    else:
+        _join_backward_blocks(
+            video, video_q_weight, video_k_weight, video_index, cos, sin, dq, dk, dv, dvideo, sums,
+            block - text_blocks, num_video, eps, N, D, DP, BLOCK, ROUNDS,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_rows", "width"])
 def group_sums_kernel(sums, starts, out, num_rows, width, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Writes to out [G, width] what blocks of ROWS rows have summed for each group, block b's for group g at b + g."""

@@ -29,7 +29,7 @@ from models.members import Members
 from models.recompute import RecomputedParts
 from models.rope import rotate
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Table = tuple[Tensor, Tensor]  # cosine and sine of each token's rotation, fp32 [L, D / 2]
 
 
 class Part:
@@ -148,7 +148,7 @@ class StreamAttention:
 
     layout: ShotLayout
     config: MoCConfig
-    table: tuple[Tensor, Tensor]
+    table: Table
     drops: DropKey | None = None
     on_routes: Callable[[int, Tensor], None] | None = None
     cache: KeyValueCache | None = None
@@ -166,14 +166,14 @@ class StreamAttention:
                 "moc.text_anchor=global_and_own, and no dense layers"
             )
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns the attention [L, N, D] of the part's tokens, given their q, k, v [L, N, D] before rotation."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotated: bool = False) -> Tensor:
+        """Returns the attention [L, N, D] of the part's tokens, given their q, k, v [L, N, D], `rotated` or not yet."""
         config, first = self.config.at_layer(layer), self.cache.num_tokens if self.cache else 0
         if self.exchange:
             q, k, v = (self.exchange.to_heads(x, self.layout.num_tokens - first) for x in (q, k, v))
         pre_rope = config.descriptor is Descriptor.pre_rope
-        queries = rotate(q, self.table)
-        kept: tuple[Tensor, ...] = (rotate(k, self.table), v, *((k,) if pre_rope else ()))
+        queries, turned = (q, k) if rotated else (rotate(q, self.table), rotate(k, self.table))
+        kept: tuple[Tensor, ...] = (turned, v, *((k,) if pre_rope else ()))
         if self.cache is not None:
             kept = self.cache.extended(layer, kept, self.remember)
         keys, values, *unrotated = kept
@@ -213,6 +213,24 @@ class StreamAttention:
         return routes
 
 
+class Attend(NamedTuple):
+    """Is the attention of one layer, as its block is given it."""
+
+    stream: StreamAttention
+    layer: int
+
+    @property
+    def table(self) -> Table | None:
+        """Returns the rotations of the part's q and k, which a block may give them together with other work; None where
+        attention needs them before."""
+        early = self.stream.config.descriptor is Descriptor.post_rope and self.stream.exchange is None
+        return self.stream.table if early else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotated: bool = False) -> Tensor:
+        """Does as `StreamAttention`."""
+        return self.stream(self.layer, q, k, v, rotated)
+
+
 class Embedded(NamedTuple):
     """This is what the blocks of a model work on.
 
@@ -249,7 +267,7 @@ class StreamModel(Trainable):
         """Embeds the part's patches [Lv, patch_dim]; sigma [G] of its groups, text [T_i, text_dim] of all groups."""
         raise NotImplementedError
 
-    def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
+    def rotations(self, layout: ShotLayout) -> Table:
         """Returns the rotary table of the whole stream (see `models.rope.rotary_table`)."""
         raise NotImplementedError
 
@@ -293,7 +311,7 @@ class StreamModel(Trainable):
         table, spread = (cos[first:], sin[first:]), (self.exchange, self.execution)
         attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, *spread, on_distances)
         for layer, block in enumerate(self.blocks):
-            args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, partial(attend, layer))
+            args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, Attend(attend, layer))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, *args)
             else:

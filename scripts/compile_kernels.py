@@ -28,6 +28,7 @@ import moc
 from moc.kernels import ahead, triton_backend, triton_masked
 from models import pointwise
 from models.members import Members
+from models.stream import Part
 from scripts.measuring import markdown_table
 
 NUM_HEADS = 12
@@ -77,6 +78,9 @@ def pointwise_work(setting: Setting) -> None:
     rows, weight, table = torch.zeros(1, dim), torch.zeros(dim), torch.zeros(num_tokens, setting.head_dim // 2)
     x = torch.zeros(num_tokens, dim, dtype=setting.dtype).requires_grad_()
     heads = x.unflatten(1, (NUM_HEADS, setting.head_dim))
+    part = Part(moc.ShotLayout.build([moc.Shot(5, (2, 4, 4))]))
+    text, video = (torch.zeros(len(x), 3 * dim, dtype=setting.dtype) for x in (part.text_index, part.video_index))
+    gain, angles = weight[: setting.head_dim], torch.zeros(part.num_tokens, setting.head_dim // 2)
     outputs = (
         pointwise.modulate(x, rows, rows, members),
         pointwise.add_gated(x, x, rows, members),
@@ -84,6 +88,7 @@ def pointwise_work(setting: Setting) -> None:
         pointwise.rms_norm(x, weight, 1e-6),
         pointwise.rms_norm(heads, weight[: setting.head_dim], 1e-6),
         pointwise.rotate(heads, (table, table)),
+        *pointwise.join(text, video.requires_grad_(), 2 * [(gain, gain)], part, (angles, angles)),
     )
     for output in outputs:
         output.sum().backward(retain_graph=True)

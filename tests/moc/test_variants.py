@@ -13,6 +13,7 @@ from torch import Tensor
 
 import moc
 from models.members import Members
+from models.stream import Part
 from tests.moc.against_reference import interpreted
 from tests.strategies import attention_tensors
 
@@ -86,6 +87,11 @@ def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, 
     members = Members.build(group, group.bincount(minlength=groups).tolist())
     shift, scale, gate = torch.randn(groups, 6 * dim).requires_grad_().chunk(6, dim=-1)[:3]
     weight, bias = torch.ones(dim).requires_grad_(), torch.zeros(dim)
+    part = Part(moc.ShotLayout.build([moc.Shot(groups, (1, 1, num_tokens))]))
+    text, video = (
+        torch.randn(len(x), 3 * dim).bfloat16().requires_grad_() for x in (part.text_index, part.video_index)
+    )
+    turns = torch.randn(2, part.num_tokens, head_dim // 2).unbind()
     heads = tokens(dim) if across_heads else tokens(3, num_heads, head_dim).unbind(1)[0]
     outputs = (
         pointwise.modulate(tokens(dim), shift, scale, members),
@@ -93,6 +99,7 @@ def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, 
         pointwise.layer_norm(tokens(dim), weight, bias, 1e-6),
         pointwise.rms_norm(heads, weight if across_heads else weight[:head_dim], 1e-6),
         pointwise.rotate(tokens(num_heads, head_dim), (table[0], table[1])),
+        *pointwise.join(text, video.requires_grad_(), 2 * [2 * [weight[:head_dim]]], part, turns),
     )
     return sum(output.float().nan_to_num().sum() for output in outputs)
 
@@ -115,4 +122,4 @@ def test_pointwise_kernels_are_compiled_once_whatever_the_stream(across_heads):
     # Two of those that also serve a norm with weights: it has no groups, and adds nothing to its scale.
     twice = {"modulate_kernel", "modulate_backward_kernel", "group_sums_kernel"}
     assert {name: len(keys) for name, keys in variants.items()} == {name: 1 + (name in twice) for name in variants}
-    assert len(variants) == 8
+    assert len(variants) == 10

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moc import Batch, DropKey, Execution, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
 from models import ModelConfig, build_model, load_model, save_model
 from models.history import KeyValueCache
-from models.layers import _Join, _Split, add_gated, layer_norm, modulate, rms_norm, spread
+from models.layers import _Join, _Split, add_gated, join, layer_norm, modulate, rms_norm, spread
 from models.members import Members
 from models.mmdit import MMDiT
 from models.stream import Part, patchify, unpatchify
@@ -334,9 +334,9 @@ def test_backward_fills_and_adds_up_no_stream() -> None:
 
 
 def test_gradients_of_q_k_and_v_are_copied_once_to_lie_side_by_side() -> None:
-    part, video = Part(make_batch([sample()], small_model().stream, 12).layout), small_model().blocks[0].video
-    x, rows = torch.randn(len(part.video_index), 48), torch.randn(2, len(part.groups), 48)
-    loss = sum(y.square().sum() for y in video.project(x, rows, part.video_members))
+    part, block = Part(make_batch([sample()], small_model().stream, 12).layout), small_model().blocks[0]
+    text, video = (torch.randn(len(x), 3 * 48, requires_grad=True) for x in (part.text_index, part.video_index))
+    loss = sum(y.square().sum() for y in join(text, video, (block.text.norms, block.video.norms), part))
     with Operators() as seen:
         loss.backward()
     assert "cat" in seen.names

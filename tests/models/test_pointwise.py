@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moc import Shot, ShotLayout
 from models import layers, rope
 from models.members import Members
+from models.stream import Part
 from tests.moc.against_reference import interpreted
 
 pointwise = pytest.importorskip("models.pointwise", exc_type=ImportError)
@@ -59,3 +61,27 @@ def test_kernels_in_half_precision_round_once(name: str):
     wide = [x.detach().float().requires_grad_() if isinstance(x, Tensor) and x.requires_grad else x for x in arguments]
     for found, expected in zip(results(kernel, arguments), results(function, wide), strict=True):
         torch.testing.assert_close(found.float(), expected, rtol=2**-7, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("rotates", [False, True])
+@pytest.mark.parametrize(
+    ("texts", "grid", "heads", "width", "dtype"),
+    [((3, 5), (2, 3, 4), 3, 12, torch.float32), ((0, 0), (1, 1, 1), 2, 16, torch.float32),
+     ((7, 2), (3, 5, 7), 4, 8, torch.bfloat16)],
+)  # fmt: skip
+def test_streams_are_joined_as_the_plain_function_joins_them(rotates, texts, grid, heads, width, dtype):
+    part = Part(ShotLayout.build([Shot(texts[0], grid), Shot(texts[1], grid)], texts[0], 8))
+    text, video = (numbers(len(x), 3 * heads * width, dtype=dtype) for x in (part.text_index, part.video_index))
+    weights, angles = [numbers(width) for _ in range(4)], torch.randn(part.num_tokens, width // 2)
+    table = (angles.cos(), angles.sin()) if rotates else None
+
+    def results(function, text: Tensor, video: Tensor) -> list[Tensor]:
+        out = torch.stack(function(text, video, (weights[:2], weights[2:]), part, table))
+        direction = torch.linspace(-1, 1, out.numel()).bfloat16().view_as(out)
+        return [out, *torch.autograd.grad(out, [text, video, *weights], direction.to(out.dtype))]
+
+    wide = (x.detach().float().requires_grad_() for x in (text, video))
+    tolerance = {"rtol": 2**-7, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    for found, expected in zip(results(pointwise.join, text, video), results(layers.join, *wide), strict=True):
+        torch.testing.assert_close(found.float(), expected, **tolerance)
