@@ -12,11 +12,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import moc
@@ -64,13 +66,25 @@ def attributes(scenes: RecallScenes) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
-def train_reader(world: RecallWorld, steps: int, batch: int = 32, noise: float = 0.3, lr: float = 1e-3) -> Reader:
+def kept_reader(world: RecallWorld, file: Path, steps: int, width: int = 256, batch: int = 32) -> Reader:
+    """Returns the reader that a file holds, on the world's device; where there is none, trains it and writes it."""
+    if not file.exists():
+        save_file(train_reader(world, steps, width, batch).state_dict(), file)
+    weights = load_file(file)
+    reader = Reader(world.latent_channels * world.latent_frames, len(weights["enter.weight"])).to(world.stock.device)
+    reader.load_state_dict(weights)
+    return reader.eval().requires_grad_(False)
+
+
+def train_reader(
+    world: RecallWorld, steps: int, width: int = 256, batch: int = 32, noise: float = 0.3, lr: float = 1e-3
+) -> Reader:
     """Trains a reader of the world's true shots; up to `noise` of noise on them teaches it to bear a sampled shot's
     flaws."""
     device, shots = world.stock.device, world.config.shots
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        reader = Reader(world.latent_channels * world.latent_frames).to(device)
+        reader = Reader(world.latent_channels * world.latent_frames, width).to(device)
         optimizer = torch.optim.AdamW(reader.parameters(), lr)
         decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2))
         for step in range(steps):
@@ -146,10 +160,14 @@ class RecallBench:
         self.steps, self.seed, self.batch = steps, seed, batch
 
     @torch.no_grad()
-    def run(self, model: Any, config: MoCConfig, flow: Flow, scenes: int, look_alikes: bool = False) -> Tally:
-        """Samples the last shots of so many scenes by a model and tallies what they show."""
+    def run(
+        self, model: Any, config: MoCConfig, flow: Flow, scenes: int, look_alikes: bool = False,
+        shots: int | None = None,
+    ) -> Tally:  # fmt: skip
+        """Samples the last shots of so many scenes by a model and tallies what they show. shots: those of a scene,
+        where they are not the world's."""
         model.eval()
-        recall = replace(self.world.config, look_alikes=look_alikes)
+        recall = replace(self.world.config, look_alikes=look_alikes, shots=shots or self.world.config.shots)
         tallies = []
         for first in range(0, scenes, self.batch):
             positions = list(range(first, min(first + self.batch, scenes)))

@@ -21,6 +21,7 @@ command is to take nine minutes at most, tests included.
     rows=[moc_progressive,moc] $ON                     a schedule against fixed chunks
     rows=[moc_pre_rope,moc_all_text] $ON
     rows=[moc_lse,moc_lse_of_frames] $ON               scores by log-sum-exp over the means of parts of a chunk
+    rows=[moc] $ON shots=[16,24]                       more shots than in training, tested only
 """
 
 import json
@@ -29,6 +30,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +47,7 @@ from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.storyworld.recall import draw_scenes
-from evaluation.recall import Reader, RecallBench, accuracy, summary, train_reader
+from evaluation.recall import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
@@ -69,6 +71,7 @@ class RecallRowsConfig:
     seed: the seed of training and of the reader.
     scenes: how many are tested; each gives two readings.
     look_alikes: how many scenes with look-alikes are tested besides.
+    shots: numbers of shots, other than in training, of scenes that are tested besides, an eighth of `scenes` each.
     reader_steps: how long the reader is trained.
     sampling_steps: those of each sampled shot.
     batch: scenes that are sampled at a time.
@@ -85,6 +88,7 @@ class RecallRowsConfig:
     seed: int = 0
     scenes: int = 5120
     look_alikes: int = 1024
+    shots: list[int] = field(default_factory=list)
     reader_steps: int = 1500
     sampling_steps: int = 10
     batch: int = 64
@@ -95,6 +99,8 @@ class RecallRowsConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "steps", "scenes", "reader_steps", "sampling_steps", "batch")
+        if any(shots < 2 for shots in self.shots):
+            raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
         unknown = sorted(set(self.rows) - set(ROWS))
         if unknown:
             raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
@@ -144,7 +150,7 @@ def main(config: RecallRowsConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(config.rows)) as pool:
         trainings = {pool.submit(train, row, config, folder): row for row in config.rows}
-        tester = Tester(config, composed(config, folder), folder)  # while they train
+        tester = Tester(config, composed(config.settings, folder), folder)  # while they train
         for training in as_completed(trainings):
             row = tester.test(trainings[training], training.result())
             print(json.dumps(row), flush=True)
@@ -162,9 +168,9 @@ def arguments(row: str, config: RecallRowsConfig) -> list[str]:
     return ["experiment=recall", *config.settings, *start, *steps, *ROWS[row](config.steps)]
 
 
-def composed(config: RecallRowsConfig, folder: Path) -> TrainConfig:
-    """Returns the settings that all rows share."""
-    words = [f"output={folder}", "name=composed", *config.settings]
+def composed(settings: Sequence[str], folder: Path) -> TrainConfig:
+    """Returns the settings of the experiment, with some changed."""
+    words = [f"output={folder}", "name=composed", *settings]
     shown = subprocess.run(
         [sys.executable, "train.py", "experiment=recall", *words, "--cfg", "job"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -189,21 +195,12 @@ class Tester:
         start = time.monotonic()
         world = recall_world(shared, self.parallel.device)
         print(f"the world is painted, {time.monotonic() - start:.0f} s", flush=True)
-        self.reader = self._reader(world)
+        self.reader = kept_reader(world, folder / "reader.safetensors", config.reader_steps)
         self.accuracy = accuracy(self.reader, world, min(config.scenes, 512))
         self.speed = composing_speed(world, config.batch)
         print(f"{self.speed:.0f} scenes a second are composed and encoded, beside the trainings", flush=True)
         print(f"reader on true shots, {time.monotonic() - start:.0f} s: {self.accuracy}", flush=True)
         self.bench = RecallBench(world, self.reader, self.parallel, config.sampling_steps, batch=config.batch)
-
-    def _reader(self, world: RecallWorld) -> Reader:
-        file = self.folder / "reader.safetensors"
-        if not file.exists():
-            save_file(train_reader(world, self.config.reader_steps).state_dict(), file)
-        weights = load_file(file)
-        reader = Reader(world.latent_channels * world.latent_frames).to(self.parallel.device)
-        reader.load_state_dict(weights)
-        return reader.eval().requires_grad_(False)
 
     def test(self, row: str, minutes: float) -> dict:
         name = run_name(row, self.config)
@@ -221,6 +218,9 @@ class Tester:
         if self.config.look_alikes:
             twins = self.bench.run(model, moc, flow, self.config.look_alikes, look_alikes=True)
             found["look_alikes"] = summary(twins)
+        for shots in self.config.shots:
+            tally = self.bench.run(model, moc, flow, max(1, self.config.scenes // 8), shots=shots)
+            found.setdefault("shots", {})[str(shots)] = brief(summary(tally))
         if moc.dense:
             for values in SWAPS:
                 swap = dict(zip(("chunk_tokens", "top_k", "descriptor_parts"), values, strict=True))

@@ -54,6 +54,8 @@ def tables(rows: list[dict]) -> str:
         "## Recall, and loss of the last shot\n\n" + _main(rows),
         "## Recall by distance in shots\n\n" + _by_distance(rows),
         "## Beside look-alikes\n\n" + _look_alikes(rows),
+        *(["## With other numbers of shots than in training\n\n" + _other_shots(rows)]
+          if any("shots" in row for row in rows) else []),
         "## Retrieval: where the returning character routes to\n\n" + _retrieval(rows),
         *(f"## {_title(row)}, with its attention swapped\n\n" + _swapped(row)
           for row in rows if "swapped" in row),
@@ -156,6 +158,12 @@ def _look_alikes(rows: list[dict]) -> str:
         low, high = found["interval"]
         lines.append([_title(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})", f"{found['copied']:.3f}"])
     return markdown_table(["row", "recall", "wrong, but of the scene"], lines)
+
+
+def _other_shots(rows: list[dict]) -> str:
+    tested = [(row, shots, found) for row in rows for shots, found in row.get("shots", {}).items()]
+    lines = [[_title(row), shots, f"{found['sparsity']:.1%}", *_recall_and_loss(found)] for row, shots, found in tested]
+    return markdown_table(["row", "shots", "sparsity of video pairs", "recall", "character's loss, 0.95"], lines)
 
 
 def _retrieval(rows: list[dict]) -> str:

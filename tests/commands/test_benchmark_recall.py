@@ -14,6 +14,13 @@ from moc.training import read_metrics
 from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, arguments
 from scripts.recall_report import TITLES, tables, write_report
 from scripts.rows import ROOT, put_row
+from tests import pipeline
+
+SMALL = [
+    "data.recall.size=[32,48]", "data.recall.frames=1", "data.recall.shots=3", "data.recall.paintings=1",
+    "data.batch_tokens=300", "model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.ffn_dim=32",
+    "trainer.log_every=1",
+]  # fmt: skip
 
 
 def row(name: str, right: list[int], steps: int = 10, start: str = "") -> dict:
@@ -40,8 +47,9 @@ def test_every_row_has_a_title_and_settings():
     assert shared == ["experiment=recall", "optim.lr=0.1", "trainer.num_steps=100", "seed=0", "moc=dense"]
     (stages,) = ROWS["moc_progressive"](100)
     assert stages.startswith("schedule=[{step: 0, chunk_tokens: 48, top_k: 7}, {step: 20,")
-    with pytest.raises(UserError, match="lame"):
-        RecallRowsConfig(rows=["lame"])
+    for wrong, said in (({"rows": ["lame"]}, "lame"), ({"shots": [16, 1]}, "shots")):
+        with pytest.raises(UserError, match=said):
+            RecallRowsConfig(**wrong)
 
 
 def test_a_row_takes_the_place_of_its_like_and_of_no_other(tmp_path):
@@ -68,13 +76,34 @@ def test_rows_are_compared_with_dense_over_the_same_scenes():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_takes_steps(name, tmp_path):
-    small = [
-        "data.recall.size=[32,48]", "data.recall.frames=1", "data.recall.shots=3", "data.recall.paintings=1",
-        "data.batch_tokens=300", "model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.ffn_dim=32",
-        "parallel.device=cpu", f"output={tmp_path}", "name=row", "trainer.log_every=1",
-    ]  # fmt: skip
-    words = [*arguments(name, RecallRowsConfig(steps=5)), *small]
+    words = [*arguments(name, RecallRowsConfig(steps=5)), *SMALL]
+    words += ["parallel.device=cpu", f"output={tmp_path}", "name=row"]
     subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
     losses = [row["loss"] for row in read_metrics(tmp_path / "row") if "loss" in row]
     assert len(losses) == 5  # the stages of a schedule begin at different ones
     assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_and_tested_also_over_whole_stories_and_other_numbers_of_shots(tmp_path):
+    """Both commands: the second takes the run of the first, and its reader."""
+    output, folder = tmp_path / "recall.json", tmp_path / "runs"
+    shared = (f"folder={folder}", "device=cpu", "batch=2", "sampling_steps=2", f"settings={json.dumps(SMALL)}")
+    words = ("rows=[moc]", "steps=2", "scenes=16", "look_alikes=2", "reader_steps=2", "shots=[4,6]", f"output={output}")
+    pipeline.command("scripts/benchmark_recall.py", *words, *shared)
+    (found,) = json.loads(output.read_text())["rows"]
+    assert {shots: of["readings"] for shots, of in found["shots"].items()} == {"4": 4, "6": 4}
+    assert found["shots"]["6"]["sparsity"] > found["shots"]["4"]["sparsity"] > found["all"]["sparsity"]
+    assert "## With other numbers of shots" in output.with_suffix(".md").read_text()
+
+    output = tmp_path / "stories.json"
+    words = (f"checkpoints=[{folder / 'moc_seed0_2'}]", "ways=[joint,shot_by_shot,recall]", "stories=2", "scenes=2")
+    words += ("shots=[3,5]", "moc.descriptor_parts=2", f"output={output}")
+    pipeline.command("scripts/benchmark_stories.py", *words, *shared)
+    rows = json.loads(output.read_text())["rows"]
+    told = [(row["way"], row["shots"]) for row in rows]
+    assert told == [(way, shots) for shots in (3, 5) for way in ("joint", "shot_by_shot", "recall")]
+    assert all(row["changed"] == "moc.descriptor_parts=2" for row in rows)
+    assert all(len(row["difference"]) == 3 for row in rows if row["way"] != "recall")
+    pipeline.command("scripts/benchmark_stories.py", "checkpoints=[]", f"output={output}")
+    assert "| moc_seed0_2 moc.descriptor_parts=2 | 5 | shot_by_shot | 2 |" in output.with_suffix(".md").read_text()

@@ -1,0 +1,177 @@
+"""Measures what a trained recall model remembers over whole stories, and in ways it was not trained for.
+
+python scripts/benchmark_stories.py [checkpoints=[PATH,...]] [ways=[joint,staggered,shot_by_shot]] [stories=N]
+    [shots=[8,16,24]] [scenes=N] [moc.KEY=VALUE ...]
+
+Each checkpoint makes stories of captions alone, which tell no looks: all shots at once, staggered, and shot by shot. A
+row is one checkpoint, one number of shots and one way: how much more often two shots of one name agree than two of
+different names (evaluation/stories.py). The way `recall` tests the last shot after a true history instead, as
+benchmark_recall.py does, in `scenes` scenes. `moc` changes the attention of all, untrained. On one H100, of the kept
+models:
+
+    shots=[8] stories=256                                                     all ways of both
+    shots=[16,24] ways=[recall,shot_by_shot] stories=64                       more shots than in training
+    checkpoints=[docs/checkpoints/recall_dense] ways=[recall] scenes=1280 moc.dense=false moc.chunk_tokens=24 \
+        moc.top_k=1 moc.descriptor_parts=4                                    log-sum-exp, untrained
+"""
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs.command import command
+from configs.world import recall_world
+from evaluation.recall import RecallBench, accuracy, kept_reader, summary
+from evaluation.stories import WAYS, make_stories, story_scores
+from moc import MoCConfig
+from moc.diffusion import SamplingConfig
+from moc.errors import UserError, check_least
+from moc.files import write_whole
+from moc.training import Parallel, ParallelConfig
+from models import load_model
+from models.checkpoints.contents import Contents
+from scripts.benchmark_recall import composed
+from scripts.measuring import markdown_table
+from scripts.rows import machine, measured_on, put_row, read_rows
+
+KEPT = ("docs/checkpoints/recall_moc", "docs/checkpoints/recall_dense")
+KEY = ("checkpoint", "changed", "shots", "way", "count")  # what tells a row of the record from others
+
+
+@dataclass(frozen=True)
+class StoriesConfig:
+    """Sets which models to test and how.
+
+    checkpoints: models of experiment=recall; without any, the table of the output's rows is made anew.
+    ways: names among joint, staggered and shot_by_shot, and `recall`, the last shot after a true history.
+    shots: how many shots a story has; each number is tested.
+    stories: how many are made in each way.
+    scenes: how many the way `recall` tests; each gives two readings.
+    sampling_steps: those of each shot.
+    batch: scenes that the way `recall` samples at a time, and that the reader learns from.
+    reader_steps, reader_width: how long the reader is trained, and how wide it is; it is kept in `folder`.
+    moc: settings of attention; null takes the checkpoint's.
+    settings: those of train.py that the models were trained with, besides experiment=recall.
+    folder: where the reader is, or goes.
+    output: the record to write.
+    device: as in `moc.training.ParallelConfig`.
+    """
+
+    checkpoints: list[str] = field(default_factory=lambda: list(KEPT))
+    ways: list[str] = field(default_factory=lambda: list(WAYS))
+    shots: list[int] = field(default_factory=lambda: [8])
+    stories: int = 256
+    scenes: int = 640
+    sampling_steps: int = 10
+    batch: int = 32
+    reader_steps: int = 1500
+    reader_width: int = 256
+    moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
+    settings: list[str] = field(default_factory=list)
+    folder: str = "outputs/recall"
+    output: str = "docs/benchmarks/stories.json"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        counts = ("stories", "scenes", "sampling_steps", "batch", "reader_steps", "reader_width")
+        check_least(self, "", 1, *counts)
+        unknown = sorted(set(self.ways) - {*WAYS, "recall"})
+        if unknown:
+            raise UserError(f"ways={unknown} are none; say some of recall, {', '.join(WAYS)}")
+        if any(shots < 2 for shots in self.shots):
+            raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
+
+
+@command("benchmark_stories", StoriesConfig)
+def main(config: StoriesConfig) -> None:
+    folder, output = Path(config.folder).resolve(), Path(config.output)
+    if not config.checkpoints:
+        write_tables(read_rows(output), output)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    parallel = Parallel(ParallelConfig(config.device))
+    world = recall_world(composed(config.settings, folder), parallel.device)
+    file = folder / "reader.safetensors"
+    reader = kept_reader(world, file, config.reader_steps, config.reader_width, config.batch)
+    read_right = accuracy(reader, world, min(config.scenes, 512), config.batch)
+    print(f"reader on true shots: {read_right}", flush=True)
+    header = {"reader": read_right, "steps": config.sampling_steps, "machine": machine(parallel)}
+    bench = RecallBench(world, reader, parallel, config.sampling_steps, batch=config.batch)
+    for checkpoint, shots, way in product(config.checkpoints, config.shots, config.ways):
+        start = time.monotonic()
+        found = test(checkpoint, shots, way, bench, config)
+        count = config.scenes if way == "recall" else config.stories
+        row = {"checkpoint": checkpoint, "changed": changed(config), "shots": shots, "way": way, "count": count}
+        row |= found | {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(sys.argv)}
+        print(json.dumps(row), flush=True)
+        write_tables(put_row(output, row, KEY, header), output)
+
+
+def test(checkpoint: str, shots: int, way: str, bench: RecallBench, config: StoriesConfig) -> dict[str, Any]:
+    """Returns what a checkpoint remembers in one way of sampling, as plain numbers."""
+    contents = Contents(Path(checkpoint))
+    attention, flow = contents.moc.override(config.moc), contents.own_flow
+    model: Any = load_model(checkpoint)
+    model.to(bench.parallel.device).eval()
+    if way == "recall":
+        return summary(bench.run(model, attention, flow, config.scenes, shots=shots))
+    sampling = SamplingConfig(config.sampling_steps, guidance_scale=1.0, lag=WAYS[way])
+    made = make_stories(bench.world, config.stories, shots, model, attention, flow, sampling, bench.parallel)
+    return story_scores(*made, bench.reader)
+
+
+def changed(config: StoriesConfig) -> str:
+    return " ".join(f"moc.{key}={value}" for key, value in config.moc.items() if value is not None)
+
+
+def write_tables(rows: list[dict], output: Path) -> None:
+    """Writes the tables of a record beside it."""
+    reader = rows[0]["reader"]
+    stories = [row for row in rows if row["way"] != "recall"]
+    last = [row for row in rows if row["way"] == "recall"]
+    head = ["model", "shots", "way", "stories", "same minus different names", "same", "different", "name right",
+            "place right"]  # fmt: skip
+    distances = sorted({int(distance) for row in stories for distance in row["by_distance"]})
+    sections = [
+        "# Whole stories, and more shots than in training\n\n"
+        f"{measured_on(row['machine'] for row in rows)} Made by scripts/benchmark_stories.py. The reader tells fur and "
+        f"outfit of true shots to {min(reader['fur'], reader['outfit']):.3f} at least. Intervals hold 95 %.",
+        "## Agreement of looks\n\n" + markdown_table(head, [
+            [_model(row), row["shots"], row["way"], row["stories"], _interval(row["difference"]), f"{row['same']:.3f}",
+             f"{row['different']:.3f}", f"{row['name']:.3f}", f"{row['place']:.3f}"] for row in stories]),
+        "## The same, by how many shots ago the name was last shown\n\n" + markdown_table(
+            ["model", "shots", "way", *distances],
+            [[_model(row), row["shots"], row["way"], *(_at(row, distance) for distance in distances)]
+             for row in stories]),
+        "## The last shot after a true history\n\n" + markdown_table(
+            ["model", "shots", "readings", "recall", "sparsity of video pairs"],
+            [[_model(row), row["shots"], row["readings"], _interval([row["recall"], *row["interval"]]),
+              f"{row['sparsity']:.1%}"] for row in last]),
+        "## Commands\n\n" + "\n".join(dict.fromkeys(f"- `python {row['command']}`" for row in rows)),
+    ]  # fmt: skip
+    write_whole(output.with_suffix(".md"), ("\n\n".join(sections) + "\n").encode())
+
+
+def _model(row: dict) -> str:
+    return " ".join(filter(None, [Path(row["checkpoint"]).name, row["changed"]]))
+
+
+def _interval(values: list[float]) -> str:
+    value, low, high = values
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _at(row: dict, distance: int) -> str:
+    found = row["by_distance"].get(str(distance))
+    return f"{_interval(found['difference'])}, {found['pairs']} pairs" if found else ""
+
+
+if __name__ == "__main__":
+    main()
