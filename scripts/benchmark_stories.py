@@ -147,7 +147,7 @@ def write_tables(rows: list[dict], output: Path) -> None:
             [_model(row), row["shots"], row["way"], row["stories"], _interval(row["difference"]), f"{row['same']:.3f}",
              f"{row['different']:.3f}", f"{row['name']:.3f}", f"{row['place']:.3f}"] for row in stories]),
         "## The same, by how many shots ago the name was last shown\n\n" + markdown_table(
-            ["model", "shots", "way", *distances],
+            ["model", "shots", "way", *map(str, distances)],
             [[_model(row), row["shots"], row["way"], *(_at(row, distance) for distance in distances)]
              for row in stories]),
         "## The last shot after a true history\n\n" + markdown_table(
