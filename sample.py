@@ -11,8 +11,8 @@ if __name__ == "__main__":
 
 from configs.command import command
 from configs.schema import SampleConfig
-from film.batch import find_films
 from film.filmmaker import Filmmaker
+from film.find import find_films
 
 
 @command("sample", SampleConfig)

@@ -21,7 +21,7 @@ from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.dataset import ShotDataset, open_dataset
 from data.loading.endless import RecallWorld, open_loader
-from film.progress import scene_drawer
+from film.samples import scene_drawer
 from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics

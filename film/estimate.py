@@ -1,6 +1,6 @@
 """Counts from its plan what a film will cost, before anything is sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from film.plan import FilmPlan
 from moc import Descriptor, MoCConfig, ShotLayout
 from moc.batch import Sample, make_layout
 from moc.cost import FLOPS_PER_PAIR
-from moc.diffusion import Flow, SamplingConfig, guidance_scales, num_still_remembered, plan_steps
+from moc.diffusion import Flow, SamplingConfig, Story, guidance_scales, num_still_remembered, plan_steps
+from moc.diffusion.steps import Step
 from moc.training import MeshConfig
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
@@ -81,52 +82,78 @@ def estimate(
     linears = [module.weight for module in network.blocks.modules() if isinstance(module, nn.Linear)]
     num_weights = sum(weight.numel() for weight in linears)
     layers, width = len(network.blocks), network.attention_dim
-    remembers = sampler.keeps_history and moc.flows_forward
 
     def flops(tokens: int, pairs: float) -> float:
         return 2.0 * num_weights * tokens + layers * FLOPS_PER_PAIR * width * pairs
 
-    spent = dense = 0.0
-    most_tokens = most_seen = most_sides = forwards = needed = 0
-    remembered: list[list[int]] = [[], []]  # remembered shots on each side of guidance
     story = plan.story()
     steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, story.num_references)
-    for step in steps:
-        cached = remembers and not step.is_dense
-        computed = step.moving if cached else step.shots
-        tokens, total = (sum(stream.tokens[shot] for shot in shots) for shots in (computed, step.shots))
-        sides = 1 if set(guidance_scales(step, story, sampler).values()) == {1.0} else 2
-        forwards += sides
-        spent += sides * flops(tokens, stream.pairs(computed, step.shots, moc.dense or step.is_dense))
-        dense += sides * flops(total, total**2)
-        for side in range(sides if cached else 0):
-            before, remembered[side] = remembered[side], step.shots[:-1]
-            for last in range(num_still_remembered(before, remembered[side]), len(remembered[side])):
-                shot = step.shots[last]
-                forwards += len(experts)
-                spent += len(experts) * flops(stream.tokens[shot], stream.pairs([shot], step.shots[: last + 1], False))
-        most_sides = max(most_sides, sides if cached else 0)
-        most_tokens, most_seen = max(most_tokens, tokens), max(most_seen, total)
-        # What is remembered may be computed again, or come from elsewhere, but for one layer's keys and values.
-        needed = max(needed, LEAST * tokens + 2 * (total - tokens))
+    work = _work(steps, story, stream, sampler, len(experts), flops)
     seen = steps[-1].shots
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
     token = width * dtype.itemsize / mesh.sequence  # bytes of a token's features; only norms have them in fp32
     kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # how many of these each layer and cache keeps
-    layer = kept * (stream.global_tokens + most_seen) * token
-    caches = len(experts) * most_sides * layers
+    layer = kept * (stream.global_tokens + work.most_seen) * token
+    caches = len(experts) * work.most_sides * layers
     here = min(2, caches) if sampler.offload_cache else caches  # layers: the one in use, and the next one
     return Estimate(
         shot_tokens=stream.tokens,
         sparsity=1 - stream.pairs(seen, seen, moc.dense) / sum(stream.tokens[shot] for shot in seen) ** 2,
-        forwards=forwards,
-        flops=spent,
-        dense_flops=dense,
-        memory=held + here * layer + WIDE * most_tokens * token,
+        forwards=work.forwards,
+        flops=work.flops,
+        dense_flops=work.dense_flops,
+        memory=held + here * layer + WIDE * work.most_tokens * token,
         host_memory=caches * layer if sampler.offload_cache else 0.0,
-        least=held + needed * token,
+        least=held + work.least * token,
     )
+
+
+@dataclass
+class _Work:
+    """Adds up the steps of a film. most_tokens, most_seen: computed by a forward, and seen by it. most_sides: sides of
+    guidance that remember. least: features that no step can do without, in tokens. The others: as in `Estimate`."""
+
+    forwards: int = 0
+    flops: float = 0.0
+    dense_flops: float = 0.0
+    most_tokens: int = 0
+    most_seen: int = 0
+    most_sides: int = 0
+    least: int = 0
+
+
+def _work(
+    steps: Sequence[Step],
+    story: Story,
+    stream: "_Stream",
+    sampler: SamplingConfig,
+    num_experts: int,
+    flops: Callable[[int, float], float],
+) -> _Work:
+    """Adds up what the steps compute. flops: those of a forward of so many tokens and of so many pairs in attention."""
+    work = _Work()
+    remembers = sampler.keeps_history and stream.moc.flows_forward
+    remembered: list[list[int]] = [[], []]  # remembered shots on each side of guidance
+    for step in steps:
+        cached = remembers and not step.is_dense
+        computed = step.moving if cached else step.shots
+        tokens, total = (sum(stream.tokens[shot] for shot in shots) for shots in (computed, step.shots))
+        sides = 1 if set(guidance_scales(step, story, sampler).values()) == {1.0} else 2
+        work.forwards += sides
+        work.flops += sides * flops(tokens, stream.pairs(computed, step.shots, stream.moc.dense or step.is_dense))
+        work.dense_flops += sides * flops(total, total**2)
+        for side in range(sides if cached else 0):
+            before, remembered[side] = remembered[side], step.shots[:-1]
+            for last in range(num_still_remembered(before, remembered[side]), len(remembered[side])):
+                shot, pairs = step.shots[last], stream.pairs([step.shots[last]], step.shots[: last + 1], False)
+                work.forwards += num_experts
+                work.flops += num_experts * flops(stream.tokens[shot], pairs)
+        work.most_sides = max(work.most_sides, sides if cached else 0)
+        work.most_tokens, work.most_seen = max(work.most_tokens, tokens), max(work.most_seen, total)
+        # What is remembered may be computed again, or come from elsewhere, but for one layer's keys and values.
+        work.least = max(work.least, LEAST * tokens + 2 * (total - tokens))
+    return work
 
 
 class _Stream:

@@ -33,10 +33,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data.cache.store import checksum
-from data.cache.writer import write_whole
 from data.errors import DataError
 from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
+from data.records import write_whole
 from moc.earlier import moc_settings, translated
 from moc.errors import UserError
 from moc.files import PARTIAL, copy_whole, held

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from torch import Tensor
 
-from data.cache.writer import write_whole
+from data.records import write_whole
 from film.folder import FilmFolder
 from film.plan import FilmPlan
 

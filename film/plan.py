@@ -133,16 +133,11 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
             add_picture(shot.image, shot.caption, noise_key(own_seed, PICTURES + number))
         plan.filmed.append(len(plan.shapes))
         wanted = shot.seconds * script.fps + (0 if codec.begins_video(number) else rest)
-        ends = number + 1 == len(script.shots) or (
-            script.shots[number + 1].begins_anew and codec.begins_video(number + 1)
-        )
         footage = Footage(shot.video, shot.start, shot.seconds, script.fps) if shot.video else None
         if footage:
             _check_order(script.shots, number, codec)
             wanted = min(wanted, len(footage.frames))
-        frames = max(1, round(wanted)) if ends else codec.nearest_frames(wanted, number)
-        if footage and not ends and frames > wanted:  # no frame stands still where the next shot goes on
-            frames = codec.whole_frames(round(wanted), number) or frames
+        frames = _num_frames(wanted, script.shots, number, codec)
         rest = wanted - frames
         plan.num_frames.append(frames)
         whole = codec.enclosing_frames(frames, number)
@@ -155,6 +150,16 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
             plan.pictures[shot.last_image] = _content_name(shot.last_image)
         add(length, shot.caption, shot.begins_anew, noise_key(own_seed, number))
     return plan
+
+
+def _num_frames(wanted: float, shots: Sequence[ScriptShot], number: int, codec: Codec) -> int:
+    """Returns how many frames a shot of `wanted` ones has: whole latent frames where the next shot goes on from it."""
+    if number + 1 == len(shots) or (shots[number + 1].begins_anew and codec.begins_video(number + 1)):
+        return max(1, round(wanted))
+    frames = codec.nearest_frames(wanted, number)
+    if shots[number].video and frames > wanted:  # no frame of a video stands still before the next shot
+        return codec.whole_frames(round(wanted), number) or frames
+    return frames
 
 
 def _check_order(shots: Sequence[ScriptShot], number: int, codec: Codec) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure  # not pyplot, which may ask for a display
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.cache.writer import write_whole
+from data.records import write_whole
 from film.lettering import draw_text
 
 FRAMES_A_ROW, ROWS_A_PAGE = 5, 10

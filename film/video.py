@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.cache.writer import write_whole
+from data.records import write_whole
 from film.folder import FilmFolder
 from film.plan import FilmPlan
 from moc.errors import UserError

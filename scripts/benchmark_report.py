@@ -77,20 +77,11 @@ def write_tables(rows: list[dict], path: Path) -> str:
         ]
     single = [c for c in cases if c["single"]]
     if single:
-        lines = [
-            [
-                c["impl"],
-                c["tokens"],
-                *(f"{c['ms'][name]:.3f}" if name in c["ms"] else "" for name in SINGLE_PASSES),
-                f"{c['density']:.3f}",
-            ]
-            for c in single
-        ]
         sections += [
             "## The paper's single-shot case: 6.3k tokens, chunk 256, k 3, not causal, own chunk as anchor",
             markdown_table(
                 ["impl", "tokens", "forward ms", "backward ms", "both from a graph ms", "both compiled ms", "density"],
-                lines,
+                [_single_line(case) for case in single],
             ),
         ]
     short = [c for c in cases if _is_pack(c)]
@@ -109,6 +100,11 @@ def write_tables(rows: list[dict], path: Path) -> str:
     text = "\n\n".join(sections) + "\n"
     write_whole(path, text.encode())
     return text
+
+
+def _single_line(case: dict) -> list[object]:
+    times = (f"{case['ms'][name]:.3f}" if name in case["ms"] else "" for name in SINGLE_PASSES)
+    return [case["impl"], case["tokens"], *times, f"{case['density']:.3f}"]
 
 
 def _short_line(case: dict, cases: list[dict]) -> list[object]:

@@ -14,7 +14,7 @@ from moc.training.curves import draw_curves
 DRAWN = {
     "moc.training.curves.draw_curves": draw_curves,
     "film.presentation.draw_routing_map": draw_routing_map,
-    "film.progress.draw_routing_map": draw_routing_map,
+    "film.samples.draw_routing_map": draw_routing_map,
 }
 
 

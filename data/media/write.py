@@ -1,6 +1,7 @@
 """Writes frames to a video file, which appears only when it is whole."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,40 +36,24 @@ def write_video(
     One encoder thread, so that the same frames give the same bytes on any machine.
     Raises ValueError for no frames, sizes that differ, or odd sizes (4:2:0 video needs even ones).
     """
-    path = Path(path)
+    path, count, reformatter = Path(path), 0, VideoReformatter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    count = 0
-    try:
-        with av.open(str(partial), "w") as container:
-            stream = _named(container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001)))
-            stream.codec_context.thread_count = 1
-            assert isinstance(stream, av.VideoStream), codec
+    with _opened(path) as container:
+        stream = _encoder(container, codec, fps, {"crf": str(crf)} | (options or {}), bt709)
+        for count, picture in enumerate(frames, start=1):
+            array = np.ascontiguousarray(picture)
+            if count == 1:
+                _check_writable(path, array, codec)
+                stream.height, stream.width, stream.pix_fmt = array.shape[0], array.shape[1], pixel_format
+            elif array.shape[:2] != (stream.height, stream.width):
+                raise ValueError(f"{path}: frame {count - 1} is {array.shape}, frame 0 {stream.height}x{stream.width}")
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
             if bt709:
-                stream.codec_context.color_primaries = ColorPrimaries.BT709
-                stream.codec_context.color_trc = ColorTrc.BT709
-                stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU709, ColorRange.MPEG
-            reformatter = VideoReformatter()
-            stream.codec_context.options = {"crf": str(crf)} | _OF_CODEC.get(codec, {}) | (options or {})
-            for count, picture in enumerate(frames, start=1):
-                array = np.ascontiguousarray(picture)
-                if count == 1:
-                    _check_writable(path, array, codec)
-                    stream.height, stream.width, stream.pix_fmt = array.shape[0], array.shape[1], pixel_format
-                elif array.shape[:2] != (stream.height, stream.width):
-                    raise ValueError(
-                        f"{path}: frame {count - 1} is {array.shape}, frame 0 {stream.height}x{stream.width}"
-                    )
-                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-                if bt709:
-                    frame = reformatter.reformat(frame, format=pixel_format, dst_colorspace=Colorspace.ITU709)
-                container.mux(stream.encode(frame))
-            if count == 0:
-                raise ValueError(f"{path}: no frames to write")
-            container.mux(stream.encode(None))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+                frame = reformatter.reformat(frame, format=pixel_format, dst_colorspace=Colorspace.ITU709)
+            container.mux(stream.encode(frame))
+        if count == 0:
+            raise ValueError(f"{path}: no frames to write")
+        container.mux(stream.encode(None))
     return count
 
 
@@ -76,30 +61,52 @@ def join_videos(path: str | Path, videos: Sequence[str | Path], chapters: Sequen
     """Joins videos of one size, rate and codec, as `write_video` wrote them, without decoding them; returns how many
     frames they are. chapters: a title of each video, which becomes a chapter. The file appears under `path` only when
     whole."""
-    path, num_frames = Path(path), 0
+    stream, num_frames = None, 0
+    with _opened(Path(path)) as joined:
+        delay = max(_delay(video) for video in videos)
+        if chapters is not None:
+            joined.set_chapters(_chapters(videos, chapters))
+        for video in videos:
+            with av.open(str(video)) as source:
+                stream = stream or _named(joined.add_stream_from_template(source.streams.video[0]))
+                start = num_frames
+                for packet in source.demux(video=0):
+                    if packet.pts is None or packet.duration is None:  # such a packet ends the file
+                        continue
+                    packet.pts += start * packet.duration
+                    packet.dts = num_frames * packet.duration - delay
+                    packet.stream = stream
+                    joined.mux(packet)
+                    num_frames += 1
+    return num_frames
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.OutputContainer]:
+    """Opens a video that gets the name `path` when the block ends well. Its format is that of the name's ending, which
+    `moc.files.beside` would not keep; what a killed process leaves is replaced by the next."""
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        with av.open(str(partial), "w") as joined:
-            stream = None
-            delay = max(_delay(video) for video in videos)
-            if chapters is not None:
-                joined.set_chapters(_chapters(videos, chapters))
-            for video in videos:
-                with av.open(str(video)) as source:
-                    stream = stream or _named(joined.add_stream_from_template(source.streams.video[0]))
-                    start = num_frames
-                    for packet in source.demux(video=0):
-                        if packet.pts is None or packet.duration is None:  # such a packet ends the file
-                            continue
-                        packet.pts += start * packet.duration
-                        packet.dts = num_frames * packet.duration - delay
-                        packet.stream = stream
-                        joined.mux(packet)
-                        num_frames += 1
+        with av.open(str(partial), "w") as container:
+            yield container
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return num_frames
+
+
+def _encoder(
+    container: av.container.OutputContainer, codec: str, fps: float, options: dict[str, str], bt709: bool
+) -> av.VideoStream:
+    """Adds a stream to encode to, repeatably: by one thread."""
+    stream = _named(container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001)))
+    assert isinstance(stream, av.VideoStream), codec
+    context = stream.codec_context
+    context.thread_count = 1
+    if bt709:
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+    context.options = _OF_CODEC.get(codec, {}) | options
+    return stream
 
 
 def _named(stream: Any) -> Any:

@@ -66,9 +66,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, 
 
 
 def _runs(layout: ShotLayout, config: MoCConfig, num_queries: int) -> list[_Run]:
-    found, first_query = [], layout.num_tokens - num_queries
+    found, offset = [], layout.num_tokens - num_queries
     for group in layout.groups:
-        begin, (start, end) = max(group.start, first_query), layout.sample_ranges[group.sample]
+        begin, (start, end) = max(group.start, offset), layout.sample_ranges[group.sample]
         if begin < group.end:
             first, last = layout.sample_first_chunk[group.sample : group.sample + 2].tolist()
             chunks = torch.arange(first, last)
@@ -77,7 +77,7 @@ def _runs(layout: ShotLayout, config: MoCConfig, num_queries: int) -> list[_Run]
             key_chunk = layout.token_chunk[start:end].long() - first
             ends = (layout.chunk_cu_seqlens[first : last + 1] - start).tolist()
             num_anchored = int((is_seen * (chunks + 1 - first)).max())
-            queries, anchors = slice(begin - first_query, group.end - first_query), nn.functional.pad(table, (0, 1))
+            queries, anchors = slice(begin - offset, group.end - offset), nn.functional.pad(table, (0, 1))
             found.append(_Run(queries, start, first, key_chunk, ends, num_anchored, anchors))
     return found
 

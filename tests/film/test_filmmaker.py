@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from data.errors import DataError
-from film.batch import find_films
 from film.filmmaker import Filmmaker, FilmmakerConfig
+from film.find import find_films
 from film.folder import METADATA, FilmFolder
 from film.script import load_script
 from moc import MoCConfig

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data.loading.dataset import DataConfig, open_dataset
-from film import progress
+from film import samples
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training import Parallel, ParallelConfig, read_metrics
@@ -20,7 +20,7 @@ def losses(run):
 
 
 def test_samples_are_drawn_at_their_steps_and_change_nothing(prepared, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(progress, "SAMPLING", replace(progress.SAMPLING, steps=4))
+    monkeypatch.setattr(samples, "SAMPLING", replace(samples.SAMPLING, steps=4))
     with figures.drawn():
         run = pipeline.train(prepared, tmp_path / "run", "trainer.sample_every=2", "data.validation=1")
     names = sorted(path.name for path in (run / "samples").iterdir())
@@ -44,9 +44,9 @@ def test_the_main_process_says_that_no_sample_is_drawn(prepared, tmp_path, monke
     def broken(*_, **__):
         raise FloatingPointError("shot 1")
 
-    monkeypatch.setattr("film.progress.sample_shots", broken)
+    monkeypatch.setattr("film.samples.sample_shots", broken)
     monkeypatch.setattr(Parallel, "is_main", is_main)
     parallel = Parallel(ParallelConfig("cpu"))
-    draw = progress.scene_drawer(open_dataset(DataConfig(str(prepared))), DataConfig(), Flow(), tmp_path, parallel)
+    draw = samples.scene_drawer(open_dataset(DataConfig(str(prepared))), DataConfig(), Flow(), tmp_path, parallel)
     draw(SimpleNamespace(stream=None), MoCConfig(), 7)
     assert caplog.text.count("no sample is drawn at step 7: shot 1") == is_main
