@@ -15,7 +15,7 @@ one such stream, however long the film is.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -28,7 +28,7 @@ from moc.diffusion.flow import Flow, Model
 from moc.diffusion.reuse import StepReuse
 from moc.diffusion.sides import Side, Stream, guided_velocity
 from moc.diffusion.solvers import Solver, build_solver
-from moc.diffusion.steps import guidance_scales, plan_steps, sigma_table
+from moc.diffusion.steps import Step, guidance_scales, plan_steps, sigma_table
 from moc.diffusion.story import Progress, SamplingConfig, Story, noise_key
 from moc.errors import UserError
 from moc.statistics import RoutingMap
@@ -61,73 +61,110 @@ def sample_shots(
     boundary = getattr(model, "boundary", None)
     if config.high_noise_guidance_scale is not None and boundary is None:
         raise UserError("sampler.high_noise_guidance_scale is for a pair of experts; this model is a single one")
-    device = story.text[0].device
-    num_shots = len(story.shapes)
-    keys = story.noise_keys or [noise_key(config.seed, index) for index in range(num_shots)]
-    noise = [_shot_noise(shape, key, device) for shape, key in zip(story.shapes, keys, strict=True)]
-    start = start or Progress(0, 0, {})
-    known = story.given | start.latents
-    latents = [known.get(index, noise[index]).to(device).float() for index in range(num_shots)]
-    unknown = [index for index in range(num_shots) if index not in story.given]
-    levels, solvers = sigma_table(1, config, flow)[:, 0], dict[int, Solver]()
-    remembered = {index: {name: x.to(device) for name, x in own.items()} for index, own in start.remembered.items()}
-    reuse = StepReuse(config.step_cache, start.reused, remembered) if config.step_cache else None
+    start, num_shots = start or Progress(0, 0, {}), len(story.shapes)
+    shots = _Shots(story, config, flow, start)
+    reuse = StepReuse(config.step_cache, start.reused, shots.remembered) if config.step_cache else None
     steps = plan_steps(num_shots, story.given, config, flow, story.num_references)
-    cuts = story.cuts or [True] * num_shots
-    prompt, negative = (Side(model, spec, text, cuts) for text in (story.text, story.negative))
+    sides = [Side(model, spec, text, story.cuts or [True] * num_shots) for text in (story.text, story.negative)]
     if config.keeps_history and hasattr(model, "new_cache"):
-        for side in (prompt, negative):
-            side.keep_history(latents, [step.shots for step in steps], bool(config.offload_cache))
+        for side in sides:
+            side.keep_history(shots.latents, [step.shots for step in steps], bool(config.offload_cache))
 
     for number, step in islice(enumerate(steps, start=1), start.step, None):
-        now, after, shots, moving = step.now, step.after, step.shots, step.moving
-        sigma = torch.where(now == 0, config.history_sigma, now)[shots]
-        seen = [
-            flow.add_noise(latents[i], noise[i], s) if now[i] == 0 else latents[i]
-            for i, s in zip(shots, sigma.tolist(), strict=True)
-        ]
-        stream = Stream(shots, seen, sigma)
-        attention = replace(moc, dense=True) if step.is_dense else moc
-        is_high = boundary is not None and float(sigma.max()) >= boundary
+        stream = shots.stream(step)
+        is_high = boundary is not None and float(stream.sigma.max()) >= boundary
         scales = guidance_scales(step, story, config, is_high)
-        observe, counts = None, None
-        if routing_map:
-            counts = routing_map.counts.clone()
-            observe = routing_map.observer(prompt.layout(stream, moc), shots, moving, now[moving].tolist())
-        way, asked = (step, scales, is_high), {index: latents[index] for index in moving}
-        velocity = None if reuse is None else reuse.known(*way, asked)
-        is_new = velocity is None
-        while velocity is None:
-            try:
-                velocity = guided_velocity(prompt, negative, stream, attention, scales, observe)
-            except torch.OutOfMemoryError:
-                if prompt.cache is None:
-                    raise
-                _keep_elsewhere((prompt, negative), len(shots), config.offload_cache is None)
-                if routing_map and counts is not None:
-                    routing_map.counts = counts.clone()  # the step is tried again, and counts once
-        if reuse and is_new:
-            reuse.keep(*way, asked, velocity)
-        for index in moving:
-            done = step.steps_done[index]
-            if index not in solvers:
-                solvers[index] = build_solver(config.solver, levels, done, remembered.pop(index, {}))
-            latents[index] = solvers[index].step(done, latents[index], velocity[index])
-            if index in story.ends:
-                end = story.ends[index].to(device).float()
-                last = slice(-end.shape[1], None)
-                latents[index][:, last] = flow.add_noise(end, noise[index][:, last], float(after[index]))
-            if not latents[index].isfinite().all():
-                raise _not_finite(f"shot {unknown.index(index) + 1}, step {done + 1} of {config.steps}")
-            if after[index] == 0:
-                del solvers[index]
-        yield from ((index, latents[index]) for index in moving if after[index] == 0)
+        way, asked = (step, scales, is_high), {index: shots.latents[index] for index in step.moving}
+        velocity = reuse.known(*way, asked) if reuse else None
+        if velocity is None:
+            velocity = _ask(sides, stream, step, moc, scales, routing_map, may_move=config.offload_cache is None)
+            if reuse:
+                reuse.keep(*way, asked, velocity)
+        shots.move(step, velocity)
+        yield from ((index, shots.latents[index]) for index in step.moving if step.after[index] == 0)
         if on_step:
-            begun = {index: latents[index] for index in range(num_shots) if after[index] < 1}
-            kept = {
-                index: one.remembered() | (reuse.remembered(index) if reuse else {}) for index, one in solvers.items()
-            }
-            on_step(Progress(number, len(steps), begun, kept, reuse.reused if reuse else 0))
+            on_step(shots.progress(step, number, len(steps), reuse))
+
+
+class _Shots:
+    """These are the shots of a story while they are sampled.
+
+    latents: fp32 [C, T, H, W] of each, its noise where it has not begun. remembered: what is remembered of the steps
+    before the first one, by shot and name.
+    """
+
+    def __init__(self, story: Story, config: SamplingConfig, flow: Flow, start: Progress) -> None:
+        self.story, self.config, self.flow, device = story, config, flow, story.text[0].device
+        keys = story.noise_keys or [noise_key(config.seed, index) for index in range(len(story.shapes))]
+        self.noise = [_shot_noise(shape, key, device) for shape, key in zip(story.shapes, keys, strict=True)]
+        known = story.given | start.latents
+        self.latents = [known.get(index, noise).to(device).float() for index, noise in enumerate(self.noise)]
+        remembered = start.remembered.items()
+        self.remembered = {index: {name: x.to(device) for name, x in own.items()} for index, own in remembered}
+        self._levels, self._solvers = sigma_table(1, config, flow)[:, 0], dict[int, Solver]()
+
+    def stream(self, step: Step) -> Stream:
+        """Returns what the model is shown: finished shots are history, a little noised."""
+        sigma = torch.where(step.now == 0, self.config.history_sigma, step.now)[step.shots]
+        seen = [
+            self.flow.add_noise(self.latents[i], self.noise[i], s) if step.now[i] == 0 else self.latents[i]
+            for i, s in zip(step.shots, sigma.tolist(), strict=True)
+        ]
+        return Stream(step.shots, seen, sigma)
+
+    def move(self, step: Step, velocity: Mapping[int, Tensor]) -> None:
+        """Moves the step's shots along their velocities. Raises FloatingPointError where one is no longer finite."""
+        for index in step.moving:
+            done = step.steps_done[index]
+            if index not in self._solvers:
+                remembered = self.remembered.pop(index, {})
+                self._solvers[index] = build_solver(self.config.solver, self._levels, done, remembered)
+            latent = self._solvers[index].step(done, self.latents[index], velocity[index])
+            if index in self.story.ends:
+                end = self.story.ends[index].to(latent.device).float()
+                last = slice(-end.shape[1], None)
+                latent[:, last] = self.flow.add_noise(end, self.noise[index][:, last], float(step.after[index]))
+            if not latent.isfinite().all():
+                number = sum(other not in self.story.given for other in range(index + 1))
+                raise _not_finite(f"shot {number}, step {done + 1} of {self.config.steps}")
+            self.latents[index] = latent
+            if step.after[index] == 0:
+                del self._solvers[index]
+
+    def progress(self, step: Step, number: int, num_steps: int, reuse: StepReuse | None) -> Progress:
+        """Returns where sampling stands after a step, the `number`-th."""
+        begun = {index: latent for index, latent in enumerate(self.latents) if step.after[index] < 1}
+        kept = {
+            index: one.remembered() | (reuse.remembered(index) if reuse else {}) for index, one in self._solvers.items()
+        }
+        return Progress(number, num_steps, begun, kept, reuse.reused if reuse else 0)
+
+
+def _ask(
+    sides: Sequence[Side],
+    stream: Stream,
+    step: Step,
+    moc: MoCConfig,
+    scales: Mapping[int, float],
+    routing_map: RoutingMap | None,
+    may_move: bool,
+) -> dict[int, Tensor]:
+    """Asks the model for the velocities of a step; again, where what is remembered does not fit into memory."""
+    prompt, negative = sides
+    attention = replace(moc, dense=True) if step.is_dense else moc
+    observe, counts = None, None
+    if routing_map:
+        layout, counts = prompt.layout(stream, moc), routing_map.counts.clone()
+        observe = routing_map.observer(layout, step.shots, step.moving, step.now[step.moving].tolist())
+    while True:
+        try:
+            return guided_velocity(prompt, negative, stream, attention, scales, observe)
+        except torch.OutOfMemoryError:
+            if prompt.cache is None:
+                raise
+            _keep_elsewhere(sides, len(step.shots), may_move)
+            if routing_map and counts is not None:
+                routing_map.counts = counts.clone()  # the step is tried again, and counts once
 
 
 def _keep_elsewhere(sides: Sequence[Side], num_shots: int, may_move: bool) -> None:
