@@ -93,7 +93,7 @@ def data_jobs(f: Path) -> dict[str, Job]:
     friends = ["checkpoint=docs/checkpoints/recall_moc", "script=configs/scripts/recall.yaml", f"out={f / 'friends'}"]
     made, size = ("make_storyworld",), "size=[128,192]"
     return {
-        "film the README's story": Job(
+        "film by the kept model": Job(
             ["sample.py", *friends, "sampler.steps=24", "sampler.guidance_scale=1"], (), f / "friends"
         ),
         "demo": Job(["scripts/demo.py", f"output={f / 'demo'}"], (), f / "demo"),

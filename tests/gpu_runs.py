@@ -1,10 +1,14 @@
 """Runs of commands on a GPU, and what tests ask of what came of them."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,6 +16,16 @@ from moc.training import find_checkpoint, read_metrics
 from tests import pipeline
 
 NUM_SHOTS = 3  # of the story
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+def launched(*words: str) -> str:
+    """Runs a command in new processes; returns what it said."""
+    done = subprocess.run([sys.executable, *words], cwd=pipeline.ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @contextmanager

@@ -3,10 +3,7 @@
 All but those that start processes run in this one, which spares imports. The log of each tells that a GPU was taken.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -17,12 +14,20 @@ from moc.training import Trainer, find_checkpoint, read_metrics
 from scripts import demo
 from tests import pipeline
 from tests.composing import parsed
-from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, compilations, losses, train
+from tests.gpu_runs import (
+    LAUNCH,
+    assert_alike,
+    assert_filmed,
+    assert_trained,
+    compilations,
+    launched,
+    losses,
+    train,
+    two_gpus,
+)
 from tests.pipeline import ROOT, command
 
 pytestmark = pytest.mark.gpu
-
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 # Data
@@ -88,6 +93,17 @@ def test_training_on_shots_of_one_frame(tmp_path, on_gpu):
     assert_trained(tmp_path / "run", 3)
 
 
+@pytest.mark.parametrize("experiment", ["recall", "described"])
+def test_training_on_scenes_that_are_composed(tmp_path, on_gpu, experiment):
+    """They are made on the GPU, and their steps are CUDA graphs from the third on."""
+    sizes = ("size=[32,48]", "frames=5", "shots=3", "characters=2", "places=2", "paintings=1")
+    world = (*(f"data.recall.{size}" for size in sizes), "data.batch_tokens=600", "data.validation=1")
+    with on_gpu():
+        run = (f"output={tmp_path}", "name=run", "trainer.num_steps=6", "trainer.log_every=1")
+        command("train.py", f"experiment={experiment}", *pipeline.TINY_MODEL, *world, *run)
+    assert_trained(tmp_path / "run", 6)
+
+
 def test_a_resumed_run_goes_on(prepared, tmp_path, on_gpu):
     whole = train(prepared, tmp_path / "whole", "trainer.num_steps=4", "data.validation=1")
     half = train(prepared, tmp_path / "half", "trainer.num_steps=2")
@@ -138,13 +154,6 @@ def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
 # Processes of their own
 
 
-def launched(*command: str) -> str:
-    """Runs a command in new processes; returns what it said."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
 def test_a_fresh_process_takes_the_gpu(prepared, tmp_path):
     arguments = [a for a in pipeline.train_arguments(prepared, tmp_path / "run") if a != "parallel=cpu"]
     assert "(cuda:0), precision bf16, 1 process" in launched("train.py", *arguments)
@@ -155,8 +164,7 @@ def test_a_fresh_process_takes_the_gpu(prepared, tmp_path):
 def test_two_gpus_train_as_one(prepared, tmp_path):
     settings = ("parallel.device=auto", "parallel.precision=fp32")
     one = pipeline.train(prepared, tmp_path / "one", *settings, "parallel.accumulation=2")
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-    said = launched(*launch, "train.py", *pipeline.train_arguments(prepared, tmp_path / "two"), *settings)
+    said = launched(*LAUNCH, "train.py", *pipeline.train_arguments(prepared, tmp_path / "two"), *settings)
     assert "(cuda:0), precision fp32, 2 processes" in said
     assert_trained(tmp_path / "two", 3)
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=2e-2)
@@ -164,9 +172,8 @@ def test_two_gpus_train_as_one(prepared, tmp_path):
 
 @two_gpus
 def test_two_gpus_prepare_together(world, tmp_path):
-    launch = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     arguments = (f"input={world}", f"output={tmp_path / 'out'}", "size=[32,48]")
-    assert "2 processes" in launched(*launch, "scripts/prepare_data.py", *arguments)
+    assert "2 processes" in launched(*LAUNCH, "scripts/prepare_data.py", *arguments)
     assert len(open_dataset(DataConfig(path=str(tmp_path / "out")))) == 4
 
 

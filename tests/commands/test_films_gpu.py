@@ -16,7 +16,16 @@ from moc.training import find_checkpoint
 from models import load_model
 from models.stream import StreamModel
 from tests import pipeline
-from tests.gpu_runs import assert_alike, assert_filmed, assert_trained, compilations, train
+from tests.gpu_runs import (
+    LAUNCH,
+    assert_alike,
+    assert_filmed,
+    assert_trained,
+    compilations,
+    launched,
+    train,
+    two_gpus,
+)
 from tests.models.test_experts import expert_of
 from tests.models.test_export_runs import save_tiny_encoders
 from tests.pipeline import command
@@ -145,6 +154,15 @@ def test_two_experts_film_together(run, story, tmp_path, on_gpu, settings):
     one = pipeline.sample(run, story, tmp_path / "one", *settings[1:])
     with on_gpu():
         pipeline.sample(high, story, tmp_path / "two", f"low_noise_checkpoint={low}", *settings)
+    assert_alike(assert_filmed(tmp_path / "two"), assert_filmed(one), 1e-2)
+
+
+@two_gpus
+@pytest.mark.parametrize("axis", ["sequence", "shard"])
+def test_two_gpus_film_as_one(run, story, tmp_path, axis):
+    one = pipeline.sample(run, story, tmp_path / "one", "precision=fp32")
+    paths = (f"checkpoint={run}", f"script={story}", f"out={tmp_path / 'two'}")
+    launched(*LAUNCH, "sample.py", *paths, "sampler.steps=2", "precision=fp32", f"parallel.{axis}=2")
     assert_alike(assert_filmed(tmp_path / "two"), assert_filmed(one), 1e-2)
 
 
