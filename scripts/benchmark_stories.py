@@ -9,10 +9,10 @@ different names (evaluation/stories.py). The way `recall` tests the last shot af
 benchmark_recall.py does, in `scenes` scenes. `moc` changes the attention of all, untrained. On one H100, of the kept
 models:
 
-    shots=[8] stories=256                                                     all ways of both
-    shots=[16,24] ways=[recall,shot_by_shot] stories=64                       more shots than in training
-    checkpoints=[docs/checkpoints/recall_dense] ways=[recall] scenes=1280 moc.dense=false moc.chunk_tokens=24 \
-        moc.top_k=1 moc.descriptor_parts=4                                    log-sum-exp, untrained
+    ways=[joint,staggered,shot_by_shot,recall]              whole stories of 8 shots
+    shots=[16,24] ways=[recall,shot_by_shot] stories=32     more shots than in training
+    ways=[recall] checkpoints=[docs/checkpoints/recall_dense] moc.dense=false moc.chunk_tokens=24 moc.descriptor_parts=4
+                                                            a chunk of a frame, scored by log-sum-exp, untrained
 """
 
 import json
@@ -67,7 +67,7 @@ class StoriesConfig:
     checkpoints: list[str] = field(default_factory=lambda: list(KEPT))
     ways: list[str] = field(default_factory=lambda: list(WAYS))
     shots: list[int] = field(default_factory=lambda: [8])
-    stories: int = 256
+    stories: int = 96
     scenes: int = 640
     sampling_steps: int = 10
     batch: int = 32
