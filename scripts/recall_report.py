@@ -1,5 +1,6 @@
 """Makes tables and plots from the rows of `benchmark_recall.py`."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ TITLES = {
     "own_shot": "own shot only",
 }
 SIGMAS = ("0.8", "0.95")
+STYLES = ("-", "--", ":", "-.")
 
 
 def write_report(rows: list[dict], output: Path) -> None:
@@ -199,13 +201,16 @@ def _recall_and_loss(found: dict) -> list[str]:
 def draw(rows: list[dict], path: Path) -> None:
     """Draws recall against distance, and the character's loss against the pairs attended to.
 
-    A kind of attention has one colour, and a line for each seed; what began without weights is dashed."""
+    A kind of attention has one colour, and a line for each seed. Where a row began tells the style of its line: where
+    most did it is solid, and its mark is full."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
     kinds = list(dict.fromkeys(row["row"] for row in rows))
+    starts = [start for start, _ in Counter(row.get("start") for row in rows).most_common()]
     for label, members in _seeds(rows).items():
-        color, style = f"C{kinds.index(members[0]['row'])}", "-" if members[0].get("start") else "--"
+        start = starts.index(members[0].get("start"))
+        color, style = f"C{kinds.index(members[0]['row'])}", STYLES[start % len(STYLES)]
         for number, row in enumerate(members):
             found = row["all"]
             distances = [int(d) for d in found["by_distance"]]
@@ -214,7 +219,7 @@ def draw(rows: list[dict], path: Path) -> None:
                       label=None if number else label)  # fmt: skip
             left.fill_between(distances, lows, highs, color=color, alpha=0.1)
             loss, half = found["region_loss"]["0.95"]
-            face = color if members[0].get("start") else "none"
+            face = "none" if start else color
             right.errorbar(100 * (1 - found["sparsity"]), loss, half, marker="o", color=color, markerfacecolor=face)
     left.axhline(1 / 6, color="grey", linestyle=":", linewidth=1)
     left.set(xlabel="shots since the name was shown", ylabel="looks recalled", ylim=(0, 1.02))
