@@ -15,10 +15,10 @@ from data.media.index import IndexedReader, VideoIndex
 _READ_PIXELS = 16 << 20  # the most pixels that a piece has, before or after fitting
 
 
-def nearest_bucket(height: int, width: int, buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Returns the (H, W) of `buckets` whose aspect ratio is nearest; the first of equals."""
+def nearest_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Returns the (H, W) of `sizes` whose aspect ratio is nearest; the first of equals."""
     aspect = math.log(height / width)
-    return min(buckets, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
 
 
 def resample(times: Sequence[float], start: int, end: int, fps: float | None) -> list[int]:

@@ -9,7 +9,7 @@ from data.interfaces import Codec
 from data.manifest import Caption, SceneRecord, ShotRecord, captions
 from data.media.images import read_image
 from data.media.index import VideoIndex
-from data.media.resize import nearest_bucket, resample
+from data.media.resize import nearest_size, resample
 from data.prepare.scan import Scan
 from data.prepare.shots import Span
 from data.records import digest
@@ -54,7 +54,7 @@ def plan_scene(
     """Returns the samples of a scene, and what was left out of it. Raises DataError where nothing of it can be used."""
     if scene.image:
         height, width = read_image(root / scene.image).shape[1:3]
-        return [_plan(root, scene, ((0,),), nearest_bucket(height, width, rule.sizes), None)], []
+        return [_plan(root, scene, ((0,),), nearest_size(height, width, rule.sizes), None)], []
     if scan is None or scan.index is None:
         raise scan.error if scan and scan.error else DataError("no-frames", scene.where, "was not scanned")
     index = scan.index
@@ -76,7 +76,7 @@ def plan_scene(
                 DataError("short-shot", where, f"{frames} frames at the set rate, at least {rule.min_frames}")
             )
         pieces += cut
-    size = nearest_bucket(index.height, index.width, rule.sizes)
+    size = nearest_size(index.height, index.width, rule.sizes)
     windows = [pieces[at : at + rule.shots_per_sample] for at in range(0, len(pieces), rule.shots_per_sample)]
     plans = []
     for number, window in enumerate(windows):

@@ -98,7 +98,7 @@ class TransNetFinder:
         cuts = jumps(pictures, middle > min(_FAINT, self.threshold))
         gradual = fades(whole > _FADE, middle > min(_FADE_RESPONSE, self.threshold))
         transition = (middle > self.threshold) | cuts | gradual
-        return without_blanks(join_flashes(spans_between(transition), pictures), pictures)
+        return without_blanks(join_flashes(spans_outside(transition), pictures), pictures)
 
     @torch.inference_mode()
     def _run_window(self) -> None:
@@ -153,7 +153,7 @@ class SceneDetectFinder:
         return without_blanks(join_flashes(list(pairwise(edges)), pictures), pictures)
 
 
-def spans_between(transition: np.ndarray) -> list[Span]:
+def spans_outside(transition: np.ndarray) -> list[Span]:
     """Returns shots between runs of transition frames: bool [F]. A run's first frame still belongs to the shot before
     it (a hard cut is a run of one: the last frame of its shot); the rest of the run belongs to none."""
     spans, start = [], 0

@@ -19,7 +19,7 @@ from data.prepare.shots import (
     join_flashes,
     jumps,
     load_transnet,
-    spans_between,
+    spans_outside,
     without_blanks,
 )
 from data.storyworld import StoryworldConfig, generate
@@ -173,7 +173,7 @@ def test_spans_leave_transitions_out():
     def runs(*ones, length=20):
         transition = np.zeros(length, bool)
         transition[list(ones)] = True
-        return spans_between(transition)
+        return spans_outside(transition)
 
     assert runs() == [(0, 20)]
     assert runs(9) == [(0, 10), (10, 20)]

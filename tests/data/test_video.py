@@ -12,7 +12,7 @@ from data.errors import DataError
 from data.media import decode, resize
 from data.media.decode import check_decoder, open_video
 from data.media.index import index_video
-from data.media.resize import fit, nearest_bucket, read_pieces, resample
+from data.media.resize import fit, nearest_size, read_pieces, resample
 from data.media.write import join_videos, write_video
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered, write_paired
 
@@ -242,8 +242,8 @@ def test_resample_shows_what_is_on_screen():
 
 def test_the_nearest_aspect_is_taken():
     buckets = [(480, 832), (832, 480), (624, 624)]
-    assert nearest_bucket(1920, 1080, buckets) == (832, 480)
-    assert nearest_bucket(600, 640, buckets) == (624, 624)
+    assert nearest_size(1920, 1080, buckets) == (832, 480)
+    assert nearest_size(600, 640, buckets) == (624, 624)
 
 
 def test_fit_covers_and_crops_the_centre():

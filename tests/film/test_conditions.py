@@ -118,9 +118,14 @@ def test_a_shot_ends_in_its_last_image(trained, write, tmp_path, lag):
     """The last frame is the picture's, and what comes before is another film than without it."""
     Image.new("RGB", (48, 32), (20, 180, 60)).save(tmp_path / "end.png")
     shots = [SHOT, {"prompt": "Mia walks.", "seconds": 9 / 12}]
-    plain = film_of(open_filmmaker(trained, lag=lag), write(STORY | {"shots": shots}), tmp_path / "plain")
+    filmmaker = open_filmmaker(trained, lag=lag)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # after three steps attention is hardly heard: less than the last bit of a velocity
+        for weight in filmmaker.model.parameters():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
+    plain = film_of(filmmaker, write(STORY | {"shots": shots}), tmp_path / "plain")
     shots[1] = shots[1] | {"last_image": "end.png"}
-    ended = film_of(open_filmmaker(trained, lag=lag), write(STORY | {"shots": shots}), tmp_path / "ended")
+    ended = film_of(filmmaker, write(STORY | {"shots": shots}), tmp_path / "ended")
     assert colour(tmp_path / "ended/shots/02.mp4", -1) == pytest.approx((20, 180, 60), abs=25)
     assert colour(tmp_path / "plain/shots/02.mp4", -1) != pytest.approx((20, 180, 60), abs=25)
     one, other = (load_file(tmp_path / name / "latents/02.safetensors")["latent"] for name in ("plain", "ended"))
