@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from moc.layout import Grid
 from models.fuse import fused
 from models.members import Members
+from models.part import Part, Table
 from models.recompute import RecomputedParts
 from models.rope import rotate
-from models.stream import Attend, Part, Table
+from models.stream import Attend
 
 
 class _Spread(torch.autograd.Function):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from moc import MoCConfig, ShotLayout, StreamSpec
 from moc.errors import UserError
 from models.layers import Condition, FramePlace, JointBlock, Output
+from models.part import Part
 from models.rope import interleaved_positions, rotary_table
-from models.stream import Embedded, Part, StreamModel
+from models.stream import Embedded, StreamModel
 
 
 class MMDiT(StreamModel):

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from moc.kernels.sizes import cdiv, next_power_of_2
 from models import pointwise_kernels as kernels
 from models.members import Members
-from models.stream import Part, Table
+from models.part import Part, Table
 
 ROWS = 32  # rows of a program of a backward kernel
 ELEMENTS = 512  # numbers of a row for each warp

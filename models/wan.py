@@ -29,9 +29,10 @@ from moc.kernels import packed
 from moc.kernels.packed import Packed
 from models.layers import LayerNorm, RMSNorm, add_gated, modulate
 from models.members import Members
+from models.part import Part
 from models.recompute import RecomputedParts
 from models.rope import rotary_table, running_positions
-from models.stream import Attend, Embedded, Part, StreamModel
+from models.stream import Attend, Embedded, StreamModel
 
 TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features, and visible
 

@@ -36,8 +36,8 @@ from moc.files import write_whole
 from moc.kernels import dense
 from moc.training.optim import OptimConfig, build_optimizer
 from models import Family, ModelConfig, build_model
+from models.part import Part
 from models.rope import rotary_table, rotate, running_positions
-from models.stream import Part
 from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, median_ms
 from scripts.rows import measured_on, write_figure
 

@@ -28,7 +28,7 @@ import moc
 from moc.kernels import ahead, triton_backend, triton_masked
 from models import pointwise
 from models.members import Members
-from models.stream import Part
+from models.part import Part
 from scripts.measuring import markdown_table
 
 NUM_HEADS = 12

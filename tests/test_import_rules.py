@@ -1,6 +1,7 @@
 """Who may import whom: the rules that keep `moc` a library of its own."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,21 +16,25 @@ FORBIDDEN = {
 }
 
 
-def imported_packages(source: str, package: tuple[str, ...]) -> set[str]:
-    """Top-level names a module of `package` imports, by statement or by a literal name at run time."""
+def imported_modules(source: str, package: tuple[str, ...]) -> set[str]:
+    """Full names that a module of `package` imports, by statement or by a literal name at run time: a module, or what
+    is taken from one."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {".".join((*base, name)).split(".")[0] for name in names}
+            found |= {".".join(filter(None, (*base, node.module, alias.name))) for alias in node.names}
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
-                found.add(str(node.args[0].value).split(".")[0])
+                found.add(str(node.args[0].value))
     return found
+
+
+def imported_packages(source: str, package: tuple[str, ...]) -> set[str]:
+    return {name.split(".")[0] for name in imported_modules(source, package)}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +61,20 @@ def test_packages_keep_to_their_side(package):
         names = imported_packages(path.read_text(), path.relative_to(ROOT).parent.parts)
         broken += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(names & FORBIDDEN[package])]
     assert not broken
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports within functions count too: who reads a file need not have read one that needs it."""
+    files = {path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")}
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    assert len(names) > 100
+    graph = {}
+    for name, path in names.items():
+        imported = imported_modules(path.read_text(), path.relative_to(ROOT).parent.parts)
+        graph[name] = {one if one in names else one.rpartition(".")[0] for one in imported} & names.keys() - {name}
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph | {"moc.layout": {"moc.attention"}}).prepare()
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("name", ["train.py", "sample.py"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import moc
 from models.members import Members
-from models.stream import Part
+from models.part import Part
 from tests.moc.against_reference import interpreted
 from tests.strategies import attention_tensors
 

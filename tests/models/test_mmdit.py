@@ -14,7 +14,8 @@ from models.history import KeyValueCache
 from models.layers import _Join, _Split, add_gated, join, layer_norm, modulate, rms_norm, spread
 from models.members import Members
 from models.mmdit import MMDiT
-from models.stream import Part, patchify, unpatchify
+from models.part import Part
+from models.stream import patchify, unpatchify
 from tests import plain_mmdit
 from tests.weights import randomized
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from moc import Shot, ShotLayout
 from models import layers, rope
 from models.members import Members
-from models.stream import Part
+from models.part import Part
 from tests.moc.against_reference import interpreted
 
 pointwise = pytest.importorskip("models.pointwise", exc_type=ImportError)
