@@ -92,6 +92,7 @@ def data_jobs(f: Path) -> dict[str, Job]:
     bunny = ["channels=32", "whitening=0.3", "still_detail=false"]
     friends = ["checkpoint=docs/checkpoints/recall_moc", "script=configs/scripts/recall.yaml", f"out={f / 'friends'}"]
     made, size = ("make_storyworld",), "size=[128,192]"
+    words = f"encoders.text.path={f / 'world/vocabulary.txt'}"  # one text encoder for a mix of both
     return {
         "film by the kept model": Job(
             ["sample.py", *friends, "sampler.steps=24", "sampler.guidance_scale=1"], (), f / "friends"
@@ -99,7 +100,7 @@ def data_jobs(f: Path) -> dict[str, Job]:
         "demo": Job(["scripts/demo.py", f"output={f / 'demo'}"], (), f / "demo"),
         "make_storyworld": Job(["scripts/make_storyworld.py", *world], (), f / "world"),
         "prepare a manifest": prepare("prepared", f / "world", made, size),
-        "prepare films": prepare("found", f / "world/videos", made, size),
+        "prepare films": prepare("found", f / "world/videos", made, size, words),
         "prepare for Wan": prepare("wan_prepared", f / "world", made, size, *wan),
         "fetch a real film": Job(["scripts/example_film.py", f"output={f / 'film'}"], (), f / "film"),
         "prepare a real film": prepare(
