@@ -21,6 +21,7 @@
 set -uo pipefail
 HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export HEAD NODES="$SLURM_JOB_NUM_NODES" RUN_ID="$SLURM_JOB_ID" PROCESSES="${PROCESSES:-${SLURM_GPUS_ON_NODE:-gpu}}"
+export PORT="$((20000 + SLURM_JOB_ID % 10000))"       # jobs that share a host have ports of their own
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}" # srun takes one CPU for each task unless it is told
 trap : TERM                                           # the run is told as well; this script waits for it
 

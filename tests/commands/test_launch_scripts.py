@@ -113,11 +113,11 @@ def test_a_signal_comes_to_the_processes_alone_though_they_still_start(play, tmp
 def test_slurm_puts_an_unfinished_run_into_the_queue_again(play, status, state, requeued):
     play("squeue", f"echo {state}")
     play("scontrol", 'if [ "$1" = show ]; then echo host0; echo host1; else echo "scontrol $@"; fi')
-    play("srun", f'echo "$HEAD $NODES $PROCESSES $RUN_ID $@"; exit {status}')
+    play("srun", f'echo "$HEAD $PORT $NODES $PROCESSES $RUN_ID $@"; exit {status}')
     slurm = {"SLURM_JOB_NODELIST": "host[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "42"}
     slurm |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_SUBMIT_DIR": str(ROOT)}
     ended, said = play.run(LAUNCH / "slurm.sh", "experiment=storyworld", **slurm)
-    assert f"host0 2 8 42 --kill-on-bad-exit=0 {LAUNCH}/torchrun.sh experiment=storyworld" in said
+    assert f"host0 20042 2 8 42 --kill-on-bad-exit=0 {LAUNCH}/torchrun.sh experiment=storyworld" in said
     assert ("scontrol requeue 42" in said) == requeued
     assert ended == (0 if requeued else status)
 
