@@ -23,8 +23,7 @@ def main(config: SampleConfig) -> None:
     is_main = filmmaker.parallel.is_main
     if config.dry_run:
         for script, folder in films if is_main else ():
-            plan = filmmaker.plan(script)
-            print(f"{folder.path}: {script.title}", *filmmaker.estimate(plan).lines(plan), sep="\n")
+            print(f"{folder.path}: {script.title}", *filmmaker.cost(filmmaker.plan(script)), sep="\n")
         return
     filmmaker.make(films, config.redo)
     for _, folder in films if is_main else ():

@@ -1,5 +1,6 @@
 """Shows a studio as a page for the browser, made with gradio (`pip install -e '.[app]'`)."""
 
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -23,19 +24,48 @@ shots:
 """
 _STYLE = """
 .cards { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); }
-.card { border: 1px solid var(--border-color-primary); border-radius: 10px; overflow: hidden;
-        background: var(--background-fill-secondary); }
-.card .still { aspect-ratio: 16 / 9; background: var(--border-color-primary) center / cover; }
+.card { border: 1px solid var(--border-color-primary); border-radius: 10px; overflow: hidden; cursor: pointer;
+        background: var(--background-fill-secondary); text-align: left; padding: 0; font: inherit; color: inherit;
+        display: flex; flex-direction: column; }
+.card:hover, .card:focus-visible, .card.chosen { border-color: var(--color-accent); outline: none; }
+.card.chosen { box-shadow: 0 0 0 1px var(--color-accent); }
+.card .still { aspect-ratio: 16 / 9; background: var(--border-color-primary) center / cover; width: 100%; }
 .card p { margin: 0; padding: 8px 12px; overflow-wrap: anywhere; }
-.card .head { display: flex; justify-content: space-between; font-size: 12px; opacity: .75; padding-bottom: 0; }
+.card .head { display: flex; justify-content: space-between; font-size: 12px; opacity: .75; padding-bottom: 0;
+              width: 100%; box-sizing: border-box; }
+.status { display: grid; gap: 6px; min-height: 46px; align-content: center; }
+.status progress { width: 100%; height: 8px; appearance: none; border: 0; }
+.status progress::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 4px; }
+.status progress::-webkit-progress-value { background: var(--color-accent); border-radius: 4px; }
+.status progress::-moz-progress-bar { background: var(--color-accent); border-radius: 4px; }
+.cost { white-space: pre-wrap; font-size: 12px; margin: 0; }
 """
-_CARDS = Environment(autoescape=True).from_string(
-    """<div class="cards">{% for card in cards %}<div class="card">
+_SAME = gr.skip()  # what leaves a window as it is
+_HTML = Environment(autoescape=True)
+_CARDS = _HTML.from_string(
+    """<div class="cards">{% for card in cards %}
+<button class="card" data-number="{{ card.number }}" data-start="{{ card.start }}" title="play it, and make it anew">
 <div class="still"{% if card.still %} style="background-image: url({{ card.still }})"{% endif %}></div>
 <p class="head"><b>{{ card.number }}</b>
-<span>{{ "cut" if card.cut else "goes on" }} · {{ card.seconds }} s · seed {{ card.seed }}</span></p>
-<p>{{ card.prompt }}</p></div>{% endfor %}</div>"""
+<span>{{ card.beginning }} · {{ card.seconds }} s · seed {{ card.seed }}</span></p>
+<p>{{ card.prompt }}</p></button>{% endfor %}</div>"""
 )
+_STATUS = _HTML.from_string(
+    """<div class="status"><span>{{ text }}</span>
+{% if done is not none %}<progress value="{{ done }}"></progress>{% endif %}</div>"""
+)
+_COST = _HTML.from_string('<pre class="cost">{{ text }}</pre>')
+# A click on a card chooses its shot to be made anew, as if its number had been written, and plays the film from there.
+_CHOOSE = """() => document.addEventListener('click', event => {
+  const card = event.target.closest('.card');
+  if (!card) return;
+  document.querySelectorAll('.card.chosen').forEach(other => other.classList.remove('chosen'));
+  card.classList.add('chosen');
+  const number = document.querySelector('#number input'), film = document.querySelector('#film video');
+  Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(number, card.dataset.number);
+  number.dispatchEvent(new Event('input', {bubbles: true}));
+  if (film) film.currentTime = Number(card.dataset.start);
+})"""
 
 
 def build_app(studio: Studio) -> gr.Blocks:
@@ -45,19 +75,27 @@ def build_app(studio: Studio) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2):
                 name = gr.Dropdown(studio.names(), value=None, label="Film", allow_custom_value=True, elem_id="name")
-                script = gr.Code(EXAMPLE, language="yaml", label="Script", lines=14, max_lines=24, elem_id="script")
-                upload = gr.UploadButton("Load a file", file_types=[".yaml", ".yml", ".json"], size="sm")
+                script = gr.Code(EXAMPLE, language="yaml", label="Script", lines=14, max_lines=24, elem_id="script",
+                                 wrap_lines=True)  # fmt: skip
+                with gr.Row():
+                    upload = gr.UploadButton("Load a script", file_types=[".yaml", ".yml", ".json"], size="sm")
+                    added = gr.UploadButton("Add pictures, videos", file_count="multiple", size="sm", elem_id="added")
+                with gr.Row():
+                    sampler = studio.filmmaker.sampler
+                    steps = gr.Number(sampler.steps, label="Steps", precision=0, minimum=1, elem_id="steps")
+                    guidance = gr.Number(sampler.guidance_scale, label="Guidance", minimum=0, elem_id="guidance")
                 with gr.Row():
                     check = gr.Button("Save and estimate", elem_id="check")
                     preview = gr.Button(f"Preview, {studio.preview_steps} steps", elem_id="preview")
                     generate = gr.Button("Generate", variant="primary", elem_id="generate")
                     stop = gr.Button("Stop", variant="stop", elem_id="stop")
-                status = gr.Textbox(label="Status", interactive=False, lines=1, elem_id="status")
-                cost = gr.Code("", label="Estimate", interactive=False, language=None, lines=4, elem_id="cost")
+                status = gr.HTML(elem_id="status")
+                with gr.Accordion("Estimate", open=True):
+                    cost = gr.HTML(elem_id="cost")
             with gr.Column(scale=3):
                 film = gr.Video(label="Film", interactive=False, elem_id="film")
                 cards = gr.HTML(elem_id="cards")
-                with gr.Accordion("Make a shot anew", open=True):
+                with gr.Accordion("Make a shot anew: click on its card", open=True):
                     with gr.Row():
                         number = gr.Number(1, label="Shot", precision=0, minimum=1, elem_id="number")
                         seed = gr.Number(1, label="Seed", precision=0, minimum=0, elem_id="seed")
@@ -74,50 +112,60 @@ def build_app(studio: Studio) -> gr.Blocks:
             """Shows a film, and its first shot to be made anew: another film's number means another shot. Under a new
             name the script may be kept; nothing is left of the film before."""
             if name not in studio.names():
-                return gr.skip(), 1, "", None, "", None, None, None
+                return _SAME, 1, "", None, "", None, None, None
             first = studio.read(name).shots[0].prompt
             return studio.text(name), 1, first, *_film(studio, name), *_takes(studio, name, 1)
 
-        def save(name: str, text: str) -> tuple[Any, ...]:
+        def sampling(steps: int | None, guidance: float | None) -> dict[str, Any]:
+            return {"steps": _filled(steps, "Steps"), "guidance_scale": _filled(guidance, "Guidance")}
+
+        def save(name: str, text: str, *settings: Any) -> tuple[Any, ...]:
             text = studio.save(name, text)
-            return gr.update(choices=studio.names(), value=name), text, studio.estimate(name), _cards(studio, name)
+            told = _COST.render(text=studio.estimate(name, **sampling(*settings)))
+            return gr.update(choices=studio.names(), value=name), text, told, _cards(studio, name)
+
+        def add(files: list[str]) -> str:
+            names = [studio.add(Path(file)) for file in files]
+            return _status(f"a script may now name {', '.join(names)}, such as `image: {names[0]}`")
 
         def choose(name: str, number: int | None) -> tuple[Any, ...]:
             chosen = _filled(number, "Shot")
             return studio.shot(name, chosen).prompt, *_takes(studio, name, chosen)
 
-        def film_script(name: str, text: str) -> Iterator[tuple[Any, ...]]:
+        def film_script(name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
             studio.save(name, text)
-            yield from _follow(studio.make(name), lambda: _film(studio, name))
+            making = studio.make(name, **sampling(*settings))
+            yield from _follow(making, lambda _: _film(studio, name), cards=lambda: _cards(studio, name))
 
-        def film_preview(name: str, text: str) -> Iterator[tuple[Any, ...]]:
+        def film_preview(name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
             studio.save(name, text)
-            folder = studio.preview_folder(name)
-            end = lambda: (str(folder.path / "video.mp4"), gr.skip(), gr.skip())  # noqa: E731
-            yield from _follow(studio.preview(name), end, "previewed")
+            making = studio.preview(name, **sampling(*settings))
+            yield from _follow(making, lambda film: (str(film.path / "video.mp4"), _SAME, _SAME), "previewed")
 
         def film_again(name: str, number: int | None, prompt: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
             chosen = _filled(number, "Shot")
             making = studio.redo(name, chosen, prompt, _filled(seed, "Seed"))
-            for told in _follow(making, lambda: _film(studio, name)):
-                done = told[0].startswith("filmed")
-                yield (*told, *(_takes(studio, name, chosen) if done else (gr.skip(), gr.skip())),
-                       studio.text(name) if done else gr.skip())  # fmt: skip
+            for told in _follow(making, lambda _: _film(studio, name)):
+                done = told[3] is not _SAME
+                yield (*told, *(_takes(studio, name, chosen) if done else (_SAME, _SAME)),
+                       studio.text(name) if done else _SAME)  # fmt: skip
 
         name.change(_told(open_script), name, [script, number, prompt, *shown, *takes])
         upload.upload(lambda file: Path(file).read_text(encoding="utf-8"), upload, script)
+        added.upload(_told(add), added, status)
         number.input(_told(choose), [name, number], [prompt, *takes])
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time has the model
-        check.click(_told(save), [name, script], [name, script, cost, cards], **alone)
+        asked = [name, script, steps, guidance]
+        check.click(_told(save), asked, [name, script, cost, cards], **alone)
         running: list[Any] = [
-            generate.click(_told_along(film_script), [name, script], [status, *shown], **alone),
-            preview.click(_told_along(film_preview), [name, script], [status, *shown], **alone),
+            generate.click(_told_along(film_script), asked, [status, *shown], **alone),
+            preview.click(_told_along(film_preview), asked, [status, *shown], **alone),
             redo.click(
                 _told_along(film_again), [name, number, prompt, seed], [status, *shown, *takes, script], **alone
             ),
         ]
-        stop.click(lambda: "stopped; what is finished is kept, and generating goes on from there", None, status,
-                   cancels=running)  # fmt: skip
+        stopped = "stopped; what is finished is kept, and generating goes on from there"
+        stop.click(lambda: _status(stopped), None, status, cancels=running)
         app.load(lambda: gr.update(choices=studio.names()), None, name)
     return app
 
@@ -130,22 +178,41 @@ def launch(studio: Studio, port: int, block: bool = True) -> gr.Blocks:
     )
     app.launch(
         server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=not block,
-        allowed_paths=[str(studio.folder)], theme=theme, css=_STYLE,
+        allowed_paths=[str(studio.folder)], theme=theme, css=_STYLE, js=_CHOOSE,
     )  # fmt: skip
     return app
 
 
 def _follow(
-    states: Iterator[State], end: Callable[[], tuple[Any, ...]], done: str = "filmed"
+    states: Iterator[State],
+    end: Callable[[FilmFolder], tuple[Any, ...]],
+    done: str = "filmed",
+    cards: Callable[[], Any] = lambda: _SAME,
 ) -> Iterator[tuple[Any, ...]]:
-    """Yields what to show of a film in the making: how far it is, and its newest shot; then the whole."""
-    count = 0
+    """Yields what to show of a film in the making: how far it is, its newest shot, and the cards of its shots if there
+    is a new one; then the whole."""
+    num_shots, first = 0, None
     for state in states:
-        newest = gr.skip()
-        if len(state.shots) > count:
-            count, newest = len(state.shots), str(state.shots[-1])
-        yield f"{state.done:.0%} of the steps, {count} shots finished", newest, gr.skip(), gr.skip()
-    yield (done, *end())
+        shown = _SAME, _SAME
+        if len(state.shots) > num_shots:
+            num_shots, shown = len(state.shots), (str(state.shots[-1]), cards())
+        first = first or (state.done and (state.done, time.monotonic()))
+        text = f"{state.done:.0%} of the steps, {num_shots} of {state.num_shots} shots"
+        yield _status(text + _left(state.done, first), state.done), *shown, _SAME
+    yield (_status(done), *end(state.folder))
+
+
+def _left(done: float, first: Any) -> str:
+    """Says how long the rest takes at the pace since `first`: the share then done, and when."""
+    if not first or not first[0] < done < 1:
+        return ""
+    seconds = (time.monotonic() - first[1]) * (1 - done) / (done - first[0])
+    return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} minutes left"
+
+
+def _status(text: str, done: float | None = None) -> str:
+    """Returns what is told of the work, with a bar of the share that is done."""
+    return _STATUS.render(text=text, done=done)
 
 
 def _film(studio: Studio, name: str) -> tuple[Any, Any, Any]:
@@ -157,13 +224,15 @@ def _film(studio: Studio, name: str) -> tuple[Any, Any, Any]:
 
 
 def _cards(studio: Studio, name: str) -> str:
-    script, folder = studio.read(name), studio.film(name)
+    script, folder, start = studio.read(name), studio.film(name), 0.0
     cards = []
     for number, shot in enumerate(script.shots, start=1):
         video = folder.shot(number)
         still = _still(folder.path, number, video.stat().st_mtime_ns) if video.exists() else ""
-        cards.append({"number": number, "cut": shot.cut, "seconds": f"{shot.seconds:g}", "seed": shot.seed,
-                      "prompt": shot.prompt, "still": still})  # fmt: skip
+        cards.append({"number": number, "beginning": shot.beginning, "seconds": f"{shot.seconds:.3g}",
+                      "seed": shot.seed, "prompt": shot.prompt, "still": still,
+                      "start": f"{start + 0.5 / script.fps:.3f}"})  # fmt: skip
+        start += shot.seconds
     return _CARDS.render(cards=cards)
 
 
@@ -173,10 +242,10 @@ def _still(film: Path, number: int, modified: int) -> str:
     return data_url(Stills(FilmFolder(film)).middle(number))
 
 
-def _filled(value: int | None, label: str) -> int:
+def _filled(value: Any, label: str) -> Any:
     """Returns what a field for a number holds. Raises UserError where it is empty."""
     if value is None:
-        raise UserError(f"{label} is empty; write a whole number there")
+        raise UserError(f"{label} is empty; write a number there")
     return value
 
 

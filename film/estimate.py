@@ -16,6 +16,7 @@ from moc.diffusion.steps import Step
 from moc.training import MeshConfig
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
+REACHED = 0.5  # share of a GPU's peak that films of long shots reach by this count (docs/benchmarks/sampling.md)
 LEAST = 4  # as many as no block can do without: the tokens, their queries, keys and values
 
 
@@ -41,15 +42,14 @@ class Estimate:
     host_memory: float
     least: float
 
-    def lines(self, plan: FilmPlan) -> list[str]:
-        """Returns a table for the user."""
+    def lines(self, plan: FilmPlan, peak: float | None = None) -> list[str]:
+        """Returns a table for the user. peak: FLOPs a second of what computes, where they are known."""
         rows = ["shot  begins      frames  seconds   latent frames  tokens"]
         for number, index in enumerate(plan.filmed, start=1):
             shot, frames = plan.script.shots[number - 1], plan.num_frames[number - 1]
-            begins = "given" if shot.video else "picture" if shot.image else "cut" if shot.cut else "goes on"
             seconds = frames / plan.script.fps
             rows.append(
-                f"{number:<4}  {begins:<10}  {frames:<6}  {seconds:<8.2f}  {plan.shapes[index][1]:<13}  "
+                f"{number:<4}  {shot.beginning:<10}  {frames:<6}  {seconds:<8.2f}  {plan.shapes[index][1]:<13}  "
                 f"{self.shot_tokens[index]}"
             )
         return [
@@ -60,7 +60,16 @@ class Estimate:
             f"sparsity {self.sparsity:.0%} at the end",
             f"about {self.memory / 2**30:.2g} GiB of memory: weights, what is remembered, and a forward"
             + (f"; {self.host_memory / 2**30:.2g} GiB of the host's" if self.host_memory else ""),
-        ]
+            *([f"about {_time(self.flops / (REACHED * peak))} at half of the GPU's peak, which long shots reach; short "
+               "ones take longer"] if peak else []),
+        ]  # fmt: skip
+
+
+def _time(seconds: float) -> str:
+    """Returns a time in the unit that one would say it in."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def estimate(

@@ -30,6 +30,7 @@ from moc.errors import UserError
 from moc.memory import SAMPLING, enough_for, room
 from moc.statistics import RoutingMap
 from moc.training import MeshConfig, Parallel, ParallelConfig
+from moc.training.survey import peak_flops
 from models import Encoders, load_denoiser, load_encoders, move_model
 from models.checkpoints.contents import Contents
 from models.checkpoints.loras import read_choices
@@ -90,7 +91,7 @@ class FilmmakerConfig:
 
 
 class Shared(Generic[Value]):
-    """A shared property is made when it is first read, once for a filmmaker and those that `with_steps` makes of it."""
+    """A shared property is made when it is first read, once for a filmmaker and those made of it by `with_sampler`."""
 
     def __init__(self, make: Callable[[Any], Value]) -> None:
         self.make, self.name = make, make.__name__
@@ -213,15 +214,20 @@ class Filmmaker:
             self.film(plan, folder, redo, watch)
         self.parallel.gather(None)
 
-    def with_steps(self, steps: int) -> "Filmmaker":
-        """Returns a filmmaker of another number of steps; what is loaded, now or later, is loaded once for both."""
+    def with_sampler(self, **settings: Any) -> "Filmmaker":
+        """Returns a filmmaker that samples otherwise; what is loaded, now or later, is loaded once for both."""
         other = copy(self)
-        other.sampler = replace(self.sampler, steps=steps)
+        other.sampler = replace(self.sampler, **settings)
         return other
 
     def estimate(self, plan: FilmPlan) -> Estimate:
         """Returns what a film will cost."""
         return self._count(plan, self._sampler_of(plan), offload=self.config.offload)
+
+    def cost(self, plan: FilmPlan) -> list[str]:
+        """Returns what a film will cost in lines for the user; the time too, where the GPU's peak is known."""
+        found, peak = self.estimate(plan), peak_flops(self.parallel.device, self.parallel.dtype)
+        return found.lines(plan, peak and peak * self.config.parallel.sequence)
 
     def _sampler_of(self, plan: FilmPlan) -> SamplingConfig:
         """Returns how a film is sampled."""

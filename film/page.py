@@ -63,6 +63,7 @@ def _shots(plan: FilmPlan, record: dict[str, Any], counts: Tensor) -> list[dict[
                 "number": number,
                 "prompt": shot.prompt,
                 "cut": shot.begins_anew,
+                "beginning": shot.beginning,
                 "start": start / fps,
                 "seconds": frames / fps,
                 "frames": frames,

@@ -44,7 +44,7 @@ def present(folder: FilmFolder, plan: FilmPlan, video: VideoConfig) -> None:
 
     def panel(number: int) -> Panel:
         shot, seconds = plan.script.shots[number - 1], plan.num_frames[number - 1] / plan.script.fps
-        return Panel(number, shot.prompt, seconds, shot.cut, stills.row(number))
+        return Panel(number, shot.prompt, seconds, shot.beginning, stills.row(number))
 
     def page(first: int, path: Path) -> None:
         draw_storyboard(path, plan.script.title, [panel(number) for number in numbers[first : first + ROWS_A_PAGE]])

@@ -45,8 +45,8 @@ def scene_drawer(
             shots = sample_shots(model, model.stream, moc, flow, story, SAMPLING, routing_map=routing)
             for index, latent in shots:
                 frames = np.concatenate([pictures(piece, f"shot {index + 1}") for piece in decode(latent)])
-                cut = not scene.cuts or bool(scene.cuts[index])
-                panels.append(Panel(index + 1, "", len(frames) / fps, cut, frames[pick_frames(len(frames))]))
+                beginning = "cut" if not scene.cuts or scene.cuts[index] else "goes on"
+                panels.append(Panel(index + 1, "", len(frames) / fps, beginning, frames[pick_frames(len(frames))]))
         except FloatingPointError as error:
             if parallel.is_main:
                 logger.warning("no sample is drawn at step %d: %s", step, error)

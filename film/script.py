@@ -65,6 +65,11 @@ class ScriptShot:
         return self.cut or self.image is not None
 
     @property
+    def beginning(self) -> str:
+        """Says in a word or two how the shot begins, or that it is given."""
+        return "given" if self.video else "picture" if self.image else "cut" if self.cut else "goes on"
+
+    @property
     def caption(self) -> str:
         """Returns the prompt as the text encoder gets it."""
         return shot_prompt(self.prompt, self.cut)

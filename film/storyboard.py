@@ -28,18 +28,18 @@ def pick_frames(num_frames: int, count: int = FRAMES_A_ROW) -> list[int]:
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel shows a shot on the storyboard. number: from 1. cut: whether a cut begins it. frames: uint8 [n, H, W,
-    3]."""
+    """A panel shows a shot on the storyboard. number: from 1. beginning: how it begins, in a word or two. frames: uint8
+    [n, H, W, 3]."""
 
     number: int
     caption: str
     seconds: float
-    cut: bool
+    beginning: str
     frames: np.ndarray
 
     @property
     def head(self) -> str:
-        return f"{self.number} · {self.seconds:.1f} s · {'cut' if self.cut else f'goes on from {self.number - 1}'}"
+        return f"{self.number} · {self.seconds:.1f} s · {self.beginning}"
 
 
 def page_size(height: int, width: int) -> tuple[int, int]:

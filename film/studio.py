@@ -2,6 +2,7 @@
 
 scripts/NAME.yaml, with the pictures that they name      films/NAME/       as `film.folder` has it
 films/NAME/takes/03_1.mp4    shot 3 as first made        previews/DIGEST/  the same film, in few steps
+earlier/NAME_1/              a film of NAME as its script was before
 
 Every name is checked, and nothing is read or written outside the folder.
 """
@@ -11,11 +12,14 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from queue import Empty, Queue
+from typing import Any
 
 import yaml
 
+from data.errors import DataError
 from film.filmmaker import Filmmaker
 from film.folder import FilmFolder
 from film.script import Script, ScriptShot
@@ -25,14 +29,18 @@ from moc.errors import UserError
 from moc.files import copy_whole, inside, write_whole
 
 _NAME = re.compile(r"\w[\w -]{0,63}")
+_SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".mp4", ".mov", ".mkv", ".webm"}  # what a script may name
 
 
 @dataclass(frozen=True)
 class State:
-    """Tells how far a film is. done: the share of its steps. shots: the videos of its finished shots, in order."""
+    """Tells how far a film is. done: the share of its steps. shots: the videos of its finished shots, in order.
+    num_shots: of the whole film. folder: the film's."""
 
     done: float
     shots: list[Path]
+    num_shots: int
+    folder: FilmFolder
 
 
 class _Stopped(Exception):
@@ -81,26 +89,43 @@ class Studio:
         as_json = path.with_suffix(".json") if text.lstrip().startswith("{") else path
         return self._keep(path, self.filmmaker.read(as_json, text=text))
 
-    def estimate(self, name: str) -> str:
-        """Returns what a film will cost."""
-        plan = self.filmmaker.plan(self.read(name))
-        return "\n".join(self.filmmaker.estimate(plan).lines(plan))
+    def add(self, file: Path) -> str:
+        """Copies a picture or a video beside the scripts; returns the name that a script has for it. Raises UserError
+        for a file of another kind, and where one of that name has other content."""
+        if file.suffix.lower() not in _SHOWN:
+            raise UserError(f"{file.name} is no picture or video by its name; add {', '.join(sorted(_SHOWN))}")
+        path = inside(self.folder, f"scripts/{file.name}", follow_links=True)
+        if path.exists() and path.read_bytes() != file.read_bytes():
+            raise UserError(f"there is another {file.name}, which a script may name; rename yours")
+        copy_whole(file, path)
+        return file.name
 
-    def preview(self, name: str) -> Iterator[State]:
-        """Films a script in few steps, to see where it goes; tells how far it is."""
-        return self._make(self.filmmaker.with_steps(self.preview_steps), name, self.preview_folder(name))
+    def estimate(self, name: str, **sampler: Any) -> str:
+        """Returns what a film will cost. sampler: settings of sampling other than the filmmaker's."""
+        filmmaker = self.filmmaker.with_sampler(**sampler)
+        return "\n".join(filmmaker.cost(filmmaker.plan(self.read(name))))
 
-    def preview_folder(self, name: str) -> FilmFolder:
-        digest = hashlib.sha256(self.text(name).encode()).hexdigest()[:16]
+    def preview(self, name: str, **sampler: Any) -> Iterator[State]:
+        """Films a script in few steps, to see where it goes; tells how far it is. sampler: as for `estimate`."""
+        filmmaker = self.filmmaker.with_sampler(**sampler | {"steps": self.preview_steps})
+        return self._make(filmmaker, name, self.preview_folder(name, filmmaker))
+
+    def preview_folder(self, name: str, filmmaker: Filmmaker) -> FilmFolder:
+        """Returns the folder of the preview of a script that a filmmaker makes."""
+        digest = hashlib.sha256(f"{self.text(name)}{filmmaker.sampler}".encode()).hexdigest()[:16]
         return FilmFolder(inside(self.folder, f"previews/{digest}"))
 
-    def make(self, name: str) -> Iterator[State]:
+    def make(self, name: str, **sampler: Any) -> Iterator[State]:
         """Films a script, or goes on with it, and tells how far it is. Who stops listening stops it; what is finished
-        is kept."""
-        return self._make(self.filmmaker, name, self.film(name))
+        is kept, and so is a film of the script or of settings as they were before, among the earlier ones. sampler: as
+        for `estimate`."""
+        filmmaker = self.filmmaker.with_sampler(**sampler)
+        self._set_aside(name, filmmaker)
+        return self._make(filmmaker, name, self.film(name))
 
     def redo(self, name: str, number: int, prompt: str, seed: int) -> Iterator[State]:
-        """Makes one shot of a whole film anew. The take before it is kept, to compare them."""
+        """Makes one shot of a whole film anew, sampled as the others were. The take before it is kept, to compare
+        them."""
         script, film = self.read(name), self.film(name)
         if not film.is_finished:
             raise UserError(f"{name} is not filmed to its end; generate it before a shot of it is made anew")
@@ -108,11 +133,27 @@ class Studio:
             raise UserError("the prompt is empty; say what the shot shows")
         shots = list(script.shots)
         shots[number - 1] = replace(self.shot(name, number), prompt=prompt.strip(), seed=seed)
-        script = self.filmmaker.with_seeds_of(film, replace(script, shots=tuple(shots)), [number])
-        film.check_request(self.filmmaker.request(self.filmmaker.plan(script)), [number])
+        before = (film.request() or {})["sampler"]
+        filmmaker = self.filmmaker.with_sampler(steps=before["steps"], guidance_scale=before["guidance_scale"])
+        script = filmmaker.with_seeds_of(film, replace(script, shots=tuple(shots)), [number])
+        film.check_request(filmmaker.request(filmmaker.plan(script)), [number])
         copy_whole(film.shot(number), self._takes(film) / f"{number:02d}_{len(self.takes(name, number))}.mp4")
         self._keep(self._script(name), script)
-        return self._make(self.filmmaker, name, film, [number])
+        return self._make(filmmaker, name, film, [number])
+
+    def _set_aside(self, name: str, filmmaker: Filmmaker) -> None:
+        """Moves a film away that is another one than is now asked for."""
+        film = self.film(name)
+        try:
+            film.check_request(filmmaker.request(filmmaker.plan(self.read(name))))
+        except DataError as error:
+            if error.kind != "other-film":
+                raise
+            paths = (self._path("earlier", f"{name}_{number}") for number in count(1))
+            path = next(path for path in paths if not path.exists())
+            path.parent.mkdir(exist_ok=True)
+            with film.held():
+                film.path.rename(path)
 
     def takes(self, name: str, number: int) -> list[Path]:
         """Returns the videos of all takes of a shot, the first one first."""
@@ -147,7 +188,9 @@ class Studio:
         script = self.read(name)
         numbers = range(1, len(script.shots) + 1)
         for done in _in_a_thread(lambda watch: filmmaker.make([(script, film)], redo or [], watch)):
-            yield State(done, [film.shot(number) for number in numbers if film.shot(number).exists()])
+            yield State(
+                done, [film.shot(number) for number in numbers if film.shot(number).exists()], len(numbers), film
+            )
 
 
 def _in_a_thread(work: Callable[[OnStep], None]) -> Iterator[float]:

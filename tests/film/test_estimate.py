@@ -48,6 +48,10 @@ def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, mo
     assert 2 * linears * sum(calls) < guess.flops < guess.dense_flops
     assert 0 < guess.sparsity < 1
     text = "\n".join(guess.lines(plan))
+    for seconds, told in ((90, "about 90 s"), (300, "about 5 minutes"), (9000, "about 2.5 hours")):
+        peak = 2 * guess.flops / seconds
+        assert guess.lines(plan, peak)[-1].startswith(f"{told} at half of the GPU's peak")
+    assert "peak" not in text
     assert "goes on" in text
     assert f"{sum(guess.shot_tokens)} tokens" in text
 

@@ -2,8 +2,6 @@
 
 import json
 from contextlib import suppress
-from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -38,9 +36,7 @@ def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
 
     def count(shots: int, **sampler):
         plan = filmmaker.plan(filmmaker.read(write(tmp_path, shots)))
-        other = copy(filmmaker)
-        other.sampler = replace(filmmaker.sampler, **sampler)
-        found = other.estimate(plan)
+        found = filmmaker.with_sampler(**sampler).estimate(plan)
         return found, "\n".join(found.lines(plan))
 
     (few, _), (many, lines) = count(3), count(9)
@@ -62,9 +58,7 @@ def test_keys_and_values_lie_in_the_host_where_the_device_is_short(trained, tmp_
     filmmaker = open_filmmaker(trained)
     plan = filmmaker.plan(filmmaker.read(write(tmp_path, 9)))
     here = filmmaker.estimate(plan)
-    there = filmmaker.with_steps(2)
-    there.sampler = replace(filmmaker.sampler, offload_cache=True)
-    there = there.estimate(plan)
+    there = filmmaker.with_sampler(offload_cache=True).estimate(plan)
     for device, room, host, moves in (
         ("cuda", there.memory, there.host_memory, True),
         ("cuda", here.memory, there.host_memory, False),
@@ -77,9 +71,7 @@ def test_keys_and_values_lie_in_the_host_where_the_device_is_short(trained, tmp_
         monkeypatch.setattr("film.fit.memory.host_room", lambda host=host: host)
         assert filmmaker.estimate(plan) == (there if moves else here)
         for said in (True, False):
-            other = filmmaker.with_steps(2)
-            other.sampler = replace(filmmaker.sampler, offload_cache=said)
-            assert other.estimate(plan) == (there if said else here)
+            assert filmmaker.with_sampler(offload_cache=said).estimate(plan) == (there if said else here)
 
 
 def test_a_film_goes_on_with_its_cache_in_the_host(trained, tmp_path):
@@ -99,7 +91,7 @@ def test_a_film_goes_on_with_its_cache_in_the_host(trained, tmp_path):
 
 
 def test_a_film_that_reuses_steps_says_how_many_and_goes_on_with_the_same_bytes(trained, tmp_path):
-    filmmaker = open_filmmaker(trained, lag=0.0, step_cache=1000.0).with_steps(5)
+    filmmaker = open_filmmaker(trained, lag=0.0, step_cache=1000.0).with_sampler(steps=5)
     plan, films = filmmaker.plan(filmmaker.read(write(tmp_path, 2))), []
     for name, stops in (("whole", [None]), ("stopped", [4, None])):
         for stop in stops:

@@ -95,8 +95,10 @@ def test_a_film_is_made_step_by_step_and_stopped_and_goes_on(studio):
     assert states[-1].done == 1
     assert [path.name for path in states[-1].shots] == ["01.mp4", "02.mp4"]
     assert studio.film("walk").is_finished
-    assert list(studio.preview("walk"))[-1].done == 1
-    assert studio.preview_folder("walk").read_metadata()["sampler"]["steps"] == 1
+    previews = [list(studio.preview("walk", guidance_scale=scale))[-1] for scale in (2.0, 1.0)]
+    assert [preview.done for preview in previews] == [1, 1]
+    made = [preview.folder.read_metadata()["sampler"] for preview in previews]
+    assert [(sampler["steps"], sampler["guidance_scale"]) for sampler in made] == [(1, 2.0), (1, 1.0)]
     assert studio.film("walk").read_metadata()["sampler"]["steps"] == 3
 
 
@@ -143,16 +145,58 @@ def test_what_cannot_be_made_anew_leaves_script_and_takes(studio, tmp_path):
         assert not list(studio.film(name).path.glob("takes/*"))
 
 
+def test_a_film_of_another_script_is_set_aside(studio):
+    """Nothing is lost: not the film of the script before, nor one that was stopped."""
+    studio.save("walk", STORY)
+    list(studio.make("walk"))
+    made = studio.film("walk").shot(1).read_bytes()
+    studio.save("walk", STORY.replace("Mia walks.", "Mia runs."))
+    making = studio.make("walk")
+    assert [next(making).num_shots for _ in range(4)] == [2] * 4
+    making.close()
+    list(studio.make("walk"))  # goes on
+    studio.save("walk", STORY)
+    list(studio.make("walk"))
+    assert studio.film("walk").shot(1).read_bytes() == made
+    assert sorted(path.name for path in (studio.folder / "earlier").iterdir()) == ["walk_1", "walk_2"]
+    assert (studio.folder / "earlier/walk_1/shots/01.mp4").read_bytes() == made
+    assert (studio.folder / "earlier/walk_2/video.mp4").exists()
+
+
+def test_a_shot_is_made_anew_with_the_settings_of_its_film(studio):
+    studio.save("walk", STORY)
+    assert studio.estimate("walk", steps=1) != studio.estimate("walk", steps=1, guidance_scale=1.0)
+    list(studio.make("walk", steps=1, guidance_scale=1.0))
+    list(studio.redo("walk", 2, "Mia jumps.", 4))
+    made = studio.film("walk").read_metadata()
+    assert (made["sampler"]["steps"], made["sampler"]["guidance_scale"], made["redone"]) == (1, 1.0, [2])
+    with pytest.raises(UserError, match="steps=0"):
+        studio.make("walk", steps=0)
+
+
+def test_pictures_are_added_and_none_is_replaced(studio, tmp_path):
+    (tmp_path / "ann.png").write_bytes(b"one")
+    assert studio.add(tmp_path / "ann.png") == studio.add(tmp_path / "ann.png") == "ann.png"
+    (tmp_path / "ann.png").write_bytes(b"two")
+    with pytest.raises(UserError, match="there is another ann"):
+        studio.add(tmp_path / "ann.png")
+    (tmp_path / "walk.yaml").write_text(STORY)
+    with pytest.raises(UserError, match="no picture or video"):
+        studio.add(tmp_path / "walk.yaml")
+    assert (studio.folder / "scripts/ann.png").read_bytes() == b"one"
+    assert files(studio.folder) == {"scripts/ann.png"}
+
+
 def test_a_preview_shares_what_is_loaded(studio):
     """Deriving a filmmaker loads nothing; what either loads is the other's too."""
     filmmaker = studio.filmmaker
-    quick = filmmaker.with_steps(1)
+    quick = filmmaker.with_sampler(steps=1)
     assert (quick.sampler.steps, filmmaker.sampler.steps) == (1, 3)
     assert not filmmaker.shared
     assert quick.model is filmmaker.model
     assert filmmaker.encoders is quick.encoders
     assert quick.fingerprints is filmmaker.fingerprints
-    assert filmmaker.with_steps(2).moc is quick.moc
+    assert filmmaker.with_sampler(steps=2).moc is quick.moc
 
 
 def test_what_fails_while_filming_is_told(studio, monkeypatch):
@@ -169,10 +213,11 @@ def test_the_windows_show_what_the_studio_has(studio):
     assert "&lt;b&gt;Mia&lt;/b&gt; walks." in cards
     assert cards.count('class="card"') == 2
     assert "data:image" not in cards
-    *along, last = app._follow(studio.make("walk"), lambda: app._film(studio, "walk"))
-    assert along[0][0] == "0% of the steps, 0 shots finished"
+    *along, last = app._follow(studio.make("walk"), lambda _: app._film(studio, "walk"))
+    assert "0% of the steps, 0 of 2 shots<" in along[0][0]
+    assert any("1 of 2 shots, about 0 s left<" in told[0] for told in along)
     assert any(str(told[1]).endswith("shots/01.mp4") for told in along)
-    assert last[0] == "filmed"
+    assert "<span>filmed</span>" in last[0]
     assert last[1].endswith("films/walk/video.mp4")
     assert app._cards(studio, "walk").count("data:image/jpeg") == 2
     assert app._takes(studio, "walk", 1)[1].endswith("shots/01.mp4")
@@ -298,11 +343,15 @@ def test_a_story_is_filmed_in_a_browser(trained, tmp_path, browser):
         until("document.querySelector('#script').textContent.includes('Mia walks.')")
         until("document.querySelectorAll('#cards .card').length === 2")
         browser.find_element("css selector", "#generate").click()
-        until("document.querySelector('#status textarea, #status input').value === 'filmed'")
+        until("document.querySelector('#status').textContent.trim() === 'filmed'")
         assert plays("film")
         until("document.querySelectorAll('#cards .still[style]').length === 2")
         until("document.querySelector('#files').textContent.replace(/\\s/g, '').includes('index.html')")
-        browser.execute_script("document.querySelector('#status textarea, #status input').value = ''")
+        browser.find_element("css selector", "#cards .card[data-number='2']").click()
+        until("document.querySelector('#prompt textarea').value === 'Mia waves.'")
+        until("document.querySelector('#film video').currentTime >= 0.34")
+        browser.find_element("css selector", "#cards .card[data-number='1']").click()
+        until("document.querySelector('#prompt textarea').value === 'Mia walks.'")
         browser.find_element("css selector", "#redo").click()
         assert plays("before")
         assert plays("now")
