@@ -251,6 +251,8 @@ def _writable(node: DictConfig) -> DictConfig:
 
 def _message(error: OmegaConfBaseException) -> str:
     reason = str(error.msg or error).splitlines()[0]
+    if "is not a ListConfig" in reason:
+        return f"{error.full_key} is a list; say {error.full_key}=[...]"
     if isinstance(error, InterpolationKeyError) and "'required'" in reason:
         return f"{error.full_key} is not set; say {error.full_key}=VALUE"
     if reason.startswith("Cannot convert") and "to string" in reason:  # a path such as [2024] reads as a list

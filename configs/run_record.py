@@ -86,7 +86,7 @@ def check_same_run(config: TrainConfig) -> None:
 def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
     """Returns the scenes on which a checkpoint's folder is evaluated, where `data.validation` does not say how many:
     those that its run held out, if it was trained on the same data, and otherwise 16. Tells which."""
-    if data.validation:
+    if data.validation or not (data.path or data.sources):
         return data
     file = checkpoint.resolve().parent.parent / "config.yaml"
     settings: Any = OmegaConf.load(file) if file.is_file() else {}

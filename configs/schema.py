@@ -56,6 +56,8 @@ class TrainConfig:
     tracking: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
+        if self.seed >= 1 << 63:  # torch's generators take no more
+            raise UserError(f"seed={self.seed} must be below 2**63")
         for name in ("name", "output"):
             if not getattr(self, name).strip():
                 raise UserError(f"{name} is empty; the run's folder is output/name, so say {name}=VALUE")

@@ -19,7 +19,8 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.4f} ± {self.scenes:.4f}" if self.mean < 0 else f"{self.mean:.4f} ± {self.scenes:.4f}"
+        half = "" if math.isnan(self.scenes) else f" ± {self.scenes:.4f}"
+        return f"{self.mean:.4f}{half}"
 
 
 def estimate(values: Tensor) -> Estimate:

@@ -26,13 +26,13 @@ def whole(text: str, where: str) -> str:
 
 def positive(value: Any, where: str) -> float:
     if not _is_number(value) or not 0 < value < 1e6:
-        raise DataError("bad-script", where, f"{value!r} is not a positive number")
+        raise DataError("bad-script", where, f"{value!r} is not a positive number below a million")
     return float(value)
 
 
 def number(value: Any, where: str) -> float:
     if not _is_number(value) or not 0 <= value < 1e6:
-        raise DataError("bad-script", where, f"{value!r} is not a number of at least 0")
+        raise DataError("bad-script", where, f"{value!r} is not a number of at least 0, below a million")
     return float(value)
 
 

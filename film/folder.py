@@ -225,9 +225,18 @@ class FilmFolder:
         shots = [self.shot(number) for number in range(1, num_shots + 1)]
         return join_videos(self.path / "video.mp4", shots, chapters)
 
+    @contextmanager
+    def _opened(self, number: int) -> Iterator[av.container.InputContainer]:
+        """Opens the video of a shot. Raises DataError (damaged-film) where it cannot be read, FileNotFoundError."""
+        try:
+            with av.open(str(self.shot(number))) as container:
+                yield container
+        except av.error.InvalidDataError:
+            raise self._damaged(self.shot(number)) from None
+
     def num_frames(self, number: int) -> int:
         """Returns how many frames the video of a shot has."""
-        with av.open(str(self.shot(number))) as container:
+        with self._opened(number) as container:
             return container.streams.video[0].frames
 
     def frames(
@@ -235,7 +244,7 @@ class FilmFolder:
     ) -> np.ndarray:
         """Returns some frames of a shot as its video shows them, uint8 [n, H, W, 3]. pick: which, of how many. fit: the
         size that they get, of the (height, width) they have."""
-        with av.open(str(self.shot(number))) as container:
+        with self._opened(number) as container:
             stream, reformatter = container.streams.video[0], VideoReformatter()
             stream.thread_type = "AUTO"
             wanted, size = pick(stream.frames), fit(stream.height, stream.width)

@@ -8,6 +8,7 @@ device sync to know the stream.
 Source: arXiv 2508.21058, section 3 (content-aligned chunks); chunks never cross a shot or a modality.
 """
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moc.errors import UserError
 from moc.move import move
 
 Grid = tuple[int, int, int]
@@ -171,6 +173,11 @@ class ShotLayout:
         self.samples = tuple((text, tuple(shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
         self._set_positions(positions)
+        num_tokens = sum(text + sum(s.text_tokens + math.prod(s.grid) for s in shots) for text, shots in self.samples)
+        if num_tokens >= 1 << 31:
+            raise UserError(
+                f"{num_tokens} tokens are no stream, which has less than 2**31: name fewer or smaller shots"
+            )
         self._memo: dict[Hashable, Any] = {}
         self._tile()
         self._tabulate()

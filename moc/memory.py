@@ -1,4 +1,4 @@
-"""These functions tell what training and sampling say when the GPU's memory is full."""
+"""These functions tell what training and sampling say when memory is full."""
 
 import os
 import re
@@ -24,6 +24,8 @@ SAMPLING = (
     "once, offload=true where one process holds two experts, or a script of shorter shots or a smaller size"
 )
 
+_FULL_HOST = "can't allocate memory"  # torch's words where the host refuses, in a plain RuntimeError
+
 
 def peak_gib(device: torch.device) -> dict[str, float]:
     """Returns the most memory that tensors of this process took on a GPU; nothing is known of a CPU."""
@@ -32,10 +34,14 @@ def peak_gib(device: torch.device) -> dict[str, float]:
 
 def room(device: torch.device) -> int:
     """Returns bytes that this process has or can still get on a device. On a CPU that is all of the memory, since what
-    is lent to files and to others is not lost."""
+    is lent to files and to others is not lost, or what a container may have of it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(memory, _number("", _CONTAINER / "memory.max"))
+    except (OSError, ValueError):
+        return memory  # no Linux, no container, or one without a limit
 
 
 def host_room() -> int:
@@ -61,11 +67,15 @@ def _number(after: str, file: str | Path) -> int:
 
 @contextmanager
 def enough_for(what: str, remedy: str, batches: Sequence[Batch] = ()) -> Iterator[None]:
-    """Raises UserError, with the tokens of the batches, where what is done meanwhile fills the GPU's memory."""
+    """Raises UserError, with the tokens of the batches, where what is done meanwhile fills the memory."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _FULL_HOST not in str(error):
+            raise
         tokens = [batch.layout.num_tokens for batch in batches]
         size = f" of {sum(tokens)} tokens, the most in one batch {max(tokens)}," if tokens else ""
-        reason = str(error).partition(". GPU")[0].rstrip(".")
-        raise UserError(f"{what}{size} does not fit into the GPU's memory ({reason}): {remedy}") from error
+        memory, reason = "the GPU's memory", str(error).partition(". GPU")[0].rstrip(".")
+        if _FULL_HOST in reason:
+            memory, reason = "memory", reason[reason.index(_FULL_HOST) :]
+        raise UserError(f"{what}{size} does not fit into {memory} ({reason}): {remedy}") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.errors import DataError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
-_MAX_SIDE = 16384
+MAX_SIDE = 16384
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
             for i, frame in enumerate(container.decode(stream)):
                 if i == 0:
                     height, width = _upright_size(frame)
-                    if max(height, width) > _MAX_SIDE:
-                        raise DataError("too-large", path, f"{height}x{width} is over {_MAX_SIDE} a side")
+                    if max(height, width) > MAX_SIDE:
+                        raise DataError("too-large", path, f"{height}x{width} is over {MAX_SIDE} a side")
                 elif _upright_size(frame) != (height, width):
                     raise DataError(
                         "size-change", path, f"frame {i} is not {height}x{width} as frame 0; split the file there"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.media.decode import DECODERS
+from data.media.index import MAX_SIDE
 from data.prepare.shots import DETECTORS
 from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
@@ -61,11 +62,13 @@ class PrepareConfig:
         if "://" in self.output:
             raise UserError(f"output={self.output} is a URL: prepare into a local folder, then copy its cache/ there")
         for size in [self.size, *self.buckets]:
-            if len(size) != 2 or min(size) < 1:
-                raise UserError(f"a size is [height, width] in pixels, got {size}")
+            if len(size) != 2 or min(size) < 1 or max(size) > MAX_SIDE:
+                raise UserError(f"a size is [height, width] in pixels, at most {MAX_SIDE} each, got {size}")
         if not 1 <= self.min_frames <= self.max_frames:
             raise UserError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
         check_least(self, "", 0, "fps", "threshold")
+        if self.detector == "transnetv2" and (self.threshold or 0) >= 1:
+            raise UserError(f"threshold={self.threshold} is of probabilities with transnetv2; name one below 1")
         check_least(self, "", 1, "shots_per_sample", "shard_megabytes")
         for name, known in (("decoder", DECODERS), ("detector", DETECTORS), ("dtype", DTYPES)):
             if getattr(self, name) not in known:

@@ -62,6 +62,8 @@ class CodecConfig:
             raise UserError(f"codec.channels={self.channels} must lie in [1, 64]")
         if not 0 <= self.whitening <= 1:
             raise UserError(f"codec.whitening={self.whitening} must lie in [0, 1]")
+        if self.path and self.kind is CodecKind.lapped:
+            raise UserError(f"codec.path={self.path} is of the kind wan; say encoders=wan, or leave it out")
 
 
 class Codec(nn.Module):

@@ -58,6 +58,19 @@ def test_what_is_not_set_is_null_and_what_said_so_earlier_still_does():
 
 
 @pytest.mark.parametrize(
+    ("command", "setting", "said"),
+    [
+        ("train", f"seed={1 << 63}", r"seed=9223372036854775808 must be below 2\*\*63"),
+        ("evaluate", "films=film", r"^films is a list; say films=\[...\]$"),
+        ("prepare", "encoders.codec.path=vae", "codec.path=vae is of the kind wan"),
+    ],
+)
+def test_settings_that_mean_nothing(command, setting, said):
+    with pytest.raises(UserError, match=said):
+        parsed(command, setting)
+
+
+@pytest.mark.parametrize(
     ("command", "key"),
     [("sample", "lora"), ("sample", "encoders_path"), ("evaluate", "page"), ("prepare", "captioner")],
 )

@@ -242,6 +242,8 @@ def test_output_that_cannot_be_written(folder):
         ({"output": ""}, "say input=DIR"),
         ({"output": "s3://bucket/out"}, "is a URL: prepare into a local folder"),
         ({"size": [64]}, "a size is"),
+        ({"size": [64, 10**5]}, "at most 16384 each"),
+        ({"detector": "transnetv2", "threshold": 5}, "threshold=5 is of probabilities"),
         ({"min_frames": 0}, "need 1 <= min_frames"),
         ({"min_frames": 30}, "need 1 <= min_frames"),
         ({"decoder": "vlc"}, "decoder must be one of pyav"),

@@ -95,6 +95,14 @@ def test_names_come_from_the_global_caption_or_a_schedule(films, tmp_path):
         open_film(tmp_path)
 
 
+def test_a_film_with_a_damaged_shot_is_named(tmp_path):
+    film = write_film(tmp_path / "film", [("Mia walks.", [picture(RED)] * 8)])
+    shot = film / "shots/01.mp4"
+    shot.write_bytes(shot.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"shots/01\.mp4: is not what was written"):
+        open_film(film)
+
+
 def test_a_name_is_compared_with_the_last_shot_that_showed_it():
     shots = [frozenset(names) for names in ("a", "b", "ab", "", "a")]
     assert returns(shots) == [(0, 2), (1, 2), (2, 4)]

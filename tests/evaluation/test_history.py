@@ -81,4 +81,5 @@ def test_error_bars_are_students():
         low, high = ttest_1samp(means.numpy(), 0).confidence_interval(0.95)
         assert half == pytest.approx((high - low) / 2, rel=1e-6)
     assert math.isnan(estimate(values[:1]).scenes)
+    assert str(estimate(values[:1])) == f"{values[:1].mean():.4f}"  # no "± nan"
     assert not math.isnan(estimate(values[:1]).draws)

@@ -297,6 +297,7 @@ BAD = {
     "size of one": (ours(size=[64]), "size", r"\[64\] is not \[height, width\]"),
     "size as text": (ours(size="64x96"), "size", "not"),
     "size negative": (ours(size=[64, -96]), "size", "not"),
+    "seconds of days": (ours(shots=[SHOT | {"seconds": 10**7}]), r"shots\[0\]\.seconds", "number below a million"),
     "fps zero": (ours(fps=0), "fps", "0 is not a positive number"),
     "global a list": ({"global": ["Ann"], "shots": [SHOT]}, "global", "not a text"),
     "image missing": (ours(shots=[SHOT | {"image": "ref.png"}]), r"shots\[0\]\.image", "'ref.png' is not in"),

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moc
+from moc.errors import UserError
 from tests import brute_force
 from tests.strategies import Stream, shots, streams
 
@@ -333,3 +334,8 @@ def test_samples_that_do_not_fit_are_refused():
         sample(text=(1, 1))
     with pytest.raises(ValueError, match=r"\(2, 5, 6\).*not divisible.*\(1, 2, 2\)"):
         moc.make_batch([sample(size=(5, 6))], moc.StreamSpec(), 8)
+
+
+def test_a_stream_that_no_index_reaches_is_refused_before_it_is_laid_out():
+    with pytest.raises(UserError, match="2250000001 tokens are no stream"):
+        moc.ShotLayout.build([moc.Shot(1, (1000, 1500, 1500))])

@@ -5,6 +5,7 @@ import torch
 
 from moc import memory
 from moc.diffusion import Flow
+from moc.errors import UserError
 from moc.training import find_checkpoint
 from tests.pipeline import assert_one_message, refusal, train_arguments
 
@@ -36,6 +37,22 @@ def test_a_full_memory_is_one_message(prepared, tmp_path, monkeypatch, capsys, c
     assert "total capacity" not in said
     if call == 7:
         assert find_checkpoint(run).name == "step_0000001"
+
+
+def test_a_full_host_is_one_message_as_well():
+    said = r"a film does not fit into memory \(can't allocate memory.*: name fewer shots$"
+    with pytest.raises(UserError, match=said), memory.enough_for("a film", "name fewer shots"):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="negative dimension"), memory.enough_for("a film", ""):
+        torch.empty(-1)
+
+
+def test_the_room_of_a_container_is_its_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
+    whole = memory.room(torch.device("cpu"))
+    for limit, room in (("max", whole), ("1000", 1000), (f"{whole + 1}", whole)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert memory.room(torch.device("cpu")) == room
 
 
 def test_the_hosts_room_is_what_its_container_has_left_for_each_process(tmp_path, monkeypatch):
