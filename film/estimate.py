@@ -55,7 +55,7 @@ class Estimate:
         return [
             *rows,
             f"{len(plan.filmed)} shots, {sum(plan.num_frames)} frames, {sum(self.shot_tokens)} tokens",
-            f"{self.forwards} forwards of {self.flops / 1e15:.3g} PFLOP in all "
+            f"{self.forwards} forwards of {_flops(self.flops)} in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",
             f"about {self.memory / 2**30:.2g} GiB of memory: weights, what is remembered, and a forward"
@@ -63,6 +63,12 @@ class Estimate:
             *([f"about {_time(self.flops / (REACHED * peak))} at half of the GPU's peak, which long shots reach; short "
                "ones take longer"] if peak else []),
         ]  # fmt: skip
+
+
+def _flops(count: float) -> str:
+    """Returns a number of FLOPs in the unit that one would say it in."""
+    unit, name = next((unit for unit in ((1e15, "PFLOP"), (1e12, "TFLOP")) if count >= unit[0]), (1e9, "GFLOP"))
+    return f"{count / unit:.3g} {name}"
 
 
 def _time(seconds: float) -> str:

@@ -12,6 +12,7 @@ the same settings.
 One H100 is expected to take (by count, from docs/benchmarks/model.md; start and compilation, about a minute, included):
 
     films=[paper] impls=[moc]                                                 4 minutes, 60 GB of the host's memory
+    films=[paper] impls=[moc] modes=[extend,extend_offload] sampler.context_shots=4    3 minutes, 45 GB there
     films=[paper] impls=[dense] timed=2                                       4 minutes
     films=[wan] impls=[moc] modes=[staggered,joint,extend_uncached,decode]    4 minutes
     films=[wan] impls=[moc] modes=[extend_offload] sampler.context_shots=4    3 minutes, 86 GB of the host's memory

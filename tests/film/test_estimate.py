@@ -52,6 +52,8 @@ def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, mo
         peak = 2 * guess.flops / seconds
         assert guess.lines(plan, peak)[-1].startswith(f"{told} at half of the GPU's peak")
     assert "peak" not in text
+    for flops, told in ((2.5e15, "2.5 PFLOP"), (9e14, "900 TFLOP"), (7e6, "0.007 GFLOP")):
+        assert f" of {told} in all" in "\n".join(replace(guess, flops=flops).lines(plan))
     assert "goes on" in text
     assert f"{sum(guess.shot_tokens)} tokens" in text
 
