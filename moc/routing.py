@@ -56,6 +56,8 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     to the lowest chunk index. Scores are exact to fp32 rounding, under autocast too.
     """
     parts = config.descriptor_parts
+    if parts > 1 and layout.num_samples > 1 and len(q) == len(k):
+        return _route_each_sample(q, k, layout, config, drops)
     means = descriptors(k, layout, parts)
     applies_drops = drops is not None and config.has_drops
     if config.candidates is Candidates.first and not applies_drops and parts == 1:
@@ -74,6 +76,26 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
             routes = apply_drops(routes, allowed, layout, config, drops, start)
         blocks.append(routes)
     return torch.cat(blocks, dim=1)
+
+
+def _route_each_sample(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None) -> Tensor:
+    """Returns the same, sample by sample: scores of a whole pack would nearly all be of chunks in other samples."""
+    streams = layout.memo("samples alone", lambda: _samples_alone(layout))
+    tables, first_chunk = [], 0
+    for number, (start, end) in enumerate(layout.sample_ranges):
+        stream = streams[number].copied()
+        stream.sample_position = layout.sample_position[number : number + 1]  # a CUDA graph's changes
+        routes = route(q[start:end], k[start:end], stream, config, drops)
+        tables.append(torch.where(routes < 0, routes, routes + first_chunk))
+        first_chunk += stream.num_chunks
+    return torch.cat(tables, dim=1)
+
+
+def _samples_alone(layout: ShotLayout) -> list[ShotLayout]:
+    return [
+        ShotLayout([sample], layout.chunk_tokens, [position]).to(layout.device)
+        for sample, position in zip(layout.samples, layout.positions, strict=True)
+    ]
 
 
 def _query_blocks(q: Tensor, layout: ShotLayout, block: int) -> Iterator[tuple[int, int, Tensor]]:

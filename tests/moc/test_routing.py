@@ -40,6 +40,23 @@ def test_routes_by_several_means_equal_the_brute_force(stream, config, seed, par
     assert attention._router(q, config, moc.Execution(backend="triton")) is routing
 
 
+def test_several_means_route_a_pack_as_its_samples_at_their_positions():
+    """Drops are drawn by position, also where the layout is copied and its positions are written."""
+    one = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2))] * 3, 2, chunk_tokens=4, position=5)
+    other = moc.ShotLayout.build([moc.Shot(0, (1, 2, 3))] * 4, 2, chunk_tokens=4, position=9)
+    pack = moc.ShotLayout.pack([one, other])
+    config, drops = moc.MoCConfig(descriptor_parts=2, top_k=3), moc.DropKey(1, 2)
+    q, k, _ = attention_tensors(pack)
+    for positions in ((5, 9), (7, 3)):
+        copied = pack.copied()
+        copied.sample_position.copy_(torch.tensor(positions))
+        split, first = one.num_tokens, one.num_chunks
+        alone = route(q[:split], k[:split], one.at(positions[:1]), config, drops=drops)
+        beside = route(q[split:], k[split:], other.at(positions[1:]), config, drops=drops)
+        beside = beside.where(beside < 0, beside + first)
+        assert torch.equal(route(q, k, copied, config, drops=drops), torch.cat([alone, beside], dim=1))
+
+
 def test_several_means_find_a_key_that_one_mean_hides():
     """Chunk 0 has one key that matches among its opposites, chunk 1 has none that does."""
     layout = moc.ShotLayout.build([moc.Shot(0, (2, 1, 4)), moc.Shot(0, (1, 1, 4))], chunk_tokens=4)
