@@ -58,11 +58,17 @@ class Estimate:
             f"{self.forwards} forwards of {_flops(self.flops)} in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",
-            f"about {self.memory / 2**30:.2g} GiB of memory: weights, what is remembered, and a forward"
-            + (f"; {self.host_memory / 2**30:.2g} GiB of the host's" if self.host_memory else ""),
+            f"about {gib(self.memory)} of memory: weights, what is remembered, and a forward"
+            + (f"; {gib(self.host_memory)} of the host's" if self.host_memory else ""),
             *([f"about {_time(self.flops / (REACHED * peak))} at half of the GPU's peak, which long shots reach; short "
                "ones take longer"] if peak else []),
         ]  # fmt: skip
+
+
+def gib(size: float) -> str:
+    """Returns bytes in words, to three digits or to a whole GiB."""
+    size /= 2**30
+    return f"{size:.3g} GiB" if size < 1000 else f"{size:,.0f} GiB"
 
 
 def _flops(count: float) -> str:

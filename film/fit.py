@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from film.estimate import Estimate
+from film.estimate import Estimate, gib
 from film.plan import FilmPlan
 from moc import memory
 from moc.diffusion import SamplingConfig
@@ -55,8 +55,8 @@ def check_fits(
     general = f"name another folder for out, and there {memory.SAMPLING}" if is_begun else memory.SAMPLING
     remedy = f"what fits is {', or '.join(ways)}" if ways else general
     if found.least > room:
-        raise UserError(f"{asked}, need {_gib(found.least)} of memory at least, and there are {_gib(room)}: {remedy}")
-    about = f"may need about {_gib(found.memory)} of memory, and there are {_gib(room)}"
+        raise UserError(f"{asked}, need {gib(found.least)} of memory at least, and there are {gib(room)}: {remedy}")
+    about = f"may need about {gib(found.memory)} of memory, and there are {gib(room)}"
     logger.warning("%s, %s; should it not suffice, finished shots are kept, and %s", asked, about, remedy)
 
 
@@ -104,7 +104,3 @@ def _ways(
     shots = range(next(n for n, index in enumerate(plan.filmed, start=1) if index not in plan.given), len(plan.filmed))
     if most := bisect_right(shots, room, key=of_first):
         yield "its first shot" if shots[most - 1] == 1 else f"its first {shots[most - 1]} shots"
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
