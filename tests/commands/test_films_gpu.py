@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from moc.training import find_checkpoint
 from models import load_model
+from models.history import KeyValueCache
 from models.stream import StreamModel
 from tests import pipeline
 from tests.gpu_runs import (
@@ -120,6 +121,26 @@ def test_sampling(run, story, tmp_path, on_gpu, settings):
     with on_gpu():
         pipeline.sample(run, story, tmp_path / "film", *settings)
     assert_filmed(tmp_path / "film")
+
+
+def test_keys_and_values_that_find_no_memory_lie_in_the_host(run, story, tmp_path, on_gpu, monkeypatch):
+    """The film is the same to the bit."""
+    taken, memory = [], KeyValueCache._memory
+
+    def full(cache, like):
+        if not cache.offload:
+            raise torch.OutOfMemoryError("full")
+        taken.append(memory(cache, like))
+        return taken[-1]
+
+    for name in ("here", "there"):
+        with on_gpu():
+            pipeline.sample(run, story, tmp_path / name, "sampler=shot_by_shot")
+        monkeypatch.setattr(KeyValueCache, "_memory", full)
+    assert taken
+    assert all(memory.is_pinned() for memory in taken)
+    here, there = (assert_filmed(tmp_path / name) for name in ("here", "there"))
+    assert all(torch.equal(*latents) for latents in zip(here, there, strict=True))
 
 
 def test_the_gpu_films_what_the_cpu_films(run, story, tmp_path, on_gpu):
