@@ -50,6 +50,7 @@ def modulate_backward_kernel(
     block = tl.program_id(0)
     column = tl.arange(0, DP)
     inside = column < D
+    # Rows lie group by group: where a group ends its sum is written, to a row that block and group have alone.
     current = _group(group, block * ROWS)
     dshift = tl.zeros([DP], tl.float32)
     dscale = tl.zeros([DP], tl.float32)
@@ -143,7 +144,7 @@ def rms_norm_backward_kernel(
         factor = (1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps))[:, None]
         normed = value * factor
         dweight += grad * normed
-        grad *= gain
+        grad *= gain  # the norm's own gradient: without the part along x, which it takes out
         grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
         tl.store(dx + row * (N * D) + head * D + column, grad.to(dx.dtype.element_ty), mask=inside)
     column = tl.arange(0, DP)
@@ -238,8 +239,10 @@ def _join_backward_blocks(
     qkv, q_weight, k_weight, index, cos, sin, dq, dk, dv, dqkv, sums, first, num_rows, eps,
     N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
+    """Undoes rotation and norm of q and k for some heads of some tokens, and copies dV; sums what the norms' weights
+    get."""
     column = tl.arange(0, DP)[None, :]
-    for part in tl.static_range(2):
+    for part in tl.static_range(2):  # q, then k, which lie beside each other and before v
         weight, joint_grad = (q_weight, dq) if part == 0 else (k_weight, dk)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         dweight = tl.zeros([BLOCK, DP], tl.float32)

@@ -22,13 +22,14 @@ def candidate_bounds(
     sample = tl.load(chunk_sample + chunk)
     first = tl.load(sample_first_chunk + sample)
     last = tl.load(sample_first_chunk + sample + 1)
+    # The query's own shot, or own chunk, is an anchor and no candidate; with neither there is nothing to skip.
     if OWN == 0:
         skip_first, skip_last = tl.load(group_first_chunk + group), tl.load(group_first_chunk + group + 1)
     elif OWN == 1:
         skip_first, skip_last = chunk, chunk + 1
     else:
         skip_first, skip_last = chunk, chunk
-    if CAUSAL:
+    if CAUSAL:  # what comes before the own shot or chunk; global text precedes all
         last = tl.where(tl.load(group_shot + group) < 0, first, skip_first)
     return tl.where(valid, first, 0), tl.where(valid, last, 0), skip_first, skip_last
 

@@ -90,6 +90,7 @@ def _forward_blocks(
         scores = tl.dot(q, keys.T, input_precision="tf32x3")
         if MASKED:
             scores = tl.where((start + tl.arange(0, BN) < last)[None, :], scores, -float("inf"))
+        # A larger peak shrinks what is summed so far, so that no exponential overflows.
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores * scale_log2 - (new_peak * scale_log2)[:, None])
         shrink = tl.exp2((peak - new_peak) * scale_log2)
@@ -117,7 +118,7 @@ def forward_kernel(
         )
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
         first, last = tl.load(chunk_starts + chunk), tl.load(chunk_starts + chunk + 1)
-        middle = first + (last - first) // BN * BN
+        middle = first + (last - first) // BN * BN  # whole blocks of keys end here; only the last one needs a mask
         acc = tl.zeros([BM, DP], tl.float32)
         total = tl.zeros([BM], tl.float32)
         peak = tl.full([BM], -float("inf"), tl.float32)
@@ -127,6 +128,7 @@ def forward_kernel(
         acc, total, peak = _forward_blocks(
             acc, total, peak, queries, k, v, head, middle, last, stride, scale_log2, True, D, DP, BN, TMA
         )
+        # Each (query, slot) is written by one program alone: no atomics, and the same bits each time.
         partial += (head - first_list // num_chunks).to(tl.int64) * num_tokens * num_slots * D
         store_rows(partial, entry, D, acc / total[:, None], valid, D, DP)
         partial_lse += head.to(tl.int64) * num_tokens * num_slots
@@ -194,6 +196,7 @@ def _dq_blocks(
     for start in range(first, last, BN):
         keys = load_keys(k, head, start, last, stride, D, DP, BN, TMA)
         values = load_keys(v, head, start, last, stride, D, DP, BN, TMA)
+        # The LSE is the merged one of anchors and routes, so these are weights of the whole softmax.
         weights = tl.exp2(tl.dot(q, keys.T, input_precision="tf32x3") * scale_log2 - lse[:, None])
         dweights = tl.dot(do, values.T, input_precision="tf32x3")
         dscores = weights * (dweights - delta[:, None])
@@ -215,6 +218,7 @@ def dq_kernel(
         head, chunk, entry, token, valid = _open_tile(
             entries, starts, tile_starts, tile_list, tile, num_chunks, num_slots, BM
         )
+        # All of a query's own is loaded once; its keys come by in blocks.
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
         grads = load_rows(dout + head * D, token, stride, valid, D, DP)
         row = head.to(tl.int64) * num_tokens + token
@@ -248,6 +252,7 @@ def add_dq_kernel(
     dq += head * D
     acc = load_rows(dq, token, stride, valid, D, DP).to(tl.float32)
     table_row = head.to(tl.int64) * num_tokens + token
+    # Partials are of the heads from `first_head` on alone, routes of all heads.
     row = tl.program_id(1).to(tl.int64) * num_tokens + token
     for k in range(num_slots):
         routed = tl.load(routes + table_row * num_slots + k, mask=valid, other=-1) >= 0
@@ -318,7 +323,7 @@ def dkv_kernel(
     head, chunk = list_id // num_chunks, list_id % num_chunks
     first = (tl.load(tile_starts + list_id) - first_tile) * TILE
     last = first + tl.load(starts + list_id + 1) - tl.load(starts + list_id)
-    first, last = tl.maximum(first, 0), tl.minimum(last, num_tiles * TILE)
+    first, last = tl.maximum(first, 0), tl.minimum(last, num_tiles * TILE)  # a list may lie in other tiles in part
     row = tl.load(chunk_starts + chunk) + block * BN + tl.arange(0, BN)
     inside = row < tl.load(chunk_starts + chunk + 1)
     if (first < last) & (tl.max(inside.to(tl.int32), 0) > 0):
@@ -331,6 +336,7 @@ def dkv_kernel(
         take_lse = (column < TERMS).to(TERM)
         take_delta = ((column >= TERMS) & (column < 2 * TERMS)).to(TERM)
         for start in range(first, last, BM):
+            # Scores begin as -lse / scale, and dweights as -delta, before the products are added.
             terms = load_list(terms_list, start, 16, 16, BM, TMA).T
             queries = load_list(q_list, start, D, DP, BM, TMA)
             scores = tl.dot(take_lse, terms, input_precision="tf32x3")
@@ -341,6 +347,7 @@ def dkv_kernel(
             dweights = tl.dot(take_delta, terms, input_precision="tf32x3")
             dweights = tl.dot(values, grads.T, dweights, input_precision="tf32x3")
             dkeys = tl.dot((weights * dweights).to(queries.dtype), queries, dkeys, input_precision="tf32x3")
+        # dK and dV hold what the anchors gave, or earlier tiles; no other program has these keys.
         dkeys = dkeys * scale + load_rows(dk + head * D, row, stride, inside, D, DP).to(tl.float32)
         dvalues += load_rows(dv + head * D, row, stride, inside, D, DP).to(tl.float32)
         store_rows(dk + head * D, row, stride, dkeys, inside, D, DP)

@@ -116,7 +116,7 @@ def _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_
 def _last_key(bits, start, end, token_chunk, STEP: tl.constexpr):
     """Returns where the last block of STEP keys, counted from `start`, ends that some query attends to."""
     last = end
-    searching = True
+    searching = True  # goes back by blocks while no query attends to the first chunk of one, or to a later chunk
     while searching:
         block = start + (last - 1 - start) // STEP * STEP
         lowest = tl.load(token_chunk + block).to(tl.int64)
@@ -186,6 +186,7 @@ def masked_dq_kernel(
     row_lse = tl.load(lse + row, mask=valid, other=0.0) * LOG2E
     row_delta = tl.load(delta + row, mask=valid, other=0.0)
     acc = tl.zeros([BM, DP], tl.float32)
+    # Weights are those of the forward, from its LSE; keys that a query does not see have none.
     for start in range(first, _last_key(bits, first, end, token_chunk, BN), BN):
         key = start + tl.arange(0, BN)
         inside = key < end
@@ -224,7 +225,7 @@ def masked_dkv_kernel(
         token = start + tl.arange(0, BM)
         valid = token < end
         bits = _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_slots)
-        if tl.max(((bits & here) != 0).to(tl.int32), 0) > 0:
+        if tl.max(((bits & here) != 0).to(tl.int32), 0) > 0:  # else no query of the block sees any of these keys
             queries = load_rows(q + head * D, token, stride, valid, D, DP)
             grads = load_rows(dout + head * D, token, stride, valid, D, DP)
             row = head.to(tl.int64) * num_tokens + token
