@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moc.layout import Grid
 from models.fuse import fused
+from models.linear import Linear
 from models.members import Members
 from models.part import Part, Table
 from models.recompute import RecomputedParts
@@ -139,7 +140,7 @@ class Modulation(nn.Module):
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         self.count = count
-        self.linear = nn.Linear(dim, count * dim)
+        self.linear = Linear(dim, count * dim)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -159,12 +160,12 @@ class TokenStream(RecomputedParts):
         super().__init__()
         self.num_heads = num_heads
         self.modulation = Modulation(dim, 6 if update else 2)
-        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.to_qkv = Linear(dim, 3 * dim)
         self.norm_q = RMSNorm(dim // num_heads, eps=1e-6)
         self.norm_k = RMSNorm(dim // num_heads, eps=1e-6)
         if update:
-            self.to_out = nn.Linear(dim, dim)
-            self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+            self.to_out = Linear(dim, dim)
+            self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU("tanh"), Linear(ffn_dim, dim))
 
     def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
         """Projects x [Lx, dim] to q, k and v, one beside another: [Lx, 3 dim]."""

@@ -12,6 +12,7 @@ from moc import Batch, DropKey, Execution, MoCConfig, Sample, Shot, ShotLayout, 
 from models import ModelConfig, build_model, load_model, save_model
 from models.history import KeyValueCache
 from models.layers import _Join, _Split, add_gated, join, layer_norm, modulate, rms_norm, spread
+from models.linear import _Linear
 from models.members import Members
 from models.mmdit import MMDiT
 from models.part import Part
@@ -390,3 +391,17 @@ def test_patches_are_undone(patch: tuple[int, int, int]) -> None:
     assert torch.equal(tokens[: len(patchify(latents[:1], patch))], patchify(latents[:1], patch))
     for mine, latent in zip(unpatchify(tokens, grids, patch), latents, strict=True):
         assert torch.equal(mine, latent)
+
+
+def test_the_linears_of_a_block_have_the_gradients_of_plain_ones_under_autocast() -> None:
+    """Those of weights are not rounded to half precision on a GPU (tests/models/test_models_gpu.py)."""
+    plain, x = nn.Linear(24, 40), torch.randn(2, 9, 24, requires_grad=True)
+    direction = torch.randn(2, 9, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = (plain(x), _Linear.apply(x, plain.weight, plain.bias, torch.bfloat16))
+    assert torch.equal(*outputs)
+    leaves = (x, plain.weight, plain.bias)
+    expected, found = (torch.autograd.grad(out, leaves, direction.bfloat16()) for out in outputs)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= 2**-7 * b.norm()

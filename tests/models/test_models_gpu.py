@@ -10,6 +10,7 @@ from torch import nn
 from moc import DropKey, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from models import ModelConfig, build_model, stream
+from models.linear import Linear
 
 pytestmark = pytest.mark.gpu
 
@@ -94,3 +95,15 @@ def test_cached_history_gives_the_same_velocity(family, offload):
         inputs = (whole.latents[shot : shot + 1], sigma[shot : shot + 1], texts, layout, config)
         (out,) = model(*inputs, cache=cache, remember=True)
         assert (out - expected[shot]).norm() <= 1e-3 * expected[shot].norm()
+
+
+def test_gradients_of_weights_are_not_rounded_to_half_precision():
+    linear, x = Linear(192, 320).cuda(), torch.randn(4096, 192, device="cuda")
+    direction = torch.randn(4096, 320, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        out = linear(x)
+    found = torch.autograd.grad(out, (linear.weight, linear.bias), direction.to(out.dtype))
+    halves = x.bfloat16().double(), direction.bfloat16().double()
+    for grad, exact in zip(found, (halves[1].T @ halves[0], halves[1].sum(0)), strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - exact).norm() < 1e-4 * exact.norm()

@@ -1,0 +1,42 @@
+"""The linear layers of the MMDiT's blocks keep autocast's casts out of the graph of gradients."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class Linear(nn.Linear):
+    """This linear layer computes as nn.Linear does. Under autocast on a GPU the matmul writes the weight's gradient in
+    the weight's own dtype; autograd would round it to autocast's and cast it back, in four launches more a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
+            return super().forward(x)
+        return _Linear.apply(x, self.weight, self.bias, torch.get_autocast_dtype("cuda"))
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.x_dtype, ctx.dtype = x.dtype, weight.dtype
+        x, weight = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+        dx = (grad @ weight).to(ctx.x_dtype) if of_x else None
+        dweight = _product(grad.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype) if of_weight else None
+        return dx, dweight, grad.flatten(0, -2).sum(0, dtype=ctx.dtype) if of_bias else None, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a @ b, summed in fp32 and rounded to `dtype` alone; CPUs round to that of a and b first."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and dtype != a.dtype else (a @ b).to(dtype)
