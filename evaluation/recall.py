@@ -178,7 +178,7 @@ class RecallBench:
         scenes = draw_scenes(recall, [HELD_OUT + position for position in positions])
         encoded = self.world.encode(scenes)
         batch = moc.make_batch(encoded.samples(positions), model.stream, config.chunk_tokens).to(self.parallel.device)
-        noise = torch.stack(flow.draw_noise(batch, self.seed)).unflatten(0, encoded.latents.shape[:2])[:, -1]
+        noise = flow.draw_noise(batch, self.seed).stacked().unflatten(0, encoded.latents.shape[:2])[:, -1]
         # Routes that are drawn at random are drawn in tests too.
         drops = DropKey(self.seed, 0) if config.top_k == 0 and config.drop_in_rate and not config.dense else None
 
@@ -241,7 +241,7 @@ class RecallBench:
             encoded = self.world.encode(draw_scenes(self.world.config, [HELD_OUT + n for n in positions]))
             batch = moc.make_batch(encoded.samples(positions), model.stream, routing.chunk_tokens)
             batch = batch.to(self.parallel.device)
-            noise = torch.stack(flow.draw_noise(batch, self.seed)).unflatten(0, encoded.latents.shape[:2])[:, -1]
+            noise = flow.draw_noise(batch, self.seed).stacked().unflatten(0, encoded.latents.shape[:2])[:, -1]
             last = flow.add_noise(encoded.latents[:, -1], noise, SIGMAS[-1])
             queries = returning_tokens(encoded, batch.layout, model.stream)
             with watched(model, batch.layout, queries, routing, mass):

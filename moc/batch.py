@@ -6,7 +6,6 @@ A model says through its `StreamSpec` how latents become tokens; `make_batch` la
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -64,8 +63,8 @@ class Batch:
     """A batch is packed samples: latents of all shots, text of all groups (global, shot 1, ... for each sample), their
     layout."""
 
-    latents: list[Tensor]
-    text: list[Tensor]
+    latents: Sequence[Tensor]
+    text: Sequence[Tensor]
     layout: ShotLayout
     ids: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
@@ -83,6 +82,10 @@ class Batch:
         """Returns the same batch with chunks of another size."""
         return replace(self, layout=self.layout.rechunk(chunk_tokens))
 
+    def stacked(self) -> "Batch":
+        """Returns the same batch, whose latents and texts of one shape are one tensor: as many are sent."""
+        return replace(self, latents=Alike.of(self.latents), text=Alike.of(self.text))
+
     def to(self, device: torch.device | str) -> "Batch":
         """Returns this batch on `device`, latents and text in fp32: loaders send halves, the device widens them."""
         device = torch.device(device)
@@ -91,27 +94,12 @@ class Batch:
         )
 
 
-def _moved(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Returns `tensors` on `device` in fp32, by one copy: hundreds of shots would be hundreds of launches."""
-    if device.type == "cpu" or tensors[0].device.type != "cpu" or len({x.dtype for x in tensors}) > 1:
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Returns `tensors` on `device` in fp32, by a copy for each shape: hundreds of shots would be hundreds of
+    launches."""
+    if device.type == "cpu" and not isinstance(tensors, Alike):
         return [x.to(device, torch.float32) for x in tensors]
-    (flat, offsets), shapes = _side_by_side(tensors), [x.shape for x in tensors]
-    moved, ends = move(flat, device).float(), list(accumulate(shape.numel() for shape in shapes))
-    if [*offsets[1:], len(flat)] == ends:
-        return list(laid_out(moved, shapes))
-    return [moved[offset : offset + shape.numel()].view(shape) for shape, offset in zip(shapes, offsets, strict=True)]
-
-
-def _side_by_side(tensors: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """Returns a flat tensor that holds those of one dtype, and where in it each begins: the memory they share, where
-    they fill at least half of it, as those of a loader do, and otherwise a copy."""
-    sizes, starts = [x.numel() for x in tensors], [int(x.storage_offset()) for x in tensors]
-    first = min(starts)
-    length = max(start + size for start, size in zip(starts, sizes, strict=True)) - first
-    memory = {x.untyped_storage().data_ptr() for x in tensors}
-    if len(memory) == 1 and length <= 2 * sum(sizes) and all(x.is_contiguous() for x in tensors):
-        return tensors[0].as_strided((length,), (1,), first), [start - first for start in starts]
-    return torch.cat([x.reshape(-1) for x in tensors]), [0, *accumulate(sizes[:-1])]
+    return Alike([(places, move(stack, device).float()) for places, stack in Alike.of(tensors).stacks])
 
 
 class Alike(Sequence[Tensor]):
@@ -123,6 +111,9 @@ class Alike(Sequence[Tensor]):
 
     def __init__(self, stacks: Sequence[tuple[Sequence[int], Tensor]]) -> None:
         self.stacks = stacks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Alike, (self.stacks,)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "Alike":
@@ -154,17 +145,20 @@ class Alike(Sequence[Tensor]):
         """Returns all tensors, stacked, which are of one shape."""
         return self.at(range(len(self)))
 
-    def joined(self) -> Tensor:
-        """Returns all tensors, one after another along the first axis."""
-        return torch.cat(self._tensors) if len(self.stacks) > 1 else self.stacks[0][1].flatten(0, 1)
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns tensors one after another along the first axis."""
+    if isinstance(tensors, Alike) and len(tensors.stacks) == 1:
+        return tensors.stacks[0][1].flatten(0, 1)
+    return torch.cat(list(tensors))
 
 
-def laid_out(flat: Tensor, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
+def laid_out(flat: Tensor, shapes: Sequence[torch.Size]) -> Alike:
     """Returns the tensors of these shapes that lie one after another in `flat` [n], which they fill."""
     if len(set(shapes)) == 1:
         return Alike([(range(len(shapes)), flat.view(len(shapes), *shapes[0]))])
     pieces = flat.split([shape.numel() for shape in shapes])
-    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    return Alike.of([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
 
 
 def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> Alike:

@@ -10,6 +10,7 @@
 Shape letters: L packed tokens (Lt text, Lv video), N heads, D head dim, G groups, S shots; latents C T H W.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from moc import MoCConfig, ShotLayout, StreamSpec
+from moc.batch import joined
 from moc.errors import UserError
 from models.layers import Condition, FramePlace, JointBlock, Output
 from models.part import Part
@@ -66,8 +68,8 @@ class MMDiT(StreamModel):
         self.blocks = nn.ModuleList(JointBlock(dim, num_heads, ffn_dim, last=i == last) for i in range(num_layers))
         self.output = Output(dim, patch_dim, input_skip)
 
-    def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
-        words = torch.cat(text[part.first_group :])
+    def embed(self, patches: Tensor, sigma: Tensor, text: Sequence[Tensor], part: Part, config: MoCConfig) -> Embedded:
+        words = joined(text)[part.first_text :]
         video = self.video_in(patches.to(self.video_in.weight.dtype))
         if self.place is not None:
             video = video + self.place(part.grids, video.dtype)[part.video_rows]

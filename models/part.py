@@ -25,6 +25,7 @@ class Part:
     processes share a stream, this one's run of them.
 
     start, end: of the run in the stream. text_rows, video_rows: which rows of the groups' text and video it holds.
+    first_text: text tokens of the stream before the groups.
     text_index, video_index: their offsets in the run. text_members, video_members: which of the groups they belong
     to. text_starts: int64 [G + 1], each group's first row of the text of all groups.
     """
@@ -45,6 +46,7 @@ class Part:
         self.start, self.end = self._bounds[rank : rank + 2]
         self.num_tokens = self.end - self.start
         before, first, last = (self._text_before(token) for token in (start, self.start, self.end))
+        self.first_text = before
         self.text_rows = slice(first - before, last - before)
         self.video_rows = slice(self.start - start - self.text_rows.start, self.end - start - self.text_rows.stop)
         self.text_index = layout.text_index[first:last] - self.start
@@ -92,7 +94,7 @@ class Part:
         self,
         latents: Sequence[Tensor],
         sigma: Tensor,
-        text: list[Tensor],
+        text: Sequence[Tensor],
         spec: StreamSpec,
         channels: int,
         text_dim: int,

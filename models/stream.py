@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moc import Descriptor, DropKey, Execution, MoCConfig, Routes, ShotLayout, StreamSpec, moc_attention, route
-from moc.batch import each_shape, laid_out
+from moc.batch import Alike, each_shape, joined, laid_out
 from moc.errors import UserError
 from moc.exchange import Exchange
 from moc.execution import AUTO
@@ -106,11 +106,12 @@ class StreamAttention:
         return routes
 
 
-class Attend(NamedTuple):
-    """Is the attention of one layer, as its block is given it."""
+class Attend:
+    """Is the attention of one layer, as its block is given it. It is no tuple, which FSDP would copy, with what the
+    attention remembers."""
 
-    stream: StreamAttention
-    layer: int
+    def __init__(self, stream: StreamAttention, layer: int) -> None:
+        self.stream, self.layer = stream, layer
 
     @property
     def table(self) -> Table | None:
@@ -156,7 +157,7 @@ class StreamModel(Trainable):
     gradient_checkpointing = False
     _supports_gradient_checkpointing = True
 
-    def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
+    def embed(self, patches: Tensor, sigma: Tensor, text: Sequence[Tensor], part: Part, config: MoCConfig) -> Embedded:
         """Embeds the part's patches [Lv, patch_dim]; sigma [G] of its groups, text [T_i, text_dim] of all groups."""
         raise NotImplementedError
 
@@ -172,7 +173,7 @@ class StreamModel(Trainable):
         self,
         latents: Sequence[Tensor],
         sigma: Tensor,
-        text: list[Tensor],
+        text: Sequence[Tensor],
         layout: ShotLayout,
         config: MoCConfig,
         drops: DropKey | None = None,
@@ -180,7 +181,7 @@ class StreamModel(Trainable):
         cache: KeyValueCache | None = None,
         remember: bool = False,
         on_distances: Callable[[Tensor], None] | None = None,
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """Returns the velocity of each shot, fp32, in the form of `latents`.
 
         latents: noisy [C, T, H, W] of each shot of the pack. sigma: [S] in [0, 1], their noise levels.
@@ -231,13 +232,11 @@ def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:
     """Returns the tokens of shots [C, T, H, W], in order: [sum of T/a * H/b * W/c, C a b c] for a patch (a, b, c)."""
     a, b, c = patch
     tokens = partial(rearrange, pattern="n ch (t a) (h b) (w c) -> n (t h w) (ch a b c)", a=a, b=b, c=c)
-    return each_shape(tokens, latents).joined()
+    return joined(each_shape(tokens, latents))
 
 
-def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch: Grid) -> list[Tensor]:
+def unpatchify(tokens: Tensor, grids: Sequence[Grid], patch: Grid) -> Alike:
     """Returns the inverse of `patchify`; grids are the (T, H, W) of each shot's tokens."""
     a, b, c = patch
     shots = laid_out(tokens.flatten(), [torch.Size((*grid, tokens.shape[-1])) for grid in grids])
-    return list(
-        each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)
-    )
+    return each_shape(lambda x: rearrange(x, "n t h w (ch a b c) -> n ch (t a) (h b) (w c)", a=a, b=b, c=c), shots)

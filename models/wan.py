@@ -12,6 +12,7 @@ Shape letters: L packed tokens, N heads, D head dim, G groups, R text rows, S sh
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import ClassVar, NamedTuple
 
@@ -180,7 +181,7 @@ class WanTransformer3DModel(StreamModel):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
         nn.init.normal_(self.scale_shift_table, std=dim**-0.5)
 
-    def embed(self, patches: Tensor, sigma: Tensor, text: list[Tensor], part: Part, config: MoCConfig) -> Embedded:
+    def embed(self, patches: Tensor, sigma: Tensor, text: Sequence[Tensor], part: Part, config: MoCConfig) -> Embedded:
         """Takes as text the features of each group's span of its sample's prompt; see `text_windows`."""
         weight = self.patch_embedding.weight.flatten(1)
         x = F.linear(patches.to(weight.dtype), weight, self.patch_embedding.bias)
@@ -213,7 +214,7 @@ class WanTransformer3DModel(StreamModel):
         return rearrange(out, "l (p ch) -> l (ch p)", p=math.prod(self.stream.patch))
 
 
-def text_windows(text: list[Tensor], layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, list[Window]]:
+def text_windows(text: Sequence[Tensor], layout: ShotLayout, config: MoCConfig) -> tuple[Tensor, list[Window]]:
     """Returns text rows of all samples [R, text_dim], and which of them the tokens of each shot see.
 
     text_anchor all: the sample's prompt, padded to 512 rows. global_and_own: the global caption's rows, the own shot's,

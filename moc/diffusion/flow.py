@@ -25,7 +25,7 @@ from moc.layout import ShotLayout
 from moc.move import move
 from moc.routing import hash32
 
-Model = Callable[..., list[Tensor]]
+Model = Callable[..., Sequence[Tensor]]
 OnRoutes = Callable[[int, Tensor], None]
 
 
@@ -57,7 +57,7 @@ class Noised(NamedTuple):
     latents: Sequence[Tensor]
     targets: Sequence[Tensor]
     sigma: Tensor
-    text: list[Tensor]
+    text: Sequence[Tensor]
     layout: ShotLayout
 
 
@@ -163,14 +163,14 @@ class Flow:
         bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64).logit() - math.log(self.shift)
         return torch.special.ndtr((bounds - self.logit_mean) / self.logit_std)
 
-    def draw_noise(self, batch: Batch, seed: int) -> list[Tensor]:
+    def draw_noise(self, batch: Batch, seed: int) -> Alike:
         """Draws noise for each latent, on its device, keyed like the levels."""
         device, numbers = batch.latents[0].device, (x.numel() for x in batch.latents)
         sizes = [sum(islice(numbers, len(shots))) for _, shots in batch.layout.samples]
         noise, generator = torch.empty(sum(sizes), device=device), torch.Generator(device)
         for position, drawn in zip(batch.positions, noise.split(sizes), strict=True):  # one launch a sample
             torch.randn(drawn.shape, generator=generator.manual_seed(draw_key(seed, 2 * position + 1)), out=drawn)
-        return list(laid_out(noise, [x.shape for x in batch.latents]))
+        return laid_out(noise, [x.shape for x in batch.latents])
 
     def loss(
         self, model: Model, batch: Batch, levels: NoiseLevels, moc: MoCConfig, seed: int,
@@ -188,7 +188,7 @@ class Flow:
         """Returns the batch at these noise levels."""
         sigma = move(levels.sigma, batch.layout.device)
         by_shot = Alike([(range(len(sigma)), sigma)])
-        latents, noise = each_shape(Tensor.float, batch.latents), Alike.of(self.draw_noise(batch, seed))
+        latents, noise = each_shape(Tensor.float, batch.latents), self.draw_noise(batch, seed)
         noisy = each_shape(lambda x, n, s: self.add_noise(x, n, s.view(-1, 1, 1, 1, 1)), latents, noise, by_shot)
         return Noised(noisy, each_shape(self.velocity, latents, noise), sigma, batch.text, batch.layout)
 

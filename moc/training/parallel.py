@@ -206,6 +206,7 @@ class Parallel:
         model.anyone = self.any_of_team
         # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        model.register_forward_hook(lambda *call: list(call[-1]))  # it looks for gradients in lists
         for unit in (*model.blocks, model):
             fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
 

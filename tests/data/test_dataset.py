@@ -126,7 +126,7 @@ def test_ranks_of_a_sequence_parallel_group_read_the_same(cache):
         for a, b in ((a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)):
             assert a.positions == b.positions
             assert a.layout.chunks == b.layout.chunks
-            for x, y in zip(a.latents + a.text, b.latents + b.text, strict=True):
+            for x, y in zip((*a.latents, *a.text), (*b.latents, *b.text), strict=True):
                 assert torch.equal(x, y)
     run = [p for step in merged(*(steps(iter(process[0]), 4) for process in processes)) for p in step]
     assert run == list(range(len(run)))
@@ -166,7 +166,7 @@ def test_batches_hold_the_right_scenes(cache):
             numbers = [int(latent.flatten()[0]) for latent in batch.latents]
             wanted = [int(name.removeprefix("scene")) for name in batch.ids]
             assert [n for n in wanted for _ in range(1 + n % 3)] == numbers
-            assert all(x.dtype == torch.float32 for x in batch.to("cpu").latents + batch.to("cpu").text)
+            assert all(x.dtype == torch.float32 for x in (*batch.to("cpu").latents, *batch.to("cpu").text))
 
 
 def test_token_counts_match_the_batches(cache):
@@ -301,7 +301,7 @@ def test_parcels_arrive_as_they_were_sent(cache):
 @pytest.mark.gpu
 def test_batches_are_pinned_for_the_gpu(cache):
     step = next(iter(loader(config(cache, workers=2))))
-    assert all(x.is_pinned() for x in step[0].latents + step[0].text)
+    assert all(x.is_pinned() for x in (*step[0].latents, *step[0].text))
 
 
 def test_a_parcel_is_two_things_to_look_into_however_many_tensors_it_holds():

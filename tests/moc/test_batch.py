@@ -1,11 +1,11 @@
-"""A batch goes to a device by one copy of its latents and one of its texts, from the memory that they lie in."""
+"""A batch goes to a device by a copy for each shape of its latents and texts, and what is alike stays stacked."""
 
 import pytest
 import torch
 
 from data.loading.parcel import unwrap, wrap
 from moc import Sample, make_batch
-from moc.batch import Alike, StreamSpec, _side_by_side, each_shape, laid_out
+from moc.batch import Alike, StreamSpec, each_shape, joined, laid_out
 
 SHAPES = [(3, 1, 2, 2), (3, 2, 4, 2), (3, 1, 2, 6)]
 
@@ -15,38 +15,20 @@ def batch():
     return make_batch([Sample([torch.randn(shape).half() for shape in SHAPES], text)], StreamSpec(), 24)
 
 
-def pieces(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    flat, offsets = _side_by_side(tensors)
-    return [flat[offset : offset + x.numel()].view(x.shape) for x, offset in zip(tensors, offsets, strict=True)]
-
-
-@pytest.mark.parametrize("name", ["latents", "text"])
-def test_what_a_loader_sends_is_not_copied_before(name):
-    sent, arrived = batch(), unwrap(wrap(batch()))
-    memory = getattr(arrived, name)
-    found = pieces(memory)
-    assert all(torch.equal(x, y) for x, y in zip(found, memory, strict=True))
-    assert all(x.data_ptr() == y.data_ptr() for x, y in zip(found, memory, strict=True) if x.numel())
-    apart = getattr(sent, name)
-    assert all(torch.equal(x, y) for x, y in zip(pieces(apart), apart, strict=True))
-
-
-def test_little_of_a_large_memory_and_views_that_are_not_contiguous_are_copied():
-    memory = torch.arange(100.0)
-    for tensors in (
-        [memory[:10], memory[60:]],
-        [memory[:60].view(6, 10).T, memory[60:]],
-        [memory[10:20], memory[40:45]],
-    ):
-        found = pieces(tensors)
-        assert all(torch.equal(x, y) for x, y in zip(found, tensors, strict=True))
-    flat, _ = _side_by_side([memory[10:20], memory[40:45]])
-    assert flat.data_ptr() != memory[10:].data_ptr()
-    assert len(_side_by_side([memory[10:20], memory[20:30]])[0]) == 20
+def test_what_a_loader_sends_lies_in_one_memory_and_is_stacked():
+    sent, arrived = batch(), unwrap(wrap(batch().stacked()))
+    assert len({x.untyped_storage().data_ptr() for x in (*arrived.latents, *arrived.text)}) == 1
+    for name in ("latents", "text"):
+        mine, theirs = getattr(arrived, name), getattr(sent, name)
+        assert Alike.of(mine) is mine
+        assert [x.shape for x in mine] == [x.shape for x in theirs]
+    stacked = sent.stacked()
+    assert all(torch.equal(x, y) for x, y in zip(stacked.latents, sent.latents, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(stacked.to("cpu").text, sent.text, strict=True))
 
 
 def test_it_arrives_in_fp32_with_its_shapes():
-    moved = unwrap(wrap(batch())).to("meta")
+    moved = unwrap(wrap(batch().stacked())).to("meta")
     assert [tuple(x.shape) for x in moved.latents] == SHAPES
     assert {x.dtype for x in (*moved.latents, *moved.text)} == {torch.float32}
 
@@ -62,7 +44,7 @@ def test_what_is_alike_is_computed_at_once_and_stacked_once(sizes):
     assert [x is y for (_, x), (_, y) in zip(Alike.of(doubled).stacks, doubled.stacks, strict=True)] == [True] * len(
         calls
     )
-    assert torch.equal(doubled.joined(), torch.cat(list(doubled)))
+    assert torch.equal(joined(doubled), torch.cat(list(doubled)))
     assert torch.equal(each_shape(lambda x: x.sum((1, 2)), doubled).stacked(), torch.stack([x.sum() for x in doubled]))
     flat = torch.cat([x.flatten() for x in tensors])
     assert all(torch.equal(a, b) for a, b in zip(laid_out(flat, [x.shape for x in tensors]), tensors, strict=True))

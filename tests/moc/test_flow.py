@@ -155,7 +155,7 @@ def test_noise_takes_one_draw_a_sample(monkeypatch):
 
 def test_noise_is_normal_and_its_own_for_each_shot():
     noise = Flow().draw_noise(batch(*[sample(position, (4, 4)) for position in range(100)]), seed=0)
-    stacked = torch.stack(noise).flatten(1)
+    stacked = noise.stacked().flatten(1)
     assert abs(stacked.mean()) < 0.01
     assert abs(stacked.std() - 1) < 0.01
     products = stacked @ stacked.T / stacked.shape[1]

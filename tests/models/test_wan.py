@@ -92,7 +92,7 @@ def test_shot_timesteps_equal_diffusers_token_timesteps() -> None:
     times = torch.tensor([200.0, 700.0]).repeat_interleave(2 * 2 * 3)
     with torch.no_grad():
         expected = theirs(torch.cat(item.latents, 1)[None], times[None], padded[None], return_dict=False)[0][0]
-        out = torch.cat(run(ours, DENSE, item, sigma=torch.tensor([0.2, 0.7])), 1)
+        out = torch.cat(list(run(ours, DENSE, item, sigma=torch.tensor([0.2, 0.7]))), 1)
     assert (out - expected).norm() < 1e-5 * expected.norm()
 
 
