@@ -45,9 +45,8 @@ class Part:
         rank = exchange.rank if exchange else 0
         self.start, self.end = self._bounds[rank : rank + 2]
         self.num_tokens = self.end - self.start
-        before, first, last = (self._text_before(token) for token in (start, self.start, self.end))
-        self.first_text = before
-        self.text_rows = slice(first - before, last - before)
+        self.first_text, first, last = (self._text_before(token) for token in (start, self.start, self.end))
+        self.text_rows = slice(first - self.first_text, last - self.first_text)
         self.video_rows = slice(self.start - start - self.text_rows.start, self.end - start - self.text_rows.stop)
         self.text_index = layout.text_index[first:last] - self.start
         self.video_index = layout.video_index[self.start - first : self.end - last] - self.start
@@ -91,14 +90,9 @@ class Part:
         return with_global[is_shot.cumsum(0) * is_shot]
 
     def check(
-        self,
-        latents: Sequence[Tensor],
-        sigma: Tensor,
-        text: Sequence[Tensor],
-        spec: StreamSpec,
-        channels: int,
+        self, latents: Sequence[Tensor], sigma: Tensor, text: Sequence[Tensor], spec: StreamSpec, channels: int,
         text_dim: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Raises ValueError where a forward's inputs and its layout describe different shots, or another model's."""
         shots, groups = len(self.grids), self.layout.num_groups
         if (len(latents), len(sigma), len(text)) != (shots, shots, groups):
