@@ -201,7 +201,7 @@ class Parallel:
         sharded, each of its `blocks` is gathered while it computes."""
         model.exchange = self._exchange
         if not self.is_sharded:
-            model.to(self.device)
+            nn.Module.to(model, self.device)  # diffusers' own `to` imports peft, a second of every command
             return
         model.anyone = self.any_of_team
         # It warns of results that are inputs handed through, lest they be changed in place; the models change none.

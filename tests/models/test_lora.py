@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
+from moc.training import Parallel, ParallelConfig
 from moc.training.checkpoint import new_checkpoint, write_state
 from models import Family, ModelConfig, build_model, load_model, save_model
 from models.checkpoints.contents import Contents
@@ -341,3 +343,13 @@ def test_a_bad_lora_json_is_one_clear_message(wan: Path, tmp_path: Path) -> None
         file.write_text(text)
         with pytest.raises(ValueError, match=f"lora.json.*{message}"):
             load_model(tmp_path / "lora")
+
+
+def test_without_an_adapter_nothing_of_peft_is_imported(tmp_path, monkeypatch):
+    """It takes seconds of every command. Diffusers' own way to move a model would import it."""
+    for module in ("peft", "diffusers.hooks", "diffusers.hooks.group_offloading"):
+        monkeypatch.setitem(sys.modules, module, None)  # an import of it fails
+    model = MMDiT(**MMDIT)
+    Parallel(ParallelConfig("cpu")).spread(model)
+    save_model(model, tmp_path, MoCConfig())
+    assert same(load_model(tmp_path), model.state_dict())
