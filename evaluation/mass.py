@@ -7,7 +7,6 @@ Shape letters: L packed tokens, N heads, D head dim, M chunks, K routes, Q queri
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor, nn
 
 import moc
 from moc import MoCConfig, ShotLayout
+from models.part import Table
 from models.rope import rotate
+from models.stream import Attend
 
 
 @dataclass
@@ -52,24 +53,32 @@ def watched(model: Any, layout: ShotLayout, queries: Tensor, config: MoCConfig, 
     lies on the chunks that `config` routes to."""
 
     def watch(layer: int) -> Callable[[nn.Module, tuple], tuple]:
-        def hook(block: nn.Module, args: tuple) -> tuple:
-            *others, attend = args
+        def measure(q: Tensor, k: Tensor) -> None:
+            with torch.autocast(q.device.type, enabled=False):
+                _measure(layer, q, k, layout, queries, config, mass)
 
-            def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                table = attend.func.table
-                turned = rotate(q, table), rotate(k, table)
-                with torch.autocast(q.device.type, enabled=False):
-                    _measure(layer, *turned, layout, queries, config, mass)
-                return attend(q, k, v)
-
-            return (*others, partial(seen))
-
-        return hook
+        return lambda block, args: (*args[:-1], _Watched(args[-1], measure))
 
     with ExitStack() as hooks:
         for layer, block in enumerate(model.blocks):
             hooks.enter_context(block.register_forward_pre_hook(watch(layer)))
         yield
+
+
+class _Watched:
+    """This is the attention of one layer, which tells `measure` of its q and k as it uses them."""
+
+    def __init__(self, attend: Attend, measure: Callable[[Tensor, Tensor], None]) -> None:
+        self.attend, self.measure = attend, measure
+
+    @property
+    def table(self) -> Table | None:
+        return self.attend.table
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, rotated: bool = False) -> Tensor:
+        table = self.attend.stream.table
+        self.measure(*((q, k) if rotated else (rotate(q, table), rotate(k, table))))
+        return self.attend(q, k, v, rotated)
 
 
 def _measure(

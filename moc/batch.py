@@ -103,10 +103,10 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
 
 
 class Alike(Sequence[Tensor]):
-    """Is a list of tensors that holds those of each shape stacked: what is done to all of them takes as many launches
+    """A list of alike tensors holds those of each shape stacked: what is done to all of them takes as many launches
     as there are shapes, where a pack may have hundreds of shots.
 
-    stacks: for each shape the places of its tensors in the list, and the tensors, [n, ...].
+    stacks: for each shape the indices of its tensors, and the tensors, [n, ...].
     """
 
     def __init__(self, stacks: Sequence[tuple[Sequence[int], Tensor]]) -> None:
@@ -121,25 +121,25 @@ class Alike(Sequence[Tensor]):
         if isinstance(tensors, cls):
             return tensors
         by_shape: dict[torch.Size, list[int]] = {}
-        for place, tensor in enumerate(tensors):
-            by_shape.setdefault(tensor.shape, []).append(place)
-        return cls([(places, torch.stack([tensors[i] for i in places])) for places in by_shape.values()])
+        for index, tensor in enumerate(tensors):
+            by_shape.setdefault(tensor.shape, []).append(index)
+        return cls([(indices, torch.stack([tensors[i] for i in indices])) for indices in by_shape.values()])
 
     @cached_property
     def _tensors(self) -> list[Tensor]:
-        rows = {place: row for places, stack in self.stacks for place, row in zip(places, stack.unbind(), strict=True)}
-        return [rows[place] for place in range(len(rows))]
+        rows = {i: row for indices, stack in self.stacks for i, row in zip(indices, stack.unbind(), strict=True)}
+        return [rows[i] for i in range(len(rows))]
 
     def __len__(self) -> int:
-        return sum(len(places) for places, _ in self.stacks)
+        return sum(len(indices) for indices, _ in self.stacks)
 
     def __getitem__(self, index: Any) -> Any:
         return self._tensors[index]
 
-    def at(self, places: Sequence[int]) -> Tensor:
-        """Returns the tensors at these places, stacked."""
-        kept = next((stack for own, stack in self.stacks if list(own) == list(places)), None)
-        return torch.stack([self[place] for place in places]) if kept is None else kept
+    def at(self, indices: Sequence[int]) -> Tensor:
+        """Returns the tensors of these indices, stacked."""
+        kept = next((stack for own, stack in self.stacks if list(own) == list(indices)), None)
+        return torch.stack([self[index] for index in indices]) if kept is None else kept
 
     def stacked(self) -> Tensor:
         """Returns all tensors, stacked, which are of one shape."""
@@ -168,7 +168,7 @@ def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> Ali
     over together, one argument a list. Returns the results in order.
     """
     first, *others = (Alike.of(tensors) for tensors in lists)
-    return Alike([(places, function(stack, *(x.at(places) for x in others))) for places, stack in first.stacks])
+    return Alike([(indices, function(stack, *(x.at(indices) for x in others))) for indices, stack in first.stacks])
 
 
 def stream_of(sample: Sample, spec: StreamSpec) -> tuple[int, tuple[Shot, ...]]:

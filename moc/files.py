@@ -35,7 +35,7 @@ def inside(folder: str | Path, name: str, follow_links: bool = False) -> Path:
     path = folder / pure
     leaves = pure.is_absolute() or ".." in pure.parts
     if leaves or (follow_links and not path.resolve().is_relative_to(folder.resolve())):
-        raise OutsideError(f"{name!r} does not lie within {folder}; name a place below it, without ..")
+        raise OutsideError(f"{name!r} does not lie within {folder}; name a path below it, without ..")
     return path
 
 

@@ -100,7 +100,7 @@ class Part:
                 f"{len(latents)} latents, {len(sigma)} sigmas and {len(text)} texts for {shots} shots to compute in a "
                 f"stream of {groups} groups: build the layout from this batch (moc.make_batch)"
             )
-        # Of hundreds of shots most are alike: each kind is looked at once.
+        # Most of hundreds of shots are alike: each kind is looked at once.
         for grid, shape in dict.fromkeys(zip(self.grids, (x.shape for x in latents), strict=True)):
             if shape[0] != channels:
                 raise UserError(

@@ -107,8 +107,8 @@ class StreamAttention:
 
 
 class Attend:
-    """Is the attention of one layer, as its block is given it. It is no tuple, which FSDP would copy, with what the
-    attention remembers."""
+    """This is the attention of one layer, as its block is given it. It is no tuple, which FSDP would copy, with what
+    the attention remembers."""
 
     def __init__(self, stream: StreamAttention, layer: int) -> None:
         self.stream, self.layer = stream, layer

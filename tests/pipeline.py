@@ -53,7 +53,7 @@ def prepare(films: Path, output: Path, *arguments: str) -> Path:
 
 
 def train_arguments(prepared: Path, run: Path) -> list[str]:
-    """Of three steps of a tiny model."""
+    """They train a tiny model for three steps."""
     paths = (f"data.path={prepared}", f"output={run.parent}", f"name={run.name}")
     settings = ("parallel=cpu", "moc=forward", "moc.chunk_tokens=6", "moc.top_k=2", "data.batch_tokens=900")
     length = ("trainer.num_steps=3", "trainer.log_every=1", "data.workers=0", "data.validation=1")

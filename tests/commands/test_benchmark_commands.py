@@ -34,7 +34,7 @@ def test_every_command_is_one_that_its_script_takes(tmp_path, num_gpus):
 
 
 def test_what_a_command_reads_is_made_by_one_before_it(tmp_path):
-    """But for what the checkout holds, and what the benchmark itself writes."""
+    """The checkout holds the rest, or the benchmark itself writes it."""
     jobs = plan(tmp_path, 2)
 
     def made_before(name: str) -> list[Path]:

@@ -169,7 +169,7 @@ def test_sampling_with_a_reference_picture(run, story, tmp_path, on_gpu):
 
 @pytest.mark.parametrize("settings", [(), ("offload=true",), ("offload=true", "sampler=joint")], ids=" ".join)
 def test_two_experts_film_together(run, story, tmp_path, on_gpu, settings):
-    """Of the same weights, they film what one model films."""
+    """With the same weights they film what one model films."""
     high = expert_of(run, tmp_path / "high", sigma_min=0.6)
     low = expert_of(run, tmp_path / "low", sigma_max=0.6)
     one = pipeline.sample(run, story, tmp_path / "one", *settings[1:])
@@ -208,7 +208,7 @@ def wan_prepared(world, release) -> Path:
 
 
 def wan_arguments(release: Path) -> list[str]:
-    """Of training from its transformer; the sizes of the tiny model do not count."""
+    """They train from its transformer; the sizes of the tiny model do not count."""
     return ["model=wan", f"model.path={release / 'transformer'}", "moc.chunk_tokens=6"]
 
 

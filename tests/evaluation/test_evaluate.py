@@ -129,7 +129,7 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
 
 
 def test_a_run_that_held_no_scene_out_is_evaluated_on_what_it_was_trained_on(tmp_path, caplog):
-    """And it is said."""
+    """The user is told so."""
     caplog.set_level("INFO")
     (tmp_path / "config.yaml").write_text("data: {path: prepared, validation: 0}")
     taken = evaluated(DataConfig("prepared"), tmp_path / "checkpoints/step_0000003")

@@ -87,7 +87,7 @@ def test_routes_of_the_returning_character_are_counted(world, reader):
     # Two earlier shots of one chunk each, both routed to: one of them is the one that holds the name.
     assert found["precision"] == [[0.5, 0.5], [0.5, 0.5]]
     assert found["reached"] == [[1.0, 1.0], [1.0, 1.0]]
-    # Of 3 x 3 pairs of shots the 6 that do not look ahead.
+    # 6 of 3 x 3 pairs of shots do not look ahead.
     assert found["sparsity"] == pytest.approx(1 - 6 / 9, abs=1e-4)
     assert found["readings"] == 2 * SCENES
     assert "precision" not in summary(run(world, reader, model))

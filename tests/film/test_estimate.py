@@ -59,7 +59,7 @@ def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, mo
 
 
 def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write):
-    """Of experts that take turns one is on the device; what both remember is."""
+    """Where experts take turns only one is on the device, but what both remember is."""
     filmmaker = open_filmmaker(trained)
     plan = filmmaker.plan(filmmaker.read(write(STORY)))
     one, pair = filmmaker.model, Experts(filmmaker.model, deepcopy(filmmaker.model))
@@ -125,7 +125,7 @@ def test_what_would_fit_is_what_its_folder_and_the_processes_take(trained, write
 
 
 def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tmp_path, monkeypatch):
-    """Which is the first, where a long shot comes before short ones; a shot made anew needs its own step alone."""
+    """That is the first step where a long shot comes before short ones; a shot made anew needs its own step alone."""
     filmmaker = open_filmmaker(trained)
     long, even = (
         filmmaker.plan(filmmaker.read(write(STORY | {"shots": [SHOT | {"seconds": seconds}, SHOT, SHOT]})))

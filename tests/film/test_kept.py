@@ -31,7 +31,7 @@ def open_filmmaker(trained: Path, **sampler) -> Filmmaker:
 
 
 def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
-    """Of a story of any length no more than of the shots that the last one sees."""
+    """A story of any length counts no more than the shots that the last one sees."""
     filmmaker = open_filmmaker(trained)
 
     def count(shots: int, **sampler):

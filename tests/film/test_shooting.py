@@ -34,7 +34,7 @@ REQUEST = {
 
 
 def shooting(folder: Path, num_shots: int = 2, keep_every: int = 100) -> Shooting:
-    """Of shots of 4 frames, whose latents hold 5."""
+    """Its shots have 4 frames, and their latents hold 5."""
     plan = plan_film(script(*[ScriptShot("a", 4 / 12)] * num_shots), FlatCodec())
     return Shooting(FilmFolder(folder), plan, FlatCodec(), REQUEST, RoutingMap(num_shots), keep_every)
 

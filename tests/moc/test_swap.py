@@ -155,7 +155,7 @@ def test_blocks_that_cannot_be_swapped_are_refused(lora: bool, count: int, messa
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["mmdit", "wan"])
 def test_parts_that_are_recomputed_give_the_same_and_keep_less(family: str, device: str) -> None:
-    """Of an adapter and of all weights; with a swap as well. While a block's backward runs, less is kept for it."""
+    """An adapter and all weights are tried, with a swap as well. While a block's backward runs, less is kept for it."""
     for case in (Case(family, True, 2, True), Case(family, False, 1, True)):
         plain = make_trainer(case, device)
         expected = step(case, plain)

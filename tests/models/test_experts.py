@@ -174,7 +174,7 @@ def expert_of(trained: Path, folder: Path, **flow) -> Path:
 
 
 def test_two_trained_experts_film_together(trained, script, tmp_path, capsys):
-    """Of the same weights they film what one model films, whichever of them is asked."""
+    """With the same weights they film what one model films, whichever of them is asked."""
     high = expert_of(trained, tmp_path / "high", sigma_min=0.6)
     low = expert_of(trained, tmp_path / "low", sigma_max=0.6)
     one = sample(trained, script, tmp_path / "one")

@@ -97,7 +97,7 @@ def test_a_linear_multiplies_in_fp8(has_bias: bool, device: str, monkeypatch) ->
 
 
 def loss_and_gradients(model: StreamModel) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the adapter, which is drawn alike whatever is under it."""
+    """The gradients are those of the adapter, which is drawn alike whatever is under it."""
     generator = torch.Generator().manual_seed(0)
     for name, weight in sorted(model.named_parameters()):
         if "lora" in name:
