@@ -199,9 +199,9 @@ def open_cache(
     Raises DataError: missing-data, unfinished-cache, several-caches, and what Cache raises.
     """
     store = FileStore(str(path), copies, max_bytes)
-    if not store.is_remote and Path(path).is_file():
+    if not store.is_remote and Path(store.url).is_file():
         raise DataError("missing-data", path, "is a file; name the folder that scripts/prepare_data.py made")
-    if not store.is_remote and not Path(path).is_dir():
+    if not store.is_remote and not Path(store.url).is_dir():
         raise DataError("missing-data", path, "no such folder; make it with scripts/prepare_data.py")
     if store.size(INDEX) is not None or store.size(COMPLETE) is not None:
         return Cache(store, load_codec)

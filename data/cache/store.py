@@ -28,13 +28,14 @@ class FileStore:
     """
 
     def __init__(self, url: str, copies: str | None = None, max_bytes: int = 50 << 30) -> None:
-        self.url, self.copies, self.max_bytes = url.rstrip("/"), copies, max_bytes
+        self.url = url.removeprefix("file://").rstrip("/")
+        self.copies, self.max_bytes = copies, max_bytes
         if self.is_remote and copies is None:
             raise DataError("no-local-cache", url, "is remote: set data.local_cache to a folder for copies")
 
     @property
     def is_remote(self) -> bool:
-        return "://" in self.url and not self.url.startswith("file://")
+        return "://" in self.url
 
     def size(self, name: str) -> int | None:
         """Returns bytes of a file, None where there is none."""

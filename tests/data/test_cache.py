@@ -261,6 +261,7 @@ def test_open_cache(tmp_path):
         open_cache(tmp_path)
     first = write_cache(tmp_path / "cache" / "aa", [scene(0)])
     assert open_cache(tmp_path).store.url == open_cache(first).store.url == str(first)
+    assert open_cache(f"file://{tmp_path}").store.local("index.json") == first / "index.json"
     write_cache(tmp_path / "cache" / "bb", [scene(0)])
     with pytest.raises(DataError, match="several settings"):
         open_cache(tmp_path)
