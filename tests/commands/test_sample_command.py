@@ -6,6 +6,7 @@ import resource
 import shutil
 from pathlib import Path
 
+import av
 import pytest
 import torch
 import yaml
@@ -145,6 +146,30 @@ def test_any_prompt_is_drawn(tmp_path, trained, recwarn):
     record = json.loads((tmp_path / "film/metadata.json").read_text())
     assert record["script"]["shots"][0]["prompt"] == prompt
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+ODD = [
+    "\N{GRINNING FACE}\N{ZERO WIDTH JOINER}\N{RABBIT}", "\N{HEBREW LETTER ALEF}\N{RIGHT-TO-LEFT OVERRIDE}x", "$x^{2",
+    "100% %s %(a)s", "{} {0} {{x}} ${HOME}", "C:\\dir \\n", "\"q\" 'q' </script><b>b</b> & <!--",
+    "--> 00:00:01,000 --> 00:00:02,000", "[SHOT CUT] [character] #", "long " * 599 + "end",
+]  # fmt: skip
+
+
+def test_any_text_may_stand_in_any_field(tmp_path, trained):
+    """It comes back as it was, and neither the page nor the subtitles take it for their own."""
+    shots = [{"prompt": text, "seconds": 0.1, "cut": bool(number % 2)} for number, text in enumerate(ODD)]
+    told = {"title": " ".join(ODD[:-1]), "global": "\n".join(ODD), "negative": ODD[4]}
+    (tmp_path / "story.json").write_text(json.dumps(told | {"size": [32, 48], "fps": 10, "shots": shots}))
+    film = tmp_path / "film"
+    command("sample.py", *sample_arguments(trained, tmp_path / "story.json", film), "video.subtitles=true")
+    record = json.loads((film / "metadata.json").read_text())["script"]
+    assert [shot["prompt"] for shot in record["shots"]] == ODD
+    assert {name: record[name] for name in told} == told
+    assert {"storyboard.png", "routing.png", "video.srt", "video.vtt"} <= names(film)
+    for name in ("video.srt", "video.vtt"):
+        with av.open(str(film / name)) as subtitles:
+            assert sum(packet.size > 0 for packet in subtitles.demux()) == len(ODD)
+    assert "<b>b</b>" not in (film / "index.html").read_text()
 
 
 def test_a_picture_that_fails_costs_itself_alone(capsys, tmp_path, trained, script, monkeypatch, caplog):

@@ -245,3 +245,13 @@ def test_files_that_are_passed_over_are_counted_by_kind(folder):
     (warning,) = find_scenes(folder).warnings
     assert (warning.kind, warning.where) == ("passed-over", str(folder))
     assert warning.message.endswith(": 2 .gif, 1 .h264, 1 .txt, 1 LICENSE")
+
+
+def test_files_and_captions_of_any_characters(tmp_path):
+    odd = ["\N{RABBIT} clip", "$x$", "100%s", "{0}", "a'b\"c", "-dash", "\N{HEBREW LETTER ALEF}", "back\\slash"]
+    for name in odd:
+        (tmp_path / f"{name}.mp4").write_bytes(b"x")
+        (tmp_path / f"{name}.txt").write_text(f"{name}\u2028<b>", encoding="utf-8")
+    found = find_scenes(tmp_path)
+    assert {scene.video: scene.caption for scene in found.scenes} == {f"{n}.mp4": f"{n}\u2028<b>" for n in odd}
+    assert not found.problems + found.warnings
