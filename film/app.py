@@ -102,7 +102,9 @@ def build_app(studio: Studio) -> gr.Blocks:
                     prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
                     redo = gr.Button("Make this shot anew", elem_id="redo")
                     with gr.Row():
-                        before = gr.Video(label="The take before", interactive=False, elem_id="before")
+                        with gr.Column():
+                            before = gr.Video(label="The take before", interactive=False, elem_id="before")
+                            back = gr.Button("Take its prompt and seed", size="sm", elem_id="back")
                         now = gr.Video(label="This take", interactive=False, elem_id="now")
                 files = gr.Files(label="Download", interactive=False, elem_id="files")
 
@@ -153,6 +155,9 @@ def build_app(studio: Studio) -> gr.Blocks:
         name.change(_told(open_script), name, [script, number, prompt, *shown, *takes])
         upload.upload(lambda file: Path(file).read_text(encoding="utf-8"), upload, script)
         added.upload(_told(add), added, status)
+        back.click(
+            _told(lambda name, number: studio.before(name, _filled(number, "Shot"))), [name, number], [prompt, seed]
+        )
         number.input(_told(choose), [name, number], [prompt, *takes])
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time has the model
         asked = [name, script, steps, guidance]

@@ -2,12 +2,13 @@
 
 scripts/NAME.yaml, with the pictures that they name      films/NAME/       as `film.folder` has it
 films/NAME/takes/03_1.mp4    shot 3 as first made        previews/DIGEST/  the same film, in few steps
-earlier/NAME_1/              a film of NAME as its script was before
+films/NAME/takes/03_1.json   what it was asked to be     earlier/NAME_1/   a film of NAME as its script was before
 
 Every name is checked, and nothing is read or written outside the folder.
 """
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -133,11 +134,14 @@ class Studio:
             raise UserError("the prompt is empty; say what the shot shows")
         shots = list(script.shots)
         shots[number - 1] = replace(self.shot(name, number), prompt=prompt.strip(), seed=seed)
-        before = (film.request() or {})["sampler"]
+        made = film.request() or {}
+        before = made["sampler"]
         filmmaker = self.filmmaker.with_sampler(steps=before["steps"], guidance_scale=before["guidance_scale"])
         script = filmmaker.with_seeds_of(film, replace(script, shots=tuple(shots)), [number])
         film.check_request(filmmaker.request(filmmaker.plan(script)), [number])
-        copy_whole(film.shot(number), self._takes(film) / f"{number:02d}_{len(self.takes(name, number))}.mp4")
+        take = self._takes(film) / f"{number:02d}_{len(self.takes(name, number))}.mp4"
+        copy_whole(film.shot(number), take)
+        write_whole(take.with_suffix(".json"), json.dumps(made["script"]["shots"][number - 1]).encode())
         self._keep(self._script(name), script)
         return self._make(filmmaker, name, film, [number])
 
@@ -160,6 +164,15 @@ class Studio:
         film = self.film(name)
         before = sorted(self._takes(film).glob(f"{number:02d}_*.mp4"), key=lambda path: int(path.stem.split("_")[1]))
         return [*before, *(path for path in [film.shot(number)] if path.exists())]
+
+    def before(self, name: str, number: int) -> tuple[str, int]:
+        """Returns prompt and seed of the take of a shot before the newest one: with them it is made again as it was."""
+        *earlier, _ = self.takes(name, number) or [None]
+        record = earlier[-1].with_suffix(".json") if earlier else None
+        if record is None or not record.exists():
+            raise UserError(f"shot {number} of {name} has no take before this one that is known")
+        shot = json.loads(record.read_text(encoding="utf-8"))
+        return shot["prompt"], shot["seed"]
 
     def _takes(self, film: FilmFolder) -> Path:
         return film.path / "takes"

@@ -115,6 +115,9 @@ def test_a_shot_is_made_anew_and_its_takes_compared(studio):
     assert takes[0].read_bytes() == first[1]
     assert len({path.read_bytes() for path in takes}) == 3
     assert studio.film("walk").shot(1).read_bytes() == first[0]
+    assert studio.before("walk", 2) == ("Mia jumps.", 4)
+    with pytest.raises(UserError, match="shot 1 of walk has no take before"):
+        studio.before("walk", 1)
     shot = studio.read("walk").shots[1]
     assert (shot.prompt, shot.seed) == ("Mia jumps.", 9)
     with pytest.raises(UserError, match="asked to be what it is"):
@@ -123,6 +126,8 @@ def test_a_shot_is_made_anew_and_its_takes_compared(studio):
     for number, prompt, said in ((3, "x", "shots 1 to 2"), (1, " ", "prompt is empty")):
         with pytest.raises(UserError, match=said):
             studio.redo("walk", number, prompt, 1)
+    list(studio.redo("walk", 2, *studio.before("walk", 2)))
+    assert studio.film("walk").shot(2).read_bytes() == takes[1].read_bytes()
 
 
 def test_what_cannot_be_made_anew_leaves_script_and_takes(studio, tmp_path):
@@ -355,6 +360,8 @@ def test_a_story_is_filmed_in_a_browser(trained, tmp_path, browser):
         browser.find_element("css selector", "#redo").click()
         assert plays("before")
         assert plays("now")
+        browser.find_element("css selector", "#back").click()
+        until("document.querySelector('#seed input').value === '0'")
         if "MOC_SCREENSHOT" in os.environ:
             browser.save_screenshot(os.environ["MOC_SCREENSHOT"])
         for outside in (tmp_path / "secret.txt", ROOT / "README.md"):
