@@ -256,10 +256,10 @@ class ShotLayout:
         for names in by_dtype.values():
             tensors = [getattr(self, name) for name in names]
             # Each begins at 16 bytes, as a tensor of its own would: for others Triton compiles other kernels.
-            rooms = [-(-t.nbytes // 16) * 16 // t.itemsize for t in tensors]
-            padded = [F.pad(t, (0, room - len(t))) for t, room in zip(tensors, rooms, strict=True)]
+            sizes = [-(-t.nbytes // 16) * 16 // t.itemsize for t in tensors]
+            padded = [F.pad(t, (0, size - len(t))) for t, size in zip(tensors, sizes, strict=True)]
             packed = move(torch.cat(padded), device)
-            for name, tensor, values in zip(names, tensors, packed.split(rooms), strict=True):
+            for name, tensor, values in zip(names, tensors, packed.split(sizes), strict=True):
                 moved.__dict__[name] = values[: len(tensor)]
         return moved
 

@@ -150,17 +150,16 @@ def _ask(
     may_move: bool,
 ) -> dict[int, Tensor]:
     """Asks the model for the velocities of a step; again, where what is remembered does not fit into memory."""
-    prompt, negative = sides
     attention = replace(moc, dense=True) if step.is_dense else moc
     observe, counts = None, None
     if routing_map:
-        layout, counts = prompt.layout(stream, moc), routing_map.counts.clone()
+        layout, counts = sides[0].layout(stream, moc), routing_map.counts.clone()
         observe = routing_map.observer(layout, step.shots, step.moving, step.now[step.moving].tolist())
     while True:
         try:
-            return guided_velocity(prompt, negative, stream, attention, scales, observe)
+            return guided_velocity(sides, stream, attention, scales, observe)
         except torch.OutOfMemoryError:
-            if prompt.cache is None:
+            if sides[0].cache is None:
                 raise
             _keep_elsewhere(sides, len(step.shots), may_move)
             if routing_map and counts is not None:

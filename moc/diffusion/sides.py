@@ -1,7 +1,7 @@
 """Guidance has two sides: the model under the prompt and under the negative one, each with what it remembers there."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moc.batch import Sample, StreamSpec, make_layout, stream_of
 from moc.config import MoCConfig
-from moc.diffusion.flow import Model
+from moc.diffusion.flow import Model, OnRoutes
 from moc.diffusion.steps import num_still_remembered
 from moc.layout import ShotLayout
 from moc.move import move
@@ -55,9 +55,7 @@ class Side:
         self.cache = self.model.new_cache(self._capacity, offload)  # type: ignore[attr-defined]
         self._remembered, self.offloads = [], offload
 
-    def velocity(
-        self, stream: Stream, moc: MoCConfig, on_routes: Callable[[int, Tensor], None] | None = None
-    ) -> dict[int, Tensor]:
+    def velocity(self, stream: Stream, moc: MoCConfig, on_routes: OnRoutes | None = None) -> dict[int, Tensor]:
         """Returns the velocity, in fp32, of each shot of a stream, or of the last where others are remembered."""
         if self.cache is None or not moc.flows_forward:
             return self._run(stream, moc, on_routes=on_routes)
@@ -90,15 +88,12 @@ class Side:
 
 
 def guided_velocity(
-    prompt: Side,
-    negative: Side,
-    stream: Stream,
-    moc: MoCConfig,
-    scales: Mapping[int, float],
-    on_routes: Callable[[int, Tensor], None] | None,
+    sides: Sequence[Side], stream: Stream, moc: MoCConfig, scales: Mapping[int, float], on_routes: OnRoutes | None
 ) -> dict[int, Tensor]:
     """Returns the velocities of the shots that `scales` has by classifier-free guidance: negative + scale (prompt -
-    negative), in fp32, and the prompt's alone at scale 1. The negative side is not asked where all are 1."""
+    negative), in fp32, and the prompt's alone at scale 1. sides: the prompt's, and the negative one, which is not asked
+    where all scales are 1."""
+    prompt, negative = sides
     towards = prompt.velocity(stream, moc, on_routes)
     if all(scale == 1 for scale in scales.values()):
         return towards
