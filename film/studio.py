@@ -167,7 +167,7 @@ class Studio:
 
     def before(self, name: str, number: int) -> tuple[str, int]:
         """Returns prompt and seed of the take of a shot before the newest one: with them it is made again as it was."""
-        *earlier, _ = self.takes(name, number) or [None]
+        earlier = self.takes(name, number)[:-1]
         record = earlier[-1].with_suffix(".json") if earlier else None
         if record is None or not record.exists():
             raise UserError(f"shot {number} of {name} has no take before this one that is known")
