@@ -8,10 +8,15 @@ with the weights of one checkpoint, such as a dense row's, instead of none. Test
 row is printed and put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
 and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
 
+The dense weights that rows of docs/benchmarks/recall.md began with are kept in this repository's past:
+
+    mkdir -p outputs
+    git archive a853701 docs/checkpoints/recall_dense | tar x -C outputs --strip-components=2
+
 The shortest command of each ablation is `python scripts/benchmark_recall.py` with one of these lines. On one H100 a
 command is to take nine minutes at most, tests included.
 
-    ON='start=docs/checkpoints/recall_dense settings=["optim.lr=1.5e-3"] steps=3600 minutes=5'
+    ON='start=outputs/recall_dense settings=["optim.lr=1.5e-3"] steps=3600 minutes=5'
     rows=[moc] seed=1 $ON                              another seed; and seed=2
     rows=[moc] steps=8000 minutes=5                    from scratch; goes on if asked again
     rows=[moc_dense_target] $ON                        half of the target is the dense velocity

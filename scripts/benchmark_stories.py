@@ -11,7 +11,7 @@ models:
 
     ways=[joint,staggered,shot_by_shot,recall]              whole stories of 8 shots
     shots=[16,24] ways=[recall,shot_by_shot] stories=32     more shots than in training
-    ways=[recall] checkpoints=[docs/checkpoints/recall_dense] moc.dense=false moc.chunk_tokens=24 moc.descriptor_parts=4
+    ways=[recall] checkpoints=[outputs/recall_dense] moc.dense=false moc.chunk_tokens=24 moc.descriptor_parts=4
                                                             a chunk of a frame, scored by log-sum-exp, untrained
 """
 
@@ -41,7 +41,7 @@ from scripts.benchmark_recall import composed
 from scripts.measuring import markdown_table
 from scripts.rows import machine, measured_on, put_row, read_rows
 
-KEPT = ("docs/checkpoints/recall_moc", "docs/checkpoints/recall_dense")
+KEPT = ("docs/checkpoints/recall_moc",)
 KEY = ("checkpoint", "changed", "shots", "way", "count")  # what tells a row of the record from others
 
 

@@ -49,6 +49,7 @@ class Scale:
     experiment: that of train.py.
     script: the file that says what to film, a path in the checkout.
     threads: how many torch has; one is fastest for a small model.
+    trained: settings of sample.py for the first film, by a model that was trained before.
     seconds: what each of the five stages took on the machine it was tuned on.
     """
 
@@ -60,6 +61,7 @@ class Scale:
     script: str = ""
     sample: list[str] = field(default_factory=list)
     threads: int = 1
+    trained: list[str] = field(default_factory=list)
     seconds: list[int] = field(default_factory=list)
 
 
@@ -73,7 +75,6 @@ class DemoConfig:
     steps: how long training is; null takes the scale's.
     workers: processes that render the world; null is one a core.
     seed: the seed of the world, of training and of its film.
-    trained: settings of sample.py for the first film, by a model that was trained before.
     small, large: the settings of each scale.
     """
 
@@ -83,7 +84,6 @@ class DemoConfig:
     steps: int | None = None
     workers: int | None = None
     seed: int = 0
-    trained: list[str] = field(default_factory=list)
     small: Scale = field(default_factory=Scale)
     large: Scale = field(default_factory=Scale)
 
@@ -122,7 +122,7 @@ def plan(config: DemoConfig) -> list[Stage]:
     sample = [f"checkpoint={out}/run", f"script={ROOT / scale.script}", f"out={out}/film"]
     seed = f"seed={config.seed}"
     stages = {
-        "film a story with a model that was trained before": ["sample.py", *config.trained, f"out={out}/friends"],
+        "film a story with a model that was trained before": ["sample.py", *scale.trained, f"out={out}/friends"],
         "make a storyworld": ["scripts/make_storyworld.py", *world, seed, *scale.world],
         "prepare its films": ["scripts/prepare_data.py", *prepare, *scale.prepare],
         "train with Mixture of Contexts": ["train.py", *train, seed],

@@ -21,6 +21,7 @@ from moc.training.checkpoint import new_checkpoint, write_state
 from models.checkpoints.contents import Contents
 from models.checkpoints.names import to_original_name
 from models.checkpoints.opening import Checkpoint
+from models.checkpoints.seen import Seen
 from models.checkpoints.tensors import Entry, new_folder, write_sharded, write_tensors
 from models.encoders.codec import CodecKind
 from models.encoders.pair import EncodersConfig, find_encoders, read_encoders, write_encoders
@@ -96,6 +97,7 @@ def convert(
         raise UserError(f"{output} exists; name a new path")
     beside.check(form)
     moc, flow, encoders = _moc(checkpoint, beside), _flow(checkpoint, beside), _encoders(checkpoint, beside)
+    seen = Seen.read(Contents(checkpoint.path))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tqdm(desc="convert", total=len(checkpoint.stored), unit="tensor", disable=not sys.stderr.isatty()) as bar:
 
@@ -113,6 +115,8 @@ def convert(
             with new_checkpoint(partial, step=0) as folder:
                 _write_diffusers(checkpoint, read, folder / "model", dtype, shard_bytes, moc or MoCConfig())
                 write_state(folder, {"step": 0, "flow": asdict(flow)})
+                if seen != Seen():
+                    seen.write(folder)
                 if encoders is not None:
                     write_encoders(encoders, folder / "encoders")
 

@@ -41,16 +41,17 @@ def test_references_are_not_counted_as_shots(count, tmp_path, capsys):
     assert sum(shares[2]) > 0
 
 
-@pytest.mark.parametrize("name", [pytest.param("recall_moc", marks=pytest.mark.slow), "recall_dense"])
-def test_a_film_is_drawn_with_where_it_looks_to(name, tmp_path, capsys):
+@pytest.mark.parametrize("dense", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_a_film_is_drawn_with_where_it_looks_to(dense, tmp_path, capsys):
     picture = tmp_path / "memory.webp"
     arguments = (
-        "scripts/draw_memory.py", f"checkpoint={ROOT / 'docs/checkpoints' / name}",
-        f"script={ROOT / 'configs/scripts/recall.yaml'}", f"out={tmp_path / 'film'}", f"output={picture}", "device=cpu",
-        "sampler.steps=1", "sampler.guidance_scale=1",
+        "scripts/draw_memory.py", f"checkpoint={ROOT / 'docs/checkpoints/recall_moc'}",
+        f"script={ROOT / 'configs/scripts/recall.yaml'}", f"moc.dense={str(dense).lower()}",
+        f"out={tmp_path / 'film'}", f"output={picture}", "device=cpu", "sampler.steps=1",
+        "sampler.guidance_scale=1",
     )  # fmt: skip
-    if name == "recall_dense":
-        assert_one_message(refusal(capsys, *arguments), "recall_dense", "routes nowhere")
+    if dense:
+        assert_one_message(refusal(capsys, *arguments), "recall_moc", "routes nowhere")
         return
     command(*arguments)
     with Image.open(picture) as image:

@@ -234,11 +234,14 @@ def test_sampling_that_dies_keeps_what_is_finished(capsys, tmp_path, trained, sc
     assert names(tmp_path / "film") >= {"latents/02.safetensors", "shots/02.mp4", "video.mp4", "metadata.json"}
 
 
-@pytest.mark.parametrize(("name", "dense"), [("recall_moc", False), ("recall_dense", True)])
-def test_the_checkpoints_of_the_repository_film_their_story(name, dense, tmp_path):
-    kept, story = ROOT / "docs/checkpoints" / name, ROOT / "configs/scripts/recall.yaml"
+@pytest.mark.parametrize(
+    ("name", "script", "frames"),
+    [("recall_moc", "recall", 5), pytest.param("described", "described", 17, marks=pytest.mark.slow)],
+)
+def test_the_checkpoints_of_the_repository_film_their_story(name, script, frames, tmp_path):
+    kept, story = ROOT / "docs/checkpoints" / name, ROOT / f"configs/scripts/{script}.yaml"
     arguments = (f"checkpoint={kept}", f"script={story}", f"out={tmp_path / 'film'}", "device=cpu")
     command("sample.py", *arguments, "sampler.steps=1", "sampler.guidance_scale=1")
     record = json.loads((tmp_path / "film/metadata.json").read_text())
-    assert record["num_frames"] == 8 * 5
-    assert record["moc"]["dense"] is dense
+    assert record["num_frames"] == 8 * frames
+    assert record["moc"]["dense"] is False

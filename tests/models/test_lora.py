@@ -23,6 +23,7 @@ from models import Family, ModelConfig, build_model, load_model, save_model
 from models.checkpoints.contents import Contents
 from models.checkpoints.export import Form, convert
 from models.checkpoints.opening import open_checkpoint
+from models.checkpoints.seen import Seen
 from models.checkpoints.tensors import TensorSource
 from models.encoders.fingerprint import tensors_digest
 from models.mmdit import MMDiT
@@ -288,6 +289,7 @@ def test_the_commands_train_resume_convert_and_refuse(trained, prepared, tmp_pat
     assert not same(load_model(trained), load_model(tmp_path / "merged").state_dict())
     assert merged.moc == open_checkpoint(run).moc
     assert (merged.root / "encoders/encoders.json").is_file()
+    assert Seen.read(Contents(tmp_path / "merged")).sizes == [[32, 48]]
     said = pipeline.refusal(
         *(capsys, "train.py", *pipeline.train_arguments(prepared, tmp_path / "typo"), *settings),
         "model.lora_targets=[to_qkv,to_kk]",
