@@ -16,6 +16,7 @@ longest, and a row is written when its pack is done; a row of the same model, to
 """
 
 import cProfile
+import gc
 import pstats
 import re
 import sys
@@ -60,7 +61,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 KINDS = {
     "attention": "flash|fmha|sdpa|masked_|^(forward|merge|delta|dq|add_dq|gather|dkv)_kernel",
     "routing": "^(means|route|bound|list|select|drop|mark|count|scan|fill)_kernel",
-    "norms, modulation, gates": "^(modulate|add_gated|rms_norm|rotate|group_sums)",
+    "norms, modulation, gates": "^(modulate|add_gated|join|rms_norm|rotate|group_sums)",
     "fp32 matmuls": "sgemm|s1688gemm|f32f32_f32f32_f32|f32f32f32_f32|tf32",
     "matmuls": "gemm|nvjet|cutlass|cublas",
     "optimizer, average, norm": "multi_tensor|fused_adam|lpnorm",
@@ -156,6 +157,7 @@ def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, ra
         matmul_tflops=round(rates["flops"] / 1e9), copy_gb_per_s=round(rates["bytes"] / 1e6))  # fmt: skip
     torch.cuda.reset_peak_memory_stats()
     source = arriving(parcels)
+    gc.freeze()  # as `Trainer.run` does
     start = time.perf_counter()
     take_steps(trainer, source, WARM_UP)
     add(warm_up_seconds=round(time.perf_counter() - start, 1))

@@ -156,7 +156,7 @@ def _drop_routes(
         chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, sample_starts, sample_position,
         base, first_head, drop_off_max, num_tokens, chunk_group.numel(), top_k, drop_in_max,
         CAUSAL=causal, OWN=own_anchor, KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)),
-        BQ=block, BC=32,
+        BQ=block, BC=16, num_warps=2,
     )  # fmt: skip
     return dropped
 
