@@ -153,7 +153,7 @@ class Studio:
         except DataError as error:
             if error.kind != "other-film":
                 raise
-            paths = (self._path("earlier", f"{name}_{number}") for number in count(1))
+            paths = (self._path("earlier", name, f"_{number}") for number in count(1))
             path = next(path for path in paths if not path.exists())
             path.parent.mkdir(exist_ok=True)
             with film.held():

@@ -6,8 +6,8 @@ python scripts/benchmark_stories.py [checkpoints=[PATH,...]] [ways=[joint,stagge
 Each checkpoint makes stories of captions alone, which tell no looks: all shots at once, staggered, and shot by shot. A
 row is one checkpoint, one number of shots and one way: how much more often two shots of one name agree than two of
 different names (evaluation/stories.py). The way `recall` tests the last shot after a true history instead, as
-benchmark_recall.py does, in `scenes` scenes. `moc` changes the attention of all, untrained. On one H100, of the kept
-models:
+benchmark_recall.py does, in `scenes` scenes. `moc` changes the attention of all, untrained. These test the kept model,
+and the dense one that docs/evidence.md brings back:
 
     ways=[joint,staggered,shot_by_shot,recall]              whole stories of 8 shots
     shots=[16,24] ways=[recall,shot_by_shot] stories=32     more shots than in training
@@ -150,10 +150,10 @@ def write_tables(rows: list[dict], output: Path) -> None:
             ["model", "shots", "way", *map(str, distances)],
             [[_model(row), row["shots"], row["way"], *(_at(row, distance) for distance in distances)]
              for row in stories]),
-        "## The last shot after a true history\n\n" + markdown_table(
+        *(["## The last shot after a true history\n\n" + markdown_table(
             ["model", "shots", "readings", "recall", "sparsity of video pairs"],
             [[_model(row), row["shots"], row["readings"], _interval([row["recall"], *row["interval"]]),
-              f"{row['sparsity']:.1%}"] for row in last]),
+              f"{row['sparsity']:.1%}"] for row in last])] if last else []),
         "## Commands\n\n" + "\n".join(dict.fromkeys(f"- `python {row['command']}`" for row in rows)),
     ]  # fmt: skip
     write_whole(output.with_suffix(".md"), ("\n\n".join(sections) + "\n").encode())
