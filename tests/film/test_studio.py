@@ -153,20 +153,21 @@ def test_what_cannot_be_made_anew_leaves_script_and_takes(studio, tmp_path):
 
 def test_a_film_of_another_script_is_set_aside(studio):
     """Nothing is lost: not the film of the script before, nor one that was stopped."""
-    studio.save("walk", STORY)
-    list(studio.make("walk"))
-    made = studio.film("walk").shot(1).read_bytes()
-    studio.save("walk", STORY.replace("Mia walks.", "Mia runs."))
-    making = studio.make("walk")
+    name = "w" * 64  # as long as a name may be
+    studio.save(name, STORY)
+    list(studio.make(name))
+    made = studio.film(name).shot(1).read_bytes()
+    studio.save(name, STORY.replace("Mia walks.", "Mia runs."))
+    making = studio.make(name)
     assert [next(making).num_shots for _ in range(4)] == [2] * 4
     making.close()
-    list(studio.make("walk"))  # goes on
-    studio.save("walk", STORY)
-    list(studio.make("walk"))
-    assert studio.film("walk").shot(1).read_bytes() == made
-    assert sorted(path.name for path in (studio.folder / "earlier").iterdir()) == ["walk_1", "walk_2"]
-    assert (studio.folder / "earlier/walk_1/shots/01.mp4").read_bytes() == made
-    assert (studio.folder / "earlier/walk_2/video.mp4").exists()
+    list(studio.make(name))  # goes on
+    studio.save(name, STORY)
+    list(studio.make(name))
+    assert studio.film(name).shot(1).read_bytes() == made
+    assert sorted(path.name for path in (studio.folder / "earlier").iterdir()) == [f"{name}_1", f"{name}_2"]
+    assert (studio.folder / f"earlier/{name}_1/shots/01.mp4").read_bytes() == made
+    assert (studio.folder / f"earlier/{name}_2/video.mp4").exists()
 
 
 def test_a_shot_is_made_anew_with_the_settings_of_its_film(studio):
