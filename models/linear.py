@@ -21,11 +21,12 @@ class Linear(nn.Linear):
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         ctx.x_dtype, ctx.dtype = x.dtype, weight.dtype
         x, weight = x.to(dtype), weight.to(dtype)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias.to(dtype))
+        of_x, of_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)  # a frozen weight keeps no input
+        return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
