@@ -118,7 +118,8 @@ def freeze_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
     wide = set(model._keep_in_fp32_modules or ())
     frozen: dict[str, FrozenLinear] = {}
     for name, module in list(model.blocks.named_modules()):
-        if isinstance(module, nn.Linear) and not wide & set(name.split(".")):
+        is_frozen = isinstance(module, FrozenLinear)
+        if isinstance(module, nn.Linear) and not is_frozen and not wide & set(name.split(".")):
             frozen[f"blocks.{name}"] = FrozenLinear(module, base)
             model.blocks.set_submodule(name, frozen[f"blocks.{name}"])
     return frozen

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moc import MoCConfig, Sample, make_batch
 from models import ModelConfig, build_model, load_model, save_model
-from models.frozen import Base, FrozenLinear, multiply_in_fp8, packed, unpacked
+from models.frozen import Base, FrozenLinear, freeze_linears, multiply_in_fp8, packed, unpacked
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.stream import StreamModel
@@ -157,6 +157,7 @@ def test_weights_are_packed_as_they_are_read(tmp_path: Path) -> None:
     layer, weight = model.get_submodule(name), plain.get_submodule(name).weight
     assert torch.equal(layer.weight, packed(weight, Base.fp8)["weight"])
     assert torch.equal(model.condition_embedder.time_proj.weight, plain.condition_embedder.time_proj.weight)
+    assert freeze_linears(model, Base.fp8) == {}  # what is packed is not packed again
 
 
 def test_a_run_resumes_and_the_base_is_refused_without_an_adapter(trained, prepared, tmp_path: Path) -> None:
