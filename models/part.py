@@ -50,7 +50,7 @@ class Part:
         self.video_rows = slice(self.start - start - self.text_rows.start, self.end - start - self.text_rows.stop)
         self.text_index = layout.text_index[first:last] - self.start
         self.video_index = layout.video_index[self.start - first : self.end - last] - self.start
-        tables = layout.memo(("part", self.start, self.end), self._tables)
+        tables = layout.memo(("part", self.first_group, self.start, self.end), self._tables)
         self.text_members, self.video_members, self.text_starts = tables
 
     def _text_before(self, token: int) -> int:

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moc import Batch, DropKey, Execution, MoCConfig, Sample, Shot, ShotLayout, make_batch, route
+from moc.exchange import Exchange
 from models import ModelConfig, build_model, load_model, save_model
 from models.history import KeyValueCache
 from models.layers import _Join, _Split, add_gated, join, layer_norm, modulate, rms_norm, spread
@@ -405,3 +406,22 @@ def test_the_linears_of_a_block_have_the_gradients_of_plain_ones_under_autocast(
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == torch.float32
         assert (a - b).norm() <= 2**-7 * b.norm()
+
+
+def test_a_frozen_linear_under_an_adapter_keeps_no_input_for_backward() -> None:
+    """As with autograd's own: the memory of an adapter's training would else grow by one input a linear."""
+    x, weight, saved = torch.randn(9, 24, requires_grad=True), torch.randn(40, 24), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: saved.append(kept.shape) or kept, lambda kept: kept):
+        out = _Linear.apply(x, weight, None, torch.bfloat16)
+    assert saved == [weight.shape]
+    expected = torch.ones(9, 40).bfloat16() @ weight.bfloat16()
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], expected.float())
+
+
+def test_parts_of_one_stream_have_tables_of_their_own() -> None:
+    """A process's run may be the same after a finished shot as of the whole stream; its groups are then fewer."""
+    layout, second = ShotLayout.build([Shot(0, (1, 1, 1)), Shot(0, (1, 1, 5))]), Exchange(None, rank=1, size=2)
+    whole, later = Part(layout, 0, second), Part(layout, 1, second)
+    assert (whole.start, whole.end) == (later.start, later.end) == (3, 6)
+    assert whole.video_members.group.tolist() == [2, 2, 2]
+    assert later.video_members.group.tolist() == [0, 0, 0]
