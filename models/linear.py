@@ -25,15 +25,16 @@ class _Linear(Function):
         ctx.x_dtype, ctx.dtype = x.dtype, weight.dtype
         x, weight = x.to(dtype), weight.to(dtype)
         of_x, of_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)  # a frozen weight keeps no input
+        # As autograd's own: no input where the weight is frozen, and a weight transposed, which is not offloaded.
+        ctx.save_for_backward(x if of_weight else None, weight.t() if of_x else None)
         return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, transposed = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        dx = (grad @ weight).to(ctx.x_dtype) if of_x else None
+        dx = (grad @ transposed.t()).to(ctx.x_dtype) if of_x else None
         dweight = _product(grad.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype) if of_weight else None
         return dx, dweight, grad.flatten(0, -2).sum(0, dtype=ctx.dtype) if of_bias else None, None
 

@@ -408,14 +408,21 @@ def test_the_linears_of_a_block_have_the_gradients_of_plain_ones_under_autocast(
         assert (a - b).norm() <= 2**-7 * b.norm()
 
 
-def test_a_frozen_linear_under_an_adapter_keeps_no_input_for_backward() -> None:
-    """As with autograd's own: the memory of an adapter's training would else grow by one input a linear."""
-    x, weight, saved = torch.randn(9, 24, requires_grad=True), torch.randn(40, 24), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda kept: saved.append(kept.shape) or kept, lambda kept: kept):
-        out = _Linear.apply(x, weight, None, torch.bfloat16)
-    assert saved == [weight.shape]
-    expected = torch.ones(9, 40).bfloat16() @ weight.bfloat16()
-    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], expected.float())
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_linear_keeps_for_backward_what_a_plain_one_keeps(frozen: bool) -> None:
+    """No input where the weight is frozen, and the weight transposed, by which `OffloadActivations` leaves it."""
+    plain, x = nn.Linear(24, 40, bias=False).requires_grad_(not frozen), torch.randn(9, 24, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = _Linear.apply(x, plain.weight, None, torch.bfloat16)
+        found = [(y.shape, y.stride(), y.dtype) for y in kept]
+        kept.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = plain(x)
+    assert torch.equal(out, expected)
+    assert len(found) == 2 - frozen
+    assert set(found) == {(y.shape, y.stride(), y.dtype) for y in kept}
+    assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (out, expected)))
 
 
 def test_parts_of_one_stream_have_tables_of_their_own() -> None:
