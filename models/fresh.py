@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
 _DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
+_SETS = (nn.init.constant_, Tensor.zero_, Tensor.fill_, Tensor.copy_)  # zeros_ and ones_ of nn.init call the tensor's
 
 
 def drawn_apart(build: Callable[[], Model]) -> Model:
@@ -35,7 +36,7 @@ def drawn_apart(build: Callable[[], Model]) -> Model:
 
 
 class _Later(TorchFunctionMode):
-    """Keeps the draws that are asked for, but those of weights that are then set to zero."""
+    """Keeps the draws that are asked for, but those of weights that are then set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,6 +47,6 @@ class _Later(TorchFunctionMode):
         if func in _DRAWS:
             self.draws[kwargs["tensor"]] = partial(func, **kwargs)
             return kwargs["tensor"]
-        if func is Tensor.zero_:
-            self.draws.pop(args[0], None)
+        if func in _SETS:
+            self.draws.pop(args[0] if args else kwargs["tensor"], None)
         return func(*args, **kwargs)

@@ -46,3 +46,15 @@ def test_what_a_thread_raises_is_raised(monkeypatch):
     monkeypatch.setattr(torch, "Generator", failing)
     with pytest.raises(RuntimeError, match="no generator"):
         drawn_apart(lambda: nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0, 2.0])
+def test_a_weight_that_is_set_after_its_draw_stays_so(number):
+    def build() -> nn.Linear:
+        linear = nn.Linear(3, 3)
+        {0.0: nn.init.zeros_, 1.0: nn.init.ones_}.get(number, lambda x: nn.init.constant_(x, number))(linear.weight)
+        with torch.no_grad():
+            linear.bias.copy_(torch.tensor(number))
+        return linear
+
+    assert all((weight == number).all() for weight in drawn_apart(build).parameters())
