@@ -83,7 +83,7 @@ class Batch:
         return replace(self, layout=self.layout.rechunk(chunk_tokens))
 
     def stacked(self) -> "Batch":
-        """Returns the same batch, whose latents and texts of one shape are one tensor: as many are sent."""
+        """Returns the same batch, whose latents and texts of one shape are one tensor, so that few are sent."""
         return replace(self, latents=Alike.of(self.latents), text=Alike.of(self.text))
 
     def to(self, device: torch.device | str) -> "Batch":

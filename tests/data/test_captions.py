@@ -240,7 +240,9 @@ def test_captions_under_an_unknown_name_are_told_with_their_line(folder):
 
 
 def test_files_that_are_passed_over_are_counted_by_kind(folder):
-    for name in ("a.txt", "gone.txt", "clip.GIF", "videos/d.gif", "take.h264", "LICENSE", "vocabulary.txt", ".hidden"):
+    (folder / ".cache").mkdir()
+    hidden = (".hidden", ".cache/a.mp4.lock")
+    for name in ("a.txt", "gone.txt", "clip.GIF", "videos/d.gif", "take.h264", "LICENSE", "vocabulary.txt", *hidden):
         (folder / name).write_text("x")
     (warning,) = find_scenes(folder).warnings
     assert (warning.kind, warning.where) == ("passed-over", str(folder))
