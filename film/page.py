@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.records import write_whole
+from film.estimate import gib
 from film.folder import FilmFolder
 from film.plan import FilmPlan
 
@@ -89,7 +90,7 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
             "forwards": f"{cost['forwards']:,}",
             "FLOPs": f"{cost['flops']:.3g}",
             "FLOPs, attention dense": f"{cost['dense_flops']:.3g} ({cost['dense_flops'] / max(cost['flops'], 1):.1f}x)",
-            "memory, estimated": f"{cost['memory'] / 2**30:.3g} GiB",
+            "memory, estimated": gib(cost["memory"]),
             "device": record["device"],
         },
         "Sampling": {

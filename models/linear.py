@@ -25,7 +25,8 @@ class _Linear(Function):
         ctx.x_dtype, ctx.dtype = x.dtype, weight.dtype
         x, weight = x.to(dtype), weight.to(dtype)
         of_x, of_weight, *_ = ctx.needs_input_grad
-        # As autograd's own: no input where the weight is frozen, and a weight transposed, which is not offloaded.
+        # Autograd too keeps no input where the weight is frozen, and keeps the weight transposed: by that the
+        # offloading of activations knows it, and leaves it on the GPU.
         ctx.save_for_backward(x if of_weight else None, weight.t() if of_x else None)
         return F.linear(x, weight, None if bias is None else bias.to(dtype))
 
