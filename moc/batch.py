@@ -146,6 +146,14 @@ class Alike(Sequence[Tensor]):
         return self.at(range(len(self)))
 
 
+def shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    """Returns the shape of each tensor, without a view of each where they are stacked."""
+    if not isinstance(tensors, Alike):
+        return [x.shape for x in tensors]
+    found = {index: stack.shape[1:] for indices, stack in tensors.stacks for index in indices}
+    return [found[index] for index in range(len(found))]
+
+
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """Returns tensors one after another along the first axis."""
     if isinstance(tensors, Alike) and len(tensors.stacks) == 1:
@@ -153,12 +161,12 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors))
 
 
-def laid_out(flat: Tensor, shapes: Sequence[torch.Size]) -> Alike:
+def laid_out(flat: Tensor, sizes: Sequence[torch.Size]) -> Alike:
     """Returns the tensors of these shapes that lie one after another in `flat` [n], which they fill."""
-    if len(set(shapes)) == 1:
-        return Alike([(range(len(shapes)), flat.view(len(shapes), *shapes[0]))])
-    pieces = flat.split([shape.numel() for shape in shapes])
-    return Alike.of([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
+    if len(set(sizes)) == 1:
+        return Alike([(range(len(sizes)), flat.view(len(sizes), *sizes[0]))])
+    pieces = flat.split([shape.numel() for shape in sizes])
+    return Alike.of([piece.view(shape) for piece, shape in zip(pieces, sizes, strict=True)])
 
 
 def each_shape(function: Callable[..., Tensor], *lists: Sequence[Tensor]) -> Alike:

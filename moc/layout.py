@@ -120,8 +120,7 @@ class ShotLayout:
         text_index [Lt], video_index [Lv] (int64): the positions of text and of video tokens in the stream
     """
 
-    _TENSORS = (
-        "sample_position",
+    _TABLES = (
         "sample_cu_seqlens",
         "group_cu_seqlens",
         "chunk_cu_seqlens",
@@ -141,6 +140,7 @@ class ShotLayout:
         "text_index",
         "video_index",
     )
+    _TENSORS = ("sample_position", *_TABLES)  # positions may differ where the tables are shared
 
     sample_position: Tensor
     sample_cu_seqlens: Tensor
@@ -223,8 +223,7 @@ class ShotLayout:
 
     def copied(self) -> "ShotLayout":
         """Returns the same layout with a `sample_position` of its own, in which other positions can be written."""
-        other = object.__new__(ShotLayout)
-        other.__dict__.update(self.__dict__)
+        other = self._alike()
         other.sample_position = self.sample_position.clone()
         return other
 
@@ -243,25 +242,48 @@ class ShotLayout:
         self.sample_position = torch.tensor(self.positions, dtype=torch.int32)
 
     def to(self, device: torch.device | str) -> "ShotLayout":
-        """Returns this layout with its tensors on `device`: one copy for each dtype, none when it is there already."""
+        """Returns this layout with its tensors on `device`: a copy for each dtype of tables, none when it is there."""
         device = torch.device(device)
         if device.type == self.device.type and device.index in (None, self.device.index):
             return self
-        moved = object.__new__(ShotLayout)
-        moved.__dict__.update(self.__dict__)
-        moved._memo = {}
-        by_dtype: dict[torch.dtype, list[str]] = {}
-        for name in self._TENSORS:
-            by_dtype.setdefault(getattr(self, name).dtype, []).append(name)
-        for names in by_dtype.values():
-            tensors = [getattr(self, name) for name in names]
-            # Each begins at 16 bytes, as a tensor of its own would: for others Triton compiles other kernels.
-            sizes = [-(-t.nbytes // 16) * 16 // t.itemsize for t in tensors]
-            padded = [F.pad(t, (0, size - len(t))) for t, size in zip(tensors, sizes, strict=True)]
-            packed = move(torch.cat(padded), device)
-            for name, tensor, values in zip(names, tensors, packed.split(sizes), strict=True):
-                moved.__dict__[name] = values[: len(tensor)]
+        moved = self._alike()
+        moved._memo, moved.sample_position = {}, move(self.sample_position, device)
+        moved._set_tables([move(laid, device) for laid in self._laid])
         return moved
+
+    def _alike(self) -> "ShotLayout":
+        """Returns a layout of its own that shares everything with this one."""
+        other = object.__new__(ShotLayout)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def _lay_tables(self) -> None:
+        """Lays the tables of each dtype one after another in one tensor, as which they travel. Each begins at 16 bytes,
+        as a tensor of its own would: for others Triton compiles other kernels."""
+        by_dtype: dict[torch.dtype, list[tuple[str, Tensor, int]]] = {}
+        for name in self._TABLES:
+            table = getattr(self, name)
+            size = -(-table.nbytes // 16) * 16 // table.itemsize
+            by_dtype.setdefault(table.dtype, []).append((name, table, size))
+        self._places = [[(name, len(table), size) for name, table, size in laid] for laid in by_dtype.values()]
+        self._set_tables(
+            [torch.cat([F.pad(t, (0, size - len(t))) for _, t, size in laid]) for laid in by_dtype.values()]
+        )
+
+    def _set_tables(self, laid: list[Tensor]) -> None:
+        """Takes the tables out of tensors in which they are laid."""
+        self._laid = laid
+        for tensor, places in zip(laid, self._places, strict=True):
+            for (name, length, _), table in zip(places, tensor.split([size for *_, size in places]), strict=True):
+                self.__dict__[name] = table[:length]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled: tables as they are laid, not one by one."""
+        return {name: value for name, value in self.__dict__.items() if name not in self._TABLES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_tables(state["_laid"])
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """Returns what `make` derives from this layout, made once for each key: tables that all layers share."""
@@ -371,3 +393,4 @@ class ShotLayout:
         self.token_video_chunk = self.token_chunk.masked_fill(self.token_is_text, -1)
         self.text_index = self.token_is_text.nonzero().squeeze(1)
         self.video_index = (~self.token_is_text).nonzero().squeeze(1)
+        self._lay_tables()

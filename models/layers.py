@@ -30,24 +30,23 @@ class _Spread(torch.autograd.Function):
     tokens into a few rows one by one."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, group: Tensor, tiles: Tensor, tile_group: Tensor) -> Tensor:
-        ctx.save_for_backward(group, tiles, tile_group)
-        ctx.num_rows = rows.shape[0]
-        return rows.index_select(0, group)
+    def forward(ctx, rows: Tensor, members: Members) -> Tensor:
+        ctx.members, ctx.num_rows = members, rows.shape[0]
+        return rows.index_select(0, members.group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        group, tiles, tile_group = ctx.saved_tensors
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         if grad.is_cpu:
-            return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_add_(0, group, grad), None, None, None
+            return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_add_(0, ctx.members.group, grad), None
+        tiles, tile_group = ctx.members.tiles
         sums = (grad[tiles.clamp(min=0)] * (tiles >= 0)[..., None]).sum(1)
         member = torch.arange(ctx.num_rows, device=grad.device)[:, None] == tile_group
-        return member.to(sums.dtype) @ sums, None, None, None
+        return member.to(sums.dtype) @ sums, None
 
 
 def spread(rows: Tensor, members: Members) -> Tensor:
     """Gives each token its group's row: [G, C] -> [Lx, C]."""
-    return _Spread.apply(rows, members.group, members.tiles, members.tile_group)
+    return _Spread.apply(rows, members)
 
 
 @fused

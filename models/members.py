@@ -1,7 +1,6 @@
 """`Members` says which group of the stream each token belongs to, as the work around attention asks for it."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -12,27 +11,26 @@ from moc.move import move
 TILE = 64
 
 
-class Members(NamedTuple):
-    """Holds the group of each token of one modality, and the same as tiles of up to `TILE` tokens of one group.
+class Members:
+    """Holds the group of each token of one modality: int [Lx] on the device; groups follow one another.
 
-    group: int [Lx]. tiles: int64 [n, TILE], rows of a tile's tokens, -1 past its end. tile_group: int64 [n].
-    starts: int32 [G + 1], each group's first row.
+    starts: int32 [G + 1], each group's first row, and the end of the last.
     """
 
-    group: Tensor
-    tiles: Tensor
-    tile_group: Tensor
-    starts: Tensor
+    def __init__(self, group: Tensor, lengths: Tensor) -> None:
+        """Takes int [Lx] on the device, and int64 [G] on the CPU, the number of each group's tokens."""
+        self.group, self._lengths = group, lengths
+        self.starts = move(F.pad(lengths.cumsum(0), (1, 0)).int(), group.device)
 
-    @classmethod
-    def build(cls, group: Tensor, lengths: Sequence[int] | Tensor) -> "Members":
-        """Tabulates groups of `lengths` tokens, in order; group: int [Lx] of each token, on the device."""
-        sizes = torch.as_tensor(lengths)
-        num_tiles = (sizes + TILE - 1) // TILE
-        tile_group = torch.arange(len(sizes)).repeat_interleave(num_tiles)
-        first_tile, start = num_tiles.cumsum(0) - num_tiles, sizes.cumsum(0) - sizes
-        within = (torch.arange(len(tile_group)) - first_tile[tile_group])[:, None] * TILE + torch.arange(TILE)
-        inside = within < sizes[tile_group, None]
-        tiles = (start[tile_group, None] + within).masked_fill(~inside, -1)
-        starts = F.pad(sizes.cumsum(0), (1, 0)).int()
-        return cls(group, *(move(table, group.device) for table in (tiles, tile_group, starts)))
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """Returns tiles of up to `TILE` tokens of one group: int64 [n, TILE], rows of a tile's tokens, -1 past its end,
+        and int64 [n], each tile's group."""
+        num_tiles = (self._lengths + TILE - 1) // TILE
+        group = torch.arange(len(num_tiles)).repeat_interleave(num_tiles)
+        within = torch.arange(len(group)) - (num_tiles.cumsum(0) - num_tiles)[group]
+        ends = self._lengths.cumsum(0)[group]
+        first = ends - self._lengths[group] + within * TILE
+        first, ends, group = (move(table, self.group.device) for table in (first, ends, group))
+        rows = first[:, None] + torch.arange(TILE, device=first.device)
+        return rows.masked_fill(rows >= ends[:, None], -1), group

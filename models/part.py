@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moc import ShotLayout, StreamSpec
+from moc.batch import shapes
 from moc.errors import UserError
 from moc.exchange import Exchange
 from moc.layout import Grid, Group
@@ -62,8 +63,8 @@ class Part:
         bounds = torch.tensor([(g.start, g.start + g.text_tokens, g.end) for g in self.groups])
         texts, videos = bounds.clamp(self.start, self.end).diff(dim=1).unbind(1)
         return (
-            Members.build(group[self.text_index], texts),
-            Members.build(group[self.video_index], videos),
+            Members(group[self.text_index], texts),
+            Members(group[self.video_index], videos),
             move(torch.tensor([0, *accumulate(g.text_tokens for g in self.groups)]), self.layout.device),
         )
 
@@ -101,7 +102,7 @@ class Part:
                 f"stream of {groups} groups: build the layout from this batch (moc.make_batch)"
             )
         # Most of hundreds of shots are alike: each kind is looked at once.
-        for grid, shape in dict.fromkeys(zip(self.grids, (x.shape for x in latents), strict=True)):
+        for grid, shape in dict.fromkeys(zip(self.grids, shapes(latents), strict=True)):
             if shape[0] != channels:
                 raise UserError(
                     f"latent has {shape[0]} channels, this model takes {channels}: "
@@ -109,7 +110,7 @@ class Part:
                 )
             if spec.grid(shape) != grid:
                 raise ValueError(f"latent of {tuple(shape)} is not the layout's {grid}")
-        texts = zip((group.text_tokens for group in self.layout.groups), (x.shape for x in text), strict=True)
+        texts = zip((group.text_tokens for group in self.layout.groups), shapes(text), strict=True)
         for tokens, shape in dict.fromkeys(texts):
             expected = (tokens if spec.text_in_stream else shape[0], text_dim)
             if tuple(shape) != expected:

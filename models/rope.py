@@ -8,61 +8,56 @@ wan: space as in the base model; time runs on over the shots of a sample, with a
 Shape letters: L packed tokens, N heads, D head dim.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
 from moc import ShotLayout
-from moc.layout import Grid
 from moc.move import move
 from models.fuse import fused
 
 
-@lru_cache(64)
-def grid_coordinates(grid: Grid) -> Tensor:
-    """Returns (t, h, w) of every token of a grid in stream order: float64 [T * H * W, 3], on the CPU."""
-    axes = [torch.arange(size, dtype=torch.float64) for size in grid]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
-
-
-@lru_cache(1024)
-def _group_coordinates(text_tokens: int, grid: Grid | None) -> Tensor:
-    """Returns a group's own positions in mmdit's stream: its text, then its video from the end of the text on."""
-    text = torch.arange(text_tokens, dtype=torch.float64)[:, None].expand(-1, 3)
-    return text if grid is None else torch.cat([text, grid_coordinates(grid) + text_tokens])
-
-
 def interleaved_positions(layout: ShotLayout) -> Tensor:
-    """Returns positions of mmdit's stream: float64 [L, 3], made on the CPU and moved to the layout's device at once."""
-    pieces, starts, start = [], [], 0.0
+    """Returns positions of mmdit's stream: float64 [L, 3]."""
+    starts, start = [], 0
     for group in layout.groups:
-        start = 0.0 if group.shot < 0 else start  # each sample starts anew
-        pieces.append(_group_coordinates(group.text_tokens, group.grid))
+        start = 0 if group.shot < 0 else start  # each sample starts anew
         starts.append(start)
         start += group.text_tokens + max(group.grid or (0,))
-    return move(_shifted(pieces, torch.tensor(starts, dtype=torch.float64)[:, None]), layout.device)
+    start_of_token, text, grid = _within_groups(layout, torch.tensor(starts))
+    return (grid + (start_of_token + text)[:, None]).double()
 
 
 def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
     """Returns positions of wan's stream of video only: float64 [L, 3]. Time runs on over the shots of a sample; `gap`
     latent frames are left out at each true cut, so that with gap 0, or one shot, it is the base model's."""
-    pieces, starts = [], []
+    starts: list[float] = []
     for _, shots in layout.samples:
         start = 0.0
+        starts.append(start)  # of the global text, which has no tokens here
         for index, shot in enumerate(shots):
             start += gap if index and shot.cut else 0.0
-            pieces.append(grid_coordinates(shot.grid))
-            starts.append((start, 0.0, 0.0))
+            starts.append(start)
             start += shot.grid[0]
-    return move(_shifted(pieces, torch.tensor(starts, dtype=torch.float64)), layout.device)
+    time, _, grid = _within_groups(layout, torch.tensor(starts, dtype=torch.float64))
+    positions = grid.double()
+    positions[:, 0] += time
+    return positions
 
 
-def _shifted(pieces: list[Tensor], starts: Tensor) -> Tensor:
-    """Lays pieces one after another, the rows of each moved by its start: starts [pieces, 3 or 1]. A stream may have a
-    thousand pieces, so that operations on each of them would take longer than a step."""
-    lengths = torch.tensor([len(piece) for piece in pieces])
-    return torch.cat(pieces) + starts.repeat_interleave(lengths, dim=0)
+def _within_groups(layout: ShotLayout, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns for each token the start of its group [L], how much of the group's text is before it [L], and (t, h, w)
+    in the shot's grid [L, 3], 0 for text. starts [G].
+
+    It is computed on the layout's device from a row for each group: what a step's thread does to every token on the CPU
+    keeps the GPU waiting.
+    """
+    rows = [(group.start, group.text_tokens, *(group.grid or (1, 1, 1))[1:]) for group in layout.groups]
+    own = move(torch.tensor(rows), layout.device)[layout.token_group]
+    first, text, height, width = own.unbind(1)
+    token = torch.arange(layout.num_tokens, device=layout.device) - first
+    video = (token - text).clamp(min=0)
+    grid = torch.stack([video // (height * width), video // width % height, video % width], dim=1)
+    return move(starts, layout.device)[layout.token_group], torch.minimum(token, text), grid
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:

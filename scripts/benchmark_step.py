@@ -182,7 +182,8 @@ def take_steps(trainer: Trainer, source: Iterator[Batch], count: int) -> dict[st
     clock.reset()
     start = time.perf_counter()
     for _ in range(count):
-        trainer._train_step(clock.wait(lambda: [next(source)]) or [])
+        with trainer.parallel.launching():
+            trainer._train_step(clock.wait(lambda: [next(source)]) or [])
         trainer._look(None, but=1)  # the host runs ahead of the GPU by a step at most, as in training
     launched = time.perf_counter() - start
     torch.cuda.synchronize()

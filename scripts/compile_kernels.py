@@ -74,7 +74,7 @@ def attention(setting: Setting) -> None:
 def pointwise_work(setting: Setting) -> None:
     """Runs the functions around attention, as both model families call them, and their backward."""
     num_tokens, dim = 40, NUM_HEADS * setting.head_dim
-    members = Members.build(torch.zeros(num_tokens, dtype=torch.int32), [num_tokens])
+    members = Members(torch.zeros(num_tokens, dtype=torch.int32), torch.tensor([num_tokens]))
     rows, weight, table = torch.zeros(1, dim), torch.zeros(dim), torch.zeros(num_tokens, setting.head_dim // 2)
     x = torch.zeros(num_tokens, dim, dtype=setting.dtype).requires_grad_()
     heads = x.unflatten(1, (NUM_HEADS, setting.head_dim))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moc.batch import Alike, Batch, each_shape, laid_out
+from moc.batch import Alike, Batch, each_shape, laid_out, shapes
 from moc.config import DropKey, MoCConfig
 from moc.errors import UserError
 from moc.layout import ShotLayout
@@ -165,12 +165,13 @@ class Flow:
 
     def draw_noise(self, batch: Batch, seed: int) -> Alike:
         """Draws noise for each latent, on its device, keyed like the levels."""
-        device, numbers = batch.latents[0].device, (x.numel() for x in batch.latents)
+        device, of_shots = batch.layout.device, shapes(batch.latents)
+        numbers = (shape.numel() for shape in of_shots)
         sizes = [sum(islice(numbers, len(shots))) for _, shots in batch.layout.samples]
         noise, generator = torch.empty(sum(sizes), device=device), torch.Generator(device)
         for position, drawn in zip(batch.positions, noise.split(sizes), strict=True):  # one launch a sample
             torch.randn(drawn.shape, generator=generator.manual_seed(draw_key(seed, 2 * position + 1)), out=drawn)
-        return laid_out(noise, [x.shape for x in batch.latents])
+        return laid_out(noise, of_shots)
 
     def loss(
         self, model: Model, batch: Batch, levels: NoiseLevels, moc: MoCConfig, seed: int,

@@ -178,6 +178,17 @@ class Parallel:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not self.is_sharded)
 
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """While it lasts, what this thread still does on the CPU beside a GPU, to small tables, is done by it alone: of
+        many threads the slowest would be waited for, and the GPU with them."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1 if self.device.type == "cuda" else threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
     def put(self, tensor: Tensor) -> Tensor:
         """Returns the tensor on this process's device."""
         return move(tensor, self.device)

@@ -200,7 +200,7 @@ class Trainer:
         gc.freeze()  # a full collection over torch's own objects would stall a step by tens of milliseconds
         while self.step < self.config.num_steps:
             batches = self._clock.wait(lambda: self._interruption.wait(lambda: next(source)))
-            with memory.enough_for(f"step {self.step + 1}", memory.STEP, batches or []):
+            with memory.enough_for(f"step {self.step + 1}", memory.STEP, batches or []), self.parallel.launching():
                 if self._interrupted() or not self._train_step(batches or []):
                     return False
             self._data_state = steps.state()

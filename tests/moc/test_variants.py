@@ -84,7 +84,7 @@ def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, 
 
     dim, table = num_heads * head_dim, torch.randn(2, num_tokens, head_dim // 2)
     group = torch.randint(0, groups, (num_tokens,), dtype=torch.int32).sort().values
-    members = Members.build(group, group.bincount(minlength=groups).tolist())
+    members = Members(group, group.bincount(minlength=groups))
     shift, scale, gate = torch.randn(groups, 6 * dim).requires_grad_().chunk(6, dim=-1)[:3]
     weight, bias = torch.ones(dim).requires_grad_(), torch.zeros(dim)
     part = Part(moc.ShotLayout.build([moc.Shot(groups, (1, 1, num_tokens))]))

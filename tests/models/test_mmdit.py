@@ -214,7 +214,7 @@ def test_pointwise_functions_round_once() -> None:
         torch.randn(48),
         torch.randn(48),
         torch.randn(2, 48),
-        Members.build(torch.arange(2).repeat_interleave(32), [32, 32]),
+        Members(torch.arange(2).repeat_interleave(32), torch.tensor([32, 32])),
     )
     for function, inputs, rest in (
         (rms_norm, [x], (weight, 1e-6)),
@@ -231,7 +231,7 @@ def test_autocast_leaves_the_condition_alone_and_rounds_modulation_once() -> Non
     sigma, captions, members = (
         torch.tensor([0.3]),
         torch.randn(1, TEXT_DIM),
-        Members.build(torch.zeros(1, dtype=torch.int32), [1]),
+        Members(torch.zeros(1, dtype=torch.int32), torch.tensor([1])),
     )
 
     def conditions() -> list[Tensor]:
@@ -295,9 +295,12 @@ def test_spread_has_the_gradient_of_indexing() -> None:
     rows = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     for lengths in ([2, 0, 3], [1, 70, 64]):  # the latter fill more than one tile
         group = torch.arange(3).repeat_interleave(torch.tensor(lengths))
-        members = Members.build(group.int(), lengths)
+        members = Members(group.int(), torch.tensor(lengths))
         assert torch.autograd.gradcheck(lambda r, members=members: spread(r, members), rows)
         assert torch.equal(spread(rows, members), rows[group])
+        tiles, tile_group = members.tiles  # those by which a GPU sums
+        assert tiles[tiles >= 0].tolist() == list(range(len(group)))
+        assert all((group[tile[tile >= 0]] == own).all() for tile, own in zip(tiles, tile_group, strict=True))
 
 
 def test_text_and_video_join_the_stream_and_leave_it_with_the_gradients_of_indexing() -> None:

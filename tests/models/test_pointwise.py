@@ -20,7 +20,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def cases(length: int, groups: int, dtype: torch.dtype) -> dict[str, tuple]:
     """Each function with arguments for `length` tokens: no powers of two, slices, groups without tokens."""
     group = torch.randint(0, groups, (length,), dtype=torch.int32).sort().values
-    members = Members.build(group, group.bincount(minlength=groups).tolist())
+    members = Members(group, group.bincount(minlength=groups))
     rows = numbers(groups, 6 * 24).chunk(6, dim=-1)
     x, change = numbers(length, 24, dtype=dtype), numbers(length, 24, dtype=dtype)
     heads = numbers(length, 3, 3, 12, dtype=dtype).unbind(1)[1]
