@@ -36,6 +36,7 @@ ATTRIBUTES = {"fur": len(COLOUR_NAMES), "outfit": len(COLOUR_NAMES), "name": len
 SIGMAS = (0.8, 0.95)
 COVERED = 0.5  # the share of a latent value's pixels that must be the character's for it to be of the recalled region
 MASS_AT_ONCE = 8  # how many scenes; their attention is computed as whole matrices
+BLOCK = 64  # scenes whose losses have one mean, by which models are compared over the same scenes and noise
 READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
 
 
@@ -158,6 +159,7 @@ class RecallBench:
         """Sets up the tests. steps: Euler steps of a shot. seed: that of all models' noise. batch: scenes at once."""
         self.world, self.reader, self.parallel = world, reader, parallel
         self.steps, self.seed, self.batch = steps, seed, batch
+        self._layout: ShotLayout | None = None  # the next batch mostly lies alike
 
     @torch.no_grad()
     def run(
@@ -177,7 +179,9 @@ class RecallBench:
     def _run(self, model: Any, config: MoCConfig, flow: Flow, recall: RecallConfig, positions: list[int]) -> Tally:
         scenes = draw_scenes(recall, [HELD_OUT + position for position in positions])
         encoded = self.world.encode(scenes)
-        batch = moc.make_batch(encoded.samples(positions), model.stream, config.chunk_tokens).to(self.parallel.device)
+        samples = encoded.samples(positions)
+        batch = moc.make_batch(samples, model.stream, config.chunk_tokens, self._layout).to(self.parallel.device)
+        self._layout = batch.layout
         noise = flow.draw_noise(batch, self.seed).stacked().unflatten(0, encoded.latents.shape[:2])[:, -1]
         # Routes that are drawn at random are drawn in tests too.
         drops = DropKey(self.seed, 0) if config.top_k == 0 and config.drop_in_rate and not config.dense else None
@@ -316,6 +320,10 @@ def summary(tally: Tally) -> dict:
     for name, loss in (("loss", tally.loss), ("region_loss", tally.region_loss)):
         found[name] = {
             str(sigma): [_rounded(float(of.mean()), 5), _rounded(half * float(of.std()), 5)]
+            for sigma, of in zip(SIGMAS, loss.unbind(1), strict=True)
+        }
+        found[f"{name}_of_blocks"] = {
+            str(sigma): [_rounded(float(block.mean()), 6) for block in of.split(BLOCK)]
             for sigma, of in zip(SIGMAS, loss.unbind(1), strict=True)
         }
     if tally.routed.any():

@@ -1,11 +1,13 @@
 """Measures what models remember that are trained alike under different kinds of attention, one row for each.
 
-python scripts/benchmark_recall.py rows=[dense,own_shot] [steps=N] [minutes=N] [start=PATH] [settings=["key=value",...]]
+python scripts/benchmark_recall.py rows=[dense,own_shot] [steps=N] [minutes=N] [at_once=N] [start=PATH]
+    [settings=["key=value",...]]
 
-Each row is `python train.py experiment=recall` with its own settings, all rows at once on one device; a row that is not
-finished after `minutes` is tested where it stands, and the same command goes on with it. With `start` all rows begin
+Each row is `python train.py experiment=recall` with its own settings, all rows at once on one device, or `at_once` of
+them and the others in their turn; a row that is not finished after `minutes` is tested where it stands, and the same
+command goes on with it. With `start` all rows begin
 with the weights of one checkpoint, such as a dense row's, instead of none. Tests are those of evaluation/recall.py. A
-row is printed and put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
+row is put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
 and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
 
 The dense weights that rows of docs/benchmarks/recall.md began with are kept in this repository's past:
@@ -54,8 +56,10 @@ from data.loading.endless import RecallWorld
 from data.storyworld.recall import draw_scenes
 from evaluation.recall import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
+from moc.diffusion import Flow
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
+from moc.training.integrity import COMPLETE
 from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.recall_report import write_report
@@ -72,10 +76,14 @@ class RecallRowsConfig:
     rows: names among ROWS; without any, the tables of the output's rows are made anew.
     steps: how long each is trained.
     minutes: how long training lasts in this call, at most.
+    at_once: how many rows train side by side; null is all. The others wait, and one begins only if as much time is left
+        as the longest row before it took.
     start: a model's folder whose weights all rows begin with; null is none.
     seed: the seed of training and of the reader.
     scenes: how many are tested; each gives two readings.
     look_alikes: how many scenes with look-alikes are tested besides.
+    course: every so many steps a checkpoint is kept and tested, on as many scenes as one batch holds; 0 is none.
+    swaps: whether dense rows are tested besides with MoC in the place of their attention, an eighth of `scenes` each.
     shots: numbers of shots, other than in training, of scenes that are tested besides, an eighth of `scenes` each.
     reader_steps: how long the reader is trained.
     sampling_steps: those of each sampled shot.
@@ -89,10 +97,13 @@ class RecallRowsConfig:
     rows: list[str] = field(default_factory=lambda: ["dense", "own_shot"])
     steps: int = 4000
     minutes: float = 8.0
+    at_once: int | None = None
     start: str | None = None
     seed: int = 0
     scenes: int = 5120
     look_alikes: int = 1024
+    course: int = 0
+    swaps: bool = True
     shots: list[int] = field(default_factory=list)
     reader_steps: int = 1500
     sampling_steps: int = 10
@@ -104,6 +115,8 @@ class RecallRowsConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "steps", "scenes", "reader_steps", "sampling_steps", "batch")
+        if self.at_once is not None:
+            check_least(self, "", 1, "at_once")
         if any(shots < 2 for shots in self.shots):
             raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
         unknown = sorted(set(self.rows) - set(ROWS))
@@ -137,6 +150,7 @@ ROWS = {
     "moc_lse": lambda steps: ["moc.descriptor_parts=3"],
     "moc_lse_of_frames": lambda steps: ["moc.chunk_tokens=24", "moc.top_k=1", "moc.descriptor_parts=4"],
     "moc_no_drops": lambda steps: NO_DROPS,
+    "moc_no_drops_all_text": lambda steps: ["moc.text_anchor=all", *NO_DROPS],
     "moc_all_text": lambda steps: ["moc.text_anchor=all"],
     "moc_no_own_shot": lambda steps: ["moc.own_anchor=none"],
     "moc_no_text": lambda steps: ["moc.text_anchor=none"],
@@ -153,13 +167,31 @@ def main(config: RecallRowsConfig) -> None:
         write_report(read_rows(output), output)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(len(config.rows)) as pool:
-        trainings = {pool.submit(train, row, config, folder): row for row in config.rows}
+    turns = Turns(config, folder)
+    with ThreadPoolExecutor(config.at_once or len(config.rows)) as pool:
+        trainings = {pool.submit(turns.train, row): row for row in config.rows}
         tester = Tester(config, composed(config.settings, folder), folder)  # while they train
+        while config.course and not all(training.done() for training in trainings):
+            for name in config.rows:
+                tester.follow(name)
+            time.sleep(1)
         for training in as_completed(trainings):
-            row = tester.test(trainings[training], training.result())
-            print(json.dumps(row), flush=True)
-            write_report(put_row(output, row, KEY), output)
+            minutes = training.result()
+            if minutes is None:
+                print(f"{trainings[training]} was not begun: too little time was left", flush=True)
+                continue
+            row = tester.test(trainings[training], minutes)
+            put_row(output, row, KEY)
+            print(told(row), flush=True)
+    write_report(read_rows(output), output)
+
+
+def told(row: dict) -> str:
+    """Returns a row in a line."""
+    if "failed" in row:
+        return f"{row['row']} failed: {row['failed']}"
+    found = brief(row["all"])
+    return f"{row['row']}, seed {row['seed']}, step {row['steps_done']}, {row['train_minutes']} min: {found}"
 
 
 def run_name(row: str, config: RecallRowsConfig) -> str:
@@ -183,12 +215,29 @@ def composed(settings: Sequence[str], folder: Path) -> TrainConfig:
     return parse(cast(DictConfig, OmegaConf.create(shown.stdout)), TrainConfig)
 
 
-def train(row: str, config: RecallRowsConfig, folder: Path) -> float:
-    """Trains, or goes on training, for so many minutes at most; returns the minutes it took."""
-    words = [*arguments(row, config), f"output={folder}", f"name={run_name(row, config)}"]
-    if config.device != "auto":
-        words.append(f"parallel.device={config.device}")
-    return train_for(config.minutes, words, folder / f"{run_name(row, config)}.log")
+class Turns:
+    """Trains rows until the time is over, some of them side by side and the others in their turn."""
+
+    def __init__(self, config: RecallRowsConfig, folder: Path) -> None:
+        """Starts the clock."""
+        self.config, self.folder = config, folder
+        self.end = time.monotonic() + 60 * config.minutes
+        self.longest = 0.0  # the minutes that a row took
+
+    def train(self, row: str) -> float | None:
+        """Trains a row, or goes on training it, for the time that is left; returns the minutes it took. Returns None
+        where a row before took more than is left."""
+        left = (self.end - time.monotonic()) / 60
+        if left <= self.longest:
+            return None
+        name, course = run_name(row, self.config), self.config.course
+        words = [*arguments(row, self.config), f"output={self.folder}", f"name={name}"]
+        words += [f"trainer.checkpoint_every={course}", f"trainer.keep_every={course}"] if course else []
+        if self.config.device != "auto":
+            words.append(f"parallel.device={self.config.device}")
+        minutes = train_for(left, words, self.folder / f"{name}.log")
+        self.longest = max(self.longest, minutes)
+        return minutes
 
 
 class Tester:
@@ -206,6 +255,23 @@ class Tester:
         print(f"{self.speed:.0f} scenes a second are composed and encoded, beside the trainings", flush=True)
         print(f"reader on true shots, {time.monotonic() - start:.0f} s: {self.accuracy}", flush=True)
         self.bench = RecallBench(world, self.reader, self.parallel, config.sampling_steps, batch=config.batch)
+        self.courses: dict[str, dict[str, dict]] = {row: {} for row in config.rows}  # by the checkpoint's name
+
+    def follow(self, row: str) -> None:
+        """Tests the checkpoints of a course that are new."""
+        for complete in sorted((self.folder / run_name(row, self.config)).glob(f"checkpoints/*/{COMPLETE}")):
+            checkpoint, course = complete.parent, self.courses[row]
+            if checkpoint.name not in course:
+                model, moc, flow = self._loaded(checkpoint)
+                found = summary(self.bench.run(model, moc, flow, self.config.batch))
+                step = {"step": json.loads((checkpoint / "state.json").read_text())["step"]}
+                mass = self.bench.mass(model, moc, routing_of(moc), flow)
+                course[checkpoint.name] = step | brief(found) | {"precision": found.get("precision"), "mass": mass}
+
+    def _loaded(self, checkpoint: Path) -> tuple[nn.Module, MoCConfig, Flow]:
+        contents = Contents(checkpoint)
+        model: nn.Module = load_model(contents)
+        return model.to(self.parallel.device), contents.moc, contents.own_flow
 
     def test(self, row: str, minutes: float) -> dict:
         name = run_name(row, self.config)
@@ -213,10 +279,8 @@ class Tester:
         if checkpoint is None:
             log = (self.folder / f"{name}.log").read_text()
             return {"row": row, "seed": self.config.seed, "steps": self.config.steps, "failed": log[-2000:]}
-        moc, flow = Contents(checkpoint).moc, Contents(checkpoint).own_flow
+        model, moc, flow = self._loaded(checkpoint)
         pack(checkpoint / "ema", self.folder / f"{name}.tar.gz")  # before tests, which may be cut off
-        model: nn.Module = load_model(checkpoint)
-        model.to(self.parallel.device)
         start = time.monotonic()
         tally = self.bench.run(model, moc, flow, self.config.scenes)
         found: dict[str, Any] = {"all": summary(tally)}
@@ -226,13 +290,15 @@ class Tester:
         for shots in self.config.shots:
             tally = self.bench.run(model, moc, flow, max(1, self.config.scenes // 8), shots=shots)
             found.setdefault("shots", {})[str(shots)] = brief(summary(tally))
-        if moc.dense:
+        if moc.dense and self.config.swaps:
             for values in SWAPS:
                 swap = dict(zip(("chunk_tokens", "top_k", "descriptor_parts"), values, strict=True))
                 tally = self.bench.run(model, MoCConfig.from_dict(swap), flow, max(1, self.config.scenes // 8))
                 found.setdefault("swapped", []).append(swap | brief(summary(tally)))
-        routing = moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=6, top_k=5)
-        found["mass"] = self.bench.mass(model, moc, routing, flow)
+        found["mass"] = self.bench.mass(model, moc, routing_of(moc), flow)
+        if self.config.course:
+            self.follow(row)
+            found["course"] = list(self.courses[row].values())
         state = json.loads((checkpoint / "state.json").read_text())
         metrics = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         return {
@@ -263,6 +329,11 @@ def composing_speed(world: RecallWorld, batch: int, repeats: int = 5) -> float:
         latents = world.encode_latents(draw_scenes(world.config, range(number * batch, (number + 1) * batch)))
     latents.sum().item()  # the device is done
     return repeats * batch / (time.monotonic() - start)
+
+
+def routing_of(moc: MoCConfig) -> MoCConfig:
+    """Returns the routes whose mass is told: a model's own, or for one without any those of the MoC row."""
+    return moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=6, top_k=5)
 
 
 def brief(found: dict) -> dict:

@@ -1,10 +1,17 @@
 """Makes tables and plots from the rows of `benchmark_recall.py`."""
 
-from collections import Counter
+import json
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import moc
+from moc import MoCConfig
+from moc.config import DropKey
+from moc.cost import attention_cost
 from moc.files import write_whole
 from scripts.measuring import markdown_table
 from scripts.rows import measured_on, write_figure
@@ -15,6 +22,7 @@ TITLES = {
     "moc_progressive": "MoC, progressive",
     "moc": "MoC",
     "moc_no_drops": "MoC, no drops",
+    "moc_no_drops_all_text": "MoC, no drops, all text anchored",
     "moc_all_text": "MoC, all text anchored",
     "moc_no_own_shot": "MoC, own shot not anchored",
     "moc_no_text": "MoC, no text anchored",
@@ -29,19 +37,32 @@ TITLES = {
     "random": "random routes",
     "own_shot": "own shot only",
 }
+MAIN = ("dense", "moc", "moc_progressive", "moc_dense_target", "first_frame", "random", "own_shot")
 SIGMAS = ("0.8", "0.95")
-STYLES = ("-", "--", ":", "-.")
+COMPARED = 6  # kinds of rows of one start and number of steps, from which on they have a plot of their own
+# What attention sees of a scene of experiment=recall, whose captions all have as many tokens.
+SHOTS, GLOBAL_TEXT = [moc.Shot(text_tokens=15, grid=(2, 4, 6))] * 8, 35
+LAYERS, HEADS, HEAD_DIM = 6, 6, 32
 
 
 def write_report(rows: list[dict], output: Path) -> None:
-    """Writes `output` with .md and .png in the place of .json."""
+    """Writes `output` with .md and .png in the place of .json, and plots of what else the rows tell beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
-    rows = sorted((row for row in rows if "all" in row), key=lambda row: (list(TITLES).index(row["row"]), row["seed"]))
-    if rows:
-        write_whole(output.with_suffix(".md"), tables(rows).encode())
-        draw(rows, output.with_suffix(".png"))
+    rows = sorted(
+        (row for row in rows if "all" in row),
+        key=lambda row: (list(TITLES).index(row["row"]), row["steps"], row["seed"]),
+    )
+    if not rows:
+        return
+    write_whole(output.with_suffix(".md"), tables(rows).encode())
+    draw(rows, output.with_suffix(".png"))
+    compared = _compared(rows)
+    if compared:
+        draw_compared(compared, output.with_name(f"{output.stem}_rows.png"))
+    if any("course" in row for row in rows):
+        draw_routing(rows, output.with_name(f"{output.stem}_routing.png"))
 
 
 def tables(rows: list[dict]) -> str:
@@ -67,8 +88,8 @@ def tables(rows: list[dict]) -> str:
 
 
 def _title(row: dict) -> str:
-    done = "" if row["steps_done"] == row["steps"] else f" (stopped at step {row['steps_done']})"
-    return f"{TITLES[row['row']]}, seed {row['seed']}{_start(row)}{done}"
+    done = "" if row["steps_done"] == row["steps"] else f" (stopped at {row['steps_done']:,})"
+    return f"{TITLES[row['row']]}, seed {row['seed']}{_start(row)}, {row['steps']:,} steps{done}"
 
 
 def _start(row: dict) -> str:
@@ -100,22 +121,30 @@ def _seeds(rows: list[dict]) -> dict[str, list[dict]]:
     """Returns the rows that differ by their seed alone, or by where time ended them, under one name."""
     together: dict[str, list[dict]] = {}
     for row in rows:
-        together.setdefault(f"{TITLES[row['row']]}{_start(row)}", []).append(row)
+        together.setdefault(f"{TITLES[row['row']]}{_start(row)}, {row['steps']:,} steps", []).append(row)
     return {f"{name}, {len(members)} seeds" if len(members) > 1 else name: members
             for name, members in together.items()}  # fmt: skip
 
 
 def _over_seeds(rows: list[dict]) -> str:
     """Returns a table of the mean over seeds, with the least and the greatest."""
-    head = ["attention", "seeds", "recall", "minus dense", *(f"loss, sigma {s}" for s in SIGMAS)]
+    head = ["attention", "steps", "seeds", "recall", "minus dense", "GFLOPs of attention, of a scene",
+            *(f"loss, sigma {s}" for s in SIGMAS),
+            *(f"{what} to dense's, sigma {s}" for what in ("loss", "of the character") for s in SIGMAS)]  # fmt: skip
     lines = []
     for members in _seeds(rows).values():
         recalls = [row["all"]["recall"] for row in members]
         differences = [found[0] for row in members if (found := _minus_dense(row, rows))]
         losses = [np.mean([row["all"]["loss"][s][0] for row in members]) for s in SIGMAS]
+        ratios = [
+            [excess[0] for row in members if (excess := loss_to_dense(row, rows, name, s))]
+            for name in ("loss", "region_loss") for s in SIGMAS
+        ]  # fmt: skip
         lines.append([
-            f"{TITLES[members[0]['row']]}{_start(members[0])}", ", ".join(str(row["seed"]) for row in members),
-            _spread(recalls, ".3f"), _spread(differences, "+.3f"), *(f"{loss:.5f}" for loss in losses),
+            f"{TITLES[members[0]['row']]}{_start(members[0])}", f"{members[0]['steps']:,}",
+            ", ".join(str(row["seed"]) for row in members), _spread(recalls, ".3f"), _spread(differences, "+.3f"),
+            f"{attention_flops(members[0]) / 1e9:.2f}", *(f"{loss:.5f}" for loss in losses),
+            *(_spread(of, "+.1%") for of in ratios),
         ])  # fmt: skip
     return markdown_table(head, lines)
 
@@ -126,16 +155,62 @@ def _spread(values: list[float], form: str) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def rival(row: dict, rows: list[dict]) -> dict | None:
+    """Returns the dense row of the same seed that began with the same weights: that of as many steps or, where there is
+    none, of the most."""
+    alike = [r for r in rows if r["row"] == "dense" and all(r.get(name) == row.get(name) for name in ("seed", "start"))]
+    alike.sort(key=lambda r: (r["steps"] == row["steps"], r["steps"]))
+    return alike[-1] if alike and alike[-1] is not row else None
+
+
 def _minus_dense(row: dict, rows: list[dict]) -> tuple[float, float] | None:
-    """Returns the difference over the same scenes to dense attention of the same seed that began with the same
-    weights, and half of its 95 % interval; None where there is no such row."""
-    alike = [r for r in rows if all(r.get(name) == row.get(name) for name in ("seed", "start"))]
-    rivals = [r for r in alike if r["row"] == "dense" and r is not row]
-    if not rivals or len(rivals[0]["all"]["right"]) != len(row["all"]["right"]):
+    """Returns the difference over the same scenes to the dense rival, and half of its 95 % interval; None where there
+    is no rival that was tested on them."""
+    dense = rival(row, rows)
+    if dense is None or len(dense["all"]["right"]) != len(row["all"]["right"]):
         return None
-    difference = (_right(row) - _right(rivals[0])).mean(1)
+    difference = (_right(row) - _right(dense)).mean(1)
     half = 1.96 * difference.std() / len(difference) ** 0.5
     return difference.mean(), half
+
+
+def loss_to_dense(row: dict, rows: list[dict], name: str, sigma: str) -> tuple[float, float | None] | None:
+    """Returns by what share a loss exceeds the dense rival's, and half of its 95 % interval over blocks of the same
+    scenes with the same noise, which older rows do not tell; None where there is no rival."""
+    dense = rival(row, rows)
+    if dense is None:
+        return None
+    excess = row["all"][name][sigma][0] / dense["all"][name][sigma][0] - 1
+    blocks = [np.array(r["all"].get(f"{name}_of_blocks", {}).get(sigma, [])) for r in (row, dense)]
+    if not len(blocks[0]) or len(blocks[0]) != len(blocks[1]):
+        return excess, None
+    difference = blocks[0] - blocks[1]
+    return excess, 1.96 * difference.std() / len(difference) ** 0.5 / blocks[1].mean()
+
+
+def attention_flops(row: dict) -> float:
+    """Returns the FLOPs of attention in a forward of one scene, with those of its routing."""
+    known = {f.name for f in fields(MoCConfig)}  # older rows have settings besides that changed no result
+    return _flops(json.dumps({name: value for name, value in row["moc"].items() if name in known}))
+
+
+@cache
+def _flops(settings: str) -> float:
+    config = MoCConfig.from_dict(json.loads(settings))
+    layout = moc.ShotLayout.build(shots=SHOTS, global_text_tokens=GLOBAL_TEXT, chunk_tokens=config.chunk_tokens)
+    q, k = torch.randn(2, layout.num_tokens, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+    drops = None if config.top_k else DropKey(0, 0)  # random routes are drawn in tests too
+    routes = None if config.dense else moc.route(q, k, layout, config, drops)
+    return LAYERS * attention_cost(layout, config, routes, HEADS, HEAD_DIM).flops
+
+
+def _compared(rows: list[dict]) -> list[dict]:
+    """Returns the rows of the start and number of steps that most kinds share; none where they are few."""
+    sets: dict[tuple, list[dict]] = {}
+    for row in rows:
+        sets.setdefault((row.get("start"), row["steps"]), []).append(row)
+    most = max(sets.values(), key=lambda members: len({row["row"] for row in members}))
+    return most if len({row["row"] for row in most}) >= COMPARED else []
 
 
 def _right(row: dict) -> np.ndarray:
@@ -199,18 +274,20 @@ def _recall_and_loss(found: dict) -> list[str]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draws recall against distance, and the character's loss against the pairs attended to.
+    """Draws recall against distance, and the character's loss against the FLOPs of attention.
 
-    A kind of attention has one colour, and a line for each seed. Where a row began tells the style of its line: where
-    most did it is solid, and its mark is full."""
+    A kind of attention has one colour, and a line for each seed. Of each start, the rows of the most steps are drawn;
+    what began with other weights than most is dashed, and its mark empty."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
-    kinds = list(dict.fromkeys(row["row"] for row in rows))
-    starts = [start for start, _ in Counter(row.get("start") for row in rows).most_common()]
-    for label, members in _seeds(rows).items():
-        start = starts.index(members[0].get("start"))
-        color, style = f"C{kinds.index(members[0]['row'])}", STYLES[start % len(STYLES)]
+    drawn = _longest([row for row in rows if row["row"] in MAIN] or rows)
+    kinds = list(dict.fromkeys(row["row"] for row in drawn))
+    starts = [row.get("start") for row in drawn]
+    usual = max(starts, key=starts.count)
+    for label, members in _seeds(drawn).items():
+        as_most = members[0].get("start") == usual
+        color, style = f"C{kinds.index(members[0]['row'])}", "-" if as_most else "--"
         for number, row in enumerate(members):
             found = row["all"]
             distances = [int(d) for d in found["by_distance"]]
@@ -219,11 +296,82 @@ def draw(rows: list[dict], path: Path) -> None:
                       label=None if number else label)  # fmt: skip
             left.fill_between(distances, lows, highs, color=color, alpha=0.1)
             loss, half = found["region_loss"]["0.95"]
-            face = "none" if start else color
-            right.errorbar(100 * (1 - found["sparsity"]), loss, half, marker="o", color=color, markerfacecolor=face)
+            face = color if as_most else "none"
+            right.errorbar(attention_flops(row) / 1e9, loss, half, marker="o", color=color, markerfacecolor=face)
     left.axhline(1 / 6, color="grey", linestyle=":", linewidth=1)
     left.set(xlabel="shots since the name was shown", ylabel="looks recalled", ylim=(0, 1.02))
-    right.set(xlabel="pairs of video tokens attended to, % of dense", ylabel="loss of the character, sigma 0.95")
+    right.set(xlabel="FLOPs of attention with routing, of a scene, 1e9", ylabel="loss of the character, sigma 0.95")
+    right.set_xlim(left=0)
     figure.legend(fontsize=8, ncols=3, loc="outside lower center")
     write_figure(figure, path)
     plt.close(figure)
+
+
+def _longest(rows: list[dict]) -> list[dict]:
+    """Returns of each kind, start and seed the row of the most steps."""
+    best: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["steps"]):
+        best[row["row"], row.get("start"), row["seed"]] = row
+    return [row for row in rows if any(row is kept for kept in best.values())]
+
+
+def draw_compared(rows: list[dict], path: Path) -> None:
+    """Draws the recall of rows that began alike and took as many steps, and their loss to dense's; a mark a seed."""
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(row["row"] for row in rows))[::-1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.2 + 0.3 * len(kinds)), sharey=True, layout="constrained")
+    for row in rows:
+        y, color = kinds.index(row["row"]) + 0.15 * row["seed"], f"C{row['seed']}"
+        recall, (low, high) = row["all"]["recall"], row["all"]["interval"]
+        left.errorbar(recall, y, xerr=[[recall - low], [high - recall]], marker="o", markersize=4, color=color)
+        excess = loss_to_dense(row, rows, "loss", "0.8")
+        if excess:
+            right.errorbar(100 * excess[0], y, xerr=100 * (excess[1] or 0), marker="o", markersize=4, color=color)
+    left.set_yticks(range(len(kinds)), [TITLES[kind] for kind in kinds], fontsize=8)
+    left.axvline(1 / 6, color="grey", linestyle=":", linewidth=1)
+    left.set(xlabel=f"looks recalled, after {rows[0]['steps']:,} steps{_start(rows[0])}", xlim=(0, 1.01))
+    right.axvline(0, color="grey", linewidth=1)
+    right.axvline(0.5, color="grey", linestyle=":", linewidth=1)
+    right.set(xlabel="loss of the last shot above dense's, %, sigma 0.8", xscale="symlog", xlim=(-1, 150))
+    right.set_xticks([-0.5, 0, 0.5, 1, 2, 5, 10, 50, 100], ["-0.5", "0", "0.5", "1", "2", "5", "10", "50", "100"])
+    for axes in (left, right):
+        axes.grid(axis="y", alpha=0.3)
+    write_figure(figure, path)
+    plt.close(figure)
+
+
+def draw_routing(rows: list[dict], path: Path) -> None:
+    """Draws recall and the best head's routes over training, and of each head the dense mass that its routes keep."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for number, row in enumerate(row for row in rows if "course" in row):
+        steps = [found["step"] for found in row["course"]]
+        told = {
+            "looks recalled": [found["recall"] for found in row["course"]],
+            "best head: routes to the shot which shows it": [np.max(found["precision"]) for found in row["course"]],
+            "head of the most mass elsewhere: that mass": [
+                np.max(found["mass"]["elsewhere"]) for found in row["course"]
+            ],
+            "share of it on its routes": [_kept(found["mass"]) for found in row["course"]],
+        }
+        for (name, values), style in zip(told.items(), ("-", "--", ":", "-."), strict=True):
+            left.plot(
+                steps, values, style, marker="o", markersize=3, color=f"C{number}", label=f"{_title(row)}: {name}"
+            )
+    left.set(xlabel="steps", ylim=(0, 1.02))
+    left.legend(fontsize=6)
+    for number, row in enumerate(_longest([row for row in rows if row["row"] in ("moc", "dense")])):
+        mass = row["mass"]
+        right.scatter(np.ravel(mass["elsewhere"]), np.ravel(mass["kept"]), s=14, color=f"C{number}", label=_title(row))
+    right.set(xlabel="dense attention's mass on other shots, of a head", ylabel="share of it on the head's routes",
+              ylim=(0, 1.02), xscale="log")  # fmt: skip
+    right.legend(fontsize=6)
+    write_figure(figure, path)
+    plt.close(figure)
+
+
+def _kept(mass: dict) -> float:
+    """Returns the share kept in the head with the most mass elsewhere."""
+    return float(np.ravel(mass["kept"])[np.argmax(mass["elsewhere"])])

@@ -11,8 +11,9 @@ import pytest
 
 from moc.errors import UserError
 from moc.training import read_metrics
-from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, arguments
-from scripts.recall_report import TITLES, tables, write_report
+from scripts import benchmark_recall
+from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
+from scripts.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
 from scripts.rows import ROOT, put_row
 from tests import pipeline
 
@@ -36,7 +37,7 @@ def row(name: str, right: list[int], steps: int = 10, start: str = "") -> dict:
     return {
         "row": name, "seed": 0, "start": start, "steps": steps, "steps_done": steps, "scenes_seen": 20,
         "train_minutes": 1.0, "reader": {"fur": 0.99, "outfit": 1.0}, "all": found,
-        "look_alikes": copy.deepcopy(found), "mass": mass,
+        "look_alikes": copy.deepcopy(found), "mass": mass, "moc": {"dense": name == "dense", "chunk_tokens": 6},
         "command": "python train.py", "machine": {"device": "a GPU", "torch": "2", "date": "today", "commit": "c"},
     }  # fmt: skip
 
@@ -47,7 +48,7 @@ def test_every_row_has_a_title_and_settings():
     assert shared == ["experiment=recall", "optim.lr=0.1", "trainer.num_steps=100", "seed=0", "moc=dense"]
     (stages,) = ROWS["moc_progressive"](100)
     assert stages.startswith("schedule=[{step: 0, chunk_tokens: 48, top_k: 7}, {step: 20,")
-    for wrong, said in (({"rows": ["lame"]}, "lame"), ({"shots": [16, 1]}, "shots")):
+    for wrong, said in (({"rows": ["lame"]}, "lame"), ({"shots": [16, 1]}, "shots"), ({"at_once": 0}, "at_once")):
         with pytest.raises(UserError, match=said):
             RecallRowsConfig(**wrong)
 
@@ -60,7 +61,21 @@ def test_a_row_takes_the_place_of_its_like_and_of_no_other(tmp_path):
     found = [(r["row"], r["steps"], r["all"]["recall"]) for r in rows]
     assert found == [("moc", 10, 0.5), ("dense", 10, 0.5), ("dense", 20, 1.0)]
     assert output.with_suffix(".png").stat().st_size > 1000
-    assert "MoC, seed 0" in output.with_suffix(".md").read_text()
+    assert "MoC, seed 0, 10 steps" in output.with_suffix(".md").read_text()
+
+
+def test_a_row_that_waits_begins_only_if_as_much_time_is_left_as_the_longest_took(tmp_path, monkeypatch):
+    took, given = iter([3.0, 1.0]), []
+    monkeypatch.setattr(benchmark_recall, "train_for", lambda minutes, words, log: given.append(minutes) or next(took))
+    now = 0.0
+    monkeypatch.setattr(benchmark_recall.time, "monotonic", lambda: now)
+    turns = Turns(RecallRowsConfig(minutes=8), tmp_path)
+    assert turns.train("dense") == 3.0
+    now = 60 * 4.0
+    assert turns.train("moc") == 1.0
+    now = 60 * 5.5
+    assert turns.train("own_shot") is None
+    assert given == [8.0, 4.0]
 
 
 def test_rows_are_compared_with_dense_over_the_same_scenes():
@@ -71,6 +86,35 @@ def test_rows_are_compared_with_dense_over_the_same_scenes():
     assert tables([row("moc", [1, 0])]).count("±") == 4  # of the losses
     # A dense row that began elsewhere is no rival.
     assert tables([row("dense", [1, 1]), row("moc", [1, 0], start="dense")]).count("±") == 8
+
+
+def test_the_rival_took_as_many_steps_or_the_most_and_losses_are_compared_block_by_block():
+    rows = [row("dense", [1, 1], steps) for steps in (10, 20, 15)] + [row("moc", [1, 1], steps) for steps in (10, 12)]
+    assert [rival(of, rows)["steps"] for of in rows[3:]] == [10, 20]
+    assert rival(rows[1], rows[1:]) is None
+    assert loss_to_dense(rows[3], rows, "loss", "0.8") == (0, None)
+    for of, blocks in ((rows[0], [0.2, 0.2]), (rows[3], [0.21, 0.23])):
+        of["all"] |= {"loss": {"0.8": [sum(blocks) / 2, 0]}, "loss_of_blocks": {"0.8": blocks}}
+    excess, half = loss_to_dense(rows[3], rows, "loss", "0.8")
+    assert (excess, half) == (pytest.approx(0.1), pytest.approx(1.96 * 0.01 / math.sqrt(2) / 0.2))
+
+
+def test_flops_of_attention_are_those_of_the_pairs_and_of_routing():
+    dense, sparse = attention_flops(row("dense", [1])), attention_flops(row("moc", [1]))
+    tokens, width, layers = 35 + 8 * (15 + 48), 192, 6
+    assert dense == 4 * tokens**2 * width * layers
+    assert sparse < 0.5 * dense
+
+
+def test_rows_that_began_alike_and_a_course_have_plots(tmp_path):
+    rows = [row(name, [1, 0]) for name in list(ROWS)[:6]]
+    mass = rows[0]["mass"]
+    course = [{"step": step, "recall": 0.5, "precision": [[0.1, 0.5]], "mass": mass} for step in (1, 2)]
+    write_report([*rows[:5], rows[0] | {"course": course}], tmp_path / "few.json")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["few.md", "few.png", "few_routing.png"]
+    write_report(rows, tmp_path / "rows.json")
+    assert (tmp_path / "rows_rows.png").stat().st_size > 1000
+    assert not (tmp_path / "rows_routing.png").exists()
 
 
 @pytest.mark.slow
