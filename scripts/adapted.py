@@ -12,12 +12,15 @@ from models.lora import Lora
 from models.stream import StreamModel
 
 
-def draw_adapted(config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device) -> StreamModel:
-    """Returns the model with an adapter, its weights drawn on `device` and kept on the CPU: never more than one of them
-    is held in another format than its own.
+def draw_adapted(
+    config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device, kept: str = ""
+) -> StreamModel:
+    """Returns the model with an adapter, its weights drawn on `device`: never more than one of them is held in another
+    format than its own.
 
     config: with an adapter; what lies under it is kept as `lora_base` says. latent_channels, text_dim: as in
-    `models.build_model`.
+    `models.build_model`. kept: the device that keeps the weights, by default `device`, which spares 28 GB of 14 B
+    parameters their way to the host and back.
     """
     sizes = replace(config, lora_rank=0, lora_targets=[], lora_base=Base.fp32)
     with init_empty_weights():
@@ -31,7 +34,7 @@ def draw_adapted(config: ModelConfig, latent_channels: int, text_dim: int, devic
             if name == "weight" and isinstance(module, FrozenLinear):
                 drawn = packed(drawn[name], config.lora_base)
             for key, tensor in drawn.items():
-                module.register_parameter(key, nn.Parameter(tensor.cpu(), weight.requires_grad))
+                module.register_parameter(key, nn.Parameter(tensor.to(kept or device), weight.requires_grad))
     model.add_lora(Lora(config.lora_rank, config.lora_targets, "", ""))
     return model
 

@@ -96,7 +96,7 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     """Returns peaks of memory on the GPU and on the host, and the median step."""
     parallel = Parallel(config.parallel)
     start = time.perf_counter()
-    model = draw_adapted(config.model, config.latent[0], config.text_dim, parallel.device)
+    model = draw_adapted(config.model, config.latent[0], config.text_dim, parallel.device, kept="cpu")
     built = time.perf_counter() - start
     config.parallel.set_recomputation(model)
     batch, on_gpu = make_film(config, model), parallel.device.type == "cuda"

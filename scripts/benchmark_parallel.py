@@ -4,7 +4,7 @@ python scripts/benchmark_parallel.py [processes=2] [model=wan_1.3b] [shots=[1,2,
 A step is the trainer's own (noise, forward, backward, clipping, AdamW, moving average) on films of random latents, with
 blocks recomputed in backward. `one` is one process; `data` and `shard` give each process a film of its own, `sequence`
 all of them one film. Each row is written as soon as it is measured, and the same command goes on where it was stopped;
-where a film does not fit, that is a row, and longer ones are left out.
+where a film does not fit, that is a row, and longer ones are left out. What takes seconds before a row is printed.
 """
 
 import json
@@ -27,6 +27,7 @@ from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow
 from moc.errors import UserError
 from moc.files import write_whole
+from moc.kernels import dense
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from moc.training.parallel import gather_lists
@@ -37,7 +38,7 @@ from scripts.rows import measured_on, put_row, read_rows
 
 AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0}, "sequence": {"sequence": 0}}
 IMPLEMENTATIONS = ("moc", "dense")
-SETUP = ("gpu", "model", "moc", "latent", "recomputed")  # what rows have in common that are compared
+SETUP = ("gpu", "model", "moc", "latent", "recomputed", "kernel")  # what rows have in common that are compared
 KEY = (*SETUP, "mesh", "processes", "impl", "shots")
 TEXT_TOKENS = 64  # of each caption
 LONG = 20.0  # seconds of a first step after which one is measured, not a median
@@ -121,6 +122,7 @@ def launch(mesh: str, config: BenchmarkConfig) -> None:
 
 def measure_mesh(config: BenchmarkConfig) -> None:
     """Measures what remains on this mesh; ends at the first film that does not fit."""
+    start = time.perf_counter()
     axes: dict[str, Any] = dict.fromkeys(AXES[config.mesh], config.processes)
     parallel = Parallel(replace(config.parallel, **axes))
     widths = config.latent[0], config.text_dim
@@ -137,6 +139,7 @@ def measure_mesh(config: BenchmarkConfig) -> None:
             parallel, model, Flow(history_rate=0), config.moc, MoCSchedule(), OptimConfig(), TrainerConfig(),
             Path(folder), 0, lambda _: None,
         )  # fmt: skip
+        tell(parallel, "the model is ready", time.perf_counter() - start)
         for impl, shots in parallel.of_main(lambda: remaining(config, config.mesh)):
             trainer.moc = replace(config.moc, dense=impl == "dense")
             batch = make_film(config, model.stream, shots, parallel.data_rank)
@@ -167,6 +170,7 @@ def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     first = step_seconds(trainer, batch)  # may compile kernels
+    tell(parallel, "the first step is done", first)
     times = [step_seconds(trainer, batch) for _ in range(most if first < LONG else 1)]
     seconds = sorted(times)[len(times) // 2]
     values: dict[str, Any] = {"step_seconds": round(seconds, 4), "steps": len(times)}
@@ -177,6 +181,11 @@ def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
     if parallel.world_size > 1 and seconds < LONG:
         values |= shares(trainer, batch)
     return values
+
+
+def tell(parallel: Parallel, what: str, seconds: float) -> None:
+    if parallel.is_main:
+        print(f"{what}: {seconds:.1f} s", flush=True)
 
 
 def step_seconds(trainer: Trainer, batch: Batch) -> float:
@@ -215,7 +224,15 @@ def head(config: BenchmarkConfig) -> dict[str, Any]:
         sizes |= {"lora_rank": config.model.lora_rank, "lora_base": config.model.lora_base}
     model = {name: str(value) for name, value in sizes.items()}
     measured = {"latent": list(config.latent), "recomputed": config.parallel.activation_checkpointing}
+    measured["kernel"] = dense_kernel(config)
     return header() | {"model": model, "moc": config.moc.to_dict()} | measured
+
+
+def dense_kernel(config: BenchmarkConfig) -> str:
+    """Returns the name of the kernel of dense attention, which MoC's own shots take as well."""
+    on_gpu, head_dim = torch.cuda.is_available(), config.model.dim // config.model.num_heads
+    some = torch.empty(0, 1, head_dim, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16)
+    return dense.choose(some, config.execution.dense_kernel).name
 
 
 def add_row(config: BenchmarkConfig, row: dict[str, Any]) -> None:
@@ -252,7 +269,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "exchange", "collectives", "commit",
     ]  # fmt: skip
     sizes = ", ".join(f"{name} {value}" for name, value in rows[0]["model"].items())
-    return f"{sizes}; shots of latents {rows[0]['latent']}:\n\n{markdown_table(columns, lines)}"
+    about = f"{sizes}; shots of latents {rows[0]['latent']}; dense kernel {rows[0]['kernel']}"
+    return f"{about}:\n\n{markdown_table(columns, lines)}"
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 Anchors are contiguous runs of keys shared by contiguous runs of queries: a shot's queries see their own shot and the
 text of other groups. One dense call a shot takes both together (own rows and text rows side by side), so that there is
-one LSE and no separate call for text. About 80 % of the work of the attention is in these calls. Where shots are short,
-so that launches would cost more than work, all of them are one variable-length call (`packed`).
+one LSE and no separate call for text. About 80 % of the work of the attention is in these calls. Shots of one length
+that see no other text are one call, so that a GPU is not half idle at the end of each. Where shots are short, so that
+launches would cost more than work, all of them are one variable-length call (`packed`).
 
 The own *chunk* (`own_anchor: chunk`) is not here: backends add it to the routes, as one more chunk of each query.
 
@@ -107,6 +108,14 @@ def covers_all(calls: Sequence[AnchorCall], num_tokens: int) -> bool:
     return sum(call.end - call.start for call in calls) == num_tokens
 
 
+def equal_shots(calls: Sequence[AnchorCall], q: Tensor, k: Tensor) -> int:
+    """Returns the number of the calls where they are shots of one length, one after another, whose queries see their
+    own tokens alone and are all asked for; 0 otherwise."""
+    alone = all((call.start, call.end) == (call.own_start, call.own_end) and not call.num_text for call in calls)
+    alike = len({call.num_own for call in calls}) == 1 and sum(call.num_own for call in calls) == len(q) == len(k)
+    return len(calls) if alone and alike else 0
+
+
 def with_own_chunk(routes: Tensor, layout: ShotLayout, config: MoCConfig) -> Tensor:
     """Adds the own chunk to routes as one more slot, for `own_anchor: chunk`: [N, Lq, K] -> [N, Lq, K + 1].
 
@@ -188,6 +197,9 @@ def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, plan: AnchorPl
     text_index, calls, packed = plan
     if packed is not None:
         return packed_calls.forward(kernel, q, k, v, packed)
+    if shots := equal_shots(calls, q, k):
+        out, lse = kernel.forward(*(x.unflatten(0, (shots, -1)) for x in (q, k, v)))
+        return out.flatten(0, 1).contiguous(), lse.transpose(0, 1).flatten(1).contiguous()
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
     covered = covers_all(calls, q.shape[0])
     if len(calls) == 1 and covered:
@@ -225,6 +237,11 @@ def backward(
     text_index, calls, packed = plan
     if packed is not None:
         return packed_calls.backward(kernel, dout, q, k, v, out, lse, packed, deterministic)
+    if shots := equal_shots(calls, q, k):
+        by_shot = (x.unflatten(0, (shots, -1)) for x in (dout, q, k, v, out))
+        lse_by_shot = lse.unflatten(1, (shots, -1)).transpose(0, 1)
+        dq, dk, dv = kernel.backward(*by_shot, lse_by_shot, deterministic)
+        return dq.flatten(0, 1).contiguous(), dk.flatten(0, 1).contiguous(), dv.flatten(0, 1).contiguous()
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
     covered = covers_all(calls, q.shape[0])
     if len(calls) == 1 and covered:
@@ -253,8 +270,6 @@ def backward(
 
 def _spread(call: AnchorCall, grad: Tensor, like: Tensor, text_index: Tensor) -> Tensor:
     """Returns the gradient of one call's keys as that of all tokens, shaped as `like`."""
-    if call.num_own == like.shape[0]:
-        return grad.contiguous()
     total = torch.zeros_like(like)
     if call.num_own:
         total[call.own_start : call.own_end] = grad[: call.num_own]

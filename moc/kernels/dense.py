@@ -11,7 +11,7 @@ P = exp(scores - LSE) and D = rowsum(dO * O), both of which are then the merged 
     cpu    flash attention for CPUs, shipped with torch
     math   plain tensor code in blocks of queries: any device, any dtype
 
-Shape letters: Lq queries, Lk keys, N heads, D head dim.
+Shape letters: B runs of tokens, Lq queries, Lk keys, N heads, D head dim.
 """
 
 import logging
@@ -22,6 +22,7 @@ from functools import cache, wraps
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 FA4_TESTED = ("4.0.0b16",)  # betas change their return values
 SCORES_PER_BLOCK = 1 << 25  # bounds the memory of `math`: scores held at a time
 
-Forward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Forward = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[..., tuple[Tensor, ...]]
 
 
@@ -43,6 +44,7 @@ class DenseKernel:
 
     forward(q, k, v) -> (out, lse): q [Lq, N, D], k, v [Lk, N, D] -> out [Lq, N, D] in their dtype, lse fp32 [N, Lq].
     backward(dout, q, k, v, out, lse, deterministic) -> (dq, dk, dv), where out and lse may be merged ones.
+    Both also take B runs at once, each of which attends to its own keys: all shapes then begin with B.
     """
 
     name: str
@@ -99,6 +101,18 @@ def _half_on_gpu(capability: tuple[int, int] | None, dtype: torch.dtype, head_di
     return capability is not None and capability >= (8, 0) and half and head_dim % 8 == 0 and head_dim <= most
 
 
+def _of_runs(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Has a kernel, written for B runs at once, take a single one as well."""
+
+    @wraps(kernel)
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        if args[0].dim() == 4:
+            return kernel(*args)
+        return tuple(x[0] for x in kernel(*(x[None] if isinstance(x, Tensor) else x for x in args)))
+
+    return run
+
+
 # FlashAttention-3
 
 
@@ -117,24 +131,26 @@ def _fa3_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: 
     return capability is not None and capability[0] == 9 and _half_on_gpu(capability, dtype, head_dim) and bool(_fa3())
 
 
+@_of_runs
 def _fa3_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     ops = _fa3()
     assert ops is not None
-    out, lse, *_ = ops.fwd(q[None], k[None], v[None], softmax_scale=q.shape[-1] ** -0.5, num_splits=1)
-    return out[0], lse[0]
+    out, lse, *_ = ops.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, num_splits=1)
+    return out, lse
 
 
+@_of_runs
 def _fa3_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     ops = _fa3()
     assert ops is not None
-    dq, dk, dv = torch.empty_like(q[None]), torch.empty_like(k[None]), torch.empty_like(v[None])
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     ops.bwd(
-        dout[None], q[None], k[None], v[None], out[None], lse[None].contiguous(), dq, dk, dv,
+        dout, q, k, v, out, lse.contiguous(), dq, dk, dv,
         softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
     )  # fmt: skip
-    return dq[0], dk[0], dv[0]
+    return dq, dk, dv
 
 
 # FlashAttention-4
@@ -158,79 +174,77 @@ def _fa4_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: 
     return modern and head_dim in (64, 96, 128) and _half_on_gpu(capability, dtype, head_dim) and bool(_fa4())
 
 
+@_of_runs
 def _fa4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     module = _fa4()
     assert module is not None
-    out, lse = module._flash_attn_fwd(q[None], k[None], v[None], softmax_scale=q.shape[-1] ** -0.5, return_lse=True)
-    return out[0], lse[0]
+    return module._flash_attn_fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, return_lse=True)
 
 
+@_of_runs
 def _fa4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     module = _fa4()
     assert module is not None
-    dq, dk, dv = module._flash_attn_bwd(
-        q[None], k[None], v[None], out[None], dout[None], lse[None].contiguous(),
-        softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
-    )  # fmt: skip
-    return dq[0], dk[0], dv[0]
+    scale = q.shape[-1] ** -0.5
+    return module._flash_attn_bwd(
+        q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, deterministic=deterministic
+    )
 
 
 # Shipped with torch: cuDNN, FlashAttention-2, CPU
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    """Returns tensors [L, N, D] as [1, N, L, D], without a copy."""
-    return [x[None].transpose(1, 2) for x in tensors]
-
-
-def _tokens_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x[0].transpose(0, 1) for x in tensors)
+    """Returns tensors [B, L, N, D] as [B, N, L, D], or the other way round, without a copy."""
+    return [x.transpose(1, 2) for x in tensors]
 
 
 def _cudnn_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> bool:
     return _half_on_gpu(capability, dtype, head_dim, 128) and torch.backends.cudnn.is_available()
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if len(q) == len(k) == 1:  # cuDNN refuses this
+@_of_runs
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    if q.shape[1] == k.shape[1] == 1:  # cuDNN refuses this
         return _fa2_forward(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)
-    return out[0].transpose(0, 1), lse.reshape(q.shape[1], q.shape[0])
+    return out.transpose(1, 2), lse.reshape(len(q), q.shape[2], q.shape[1])
 
 
+@_of_runs
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, ...]:
-    if len(q) == len(k) == 1:
+    if q.shape[1] == k.shape[1] == 1:
         return _fa2_backward(dout, q, k, v, out, lse, deterministic)
     seed = torch.empty((), dtype=torch.int64, device=q.device)  # seeds dropout, which is off
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
     grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[None, :, :, None].contiguous(), seed, seed, None, None, None,
+        dout, q, k, v, out, lse[..., None].contiguous(), seed, seed, None, None, None,
         q.shape[2], k.shape[2], 0.0, False,
     )  # fmt: skip
-    return _tokens_first(*grads)
+    return tuple(_heads_first(*grads))
 
 
+@_of_runs
 def _fa2_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q[None], k[None], v[None], None, None, len(q), len(k), 0.0, False, False
+        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False
     )
-    return out[0], lse[0]
+    return out, lse
 
 
+@_of_runs
 def _fa2_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, ...]:
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     with deterministic_algorithms(deterministic):
-        grads = torch.ops.aten._flash_attention_backward(
-            dout[None], q[None], k[None], v[None], out[None], lse[None].contiguous(), None, None,
-            len(q), len(k), 0.0, False, unused, unused,
-        )  # fmt: skip
-    return tuple(x[0] for x in grads)
+        return torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, False, unused, unused
+        )
 
 
 def has_fa2(q: Tensor) -> bool:
@@ -275,19 +289,19 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+@_of_runs
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads_first(q, k, v))
-    return out[0].transpose(0, 1), lse[0]
+    return out.transpose(1, 2), lse
 
 
+@_of_runs
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
 ) -> tuple[Tensor, ...]:
     dout, q, k, v, out = _heads_first(dout, q, k, v, out)
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse[None], 0.0, False
-    )
-    return _tokens_first(*grads)
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, False)
+    return tuple(_heads_first(*grads))
 
 
 # Plain tensor code
@@ -305,23 +319,25 @@ def _out_of_autocast(kernel: Callable) -> Callable:
 
 
 def _query_blocks(q: Tensor, k: Tensor) -> list[slice]:
-    size = max(1, SCORES_PER_BLOCK // max(1, q.shape[1] * len(k)))
-    return [slice(start, start + size) for start in range(0, len(q), size)]
+    size = max(1, SCORES_PER_BLOCK // max(1, len(q) * q.shape[2] * k.shape[1]))
+    return [slice(start, start + size) for start in range(0, q.shape[1], size)]
 
 
+@_of_runs
 @_out_of_autocast
 def math_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Computes attention in blocks of queries, in fp32 at least; it takes any device and dtype."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = k.to(wide).permute(1, 2, 0), v.to(wide).transpose(0, 1)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=wide)
+    keys, values = k.to(wide).permute(0, 2, 3, 1), v.to(wide).transpose(1, 2)
+    out, lse = torch.empty_like(q), q.new_empty(len(q), q.shape[2], q.shape[1], dtype=wide)
     for rows in _query_blocks(q, k):
-        scores = q[rows].to(wide).transpose(0, 1) @ keys * q.shape[-1] ** -0.5
-        lse[:, rows] = scores.logsumexp(-1)
-        out[rows] = ((scores - lse[:, rows, None]).exp() @ values).transpose(0, 1).to(q.dtype)
+        scores = q[:, rows].to(wide).transpose(1, 2) @ keys * q.shape[-1] ** -0.5
+        lse[..., rows] = scores.logsumexp(-1)
+        out[:, rows] = ((scores - lse[..., rows, None]).exp() @ values).transpose(1, 2).to(q.dtype)
     return out, lse
 
 
+@_of_runs
 @_out_of_autocast
 def math_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
@@ -329,17 +345,17 @@ def math_backward(
     """Returns the gradient of `math_forward`, or of these keys in a larger softmax whose `out` and `lse` are given."""
     wide = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5
-    keys, values = k.to(wide).transpose(0, 1), v.to(wide).transpose(0, 1)
+    keys, values = k.to(wide).transpose(1, 2), v.to(wide).transpose(1, 2)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
     for rows in _query_blocks(q, k):
-        queries, grad = q[rows].to(wide).transpose(0, 1), dout[rows].to(wide).transpose(0, 1)
-        delta = (grad * out[rows].to(wide).transpose(0, 1)).sum(-1, keepdim=True)
-        weights = (queries @ keys.mT * scale - lse[:, rows, None]).exp()
+        queries, grad = q[:, rows].to(wide).transpose(1, 2), dout[:, rows].to(wide).transpose(1, 2)
+        delta = (grad * out[:, rows].to(wide).transpose(1, 2)).sum(-1, keepdim=True)
+        weights = (queries @ keys.mT * scale - lse[..., rows, None]).exp()
         dscores = weights * (grad @ values.mT - delta) * scale
-        dq[rows] = (dscores @ keys).transpose(0, 1).to(q.dtype)
+        dq[:, rows] = (dscores @ keys).transpose(1, 2).to(q.dtype)
         dk += dscores.mT @ queries
         dv += weights.mT @ grad
-    return dq, dk.transpose(0, 1).to(k.dtype), dv.transpose(0, 1).to(v.dtype)
+    return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype)
 
 
 def _cpu_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int) -> bool:

@@ -52,6 +52,34 @@ def test_a_call_a_group_equals_one_packed_call(config, monkeypatch):
         torch.testing.assert_close(packed, apart)
 
 
+@pytest.mark.parametrize("config", [{}, {"dense": True}])
+def test_shots_of_one_length_are_one_call(config, monkeypatch):
+    """Without text in the stream; the calls one by one, for which they are then not known as such, give the same."""
+    config = moc.MoCConfig(top_k=2, **config)
+    monkeypatch.setattr(anchors, "SHORT", 0)  # short ones are packed otherwise
+    sample = moc.ShotLayout.build([moc.Shot(0, (3, 2, 2))] * 3, 0, chunk_tokens=4)
+    layout = moc.ShotLayout.pack([sample, sample])
+    q, k, v = attention_tensors(layout, requires_grad=True)
+    calls = anchors.anchor_calls(layout, config, layout.num_tokens)
+    assert anchors.equal_shots(calls, q, k) == (2 if config.dense else 6)
+    direction, results = torch.randn_like(q), []
+    for _ in range(2):
+        out = moc.moc_attention(q, k, v, layout, config, backend="torch")
+        results.append((out, *torch.autograd.grad(out, (q, k, v), direction)))
+        monkeypatch.setattr(anchors, "equal_shots", lambda *_: 0)
+    torch.testing.assert_close(*results)
+
+
+def test_shots_that_are_no_one_call():
+    """They differ in length, see text, or are not all asked for."""
+    config = moc.MoCConfig(top_k=2)
+    short, long, told = moc.Shot(0, (1, 2, 2)), moc.Shot(0, (2, 2, 2)), moc.Shot(1, (1, 2, 2))
+    for shots, queries in (([short, long], 12), ([told, told], 10), ([short, short], 4)):
+        layout = moc.ShotLayout.build(shots, 0, chunk_tokens=4)
+        q = torch.empty(layout.num_tokens, 1, 8)
+        assert not anchors.equal_shots(anchors.anchor_calls(layout, config, queries), q[-queries:], q)
+
+
 def test_runs_share_keys_and_leave_some_unread():
     """Against one plain attention a run; keys 1 and 2 are read twice, key 5 never."""
     keys = [torch.tensor([1, 2]), torch.tensor([2, 1, 4, 3]), torch.tensor([0])]

@@ -31,6 +31,21 @@ def test_parts_merged_by_lse_are_exact_in_output_and_gradients(name, dtype):
         torch.testing.assert_close(mine.double(), other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cpu", "math"])
+def test_runs_at_once_are_the_runs_one_by_one(name):
+    """Of three runs of 5 queries, each has 7 keys."""
+    q, direction, k, v = (torch.randn(3, length, 2, 8) for length in (5, 5, 7, 7))
+    kernel = dense.choose(q, name)
+    out, lse = kernel.forward(q, k, v)
+    together = out, lse, *kernel.backward(direction, q, k, v, out, lse)
+    apart = []
+    for run in range(3):
+        own = q[run], k[run], v[run]
+        result = kernel.forward(*own)
+        apart.append((*result, *kernel.backward(direction[run], *own, *result)))
+    torch.testing.assert_close(together, tuple(torch.stack(results) for results in zip(*apart, strict=True)))
+
+
 def test_math_in_blocks_of_queries_is_the_same(monkeypatch):
     q, k, v, direction = tensors(33, 1, 2, 8, 4)
     whole = dense.math_forward(q, k, v)

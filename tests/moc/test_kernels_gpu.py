@@ -108,6 +108,22 @@ def test_dense_kernels_take_merged_output_and_lse(name, dtype, head_dim):
         assert (ours - exact).norm() <= 6e-3 * exact.norm()
 
 
+@pytest.mark.parametrize("name", ["fa3", "fa4", "cudnn", "fa2"])
+def test_dense_kernels_take_runs_at_once(name):
+    q, k, v, direction = (torch.randn(3, 300, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    try:
+        kernel = dense.choose(q, name)
+    except ValueError as absent:
+        pytest.skip(str(absent))
+    out, lse = kernel.forward(q, k, v)
+    mine = out, lse, *kernel.backward(direction, q, k, v, out, lse)
+    for run in range(3):
+        own = q[run], k[run], v[run]
+        result = kernel.forward(*own)
+        for ours, exact in zip(mine, (*result, *kernel.backward(direction[run], *own, *result)), strict=True):
+            assert (ours[run].float() - exact.float()).norm() <= 6e-3 * exact.float().norm()
+
+
 # Triton against the reference
 
 
