@@ -201,13 +201,9 @@ def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, plan: AnchorPl
         out, lse = kernel.forward(*(x.unflatten(0, (shots, -1)) for x in (q, k, v)))
         return out.flatten(0, 1).contiguous(), lse.transpose(0, 1).flatten(1).contiguous()
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
-    covered = covers_all(calls, q.shape[0])
-    if len(calls) == 1 and covered:
-        out, lse = kernel.forward(q, _keys(calls[0], k, k_text), _keys(calls[0], v, v_text))
-        return out.contiguous(), lse.contiguous()
     wide = torch.promote_types(q.dtype, torch.float32)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=wide)
-    if not covered:
+    if not covers_all(calls, q.shape[0]):
         out.zero_()
         lse.fill_(-torch.inf)
     for call in calls:
@@ -243,13 +239,8 @@ def backward(
         dq, dk, dv = kernel.backward(*by_shot, lse_by_shot, deterministic)
         return dq.flatten(0, 1).contiguous(), dk.flatten(0, 1).contiguous(), dv.flatten(0, 1).contiguous()
     k_text, v_text = _text_rows(k, text_index, calls), _text_rows(v, text_index, calls)
-    covered = covers_all(calls, q.shape[0])
-    if len(calls) == 1 and covered:
-        keys, values = _keys(calls[0], k, k_text), _keys(calls[0], v, v_text)
-        dq, dkeys, dvalues = kernel.backward(dout, q, keys, values, out, lse, deterministic)
-        return dq.contiguous(), _spread(calls[0], dkeys, k, text_index), _spread(calls[0], dvalues, v, text_index)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if not covered:
+    if not covers_all(calls, q.shape[0]):
         dq.zero_()
     if not covers_all([call for call in calls if call.num_own], k.shape[0]):
         dk.zero_()
@@ -266,16 +257,6 @@ def backward(
             summed = total[text_index] + text_total
             total.index_copy_(0, text_index, summed.to(total.dtype))
     return dq, dk, dv
-
-
-def _spread(call: AnchorCall, grad: Tensor, like: Tensor, text_index: Tensor) -> Tensor:
-    """Returns the gradient of one call's keys as that of all tokens, shaped as `like`."""
-    total = torch.zeros_like(like)
-    if call.num_own:
-        total[call.own_start : call.own_end] = grad[: call.num_own]
-    for first, last, of_text in _text_grads(call, grad):
-        total.index_copy_(0, text_index[first:last], of_text)
-    return total
 
 
 def _add(call: AnchorCall, grad: Tensor, total: Tensor, text_total: Tensor) -> None:
