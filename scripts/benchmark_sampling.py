@@ -45,6 +45,7 @@ from torch import Tensor
 from configs.command import command
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
+from moc.diffusion.sides import Side, Stream
 from moc.errors import UserError, check_least
 from moc.files import write_whole
 from moc.kernels import dense
@@ -212,13 +213,27 @@ class Bench:
         for weight_name, weight in model.named_parameters():  # one by one, as a checkpoint is loaded
             if not wide & set(weight_name.split(".")):
                 weight.data = weight.data.to(dtype)
+        model.execution = config.execution
+        exact = self._velocity(model) if config.weights else None
         freeze_linears(model, config.weights or Base.fp32)
         if config.fp8_matmuls:
             multiply_in_fp8(model, device)
-        model.execution = config.execution
+        self.error = None if exact is None else float((self._velocity(model) - exact).norm() / exact.norm())
         self.model = Clocked(move_model(model, self.parallel), device.type == "cuda")  # type: ignore[arg-type]
         head_dim = config.model.dim // config.model.num_heads
         self.kernel = dense.choose(torch.empty(1, 1, head_dim, device=device, dtype=dtype)).name
+
+    @torch.no_grad()
+    def _velocity(self, model: StreamModel) -> Tensor:
+        """Returns what a model says of two short shots, which are the same in every call."""
+        film, device, draw = FILMS[self.config.films[0]], self.parallel.device, torch.Generator().manual_seed(0)
+        latents = [torch.randn(CHANNELS, 3, *film.size, generator=draw).to(device) for _ in range(2)]
+        text = [torch.randn(TEXT_TOKENS, self.config.text_dim, generator=draw).to(device) for _ in range(3)]
+        moc = replace(self.config.moc, chunk_tokens=film.chunk_tokens)
+        with self.parallel.autocast():
+            side = Side(model, model.stream, text, [True, True])
+            out = side.velocity(Stream([0, 1], latents, torch.tensor([0.5, 0.5])), moc)
+        return torch.stack(list(out.values()))
 
     def film(self, name: str, impl: str) -> None:
         """Measures the rows of a film in one implementation; streams that are computed whole are timed once for all
@@ -294,7 +309,7 @@ class Bench:
         """Puts a row into the record."""
         config, film = self.config, FILMS[name]
         sizes = {size: asdict(config.model)[size] for size in ("dim", "num_layers", "num_heads", "ffn_dim")}
-        move_model = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
+        film_made = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
         setup = {
             "weights": str(config.weights or "") + ", fp8 matmuls" * config.fp8_matmuls,
             "top_k": config.moc.top_k, "guidance_scale": config.sampler.guidance_scale,
@@ -302,7 +317,8 @@ class Bench:
             "tokens": sum(film.frames) * film.size[0] * film.size[1] // 4,
         }  # fmt: skip
         host = {"host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
-        row = move_model | setup | dict(measured) | host
+        error = {} if self.error is None else {"error": round(self.error, 4)}
+        row = film_made | setup | error | dict(measured) | host
         print(row, flush=True)
         head = header() | {"dense_kernel": self.kernel, "model": sizes, "precision": str(self.parallel.dtype)}
         output = Path(config.output)
@@ -374,17 +390,18 @@ def page(rows: list[dict[str, Any]]) -> str:
             f"{row['timed_steps']} of {row['film_steps']}" if "timed_steps" in row else "",
             f"{row['outside']:.1%}" if "outside" in row else "",
             *(f"{row[name] / 2**30:.1f}" if name in row else "" for name in ("peak_bytes", "host_bytes")),
+            f"{row['error']:.1%}" if "error" in row else "",
             str(row["commit"])[:7],
         ])  # fmt: skip
     columns = [
         "film", "tokens", "mode", "attention", "weights", "guidance", "context", "GPUs", "history", "step s",
-        "x over dense", "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "commit",
+        "x over dense", "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "error", "commit",
     ]  # fmt: skip
     about = (
         f"{measured_on(rows)} The shape of Wan2.1-T2V-1.3B with random weights; dense kernel "
         f"{', '.join(sorted({str(row['dense_kernel']) for row in rows}))}. A step is one of the longest stream, both "
         "sides of guidance; a film of 50 steps a shot is extrapolated from the steps timed; `decode` is one shot, and "
-        "all of them by count. Made by scripts/benchmark_sampling.py."
+        "all of them by count; `error` is how far the weights as kept move a velocity. Made by scripts/benchmark_sampling.py."
     )
     return f"# Sampling films\n\n{about}\n\n{markdown_table(columns, lines)}\n"
 
