@@ -14,6 +14,7 @@ from moc.cost import FLOPS_PER_PAIR
 from moc.diffusion import Flow, SamplingConfig, Story, guidance_scales, num_still_remembered, plan_steps
 from moc.diffusion.steps import Step
 from moc.training import MeshConfig
+from models.encoders.codec import Codec
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
 REACHED = 0.5  # share of a GPU's peak that films of long shots reach by this count (docs/benchmarks/sampling.md)
@@ -28,7 +29,8 @@ class Estimate:
     sparsity: that of attention in the last step's stream, if each query has as many routes as it can.
     forwards: calls of the model, those that remember finished shots included.
     flops, dense_flops: those of all forwards, with this attention and with a dense one that remembers nothing.
-    memory: bytes of the weights, of keys and values that are kept and of a forward, roughly, on each device.
+    memory: bytes of the weights, of keys and values that are kept and of a forward, or of decoding a shot where that
+        takes more, roughly, on each device.
     host_memory: bytes of keys and values that are kept in the host's memory instead.
     least: bytes without which no film can be made: those of the weights and of a forward that keeps nothing.
     """
@@ -58,7 +60,7 @@ class Estimate:
             f"{self.forwards} forwards of {_flops(self.flops)} in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",
-            f"about {gib(self.memory)} of memory: weights, what is remembered, and a forward"
+            f"about {gib(self.memory)} of memory: weights, what is remembered, and a forward or decoding a shot"
             + (f"; {gib(self.host_memory)} of the host's" if self.host_memory else ""),
             *([f"about {_time(self.flops / (REACHED * peak))} at half of the GPU's peak, which long shots reach; short "
                "ones take longer"] if peak else []),
@@ -90,12 +92,14 @@ def estimate(
     model: Any,
     moc: MoCConfig,
     flow: Flow,
+    codec: Codec,
     mesh: MeshConfig | None = None,
     offload: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
     """Returns the cost of a film. model: a `StreamModel`, or two experts, of which one is called at a time; with
-    `offload` only that one is on the device. mesh: how processes share it. dtype: that of its forward passes."""
+    `offload` only that one is on the device. codec: decodes the film, on the same device. mesh: how processes share the
+    model. dtype: that of its forward passes."""
     experts = [model.high, model.low] if hasattr(model, "high") else [model]
     network, mesh = experts[0], mesh or MeshConfig()
     latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
@@ -113,6 +117,7 @@ def estimate(
     seen = steps[-1].shots
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
+    held += sum(weight.nbytes for weight in codec.parameters())
     token = width * dtype.itemsize / mesh.sequence  # bytes of a token's features; only norms have them in fp32
     kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # how many of these each layer and cache keeps
     layer = kept * (stream.global_tokens + work.most_seen) * token
@@ -124,7 +129,7 @@ def estimate(
         forwards=work.forwards,
         flops=work.flops,
         dense_flops=work.dense_flops,
-        memory=held + here * layer + WIDE * work.most_tokens * token,
+        memory=held + here * layer + max(WIDE * work.most_tokens * token, codec.decoding_bytes(*plan.script.size)),
         host_memory=caches * layer if sampler.offload_cache else 0.0,
         least=held + work.least * token,
     )

@@ -236,8 +236,8 @@ class Filmmaker:
     @property
     def _count(self) -> Callable[..., Estimate]:
         """Returns `estimate` for this model and these settings of attention."""
-        mesh, dtype = self.config.parallel, self.parallel.dtype
-        return partial(estimate, model=self._loaded, moc=self.moc, flow=self.flow, mesh=mesh, dtype=dtype)
+        films = {"model": self._loaded, "moc": self.moc, "flow": self.flow, "codec": self.encoders.codec}
+        return partial(estimate, **films, mesh=self.config.parallel, dtype=self.parallel.dtype)
 
     def check_memory(self, plan: FilmPlan, is_begun: bool = False) -> None:
         """Raises UserError, with what would fit, where a film cannot fit into the device's memory. is_begun: whether

@@ -16,7 +16,7 @@ One H100 is expected to take (by count, from docs/benchmarks/model.md; start and
     films=[paper] impls=[dense] timed=2                                       4 minutes
     films=[wan] impls=[moc] modes=[staggered,joint,extend_uncached,decode]    4 minutes
     films=[wan] impls=[moc] modes=[extend_offload] sampler.context_shots=4    3 minutes, 86 GB of the host's memory
-    films=[wan] impls=[dense] timed=1                                         7 minutes
+    films=[wan] impls=[dense] timed=1                                         7 minutes, 2.5 of modes=[joint] alone
     films=[paper] impls=[moc] modes=[joint] weights=fp8 [fp8_matmuls=true]    1 minute each
 
 The keys and values of the `wan` minute take 69 GB a side of guidance, so that `extend` without a smaller
@@ -395,13 +395,15 @@ def page(rows: list[dict[str, Any]]) -> str:
         ])  # fmt: skip
     columns = [
         "film", "tokens", "mode", "attention", "weights", "guidance", "context", "GPUs", "history", "step s",
-        "x over dense", "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "error", "commit",
+        "x over dense", "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "error",
+        "commit",
     ]  # fmt: skip
     about = (
         f"{measured_on(rows)} The shape of Wan2.1-T2V-1.3B with random weights; dense kernel "
         f"{', '.join(sorted({str(row['dense_kernel']) for row in rows}))}. A step is one of the longest stream, both "
         "sides of guidance; a film of 50 steps a shot is extrapolated from the steps timed; `decode` is one shot, and "
-        "all of them by count; `error` is how far the weights as kept move a velocity. Made by scripts/benchmark_sampling.py."
+        "all of them by count; `error` is how far the weights as kept move a velocity. Made by "
+        "scripts/benchmark_sampling.py."
     )
     return f"# Sampling films\n\n{about}\n\n{markdown_table(columns, lines)}\n"
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models.encoders.codec import Codec, CodecConfig, CodecKind
 from models.encoders.pair import build_codec
@@ -76,3 +78,24 @@ class Watch:
         self.arrays.append((weakref.ref(array), frames.shape[1]))
         self.most = max(self.most, sum(length for held, length in self.arrays if held() is not None))
         return torch.from_numpy(array)  # keeps the array for as long as any view of it lives
+
+
+class HeldTensors(TorchDispatchMode):
+    """Watches what operators return. most: the bytes that were held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self._sizes = 0, 0, dict[int, int]()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (memory := tensor.untyped_storage())._cdata not in self._sizes:
+                self._sizes[memory._cdata] = memory.nbytes()
+                self.now += memory.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(memory, self._forget, memory._cdata)
+        return out
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

@@ -108,6 +108,10 @@ class Codec(nn.Module):
         """Returns the frames of the next latents of a video, in the same way."""
         raise NotImplementedError
 
+    def decoding_bytes(self, height: int, width: int) -> float:
+        """Returns bytes, roughly, that decoding pictures of that size takes besides the weights."""
+        raise NotImplementedError
+
     # Frames and latent frames
 
     def begins_video(self, shot: int) -> bool:

@@ -139,6 +139,10 @@ class LappedCodec(Codec):
             video = torch.cat([video[:, : BLOCK[0]].mean(1, keepdim=True), video[:, BLOCK[0] :]], dim=1)
         return video.clamp(-1, 1)
 
+    def decoding_bytes(self, height: int, width: int) -> float:
+        frames = self.latents_at_once * BLOCK[0]
+        return 4.0 * 13 * 3 * frames * height * width  # the descent holds 13 videos of a piece at once
+
     def _of_latents(self, num_latents: int, first: bool) -> tuple[Tensor, Tensor]:
         """Returns basis [T, C, 768] and scale [T, 1, 1, C] of each latent frame of a piece."""
         later = (torch.arange(num_latents, device=self.basis.device) >= first).long()

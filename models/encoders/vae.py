@@ -21,6 +21,10 @@ from models.encoders.codec import Codec, CodecConfig, in_fp32
 from models.encoders.fingerprint import fingerprint, weights_digest
 
 TILE, TILE_STRIDE = 256, 192  # pixels, as in diffusers
+# So many maps of full size and of the decoder's fewest channels are held while a latent frame is decoded: what
+# convolutions keep of the frames before, and what four frames go through. Tensors are 52 of them, and 91 in Wan2.2's
+# residual decoder; with what a GPU's convolutions need besides, the first come to 59 (docs/benchmarks/sampling.md).
+MAPS, RESIDUAL_MAPS = 60, 100
 
 Features = list  # what each causal convolution keeps of the frames before: a tensor, a mark, or None
 
@@ -100,6 +104,13 @@ class WanCodec(Codec):
         unnormalized = (latent.float() * self.std + self.mean)[None]
         patches = self._in_tiles(run, vae.decoder, unnormalized, memory, Scale(self.spatial_factor, self.patch_size))
         return unpatchify(patches, self.patch_size)[0].clamp(-1, 1)
+
+    def decoding_bytes(self, height: int, width: int) -> float:
+        if self.tiling:
+            height, width = min(height, TILE), min(width, TILE)
+        settings = self.vae.config
+        maps = RESIDUAL_MAPS if settings.is_residual else MAPS
+        return 4.0 * maps * (settings.decoder_base_dim or settings.base_dim) * height * width / self.patch_size**2
 
     def _in_tiles(
         self, run: Callable[[Tensor, Features], Tensor], network: nn.Module, x: Tensor, memory: dict, scale: Scale

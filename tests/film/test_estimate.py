@@ -14,6 +14,7 @@ from moc.diffusion import sample_shots
 from moc.errors import UserError
 from moc.training import MeshConfig
 from models.checkpoints.experts import Experts
+from models.encoders.lapped import LappedCodec
 from models.frozen import Base
 from tests.film.filming import SHOT, STORY, film_of, open_filmmaker
 from tests.pipeline import command
@@ -58,12 +59,31 @@ def test_an_estimate_counts_what_the_model_is_asked(trained, write, settings, mo
     assert f"{sum(guess.shot_tokens)} tokens" in text
 
 
+def test_decoding_counts_where_it_takes_more_than_a_forward(trained, write, monkeypatch):
+    """What would surely not fit is told without it, since the count is rough."""
+    filmmaker, found = open_filmmaker(trained), []
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+    for decoding in (0, 1, 1e9, 3e9):
+        monkeypatch.setattr(type(filmmaker.encoders.codec), "decoding_bytes", lambda *_, size=decoding: size)
+        found.append(filmmaker.estimate(plan))
+    assert found[0] == found[1]
+    assert found[3].memory - found[2].memory == 2e9 > found[2].memory - found[1].memory > 0.9e9
+    assert len({one.least for one in found}) == 1
+
+
+@pytest.fixture
+def no_decoding(monkeypatch):
+    """Counts no decoding, beside which nothing else of a tiny film counts."""
+    monkeypatch.setattr(LappedCodec, "decoding_bytes", lambda *_: 0)
+
+
+@pytest.mark.usefixtures("no_decoding")
 def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write):
     """Where experts take turns only one is on the device, but what both remember is."""
     filmmaker = open_filmmaker(trained)
     plan = filmmaker.plan(filmmaker.read(write(STORY)))
     one, pair = filmmaker.model, Experts(filmmaker.model, deepcopy(filmmaker.model))
-    settings = {"moc": filmmaker.moc, "flow": filmmaker.flow}
+    settings = {"moc": filmmaker.moc, "flow": filmmaker.flow, "codec": filmmaker.encoders.codec}
     assert filmmaker.moc.flows_forward
 
     def memory(model, offload=False, mesh=None, **sampler) -> float:
@@ -80,6 +100,7 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
     assert memory(pair) - memory(pair, mesh=MeshConfig(shard=2)) == weights
 
 
+@pytest.mark.usefixtures("no_decoding")
 def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, write, tmp_path, monkeypatch, caplog):
     """Before the first film of a batch is begun; what is said to fit does, and a film that may fit is made."""
     filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
