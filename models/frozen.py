@@ -8,7 +8,7 @@ blocks copies as any other.
 
 from collections.abc import Collection, Iterator
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import ScalingType, scaled_mm
 
 from moc.errors import UserError
+from models.fuse import fused
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # the largest number of each format
 _FP8 = torch.float8_e4m3fn
-_ROWS = 16384  # so many of an input are rounded together: they are in fp32 meanwhile
+FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that multiplies in it
 
 
 class Base(StrEnum):
@@ -30,6 +31,17 @@ class Base(StrEnum):
     bf16 = "bf16"
     fp8 = "fp8"
     int8 = "int8"
+
+
+class Rounded(NamedTuple):
+    """Holds rows [..., D] in fp8, as linears multiply them.
+
+    numbers: float8_e4m3fn [..., D]. scale: fp32 [..., 1], what each row is multiplied by. dtype: the rows' own.
+    """
+
+    numbers: Tensor
+    scale: Tensor
+    dtype: torch.dtype
 
 
 class FrozenLinear(nn.Linear):
@@ -54,32 +66,48 @@ class FrozenLinear(nn.Linear):
         self.register_parameter("bias", linear.bias)
         self.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
+    def forward(self, x: Tensor | Rounded) -> Tensor:
+        """Returns the product with rows x [..., in_features], which `taken_by` may have rounded already."""
+        x = taken_by(self, x) if isinstance(x, Tensor) else x
+        device = self.weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if self.fp8_matmul:
+        if isinstance(x, Rounded):
             return self._in_fp8(x).to(dtype)
         return _Linear.apply(x, self.weight, self.scale, self.bias, dtype)
 
-    def _in_fp8(self, x: Tensor) -> Tensor:
-        rows = [packed(some, Base.fp8) for some in x.flatten(end_dim=-2).split(_ROWS)]
-        numbers, scales = (torch.cat([row[name] for row in rows]) for name in ("weight", "scale"))
+    def _in_fp8(self, x: Rounded) -> Tensor:
         weight, scale = self.weight.view(_FP8).t(), self.scale.view(1, -1)  # type: ignore[union-attr]
         bias = None if self.bias is None else self.bias.bfloat16()  # H100s give the product in it
-        by_row = ScalingType.RowWise
-        out = scaled_mm(numbers.view(_FP8), weight, scales, by_row, scale, by_row, bias=bias)
-        return out.unflatten(0, x.shape[:-1])
+        numbers, row_scale, by_row = x.numbers.flatten(end_dim=-2), x.scale.view(-1, 1), ScalingType.RowWise
+        out = scaled_mm(numbers, weight, row_scale, by_row, scale, by_row, bias=bias, use_fast_accum=True)
+        return out.unflatten(0, x.numbers.shape[:-1])
+
+
+def taken_by(linear: nn.Module, x: Tensor, gelu: bool = False) -> Tensor | Rounded:
+    """Returns x, or its GELU by its tanh, as a linear takes it. One that multiplies in fp8 takes it rounded: linears
+    that share an input can so have it rounded once, and GELU is a part of the rounding."""
+    if isinstance(linear, FrozenLinear) and linear.fp8_matmul:
+        return Rounded(*rounded(x, gelu), x.dtype)
+    return F.gelu(x, approximate="tanh") if gelu else x
+
+
+@fused
+def rounded(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Rounds each row of x [..., D], or of its GELU, to fp8 as `packed` does; returns the numbers and the scale."""
+    rows = packed(F.gelu(x.float(), approximate="tanh") if gelu else x, Base.fp8)
+    return rows["weight"].view(_FP8), rows["scale"]
 
 
 def packed(weight: Tensor, base: Base) -> dict[str, Tensor]:
-    """Returns the `weight` and, where it has one, the `scale` of a `FrozenLinear` for a weight [out, in] of any dtype.
-    The largest number of a row becomes the largest of the format."""
+    """Returns the `weight` and, where it has one, the `scale` of a `FrozenLinear` for a weight [..., out, in] of any
+    dtype. The largest number of a row becomes the largest of the format."""
     if base is Base.bf16:
         return {"weight": weight.bfloat16()}
     weight, largest = weight.float(), _LARGEST[base]
     # A row of zeros has a scale too: it would divide by none.
-    scale = weight.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
-    scaled = weight / scale
+    # Products with these numbers are the same on every device; CPUs and GPUs divide by a number differently.
+    scale = weight.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) * (1 / largest)
+    scaled = weight * scale.reciprocal()
     numbers = scaled.round().to(torch.int8) if base is Base.int8 else scaled.to(_FP8).view(torch.uint8)
     return {"weight": numbers, "scale": scale}
 
@@ -128,7 +156,7 @@ def freeze_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
 def multiply_in_fp8(model: Any, device: torch.device) -> None:
     """Has the frozen fp8 linears of a model multiply in fp8, where their sizes are multiples of 16. Raises UserError
     for a GPU that has no such matmuls."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise UserError(f"{torch.cuda.get_device_name(device)} has no fp8 matmuls; leave out fp8_matmuls")
     for module in model.modules():
         if isinstance(module, FrozenLinear) and module.weight.dtype == torch.uint8:

@@ -209,6 +209,18 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     return _Rotate.apply(x, *table, 1.0)
 
 
+def rounded(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    x, scale = x.contiguous(), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    numbers = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    largest = torch.finfo(numbers.dtype).max
+    if scale.numel():
+        kernels.round_kernel[(scale.numel(),)](
+            x, numbers, scale, LARGEST=largest, LEAST=torch.finfo(torch.float32).tiny * largest, GELU=gelu,
+            **_sizes(x.shape[-1]),
+        )  # fmt: skip
+    return numbers, scale
+
+
 def join(
     text: Tensor, video: Tensor, norms: Sequence[tuple[Tensor, Tensor]], part: Part, table: Table | None = None,
     eps: float = 1e-6,

@@ -169,6 +169,25 @@ def rotate_kernel(
 
 
 @triton.jit
+def round_kernel(
+    x, numbers, scales, LARGEST: tl.constexpr, LEAST: tl.constexpr, GELU: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr,
+):  # fmt: skip
+    """Writes each row of x, or of its GELU, over its scale, by which its largest number becomes LARGEST, and that scale
+    [L]. No row's largest number counts as less than LEAST."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, DP)
+    inside = column < D
+    value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    if GELU:  # its tanh, as a sigmoid: 1 + tanh(z) = 2 sigmoid(2 z), and 2 sqrt(2 / pi) = 1.5957...
+        value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    scale = tl.maximum(tl.max(tl.abs(value), 0), LEAST) * (1 / LARGEST)
+    tl.store(scales + row, scale)
+    # Every operation is rounded as those of the plain function are, so that the numbers are the same.
+    tl.store(numbers + row * D + column, (value * tl.div_rn(1.0, scale)).to(numbers.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _heads(index, block, num_rows, N: tl.constexpr, BLOCK: tl.constexpr):
     """Returns the rows, heads and tokens of the BLOCK heads of a block of rows, and whether there are such; int64."""
     head = block * BLOCK + tl.arange(0, BLOCK)

@@ -19,7 +19,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention import FeedForward
+from diffusers.models import attention
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from moc import MoCConfig, ShotLayout, StreamSpec, TextAnchor
 from moc.errors import UserError
 from moc.kernels import packed
 from moc.kernels.packed import Packed
+from models.frozen import Rounded, taken_by
 from models.layers import LayerNorm, RMSNorm, add_gated, modulate
 from models.members import Members
 from models.part import Part
@@ -60,13 +61,21 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def project(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor | Rounded, context: Tensor | Rounded) -> tuple[Tensor, Tensor, Tensor]:
         """Returns q of x [L, dim], and k and v of context [Lc, dim], as [.., N, D]."""
         q, k = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(context))
         return self.heads(q), self.heads(k), self.heads(self.to_v(context))
 
     def output(self, attended: Tensor) -> Tensor:
         return self.to_out[0](attended.flatten(-2))
+
+
+class FeedForward(attention.FeedForward):
+    """This is diffusers' network of a linear, GELU by its tanh, and a linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, _, down = self.net
+        return down(taken_by(down, up.proj(x), gelu=True))  # type: ignore[operator]
 
 
 class Block(RecomputedParts):
@@ -91,7 +100,7 @@ class Block(RecomputedParts):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(1)
 
         def with_stream(x: Tensor) -> Tensor:
-            normed = modulate(x, shift, scale, members, self.eps)
+            normed = taken_by(self.attn1.to_q, modulate(x, shift, scale, members, self.eps))  # to_k and to_v take it so
             return add_gated(x, self.attn1.output(attend(*self.attn1.project(normed, normed))), gate, members)
 
         def with_text(x: Tensor) -> Tensor:

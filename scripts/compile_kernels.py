@@ -27,11 +27,13 @@ from tqdm import tqdm
 import moc
 from moc.kernels import ahead, triton_backend, triton_masked
 from models import pointwise
+from models.frozen import FP8_CAPABILITY
 from models.members import Members
 from models.part import Part
 from scripts.measuring import markdown_table
 
 NUM_HEADS = 12
+FFN_DIM = 8960  # of Wan2.1-T2V-1.3B, as the number of heads
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,23 @@ def pointwise_work(setting: Setting) -> None:
         output.sum().backward(retain_graph=True)
 
 
+def rounding(setting: Setting) -> None:
+    """Rounds the inputs of linears to fp8, as sampling does."""
+    for width, gelu in ((NUM_HEADS * setting.head_dim, False), (FFN_DIM, True)):
+        pointwise.rounded(torch.zeros(40, width, dtype=setting.dtype), gelu)
+
+
 def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, ahead.Launch]]:
     """Yields (GPU, setting, launch): a launch of each variant; one that several settings share goes with the first."""
     for gpu in gpus:
         variants = set()
         for name in settings:
-            with ahead.recorded((int(gpu[:-1]), int(gpu[-1]))) as found:
+            capability = int(gpu[:-1]), int(gpu[-1])
+            with ahead.recorded(capability) as found:
                 attention(SETTINGS[name])
                 pointwise_work(SETTINGS[name])
+                if capability >= FP8_CAPABILITY:
+                    rounding(SETTINGS[name])
             for launch in found:
                 if launch.variant not in variants:
                     variants.add(launch.variant)

@@ -9,12 +9,23 @@ from torch import Tensor, nn
 
 from moc import MoCConfig, Sample, make_batch
 from models import ModelConfig, build_model, load_model, save_model
-from models.frozen import Base, FrozenLinear, freeze_linears, multiply_in_fp8, packed, unpacked
+from models.frozen import (
+    Base,
+    FrozenLinear,
+    Rounded,
+    freeze_linears,
+    multiply_in_fp8,
+    packed,
+    rounded,
+    taken_by,
+    unpacked,
+)
 from models.lora import read_lora
 from models.mmdit import MMDiT
 from models.stream import StreamModel
 from tests import pipeline
 from tests.models.test_lora import DENSE, save_base, settings_for
+from tests.rounding import assert_rounded_alike
 
 KEPT = [Base.bf16, Base.fp8, Base.int8]
 TARGETS = {"wan": ["to_q", "to_v", "net.0.proj", "net.2"], "mmdit": ["to_qkv", "ffn.0", "ffn.2"]}
@@ -74,9 +85,9 @@ def test_a_linear_computes_with_the_kept_weight(base: Base, device: str) -> None
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_linear_multiplies_in_fp8(has_bias: bool, device: str, monkeypatch) -> None:
-    """Both sides are rounded row by row, however many rows are rounded at once; other sizes multiply as they did."""
-    monkeypatch.setattr("models.frozen._ROWS", 5)
+def test_a_linear_multiplies_in_fp8(has_bias: bool, device: str) -> None:
+    """Both sides are rounded row by row, the input once for all linears that take it; other sizes multiply as they
+    did."""
     torch.manual_seed(0)
     layer = FrozenLinear(nn.Linear(48, 32, bias=has_bias), Base.fp8).to(device)
     odd = FrozenLinear(nn.Linear(12, 32), Base.fp8).to(device)
@@ -88,12 +99,28 @@ def test_a_linear_multiplies_in_fp8(has_bias: bool, device: str, monkeypatch) ->
     expected = rounded @ unpacked(layer.weight, layer.scale, torch.float32).T
     with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=False):
         found = layer(x)
+        taken = taken_by(layer, x)
+        assert isinstance(taken, Rounded)
+        assert torch.equal(layer(taken), found)
+        assert taken_by(odd, x) is x
     assert (found.dtype, found.shape) == (torch.float32, expected.shape)
     if has_bias:
         found = found - layer.bias.bfloat16().float()
     error = (found - expected).abs()
     assert (error <= 2**-7 * (expected.abs() + (layer.bias.abs().max() if has_bias else 0)) + 1e-6).all()
     assert not torch.allclose(found, x @ unpacked(layer.weight, layer.scale, torch.float32).T, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 1536, 8960])
+def test_a_gpu_rounds_rows_to_the_same_numbers(width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(3, 40, width) * torch.logspace(-30, 3, 40)[:, None]).to(dtype)
+    x[1, 3] = 0
+    for gelu in (False, True):
+        found = tuple(part.cpu() for part in rounded(x.cuda(), gelu))
+        assert_rounded_alike(found, rounded(x, gelu), exactly=not gelu)
 
 
 def loss_and_gradients(model: StreamModel) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from moc import Shot, ShotLayout
-from models import layers, rope
+from models import frozen, layers, rope
 from models.members import Members
 from models.part import Part
 from tests.moc.against_reference import interpreted
+from tests.rounding import assert_rounded_alike
 
 pointwise = pytest.importorskip("models.pointwise", exc_type=ImportError)
 
@@ -85,3 +86,17 @@ def test_streams_are_joined_as_the_plain_function_joins_them(rotates, texts, gri
     tolerance = {"rtol": 2**-7, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     for found, expected in zip(results(pointwise.join, text, video), results(layers.join, *wide), strict=True):
         torch.testing.assert_close(found.float(), expected, **tolerance)
+
+
+@interpreted
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("length", "width", "dtype"), [(9, 48, torch.float32), (5, 70, torch.bfloat16)])
+def test_rows_are_rounded_as_the_plain_function_rounds_them(gelu, length, width, dtype):
+    """The interpreter casts to fp8 wrongly where a carry makes the exponent larger, so that torch casts here; a test on
+    a GPU has it cast itself."""
+    x = (torch.randn(length, width) * torch.logspace(-30, 0, length)[:, None]).to(dtype)
+    x[1] = 0
+    numbers, scale = torch.full((length, width), torch.nan), torch.full((length, 1), torch.nan)
+    least = torch.finfo(torch.float32).tiny * 448
+    pointwise.kernels.round_kernel[(length,)](x, numbers, scale, 448.0, least, gelu, **pointwise._sizes(width))
+    assert_rounded_alike((numbers.to(torch.float8_e4m3fn), scale), frozen.rounded(x, gelu), exactly=not gelu)
