@@ -1,12 +1,12 @@
 """This is what a query may see: the rule of anchors and candidates, written once for routing, attention and its cost.
 
-All tokens of a chunk see the same, so the rule speaks of a chunk of queries and a chunk of keys. `moc.reference` states
-anchors on its own, and Triton's routing states candidates in its kernels: tests compare them with this.
+All tokens of a chunk see the same, so the rule speaks of a chunk of queries and a chunk of keys. Triton's kernels read
+candidates from the table of `candidate_runs`. `moc.reference` states anchors on its own: a test compares the two.
 
 Source: arXiv 2508.21058, section 3 (anchors, causal routing).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -71,17 +71,34 @@ def is_anchor(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tensor)
     return is_own_anchor(pair, config) | is_text_anchor(pair, config)
 
 
-def is_candidate(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tensor) -> Tensor:
-    """Returns whether the queries of each pair of chunks may route to the keys; bool, broadcast.
+def candidate_runs(layout: ShotLayout, config: MoCConfig) -> Tensor:
+    """Returns which chunks the queries of each chunk may route to, int32 [M, 4]: the video among [first, last), but for
+    [own_first, own_last), its own chunks that are anchors.
 
-    Candidates are the video chunks that no anchor covers and, when causal, earlier ones only: with the own shot as
-    anchor those of earlier shots. Global text precedes every shot, so it has none under causal routing.
+    When causal, `last` is where the own shot or chunk begins. Global text precedes every shot: nothing is left for it.
     """
-    pair = pairs(layout, query, key)
-    found = pair.same_sample & ~pair.is_text & ~is_own_anchor(pair, config)
+    return layout.memo(("candidates", config.causal, config.own_anchor), lambda: _candidate_runs(layout, config))
+
+
+def _candidate_runs(layout: ShotLayout, config: MoCConfig) -> Tensor:
+    chunk = torch.arange(layout.num_chunks, dtype=torch.int32, device=layout.device)
+    group, sample = layout.chunk_group, layout.chunk_sample
+    itself = pairs(layout, chunk, chunk)
+    neighbour = replace(itself, same_chunk=~itself.same_chunk)  # another chunk of the same shot
+    has_own, has_shot = is_own_anchor(itself, config), is_own_anchor(neighbour, config)
+    own_first = torch.where(has_shot, layout.group_first_chunk[group], chunk)
+    own_last = torch.where(has_shot, layout.group_first_chunk[group + 1], chunk + has_own)
+    last = own_first if config.causal else layout.sample_first_chunk[sample + 1]
+    return torch.stack([layout.sample_first_chunk[sample], last, own_first, own_last], dim=1)
+
+
+def is_candidate(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tensor) -> Tensor:
+    """Returns whether the queries of each pair of chunks may route to the keys; bool, broadcast."""
+    first, last, own_first, own_last = candidate_runs(layout, config)[query].to(key.dtype).unbind(-1)
+    found = (key >= first) & (key < last) & ~((key >= own_first) & (key < own_last)) & ~layout.chunk_is_text[key]
     if config.candidates is Candidates.first:
         found = found & layout.memo("first video chunks", lambda: _is_first(layout))[key]
-    return found & (key < query) if config.causal else found
+    return found
 
 
 def _is_first(layout: ShotLayout) -> Tensor:

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig
+from moc.context import candidate_runs
 from moc.kernels.sizes import cdiv, next_power_of_2
-from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask
+from moc.kernels.triton_bounds import candidate_bounds, candidate_mask
 from moc.layout import ShotLayout
 from moc.move import move
 from moc.routing import COUNT_IN, COUNT_OFF, KEY_IN, KEY_OFF, drop_base, poisson_thresholds
@@ -48,72 +49,32 @@ def _unit(word):
     return (word >> 8).to(tl.float32) * (1.0 / 16777216.0)
 
 
-@triton.jit(do_not_specialize=["first_head", "num_tokens", "num_chunks", "top_k", "drop_in_max"])
-def drop_kernel(
-    routes, dropped, thresholds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
-    sample_first_chunk, sample_starts, sample_position, base, first_head, drop_off_max, num_tokens, num_chunks, top_k,
-    drop_in_max,
-    CAUSAL: tl.constexpr, OWN: tl.constexpr, KP: tl.constexpr, RP: tl.constexpr,
-    BQ: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """A program drops from, and adds to, the routes of BQ queries of one head: [N, L, K] -> dropped [N, L, K + R].
-
-    base int64 [1]: see `drop_base`. thresholds [R]: cumulative Poisson probabilities of the number added. KP, RP: K
-    and R padded to powers of two.
-    """
-    NEVER: tl.constexpr = 1 << 32  # above every key
-    token = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    head = tl.program_id(1)
-    valid = token < num_tokens
+@triton.jit
+def _query_words(token, valid, head, base, token_sample, sample_starts, sample_position):
+    """Equals `moc.routing.query_words`: a random word for each of the tokens [BQ] of one head."""
     golden = tl.full([1], 0x9E3779B9, tl.uint32)
-    by_head = _hash32(tl.load(base).to(tl.uint32) ^ _hash32((first_head + head).to(tl.uint32) + golden))
-    sample = tl.load(chunk_sample + tl.load(token_chunk + token, mask=valid, other=0))
-    first_chunk = tl.load(sample_first_chunk + sample)[:, None]
+    sample = tl.load(token_sample + token, mask=valid, other=0)
+    by_head = _hash32(tl.load(base).to(tl.uint32) ^ _hash32(head.to(tl.uint32) + golden))
     by_sample = _hash32(by_head ^ _hash32(tl.load(sample_position + sample).to(tl.uint32) + golden))
-    words = _hash32(by_sample ^ (token - tl.load(sample_starts + sample)).to(tl.uint32))
-    slot = tl.arange(0, KP)[None, :]
-    row = (head.to(tl.int64) * num_tokens + token)[:, None]
-    kept = tl.load(routes + row * top_k + slot, mask=valid[:, None] & (slot < top_k), other=-1)
-    out = dropped + row * (top_k + drop_in_max)
+    return _hash32(by_sample ^ (token - tl.load(sample_starts + sample)).to(tl.uint32))
 
-    # Drop-off: the lowest keys go.
-    held = tl.sum((kept >= 0).to(tl.int32), 1)
-    zero = tl.zeros([1], tl.uint32)
-    number = tl.floor(_unit(_draw(words, _COUNT_OFF, zero)) * drop_off_max * held.to(tl.float32)).to(tl.int32)
-    keys = tl.where(kept >= 0, _draw(words[:, None], _KEY_OFF, kept - first_chunk).to(tl.int64), NEVER)
-    survivors = kept
+
+@triton.jit
+def _drop_off(routes, words, first_chunk, drop_off_max, KP: tl.constexpr):
+    """Returns routes [BQ, KP] without those of the lowest keys, of which each query loses a random number."""
+    NEVER: tl.constexpr = 1 << 32  # above every key
+    held = tl.sum((routes >= 0).to(tl.int32), 1)
+    share = _unit(_draw(words, _COUNT_OFF, tl.zeros([1], tl.uint32))) * drop_off_max
+    number = tl.floor(share * held.to(tl.float32)).to(tl.int32)
+    keys = tl.where(routes >= 0, _draw(words[:, None], _KEY_OFF, routes - first_chunk[:, None]).to(tl.int64), NEVER)
+    slot = tl.arange(0, KP)[None, :]
     for i in range(tl.max(number, 0)):
         lowest = tl.min(keys, 1)
         victim = tl.min(tl.where(keys == lowest[:, None], slot, KP), 1)
         goes = (slot == victim[:, None]) & (i < number)[:, None]
-        survivors = tl.where(goes, -1, survivors)
+        routes = tl.where(goes, -1, routes)
         keys = tl.where(goes, NEVER, keys)
-    tl.store(out + slot, survivors, mask=valid[:, None] & (slot < top_k))
-
-    # Drop-in: of the candidates not routed before drop-off, the lowest keys come.
-    if drop_in_max > 0:
-        u = _unit(_draw(words, _COUNT_IN, zero))
-        number = tl.zeros([BQ], tl.int32)
-        for j in range(drop_in_max):
-            number += (u >= tl.load(thresholds + j)).to(tl.int32)
-        first, last, skip_first, skip_last = candidate_bounds(
-            token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
-            CAUSAL, OWN,
-        )  # fmt: skip
-        column = tl.arange(0, RP)[None, :]
-        best = tl.zeros([BQ, RP], tl.int64) + tl.where(column < drop_in_max, NEVER, -1)
-        added = tl.zeros([BQ, RP], tl.int32) - 1 - column
-        for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
-            chunk = start + tl.arange(0, BC)
-            allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
-            draws = tl.where(allowed, _draw(words[:, None], _KEY_IN, chunk[None, :] - first_chunk).to(tl.int64), NEVER)
-            best, added = _keep_lowest(draws, chunk, best, added, kept)
-        for i in range(drop_in_max):
-            least = tl.min(tl.where(added >= 0, best, NEVER), 1)
-            here = (added >= 0) & (best == least[:, None])
-            chosen = tl.max(tl.where(here, added, -1), 1)
-            tl.store(out + top_k + i, tl.where(i < number, chosen, -1)[:, None], mask=valid[:, None])
-            added = tl.where(here & (added == chosen[:, None]), -1, added)
+    return routes
 
 
 @triton.jit
@@ -136,6 +97,60 @@ def _keep_lowest(keys, chunk, best, added, routed):
     return best, added
 
 
+@triton.jit
+def _store_lowest(out, best, added, number, valid, drop_in_max):
+    """Stores, for each query, `number` of the chunks `added` [BQ, RP], those of the lowest keys `best` first."""
+    NEVER: tl.constexpr = 1 << 32
+    for i in range(drop_in_max):
+        least = tl.min(tl.where(added >= 0, best, NEVER), 1)
+        here = (added >= 0) & (best == least[:, None])
+        chosen = tl.max(tl.where(here, added, -1), 1)
+        tl.store(out + i, tl.where(i < number, chosen, -1)[:, None], mask=valid[:, None])
+        added = tl.where(here & (added == chosen[:, None]), -1, added)
+
+
+@triton.jit(do_not_specialize=["first_head", "num_tokens", "num_chunks", "top_k", "drop_in_max"])
+def drop_kernel(
+    routes, dropped, thresholds, token_chunk, candidates, chunk_is_text, token_sample, sample_starts, sample_position,
+    base, first_head, drop_off_max, num_tokens, num_chunks, top_k, drop_in_max,
+    KP: tl.constexpr, RP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """A program drops from, and adds to, the routes of BQ queries of one head: [N, L, K] -> dropped [N, L, K + R].
+
+    base int64 [1]: see `drop_base`. thresholds [R]: cumulative Poisson probabilities of the number added. KP, RP: K
+    and R padded to powers of two.
+    """
+    NEVER: tl.constexpr = 1 << 32
+    token = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    head = tl.program_id(1)
+    valid = token < num_tokens
+    words = _query_words(token, valid, first_head + head, base, token_sample, sample_starts, sample_position)
+    # A chunk's draw goes by its index in the sample, whose chunks begin with `first`.
+    first, last, own_first, own_last = candidate_bounds(token, valid, token_chunk, candidates)
+    slot = tl.arange(0, KP)[None, :]
+    row = (head.to(tl.int64) * num_tokens + token)[:, None]
+    present = valid[:, None] & (slot < top_k)
+    routed = tl.load(routes + row * top_k + slot, mask=present, other=-1)
+    out = dropped + row * (top_k + drop_in_max)
+    tl.store(out + slot, _drop_off(routed, words, first, drop_off_max, KP), mask=present)
+
+    # Drop-in: of the candidates not routed before drop-off, the lowest keys come.
+    if drop_in_max > 0:
+        u = _unit(_draw(words, _COUNT_IN, tl.zeros([1], tl.uint32)))
+        number = tl.zeros([BQ], tl.int32)
+        for j in range(drop_in_max):
+            number += (u >= tl.load(thresholds + j)).to(tl.int32)
+        column = tl.arange(0, RP)[None, :]
+        best = tl.zeros([BQ, RP], tl.int64) + tl.where(column < drop_in_max, NEVER, -1)
+        added = tl.zeros([BQ, RP], tl.int32) - 1 - column
+        for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
+            chunk = start + tl.arange(0, BC)
+            allowed = candidate_mask(chunk, first, last, own_first, own_last, chunk_is_text, num_chunks)
+            draws = _draw(words[:, None], _KEY_IN, chunk[None, :] - first[:, None]).to(tl.int64)
+            best, added = _keep_lowest(tl.where(allowed, draws, NEVER), chunk, best, added, routed)
+        _store_lowest(out + top_k, best, added, number, valid, drop_in_max)
+
+
 @cache
 def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
     """Returns `poisson_thresholds` on a device; they are kept, so that no layer copies them."""
@@ -143,20 +158,18 @@ def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
 
 
 def _drop_routes(
-    routes: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor, chunk_is_text: Tensor,
-    group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor, sample_starts: Tensor,
-    sample_position: Tensor, base: Tensor, causal: bool, own_anchor: int, drop_off_max: float, drop_in_rate: float,
+    routes: Tensor, token_chunk: Tensor, candidates: Tensor, chunk_is_text: Tensor, token_sample: Tensor,
+    sample_starts: Tensor, sample_position: Tensor, base: Tensor, drop_off_max: float, drop_in_rate: float,
     drop_in_max: int, first_head: int,
 ) -> Tensor:  # fmt: skip
     num_heads, num_tokens, top_k = routes.shape
     dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
     block = 32
     drop_kernel[(cdiv(num_tokens, block), num_heads)](
-        routes, dropped, _thresholds(drop_in_rate, drop_in_max, routes.device), token_chunk, chunk_group, chunk_sample,
-        chunk_is_text, group_first_chunk, group_shot, sample_first_chunk, sample_starts, sample_position,
-        base, first_head, drop_off_max, num_tokens, chunk_group.numel(), top_k, drop_in_max,
-        CAUSAL=causal, OWN=own_anchor, KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)),
-        BQ=block, BC=16, num_warps=2,
+        routes, dropped, _thresholds(drop_in_rate, drop_in_max, routes.device), token_chunk, candidates, chunk_is_text,
+        token_sample, sample_starts, sample_position, base, first_head, drop_off_max, num_tokens, len(chunk_is_text),
+        top_k, drop_in_max,
+        KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)), BQ=block, BC=16, num_warps=2,
     )  # fmt: skip
     return dropped
 
@@ -167,7 +180,7 @@ _operator = torch.library.custom_op("moc::drop_routes", _drop_routes, mutates_ar
 @_operator.register_fake
 def _(routes: Tensor, *args) -> Tensor:
     num_heads, num_tokens, top_k = routes.shape
-    return routes.new_empty((num_heads, num_tokens, top_k + args[14]))
+    return routes.new_empty((num_heads, num_tokens, top_k + args[9]))
 
 
 def drop_routes(routes: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey) -> Tensor:
@@ -175,8 +188,7 @@ def drop_routes(routes: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     word = drop_base(drops)
     base = word.view(1) if isinstance(word, Tensor) else torch.full((1,), word, dtype=torch.int64, device=routes.device)
     return (_operator if torch.compiler.is_compiling() else _drop_routes)(
-        routes, layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
-        layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk, layout.sample_cu_seqlens,
-        layout.sample_position, base, config.causal, OWN_ANCHORS[config.own_anchor], config.drop_off_max,
-        config.drop_in_rate, config.drop_in_max, drops.first_head,
+        routes, layout.token_chunk, candidate_runs(layout, config), layout.chunk_is_text, layout.token_sample,
+        layout.sample_cu_seqlens, layout.sample_position, base, config.drop_off_max, config.drop_in_rate,
+        config.drop_in_max, drops.first_head,
     )  # fmt: skip

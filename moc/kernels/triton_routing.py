@@ -18,8 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moc.config import DropKey, MoCConfig
+from moc.context import candidate_runs
 from moc.kernels.sizes import cdiv, next_power_of_2, padded, route_blocks
-from moc.kernels.triton_bounds import OWN_ANCHORS, candidate_bounds, candidate_mask, chunk_scores
+from moc.kernels.triton_bounds import candidate_bounds, candidate_mask, chunk_scores
 from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
 from moc.kernels.triton_shortlist import room_for, shortlist_pays, shortlist_routes
@@ -80,10 +81,9 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
     do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"], do_not_specialize_on_alignment=["token_chunk"]
 )
 def route_kernel(
-    q, means, routes, counts, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
-    sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
-    TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    KP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, ROOM: tl.constexpr,
+    q, means, routes, counts, token_chunk, candidates, chunk_is_text, num_tokens, num_heads, num_chunks, stride, top_k,
+    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
     """A program routes BQ queries of one head; with a ROOM, only where some of them has a count [N, L] above it.
 
@@ -97,10 +97,7 @@ def route_kernel(
     if ROOM > 0:
         wanted = tl.max(tl.load(counts + head.to(tl.int64) * num_tokens + token, mask=valid, other=0), 0) > ROOM
     if wanted:
-        first, last, skip_first, skip_last = candidate_bounds(
-            token, valid, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
-            CAUSAL, OWN,
-        )  # fmt: skip
+        first, last, own_first, own_last = candidate_bounds(token, valid, token_chunk, candidates)
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
         slot = tl.arange(0, KP)[None, :]
         # Slots past top_k hold infinity, which nothing displaces; empty slots differ by their negative index.
@@ -109,7 +106,7 @@ def route_kernel(
         for start in range(tl.min(tl.where(valid, first, NONE), 0), tl.max(last, 0), BC):
             chunk = start + tl.arange(0, BC)
             scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, TERMS, DP, BQ, BC)
-            allowed = candidate_mask(chunk, first, last, skip_first, skip_last, chunk_is_text, num_chunks)
+            allowed = candidate_mask(chunk, first, last, own_first, own_last, chunk_is_text, num_chunks)
             scores = tl.where(allowed, scores, -float("inf"))
             values, kept = _keep_best(scores, chunk, values, kept, BC, NONE)
         row = (head.to(tl.int64) * num_tokens + token)[:, None] * top_k
@@ -134,19 +131,16 @@ def chunk_means(k: Tensor, chunk_starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _route(
-    q: Tensor, k: Tensor, chunk_starts: Tensor, token_chunk: Tensor, chunk_group: Tensor, chunk_sample: Tensor,
-    chunk_is_text: Tensor, group_first_chunk: Tensor, group_shot: Tensor, sample_first_chunk: Tensor,
-    top_k: int, causal: bool, own_anchor: int,
+    q: Tensor, k: Tensor, chunk_starts: Tensor, token_chunk: Tensor, candidates: Tensor, chunk_is_text: Tensor,
+    top_k: int,
 ) -> Tensor:  # fmt: skip
     num_tokens, num_heads, head_dim = q.shape
     routes = torch.empty(num_heads, num_tokens, top_k, dtype=torch.int32, device=q.device)
     if not top_k:
         return routes
     means, slack = chunk_means(k, chunk_starts)
-    tables = (token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot, sample_first_chunk)
-    settings = {
-        "TERMS": TERMS[q.dtype], "CAUSAL": causal, "OWN": own_anchor, "D": head_dim, "DP": means.shape[-1]
-    }  # fmt: skip
+    tables = (token_chunk, candidates, chunk_is_text)
+    settings = {"TERMS": TERMS[q.dtype], "D": head_dim, "DP": means.shape[-1]}
     block, counts, room = route_blocks(q, top_k), None, 0
     if shortlist_pays(q, top_k):
         counts, room = shortlist_routes(q, means, slack, routes, tables, **settings), room_for(top_k)
@@ -162,7 +156,7 @@ _operator = torch.library.custom_op("moc::route", _route, mutates_args=())
 
 @_operator.register_fake
 def _(q: Tensor, k: Tensor, *args) -> Tensor:
-    return q.new_empty((q.shape[1], q.shape[0], args[8]), dtype=torch.int32)
+    return q.new_empty((q.shape[1], q.shape[0], args[4]), dtype=torch.int32)
 
 
 def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: DropKey | None = None) -> Tensor:
@@ -171,8 +165,7 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     """
     routes = (_operator if torch.compiler.is_compiling() else _route)(
         q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk[-len(q) :],
-        layout.chunk_group, layout.chunk_sample, layout.chunk_is_text, layout.group_first_chunk, layout.group_shot,
-        layout.sample_first_chunk, config.top_k, config.causal, OWN_ANCHORS[config.own_anchor],
+        candidate_runs(layout, config), layout.chunk_is_text, config.top_k,
     )  # fmt: skip
     if drops is None or not config.has_drops:
         return routes

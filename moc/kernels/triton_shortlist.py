@@ -35,47 +35,36 @@ TILES = 128
 
 
 @triton.jit
-def _shared_range(
-    start, end, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
-    CAUSAL: tl.constexpr, OWN: tl.constexpr,
-):  # fmt: skip
+def _shared_range(start, end, token_chunk, candidates):
     """Returns whether queries [start, end) may all route to the same chunks, and the bounds of the first query's."""
-    a, b = tl.load(token_chunk + start), tl.load(token_chunk + end - 1)
-    if OWN == 0:
-        a, b = tl.load(chunk_group + a), tl.load(chunk_group + b)
-    first, last, skip_first, skip_last = candidate_bounds(
-        start, start < end, token_chunk, chunk_group, chunk_sample, group_first_chunk, group_shot, sample_first_chunk,
-        CAUSAL, OWN,
-    )  # fmt: skip
-    return a == b, first, last, skip_first, skip_last
+    first, last, own_first, own_last = candidate_bounds(start, start < end, token_chunk, candidates)
+    # An own run, even an empty one, begins elsewhere in each shot, or in each chunk.
+    _, _, last_own, _ = candidate_bounds(end - 1, start < end, token_chunk, candidates)
+    return own_first == last_own, first, last, own_first, own_last
 
 
 @triton.jit
-def _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text):
+def _shared_mask(chunk, last, own_first, own_last, chunk_is_text):
     """Returns [BC]: 0 for each chunk from the first one on that the queries may route to, -inf for the others."""
     video = tl.load(chunk_is_text + chunk, mask=chunk < last, other=1) == 0
-    skipped = (chunk >= skip_first) & (chunk < skip_last)
-    return tl.where(video & (skipped == 0), 0.0, -float("inf"))
+    own = (chunk >= own_first) & (chunk < own_last)
+    return tl.where(video & (own == 0), 0.0, -float("inf"))
 
 
 @triton.jit(
     do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"], do_not_specialize_on_alignment=["token_chunk"]
 )
 def bound_kernel(
-    q, means, slack, bounds, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk, group_shot,
-    sample_first_chunk, num_tokens, num_heads, num_chunks, stride, top_k,
-    TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    BQ: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+    q, means, slack, bounds, token_chunk, candidates, chunk_is_text, num_tokens, num_heads, num_chunks, stride, top_k,
+    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BQ: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program writes, for BQ queries of one head, a bound that at least top_k chunks' scores reach, and few others.
 
     bounds [N, L]: the lowest number where there are fewer than top_k chunks.
     """
     head, start = tl.program_id(1), tl.program_id(0) * BQ
-    shared, first, last, skip_first, skip_last = _shared_range(
-        start, tl.minimum(start + BQ, num_tokens), token_chunk, chunk_group, chunk_sample, group_first_chunk,
-        group_shot, sample_first_chunk, CAUSAL, OWN,
-    )  # fmt: skip
+    end = tl.minimum(start + BQ, num_tokens)
+    shared, first, last, own_first, own_last = _shared_range(start, end, token_chunk, candidates)
     if shared:
         token = start + tl.arange(0, BQ)
         valid = token < num_tokens
@@ -87,7 +76,7 @@ def bound_kernel(
             # The tiles are shifted from block to block, so that no period of the chunks fills one tile.
             chunk = block + (tile + (block - first) // TILES * 37) % TILES
             scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, 1, DP, BQ, TILES)
-            mask = _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text)
+            mask = _shared_mask(chunk, last, own_first, own_last, chunk_is_text)
             less = tl.load(slack + head * num_chunks + chunk, mask=chunk < num_chunks, other=0.0)
             best = tl.maximum(best, scores + (mask[None, :] - length[:, None] * less[None, :]))
 
@@ -107,10 +96,10 @@ def bound_kernel(
     do_not_specialize_on_alignment=["token_chunk"],
 )
 def list_kernel(
-    q, means, bounds, lists, counts, token_chunk, chunk_group, chunk_sample, chunk_is_text, group_first_chunk,
-    group_shot, sample_first_chunk, first_head, num_tokens, num_heads, num_chunks, stride,
-    TERMS: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    ROOM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
+    q, means, bounds, lists, counts, token_chunk, candidates, chunk_is_text, first_head, num_tokens, num_heads,
+    num_chunks, stride,
+    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROOM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program lists, for BQ queries of one head, the chunks whose scores reach the bound, in stream order.
 
@@ -120,10 +109,8 @@ def list_kernel(
     token = start + tl.arange(0, BQ)
     valid = token < num_tokens
     table_row = head.to(tl.int64) * num_tokens + token
-    shared, first, last, skip_first, skip_last = _shared_range(
-        start, tl.minimum(start + BQ, num_tokens), token_chunk, chunk_group, chunk_sample, group_first_chunk,
-        group_shot, sample_first_chunk, CAUSAL, OWN,
-    )  # fmt: skip
+    end = tl.minimum(start + BQ, num_tokens)
+    shared, first, last, own_first, own_last = _shared_range(start, end, token_chunk, candidates)
     if shared:
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
         bound = tl.load(bounds + table_row, mask=valid, other=float("inf"))
@@ -134,7 +121,7 @@ def list_kernel(
         for block in tl.range(first, last, BC, num_stages=STAGES):
             chunk = block + column
             scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, TERMS, DP, BQ, BC)
-            mask = _shared_mask(chunk, last, skip_first, skip_last, chunk_is_text)
+            mask = _shared_mask(chunk, last, own_first, own_last, chunk_is_text)
             taken = scores + mask[None, :] >= bound[:, None]
             # A product with a triangle counts the taken up to each column.
             rank = tl.dot(taken.to(q.dtype.element_ty), up_to, input_precision="tf32x3").to(tl.int32) + count[:, None]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 import moc
 from moc import routing
-from moc.context import is_candidate
+from moc.context import candidate_runs, is_candidate
 from moc.kernels import anchors
 from tests.moc.against_reference import DROPS, assert_equal_to_reference, interpreted
 from tests.moc.test_reference import OPTIONS, two_samples
@@ -230,10 +230,10 @@ def test_the_operators_of_routing_pass_opcheck():
 
     layout = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2)), moc.Shot(1, (1, 2, 2))], 1, chunk_tokens=4)
     q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
-    tables = (layout.token_chunk, layout.chunk_group, layout.chunk_sample, layout.chunk_is_text,
-              layout.group_first_chunk, layout.group_shot, layout.sample_first_chunk)  # fmt: skip
-    draws = (layout.sample_cu_seqlens, layout.sample_position, torch.tensor([routing.drop_base(moc.DropKey(1, 2, 3))]))
-    arguments = (q, k, layout.chunk_cu_seqlens, *tables, 2, True, 0)
+    tables = (layout.token_chunk, candidate_runs(layout, moc.MoCConfig()), layout.chunk_is_text)
+    arguments = (q, k, layout.chunk_cu_seqlens, *tables, 2)
     torch.library.opcheck(torch.ops.moc.route, arguments)
     routes = torch.ops.moc.route(*arguments)
-    torch.library.opcheck(torch.ops.moc.drop_routes, (routes, *tables, *draws, True, 0, 1.0, 0.5, 2, 4))
+    base = torch.tensor([routing.drop_base(moc.DropKey(1, 2, 3))])
+    samples = (layout.token_sample, layout.sample_cu_seqlens, layout.sample_position)
+    torch.library.opcheck(torch.ops.moc.drop_routes, (routes, *tables, *samples, base, 1.0, 0.5, 2, 4))
