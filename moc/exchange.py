@@ -7,6 +7,8 @@ given all tokens of its share of the heads: two exchanges around it turn one spl
 Shape letters: P processes, L tokens of the stream, Lr those of a process, N heads, D head dim.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,11 +22,13 @@ from moc.errors import UserError
 
 @dataclass(frozen=True)
 class Exchange:
-    """Links processes that hold one stream. group: theirs in torch.distributed. rank, size: of this process in it."""
+    """Links processes that hold one stream. group: theirs in torch.distributed. rank, size: of this process in it.
+    waiting: a context in which it waits for the others, for who wants to know how long that takes."""
 
     group: Any
     rank: int
     size: int
+    waiting: Callable[[], AbstractContextManager] = nullcontext
 
     def bounds(self, start: int, end: int) -> list[int]:
         """Returns where the run of each process begins, and the end of the last: [P + 1]. Lengths differ by one at
@@ -41,12 +45,12 @@ class Exchange:
         if x.shape[1] % self.size:
             raise UserError(f"parallel.sequence={self.size} does not divide the model's {x.shape[1]} heads; set it so")
         by_rank = x.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1)
-        return _AllToAll.apply(by_rank, [len(x)] * self.size, self._lengths(num_tokens), self.group)
+        return _AllToAll.apply(by_rank, [len(x)] * self.size, self._lengths(num_tokens), self)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """Undoes `to_heads`: returns [Lr, N, D] of x [L, N / P, D]."""
         lengths = self._lengths(len(x))
-        by_rank = _AllToAll.apply(x, lengths, [lengths[self.rank]] * self.size, self.group)
+        by_rank = _AllToAll.apply(x, lengths, [lengths[self.rank]] * self.size, self)
         return by_rank.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1, 2)
 
     def gather(self, x: Tensor, lengths: list[int]) -> Tensor:
@@ -58,23 +62,23 @@ class Exchange:
         bounds = self.bounds(0, num_tokens)
         return [end - start for start, end in pairwise(bounds)]
 
-
-def _all_to_all(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-    """Sends runs of rows of x, of these lengths, to each process in turn; returns the runs that came from each."""
-    out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), received, sent, group)
-    return out
+    def all_to_all(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Sends runs of rows of x, of these lengths, to each process in turn; returns the runs that came from each."""
+        x, out = x.contiguous(), x.new_empty(sum(received), *x.shape[1:])
+        with self.waiting():
+            dist.all_to_all_single(out, x, received, sent, self.group)
+        return out
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x, sent, received, group)
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], exchange: Exchange) -> Tensor:
+        ctx.sent, ctx.received, ctx.exchange = sent, received, exchange
+        return exchange.all_to_all(x, sent, received)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        return ctx.exchange.all_to_all(grad, ctx.received, ctx.sent), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -83,7 +87,7 @@ class _Gather(torch.autograd.Function):
         start = sum(lengths[: exchange.rank])
         ctx.own = slice(start, start + len(x))
         copies = x.expand(exchange.size, *x.shape).flatten(0, 1)
-        return _all_to_all(copies, [len(x)] * exchange.size, lengths, exchange.group)
+        return exchange.all_to_all(copies, [len(x)] * exchange.size, lengths)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -143,6 +143,7 @@ class Parallel:
             _store().set(f"moc/host/{self.rank}", socket.gethostname())
         self._swap_blocks = config.swap_blocks
         self.offloads = config.offload_activations
+        self._waiting: Callable[[], AbstractContextManager] = nullcontext
         self.saving = OffloadActivations(self.device) if self.offloads else nullcontext()
         self._check_mesh(config)
         self.data_rank, self.data_ranks = self.rank // config.sequence, self.world_size // config.sequence
@@ -188,6 +189,12 @@ class Parallel:
             yield
         finally:
             torch.set_num_threads(threads)
+
+    def timed_by(self, waiting: Callable[[], AbstractContextManager]) -> None:
+        """Has sums, and the exchange of models that are spread later, wait for other processes in this context."""
+        self._waiting = waiting
+        if self._exchange:
+            self._exchange = replace(self._exchange, waiting=waiting)
 
     def put(self, tensor: Tensor) -> Tensor:
         """Returns the tensor on this process's device."""
@@ -254,7 +261,8 @@ class Parallel:
         """Returns the sum over all processes with samples of their own, on each process."""
         if self.data_ranks > 1:
             values = values.clone()
-            dist.all_reduce(values, group=self._data_group)
+            with self._waiting():
+                dist.all_reduce(values, group=self._data_group)
         return values
 
     def any(self, flag: bool) -> bool:

@@ -126,13 +126,14 @@ class Trainer:
             config.save_in_background,
             save_extras,
         )
+        self._clock, self._breakdown = Clock(parallel.device), Breakdown()
+        parallel.timed_by(self._clock.communication)
         self.bare_model, self.model = model, parallel.wrap(model)
         self.ema, self.optimizer = EMA(model, config.ema_decay), build_optimizer(model, optim)
         self._group_numbers = GroupNumbers(self.optimizer)
         self.step = 0
         self.skips, self.spikes = SkipCount(config.max_skipped_steps, parallel.is_main), Spikes(parallel.is_main)
         self._outcomes: deque[Outcome] = deque()  # those of steps that have not been looked at
-        self._clock, self._breakdown = Clock(parallel.device), Breakdown()
         self._survey: Survey | None = None  # that of the newest step, at every log_every-th
         self._pass = Passes(parallel, self.model, flow, seed, config.cuda_graphs)
         self._proven = True  # whether the weights have given a finite loss, as far as is known

@@ -53,6 +53,7 @@ def test_what_a_run_tells_of_each_step(rows):
         phases = {name: row[f"{name}_seconds"] for name in ("data", "forward", "backward", "optimizer")}
         assert all(seconds > 0 for seconds in phases.values())
         assert sum(phases.values()) <= row["step_seconds"]
+        assert row["communication_seconds"] == 0
         assert 0 < row["density"] < 1
         assert row["flops_per_token"] > 0
         routes = {int(name.removeprefix("routes/back_")): x for name, x in row.items() if name.startswith("routes/")}
@@ -172,6 +173,30 @@ def test_a_clock_adds_up_the_phases_of_micro_batches(monkeypatch):
         "data": 1, "forward": 4, "backward": 3, "optimizer": 1
     }  # fmt: skip
     assert values["data_wait"] == 0.1
+
+
+def test_communication_is_told_apart_where_processes_hold_a_stream_together(two_processes):
+    """Each layer's attention waits for the other process."""
+    for row in read_metrics(two_processes / "sequence"):
+        if "step_seconds" in row:
+            assert 0 < row["communication_seconds"] < row["step_seconds"]
+
+
+def test_a_clock_counts_communication_within_phases(monkeypatch):
+    moments = iter([0.0, 1.0, 2.0, 4.0, 5.0, 8.0, 10.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
+    clock = Clock()
+    clock.steps = 2
+    clock.begin("forward")
+    for _ in range(2):
+        with clock.communication():
+            pass
+    clock.begin("")
+    monkeypatch.setattr(time, "perf_counter", lambda: 10.0)
+    values = clock.read()
+    assert values["communication_seconds"] == (2 + 3) / 2
+    assert values["forward_seconds"] == 9 / 2
+    assert not clock._communications  # they are counted once
 
 
 def test_the_progress_line_has_loss_and_speed(rows):
