@@ -21,7 +21,6 @@ from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
 from moc.training import Parallel
 
-WAYS = {"joint": 0.0, "staggered": 0.3, "shot_by_shot": 1.0}  # how long after the one before it a shot starts
 RESAMPLES = 2000
 
 

@@ -82,7 +82,7 @@ class Batch:
         """Returns the same batch with chunks of another size."""
         return replace(self, layout=self.layout.rechunk(chunk_tokens))
 
-    def stacked(self) -> "Batch":
+    def in_stacks(self) -> "Batch":
         """Returns the same batch, whose latents and texts of one shape are one tensor, so that few are sent."""
         return replace(self, latents=Alike.of(self.latents), text=Alike.of(self.text))
 

@@ -56,13 +56,13 @@ from models.encoders.codec import CodecKind
 from models.frozen import Base, freeze_linears, multiply_in_fp8
 from models.stream import StreamModel
 from scripts.measuring import header, markdown_table
-from scripts.rows import measured_on, put_row
+from scripts.rows import lag_of, measured_on, put_row
 
 logger = logging.getLogger(__name__)
 
 MODES: dict[str, dict[str, Any]] = {
-    "staggered": {"lag": 0.3},
-    "joint": {"lag": 0.0},
+    "staggered": {"lag": lag_of("staggered")},
+    "joint": {"lag": lag_of("joint")},
     "extend": {"lag": 1.0, "offload_cache": False},
     "extend_uncached": {"lag": 1.0, "cache": False},
     "extend_offload": {"lag": 1.0, "offload_cache": True},

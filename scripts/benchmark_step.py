@@ -128,7 +128,7 @@ def make_pack(model: StreamModel, grid: tuple[int, int, int], scenes: int, chunk
         text = [torch.randn(TEXT_TOKENS, TEXT_DIM).half() for _ in range(SHOTS + 1)]
         return Sample([torch.randn(shape).half() for _ in range(SHOTS)], text, position)
 
-    return wrap(make_batch([sample(n) for n in range(scenes)], model.stream, chunk_tokens).stacked())
+    return wrap(make_batch([sample(n) for n in range(scenes)], model.stream, chunk_tokens).in_stacks())
 
 
 def arriving(parcels: Iterable[Parcel]) -> Iterator[Batch]:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs.command import command
 from configs.world import recall_world
 from evaluation.recall import RecallBench, accuracy, kept_reader, summary
-from evaluation.stories import WAYS, make_stories, story_scores
+from evaluation.stories import make_stories, story_scores
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
 from moc.errors import UserError, check_least
@@ -39,8 +39,9 @@ from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.benchmark_recall import composed
 from scripts.measuring import markdown_table
-from scripts.rows import machine, measured_on, put_row, read_rows
+from scripts.rows import lag_of, machine, measured_on, put_row, read_rows
 
+WAYS = ("joint", "staggered", "shot_by_shot")  # options of configs/sampler
 KEPT = ("docs/checkpoints/recall_moc",)
 KEY = ("checkpoint", "changed", "shots", "way", "count")  # what tells a row of the record from others
 
@@ -122,7 +123,7 @@ def test(checkpoint: str, shots: int, way: str, bench: RecallBench, config: Stor
     model.to(bench.parallel.device).eval()
     if way == "recall":
         return summary(bench.run(model, attention, flow, config.scenes, shots=shots))
-    sampling = SamplingConfig(config.sampling_steps, guidance_scale=1.0, lag=WAYS[way])
+    sampling = SamplingConfig(config.sampling_steps, guidance_scale=1.0, lag=lag_of(way))
     made = make_stories(bench.world, config.stories, shots, model, attention, flow, sampling, bench.parallel)
     return story_scores(*made, bench.reader)
 

@@ -16,13 +16,21 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from omegaconf import OmegaConf
 
+from configs.command import CONFIGS
 from moc.checkout import commit
+from moc.diffusion import SamplingConfig
 from moc.files import write_whole
 from moc.training import Parallel
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
+
+
+def lag_of(way: str) -> float:
+    """Returns the lag that `sampler=WAY` sets (configs/sampler/WAY.yaml)."""
+    return OmegaConf.load(CONFIGS / "sampler" / f"{way}.yaml").get("lag", SamplingConfig.lag)
 
 
 def train_for(minutes: float, words: list[str], log: Path) -> float:

@@ -32,7 +32,7 @@ class MicroBatches(Dataset):
     def __getitem__(self, draws: Sequence[Draw]) -> Parcel:
         try:
             samples = [self.dataset.sample(draw) for draw in draws]
-            return wrap(moc.make_batch(samples, self.spec, self.chunk_tokens).stacked())
+            return wrap(moc.make_batch(samples, self.spec, self.chunk_tokens).in_stacks())
         except DataError as error:
             return wrap(error)
         except UserError as error:  # the model cannot take these sizes

@@ -10,7 +10,7 @@ from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
 from data.storyworld.recall import HELD_OUT, RecallConfig, draw_scenes
 from evaluation.recall import Reader, attributes, read
-from evaluation.stories import WAYS, agreement, make_stories, story_scores
+from evaluation.stories import agreement, make_stories, story_scores
 from moc import MoCConfig, StreamSpec
 from moc.diffusion import Flow, SamplingConfig
 from moc.training import Parallel, ParallelConfig
@@ -59,13 +59,13 @@ class Oracle(torch.nn.Module):
         return [(x - true) / s if s else torch.zeros_like(x) for x, true, s in zip(latents, truth, sigma, strict=True)]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_stories_are_made_of_their_captions_whatever_the_way(way):
+@pytest.mark.parametrize("lag", [0.0, 0.3, 1.0])
+def test_stories_are_made_of_their_captions_whatever_the_way(lag):
     encoders = build_encoders(EncodersConfig(), vocabulary())
     world = RecallWorld(CONFIG, encoders.codec, encoders.text, encoders.save)
     reader = Reader(world.latent_channels * world.latent_frames, 16).eval()
     model, count, shots = Oracle(), 3, 4
-    sampling = SamplingConfig(steps=2, guidance_scale=1.0, lag=WAYS[way], history_sigma=0)
+    sampling = SamplingConfig(steps=2, guidance_scale=1.0, lag=lag, history_sigma=0)
     known = world.encode(draw_scenes(replace(CONFIG, shots=shots), range(HELD_OUT, HELD_OUT + count)))
     for text, latents in zip(known.text, known.latents, strict=True):
         for one, latent in zip(text[1:], latents, strict=True):

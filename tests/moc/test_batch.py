@@ -16,19 +16,19 @@ def batch():
 
 
 def test_what_a_loader_sends_lies_in_one_memory_and_is_stacked():
-    sent, arrived = batch(), unwrap(wrap(batch().stacked()))
+    sent, arrived = batch(), unwrap(wrap(batch().in_stacks()))
     assert len({x.untyped_storage().data_ptr() for x in (*arrived.latents, *arrived.text)}) == 1
     for name in ("latents", "text"):
         mine, theirs = getattr(arrived, name), getattr(sent, name)
         assert Alike.of(mine) is mine
         assert [x.shape for x in mine] == [x.shape for x in theirs]
-    stacked = sent.stacked()
+    stacked = sent.in_stacks()
     assert all(torch.equal(x, y) for x, y in zip(stacked.latents, sent.latents, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(stacked.to("cpu").text, sent.text, strict=True))
 
 
 def test_it_arrives_in_fp32_with_its_shapes():
-    moved = unwrap(wrap(batch().stacked())).to("meta")
+    moved = unwrap(wrap(batch().in_stacks())).to("meta")
     assert [tuple(x.shape) for x in moved.latents] == SHAPES
     assert {x.dtype for x in (*moved.latents, *moved.text)} == {torch.float32}
 
