@@ -15,8 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import yaml
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
 from configs.command import CONFIGS
 from moc.checkout import commit
@@ -30,7 +30,8 @@ VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
 
 def lag_of(way: str) -> float:
     """Returns the lag that `sampler=WAY` sets (configs/sampler/WAY.yaml)."""
-    return OmegaConf.load(CONFIGS / "sampler" / f"{way}.yaml").get("lag", SamplingConfig.lag)
+    changed: dict[str, Any] = yaml.safe_load((CONFIGS / "sampler" / f"{way}.yaml").read_text())
+    return changed.get("lag", SamplingConfig.lag)
 
 
 def train_for(minutes: float, words: list[str], log: Path) -> float:
