@@ -36,6 +36,14 @@ def leave_unfinished() -> NoReturn:
     sys.exit(NOT_FINISHED)
 
 
+def launcher_patience() -> float | None:
+    """Returns how many seconds after a signal torch's launcher, which hands it on, kills processes that go on; None
+    where no launcher does."""
+    if "SIGTERM" not in os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", ""):
+        return None
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+
+
 @contextmanager
 def ending_at_signals() -> Iterator[None]:
     """Has a signal end the process with one line and NOT_FINISHED, since there is nothing to save yet. An

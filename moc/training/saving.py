@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moc.config import MoCConfig
 from moc.training import checkpoint as ckpt
+from moc.training.interruption import launcher_patience
 from moc.training.parallel import Parallel
 from moc.training.storage import on_host, write_tensors
 
@@ -60,6 +62,7 @@ class Saver:
         self.saved_step = 0  # the step of the newest checkpoint
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._warned = False  # of a launcher that kills
 
     def save(self, snapshot: Snapshot, last: bool = False) -> None:
         """Writes a checkpoint. A full disk costs it and no more, with a warning, unless it is the run's last: that one
@@ -96,7 +99,7 @@ class Saver:
                 logger.warning("%s; the run goes on: make room before the next one", error.problem)
 
     def _write(self, snapshot: Snapshot) -> None:
-        group = self.parallel.file_group
+        group, start = self.parallel.file_group, time.monotonic()
         with ckpt.new_checkpoint(self.run_folder, snapshot.step, self.parallel) as folder:
             with self.parallel.together():
                 if self.parallel.is_main:
@@ -106,7 +109,20 @@ class Saver:
             write_tensors(folder, snapshot.optimizer, "optimizer", group)
         if self.parallel.is_main:
             ckpt.remove_old(self.run_folder, self.keep, self.keep_every)
+            self._compare_with_launcher(time.monotonic() - start)
         self.saved_step = snapshot.step
+
+    def _compare_with_launcher(self, seconds: float) -> None:
+        """Warns once where a save may take longer than the launcher waits after a signal: of a step and a save."""
+        patience = launcher_patience()
+        if patience is not None and seconds > patience / 2 and not self._warned:
+            self._warned = True
+            logger.warning(
+                "a save took %.0f s, and the launcher kills processes %.0f s after a signal: steps since the newest "
+                "checkpoint may then be lost; set TORCH_ELASTIC_SHUTDOWN_TIMEOUT=%.0f (torch 2.12 and later), or start "
+                "with scripts/launch/torchrun.sh, which waits",
+                seconds, patience, 10 * seconds,
+            )  # fmt: skip
 
     def _write_small_files(self, folder: Path, snapshot: Snapshot) -> None:
         for name in snapshot.models:

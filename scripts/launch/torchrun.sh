@@ -32,10 +32,15 @@ done
         --signals-to-handle SIGQUIT train.py "$@"
 ) &
 child=$!
+processes() { # those that torchrun has started; slim containers have neither ps nor pkill
+    grep -ls "^PPid:[[:space:]]*$child\$" /proc/[0-9]*/status | cut -d / -f 3
+}
 wait "$child"
 status=$?
 while [ "$told" ] && kill -0 "$child" 2>/dev/null; do # again and again, since a process that starts hears nothing yet
-    pkill "-$told" -P "$child"
+    for process in $(processes); do
+        kill "-$told" "$process" 2>/dev/null
+    done
     sleep 1
 done
 if [ "$told" ]; then

@@ -92,6 +92,8 @@ print("saved", flush=True)
 def test_a_signal_comes_to_the_processes_alone_though_they_still_start(play, tmp_path, name):
     """Slurm sends it to the script and, by some of its settings, to torchrun too, which would leave at the second."""
     (tmp_path / "rank.py").write_text(RANK)
+    for missing in ("ps", "pgrep", "pkill"):  # in slim containers
+        play(missing, "exit 127")
     play("torchrun", f"{sys.executable} {tmp_path}/rank.py & wait $!; exit 1")
     process = play.start(copied(tmp_path))
     assert process.stdout.readline() == "starts\n"

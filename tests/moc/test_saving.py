@@ -67,6 +67,24 @@ def test_a_run_goes_on_on_more_and_on_fewer_processes(cache, tmp_path, axis):
     assert losses(moving) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("handled", "timeout", "warns"),
+    [
+        ("SIGTERM,SIGINT", "0", True),
+        ("SIGTERM,SIGINT", "3600", False),
+        ("SIGQUIT", "0", False),  # as scripts/launch/torchrun.sh has it
+        ("", "0", False),
+    ],
+)
+def test_a_save_that_a_launcher_may_cut_short_is_told_once(
+    cache, tmp_path, monkeypatch, caplog, handled, timeout, warns
+):
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", timeout)
+    train(cache, tmp_path, num_steps=2, checkpoint_every=1)
+    assert caplog.text.count(f"the launcher kills processes {timeout} s after a signal") == warns
+
+
 # In the background
 
 
