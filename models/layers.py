@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moc.layout import Grid
 from models.fuse import fused
-from models.linear import Linear
+from models.linear import Linear, left_bias, product
 from models.members import Members
 from models.part import Part, Table
 from models.recompute import RecomputedParts
@@ -57,9 +57,30 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: flo
 
 
 @fused
-def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members) -> Tensor:
-    """Returns x + gate * change, the gate being the group's; it is computed in fp32, returned in x's dtype."""
-    return (x.float() + spread(gate, members) * change.float()).to(x.dtype)
+def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members, bias: Tensor | None = None) -> Tensor:
+    """Returns x + gate * (change + bias), the gate being the group's; it is computed in fp32, returned in x's dtype."""
+    return (x.float() + spread(gate, members) * biased(change.float(), bias)).to(x.dtype)
+
+
+def biased(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Adds a bias that a linear left (`models.linear.left_bias`), if any."""
+    return x if bias is None else (x + bias).to(x.dtype)
+
+
+@fused
+def add_modulate(
+    x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, members: Members,
+    bias: Tensor | None = None, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns `add_gated` of x, change, gate and bias, and `modulate` of that."""
+    x = add_gated(x, change, gate, members, bias)
+    return x, modulate(x, shift, scale, members, eps)
+
+
+@fused
+def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Applies the GELU, in its approximation with tanh, to x + bias; returns x's dtype."""
+    return F.gelu(biased(x, bias), approximate="tanh")
 
 
 @fused
@@ -104,19 +125,25 @@ class _Split(torch.autograd.Function):
 @fused
 def join(
     text: Tensor, video: Tensor, norms: Sequence[tuple[Tensor, Tensor]], part: Part, table: Table | None = None,
-    eps: float = 1e-6,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None), eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns q, k, v of the stream, each [L, N, D], from those of text [Lt, 3 N D] and of video [Lv, 3 N D].
 
-    norms: of text and of video, the weights [D] of q's and of k's norm, by head. table: where it is given, q and k are
-    rotated.
+    norms: of text and of video, the weights [D] of q's and of k's norm, by head. biases: of text and of video, those
+    that their linears left. table: where it is given, q and k are rotated.
     """
     found = []
-    for qkv, (norm_q, norm_k) in zip((text, video), norms, strict=True):
-        q, k, v = (x.unflatten(-1, (-1, len(norm_q))) for x in qkv.chunk(3, dim=-1))
+    for qkv, (norm_q, norm_k), bias in zip((text, video), norms, biases, strict=True):
+        q, k, v = (x.unflatten(-1, (-1, len(norm_q))) for x in biased(qkv, bias).chunk(3, dim=-1))
         found.append((rms_norm(q, norm_q, eps), rms_norm(k, norm_k, eps), v))
     q, k, v = (_Join.apply(of_text, of_video, part) for of_text, of_video in zip(*found, strict=True))
     return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
+
+
+@fused
+def split(stream: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    """Returns the text [Lt, N, D] and the video [Lv, N, D] of a stream [L, N, D]."""
+    return _Split.apply(stream, part)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -134,7 +161,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Modulation(nn.Module):
-    """Makes `count` vectors for each group, fp32, from its condition [G, dim]; zero at the start (AdaLN-zero)."""
+    """Makes `count` vectors for each group, fp32, of its condition [G, dim] after SiLU; zero at the start
+    (AdaLN-zero)."""
 
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
@@ -143,9 +171,9 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
         # A pack of short shots has a thousand groups: fp32 would cost as much as half of the attention.
-        return self.linear(F.silu(condition).to(self.linear.weight.dtype)).float().chunk(self.count, dim=-1)
+        return self.linear(activated.to(self.linear.weight.dtype)).float().chunk(self.count, dim=-1)
 
 
 class TokenStream(RecomputedParts):
@@ -167,9 +195,12 @@ class TokenStream(RecomputedParts):
             self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU("tanh"), Linear(ffn_dim, dim))
 
     def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
-        """Projects x [Lx, dim] to q, k and v, one beside another: [Lx, 3 dim]."""
+        """Projects x [Lx, dim] to q, k and v, one beside another: [Lx, 3 dim], without `qkv_bias`."""
         shift, scale = modulation[:2]
-        return self.to_qkv(modulate(x, shift, scale, members))
+        return product(self.to_qkv, modulate(x, shift, scale, members))
+
+    def qkv_bias(self, x: Tensor) -> Tensor | None:
+        return left_bias(self.to_qkv, x)
 
     @property
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -179,8 +210,14 @@ class TokenStream(RecomputedParts):
     def update(self, x: Tensor, attended: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
         """Adds the attention output [Lx, N, D] and the FFN to x [Lx, dim]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        x = add_gated(x, self.to_out(attended.flatten(1)), gate, members)
-        return add_gated(x, self.by_rows(self.ffn, modulate(x, ffn_shift, ffn_scale, members)), ffn_gate, members)
+        change, bias = product(self.to_out, attended.flatten(1)), left_bias(self.to_out, x)
+        x, normed = add_modulate(x, change, gate, ffn_shift, ffn_scale, members, bias)
+        return add_gated(x, self.by_rows(self._feed, normed), ffn_gate, members, left_bias(self.ffn[2], x))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        """Returns the FFN of rows [.., dim], without the bias that its last layer leaves."""
+        first, _, last = self.ffn
+        return product(last, gelu(product(first, x), left_bias(first, x)))
 
 
 class JointBlock(RecomputedParts):
@@ -193,18 +230,19 @@ class JointBlock(RecomputedParts):
         self.last = last
 
     def forward(
-        self, text: Tensor, video: Tensor, condition: Tensor, part: Part, attend: Attend
+        self, text: Tensor, video: Tensor, activated: Tensor, part: Part, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        """Returns text [Lt, dim], video [Lv, dim]; condition: fp32 [G, dim]."""
-        text_mod, video_mod = self.text.modulation(condition), self.video.modulation(condition)
+        """Returns text [Lt, dim], video [Lv, dim]; activated: the condition after SiLU, fp32 [G, dim]."""
+        text_mod, video_mod = self.text.modulation(activated), self.video.modulation(activated)
 
         def attended(text: Tensor, video: Tensor) -> Tensor:
             text_qkv = self.text.project(text, text_mod, part.text_members)
             video_qkv = self.video.project(video, video_mod, part.video_members)
-            q, k, v = join(text_qkv, video_qkv, (self.text.norms, self.video.norms), part, attend.table)
+            norms, biases = (self.text.norms, self.video.norms), (self.text.qkv_bias(text), self.video.qkv_bias(video))
+            q, k, v = join(text_qkv, video_qkv, norms, part, attend.table, biases)
             return attend(q, k, v, rotated=attend.table is not None)
 
-        of_text, of_video = _Split.apply(self.apart(attended, text, video), part)
+        of_text, of_video = split(self.apart(attended, text, video), part)
         video = self.video.update(video, of_video, video_mod, part.video_members)
         if not self.last:
             text = self.text.update(text, of_text, text_mod, part.text_members)
@@ -277,7 +315,7 @@ class Output(nn.Module):
 
     def forward(self, x: Tensor, patches: Tensor, condition: Tensor, members: Members) -> Tensor:
         """Returns fp32 [Lv, patch_dim] of x; condition: [G, dim] of each group; members: the video tokens of each."""
-        shift, scale = self.modulation(condition)
+        shift, scale = self.modulation(F.silu(condition))
         out = self.linear(modulate(x, shift, scale, members)).float()
         if self.gain is None:
             return out

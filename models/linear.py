@@ -1,4 +1,5 @@
-"""The linear layers of the MMDiT's blocks keep autocast's casts out of the graph of gradients."""
+"""The linear layers of the MMDiT's blocks keep autocast's casts out of the graph of gradients, and may leave their bias
+to the kernel that comes after them."""
 
 from typing import Any
 
@@ -14,9 +15,26 @@ class Linear(nn.Linear):
     the weight's own dtype; autograd would round it to autocast's and cast it back, in four launches more a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Returns the product with the weight, with `bias` added."""
         if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
-            return super().forward(x)
-        return _Linear.apply(x, self.weight, self.bias, torch.get_autocast_dtype("cuda"))
+            return F.linear(x, self.weight, bias)
+        return _Linear.apply(x, self.weight, bias, torch.get_autocast_dtype("cuda"))
+
+
+def product(layer: nn.Module, x: Tensor) -> Tensor:
+    """Returns layer(x) without the bias that it leaves."""
+    if isinstance(layer, Linear) and left_bias(layer, x) is not None:
+        return layer.product(x)
+    return layer(x)
+
+
+def left_bias(layer: nn.Module, x: Tensor) -> Tensor | None:
+    """Returns the bias that `product` leaves to what comes next, if any: on a GPU a kernel, which reads these numbers
+    anyway, adds it and sums its gradient. Layers with adapters and frozen ones keep theirs."""
+    return layer.bias if isinstance(layer, Linear) and x.is_cuda else None
 
 
 class _Linear(Function):

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ class MMDiT(StreamModel):
             video = video + self.place(part.grids, video.dtype)[part.video_rows]
         condition = self.condition(sigma, pooled(words, part.text_starts))
         words = self.text_in(words[part.text_rows].to(self.text_in.weight.dtype))
-        return Embedded((words, video), (condition, part), condition)
+        return Embedded((words, video), (F.silu(condition), part), condition)
 
     def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
         sizes = (self.head_dim, self.config.rope_theta)

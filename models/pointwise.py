@@ -22,7 +22,8 @@ from models.part import Part, Table
 
 ROWS = 32  # rows of a program of a backward kernel
 ELEMENTS = 512  # numbers of a row for each warp
-HEADS, ROUNDS = 32, 16  # heads of a program that joins streams, and how many times so many its backward takes
+HEADS, ROUNDS = 32, 16  # heads of a program that joins streams; how many blocks a program of some backwards takes
+GELU = {"BM": 8, "BN": 256}
 
 
 def _sizes(width: int, num_heads: int | None = None) -> dict[str, int]:
@@ -85,27 +86,98 @@ class _Modulate(Function):
 
 class _AddGated(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, change: Tensor, gate: Tensor, group: Tensor, starts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, change: Tensor, gate: Tensor, bias: Tensor | None, group: Tensor, starts: Tensor
+    ) -> Tensor:
         x, change, gate = x.contiguous(), change.contiguous(), _rows(gate)
-        ctx.save_for_backward(change, gate, group, starts)
+        ctx.save_for_backward(change, gate, bias, group, starts)
         out = torch.empty_like(x)
         if len(x):
-            kernels.add_gated_kernel[(len(x),)](x, change, gate, group, out, gate.stride(0), **_sizes(x.shape[-1]))
+            kernels.add_gated_kernel[(len(x),)](
+                x, change, gate, bias, group, out, gate.stride(0), **_sizes(x.shape[-1])
+            )
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        change, gate, group, starts = ctx.saved_tensors
+        change, gate, bias, group, starts = ctx.saved_tensors
         num_rows, width = change.shape
         dchange, blocks = torch.empty_like(change), cdiv(num_rows, ROWS)
-        sums = change.new_empty(blocks + len(gate), width, dtype=torch.float32)
+        sums = change.new_empty(blocks + len(gate), 2, width, dtype=torch.float32)
         if num_rows:
             kernels.add_gated_backward_kernel[(blocks,)](
-                change, gate, group, dout.contiguous(), dchange, sums, num_rows, gate.stride(0),
+                change, gate, bias, group, dout.contiguous(), dchange, sums, num_rows, gate.stride(0),
                 **_sizes(width), ROWS=ROWS,
             )  # fmt: skip
-        return dout, dchange, _group_sums(sums, starts, num_rows, len(gate)).to(gate.dtype), None, None
+        dgate, dbias = _group_sums(sums, starts, num_rows, len(gate)).unbind(1)
+        return dout, dchange, dgate.to(gate.dtype), _of_bias(dbias, bias), None, None
+
+
+class _AddModulate(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None,
+        group: Tensor, starts: Tensor, eps: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x, change = x.contiguous(), change.contiguous()
+        gate, shift, scale = (_rows(rows) for rows in (gate, shift, scale))
+        if len({rows.stride() for rows in (gate, shift, scale)}) > 1:
+            gate, shift, scale = (rows.contiguous() for rows in (gate, shift, scale))
+        out, modulated = torch.empty_like(x), torch.empty_like(x)
+        ctx.save_for_backward(out, change, gate, scale, bias, group, starts)
+        ctx.eps, ctx.dtype = eps, shift.dtype
+        if len(x):
+            kernels.add_modulate_kernel[(len(x),)](
+                x, change, gate, bias, shift, scale, group, out, modulated, gate.stride(0), eps, **_sizes(x.shape[-1])
+            )
+        return out, modulated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, dmodulated: Tensor) -> tuple[Tensor | None, ...]:
+        out, change, gate, scale, bias, group, starts = ctx.saved_tensors
+        num_rows, width = change.shape
+        dx, dchange, blocks = torch.empty_like(out), torch.empty_like(change), cdiv(num_rows, ROWS)
+        sums = change.new_empty(blocks + len(gate), 4, width, dtype=torch.float32)
+        if num_rows:
+            kernels.add_modulate_backward_kernel[(blocks,)](
+                out, change, gate, bias, scale, group, dout.contiguous(), dmodulated.contiguous(), dx, dchange, sums,
+                num_rows, gate.stride(0), ctx.eps, **_sizes(width), ROWS=ROWS,
+            )  # fmt: skip
+        dshift, dscale, dgate, dbias = _group_sums(sums, starts, num_rows, len(gate)).unbind(1)
+        of_rows = dgate.to(gate.dtype), dshift.to(ctx.dtype), dscale.to(scale.dtype)
+        return dx, dchange, *of_rows, _of_bias(dbias, bias), None, None, None
+
+
+def _of_bias(sums: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Returns the gradient of a bias, if there is one, of those of all groups [G, D]."""
+    return None if bias is None else sums.sum(0).to(bias.dtype)
+
+
+class _Gelu(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, bias)
+        out, (num_rows, width) = torch.empty_like(x), x.shape
+        if num_rows:
+            grid = cdiv(num_rows, GELU["BM"]), cdiv(width, GELU["BN"])
+            kernels.gelu_kernel[grid](x, bias, out, num_rows, width, **GELU)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx, (num_rows, width) = torch.empty_like(x), x.shape
+        blocks = cdiv(num_rows, GELU["BM"] * ROUNDS)
+        sums = x.new_empty(blocks, width, dtype=torch.float32)
+        if num_rows:
+            kernels.gelu_backward_kernel[(blocks, cdiv(width, GELU["BN"]))](
+                x, bias, dout.contiguous(), dx, sums, num_rows, width, ROUNDS=ROUNDS, **GELU
+            )
+        return dx, None if bias is None else _group_sums(sums, None, blocks * ROWS, 1)[0].to(bias.dtype)
 
 
 class _RMSNorm(Function):
@@ -155,11 +227,12 @@ class _Rotate(Function):
 class _Join(Function):
     @staticmethod
     def forward(ctx: Any, text: Tensor, video: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes text and video [rows, 3 N D], then their norms' weights, their rows' tokens, the table and eps."""
+        """Takes text and video [rows, 3 N D], then their biases, their norms' weights, their rows' tokens, the table
+        and eps."""
         text, video = text.contiguous(), video.contiguous()
         *tensors, ctx.eps = rest
         ctx.save_for_backward(text, video, *tensors)
-        rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[0])
+        rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[2])
         q, k, v = (video.new_empty(sum(rows), sizes["N"], sizes["D"]) for _ in range(3))
         if blocks := sum(cdiv(number * sizes["N"], HEADS) for number in rows):
             kernels.join_kernel[(blocks,)](text, video, *tensors, q, k, v, *rows, ctx.eps, **sizes, BLOCK=HEADS)
@@ -169,17 +242,23 @@ class _Join(Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         text, video, *tensors = ctx.saved_tensors
-        rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[0])
+        rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[2])
         dtext, dvideo = torch.empty_like(text), torch.empty_like(video)
-        of_text, of_video = (cdiv(number * sizes["N"], HEADS * ROUNDS) for number in rows)
-        sums = video.new_empty(of_text + of_video, 2, sizes["D"], dtype=torch.float32)
-        if len(sums):
-            kernels.join_backward_kernel[(len(sums),)](
+        of_text, of_video = (cdiv(number, HEADS * ROUNDS) for number in rows)
+        blocks, shape = of_text + of_video, (5, sizes["N"], sizes["D"])
+        sums, out = (
+            video.new_empty(blocks, *shape, dtype=torch.float32),
+            video.new_empty(2, *shape, dtype=torch.float32),
+        )
+        if blocks:
+            kernels.join_backward_kernel[(sizes["N"], blocks)](
                 text, video, *tensors, *(grad.contiguous() for grad in grads), dtext, dvideo, sums, *rows, of_text,
                 ctx.eps, **sizes, BLOCK=HEADS, ROUNDS=ROUNDS,
             )  # fmt: skip
-        of_weights = [x for part in sums.split((of_text, of_video)) for x in part.sum(0)]
-        dweights = [grad.to(weight.dtype) for grad, weight in zip(of_weights, tensors[:4], strict=True)]
+        width = out[0].numel()
+        kernels.stream_sums_kernel[(2, cdiv(width, 64))](sums, out, of_text, blocks, width, BM=128, BN=64)
+        found = [*out[:, :3].flatten(1).unbind(), *out[:, 3:].sum(2).flatten(0, 1).unbind()]
+        dweights = [None if x is None else grad.to(x.dtype) for grad, x in zip(found, tensors[:6], strict=True)]
         return dtext, dvideo, *dweights, *(None,) * 5
 
 
@@ -189,12 +268,50 @@ def _head_sizes(qkv: Tensor, weight: Tensor) -> dict[str, int]:
     return {"N": qkv.shape[1] // (3 * width), "D": width, "DP": next_power_of_2(width), "num_warps": 4}
 
 
+class _Split(Function):
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, text_index: Tensor, video_index: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(text_index, video_index)
+        stream = stream.contiguous()
+        text, video = (stream.new_empty(len(index), *stream.shape[1:]) for index in (text_index, video_index))
+        _copy_rows(stream, text, video, text_index, video_index, JOINS=False)
+        return text, video
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, text: Tensor, video: Tensor) -> tuple[Tensor, None, None]:
+        stream = video.new_empty(len(text) + len(video), *video.shape[1:])
+        _copy_rows(stream, text.contiguous(), video.contiguous(), *ctx.saved_tensors, JOINS=True)
+        return stream, None, None
+
+
+def _copy_rows(stream: Tensor, text: Tensor, video: Tensor, *tokens: Tensor, **settings: bool) -> None:
+    """Copies rows between a stream and its text and video; settings: of the kernel."""
+    if num_rows := len(stream):
+        width = stream[0].numel()
+        block = min(1024, next_power_of_2(width))
+        kernels.split_kernel[(cdiv(num_rows, 4),)](
+            stream, text, video, *tokens, len(text), num_rows, width, BM=4, BN=block, **settings
+        )
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> Tensor:
     return _Modulate.apply(x, shift, scale, members.group, members.starts, eps, 1.0)
 
 
-def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members) -> Tensor:
-    return _AddGated.apply(x, change, gate, members.group, members.starts)
+def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members, bias: Tensor | None = None) -> Tensor:
+    return _AddGated.apply(x, change, gate, bias, members.group, members.starts)
+
+
+def add_modulate(
+    x: Tensor, change: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, members: Members,
+    bias: Tensor | None = None, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _AddModulate.apply(x, change, gate, shift, scale, bias, members.group, members.starts, eps)
+
+
+def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _Gelu.apply(x.flatten(0, -2), bias).view(x.shape)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -223,7 +340,12 @@ def rounded(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
 
 def join(
     text: Tensor, video: Tensor, norms: Sequence[tuple[Tensor, Tensor]], part: Part, table: Table | None = None,
-    eps: float = 1e-6,
+    biases: tuple[Tensor | None, Tensor | None] = (None, None), eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     weights = [weight for of_stream in norms for weight in of_stream]
-    return _Join.apply(text, video, *weights, part.text_index, part.video_index, *(table or (None, None)), eps)
+    tokens = part.text_index, part.video_index
+    return _Join.apply(text, video, *biases, *weights, *tokens, *(table or (None, None)), eps)
+
+
+def split(stream: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    return _Split.apply(stream, part.text_index, part.video_index)

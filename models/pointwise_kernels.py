@@ -78,38 +78,164 @@ def modulate_backward_kernel(
 
 
 @triton.jit
-def add_gated_kernel(x, change, gate, group, out, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Writes out = x + gate[group] * change; gate [G, D] has rows `stride` apart."""
+def _biased(x, bias, offset, column, inside):
+    """Returns numbers of x, with those of the bias that was left to be added, if any."""
+    value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def add_gated_kernel(x, change, gate, bias, group, out, stride, D: tl.constexpr, DP: tl.constexpr):
+    """Writes out = x + gate[group] * (change + bias); gate [G, D] has rows `stride` apart."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, DP)
     inside = column < D
     value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
-    added = tl.load(change + row * D + column, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(gate + _group(group, row) * stride + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * D + column, (value + factor * added).to(out.dtype.element_ty), mask=inside)
+    value += factor * _biased(change, bias, row * D + column, column, inside)
+    tl.store(out + row * D + column, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def add_gated_backward_kernel(
-    change, gate, group, dout, dchange, sums, num_rows, stride, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr
+    change, gate, bias, group, dout, dchange, sums, num_rows, stride, D: tl.constexpr, DP: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dchange, and sums [blocks + G, D] of dout * change, for gate."""
+    """Writes dchange, and sums [blocks + G, 2, D]: of dout * (change + bias), for gate, and of dchange, for bias."""
     block = tl.program_id(0)
     column = tl.arange(0, DP)
     inside = column < D
     current = _group(group, block * ROWS)
     dgate = tl.zeros([DP], tl.float32)
+    dbias = tl.zeros([DP], tl.float32)
     for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
         row = block.to(tl.int64) * ROWS + index
         own = _group(group, row)
-        tl.store(sums + (block + current) * D + column, dgate, mask=inside & (own != current))
+        pointer = sums + (block + current) * (2 * D) + column
+        tl.store(pointer, dgate, mask=inside & (own != current))
+        tl.store(pointer + D, dbias, mask=inside & (own != current))
         dgate = tl.where(own == current, dgate, 0.0)
+        dbias = tl.where(own == current, dbias, 0.0)
         current = own
         grad = tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
-        dgate += grad * tl.load(change + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        dgate += grad * _biased(change, bias, row * D + column, column, inside)
         grad *= tl.load(gate + own * stride + column, mask=inside, other=0.0).to(tl.float32)
+        dbias += grad
         tl.store(dchange + row * D + column, grad.to(dchange.dtype.element_ty), mask=inside)
-    tl.store(sums + (block + current) * D + column, dgate, mask=inside)
+    pointer = sums + (block + current) * (2 * D) + column
+    tl.store(pointer, dgate, mask=inside)
+    tl.store(pointer + D, dbias, mask=inside)
+
+
+@triton.jit
+def add_modulate_kernel(
+    x, change, gate, bias, shift, scale, group, out, modulated, stride, eps, D: tl.constexpr, DP: tl.constexpr
+):  # fmt: skip
+    """Writes what `add_gated_kernel` does, and that as `modulate_kernel` makes it of it, without reading it again."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, DP)
+    inside = column < D
+    offset = _group(group, row) * stride + column
+    value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(gate + offset, mask=inside, other=0.0).to(tl.float32)
+    rounded = (value + factor * _biased(change, bias, row * D + column, column, inside)).to(out.dtype.element_ty)
+    tl.store(out + row * D + column, rounded, mask=inside)
+    normed, _ = _layer_norm(rounded.to(tl.float32), inside, eps, D)
+    gain = 1.0 + tl.load(scale + offset, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(shift + offset, mask=inside, other=0.0).to(tl.float32)
+    tl.store(modulated + row * D + column, (normed * gain + added).to(modulated.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def add_modulate_backward_kernel(
+    out, change, gate, bias, scale, group, dout, dmodulated, dx, dchange, sums, num_rows, stride, eps,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes dx and dchange, and sums [blocks + G, 4, D], for shift, scale, gate and bias.
+
+    The gradient of `out` is dout and, through norm and modulation, dmodulated's; dx is all of it.
+    """
+    block = tl.program_id(0)
+    column = tl.arange(0, DP)
+    inside = column < D
+    current = _group(group, block * ROWS)
+    dshift = tl.zeros([DP], tl.float32)
+    dscale = tl.zeros([DP], tl.float32)
+    dgate = tl.zeros([DP], tl.float32)
+    dbias = tl.zeros([DP], tl.float32)
+    for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
+        row = block.to(tl.int64) * ROWS + index
+        own = _group(group, row)
+        ends = inside & (own != current)
+        pointer = sums + (block + current) * (4 * D) + column
+        tl.store(pointer, dshift, mask=ends)
+        tl.store(pointer + D, dscale, mask=ends)
+        tl.store(pointer + 2 * D, dgate, mask=ends)
+        tl.store(pointer + 3 * D, dbias, mask=ends)
+        dshift = tl.where(own == current, dshift, 0.0)
+        dscale = tl.where(own == current, dscale, 0.0)
+        dgate = tl.where(own == current, dgate, 0.0)
+        dbias = tl.where(own == current, dbias, 0.0)
+        current = own
+        offset = own * stride + column
+        value = tl.load(out + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        normed, factor = _layer_norm(value, inside, eps, D)
+        grad = tl.load(dmodulated + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        dshift += grad
+        dscale += grad * normed
+        grad *= 1.0 + tl.load(scale + offset, mask=inside, other=0.0).to(tl.float32)
+        grad = (grad - tl.sum(grad, 0) / D - normed * (tl.sum(grad * normed, 0) / D)) * factor
+        grad += tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
+        dgate += grad * _biased(change, bias, row * D + column, column, inside)
+        grad *= tl.load(gate + offset, mask=inside, other=0.0).to(tl.float32)
+        dbias += grad
+        tl.store(dchange + row * D + column, grad.to(dchange.dtype.element_ty), mask=inside)
+    pointer = sums + (block + current) * (4 * D) + column
+    tl.store(pointer, dshift, mask=inside)
+    tl.store(pointer + D, dscale, mask=inside)
+    tl.store(pointer + 2 * D, dgate, mask=inside)
+    tl.store(pointer + 3 * D, dbias, mask=inside)
+
+
+@triton.jit
+def _gelu_factor(value):
+    """Returns what a number is multiplied by in GELU: (1 + tanh(z)) / 2 is sigmoid(2 z), and 2 sqrt(2 / pi) is
+    1.5957..."""
+    return tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gelu_kernel(x, bias, out, num_rows, width, BM: tl.constexpr, BN: tl.constexpr):
+    """A program writes the GELU of x + bias for BM rows and BN columns."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    column = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
+    inside = (row < num_rows) & (column < width)
+    value = _biased(x, bias, row * width + column, column, inside)
+    tl.store(out + row * width + column, (value * _gelu_factor(value)).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gelu_backward_kernel(
+    x, bias, dout, dx, sums, num_rows, width, ROUNDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """A program writes dx of ROUNDS times BM rows and BN columns, and sums [blocks, width] of it, for bias."""
+    column = tl.program_id(1) * BN + tl.arange(0, BN)[None, :]
+    dbias = tl.zeros([BM, BN], tl.float32)
+    for index in range(ROUNDS):
+        row = (tl.program_id(0).to(tl.int64) * ROUNDS + index) * BM + tl.arange(0, BM)[:, None]
+        inside = (row < num_rows) & (column < width)
+        value = _biased(x, bias, row * width + column, column, inside)
+        factor = _gelu_factor(value)
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * value * value)
+        grad = tl.load(dout + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        grad *= factor * (1.0 + value * slope * (1.0 - factor))
+        dbias += grad
+        tl.store(dx + row * width + column, grad.to(dx.dtype.element_ty), mask=inside)
+    total = tl.sum(dbias, 0)[None, :]
+    tl.store(sums + tl.program_id(0) * width + column, total, mask=column < width)
 
 
 @triton.jit
@@ -179,8 +305,8 @@ def round_kernel(
     column = tl.arange(0, DP)
     inside = column < D
     value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:  # its tanh, as a sigmoid: 1 + tanh(z) = 2 sigmoid(2 z), and 2 sqrt(2 / pi) = 1.5957...
-        value *= tl.sigmoid(1.5957691216057308 * (value + 0.044715 * value * value * value))
+    if GELU:
+        value *= _gelu_factor(value)
     scale = tl.maximum(tl.max(tl.abs(value), 0), LEAST) * (1 / LARGEST)
     tl.store(scales + row, scale)
     # Every operation is rounded as those of the plain function are, so that the numbers are the same.
@@ -217,91 +343,139 @@ def _normed_heads(value, eps, D: tl.constexpr):
 
 @triton.jit
 def _join_block(
-    qkv, q_weight, k_weight, index, cos, sin, q, k, v, block, num_rows, eps,
+    qkv, bias, q_weight, k_weight, index, cos, sin, q, k, v, block, num_rows, eps,
     N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norms, turns and writes to q, k, v [L, N, D] what BLOCK heads of qkv [rows, 3, N, D] hold."""
+    """Norms, turns and writes to q, k, v [L, N, D] what BLOCK heads of qkv [rows, 3, N, D] hold, with its bias."""
     row, head, token, inside = _heads(index, block, num_rows, N, BLOCK)
     column = tl.arange(0, DP)[None, :]
     some = inside[:, None] & (column < D)
-    own = (row * (3 * N * D) + head * D)[:, None] + column
-    joint = (token * (N * D) + head * D)[:, None] + column
+    within = (head * D)[:, None] + column
+    own = (row * (3 * N * D))[:, None] + within
+    joint = (token * (N * D))[:, None] + within
     for part in tl.static_range(2):
         weight, target = (q_weight, q) if part == 0 else (k_weight, k)
-        normed, _ = _normed_heads(tl.load(qkv + own + part * N * D, mask=some, other=0.0).to(tl.float32), eps, D)
+        normed, _ = _normed_heads(_biased(qkv, bias, own + part * N * D, within + part * N * D, some), eps, D)
         normed *= tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
         normed = _turn(normed, token, inside, cos, sin, 1.0, D, DP, BLOCK)
         tl.store(target + joint, normed.to(target.dtype.element_ty), mask=some)
-    tl.store(v + joint, tl.load(qkv + own + 2 * N * D, mask=some, other=0.0).to(v.dtype.element_ty), mask=some)
+    tl.store(v + joint, _biased(qkv, bias, own + 2 * N * D, within + 2 * N * D, some).to(v.dtype.element_ty), mask=some)
 
 
 @triton.jit(do_not_specialize=["num_text", "num_video"])
 def join_kernel(
-    text, video, text_q_weight, text_k_weight, video_q_weight, video_k_weight, text_index, video_index, cos, sin,
-    q, k, v, num_text, num_video, eps, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    text, video, text_bias, video_bias, text_q_weight, text_k_weight, video_q_weight, video_k_weight,
+    text_index, video_index, cos, sin, q, k, v, num_text, num_video, eps,
+    N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program norms, turns and joins BLOCK heads of text or of video, [rows, 3, N, D] each, in q, k, v [L, N, D]."""
     block, text_blocks = tl.program_id(0), tl.cdiv(num_text * N, BLOCK)
     if block < text_blocks:
         _join_block(
-            text, text_q_weight, text_k_weight, text_index, cos, sin, q, k, v, block, num_text, eps, N, D, DP, BLOCK
-        )
+            text, text_bias, text_q_weight, text_k_weight, text_index, cos, sin, q, k, v, block, num_text, eps,
+            N, D, DP, BLOCK,
+        )  # fmt: skip
     else:
         _join_block(
-            video, video_q_weight, video_k_weight, video_index, cos, sin, q, k, v, block - text_blocks, num_video, eps,
-            N, D, DP, BLOCK,
+            video, video_bias, video_q_weight, video_k_weight, video_index, cos, sin, q, k, v, block - text_blocks,
+            num_video, eps, N, D, DP, BLOCK,
         )  # fmt: skip
 
 
 @triton.jit
-def _join_backward_blocks(
-    qkv, q_weight, k_weight, index, cos, sin, dq, dk, dv, dqkv, sums, first, num_rows, eps,
+def _join_backward_rows(
+    qkv, bias, q_weight, k_weight, index, cos, sin, dq, dk, dv, dqkv, sums, block, num_rows, eps,
     N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """Undoes rotation and norm of q and k for some heads of some tokens, and copies dV; sums what the norms' weights
-    get."""
+    """Undoes rotation and norm of one head's q and k for some rows, and copies dV; sums what biases and norms get."""
     column = tl.arange(0, DP)[None, :]
-    for part in tl.static_range(2):  # q, then k, which lie beside each other and before v
-        weight, joint_grad = (q_weight, dq) if part == 0 else (k_weight, dk)
+    within = tl.program_id(0) * D + column
+    for part in tl.static_range(3):
+        weight, joint_grad = (q_weight, dq) if part == 0 else (k_weight, dk) if part == 1 else (k_weight, dv)
         gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+        dbias = tl.zeros([BLOCK, DP], tl.float32)
         dweight = tl.zeros([BLOCK, DP], tl.float32)
         for i in range(ROUNDS):
-            row, head, token, inside = _heads(index, first * ROUNDS + i, num_rows, N, BLOCK)
+            row = (block * ROUNDS + i).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = row < num_rows
+            token = tl.load(index + row, mask=inside, other=0)
             some = inside[:, None] & (column < D)
-            own = (row * (3 * N * D) + head * D)[:, None] + column + part * N * D
-            joint = (token * (N * D) + head * D)[:, None] + column
-            grad = tl.load(joint_grad + joint, mask=some, other=0.0).to(tl.float32)
-            grad = _turn(grad, token, inside, cos, sin, -1.0, D, DP, BLOCK)
-            normed, factor = _normed_heads(tl.load(qkv + own, mask=some, other=0.0).to(tl.float32), eps, D)
-            dweight += grad * normed
-            grad *= gain
-            grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
-            tl.store(dqkv + own, grad.to(dqkv.dtype.element_ty), mask=some)
-            if part == 0:
-                value = tl.load(dv + joint, mask=some, other=0.0)
-                tl.store(dqkv + own + 2 * N * D, value.to(dqkv.dtype.element_ty), mask=some)
-        tl.store(sums + part * D + column, tl.sum(dweight, 0)[None, :], mask=column < D)
+            own = (row * (3 * N * D))[:, None] + within
+            grad = tl.load(joint_grad + (token * (N * D))[:, None] + within, mask=some, other=0.0).to(tl.float32)
+            if part < 2:
+                grad = _turn(grad, token, inside, cos, sin, -1.0, D, DP, BLOCK)
+                normed, factor = _normed_heads(
+                    _biased(qkv, bias, own + part * N * D, within + part * N * D, some), eps, D
+                )
+                dweight += grad * normed
+                grad *= gain
+                grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
+            dbias += tl.where(some, grad, 0.0)
+            tl.store(dqkv + own + part * N * D, grad.to(dqkv.dtype.element_ty), mask=some)
+        tl.store(sums + part * (N * D) + within, tl.sum(dbias, 0)[None, :], mask=column < D)
+        if part < 2:
+            tl.store(sums + (3 + part) * (N * D) + within, tl.sum(dweight, 0)[None, :], mask=column < D)
 
 
 @triton.jit(do_not_specialize=["num_text", "num_video", "text_blocks"])
 def join_backward_kernel(
-    text, video, text_q_weight, text_k_weight, video_q_weight, video_k_weight, text_index, video_index, cos, sin,
-    dq, dk, dv, dtext, dvideo, sums, num_text, num_video, text_blocks, eps,
+    text, video, text_bias, video_bias, text_q_weight, text_k_weight, video_q_weight, video_k_weight,
+    text_index, video_index, cos, sin, dq, dk, dv, dtext, dvideo, sums, num_text, num_video, text_blocks, eps,
     N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
 ):  # fmt: skip
-    """A program writes dtext or dvideo of ROUNDS blocks of heads, and sums [programs, 2, D] for the norms' weights."""
-    block = tl.program_id(0)
-    sums += block * (2 * D)
+    """A program writes dtext or dvideo of a head of ROUNDS times BLOCK rows.
+
+    sums [blocks, 5, N, D]: for the biases of q, k and v, and for the weights of q's and k's norm.
+    """
+    block = tl.program_id(1)
+    sums += block.to(tl.int64) * (5 * N * D)
     if block < text_blocks:
-        _join_backward_blocks(
-            text, text_q_weight, text_k_weight, text_index, cos, sin, dq, dk, dv, dtext, sums, block, num_text, eps,
-            N, D, DP, BLOCK, ROUNDS,
+        _join_backward_rows(
+            text, text_bias, text_q_weight, text_k_weight, text_index, cos, sin, dq, dk, dv, dtext, sums, block,
+            num_text, eps, N, D, DP, BLOCK, ROUNDS,
         )  # fmt: skip
     else:
-        _join_backward_blocks(
-            video, video_q_weight, video_k_weight, video_index, cos, sin, dq, dk, dv, dvideo, sums,
+        _join_backward_rows(
+            video, video_bias, video_q_weight, video_k_weight, video_index, cos, sin, dq, dk, dv, dvideo, sums,
             block - text_blocks, num_video, eps, N, D, DP, BLOCK, ROUNDS,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_text", "num_rows"])
+def split_kernel(
+    stream, text, video, text_index, video_index, num_text, num_rows, width,
+    BM: tl.constexpr, BN: tl.constexpr, JOINS: tl.constexpr,
+):  # fmt: skip
+    """A program copies BM rows of the stream to text or video [rows, width], or from there where it JOINS them."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    is_text, is_video = row < num_text, (row >= num_text) & (row < num_rows)
+    token = tl.load(text_index + row, mask=is_text, other=0) + tl.load(
+        video_index + (row - num_text), mask=is_video, other=0
+    )
+    for start in range(0, width, BN):
+        column = start + tl.arange(0, BN)[None, :]
+        joint = stream + token[:, None] * width + column
+        of_text = text + row[:, None] * width + column
+        of_video = video + (row - num_text)[:, None] * width + column
+        some_text, some_video = is_text[:, None] & (column < width), is_video[:, None] & (column < width)
+        if JOINS:
+            tl.store(joint, tl.load(of_text, mask=some_text, other=0.0), mask=some_text)
+            tl.store(joint, tl.load(of_video, mask=some_video, other=0.0), mask=some_video)
+        else:
+            value = tl.load(joint, mask=some_text | some_video, other=0.0)
+            tl.store(of_text, value, mask=some_text)
+            tl.store(of_video, value, mask=some_video)
+
+
+@triton.jit
+def _sum_blocks(sums, first, last, shift, column, width, BM: tl.constexpr, BN: tl.constexpr):
+    """Returns the sum of rows [first + shift, last + shift) of sums [.., width], at BN columns."""
+    total = tl.zeros([BM, BN], tl.float32)
+    for start in range(first, last, BM):
+        block = start + tl.arange(0, BM)
+        inside = (block < last)[:, None] & (column < width)[None, :]
+        total += tl.load(sums + (block + shift)[:, None] * width + column[None, :], mask=inside, other=0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["num_rows", "width"])
@@ -312,10 +486,16 @@ def group_sums_kernel(sums, starts, out, num_rows, width, ROWS: tl.constexpr, BM
     first, last = 0, num_rows
     if starts is not None:
         first, last = tl.load(starts + own), tl.load(starts + own + 1)
-    total = tl.zeros([BM, BN], tl.float32)
     last_block = tl.where(first < last, (last + ROWS - 1) // ROWS, 0)
-    for start in range(first // ROWS, last_block, BM):
-        block = start + tl.arange(0, BM)
-        inside = (block < last_block)[:, None] & (column < width)[None, :]
-        total += tl.load(sums + (block + own)[:, None] * width + column[None, :], mask=inside, other=0.0)
-    tl.store(out + own * width + column, tl.sum(total, 0), mask=column < width)
+    total = _sum_blocks(sums, first // ROWS, last_block, own, column, width, BM, BN)
+    tl.store(out + own * width + column, total, mask=column < width)
+
+
+@triton.jit(do_not_specialize=["text_blocks", "num_blocks", "width"])
+def stream_sums_kernel(sums, out, text_blocks, num_blocks, width, BM: tl.constexpr, BN: tl.constexpr):
+    """Writes to out [2, width] what the first blocks have summed, for text, and the others, for video."""
+    of_video = tl.program_id(0)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    first = tl.where(of_video == 1, text_blocks, 0)
+    total = _sum_blocks(sums, first, tl.where(of_video == 1, num_blocks, text_blocks), 0, column, width, BM, BN)
+    tl.store(out + of_video * width + column, total, mask=column < width)

@@ -82,15 +82,20 @@ def pointwise_work(setting: Setting) -> None:
     heads = x.unflatten(1, (NUM_HEADS, setting.head_dim))
     part = Part(moc.ShotLayout.build([moc.Shot(5, (2, 4, 4))]))
     text, video = (torch.zeros(len(x), 3 * dim, dtype=setting.dtype) for x in (part.text_index, part.video_index))
+    bias = torch.zeros(3 * dim)
     gain, angles = weight[: setting.head_dim], torch.zeros(part.num_tokens, setting.head_dim // 2)
     outputs = (
         pointwise.modulate(x, rows, rows, members),
         pointwise.add_gated(x, x, rows, members),
+        pointwise.add_gated(x, x, rows, members, weight),
+        *pointwise.add_modulate(x, x, rows, rows, rows, members, weight),
+        pointwise.gelu(x, weight),
+        *pointwise.split(heads[: part.num_tokens], part),
         pointwise.layer_norm(x, weight, weight, 1e-6),
         pointwise.rms_norm(x, weight, 1e-6),
         pointwise.rms_norm(heads, weight[: setting.head_dim], 1e-6),
         pointwise.rotate(heads, (table, table)),
-        *pointwise.join(text, video.requires_grad_(), 2 * [(gain, gain)], part, (angles, angles)),
+        *pointwise.join(text, video.requires_grad_(), 2 * [(gain, gain)], part, (angles, angles), (bias, bias)),
     )
     for output in outputs:
         output.sum().backward(retain_graph=True)
