@@ -32,7 +32,8 @@ class StoryworldConfig:
     names, places, cameras: those to use, all if empty.
     places_per_scene: a true cut changes place if there are two or more.
     continuation: the share of shots after the first that go on without a cut (described mode only).
-    familiar: every scene has the same places and every name the same look, which a small model learns in minutes.
+    familiar: every scene has the same places and every name the same look, which a small model learns in minutes; the
+    look is that of the name in every familiar world.
     look_alikes: two others share the fur and the outfit of the name that the last shot of a recall scene returns to.
     crf: the quality of the videos, lower is better.
     workers: processes; null means one for each core.

@@ -1,6 +1,7 @@
 """Storyworld: plans, captions, frames against their ground truth, readers, files."""
 
 import json
+import re
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -243,6 +244,18 @@ def test_prompt_script_speaks_the_worlds_language(path):
     for shot in script.shots:
         assert set(words_of(shot.caption)) <= words
         assert place_of_caption(shot.prompt) in PLACES
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_prompt_script_tells_the_looks_of_a_familiar_world_of_any_seed(path):
+    told = looks_told(load_script(path).global_caption)
+    for seed in range(3):
+        config = settings(familiar=True, names=["Mia", "Gus"], characters=2, seed=seed)
+        assert told == set().union(*(looks_told(plan_scene(config, index).caption) for index in range(4)))
+
+
+def looks_told(caption: str) -> set[str]:
+    return set(re.findall(r"\w+: [^.]+", caption))
 
 
 # Files
