@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from jinja2 import Environment
@@ -68,111 +68,163 @@ _CHOOSE = """() => document.addEventListener('click', event => {
 })"""
 
 
+class Asking(NamedTuple):
+    """These windows say what to film, and how it goes."""
+
+    name: gr.Dropdown
+    script: gr.Code
+    upload: gr.UploadButton
+    added: gr.UploadButton
+    steps: gr.Number
+    guidance: gr.Number
+    check: gr.Button
+    preview: gr.Button
+    generate: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+    cost: gr.HTML
+
+
+class Again(NamedTuple):
+    """These windows make a shot of a film anew, and show its two newest takes."""
+
+    number: gr.Number
+    seed: gr.Number
+    prompt: gr.Textbox
+    redo: gr.Button
+    before: gr.Video
+    back: gr.Button
+    now: gr.Video
+
+
 def build_app(studio: Studio) -> gr.Blocks:
     """Builds the page. It shows what is in the studio's folder, and does what `Studio` does."""
     with gr.Blocks(title="Storyboard", analytics_enabled=False) as app:
         gr.Markdown("# Storyboard\nWrite a story shot by shot, see what it costs, film it, make single shots anew.")
         with gr.Row():
             with gr.Column(scale=2):
-                name = gr.Dropdown(studio.names(), value=None, label="Film", allow_custom_value=True, elem_id="name")
-                script = gr.Code(EXAMPLE, language="yaml", label="Script", lines=14, max_lines=24, elem_id="script",
-                                 wrap_lines=True)  # fmt: skip
-                with gr.Row():
-                    upload = gr.UploadButton("Load a script", file_types=[".yaml", ".yml", ".json"], size="sm")
-                    added = gr.UploadButton("Add pictures, videos", file_count="multiple", size="sm", elem_id="added")
-                with gr.Row():
-                    sampler = studio.filmmaker.sampler
-                    steps = gr.Number(sampler.steps, label="Steps", precision=0, minimum=1, elem_id="steps")
-                    guidance = gr.Number(sampler.guidance_scale, label="Guidance", minimum=0, elem_id="guidance")
-                with gr.Row():
-                    check = gr.Button("Save and estimate", elem_id="check")
-                    preview = gr.Button(f"Preview, {studio.preview_steps} steps", elem_id="preview")
-                    generate = gr.Button("Generate", variant="primary", elem_id="generate")
-                    stop = gr.Button("Stop", variant="stop", elem_id="stop")
-                status = gr.HTML(elem_id="status")
-                with gr.Accordion("Estimate", open=True):
-                    cost = gr.HTML(elem_id="cost")
+                asking = _asking(studio)
             with gr.Column(scale=3):
                 film = gr.Video(label="Film", interactive=False, elem_id="film")
                 cards = gr.HTML(elem_id="cards")
                 with gr.Accordion("Make a shot anew: click on its card", open=True):
-                    with gr.Row():
-                        number = gr.Number(1, label="Shot", precision=0, minimum=1, elem_id="number")
-                        seed = gr.Number(1, label="Seed", precision=0, minimum=0, elem_id="seed")
-                    prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
-                    redo = gr.Button("Make this shot anew", elem_id="redo")
-                    with gr.Row():
-                        with gr.Column():
-                            before = gr.Video(label="The take before", interactive=False, elem_id="before")
-                            back = gr.Button("Take its prompt and seed", size="sm", elem_id="back")
-                        now = gr.Video(label="This take", interactive=False, elem_id="now")
+                    again = _again()
                 files = gr.Files(label="Download", interactive=False, elem_id="files")
-
-        shown, takes = [film, cards, files], [before, now]
-
-        def open_script(name: str) -> tuple[Any, ...]:
-            """Shows a film, and its first shot to be made anew: another film's number means another shot. Under a new
-            name the script may be kept; nothing is left of the film before."""
-            if name not in studio.names():
-                return _SAME, 1, "", None, "", None, None, None
-            first = studio.read(name).shots[0].prompt
-            return studio.text(name), 1, first, *_film(studio, name), *_takes(studio, name, 1)
-
-        def sampling(steps: int | None, guidance: float | None) -> dict[str, Any]:
-            return {"steps": _filled(steps, "Steps"), "guidance_scale": _filled(guidance, "Guidance")}
-
-        def save(name: str, text: str, *settings: Any) -> tuple[Any, ...]:
-            text = studio.save(name, text)
-            told = _COST.render(text=studio.estimate(name, **sampling(*settings)))
-            return gr.update(choices=studio.names(), value=name), text, told, _cards(studio, name)
-
-        def add(files: list[str]) -> str:
-            names = [studio.add(Path(file)) for file in files]
-            return _status(f"a script may now name {', '.join(names)}, such as `image: {names[0]}`")
-
-        def choose(name: str, number: int | None) -> tuple[Any, ...]:
-            chosen = _filled(number, "Shot")
-            return studio.shot(name, chosen).prompt, *_takes(studio, name, chosen)
-
-        def film_script(name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
-            studio.save(name, text)
-            making = studio.make(name, **sampling(*settings))
-            yield from _follow(making, lambda _: _film(studio, name), cards=lambda: _cards(studio, name))
-
-        def film_preview(name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
-            studio.save(name, text)
-            making = studio.preview(name, **sampling(*settings))
-            yield from _follow(making, lambda film: (str(film.path / "video.mp4"), _SAME, _SAME), "previewed")
-
-        def film_again(name: str, number: int | None, prompt: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
-            chosen = _filled(number, "Shot")
-            making = studio.redo(name, chosen, prompt, _filled(seed, "Seed"))
-            for told in _follow(making, lambda _: _film(studio, name)):
-                done = told[3] is not _SAME
-                yield (*told, *(_takes(studio, name, chosen) if done else (_SAME, _SAME)),
-                       studio.text(name) if done else _SAME)  # fmt: skip
-
-        name.change(_told(open_script), name, [script, number, prompt, *shown, *takes])
-        upload.upload(lambda file: Path(file).read_text(encoding="utf-8"), upload, script)
-        added.upload(_told(add), added, status)
-        back.click(
-            _told(lambda name, number: studio.before(name, _filled(number, "Shot"))), [name, number], [prompt, seed]
-        )
-        number.input(_told(choose), [name, number], [prompt, *takes])
-        alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time has the model
-        asked = [name, script, steps, guidance]
-        check.click(_told(save), asked, [name, script, cost, cards], **alone)
-        running: list[Any] = [
-            generate.click(_told_along(film_script), asked, [status, *shown], **alone),
-            preview.click(_told_along(film_preview), asked, [status, *shown], **alone),
-            redo.click(
-                _told_along(film_again), [name, number, prompt, seed], [status, *shown, *takes, script], **alone
-            ),
-        ]
-        stopped = "stopped; what is finished is kept, and generating goes on from there"
-        stop.click(lambda: _status(stopped), None, status, cancels=running)
-        app.load(lambda: gr.update(choices=studio.names()), None, name)
+        _connect(Acts(studio), asking, again, [film, cards, files])
+        app.load(lambda: gr.update(choices=studio.names()), None, asking.name)
     return app
+
+
+def _asking(studio: Studio) -> Asking:
+    name = gr.Dropdown(studio.names(), value=None, label="Film", allow_custom_value=True, elem_id="name")
+    script = gr.Code(EXAMPLE, language="yaml", label="Script", lines=14, max_lines=24, elem_id="script",
+                     wrap_lines=True)  # fmt: skip
+    with gr.Row():
+        upload = gr.UploadButton("Load a script", file_types=[".yaml", ".yml", ".json"], size="sm")
+        added = gr.UploadButton("Add pictures, videos", file_count="multiple", size="sm", elem_id="added")
+    with gr.Row():
+        sampler = studio.filmmaker.sampler
+        steps = gr.Number(sampler.steps, label="Steps", precision=0, minimum=1, elem_id="steps")
+        guidance = gr.Number(sampler.guidance_scale, label="Guidance", minimum=0, elem_id="guidance")
+    with gr.Row():
+        check = gr.Button("Save and estimate", elem_id="check")
+        preview = gr.Button(f"Preview, {studio.preview_steps} steps", elem_id="preview")
+        generate = gr.Button("Generate", variant="primary", elem_id="generate")
+        stop = gr.Button("Stop", variant="stop", elem_id="stop")
+    status = gr.HTML(elem_id="status")
+    with gr.Accordion("Estimate", open=True):
+        cost = gr.HTML(elem_id="cost")
+    return Asking(name, script, upload, added, steps, guidance, check, preview, generate, stop, status, cost)
+
+
+def _again() -> Again:
+    with gr.Row():
+        number = gr.Number(1, label="Shot", precision=0, minimum=1, elem_id="number")
+        seed = gr.Number(1, label="Seed", precision=0, minimum=0, elem_id="seed")
+    prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+    redo = gr.Button("Make this shot anew", elem_id="redo")
+    with gr.Row():
+        with gr.Column():
+            before = gr.Video(label="The take before", interactive=False, elem_id="before")
+            back = gr.Button("Take its prompt and seed", size="sm", elem_id="back")
+        now = gr.Video(label="This take", interactive=False, elem_id="now")
+    return Again(number, seed, prompt, redo, before, back, now)
+
+
+def _connect(acts: "Acts", asking: Asking, again: Again, shown: list[Any]) -> None:
+    """Has the windows do what the acts say. shown: those of a film, which are its video, its cards and its files."""
+    name, number, status = asking.name, again.number, asking.status
+    takes = [again.before, again.now]
+    _, cards, _ = shown
+    name.change(_told(acts.open_script), name, [asking.script, number, again.prompt, *shown, *takes])
+    asking.upload.upload(lambda file: Path(file).read_text(encoding="utf-8"), asking.upload, asking.script)
+    asking.added.upload(_told(acts.add), asking.added, status)
+    again.back.click(_told(acts.take_before), [name, number], [again.prompt, again.seed])
+    number.input(_told(acts.choose), [name, number], [again.prompt, *takes])
+    alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time has the model
+    asked = [name, asking.script, asking.steps, asking.guidance]
+    asking.check.click(_told(acts.save), asked, [name, asking.script, asking.cost, cards], **alone)
+    anew = [name, number, again.prompt, again.seed]
+    running: list[Any] = [
+        asking.generate.click(_told_along(acts.film_script), asked, [status, *shown], **alone),
+        asking.preview.click(_told_along(acts.film_preview), asked, [status, *shown], **alone),
+        again.redo.click(_told_along(acts.film_again), anew, [status, *shown, *takes, asking.script], **alone),
+    ]
+    stopped = "stopped; what is finished is kept, and generating goes on from there"
+    asking.stop.click(lambda: _status(stopped), None, status, cancels=running)
+
+
+class Acts:
+    """These are the acts of the page in a studio. Each takes what some windows hold, and returns what others show."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def open_script(self, name: str) -> tuple[Any, ...]:
+        """Shows a film, and its first shot to be made anew: another film's number means another shot. Under a new name
+        the script may be kept; nothing is left of the film before."""
+        if name not in self.studio.names():
+            return _SAME, 1, "", None, "", None, None, None
+        first = self.studio.read(name).shots[0].prompt
+        return self.studio.text(name), 1, first, *_film(self.studio, name), *_takes(self.studio, name, 1)
+
+    def save(self, name: str, text: str, *settings: Any) -> tuple[Any, ...]:
+        text = self.studio.save(name, text)
+        told = _COST.render(text=self.studio.estimate(name, **_sampling(*settings)))
+        return gr.update(choices=self.studio.names(), value=name), text, told, _cards(self.studio, name)
+
+    def add(self, files: list[str]) -> str:
+        names = [self.studio.add(Path(file)) for file in files]
+        return _status(f"a script may now name {', '.join(names)}, such as `image: {names[0]}`")
+
+    def choose(self, name: str, number: int | None) -> tuple[Any, ...]:
+        chosen = _filled(number, "Shot")
+        return self.studio.shot(name, chosen).prompt, *_takes(self.studio, name, chosen)
+
+    def take_before(self, name: str, number: int | None) -> tuple[Any, ...]:
+        return self.studio.before(name, _filled(number, "Shot"))
+
+    def film_script(self, name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+        self.studio.save(name, text)
+        making = self.studio.make(name, **_sampling(*settings))
+        yield from _follow(making, lambda _: _film(self.studio, name), cards=lambda: _cards(self.studio, name))
+
+    def film_preview(self, name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+        self.studio.save(name, text)
+        making = self.studio.preview(name, **_sampling(*settings))
+        yield from _follow(making, lambda film: (str(film.path / "video.mp4"), _SAME, _SAME), "previewed")
+
+    def film_again(self, name: str, number: int | None, prompt: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
+        chosen = _filled(number, "Shot")
+        making = self.studio.redo(name, chosen, prompt, _filled(seed, "Seed"))
+        for told in _follow(making, lambda _: _film(self.studio, name)):
+            done = told[3] is not _SAME
+            yield (*told, *(_takes(self.studio, name, chosen) if done else (_SAME, _SAME)),
+                   self.studio.text(name) if done else _SAME)  # fmt: skip
+
+
+def _sampling(steps: int | None, guidance: float | None) -> dict[str, Any]:
+    return {"steps": _filled(steps, "Steps"), "guidance_scale": _filled(guidance, "Guidance")}
 
 
 def launch(studio: Studio, port: int, block: bool = True) -> gr.Blocks:

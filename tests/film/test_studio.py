@@ -343,6 +343,7 @@ def test_a_story_is_filmed_in_a_browser(trained, tmp_path, browser):
     with served(trained, folder) as port:
         browser.get(f"http://127.0.0.1:{port}")
         until("document.querySelector('#name input')")
+        until("!document.querySelector('#name .translucent')")  # which covers what is still loaded
         name = browser.find_element("css selector", "#name input")
         name.click()
         until("[...document.querySelectorAll('[role=option]')].some(option => option.textContent.includes('walk'))")
