@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import matplotlib
 from matplotlib import font_manager
@@ -19,18 +20,22 @@ from PIL import Image, ImageDraw, ImageFont
 logger = logging.getLogger(__name__)
 
 _BITMAP_SIZE = 109  # the one size that fonts of coloured pictures, such as Noto Color Emoji, have
+_choosing = Lock()  # pages are drawn in threads, and one reads the system's fonts for all
 _JOINED = ("Mn", "Me", "Cf")  # categories of characters that change the one before them
 
 
-def draw_text(text: str, cell: tuple[int, int], size: int, bold: bool = False) -> Image.Image:
-    """Returns a white picture of `cell` pixels (W, H) with as much of the text as fits, in the middle of its height."""
+def draw_text(text: str, cell: tuple[int, int], size: int, bold: bool = False, from_top: bool = False) -> Image.Image:
+    """Returns a white picture of `cell` pixels (W, H) with as much of the text as fits, in the middle of its height, or
+    from its top."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())
-    fonts, line_height = _fonts("".join(sorted(set(text))), bold), round(1.25 * size)
+    with _choosing:
+        fonts = _fonts("".join(sorted(set(text))), bold)
+    line_height = round(1.25 * size)
     length = sum(_length(run, file, size) for run, file in _runs(text, fonts))
     num_characters = int(0.95 * cell[0] * len(text) / max(1.0, length))
     lines = textwrap.wrap(text, max(1, num_characters), max_lines=max(1, cell[1] // line_height), placeholder="…")
     picture = Image.new("RGB", cell, "white")
-    top = (cell[1] - line_height * len(lines)) // 2
+    top = 0 if from_top else (cell[1] - line_height * len(lines)) // 2
     for number, line in enumerate(lines):
         left = 0.0
         for run, file in _runs(line, fonts):
@@ -74,13 +79,17 @@ def _runs(text: str, fonts: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 @cache
 def _fonts(characters: str, bold: bool) -> tuple[str, ...]:
     """Returns DejaVu Sans, which matplotlib brings along, and fonts of the system that have what it lacks; those that
-    have most of it come first."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    have most of it come first, and of these the ones named as of this weight."""
+    name, weight = ("DejaVuSans-Bold.ttf", "Bold") if bold else ("DejaVuSans.ttf", "Regular")
+
+    def worth(file: str) -> tuple[int, bool]:
+        return len(missing & _codes(file)), weight in Path(file).stem
+
     chosen = [str(Path(matplotlib.get_data_path(), "fonts/ttf", name))]
     missing = {ord(one) for one in characters if one.isprintable() and unicodedata.category(one) not in _JOINED}
     missing -= _codes(chosen[0])
     while missing:
-        best = max(_system_fonts(), key=lambda file: len(missing & _codes(file)), default=chosen[0])
+        best = max(_system_fonts(), key=worth, default=chosen[0])
         if not missing & _codes(best):
             _tell_missing()
             break

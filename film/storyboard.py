@@ -57,7 +57,8 @@ def draw_storyboard(path: Path, title: str, panels: Sequence[Panel]) -> None:
     for row, panel in enumerate(panels):
         top, head = _HEAD + down * row, min(22, cell[1] // 3)
         sheet.paste(draw_text(panel.head, (cell[0], head), size=13, bold=True), (_GAP, top))
-        sheet.paste(draw_text(panel.caption, (cell[0], cell[1] - head), size=16), (_GAP, top + head))
+        caption = draw_text(panel.caption, (cell[0], cell[1] - head), size=16, from_top=True)
+        sheet.paste(caption, (_GAP, top + head))
         for column, frame in enumerate(panel.frames, start=1):
             picture = Image.fromarray(frame)
             if picture.size != cell:
