@@ -44,8 +44,8 @@ class Estimate:
     host_memory: float
     least: float
 
-    def lines(self, plan: FilmPlan, peak: float | None = None) -> list[str]:
-        """Returns a table for the user. peak: FLOPs a second of what computes, where they are known."""
+    def lines(self, plan: FilmPlan, peak: float, gpu: str = "the GPU") -> list[str]:
+        """Returns a table for the user. peak: FLOPs a second of the GPU, or GPUs, that would compute."""
         rows = ["shot  begins      frames  seconds   latent frames  tokens"]
         for number, index in enumerate(plan.filmed, start=1):
             shot, frames = plan.script.shots[number - 1], plan.num_frames[number - 1]
@@ -57,33 +57,34 @@ class Estimate:
         return [
             *rows,
             f"{len(plan.filmed)} shots, {sum(plan.num_frames)} frames, {sum(self.shot_tokens)} tokens",
-            f"{self.forwards} forwards of {_flops(self.flops)} in all "
+            f"{self.forwards} forwards of {in_flops(self.flops)} in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",
-            f"about {gib(self.memory)} of memory: weights, what is remembered, and a forward or decoding a shot"
-            + (f"; {gib(self.host_memory)} of the host's" if self.host_memory else ""),
-            *([f"about {_time(self.flops / (REACHED * peak))} at half of the GPU's peak, which long shots reach; short "
-               "ones take longer"] if peak else []),
-        ]  # fmt: skip
+            f"about {in_bytes(self.memory)} of memory: weights, what is remembered, and a forward or decoding a shot"
+            + (f"; {in_bytes(self.host_memory)} of the host's" if self.host_memory else ""),
+            f"{_about(self.flops / (REACHED * peak))} at half of {gpu}'s peak, which long shots reach; short ones "
+            "take longer",
+        ]
 
 
-def gib(size: float) -> str:
+def in_bytes(size: float) -> str:
     """Returns bytes in words, to three digits or to a whole GiB."""
-    size /= 2**30
-    return f"{size:.3g} GiB" if size < 1000 else f"{size:,.0f} GiB"
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    size /= unit
+    return f"{size:.3g} {name}" if size < 1000 else f"{size:,.0f} {name}"
 
 
-def _flops(count: float) -> str:
+def in_flops(count: float) -> str:
     """Returns a number of FLOPs in the unit that one would say it in."""
     unit, name = next((unit for unit in ((1e15, "PFLOP"), (1e12, "TFLOP")) if count >= unit[0]), (1e9, "GFLOP"))
     return f"{count / unit:.3g} {name}"
 
 
-def _time(seconds: float) -> str:
+def _about(seconds: float) -> str:
     """Returns a time in the unit that one would say it in."""
     if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+        return f"about {seconds:.0f} s" if seconds >= 1 else "less than a second"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 7200 else f"about {seconds / 3600:.1f} hours"
 
 
 def estimate(

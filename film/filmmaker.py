@@ -30,7 +30,7 @@ from moc.errors import UserError
 from moc.memory import SAMPLING, enough_for, room
 from moc.statistics import RoutingMap
 from moc.training import MeshConfig, Parallel, ParallelConfig
-from moc.training.survey import peak_flops
+from moc.training.survey import PEAK_FLOPS, peak_flops
 from models import Encoders, load_denoiser, load_encoders, move_model
 from models.checkpoints.contents import Contents
 from models.checkpoints.loras import read_choices
@@ -225,9 +225,10 @@ class Filmmaker:
         return self._count(plan, self._sampler_of(plan), offload=self.config.offload)
 
     def cost(self, plan: FilmPlan) -> list[str]:
-        """Returns what a film will cost in lines for the user; the time too, where the GPU's peak is known."""
-        found, peak = self.estimate(plan), peak_flops(self.parallel.device, self.parallel.dtype)
-        return found.lines(plan, peak and peak * self.config.parallel.sequence)
+        """Returns what a film will cost in lines for the user; the time on an H100 where this is no GPU that we know."""
+        peak, sequence = peak_flops(self.parallel.device, self.parallel.dtype), self.config.parallel.sequence
+        gpu = "the GPU" if peak else "an H100"
+        return self.estimate(plan).lines(plan, (peak or PEAK_FLOPS["H100"]) * sequence, gpu)
 
     def _sampler_of(self, plan: FilmPlan) -> SamplingConfig:
         """Returns how a film is sampled."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from film.estimate import Estimate, gib
+from film.estimate import Estimate, in_bytes
 from film.plan import FilmPlan
 from moc import memory
 from moc.diffusion import SamplingConfig
@@ -55,8 +55,10 @@ def check_fits(
     general = f"name another folder for out, and there {memory.SAMPLING}" if is_begun else memory.SAMPLING
     remedy = f"what fits is {', or '.join(ways)}" if ways else general
     if found.least > room:
-        raise UserError(f"{asked}, need {gib(found.least)} of memory at least, and there are {gib(room)}: {remedy}")
-    about = f"may need about {gib(found.memory)} of memory, and there are {gib(room)}"
+        raise UserError(
+            f"{asked}, need {in_bytes(found.least)} of memory at least, and there are {in_bytes(room)}: {remedy}"
+        )
+    about = f"may need about {in_bytes(found.memory)} of memory, and there are {in_bytes(room)}"
     logger.warning("%s, %s; should it not suffice, finished shots are kept, and %s", asked, about, remedy)
 
 

@@ -1,7 +1,7 @@
 """Writes the page of a film: one HTML file in its folder, to be opened from disk.
 
-Thumbnails, prompts and where routes go are in the file; the page links to the videos, storyboards and metadata beside
-it. It asks no network for anything. Texts of the script are escaped.
+The film, thumbnails, prompts and where routes go are in the file, but for a film of more than 32 MiB; the page links to
+the videos, storyboards and metadata beside it. It asks no network for anything. Texts of the script are escaped.
 """
 
 import base64
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.records import write_whole
-from film.estimate import gib
+from film.estimate import in_bytes, in_flops
 from film.folder import FilmFolder
 from film.plan import FilmPlan
 
@@ -25,6 +25,7 @@ _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
 _MOST_TOLD = 3  # shots that another one is said to look back to
+_MOST_WITHIN = 32 << 20  # bytes of a film that is in the page itself
 
 
 def write_page(path: Path, folder: FilmFolder, plan: FilmPlan, still: Callable[[int], np.ndarray]) -> None:
@@ -35,6 +36,7 @@ def write_page(path: Path, folder: FilmFolder, plan: FilmPlan, still: Callable[[
         shot["still"] = data_url(still(shot["number"]))
     html = _TEMPLATES.get_template("page.html.j2").render(
         script=plan.script,
+        film=_film(folder.path / "video.mp4"),
         shots=shots,
         times=[{name: shot[name] for name in ("start", "prompt")} for shot in shots],
         seconds=sum(plan.num_frames) / plan.script.fps,
@@ -88,9 +90,9 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
             "tokens": f"{sum(cost['shot_tokens']):,}",
             "sparsity of attention": f"{cost['sparsity']:.0%} at the last step",
             "forwards": f"{cost['forwards']:,}",
-            "FLOPs": f"{cost['flops']:.3g}",
-            "FLOPs, attention dense": f"{cost['dense_flops']:.3g} ({cost['dense_flops'] / max(cost['flops'], 1):.1f}x)",
-            "memory, estimated": gib(cost["memory"]),
+            "operations": in_flops(cost["flops"]),
+            "with dense attention": f"{in_flops(cost['dense_flops'])} ({cost['dense_flops'] / max(cost['flops'], 1):.1f}x)",
+            "memory, estimated": in_bytes(cost["memory"]),
             "device": record["device"],
         },
         "Sampling": {
@@ -129,8 +131,17 @@ def _packed(counts: Tensor) -> dict[str, Any]:
     return {"layers": layers, "levels": levels, "shots": shots, "counts": data}
 
 
+def _film(video: Path) -> str:
+    """Returns the film as the page holds it, or where it lies beside the page."""
+    return video.name if video.stat().st_size > _MOST_WITHIN else _data_url("video/mp4", video.read_bytes())
+
+
 def data_url(picture: np.ndarray) -> str:
     """Returns a picture, uint8 [H, W, 3], as a page holds it: JPEG in a URL."""
     file = BytesIO()
     Image.fromarray(picture).save(file, format="JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return _data_url("image/jpeg", file.getvalue())
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

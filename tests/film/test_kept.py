@@ -37,7 +37,7 @@ def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
     def count(shots: int, **sampler):
         plan = filmmaker.plan(filmmaker.read(write(tmp_path, shots)))
         found = filmmaker.with_sampler(**sampler).estimate(plan)
-        return found, "\n".join(found.lines(plan))
+        return found, "\n".join(found.lines(plan, 1e15))
 
     (few, _), (many, lines) = count(3), count(9)
     assert many.memory > few.memory
@@ -49,7 +49,7 @@ def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
     nothing = count(9, cache=False)[0]
     assert offloaded.memory < many.memory
     assert offloaded.host_memory > 0
-    assert " GiB of the host's" in lines
+    assert " MiB of the host's" in lines
     assert nothing.host_memory == count(9, cache=False, offload_cache=True)[0].host_memory == 0
 
 

@@ -56,13 +56,20 @@ def film(trained, tmp_path_factory):
 def test_a_page_links_to_its_folder_and_nothing_else(film):
     text = (film.path / "index.html").read_text()
     links = Page(text).links
-    files = [link for link in links if not link.startswith("data:image/jpeg;base64,")]
+    files = [link for link in links if not link.startswith("data:")]
     assert {"video.mp4", "shots/03.mp4", "storyboard.png", "metadata.json"} <= set(files)
     assert all((film.path / file).is_file() for file in files)
-    assert len([link for link in links if link not in files]) == 4  # each shot's thumbnail, the first one twice
+    assert len([link for link in links if link.startswith("data:image/jpeg;base64,")]) == 4  # the first shot's twice
+    video = base64.b64encode((film.path / "video.mp4").read_bytes()).decode()
+    assert f"data:video/mp4;base64,{video}" in links
     for word in ("http:", "https:", "@import", "fetch(", "XMLHttpRequest"):
         assert word not in text
     assert not re.search(r"url\((?!\"\$\{)", text)
+
+
+def test_a_long_film_lies_beside_its_page(film, monkeypatch):
+    monkeypatch.setattr(page, "_MOST_WITHIN", (film.path / "video.mp4").stat().st_size - 1)
+    assert page._film(film.path / "video.mp4") == "video.mp4"
 
 
 def test_a_page_shows_texts_as_they_stand(film):
