@@ -225,7 +225,7 @@ class Filmmaker:
         return self._count(plan, self._sampler_of(plan), offload=self.config.offload)
 
     def cost(self, plan: FilmPlan) -> list[str]:
-        """Returns what a film will cost in lines for the user; the time on an H100 where this is no GPU that we know."""
+        """Returns what a film will cost in lines for the user; the time is an H100's where this is no known GPU."""
         peak, sequence = peak_flops(self.parallel.device, self.parallel.dtype), self.config.parallel.sequence
         gpu = "the GPU" if peak else "an H100"
         return self.estimate(plan).lines(plan, (peak or PEAK_FLOPS["H100"]) * sequence, gpu)

@@ -54,12 +54,13 @@ def check_fits(
         ways += _ways(plan, count, sampler, offload, room)
     general = f"name another folder for out, and there {memory.SAMPLING}" if is_begun else memory.SAMPLING
     remedy = f"what fits is {', or '.join(ways)}" if ways else general
+    least, about, has = map(in_bytes, (found.least, found.memory, room))
     if found.least > room:
-        raise UserError(
-            f"{asked}, need {in_bytes(found.least)} of memory at least, and there are {in_bytes(room)}: {remedy}"
-        )
-    about = f"may need about {in_bytes(found.memory)} of memory, and there are {in_bytes(room)}"
-    logger.warning("%s, %s; should it not suffice, finished shots are kept, and %s", asked, about, remedy)
+        raise UserError(f"{asked}, need {least} of memory at least, and there are {has}: {remedy}")
+    logger.warning(
+        "%s, may need about %s of memory, and there are %s; should it not suffice, finished shots are kept, and %s",
+        *(asked, about, has, remedy),
+    )
 
 
 def _needs(plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool) -> float:

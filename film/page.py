@@ -83,6 +83,7 @@ def _shots(plan: FilmPlan, record: dict[str, Any], counts: Tensor) -> list[dict[
 def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Returns the tables below the film, by their heading: what it cost, how it was sampled and with what."""
     cost, sampler = record["estimate"], record["sampler"]
+    saving = cost["dense_flops"] / max(cost["flops"], 1)
     sampling = {name: sampler[name] for name in ("steps", "guidance_scale", "lag") if name in sampler}
     seeds = sorted({shot["seed"] for shot in record["script"]["shots"]})
     return {
@@ -91,7 +92,7 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
             "sparsity of attention": f"{cost['sparsity']:.0%} at the last step",
             "forwards": f"{cost['forwards']:,}",
             "operations": in_flops(cost["flops"]),
-            "with dense attention": f"{in_flops(cost['dense_flops'])} ({cost['dense_flops'] / max(cost['flops'], 1):.1f}x)",
+            "with dense attention": f"{in_flops(cost['dense_flops'])} ({saving:.1f}x)",
             "memory, estimated": in_bytes(cost["memory"]),
             "device": record["device"],
         },
