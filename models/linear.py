@@ -53,9 +53,10 @@ class _Linear(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, transposed = ctx.saved_tensors
         of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        dx = (grad @ transposed.t()).to(ctx.x_dtype) if of_x else None
-        dweight = _product(grad.flatten(0, -2).t(), x.flatten(0, -2), ctx.dtype) if of_weight else None
-        return dx, dweight, grad.flatten(0, -2).sum(0, dtype=ctx.dtype) if of_bias else None, None
+        rows = grad.flatten(0, -2)
+        dx = _product(rows, transposed.t(), ctx.x_dtype).view(*grad.shape[:-1], -1) if of_x else None
+        dweight = _product(rows.t(), x.flatten(0, -2), ctx.dtype) if of_weight else None
+        return dx, dweight, rows.sum(0, dtype=ctx.dtype) if of_bias else None, None
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

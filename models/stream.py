@@ -30,8 +30,8 @@ from models.rope import rotate
 
 @dataclass
 class StreamAttention:
-    """This is the self-attention of one forward: rotate, route, attend. Routes are kept by layer while gradients are
-    taken, so that recomputation under activation checkpointing attends to the same chunks and does not route twice.
+    """This is the self-attention of one forward: rotate, route, attend. Where a block `recomputes` in backward, routes
+    are kept by layer, so that it attends to the same chunks and does not route twice.
 
     table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
     exchange: the processes that hold the tokens; each attends with its share of the heads. execution: how it computes.
@@ -49,6 +49,7 @@ class StreamAttention:
     exchange: Exchange | None = None
     execution: Execution = AUTO
     on_distances: Callable[[Tensor], None] | None = None
+    recomputes: bool = False
     routes: dict[int, Routes] = field(default_factory=dict)
     distances: dict[int, Tensor] = field(default_factory=dict)
 
@@ -100,7 +101,7 @@ class StreamAttention:
         routes = Routes(route(q, k, self.layout, self.config, drops, self.execution))
         if self.on_routes:
             self.on_routes(layer, routes.whole(self.layout))
-        if torch.is_grad_enabled():
+        if self.recomputes:
             few = self.layout.num_chunks <= torch.iinfo(torch.int16).max
             self.routes[layer] = Routes(routes.indices.short()) if few else routes
         return routes
@@ -203,13 +204,13 @@ class StreamModel(Trainable):
         tokens, inputs, condition = self.embed(patches, part.group_sigma(sigma), text, part, config)
         cos, sin = self.rotations(layout)
         table, spread = (cos[first:], sin[first:]), (self.exchange, self.execution)
-        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, *spread, on_distances)
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
+        attend = StreamAttention(
+            layout, config, table, drops, on_routes, cache, remember, *spread, on_distances, recomputes
+        )
         for layer, block in enumerate(self.blocks):
             args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, Attend(attend, layer))
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, *args)
-            else:
-                tokens = block(*args)
+            tokens = self._gradient_checkpointing_func(block, *args) if recomputes else block(*args)
         if cache is not None and remember:
             cache.num_tokens = layout.num_tokens
         if on_distances:

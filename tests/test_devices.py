@@ -116,7 +116,7 @@ def test_training(model, settings, recomputed):
     assert loss.device == META
     loss.sum().backward()
     assert {weight.grad.device for weight in model.parameters() if weight.grad is not None} == {META}
-    EMA(model, 0.9).update(model)
+    EMA(model, 0.9).update()
 
 
 @pytest.mark.parametrize("clean_history", [False, True])

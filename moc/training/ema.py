@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moc.errors import UserError
 from moc.training.shards import local
@@ -15,36 +15,38 @@ class EMA:
     after n updates; the first one takes the weights as they are. Unlike torch's AveragedModel it never waits for the
     GPU.
 
-    averages: by the parameter's name, sharded as the parameter is.
+    weights: the trained ones, by name, as they are when it is made, on the device and sharded. averages: by the same
+    names, sharded as the weights are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         if not 0 <= decay < 1:
             raise UserError(f"ema decay={decay} must lie in [0, 1)")
         self.decay, self.num_updates = decay, 0
-        self.averages = {name: weight.clone() for name, weight in _trained(model).items()}
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.averages = {name: weight.detach().clone() for name, weight in self.weights.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
         n = self.num_updates
         decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        averaged, current = ([local(x) for x in tensors.values()] for tensors in (self.averages, _trained(model)))
+        averaged, current = ([local(x) for x in tensors.values()] for tensors in (self.averages, self.weights))
         torch._foreach_lerp_(averaged, current, 1 - decay)
         self.num_updates += 1
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[None]:
+    def applied(self) -> Iterator[None]:
         """Gives the model the averaged weights while the block lasts, and `averages` the model's own: what is loaded
         into the model meanwhile becomes the average."""
-        self._swap(model)
+        self._swap()
         try:
             yield
         finally:
-            self._swap(model)
+            self._swap()
 
     @torch.no_grad()
-    def _swap(self, model: nn.Module) -> None:
-        for name, weight in _trained(model).items():
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
             average, own = local(self.averages[name]), local(weight)
             kept = own.clone()
             own.copy_(average)
@@ -53,7 +55,3 @@ class EMA:
     def restore(self, num_updates: int) -> None:
         """Says how many updates the averages already hold."""
         self.num_updates = num_updates
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}

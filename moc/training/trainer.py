@@ -151,7 +151,7 @@ class Trainer:
             raise UserError(f"{checkpoint} was trained with seed={state['seed']}, not {self.seed}: set seed to resume")
         ckpt.check_same_model(checkpoint / "model", self._saver.model)
         self.bare_model.load_weights(checkpoint / "model")
-        with self.ema.applied(self.bare_model):
+        with self.ema.applied():
             self.bare_model.load_weights(checkpoint / "ema")
         self.ema.restore(state["step"])
         ckpt.load_rng(checkpoint, self.parallel.rank)
@@ -307,14 +307,14 @@ class Trainer:
             with nullcontext() if index == len(batches) - 1 else self.parallel.keep_gradients(self.model):
                 losses.append(self._pass(batch, level, scale, self.step, moc, self._survey, self._clock.begin))
         self._clock.begin("optimizer")
-        grad_norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm))
+        grad_norm = whole(nn.utils.clip_grad_norm_(self.ema.weights.values(), self.optim.clip_norm))
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config.num_steps, self.optim))
         by_shot = torch.cat(losses)
         loss_sum, num_finite = self.parallel.sum(torch.stack([by_shot.sum(), by_shot.isfinite().sum()])).unbind()
         totals = torch.stack([loss_sum * scale / self.parallel.world_size, grad_norm, num_finite])
         take_step(self.optimizer, totals.isfinite().all())
         self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)  # graphs add to gradients where they are
-        self.ema.update(self.bare_model)
+        self.ema.update()
         self._clock.begin("")
         self.step += 1
         self._outcomes.append(Outcome(self.step, batches, levels, by_shot, totals))
@@ -366,7 +366,7 @@ class Trainer:
         moc = self.schedule.at(self.step, self.moc)
         with (
             memory.enough_for("validation", memory.VALIDATION, validator.batches),
-            self.ema.applied(self.bare_model),
+            self.ema.applied(),
         ):
             sums = validator.losses(self.bare_model, moc, self.parallel, self._interrupted)
             if self._interrupted():
@@ -385,7 +385,7 @@ class Trainer:
         """Has the averaged weights sample; every process takes part."""
         assert self.draw_samples
         self.model.eval()
-        with self.ema.applied(self.bare_model), self.parallel.autocast(), torch.no_grad():
+        with self.ema.applied(), self.parallel.autocast(), torch.no_grad():
             self.draw_samples(self.bare_model, self.schedule.at(self.step, self.moc), self.step)
         self.model.train()
 

@@ -256,7 +256,7 @@ def test_averaged_weights_warm_up():
     for number in range(12):
         with torch.no_grad():
             model.weight.fill_(float(number**2))
-        ema.update(model)
+        ema.update()
         decay = min(0.5, (1 + number) / (10 + number))
         expected = number**2 if number == 0 else decay * expected + (1 - decay) * number**2
         assert ema.averages["weight"].item() == pytest.approx(expected)
@@ -270,7 +270,7 @@ def test_a_model_has_the_averages_for_a_while_and_a_frozen_weight_none():
     with torch.no_grad():
         model.weight.fill_(7.0)
         ema.averages["weight"].fill_(3.0)
-    with ema.applied(model):
+    with ema.applied():
         assert (model.weight.item(), ema.averages["weight"].item()) == (3.0, 7.0)
     assert (model.weight.item(), ema.averages["weight"].item()) == (7.0, 3.0)
     assert ema.averages.keys() == {"weight"}
@@ -282,10 +282,10 @@ def test_averages_go_on_after_a_restart():
     for number in range(6):
         with torch.no_grad():
             model.weight.fill_(float(number))
-        ema.update(model)
+        ema.update()
         if number == 2:
             resumed.averages["weight"].copy_(ema.averages["weight"])
             resumed.restore(3)
         elif number > 2:
-            resumed.update(model)
+            resumed.update()
     assert torch.equal(ema.averages["weight"], resumed.averages["weight"])
