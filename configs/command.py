@@ -50,7 +50,8 @@ _KINDS = (
 
 
 class BesideBars(logging.Handler):
-    """Writes to the standard error, each message on a line of its own: progress bars are drawn again below it."""
+    """This stream writes to the standard error, each message on a line of its own: progress bars are drawn again below
+    it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)

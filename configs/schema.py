@@ -16,7 +16,7 @@ from models import EncodersConfig, ModelConfig
 
 @dataclass
 class TrainConfig:
-    """Sets what `train.py` does.
+    """These settings say what `train.py` does.
 
     name: the run's name.
     output: the folder of runs; this one's is output/name.
@@ -77,7 +77,7 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig(FilmmakerConfig):
-    """Sets what `sample.py` does.
+    """These settings say what `sample.py` does.
 
     script: the file that says what to film, or a folder of such files.
     out: the folder to write; of several scripts each has a folder of its name in it.

@@ -87,7 +87,7 @@ def flag(value: Any) -> bool | None:
 
 
 class _RepeatedKeyError(Exception):
-    """Says that a mapping has a key twice. key, line: the key and where YAML's reader found it."""
+    """This error says that a mapping has a key twice. key, line: the key and where YAML's reader found it."""
 
     def __init__(self, key: str = "", line: int = 0) -> None:
         super().__init__(key)
@@ -124,7 +124,8 @@ def _first_repeated_key(text: str) -> tuple[str, int]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Loads as YAML's safe loader, but refuses a key that is given twice, of which YAML would keep the last."""
+    """This loader loads as YAML's safe one does, but refuses a key that is given twice, of which YAML would keep the
+    last."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

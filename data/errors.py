@@ -6,7 +6,7 @@ from moc.errors import UserError
 
 
 class DataError(UserError):
-    """Says that a file, line or value of the data cannot be used.
+    """This error says that a file, line or value of the data cannot be used.
 
     kind: short stable name of the fault ("zero-byte", "overlapping-shots", ...), the key of the report.
     where: the file, or file:line and field, at fault.
@@ -21,7 +21,7 @@ class DataError(UserError):
 
 
 class DataWarning(DataError):
-    """Says what a person should look at, though the data are used as they are."""
+    """This warning says what a person should look at, though the data are used as they are."""
 
 
 def refuse_unknown(fields: Mapping, known: Set[str], where: str, kind: str) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 class Codec(Protocol):
-    """Encodes video, float [3, F, H, W] in [-1, 1], to latents [C, T, H', W'].
+    """A codec encodes video, float [3, F, H, W] in [-1, 1], to latents [C, T, H', W'].
 
-    The codec says how many frames make whole latent frames; it may depend on `shot`, a shot's index in its sample.
+    It says how many frames make whole latent frames; it may depend on `shot`, a shot's index in its sample.
     """
 
     latent_channels: int
@@ -42,7 +42,7 @@ class Codec(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Encodes captions to features: 1 + S tensors [T_i, text_dim]."""
+    """A text encoder turns captions into features: 1 + S tensors [T_i, text_dim]."""
 
     fingerprint: str
 

@@ -22,7 +22,7 @@ _BLANK_DEVIATION = 3.0  # of 0..255 values
 
 @dataclass(frozen=True)
 class Gate:
-    """Tells which shots are compared. admitted: whether each shows what it should. rule: how that was found."""
+    """A gate tells which shots are compared. admitted: whether each shows what it should. rule: how that was found."""
 
     admitted: list[bool]
     rule: str
@@ -30,7 +30,8 @@ class Gate:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Holds similarities. intra: within each shot, None for one picture. admitted: whether each shot is compared.
+    """These similarities say how far a film keeps its looks. intra: within each shot, None for one picture. admitted:
+    whether each shot is compared.
     same: (distance in shots, similarity) of each return of a name. different: between shots that name somebody each,
     but nobody both."""
 

@@ -11,7 +11,8 @@ from data.prepare.shots import ShotDetector
 
 @dataclass(frozen=True)
 class CutAccuracy:
-    """Scores cuts. score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of cuts within the tolerance.
+    """These scores tell how well cuts were found. score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of
+    cuts within the tolerance.
     deviation: how many frames off matched cuts are on average; nan where none is matched."""
 
     score: float

@@ -31,7 +31,8 @@ _PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the s
 
 @dataclass
 class DataBenchmarkConfig:
-    """Sets what is measured; samples are as in the paper: 8 shots of 480x832, about 180k tokens, T5's text.
+    """These settings say what is measured; samples are as in the paper: 8 shots of 480x832, about 180k tokens, T5's
+    text.
 
     folder: where the made-up cache goes, about 250 MB.
     output: the record to write.

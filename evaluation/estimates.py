@@ -9,7 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """Holds a mean and half the width of its 95 % interval (Student's t), which is nan for one scene or one draw.
+    """An estimate is a mean and half the width of its 95 % interval (Student's t), which is nan for one scene or one
+    draw.
     scenes: how other scenes would change the mean, the draws of each averaged. draws: how other noise would change it
     on the same scenes. count: how many scenes."""
 

@@ -19,7 +19,7 @@ from evaluation.motion import STILL, drift, speed
 
 @dataclass(frozen=True)
 class Measured:
-    """Holds the scores of a film. speeds: those of its shots. consistency: by each kind of features. alignment: the
+    """These are the scores of a film. speeds: those of its shots. consistency: by each kind of features. alignment: the
     similarities of shots to their prompts by a CLIP; None without one."""
 
     seconds: float

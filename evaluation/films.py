@@ -36,7 +36,7 @@ class ShownShot:
 
 @dataclass(frozen=True)
 class Film:
-    """Holds a film to be judged. folder: as sample.py wrote it."""
+    """This is a film to be judged. folder: as sample.py wrote it."""
 
     folder: Path
     script: Script

@@ -24,7 +24,8 @@ SCENES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class HistoryLosses:
-    """Holds losses of target shots, fp32 [targets, draws, sigmas] each. sigmas: the noise levels of the last dim."""
+    """These are losses of target shots, fp32 [targets, draws, sigmas] each. sigmas: the noise levels of the last
+    dim."""
 
     alone: Tensor
     history: Tensor

@@ -41,7 +41,8 @@ READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
 
 
 class Reader(nn.Module):
-    """Reads a shot's attributes from its latent [N, C, T, H, W]: it returns logits by attribute, each [N, values]."""
+    """The reader reads a shot's attributes from its latent [N, C, T, H, W]: it returns logits by attribute, each [N,
+    values]."""
 
     def __init__(self, channels: int, width: int = 256) -> None:
         """Builds the network. channels: of all latent frames together."""
@@ -122,7 +123,7 @@ def accuracy(reader: Reader, world: RecallWorld, scenes: int = 512, batch: int =
 
 @dataclass
 class Tally:
-    """Collects what was found in many scenes. All tensors but those of the routes have a row for each scene.
+    """A tally collects what was found in many scenes. All tensors but those of the routes have a row for each scene.
 
     distance [B]: in shots. right: bool [B, 4], by ATTRIBUTES. copied: bool [B, 2], whether the answer is wrong and the
     look of another of the scene. loss, region_loss: fp32 [B, sigmas], for the whole last shot and for its character.
@@ -151,7 +152,7 @@ class Tally:
 
 
 class RecallBench:
-    """Tests one model on the scenes of a world that no training saw."""
+    """A bench tests one model on the scenes of a world that no training saw."""
 
     def __init__(
         self, world: RecallWorld, reader: Reader, parallel: Parallel, steps: int = 10, seed: int = 0, batch: int = 64

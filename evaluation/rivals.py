@@ -18,8 +18,8 @@ from moc.training.parallel import gather_lists
 
 @dataclass(frozen=True)
 class RivalRow:
-    """Holds the result of one kind of attention. clean_history: whether only the last shot is noisy. sparsity: that of
-    the first scene. losses: by noise level, over scenes and draws of noise."""
+    """A row is the result of one kind of attention. clean_history: whether only the last shot is noisy. sparsity: that
+    of the first scene. losses: by noise level, over scenes and draws of noise."""
 
     attention: str
     clean_history: bool

@@ -23,7 +23,7 @@ LEAST = 4  # as many as no block can do without: the tokens, their queries, keys
 
 @dataclass(frozen=True)
 class Estimate:
-    """Tells what a film costs.
+    """An estimate tells what a film costs.
 
     shot_tokens: how many each shot of the stream has, its text included.
     sparsity: that of attention in the last step's stream, if each query has as many routes as it can.
@@ -138,8 +138,9 @@ def estimate(
 
 @dataclass
 class _Work:
-    """Adds up the steps of a film. most_tokens, most_seen: computed by a forward, and seen by it. most_sides: sides of
-    guidance that remember. least: features that no step can do without, in tokens. The others: as in `Estimate`."""
+    """This object adds up the steps of a film. most_tokens, most_seen: computed by a forward, and seen by it.
+    most_sides: sides of guidance that remember. least: features that no step can do without, in tokens. The others: as
+    in `Estimate`."""
 
     forwards: int = 0
     flops: float = 0.0
@@ -184,7 +185,7 @@ def _work(
 
 
 class _Stream:
-    """Counts tokens and chunks of the shots of a story."""
+    """This object counts tokens and chunks of the shots of a story."""
 
     def __init__(self, layout: ShotLayout, moc: MoCConfig) -> None:
         shots = [layout.groups[index] for index in layout.shot_groups]

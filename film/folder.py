@@ -66,8 +66,8 @@ class Kept:
 
 
 class FilmFolder:
-    """Keeps one film in a folder, made when it is first written to. Raises DataError (film-exists, not-a-folder) where
-    it cannot: a shorter film, for example, would leave the last shots of a longer one there."""
+    """This object keeps one film in a folder, which is made when it is first written to. Raises DataError (film-exists,
+    not-a-folder) where it cannot: a shorter film, for example, would leave the last shots of a longer one there."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

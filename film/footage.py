@@ -40,7 +40,7 @@ def seconds_after(file: Path, start: float) -> float:
 
 
 class Footage:
-    """Reads a stretch of a video, in frames of the film. start, seconds: in the video's time."""
+    """This object reads a stretch of a video, in frames of the film. start, seconds: in the video's time."""
 
     def __init__(self, file: Path, start: float, seconds: float, fps: float) -> None:
         self.file, self.index = file, _indexed(file)

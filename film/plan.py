@@ -25,7 +25,7 @@ PICTURES, REFERENCES = 1 << 20, 1 << 21
 
 @dataclass
 class FilmPlan:
-    """Describes the stream of a film. device: the codec's.
+    """A plan describes the stream of a film. device: the codec's.
 
     shapes: (C, T, H, W) of each latent. cuts, noise_keys, text, negative: as in `moc.diffusion.Story`.
     given: latents of pictures and of given videos. A picture is a one-frame shot of its own with a cut before and after

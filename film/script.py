@@ -39,7 +39,7 @@ _SHOT_FIELDS = {
 
 @dataclass(frozen=True)
 class ScriptShot:
-    """Describes one shot of a film. Files lie inside the script's folder.
+    """This describes one shot of a film. Files lie inside the script's folder.
 
     cut: a true cut begins it; false: it goes on from the shot before. image: a picture that the shot shall look like.
     last_image: the picture that it ends in. video: what the shot is, from `start` seconds on, so that it is not made.

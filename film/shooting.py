@@ -28,9 +28,9 @@ REUSED = "reused"  # the number of steps that took an earlier one's velocity, am
 
 
 class Shooting:
-    """Makes one film, or goes on with what the folder keeps of it. request: what it is asked to be, as its folder
-    keeps it. routing_map: what sampling counts routes in. keep_every: steps after which sampling is kept. reused: how
-    many steps took an earlier one's velocity (`SamplingConfig.step_cache`)."""
+    """A shooting makes one film, or goes on with what the folder keeps of it. request: what it is asked to be, as its
+    folder keeps it. routing_map: what sampling counts routes in. keep_every: steps after which sampling is kept.
+    reused: how many steps took an earlier one's velocity (`SamplingConfig.step_cache`)."""
 
     def __init__(
         self,

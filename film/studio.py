@@ -35,7 +35,7 @@ _SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".mp4", ".mov", ".mkv", ".webm"}  # 
 
 @dataclass(frozen=True)
 class State:
-    """Tells how far a film is. done: the share of its steps. shots: the videos of its finished shots, in order.
+    """A state tells how far a film is. done: the share of its steps. shots: the videos of its finished shots, in order.
     num_shots: of the whole film. folder: the film's."""
 
     done: float
@@ -45,11 +45,11 @@ class State:
 
 
 class _Stopped(Exception):
-    """Says that nobody waits for a film any more; what is finished of it is kept."""
+    """This error says that nobody waits for a film any more; what is finished of it is kept."""
 
 
 class Studio:
-    """Manages scripts and films in one folder. preview_steps: the steps of a preview."""
+    """A studio manages scripts and films in one folder. preview_steps: the steps of a preview."""
 
     def __init__(self, filmmaker: Filmmaker, folder: str | Path, preview_steps: int = 8) -> None:
         self.filmmaker, self.folder, self.preview_steps = filmmaker, Path(folder).resolve(), preview_steps

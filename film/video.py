@@ -21,10 +21,9 @@ _PREVIEW_WIDTH, _PREVIEW_FPS, _PREVIEW_SECONDS = 320, 6, 12
 
 @dataclass
 class VideoConfig:
-    """Sets how films are written. codec: libx264 (H.264) or libx265 (HEVC). crf: its quality number; less is better
-    and larger. chapters: whether each shot is a chapter of the video. subtitles:
-    whether the prompts are written as video.srt and video.vtt. preview: whether preview.webp is written, small and
-    moving, for a README."""
+    """These settings say how films are written. codec: libx264 (H.264) or libx265 (HEVC). crf: its quality number; less
+    is better and larger. chapters: whether each shot is a chapter of the video. subtitles: whether the prompts are
+    written as video.srt and video.vtt. preview: whether preview.webp is written, small and moving, for a README."""
 
     codec: str = "libx264"
     crf: int = 16

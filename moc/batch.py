@@ -18,7 +18,8 @@ from moc.move import move
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """Says how a model lays a sample out: latent patch (T, H, W) of a token; whether text stands in the stream."""
+    """A spec says how a model lays a sample out. patch: the part (T, H, W) of a latent that is one token.
+    text_in_stream: whether text stands in the stream."""
 
     patch: tuple[int, int, int] = (1, 2, 2)
     text_in_stream: bool = True

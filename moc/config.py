@@ -16,7 +16,7 @@ from moc.errors import UserError, check_least, set_types
 
 
 class OwnAnchor(StrEnum):
-    """Says which of its own tokens a query always attends to."""
+    """This setting says which of its own tokens a query always attends to."""
 
     shot = "shot"
     chunk = "chunk"
@@ -24,7 +24,7 @@ class OwnAnchor(StrEnum):
 
 
 class TextAnchor(StrEnum):
-    """Says which text tokens a query always attends to."""
+    """This setting says which text tokens a query always attends to."""
 
     all = "all"
     global_and_own = "global_and_own"
@@ -32,14 +32,14 @@ class TextAnchor(StrEnum):
 
 
 class Candidates(StrEnum):
-    """Says which video chunks routing may choose from: all, or the first of each shot alone."""
+    """This setting says which video chunks routing may choose from: all, or the first of each shot alone."""
 
     all = "all"
     first = "first"
 
 
 class Descriptor(StrEnum):
-    """Says which tensors routing scores: q and k as attention uses them, or those passed as `route_qk`."""
+    """This setting says which tensors routing scores: q and k as attention uses them, or those passed as `route_qk`."""
 
     post_rope = "post_rope"
     pre_rope = "pre_rope"
@@ -47,7 +47,7 @@ class Descriptor(StrEnum):
 
 @dataclass(frozen=True)
 class MoCConfig:
-    """Says what `moc.moc_attention` attends to; strings are accepted for the enums.
+    """These settings say what `moc.moc_attention` attends to; strings are accepted for the enums.
 
     dense: plain attention within each sample, no routing; the other fields are then unused.
     chunk_tokens: target chunk size in tokens, for whoever builds or rechunks the layout; attention takes the layout's.

@@ -20,7 +20,7 @@ Flag = TypeVar("Flag", bool, Tensor)
 
 @dataclass(frozen=True)
 class Pair(Generic[Flag]):
-    """Says how a chunk of queries and a chunk of keys stand to each other: bools, or bool tensors of many pairs.
+    """A pair says how a chunk of queries and a chunk of keys stand to each other: bools, or bool tensors of many pairs.
 
     in_shot: the queries are of a shot, not of global text. is_text, is_global: the keys are text, are global text.
     """

@@ -21,7 +21,7 @@ FLOPS_PER_PAIR = 4  # is multiplied by head dim: q k^T and p v take a multiply a
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts the attended (query, key) pairs of one head, and the forward FLOPs of all heads of one layer.
+    """A cost counts the attended (query, key) pairs of one head, and the forward FLOPs of all heads of one layer.
 
     own: keys of the query's own shot (or chunk). text: text anchors outside of it. routed: keys of routed chunks that
     no anchor covers, each once. routing_flops: of pooling every video key and scoring every query against its

@@ -12,7 +12,8 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLON
 
 
 class UserError(ValueError):
-    """Tells what the user can mend, in a setting, a file or a machine: a command ends with its message alone.
+    """This error tells what the user can mend, in a setting, a file or a machine: a command ends with its message
+    alone.
 
     The message names the value, the rule and the remedy. A bug raises anything else and keeps its traceback.
     """

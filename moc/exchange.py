@@ -22,7 +22,8 @@ from moc.errors import UserError
 
 @dataclass(frozen=True)
 class Exchange:
-    """Links processes that hold one stream. group: theirs in torch.distributed. rank, size: of this process in it.
+    """An exchange links processes that hold one stream. group: theirs in torch.distributed. rank, size: of this process
+    in it.
     waiting: a context in which it waits for the others, for who wants to know how long that takes."""
 
     group: Any

@@ -7,7 +7,7 @@ from moc.errors import set_types
 
 
 class Backend(StrEnum):
-    """Says who computes the attention; `auto` takes the fastest that fits the device."""
+    """A backend says who computes the attention; `auto` takes the fastest that fits the device."""
 
     auto = "auto"
     reference = "reference"
@@ -17,7 +17,7 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class Execution:
-    """Says how `moc.moc_attention` computes; the result is the same but for rounding.
+    """These settings say how `moc.moc_attention` computes; the result is the same but for rounding.
 
     backend: who computes it; auto takes the fastest that fits.
     dense_kernel: the name of the dense kernel for anchors; auto takes the fastest present.

@@ -13,7 +13,7 @@ _PAGE = 4096  # bytes; pages are pinned whole, and none twice
 
 
 class Offsets:
-    """Says where tensors like some given ones lie, one after another, in memory of `size` bytes."""
+    """This object says where tensors like some given ones lie, one after another, in memory of `size` bytes."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._offsets: list[tuple[int, int, torch.dtype, torch.Size]] = []

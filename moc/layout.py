@@ -33,7 +33,8 @@ def _is_whole(value: object, least: int) -> bool:
 
 @dataclass(frozen=True)
 class Shot:
-    """Describes one shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video tokens.
+    """This describes one shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video
+    tokens.
     cut: whether a true cut begins it, or it continues the shot before."""
 
     text_tokens: int

@@ -10,7 +10,7 @@ from moc.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """Sets attention from one step on; null leaves a setting as it was before.
+    """A stage sets attention from one step on; null leaves a setting as it was before.
 
     step: the first step of the stage.
     chunk_tokens: the target size of a chunk. top_k: the chunks that a query routes to.
@@ -33,7 +33,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class MoCSchedule:
-    """Holds stages in order of step; before the first one, and with none at all, the config stands as it is.
+    """A schedule is stages in order of step; before the first one, and with none at all, the config stands as it is.
 
     Raises UserError where steps do not increase; a stage itself where its settings are out of range.
     """

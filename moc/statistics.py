@@ -49,8 +49,9 @@ def shot_counts(routes: Tensor, layout: ShotLayout) -> Tensor:
 
 
 class RoutingMap:
-    """Counts how often the queries of each shot route to each other shot while it is being made, by layer and noise
-    level (paper, figure 2). What history's queries do in later steps is left out: it repeats itself, or is cached.
+    """A map counts how often the queries of each shot route to each other shot while it is being made, by layer and
+    noise level (paper, figure 2). What history's queries do in later steps is left out: it repeats itself, or is
+    cached.
 
     counts: float32 [layers, NOISE_LEVELS, S, S], the cleanest level first. Where there are more than MOST_DETAILED
     shots, all layers and levels are counted as one.

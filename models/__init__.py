@@ -59,7 +59,7 @@ FAMILIES = {Family.mmdit: MMDiT, Family.wan: WanTransformer3DModel}
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Names a model and its sizes.
+    """These settings name a model and its sizes.
 
     family: the kind of transformer.
     path: weights to start from (anything `load_model` reads), from which the sizes then come; null starts from fresh

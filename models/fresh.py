@@ -36,7 +36,7 @@ def drawn_apart(build: Callable[[], Model]) -> Model:
 
 
 class _Later(TorchFunctionMode):
-    """Keeps the draws that are asked for, but those of weights that are then set."""
+    """This mode keeps the draws that are asked for, but those of weights that are then set."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that multiplies
 
 
 class Base(StrEnum):
-    """Says how weights that are not trained are kept."""
+    """This setting says how weights that are not trained are kept."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -121,7 +121,8 @@ def unpacked(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the packed weight for backward, where autograd of the operations would keep the unpacked one."""
+    """This function keeps the packed weight for backward, where autograd of the operations would keep the unpacked
+    one."""
 
     @staticmethod
     def forward(

@@ -20,8 +20,8 @@ Kept = tuple[Tensor, ...]  # keys, values and the like of a layer
 
 @dataclass
 class KeyValueCache:
-    """Keeps keys and values of the shots generated so far, by layer; one for each prompt and sample. No gradient flows
-    through it.
+    """A cache keeps keys and values of the shots generated so far, by layer; one for each prompt and sample. No
+    gradient flows through it.
 
     capacity: tokens of the longest stream that it is for. What a forward computes is written behind the history:
         nothing is copied, and nothing grows.

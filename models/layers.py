@@ -26,8 +26,8 @@ from models.stream import Attend
 
 
 class _Spread(torch.autograd.Function):
-    """Gives rows[group], whose gradient sums tiles of tokens and then the tiles of each group: indexing's own adds 10^5
-    tokens into a few rows one by one."""
+    """This function gives rows[group], whose gradient sums tiles of tokens and then the tiles of each group: indexing's
+    own adds 10^5 tokens into a few rows one by one."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, members: Members) -> Tensor:
@@ -96,8 +96,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 class _Join(torch.autograd.Function):
-    """Joins text [Lt, N, D] and video [Lv, N, D] -> the stream [L, N, D]; each is the other's gradient, with `_Split`,
-    where indexing's own would fill and add up a whole stream for each of the two."""
+    """This function joins text [Lt, N, D] and video [Lv, N, D] -> the stream [L, N, D]; each is the other's gradient,
+    with `_Split`, where indexing's own would fill and add up a whole stream for each of the two."""
 
     @staticmethod
     def forward(ctx, text: Tensor, video: Tensor, part: Part) -> Tensor:
@@ -110,7 +110,7 @@ class _Join(torch.autograd.Function):
 
 
 class _Split(torch.autograd.Function):
-    """Splits the stream [L, N, D] -> its text [Lt, N, D] and its video [Lv, N, D]."""
+    """This function splits the stream [L, N, D] -> its text [Lt, N, D] and its video [Lv, N, D]."""
 
     @staticmethod
     def forward(ctx, stream: Tensor, part: Part) -> tuple[Tensor, Tensor]:
@@ -161,7 +161,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Modulation(nn.Module):
-    """Makes `count` vectors for each group, fp32, of its condition [G, dim] after SiLU; zero at the start
+    """This layer makes `count` vectors for each group, fp32, of its condition [G, dim] after SiLU; zero at the start
     (AdaLN-zero)."""
 
     def __init__(self, dim: int, count: int) -> None:
@@ -250,7 +250,8 @@ class JointBlock(RecomputedParts):
 
 
 class FramePlace(nn.Module):
-    """Says where in the frame a token stands: a linear map of the lowest 2D cosines of its position, fp32 [Lv, dim].
+    """This layer says where in the frame a token stands, by a linear map of the lowest 2D cosines of its position, fp32
+    [Lv, dim].
 
     RoPE tells tokens their distances only; a small model learns what belongs where much sooner when it is told.
     """
@@ -279,7 +280,8 @@ class FramePlace(nn.Module):
 
 
 class Condition(nn.Module):
-    """Maps timestep and pooled caption of each group to the vector that modulates its tokens, fp32 [G, dim]."""
+    """This layer maps timestep and pooled caption of each group to the vector that modulates its tokens, fp32 [G,
+    dim]."""
 
     def __init__(self, dim: int, text_dim: int, freq_dim: int) -> None:
         super().__init__()

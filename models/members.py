@@ -12,7 +12,7 @@ TILE = 64
 
 
 class Members:
-    """Holds the group of each token of one modality: int [Lx] on the device; groups follow one another.
+    """This object holds the group of each token of one modality: int [Lx] on the device; groups follow one another.
 
     starts: int32 [G + 1], each group's first row, and the end of the last.
     """

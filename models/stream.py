@@ -140,7 +140,7 @@ class Embedded(NamedTuple):
 
 
 class StreamModel(Trainable):
-    """Predicts the velocity (noise - latent) of every shot of a packed batch.
+    """A stream model predicts the velocity (noise - latent) of every shot of a packed batch.
 
     A family sets `stream`, `latent_channels`, `attention_dim` (the width of all heads together) and `blocks`, and says
     how tokens are embedded, rotated and projected. exchange: set from outside where processes share a stream; all of

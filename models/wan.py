@@ -40,7 +40,7 @@ TEXT_TOKENS = 512  # positions of a prompt; those past its end are zero features
 
 
 class Window(NamedTuple):
-    """Lets stream tokens [start, end) see the text rows of `ranges` (of all samples' prompts, in order)."""
+    """A window lets stream tokens [start, end) see the text rows of `ranges` (of all samples' prompts, in order)."""
 
     start: int
     end: int
@@ -120,7 +120,7 @@ def pack_windows(windows: list[Window], num_rows: int, device: torch.device) -> 
 
 
 class TextTimeEmbedding(nn.Module):
-    """Embeds timesteps (once for the output, six times for the blocks) and text features."""
+    """This layer embeds timesteps (once for the output, six times for the blocks) and text features."""
 
     def __init__(self, dim: int, freq_dim: int, text_dim: int) -> None:
         super().__init__()

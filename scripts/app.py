@@ -22,7 +22,7 @@ from moc.errors import UserError
 
 @dataclass
 class AppConfig(FilmmakerConfig):
-    """Sets what the app films with, and where.
+    """These settings say what the app films with, and where.
 
     folder: where scripts and films lie; nothing else is read or written.
     port: the page's, on this machine.

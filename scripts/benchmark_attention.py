@@ -62,7 +62,7 @@ class Impl(StrEnum):
 
 @dataclass(frozen=True)
 class AttentionBenchmarkConfig:
-    """Sets what to measure.
+    """These settings say what to measure.
 
     suites: the sets of cases, namely number of shots, sizes of chunks, number of heads, a single short shot, a million
     tokens, packs of short shots.
@@ -77,7 +77,7 @@ class AttentionBenchmarkConfig:
 
 @dataclass(frozen=True)
 class Case:
-    """Describes one stream and one way to attend over it; `impl` is a dense kernel's name or moc-<its name>."""
+    """A case is one stream and one way to attend over it; `impl` is a dense kernel's name or moc-<its name>."""
 
     impl: str
     shots: int

@@ -48,7 +48,7 @@ README_STORY = {
 
 @dataclass(frozen=True)
 class CommandsConfig:
-    """Sets what to time, and where what the commands make goes.
+    """These settings say what to time, and where what the commands make goes.
 
     folder: where what they make goes, about 90 GB in a folder for each commit.
     output: the record to write; a table of the same name, .md, comes to lie beside it.
@@ -62,7 +62,7 @@ class CommandsConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """Holds a command.
+    """A job is a command.
 
     arguments: what follows `python`.
     needs: the names of commands that make what it reads.
@@ -221,7 +221,7 @@ def main(config: CommandsConfig) -> None:
 
 
 class Session:
-    """Runs commands, each after those that it needs, and puts their rows into the record."""
+    """A session runs commands, each after those that it needs, and puts their rows into the record."""
 
     def __init__(self, jobs: dict[str, Job], folder: Path, output: Path, head: dict) -> None:
         self._jobs, self._folder, self._output, self._head = jobs, folder, output, head

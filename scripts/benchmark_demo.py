@@ -31,7 +31,7 @@ DEMO = ROOT / "scripts/demo.py"
 
 @dataclass(frozen=True)
 class DemoSeedsConfig:
-    """Sets the demos to run.
+    """These settings say which demos to run.
 
     folder: where the demos go.
     output: the record to write.

@@ -44,7 +44,7 @@ ROWS = {
 
 @dataclass(frozen=True)
 class FilmRowsConfig:
-    """Sets what to train and to test.
+    """These settings say what to train and to test.
 
     film: the folder of the prepared film.
     rows: names among ROWS; without any, the tables of the output's rows are made anew.

@@ -37,7 +37,7 @@ TEXT_TOKENS = 64  # of each caption
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Sets what to measure.
+    """These settings say what to measure.
 
     model: the model's sizes, its adapter and how the weights under it are kept.
     moc: what attention attends to.

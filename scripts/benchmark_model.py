@@ -61,7 +61,7 @@ FORWARD_FFN_UNITS, BACKWARD_FFN_UNITS = 2, 3  # of the activation, in units of t
 
 @dataclass(frozen=True)
 class ModelBenchmarkConfig:
-    """Sets what to measure.
+    """These settings say what to measure.
 
     shots: the numbers of shots of a story, one row each.
     output: the path of the files to write, without their endings.
@@ -149,7 +149,8 @@ def model_rows(model: nn.Module, optimizer: torch.optim.Optimizer, num_shots: in
 
 
 class _NoAttention(torch.autograd.Function):
-    """Stands in for attention at no cost: it returns v (or zeros), and gives its gradient to q, k and v."""
+    """This function stands in for attention at no cost: it returns v (or zeros), and gives its gradient to q, k and
+    v."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

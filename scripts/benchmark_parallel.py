@@ -46,7 +46,7 @@ LONG = 20.0  # seconds of a step of which one is measured, not a median
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Sets what to measure.
+    """These settings say what to measure.
 
     model: the model and its sizes.
     moc: what attention attends to.

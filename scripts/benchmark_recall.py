@@ -71,7 +71,7 @@ PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5
 
 @dataclass(frozen=True)
 class RecallRowsConfig:
-    """Sets what to train and to read.
+    """These settings say what to train and to read.
 
     rows: names among ROWS; without any, the tables of the output's rows are made anew.
     steps: how long each is trained.
@@ -216,7 +216,7 @@ def composed(settings: Sequence[str], folder: Path) -> TrainConfig:
 
 
 class Turns:
-    """Trains rows until the time is over, some of them side by side and the others in their turn."""
+    """This object trains rows until the time is over, some of them side by side and the others in their turn."""
 
     def __init__(self, config: RecallRowsConfig, folder: Path) -> None:
         """Starts the clock."""
@@ -241,7 +241,7 @@ class Turns:
 
 
 class Tester:
-    """Tests the checkpoints of rows with one reader, which it trains or finds in the folder."""
+    """A tester tests the checkpoints of rows with one reader, which it trains or finds in the folder."""
 
     def __init__(self, config: RecallRowsConfig, shared: TrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder

@@ -100,7 +100,7 @@ FILMS = {
 
 @dataclass(frozen=True)
 class SamplingBenchmarkConfig:
-    """Sets what to measure.
+    """These settings say what to measure.
 
     model: the model and its sizes.
     moc: what attention attends to; the size of chunks is the film's.
@@ -156,7 +156,7 @@ class Taken:
 
 
 class Clocked:
-    """Wraps a model and tells how long its forwards took on the device, and whether one had a cache."""
+    """This wraps a model and tells how long its forwards took on the device, and whether one had a cache."""
 
     def __init__(self, model: StreamModel, on_gpu: bool) -> None:
         self.model, self.on_gpu, self.had_cache = model, on_gpu, False
@@ -187,7 +187,7 @@ class Clocked:
 
 
 class EnoughError(Exception):
-    """Says that all is timed."""
+    """This error says that all is timed."""
 
 
 @command("benchmark_sampling", SamplingBenchmarkConfig)
@@ -202,7 +202,7 @@ def main(config: SamplingBenchmarkConfig) -> None:
 
 
 class Bench:
-    """Times a model and keeps the record. kernel: the fastest dense one that is present."""
+    """A bench times a model and keeps the record. kernel: the fastest dense one that is present."""
 
     def __init__(self, config: SamplingBenchmarkConfig) -> None:
         self.config, self.parallel = config, Parallel(config.parallel)

@@ -81,7 +81,7 @@ WEIGHT_BYTES = 62
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Sets what to measure.
+    """These settings say what to measure.
 
     model: the model and its sizes.
     moc: what attention attends to.

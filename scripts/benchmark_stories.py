@@ -48,7 +48,7 @@ KEY = ("checkpoint", "changed", "shots", "way", "count")  # what tells a row of 
 
 @dataclass(frozen=True)
 class StoriesConfig:
-    """Sets which models to test and how.
+    """These settings say which models to test and how.
 
     checkpoints: models of experiment=recall; without any, the table of the output's rows is made anew.
     ways: names among joint, staggered and shot_by_shot, and `recall`, the last shot after a true history.

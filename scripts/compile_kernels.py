@@ -38,7 +38,7 @@ FFN_DIM = 8960  # of Wan2.1-T2V-1.3B, as the number of heads
 
 @dataclass(frozen=True)
 class Setting:
-    """Describes a kind of model; kernels are compiled anew for each."""
+    """A setting is a kind of model; kernels are compiled anew for each."""
 
     dtype: torch.dtype
     head_dim: int

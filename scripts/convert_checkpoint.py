@@ -36,7 +36,7 @@ class Weights(StrEnum):
 
 
 class Dtype(StrEnum):
-    """Says how converted weights are stored."""
+    """This setting says how converted weights are stored."""
 
     stored = "stored"
     float32 = "float32"
@@ -46,7 +46,7 @@ class Dtype(StrEnum):
 
 @dataclass(frozen=True)
 class Settings(Beside):
-    """Sets what to convert, and into what.
+    """These settings say what to convert, and into what.
 
     input: the file or folder to convert.
     output: the file or folder to write; null only looks.

@@ -41,7 +41,7 @@ JUDGED_SIGMA = 0.8
 
 @dataclass(frozen=True)
 class Scale:
-    """Sets a world, and what a model learns of it: see configs/demo.yaml.
+    """A scale is a world, and what a model learns of it: see configs/demo.yaml.
 
     scenes: how many the world has.
     size: height and width of its frames.
@@ -67,7 +67,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Sets what the demo does.
+    """These settings say what the demo does.
 
     output: the folder of all that it makes.
     scale: small, large or auto, which is large where there is a GPU.
@@ -99,7 +99,7 @@ class DemoConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """Holds a command of the demo, and the seconds it took on the machine it was tuned on."""
+    """A stage is a command of the demo, and the seconds it took on the machine it was tuned on."""
 
     title: str
     seconds: int

@@ -37,7 +37,7 @@ ORANGE = (230, 85, 13)
 
 @dataclass
 class MemoryConfig(SampleConfig):
-    """Sets what to film and where to draw it.
+    """These settings say what to film and where to draw it.
 
     output: the WebP to write.
     """
@@ -46,7 +46,7 @@ class MemoryConfig(SampleConfig):
 
 
 class HeadMaps(RoutingMap):
-    """Counts routes by head too. by_head: counts by layer, float64 [N, S, S], over all noise levels."""
+    """These maps count routes by head too. by_head: counts by layer, float64 [N, S, S], over all noise levels."""
 
     def __init__(self, num_shots: int, sum_over_heads: Callable[[Tensor], Tensor]) -> None:
         super().__init__(num_shots, sum_over_heads)
@@ -69,7 +69,7 @@ class HeadMaps(RoutingMap):
 
 
 class Watched(Filmmaker):
-    """Makes films and keeps the last film's map of heads."""
+    """This filmmaker makes films and keeps the last film's map of heads."""
 
     maps: HeadMaps
 

@@ -44,7 +44,7 @@ from models import Contents, load_codec, load_model, move_model
 
 @dataclass
 class EvaluateConfig:
-    """Sets what to evaluate and how.
+    """These settings say what to evaluate and how.
 
     checkpoint: a run's folder, a checkpoint, or a model folder.
     films: folders that sample.py wrote, or folders of such folders, whose films are taken together.

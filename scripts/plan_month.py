@@ -65,7 +65,7 @@ What is assumed:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Sets the run to plan.
+    """These settings describe the run to plan.
 
     model: the model's sizes; everything in it is trained.
     gpus: how many there are, eight to a host.
@@ -103,7 +103,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class Size:
-    """Counts a model's parameters. params: all of them. linears: those of the blocks' linear layers."""
+    """This counts a model's parameters. params: all of them. linears: those of the blocks' linear layers."""
 
     params: int
     linears: int
@@ -128,9 +128,9 @@ class Size:
 
 
 class Measured:
-    """Holds what the measured rows say of a GPU: flops, a second; loss, the share two GPUs along `sequence` lose; shot
-    tokens; bytes of activations for a token, a layer and a number of the model's width. They are those of the longest
-    film on one GPU and on two. Raises UserError where there is none."""
+    """This is what the measured rows say of a GPU: flops, a second; loss, the share two GPUs along `sequence` lose;
+    shot tokens; bytes of activations for a token, a layer and a number of the model's width. They are those of the
+    longest film on one GPU and on two. Raises UserError where there is none."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         moc = [row for row in rows if row["impl"] == "moc" and "problem" not in row]

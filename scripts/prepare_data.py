@@ -26,7 +26,7 @@ from models import EncodersConfig, build_encoders
 
 @dataclass
 class Settings(PrepareConfig):
-    """Sets how the stages run, and what encodes the cache.
+    """These settings say how the stages run, and what encodes the cache.
 
     device: as in `moc.training.ParallelConfig`.
     encoders: the codec and the text encoder.

@@ -41,7 +41,7 @@ class CachedScene:
 
 
 class Cache:
-    """Reads a finished cache. It is cheap to send to loader workers, because files open at the first read.
+    """This object reads a finished cache. It is cheap to send to loader workers, because files open at the first read.
 
     Raises DataError: unfinished-cache, damaged-index, other-format, missing-shard, truncated-shard.
     """

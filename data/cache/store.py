@@ -20,7 +20,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 class FileStore:
-    """Gives the files of one folder by name. It opens none before it is asked, so it can be sent to workers.
+    """A store gives the files of one folder by name. It opens none before it is asked, so it can be sent to workers.
 
     url: a local path or an fsspec URL (s3://, gs://, https://, ...). copies: local folder for files of a URL, which may
     hold other files as well; the copies together stay under max_bytes: the least recently used are deleted first.

@@ -34,8 +34,9 @@ NULL_GLOBAL, NULL_SHOT = "null_global", "null_shot"
 
 @dataclass(frozen=True)
 class EncodedScene:
-    """Holds a scene to store. latents: [C, T, H, W] a shot. text: for each caption length 1 + S tensors [T_i, text_dim]
-    (global first). kind: "image", "single" or "multi". key: a digest of all that the scene was made of.
+    """An encoded scene is what the cache stores of one scene. latents: [C, T, H, W] a shot. text: for each caption
+    length 1 + S tensors [T_i, text_dim] (global first). kind: "image", "single" or "multi". key: a digest of all that
+    the scene was made of.
     cuts: as in `moc.Sample`."""
 
     id: str
@@ -50,7 +51,7 @@ class EncodedScene:
 
 @dataclass
 class _Content:
-    """Holds the tensors and scenes that will be one file."""
+    """A content is the tensors and scenes that will be one file."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     text: dict[str, dict] = field(default_factory=dict)
@@ -67,7 +68,8 @@ class _Content:
 
 
 class CacheWriter:
-    """Adds scenes to a cache folder: each is written at once as a file of its own, and these merge into full shards.
+    """A writer adds scenes to a cache folder: each is written at once as a file of its own, and these merge into full
+    shards.
 
     writer: the number of this writer among the `writers` that fill the folder now; file names contain it.
     """

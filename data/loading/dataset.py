@@ -21,7 +21,7 @@ from moc.errors import UserError, check_least
 
 
 class Kind(StrEnum):
-    """Says which scenes a source gives: stills, scenes of one shot, scenes of several, or all."""
+    """A kind says which scenes a source gives: stills, scenes of one shot, scenes of several, or all."""
 
     any = "any"
     image = "image"
@@ -31,7 +31,7 @@ class Kind(StrEnum):
 
 @dataclass
 class SourceConfig:
-    """Sets one source of a mix.
+    """These settings describe one source of a mix.
 
     path: a folder made by scripts/prepare_data.py.
     weight: its share of the samples, relative to the other sources'.
@@ -54,7 +54,7 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    """Sets what training reads and how.
+    """These settings say what training reads and how.
 
     path: a folder made by scripts/prepare_data.py.
     sources: a mix of several such folders, in place of path.

@@ -26,8 +26,9 @@ HELD_OUT_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class EncodedScenes:
-    """Holds scenes as a model sees them, B scenes of S shots. latents: fp32 [B, S, C, T, H, W]. text: of each scene 1 +
-    S features [T_i, text_dim]. cover: [B, S, T, H, W], the character's share of what a value of the latent holds."""
+    """These are scenes as a model sees them, B scenes of S shots. latents: fp32 [B, S, C, T, H, W]. text: of each
+    scene 1 + S features [T_i, text_dim]. cover: [B, S, T, H, W], the character's share of what a value of the latent
+    holds."""
 
     scenes: RecallScenes
     latents: Tensor

@@ -24,7 +24,8 @@ from moc.errors import UserError
 
 
 class MicroBatches(Dataset):
-    """Makes a parcel with a moc.Batch of each list of draws, in a worker. A DataError is sent back and raised there."""
+    """This dataset makes a parcel with a moc.Batch of each list of draws, in a worker. A DataError is sent back and
+    raised there."""
 
     def __init__(self, dataset: ShotDataset, spec: moc.StreamSpec, chunk_tokens: int) -> None:
         self.dataset, self.spec, self.chunk_tokens = dataset, spec, chunk_tokens

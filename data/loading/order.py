@@ -26,7 +26,7 @@ def uniforms(seed: int, stream: int, index: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Source:
-    """Holds items that are drawn together: dataset indices, and their share of the positions."""
+    """A source is items that are drawn together: their indices in the dataset, and their share of the positions."""
 
     items: tuple[int, ...]
     weight: float = 1.0
@@ -34,7 +34,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """Says which items of a dataset are trained on, and which are held out of that, in one fixed order."""
+    """A split says which items of a dataset are trained on, and which are held out of that, in one fixed order."""
 
     sources: tuple[Source, ...]
     held_out: tuple[int, ...]
@@ -45,8 +45,8 @@ class Split:
 
 
 class SampleOrder:
-    """Maps a position to (item, epoch of its source). A source is shuffled anew for each epoch, and an epoch gives
-    each of its items once; sources are interleaved by weight, exactly over 1000 positions."""
+    """An order maps a position to (item, epoch of its source). A source is shuffled anew for each epoch, and an epoch
+    gives each of its items once; sources are interleaved by weight, exactly over 1000 positions."""
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
         if not sources or any(not source.items for source in sources):
@@ -98,7 +98,8 @@ def _apportion(shares: np.ndarray, total: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Draw:
-    """Describes a sample of the run: the item, its position, which caption length, and what training drops of it."""
+    """A draw describes one sample of the run: its item in the dataset, its position, which caption length, and what
+    training drops of it."""
 
     position: int
     item: int

@@ -13,7 +13,7 @@ from data.loading.order import Draw
 
 @dataclass(frozen=True)
 class Step:
-    """Holds the positions [start, end) of one step and their draws."""
+    """A step is the samples at positions [start, end) of the run, with their draws."""
 
     start: int
     end: int

@@ -53,8 +53,8 @@ def check_decoder(decoder: str) -> None:
 
 
 class PyAVReader(IndexedReader):
-    """Seeks one second early, decodes forward, and names every frame by its timestamp in the scan; a read just ahead of
-    the last one goes on decoding."""
+    """This reader seeks one second early, decodes forward, and names every frame by its timestamp in the scan; a read
+    just ahead of the last one goes on decoding."""
 
     def __init__(self, path: Path, index: VideoIndex | None = None) -> None:
         super().__init__(path, index or index_video(path))
@@ -141,7 +141,7 @@ class PyAVReader(IndexedReader):
 
 
 class DecordReader(IndexedReader):
-    """Reads by decord the files that it reads right."""
+    """This reader reads by decord, which takes only the files that decord reads right."""
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
         super().__init__(path, index or index_video(path))
@@ -188,7 +188,7 @@ def decord_fault(path: Path) -> str:
 
 
 class TorchCodecReader(IndexedReader):
-    """Reads by torchcodec in its exact mode."""
+    """This reader reads by torchcodec in its exact mode."""
 
     def __init__(self, path: Path, index: VideoIndex | None) -> None:
         super().__init__(path, index or index_video(path))

@@ -37,7 +37,7 @@ _FILM_MEMBER = "moviepy_10_minutes/resources/bbb.mp4"
 
 @dataclass
 class ExampleFilmConfig:
-    """Sets where the film goes.
+    """These settings say where the film goes.
 
     output: the folder to put the film in.
     scenes: how many shots the scenes of its manifest have; every shot ends one of each length. Without any there is no

@@ -18,7 +18,8 @@ LONGEST = 10 * 24  # frames; of a longer shot the last ones are taken, in which 
 
 @dataclass(frozen=True)
 class FilmShot:
-    """Describes a shot. number: from 1, as the detector has it. start, end: frames, half-open. characters: names."""
+    """This describes one shot of the film. number: counts from 1, as the detector has it. start, end: its frames,
+    half-open. characters: who appears, by name."""
 
     number: int
     start: int

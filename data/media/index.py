@@ -24,9 +24,9 @@ MAX_SIDE = 16384
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """Holds what one full decode found. pts: timestamp of each frame in stream units; None where the file has no
-    usable ones (then frames are reached by decoding from the start). times: seconds, from 0. stamp_fault: how the
-    file's time stamps were mended, or ""."""
+    """An index is what one full decode of a video found. pts: timestamp of each frame in stream units; None where the
+    file has no usable ones (then frames are reached by decoding from the start). times: seconds, from 0. stamp_fault:
+    how the file's time stamps were mended, or ""."""
 
     height: int
     width: int
@@ -41,7 +41,7 @@ class VideoIndex:
 
 
 class IndexedReader:
-    """Reads frames of one video by decoded index; the decoders derive from it."""
+    """A reader reads frames of one video by decoded index; the decoders derive from this class."""
 
     def __init__(self, path: Path, index: VideoIndex) -> None:
         self.path, self.index = path, index
@@ -149,7 +149,8 @@ def _index(stamps: list[int | None], height: int, width: int, fps: float, time_b
 
 
 class opened:
-    """Opens a container and its first video stream, and closes them on leaving; faults become DataErrors."""
+    """This context opens a container and its first video stream, and closes them at its end; faults become
+    DataErrors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -39,7 +39,7 @@ _SHOT_QUESTION = (
 
 
 class Captioner(Protocol):
-    """Answers a question about pictures. name: the model's name, under which the answers are kept."""
+    """A captioner answers a question about pictures. name: the model's name, under which the answers are kept."""
 
     name: str
 
@@ -47,7 +47,8 @@ class Captioner(Protocol):
 
 
 class TransformersCaptioner:
-    """Runs a vision-language model from a local folder, any that transformers loads as image-text-to-text."""
+    """This captioner runs a vision-language model from a local folder, any that transformers loads as
+    image-text-to-text."""
 
     def __init__(self, path: str, device: str = "cpu", max_new_tokens: int = 512) -> None:
         if not Path(path).is_dir():
@@ -81,7 +82,7 @@ class TransformersCaptioner:
 
 @dataclass(frozen=True)
 class SampleCaptioner:
-    """Captions plans of videos under `root`, keeping the answers in `folder`."""
+    """This object captions plans of videos under `root`, keeping the answers in `folder`."""
 
     captioner: Captioner
     root: Path

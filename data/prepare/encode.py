@@ -20,7 +20,7 @@ from data.prepare.report import save_thumbnail
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """Encodes plans of videos under `root`, leaving a thumbnail of each shot in `output`."""
+    """This object encodes plans of videos under `root`, leaving a thumbnail of each shot in `output`."""
 
     codec: Codec
     text_encoder: TextEncoder

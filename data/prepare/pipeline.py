@@ -42,7 +42,7 @@ _LATE_SECONDS = 90  # a network file system may show a file to other hosts that 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Holds what preparing came to. cache: the folder to train on."""
+    """This is what preparing came to. cache: the folder to train on."""
 
     cache: Path
     manifest: Path
@@ -79,7 +79,7 @@ def prepare(
 
 
 class _Run:
-    """Holds one run's state: the configuration, the found scenes and the report being filled."""
+    """A run is the state of one call: the configuration, the found scenes and the report being filled."""
 
     def __init__(
         self,

@@ -19,8 +19,9 @@ _CLAIM_TOLERANCE = 0.98
 
 @dataclass(frozen=True)
 class ShotRule:
-    """Says how shots are cut, in frames at `fps` (None: each video's own). A shot longer than max_frames is cut into
-    continuations, one shorter than min_frames is skipped, the rest are trimmed to whole latent frames of the codec.
+    """The rule says how shots are cut, in frames at `fps` (None: each video's own). A shot longer than max_frames is
+    cut into continuations, one shorter than min_frames is skipped, the rest are trimmed to whole latent frames of the
+    codec.
     sizes: (H, W) to choose from. Raises DataError (bad-length) where max_frames holds no whole latent frame."""
 
     fps: float | None

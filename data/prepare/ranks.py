@@ -23,8 +23,8 @@ _PATIENCE = timedelta(days=7)  # one may have hours of film left when another is
 
 @dataclass(frozen=True)
 class Process:
-    """Represents this process among those preparing together. wait: returns when all have called it. first: given
-    a list, returns the one that the first process gave."""
+    """This is the running process among those that prepare together. wait: returns when all have called it. first:
+    given a list, returns the one that the first process gave."""
 
     rank: int = 0
     world_size: int = 1

@@ -30,8 +30,8 @@ _TEMPLATES = Environment(
 
 @dataclass
 class Report:
-    """Collects what the stages of preparing find. problems: kind, where, message and action ("skipped", "warning",
-    "made again"). seconds, frames: what each stage took: scanning in all runs, encoding in this one."""
+    """The report collects what the stages of preparing find. problems: kind, where, message and action ("skipped",
+    "warning", "made again"). seconds, frames: what each stage took: scanning in all runs, encoding in this one."""
 
     samples: list[dict] = field(default_factory=list)
     problems: list[dict] = field(default_factory=list)

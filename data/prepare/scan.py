@@ -17,7 +17,7 @@ _VERSION = 2  # the version of what a scan finds; records of another version are
 
 @dataclass(frozen=True)
 class Scan:
-    """Holds what is known of one video.
+    """A scan is what is known of one video.
 
     That is the index, the shots if they were looked for, the fault that ended the scan, the number of frames that the
     header claims (None: no claim), and the seconds that decoding and shot detection took.
@@ -78,7 +78,7 @@ def _scan_now(path: Path, detector: ShotDetector | None, progress: bool) -> Scan
 
 
 class _Stopwatch:
-    """Adds up the seconds spent inside `with`."""
+    """A stopwatch adds up the seconds spent inside `with`."""
 
     seconds = 0.0
 

@@ -14,7 +14,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 @dataclass
 class PrepareConfig:
-    """Sets what to prepare and how.
+    """These settings say what to prepare and how.
 
     input: a folder of videos and images, or one with a manifest.jsonl.
     output: the folder to write, which training reads.

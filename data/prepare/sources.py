@@ -18,7 +18,7 @@ MANIFEST, VOCABULARY = "manifest.jsonl", "vocabulary.txt"
 
 @dataclass
 class Found:
-    """Holds the scenes of a folder, what was wrong with others, and what a person should look at."""
+    """This is what a folder offers: its scenes, what is wrong with others, and what a person should look at."""
 
     root: Path
     scenes: list[SceneRecord] = field(default_factory=list)

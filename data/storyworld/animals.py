@@ -17,7 +17,7 @@ FACE_SHIFT = 0.055  # how far the face moves towards where it looks
 
 @dataclass(frozen=True)
 class Coat:
-    """Holds the fur's colour, its shading on the head, and the colour inside the ears."""
+    """A coat is the fur's colour, its shading on the head, and the colour inside the ears."""
 
     fur: Colour
     skin: Gradient
@@ -34,7 +34,8 @@ def _no_tail(body: Canvas, fur: Colour, back: float) -> None:
 
 @dataclass(frozen=True)
 class Animal:
-    """Draws one animal's parts. ears: behind the head. face: upon it. tail: on the body's side `back`. eyes: x, y."""
+    """These functions draw one animal. ears: behind the head. face: upon it. tail: on the body's side `back`. eyes:
+    where they are, x and y."""
 
     ears: Callable[[Canvas, Coat], None]
     face: Callable[[Canvas, Coat, float], None]

@@ -93,7 +93,7 @@ def star(x: float, y: float, radius: float, tips: int, depth: float, angle: floa
 
 
 class Canvas:
-    """Holds pixels and the map from local units to them: pixel = matrix @ (x, y, 1)."""
+    """A canvas is pixels and the map from local units to them: pixel = matrix @ (x, y, 1)."""
 
     def __init__(self, pixels: np.ndarray, matrix: np.ndarray):
         (a, b, tx), (c, d, ty) = matrix.tolist()

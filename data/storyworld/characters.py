@@ -67,7 +67,7 @@ BADGES: dict[str, Badge] = {
 
 @dataclass(frozen=True)
 class Look:
-    """Says how a character is drawn in one scene: names of colours and of the rest, "" for no accessory."""
+    """A look says how a character is drawn in one scene: names of colours and of the rest, "" for no accessory."""
 
     name: str
     fur: str

@@ -10,7 +10,7 @@ from moc.errors import UserError
 
 
 class Mode(StrEnum):
-    """Says who tells the looks. described: the captions do. recall: only an early shot shows them."""
+    """The mode says who tells the looks. described: the captions do. recall: only an early shot shows them."""
 
     described = "described"
     recall = "recall"
@@ -18,7 +18,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True)
 class StoryworldConfig:
-    """Sets what to write, and where.
+    """These settings say what to write, and where.
 
     output: the folder to write.
     scenes: how many.

@@ -15,7 +15,7 @@ REST_ARM = 0.35
 
 @dataclass(frozen=True)
 class Actor:
-    """Describes one character in a shot: where it starts, and the bounds where its walk turns back (world units)."""
+    """An actor is one character in a shot: where it starts, and the bounds where its walk turns back (world units)."""
 
     look: Look
     action: str
@@ -34,7 +34,7 @@ CAMERAS = {
 
 @dataclass(frozen=True)
 class View:
-    """Says where the camera looks: the world point at the frame's middle, and the magnification."""
+    """A view says where the camera looks: the world point at the frame's middle, and the magnification."""
 
     x: float = 0.0
     y: float = 0.5

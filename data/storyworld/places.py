@@ -18,7 +18,7 @@ MARGIN = 0.45  # world units painted beyond the frame on either side, for pans
 
 @dataclass(frozen=True)
 class PropKind:
-    """Describes a kind of prop of a place: its drawing, its two colours, its height and how many stand there."""
+    """This describes a kind of prop of a place: its drawing, its two colours, its height and how many stand there."""
 
     name: str
     colours: tuple[str, str]
@@ -28,7 +28,7 @@ class PropKind:
 
 @dataclass(frozen=True)
 class Drift:
-    """Describes small things that drift in the air; the velocity is in frame heights a second."""
+    """A drift is small things that move through the air; their velocity is in frame heights a second."""
 
     colour: str
     count: int
@@ -39,7 +39,8 @@ class Drift:
 
 @dataclass(frozen=True)
 class Place:
-    """Describes a place. Its colours run from top to bottom; `light` is the tint it throws on characters."""
+    """A place is the scenery of a shot. Its colours run from top to bottom; `light` is the tint it throws on
+    characters."""
 
     sky: tuple[str, str]
     hills: tuple[str, str]
@@ -127,7 +128,7 @@ PLACES: dict[str, Place] = {
 
 @dataclass(frozen=True)
 class Layer:
-    """Holds premultiplied float32 [h, w, 4] pixels, `scale` of them a world unit, starting at world (left, 0)."""
+    """A layer is premultiplied float32 [h, w, 4] pixels, `scale` of them a world unit, starting at world (left, 0)."""
 
     pixels: np.ndarray
     scale: float

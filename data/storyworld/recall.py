@@ -76,8 +76,8 @@ class RecallConfig:
 
 @dataclass(frozen=True)
 class RecallScenes:
-    """Holds many scenes as arrays of int64, B scenes, S shots, C characters; the first character is the one that
-    returns.
+    """These are many scenes as arrays of int64: B scenes, S shots, C characters, P places; the first character is the
+    one that returns.
 
     name, fur, outfit [B, C]: numbers in NAMES and COLOUR_NAMES. cast [B, S]: which character is in a shot. place,
     action, facing, camera [B, S]: cameras are those of the config. column, row [B, S]: where it stands, fine pixels

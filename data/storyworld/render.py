@@ -23,7 +23,8 @@ FINE_BELOW = 300  # frame heights under this are drawn at twice the size
 
 @dataclass(frozen=True)
 class Sighting:
-    """Says what is seen of an actor. box: x0, y0, x1, y1 in pixels, None outside. visible: the share not hidden."""
+    """A sighting says what is seen of an actor. box: x0, y0, x1, y1 in pixels, None outside. visible: the share not
+    hidden."""
 
     box: tuple[float, float, float, float] | None
     visible: float
@@ -31,7 +32,7 @@ class Sighting:
 
 @dataclass(frozen=True)
 class Cutout:
-    """Holds the alpha of one actor (its number in the cast) within a window of the fine frame."""
+    """A cutout is the alpha of one actor (its number in the cast) within a window of the fine frame."""
 
     actor: int
     window: tuple[slice, slice]
@@ -39,7 +40,7 @@ class Cutout:
 
 
 class Renderer:
-    """Draws the shots of one scene; the layers of each place are painted once."""
+    """A renderer draws the shots of one scene; the layers of each place are painted once."""
 
     def __init__(self, scene: Scene, size: tuple[int, int], fps: float):
         self.scene, self.size, self.fps = scene, size, fps

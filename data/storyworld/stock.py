@@ -48,7 +48,7 @@ _RED, _GREEN, _BLUE = (np.stack([_BLACK, _BLACK + np.eye(4, dtype=np.float32)[i]
 
 @dataclass(frozen=True)
 class Composed:
-    """Holds shots as pixels: frames [N, 3, F, H, W] in [-1, 1], and cover [N, F, H, W], the character's share of a
+    """These are shots as pixels: frames [N, 3, F, H, W] in [-1, 1], and cover [N, F, H, W], the character's share of a
     pixel."""
 
     frames: Tensor

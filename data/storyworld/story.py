@@ -34,7 +34,8 @@ class Shot:
 
 @dataclass(frozen=True)
 class Recall:
-    """Says that a name returns in shot `shot`; its looks were shown in shots `shown_in`, last `distance` shots ago."""
+    """A recall says that a name returns in shot `shot`; its looks were shown in shots `shown_in`, last `distance` shots
+    ago."""
 
     shot: int
     name: str

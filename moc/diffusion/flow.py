@@ -31,9 +31,9 @@ OnRoutes = Callable[[int, Tensor], None]
 
 @dataclass(frozen=True)
 class NoiseLevels:
-    """Holds the noise level of each shot of a batch, and which shots are to be learned: sigma float32 [S], is_target
-    bool [S], on the CPU. The others are history: they are given almost clean and have no loss, which would be all
-    noise."""
+    """These are the noise level of each shot of a batch, and which shots are to be learned: sigma float32 [S],
+    is_target bool [S], on the CPU. The others are history: they are given almost clean and have no loss, which would be
+    all noise."""
 
     sigma: Tensor
     is_target: Tensor
@@ -51,8 +51,8 @@ class NoiseLevels:
 
 
 class Noised(NamedTuple):
-    """Holds what a model is given and is to predict, on the device: noisy latents and velocities [C, T, H, W], one each
-    for each shot, their noise levels, sigma float32 [S], and the text and the layout of the batch."""
+    """This is what a model is given and is to predict, on the device: noisy latents and velocities [C, T, H, W], one
+    each for each shot, their noise levels, sigma float32 [S], and the text and the layout of the batch."""
 
     latents: Sequence[Tensor]
     targets: Sequence[Tensor]
@@ -63,7 +63,7 @@ class Noised(NamedTuple):
 
 @dataclass(frozen=True)
 class Flow:
-    """Owns the noise convention and says how training draws noise levels.
+    """The flow owns the noise convention and says how training draws noise levels.
 
     shift: moves noise levels up for larger latents, in training and sampling (Wan: 3 at 480p, 5 above).
     logit_mean, logit_std: mean and deviation of sigma's logits before the shift.

@@ -41,7 +41,8 @@ class Asked:
 
 
 class StepReuse:
-    """Keeps what the model was last asked about each unfinished shot. reused: how many steps took a velocity again."""
+    """This object keeps what the model was last asked about each unfinished shot. reused: how many steps took a
+    velocity again."""
 
     def __init__(
         self, threshold: float, reused: int = 0, remembered: Mapping[int, Mapping[str, Tensor]] | None = None

@@ -18,7 +18,7 @@ from moc.move import move
 
 @dataclass(frozen=True)
 class Stream:
-    """Holds the shots of a step's stream: their indices in the story, noisy latents, and noise levels [S]."""
+    """A stream is the shots of a step's stream: their indices in the story, noisy latents, and noise levels [S]."""
 
     shots: list[int]
     latents: list[Tensor]

@@ -13,7 +13,7 @@ from moc.errors import UserError, check_least
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Says how shots are sampled.
+    """These settings say how shots are sampled.
 
     steps: the number of steps of each shot.
     solver: how a step is taken: `euler`, or `unipc` or `dpmpp` of diffusers, which need fewer steps.

@@ -32,7 +32,8 @@ SHARED_MEMORY = {
 
 @dataclass(frozen=True)
 class Launch:
-    """Holds a kernel and its arguments; specialization: the type and the attributes of each, as Triton sees them."""
+    """A launch is a kernel and its arguments. specialization: the type and the attributes of each, as Triton sees
+    them."""
 
     kernel: Any
     capability: Capability
@@ -54,7 +55,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Says what a kernel takes on a GPU. spilled: bytes of a thread's registers that went to memory; shared: bytes."""
+    """These numbers say what a kernel takes on a GPU. spilled: bytes of a thread's registers that went to memory;
+    shared: bytes."""
 
     name: str
     warps: int

@@ -29,7 +29,7 @@ def padded(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Holds block sizes of the attention kernels: BM queries, BN keys, num_warps and num_stages of each."""
+    """These are the block sizes of the attention kernels: BM queries, BN keys, num_warps and num_stages of each."""
 
     tile: int
     forward: dict[str, int]

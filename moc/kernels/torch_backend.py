@@ -49,7 +49,7 @@ def attend(
 
 @dataclass(frozen=True)
 class _Lists:
-    """Holds the routed rows of heads [first, first + Nb), sorted by (head, chunk), then by token.
+    """These are the routed rows of heads [first, first + Nb), sorted by (head, chunk), then by token.
 
     head (within the block), token: int64 [R]. starts: first row of each list, and R. row: int64 [Nb, L, K], the row of
     each slot, -1 where it is empty.
@@ -158,7 +158,7 @@ def _routed(q: Tensor, kernel: DenseKernel) -> "_ByList | _VarLen":
 
 @dataclass(frozen=True)
 class _ByList:
-    """Computes one dense call for each (head, chunk)."""
+    """This function computes one dense call for each (head, chunk)."""
 
     kernel: DenseKernel
 
@@ -201,7 +201,7 @@ class _ByList:
 
 
 class _VarLen:
-    """Computes one variable-length FlashAttention-2 call for all lists of a head block."""
+    """This function computes one variable-length FlashAttention-2 call for all lists of a head block."""
 
     @staticmethod
     def _head_major(x: Tensor, lists: _Lists) -> Tensor:

@@ -24,7 +24,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Lists:
-    """Holds the routed queries by (head, chunk), int32; list h * M + c belongs to head h and chunk c.
+    """These are the routed queries by (head, chunk), int32; list h * M + c belongs to head h and chunk c.
 
     entries [N * L * K]: token * K + slot of each routed query; those of list i are [starts[i], starts[i + 1]).
     starts [N * M + 1]. tile_starts [N * M + 1]: a list is cut into tiles of `tile` queries; list i has the tiles

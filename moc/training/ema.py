@@ -11,9 +11,9 @@ from moc.training.shards import local
 
 
 class EMA:
-    """Keeps an exponential moving average of a model's trained weights, in their dtype, warmed up by (1 + n) / (10 + n)
-    after n updates; the first one takes the weights as they are. Unlike torch's AveragedModel it never waits for the
-    GPU.
+    """This object keeps an exponential moving average of a model's trained weights, in their dtype, warmed up by (1 +
+    n) / (10 + n) after n updates; the first one takes the weights as they are. Unlike torch's AveragedModel it never
+    waits for the GPU.
 
     weights: the trained ones, by name, as they are when it is made, on the device and sharded. averages: by the same
     names, sharded as the weights are.

@@ -12,8 +12,9 @@ _OURS = ("lr", "factor")  # set at every step
 
 
 class GroupNumbers:
-    """Saves the numbers that an optimizer itself changes in its groups, as schedule-free ones do with their sums of
-    weights and optimi's with their count of steps. Settings are not among them: those come from the configuration.
+    """This object saves the numbers that an optimizer itself changes in its groups, as schedule-free ones do with their
+    sums of weights and optimi's with their count of steps. Settings are not among them: those come from the
+    configuration.
 
     optimizer: as it was built, before its first step.
     """

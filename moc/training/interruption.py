@@ -65,12 +65,12 @@ def ending_at_signals() -> Iterator[None]:
 
 
 class _Interrupted(BaseException):
-    """Ends a wait. Only the first signal raises it."""
+    """This error ends a wait. Only the first signal raises it."""
 
 
 class Interruption:
-    """Notes in `signal` the name of the first signal that comes while it is entered. Python hands signals to the main
-    thread alone; in another one it notes nothing."""
+    """An interruption notes in `signal` the name of the first signal that comes while it is entered. Python hands
+    signals to the main thread alone; in another one it notes nothing."""
 
     def __init__(self) -> None:
         self.signal = ""

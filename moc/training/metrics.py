@@ -32,7 +32,8 @@ class TrackerConfig:
 
 
 class Metrics:
-    """Appends to `metrics.jsonl` in a run's folder; a resumed run drops the lines past its checkpoint first.
+    """This object appends to `metrics.jsonl` in a run's folder; a resumed run drops the lines past its checkpoint
+    first.
 
     Raises UserError where the folder holds checkpoints past `first_step`, before it drops anything, and where a tracker
     does not start.

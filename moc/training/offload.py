@@ -47,7 +47,7 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
 
 @dataclass
 class _OnHost:
-    """Holds a tensor on the host, in pieces, and the device that it came from."""
+    """This is a tensor on the host, in pieces, and the device that it came from."""
 
     shape: torch.Size
     device: torch.device

@@ -19,7 +19,7 @@ Group = dict[str, Any]  # a group of an optimizer: its parameters and their sett
 
 @dataclass(frozen=True)
 class PartConfig:
-    """Names a part of the model and its learning rate.
+    """These settings name a part of the model and its learning rate.
 
     match: the parameters whose names match it, with * and ?.
     factor: what their learning rate is multiplied by; 0 freezes them.
@@ -34,7 +34,7 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Says how the optimizer steps.
+    """These settings say how the optimizer steps.
 
     name: adamw, adamw8bit (of bitsandbytes), muon (weights of two dimensions in the blocks, adamw for the rest), or
     where a class is imported from, such as torch.optim.Adafactor, schedulefree.AdamWScheduleFree or optimi.StableAdamW,

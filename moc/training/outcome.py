@@ -69,7 +69,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ShotLoss:
-    """Holds a shot's loss, its noise level, its number in its film from 1 on, its scene and the source of that."""
+    """This is a shot's loss, with its noise level, its number in its film from 1 on, its scene and the source of
+    that."""
 
     loss: float
     sigma: float
@@ -113,8 +114,8 @@ class TooManySkipped(FloatingPointError):
 
 
 class SkipCount:
-    """Counts skipped steps, names their scenes and ends the run past `most` of them in a row. tells: whether this
-    process logs them, as one of all does."""
+    """This object counts skipped steps, names their scenes and ends the run past `most` of them in a row. tells:
+    whether this process logs them, as one of all does."""
 
     def __init__(self, most: int, tells: bool) -> None:
         self.most, self.tells, self.total, self.in_a_row = most, tells, 0, 0
@@ -143,7 +144,8 @@ class SkipCount:
 
 
 class Spikes:
-    """Tells losses and gradient norms far above what they were before, with the scenes of the largest losses.
+    """This object reports losses and gradient norms far above what they were before, with the scenes of the largest
+    losses.
 
     Far means so many standard deviations of their logarithm, over some hundred past steps, and twice the usual value.
     tells: whether this process logs them, as one of all does.

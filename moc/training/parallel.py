@@ -47,7 +47,7 @@ _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORL
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Says how the processes of a command share its work and its weights.
+    """These settings say how the processes of a command share its work and its weights.
 
     sequence: how many processes hold a stream together; they divide the model's heads. shard: over how many processes
     with samples of their own the weights are sharded, and over those of the streams besides; where nothing is trained
@@ -64,7 +64,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig(MeshConfig):
-    """Says where and how a step is computed.
+    """These settings say where and how a step is computed.
 
     device: auto (the GPU of this process, the CPU where there is none), cpu, cuda, or one GPU, such as cuda:1.
     precision: what every forward pass computes in, in training or not: auto (bf16 on a GPU, fp32 on the CPU), fp32 or

@@ -26,7 +26,7 @@ from moc.training.survey import Survey
 
 @dataclass(frozen=True)
 class Inputs:
-    """Holds what forward and backward of one micro-batch read, on the device.
+    """Inputs are what forward and backward of one micro-batch read, on the device.
 
     weights [S]: that of each shot's loss in the sum that is minimized. step: int64 [], from 0 on.
     """
@@ -123,7 +123,7 @@ class _Kind:
 
 
 class _Graph:
-    """Replays what `run` does with `inputs`. Its losses last until another graph of the pool is replayed."""
+    """A graph replays what `run` does with `inputs`. Its losses last until another graph of the pool is replayed."""
 
     def __init__(self, run: Callable[[Inputs], Tensor], inputs: Inputs, pool: Any) -> None:
         self._inputs, self._graph = inputs, torch.cuda.CUDAGraph()

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Holds a run after `step` steps.
+    """A snapshot is a run after `step` steps.
 
     models: tensors by the names of their files, of "model" and "ema". optimizer: as `optimizer_states` names them.
     state: what state.json holds. moc: attention as it then is. rng: the random states of this process.
@@ -41,7 +41,7 @@ class Snapshot:
 
 
 class Saver:
-    """Writes snapshots of a run as its checkpoints, one at a time; every process takes part in each.
+    """A saver writes snapshots of a run as its checkpoints, one at a time; every process takes part in each.
 
     model: a diffusers model like the run's, with no values. keep, keep_every: see `remove_old`. in_background: return
     as soon as a snapshot is copied to the host's memory. save_extras(folder): adds what sampling needs.

@@ -66,14 +66,15 @@ def _run(action: Any, *arguments: Any, **settings: Any) -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """Says where the values of a tensor begin: a file and a byte of it."""
+    """This says where the values of a tensor begin: a file and a byte of it."""
 
     file: Path
     first: int
 
 
 class _Writer(dcp.StorageWriter):
-    """Writes rows where they belong in safetensors files, which the first process makes, as large as they will be."""
+    """This writer writes rows where they belong in safetensors files, which the first process makes, as large as they
+    will be."""
 
     def __init__(self, folder: Path, stem: str) -> None:
         self._folder, self._stem = folder, stem

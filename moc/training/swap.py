@@ -16,7 +16,7 @@ from moc.host_memory import Offsets, host_memory
 
 
 class Swap:
-    """Moves a model to a device, but for the frozen weights of `count` of its `blocks`, spread evenly over them.
+    """A swap moves a model to a device, but for the frozen weights of `count` of its `blocks`, spread evenly over them.
 
     Raises UserError where it has fewer blocks, or nothing in them is frozen.
     """
@@ -77,7 +77,7 @@ class Swap:
 
 
 class _Slot:
-    """Holds memory of the device for one block, the number of that block, and the event of its arrival on a GPU."""
+    """A slot is memory of the device for one block, the number of that block, and the event of its arrival on a GPU."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -86,8 +86,8 @@ class _Slot:
 
 
 class _Waiting:
-    """Holds the frozen weights of a block, one after another in `host`, uint8 [bytes]. They have no memory of their own
-    until `lie_in` gives them one."""
+    """These are the frozen weights of a block, one after another in `host`, uint8 [bytes]. They have no memory of their
+    own until `lie_in` gives them one."""
 
     def __init__(self, block: nn.Module, pinned: bool) -> None:
         self.weights = [weight for weight in block.parameters() if not weight.requires_grad]

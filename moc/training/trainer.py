@@ -44,7 +44,8 @@ logger = logging.getLogger(__name__)
 
 
 class Steps(Protocol):
-    """Gives the data of a run: iterates over steps, endlessly, each a list of this process's micro-batches."""
+    """This interface gives the data of a run: it iterates over steps, endlessly, each a list of this process's
+    micro-batches."""
 
     def __iter__(self) -> Any: ...
 
@@ -55,7 +56,7 @@ class Steps(Protocol):
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Says how long a run is and how often it reports.
+    """These settings say how long a run is and how often it reports.
 
     num_steps: the number of optimizer steps of the run.
     log_every, validate_every, checkpoint_every: how many steps lie between two; 0 is never.
@@ -93,7 +94,7 @@ class TrainerConfig:
 
 
 class Trainer:
-    """Trains `model`, a diffusers ModelMixin; see the module.
+    """A trainer trains `model`, a diffusers ModelMixin; see the module.
 
     `save_extras(folder)` adds to each checkpoint what sampling needs besides the model.
     """

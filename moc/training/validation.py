@@ -18,9 +18,10 @@ from moc.training.parallel import Parallel, gather_lists
 
 @dataclass(frozen=True)
 class Validator:
-    """Takes the loss of held-out batches at each of `sigmas`: equal on all shots of a sample, or with `clean_history`
-    on its last shot, the others clean (equal noise barely tells models that recall from those that do not). shares: how
-    far through the flow's range each of `sigmas` lies; the range is all of [0, 1] but for an expert."""
+    """A validator takes the loss of held-out batches at each of `sigmas`: equal on all shots of a sample, or with
+    `clean_history` on its last shot, the others clean (equal noise barely tells models that recall from those that
+    do not). shares: how far through the flow's range each of `sigmas` lies; the range is all of [0, 1] but for an
+    expert."""
 
     batches: Sequence[Batch]
     flow: Flow

@@ -23,7 +23,7 @@ PIPELINE_FILE = "model_index.json"  # the file that makes a folder a diffusers p
 
 @dataclass(frozen=True)
 class Contents:
-    """Answers what `path` holds; nothing is read before it is asked for.
+    """This object answers what `path` holds; nothing is read before it is asked for.
 
     Raises UserError, as it is asked, where a file is not what it should be.
     """

@@ -24,7 +24,7 @@ NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # stands in a nam
 
 
 class ExpertCaches(NamedTuple):
-    """Holds what each expert remembers of one story."""
+    """This is what each expert remembers of one story."""
 
     high: KeyValueCache
     low: KeyValueCache

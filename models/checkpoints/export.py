@@ -29,7 +29,7 @@ from models.encoders.text import TextKind
 
 
 class Form(StrEnum):
-    """Names the form to write. auto: original for a path that ends in .safetensors, else diffusers."""
+    """This setting names the form to write. auto: original for a path that ends in .safetensors, else diffusers."""
 
     auto = "auto"
     diffusers = "diffusers"
@@ -39,8 +39,8 @@ class Form(StrEnum):
 
 @dataclass(frozen=True)
 class Beside:
-    """Gives the settings beside the weights; null takes the input's, where it has them. All but moc are for a training
-    checkpoint.
+    """These are the settings beside the weights; null takes the input's, where it has them. All but moc are for a
+    training checkpoint.
 
     moc: the settings of attention, moc.json.
     shift: the shift of the flow.

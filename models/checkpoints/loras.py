@@ -32,7 +32,7 @@ TENSOR_NAME = re.compile(
 
 @dataclass(frozen=True)
 class LoraChoice:
-    """Names a LoRA to sample with. weight: how much of it is added; 1 is as it was trained."""
+    """These settings name a LoRA to sample with. weight: how much of it is added; 1 is as it was trained."""
 
     path: Path
     weight: float = 1.0

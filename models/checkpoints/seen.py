@@ -16,8 +16,8 @@ FILE = "films.json"
 
 @dataclass(frozen=True)
 class Seen:
-    """Holds sizes (height, width) and frame rates of the films that a model was trained on, the most usual first, and
-    how many shots a sample had at most; nothing where that is not known."""
+    """These are the sizes (height, width) and frame rates of the films that a model was trained on, the most usual
+    first, and how many shots a sample had at most; nothing where that is not known."""
 
     sizes: Sequence[Sequence[int]] = ()
     fps: Sequence[float] = ()

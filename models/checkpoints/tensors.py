@@ -29,7 +29,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class TensorSource:
-    """Reads the tensors of one .safetensors file, or of a folder with one such file or a sharded set and its index.
+    """A source reads the tensors of one .safetensors file, or of a folder with one such file or a sharded set and its
+    index.
 
     Tensors are read, not mapped: a file larger than memory may not be mapped as torch does it.
     """

@@ -33,7 +33,7 @@ class CodecKind(StrEnum):
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Names a codec and its settings.
+    """These settings name a codec and describe it.
 
     kind: `lapped`, which needs no download, or `wan`.
     path: wan only: the folder of an AutoencoderKLWan.
@@ -158,7 +158,7 @@ class Codec(nn.Module):
 
 
 class ShotEncoder:
-    """Encodes the shots of one sample, one call each, in order."""
+    """This object encodes the shots of one sample, one call each, in order."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec, self.shot = codec, 0
@@ -187,7 +187,8 @@ class ShotEncoder:
 
 
 class ShotDecoder:
-    """Decodes the shots of one sample, one call each, in order: a shot's frames come out as its latent is known."""
+    """This object decodes the shots of one sample, one call each, in order: a shot's frames come out as its latent is
+    known."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec, self.shot = codec, 0

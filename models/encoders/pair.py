@@ -24,7 +24,7 @@ PIPELINE = ("vae", "text_encoder", "tokenizer")  # a diffusers pipeline of Wan h
 
 @dataclass(frozen=True)
 class EncodersConfig:
-    """Names the codec and the text encoder that make a cache.
+    """These settings name the codec and the text encoder that make a cache.
 
     codec: between frames and latents.
     text: between captions and features.
@@ -36,7 +36,7 @@ class EncodersConfig:
 
 @dataclass(frozen=True)
 class Encoders:
-    """Holds a codec and a text encoder, and the settings they were built by."""
+    """These are a codec and a text encoder, and the settings they were built by."""
 
     config: EncodersConfig
     codec: Codec

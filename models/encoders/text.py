@@ -47,9 +47,10 @@ class TextKind(StrEnum):
 
 
 class PromptForm(StrEnum):
-    """Says how captions become prompts. separate: each is encoded apart. windowed: each shot's is encoded with the
-    global one before it, which then has no features of its own. The others encode all captions as one prompt and cut
-    its features by span: joined: captions one after another (Wan); holocine: with that model's tags and shot count."""
+    """The form says how captions become prompts. separate: each is encoded apart. windowed: each shot's is encoded
+    with the global one before it, which then has no features of its own. The others encode all captions as one
+    prompt and cut its features by span: joined: captions one after another (Wan); holocine: with that model's tags
+    and shot count."""
 
     separate = "separate"
     windowed = "windowed"
@@ -59,7 +60,7 @@ class PromptForm(StrEnum):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Names a text encoder and its settings.
+    """These settings name a text encoder and describe it.
 
     kind: `embedded`, which needs no download, or `t5`.
     path: for embedded a folder written by `save`, a word list (one word a line), or null for the words given at build;
@@ -247,7 +248,8 @@ def join_prompt(form: PromptForm, global_caption: str, shot_captions: Sequence[s
 
 
 class T5TextEncoder(TextEncoder):
-    """Runs T5 or UMT5 in bf16 from a folder: the model and its tokenizer, or Wan's `text_encoder/`, `tokenizer/`.
+    """This encoder runs T5 or UMT5 in bf16 from a folder: the model and its tokenizer, or Wan's `text_encoder/`,
+    `tokenizer/`.
 
     Features of padding are not returned: Wan's transformer adds its zero rows itself.
     """

@@ -31,15 +31,15 @@ Features = list  # what each causal convolution keeps of the frames before: a te
 
 @dataclass(frozen=True)
 class Scale:
-    """Says how many pixels of the whole frame one value of a network's input and of its output stands for."""
+    """A scale says how many pixels of the whole frame one value of a network's input and of its output stands for."""
 
     input: int
     output: int
 
 
 class WanCodec(Codec):
-    """Runs AutoencoderKLWan in fp32 from `config.path`; latents are normalized by the means and deviations of its
-    config.
+    """This codec runs AutoencoderKLWan in fp32 from `config.path`; latents are normalized by the means and deviations
+    of its config.
 
     With tiling, frames over 256 pixels a side are coded in overlapping tiles that are blended as diffusers does it,
     eight latent frames at a time. Features of the tiles not at work wait in host memory: together they are larger than
