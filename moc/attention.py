@@ -1,6 +1,6 @@
 """`moc_attention` and `route` are the two calls that a model makes; this module alone chooses a backend.
 
-A backend is a module with `attend(q, k, v, routes, layout, config, execution)`, differentiable in q, k and v, and
+A backend is a module with `attend(q, k, v, routes, layout, config, execution, kept)`, differentiable in q, k and v, and
 `route(q, k, layout, config, drops)`; both take q as the last queries of the stream, as many as it holds. It is imported
 when it is first chosen.
 
@@ -20,6 +20,7 @@ from moc import reference, routing
 from moc.config import Candidates, Descriptor, DropKey, MoCConfig
 from moc.errors import UserError
 from moc.execution import Backend, Execution
+from moc.kept import Kept
 from moc.kernels.dense import capability
 from moc.layout import ShotLayout
 from moc.routes import Routes
@@ -102,6 +103,7 @@ def moc_attention(
     backend: Execution | str | None = None,
     route_qk: tuple[Tensor, Tensor] | None = None,
     drops: DropKey | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Attends by Mixture of Contexts over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
 
@@ -114,6 +116,7 @@ def moc_attention(
         int [N, Lq, K] are the caller's own, which go through `Routes.checked`.
     backend: a name, an `Execution`, or None for the fastest. route_qk: the (q, k) to score with `descriptor: pre_rope`.
     drops: the key of context drop-off and drop-in, in training; None leaves them out.
+    kept: of the same call before, which is now recomputed. A backend may compute short samples again all the same.
 
     Raises ValueError where shapes, dtypes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
     """
@@ -132,7 +135,7 @@ def moc_attention(
         if route_qk is not None:
             _check_route_qk(route_qk, q, layout)
         indices = _router(q, config, execution).route(*(route_qk or (q, k)), layout, config, drops)
-    return module.attend(q, k, v, indices, layout, config, execution)
+    return module.attend(q, k, v, indices, layout, config, execution, kept)
 
 
 def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moc.config import DropKey, MoCConfig, OwnAnchor, TextAnchor
 from moc.execution import Execution
+from moc.kept import Kept
 from moc.layout import ShotLayout
 from moc.routing import route
 
@@ -64,11 +65,11 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
-    execution: Execution | None = None,
+    execution: Execution | None = None, kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
     """Attends to anchors and routed chunks together, each key once: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D].
 
-    execution: not asked, since there is one way only; the other backends have more.
+    execution, kept: not asked, since there is one way only; the other backends have more.
     """
     missing = len(k) - len(q)
     if missing:  # is computed for all queries; those before q's are left out again

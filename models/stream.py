@@ -20,6 +20,7 @@ from moc.batch import Alike, each_shape, joined, laid_out
 from moc.errors import UserError
 from moc.exchange import Exchange
 from moc.execution import AUTO
+from moc.kept import Kept
 from moc.layout import Grid
 from models.history import KeyValueCache
 from models.lora import Trainable
@@ -35,6 +36,7 @@ class StreamAttention:
 
     table: rotations of the tokens computed. cache, remember: see the module; attention must then be strictly forward.
     exchange: the processes that hold the tokens; each attends with its share of the heads. execution: how it computes.
+    keeps_outputs: whether what attention computed is kept by layer too, so that it is not computed again either.
     on_distances: where it is given, layers that route also attend densely, with the same q, k and v, and `distances`
     holds how far that is, fp32 [L, 2].
     """
@@ -50,7 +52,9 @@ class StreamAttention:
     execution: Execution = AUTO
     on_distances: Callable[[Tensor], None] | None = None
     recomputes: bool = False
+    keeps_outputs: bool = False
     routes: dict[int, Routes] = field(default_factory=dict)
+    outputs: dict[int, Kept] = field(default_factory=dict)
     distances: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,7 +77,8 @@ class StreamAttention:
         keys, values, *unrotated = kept
         scored = (q, unrotated[0]) if pre_rope else (queries, keys)
         routes = None if config.dense else self._route(layer, *scored)
-        out = moc_attention(queries, keys, values, self.layout, config, routes, self.execution)
+        output = self.outputs.setdefault(layer, Kept()) if self.keeps_outputs else None
+        out = moc_attention(queries, keys, values, self.layout, config, routes, self.execution, kept=output)
         if self.on_distances and not config.dense:
             self._compare(layer, out, queries, keys, values)
         return self.exchange.to_tokens(out) if self.exchange else out
@@ -156,6 +161,7 @@ class StreamModel(Trainable):
     anyone: Callable[[bool], bool] = bool
     execution: Execution = AUTO
     gradient_checkpointing = False
+    keeps_attention = False  # under gradient checkpointing
     _supports_gradient_checkpointing = True
 
     def embed(self, patches: Tensor, sigma: Tensor, text: Sequence[Tensor], part: Part, config: MoCConfig) -> Embedded:
@@ -205,8 +211,9 @@ class StreamModel(Trainable):
         cos, sin = self.rotations(layout)
         table, spread = (cos[first:], sin[first:]), (self.exchange, self.execution)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
+        recomputation = recomputes, recomputes and self.keeps_attention
         attend = StreamAttention(
-            layout, config, table, drops, on_routes, cache, remember, *spread, on_distances, recomputes
+            layout, config, table, drops, on_routes, cache, remember, *spread, on_distances, *recomputation
         )
         for layer, block in enumerate(self.blocks):
             args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, Attend(attend, layer))

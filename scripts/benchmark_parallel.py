@@ -224,8 +224,9 @@ def head(config: BenchmarkConfig) -> dict[str, Any]:
     if config.model.lora_rank:  # an adapter, and how the weights under it are kept
         sizes |= {"lora_rank": config.model.lora_rank, "lora_base": config.model.lora_base}
     model = {name: str(value) for name, value in sizes.items()}
-    measured = {"latent": list(config.latent), "recomputed": config.parallel.activation_checkpointing}
-    measured["kernel"] = dense_kernel(config)
+    measured: dict[str, Any] = {"latent": list(config.latent), "kernel": dense_kernel(config)}
+    parallel = config.parallel
+    measured["recomputed"] = "all but attention" if parallel.keep_attention else parallel.activation_checkpointing
     return header() | {"model": model, "moc": config.moc.to_dict()} | measured
 
 
@@ -271,6 +272,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     sizes = ", ".join(f"{name} {value}" for name, value in rows[0]["model"].items())
     about = f"{sizes}; shots of latents {rows[0]['latent']}; dense kernel {rows[0]['kernel']}"
+    about += f"; blocks recomputed: {rows[0]['recomputed']}"
     return f"{about}:\n\n{markdown_table(columns, lines)}"
 
 

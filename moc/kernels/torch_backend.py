@@ -17,7 +17,9 @@ from torch import Tensor
 
 from moc.config import MoCConfig
 from moc.execution import AUTO, Execution
+from moc.kept import Kept
 from moc.kernels import anchors, dense, masked
+from moc.kernels.anchors import AnchorPlan
 from moc.kernels.dense import DenseKernel
 from moc.layout import ShotLayout
 from moc.move import move
@@ -31,7 +33,7 @@ MAX_SEQUENCES = 65535  # one FA2 call takes no more
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
-    execution: Execution = AUTO,
+    execution: Execution = AUTO, kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
     """Attends to anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
@@ -44,7 +46,7 @@ def attend(
         if masked.fits(q, layout, execution):
             return masked.attend(q, k, v, routes, layout, config)
         routes = anchors.with_own_chunk(routes, layout, config)
-    return _Attend.apply(q, k, v, routes, layout, config, execution)
+    return _Attend.apply(q, k, v, routes, layout, config, execution, kept)
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,12 @@ def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, routes, layout, config, execution):
+    def forward(ctx, q, k, v, routes, layout, config, execution, kept):
         kernel = dense.choose(q, execution.dense_kernel, execution.deterministic)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         plan = anchors.anchor_plan(layout, config, len(q))
-        out, lse = anchors.forward(kernel, q, k, v, plan)
-        if routes.shape[-1]:
-            for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
-                rows = _routed(q, kernel).forward(lists.rows(q), k, v, lists, layout)
-                _merge(out, lse, *rows, lists)
+        inputs = kernel, q, k, v, routes, layout, plan
+        out, lse = kept.of(lambda: _forward(*inputs)) if kept else _forward(*inputs)
         ctx.save_for_backward(q, k, v, out, lse, routes)
         ctx.layout, ctx.deterministic, ctx.kernel, ctx.plan = layout, execution.deterministic, kernel, plan
         return out
@@ -137,7 +136,19 @@ class _Attend(torch.autograd.Function):
                     (dq, dk, dv), (lists.sum_slots(dq_rows.to(wide)), dk_heads, dv_heads), strict=True
                 ):
                     total[:, lists.heads] = (total[:, lists.heads].to(wide) + added).to(total.dtype)
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, *(None,) * 5
+
+
+def _forward(
+    kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, layout: ShotLayout, plan: AnchorPlan
+) -> tuple[Tensor, Tensor]:
+    """Returns out [Lq, N, D] and lse [N, Lq]."""
+    out, lse = anchors.forward(kernel, q, k, v, plan)
+    if routes.shape[-1]:
+        for lists in _lists(routes, layout.num_chunks, q.shape[-1]):
+            rows = _routed(q, kernel).forward(lists.rows(q), k, v, lists, layout)
+            _merge(out, lse, *rows, lists)
+    return out, lse
 
 
 def _merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, lists: _Lists) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moc.config import MoCConfig
 from moc.execution import AUTO, Execution
+from moc.kept import Kept
 from moc.kernels import anchors, dense, triton_masked
 from moc.kernels.anchors import AnchorCall, AnchorPlan
 from moc.kernels.packed import Packed
@@ -31,7 +32,7 @@ CALL_INTS = len(AnchorCall._fields)
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor | None, layout: ShotLayout, config: MoCConfig,
-    execution: Execution = AUTO,
+    execution: Execution = AUTO, kept: Kept | None = None,
 ) -> Tensor:  # fmt: skip
     """Attends to anchors and routed chunks together: q [Lq, N, D], k, v [L, N, D] -> [Lq, N, D], same dtype.
 
@@ -52,7 +53,7 @@ def attend(
         q.contiguous(), k.contiguous(), v.contiguous(), routes, layout.chunk_cu_seqlens, tables, numbers,
         layout.chunk_tokens, layout.max_chunk_tokens, execution.dense_kernel, execution.deterministic,
     )  # fmt: skip
-    return _operator(*inputs)[0] if torch.compiler.is_compiling() else _Attend.apply(*inputs)
+    return _operator(*inputs)[0] if torch.compiler.is_compiling() else _Attend.apply(kept, *inputs)
 
 
 def _flat(plan: AnchorPlan) -> tuple[list[Tensor], list[int]]:
@@ -118,15 +119,15 @@ def _arguments(ctx) -> list[Any]:
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
+    def forward(ctx, kept, *inputs):
+        output = kept.of(lambda: _forward(*inputs)) if kept else _forward(*inputs)
         _save(ctx, inputs, output)
         return output[0]
 
     @staticmethod
     def backward(ctx, dout):
         anchors.refuse_second_derivative("triton")
-        return *_backward(dout.contiguous(), *_arguments(ctx)), *(None,) * 8
+        return None, *_backward(dout.contiguous(), *_arguments(ctx)), *(None,) * 8
 
 
 _operator = torch.library.custom_op("moc::attend", _forward, mutates_args=())

@@ -3,6 +3,8 @@
 The interpreter runs where there is no GPU (`tests.fixtures` asks for it before Triton is imported); it needs fp32.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 import moc
 from moc import routing
 from moc.context import candidate_runs, is_candidate
+from moc.kept import Kept
 from moc.kernels import anchors
 from tests.moc.against_reference import DROPS, assert_equal_to_reference, interpreted
 from tests.moc.test_reference import OPTIONS, two_samples
@@ -211,13 +214,15 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
         arguments = (q, k, v, table, layout.chunk_cu_seqlens, *settings)
         torch.library.opcheck(torch.ops.moc.attend, arguments, test_utils=("test_schema", "test_faketensor"))
 
-    def attend(q, k, v):
-        return moc.moc_attention(q, k, v, layout, config, backend="triton", drops=DROPS)
+    def attend(q, k, v, kept=None):
+        return moc.moc_attention(q, k, v, layout, config, backend="triton", drops=DROPS, kept=kept)
 
     direction = torch.randn_like(q)
     expected = torch.autograd.grad(attend(q, k, v), (q, k, v), direction)
+    attend_kept = partial(attend, kept=Kept())
     for call in (torch.compile(attend, fullgraph=True, backend="aot_eager"),
-                 lambda *x: checkpoint(attend, *x, use_reentrant=False)):  # fmt: skip
+                 lambda *x: checkpoint(attend, *x, use_reentrant=False),
+                 lambda *x: checkpoint(attend_kept, *x, use_reentrant=False)):  # fmt: skip
         for mine, other in zip(torch.autograd.grad(call(q, k, v), (q, k, v), direction), expected, strict=True):
             assert torch.equal(mine, other)
     with pytest.raises(RuntimeError, match=r"'triton' has no second derivative.*backend='reference'"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moc import DropKey, Execution, MoCConfig, Sample, make_batch
+from moc.kernels import torch_backend
 from models.checkpoints.experts import Experts
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
 from tests.weights import randomized
@@ -227,6 +228,23 @@ def test_recomputation_gives_the_same_gradients_under_drops() -> None:
         sum(v.square().sum() for v in run(model, MOC, item, drops=DropKey(0, 1))).backward()
         gradients.append([weight.grad for weight in model.parameters()])
     assert calls == [0, 1, 1]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("config", [MOC, DENSE], ids=["moc", "dense"])
+def test_attention_that_is_kept_is_not_computed_again(monkeypatch, config) -> None:
+    model, item = small_model(), sample(num_shots=4)
+    model.execution = Execution("torch", dense_kernel="math")  # short samples are else computed under a mask
+    model.enable_gradient_checkpointing()
+    computed, gradients, forward = [], [], torch_backend._forward
+    monkeypatch.setattr(torch_backend, "_forward", lambda *inputs: computed.append(0) or forward(*inputs))
+    for model.keeps_attention, times in ((False, 2), (True, 1)):
+        computed.clear()
+        model.zero_grad()
+        sum(v.square().sum() for v in run(model, config, item, drops=DropKey(0, 1))).backward()
+        assert len(computed) == times * len(model.blocks)
+        gradients.append([weight.grad for weight in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
 
