@@ -1,4 +1,5 @@
-"""Runs every command: Hydra composes its YAML, `parse` types it, and an error of the user's becomes one message.
+"""This module runs every command: Hydra composes its YAML, `parse` types it, and an error of the user's becomes one
+message.
 
 After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
 """
@@ -217,7 +218,8 @@ def _refuse_empty(cfg: DictConfig, unset: dict[str, Any], prefix: str = "") -> N
 
 
 def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
-    """Lists of dataclasses, one element after another: OmegaConf's message would not say which of them is wrong."""
+    """Checks lists of dataclasses one element after another: OmegaConf's message would not say which of them is
+    wrong."""
     for name, hint in get_type_hints(schema).items():
         value = cfg.get(name) if name in cfg else None
         if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, DictConfig):

@@ -1,4 +1,4 @@
-"""Makes Ctrl-C end the process at once and with one line, from the moment that this module is imported.
+"""This module makes Ctrl-C end the process at once and with one line, from the moment that it is imported.
 
 A command imports it before all else, since the other imports take seconds, and Python's own handler would raise in the
 middle of one. There is nothing to save yet. `configs.command` takes over when they are done.

@@ -1,4 +1,5 @@
-"""Quotes `key=value` arguments of the command line where Hydra's grammar needs it, such as a path with brackets."""
+"""This module quotes `key=value` arguments of the command line where Hydra's grammar needs it, such as a path with
+brackets."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Looks whether a run can start, and what it will take, before hours are spent on it: in a second or two before each
-start (`look_first`), and with a trial of some steps and a save by `train.py preflight=true`."""
+"""This module looks whether a run can start, and what it will take, before hours are spent on it: in a second or two
+before each start (`look_first`), and with a trial of some steps and a save by `train.py preflight=true`."""
 
 import logging
 import shutil
@@ -94,8 +94,9 @@ def _processes(parallel: Parallel) -> str:
 
 
 def _data(dataset: Data, most: int, first: int = 0, near: bool = False) -> str:
-    """Returns whether a share of the scenes, which begins with one of this number, is as it was written; near: of those
-    alone that lie on this machine as latents, which are read at once. Raises DataError where one is not."""
+    """Reads up to `most` scenes, spread over the data from scene `first` on, and says how many were as they were
+    written. near: takes only scenes whose latents lie on this machine, since these are read at once. Raises DataError
+    where one is not."""
     if isinstance(dataset, RecallWorld):
         return "scenes are composed as they are asked for"
     items = enumerate(dataset.items)

@@ -1,5 +1,5 @@
-"""Records a run and its launches: where a launch goes on; in config.yaml what the run was trained with, which a later
-launch of that name may change only if told so; and in launches.jsonl a line for each launch."""
+"""This module records a run and its launches: where a launch goes on; in config.yaml what the run was trained with,
+which a later launch of that name may change only if told so; and in launches.jsonl a line for each launch."""
 
 import json
 import logging

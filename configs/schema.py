@@ -1,4 +1,5 @@
-"""Types the configuration of the commands that compose the whole project; YAML beside it holds what groups change."""
+"""This module types the configuration of the commands that compose the whole project; YAML beside it holds what groups
+change."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Finds what `--help` says of each key: the words that the docstring of its dataclass has for it.
+"""This module finds what `--help` says of each key: the words that the docstring of its dataclass has for it.
 
 A docstring names one field or several, then a colon, where a paragraph or a sentence begins: "lr: the learning rate."
 Its words last until the next such names, or the end of the paragraph.

@@ -1,4 +1,4 @@
-"""Builds the world of recall scenes that a run trains on, with the encoders it names."""
+"""This module builds the world of recall scenes that a run trains on, with the encoders it names."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Reads JSON and YAML that people write, strictly: a key given twice is refused with its line."""
+"""This module reads JSON and YAML that people write, strictly: a key given twice is refused with its line."""
 
 import json
 import re

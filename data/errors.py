@@ -1,4 +1,5 @@
-"""Defines the one exception for what can be wrong with the user's data, with a kind that a report can list."""
+"""This module defines the one exception for what can be wrong with the user's data, with a kind that a report can
+list."""
 
 from collections.abc import Mapping, Set
 

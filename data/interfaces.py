@@ -1,4 +1,4 @@
-"""Defines what data asks of the codec and the text encoder that it is given; data never imports models."""
+"""This module defines what data asks of the codec and the text encoder that it is given; data never imports models."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -17,7 +17,7 @@ class Codec(Protocol):
     fingerprint: str
 
     def encode(self, video: Tensor) -> Tensor:
-        """Returns a still, or a sample's only shot."""
+        """Returns the latent of a still, or of a sample's only shot."""
 
     def shot_encoder(self) -> Callable[[Iterable[Tensor]], Tensor]:
         """Returns a function for one sample: it takes the pieces of each shot in order, and gives its latent."""

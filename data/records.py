@@ -1,4 +1,5 @@
-"""Keeps small files that a run of preparing leaves for the next; one that is not as it was written is made anew."""
+"""This module keeps small files that a run of preparing leaves for the next; one that is not as it was written is made
+anew."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Reads stories as other tools write them, in prompt scripts and in captions alike.
+"""This module reads stories as other tools write them, in prompt scripts and in captions alike.
 
 HoloCine gives the frames where shots begin; StoryMem gives scenes of prompts, and says which of them a cut begins.
 """

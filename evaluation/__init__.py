@@ -1,1 +1,1 @@
-"""Measures data and models. It imports moc, models and data; only commands import it."""
+"""This package measures data and models. It imports moc, models and data; only commands import it."""

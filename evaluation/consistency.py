@@ -1,4 +1,4 @@
-"""Measures whether a film keeps its looks, within each shot and when a name comes back after some shots.
+"""This module measures whether a film keeps its looks, within each shot and when a name comes back after some shots.
 
 Raw similarity of two shots says little, since all shots of a film are alike and a model that copies one look everywhere
 would score best. So the score is the similarity of shots that share a name, by how long ago it was shown last, minus

@@ -1,4 +1,4 @@
-"""Measures how well found cuts match the true ones."""
+"""This module measures how well found cuts match the true ones."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""Measures how fast and how right data comes: steps that wait for the loader, decoding, shots found against truth."""
+"""This module measures how fast and how right data comes: steps that wait for the loader, decoding, shots found against
+truth."""
 
 import gc
 import random
@@ -144,7 +145,7 @@ def measure_decoding(film: Path, detector: str, folder: Path) -> dict:
 
 
 def measure_cuts(truth: Path, detector: str, folder: Path) -> dict:
-    """Cuts found in the videos of a manifest against the shots it gives, all videos as one."""
+    """Compares the cuts found in the videos of a manifest with the shots that it gives; all videos count as one."""
     found: list[int] = []
     true: list[int] = []
     total = 0

@@ -1,4 +1,5 @@
-"""Gives means with error bars of values that were measured in some scenes, with some draws of noise in each."""
+"""This module gives means with error bars of values that were measured in some scenes, with some draws of noise in
+each."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Measures all that is measured of one sampled film, or of a folder of them, as plain numbers."""
+"""This module measures all that is measured of one sampled film, or of a folder of them, as plain numbers."""
 
 import math
 from collections.abc import Sequence

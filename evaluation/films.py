@@ -1,4 +1,5 @@
-"""Reads a sampled film to be judged: pictures of each shot, what its script asked for, and who each shot names."""
+"""This module reads a sampled film to be judged: pictures of each shot, what its script asked for, and who each shot
+names."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""Measures what a shot's history is worth: its loss at fixed noise after the shots before it, beside its loss alone.
+"""This module measures what a shot's history is worth: its loss at fixed noise after the shots before it, beside its
+loss alone.
 
 The last shot of each scene is the target; the shots before it are given true and clean. The same noise is added to it
 three times: `alone`, without any history; after its own `history`; and after that of an `other` scene. The last helps

@@ -1,4 +1,5 @@
-"""Judges from pixels alone whether a sampled film is the scripted story, and says what a model's loss must beat."""
+"""This module judges from pixels alone whether a sampled film is the scripted story, and says what a model's loss must
+beat."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

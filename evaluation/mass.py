@@ -1,5 +1,5 @@
-"""Measures how much of dense attention routes keep: the softmax mass that a query would spend on the video of other
-shots, and the share of it that lies on the chunks it routes to.
+"""This module measures how much of dense attention routes keep: the softmax mass that a query would spend on the video
+of other shots, and the share of it that lies on the chunks it routes to.
 
 Shape letters: L packed tokens, N heads, D head dim, M chunks, K routes, Q queries that are asked about.
 """

@@ -1,4 +1,4 @@
-"""Measures how much moves in a film, and how its pictures change from shot to shot."""
+"""This module measures how much moves in a film, and how its pictures change from shot to shot."""
 
 import cv2
 import numpy as np

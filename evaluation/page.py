@@ -1,4 +1,4 @@
-"""Writes the report of an evaluation: one HTML page, with storyboards side by side."""
+"""This module writes the report of an evaluation: one HTML page, with storyboards side by side."""
 
 from collections.abc import Sequence
 from itertools import zip_longest

@@ -1,4 +1,5 @@
-"""Sets the paper's numbers beside ours: the six of VBench, which VBench itself measures, in an environment of its own.
+"""This module sets the paper's numbers beside ours: the six of VBench, which VBench itself measures, in an environment
+of its own.
 
 Source: Mixture of Contexts for Long Video Generation, arXiv 2508.21058, its tables of multi-shot and single-shot video.
 """

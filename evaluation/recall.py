@@ -1,4 +1,5 @@
-"""Tests whether a model remembers: a returning name's looks are read from the shot it makes after a true history.
+"""This module tests whether a model remembers: a returning name's looks are read from the shot it makes after a true
+history.
 
 The last shot of a recall scene (data/storyworld/recall.py) returns to a name that one earlier shot showed. Its history
 is given clean and it alone is sampled, or its loss is taken at set noise; a reader then tells fur and outfit. The

@@ -1,4 +1,4 @@
-"""Measures the held-out loss of one model under rival settings of attention, at the same noise."""
+"""This module measures the held-out loss of one model under rival settings of attention, at the same noise."""
 
 import math
 from collections.abc import Iterator

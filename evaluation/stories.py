@@ -1,4 +1,4 @@
-"""Measures whether names keep their looks over whole stories that a model makes of their captions alone.
+"""This module measures whether names keep their looks over whole stories that a model makes of their captions alone.
 
 No caption tells looks, so a model is free to choose them, and what counts is agreement: how often a shot shows the fur
 and outfit of the last shot before that showed its name, minus how often shots of different names show the same. One

@@ -1,4 +1,4 @@
-"""Shows a studio as a page for the browser, made with gradio (`pip install -e '.[app]'`)."""
+"""This module shows a studio as a page for the browser, made with gradio (`pip install -e '.[app]'`)."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -313,7 +313,7 @@ def _takes(studio: Studio, name: str, number: int) -> tuple[str | None, str | No
 
 
 def _told(act: Callable[..., Any]) -> Callable[..., Any]:
-    """Shows the user what the user can mend."""
+    """Wraps an act of the page, which then shows the user what the user can mend."""
 
     @wraps(act)
     def told(*arguments: Any) -> Any:
@@ -326,7 +326,7 @@ def _told(act: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _told_along(act: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """Does what `_told` does, for a function that yields how far it is."""
+    """Wraps as `_told` does, for a function that yields how far it is."""
 
     @wraps(act)
     def told(*arguments: Any) -> Iterator[Any]:

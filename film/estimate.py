@@ -1,4 +1,4 @@
-"""Counts from its plan what a film will cost, before anything is sampled."""
+"""This module counts from its plan what a film will cost, before anything is sampled."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Reads values of a script; each function raises DataError (bad-script) with file and field."""
+"""This module reads values of a script; each function raises DataError (bad-script) with file and field."""
 
 from typing import Any
 

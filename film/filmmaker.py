@@ -1,4 +1,4 @@
-"""Loads a model with its encoders and films prompt scripts with it."""
+"""This module loads a model with its encoders and films prompt scripts with it."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""Finds which films a command is to make: one of a script, or one of each script in a folder."""
+"""This module finds which films a command is to make: one of a script, or one of each script in a folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Tells before anything is sampled whether a film fits into memory, and what would fit."""
+"""This module tells before anything is sampled whether a film fits into memory, and what would fit."""
 
 import logging
 import math
@@ -64,7 +64,8 @@ def check_fits(
 
 
 def _needs(plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool) -> float:
-    """Returns bytes of the device by the rough count; more than any has where the host's do not suffice."""
+    """Returns bytes of the device by the rough count; where the host's memory does not suffice, more than any device
+    has."""
     if sampler.offload_cache is None:
         return min(_needs(plan, count, replace(sampler, offload_cache=there), offload) for there in (False, True))
     found = count(plan, sampler, offload=offload)

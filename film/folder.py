@@ -141,7 +141,7 @@ class FilmFolder:
     @contextmanager
     def bound_once_begun(self) -> Iterator[None]:
         """Lets go of the request where what is done meanwhile fails before a step or a shot is made: a film that was
-        refused keeps its folder from no other."""
+        refused must not keep the folder from another."""
         try:
             yield
         except BaseException:

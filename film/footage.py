@@ -1,4 +1,5 @@
-"""Reads what a script shows the model, at the film's size and frame rate: pictures, and shots of a video."""
+"""This module reads what a script shows the model, at the film's size and frame rate: pictures, and shots of a
+video."""
 
 import bisect
 import logging

@@ -1,4 +1,4 @@
-"""Rewrites scripts of other tools and of benchmarks in our form. It knows these:
+"""This module rewrites scripts of other tools and of benchmarks in our form. It knows these:
 
 HoloCine: `global_caption`, `shot_captions`, `num_frames`, optionally `shot_cut_frames`; or `prompt`, one string with
 [global caption], [per shot caption] and [shot cut] tags. StoryMem (ST-Bench): `story_overview` and `scenes` of

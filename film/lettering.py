@@ -1,4 +1,4 @@
-"""Draws texts by Pillow as they are written: "$" begins no formula.
+"""This module draws texts by Pillow as they are written: "$" begins no formula.
 
 Characters that the usual font lacks are drawn in whichever font of the system has them: emoji and Chinese may share a
 line. Those that no font has are drawn as empty boxes, and a warning says so.

@@ -1,4 +1,4 @@
-"""Writes the page of a film: one HTML file in its folder, to be opened from disk.
+"""This module writes the page of a film: one HTML file in its folder, to be opened from disk.
 
 The film, thumbnails, prompts and where routes go are in the file, but for a film of more than 32 MiB; the page links to
 the videos, storyboards and metadata beside it. It asks no network for anything. Texts of the script are escaped.

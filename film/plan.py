@@ -1,4 +1,4 @@
-"""Makes what a sampler needs from a prompt script.
+"""This module makes what a sampler needs from a prompt script.
 
 Codec and text encoder are handed in; this module knows only the codec's interface (data/interfaces.py).
 """

@@ -1,4 +1,5 @@
-"""Draws what a whole film is looked at with, from the film's files and once: storyboard, routing map and page."""
+"""This module draws what a whole film is looked at with, from the film's files and once: storyboard, routing map and
+page."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

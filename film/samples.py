@@ -1,4 +1,5 @@
-"""Samples a held-out scene while a model trains, always from the same noise, so that the pictures compare."""
+"""This module samples a held-out scene while a model trains, always from the same noise, so that the pictures
+compare."""
 
 import logging
 from collections.abc import Callable

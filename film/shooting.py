@@ -1,4 +1,4 @@
-"""Writes the files of a film from the latents that a sampler gives shot by shot.
+"""This module writes the files of a film from the latents that a sampler gives shot by shot.
 
 Each shot is written as soon as it is sampled. The state of sampling is kept after each shot and every few steps, so
 that the same command goes on from there and gives the same bytes as one that was never stopped.

@@ -1,4 +1,5 @@
-"""Draws pictures of a sampled story: the storyboard (contact sheets of ten shots each) and the routing map."""
+"""This module draws pictures of a sampled story: the storyboard (contact sheets of ten shots each) and the routing
+map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Writes a film's video and, if asked, what stands beside it: subtitles of its prompts, a small preview."""
+"""This module writes a film's video and, if asked, what stands beside it: subtitles of its prompts, a small preview."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class VideoConfig:
             raise UserError(f"video.crf={self.crf} must be from 0, the best, to 51")
 
     def record(self) -> dict[str, Any]:
-        """Returns what of it decides the bytes of the videos, where it is not the usual."""
+        """Returns those settings that decide the bytes of the videos, where they are not the usual ones."""
         usual = VideoConfig()
         chosen = {name: getattr(self, name) for name in _DECIDING}
         return chosen if any(value != getattr(usual, name) for name, value in chosen.items()) else {}

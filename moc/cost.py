@@ -68,8 +68,8 @@ def attention_cost(layout: ShotLayout, config: MoCConfig, routes: Tensor | None,
     """Counts one layer's attention: of a model with dense layers, give `config.at_layer(layer)`.
 
     routes: int [N, L, K], from `route` (after drops) or the caller's own; None for dense attention or anchors alone.
-    Raises ValueError for routes of a part of the stream.
-    Synchronizes with the device: a thing to call once in a while, not in the hot path.
+    Raises ValueError for routes of a part of the stream. It synchronizes with the device, so call it once in a while
+    and not in the hot path.
     """
     lengths = layout.chunk_cu_seqlens.diff().double()
     video_lengths = lengths.masked_fill(layout.chunk_is_text, 0)

@@ -27,7 +27,7 @@ class Stage:
         MoCConfig().override(self.settings())  # checks their limits now and not at step 10,000
 
     def settings(self) -> dict[str, float | None]:
-        """Returns what it sets, in the words of `MoCConfig`."""
+        """Returns what the stage sets, by the names of `MoCConfig`."""
         return {name: value for name, value in asdict(self).items() if name != "step"}
 
 

@@ -58,7 +58,8 @@ class RoutingMap:
     """
 
     def __init__(self, num_shots: int, sum_over_heads: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
-        """`sum_over_heads` adds up the counts of those who have the other heads, where several share a stream."""
+        """Makes an empty map. `sum_over_heads` adds up the counts of those who have the other heads, where several
+        share a stream."""
         self.sum_over_heads = sum_over_heads
         self.is_detailed = num_shots <= MOST_DETAILED
         self.counts = torch.zeros(0, NOISE_LEVELS if self.is_detailed else 1, num_shots, num_shots)

@@ -32,7 +32,7 @@ class Part:
     """
 
     def __init__(self, layout: ShotLayout, start: int = 0, exchange: Exchange | None = None) -> None:
-        """Leaves out `start` tokens before the groups: they end a group of a stream of one sample, or are none."""
+        """Leaves out the first `start` tokens, which end where a group of a stream of one sample ends, or are none."""
         firsts = [index for index, group in enumerate(layout.groups) if group.start == start]
         if start and (layout.num_samples > 1 or not firsts):
             raise ValueError(

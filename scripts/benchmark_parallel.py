@@ -200,8 +200,8 @@ def step_seconds(trainer: Trainer, batch: Batch) -> float:
 
 
 def shares(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """Shares of a step that the device spends in the exchanges around attention and in all collectives. Those of the
-    weights run beside the computation, so that their share is not what they cost."""
+    """Returns the shares of a step that the device spends in the exchanges around attention and in all collectives.
+    Those of the weights run beside the computation, so that their share is not what they cost."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         seconds = step_seconds(trainer, batch)
     names = {event.key.lower(): event.self_device_time_total / 1e6 for event in profile.key_averages()}

@@ -1,4 +1,5 @@
-"""Encodes latents while training: the cache then holds captions, and says which frames of which file to read.
+"""This module encodes latents while training: the cache then holds captions, and says which frames of which file to
+read.
 
 Training is slower, but no latents are stored; a codec in loader workers runs on the CPU. Latents equal stored ones.
 """

@@ -1,4 +1,5 @@
-"""Reads a cache: its index into memory, tensors from its shards by name, each checked against its checksum."""
+"""This module reads a cache: its index into memory, tensors from its shards by name, each checked against its
+checksum."""
 
 import json
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Opens a cache's files wherever they lie: local ones directly, those of an fsspec URL by way of local copies."""
+"""This module opens a cache's files wherever they lie: local ones directly, those of an fsspec URL by way of local
+copies."""
 
 import os
 import zlib

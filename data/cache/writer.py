@@ -152,7 +152,7 @@ class CacheWriter:
         return kind == "scene" and int(writer) % self.writers == self.writer
 
     def _write(self, kind: str, content: _Content) -> str:
-        """Its record comes last; one whose record was never written is overwritten."""
+        """Writes a shard, its record last. A shard whose record was never written is overwritten."""
         names = (f"{kind}-{self.writer}-{number:05d}.safetensors" for number in count())
         file = next(name for name in names if name not in self._stored)
         payload = save(content.tensors)

@@ -1,4 +1,4 @@
-"""Takes items ahead in a thread: the next one while the one before is in use."""
+"""This module takes items ahead in a thread: the next one while the one before is in use."""
 
 import atexit
 import queue
@@ -20,7 +20,8 @@ _running: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[bool]] =
 
 @atexit.register
 def _wait_for_threads() -> None:
-    """Python ends a thread that is left wherever it is, and within torch's operators that aborts the whole process."""
+    """Waits for the threads that are left. Python ends a thread that is left wherever it is, and within torch's
+    operators that aborts the whole process."""
     deadline = time.monotonic() + _PATIENCE
     for thread, wanted in list(_running.items()):
         wanted.put(False)

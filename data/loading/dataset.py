@@ -1,4 +1,4 @@
-"""Gives the scenes of prepared caches as moc.Sample to train on, and defines the settings of loading."""
+"""This module gives the scenes of prepared caches as moc.Sample to train on, and defines the settings of loading."""
 
 import hashlib
 import math

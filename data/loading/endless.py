@@ -1,4 +1,5 @@
-"""Composes recall scenes as they are asked for, on the trainer's device: endless, and nothing is read from a disk.
+"""This module composes recall scenes as they are asked for, on the trainer's device: endless, and nothing is read from
+a disk.
 
 Position p of a run is scene p of the world, so that ranks, packs and resumed runs agree. The pixels go straight to the
 codec: unlike films of `scripts/make_storyworld.py` they were never H.264.

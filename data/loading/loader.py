@@ -1,4 +1,4 @@
-"""Loads endless optimizer steps of packed batches for one rank; one position is enough to resume from.
+"""This module loads endless optimizer steps of packed batches for one rank; one position is enough to resume from.
 
 `for step in build_loader(...)`: each step is a list of `accumulation` moc.Batch, on the CPU and in the dtype of the
 cache. Workers read ahead; neither their number nor the number of ranks changes which samples a step holds.

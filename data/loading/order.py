@@ -1,4 +1,4 @@
-"""Orders samples: says which scene stands at each position of a run, and what is dropped from it.
+"""This module orders samples: says which scene stands at each position of a run, and what is dropped from it.
 
 Position p counts samples 0, 1, 2 ... over the whole run. Everything here is a function of (seed, p) alone, from a
 counter-based generator, so the order is the same for any number of workers and ranks; p alone tells where to resume.

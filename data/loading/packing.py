@@ -1,4 +1,5 @@
-"""Packs a run's samples into optimizer steps by a token budget, and each step into micro-batches for the ranks.
+"""This module packs a run's samples into optimizer steps by a token budget, and each step into micro-batches for the
+ranks.
 
 A step is a run of consecutive positions that fits the budget, whatever the number of ranks, so N ranks train on
 exactly what one would; the step's samples are then dealt to ranks x accumulation bins of nearly equal tokens.

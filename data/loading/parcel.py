@@ -1,4 +1,5 @@
-"""Sends a batch between processes as one tensor, since every tensor that is sent costs a millisecond of sockets.
+"""This module sends a batch between processes as one tensor, since every tensor that is sent costs a millisecond of
+sockets.
 
 Only the loader and its own workers exchange parcels; none is ever written to a file.
 """

@@ -1,4 +1,5 @@
-"""Fetches a whole real film with recurring characters, Big Buck Bunny (Blender Foundation, CC-BY 3.0), and its shots.
+"""This module fetches a whole real film with recurring characters, Big Buck Bunny (Blender Foundation, CC-BY 3.0), and
+its shots.
 
 The source package of moviepy contains it; pip downloads that once, and each finished step is kept, so a second call
 goes on where the first was stopped.

@@ -1,4 +1,5 @@
-"""Says who appears in each shot of the example film, by a list made by eye, and divides it into overlapping scenes.
+"""This module says who appears in each shot of the example film, by a list made by eye, and divides it into overlapping
+scenes.
 
 A scene is one shot, or a shot with those before it, and is named after the blocks of ten shots that it touches: a block
 is held out of training by `data.held_out=["*b03*"]`, with all scenes that show any of it.

@@ -1,4 +1,4 @@
-"""Reads still images as videos of one frame."""
+"""This module reads still images as videos of one frame."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Counts and times the frames of a video file exactly.
+"""This module counts and times the frames of a video file exactly.
 
 Counts and times come from decoding the whole stream once (`index_video`), never from headers. Frames are read by index
 through `data.media.decode.open_video`.

@@ -1,4 +1,5 @@
-"""Brings frames to the model's rate and sizes: chooses frames and a size, reads in pieces, resizes and crops."""
+"""This module brings frames to the model's rate and sizes: chooses frames and a size, reads in pieces, resizes and
+crops."""
 
 import bisect
 import math

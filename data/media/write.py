@@ -1,4 +1,4 @@
-"""Writes frames to a video file, which appears only when it is whole."""
+"""This module writes frames to a video file, which appears only when it is whole."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

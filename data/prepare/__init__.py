@@ -1,1 +1,1 @@
-"""Prepares a cache to train on from a folder of videos or a manifest."""
+"""This package prepares a cache to train on from a folder of videos or a manifest."""

@@ -1,4 +1,4 @@
-"""Captions samples that have no captions, by a local vision-language model.
+"""This module captions samples that have no captions, by a local vision-language model.
 
 A sample gets a global caption "[character] ... [environment] ... [story] ...", in which each character has an ID
 (character1, ...), then a caption for each shot that calls them by it. The first sentence is kept as a shorter length.

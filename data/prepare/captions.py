@@ -1,4 +1,4 @@
-"""Reads captions that come in files of other tools into scenes. These forms are known:
+"""This module reads captions that come in files of other tools into scenes. These forms are known:
 
 - NAME.txt beside NAME.mp4 (diffusion-pipe, musubi, kohya)
 - a list or lines of objects: FastVideo's videos2caption.json (`path`, `cap`), Hugging Face's metadata.jsonl or .csv

@@ -1,4 +1,4 @@
-"""Makes a cache to train on from a folder of videos: finds, scans, plans, captions, encodes, reports.
+"""This module makes a cache to train on from a folder of videos: finds, scans, plans, captions, encodes, reports.
 
 Every stage keeps what it finished, so that a run that was killed goes on, and a second run redoes nothing. Many
 processes, on one host or many that share the folders, take turns over the items; they meet only between stages. One

@@ -1,4 +1,4 @@
-"""Coordinates the processes that prepare together, on one host or many, and reserves their output folder.
+"""This module coordinates the processes that prepare together, on one host or many, and reserves their output folder.
 
 They share a folder and talk at a few points only: to wait for each other, and to take the first process's list of
 what there is to do, since hosts may see different states of a shared folder. No clock of any host is compared.

@@ -1,4 +1,4 @@
-"""Reports what preparing took, cut and skipped and why, as JSON and as a page to look the data over."""
+"""This module reports what preparing took, cut and skipped and why, as JSON and as a page to look the data over."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Defines the settings of preparing (data/prepare/pipeline.py)."""
+"""This module defines the settings of preparing (data/prepare/pipeline.py)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Finds shots, by a pretrained TransNetV2 (Soucek and Lokoc 2020) or, if the user asks for it, by PySceneDetect.
+"""This module finds shots, by a pretrained TransNetV2 (Soucek and Lokoc 2020) or, if the user asks for it, by
+PySceneDetect.
 
 A finder looks at small pictures of all frames of a video, in order, as the scan decodes them. Frames inside a gradual
 transition (fade, dissolve) belong to no shot, nor do blank frames between shots; a flash, after which the earlier

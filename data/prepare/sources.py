@@ -1,4 +1,4 @@
-"""Finds what a folder offers: its manifest, or its videos and images with captions beside them."""
+"""This module finds what a folder offers: its manifest, or its videos and images with captions beside them."""
 
 import re
 from collections import Counter

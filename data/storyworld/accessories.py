@@ -1,4 +1,5 @@
-"""Draws what storyworld's characters wear besides their coat, on the head and in the head's units (animals.py)."""
+"""This module draws what storyworld's characters wear besides their coat, on the head and in the head's units
+(animals.py)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Draws what tells storyworld's animals apart: their ears, face and tail.
+"""This module draws what tells storyworld's animals apart: their ears, face and tail.
 
 In head units (0, 0) is the head's middle, half a head is about 0.24; y points down. `facing` runs from -1 (left) to 1.
 """

@@ -1,4 +1,5 @@
-"""Draws antialiased for storyworld: filled shapes with gradients, soft edges and alpha, on float RGBA pixels.
+"""This module draws antialiased for storyworld: filled shapes with gradients, soft edges and alpha, on float RGBA
+pixels.
 
 Colours are opaque RGBA in [0, 1], float32 [4]; pixels are premultiplied RGBA, float32 [H, W, 4]. A canvas carries an
 affine map from local units to pixels, so that a shape is written once in its own units (y points down) and placed
@@ -77,7 +78,7 @@ def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0) -> np.
 
 
 def capsule(x0: float, y0: float, x1: float, y1: float, r0: float, r1: float | None = None) -> np.ndarray:
-    """Points of a round-ended limb from (x0, y0), radius r0, to (x1, y1), radius r1 (r0 if not given)."""
+    """Returns the points of a round-ended limb from (x0, y0), radius r0, to (x1, y1), radius r1 (r0 if not given)."""
     r1 = r0 if r1 is None else r1
     angle = math.atan2(y1 - y0, x1 - x0)
     c, s = math.cos(angle), math.sin(angle)
@@ -86,7 +87,7 @@ def capsule(x0: float, y0: float, x1: float, y1: float, r0: float, r1: float | N
 
 
 def star(x: float, y: float, radius: float, tips: int, depth: float, angle: float = -np.pi / 2) -> np.ndarray:
-    """Points of a star whose inner corners lie at `depth` of the radius."""
+    """Returns the points of a star whose inner corners lie at `depth` of the radius."""
     turn = angle + np.arange(2 * tips) * np.pi / tips
     reach = radius * np.where(np.arange(2 * tips) % 2 == 0, 1.0, depth)
     return np.stack([x + reach * np.cos(turn), y + reach * np.sin(turn)], axis=1)

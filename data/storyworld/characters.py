@@ -1,4 +1,4 @@
-"""Draws storyworld's characters, eight animals with clothes, from a look (who) and a pose (how).
+"""This module draws storyworld's characters, eight animals with clothes, from a look (who) and a pose (how).
 
 A name always has the same animal, emblem and gait: they are its visible badge. Fur and outfit colour, pattern,
 accessory and size belong to a scene. In local units the feet stand on (0, 0), the head's top is near y = -0.9, y down.

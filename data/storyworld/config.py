@@ -1,4 +1,4 @@
-"""Defines storyworld's settings."""
+"""This module defines storyworld's settings."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""Writes a storyworld: H.264 videos, vocabulary.txt, truth.jsonl and, last, manifest.jsonl.
+"""This module writes a storyworld: H.264 videos, vocabulary.txt, truth.jsonl and, last, manifest.jsonl.
 
 truth.jsonl has one scene a line:
 {"id", "seed", "mode", "fps", "size": [height, width], "places": [...],

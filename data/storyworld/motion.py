@@ -1,4 +1,4 @@
-"""Moves storyworld's characters and camera by pure functions of time.
+"""This module moves storyworld's characters and camera by pure functions of time.
 
 Where a shot continues another, actions come to rest, so that the next shot goes on without a jump.
 """

@@ -1,4 +1,5 @@
-"""Paints storyworld's places, once a scene, as parallax layers: palette, backdrop, texture, props and light.
+"""This module paints storyworld's places, once a scene, as parallax layers: palette, backdrop, texture, props and
+light.
 
 A place's layers are painted from its own seed, so a place that returns later in a scene looks as it did before.
 In world units the frame is one unit high at zoom 1, y points down, and x = 0 is the middle of the stage.

@@ -1,4 +1,4 @@
-"""Draws storyworld's props: trees, rocks, houses, corals ... each in its own units.
+"""This module draws storyworld's props: trees, rocks, houses, corals ... each in its own units.
 
 Every prop stands on (0, 0), is about one unit high (y points down, so its top is near y = -1) and takes two colours.
 """

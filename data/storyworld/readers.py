@@ -1,4 +1,4 @@
-"""Reads storyworld from pixels alone: which place a shot shows, and a character's colours.
+"""This module reads storyworld from pixels alone: which place a shot shows, and a character's colours.
 
 Both compare colours in CIE Lab, where distances are close to what the eye sees.
 """

@@ -1,4 +1,4 @@
-"""Draws recall scenes by the thousand: each is a few numbers, drawn from its seed and its index alone.
+"""This module draws recall scenes by the thousand: each is a few numbers, drawn from its seed and its index alone.
 
 In a recall scene the last shot returns to a name that exactly one earlier shot showed, and no caption tells its looks,
 unless they are `described`. These scenes are of storyworld's things as `stock` and `filmed` compose them: one character

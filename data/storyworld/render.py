@@ -1,4 +1,4 @@
-"""Renders storyworld's shots to frames, with the box and the visible share of each character.
+"""This module renders storyworld's shots to frames, with the box and the visible share of each character.
 
 A frame is the mean of one or more drawings while the shutter is open (motion blur); a small one is drawn larger.
 """

@@ -1,4 +1,5 @@
-"""Plans storyworld's scenes: who, where, what happens shot by shot, and the captions, from a closed vocabulary."""
+"""This module plans storyworld's scenes: who, where, what happens shot by shot, and the captions, from a closed
+vocabulary."""
 
 import re
 from dataclasses import dataclass, replace

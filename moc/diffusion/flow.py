@@ -230,5 +230,6 @@ def _draw_sample(num_shots: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def draw_key(seed: int, number: int) -> int:
-    """Levels take even numbers and noise odd ones: one stream of random numbers for both would tie them."""
+    """Returns the key of random draws. Levels take even numbers and noise odd ones: one stream of random numbers for
+    both would tie them."""
     return hash32(hash32(seed) ^ number)

@@ -67,7 +67,8 @@ def damaged_files(folder: Path, among: frozenset[str] | None = None) -> list[str
 
 @lru_cache
 def _damaged_files(folder: Path, among: frozenset[str] | None, written: int) -> list[str]:
-    """Looks once for each `written`, the time of the mark, so that a folder written anew is looked at anew."""
+    """Returns what `damaged_files` does. It looks once for each `written`, the time of the mark, so that a folder that
+    is written anew is looked at anew."""
     text = (folder / COMPLETE).read_text(errors="replace")
     try:
         sums = dict(json.loads(text or "{}"))

@@ -184,8 +184,8 @@ class Parallel:
 
     @contextmanager
     def launching(self) -> Iterator[None]:
-        """While it lasts, what this thread still does on the CPU beside a GPU, to small tables, is done by it alone: of
-        many threads the slowest would be waited for, and the GPU with them."""
+        """While it lasts, this thread alone does what is left to do on the CPU beside a GPU, which is work on small
+        tables: of many threads it would wait for the slowest one, and the GPU would wait with it."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1 if self.device.type == "cuda" else threads)
         try:

@@ -1,4 +1,5 @@
-"""Writes a run's checkpoints: every process its own rows, in the foreground, or in a thread while training goes on."""
+"""This module writes a run's checkpoints: every process its own rows, in the foreground, or in a thread while training
+goes on."""
 
 import logging
 import threading

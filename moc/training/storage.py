@@ -47,7 +47,7 @@ def read_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors in the host's memory, each process's of what it holds."""
+    """Returns copies of tensors in the host's memory; each process copies what it holds."""
     stager = DefaultStager(StagingOptions(False, False, False, False))
     copies = stager.stage(dict(tensors))
     stager.close()
@@ -55,7 +55,8 @@ def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _run(action: Any, *arguments: Any, **settings: Any) -> None:
-    """Raises the first error of any process as it is, not wrapped in torch's."""
+    """Runs an action of torch.distributed.checkpoint and raises the first error of any process as it is, not wrapped in
+    torch's."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:

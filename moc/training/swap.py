@@ -44,7 +44,7 @@ class Swap:
             block.register_forward_pre_hook(partial(self._begin, index))
 
     def _begin(self, index: int, *_: object) -> None:
-        """A swapped block is about to compute: it must be here, and the next one may come.
+        """Waits for a swapped block, which is about to compute, and sends for the next one.
 
         What computes with the weights in the other slot has been launched before, backward included: autograd takes
         the nodes of a later block first."""

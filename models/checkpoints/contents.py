@@ -74,7 +74,8 @@ class Contents:
     @property
     def experts(self) -> tuple[Path, Path] | None:
         """Finds the high-noise and the low-noise model in a folder of both: a diffusers pipeline, the release, or two
-        files such as HoloCine's full_high_noise.safetensors and full_low_noise.safetensors; None where not two are.
+        files such as HoloCine's full_high_noise.safetensors and full_low_noise.safetensors; None where there are not
+        two.
 
         Raises UserError where there are several such pairs.
         """

@@ -64,8 +64,8 @@ def kept_coefficients(channels: int, still_detail: bool = True) -> Tensor:
     """Returns the one of a block's 768 coefficients that each channel holds: int64 [2, C], of first latent frames, of
     others.
 
-    A channel of temporal frequency 0 holds the same in both; the others have in the first the next of those, or
-    without `still_detail` the same as well, which is 0 where nothing moves.
+    A channel of temporal frequency 0 holds the same coefficient in both. In first latent frames each other channel
+    holds the next one of temporal frequency 0, or without `still_detail` its own, which is 0 where nothing moves.
     """
     law = amplitudes()
     still = torch.zeros_like(law, dtype=torch.bool)
