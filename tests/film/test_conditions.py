@@ -131,6 +131,10 @@ def test_a_shot_ends_in_its_last_image(trained, write, tmp_path, lag):
     one, other = (load_file(tmp_path / name / "latents/02.safetensors")["latent"] for name in ("plain", "ended"))
     assert not torch.equal(one[:, :-1], other[:, :-1])
     assert plain["latents/01.safetensors"] == ended["latents/01.safetensors"]  # attention flows forward
+    shots[0] = shots[0] | {"seed": 5}
+    anew = film_of(filmmaker, write(STORY | {"shots": shots}), tmp_path / "ended", redo=[1])
+    changed = {name for name in anew if name.startswith(("latents", "shots")) and anew[name] != ended[name]}
+    assert changed == {"latents/01.safetensors", "shots/01.mp4"}
 
 
 def test_a_given_video_is_as_long_as_whole_latent_frames_where_a_shot_goes_on_from_it(tmp_path, take, write):
