@@ -79,8 +79,8 @@ class Story:
     text, negative: features [T_i, text_dim] of the global caption, then of each shot's, to steer to and away from.
     given: clean latents [C, T, H, W] of shots that are known already, by index.
     ends: clean latent frames [C, t, H, W] that shots must end in, by index. They are put there after each step, at the
-        shot's noise level, and the rest of the shot is drawn to them (RePaint, arXiv 2201.09865, without its returns). A
-        given shot stays as it is.
+        shot's noise level, and the rest of the shot is drawn to them (RePaint, arXiv 2201.09865, without its returns).
+        Those of given shots count for nothing.
     guidance: the guidance scale of each shot, None where it takes the config's; empty means none has its own.
     cuts: whether a true cut begins each shot; empty means cuts everywhere.
     num_references: how many of the first shots, all given, every shot sees, whatever `context_shots` is.
