@@ -22,7 +22,8 @@ class Token:
 
 
 def split(total: int, most: int) -> list[int]:
-    """As few numbers of at most `most` as possible, each the rounded-up mean of what is left: even, longer first."""
+    """Returns as few numbers of at most `most` as possible, each the rounded-up mean of what is left: even, longer
+    first."""
     count, left = -(-total // most), total
     sizes = []
     for remaining in range(count, 0, -1):
@@ -39,7 +40,7 @@ def video_chunks(grid: tuple[int, int, int], chunk_tokens: int) -> list[int]:
 
 
 def tokens_of(stream: Stream) -> list[Token]:
-    """Every token of the stream in order."""
+    """Returns every token of the stream in order."""
     tokens: list[Token] = []
     chunk = 0
     for sample, (global_text, shots) in enumerate(stream.samples):
@@ -54,7 +55,7 @@ def tokens_of(stream: Stream) -> list[Token]:
 
 
 def chunks_of(tokens: list[Token]) -> list[list[int]]:
-    """The positions of each chunk's tokens."""
+    """Returns the positions of each chunk's tokens."""
     chunks: list[list[int]] = [[] for _ in range(tokens[-1].chunk + 1)]
     for position, token in enumerate(tokens):
         chunks[token.chunk].append(position)
@@ -62,7 +63,7 @@ def chunks_of(tokens: list[Token]) -> list[list[int]]:
 
 
 def own_anchor(tokens: list[Token], i: int, config: moc.MoCConfig) -> set[int]:
-    """Keys of the query's own shot or chunk; global text has no shot, so none of its own."""
+    """Returns keys of the query's own shot or chunk; global text has no shot, so none of its own."""
     query = tokens[i]
     if query.shot < 0 or config.own_anchor == "none":
         return set()
@@ -72,7 +73,7 @@ def own_anchor(tokens: list[Token], i: int, config: moc.MoCConfig) -> set[int]:
 
 
 def text_anchor(tokens: list[Token], i: int, config: moc.MoCConfig) -> set[int]:
-    """Text keys the query always sees."""
+    """Returns text keys the query always sees."""
     query = tokens[i]
     text = {j for j, key in enumerate(tokens) if key.is_text and key.sample == query.sample}
     if config.text_anchor == "all":
@@ -87,7 +88,8 @@ def anchors(tokens: list[Token], i: int, config: moc.MoCConfig) -> set[int]:
 
 
 def candidates(tokens: list[Token], i: int, config: moc.MoCConfig) -> list[int]:
-    """Chunks the query may choose: video of its sample that no anchor covers, earlier ones only where causal."""
+    """Returns chunks the query may choose: video of its sample that no anchor covers, earlier ones only where
+    causal."""
     query, covered = tokens[i], anchors(tokens, i, config)
     found = []
     for chunk, positions in enumerate(chunks_of(tokens)):
@@ -101,8 +103,8 @@ def candidates(tokens: list[Token], i: int, config: moc.MoCConfig) -> list[int]:
 
 
 def scores(q: Tensor, k: Tensor, stream: Stream, parts: int = 1) -> list[list[list[float]]]:
-    """fp64 scores [N][L][M] of every chunk: q . mean(K_chunk), or the log of the mean over tokens of the exponential of
-    what the mean of a token's part scores, scaled as in attention."""
+    """Returns fp64 scores [N][L][M] of every chunk: q . mean(K_chunk), or the log of the mean over tokens of the
+    exponential of what the mean of a token's part scores, scaled as in attention."""
     if parts > 1:
         return _scores_of_parts(q, k, stream, parts)
     means = torch.stack([k[positions].double().mean(0) for positions in chunks_of(tokens_of(stream))])
@@ -128,7 +130,7 @@ def _scores_of_parts(q: Tensor, k: Tensor, stream: Stream, parts: int) -> list[l
 
 
 def route(q: Tensor, k: Tensor, stream: Stream, config: moc.MoCConfig) -> list[list[list[int]]]:
-    """Routes [N][L] of every head and query: the best chunks first, ties to the lowest index."""
+    """Returns routes [N][L] of every head and query: the best chunks first, ties to the lowest index."""
     tokens, table = tokens_of(stream), scores(q, k, stream, config.descriptor_parts)
     allowed = [candidates(tokens, i, config) for i in range(len(tokens))]
     return [
@@ -137,7 +139,7 @@ def route(q: Tensor, k: Tensor, stream: Stream, config: moc.MoCConfig) -> list[l
 
 
 def attended(routes: list[list[list[int]]], stream: Stream, config: moc.MoCConfig) -> list[list[set[int]]]:
-    """The keys [N][L] of every head and query: anchors and routed chunks, each once."""
+    """Returns the keys [N][L] of every head and query: anchors and routed chunks, each once."""
     tokens = tokens_of(stream)
     chunks = chunks_of(tokens)
     fixed = [anchors(tokens, i, config) for i in range(len(tokens))]
@@ -145,7 +147,7 @@ def attended(routes: list[list[list[int]]], stream: Stream, config: moc.MoCConfi
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, keys: list[list[set[int]]]) -> Tensor:
-    """softmax(q . K / sqrt(D)) V over the given keys of each query; zero where there are none."""
+    """Returns softmax(q . K / sqrt(D)) V over the given keys of each query; zero where there are none."""
     rows = []
     for i in range(q.shape[0]):
         for head in range(q.shape[1]):
@@ -156,12 +158,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: list[list[set[int]]]) -> Te
 
 
 def as_table(routes: list[list[list[int]]], width: int) -> Tensor:
-    """Routes as the int32 table [N, L, width] that `moc` takes, -1 where a slot is empty."""
+    """Returns routes as the int32 table [N, L, width] that `moc` takes, -1 where a slot is empty."""
     return torch.tensor([[row + [-1] * (width - len(row)) for row in rows] for rows in routes], dtype=torch.int32).view(
         len(routes), len(routes[0]), width
     )
 
 
 def as_lists(routes: Tensor) -> list[list[list[int]]]:
-    """A route table without its empty slots."""
+    """Returns a route table without its empty slots."""
     return [[[c for c in row if c >= 0] for row in rows] for rows in routes.tolist()]

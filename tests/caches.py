@@ -13,7 +13,7 @@ CHANNELS, TEXT_DIM = 3, 8
 
 
 def scene(number: int, shots: int = 2, frames: int = 3, variants: int = 1, kind: str = "") -> EncodedScene:
-    """Scene `number`: latents of value number + shot / 10, texts of 2 rows (3 for the second length, ...)."""
+    """Returns scene `number`: latents of value number + shot / 10, texts of 2 rows (3 for the second length, ...)."""
     latents = [torch.full((CHANNELS, frames + i, 4, 6), number + i / 10) for i in range(shots)]
     text = [[torch.full((2 + v, TEXT_DIM), float(10 * number + g)) for g in range(1 + shots)] for v in range(variants)]
     kind = kind or ("single" if shots == 1 else "multi")
@@ -51,7 +51,7 @@ def cut(path: Path) -> None:
 
 
 def alter(path: Path) -> None:
-    """Still JSON, and of the same form: one value is another."""
+    """Alters JSON, which keeps its form: one value is another."""
     path.write_text(re.sub(r"[1-9]", lambda digit: str(int(digit[0]) % 9 + 1), path.read_text(), count=1))
 
 

@@ -16,7 +16,7 @@ from tests.models.test_vae import WAN21, WAN22
 
 
 def save_tiny_wan(folder: Path, settings: dict = WAN21) -> Path:
-    """A folder of a random AutoencoderKLWan."""
+    """Returns a folder of a random AutoencoderKLWan."""
     torch.manual_seed(0)
     channels = settings["z_dim"]
     vae = AutoencoderKLWan(
@@ -39,13 +39,13 @@ class TinyCodecs:
 
 
 def split(video: Tensor, codec: Codec, latents: list[int]) -> list[Tensor]:
-    """The shots of a video by their latent frames."""
+    """Returns the shots of a video by their latent frames."""
     lengths = [codec.pixel_frames(length, shot) for shot, length in enumerate(latents)]
     return list(video.split(lengths, dim=1))
 
 
 def encode_shots(codec: Codec, shots: list[Tensor]) -> list[Tensor]:
-    """Each shot in uneven pieces of a few frames."""
+    """Returns each shot in uneven pieces of a few frames."""
     encode = codec.shot_encoder()
     return [encode(shot.split(3, dim=1)) for shot in shots]
 
@@ -56,7 +56,7 @@ def decode_shots(codec: Codec, latents: list[Tensor]) -> list[Tensor]:
 
 
 def whole(codec: Codec, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent and decoded video of one causal pass over the whole, by diffusers itself for Wan."""
+    """Returns latent and decoded video of one causal pass over the whole, by diffusers itself for Wan."""
     if not isinstance(codec, WanCodec):
         alone = type(codec)(CodecConfig(channels=16))
         latent = alone.encode(video)

@@ -33,7 +33,7 @@ REQUIRED = {
 
 
 def commands() -> dict[str, tuple[str, str]]:
-    """Config name -> (module, schema) of every `command(...)` in the checkout."""
+    """Returns config name -> (module, schema) of every `command(...)` in the checkout."""
     found = {}
     for path in [ROOT / "train.py", ROOT / "sample.py", *sorted((ROOT / "scripts").glob("*.py"))]:
         for name, schema in re.findall(r'\bcommand\("(\w+)", (\w+)\)', path.read_text()):

@@ -33,7 +33,7 @@ class PoolCodec(Codec):
 
 
 def numbers_in(latent: Tensor) -> list[int]:
-    """The numbers that the latent frames [3, T, H, W] of a numbered film carry."""
+    """Returns the numbers that the latent frames [3, T, H, W] of a numbered film carry."""
     frames = ((latent.float() + 1) * 127.5).permute(1, 2, 3, 0)
     return read_numbers(frames.repeat_interleave(8, 1).repeat_interleave(8, 2))
 

@@ -16,7 +16,7 @@ _BLOCK = WIDTH // BITS
 
 
 def numbered_frame(i: int, height: int = HEIGHT, width: int = WIDTH, background: int = 128) -> np.ndarray:
-    """uint8 [H, W, 3]; block b of the middle band is white where bit b of i is set. A bar moves in the rest."""
+    """Returns uint8 [H, W, 3]; block b of the middle band is white where bit b of i is set. A bar moves in the rest."""
     frame = np.full((height, width, 3), background, np.uint8)
     frame[: height // 4, (5 * i) % width : (5 * i) % width + 12] = (200, 60, 20)
     block = width // BITS
@@ -26,7 +26,7 @@ def numbered_frame(i: int, height: int = HEIGHT, width: int = WIDTH, background:
 
 
 def read_numbers(frames: Tensor) -> list[int]:
-    """The index that each of uint8 [F, H, W, 3] carries."""
+    """Returns the index that each of uint8 [F, H, W, 3] carries."""
     height, width = frames.shape[1:3]
     block = width // BITS
     band = frames[:, height // 2 :].float().mean(dim=(1, 3))
@@ -45,7 +45,7 @@ def write_numbered(
     fps: int = 25,
     size: tuple[int, int] = (HEIGHT, WIDTH),
 ) -> Path:
-    """A numbered film. ticks: presentation time of each frame in 1/(4 fps) s, for variable frame rate."""
+    """Returns a numbered film. ticks: presentation time of each frame in 1/(4 fps) s, for variable frame rate."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = size[0], size[1], pixel_format
@@ -63,7 +63,8 @@ def write_numbered(
 
 
 def write_paired(path: Path) -> Path:
-    """A numbered mkv of 60 frames with two at each 100 ms: they differ by less than the millisecond that it stores."""
+    """Returns a numbered mkv of 60 frames with two at each 100 ms: they differ by less than the millisecond that it
+    stores."""
     return write_numbered(path, 60, fps=1000, ticks=[400 * (i // 2) + i % 2 for i in range(60)])
 
 

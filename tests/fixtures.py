@@ -46,44 +46,44 @@ def listed():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder of storyworld films."""
+    """Returns a folder of storyworld films."""
     return pipeline.make_world(tmp_path_factory.mktemp("tiny") / "world")
 
 
 @pytest.fixture(scope="session")
 def prepared(world):
-    """Its cache."""
+    """Returns its cache."""
     return pipeline.prepare(world, world.parent / "prepared")
 
 
 @pytest.fixture(scope="session")
 def trained(prepared):
-    """A run of three steps on it."""
+    """Returns a run of three steps on it."""
     return pipeline.train(prepared, prepared.parent / "run")
 
 
 @pytest.fixture(scope="session")
 def reduced():
-    """A reduced Wan transformer of diffusers' own."""
+    """Returns a reduced Wan transformer of diffusers' own."""
     return wan_files.reduced_wan()
 
 
 @pytest.fixture
 def reduced_folder(reduced, tmp_path):
-    """It as diffusers writes it."""
+    """Returns it as diffusers writes it."""
     reduced.save_pretrained(tmp_path / "diffusers")
     return tmp_path / "diffusers"
 
 
 @pytest.fixture
 def reduced_file(reduced, tmp_path):
-    """It under the release's names."""
+    """Returns it under the release's names."""
     return wan_files.save_original(reduced, tmp_path / "wan.safetensors")
 
 
 @pytest.fixture
 def films(tmp_path):
-    """A folder with one short film."""
+    """Returns a folder with one short film."""
     pictures = np.random.default_rng(0).integers(0, 255, (20, 32, 48, 3), np.uint8)
     write_video(tmp_path / "films/a.mp4", pictures, 12)
     return tmp_path / "films"
@@ -91,7 +91,8 @@ def films(tmp_path):
 
 @pytest.fixture
 def on_gpu(caplog):
-    """A context for one command: it must say that it takes the GPU, and at which precision, and use its memory."""
+    """Yields a context for one command: it must say that it takes the GPU, and at which precision, and use its
+    memory."""
 
     @contextmanager
     def check(precision: str = "bf16"):

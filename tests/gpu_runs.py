@@ -30,7 +30,7 @@ def launched(*words: str) -> str:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the Triton kernels that are compiled, or loaded from Triton's cache, meanwhile."""
+    """Yields the names of the Triton kernels that are compiled, or loaded from Triton's cache, meanwhile."""
     from triton import knobs
 
     names: list[str] = []
@@ -43,7 +43,7 @@ def compilations() -> Iterator[list[str]]:
 
 
 def train(data: Path, run: Path, *arguments: str) -> Path:
-    """Three steps of a tiny model where the command itself chooses to."""
+    """Returns three steps of a tiny model where the command itself chooses to."""
     return pipeline.train(data, run, "parallel.device=auto", *arguments)
 
 

@@ -40,7 +40,7 @@ class Launch:
         os.read(self._steps, 1)
 
     def end(self) -> bool:
-        """Whether all processes end well."""
+        """Returns whether all processes end well."""
         os.close(self._steps)
         statuses = [os.waitpid(process, 0)[1] for process in self.processes]
         return not any(statuses)

@@ -72,7 +72,8 @@ class Case:
         return "_".join(filter(None, (*words, "dense" * self.dense)))
 
     def host(self, axes: dict[str, int]) -> dict[str, object]:
-        """What of it waits on the host, under a mesh of these axes: weights that are not trained, or activations."""
+        """Returns what of it waits on the host, under a mesh of these axes: weights that are not trained, or
+        activations."""
         if self.dense:
             return {"offload_activations": True}
         swaps = self.lora and self.recomputed and not axes
@@ -85,7 +86,7 @@ CASES = [
 
 
 def make_model(case: Case) -> nn.Module:
-    """Random weights throughout: those that begin at zero would hide what comes before them."""
+    """Returns a model with random weights throughout: those that begin at zero would hide what comes before them."""
     torch.manual_seed(0)
     extra = {"input_skip": True, "frame_place": True} if case.family == "mmdit" else {}
     config = ModelConfig(case.family, dim=16 * HEADS, num_layers=3, num_heads=HEADS, ffn_dim=40, **extra)
@@ -108,7 +109,7 @@ def _draw(model: nn.Module) -> None:
 
 
 def make_samples() -> list[Sample]:
-    """Eight samples of other numbers and sizes of shots: no number of processes divides their tokens."""
+    """Returns eight samples of other numbers and sizes of shots: no number of processes divides their tokens."""
     generator = torch.Generator().manual_seed(1)
 
     def sample(position: int, grids: list[tuple[int, int, int]]) -> Sample:
@@ -156,14 +157,14 @@ def step(case: Case, trainer: Trainer) -> dict[str, Tensor]:
 
 
 def state(trainer: Trainer) -> list[Tensor]:
-    """What this process holds of the weights, their averages and the optimizer's states."""
+    """Returns what this process holds of the weights, their averages and the optimizer's states."""
     states = optimizer_states(trainer.bare_model, trainer.optimizer)
     tensors = (trainer.bare_model.state_dict(), trainer.ema.averages, states)
     return [local(tensor).clone() for by_name in tensors for _, tensor in sorted(by_name.items())]
 
 
 def write_expected(folder: Path, device: str, cases: list[Case]) -> None:
-    """What one process makes of each case."""
+    """Writes what one process makes of each case."""
     for case in cases:
         trainer = make_trainer(case, Parallel(ParallelConfig(device, "fp32")), folder)
         save_file(step(case, trainer), folder / f"{case.name}.safetensors")

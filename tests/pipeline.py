@@ -23,7 +23,7 @@ def command(script: str, *arguments: str) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture, script: str, *arguments: str) -> str:
-    """What a command that must fail says, on standard error or as its last word."""
+    """Returns what a command that must fail says, on standard error or as its last word."""
     with pytest.raises(SystemExit) as ending:
         command(script, *arguments)
     code = ending.value.code
@@ -33,7 +33,7 @@ def refusal(capsys: pytest.CaptureFixture, script: str, *arguments: str) -> str:
 
 
 def assert_one_message(said: str, *words: str) -> None:
-    """What a command said is an error of one line, and holds all `words`."""
+    """Checks that what a command said is an error of one line, and holds all `words`."""
     assert said.startswith("error: "), said
     assert "\n" not in said.strip(), said
     for word in words:
@@ -41,7 +41,7 @@ def assert_one_message(said: str, *words: str) -> None:
 
 
 def make_world(output: Path, *arguments: str) -> Path:
-    """Four scenes of three shots of five frames, 32 x 48."""
+    """Returns four scenes of three shots of five frames, 32 x 48."""
     sizes = ("scenes=4", "size=[32,48]", "frames_per_shot=[5]", "shots=[3]", "workers=1")
     command("scripts/make_storyworld.py", f"output={output}", *sizes, *arguments)
     return output

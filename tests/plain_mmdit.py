@@ -10,7 +10,8 @@ from models.mmdit import MMDiT
 
 
 def velocity(model: MMDiT, latents: list[Tensor], sigma: list[float], text: list[Tensor]) -> list[Tensor]:
-    """The velocity of each shot of a story; text: the global caption's, then each shot's. Patches of one frame."""
+    """Returns the velocity of each shot of a story; text: the global caption's, then each shot's. Patches of one
+    frame."""
     weights, config = model.state_dict(), model.config
     heads, theta = config.num_heads, config.rope_theta
 

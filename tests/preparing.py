@@ -13,7 +13,7 @@ SIZE = [64, 160]
 
 
 def film_folder(folder: Path) -> Path:
-    """With film.mkv of 60 frames in it."""
+    """Returns a folder with film.mkv of 60 frames in it."""
     write_numbered(folder / "film.mkv", 60)
     return folder
 

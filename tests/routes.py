@@ -12,7 +12,8 @@ from moc.context import is_candidate
 
 
 def same_chunks(routes: Tensor, expected: Tensor) -> bool:
-    """Whether two tables [N, Lq, K] hold the same chunks for each query. Where scores are exact, ties included."""
+    """Returns whether two tables [N, Lq, K] hold the same chunks for each query. Where scores are exact, ties
+    included."""
     return torch.equal(routes.sort(-1).values, expected.sort(-1).values)
 
 
@@ -37,8 +38,8 @@ def assert_same_choice(
 
 @torch.no_grad()
 def clear_choices(q: Tensor, k: Tensor, layout: moc.ShotLayout, config: moc.MoCConfig, error: float = 1e-5) -> Tensor:
-    """bool [N, Lq]: the best `top_k` chunks beat all others though every score be off by `error` times the lengths of
-    its query and its mean."""
+    """Returns bool [N, Lq]: the best `top_k` chunks beat all others though every score be off by `error` times the
+    lengths of its query and its mean."""
     means = routing.descriptors(k.double(), layout)
     scores = torch.einsum("lnd,mnd->nlm", q.double(), means)
     off = error * q.double().norm(dim=-1).T[..., None] * means.norm(dim=-1).T[:, None]

@@ -44,7 +44,7 @@ DROPS = MoCConfig(chunk_tokens=6, top_k=2, own_anchor="chunk", text_anchor="none
 
 
 def make_cache(folder: Path) -> Path:
-    """Eight scenes of three shots."""
+    """Returns eight scenes of three shots."""
     return write_cache(folder, [scene(number / 4, shots=3, frames=1) for number in range(8)])
 
 
@@ -102,7 +102,7 @@ def train(
     before_step=None,
     **settings,
 ) -> Trainer:
-    """A run of `num_steps`; its metrics and checkpoints come to lie in `folder`."""
+    """Returns a run of `num_steps`; its metrics and checkpoints come to lie in `folder`."""
     trainer = make_trainer(folder, num_steps=num_steps, accumulation=accumulation, **settings)
     position = (
         trainer.resume(trainer.parallel.of_main(lambda: sound_checkpoint(folder, set_aside=True)))["position"]
@@ -222,7 +222,7 @@ def run(arguments: list[str]) -> None:
 
 
 def by_run(arguments: list[str]) -> list[list[str]]:
-    """The arguments of each run, which stand between words THEN."""
+    """Returns the arguments of each run, which stand between words THEN."""
     runs: list[list[str]] = [[]]
     for argument in arguments:
         if argument == THEN:

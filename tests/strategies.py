@@ -17,7 +17,7 @@ class Stream:
     chunk_tokens: int
 
     def layouts(self) -> list[moc.ShotLayout]:
-        """One layout for each sample."""
+        """Returns one layout for each sample."""
         return [moc.ShotLayout.build(list(shots), text, self.chunk_tokens) for text, shots in self.samples]
 
     def layout(self) -> moc.ShotLayout:
@@ -25,7 +25,7 @@ class Stream:
 
 
 def shots(max_size: tuple[int, int, int] = (3, 2, 2), max_text: int = 2) -> st.SearchStrategy[moc.Shot]:
-    """Shots of 1 to `max_size` tokens on each axis, one-frame shots and captions without tokens among them."""
+    """Returns shots of 1 to `max_size` tokens on each axis, one-frame shots and captions without tokens among them."""
     grid = st.tuples(*(st.integers(1, size) for size in max_size))
     return st.builds(moc.Shot, st.integers(0, max_text), grid)
 
@@ -37,7 +37,7 @@ def streams(
     max_text: int = 2,
     max_chunk_tokens: int = 14,
 ) -> st.SearchStrategy[Stream]:
-    """Packed streams; chunks from one token (frames split into rows) to more than a whole shot."""
+    """Returns packed streams; chunks from one token (frames split into rows) to more than a whole shot."""
     sample = st.tuples(
         st.integers(0, max_text), st.lists(shots(max_size, max_text), min_size=1, max_size=max_shots).map(tuple)
     )
@@ -46,7 +46,7 @@ def streams(
 
 
 def configs(max_top_k: int = 6, **fixed) -> st.SearchStrategy[moc.MoCConfig]:
-    """Every combination of the settings that shape attention; `fixed` pins some of them."""
+    """Returns every combination of the settings that shape attention; `fixed` pins some of them."""
     free = {
         "top_k": st.integers(0, max_top_k),
         "causal": st.booleans(),
@@ -60,13 +60,13 @@ seeds = st.integers(0, 2**31 - 1)
 
 
 def tensors(num_tokens: int, seed: int, num_heads: int = 2, head_dim: int = 4, count: int = 3, **kind) -> list[Tensor]:
-    """`count` random tensors [num_tokens, num_heads, head_dim], fp64 unless `dtype` is given."""
+    """Returns `count` random tensors [num_tokens, num_heads, head_dim], fp64 unless `dtype` is given."""
     generator = torch.Generator().manual_seed(seed)
     shape = (count, num_tokens, num_heads, head_dim)
     return list(torch.randn(shape, generator=generator, dtype=torch.float64).to(kind.pop("dtype", torch.float64)))
 
 
 def attention_tensors(layout: moc.ShotLayout, seed: int = 0, requires_grad: bool = False, **kind) -> list[Tensor]:
-    """Random q, k, v of a layout's stream."""
+    """Returns random q, k, v of a layout's stream."""
     made = tensors(layout.num_tokens, seed, **kind)
     return [x.requires_grad_(requires_grad) for x in made]

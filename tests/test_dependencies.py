@@ -29,7 +29,7 @@ moc.moc_attention(q, k, v, layout, moc.MoCConfig(chunk_tokens=16, top_k=1)).sum(
 
 
 def names(distributions: list[str]) -> set[str]:
-    """The packages that requirements bring to import."""
+    """Returns the packages that requirements bring to import."""
     wanted = {re.split(r"[^\w.-]", line)[0].lower().replace("_", "-") for line in distributions}
     found = packages_distributions().items()
     return {name for name, owners in found if wanted & {owner.lower().replace("_", "-") for owner in owners}}

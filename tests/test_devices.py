@@ -97,7 +97,7 @@ def model(request):
 
 
 def batch(model):
-    """Two samples: three shots, one of them a still, and a lone one whose captions are dropped."""
+    """Returns two samples: three shots, one of them a still, and a lone one whose captions are dropped."""
     latents = [torch.randn(CHANNELS, frames, 8, 12) for frames in (3, 1, 2)]
     text = [torch.randn(rows, TEXT_DIM) for rows in (3, 4, 5, 6)]
     lone = Sample(latents[:1], [text[0][:1], text[1][:1]], position=1)

@@ -17,8 +17,8 @@ FORBIDDEN = {
 
 
 def imported_modules(source: str, package: tuple[str, ...]) -> set[str]:
-    """Full names that a module of `package` imports, by statement or by a literal name at run time: a module, or what
-    is taken from one."""
+    """Returns full names that a module of `package` imports, by statement or by a literal name at run time: a module,
+    or what is taken from one."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

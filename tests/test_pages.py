@@ -16,7 +16,8 @@ NAMES = {f"{module.replace('.', '/')}.py": name for name, (module, _) in COMMAND
 
 
 def commands_of(page: Path) -> list[tuple[str, list[str]]]:
-    """(script, settings) of every command of our own in the page's code, blocks and lines; "..." stands for others."""
+    """Returns (script, settings) of every command of our own in the page's code, blocks and lines; "..." stands for
+    others."""
     text = page.read_text()
     blocks = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in lines(block)]
     inline = [
@@ -61,7 +62,7 @@ def test_every_setting_that_a_page_names_exists(page):
 
 
 def anchors(page: Path) -> set[str]:
-    """The names of a page's headings, as GitHub makes them."""
+    """Returns the names of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

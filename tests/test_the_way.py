@@ -58,7 +58,7 @@ class Way:
 
     @property
     def files(self) -> list[Path]:
-        """The project's own files, but for tests."""
+        """Returns the project's own files, but for tests."""
         files = dict.fromkeys(Path(file) for file, _ in self.entered)
         rooms = {"configs", "data", "evaluation", "film", "moc", "models", "scripts", "train.py", "sample.py"}
         return [file for file in files if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in rooms]
@@ -76,7 +76,8 @@ class Way:
 
 
 def assert_page_tells(beginning: str, way: Way) -> None:
-    """The page's paragraph that begins so lists these files, in this order, and a limit that the lines keep."""
+    """Checks that the page's paragraph that begins so lists these files, in this order, and a limit that the lines
+    keep."""
     paragraph = (ROOT / "docs/read_the_code.md").read_text().split(beginning)[1].split("\n\n")[0]
     files = [str(file.relative_to(ROOT)) for file in way.files]
     assert re.findall(r"`(\S+\.py)`", paragraph) == files, f"docs/read_the_code.md should list {files}"

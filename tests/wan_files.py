@@ -26,7 +26,7 @@ def reduced_wan() -> diffusers.WanTransformer3DModel:
 
 
 def save_original(model: torch.nn.Module, file: Path) -> Path:
-    """Under the names of the release."""
+    """Saves a model under the names of the release."""
     save_file({to_original_name(name): weight for name, weight in model.state_dict().items()}, file)
     return file
 
@@ -37,7 +37,7 @@ def same(model: torch.nn.Module, state: dict[str, Tensor]) -> bool:
 
 
 def save_hole(file: Path, header: dict[str, dict], size: int) -> Path:
-    """A safetensors file whose `size` bytes of values take no room on disk."""
+    """Returns a safetensors file whose `size` bytes of values take no room on disk."""
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text)
     os.truncate(file, 8 + len(text) + size)

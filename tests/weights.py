@@ -9,8 +9,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def randomized(model: Model) -> Model:
-    """The model with noise on every weight, so that every path matters: fresh ones are zero at outputs and gates, and
-    norms are all alike."""
+    """Returns the model with noise on every weight, so that every path matters: fresh ones are zero at outputs and
+    gates, and norms are all alike."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))

@@ -32,7 +32,7 @@ def interruptible():
 
 
 def rows_of(tmp_path, monkeypatch, seeds: int) -> list[dict]:
-    """The rows that the benchmark wrote of the stand-in, before it ended with an error."""
+    """Returns the rows that the benchmark wrote of the stand-in, before it ended with an error."""
     script, output = tmp_path / "demo.py", tmp_path / "demo.json"
     script.write_text(DEMO)
     words = ['settings=["","A=1 B=2"]', f"seeds={seeds}", "processes=1", 'arguments=["steps=3"]']

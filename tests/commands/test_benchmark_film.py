@@ -29,7 +29,7 @@ def test_every_row_has_a_title_and_its_held_out_blocks():
 
 
 def row(name: str, fold: int, history: list[list[float]], farthest: list[int | None]) -> dict:
-    """A tested row, whose shots alone have a loss of 1; history: [targets][draws]."""
+    """Returns a tested row, whose shots alone have a loss of 1; history: [targets][draws]."""
     losses = {"alone": [[[1.0]] * len(draws) for draws in history]}
     losses["history"] = [[[x] for x in draws] for draws in history]
     losses["other"] = losses["alone"]

@@ -25,7 +25,7 @@ SMALL = [
 
 
 def row(name: str, right: list[int], steps: int = 10, start: str = "") -> dict:
-    """A tested row whose looks were read so, two for each scene."""
+    """Returns a tested row whose looks were read so, two for each scene."""
     share = [0.5, 0.4, 0.6, len(right)]
     losses = {"0.8": [0.2, 0.01], "0.95": [0.3, 0.01]}
     found = {

@@ -47,7 +47,7 @@ def test_every_option_composes_and_parses(group, option):
 
 
 def settings(schema: type, prefix: str = "") -> set[str]:
-    """The full keys of every setting of a schema."""
+    """Returns the full keys of every setting of a schema."""
     hints, keys = get_type_hints(schema), set()
     for field in fields(schema):
         nested = hints[field.name]
@@ -79,7 +79,7 @@ def test_the_help_has_words_on_every_setting(name):
 
 
 def inherited(path: Path, schema: type) -> DictConfig:
-    """What a YAML file's values are merged into: what its `defaults` name, in order."""
+    """Returns what a YAML file's values are merged into: what its `defaults` name, in order."""
     merged = OmegaConf.create()
     for entry in OmegaConf.load(path).get("defaults", []):
         option, package = entry, None
@@ -104,7 +104,7 @@ def whole(path: Path, schema: type) -> DictConfig:
 
 
 def leaves(cfg: DictConfig) -> dict[str, object]:
-    """Dotted key -> value, interpolations as they are written."""
+    """Yields dotted key -> value, interpolations as they are written."""
 
     def walk(values: dict, prefix: str = ""):
         for name, value in values.items():
@@ -115,7 +115,7 @@ def leaves(cfg: DictConfig) -> dict[str, object]:
 
 
 def yaml_files() -> list:
-    """(file, schema of its values) of every command, option and experiment."""
+    """Returns (file, schema of its values) of every command, option and experiment."""
     found = [(CONFIGS / f"{name}.yaml", schema_of(name)) for name in sorted(COMMANDS)]
     for group, option in OPTIONS:
         command = schema_of(OWNERS.get(group) or users_of(group)[0])

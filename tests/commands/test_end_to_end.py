@@ -29,7 +29,7 @@ BIKES_STARTS = [0, 30, 76, 137, 187, 242]  # of its six shots
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
-    """Four shots, the third with a reference picture: 5, 5, 9 and 1 frames."""
+    """Returns four shots, the third with a reference picture: 5, 5, 9 and 1 frames."""
     folder = tmp_path_factory.mktemp("story")
     pixels = np.zeros((64, 96, 3), np.uint8)
     pixels[..., 1] = 200

@@ -45,13 +45,13 @@ LORA = ("model.lora_rank=2", "model.lora_targets=[to_q,net.2]")
 
 @pytest.fixture(scope="module")
 def run(prepared, tmp_path_factory) -> Path:
-    """A tiny model trained on the GPU, for the commands that need one."""
+    """Returns a tiny model trained on the GPU, for the commands that need one."""
     return train(prepared, tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory) -> Path:
-    """Three shots of 5, 9 and 1 frames."""
+    """Returns three shots of 5, 9 and 1 frames."""
     file = tmp_path_factory.mktemp("story") / "story.yaml"
     script = {"title": "Mia", "global": "Mia: rabbit.", "size": [32, 48], "fps": 12, "negative": "mud", "shots": SHOTS}
     file.write_text(yaml.safe_dump(script))
@@ -193,7 +193,7 @@ def test_two_gpus_film_as_one(run, story, tmp_path, axis):
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory) -> Path:
-    """A diffusers pipeline with a reduced Wan transformer, VAE and UMT5 of diffusers' own."""
+    """Returns a diffusers pipeline with a reduced Wan transformer, VAE and UMT5 of diffusers' own."""
     folder = tmp_path_factory.mktemp("release")
     randomized(diffusers.WanTransformer3DModel(**REDUCED)).save_pretrained(folder / "transformer")
     save_tiny_encoders(folder)
@@ -203,7 +203,7 @@ def release(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wan_prepared(world, release) -> Path:
-    """The world through Wan's VAE and UMT5."""
+    """Returns the world through Wan's VAE and UMT5."""
     encoders = ("encoders=wan", f"encoders.codec.path={release / 'vae'}", f"encoders.text.path={release}")
     return pipeline.prepare(world, release / "prepared", *encoders)
 

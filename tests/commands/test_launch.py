@@ -42,7 +42,8 @@ def two_processes():
 
 
 def stored(out):
-    """Number of each scene of the cache, and the times each was encoded, by the picture that encoding leaves."""
+    """Returns number of each scene of the cache, and the times each was encoded, by the picture that encoding
+    leaves."""
     (cache,) = (out / "cache").iterdir()
     keys = [scene["key"] for stored in read_stored(cache) for scene in stored["scenes"]]
     pictures = {key: out / "thumbnails" / f"{digest({'key': key, 'shot': 0})}.jpg" for key in keys}

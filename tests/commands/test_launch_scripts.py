@@ -43,7 +43,7 @@ def play(tmp_path):
 
 
 def copied(tmp_path: Path) -> Path:
-    """torchrun.sh in a checkout without a .venv, whose torchrun it would take first."""
+    """Returns torchrun.sh in a checkout without a .venv, whose torchrun it would take first."""
     script = tmp_path / "checkout/scripts/launch/torchrun.sh"
     script.parent.mkdir(parents=True)
     script.write_text((LAUNCH / "torchrun.sh").read_text())

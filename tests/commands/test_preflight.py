@@ -17,7 +17,7 @@ from tests.pipeline import command
 
 
 def preflight(capsys, prepared, run, *settings):
-    """Its status, and its lines by the name of the check."""
+    """Returns its status, and its lines by the name of the check."""
     with pytest.raises(SystemExit) as ending:
         command("train.py", *pipeline.train_arguments(prepared, run), "preflight=true", *settings)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok ", "FAIL "))]

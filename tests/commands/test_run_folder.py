@@ -81,7 +81,7 @@ def test_what_a_killed_save_of_another_step_left_is_removed(tmp_path):
 
 
 def metrics_of(folder):
-    """Six rows in a run's folder, resumed after the fourth."""
+    """Returns six rows in a run's folder, resumed after the fourth."""
     first = Metrics(folder, TrackerConfig(), {})
     for step in range(1, 7):
         first.log(step, {"loss": 1.0})

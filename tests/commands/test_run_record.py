@@ -18,7 +18,7 @@ from tests.pipeline import assert_one_message, command, refusal
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A finished run of three steps, to be launched again."""
+    """Returns a finished run of three steps, to be launched again."""
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
@@ -56,7 +56,8 @@ EARLIER = {"backend": "auto", "dense_kernel": "auto", "deterministic": False, "c
 
 
 def as_earlier(run):
-    """The run as versions wrote it in which attention's settings held how it is computed, and the gap at cuts."""
+    """Writes the run as versions wrote it in which attention's settings held how it is computed, and the gap at
+    cuts."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config.pop("execution") == {name: EARLIER[name] for name in ("backend", "dense_kernel", "deterministic")}
     assert config["model"].pop("cut_gap") is None

@@ -55,7 +55,7 @@ def test_a_model_of_the_hub_is_fetched_first(capsys, tmp_path, script, trained):
 
 
 def broken_weights(trained: Path, folder: Path, change) -> Path:
-    """The run's model, with one weight changed."""
+    """Returns the run's model, with one weight changed."""
     shutil.copytree(trained / "checkpoints/step_0000003/ema", folder)
     (file,) = folder.glob("*.safetensors")
     weights = load_file(file)

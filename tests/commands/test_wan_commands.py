@@ -19,7 +19,7 @@ from tests.weights import randomized
 
 @pytest.fixture(scope="module")
 def release(prepared, tmp_path_factory) -> Path:
-    """A diffusers folder as the releases have it, for the latents and text of the tiny world."""
+    """Returns a diffusers folder as the releases have it, for the latents and text of the tiny world."""
     data = open_dataset(DataConfig(str(prepared)))
     sizes = {"in_channels": data.latent_channels, "out_channels": data.latent_channels, "text_dim": data.text_dim}
     small = {"attention_head_dim": 24, "ffn_dim": 32}
@@ -30,7 +30,7 @@ def release(prepared, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dense_run(prepared, release) -> Path:
-    """Two steps on dense attention from the release's weights."""
+    """Returns a run of two steps on dense attention from the release's weights."""
     paths = (f"data.path={prepared}", f"output={release.parent}", "name=run", "model=wan", f"model.path={release}")
     settings = ("parallel=cpu", "moc=dense", "data.batch_tokens=900", "data.workers=0", "trainer.num_steps=2")
     pipeline.command("train.py", *paths, *settings)

@@ -33,7 +33,7 @@ def truncated_mp4(path: Path) -> None:
 
 
 def half_mkv(path: Path) -> None:
-    """Cut in the middle, its header still claiming all."""
+    """Writes an mkv that is cut in the middle, its header still claiming all."""
     write_numbered(path, 100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -47,7 +47,7 @@ def audio_only(path: Path) -> None:
 
 
 def no_frames(path: Path) -> None:
-    """A video stream with nothing in it."""
+    """Writes a file with a video stream that holds nothing."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25)
         stream.height, stream.width, stream.pix_fmt = 64, 160, "yuv420p"
@@ -73,7 +73,7 @@ def eight_k(path: Path) -> None:
 
 
 def broken_png(path: Path) -> None:
-    """A chunk's name is damaged: Pillow calls it a SyntaxError."""
+    """Writes a PNG in which a chunk's name is damaged: Pillow calls it a SyntaxError."""
     Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(path)
     path.write_bytes(path.read_bytes().replace(b"IDAT", b"\x1e\x13\xc3r"))
 

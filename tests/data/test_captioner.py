@@ -112,7 +112,7 @@ def test_a_folder_that_is_no_model_is_said(folder):
 
 
 def save_tiny_model(folder):
-    """A LLaVA of random weights, as a local folder holds one."""
+    """Saves a LLaVA of random weights, as a local folder holds one."""
     import transformers as hf
     from tokenizers import Tokenizer, models, pre_tokenizers
 

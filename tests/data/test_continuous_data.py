@@ -29,7 +29,7 @@ from tests.films import write_numbered
 
 @pytest.fixture
 def films(tmp_path: Path) -> Path:
-    """A folder with a numbered film of 60 frames."""
+    """Returns a folder with a numbered film of 60 frames."""
     folder = tmp_path / "films"
     folder.mkdir()
     write_numbered(folder / "film.mkv", 60)
@@ -37,7 +37,7 @@ def films(tmp_path: Path) -> Path:
 
 
 def prepared(films: Path, *spans: tuple[int, int], codec: Codec | None = None, **changes) -> Prepared:
-    """The scene of these shots, prepared by a continuous codec."""
+    """Returns the scene of these shots, prepared by a continuous codec."""
     shots = tuple(ShotRecord(start, end, f"shot at {start}") for start, end in spans)
     write_manifest(films / "manifest.jsonl", [SceneRecord(id="a", video="film.mkv", caption="a film", shots=shots)])
     settings = {"output": str(films.parent / "out"), "size": [64, 160], "detector": "adaptive", "max_frames": 25}
@@ -121,7 +121,7 @@ def test_encoders_of_another_version_are_refused(tmp_path: Path, change: dict) -
 
 @pytest.fixture(scope="module")
 def tuned(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on the tiny world, prepared with Wan's VAE over whole samples; the cache is beside it."""
+    """Returns a run on the tiny world, prepared with Wan's VAE over whole samples; the cache is beside it."""
     folder = tmp_path_factory.mktemp("continuous")
     vae = save_tiny_wan(folder / "vae")
     settings = (

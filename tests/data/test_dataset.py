@@ -38,12 +38,12 @@ def loader(settings, rank=0, world_size=1, accumulation=1, start_position=0):
 
 
 def steps(made, count):
-    """Positions of each step of one rank, by micro-batch."""
+    """Returns positions of each step of one rank, by micro-batch."""
     return [[batch.positions for batch in step] for step in islice(made, count)]
 
 
 def merged(*ranks):
-    """The set of positions of each step over all ranks."""
+    """Returns the set of positions of each step over all ranks."""
     return [sorted(p for step in by_rank for batch in step for p in batch) for by_rank in zip(*ranks, strict=True)]
 
 

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def read_first(path: Path) -> torch.Tensor:
-    """The first latent of an online cache."""
+    """Returns the first latent of an online cache."""
     cache = open_cache(path, load_codec=lambda encoders: PoolCodec())
     return cache.latents(cache.scenes[0])[0]
 

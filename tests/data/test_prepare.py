@@ -76,7 +76,7 @@ def test_captions_of_several_lengths_and_images(folder):
 
 
 def moving_texture(seed, num_frames):
-    """A picture sliding by a pixel a frame."""
+    """Returns a picture sliding by a pixel a frame."""
     texture = np.random.default_rng(seed).integers(0, 255, (8, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     return [np.roll(texture, i, axis=1)[:, :160] for i in range(num_frames)]
 

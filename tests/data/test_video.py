@@ -178,7 +178,7 @@ def audio_only(path):
 
 
 def size_change(path):
-    """Two raw streams of different sizes, one after the other, as a broadcast recording has."""
+    """Returns two raw streams of different sizes, one after the other, as a broadcast recording has."""
     raw = b""
     for size in ((64, 160), (96, 160)):
         video = write_numbered(path.with_suffix(".ts"), 10, size=size)

@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def picture(colour, at: int = 10, background: int = 120) -> np.ndarray:
-    """A textured square of a colour on grey, 64 x 96."""
+    """Returns a textured square of a colour on grey, 64 x 96."""
     out = np.full((64, 96, 3), background, np.uint8)
     texture = np.random.default_rng(0).integers(-30, 30, (24, 24, 1))
     out[20:44, at : at + 24] = np.clip(np.array(colour) + texture, 0, 255)
@@ -40,7 +40,7 @@ def picture(colour, at: int = 10, background: int = 120) -> np.ndarray:
 
 
 def write_film(folder: Path, shots: list[tuple[str, list[np.ndarray]]]) -> Path:
-    """A folder as sample.py leaves it, of (prompt, frames) a shot, at 12 fps."""
+    """Returns a folder as sample.py leaves it, of (prompt, frames) a shot, at 12 fps."""
     for number, (_, frames) in enumerate(shots, start=1):
         write_video(folder / f"shots/{number:02d}.mp4", frames, 12)
     join_videos(folder / "video.mp4", [folder / f"shots/{number:02d}.mp4" for number in range(1, len(shots) + 1)])
@@ -57,14 +57,14 @@ def story(folder: Path, looks: dict[str, tuple], prompts=("Mia walks.", "Gus sit
 
 
 def consistency(film: Film, features=None, clip=None) -> Consistency:
-    """That of a film by one kind of features, as it is measured."""
+    """Returns that of a film by one kind of features, as it is measured."""
     found = measure(film, [features or ColourHistogram()], clip, build_detector("adaptive"))
     return found.consistency[0]
 
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
-    """Names that keep their looks; and looks that come back under the other's name."""
+    """Returns names that keep their looks; and looks that come back under the other's name."""
     root = tmp_path_factory.mktemp("films")
     true = story(root / "true", {"Mia": RED, "Gus": BLUE})
     mixed = [("Mia walks.", RED), ("Gus sits.", BLUE), ("Mia runs.", BLUE), ("Gus again.", RED)]

@@ -17,7 +17,7 @@ from film.script import Script, ScriptShot
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-    """A world's own film, laid out as sample.py would, with the script it films."""
+    """Returns a world's own film, laid out as sample.py would, with the script it films."""
     root = tmp_path_factory.mktemp("judge")
     generate(StoryworldConfig(output=str(root / "world"), scenes=1, frames_per_shot=[17], continuation=0.0, workers=1))
     scene = json.loads((root / "world/manifest.jsonl").read_text())

@@ -20,7 +20,7 @@ def open_filmmaker(trained: Path, **sampler) -> Filmmaker:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files of a film; what its metadata say of time left out."""
+    """Returns the files of a film; what its metadata say of time left out."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     record = json.loads(files[METADATA])
     return files | {METADATA: json.dumps({key: value for key, value in record.items() if key != "seconds"}).encode()}
@@ -32,7 +32,7 @@ def film_of(filmmaker: Filmmaker, story: Path, folder: Path, redo=()) -> dict[st
 
 
 def killed_at(replacement: int, work) -> bool:
-    """Whether `work`, in a process of its own, is killed where it would give its n-th file its name."""
+    """Returns whether `work`, in a process of its own, is killed where it would give its n-th file its name."""
     child = os.fork()
     if child == 0:
         replace, count = Path.replace, 0
@@ -54,7 +54,7 @@ def killed_at(replacement: int, work) -> bool:
 
 
 def killed_after(seconds: float, work) -> bool:
-    """Whether `work`, in a process of its own, is killed before its end, so many seconds after it began."""
+    """Returns whether `work`, in a process of its own, is killed before its end, so many seconds after it began."""
     child = os.fork()
     if child == 0:
         try:

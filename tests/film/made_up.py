@@ -31,7 +31,7 @@ class FlatCodec(MeanCodec):
 
 
 def echo(global_caption, shot_captions):
-    """Features that are the captions."""
+    """Returns features that are the captions."""
     return [global_caption, *shot_captions]
 
 
@@ -44,7 +44,7 @@ def latent(value: float = 0.5) -> torch.Tensor:
 
 
 def plays(*latents: torch.Tensor):
-    """Sampling that finishes a shot at each step."""
+    """Yields sampling that finishes a shot at each step."""
 
     def sampling(on_step, start):
         done = start.step if start else 0

@@ -29,7 +29,7 @@ COLOURS = [(200, 40, 40)] * 12 + [(40, 40, 200)] * 12  # a second of red, a seco
 
 @pytest.fixture
 def take(tmp_path) -> Path:
-    """Two seconds at 12 frames a second, of the size of the films."""
+    """Returns two seconds at 12 frames a second, of the size of the films."""
     frames = [np.full((32, 48, 3), colour, np.uint8) for colour in COLOURS]
     write_video(tmp_path / "take.mp4", frames, 12)
     return tmp_path / "take.mp4"

@@ -18,7 +18,7 @@ from tests.film.filming import contents
 
 
 def write(folder: Path, shots: int) -> Path:
-    """A script of so many short shots."""
+    """Returns a script of so many short shots."""
     story = {"size": [32, 48], "fps": 12, "global": "A journey.", "shots": [{"prompt": "Mia.", "seconds": 0.3}] * shots}
     path = folder / f"{shots}.yaml"
     path.write_text(yaml.safe_dump(story))

@@ -18,7 +18,7 @@ from tests.film.made_up import MeanCodec, echo, script
 
 @pytest.fixture
 def picture(tmp_path) -> Path:
-    """Left half red, right half blue."""
+    """Returns left half red, right half blue."""
     pixels = np.zeros((128, 192, 3), np.uint8)
     pixels[:, :96, 0] = pixels[:, 96:, 2] = 255
     Image.fromarray(pixels).save(tmp_path / "ref.png")

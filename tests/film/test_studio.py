@@ -233,7 +233,7 @@ def test_the_windows_show_what_the_studio_has(studio):
 
 
 def events(app, studio) -> dict:
-    """The page's functions by name."""
+    """Returns the page's functions by name."""
     return {event.name: event for event in app.build_app(studio).fns.values()}
 
 
@@ -278,7 +278,7 @@ def test_pictures_on_cards_are_decoded_once(studio, monkeypatch):
 
 @contextmanager
 def served(trained: Path, folder: Path):
-    """The app as its command serves it."""
+    """Yields the app as its command serves it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

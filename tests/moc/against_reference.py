@@ -12,7 +12,7 @@ DROPS = moc.DropKey(seed=1, step=2, layer=3, first_head=4)
 
 
 def assert_equal_to_reference(attend, layout, config, routes, dtype=torch.float64, tolerance=1e-9, **kind):
-    """Output and gradients of `attend` against the fp64 reference with the same routes."""
+    """Compares output and gradients of `attend` with the fp64 reference with the same routes."""
     q, k, v = attention_tensors(layout, dtype=dtype, **kind)
     direction = torch.randn(q.shape, dtype=dtype)
     mine = [x.clone().requires_grad_() for x in (q, k, v)]

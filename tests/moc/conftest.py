@@ -19,7 +19,7 @@ TWO = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A small cache to train the debug model on; returns its folder."""
+    """Makes a small cache to train the debug model on; returns its folder."""
     from tests.runs import make_cache
 
     return make_cache(tmp_path_factory.mktemp("cache"))
@@ -27,8 +27,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_processes(tmp_path_factory) -> Path:
-    """A folder of the runs of TWO, which the same two processes trained: most of their time they start. In said.txt is
-    what both said on standard error."""
+    """Returns a folder of the runs of TWO, which the same two processes trained: most of their time they start. In
+    said.txt is what both said on standard error."""
     from tests.runs import THEN, launch, make_cache
 
     shared = tmp_path_factory.getbasetemp()

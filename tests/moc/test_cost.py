@@ -117,7 +117,7 @@ def paper_stream(num_shots: int = 8) -> moc.ShotLayout:
 
 
 def any_routes(layout: moc.ShotLayout, top_k: int) -> torch.Tensor:
-    """Routes to the latest video chunks of earlier shots; all chunks of this stream are equally long."""
+    """Returns routes to the latest video chunks of earlier shots; all chunks of this stream are equally long."""
     routes = torch.full((1, layout.num_tokens, top_k), -1, dtype=torch.int32)
     for index, group in enumerate(layout.groups):
         video = [c for c in range(group.first_chunk) if layout.chunks[c].kind == "video"]

@@ -23,7 +23,7 @@ from tests.runs import make_cache, make_trainer, train
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two steps."""
+    """Returns a run of two steps."""
     folder = tmp_path_factory.mktemp("finished")
     train(make_cache(folder / "cache"), folder / "run", num_steps=2)
     return folder / "run"
@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(finished, tmp_path):
-    """Its checkpoint, to damage."""
+    """Returns its checkpoint, to damage."""
     shutil.copytree(finished, tmp_path / "run")
     return find_checkpoint(tmp_path / "run")
 

@@ -21,12 +21,12 @@ def route(q, k, layout, config, drops=None):
 
 
 def long_stream(shots=3, frames=40) -> moc.ShotLayout:
-    """Many queries and chunks of two tokens: the last shot has plenty of both."""
+    """Returns many queries and chunks of two tokens: the last shot has plenty of both."""
     return moc.ShotLayout.build([moc.Shot(0, (frames, 1, 2)) for _ in range(shots)], chunk_tokens=2)
 
 
 def chosen(routes: torch.Tensor, layout: moc.ShotLayout) -> torch.Tensor:
-    """bool [N, L, M]: which chunks a query holds; refuses a chunk held twice."""
+    """Returns bool [N, L, M]: which chunks a query holds; refuses a chunk held twice."""
     table = torch.zeros(*routes.shape[:2], layout.num_chunks + 1, dtype=torch.int64)
     table.scatter_add_(-1, torch.where(routes < 0, layout.num_chunks, routes).long(), torch.ones_like(routes).long())
     assert table[..., :-1].max() <= 1
@@ -34,7 +34,7 @@ def chosen(routes: torch.Tensor, layout: moc.ShotLayout) -> torch.Tensor:
 
 
 def before_and_after(config, layout=None, heads=8, key=KEY, tokens=None):
-    """Chunks held by the queries of the last shot without and with drops: bool [N, queries, M] twice."""
+    """Returns chunks held by the queries of the last shot without and with drops: bool [N, queries, M] twice."""
     layout = layout or long_stream()
     q, k, _ = attention_tensors(layout, num_heads=heads)
     tokens = tokens or slice(layout.groups[-1].start, None)
@@ -47,7 +47,7 @@ def shares(counts: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def spread(num_draws: int) -> float:
-    """Five standard errors of a share, at most."""
+    """Returns five standard errors of a share, at most."""
     return 5 * 0.5 / math.sqrt(num_draws)
 
 
@@ -251,7 +251,8 @@ def test_a_split_of_the_heads_draws_the_same(stream, config, seed):
 
 
 def packed(*positions: int, frames: int = 40) -> moc.ShotLayout:
-    """Samples of three shots, one for each position; the first has a global text, so that offsets are no multiples."""
+    """Returns samples of three shots, one for each position; the first has a global text, so that offsets are no
+    multiples."""
     shots = [moc.Shot(0, (frames, 1, 2)) for _ in range(3)]
     text = [3, *[0] * (len(positions) - 1)]
     samples = [moc.ShotLayout.build(shots, n, 2, position) for n, position in zip(text, positions, strict=True)]

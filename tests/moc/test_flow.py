@@ -69,7 +69,8 @@ def test_levels_without_history_are_shifted_logit_normal():
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Kolmogorov and Smirnov's: the largest difference of two samples' distribution functions."""
+    """Returns the distance of Kolmogorov and Smirnov, which is the largest difference of two samples' distribution
+    functions."""
     every = torch.cat([a, b]).sort().values
     shares = [torch.searchsorted(x.sort().values, every, right=True) / len(x) for x in (a, b)]
     return float((shares[0] - shares[1]).abs().max())

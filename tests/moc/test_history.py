@@ -25,7 +25,7 @@ CONFIG = SamplingConfig(steps=STEPS, guidance_scale=3.0, history_sigma=0.1)
 
 
 def build(name: str) -> nn.Module:
-    """A small model with random weights everywhere."""
+    """Returns a small model with random weights everywhere."""
     if name == "experts":
         return Experts(build("wan"), build("wan"), boundary=0.6)
     if name == "wan":
@@ -43,7 +43,7 @@ def story(num_shots: int = 4, given: tuple[int, ...] = (), **others) -> Story:
 
 
 def film(model, what: Story, config: SamplingConfig, moc: MoCConfig = FORWARD):
-    """Latents of a film, shares of its routing map, and the video tokens of each forward."""
+    """Returns latents of a film, shares of its routing map, and the video tokens of each forward."""
     counted, routing = [], RoutingMap(len(what.shapes))
     experts = [model.high, model.low] if isinstance(model, Experts) else [model]
 

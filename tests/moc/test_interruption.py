@@ -24,14 +24,14 @@ from tests.runs import DROPS, losses, poisoned, train
 
 @pytest.fixture(scope="module")
 def whole(cache, tmp_path_factory):
-    """Six steps of three micro-batches that nothing disturbed."""
+    """Returns six steps of three micro-batches that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     train(cache, folder, num_steps=6, accumulation=3)
     return folder
 
 
 def at_call(number, act):
-    """A stand-in for Flow.loss that acts before its `number`-th call."""
+    """Returns a stand-in for Flow.loss that acts before its `number`-th call."""
     healthy, calls = Flow.loss, []
 
     def loss(*arguments, **others):
@@ -52,13 +52,13 @@ def at_step(step, number):
 
 
 def same_end(a: Path, b: Path) -> bool:
-    """Whether two runs ended with the same weights, byte for byte."""
+    """Returns whether two runs ended with the same weights, byte for byte."""
     one, two = ((find_checkpoint(folder) / "ema/diffusion_pytorch_model.safetensors").read_bytes() for folder in (a, b))
     return one == two
 
 
 def told(run: Path) -> dict[tuple[int, str], float]:
-    """What a run says of what it learned, by step."""
+    """Returns what a run says of what it learned, by step."""
     rows = read_metrics(run)
     return {(row["step"], key): row[key] for row in rows for key in row if key == "loss" or "/" in key}
 
@@ -254,7 +254,8 @@ runpy.run_path("train.py", run_name="__main__")
 
 @contextmanager
 def hanging(prepared: Path, run: Path, *launcher: str) -> Iterator[subprocess.Popen]:
-    """A training command in a session of its own, after some steps, when a worker of its loader hangs for good."""
+    """Yields a training command in a session of its own, after some steps, when a worker of its loader hangs for
+    good."""
     program = run.with_suffix(".py")
     program.write_text(HANGING)
     settings = ("trainer.num_steps=999", "trainer.log_every=1", "trainer.checkpoint_every=0", "data.workers=2")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compile_kernels(output: Path, *options: str) -> list[dict]:
-    """The rows that the script writes; it fails where a kernel takes too much memory or too many registers."""
+    """Returns the rows that the script writes; it fails where a kernel takes too much memory or too many registers."""
     command = [sys.executable, "scripts/compile_kernels.py", "--output", output, *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -24,7 +24,7 @@ def compile_kernels(output: Path, *options: str) -> list[dict]:
 
 
 def kernels() -> set[str]:
-    """The names of all kernels, by their sources."""
+    """Returns the names of all kernels, by their sources."""
     sources = [*(ROOT / "moc/kernels").glob("triton_*.py"), ROOT / "models/pointwise_kernels.py"]
     return {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.MULTILINE)}
 

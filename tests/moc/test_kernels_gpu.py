@@ -31,7 +31,7 @@ OPTIONS = [
 
 
 def stream(chunk_tokens=128) -> moc.ShotLayout:
-    """Two packed samples: unequal shots, a one-frame shot, absent texts, sizes that fit no block."""
+    """Returns two packed samples: unequal shots, a one-frame shot, absent texts, sizes that fit no block."""
     first = moc.ShotLayout.build([moc.Shot(5, (3, 8, 17)), moc.Shot(0, (1, 8, 17)), moc.Shot(9, (2, 8, 17))], 70, 128)
     second = moc.ShotLayout.build([moc.Shot(3, (2, 5, 27)), moc.Shot(2, (3, 5, 27))], 0, 128)
     return moc.ShotLayout.pack([first, second]).rechunk(chunk_tokens).to("cuda")
@@ -50,7 +50,7 @@ def with_gradients(function, tensors, direction):
 
 
 def torch_attention(q, k, v, mask):
-    """scaled_dot_product_attention under mask [N, L, L]; 0 for queries without any key."""
+    """Returns scaled_dot_product_attention under mask [N, L, L]; 0 for queries without any key."""
     alone = ~mask.any(-1)
     heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
     out = scaled_dot_product_attention(*heads_first, attn_mask=(mask | alone[..., None])[None])[0]

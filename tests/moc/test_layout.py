@@ -131,7 +131,8 @@ def test_chunk_rules(shot, chunk_tokens):
 
 
 def assert_even(lengths: list[int], total: int, unit: int, most: int):
-    """`total` units in as few numbers of at most `most` as can be, differing by at most one unit, longer first."""
+    """Checks that these are `total` units in as few numbers of at most `most` as can be, differing by at most one unit,
+    longer first."""
     sizes = [length / unit for length in lengths]
     assert sum(sizes) == total
     assert len(sizes) == math.ceil(total / most)

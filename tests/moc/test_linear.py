@@ -9,7 +9,7 @@ SIGMAS = (0.1, 0.5, 0.9)
 
 
 def closed_form(noisy, sigma, mean, covariance):
-    """E[noise - x | noisy] for x ~ N(mean, covariance), by Bayes."""
+    """Returns E[noise - x | noisy] for x ~ N(mean, covariance), by Bayes."""
     seen = (1 - sigma) ** 2 * covariance + sigma**2 * torch.eye(len(mean), dtype=torch.float64)
     gain = (1 - sigma) * torch.linalg.solve(seen, covariance).T
     latent = mean + (noisy - (1 - sigma) * mean) @ gain.T
@@ -73,7 +73,7 @@ def test_a_small_sample_does_not_make_it_overconfident():
 
 
 def correlated(count: int, seed: int):
-    """Latents [n, 2, 2, 4, 4] that are one picture, brighter or darker, plus a little noise."""
+    """Returns latents [n, 2, 2, 4, 4] that are one picture, brighter or darker, plus a little noise."""
     generator = torch.Generator().manual_seed(seed)
     picture = torch.randn(1, 2, 2, 4, 4, generator=torch.Generator().manual_seed(9))
     brightness = torch.randn(count, 1, 1, 1, 1, generator=generator)

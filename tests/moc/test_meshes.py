@@ -15,7 +15,7 @@ from tests.runs import DROPS, losses, train
 
 @pytest.fixture
 def expected(tmp_path, request):
-    """A folder with what one process makes of the cases of the test, on its device."""
+    """Returns a folder with what one process makes of the cases of the test, on its device."""
     PartialState._reset_state()
     meshes.write_expected(tmp_path, *request.param)
     return tmp_path

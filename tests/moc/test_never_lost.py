@@ -127,7 +127,7 @@ class Steps(Outcome):
 
 
 def told(losses_, norms=None):
-    """The indices of the steps that are told."""
+    """Returns the indices of the steps that are told."""
     spikes, norms = Spikes(tells=False), norms or [1.0] * len(losses_)
     return [i for i, pair in enumerate(zip(losses_, norms, strict=True)) if spikes.add(Steps(i), Totals(*pair, 1))]
 

@@ -27,7 +27,7 @@ TEXT_DIM = 6
 
 
 def samples(source=""):
-    """Two films of three shots and of two."""
+    """Returns two films of three shots and of two."""
     latent, text = torch.randn(4, 2, 4, 6), torch.randn(2, TEXT_DIM)
     return [Sample([latent] * n, [text] * (n + 1), n, f"film{n}", source=source) for n in (3, 2)]
 

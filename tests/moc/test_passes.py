@@ -14,7 +14,7 @@ from tests.runs import make_trainer
 
 @pytest.fixture
 def pools(monkeypatch):
-    """The pool of each graph that is captured."""
+    """Yields the pool of each graph that is captured."""
     used, handles = [], iter(range(9))
 
     @contextmanager

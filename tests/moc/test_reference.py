@@ -27,7 +27,7 @@ def attention(q, k, v, layout, config, **more):
 
 
 def dense_by_sample(q, k, v, layout):
-    """Dense attention within each sample, by torch."""
+    """Returns dense attention within each sample, by torch."""
     outputs = []
     for start, end in layout.sample_ranges:
         heads_first = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
@@ -182,7 +182,8 @@ def test_a_chunk_nobody_chose_takes_no_gradient():
 
 
 def reached(layers: int, layout: moc.ShotLayout, config: moc.MoCConfig, **more) -> torch.Tensor:
-    """bool [L, L]: whether the input of token j has a gradient in the output of token i, through stacked attention."""
+    """Returns bool [L, L]: whether the input of token j has a gradient in the output of token i, through stacked
+    attention."""
     x = tensors(layout.num_tokens, 3, count=1)[0].requires_grad_()
     weights = torch.randn(layers, 3, 4, 4, dtype=torch.float64)
 
@@ -197,7 +198,8 @@ def reached(layers: int, layout: moc.ShotLayout, config: moc.MoCConfig, **more) 
 
 
 def later(layout: moc.ShotLayout) -> torch.Tensor:
-    """bool [L, L]: key j belongs to a later shot than query i (global text precedes all shots) or another sample."""
+    """Returns bool [L, L]: key j belongs to a later shot than query i (global text precedes all shots) or another
+    sample."""
     sample, group = layout.token_sample, layout.token_group
     return (sample[:, None] != sample) | (group[None] > group[:, None])
 

@@ -19,12 +19,12 @@ CONFIG = SamplingConfig(steps=12, guidance_scale=2.0)
 
 
 def way(is_dense=False):
-    """How a step of shot 7 is asked."""
+    """Returns how a step of shot 7 is asked."""
     return Step(torch.ones(8), torch.zeros(8), [7], [7], [0] * 8, is_dense), {7: 1.0}, False
 
 
 def film(model, what, config, start=None):
-    """Latents of a film, where it stood after each step, and how often the model was called."""
+    """Returns latents of a film, where it stood after each step, and how often the model was called."""
     stops, calls = [], []
     hook = model.register_forward_hook(lambda *_: calls.append(None))
     arguments = (model, model.stream, FORWARD, FLOW, what, config, stops.append)
@@ -34,7 +34,7 @@ def film(model, what, config, start=None):
 
 
 def gaussian(latents, sigma, texts):
-    """The velocity where a shot's data are N(2, 0.5^2) in each value, and lean to the mean of all shots."""
+    """Returns the velocity where a shot's data are N(2, 0.5^2) in each value, and lean to the mean of all shots."""
     gains = [(s - (1 - s) * 0.25) / ((1 - s) ** 2 * 0.25 + s**2) for s in sigma]
     mean = torch.stack(latents).mean()
     return [g * (x - (1 - s) * 2) - 2 + 0.1 * mean for g, x, s in zip(gains, latents, sigma, strict=True)]

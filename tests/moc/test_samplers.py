@@ -43,7 +43,7 @@ class Recording:
 
 
 def towards_points(latents, sigma, texts):
-    """The velocity where all data of a shot is one point, the value of its text."""
+    """Returns the velocity where all data of a shot is one point, the value of its text."""
     return [(x - rows[0, 0]) / s for x, s, rows in zip(latents, sigma, texts, strict=True)]
 
 

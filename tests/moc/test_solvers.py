@@ -16,12 +16,12 @@ FLOW_SCHEDULER = {"prediction_type": "flow_prediction", "use_flow_sigmas": True,
 
 
 def spiral(x, sigma):
-    """A velocity that bends."""
+    """Returns a velocity that bends."""
     return torch.stack([x[1] * (1 + sigma), -x[0] + sigma.sin()])
 
 
 def library(scheduler, x):
-    """The loop of diffusers' pipelines."""
+    """Returns what the loop of diffusers' pipelines gives."""
     for sigma, timestep in zip(scheduler.sigmas, scheduler.timesteps, strict=False):
         x = scheduler.step(spiral(x, sigma), timestep, x, return_dict=False)[0]
     return x
@@ -56,7 +56,7 @@ def test_multistep_solvers_are_the_librarys(kind, scheduler, steps):
 
 
 def gaussian(latents, sigma, _):
-    """The velocity of data N(3, 0.5^2): the flow carries noise z to 3 + 0.5 z."""
+    """Returns the velocity of data N(3, 0.5^2): the flow carries noise z to 3 + 0.5 z."""
     gains = [(s - (1 - s) * 0.25) / ((1 - s) ** 2 * 0.25 + s**2) for s in sigma]
     return [g * (x - (1 - s) * 3) - 3 for g, x, s in zip(gains, latents, sigma, strict=True)]
 

@@ -14,7 +14,7 @@ from tests.strategies import attention_tensors, configs, seeds, streams
 
 
 def counted(routes, stream) -> Counter:
-    """(query token, key's first token) of every route."""
+    """Returns (query token, key's first token) of every route."""
     tokens = brute_force.tokens_of(stream)
     first = [tokens[positions[0]] for positions in brute_force.chunks_of(tokens)]
     rows = brute_force.as_lists(routes)

@@ -42,7 +42,7 @@ def make_trainer(case: Case, device: str, folder: Path = Path(), optim: OptimCon
 
 
 def two_steps(case: Case, device: str, **parallel: object) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The loss and the gradients of a step, and what is there after another one."""
+    """Returns the loss and the gradients of a step, and what is there after another one."""
     trainer = make_trainer(case, device, **parallel)
     return step(case, trainer), [*step(case, trainer).values(), *state(trainer)]
 
@@ -167,7 +167,7 @@ def test_parts_that_are_recomputed_give_the_same_and_keep_less(family: str, devi
 
 
 def kept_bytes(trainer: Trainer) -> int:
-    """What a forward without outer recomputation keeps for its backward, weights left out."""
+    """Returns what a forward without outer recomputation keeps for its backward, weights left out."""
     model, storages = trainer.bare_model, {}
     model.disable_gradient_checkpointing()
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}

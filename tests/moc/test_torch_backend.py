@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("listed")
 
 @pytest.fixture(params=["masked", "unmasked"])
 def way(request, monkeypatch):
-    """How the backend computes short samples, and how long ones."""
+    """Sets how the backend computes short samples, and how long ones."""
     if request.param == "unmasked":
         monkeypatch.setattr(masked, "MAX_TOKENS", 0)
 

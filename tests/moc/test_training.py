@@ -19,7 +19,7 @@ from tests.runs import DROPS, MOC, losses, make_trainer, train
 
 @pytest.fixture(scope="module")
 def whole(cache, tmp_path_factory):
-    """A run of six steps that nothing disturbed, with a checkpoint at step three."""
+    """Returns a run of six steps that nothing disturbed, with a checkpoint at step three."""
     folder = tmp_path_factory.mktemp("whole")
     train(cache, folder, num_steps=6, checkpoint_every=3, keep_checkpoints=5)
     return folder

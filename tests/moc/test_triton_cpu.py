@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("listed")
 
 
 def larger_stream() -> moc.ShotLayout:
-    """Chunks larger than a block of keys, ragged; more tokens than a block of queries; two samples."""
+    """Returns chunks larger than a block of keys, ragged; more tokens than a block of queries; two samples."""
     first = moc.ShotLayout.build([moc.Shot(5, (3, 5, 8)), moc.Shot(0, (1, 5, 8)), moc.Shot(3, (2, 5, 8))], 7, 40)
     second = moc.ShotLayout.build([moc.Shot(0, (2, 3, 9)), moc.Shot(2, (3, 3, 9))], 0, 40)
     return moc.ShotLayout.pack([first, second])
@@ -122,12 +122,13 @@ def test_triton_lists_are_the_routes_sorted_by_chunk(block, monkeypatch):
 
 
 def eighths(x: torch.Tensor) -> torch.Tensor:
-    """x to the nearest eighth: sums of such numbers are exact, so that equal keys have equal scores on any hardware."""
+    """Returns x to the nearest eighth: sums of such numbers are exact, so that equal keys have equal scores on any
+    hardware."""
     return (x * 8).round() / 8
 
 
 def many_chunks() -> moc.ShotLayout:
-    """Two samples, 208 chunks of one token or two, blocks of queries across shots and samples."""
+    """Returns two samples, 208 chunks of one token or two, blocks of queries across shots and samples."""
     first = [moc.Shot(2, (30, 1, 1)), moc.Shot(1, (120, 1, 1)), moc.Shot(0, (17, 1, 2))]
     second = [moc.Shot(2, (9, 1, 1)), moc.Shot(1, (26, 1, 1))]
     return moc.ShotLayout.pack([moc.ShotLayout.build(first, 3, 2), moc.ShotLayout.build(second, 0, 2)]).rechunk(1)

@@ -28,7 +28,7 @@ CONFIGS = {
 
 
 def random_stream(rng: random.Random, chunk_tokens: int) -> moc.ShotLayout:
-    """A pack of one to three samples: stills, shots of one token and of several chunks, absent texts."""
+    """Returns a pack of one to three samples: stills, shots of one token and of several chunks, absent texts."""
 
     def shot() -> moc.Shot:
         return moc.Shot(rng.choice((0, 1, 5, 16)), (rng.randint(1, 9), rng.randint(1, 9), rng.choice((1, 4, 16))))
@@ -41,14 +41,14 @@ def random_stream(rng: random.Random, chunk_tokens: int) -> moc.ShotLayout:
 
 
 def as_on_a_device(layout: moc.ShotLayout, monkeypatch: pytest.MonkeyPatch) -> moc.ShotLayout:
-    """`layout` with its tables where `to` puts them on a device."""
+    """Returns `layout` with its tables where `to` puts them on a device."""
     with monkeypatch.context() as patch:
         patch.setattr(moc.ShotLayout, "device", torch.device("meta"))
         return layout.to("cpu")
 
 
 def train_and_sample(layout: moc.ShotLayout, config: moc.MoCConfig) -> None:
-    """Attention with drops, forward and backward, then without gradients and from a later shot on."""
+    """Computes attention with drops, forward and backward, then without gradients and from a later shot on."""
     q, k, v = attention_tensors(layout, dtype=torch.bfloat16, num_heads=3, head_dim=64, requires_grad=True)
     drops = moc.DropKey(seed=0, step=layout.num_tokens)
     moc.moc_attention(q, k, v, layout, config, backend="triton", drops=drops).sum().backward()
@@ -76,7 +76,7 @@ def test_kernels_are_compiled_once_whatever_the_stream(name, capability, monkeyp
 
 
 def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, across_heads: bool) -> Tensor:
-    """Every pointwise function on one stream of bf16 tokens; across_heads: as Wan norms q and k."""
+    """Returns every pointwise function on one stream of bf16 tokens; across_heads: as Wan norms q and k."""
     from models import pointwise
 
     def tokens(*shape: int) -> Tensor:

@@ -23,7 +23,7 @@ TEXT = "condition_embedder.text_embedder.linear_1.weight"
 
 @pytest.fixture
 def experts(tmp_path: Path) -> dict[str, Path]:
-    """The same two models as a diffusers pipeline, as the release's folder, and as HoloCine's files."""
+    """Returns the same two models as a diffusers pipeline, as the release's folder, and as HoloCine's files."""
     folders = {name: tmp_path / name for name in ("diffusers", "release", "files")}
     folders["files"].mkdir()
     for name, folder, noise in (
@@ -163,7 +163,7 @@ def script(tmp_path):
 
 
 def expert_of(trained: Path, folder: Path, **flow) -> Path:
-    """A copy of a trained run that says it saw some of the noise levels."""
+    """Returns a copy of a trained run that says it saw some of the noise levels."""
     shutil.copytree(trained, folder)
     (state,) = folder.glob("checkpoints/*/state.json")
     record = json.loads(state.read_text())

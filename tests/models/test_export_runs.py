@@ -29,7 +29,7 @@ from tests.wan_files import same, save_hole, save_original
 
 @pytest.fixture
 def release(reduced_folder: Path, tmp_path: Path) -> Path:
-    """A diffusers pipeline of Wan, as it is published."""
+    """Returns a diffusers pipeline of Wan, as it is published."""
     shutil.copytree(reduced_folder, tmp_path / "release/transformer")
     save_tiny_encoders(tmp_path / "release")
     (tmp_path / "release/model_index.json").write_text('{"_class_name": "WanPipeline"}')
@@ -40,14 +40,14 @@ def release(reduced_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def story(tmp_path: Path) -> Path:
-    """A script of one short shot."""
+    """Returns a script of one short shot."""
     file = tmp_path / "story.yaml"
     file.write_text(yaml.safe_dump({"size": [32, 48], "fps": 12, "shots": [{"prompt": "Mia.", "seconds": 0.4}]}))
     return file
 
 
 def save_tiny_encoders(folder: Path) -> None:
-    """As a diffusers pipeline of Wan holds them."""
+    """Saves encoders as a diffusers pipeline of Wan holds them."""
     diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).save_pretrained(folder / "vae")
     config = UMT5Config(vocab_size=16, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")

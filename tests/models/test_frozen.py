@@ -32,7 +32,7 @@ TARGETS = {"wan": ["to_q", "to_v", "net.0.proj", "net.2"], "mmdit": ["to_qkv", "
 
 
 def rounding(weight: Tensor, base: Base) -> Tensor:
-    """The most that a format may change each number of a weight."""
+    """Returns the most that a format may change each number of a weight."""
     row = weight.abs().amax(1, keepdim=True)
     if base is Base.int8:
         return (0.5 / 127) * row.expand_as(weight)

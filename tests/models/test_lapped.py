@@ -17,7 +17,7 @@ from tests.models.test_vae import moving_gradient, psnr
 
 
 def storyworld_shots(folder: Path, scenes: int, **settings) -> list[Tensor]:
-    """The shots of a world in both modes, all else by default, each float [3, F, H, W] in [-1, 1]."""
+    """Returns the shots of a world in both modes, all else by default, each float [3, F, H, W] in [-1, 1]."""
     shots = []
     for mode in Mode:
         generate(StoryworldConfig(output=str(folder / mode), scenes=scenes, mode=mode, workers=1, **settings))

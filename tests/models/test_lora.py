@@ -37,7 +37,7 @@ SCRIPT = "scripts/convert_checkpoint.py"
 
 
 def save_base(family: str, folder: Path, seed: int = 0) -> Path:
-    """A model with every weight drawn, so that none hides an adapter behind a zero."""
+    """Returns a model with every weight drawn, so that none hides an adapter behind a zero."""
     torch.manual_seed(seed)
     model = WanTransformer3DModel(**REDUCED) if family == "wan" else MMDiT(**MMDIT, input_skip=True, frame_place=True)
     with torch.no_grad():
@@ -53,13 +53,13 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def settings_for(base: Path, rank: int, targets: list[str]) -> ModelConfig:
-    """The settings of an adapter, with the family of its base."""
+    """Returns the settings of an adapter, with the family of its base."""
     family = Family.mmdit if open_checkpoint(base).kind == "MMDiT" else Family.wan
     return ModelConfig(family, str(base), lora_rank=rank, lora_targets=targets)
 
 
 def adapted(base: Path, targets: list[str], rank: int = 2) -> ModelMixin:
-    """A model with an adapter that does something."""
+    """Returns a model with an adapter that does something."""
     model = build_model(settings_for(base, rank, targets), 4, 12)
     for name, weight in model.named_parameters():
         if "lora" in name:

@@ -26,7 +26,7 @@ def wan(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def matrices(wan: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """The down and the up matrix of each layer."""
+    """Returns the down and the up matrix of each layer."""
     state = load_model(wan).state_dict()
     shapes = {layer: state[f"{layer}.weight"].shape for layer in LAYERS}
     return {layer: (torch.randn(RANK, columns), torch.randn(rows, RANK)) for layer, (rows, columns) in shapes.items()}
@@ -37,7 +37,7 @@ def original(layer: str) -> str:
 
 
 def in_form(form: str, matrices: dict[str, tuple[Tensor, Tensor]], alpha: float | None = None) -> dict[str, Tensor]:
-    """The tensors of a file as a maker writes it."""
+    """Returns the tensors of a file as a maker writes it."""
     tensors: dict[str, Tensor] = {}
     for layer, (down, up) in matrices.items():
         first, second, stem = {

@@ -17,7 +17,7 @@ from tests.weights import randomized
 
 
 def original_t5_name(name: str) -> str:
-    """The name in models_t5_umt5-xxl-enc-bf16.pth, as Wan's t5.py has it."""
+    """Returns the name in models_t5_umt5-xxl-enc-bf16.pth, as Wan's t5.py has it."""
     for new, old in {
         **{"shared": "token_embedding", "encoder.final_layer_norm": "norm", "encoder.block": "blocks"},
         **{"layer.0.layer_norm": "norm1", "layer.1.layer_norm": "norm2"},
@@ -64,7 +64,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def original_vae22_name(name: str) -> str:
-    """The name in Wan2.2_VAE.pth; a block has two layers in the encoder, three in the decoder, then its resampling."""
+    """Returns the name in Wan2.2_VAE.pth; a block has two layers in the encoder, three in the decoder, then its
+    resampling."""
     layers = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
     tops = {
         **{"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2", "mid_block.attentions.0": "middle.1"},

@@ -22,7 +22,7 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def cases(length: int, groups: int, dtype: torch.dtype) -> dict[str, tuple]:
-    """Each function with arguments for `length` tokens: no powers of two, slices, groups without tokens."""
+    """Returns each function with arguments for `length` tokens: no powers of two, slices, groups without tokens."""
     group = torch.randint(0, groups, (length,), dtype=torch.int32).sort().values
     members = Members(group, group.bincount(minlength=groups))
     rows = numbers(groups, 6 * 24).chunk(6, dim=-1)
@@ -45,7 +45,7 @@ def cases(length: int, groups: int, dtype: torch.dtype) -> dict[str, tuple]:
 
 
 def results(function, arguments) -> list[Tensor]:
-    """What a function returns, and the gradient of each of its arguments that has one."""
+    """Returns what a function returns, and the gradient of each of its arguments that has one."""
     inputs = [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
     found = function(*arguments)
     outputs = [found] if isinstance(found, Tensor) else list(found)

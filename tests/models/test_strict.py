@@ -22,7 +22,7 @@ SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Small folders as the libraries write them."""
+    """Returns small folders as the libraries write them."""
     root = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     T5EncoderModel(T5Config(**T5)).save_pretrained(root / "t5")
@@ -36,7 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A copy to spoil."""
+    """Returns a copy to spoil."""
     return lambda name: Path(shutil.copytree(saved / name, tmp_path / name))
 
 
@@ -58,7 +58,7 @@ def change(path: Path, edit: Callable[[dict], object]) -> None:
 
 
 def misfit(tensors: dict) -> None:
-    """One tensor missing, one too many, one of another shape."""
+    """Spoils a folder: one tensor is missing, one too many, one of another shape."""
     names = sorted(tensors)
     del tensors[names[0]]
     tensors["stray.weight"] = torch.zeros(2)

@@ -20,13 +20,13 @@ WAN22 = {
 
 
 def moving_gradient(frames: int = 9, height: int = 32, width: int = 48) -> Tensor:
-    """A smooth, coloured, moving picture: float [3, F, H, W]."""
+    """Returns a smooth, coloured, moving picture: float [3, F, H, W]."""
     t, y, x = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.sin(x / 9 + t / 5), torch.cos(y / 7 - t / 6), torch.sin((x + y) / 11)]) * 0.9
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal to noise of values in [-1, 1], in dB."""
+    """Returns peak signal to noise of values in [-1, 1], in dB."""
     return float(10 * torch.log10(4 / (a - b).square().mean()))
 
 
