@@ -73,7 +73,7 @@ def test_folds_are_taken_together_and_shots_told_apart_by_age(tmp_path):
 
 @pytest.mark.slow
 def test_rows_are_trained_tested_and_recorded(tmp_path):
-    """The command itself, on made-up latents of the film's scenes."""
+    """The command itself runs on made-up latents of the film's scenes."""
     folder, output = tmp_path / "data", tmp_path / "film.json"
     encoders = build_encoders(EncodersConfig(), ["rabbit"])
     recipe = {"codec": encoders.codec.fingerprint, "text": encoders.text.fingerprint, "sizes": [[32, 48]], "fps": 8}

@@ -130,7 +130,7 @@ def test_every_row_takes_steps(name, tmp_path):
 
 @pytest.mark.slow
 def test_a_row_is_trained_and_tested_also_over_whole_stories_and_other_numbers_of_shots(tmp_path):
-    """Both commands: the second takes the run of the first, and its reader."""
+    """Both commands are run: the second takes the run of the first, and its reader."""
     output, folder = tmp_path / "recall.json", tmp_path / "runs"
     shared = (f"folder={folder}", "device=cpu", "batch=2", "sampling_steps=2", f"settings={json.dumps(SMALL)}")
     words = ("rows=[moc]", "steps=2", "scenes=16", "look_alikes=2", "reader_steps=2", "shots=[4,6]", f"output={output}")

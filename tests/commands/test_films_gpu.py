@@ -62,7 +62,7 @@ def story(tmp_path_factory) -> Path:
 
 
 def test_evaluating(prepared, run, tmp_path, on_gpu):
-    """In bf16 as it was trained; fp32 gives nearly the same numbers at the same noise."""
+    """It is sampled in bf16, as it was trained; fp32 gives nearly the same numbers at the same noise."""
     rows = {}
     for precision in ("bf16", "fp32"):
         file = tmp_path / f"{precision}.json"
@@ -145,7 +145,7 @@ def test_keys_and_values_that_find_no_memory_lie_in_the_host(run, story, tmp_pat
 
 
 def test_the_gpu_films_what_the_cpu_films(run, story, tmp_path, on_gpu):
-    """At fp32, with finished shots' keys kept and without; bf16 is not far."""
+    """Films are made at fp32, with finished shots' keys kept and without; bf16 is not far."""
     cpu = pipeline.sample(run, story, tmp_path / "cpu", "device=cpu")
     expected = [load_file(path)["latent"] for path in sorted(cpu.glob("latents/*"))]
     for name, precision, tolerance, settings in (

@@ -69,7 +69,7 @@ def test_accelerate_launches_two_processes_that_share_the_work(folder):
 
 @pytest.mark.slow
 def test_one_of_two_processes_is_killed_and_the_next_launch_goes_on(folder):
-    """The second process, without warning, while both encode: what either had stored is not made again."""
+    """The second process is killed without warning while both encode: what either had stored is not made again."""
     scenes(folder, *(scene(f"s{n}-{m}", (n, n + 9 + 4 * m)) for n in range(40) for m in range(3)))
     launch = subprocess.Popen(command(folder, *two_processes()), env=environment())
     while launch.poll() is None and len(list(folder.glob("out/cache/*/scene-1-*.json"))) < 10:
@@ -114,7 +114,7 @@ def test_a_launch_that_started_one_process_of_several_is_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_goes_on_after_a_kill(folder):
-    """Killed without warning while it scans its fourth film; the next run scans only what is left."""
+    """It is killed without warning while it scans its fourth film; the next run scans only what is left."""
     for n in range(8):
         write_numbered(folder / f"{n}.mkv", 400)
     process = subprocess.Popen(command(folder, sys.executable), env=environment())

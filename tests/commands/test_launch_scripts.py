@@ -68,7 +68,7 @@ def test_torchrun_is_told_of_the_hosts_and_the_signals(play, tmp_path):
 
 @pytest.mark.parametrize(("unfinished", "status"), [(True, NOT_FINISHED), (False, 1)])
 def test_an_unfinished_run_has_its_own_status(play, tmp_path, unfinished, status):
-    """Though torchrun's is 1 for every failure."""
+    """The status is kept though torchrun's is 1 for every failure."""
     play("torchrun", f"{f'touch ${MARKER};' if unfinished else ''} exit 1")
     assert play.run(copied(tmp_path))[0] == status
 

@@ -78,7 +78,8 @@ def test_scenes_that_are_encoded_as_they_are_read(capsys, caplog, tmp_path):
     ],
 )
 def test_states_are_counted_where_they_lie(optim, on_device):
-    """In copies of the weights, beside which a gradient and an average lie; torch's meta stands for a GPU."""
+    """The count is in copies of the weights, beside which a gradient and an average lie; torch's meta stands for a
+    GPU."""
     model = torch.nn.Linear(64, 8, bias=False, device="meta")
     parallel = SimpleNamespace(device=torch.device("meta"))
     trainer = SimpleNamespace(

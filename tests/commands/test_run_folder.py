@@ -14,7 +14,7 @@ from tests.runs import train as train_here
 
 @pytest.mark.parametrize("name", ["../esc", "a/../../esc", "/tmp/esc", ".."])
 def test_a_name_that_leaves_the_output_is_refused(capsys, tmp_path, prepared, name):
-    """Before anything is made, below the output or outside."""
+    """It is refused before anything is made, below the output or outside."""
     arguments = [*train_arguments(prepared, tmp_path / "out/run"), f"name={name}"]
     said = refusal(capsys, "train.py", *arguments)
     assert said.startswith(f"error: name='{name}' does not lie within {tmp_path}/out; ")
@@ -90,7 +90,8 @@ def metrics_of(folder):
 
 @pytest.mark.parametrize("call", ["write_bytes", "write_text", "replace", "open"])
 def test_metrics_outlive_a_kill_at_a_resume(tmp_path, monkeypatch, call):
-    """Killed at any of the calls that could touch the file: all rows are still there, or just those to be kept."""
+    """The process is killed at any of the calls that could touch the file: all rows are still there, or just those to
+    be kept."""
     before, resume = metrics_of(tmp_path)
 
     class KillError(BaseException):

@@ -113,7 +113,7 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypat
 
 
 def test_every_launch_is_recorded(prepared, run):
-    """Its command, code, versions and hosts; the lines of earlier launches stay."""
+    """The line holds its command, code, versions and hosts; the lines of earlier launches stay."""
     with figures.drawn():
         command(*launch(prepared, run, "trainer.num_steps=4"))
     first, second = (json.loads(line) for line in (run / "launches.jsonl").read_text().splitlines())

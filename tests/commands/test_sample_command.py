@@ -128,7 +128,8 @@ def names(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", ["metadata.json", "shots/02.mp4", "latents/02.safetensors"])
 def test_a_film_is_not_written_over(capsys, tmp_path, trained, script, name):
-    """One that was not finished is not either: its later shots would stand beside the new film's metadata."""
+    """A film that was not finished is not replaced either: its later shots would stand beside the new film's
+    metadata."""
     (tmp_path / "film" / name).parent.mkdir(parents=True)
     (tmp_path / "film" / name).write_text("{}")
     arguments = sample_arguments(trained, script(), tmp_path / "film")

@@ -75,7 +75,7 @@ def test_settings_that_mean_nothing(command, setting, said):
     [("sample", "lora"), ("sample", "encoders_path"), ("evaluate", "page"), ("prepare", "captioner")],
 )
 def test_a_text_of_nothing_is_no_unset_setting(command, key):
-    """As a shell gives it for a variable that it does not have."""
+    """A shell gives such a text for a variable that it does not have."""
     with pytest.raises(UserError, match=f"^{key} is empty"):
         parsed(command, f"{key}=")
 

@@ -39,7 +39,7 @@ def test_the_demos_stages_are_commands_that_parse(tmp_path, scale):
 
 
 def test_some_shots_are_trained_on_as_stills(tmp_path):
-    """As in LCT; the demo's training alone leaves it out."""
+    """This is as in LCT; the demo's training alone leaves it out."""
     cache = write_cache(tmp_path, [scene(number, shots=2, frames=3) for number in range(4)])
     for choice, rate in (("model=base", 0.1), ("experiment=wan_a14b_low", 0.1), ("experiment=storyworld", 0)):
         config = parsed("train", choice, f"data.path={cache}", "data.workers=0", "data.validation=0").data
@@ -102,7 +102,7 @@ def test_the_two_experts_share_the_noise_levels():
 
 @pytest.mark.parametrize(("size", "millions"), [("small", 15), ("base", 300), ("3b", 3000)])
 def test_models_have_the_sizes_that_their_files_say(size, millions):
-    """With the latents of Wan's VAE and the text features of UMT5."""
+    """It is built with the latents of Wan's VAE and the text features of UMT5."""
     config = parsed("train", f"model={size}").model
     with torch.device("meta"):
         model = build_model(config, latent_channels=16, text_dim=4096)

@@ -48,7 +48,7 @@ def test_a_trained_model_is_diffusers_again(dense_run, release):
 
 @pytest.mark.slow
 def test_the_recipe_for_a_small_gpu_trains_resumes_and_merges(prepared, release, tmp_path):
-    """A base in fp8, swapped blocks, activations and averages on the host, all through the command."""
+    """A base in fp8, swapped blocks, activations and averages on the host are all asked for through the command."""
     small = ("data.batch_tokens=900", "data.workers=0", "moc.chunk_tokens=6", "parallel.device=cpu")
     paths = ("experiment=wan_a14b_high_24gb", f"data.path={prepared}", f"output={tmp_path}", f"model.path={release}")
     settings = (*small, "parallel.swap_blocks=2", "data.drop_to_still=0", "optim.lr=0.1", "optim.warmup_steps=0")

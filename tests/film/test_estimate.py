@@ -102,7 +102,8 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
 
 @pytest.mark.usefixtures("no_decoding")
 def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, write, tmp_path, monkeypatch, caplog):
-    """Before the first film of a batch is begun; what is said to fit does, and a film that may fit is made."""
+    """It is told before the first film of a batch is begun; what is said to fit does, and a film that may fit is
+    made."""
     filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
     stories = [write(STORY | {"shots": [SHOT] * count}, f"{count}.yaml") for count in (1, 13)]
     films = [(filmmaker.read(story), FilmFolder(tmp_path / story.stem)) for story in stories]
@@ -164,7 +165,7 @@ def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tm
 
 
 def test_features_are_counted_in_the_precision_of_the_forward_and_weights_in_their_own(trained, write):
-    """Whatever that of the first parameter is: Wan's modulation stays in fp32."""
+    """It is so whatever the precision of the first parameter is: Wan's modulation stays in fp32."""
 
     def count(**settings) -> tuple[float, float]:
         filmmaker = Filmmaker(FilmmakerConfig(str(trained), device="cpu", **settings))

@@ -33,7 +33,8 @@ def test_a_film_that_is_killed_again_and_again_is_the_film_that_never_was(traine
 
 @pytest.mark.slow
 def test_a_film_that_is_killed_at_twenty_random_moments_is_the_film_that_never_was(trained, write, tmp_path):
-    """Within a step, a file or a picture. What ends before it is killed is compared, and the next film begins."""
+    """A film may be killed within a step, a file or a picture. What ends before it is killed is compared, and the next
+    film begins."""
     Image.new("RGB", (48, 32), "red").save(tmp_path / "reef.png")
     shots = [SHOT, SHOT | {"cut": False}, SHOT | {"image": "reef.png"}, SHOT]
     filmmaker, moments = open_filmmaker(trained, lag=0.5, steps=6), random.Random(0)

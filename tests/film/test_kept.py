@@ -54,7 +54,8 @@ def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
 
 
 def test_keys_and_values_lie_in_the_host_where_the_device_is_short(trained, tmp_path, monkeypatch):
-    """By the count of a film, and if they have room there and it is not said where they lie. The CPU is the host."""
+    """They go there by the count of a film, if they have room there and it is not said where they lie. The CPU is the
+    host."""
     filmmaker = open_filmmaker(trained)
     plan = filmmaker.plan(filmmaker.read(write(tmp_path, 9)))
     here = filmmaker.estimate(plan)
@@ -103,7 +104,7 @@ def test_a_film_that_reuses_steps_says_how_many_and_goes_on_with_the_same_bytes(
 
 
 def test_films_of_weights_in_few_bytes_are_films_of_their_own(trained, tmp_path):
-    """Close to that of the weights as they are, and known by what they are made with."""
+    """The films are close to that of the weights as they are, and known by what they are made with."""
     script, latents, requests = write(tmp_path, 1), {}, []
     for settings in ({}, {"weights": Base.int8}, {"weights": Base.fp8}, {"weights": Base.fp8, "fp8_matmuls": True}):
         sampler = SamplingConfig(steps=2, guidance_scale=1.0)

@@ -80,7 +80,7 @@ def test_pictures_that_are_not_finite_are_no_film(tmp_path):
 
 
 def test_what_is_kept_is_what_sampling_goes_on_from(tmp_path):
-    """Two steps a shot, kept after each; a shot that is finished is read from its own file."""
+    """A shot takes two steps and is kept after each; a shot that is finished is read from its own file."""
     counts = [torch.eye(2, dtype=torch.float64) * step for step in range(5)]
     noisy = {step: latent(step / 10) for step in range(1, 5)}
 

@@ -54,7 +54,8 @@ def test_a_call_a_group_equals_one_packed_call(config, monkeypatch):
 
 @pytest.mark.parametrize("config", [{}, {"dense": True}])
 def test_shots_of_one_length_are_one_call(config, monkeypatch):
-    """Without text in the stream; the calls one by one, for which they are then not known as such, give the same."""
+    """There is no text in the stream; the calls one by one, for which they are then not known as such, give the
+    same."""
     config = moc.MoCConfig(top_k=2, **config)
     monkeypatch.setattr(anchors, "SHORT", 0)  # short ones are packed otherwise
     sample = moc.ShotLayout.build([moc.Shot(0, (3, 2, 2))] * 3, 0, chunk_tokens=4)
@@ -81,7 +82,7 @@ def test_shots_that_are_no_one_call():
 
 
 def test_runs_share_keys_and_leave_some_unread():
-    """Against one plain attention a run; keys 1 and 2 are read twice, key 5 never."""
+    """It is compared with one plain attention a run; keys 1 and 2 are read twice, key 5 never."""
     keys = [torch.tensor([1, 2]), torch.tensor([2, 1, 4, 3]), torch.tensor([0])]
     packed = Packed.build([2, 1, 3], keys, 6, torch.device("cpu"))
     q, k, v = (torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))

@@ -60,7 +60,8 @@ def test_dense_attention_has_no_sparsity_and_no_routing(stream, config):
 
 @given(streams(), configs(), seeds)
 def test_pairs_of_a_callers_routes_equal_a_count_of_the_mask(stream, config, seed):
-    """Any chunks at all: repeated, covered by anchors, of text, of other samples. Each key counts once."""
+    """The routes are any chunks at all: repeated, covered by anchors, of text, of other samples. Each key counts
+    once."""
     layout = stream.layout()
     generator = torch.Generator().manual_seed(seed)
     routes = torch.randint(-1, layout.num_chunks, (2, layout.num_tokens, 4), generator=generator, dtype=torch.int32)
@@ -74,7 +75,8 @@ def test_pairs_of_a_callers_routes_equal_a_count_of_the_mask(stream, config, see
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 64), (12, 128)])
 def test_flops_follow_the_paper(num_heads, head_dim):
-    """Per head: dense 4 L^2 d; MoC L d to pool, 2 L C d to score, 4 (own + text + routed pairs) d to attend."""
+    """Per head the FLOPs are: dense 4 L^2 d; MoC L d to pool, 2 L C d to score, 4 (own + text + routed pairs) d to
+    attend."""
     layout = moc.ShotLayout.build([moc.Shot(0, (4, 2, 2)) for _ in range(4)], chunk_tokens=4)
     config = moc.MoCConfig(top_k=2, causal=False, own_anchor="none")
     q, k, _ = attention_tensors(layout, num_heads=num_heads)
@@ -127,7 +129,7 @@ def any_routes(layout: moc.ShotLayout, top_k: int) -> torch.Tensor:
 
 
 def test_density_of_the_benchmark_stream():
-    """8 shots of 23,040 video and 64 text tokens, 256 global, k 5 of 1,280: density 0.159."""
+    """8 shots of 23,040 video and 64 text tokens with 256 global ones, k 5 of 1,280, have a density of 0.159."""
     layout = paper_stream()
     cost = attention_cost(layout, moc.MoCConfig(), any_routes(layout, 5), num_heads=12, head_dim=128)
     shot, text, total = 23_104, 256 + 8 * 64, 8 * 23_104 + 256
@@ -139,7 +141,7 @@ def test_density_of_the_benchmark_stream():
 
 
 def test_own_shots_cap_the_sparsity():
-    """Eight equal shots, nothing but the own shot: 87.5 %."""
+    """Eight equal shots that see nothing but their own shot have a sparsity of 87.5 %."""
     layout = moc.ShotLayout.build([moc.Shot(0, (8, 2, 2)) for _ in range(8)], chunk_tokens=4)
     none = torch.empty(1, layout.num_tokens, 0, dtype=torch.int32)
     cost = attention_cost(layout, moc.MoCConfig(top_k=0), none, num_heads=1, head_dim=8)

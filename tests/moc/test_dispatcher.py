@@ -85,7 +85,7 @@ def backend(request, monkeypatch):
     ids=["forward", "both ways", "own chunk", "dense"],
 )
 def test_the_last_queries_alone_equal_those_of_all(backend, config):
-    """First queries in a text, at a group's start, within a chunk, and of the last token alone."""
+    """The first query is in a text, at a group's start, within a chunk, or the last token."""
     layout = two_samples()
     heads = 1 if backend == "triton" else 2  # interpreting takes its time
     q, k, v = attention_tensors(layout, dtype=torch.float32, num_heads=heads, head_dim=16, requires_grad=True)

@@ -181,7 +181,7 @@ def test_drop_in_has_no_favourites():
 
 
 def test_drop_in_works_without_any_route():
-    """k = 0: nothing to drop, but chance still brings chunks in."""
+    """With k = 0 there is nothing to drop, but chance still brings chunks in."""
     before, after = before_and_after(moc.MoCConfig(top_k=0, drop_in_rate=1.0))
     assert not before.any()
     assert 0.5 < after.sum(-1).double().mean() < 1.2
@@ -215,7 +215,7 @@ def test_the_same_key_gives_the_same_routes():
 
 @pytest.mark.parametrize("other", [(9, 2, 3), (1, 9, 3), (1, 2, 9), (2, 1, 3), (1, 3, 2), (1 + 2**16, 2, 3)])
 def test_seed_step_and_layer_each_change_the_draws(other):
-    """Different, and unrelated: drop counts under two keys agree no more often than chance has it."""
+    """Draws are different, and unrelated: drop counts under two keys agree no more often than chance has it."""
     config = moc.MoCConfig(top_k=5, drop_in_rate=0.0)
     layout = long_stream(frames=100)
     before, after = before_and_after(config, layout)
@@ -261,7 +261,7 @@ def packed(*positions: int, frames: int = 40) -> moc.ShotLayout:
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])
 def test_a_sample_draws_the_same_in_any_pack(backend):
-    """Keyed by the sample's position and the token's offset in it, never by what else is in the pack."""
+    """Draws are keyed by the sample's position and the token's offset in it, never by what else is in the pack."""
     config = moc.MoCConfig(top_k=2, drop_in_rate=1.5)
     layout = packed(7, 5, 9, frames=4).rechunk(3)
     q, k, _ = attention_tensors(layout, num_heads=4, head_dim=16, dtype=torch.float32)

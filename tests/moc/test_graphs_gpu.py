@@ -47,8 +47,8 @@ class Packs:
 @pytest.mark.parametrize("moc", [CONFIG, MoCConfig(dense=True)], ids=["moc", "dense"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_steps_through_graphs_are_those_without(tmp_path, family, moc, micro_batches):
-    """Drops on, two kinds of streams, another chunk size from step 5 on, and a step in three that is surveyed and
-    takes no graph."""
+    """Drops are on, streams are of two kinds, chunks have another size from step 5 on, and one step in three is
+    surveyed and takes no graph."""
 
     def losses(graphs: int) -> list[float]:
         torch.manual_seed(0)

@@ -30,7 +30,7 @@ def kernels() -> set[str]:
 
 
 def test_every_kernel_compiles_without_a_gpu(tmp_path):
-    """For one with little shared memory."""
+    """They are compiled for one with little shared memory."""
     rows = compile_kernels(tmp_path / "few.json", "--gpus", "120", "--settings", "bf16-64-small-chunks")
     assert {row["name"] for row in rows} == kernels()
     assert all(row["registers"] > 0 for row in rows)

@@ -150,8 +150,8 @@ def test_few_and_many_routes(top_k):
 
 @pytest.mark.parametrize(("causal", "own"), [(True, "shot"), (False, "shot"), (False, "chunk"), (True, "none")])
 def test_routes_among_many_chunks(causal, own):
-    """Hundreds of chunks, some of them alike at a period, some equal: shortlists and what they leave. Of whole numbers
-    and 32 tokens a chunk every score is exact, whatever the order of its sum."""
+    """There are hundreds of chunks, some of them alike at a period, some equal, for shortlists and what they leave. Of
+    whole numbers and 32 tokens a chunk every score is exact, whatever the order of its sum."""
     layout = moc.ShotLayout.build([moc.Shot(5, (40, 8, 16))] * 3, 9, 32).to("cuda")
     q, k = (torch.randint(-60, 61, (layout.num_tokens, 4, 128), device="cuda").bfloat16() for _ in range(2))
     q[:, 1:] = q[:, 1:].abs()
@@ -183,7 +183,7 @@ def test_callers_routes():
 
 
 def test_ties_go_to_the_lowest_chunk():
-    """Chunks of 16 tokens of +1 and -1: means and scores are exact, and many are equal."""
+    """Chunks are 16 tokens of +1 and -1: means and scores are exact, and many are equal."""
     layout = moc.ShotLayout.build([moc.Shot(3, (30, 4, 4)), moc.Shot(0, (9, 4, 4))], 2, 16).to("cuda")
     tensors, _ = inputs(layout, requires_grad=False)
     q, k = (x.sign() for x in tensors[:2])
@@ -200,7 +200,7 @@ def test_torch_backend_on_the_gpu():
 
 
 def test_the_longest_rows_fit():
-    """More than 2^31 numbers in q: row offsets need 64 bits."""
+    """There are more than 2^31 numbers in q: row offsets need 64 bits."""
     layout = moc.ShotLayout.build([moc.Shot(16, (30, 32, 64))] * 17, 16, 2048).to("cuda")
     config = moc.MoCConfig(top_k=1, own_anchor="none", text_anchor="none")
     q, k, v = (torch.randn(layout.num_tokens, 17, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -314,7 +314,7 @@ def test_compiled_and_recomputed_gradients_are_the_same(dense_setting):
 
 
 def test_a_cuda_graph_of_forward_and_backward_takes_new_inputs():
-    """What a short stream needs, which takes longer to launch than to compute."""
+    """A short stream needs this, since it takes longer to launch than to compute."""
     layout = stream()
     config = moc.MoCConfig(top_k=3, causal=False, own_anchor="chunk")
     execution = moc.Execution(dense_kernel="fa2", deterministic=True)

@@ -56,7 +56,8 @@ def test_a_mesh_that_the_processes_do_not_fill(axes):
 
 @pytest.mark.parametrize("axis", ["shard", "sequence"])
 def test_a_run_of_two_processes_validates_saves_and_goes_on_as_one(cache, two_processes, tmp_path, axis):
-    """Three held-out scenes over two processes, so that one of them computes a scene a second time to keep step."""
+    """There are three held-out scenes for two processes, so that one of them computes a scene a second time to keep
+    step."""
     PartialState._reset_state()
     one, two = tmp_path / "one", tmp_path / "two"
     train(cache, one, num_steps=6, moc=DROPS, validation=3)

@@ -85,7 +85,7 @@ def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch,
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_killed_25_times_has_the_losses_of_one_that_was_not(cache, tmp_path, ranks):
-    """At random moments, saves in the foreground and in the background included."""
+    """It is killed at random moments, during saves in the foreground and in the background too."""
     command = [sys.executable, "-m", "tests.kills", str(cache), str(tmp_path), str(ranks), "25"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -98,7 +98,8 @@ def test_samples_of_a_mix_know_their_source(tmp_path):
 @pytest.mark.parametrize("build", [mmdit, wan])
 @pytest.mark.parametrize("dense_layers", [0, 1])
 def test_a_survey_counts_what_attention_and_linears_do(build, dense_layers):
-    """Against the count of `moc.cost` with the routes themselves, and torch's own count of matrix products."""
+    """They are compared with the count of `moc.cost` with the routes themselves, and torch's own count of matrix
+    products."""
     model, seen, config = build(), {}, MoCConfig(chunk_tokens=6, top_k=2, dense_layers=dense_layers)
     batch = make_batch(samples(), model.stream, config.chunk_tokens)
     survey = Survey(model, config)

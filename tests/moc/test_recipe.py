@@ -45,7 +45,7 @@ def tensors(folder, pattern="model/*.safetensors"):
 
 
 def test_averages_on_the_host_give_the_same_run(cache, tmp_path, monkeypatch):
-    """Also over a restart and a step that is left out; parameters step in several runs of some."""
+    """This holds also over a restart and a step that is left out; parameters step in several runs of some."""
     monkeypatch.setattr("moc.training.offload._STEPPED", 2000)
     for name, on_host in (("plain", False), ("offloaded", True)):
         optim = OptimConfig(lr=3e-3, warmup_steps=2, offload=on_host)
@@ -62,7 +62,7 @@ def test_averages_on_the_host_give_the_same_run(cache, tmp_path, monkeypatch):
 
 
 def test_averages_that_are_loaded_never_lie_beside_the_weights():
-    """Weights on another device than the host's: torch's meta stands for a GPU."""
+    """The weights are on another device than the host's: torch's meta stands for a GPU."""
     weight = torch.nn.Parameter(torch.empty(4, 3, device="meta"))
     average, count = ("weight.exp_avg", torch.float32, (4, 3)), ("weight.step", torch.float32, ())
     for kind, where in ((torch.optim.AdamW, "meta"), (offload.OffloadedAdamW, "cpu")):
@@ -88,7 +88,7 @@ def test_parameters_that_step_together_are_counted_once_each():
 
 @pytest.mark.parametrize("name", ["adamw", "offloaded", *list(OPTIMIZERS)[1:]])
 def test_an_optimizer_says_what_it_keeps_at_least_and_where(name):
-    """By what lies there after a step, counts of steps left out."""
+    """The count is compared with what lies there after a step, counts of steps left out."""
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     net = model()
@@ -170,7 +170,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 @pytest.mark.parametrize("name", ["adamw8bit", "torch.optim.Adafactor", "offload=true"])
 def test_what_takes_whole_weights_alone_is_refused_on_shards(name, monkeypatch):
-    """Before its package is asked for. Every weight passes for one that is sharded."""
+    """It is refused before its package is asked for. Every weight passes for one that is sharded."""
     monkeypatch.setattr("moc.training.optim.DTensor", torch.nn.Parameter)
     optim = OptimConfig(offload=True) if name == "offload=true" else OptimConfig(name)
     with pytest.raises(UserError, match=rf"optim\.(name=)?{name} takes whole weights.*take adamw without offload"):
@@ -195,7 +195,7 @@ def test_parts_learn_at_their_own_rates():
 
 
 def test_all_but_attention_is_frozen(cache, tmp_path):
-    """Also over a restart; the averages are of what is trained alone."""
+    """This holds also over a restart; the averages are of what is trained alone."""
     optim = OptimConfig(lr=3e-3, warmup_steps=1, parts=ATTENTION)
     train(cache, tmp_path / "whole", num_steps=3, optim=optim)
     before = model().state_dict()
@@ -337,7 +337,7 @@ def test_a_run_with_the_dense_target_trains_and_resumes(cache, tmp_path, monkeyp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "schedulefree.AdamWScheduleFree", "optimi.StableAdamW"])
 def test_shards_step_as_the_whole_does_and_go_on_alone(cache, tmp_path, name):
-    """Two processes with half of every weight each, and then one with the whole of what they saved."""
+    """Two processes have half of every weight each, and then one has the whole of what they saved."""
     optim = OptimConfig(name, lr=3e-3, warmup_steps=2)
     train(cache, tmp_path / "one", num_steps=6, moc=DROPS, optim=optim)
     launch(2, cache, tmp_path / "two", "--axis", "shard", "--optim", name)

@@ -77,7 +77,7 @@ def test_mask_equals_the_brute_force(stream, config, seed):
 
 @given(streams(), configs(), seeds, st.data())
 def test_callers_routes_are_attended_with_each_key_once(stream, config, seed, data):
-    """Empty slots anywhere, a chunk twice, a chunk that an anchor covers already: all the same set of keys."""
+    """Empty slots anywhere, a chunk twice or a chunk that an anchor covers already leave the same set of keys."""
     layout = stream.layout()
     q, k, v = attention_tensors(layout, seed)
     tokens = brute_force.tokens_of(stream)
@@ -208,7 +208,7 @@ def later(layout: moc.ShotLayout) -> torch.Tensor:
 @pytest.mark.parametrize("drops", [None, moc.DropKey(1, 2, 3)])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_strict_forward_flow(own, drops, layers):
-    """Own text and causal routing: nothing of later shots arrives, however many layers stand on one another."""
+    """With own text and causal routing nothing of later shots arrives, however many layers stand on one another."""
     config = moc.MoCConfig(top_k=3, own_anchor=own, text_anchor="global_and_own", drop_in_rate=2.0)
     layout = two_samples()
     found = reached(layers, layout, config, drops=drops)
@@ -261,7 +261,8 @@ def test_dense_packed_samples_never_see_each_other():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_costs_one_rounding(dtype):
-    """Computed in fp32 inside: outputs and gradients are those of fp64 on the same numbers and routes, rounded once."""
+    """It is computed in fp32 inside: outputs and gradients are those of fp64 on the same numbers and routes, rounded
+    once."""
     layout, config = two_samples(), moc.MoCConfig(top_k=2)
     q, k, v = (x.to(dtype).requires_grad_() for x in attention_tensors(layout, head_dim=32))
     routes = moc.route(q, k, layout, config, backend="reference")

@@ -92,7 +92,8 @@ def test_it_is_the_latents_way_times_the_rate_of_the_last_two():
 
 
 def test_a_step_that_is_asked_otherwise_asks():
-    """Dense first steps, guidance in an interval, shots that begin or end, another expert: nothing is taken over."""
+    """Nothing is taken over between dense steps and others, in and out of guidance's interval, where shots begin or
+    end, and from another expert."""
     reuse, zero = StepReuse(100.0), torch.zeros(1, 1, 2, 2)
     for latent in (0.0, 1.0):
         reuse.keep(*way(), {7: zero + latent}, {7: zero + 1 + latent})

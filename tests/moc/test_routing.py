@@ -309,7 +309,7 @@ def test_the_first_layers_may_be_dense():
 
 @given(streams(), configs(), seeds)
 def test_any_routes_of_a_caller_mean_the_same_to_every_backend(stream, config, seed):
-    """Repeated, covered, of text, of other samples, which stay unseen."""
+    """The routes are repeated, covered, of text, or of other samples, which stay unseen."""
     layout = stream.layout()
     q, k, v = attention_tensors(layout, seed, dtype=torch.float32)
     routes = torch.randint(-1, layout.num_chunks, (2, layout.num_tokens, 4), dtype=torch.int32)

@@ -57,7 +57,7 @@ def test_an_optimizer_that_an_earlier_version_wrote_is_read(cache, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["shard", "replicate"])
 def test_a_run_goes_on_on_more_and_on_fewer_processes(cache, tmp_path, axis):
-    """One process, then four, then two, then one."""
+    """The run goes on one process, then four, then two, then one."""
     train(cache, tmp_path / "one", num_steps=8, moc=DROPS)
     moving = tmp_path / "moving"
     train(cache, moving, num_steps=2, moc=DROPS)
@@ -127,7 +127,7 @@ def test_another_failure_meanwhile_ends_the_run(cache, tmp_path):
 
 
 def test_a_run_that_ends_for_its_numbers_waits_for_what_is_being_written(cache, tmp_path, monkeypatch):
-    """The save of the second step, which ends no sooner; from the third on no loss is finite."""
+    """The save of the second step ends no sooner; from the third on no loss is finite."""
     joined, join = threading.Event(), Saver.join
 
     def waited_for(saver):

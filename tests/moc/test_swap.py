@@ -50,7 +50,7 @@ def two_steps(case: Case, device: str, **parallel: object) -> tuple[dict[str, Te
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["mmdit", "wan"])
 def test_steps_are_those_without(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit on a CPU; on a GPU attention adds up its gradients in no fixed order."""
+    """They are equal bit for bit on a CPU; on a GPU attention adds up its gradients in no fixed order."""
     case = Case(family, True, 2, True)
     first, later = two_steps(case, device)
     monkeypatch.setattr("moc.training.offload._LEAST", 1)
@@ -111,7 +111,7 @@ def test_frozen_parts_are_swapped_and_saved_too(cache, tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_is_saved_for_backward_waits_on_the_host(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large tensors alone, in pieces that end where the tensor does; a weight stays."""
+    """Large tensors alone go to the host, in pieces that end where the tensor does; a weight stays."""
     monkeypatch.setattr("moc.training.offload._LEAST", 400)
     monkeypatch.setattr("moc.training.offload._PIECE", 256)
     hooks, kept = OffloadActivations(torch.device(device)), []

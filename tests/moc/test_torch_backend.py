@@ -25,7 +25,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 @given(streams(), configs(), seeds)
 def test_torch_equals_the_reference(kernel, stream, config, seed):
-    """Masked, and unmasked."""
+    """Attention is masked, and unmasked."""
     layout, attend = stream.layout(), partial(torch_backend.attend, execution=moc.Execution(dense_kernel=kernel))
     q, k, _ = attention_tensors(layout, seed)
     assert_equal_to_reference(attend, layout, config, moc.route(q, k, layout, config))
@@ -70,7 +70,7 @@ def test_torch_gradcheck(own):
 
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 def test_which_streams_are_masked(kernel):
-    """Those of short samples, however many, unless another kernel is asked for."""
+    """Calls of short samples are masked, however many, unless another kernel is asked for."""
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 16, 10))] * 4, chunk_tokens=256)
     q = torch.zeros(1, 2, 4)
     execution = moc.Execution(dense_kernel=kernel)

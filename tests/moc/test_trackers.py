@@ -29,7 +29,7 @@ def test_wandb_needs_no_account_offline(tmp_path, offline):
 
 
 def test_a_resumed_run_is_one_run_in_wandb(tmp_path, monkeypatch):
-    """Also with the steps that a killed run does again."""
+    """This holds also with the steps that a killed run does again."""
     started, logged = [], []
     run = SimpleNamespace(log=logged.append, define_metric=lambda *_, **__: None, finish=lambda: None)
     fake = SimpleNamespace(init=lambda **settings: started.append(settings) or run, Error=RuntimeError)

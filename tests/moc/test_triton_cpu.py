@@ -56,8 +56,8 @@ def test_triton_with_drops_and_a_padded_head_dim():
 @pytest.mark.parametrize("own", ["shot", "chunk", "none"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_kernels_know_the_candidates_of_the_table(causal, own):
-    """`moc.context` says what a query may route to, and the kernels say it once more: a query with a route for every
-    chunk, or a random one for every chunk, has just its candidates."""
+    """The kernels read `moc.context.candidate_runs`: a query with a route for every chunk, or a random one for every
+    chunk, has just its candidates."""
     from moc.kernels import triton_backend
 
     layout = two_samples()
@@ -101,7 +101,7 @@ def test_triton_in_fp16_and_in_parts(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("block", [1024, 16])
 def test_triton_lists_are_the_routes_sorted_by_chunk(block, monkeypatch):
-    """More lists than a block among them."""
+    """Some have more lists than a block."""
     from moc.kernels import triton_index
 
     monkeypatch.setattr(triton_index, "BLOCK", block)
@@ -190,7 +190,7 @@ def test_shortlists_take_what_they_can_and_say_what_they_leave(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("top_k", [3, 12, 20])
 def test_triton_ties_go_to_the_lowest_chunk(top_k):
-    """Ranked as one walks and, at 20, by shortlists, which take a block of 64 queries of one shot."""
+    """They are ranked as one walks and, at 20, by shortlists, which take a block of 64 queries of one shot."""
     from moc.kernels import triton_routing
 
     layout = moc.ShotLayout.build([moc.Shot(0, (64, 1, 1)), moc.Shot(1, (40, 1, 1))], 0, chunk_tokens=1)

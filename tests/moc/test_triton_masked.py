@@ -45,7 +45,7 @@ def test_masked_equals_the_reference(stream, config, seed):
     ],
 )  # fmt: skip
 def test_blocks_that_nobody_attends_to_and_all_64_chunks(own_anchor, causal):
-    """Samples of 63 and 62 chunks and several blocks of keys; of the former the last bits of a word are used."""
+    """Samples have 63 and 62 chunks and several blocks of keys; of the former the last bits of a word are used."""
     layout = moc.ShotLayout.build([moc.Shot(3, (30, 1, 2)), moc.Shot(7, (30, 1, 3))], 5, chunk_tokens=3)
     layout = moc.ShotLayout.pack([layout, moc.ShotLayout.build([moc.Shot(0, (61, 1, 3))], 1, chunk_tokens=3)])
     assert max(group.num_chunks for group in layout.groups) == 61
@@ -56,7 +56,7 @@ def test_blocks_that_nobody_attends_to_and_all_64_chunks(own_anchor, causal):
 
 @interpreted
 def test_a_caller_s_routes_may_go_anywhere():
-    """Routes to later chunks, though the config is causal: no key is left out for coming late."""
+    """Routes lead to later chunks, though the config is causal: no key is left out for coming late."""
     layout = moc.ShotLayout.build([moc.Shot(2, (4, 2, 2))] * 3, 1, chunk_tokens=4)
     config = moc.MoCConfig(top_k=2, text_anchor="none")
     routes = torch.full((2, layout.num_tokens, 2), -1)
@@ -89,7 +89,7 @@ def test_short_samples_are_masked_and_long_ones_listed(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("head_dim", [40, 64, 96, 128])
 def test_masked_on_a_gpu(head_dim, dtype):
-    """Errors against those of torch's attention, as in test_kernels_gpu."""
+    """Errors are compared with those of torch's attention, as in test_kernels_gpu."""
     from tests.moc.test_kernels_gpu import check, stream
 
     layout = stream()

@@ -35,7 +35,7 @@ def test_conversion_there_and_back(reduced, reduced_file: Path, tmp_path: Path) 
 
 
 def test_conversion_leaves_what_lies_beside_its_output(reduced_file: Path, tmp_path: Path) -> None:
-    """Files of the user's, named as other programs name their unfinished ones."""
+    """The files are the user's, named as other programs name their unfinished ones."""
     (tmp_path / "folder.partial").mkdir()
     own = [tmp_path / "folder.partial/notes.txt", tmp_path / "file.safetensors.partial"]
     for path in own:
@@ -49,7 +49,7 @@ def test_conversion_leaves_what_lies_beside_its_output(reduced_file: Path, tmp_p
 
 @pytest.mark.parametrize("form", [Form.original, Form.diffusers, Form.checkpoint])
 def test_low_precision_keeps_what_must_stay_wide(reduced_file: Path, form: Form, tmp_path: Path) -> None:
-    """In a converted file as in a loaded model, so that the two are the same."""
+    """It is so in a converted file as in a loaded model, so that the two are the same."""
     output = tmp_path / ("half.safetensors" if form is Form.original else "half")
     convert(open_checkpoint(reduced_file), output, torch.bfloat16, form=form)
     loaded = load_model(reduced_file, torch.bfloat16).state_dict()

@@ -143,7 +143,7 @@ def test_a_pipeline_is_sampled_as_it_is(release: Path, story: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["transformer", "transformer_2", "low_noise_model", "model", "."])
 def test_attention_settings_are_found_beside_the_weights(reduced_folder: Path, name: str, tmp_path: Path) -> None:
-    """By all who ask, whichever folder is named."""
+    """They are found by all who ask, whichever folder is named."""
     whole = tmp_path / "whole"
     shutil.copytree(reduced_folder, whole / name)
     if name == "model":
@@ -154,7 +154,7 @@ def test_attention_settings_are_found_beside_the_weights(reduced_folder: Path, n
 
 
 def test_the_gap_at_cuts_is_the_models_wherever_it_is_written(reduced_folder: Path, tmp_path: Path) -> None:
-    """In config.json, where 0 is left out; in moc.json by earlier versions."""
+    """It is kept in config.json, where 0 is left out; earlier versions kept it in moc.json."""
     public = (reduced_folder / "config.json").read_text()
     shutil.copytree(reduced_folder, tmp_path / "earlier")
     (tmp_path / "earlier/moc.json").write_text('{"top_k": 2, "cut_gap": 2.0}')
@@ -268,7 +268,7 @@ SMALL = "Wan2.1-T2V-1.3B: 1.419 B parameters in 825 tensors, bfloat16, float32"
     ids=["1.3B-original", "1.3B-comfyui", "1.3B-diffusers", "14B-original", "5B-diffusers"],
 )
 def test_the_command_knows_the_public_models(sizes: tuple[int, ...], form: str, said: str, tmp_path, capsys) -> None:
-    """By header alone: the files have the real names and shapes, and a hole for the values."""
+    """They are read by header alone: the files have the real names and shapes, and a hole for the values."""
     with init_empty_weights():
         model = WanTransformer3DModel(
             **dict(zip(("num_attention_heads", "ffn_dim", "num_layers", "in_channels"), sizes, strict=True)),

@@ -188,7 +188,7 @@ def test_weights_are_packed_as_they_are_read(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_and_the_base_is_refused_without_an_adapter(trained, prepared, tmp_path: Path) -> None:
-    """In bf16 as well, in which the trainer computes on a GPU."""
+    """This holds in bf16 as well, in which the trainer computes on a GPU."""
     adapter = ("model.lora_rank=2", "model.lora_targets=[to_qkv,ffn.2]", "model.lora_base=int8")
     settings = (f"model.path={trained}", *adapter, "optim.lr=0.1", "optim.warmup_steps=0", "parallel.precision=bf16")
     for run, steps in (("whole", [2]), ("half", [1, 2])):

@@ -99,7 +99,7 @@ def test_several_are_added_by_their_weights(wan, matrices, tmp_path):
 
 
 def test_settings_beside_a_file_and_in_its_header_scale(wan, matrices, tmp_path):
-    """peft's adapter_config.json, diffusers' lora_adapter_metadata."""
+    """peft says it in adapter_config.json, diffusers in lora_adapter_metadata."""
     expected = {f"{layer}.weight": 4 * up @ down for layer, (down, up) in matrices.items()}
     (tmp_path / "peft").mkdir()
     save_file(in_form("peft", matrices), tmp_path / "peft/adapter_model.safetensors")

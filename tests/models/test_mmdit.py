@@ -33,7 +33,7 @@ def test_velocity_has_the_form_of_the_latents_and_starts_at_zero() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("extras", [True, False])
 def test_the_model_is_what_its_equations_say(extras: bool) -> None:
-    """Equal to its equations written out, for shots of different sizes, lengths and noise levels."""
+    """It equals its equations written out, for shots of different sizes, lengths and noise levels."""
     model = small_model(input_skip=extras, frame_place=extras, rope_theta=100.0)
     for weight in model.parameters():
         weight.mul_(3)  # far from where an activation is a line
@@ -274,7 +274,7 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
 
 @pytest.mark.parametrize("patch", [(1, 2, 1), (2, 1, 3)])
 def test_patches_are_undone(patch: tuple[int, int, int]) -> None:
-    """Shots of several sizes, of which some are alike."""
+    """The shots have several sizes, of which some are alike."""
     latents = [torch.randn(3, *size) for size in ((4, 4, 6), (2, 2, 3), (4, 4, 6))]
     grids = [tuple(n // p for n, p in zip(x.shape[1:], patch, strict=True)) for x in latents]
     tokens = patchify(latents, patch)

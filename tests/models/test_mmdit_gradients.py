@@ -115,7 +115,8 @@ def test_the_linears_of_a_block_have_the_gradients_of_plain_ones_under_autocast(
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_linear_keeps_for_backward_what_a_plain_one_keeps(frozen: bool) -> None:
-    """No input where the weight is frozen, and the weight transposed, by which `OffloadActivations` leaves it."""
+    """It keeps no input where the weight is frozen, and it keeps the weight transposed, by which `OffloadActivations`
+    leaves it."""
     plain, x = nn.Linear(24, 40, bias=False).requires_grad_(not frozen), torch.randn(9, 24, requires_grad=True)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):

@@ -148,7 +148,8 @@ def test_streams_are_split_as_the_plain_function_splits_them(texts, grid):
 
 @interpreted
 def test_blocks_of_kernels_equal_blocks_of_plain_functions(monkeypatch):
-    """With the biases that linears leave to the kernels on a GPU: the output and every gradient of a model."""
+    """The output and every gradient of a model are compared, with the biases that linears leave to the kernels on a
+    GPU."""
     model = MMDiT(latent_channels=2, text_dim=5, dim=24, num_layers=2, num_heads=2, ffn_dim=40)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
