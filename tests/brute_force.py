@@ -1,6 +1,7 @@
-"""MoC attention by loops over single queries, straight from the words of its definition: the tests' second opinion.
+"""This is MoC attention by loops over single queries, straight from the words of its definition: the tests' second
+opinion.
 
-Knows nothing of `moc.ShotLayout`: it lays the stream out itself from plain numbers (`tests.strategies.Stream`).
+It knows nothing of `moc.ShotLayout`: it lays the stream out itself from plain numbers (`tests.strategies.Stream`).
 """
 
 from dataclasses import dataclass

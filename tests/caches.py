@@ -1,4 +1,4 @@
-"""Small caches of made-up latents for tests: each scene's values tell its number."""
+"""This module makes small caches of made-up latents for tests: each scene's values tell its number."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Codecs for tests: tiny ones of every kind, whole samples through them, and a watch on the frames they hold."""
+"""This module has codecs for tests: tiny ones of every kind, whole samples through them, and a watch on the frames they
+hold."""
 
 import weakref
 from pathlib import Path
@@ -27,7 +28,7 @@ def save_tiny_wan(folder: Path, settings: dict = WAN21) -> Path:
 
 
 class TinyCodecs:
-    """Makes codecs by kind: "wan 2.1", "wan 2.2", or a CodecKind that needs no weights."""
+    """This object makes codecs by kind: "wan 2.1", "wan 2.2", or a CodecKind that needs no weights."""
 
     def __init__(self, folder: Path) -> None:
         self.wan = {f"wan 2.{n}": save_tiny_wan(folder / str(n), settings) for n, settings in ((1, WAN21), (2, WAN22))}
@@ -67,7 +68,7 @@ def whole(codec: Codec, video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Watch:
-    """Hands out frames whose memory it watches. most: the frames of the pieces that were held at once."""
+    """A watch hands out frames whose memory it watches. most: the frames of the pieces that were held at once."""
 
     def __init__(self) -> None:
         self.arrays: list[tuple[weakref.ref, int]] = []

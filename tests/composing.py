@@ -1,4 +1,4 @@
-"""Configurations as the commands compose and parse them."""
+"""This module gives configurations as the commands compose and parse them."""
 
 import importlib
 import re

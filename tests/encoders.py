@@ -1,4 +1,4 @@
-"""Stand-ins for codec and text encoder: exact, instant, and countable."""
+"""This module has stand-ins for codec and text encoder: exact, instant, and countable."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from tests.films import read_numbers
 
 
 class PoolCodec(Codec):
-    """Every fourth frame, averaged over 8 x 8 pixels: the numbers of numbered films stay readable."""
+    """This codec keeps every fourth frame, averaged over 8 x 8 pixels: the numbers of numbered films stay readable."""
 
     latent_channels, spatial_factor, fingerprint = 3, 8, "pool"
     latents_at_once = 1000
@@ -39,7 +39,7 @@ def numbers_in(latent: Tensor) -> list[int]:
 
 
 class WordText:
-    """A row for each word, and one for the end."""
+    """This encoder gives a row for each word, and one for the end."""
 
     fingerprint = "words"
 

@@ -1,5 +1,5 @@
-"""Curves and routing maps, whose drawing takes longer than the tiny runs and films that they are of: they are left out,
-but for tests that look at them."""
+"""This module leaves out curves and routing maps, but for tests that look at them: to draw them takes longer than the
+tiny runs and films that they are of."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,5 @@
-"""Small video files for tests: every frame carries its index in black and white blocks, so that a wrong one shows."""
+"""This module writes small video files for tests: every frame carries its index in black and white blocks, so that a
+wrong one shows."""
 
 import struct
 from collections.abc import Sequence

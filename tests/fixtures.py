@@ -1,5 +1,5 @@
-"""Settings of every test: one thread, fixed seeds, hypothesis without deadlines or state between runs. And one tiny
-world, prepared and trained on once, for all tests that need such things."""
+"""This module holds settings of every test: one thread, fixed seeds, hypothesis without deadlines or state between
+runs. And one tiny world, prepared and trained on once, for all tests that need such things."""
 
 import logging
 import os

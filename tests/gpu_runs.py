@@ -1,4 +1,4 @@
-"""Runs of commands on a GPU, and what tests ask of what came of them."""
+"""This module has runs of commands on a GPU, and what tests ask of what came of them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Kills training without warning at random moments, saves included, and lets it go on:
+"""This module kills training without warning at random moments, saves included, and lets it go on:
 python -m tests.kills CACHE FOLDER RANKS KILLS
 
 Everything is imported once: each launch is a fork of this process, which itself never computes.
@@ -22,7 +22,7 @@ STEPS = 10
 
 
 class Launch:
-    """The processes of a run, or of what is left of it, which saves after every step."""
+    """A launch is the processes of a run, or of what is left of it, which saves after every step."""
 
     def __init__(self, ranks: int, cache: Path, folder: Path, background: bool) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:

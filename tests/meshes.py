@@ -1,5 +1,5 @@
-"""One training step on meshes of processes, against the step of one process: losses and gradients must be the same. And
-what is saved then comes back.
+"""This module takes one training step on meshes of processes, against the step of one process: losses and gradients
+must be the same. And what is saved then comes back.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.meshes FOLDER [--device cpu]
 
@@ -57,8 +57,8 @@ MESHES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model of a family, wholly trained or by an adapter; micro-batches a process; whether blocks are recomputed, and
-    whether all attention is dense."""
+    """A case is a model of a family, wholly trained or by an adapter; micro-batches a process; whether blocks are
+    recomputed, and whether all attention is dense."""
 
     family: str
     lora: bool

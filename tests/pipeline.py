@@ -1,4 +1,5 @@
-"""The project's commands, run as `python SCRIPT key=value ...` would run them, but without a process for each."""
+"""Here are the project's commands, run as `python SCRIPT key=value ...` would run them, but without a process for
+each."""
 
 import runpy
 import sys

@@ -1,4 +1,5 @@
-"""The multi-shot model written out from its weights, without a thought for speed: one sample, dense attention."""
+"""This is the multi-shot model written out from its weights, without a thought for speed: one sample, dense
+attention."""
 
 import math
 

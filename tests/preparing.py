@@ -1,4 +1,4 @@
-"""Preparing a numbered film with the exact codec of tests/encoders.py."""
+"""This module prepares a numbered film with the exact codec of tests/encoders.py."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Compares rows that are rounded to fp8."""
+"""This module compares rows that are rounded to fp8."""
 
 import torch
 from torch import Tensor

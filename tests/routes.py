@@ -1,4 +1,4 @@
-"""Routes of two backends compared, where hardware may round scores differently.
+"""This module compares routes of two backends, where hardware may round scores differently.
 
 Shape letters: L packed tokens, Lq queries, N heads, D head dim, K routes a query.
 """

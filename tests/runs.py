@@ -1,4 +1,5 @@
-"""Tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several processes.
+"""This module has tiny training runs on a made-up cache: for tests of the trainer, and as the worker of runs on several
+processes.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [--poisoned SCENE] [--told RANK] ...
     [--hung RANK] [--full STEP] [--steps N] [--resume] [--every N] [--background]
@@ -49,7 +50,7 @@ def make_cache(folder: Path) -> Path:
 
 
 class Watched:
-    """Steps of a loader, with a call before each is handed out."""
+    """These are the steps of a loader, with a call before each is handed out."""
 
     def __init__(self, loader, before_step) -> None:
         self.loader, self.before_step = loader, before_step

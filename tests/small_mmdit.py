@@ -1,4 +1,4 @@
-"""A small MMDiT with random weights, samples and packs for it."""
+"""This module has a small MMDiT with random weights, samples and packs for it."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,5 @@
-"""Hypothesis strategies over streams and settings: small enough for a brute force, odd in every way allowed."""
+"""These are Hypothesis strategies over streams and settings: small enough for a brute force, odd in every way
+allowed."""
 
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import moc
 
 @dataclass(frozen=True)
 class Stream:
-    """Plain numbers of a packed stream: (global text tokens, shots) of each sample, and the chunk size."""
+    """These are plain numbers of a packed stream: (global text tokens, shots) of each sample, and the chunk size."""
 
     samples: tuple[tuple[int, tuple[moc.Shot, ...]], ...]
     chunk_tokens: int

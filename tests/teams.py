@@ -1,4 +1,4 @@
-"""Films and evaluates on several meshes of these processes, by the commands that users call:
+"""This module makes films and evaluates on several meshes of these processes, by the commands that users call:
 python -m torch.distributed.run --nproc_per_node 2 -m tests.teams RUN PREPARED SCRIPTS OUT
 
 OUT has a folder for each mesh: a film of each of the scripts, and losses.json.

@@ -60,7 +60,7 @@ class Drawn:
 
 
 class Owner:
-    """What validation asks of `Parallel`."""
+    """This object gives what validation asks of `Parallel`."""
 
     device, is_sharded = META, False
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the rules that keep `moc` a library of its own."""
+"""These tests are about who may import whom: the rules that keep `moc` a library of its own."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter

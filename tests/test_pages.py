@@ -1,4 +1,5 @@
-"""README.md and the pages of docs/: their commands are ones that the code takes, and their links lead somewhere."""
+"""These tests are about README.md and the pages of docs/: their commands are ones that the code takes, and their links
+lead somewhere."""
 
 import re
 import shlex

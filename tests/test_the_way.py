@@ -16,7 +16,8 @@ from tests.pipeline import ROOT, command
 
 
 class Way:
-    """The functions that run from the first call of `first` to the first return of `last`, in the order entered.
+    """A way is the functions that run from the first call of `first` to the first return of `last`, in the order
+    entered.
 
     first: a class and the name of its method. last: the qualified name of a function.
     """

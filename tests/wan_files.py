@@ -1,4 +1,5 @@
-"""A reduced Wan transformer of diffusers' own, and what tests ask of the files made of it; files larger than disks."""
+"""This module has a reduced Wan transformer of diffusers' own, and what tests ask of the files made of it; files larger
+than disks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Random weights for models of tests."""
+"""This module gives random weights for models of tests."""
 
 from typing import TypeVar
 

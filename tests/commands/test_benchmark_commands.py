@@ -1,4 +1,4 @@
-"""The record of the README's commands on a GPU: what is run, and what is written of it."""
+"""These tests are about the record of the README's commands on a GPU: what is run, and what is written of it."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""The benchmark of the demo's verdict: every seed in every environment, and no row lost when it is stopped."""
+"""These tests are about the benchmark of the demo's verdict: every seed in every environment, and no row lost when it
+is stopped."""
 
 import json
 import signal

@@ -1,4 +1,5 @@
-"""The rows on the film: trained for real on made-up latents of its scenes, tested, recorded; tables over folds."""
+"""These tests are about the rows on the film: trained for real on made-up latents of its scenes, tested, recorded;
+tables over folds."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""The record of an adapter's memory: drawn weights, a row of real steps, and what is kept of other rows."""
+"""These tests are about the record of an adapter's memory: drawn weights, a row of real steps, and what is kept of
+other rows."""
 
 import torch
 

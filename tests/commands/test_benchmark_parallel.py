@@ -1,4 +1,4 @@
-"""The record of steps on several GPUs: what is still to be measured, and what is written."""
+"""These tests are about the record of steps on several GPUs: what is still to be measured, and what is written."""
 
 from dataclasses import replace
 

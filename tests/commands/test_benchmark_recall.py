@@ -1,4 +1,5 @@
-"""The record of the recall rows: rows replace their like, and tables compare rows scene by scene."""
+"""These tests are about the record of the recall rows: rows replace their like, and tables compare rows scene by
+scene."""
 
 import copy
 import json

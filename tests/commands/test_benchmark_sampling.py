@@ -1,4 +1,5 @@
-"""The record of whole films: what is timed of each stream, and what a film is then said to take."""
+"""These tests are about the record of whole films: what is timed of each stream, and what a film is then said to
+take."""
 
 import pytest
 

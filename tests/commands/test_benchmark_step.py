@@ -1,4 +1,5 @@
-"""The record of a whole step: the command itself on a small model, with the GPU played, and kinds of kernels."""
+"""These tests are about the record of a whole step: the command itself on a small model, with the GPU played, and kinds
+of kernels."""
 
 import sys
 from contextlib import nullcontext

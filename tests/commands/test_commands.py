@@ -1,4 +1,5 @@
-"""Commands: their help, and for bad input one clear message, a status that is not 0, and nothing that looks whole."""
+"""These tests are about commands: their help, and for bad input one clear message, a status that is not 0, and nothing
+that looks whole."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""Data, training and the demo on a GPU, as a user calls them: pytest -m gpu tests/commands/test_commands_gpu.py
+"""These tests are about data, training and the demo on a GPU, as a user calls them:
+pytest -m gpu tests/commands/test_commands_gpu.py
 
 All but those that start processes run in this one, which spares imports. The log of each tells that a GPU was taken.
 """

@@ -1,4 +1,4 @@
-"""The README's moving picture: which head it shows, and that the command draws it."""
+"""These tests are about the README's moving picture: which head it shows, and that the command draws it."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""From films to a sampled film, through the commands a user calls: storyworld, and real live action."""
+"""These tests go from films to a sampled film, through the commands a user calls: storyworld, and real live
+action."""
 
 import json
 import os

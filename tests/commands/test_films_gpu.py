@@ -1,4 +1,4 @@
-"""Evaluation, conversion, sampling and Wan on a GPU, as a user calls them:
+"""These tests are about evaluation, conversion, sampling and Wan on a GPU, as a user calls them:
 pytest -m gpu tests/commands/test_films_gpu.py"""
 
 import json

@@ -1,4 +1,5 @@
-"""The commands as users launch them: in processes of their own, several of them, killed in between."""
+"""These tests are about the commands as users launch them: in processes of their own, several of them, killed in
+between."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""scripts/launch: what they start and how they end, with torchrun and Slurm played by small scripts."""
+"""These tests are about scripts/launch: what they start and how they end, with torchrun and Slurm played by small
+scripts."""
 
 import os
 import re

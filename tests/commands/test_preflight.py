@@ -1,4 +1,5 @@
-"""Whether a run can start, and what it will take: before each start, and by `train.py preflight=true`."""
+"""These tests are about whether a run can start, and what it will take: before each start, and by `train.py
+preflight=true`."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""Records of rows: what a row replaces, and what it keeps of where it was measured."""
+"""These tests are about records of rows: what a row replaces, and what it keeps of where it was measured."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""A run's folder: it stays below the output, one launch at a time has it, and a kill at any moment loses nothing."""
+"""These tests are about a run's folder: it stays below the output, one launch at a time has it, and a kill at any
+moment loses nothing."""
 
 import subprocess
 import sys

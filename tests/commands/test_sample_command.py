@@ -1,4 +1,5 @@
-"""`sample.py` as a user calls it: what cannot be filmed is one message, and a film's folder holds one whole film."""
+"""These tests are about `sample.py` as a user calls it: what cannot be filmed is one message, and a film's folder holds
+one whole film."""
 
 import errno
 import json

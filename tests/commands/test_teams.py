@@ -1,4 +1,5 @@
-"""Sampling and evaluation by several processes: each film and each loss is that of one process."""
+"""These tests are about sampling and evaluation by several processes: each film and each loss is that of one
+process."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A Wan model through the commands a user calls; with Mixture of Contexts untrained, by settings alone."""
+"""These tests are about a Wan model through the commands a user calls; with Mixture of Contexts untrained, by settings
+alone."""
 
 import json
 import shutil

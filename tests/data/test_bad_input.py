@@ -1,4 +1,4 @@
-"""Preparing bad input: every fault is a named record, never a crash, and the rest is used."""
+"""These tests are about preparing bad input: every fault is a named record, never a crash, and the rest is used."""
 
 import json
 import shutil

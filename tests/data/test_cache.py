@@ -1,4 +1,4 @@
-"""The cache: exact round trip, resumption, deduplicated text, and damage found and named."""
+"""These tests are about the cache: exact round trip, resumption, deduplicated text, and damage found and named."""
 
 import errno
 import json

@@ -1,4 +1,5 @@
-"""Captions by a model: what it is shown, what is kept of its answers, and that it is asked once."""
+"""These tests are about captions by a model: what it is shown, what is kept of its answers, and that it is asked
+once."""
 
 import shutil
 
@@ -19,7 +20,7 @@ WHOLE = "[character] character1 is a dog. [environment] A beach. [story] charact
 
 
 class Scripted:
-    """Answers as told, and remembers the questions and the numbers in the pictures."""
+    """This captioner answers as told, and remembers the questions and the numbers in the pictures."""
 
     name = "scripted"
 

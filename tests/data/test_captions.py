@@ -1,4 +1,4 @@
-"""Caption files of other tools, as they write them."""
+"""These tests are about caption files of other tools, as they write them."""
 
 import json
 

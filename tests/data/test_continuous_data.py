@@ -1,4 +1,5 @@
-"""The shots of a sample as one video to the codec, from preparing over the cache and training to the film."""
+"""These tests are about the shots of a sample as one video to the codec, from preparing over the cache and training to
+the film."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,5 @@
-"""Order, drops, packing and the loader: nothing lost or doubled, the same for any ranks and workers, exact resume."""
+"""These tests are about order, drops, packing and the loader: nothing lost or doubled, the same for any ranks and
+workers, exact resume."""
 
 from collections import Counter
 from itertools import islice

@@ -1,4 +1,5 @@
-"""The list of who appears in the example film: a sound list, and scenes of which a block can be held out."""
+"""These tests are about the list of who appears in the example film: a sound list, and scenes of which a block can be
+held out."""
 
 import json
 from fnmatch import fnmatchcase

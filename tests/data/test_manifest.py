@@ -1,4 +1,4 @@
-"""Manifest lines: what is accepted, and that every fault is named with file:line and field."""
+"""These tests are about manifest lines: what is accepted, and that every fault is named with file:line and field."""
 
 import json
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Caches without latents: what is encoded while training, and which films are read for it."""
+"""These tests are about caches without latents: what is encoded while training, and which films are read for it."""
 
 import json
 from pathlib import Path

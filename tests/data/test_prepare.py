@@ -1,4 +1,4 @@
-"""Preparing: exact latents, captions, shots and report, and data that loads."""
+"""These tests are about preparing: exact latents, captions, shots and report, and data that loads."""
 
 import json
 

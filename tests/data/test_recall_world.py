@@ -1,4 +1,5 @@
-"""Recall scenes composed of painted things: against the CPU renderer, their story, and the loader for training."""
+"""These tests are about recall scenes composed of painted things: against the CPU renderer, their story, and the loader
+for training."""
 
 from collections import Counter
 from dataclasses import replace

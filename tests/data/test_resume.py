@@ -1,4 +1,4 @@
-"""Preparing again: nothing is made twice, nothing is lost, by one process or many."""
+"""These tests are about preparing again: nothing is made twice, nothing is lost, by one process or many."""
 
 import errno
 import threading

@@ -1,4 +1,5 @@
-"""Shot detection: real film with known cuts, flashes and fades, and the measure of cut accuracy."""
+"""These tests are about shot detection: real film with known cuts, flashes and fades, and the measure of cut
+accuracy."""
 
 import json
 import random
@@ -120,7 +121,7 @@ def test_accuracy_on_a_music_video():
 
 
 class Faint(torch.nn.Module):
-    """A network that suspects a cut at every frame, a little."""
+    """This network suspects a cut at every frame, a little."""
 
     def forward(self, frames):
         logits = torch.full((*frames.shape[:2], 1), -3.0)

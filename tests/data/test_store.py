@@ -1,4 +1,5 @@
-"""Remote caches: read through a bounded folder of copies, which holds nothing but what the cache wrote there."""
+"""These tests are about remote caches: read through a bounded folder of copies, which holds nothing but what the cache
+wrote there."""
 
 import json
 import os

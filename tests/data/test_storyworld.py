@@ -1,4 +1,4 @@
-"""Storyworld: plans, captions, frames against their ground truth, readers, files."""
+"""These tests are about Storyworld: plans, captions, frames against their ground truth, readers, files."""
 
 import json
 import re

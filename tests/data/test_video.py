@@ -1,4 +1,4 @@
-"""Frame exactness over all decoders and kinds of file, and what is refused."""
+"""These tests are about frame exactness over all decoders and kinds of file, and what is refused."""
 
 import random
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""Evaluation: rivals at the same noise, with equal noise and with clean history."""
+"""These tests are about evaluation: rivals at the same noise, with equal noise and with clean history."""
 
 import json
 from dataclasses import replace

@@ -130,7 +130,7 @@ def test_blank_shots_are_not_compared(tmp_path):
 
 
 class NamesOfColours:
-    """A CLIP that knows Mia as red and Gus as blue."""
+    """This CLIP knows Mia as red and Gus as blue."""
 
     name, seen = "a stand-in", 0
 

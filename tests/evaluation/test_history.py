@@ -1,4 +1,5 @@
-"""What a history is worth: nothing to own-shot attention, at equal noise for every history, with error bars."""
+"""These tests are about what a history is worth: nothing to own-shot attention, at equal noise for every history, with
+error bars."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The demo's judge: it must pass films of the world itself, and fail what is not the script."""
+"""These tests are about the demo's judge: it must pass films of the world itself, and fail what is not the script."""
 
 import json
 

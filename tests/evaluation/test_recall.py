@@ -1,4 +1,4 @@
-"""The recall bench: models whose memory is known score as they must."""
+"""These tests are about the recall bench: models whose memory is known score as they must."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def reader(world) -> Reader:
 
 
 class Oracle(torch.nn.Module):
-    """Knows the true last shot of each held-out scene, or takes the shot before it for that."""
+    """An oracle knows the true last shot of each held-out scene, or takes the shot before it for that."""
 
     stream = StreamSpec()
 

@@ -1,4 +1,5 @@
-"""Whole stories: agreement of looks by name and distance, and stories that a known model makes."""
+"""These tests are about whole stories: agreement of looks by name and distance, and stories that a known model
+makes."""
 
 from dataclasses import replace
 
@@ -46,7 +47,7 @@ def test_one_look_everywhere_and_looks_at_random_differ_by_nothing():
 
 
 class Oracle(torch.nn.Module):
-    """Draws every shot of its stories as it truly is: it knows them by their texts."""
+    """An oracle draws every shot of its stories as it truly is: it knows them by their texts."""
 
     stream = StreamSpec()
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of films."""
+"""This module has fixtures of the tests of films."""
 
 from pathlib import Path
 

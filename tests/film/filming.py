@@ -1,4 +1,5 @@
-"""A filmmaker with a small trained model, what it films, what a film's folder holds, and work that is killed."""
+"""This module has a filmmaker with a small trained model, what it films, what a film's folder holds, and work that is
+killed."""
 
 import json
 import os

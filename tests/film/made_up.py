@@ -1,4 +1,5 @@
-"""Films made up for tests: scripts, codecs whose latents one can read, sampling that is told what to make."""
+"""This module has films made up for tests: scripts, codecs whose latents one can read, sampling that is told what to
+make."""
 
 import torch
 
@@ -22,7 +23,7 @@ class MeanCodec(Codec):
 
 
 class FlatCodec(MeanCodec):
-    """Decodes a latent to frames of one colour, its mean."""
+    """This codec decodes a latent to frames of one colour, its mean."""
 
     def decode_piece(self, latent, memory, first):
         return latent.mean().expand(3, 4 * latent.shape[1] - 3 * first, 32, 48)

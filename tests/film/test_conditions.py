@@ -1,4 +1,5 @@
-"""What a script gives a film: last pictures of shots, shots that are videos already, guidance of a shot's own."""
+"""These tests are about what a script gives a film: last pictures of shots, shots that are videos already, guidance of
+a shot's own."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""What a film will cost, against what sampling asks of the model; films that do not fit into memory are refused."""
+"""These tests are about what a film will cost, against what sampling asks of the model; films that do not fit into
+memory are refused."""
 
 from copy import deepcopy
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The filmmaker with a small trained model: films that are killed, films that are repeated."""
+"""These tests are about the filmmaker with a small trained model: films that are killed, films that are repeated."""
 
 import json
 import random

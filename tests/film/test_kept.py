@@ -1,4 +1,5 @@
-"""What a film keeps of its finished shots: counted before it is made, and moved to the host without another film."""
+"""These tests are about what a film keeps of its finished shots: counted before it is made, and moved to the host
+without another film."""
 
 import json
 from contextlib import suppress

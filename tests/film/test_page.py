@@ -26,7 +26,7 @@ STORY = {
 
 
 class Page(HTMLParser):
-    """What a page links to and shows as text."""
+    """This parser keeps what a page links to and shows as text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Samples of a held-out scene while a model trains: drawn at their steps, from one noise, no trace left in the run."""
+"""These tests are about samples of a held-out scene while a model trains: drawn at their steps, from one noise, no
+trace left in the run."""
 
 from dataclasses import replace
 from types import SimpleNamespace

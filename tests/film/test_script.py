@@ -1,4 +1,5 @@
-"""Prompt scripts: our form, HoloCine's two and StoryMem's; every mistake named with file and field."""
+"""These tests are about prompt scripts: our form, HoloCine's two and StoryMem's; every mistake named with file and
+field."""
 
 import json
 import re

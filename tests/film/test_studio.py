@@ -1,4 +1,4 @@
-"""A folder of scripts and films, as the app uses it, and the app in a browser."""
+"""These tests are about a folder of scripts and films, as the app uses it, and the app in a browser."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""How a film is written, and what is written beside it if asked."""
+"""These tests are about how a film is written, and what is written beside it if asked."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What tests of training share. torch is imported within, since pytest reads this before `tests.fixtures`."""
+"""This is what tests of training share. torch is imported within, since pytest reads this before `tests.fixtures`."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The anchored attention: its plan holds every anchor once, and short runs share one packed call."""
+"""These tests are about the anchored attention: its plan holds every anchor once, and short runs share one packed
+call."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What git says of the checkout, where there is one and where there is none."""
+"""These tests are about what git says of the checkout, where there is one and where there is none."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Cost against a count of the mask, and against figures worked out by hand and in print."""
+"""These tests are about cost against a count of the mask, and against figures worked out by hand and in print."""
 
 from unittest import mock
 

@@ -1,4 +1,5 @@
-"""Damaged files and full disks: one message that names the file and what to do about it; what was whole stays."""
+"""These tests are about damaged files and full disks: one message that names the file and what to do about it; what was
+whole stays."""
 
 import json
 import resource

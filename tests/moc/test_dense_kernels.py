@@ -1,4 +1,5 @@
-"""Dense kernels: their results merge exactly, and one is chosen by name, by speed or by determinism."""
+"""These tests are about dense kernels: their results merge exactly, and one is chosen by name, by speed or by
+determinism."""
 
 import logging
 

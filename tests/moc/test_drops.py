@@ -1,4 +1,5 @@
-"""Context drop-off and drop-in: what they may change, how often, and that the draws depend on the key alone."""
+"""These tests are about context drop-off and drop-in: what they may change, how often, and that the draws depend on the
+key alone."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Rectified flow: the noise convention, which noise levels are drawn and for whom, and the loss of each shot."""
+"""These tests are about rectified flow: the noise convention, which noise levels are drawn and for whom, and the loss
+of each shot."""
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def many(num_shots: int, count: int = 500, first: int = 0):
 
 
 class Recorder:
-    """A model that notes what it is called with and predicts nothing."""
+    """This model notes what it is called with and predicts nothing."""
 
     def __init__(self) -> None:
         self.calls = []

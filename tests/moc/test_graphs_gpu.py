@@ -1,4 +1,4 @@
-"""Training through CUDA graphs: pytest -m gpu tests/moc/test_graphs_gpu.py"""
+"""These tests are about training through CUDA graphs: pytest -m gpu tests/moc/test_graphs_gpu.py"""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def sample(position: int, frames: tuple[int, ...]) -> Sample:
 
 
 class Packs:
-    """A step of two samples of some lengths each, in one micro-batch or in two."""
+    """This is a step of two samples of some lengths each, in one micro-batch or in two."""
 
     def __init__(self, stream, micro_batches: int) -> None:
         self.stream, self.micro_batches = stream, micro_batches

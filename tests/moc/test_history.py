@@ -1,4 +1,5 @@
-"""Films whose finished shots stay as cached keys and values: equal to films without, and cheaper."""
+"""These tests are about films whose finished shots stay as cached keys and values: equal to films without, and
+cheaper."""
 
 from dataclasses import replace
 from itertools import cycle, islice

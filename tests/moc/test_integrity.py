@@ -151,7 +151,8 @@ def test_everything_is_on_the_disk_before_the_mark_and_the_mark_before_the_name(
 
 
 class Writers:
-    """The main one of two processes. The other one, on another host, sees no file yet that this one did not name."""
+    """This is the main one of two processes. The other one, on another host, sees no file yet that this one did not
+    name."""
 
     is_main, rank, world_size = True, 0, 2
 

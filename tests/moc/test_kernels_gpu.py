@@ -1,4 +1,4 @@
-"""The fast backends on a GPU: pytest -m gpu tests/moc/test_kernels_gpu.py
+"""These tests are about the fast backends on a GPU: pytest -m gpu tests/moc/test_kernels_gpu.py
 
 The yardstick is torch's own attention in the same precision: errors against fp32 at most twice (gradients: three times)
 its errors, on the same inputs, mask and routes.

@@ -1,4 +1,5 @@
-"""The stream: tokens in order, chunks that never cross a shot or a modality, and layouts that rechunk and pack."""
+"""These tests are about the stream: tokens in order, chunks that never cross a shot or a modality, and layouts that
+rechunk and pack."""
 
 import gc
 import math

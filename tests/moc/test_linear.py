@@ -1,4 +1,5 @@
-"""The best linear denoiser: against the closed-form posterior of Gaussian data, and as a floor for held-out loss."""
+"""These tests are about the best linear denoiser: against the closed-form posterior of Gaussian data, and as a floor
+for held-out loss."""
 
 import pytest
 import torch

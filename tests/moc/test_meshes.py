@@ -1,5 +1,5 @@
-"""One loss and one gradient, whatever the mesh of processes: data, shards, sequence and their products. And checkpoints
-that open under any of them."""
+"""These tests are about one loss and one gradient, whatever the mesh of processes: data, shards, sequence and their
+products. And checkpoints that open under any of them."""
 
 import shutil
 

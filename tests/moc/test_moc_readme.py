@@ -1,4 +1,4 @@
-"""moc/README.md: its code runs as it stands, one block after another."""
+"""These tests are about moc/README.md: its code runs as it stands, one block after another."""
 
 import re
 from pathlib import Path

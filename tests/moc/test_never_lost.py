@@ -53,7 +53,7 @@ def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch,
     opened = type(metrics.path).open
 
     class Full:
-        """A file on a disk with room for three more bytes."""
+        """This is a file on a disk with room for three more bytes."""
 
         def __init__(self, file):
             self.file = file
@@ -117,7 +117,7 @@ def test_the_newest_checkpoints_stay_and_some_for_good(cache, tmp_path):
 
 
 class Steps(Outcome):
-    """The outcome of a step of which the totals alone matter."""
+    """This is the outcome of a step of which the totals alone matter."""
 
     def __init__(self, step):
         self.step = step

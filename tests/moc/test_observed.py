@@ -1,4 +1,5 @@
-"""What is seen of a run while it goes on: the time of phases, the loss taken apart, density, FLOPs, where routes go."""
+"""These tests are about what is seen of a run while it goes on: the time of phases, the loss taken apart, density,
+FLOPs, where routes go."""
 
 import time
 

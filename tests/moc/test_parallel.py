@@ -1,4 +1,4 @@
-"""Who computes where and how precisely: one owner, asked by every command."""
+"""These tests are about who computes where and how precisely: one owner, asked by every command."""
 
 import logging
 

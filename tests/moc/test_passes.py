@@ -1,4 +1,5 @@
-"""Which micro-batches have a CUDA graph, and where those compute, with a graph played by what it captures."""
+"""These tests are about which micro-batches have a CUDA graph, and where those compute, with a graph played by what it
+captures."""
 
 from contextlib import contextmanager
 

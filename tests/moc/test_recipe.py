@@ -1,4 +1,5 @@
-"""The recipe of a run: any optimizer by name, parts of the model, drop schedules, the dense model as target."""
+"""These tests are about the recipe of a run: any optimizer by name, parts of the model, drop schedules, the dense model
+as target."""
 
 import sys
 from dataclasses import replace

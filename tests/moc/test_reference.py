@@ -1,4 +1,4 @@
-"""The reference attention against a brute force, and the properties every backend has to keep.
+"""These tests are about the reference attention against a brute force, and the properties every backend has to keep.
 
 Causality and the separation of packed samples are tested by gradient: what a query does not attend to has none.
 """

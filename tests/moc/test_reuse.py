@@ -1,4 +1,5 @@
-"""Steps that take an earlier velocity: when the model is not asked, what that costs, and how a film goes on."""
+"""These tests are about steps that take an earlier velocity: when the model is not asked, what that costs, and how a
+film goes on."""
 
 from dataclasses import replace
 from itertools import groupby, pairwise

@@ -1,4 +1,5 @@
-"""Routes against a brute force: scores, candidates, ties, missing candidates; and the outer loop, `select_shots`."""
+"""These tests are about routes against a brute force: scores, candidates, ties, missing candidates; and the outer loop,
+`select_shots`."""
 
 import json
 from dataclasses import fields, replace

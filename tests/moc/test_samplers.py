@@ -1,4 +1,5 @@
-"""Sampling: the clocks of the shots, the steps, what is in the stream when, and who may influence whom."""
+"""These tests are about sampling: the clocks of the shots, the steps, what is in the stream when, and who may influence
+whom."""
 
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ def film(model, config: SamplingConfig, what: Story, flow: Flow = FLOW, **others
 
 
 class Recording:
-    """Wraps a velocity field (latents, sigma, text of each shot) and notes every call."""
+    """This model wraps a velocity field (latents, sigma, text of each shot) and notes every call."""
 
     def __init__(self, field) -> None:
         self.field, self.calls, self.layouts = field, [], []

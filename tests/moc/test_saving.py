@@ -1,4 +1,5 @@
-"""What a checkpoint's files hold, however they were written: in shards, by several processes, in a thread."""
+"""These tests are about what a checkpoint's files hold, however they were written: in shards, by several processes, in
+a thread."""
 
 import logging
 import threading

@@ -1,4 +1,4 @@
-"""Chunk size and top_k by training step."""
+"""These tests are about chunk size and top_k by training step."""
 
 import pytest
 

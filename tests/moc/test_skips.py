@@ -1,4 +1,5 @@
-"""Steps without a finite loss and gradient: left out, counted, named; no checkpoint holds what is not finite."""
+"""These tests are about steps without a finite loss and gradient: left out, counted, named; no checkpoint holds what is
+not finite."""
 
 import json
 import logging

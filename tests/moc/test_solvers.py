@@ -1,4 +1,5 @@
-"""Solvers: equal to the loops of diffusers, of the order they promise, and resumed with the same bits."""
+"""These tests are about solvers: equal to the loops of diffusers, of the order they promise, and resumed with the same
+bits."""
 
 from dataclasses import replace
 from itertools import pairwise

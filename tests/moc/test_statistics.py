@@ -1,4 +1,4 @@
-"""Routing statistics against plain counting."""
+"""These tests are about routing statistics against plain counting."""
 
 import math
 from collections import Counter

@@ -1,4 +1,5 @@
-"""Weights and activations that wait on the host: steps are those without, bit for bit, and the right ones move."""
+"""These tests are about weights and activations that wait on the host: steps are those without, bit for bit, and the
+right ones move."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Trackers besides `metrics.jsonl`, and the picture of a run's curves."""
+"""These tests are about trackers besides `metrics.jsonl`, and the picture of a run's curves."""
 
 import sys
 from types import SimpleNamespace

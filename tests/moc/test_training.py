@@ -1,4 +1,5 @@
-"""Training: one loss whatever the processes, the packing or a restart; checkpoints whole or absent; what is logged."""
+"""These tests are about training: one loss whatever the processes, the packing or a restart; checkpoints whole or
+absent; what is logged."""
 
 import json
 import shutil

@@ -1,4 +1,5 @@
-"""Backend `triton` on CPU, interpreted, against the reference: routing, lists, attention, the operator.
+"""These tests are about backend `triton` on CPU, interpreted, against the reference: routing, lists, attention, the
+operator.
 
 The interpreter runs where there is no GPU (`tests.fixtures` asks for it before Triton is imported); it needs fp32.
 """

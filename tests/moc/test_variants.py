@@ -1,4 +1,5 @@
-"""How often kernels are compiled: once for each kind of model and settings, whatever the streams' lengths.
+"""These tests are about how often kernels are compiled: once for each kind of model and settings, whatever the streams'
+lengths.
 
 Triton compiles a kernel anew for other types and constants, for integers that are 1 or multiples of 16, and for
 pointers that are no multiples of 16 bytes. What it would compile is counted here over many packs.

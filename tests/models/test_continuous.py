@@ -1,4 +1,4 @@
-"""Codecs over the shots of a sample, apart and as one video: exact, and streaming."""
+"""These tests are about codecs over the shots of a sample, apart and as one video: exact, and streaming."""
 
 from collections.abc import Iterator
 

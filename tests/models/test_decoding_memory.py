@@ -1,4 +1,4 @@
-"""What decoding is counted to take, against the tensors that it holds."""
+"""These tests are about what decoding is counted to take, against the tensors that it holds."""
 
 import pytest
 import torch

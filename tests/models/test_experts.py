@@ -1,4 +1,5 @@
-"""Two noise experts: found on disk, loaded as one model to the sampler, taking turns in memory."""
+"""These tests are about two noise experts: found on disk, loaded as one model to the sampler, taking turns in
+memory."""
 
 import json
 import shutil

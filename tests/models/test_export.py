@@ -1,4 +1,4 @@
-"""Conversion between the forms of a checkpoint: the same bytes, in little memory."""
+"""These tests are about conversion between the forms of a checkpoint: the same bytes, in little memory."""
 
 import json
 import os

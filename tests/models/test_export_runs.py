@@ -1,4 +1,4 @@
-"""Conversion into a run's folder: what goes beside the weights, and the command."""
+"""These tests are about conversion into a run's folder: what goes beside the weights, and the command."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""Weights kept in few bytes under an adapter: outputs and gradients within the format's error, and what is saved."""
+"""These tests are about weights kept in few bytes under an adapter: outputs and gradients within the format's error,
+and what is saved."""
 
 from pathlib import Path
 

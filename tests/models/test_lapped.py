@@ -1,4 +1,4 @@
-"""The lapped codec: orthonormal, exact where it stores, and good enough for storyworld."""
+"""These tests are about the lapped codec: orthonormal, exact where it stores, and good enough for storyworld."""
 
 from pathlib import Path
 

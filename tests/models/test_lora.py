@@ -1,4 +1,4 @@
-"""LoRA: what is adapted, saved, restored and merged, and into which weights."""
+"""These tests are about LoRA: what is adapted, saved, restored and merged, and into which weights."""
 
 import copy
 import json

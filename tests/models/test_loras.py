@@ -1,4 +1,4 @@
-"""LoRAs of other makers: their names, their scales, and what is refused."""
+"""These tests are about LoRAs of other makers: their names, their scales, and what is refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The multi-shot transformer: what LCT and MoC claim of it, on small random weights."""
+"""These tests are about the multi-shot transformer: what LCT and MoC claim of it, on small random weights."""
 
 from pathlib import Path
 

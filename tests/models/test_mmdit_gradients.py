@@ -1,4 +1,4 @@
-"""The gradients of the multi-shot transformer, and what its layers keep for them."""
+"""These tests are about the gradients of the multi-shot transformer, and what its layers keep for them."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_text_and_video_join_the_stream_and_leave_it_with_the_gradients_of_index
 
 
 class Operators(TorchDispatchMode):
-    """Collects the names of torch's operators that run meanwhile."""
+    """This mode collects the names of torch's operators that run meanwhile."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whole models on a GPU: pytest -m gpu tests/models/test_models_gpu.py"""
+"""These tests are about whole models on a GPU: pytest -m gpu tests/models/test_models_gpu.py"""
 
 from copy import deepcopy
 from dataclasses import replace

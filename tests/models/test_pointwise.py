@@ -1,4 +1,5 @@
-"""The kernels of the pointwise work, interpreted on a CPU, against the plain functions: results and every gradient."""
+"""These tests are about the kernels of the pointwise work, interpreted on a CPU, against the plain functions: results
+and every gradient."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Positions and rotation: the claims of LCT about where tokens stand."""
+"""These tests are about positions and rotation: the claims of LCT about where tokens stand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Text encoders: what captions become."""
+"""These tests are about text encoders: what captions become."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Codecs: the interface, what every kind keeps to, and AutoencoderKLWan."""
+"""These tests are about codecs: the interface, what every kind keeps to, and AutoencoderKLWan."""
 
 from pathlib import Path
 

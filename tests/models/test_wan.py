@@ -1,4 +1,4 @@
-"""The Wan family: equal to diffusers' own model, and what Mixture of Contexts adds to it."""
+"""These tests are about the Wan family: equal to diffusers' own model, and what Mixture of Contexts adds to it."""
 
 from dataclasses import replace
 
