@@ -10,9 +10,12 @@ import platform
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
+import torch
 
 from configs.command import command
 from data.records import write_whole

@@ -18,6 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 from configs.command import command
 from data.loading.dataset import DataConfig, ShotDataset, open_dataset
 from data.media.example_shots import FilmShot, block, film_shots, last_seen, scene_id

@@ -22,6 +22,9 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -26,6 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 from configs.command import command
 from configs.world import recall_world
 from evaluation.recall import RecallBench, accuracy, kept_reader, summary

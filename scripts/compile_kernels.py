@@ -18,6 +18,8 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
     os.environ["TRITON_INTERPRET"] = "0"  # the interpreter compiles nothing
 
 import torch

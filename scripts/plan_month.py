@@ -12,6 +12,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if __name__ == "__main__":
+    import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
 from accelerate import init_empty_weights
 from torch import nn
 
