@@ -5,6 +5,7 @@ From here to the inner loop: `Trainer.run` (moc/training/trainer.py), `Flow.loss
 """
 
 import logging
+import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,7 +89,8 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     if not finished:
         ignore_signals()
     elif parallel.is_main and not config.preflight:
-        logger.info("%s has a model: python sample.py checkpoint=%s script=FILE out=DIR", run_folder, run_folder)
+        sampling = shlex.join(["python", "sample.py", f"checkpoint={run_folder}", "script=FILE", "out=DIR"])
+        logger.info("%s has a model: %s", run_folder, sampling)
     if metrics:
         metrics.close()
     return finished

@@ -20,12 +20,12 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import CompactHydraException, ConfigCompositionException
+from hydra.errors import CompactHydraException, ConfigCompositionException, MissingConfigException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
-from configs.overrides import readable
+from configs.overrides import readable, refuse_words
 from configs.words import explained, words
 from moc import MoCConfig
 from moc.earlier import UNSET, refuse_renamed
@@ -83,7 +83,9 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
             with _ending(full, ValueError), _full_errors(True):
                 for argument in sys.argv[1:]:
                     refuse_renamed(argument)
-                sys.argv[1:] = [readable(argument, CONFIGS) for argument in _sweep_first(sys.argv[1:])]
+                arguments = _sweep_first(sys.argv[1:])
+                refuse_words(arguments)
+                sys.argv[1:] = [readable(argument, CONFIGS) for argument in arguments]
                 with _explaining(schema, run.__globals__["__doc__"] or ""), _naming_settings(schema):
                     hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base=None)(task)()
 
@@ -99,9 +101,16 @@ def _sweep_first(arguments: list[str]) -> list[str]:
 
 @contextmanager
 def _naming_settings(schema: type) -> Iterator[None]:
-    """Raises UserError for a setting that does not exist, with those it may mean: Hydra's message advises to add it."""
+    """Raises UserError for a setting that does not exist, with those it may mean, and for an option of a group, with
+    those there are: Hydra's message advises to add the one, and names the schema among the others."""
     try:
         yield
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        if not group:
+            raise
+        options = ", ".join(option for option in error.options or () if option != "schema")
+        raise UserError(f"{group}={name} does not exist; choose one of {options}") from None
     except ConfigCompositionException as error:
         unknown = re.match(r"Could not override '([\w.]+)'", str(error))
         if unknown is None:

@@ -1,12 +1,25 @@
-"""This module quotes `key=value` arguments of the command line where Hydra's grammar needs it, such as a path with
-brackets."""
+"""This module reads the command line before Hydra does: it refuses what is no `key=value`, and quotes a value where
+Hydra's grammar needs it, such as a path with brackets."""
 
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from moc.errors import UserError
+
+
+def refuse_words(arguments: list[str]) -> None:
+    """Raises UserError for what is neither `key=value` nor an option of Hydra's: a word alone, or a setting with
+    dashes, as other commands take."""
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # --experiment would mean --experimental-rerun
+    known, unknown = parser.parse_known_args(arguments)
+    wrong = [argument for argument in unknown if argument.startswith("-")]
+    wrong += [argument for argument in known.overrides if "=" not in argument and not argument.startswith("~")]
+    if wrong:
+        raise UserError(f"{wrong[0]} is no setting; say KEY=VALUE, without dashes or spaces; --help lists all")
 
 
 def readable(argument: str, folder: Path) -> str:

@@ -21,6 +21,7 @@ from moc import memory
 from moc.errors import UserError
 from moc.training import Parallel, TrackerConfig, Trainer, read_metrics, sound_checkpoint
 from moc.training.checkpoint import COMPLETE, read_run_state, refuse_later
+from moc.training.clock import about
 from moc.training.optim import kept_states
 from moc.training.parallel import gather_lists
 from moc.training.shards import local
@@ -89,6 +90,8 @@ def _processes(parallel: Parallel) -> str:
     if total != parallel.data_ranks:
         raise UserError(f"{parallel.data_ranks} processes sum ones to {total}; look at the network and NCCL's settings")
     hosts = Counter(gather_lists([socket.gethostname()]))
+    if hosts.total() == 1:
+        return f"one process on {socket.gethostname()}, with {parallel.device_name}"
     where = ", ".join(f"{count} on {host}" for host, count in hosts.items())
     return f"{where}; each has {parallel.device_name}, and they reach each other"
 
@@ -150,8 +153,7 @@ def _disk(run_folder: Path, trainer: Trainer) -> str:
 def _time_left(config: TrainConfig, step: int) -> str:
     """Returns how long the rest will take by what the run has taken, if that is known."""
     rows = [row for row in read_metrics(config.run_folder) if "step_seconds" in row and row["step"] <= step]
-    days = rows[-1]["step_seconds"] * (config.trainer.num_steps - step) / 86400 if rows else 0
-    return f", about {days:.2f} days" if rows else ""
+    return f", {about(rows[-1]['step_seconds'] * (config.trainer.num_steps - step))}" if rows else ""
 
 
 def _checkpoint(config: TrainConfig, found: Path | None, step: int) -> str:
@@ -205,7 +207,7 @@ def _told(config: TrainConfig, trial: TrainConfig, first: int, parallel: Paralle
             f"{config.run_folder} has {free / 1e9:.1f} GB free; {kept} checkpoints of {size / 1e9:.1f} GB (one of them "
             "while it is written) do not fit: make room or lower trainer.keep_checkpoints"
         )
-    days = row["step_seconds"] * (config.trainer.num_steps - first) / 86400
+    whole_run = about(row["step_seconds"] * (config.trainer.num_steps - first))
     taken = "memory not measured"
     if "memory_gib" in row:
         whole = torch.cuda.get_device_properties(parallel.device).total_memory / 2**30
@@ -213,5 +215,5 @@ def _told(config: TrainConfig, trial: TrainConfig, first: int, parallel: Paralle
     return (
         f"a step takes {row['step_seconds']:.2f} s ({row['tokens_per_second']:,.0f} tokens/s) and {taken}; a save "
         f"{seconds:.1f} s and {size / 1e9:.2f} of {free / 1e9:.0f} GB free; steps {first + 1} to "
-        f"{config.trainer.num_steps} will take {days:.2f} days"
+        f"{config.trainer.num_steps} will take {whole_run}"
     )

@@ -14,6 +14,7 @@ from moc.cost import FLOPS_PER_PAIR
 from moc.diffusion import Flow, SamplingConfig, Story, guidance_scales, num_still_remembered, plan_steps
 from moc.diffusion.steps import Step
 from moc.training import MeshConfig
+from moc.training.clock import about
 from models.encoders.codec import Codec
 
 WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
@@ -62,7 +63,7 @@ class Estimate:
             f"sparsity {self.sparsity:.0%} at the end",
             f"about {in_bytes(self.memory)} of memory: weights, what is remembered, and a forward or decoding a shot"
             + (f"; {in_bytes(self.host_memory)} of the host's" if self.host_memory else ""),
-            f"{_about(self.flops / (REACHED * peak))} at half of {gpu}'s peak, which long shots reach; short ones "
+            f"{about(self.flops / (REACHED * peak))} at half of {gpu}'s peak, which long shots reach; short ones "
             "take longer",
         ]
 
@@ -78,13 +79,6 @@ def in_flops(count: float) -> str:
     """Returns a number of FLOPs in the unit that one would say it in."""
     unit, name = next((unit for unit in ((1e15, "PFLOP"), (1e12, "TFLOP")) if count >= unit[0]), (1e9, "GFLOP"))
     return f"{count / unit:.3g} {name}"
-
-
-def _about(seconds: float) -> str:
-    """Returns a time in the unit that one would say it in."""
-    if seconds < 120:
-        return f"about {seconds:.0f} s" if seconds >= 1 else "less than a second"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 7200 else f"about {seconds / 3600:.1f} hours"
 
 
 def estimate(

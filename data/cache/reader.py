@@ -208,7 +208,11 @@ def open_cache(
         return Cache(store, load_codec)
     found = [marker.removesuffix(f"/{COMPLETE}") for marker in store.glob(f"cache/*/{COMPLETE}")]
     if not found:
-        raise DataError("unfinished-cache", path, f"holds no finished cache; {REMEDY}")
+        raise DataError(
+            "unfinished-cache",
+            path,
+            f"holds no finished cache; name what scripts/prepare_data.py wrote as its output, or {REMEDY}",
+        )
     if len(found) > 1:
         names = ", ".join(f"{store.url}/{name}" for name in found)
         raise DataError("several-caches", path, f"holds caches of several settings; name one of {names}")

@@ -65,6 +65,15 @@ class Clock:
         return values | {f"{phase}_seconds": seconds / steps for phase, seconds in phases.items()}
 
 
+def about(seconds: float) -> str:
+    """Returns a time in the unit that one would say it in."""
+    if seconds < 120:
+        return f"about {seconds:.0f} s" if seconds >= 1 else "less than a second"
+    if seconds < 7200:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"about {seconds / 86400:.1f} days"
+
+
 def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()

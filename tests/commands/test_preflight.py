@@ -31,7 +31,7 @@ def test_a_preflight_tells_what_a_run_takes_and_leaves_nothing(capsys, prepared,
     assert all(line.startswith("ok ") for line in lines.values())
     assert "4 of 4 scenes" in lines["data"]
     assert "none; the run begins" in lines["checkpoint"]
-    assert re.search(r"a step takes \d+\.\d+ s .* steps 1 to 1000 will take \d+\.\d+ days", lines["trial"])
+    assert re.search(r"a step takes \d+\.\d+ s .* steps 1 to 1000 will take about \d+ (s|minutes)$", lines["trial"])
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
@@ -39,9 +39,10 @@ def test_every_start_looks_first_and_says_so_in_one_line(capsys, caplog, prepare
     run = pipeline.train(prepared, tmp_path / "run")
     pipeline.train(prepared, run, "trainer.num_steps=5")
     first, second = (message for message in caplog.messages if message.startswith("ready: "))
-    assert "and they reach each other; 4 of 4 scenes read; their checksums fit; weights, averages, gradients" in first
+    assert "ready: one process on " in first
+    assert "with the CPU; 4 of 4 scenes read; their checksums fit; weights, averages, gradients" in first
     assert re.search(r"a checkpoint takes at least 0\.0\d of \d+ GB free; it starts at step 1 of 3$", first)
-    assert re.search(r"it starts at step 4 of 5, about \d\.\d\d days$", second)
+    assert re.search(r"it starts at step 4 of 5, (about \d s|less than a second)$", second)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     arguments = pipeline.train_arguments(prepared, tmp_path / "another")
     said = pipeline.refusal(capsys, "train.py", *arguments)

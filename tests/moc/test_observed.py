@@ -15,7 +15,7 @@ from moc.diffusion.flow import NoiseLevels
 from moc.statistics import routing_statistics
 from moc.training import read_metrics
 from moc.training.breakdown import Breakdown
-from moc.training.clock import Clock
+from moc.training.clock import Clock, about
 from moc.training.metrics import headline
 from moc.training.outcome import Outcome
 from moc.training.survey import Survey, peak_flops
@@ -25,6 +25,14 @@ from tests.caches import scene, write_cache
 from tests.runs import DROPS, train
 
 TEXT_DIM = 6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.1, "less than a second"), (3, "about 3 s"), (9000, "about 2.5 hours"), (172_800, "about 2.0 days")],
+)
+def test_a_time_is_said_in_its_unit(seconds, said):
+    assert about(seconds) == said
 
 
 def samples(source=""):
