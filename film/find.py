@@ -3,21 +3,21 @@
 from pathlib import Path
 
 from data.errors import DataError
-from film.folder import FilmFolder
+from film.folder import METADATA, FilmFolder
 
 SUFFIXES = {".yaml", ".yml", ".json"}
 
 
 def find_films(script: str | Path, out: str | Path) -> list[tuple[Path, FilmFolder]]:
     """Returns each script with its film's folder: `out` itself, or out/NAME for each NAME.yaml or NAME.json in a
-    folder.
+    folder, but for the metadata.json of a film that was made there.
 
     Raises DataError where a folder holds no script, or two of one name, and where a film has no folder.
     """
     script, out = Path(script), Path(out)
     if not script.is_dir():
         return [(script, FilmFolder(out))]
-    scripts = sorted(path for path in script.iterdir() if path.suffix.lower() in SUFFIXES)
+    scripts = sorted(path for path in script.iterdir() if path.suffix.lower() in SUFFIXES and path.name != METADATA)
     names = [path.stem for path in scripts]
     if not scripts:
         raise DataError("no-scripts", script, "holds no script (.yaml, .yml or .json); name a file or another folder")

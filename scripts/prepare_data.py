@@ -48,9 +48,8 @@ def main(settings: Settings) -> None:
         return
     report = prepared.report
     print(f"{len(report.samples)} samples in {prepared.cache}")
-    for kind, count in report.counts().items():
-        first = next(problem for problem in report.problems if problem["kind"] == kind)
-        print(f"  {count} {kind}{', the first' * (count > 1)}: {first['where']}: {first['message']}")
+    for line in report.told():
+        print(f"  {line}")
     print(f"look them over: {Path(settings.output, 'report.html')}")
 
 

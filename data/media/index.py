@@ -116,7 +116,8 @@ def estimated_frames(path: Path, fps: float | None = None) -> int | None:
     header that says a duration alone: its own rate is off where the rate varies."""
     try:
         with opened(path) as (container, stream):
-            seconds = (container.duration or 0) / av.time_base
+            end, start = container.duration or 0, container.start_time or 0
+            seconds = max(0, end - start) / av.time_base  # Matroska's duration counts from 0, wherever the film starts
             return stream.frames or round(seconds * (fps or float(stream.average_rate or 0))) or None
     except DataError:
         return None

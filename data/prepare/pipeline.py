@@ -275,10 +275,8 @@ class _Run:
                 self.report.add_sample(plan)
         self.report.write(self.output)
         if not self.report.samples:
-            why = ", ".join(f"{kind} {count}" for kind, count in self.report.counts().items())
-            raise DataError(
-                "no-usable-samples", self.config.input, f"nothing usable ({why}); see {self.output}/report.json"
-            )
+            why = f"nothing usable ({'; '.join(self.report.told())}); see {self.output}/report.json"
+            raise DataError("no-usable-samples", self.config.input, why)
 
 
 def _check_sizes(config: PrepareConfig, codec: Codec) -> None:

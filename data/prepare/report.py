@@ -73,6 +73,14 @@ class Report:
         """Returns how many records of each kind of problem."""
         return dict(Counter(problem["kind"] for problem in self.problems))
 
+    def told(self) -> list[str]:
+        """Returns a line for each kind of problem: how many there are, and what the first one is."""
+        firsts = {problem["kind"]: problem for problem in reversed(self.problems)}
+        return [
+            f"{count} {kind}{', the first' * (count > 1)}: {firsts[kind]['where']}: {firsts[kind]['message']}"
+            for kind, count in self.counts().items()
+        ]
+
     def speed(self) -> dict[str, float]:
         """Returns frames a second of each stage that took time."""
         return {

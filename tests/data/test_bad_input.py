@@ -196,7 +196,7 @@ def test_the_rest_of_a_bad_folder_is_used(bad_run):
 def test_nothing_usable_is_an_error_that_says_why(folder):
     (folder / "film.mkv").write_bytes(b"")
     (folder / "film2.mkv").write_text("no film")
-    with pytest.raises(DataError, match=r"nothing usable \(.*zero-byte 1.*\)"):
+    with pytest.raises(DataError, match=r"nothing usable \(.*1 zero-byte: .*film.mkv: the file is empty.*\)"):
         run(folder)
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["summary"]["problems"]["not-a-video"] == 1
@@ -264,5 +264,16 @@ def test_a_film_of_a_varying_rate_that_is_whole_is_not_truncated(tmp_path):
     ticks = [tick for second in range(0, 800, 100) for tick in (second, second + 10, second + 90)]
     path = write_numbered(tmp_path / "film.mkv", len(ticks), ticks=ticks)
     assert abs(estimated_frames(path) - len(ticks)) > 2
-    scanned = scan_video(tmp_path, path.name, tmp_path / "scans", None)
+    assert_whole(path)
+
+
+def test_a_whole_film_that_starts_late_is_not_truncated(tmp_path):
+    ticks = list(range(500, 700, 4))
+    path = write_numbered(tmp_path / "film.mkv", len(ticks), ticks=ticks)
+    assert abs(estimated_frames(path) - len(ticks)) <= 2
+    assert_whole(path)
+
+
+def assert_whole(path):
+    scanned = scan_video(path.parent, path.name, path.parent / "scans", None)
     assert not doubts(SceneRecord(id="film", video=path.name, caption="A film."), scanned)

@@ -198,7 +198,7 @@ def test_what_cannot_be_made_anew_is_refused(trained, write, tmp_path):
 
 def test_a_folder_of_scripts_is_filmed_one_after_another(trained, write, tmp_path):
     (tmp_path / "scripts").mkdir()
-    for name in ("b.yaml", "a.yml", "notes.txt"):
+    for name in ("b.yaml", "a.yml", "notes.txt", METADATA):
         write(STORY | {"title": name}, f"scripts/{name}")
     found = find_films(tmp_path / "scripts", tmp_path / "films")
     assert [(path.name, folder.path.name) for path, folder in found] == [("a.yml", "a"), ("b.yaml", "b")]
