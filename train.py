@@ -5,7 +5,6 @@ From here to the inner loop: `Trainer.run` (moc/training/trainer.py), `Flow.loss
 """
 
 import logging
-import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from configs.command import command
 from configs.preflight import look_first, preflight
-from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch
+from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch, sampling_command
 from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.dataset import ShotDataset, open_dataset
@@ -89,8 +88,7 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     if not finished:
         ignore_signals()
     elif parallel.is_main and not config.preflight:
-        sampling = shlex.join(["python", "sample.py", f"checkpoint={run_folder}", "script=FILE", "out=DIR"])
-        logger.info("%s has a model: %s", run_folder, sampling)
+        logger.info("%s has a model: %s", run_folder, sampling_command(run_folder))
     if metrics:
         metrics.close()
     return finished

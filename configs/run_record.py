@@ -128,6 +128,11 @@ def record_launch(config: TrainConfig, parallel: Parallel, step: int) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def sampling_command(run_folder: Path) -> str:
+    """Returns the command that films with a run's model, as it can be pasted into a shell."""
+    return shlex.join(["python", "sample.py", f"checkpoint={run_folder}", "script=FILE", "out=DIR"])
+
+
 def _record_settings(config: TrainConfig) -> None:
     """Writes config.yaml; other settings that lie there are kept beside it, as config.1.yaml, config.2.yaml, ..."""
     file, text = config.run_folder / "config.yaml", OmegaConf.to_yaml(_values(config))

@@ -4,12 +4,15 @@ import importlib.metadata
 import json
 import logging
 import re
+import shlex
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import yaml
 
+from configs.run_record import sampling_command
 from moc.training import read_metrics
 from moc.training.integrity import checksums, files_to_seal, seal
 from tests import figures, pipeline
@@ -110,6 +113,11 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypat
         assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["lr"] == rate
         assert [row["step"] for row in read_metrics(folder) if "loss" in row] == [1, 2, 3]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_that_films_with_a_run_can_be_pasted():
+    said = shlex.split(sampling_command(Path("my runs/猫 [1]")))
+    assert said == ["python", "sample.py", "checkpoint=my runs/猫 [1]", "script=FILE", "out=DIR"]
 
 
 def test_every_launch_is_recorded(prepared, run):
