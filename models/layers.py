@@ -57,6 +57,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: flo
 
 
 @fused
+def fork(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Returns x, to go on with, and `modulate` of it: on a GPU the gradients of the two meet in one kernel."""
+    return x, modulate(x, shift, scale, members, eps)
+
+
+@fused
 def add_gated(x: Tensor, change: Tensor, gate: Tensor, members: Members, bias: Tensor | None = None) -> Tensor:
     """Returns x + gate * (change + bias), the gate being the group's; it is computed in fp32, returned in x's dtype."""
     return (x.float() + spread(gate, members) * biased(change.float(), bias)).to(x.dtype)
@@ -194,10 +200,12 @@ class TokenStream(RecomputedParts):
             self.to_out = Linear(dim, dim)
             self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU("tanh"), Linear(ffn_dim, dim))
 
-    def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
-        """Projects x [Lx, dim] to q, k and v, one beside another: [Lx, 3 dim], without `qkv_bias`."""
+    def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> tuple[Tensor, Tensor]:
+        """Returns x [Lx, dim], to go on with, and its q, k and v, one beside another: [Lx, 3 dim], without
+        `qkv_bias`."""
         shift, scale = modulation[:2]
-        return product(self.to_qkv, modulate(x, shift, scale, members))
+        x, normed = fork(x, shift, scale, members)
+        return x, product(self.to_qkv, normed)
 
     def qkv_bias(self, x: Tensor) -> Tensor | None:
         return left_bias(self.to_qkv, x)
@@ -235,14 +243,15 @@ class JointBlock(RecomputedParts):
         """Returns text [Lt, dim], video [Lv, dim]; activated: the condition after SiLU, fp32 [G, dim]."""
         text_mod, video_mod = self.text.modulation(activated), self.video.modulation(activated)
 
-        def attended(text: Tensor, video: Tensor) -> Tensor:
-            text_qkv = self.text.project(text, text_mod, part.text_members)
-            video_qkv = self.video.project(video, video_mod, part.video_members)
+        def attended(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            text, text_qkv = self.text.project(text, text_mod, part.text_members)
+            video, video_qkv = self.video.project(video, video_mod, part.video_members)
             norms, biases = (self.text.norms, self.video.norms), (self.text.qkv_bias(text), self.video.qkv_bias(video))
             q, k, v = join(text_qkv, video_qkv, norms, part, attend.table, biases)
-            return attend(q, k, v, rotated=attend.table is not None)
+            return text, video, attend(q, k, v, rotated=attend.table is not None)
 
-        of_text, of_video = split(self.apart(attended, text, video), part)
+        text, video, stream = self.apart(attended, text, video)
+        of_text, of_video = split(stream, part)
         video = self.video.update(video, of_video, video_mod, part.video_members)
         if not self.last:
             text = self.text.update(text, of_text, text_mod, part.text_members)

@@ -54,30 +54,35 @@ class _Modulate(Function):
     def forward(
         ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, group: Tensor | None, starts: Tensor | None, eps: float,
         one: float,
-    ) -> Tensor:  # fmt: skip
-        """Takes x [L, D], shift and scale [G, D]; `one` is added to scale."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Takes x [L, D], shift and scale [G, D]; `one` is added to scale. Returns x too: the gradient of what becomes
+        of it there is added by the kernel that writes x's."""
         x, shift, scale = x.contiguous(), _rows(shift), _rows(scale)
         if shift.stride() != scale.stride():
             shift, scale = shift.contiguous(), scale.contiguous()
         ctx.save_for_backward(x, scale, group, starts)
         ctx.eps, ctx.one, ctx.dtype = eps, one, shift.dtype
+        ctx.set_materialize_grads(False)
         out = torch.empty_like(x)
         if len(x):
             kernels.modulate_kernel[(len(x),)](
                 x, shift, scale, group, out, scale.stride(0), eps, ONE=one, **_sizes(x.shape[-1])
             )
-        return out
+        return x, out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dthrough: Tensor | None, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         x, scale, group, starts = ctx.saved_tensors
+        if dout is None:
+            return dthrough, *(None,) * 6
         num_rows, width = x.shape
         dx, blocks = torch.empty_like(x), cdiv(num_rows, ROWS)
         sums = x.new_empty(blocks + len(scale), 2, width, dtype=torch.float32)
+        dthrough = dthrough if dthrough is None else dthrough.contiguous()
         if num_rows:
             kernels.modulate_backward_kernel[(blocks,)](
-                x, scale, group, dout.contiguous(), dx, sums, num_rows, scale.stride(0), ctx.eps,
+                x, scale, group, dthrough, dout.contiguous(), dx, sums, num_rows, scale.stride(0), ctx.eps,
                 ONE=ctx.one, **_sizes(width), ROWS=ROWS,
             )  # fmt: skip
         dshift, dscale = _group_sums(sums, starts, num_rows, len(scale)).unbind(1)
@@ -296,6 +301,10 @@ def _copy_rows(stream: Tensor, text: Tensor, video: Tensor, *tokens: Tensor, **s
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> Tensor:
+    return fork(x, shift, scale, members, eps)[1]
+
+
+def fork(x: Tensor, shift: Tensor, scale: Tensor, members: Members, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     return _Modulate.apply(x, shift, scale, members.group, members.starts, eps, 1.0)
 
 
@@ -315,7 +324,7 @@ def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _Modulate.apply(x, bias[None], weight[None], None, None, eps, 0.0)
+    return _Modulate.apply(x, bias[None], weight[None], None, None, eps, 0.0)[1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

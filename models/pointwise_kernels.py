@@ -43,10 +43,11 @@ def modulate_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def modulate_backward_kernel(
-    x, scale, group, dout, dx, sums, num_rows, stride, eps,
+    x, scale, group, dthrough, dout, dx, sums, num_rows, stride, eps,
     ONE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes dx, and sums [blocks + G, 2, D]: of dout (for shift) and of dout * norm(x) (for scale)."""
+    """Writes dx, to which dthrough is added if there is one, and sums [blocks + G, 2, D]: of dout (for shift) and of
+    dout * norm(x) (for scale)."""
     block = tl.program_id(0)
     column = tl.arange(0, DP)
     inside = column < D
@@ -71,6 +72,8 @@ def modulate_backward_kernel(
         dscale += grad * normed
         grad *= gain
         grad = (grad - tl.sum(grad, 0) / D - normed * (tl.sum(grad * normed, 0) / D)) * factor
+        if dthrough is not None:
+            grad += tl.load(dthrough + row * D + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
     pointer = sums + (block + current) * (2 * D) + column
     tl.store(pointer, dshift, mask=inside)

@@ -88,6 +88,7 @@ def pointwise_work(setting: Setting) -> None:
     gain, angles = weight[: setting.head_dim], torch.zeros(part.num_tokens, setting.head_dim // 2)
     outputs = (
         pointwise.modulate(x, rows, rows, members),
+        torch.cat(pointwise.fork(x, rows, rows, members)),
         pointwise.add_gated(x, x, rows, members),
         pointwise.add_gated(x, x, rows, members, weight),
         *pointwise.add_modulate(x, x, rows, rows, rows, members, weight),

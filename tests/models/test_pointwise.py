@@ -32,6 +32,7 @@ def cases(length: int, groups: int, dtype: torch.dtype) -> dict[str, tuple]:
     angles = torch.randn(length, 6)
     return {
         "modulate": (layers.modulate, (x, rows[1], rows[3], members)),
+        "fork": (layers.fork, (x, rows[1], rows[3], members)),
         "add_gated": (layers.add_gated, (x, change, rows[2], members)),
         "add_gated_with_bias": (layers.add_gated, (x, change, rows[2], members, numbers(24))),
         "add_modulate": (layers.add_modulate, (x, change, rows[2], rows[3], rows[4], members)),
@@ -165,7 +166,7 @@ def test_blocks_of_kernels_equal_blocks_of_plain_functions(monkeypatch):
         return [*out, *torch.autograd.grad(sum((x**2).sum() for x in out), list(model.parameters()), allow_unused=True)]
 
     plain = computed()
-    for name in ("modulate", "add_gated", "add_modulate", "gelu", "join", "split"):
+    for name in ("modulate", "fork", "add_gated", "add_modulate", "gelu", "join", "split"):
         monkeypatch.setattr(layers, name, getattr(pointwise, name))
     monkeypatch.setattr(layers, "left_bias", lambda layer, _: layer.bias)
     monkeypatch.setattr(layers, "product", Linear.product)
