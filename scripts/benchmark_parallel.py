@@ -36,6 +36,7 @@ from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, Trainer
 from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
 from scripts.adapted import draw_adapted
+from scripts.benchmark_step import by_kind
 from scripts.measuring import header, markdown_table
 from scripts.rows import measured_on, put_row, read_rows
 
@@ -202,15 +203,17 @@ def step_seconds(trainer: Trainer, batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def shares(trainer: Trainer, batch: Batch) -> dict[str, float]:
-    """Returns the shares of a step that the device spends in the exchanges around attention and in all collectives.
-    Those of the weights run beside the computation, so that their share is not what they cost."""
+def shares(trainer: Trainer, batch: Batch) -> dict[str, Any]:
+    """Returns the shares of a step that the device spends in the exchanges around attention and in all collectives, and
+    the milliseconds of each kind of kernels. Those of the weights run beside the computation, so that their share is
+    not what they cost."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         seconds = step_seconds(trainer, batch)
     names = {event.key.lower(): event.self_device_time_total / 1e6 for event in profile.key_averages()}
     exchange = sum(time for name, time in names.items() if "nccl" in name and "sendrecv" in name)
     collective = sum(time for name, time in names.items() if "nccldevkernel" in name)
-    return {"exchange_share": round(exchange / seconds, 4), "collective_share": round(collective / seconds, 4)}
+    found = {"exchange_share": round(exchange / seconds, 4), "collective_share": round(collective / seconds, 4)}
+    return found | {"kernels_ms": by_kind({name: 1e3 * time for name, time in names.items()})}
 
 
 def processes_of(config: BenchmarkConfig, mesh: str) -> dict[str, Any]:

@@ -62,6 +62,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 # Kinds of kernels by their names; the first that fits counts.
 KINDS = {
+    "collectives": "^nccl",
     "attention": "flash|fmha|sdpa|masked_|^(forward|merge|delta|dq|add_dq|gather|dkv)_kernel",
     "routing": "^(means|route|bound|list|select|drop|mark|count|scan|fill)_kernel",
     "norms, modulation, gates": "^(modulate|add_gated|join|rms_norm|rotate|group_sums)",

@@ -16,6 +16,7 @@ def test_kernels_are_told_by_kind():
     names = {
         "masked_dkv_kernel": "attention", "forward_kernel": "attention", "fill_kernel": "routing",
         "void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": "attention",
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096>)": "collectives",
         "modulate_backward_kernel": "norms, modulation, gates",
         "sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize128x128x8": "fp32 matmuls",
         "sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n": "fp32 matmuls",
