@@ -210,11 +210,9 @@ class StreamModel(Trainable):
         tokens, inputs, condition = self.embed(patches, part.group_sigma(sigma), text, part, config)
         cos, sin = self.rotations(layout)
         table, spread = (cos[first:], sin[first:]), (self.exchange, self.execution)
-        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
-        recomputation = recomputes, recomputes and self.keeps_attention
-        attend = StreamAttention(
-            layout, config, table, drops, on_routes, cache, remember, *spread, on_distances, *recomputation
-        )
+        attend = StreamAttention(layout, config, table, drops, on_routes, cache, remember, *spread, on_distances)
+        attend.recomputes = recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
+        attend.keeps_outputs = recomputes and self.keeps_attention
         for layer, block in enumerate(self.blocks):
             args = (*(tokens if isinstance(tokens, tuple) else (tokens,)), *inputs, Attend(attend, layer))
             tokens = self._gradient_checkpointing_func(block, *args) if recomputes else block(*args)
