@@ -11,10 +11,10 @@ Source: arXiv 2508.21058, section 3 (content-aligned chunks); chunks never cross
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,7 @@ class Segment:
     grid: Grid | None
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(NamedTuple):
     """A group is the global text of a sample (shot -1) or a shot: text_tokens, then video_tokens, from `start` on."""
 
     sample: int
@@ -105,6 +104,9 @@ def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
         return [f * height * width for f in split_evenly(frames, chunk_tokens // (height * width))]
     rows = split_evenly(height, max(1, chunk_tokens // width))
     return [r * width for _ in range(frames) for r in rows]
+
+
+_chunk_lengths = lru_cache(1024)(lambda grid, chunk_tokens: tuple(chunk_lengths(grid, chunk_tokens)))  # many are alike
 
 
 class ShotLayout:
@@ -280,7 +282,8 @@ class ShotLayout:
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: tables as they are laid, not one by one."""
-        return {name: value for name, value in self.__dict__.items() if name not in self._TABLES}
+        left_out = {*self._TABLES, "segments", "chunks"}
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -302,7 +305,7 @@ class ShotLayout:
 
     @property
     def num_chunks(self) -> int:
-        return len(self.chunks)
+        return self.groups[-1].first_chunk + self.groups[-1].num_chunks
 
     @property
     def num_groups(self) -> int:
@@ -338,35 +341,44 @@ class ShotLayout:
         )
 
     def _tile(self) -> None:
-        """Lays segments, groups and chunks out along the stream."""
-        segments: list[Segment] = []
+        """Lays groups out along the stream."""
         groups: list[Group] = []
-        chunks: list[Chunk] = []
-        start = 0
-
-        def add_segment(kind: str, sample: int, shot: int, lengths: list[int], grid: Grid | None) -> None:
-            nonlocal start
-            segments.append(Segment(kind, sample, shot, len(groups), start, sum(lengths), grid))
-            for length in lengths:
-                chunks.append(Chunk(kind, sample, len(groups), start, length))
-                start += length
-
+        start = first_chunk = 0
         for sample, (global_text_tokens, shots) in enumerate(self.samples):
-            members = [
-                (-1, global_text_tokens, None),
-                *((i, s.text_tokens, s.grid) for i, s in enumerate(shots)),
-            ]
+            members = [(-1, global_text_tokens, None), *((i, s.text_tokens, s.grid) for i, s in enumerate(shots))]
             for shot, text_tokens, grid in members:
-                first_start, first_chunk = start, len(chunks)
-                if text_tokens:
-                    add_segment("text", sample, shot, [text_tokens], None)
-                if grid is not None:
-                    add_segment("video", sample, shot, chunk_lengths(grid, self.chunk_tokens), grid)
-                video_tokens = start - first_start - text_tokens
-                count = len(chunks) - first_chunk
-                groups.append(Group(sample, shot, first_start, text_tokens, video_tokens, grid, first_chunk, count))
+                video = self._video_chunks(grid)
+                num_chunks = (text_tokens > 0) + len(video)
+                groups.append(Group(sample, shot, start, text_tokens, sum(video), grid, first_chunk, num_chunks))
+                start, first_chunk = groups[-1].end, first_chunk + num_chunks
+        self.groups = tuple(groups)
 
-        self.segments, self.groups, self.chunks = tuple(segments), tuple(groups), tuple(chunks)
+    def _video_chunks(self, grid: Grid | None) -> tuple[int, ...]:
+        return () if grid is None else _chunk_lengths(grid, self.chunk_tokens)
+
+    # Segments and chunks follow from the groups, so they do not travel with a layout.
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        found = []
+        for index, group in enumerate(self.groups):
+            place = (group.sample, group.shot, index)
+            if group.text_tokens:
+                found.append(Segment("text", *place, group.start, group.text_tokens, None))
+            if group.grid is not None:
+                video = (group.start + group.text_tokens, group.video_tokens)
+                found.append(Segment("video", *place, *video, group.grid))
+        return tuple(found)
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        found = []
+        for segment in self.segments:
+            start = segment.start
+            for length in self._video_chunks(segment.grid) or (segment.length,):
+                found.append(Chunk(segment.kind, segment.sample, segment.group, start, length))
+                start += length
+        return tuple(found)
 
     def _tabulate(self) -> None:
         """Makes the index tensors from the tiled stream."""

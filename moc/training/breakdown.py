@@ -7,6 +7,8 @@ from moc.training.parallel import gather_lists
 
 _BINS = 10  # bins of the noise level over [0, 1]
 _LAST_SHOT = 16  # shots from here on count as one
+_NOISE = [f"noise_{number / _BINS:g}" for number in range(_BINS)]
+_SHOT = [f"shot_{index}" for index in range(_LAST_SHOT + 1)]
 
 
 class Breakdown:
@@ -19,10 +21,7 @@ class Breakdown:
     def add(self, outcome: Outcome) -> None:
         """Takes in a step whose outcome has been read. Shots without a finite loss are left out."""
         for shot in outcome.target_shots():
-            names = [
-                f"noise_{min(int(shot.sigma * _BINS), _BINS - 1) / _BINS:g}",
-                f"shot_{min(shot.index, _LAST_SHOT)}",
-            ]
+            names = [_NOISE[min(int(shot.sigma * _BINS), _BINS - 1)], _SHOT[min(shot.index, _LAST_SHOT)]]
             for name in [*names, f"source_{shot.source}"] if shot.source else names:
                 self._sums[name][0] += shot.loss
                 self._sums[name][1] += 1

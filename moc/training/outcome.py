@@ -67,7 +67,7 @@ class Outcome:
         return list(dict.fromkeys(scene for _, scene in sorted(shots, reverse=True)))[:most]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # hundreds are made a step: frozen, each would take twice as long
 class ShotLoss:
     """This is a shot's loss, with its noise level, its number in its film from 1 on, its scene and the source of
     that."""
