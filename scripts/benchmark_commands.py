@@ -309,9 +309,9 @@ def start(job: Job, log: Path, name: str) -> dict:
 def table(rows: list[dict], folder: Path) -> str:
     """Returns the record as a Markdown page, in which paths are shortened to `folder`."""
     about = (
-        f"{measured_on(rows)} Each command in a fresh process, imports and start-up included, one after another on one "
-        "GPU, so that later ones find compiled kernels; `start` rows have a cache of kernels of their own, and end "
-        "with the second step. Made by scripts/benchmark_commands.py."
+        f"{measured_on(rows)} Each command in a fresh process, imports and start-up included, after others, so that it "
+        "finds compiled kernels, or beside others on one host; `start` rows have a cache of kernels of their own, and "
+        "end with the second step. Made by scripts/benchmark_commands.py."
     )
     lines = []
     for row in rows:
