@@ -5,14 +5,14 @@ A model says through its `StreamSpec` how latents become tokens; `make_batch` la
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moc.errors import UserError
-from moc.layout import Grid, Shot, ShotLayout
+from moc.layout import Shot, ShotLayout
 from moc.move import move
 
 
@@ -184,14 +184,8 @@ def stream_of(sample: Sample, spec: StreamSpec) -> tuple[int, tuple[Shot, ...]]:
     """Returns how a model with this spec sees a sample: the number of its global text's tokens, and its shots."""
     texts = [len(text) if spec.text_in_stream else 0 for text in sample.text]
     cuts = sample.cuts or [True] * len(sample.latents)
-    shots = [_shot(n, spec.grid(x.shape), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
+    shots = [Shot(n, spec.grid(x.shape), cut) for n, x, cut in zip(texts[1:], sample.latents, cuts, strict=True)]
     return texts[0], tuple(shots)
-
-
-@lru_cache(1024)
-def _shot(text_tokens: int, grid: Grid, cut: bool) -> Shot:
-    """Returns one object for shots that are alike, which is sent between processes once for all of a pack."""
-    return Shot(text_tokens, grid, cut)
 
 
 def make_layout(sample: Sample, spec: StreamSpec, chunk_tokens: int) -> ShotLayout:

@@ -11,7 +11,7 @@ Source: arXiv 2508.21058, section 3 (content-aligned chunks); chunks never cross
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
@@ -106,9 +106,6 @@ def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
     return [r * width for _ in range(frames) for r in rows]
 
 
-_chunk_lengths = lru_cache(1024)(lambda grid, chunk_tokens: tuple(chunk_lengths(grid, chunk_tokens)))  # many are alike
-
-
 class ShotLayout:
     """A layout describes a packed stream and never changes. Build it with `ShotLayout.build`, join samples with `pack`.
 
@@ -173,7 +170,8 @@ class ShotLayout:
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
         if not samples or any(not shots for _, shots in samples):
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
-        self.samples = tuple((text, tuple(shots)) for text, shots in samples)
+        alike: dict[Shot, Shot] = {}  # shots that are alike are one object, which travels once
+        self.samples = tuple((text, tuple(alike.setdefault(s, s) for s in shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
         self._set_positions(positions)
         num_tokens = sum(text + sum(s.text_tokens + math.prod(s.grid) for s in shots) for text, shots in self.samples)
@@ -344,17 +342,20 @@ class ShotLayout:
         """Lays groups out along the stream."""
         groups: list[Group] = []
         start = first_chunk = 0
+        by_grid = self._chunks_by_grid()
         for sample, (global_text_tokens, shots) in enumerate(self.samples):
             members = [(-1, global_text_tokens, None), *((i, s.text_tokens, s.grid) for i, s in enumerate(shots))]
             for shot, text_tokens, grid in members:
-                video = self._video_chunks(grid)
+                video = by_grid[grid]
                 num_chunks = (text_tokens > 0) + len(video)
                 groups.append(Group(sample, shot, start, text_tokens, sum(video), grid, first_chunk, num_chunks))
                 start, first_chunk = groups[-1].end, first_chunk + num_chunks
         self.groups = tuple(groups)
 
-    def _video_chunks(self, grid: Grid | None) -> tuple[int, ...]:
-        return () if grid is None else _chunk_lengths(grid, self.chunk_tokens)
+    def _chunks_by_grid(self) -> dict[Grid | None, list[int]]:
+        """Returns the lengths of the chunks of a video, by its grid: hundreds of shots may be alike."""
+        grids = {shot.grid for _, shots in self.samples for shot in shots}
+        return {None: [], **{grid: chunk_lengths(grid, self.chunk_tokens) for grid in grids}}
 
     # Segments and chunks follow from the groups, so they do not travel with a layout.
 
@@ -372,10 +373,10 @@ class ShotLayout:
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
-        found = []
+        found, by_grid = [], self._chunks_by_grid()
         for segment in self.segments:
             start = segment.start
-            for length in self._video_chunks(segment.grid) or (segment.length,):
+            for length in by_grid[segment.grid] or [segment.length]:
                 found.append(Chunk(segment.kind, segment.sample, segment.group, start, length))
                 start += length
         return tuple(found)
