@@ -405,8 +405,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{measured_on(rows)} The shape of Wan2.1-T2V-1.3B with random weights; dense kernel "
         f"{', '.join(sorted({str(row['dense_kernel']) for row in rows}))}. A step is one of the longest stream, both "
         "sides of guidance; a film of 50 steps a shot is extrapolated from the steps timed; `decode` is one shot, and "
-        "all of them by count; `error` is how far the weights as kept move a velocity. Made by "
-        "scripts/benchmark_sampling.py."
+        "all of them by count; `error` is how far weights in fewer bytes, and products in fp8 where it says so, move "
+        "the velocity of two short shots, relative to it. Made by scripts/benchmark_sampling.py."
     )
     return f"# Sampling films\n\n{about}\n\n{markdown_table(columns, lines)}\n"
 
