@@ -37,8 +37,8 @@ class Validator:
         """Raises UserError, on all processes, where one that must keep step with the others has no batch."""
         if parallel.is_sharded and parallel.any(not self.batches):
             raise UserError(
-                f"data.validation is too small: a sharded model needs a scene or more for each of "
-                f"{parallel.data_ranks} processes with samples of their own; raise it, or set it to 0"
+                f"data.validation holds out too few scenes for {parallel.data_ranks} processes with samples of their "
+                f"own: each needs one where weights are sharded; set it to {parallel.data_ranks} or more, or to 0"
             )
 
     @torch.no_grad()
