@@ -53,6 +53,27 @@ def shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def told(score: dict[str, Any]) -> str:
+    """Returns the scores of a name as lines to read, with the words of the page."""
+    cuts, motion = score["cuts"], score["motion"]
+    lines = [
+        f"{score['name']}: {score['films']} films, {score['shots']} shots, {score['seconds']:.1f} s",
+        f"cuts found of the scripted {shown(cuts['recall'])}, accuracy {shown(cuts['score'])}",
+        f"motion {shown(motion['heights_a_second'])} heights a second, still shots {shown(motion['still'])}",
+    ]
+    for row in score["consistency"]:
+        lines.append(
+            f"{row['features']}: within shots {shown(row['intra'])}, same name {shown(row['same_name'])}, "
+            f"other names {shown(row['other_name'])}, difference {shown(row['same_minus_other'])}"
+        )
+    if score["drift"]:
+        slopes = ", ".join(f"{name} {100 * slope['a_shot']:+.2f} %" for name, slope in score["drift"].items())
+        lines.append(f"drift from shot to shot: {slopes}")
+    if score["text_alignment"]:
+        lines.append(f"text alignment {shown(score['text_alignment'])}")
+    return "\n  ".join(lines)
+
+
 def board(film: Film) -> Board:
     """Returns the storyboard of a film, small enough to keep."""
     shots = []

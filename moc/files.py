@@ -3,6 +3,7 @@ time."""
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,19 @@ def write_whole(path: Path, payload: bytes, durable: bool = False) -> None:
         if durable:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def check_writable(path: Path) -> None:
+    """Tries, before hours of work, whether its result can be written to `path`, whose folder is made. Raises UserError
+    where it cannot."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); name another file") from None
 
 
 def copy_whole(source: Path, path: Path) -> None:

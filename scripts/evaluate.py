@@ -33,11 +33,12 @@ from data.records import write_whole
 from evaluation.features import Clip, ColourHistogram, Dino, Features
 from evaluation.film_scores import measure, scores
 from evaluation.films import find_films, open_film, read_schedule
-from evaluation.page import Board, board, write_page
+from evaluation.page import Board, board, told, write_page
 from evaluation.published import read_vbench, vbench_command
 from evaluation.rivals import compare
 from moc import Execution, MoCConfig
 from moc.errors import UserError, check_least
+from moc.files import check_writable
 from moc.training import MeshConfig, Parallel, ParallelConfig
 from models import Contents, load_codec, load_model, move_model
 
@@ -91,13 +92,15 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     if not config.checkpoint and not config.films:
         raise UserError("say checkpoint=PATH data.path=PREPARED, or films=[FOLDER, ...], or both")
+    for file in filter(None, (config.output, config.page)):
+        check_writable(Path(file))
+    vbench: dict[str, dict[str, float]] = {name: {} for name in config.films}
+    vbench |= {name: read_vbench(result) for name, result in zip(config.films, config.vbench, strict=False)}
     parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
     losses = losses_of(config, parallel) if config.checkpoint else []
     if not parallel.is_main:
         return
     judged, boards = judge(config, parallel) if config.films else ([], [])
-    vbench: dict[str, dict[str, float]] = {name: {} for name in config.films}
-    vbench |= {name: read_vbench(result) for name, result in zip(config.films, config.vbench, strict=False)}
     if config.films and not config.vbench:
         films = [film for name in config.films for film in find_films(name)]
         print(f"VBench's six, where it is installed: {vbench_command(films)}")
@@ -143,7 +146,7 @@ def judge(config: EvaluateConfig, parallel: Parallel) -> tuple[list[dict], list[
             drawn.append(board(film))
         rows.append(scores(name, measured))
         boards.append(drawn)
-        print(json.dumps(rows[-1]), flush=True)
+        print(told(rows[-1]), flush=True)
     return rows, boards
 
 

@@ -59,8 +59,9 @@ def fetch(folder: Path, lengths: Sequence[int] = ()) -> Path:
     """Returns the film's file in `folder`, with its caption and credit beside it, and a manifest of scenes of so many
     shots.
 
-    Raises DataError (download-failed)."""
+    Raises DataError (download-failed), OSError."""
     film = folder / FILM
+    folder.mkdir(parents=True, exist_ok=True)
     if not film.is_file() or film.stat().st_size != FILM_BYTES:
         archive = _download(folder / "download")
         write_whole(film, _unpack(archive))

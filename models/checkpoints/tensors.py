@@ -223,6 +223,8 @@ def write_tensors(file: Path, entries: Iterable[Entry], read: Callable[[str], Te
                 tensor = read(name).to(dtype).reshape(shape).contiguous()
                 out.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         os.replace(partial, file)
+    except OSError as error:  # that of a full disk does not say where it is
+        raise OSError(error.errno, error.strerror, str(error.filename or file)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -61,3 +61,9 @@ def test_the_film_comes_with_its_manifest_or_without(tmp_path, monkeypatch):
     assert len(load_manifest(tmp_path / "whole/manifest.jsonl")) == len(film_shots())
     with pytest.raises(UserError, match="lengths in shots"):
         example_film.ExampleFilmConfig("FILM", scenes=[0])
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_fetched(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        example_film.fetch(tmp_path / "file/film")

@@ -1,6 +1,7 @@
 """Films are judged from their pictures: names that keep their looks, cuts, motion and drift of known size, reports."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,12 +269,29 @@ def test_films_are_evaluated_side_by_side(films, tmp_path, capsys):
     assert "<i>" not in text
     assert text.count("data:image/jpeg;base64,") == 2 * 4 * 3
     assert "not measured" in text
-    assert "vbench evaluate" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "vbench evaluate" in said
+    assert re.search(r"true: 1 films, 4 shots, [\d.]+ s\n  cuts found of the scripted \d", said)
+    assert re.search(r"\n  colour histogram: within shots .* difference 0\.\d+ ± ", said)
     pipeline.assert_one_message(
         pipeline.refusal(capsys, "scripts/evaluate.py", "device=cpu"), "checkpoint=PATH", "films="
     )
     said = pipeline.refusal(capsys, "scripts/evaluate.py", named, "vbench=[x]", "device=cpu")
     pipeline.assert_one_message(said, "vbench has 1 results for 2 films")
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("output={0}", "is a folder; name a file"),
+        ("page={0}/file/page.html", "cannot be written"),
+        ("vbench=[{0}/none]", "is no result of VBench"),
+    ],
+)
+def test_what_cannot_be_written_or_read_is_refused_before_films_are_judged(tmp_path, capsys, where, said):
+    (tmp_path / "file").touch()
+    arguments = (f"films=[{tmp_path / 'no film'}]", where.format(tmp_path))
+    pipeline.assert_one_message(pipeline.refusal(capsys, "scripts/evaluate.py", *arguments), said)
 
 
 def test_a_film_that_was_sampled_is_evaluated_with_its_checkpoint(trained, prepared, tmp_path):

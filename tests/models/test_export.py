@@ -1,5 +1,6 @@
 """These tests are about conversion between the forms of a checkpoint: the same bytes, in little memory."""
 
+import errno
 import json
 import os
 import struct
@@ -160,5 +161,14 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise ValueError("gone")
 
     with pytest.raises(ValueError, match="gone"):
+        write_tensors(tmp_path / "x.safetensors", [("w", torch.float32, (2,))], read)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    def read(name: str) -> Tensor:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it, without a name
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.safetensors'"):
         write_tensors(tmp_path / "x.safetensors", [("w", torch.float32, (2,))], read)
     assert list(tmp_path.iterdir()) == []
