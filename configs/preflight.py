@@ -25,6 +25,7 @@ from moc.training.clock import about
 from moc.training.optim import kept_states
 from moc.training.parallel import gather_lists
 from moc.training.shards import local
+from models import build_model
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,26 @@ def look_first(config: TrainConfig, dataset: Data, parallel: Parallel, trainer: 
         logger.info("ready: %s", "; ".join(told))
 
 
+def check_room(config: TrainConfig, dataset: Data, parallel: Parallel) -> None:
+    """Counts the weights of a model that is drawn anew, before it is. Raises UserError where they do not fit into a
+    CPU's memory with their averages and gradients: there the system would end the process without a word."""
+    if parallel.device.type != "cpu" or config.model.path or config.parallel.shard * config.parallel.sequence > 1:
+        return
+    with torch.device("meta"):
+        weights = list(build_model(config.model, dataset.latent_channels, dataset.text_dim).parameters())
+    copies = 1 if config.optim.parts else 3  # parts may be frozen
+    _refuse_over(memory.host_room(), copies * sum(weight.nbytes for weight in weights) / 2**30)
+
+
+def _refuse_over(room: float, size: float) -> None:
+    """Raises UserError where what a process of a CPU holds, in GiB, is over the bytes that it has."""
+    if size > room / 2**30:
+        raise UserError(
+            f"weights, averages, gradients and states take at least {size:.3g} GiB a process, and this machine has "
+            f"{room / 2**30:.3g} for it: take a smaller model, or an adapter of one (model.lora_rank)"
+        )
+
+
 def _processes(parallel: Parallel) -> str:
     """Returns whether the processes reach each other from device to device, and where they are."""
     total = int(parallel.sum(parallel.put(torch.ones(()))))
@@ -114,10 +135,11 @@ def _data(dataset: Data, most: int, first: int = 0, near: bool = False) -> str:
 
 
 def _memory(trainer: Trainer) -> str:
-    """Returns what a process holds on its device all the time, by count. Raises UserError where the GPU cannot."""
+    """Returns what a process holds on its device all the time, by count. Raises UserError where the device cannot."""
     device = trainer.parallel.device
     what, size = "weights, averages, gradients and states take at least", _held_bytes(trainer) / 2**30
     if device.type != "cuda":
+        _refuse_over(memory.room(device), size)
         return f"{what} {size:.1f} GiB a process"
     whole = torch.cuda.get_device_properties(device).total_memory / 2**30
     if size > whole:

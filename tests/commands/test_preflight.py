@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from configs.preflight import _held_bytes
+from moc import memory
 from moc.training import OptimConfig
 from moc.training.ema import EMA
 from moc.training.optim import build_optimizer
@@ -48,6 +49,15 @@ def test_every_start_looks_first_and_says_so_in_one_line(capsys, caplog, prepare
     said = pipeline.refusal(capsys, "train.py", *arguments)
     pipeline.assert_one_message(said, "has 0.00 GB free, and a checkpoint takes", "make room")
     assert not (tmp_path / "another" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("free", ["host_room", "room"])
+def test_a_model_that_memory_cannot_hold_is_refused_in_one_line(capsys, prepared, tmp_path, monkeypatch, free):
+    """The first is asked before the model is built, the second when all that it needs is known."""
+    monkeypatch.setattr(memory, free, lambda *_: 100_000)
+    said = pipeline.refusal(capsys, "train.py", *pipeline.train_arguments(prepared, tmp_path / "run"))
+    pipeline.assert_one_message(said, "weights, averages, gradients and states take at least 0.00", "a smaller model")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_finished_run_starts_nothing_and_is_not_looked_at(caplog, prepared, tmp_path, monkeypatch):
