@@ -51,7 +51,7 @@ def read_record(path: Path) -> Any:
 
 
 def parse_record(payload: bytes) -> Any:
-    """Does as `read_record`, of a file's bytes."""
+    """Returns what `read_record` would, of a file's bytes."""
     try:
         fields = json.loads(payload)
         whole = fields["crc32"] == _checksum(json.dumps(fields["content"]))

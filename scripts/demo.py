@@ -192,7 +192,7 @@ def raised_signals() -> Iterator[None]:
 
 
 def report(out: Path, script: Path, seconds: dict[str, float]) -> bool:
-    """Prints what came out; True where it passed."""
+    """Prints what came out; returns whether it passed."""
     verdict = judge_film(out / "film", load_script(script), build_detector("transnetv2"))
     rows = [row for row in read_metrics(out / "run") if "routing/sparsity" in row]
     levels = [key for key in rows[0] if key.startswith("validation/loss_")]

@@ -362,7 +362,7 @@ def _cpu_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: 
     return capability is None and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-# Fastest first.
+# The fastest comes first.
 _KERNELS: dict[str, tuple[DenseKernel, Callable[..., bool]]] = {
     "fa3": (DenseKernel("fa3", _fa3_forward, _fa3_backward), _fa3_fits),
     "fa4": (DenseKernel("fa4", _fa4_forward, _fa4_backward), _fa4_fits),

@@ -37,7 +37,7 @@ class Blocks:
     dkv: dict[str, int]
 
 
-# Measured on an H100 with head dim 128.
+# These were measured on an H100 with head dim 128.
 HALF = Blocks(
     tile=128,
     forward={"BN": 64, "num_warps": 4, "num_stages": 2},
@@ -50,7 +50,7 @@ HALF_SMALL_CHUNKS = Blocks(
     dq={"BN": 32, "num_warps": 4, "num_stages": 3},
     dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
 )
-# Chosen by what compiles without spills (docs/benchmarks/kernels_ahead.md); they are not measured.
+# These are chosen by what compiles without spills (docs/benchmarks/kernels_ahead.md); they are not measured.
 HALF_BY_REGISTERS = Blocks(
     tile=128,
     forward={"BN": 32, "num_warps": 8, "num_stages": 2},
@@ -75,7 +75,7 @@ MASKED_HALF = Blocks(
     dq={"BN": 64, "num_warps": 4},
     dkv={"BM": 64, "num_warps": 4},
 )
-# Chosen by what they compile to; they are not measured.
+# These are chosen by what they compile to; they are not measured.
 MASKED_HALF_WIDE_HEADS = replace(MASKED_HALF, dkv={"BM": 32, "num_warps": 8})
 MASKED_HALF_BY_REGISTERS = Blocks(
     tile=32,
