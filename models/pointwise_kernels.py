@@ -41,6 +41,14 @@ def modulate_kernel(
     tl.store(out + row * D + column, (normed * gain + added).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _flush(pointer, first, second, mask, D: tl.constexpr):
+    """Writes two of a group's sums under a mask; returns them, begun anew there."""
+    tl.store(pointer, first, mask=mask)
+    tl.store(pointer + D, second, mask=mask)
+    return tl.where(mask, 0.0, first), tl.where(mask, 0.0, second)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def modulate_backward_kernel(
     x, scale, group, dthrough, dout, dx, sums, num_rows, stride, eps,
@@ -59,10 +67,7 @@ def modulate_backward_kernel(
         row = block.to(tl.int64) * ROWS + index
         own = _group(group, row)
         pointer = sums + (block + current) * (2 * D) + column
-        tl.store(pointer, dshift, mask=inside & (own != current))
-        tl.store(pointer + D, dscale, mask=inside & (own != current))
-        dshift = tl.where(own == current, dshift, 0.0)
-        dscale = tl.where(own == current, dscale, 0.0)
+        dshift, dscale = _flush(pointer, dshift, dscale, inside & (own != current), D)
         current = own
         value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -76,8 +81,7 @@ def modulate_backward_kernel(
             grad += tl.load(dthrough + row * D + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
     pointer = sums + (block + current) * (2 * D) + column
-    tl.store(pointer, dshift, mask=inside)
-    tl.store(pointer + D, dscale, mask=inside)
+    _flush(pointer, dshift, dscale, inside, D)
 
 
 @triton.jit
@@ -117,10 +121,7 @@ def add_gated_backward_kernel(
         row = block.to(tl.int64) * ROWS + index
         own = _group(group, row)
         pointer = sums + (block + current) * (2 * D) + column
-        tl.store(pointer, dgate, mask=inside & (own != current))
-        tl.store(pointer + D, dbias, mask=inside & (own != current))
-        dgate = tl.where(own == current, dgate, 0.0)
-        dbias = tl.where(own == current, dbias, 0.0)
+        dgate, dbias = _flush(pointer, dgate, dbias, inside & (own != current), D)
         current = own
         grad = tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
         dgate += grad * _biased(change, bias, row * D + column, column, inside)
@@ -128,8 +129,7 @@ def add_gated_backward_kernel(
         dbias += grad
         tl.store(dchange + row * D + column, grad.to(dchange.dtype.element_ty), mask=inside)
     pointer = sums + (block + current) * (2 * D) + column
-    tl.store(pointer, dgate, mask=inside)
-    tl.store(pointer + D, dbias, mask=inside)
+    _flush(pointer, dgate, dbias, inside, D)
 
 
 @triton.jit
@@ -173,14 +173,8 @@ def add_modulate_backward_kernel(
         own = _group(group, row)
         ends = inside & (own != current)
         pointer = sums + (block + current) * (4 * D) + column
-        tl.store(pointer, dshift, mask=ends)
-        tl.store(pointer + D, dscale, mask=ends)
-        tl.store(pointer + 2 * D, dgate, mask=ends)
-        tl.store(pointer + 3 * D, dbias, mask=ends)
-        dshift = tl.where(own == current, dshift, 0.0)
-        dscale = tl.where(own == current, dscale, 0.0)
-        dgate = tl.where(own == current, dgate, 0.0)
-        dbias = tl.where(own == current, dbias, 0.0)
+        dshift, dscale = _flush(pointer, dshift, dscale, ends, D)
+        dgate, dbias = _flush(pointer + 2 * D, dgate, dbias, ends, D)
         current = own
         offset = own * stride + column
         value = tl.load(out + row * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -197,10 +191,8 @@ def add_modulate_backward_kernel(
         dbias += grad
         tl.store(dchange + row * D + column, grad.to(dchange.dtype.element_ty), mask=inside)
     pointer = sums + (block + current) * (4 * D) + column
-    tl.store(pointer, dshift, mask=inside)
-    tl.store(pointer + D, dscale, mask=inside)
-    tl.store(pointer + 2 * D, dgate, mask=inside)
-    tl.store(pointer + 3 * D, dbias, mask=inside)
+    _flush(pointer, dshift, dscale, inside, D)
+    _flush(pointer + 2 * D, dgate, dbias, inside, D)
 
 
 @triton.jit
