@@ -288,10 +288,14 @@ class ShotLayout:
         self._set_tables(state["_laid"])
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Returns what `make` derives from this layout, made once for each key: tables that all layers share."""
-        if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
+        """Returns what `make` derives from this layout, made once for each key: tables that all layers share. What is
+        made within a compiled call is not kept, since a later replay of its CUDA graph overwrites it."""
+        if key in self._memo:
+            return self._memo[key]
+        made = make()
+        if not torch.compiler.is_compiling():
+            self._memo[key] = made
+        return made
 
     @property
     def device(self) -> torch.device:

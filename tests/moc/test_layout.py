@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import moc
+from moc.context import candidate_runs
 from moc.errors import UserError
 from tests import brute_force
 from tests.strategies import Stream, shots, streams
@@ -246,6 +247,18 @@ def test_the_same_stream_at_other_positions_shares_its_tables():
     assert other.rechunk(8).chunk_cu_seqlens is one.rechunk(8).chunk_cu_seqlens  # made once
     with pytest.raises(ValueError, match="1 positions for 2 samples"):
         one.at([1])
+
+
+def test_what_a_compiled_call_makes_is_its_own():
+    """Kept, it would be memory that the next replay of a CUDA graph overwrites."""
+    layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2)), moc.Shot(1, (2, 2, 2))], 3, chunk_tokens=8)
+    config = moc.MoCConfig(top_k=1)
+    compiled = torch.compile(lambda: candidate_runs(layout, config), backend="eager", fullgraph=True)
+    within = compiled()
+    expected = within.clone()
+    within.zero_()
+    assert torch.equal(candidate_runs(layout, config), expected)
+    assert torch.equal(compiled(), expected)
 
 
 def test_every_table_is_known_here_and_moved():
