@@ -64,13 +64,17 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
 def check_same_run(config: TrainConfig) -> None:
     """Compares with the settings of the run that is resumed; tells of those that may change.
 
-    Raises UserError for others, unless `allow_changes` names them: their checkpoints would lie about what made them.
+    Raises UserError for others, unless `allow_changes` names them: their checkpoints would lie about what made them;
+    and for a name there that is no setting's.
     """
     file = config.run_folder / "config.yaml"
     if not file.exists():
         return
     settings = OmegaConf.to_container(OmegaConf.load(file)), _values(config)
     before, now = (translated(dict(_flat(values))) for values in settings)
+    unknown = [name for name in config.allow_changes if not any(_is_among(key, [name]) for key in now)]
+    if unknown:
+        raise UserError(f"allow_changes={unknown} names no setting; --help lists all")
     changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
     free = {key for key in changed if _is_among(key, FREE) or _is_among(key, config.allow_changes)}
     refused = [f"{key}={now[key]} (was {before[key]})" for key in changed if key not in free]

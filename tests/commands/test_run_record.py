@@ -115,6 +115,11 @@ def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_change_is_allowed_by_the_name_of_a_setting(prepared, run, capsys):
+    said = refusal(capsys, *launch(prepared, run, "allow_changes=[optim.lrr,optim]", "trainer.num_steps=4"))
+    assert_one_message(said, "allow_changes=['optim.lrr'] names no setting")
+
+
 def test_the_command_that_films_with_a_run_can_be_pasted():
     said = shlex.split(sampling_command(Path("my runs/猫 [1]")))
     assert said == ["python", "sample.py", "checkpoint=my runs/猫 [1]", "script=FILE", "out=DIR"]
