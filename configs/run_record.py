@@ -36,7 +36,7 @@ FREE = (
     "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
 )  # fmt: skip
-_EVALUATED = 16  # scenes, where nothing says how many
+EVALUATED = 16  # scenes, where nothing says how many
 
 
 def own_name(name: str) -> str:
@@ -100,8 +100,8 @@ def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
     whose = "other data than the run's"
     if is_same:
         whose = "those that the run held out" if number or names else "the run held out none: it was trained on them"
-    logger.info("data.validation=0 takes %d scenes, where there are as many; %s", number or _EVALUATED, whose)
-    return replace(data, validation=number or _EVALUATED, held_out=data.held_out or names)
+    logger.info("data.validation=0 takes %d scenes, where there are as many; %s", number or EVALUATED, whose)
+    return replace(data, validation=number or EVALUATED, held_out=data.held_out or names)
 
 
 def _data_paths(data: DictConfig) -> set[str]:

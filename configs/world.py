@@ -1,18 +1,28 @@
-"""This module builds the world of recall scenes that a run trains on, with the encoders it names."""
+"""This module builds the world of recall scenes that a run trains on, with the encoders it names, or a checkpoint is
+tested on."""
 
 import torch
 
 from configs.schema import TrainConfig
 from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
+from data.storyworld.recall import RecallConfig
 from moc.errors import UserError
-from models import build_encoders
+from models import Contents, Encoders, build_encoders, load_encoders
 
 
 def recall_world(config: TrainConfig, device: torch.device) -> RecallWorld:
     """Returns the world of `config.data.recall` on a device. Raises UserError where the config has none."""
     if config.data.recall is None:
         raise UserError("data.recall is not set; take experiment=recall")
-    encoders = build_encoders(config.encoders, vocabulary())
+    return _world(config.data.recall, build_encoders(config.encoders, vocabulary()), device)
+
+
+def world_of(checkpoint: Contents, recall: RecallConfig, device: torch.device) -> RecallWorld:
+    """Returns a world on a device, with a checkpoint's own encoders."""
+    return _world(recall, load_encoders(checkpoint), device)
+
+
+def _world(recall: RecallConfig, encoders: Encoders, device: torch.device) -> RecallWorld:
     codec, text = encoders.codec.to(device), encoders.text.to(device)
-    return RecallWorld(config.data.recall, codec, text, encoders.save, device)
+    return RecallWorld(recall, codec, text, encoders.save, device)

@@ -4,7 +4,7 @@
 It measures a checkpoint's held-out loss under dense, MoC and own-shot-only attention, at the same noise. MoC has no
 parameters, so a dense checkpoint runs with it untrained (zero-shot) and the other way round. With equal noise on all
 shots the rows barely differ; a clean history before one noisy shot tells what the history is worth. `accelerate launch`
-deals the scenes to its processes.
+deals the scenes to its processes. With recall={} the scenes are those of experiment=recall, composed without a disk.
 
 In films that sample.py wrote it measures cuts, motion, drift, whether looks stay within a shot and come back with their
 names, and with local weights text alignment. VBench runs in an environment of its own: its command is
@@ -25,11 +25,14 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from configs.command import command
-from configs.run_record import evaluated
+from configs.run_record import EVALUATED, evaluated
+from configs.world import world_of
 from data.loading.dataset import DataConfig, open_dataset
+from data.loading.endless import EndlessLoader
 from data.loading.loader import held_out
 from data.prepare.shots import build_detector
 from data.records import write_whole
+from data.storyworld.recall import RecallConfig
 from evaluation.features import Clip, ColourHistogram, Dino, Features
 from evaluation.film_scores import measure, scores
 from evaluation.films import find_films, open_film, read_schedule
@@ -61,6 +64,7 @@ class EvaluateConfig:
     draws: how often noise is drawn.
     moc: settings of attention; null takes the checkpoint's.
     execution: how attention is computed.
+    recall: the world of recall scenes, in place of data.path, whose data.validation scenes, or 16, no training sees.
     data: the scenes, of which data.validation are evaluated; 0 takes those that the run held out, where it was trained
         on the same data, and otherwise 16.
     """
@@ -80,6 +84,7 @@ class EvaluateConfig:
     draws: int = 1
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     execution: Execution = field(default_factory=Execution)
+    recall: RecallConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
@@ -119,9 +124,15 @@ def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
     move_model(model, parallel)
     model.execution = config.execution
     moc, share = contents.moc.override(config.moc), (parallel.data_rank, parallel.data_ranks)
-    data = evaluated(config.data, contents.root)
-    dataset = open_dataset(data, load_codec)
-    batches = list(held_out(dataset, data.validation, model.stream, moc.chunk_tokens, *share))
+    if config.recall:
+        world, scenes = world_of(contents, config.recall, parallel.device), config.data.validation or EVALUATED
+        limits = config.data.batch_tokens, scenes
+        loader = EndlessLoader(world, model.stream, moc.chunk_tokens, *limits, rank=share[0], world_size=share[1])
+        batches = list(loader.held_out(at_once=1))
+    else:
+        data = evaluated(config.data, contents.root)
+        dataset = open_dataset(data, load_codec)
+        batches = list(held_out(dataset, data.validation, model.stream, moc.chunk_tokens, *share))
     rows = []
     for row in compare(model, moc, contents.own_flow, batches, config.seed, parallel, config.draws):
         rows.append(row.record())

@@ -173,11 +173,11 @@ class EndlessLoader:
                 for first in range(self.rank, self.bins, self.stride)
             ]
 
-    def held_out(self) -> Iterator[moc.Batch]:
-        """Yields this rank's share of the scenes that no training sees."""
+    def held_out(self, at_once: int = HELD_OUT_AT_ONCE) -> Iterator[moc.Batch]:
+        """Yields this rank's share of the scenes that no training sees, `at_once` in a batch."""
         positions = list(range(self.rank, self.validation, self.stride))
-        for start in range(0, len(positions), HELD_OUT_AT_ONCE):
-            yield self._batch(positions[start : start + HELD_OUT_AT_ONCE], HELD_OUT)
+        for start in range(0, len(positions), at_once):
+            yield self._batch(positions[start : start + at_once], HELD_OUT)
 
     def _batch(self, positions: list[int], first: int = 0, captioned: bool = True) -> moc.Batch:
         scenes = draw_scenes(self.world.config, [first + position for position in positions])

@@ -128,6 +128,14 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
     assert "takes 16 scenes, where there are as many; other data than the run's" in caplog.text
 
 
+def test_the_scenes_may_be_those_of_the_recall_world(trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr("evaluation.rivals.compare", lambda *given: seen.extend(given[3]) or [])
+    world = "recall={size: [32, 48], frames: 1, shots: 3, paintings: 1}"
+    pipeline.command("scripts/evaluate.py", f"checkpoint={trained}", world, "data.validation=2", "device=cpu")
+    assert [(batch.ids, batch.num_shots) for batch in seen] == [(["recall_0"], 3), (["recall_1"], 3)]
+
+
 def test_a_run_that_held_no_scene_out_is_evaluated_on_what_it_was_trained_on(tmp_path, caplog):
     """The user is told so."""
     caplog.set_level("INFO")
