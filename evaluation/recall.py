@@ -10,7 +10,7 @@ Shape letters: B scenes, S shots, C T H W of a latent, M layers, N heads.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -152,16 +152,71 @@ class Tally:
         })  # fmt: skip
 
 
-class RecallBench:
+class LastShots:
+    """This object samples the last shots of recall scenes after their true history, at the same noise for all models."""
+
+    def __init__(self, world: RecallWorld, parallel: Parallel, steps: int = 10, seed: int = 0) -> None:
+        """Sets the Euler steps of a shot and the seed of the noise."""
+        self.world, self.parallel, self.steps, self.seed = world, parallel, steps, seed
+        self._layout: ShotLayout | None = None  # the next batch mostly lies alike
+
+    @torch.no_grad()
+    def sample(self, model: Any, config: MoCConfig, flow: Flow, encoded: EncodedScenes, positions: list[int]) -> Tensor:
+        """Returns the last shots of scenes as a model makes them: fp32 [B, C, T, H, W]."""
+        _, noise, velocity = self._asked(model, config, flow, encoded, positions)
+        return self._sampled(flow, noise, velocity)
+
+    def _asked(
+        self, model: Any, config: MoCConfig, flow: Flow, encoded: EncodedScenes, positions: list[int]
+    ) -> tuple[moc.Batch, Tensor, Callable[..., Tensor]]:
+        """Returns scenes as a batch, the noise of their last shots, and a function from these shots at a noise level to
+        their velocity."""
+        samples = encoded.samples(positions)
+        batch = moc.make_batch(samples, model.stream, config.chunk_tokens, self._layout).to(self.parallel.device)
+        self._layout = batch.layout
+        noise = flow.draw_noise(batch, self.seed).stacked().unflatten(0, encoded.latents.shape[:2])[:, -1]
+        # Routes that are drawn at random are drawn in tests too.
+        drops = DropKey(self.seed, 0) if config.top_k == 0 and config.drop_in_rate and not config.dense else None
+
+        def velocity(last: Tensor, sigma: float, on_routes=None) -> Tensor:
+            return self._velocity(model, encoded, batch, config, last, sigma, drops=drops, on_routes=on_routes)
+
+        return batch, noise, velocity
+
+    def _sampled(self, flow: Flow, noise: Tensor, velocity: Callable[..., Tensor]) -> Tensor:
+        shots = noise
+        for now, after in pairwise(flow.shifted(1 - torch.arange(self.steps + 1) / self.steps).tolist()):
+            shots = shots + (after - now) * velocity(shots, now)
+        return shots
+
+    def _velocity(
+        self,
+        model: Any,
+        encoded: EncodedScenes,
+        batch: moc.Batch,
+        config: MoCConfig,
+        last: Tensor,
+        sigma: float,
+        **more,
+    ) -> Tensor:
+        """Returns the velocity of the last shots [B, C, T, H, W] at a noise level, after clean history."""
+        shots = [x for history, x in zip(encoded.latents, last, strict=True) for x in (*history[:-1], x)]
+        sigmas = torch.zeros(encoded.latents.shape[:2], device=last.device)
+        sigmas[:, -1] = sigma
+        with self.parallel.autocast():
+            out = model(shots, sigmas.flatten(), batch.text, batch.layout, config, **more)
+        return torch.stack(out[encoded.latents.shape[1] - 1 :: encoded.latents.shape[1]]).float()
+
+
+class RecallBench(LastShots):
     """A bench tests one model on the scenes of a world that no training saw."""
 
     def __init__(
         self, world: RecallWorld, reader: Reader, parallel: Parallel, steps: int = 10, seed: int = 0, batch: int = 64
     ) -> None:
-        """Sets up the tests. steps: Euler steps of a shot. seed: that of all models' noise. batch: scenes at once."""
-        self.world, self.reader, self.parallel = world, reader, parallel
-        self.steps, self.seed, self.batch = steps, seed, batch
-        self._layout: ShotLayout | None = None  # the next batch mostly lies alike
+        """Sets up the tests. steps, seed: as in `LastShots`. batch: scenes at once."""
+        super().__init__(world, parallel, steps, seed)
+        self.reader, self.batch = reader, batch
 
     @torch.no_grad()
     def run(
@@ -181,20 +236,8 @@ class RecallBench:
     def _run(self, model: Any, config: MoCConfig, flow: Flow, recall: RecallConfig, positions: list[int]) -> Tally:
         scenes = draw_scenes(recall, [HELD_OUT + position for position in positions])
         encoded = self.world.encode(scenes)
-        samples = encoded.samples(positions)
-        batch = moc.make_batch(samples, model.stream, config.chunk_tokens, self._layout).to(self.parallel.device)
-        self._layout = batch.layout
-        noise = flow.draw_noise(batch, self.seed).stacked().unflatten(0, encoded.latents.shape[:2])[:, -1]
-        # Routes that are drawn at random are drawn in tests too.
-        drops = DropKey(self.seed, 0) if config.top_k == 0 and config.drop_in_rate and not config.dense else None
-
-        def velocity(last: Tensor, sigma: float, on_routes=None) -> Tensor:
-            return self._velocity(model, encoded, batch, config, last, sigma, drops=drops, on_routes=on_routes)
-
-        truth, seen = encoded.latents[:, -1], noise
-        table = flow.shifted(1 - torch.arange(self.steps + 1) / self.steps).tolist()
-        for now, after in pairwise(table):
-            seen = seen + (after - now) * velocity(seen, now)
+        batch, noise, velocity = self._asked(model, config, flow, encoded, positions)
+        truth, seen = encoded.latents[:, -1], self._sampled(flow, noise, velocity)
         routes = RouteCount(encoded, batch.layout, model.stream, config)
         losses = []
         for sigma in SIGMAS:
@@ -217,24 +260,6 @@ class RecallBench:
             sparsity=torch.tensor(routes.sparsity or [0.0]).mean().expand(len(scenes)),
             **routes.counts(),
         )
-
-    def _velocity(
-        self,
-        model: Any,
-        encoded: EncodedScenes,
-        batch: moc.Batch,
-        config: MoCConfig,
-        last: Tensor,
-        sigma: float,
-        **more,
-    ) -> Tensor:
-        """Returns the velocity of the last shots [B, C, T, H, W] at a noise level, after clean history."""
-        shots = [x for history, x in zip(encoded.latents, last, strict=True) for x in (*history[:-1], x)]
-        sigmas = torch.zeros(encoded.latents.shape[:2], device=last.device)
-        sigmas[:, -1] = sigma
-        with self.parallel.autocast():
-            out = model(shots, sigmas.flatten(), batch.text, batch.layout, config, **more)
-        return torch.stack(out[encoded.latents.shape[1] - 1 :: encoded.latents.shape[1]]).float()
 
     @torch.no_grad()
     def mass(self, model: Any, config: MoCConfig, routing: MoCConfig, flow: Flow, scenes: int = 64) -> dict:
