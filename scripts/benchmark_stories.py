@@ -6,13 +6,15 @@ python scripts/benchmark_stories.py [checkpoints=[PATH,...]] [ways=[joint,stagge
 Each checkpoint makes stories of captions alone, which tell no looks: all shots at once, staggered, and shot by shot. A
 row is one checkpoint, one number of shots and one way: how much more often two shots of one name agree than two of
 different names (evaluation/stories.py). The way `recall` tests the last shot after a true history instead, as
-benchmark_recall.py does, in `scenes` scenes. `moc` changes the attention of all, untrained. These test the kept model,
+benchmark_recall.py does, in `scenes` scenes; the way `mass` tells what share of dense attention's mass on other shots
+the routes of `moc` keep (evaluation/mass.py). `moc` changes the attention of all, untrained. These test the kept model,
 and the dense one that docs/evidence.md brings back:
 
     ways=[joint,staggered,shot_by_shot,recall]              whole stories of 8 shots
     shots=[16,24] ways=[recall,shot_by_shot] stories=32     more shots than in training
     ways=[recall] checkpoints=[outputs/recall_dense] moc.dense=false moc.chunk_tokens=24 moc.descriptor_parts=4
                                                             a chunk of a frame, scored by log-sum-exp, untrained
+    ways=[mass] scenes=64 and the same                      the mass that such routes keep
 """
 
 import json
@@ -28,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if __name__ == "__main__":
     import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
+
+import numpy as np
 
 from configs.command import command
 from configs.world import recall_world
@@ -46,6 +50,7 @@ from scripts.rows import lag_of, machine, measured_on, put_row, read_rows
 
 WAYS = ("joint", "staggered", "shot_by_shot")  # options of configs/sampler
 KEPT = ("docs/checkpoints/recall_moc",)
+AFTER_TRUTH = ("recall", "mass")  # ways that are no stories
 KEY = ("checkpoint", "changed", "shots", "way", "count")  # what tells a row of the record from others
 
 
@@ -54,10 +59,10 @@ class StoriesConfig:
     """These settings say which models to test and how.
 
     checkpoints: models of experiment=recall; without any, the table of the output's rows is made anew.
-    ways: names among joint, staggered and shot_by_shot, and `recall`, the last shot after a true history.
+    ways: names among joint, staggered and shot_by_shot, and `recall` and `mass`, of the last shot after a true history.
     shots: how many shots a story has; each number is tested.
     stories: how many are made in each way.
-    scenes: how many the way `recall` tests; each gives two readings.
+    scenes: how many the ways `recall`, in which each gives two readings, and `mass` take.
     sampling_steps: those of each shot.
     batch: scenes that the way `recall` samples at a time, and that the reader learns from.
     reader_steps, reader_width: how long the reader is trained, and how wide it is; it is kept in `folder`.
@@ -86,9 +91,9 @@ class StoriesConfig:
     def __post_init__(self) -> None:
         counts = ("stories", "scenes", "sampling_steps", "batch", "reader_steps", "reader_width")
         check_least(self, "", 1, *counts)
-        unknown = sorted(set(self.ways) - {*WAYS, "recall"})
+        unknown = sorted(set(self.ways) - {*WAYS, *AFTER_TRUTH})
         if unknown:
-            raise UserError(f"ways={unknown} are none; say some of recall, {', '.join(WAYS)}")
+            raise UserError(f"ways={unknown} are none; say some of {', '.join((*AFTER_TRUTH, *WAYS))}")
         if any(shots < 2 for shots in self.shots):
             raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
 
@@ -111,7 +116,7 @@ def main(config: StoriesConfig) -> None:
     for checkpoint, shots, way in product(config.checkpoints, config.shots, config.ways):
         start = time.monotonic()
         found = test(checkpoint, shots, way, bench, config)
-        count = config.scenes if way == "recall" else config.stories
+        count = config.scenes if way in AFTER_TRUTH else config.stories
         row = {"checkpoint": checkpoint, "changed": changed(config), "shots": shots, "way": way, "count": count}
         row |= found | {"seconds": round(time.monotonic() - start, 1), "command": shlex.join(sys.argv)}
         print(json.dumps(row), flush=True)
@@ -124,6 +129,8 @@ def test(checkpoint: str, shots: int, way: str, bench: RecallBench, config: Stor
     attention, flow = contents.moc.override(config.moc), contents.own_flow
     model: Any = load_model(checkpoint)
     model.to(bench.parallel.device).eval()
+    if way == "mass":
+        return {"mass": bench.mass(model, contents.moc, attention, flow, config.scenes)}
     if way == "recall":
         return summary(bench.run(model, attention, flow, config.scenes, shots=shots))
     sampling = SamplingConfig(config.sampling_steps, guidance_scale=1.0, lag=lag_of(way))
@@ -138,8 +145,8 @@ def changed(config: StoriesConfig) -> str:
 def write_tables(rows: list[dict], output: Path) -> None:
     """Writes the tables of a record beside it."""
     reader = rows[0]["reader"]
-    stories = [row for row in rows if row["way"] != "recall"]
-    last = [row for row in rows if row["way"] == "recall"]
+    stories = [row for row in rows if row["way"] not in AFTER_TRUTH]
+    last, mass = ([row for row in rows if row["way"] == way] for way in AFTER_TRUTH)
     head = ["model", "shots", "way", "stories", "same minus different names", "same", "different", "name right",
             "place right"]  # fmt: skip
     distances = sorted({int(distance) for row in stories for distance in row["by_distance"]})
@@ -158,6 +165,12 @@ def write_tables(rows: list[dict], output: Path) -> None:
             ["model", "shots", "readings", "recall", "sparsity of video pairs"],
             [[_model(row), row["shots"], row["readings"], _interval([row["recall"], *row["interval"]]),
               f"{row['sparsity']:.1%}"] for row in last])] if last else []),
+        *(["## The mass of dense attention that routes keep\n\nOf what the tokens of the returning character spend on other "
+           "shots: in the head that spends most there, and in all.\n\n" + markdown_table(
+            ["model", "scenes", "the head's mass elsewhere", "of it on the routes", "on the best as many", "of all on "
+             "the routes", "on the best as many"],
+            [[_model(row), row["count"], *(f"{share:.3f}" for share in _kept(row["mass"]))] for row in mass])]
+          if mass else []),
         "## Commands\n\n" + "\n".join(dict.fromkeys(f"- `python {row['command']}`" for row in rows)),
     ]  # fmt: skip
     write_whole(output.with_suffix(".md"), ("\n\n".join(sections) + "\n").encode())
@@ -165,6 +178,14 @@ def write_tables(rows: list[dict], output: Path) -> None:
 
 def _model(row: dict) -> str:
     return " ".join(filter(None, [Path(row["checkpoint"]).name, row["changed"]]))
+
+
+def _kept(mass: dict) -> list[float]:
+    """Returns the mass elsewhere of the head with the most, the shares of it that routes keep and could keep at best,
+    and these shares over all heads."""
+    elsewhere, kept, best = (np.ravel(mass[name]) for name in ("elsewhere", "kept", "best"))
+    head, total = elsewhere.argmax(), elsewhere.sum()
+    return [elsewhere[head], kept[head], best[head], (elsewhere * kept).sum() / total, (elsewhere * best).sum() / total]
 
 
 def _interval(values: list[float]) -> str:

@@ -61,7 +61,7 @@ def write_report(rows: list[dict], output: Path) -> None:
     compared = _compared(rows)
     if compared:
         draw_compared(compared, output.with_name(f"{output.stem}_rows.png"))
-    if any("course" in row for row in rows):
+    if any("mass" in row for row in rows):
         draw_routing(rows, output.with_name(f"{output.stem}_routing.png"))
 
 
@@ -97,24 +97,31 @@ def _start(row: dict) -> str:
 
 
 def _main(rows: list[dict]) -> str:
-    head = ["row", "recall", "minus dense", "sparsity of video pairs", "fur", "outfit", "wrong, but of the scene",
-            *(f"loss, sigma {s}" for s in SIGMAS), *(f"of the character, sigma {s}" for s in SIGMAS),
-            "scenes seen", "minutes"]  # fmt: skip
+    head = ["row", "recall", "minus dense", "minus MoC", "sparsity of video pairs", "fur", "outfit",
+            "wrong, but of the scene", *(f"loss, sigma {s}" for s in SIGMAS),
+            *(f"of the character, sigma {s}" for s in SIGMAS), "scenes seen", "minutes"]  # fmt: skip
     lines = []
     for row in rows:
         found = row["all"]
         low, high = found["interval"]
-        difference = _minus_dense(row, rows)
+        differences = [_minus(row, rows, kind) for kind in ("dense", "moc")]
         losses = [
             f"{found[name][s][0]:.4f} ± {found[name][s][1]:.4f}" for name in ("loss", "region_loss") for s in SIGMAS
         ]
         lines.append([
             _title(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})",
-            "{:+.3f} ± {:.3f}".format(*difference) if difference else "",
-            f"{found['sparsity']:.1%}", *(f"{found['by_attribute'][name]:.3f}" for name in ("fur", "outfit")),
-            f"{found['copied']:.3f}", *losses, row["scenes_seen"], f"{row['train_minutes']:.1f}",
+            *("{:+.3f} ± {:.3f}".format(*difference) if difference else "" for difference in differences),
+            f"{found['sparsity']:.1%}", *_wrong(found), *losses, row["scenes_seen"], f"{row['train_minutes']:.1f}",
         ])  # fmt: skip
     return markdown_table(head, lines)
+
+
+def _wrong(found: dict) -> list[str]:
+    """Returns how often fur and outfit are right, and how often an answer is another character's; nothing of a row
+    whose record was lost but for what was printed."""
+    if "by_attribute" not in found:
+        return [""] * 3
+    return [f"{share:.3f}" for share in (*(found["by_attribute"][look] for look in ("fur", "outfit")), found["copied"])]
 
 
 def _seeds(rows: list[dict]) -> dict[str, list[dict]]:
@@ -134,17 +141,18 @@ def _over_seeds(rows: list[dict]) -> str:
     lines = []
     for members in _seeds(rows).values():
         recalls = [row["all"]["recall"] for row in members]
-        differences = [found[0] for row in members if (found := _minus_dense(row, rows))]
+        differences = [found[0] for row in members if (found := _minus(row, rows, "dense"))]
         losses = [np.mean([row["all"]["loss"][s][0] for row in members]) for s in SIGMAS]
         ratios = [
-            [excess[0] for row in members if (excess := loss_to_dense(row, rows, name, s))]
+            [excess for row in members if (excess := loss_to_dense(row, rows, name, s))]
             for name in ("loss", "region_loss") for s in SIGMAS
         ]  # fmt: skip
         lines.append([
             f"{TITLES[members[0]['row']]}{_start(members[0])}", f"{members[0]['steps']:,}",
             ", ".join(str(row["seed"]) for row in members), _spread(recalls, ".3f"), _spread(differences, "+.3f"),
             f"{attention_flops(members[0]) / 1e9:.2f}", *(f"{loss:.5f}" for loss in losses),
-            *(_spread(of, "+.1%") for of in ratios),
+            *(f"{of[0][0]:+.1%} ± {of[0][1]:.1%}" if len(of) == 1 and of[0][1] else
+              _spread([excess for excess, _ in of], "+.1%") for of in ratios),
         ])  # fmt: skip
     return markdown_table(head, lines)
 
@@ -155,21 +163,21 @@ def _spread(values: list[float], form: str) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def rival(row: dict, rows: list[dict]) -> dict | None:
-    """Returns the dense row of the same seed that began with the same weights: that of as many steps or, where there is
-    none, of the most."""
-    alike = [r for r in rows if r["row"] == "dense" and all(r.get(name) == row.get(name) for name in ("seed", "start"))]
+def rival(row: dict, rows: list[dict], kind: str = "dense") -> dict | None:
+    """Returns the dense row, or that of another kind, of the same seed that began with the same weights: that of as
+    many steps or, where there is none, of the most."""
+    alike = [r for r in rows if r["row"] == kind and all(r.get(name) == row.get(name) for name in ("seed", "start"))]
     alike.sort(key=lambda r: (r["steps"] == row["steps"], r["steps"]))
     return alike[-1] if alike and alike[-1] is not row else None
 
 
-def _minus_dense(row: dict, rows: list[dict]) -> tuple[float, float] | None:
-    """Returns the difference over the same scenes to the dense rival, and half of its 95 % interval; None where there
-    is no rival that was tested on them."""
-    dense = rival(row, rows)
-    if dense is None or len(dense["all"]["right"]) != len(row["all"]["right"]):
+def _minus(row: dict, rows: list[dict], kind: str) -> tuple[float, float] | None:
+    """Returns the difference over the same scenes to the rival of a kind, and half of its 95 % interval; None where
+    there is no rival that was tested on them."""
+    other = rival(row, rows, kind)
+    if other is None or len(other["all"].get("right", "")) != len(row["all"].get("right", "")):
         return None
-    difference = (_right(row) - _right(dense)).mean(1)
+    difference = (_right(row) - _right(other)).mean(1)
     half = 1.96 * difference.std() / len(difference) ** 0.5
     return difference.mean(), half
 
@@ -220,6 +228,7 @@ def _right(row: dict) -> np.ndarray:
 
 
 def _by_distance(rows: list[dict]) -> str:
+    rows = [row for row in rows if "by_distance" in row["all"]]
     distances = list(rows[0]["all"]["by_distance"])
     lines = []
     for row in rows:
@@ -247,7 +256,7 @@ def _retrieval(rows: list[dict]) -> str:
     head = ["row", "layer", "heads: routes that lead to the shot which shows it", "tokens with such a route",
             "dense mass on other shots", "of that on its routes", "on the best as many"]  # fmt: skip
     lines = []
-    for row in rows:
+    for row in (row for row in rows if "mass" in row):
         precision, reached, mass = row["all"].get("precision"), row["all"].get("reached"), row["mass"]
         for layer in range(len(mass["kept"])):
             cells = [table[layer] if table else [] for table in (precision, reached)]
@@ -281,7 +290,8 @@ def draw(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
-    drawn = _longest([row for row in rows if row["row"] in MAIN] or rows)
+    whole = [row for row in rows if "by_distance" in row["all"]]
+    drawn = _longest([row for row in whole if row["row"] in MAIN] or whole)
     kinds = list(dict.fromkeys(row["row"] for row in drawn))
     starts = [row.get("start") for row in drawn]
     usual = max(starts, key=starts.count)
@@ -329,8 +339,7 @@ def draw_compared(rows: list[dict], path: Path) -> None:
         if excess:
             right.errorbar(100 * excess[0], y, xerr=100 * (excess[1] or 0), marker="o", markersize=4, color=color)
     left.set_yticks(range(len(kinds)), [TITLES[kind] for kind in kinds], fontsize=8)
-    left.axvline(1 / 6, color="grey", linestyle=":", linewidth=1)
-    left.set(xlabel=f"looks recalled, after {rows[0]['steps']:,} steps{_start(rows[0])}", xlim=(0, 1.01))
+    left.set(xlabel=f"looks recalled, after {rows[0]['steps']:,} steps{_start(rows[0])}")
     right.axvline(0, color="grey", linewidth=1)
     right.axvline(0.5, color="grey", linestyle=":", linewidth=1)
     right.set(xlabel="loss of the last shot above dense's, %, sigma 0.8", xscale="symlog", xlim=(-1, 150))
@@ -342,32 +351,41 @@ def draw_compared(rows: list[dict], path: Path) -> None:
 
 
 def draw_routing(rows: list[dict], path: Path) -> None:
-    """Draws recall and the best head's routes over training, and of each head the dense mass that its routes keep."""
+    """Draws what the head that remembers does over the training of MoC, and of every head how much of dense attention's
+    mass on other shots its routes keep. A course has points of its own; else a row has its last step."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-    for number, row in enumerate(row for row in rows if "course" in row):
-        steps = [found["step"] for found in row["course"]]
+    whole = [row for row in rows if "mass" in row]
+    starts = list(dict.fromkeys(row.get("start") for row in whole if row["row"] == "moc"))
+    for row in (row for row in whole if row["row"] == "moc"):
+        points = row.get("course") or [{"step": row["steps_done"], "mass": row["mass"], **row["all"]}]
+        points = [point for point in points if point.get("precision")]
         told = {
-            "looks recalled": [found["recall"] for found in row["course"]],
-            "best head: routes to the shot which shows it": [np.max(found["precision"]) for found in row["course"]],
-            "head of the most mass elsewhere: that mass": [
-                np.max(found["mass"]["elsewhere"]) for found in row["course"]
-            ],
-            "share of it on its routes": [_kept(found["mass"]) for found in row["course"]],
+            "its routes that lead to the shot which shows the name": [np.max(point["precision"]) for point in points],
+            "its mass on other shots, were it dense": [np.max(point["mass"]["elsewhere"]) for point in points],
+            "the share of that on its routes": [_kept(point["mass"]) for point in points],
         }
-        for (name, values), style in zip(told.items(), ("-", "--", ":", "-."), strict=True):
-            left.plot(
-                steps, values, style, marker="o", markersize=3, color=f"C{number}", label=f"{_title(row)}: {name}"
-            )
-    left.set(xlabel="steps", ylim=(0, 1.02))
-    left.legend(fontsize=6)
-    for number, row in enumerate(_longest([row for row in rows if row["row"] in ("moc", "dense")])):
+        marker = "os^D"[starts.index(row.get("start")) % 4]
+        for number, (name, values) in enumerate(told.items()):
+            left.plot([point["step"] for point in points], values, marker, linestyle="-", markersize=5,
+                      color=f"C{number}", label=name)  # fmt: skip
+    if starts:
+        handles = dict(zip(*left.get_legend_handles_labels()[::-1], strict=True))
+        left.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
+    left.set(
+        xlabel="steps of MoC; a mark is a run",
+        xlim=(0, None),
+        ylim=(0, 1.02),
+        title="the head with the most mass on other shots",
+    )
+    alike = [row for row in whole if row["row"] in ("moc", "dense") and row.get("start") in starts]
+    for number, row in enumerate(_longest(alike)):
         mass = row["mass"]
         right.scatter(np.ravel(mass["elsewhere"]), np.ravel(mass["kept"]), s=14, color=f"C{number}", label=_title(row))
-    right.set(xlabel="dense attention's mass on other shots, of a head", ylabel="share of it on the head's routes",
-              ylim=(0, 1.02), xscale="log")  # fmt: skip
-    right.legend(fontsize=6)
+    right.set(xlabel="dense attention's mass on other shots", ylabel="the share of it on the routes", ylim=(0, 1.02),
+              xscale="log", title="every head")  # fmt: skip
+    right.legend(fontsize=7, loc="upper center")
     write_figure(figure, path)
     plt.close(figure)
 

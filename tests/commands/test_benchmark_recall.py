@@ -108,14 +108,22 @@ def test_flops_of_attention_are_those_of_the_pairs_and_of_routing():
 
 
 def test_rows_that_began_alike_and_a_course_have_plots(tmp_path):
-    rows = [row(name, [1, 0]) for name in list(ROWS)[:6]]
-    mass = rows[0]["mass"]
-    course = [{"step": step, "recall": 0.5, "precision": [[0.1, 0.5]], "mass": mass} for step in (1, 2)]
-    write_report([*rows[:5], rows[0] | {"course": course}], tmp_path / "few.json")
+    rows = {name: row(name, [1, 0]) for name in list(ROWS)[:6]}
+    course = [{"step": step, "precision": [[0.1, 0.5]], "mass": rows["moc"]["mass"]} for step in (1, 2)]
+    rows["moc"]["course"] = course
+    write_report([rows["dense"], rows["moc"]], tmp_path / "few.json")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["few.md", "few.png", "few_routing.png"]
-    write_report(rows, tmp_path / "rows.json")
+    write_report(list(rows.values()), tmp_path / "rows.json")
     assert (tmp_path / "rows_rows.png").stat().st_size > 1000
-    assert not (tmp_path / "rows_routing.png").exists()
+
+
+def test_a_row_of_which_only_what_was_printed_is_left_has_its_place():
+    printed = row("own_shot", [1, 0])
+    for name in ("by_attribute", "by_distance", "right", "copied"):
+        del printed["all"][name]
+    del printed["mass"]
+    text = tables([row("dense", [1, 0]), printed])
+    assert "| own shot only, seed 0, 10 steps | 0.500 (0.400 to 0.600) |  |  | 80.0% |  |  |  | 0.2000" in text
 
 
 @pytest.mark.slow
