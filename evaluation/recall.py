@@ -153,7 +153,7 @@ class Tally:
 
 
 class LastShots:
-    """This object samples the last shots of recall scenes after their true history, at the same noise for all models."""
+    """This object samples the last shots of recall scenes after their true history, of the same noise by all models."""
 
     def __init__(self, world: RecallWorld, parallel: Parallel, steps: int = 10, seed: int = 0) -> None:
         """Sets the Euler steps of a shot and the seed of the noise."""

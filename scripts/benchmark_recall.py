@@ -16,7 +16,8 @@ The dense weights that rows of docs/benchmarks/recall.md began with are kept in 
     git archive a853701 docs/checkpoints/recall_dense | tar x -C outputs --strip-components=2
 
 Ablations are short: six rows of 800 steps side by side, with their tests, take four minutes of one H100, which takes
-some 40 such steps a second in all, however many rows share it. Each is `python scripts/benchmark_recall.py` with a line:
+some 40 such steps a second in all, however many rows share it. Each is `python scripts/benchmark_recall.py` with one of
+these lines:
 
     ON='start=outputs/recall_dense settings=["optim.lr=1e-3"] steps=800 scenes=1280 look_alikes=0 swaps=false'
     rows=[dense,moc,moc_no_drops,moc_no_own_shot,moc_of_frames,moc_not_causal] $ON

@@ -165,8 +165,8 @@ def write_tables(rows: list[dict], output: Path) -> None:
             ["model", "shots", "readings", "recall", "sparsity of video pairs"],
             [[_model(row), row["shots"], row["readings"], _interval([row["recall"], *row["interval"]]),
               f"{row['sparsity']:.1%}"] for row in last])] if last else []),
-        *(["## The mass of dense attention that routes keep\n\nOf what the tokens of the returning character spend on other "
-           "shots: in the head that spends most there, and in all.\n\n" + markdown_table(
+        *(["## The mass of dense attention that routes keep\n\nOf what the tokens of the returning character spend on "
+           "other shots: in the head that spends most there, and in all.\n\n" + markdown_table(
             ["model", "scenes", "the head's mass elsewhere", "of it on the routes", "on the best as many", "of all on "
              "the routes", "on the best as many"],
             [[_model(row), row["count"], *(f"{share:.3f}" for share in _kept(row["mass"]))] for row in mass])]

@@ -14,6 +14,7 @@ from moc.errors import UserError
 from moc.training import read_metrics
 from scripts import benchmark_recall
 from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
+from scripts.benchmark_stories import WAYS
 from scripts.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
 from scripts.rows import ROOT, put_row
 from tests import pipeline
@@ -150,13 +151,20 @@ def test_a_row_is_trained_and_tested_also_over_whole_stories_and_other_numbers_o
     assert "## With other numbers of shots" in output.with_suffix(".md").read_text()
 
     output = tmp_path / "stories.json"
-    words = (f"checkpoints=[{folder / 'moc_seed0_2'}]", "ways=[joint,shot_by_shot,recall]", "stories=2", "scenes=2")
+    words = (
+        f"checkpoints=[{folder / 'moc_seed0_2'}]",
+        "ways=[joint,shot_by_shot,recall,mass]",
+        "stories=2",
+        "scenes=8",
+    )
     words += ("shots=[3,5]", "moc.descriptor_parts=2", f"output={output}")
     pipeline.command("scripts/benchmark_stories.py", *words, *shared)
     rows = json.loads(output.read_text())["rows"]
     told = [(row["way"], row["shots"]) for row in rows]
-    assert told == [(way, shots) for shots in (3, 5) for way in ("joint", "shot_by_shot", "recall")]
+    assert told == [(way, shots) for shots in (3, 5) for way in ("joint", "shot_by_shot", "recall", "mass")]
     assert all(row["changed"] == "moc.descriptor_parts=2" for row in rows)
-    assert all(len(row["difference"]) == 3 for row in rows if row["way"] != "recall")
+    assert all(len(row["difference"]) == 3 for row in rows if row["way"] in WAYS)
     pipeline.command("scripts/benchmark_stories.py", "checkpoints=[]", f"output={output}")
-    assert "| moc_seed0_2 moc.descriptor_parts=2 | 5 | shot_by_shot | 2 |" in output.with_suffix(".md").read_text()
+    text = output.with_suffix(".md").read_text()
+    assert "| moc_seed0_2 moc.descriptor_parts=2 | 5 | shot_by_shot | 2 |" in text
+    assert "## The mass of dense attention that routes keep" in text
