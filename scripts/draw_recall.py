@@ -88,7 +88,7 @@ def draw(scenes: RecallScenes, history: list[list[Image.Image]], columns: dict[s
     """Returns the sheet: a row for each scene, its history and then the last shot in each column."""
     left = len(history[0]) * (SMALL[0] + GAP) + GAP
     step = (LARGE[0] + GAP, LARGE[1] + GAP)
-    sheet = Image.new("RGB", (left + len(columns) * step[0], LINE + len(scenes) * step[1]), "white")
+    sheet = Image.new("RGB", (left + len(columns) * step[0], LINE + len(history) * step[1]), "white")
     for column, name in enumerate(columns):
         sheet.paste(draw_text(name, (LARGE[0], LINE), size=14, bold=True), (left + column * step[0], 0))
     pen = ImageDraw.Draw(sheet)
