@@ -19,14 +19,14 @@ from torch import Tensor
 
 from configs.command import command
 from configs.world import world_of
-from data.loading.endless import RecallWorld
 from data.storyworld.recall import HELD_OUT, NAMES, RecallConfig, RecallScenes, draw_scenes
 from evaluation.recall import LastShots
 from film.lettering import draw_text
 from moc.errors import UserError, check_least
 from moc.files import write_whole
 from moc.training import Parallel, ParallelConfig
-from models import Contents, load_model
+from models import Contents, load_codec, load_model
+from models.encoders.codec import Codec
 
 SMALL, LARGE, GAP, LINE = (90, 60), (168, 112), 6, 22  # pixels: pictures of the history, last shots, gaps, text
 ORANGE = (230, 85, 13)
@@ -70,16 +70,17 @@ def main(config: DrawRecallConfig) -> None:
         columns[Path(path).name] = sampler.sample(model, contents.moc, contents.own_flow, encoded, positions)
     forgetful = contents.moc.override({"top_k": 0, "drop_in_rate": 0.0, "dense": False})
     columns["no routes"] = sampler.sample(model, forgetful, contents.own_flow, encoded, positions)
-    pictures = {name: [picture(world, latent) for latent in shots] for name, shots in columns.items()}
-    history = [[picture(world, latent) for latent in shots[:-1]] for shots in encoded.latents]
+    codec = load_codec(contents).to(parallel.device)
+    pictures = {name: [picture(codec, latent) for latent in shots] for name, shots in columns.items()}
+    history = [[picture(codec, latent) for latent in shots[:-1]] for shots in encoded.latents]
     file = io.BytesIO()
     draw(encoded.scenes, history, pictures).save(file, "JPEG", quality=88)
     write_whole(Path(config.output), file.getvalue())
 
 
-def picture(world: RecallWorld, latent: Tensor) -> Image.Image:
+def picture(codec: Codec, latent: Tensor) -> Image.Image:
     """Returns the middle frame of a shot."""
-    frames = world.codec.decode(latent)
+    frames = codec.decode(latent)
     middle = ((frames[:, frames.shape[1] // 2] + 1) * 127.5).round().clamp(0, 255)
     return Image.fromarray(middle.permute(1, 2, 0).cpu().numpy().astype(np.uint8))
 

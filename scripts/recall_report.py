@@ -385,7 +385,8 @@ def draw_routing(rows: list[dict], path: Path) -> None:
         right.scatter(np.ravel(mass["elsewhere"]), np.ravel(mass["kept"]), s=14, color=f"C{number}", label=_title(row))
     right.set(xlabel="dense attention's mass on other shots", ylabel="the share of it on the routes", ylim=(0, 1.02),
               xscale="log", title="every head")  # fmt: skip
-    right.legend(fontsize=7, loc="upper center")
+    if alike:
+        right.legend(fontsize=7, loc="upper center")
     write_figure(figure, path)
     plt.close(figure)
 
