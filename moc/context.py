@@ -77,7 +77,7 @@ def candidate_runs(layout: ShotLayout, config: MoCConfig) -> Tensor:
 
     When causal, `last` is where the own shot or chunk begins. Global text precedes every shot: nothing is left for it.
     """
-    return layout.memo(("candidates", config.causal, config.own_anchor), lambda: _candidate_runs(layout, config))
+    return layout.table(("candidates", config.causal, config.own_anchor), lambda: _candidate_runs(layout, config))
 
 
 def _candidate_runs(layout: ShotLayout, config: MoCConfig) -> Tensor:
@@ -97,7 +97,7 @@ def is_candidate(layout: ShotLayout, config: MoCConfig, query: Tensor, key: Tens
     first, last, own_first, own_last = candidate_runs(layout, config)[query].to(key.dtype).unbind(-1)
     found = (key >= first) & (key < last) & ~((key >= own_first) & (key < own_last)) & ~layout.chunk_is_text[key]
     if config.candidates is Candidates.first:
-        found = found & layout.memo("first video chunks", lambda: _is_first(layout))[key]
+        found = found & layout.table("first video chunks", lambda: _is_first(layout))[key]
     return found
 
 

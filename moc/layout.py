@@ -288,14 +288,15 @@ class ShotLayout:
         self._set_tables(state["_laid"])
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Returns what `make` derives from this layout, made once for each key: tables that all layers share. What is
-        made within a compiled call is not kept, since a later replay of its CUDA graph overwrites it."""
-        if key in self._memo:
-            return self._memo[key]
-        made = make()
-        if not torch.compiler.is_compiling():
-            self._memo[key] = made
-        return made
+        """Returns what `make` derives from this layout, made once for each key: plans that all layers share."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+    def table(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns what `make` computes from this layout's tensors, made once for each key. Within torch.compile it is
+        made each time: the next run of a CUDA graph writes over what the graph left."""
+        return make() if torch.compiler.is_compiling() else self.memo(key, make)
 
     @property
     def device(self) -> torch.device:

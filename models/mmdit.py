@@ -80,7 +80,7 @@ class MMDiT(StreamModel):
 
     def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
         sizes = (self.head_dim, self.config.rope_theta)
-        return layout.memo(("interleaved", *sizes), lambda: rotary_table(interleaved_positions(layout), *sizes))
+        return layout.table(("interleaved", *sizes), lambda: rotary_table(interleaved_positions(layout), *sizes))
 
     def project(self, tokens: tuple[Tensor, Tensor], patches: Tensor, condition: Tensor, part: Part) -> Tensor:
         return self.output(tokens[1], patches, condition, part.video_members)

@@ -207,7 +207,7 @@ class WanTransformer3DModel(StreamModel):
 
     def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
         head_dim, gap = self.config.attention_head_dim, self.config.cut_gap
-        return layout.memo(("running", head_dim, gap), lambda: rotary_table(running_positions(layout, gap), head_dim))
+        return layout.table(("running", head_dim, gap), lambda: rotary_table(running_positions(layout, gap), head_dim))
 
     def to_json_string(self) -> str:
         """Returns diffusers' text without a `cut_gap` of 0, so that a public model's config.json stays what it was."""

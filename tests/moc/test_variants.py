@@ -97,9 +97,12 @@ def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, 
     outputs = (
         pointwise.modulate(tokens(dim), shift, scale, members),
         pointwise.add_gated(tokens(dim), tokens(dim), gate, members),
+        *pointwise.add_modulate(tokens(dim), tokens(dim), gate, shift, scale, members, weight),
+        pointwise.gelu(tokens(dim), weight),
         pointwise.layer_norm(tokens(dim), weight, bias, 1e-6),
         pointwise.rms_norm(heads, weight if across_heads else weight[:head_dim], 1e-6),
         pointwise.rotate(tokens(num_heads, head_dim), (table[0], table[1])),
+        *pointwise.split(torch.cat([text, video])[:, :dim], part),
         *pointwise.join(text, video.requires_grad_(), 2 * [2 * [weight[:head_dim]]], part, turns),
     )
     return sum(output.float().nan_to_num().sum() for output in outputs)
@@ -120,7 +123,7 @@ def test_pointwise_kernels_are_compiled_once_whatever_the_stream(across_heads):
     variants = defaultdict(set)
     for launch in launches:
         variants[launch.name].add(launch.variant)
-    # Two of those that also serve a norm with weights: it has no groups, and adds nothing to its scale.
-    twice = {"modulate_kernel", "modulate_backward_kernel", "group_sums_kernel"}
+    # Three also serve a norm with weights, which has no groups and adds nothing to its scale; one splits and joins.
+    twice = {"modulate_kernel", "modulate_backward_kernel", "group_sums_kernel", "split_kernel"}
     assert {name: len(keys) for name, keys in variants.items()} == {name: 1 + (name in twice) for name in variants}
-    assert len(variants) == 10
+    assert len(variants) == 16
