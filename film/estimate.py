@@ -89,12 +89,14 @@ def estimate(
     flow: Flow,
     codec: Codec,
     mesh: MeshConfig | None = None,
+    swap_blocks: int = 0,
     offload: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Estimate:
     """Returns the cost of a film. model: a `StreamModel`, or two experts, of which one is called at a time; with
     `offload` only that one is on the device. codec: decodes the film, on the same device. mesh: how processes share the
-    model. dtype: that of its forward passes."""
+    model. swap_blocks: so many blocks of each expert wait in the host's memory, but for two. dtype: that of its forward
+    passes."""
     experts = [model.high, model.low] if hasattr(model, "high") else [model]
     network, mesh = experts[0], mesh or MeshConfig()
     latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
@@ -112,6 +114,8 @@ def estimate(
     seen = steps[-1].shots
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
+    block = sum(weight.nbytes for weight in network.blocks.parameters()) / layers
+    held -= len(experts) * block * max(0, swap_blocks - 2)
     held += sum(weight.nbytes for weight in codec.parameters())
     token = width * dtype.itemsize / mesh.sequence  # bytes of a token's features; only norms have them in fp32
     kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # how many of these each layer and cache keeps

@@ -26,7 +26,7 @@ from film.video import VideoConfig
 from moc import Execution, MoCConfig, __version__
 from moc.checkout import commit
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
-from moc.errors import UserError
+from moc.errors import UserError, check_least
 from moc.memory import SAMPLING, enough_for, room
 from moc.statistics import RoutingMap
 from moc.training import MeshConfig, Parallel, ParallelConfig
@@ -55,10 +55,11 @@ class FilmmakerConfig:
     precision: as in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. weights: how
     those of the blocks' linears are kept instead, unless null: bf16, or fp8 or int8 with a scale a row. fp8_matmuls:
     with fp8 weights these linears round their inputs to fp8 too, and multiply in it. parallel: what several processes
-    do together. offload: only the one of two experts that is in use stays on the GPU. shift: that of the noise levels.
-    moc: the settings of attention. null, in encoders_path, shift and each setting of moc, takes the checkpoint's.
-    execution: how attention is computed. keep_every: sampling is kept after so many steps and after each shot. video:
-    how videos are written."""
+    do together. offload: only the one of two experts that is in use stays on the GPU. swap_blocks: so many blocks of
+    each expert wait in the host's memory, and each comes while the one before it computes. shift: that of the noise
+    levels. moc: the settings of attention. null, in encoders_path, shift and each setting of moc, takes the
+    checkpoint's. execution: how attention is computed. keep_every: sampling is kept after so many steps and after each
+    shot. video: how videos are written."""
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None
@@ -71,6 +72,7 @@ class FilmmakerConfig:
     fp8_matmuls: bool = False
     parallel: MeshConfig = field(default_factory=MeshConfig)
     offload: bool = False
+    swap_blocks: int = 0
     shift: float | None = None
     moc: dict[str, Any] = field(default_factory=MoCConfig.unset)
     execution: Execution = field(default_factory=Execution)
@@ -87,8 +89,10 @@ class FilmmakerConfig:
             raise UserError("weights=fp32 are those of precision=fp32; say that, or weights=bf16, fp8 or int8")
         if self.fp8_matmuls and self.weights is not Base.fp8:
             raise UserError("fp8_matmuls=true is of weights that are kept in fp8; set weights=fp8")
-        if self.keep_every < 1:
-            raise UserError(f"keep_every={self.keep_every} must be at least 1")
+        check_least(self, "", 1, "keep_every")
+        check_least(self, "", 0, "swap_blocks")
+        if self.swap_blocks and self.offload:
+            raise UserError("offload=true moves whole experts, swap_blocks their blocks: set one of them")
 
 
 class Shared(Generic[Value]):
@@ -129,7 +133,7 @@ class Filmmaker:
     @Shared
     def model(self) -> Any:
         """Returns the model on its device or those of the team, which it takes when the first film is sampled."""
-        return move_model(self._loaded, self.parallel, self.config.offload)
+        return move_model(self._loaded, self.parallel, self.config.offload, self.config.swap_blocks)
 
     @Shared
     def moc(self) -> MoCConfig:
@@ -240,7 +244,8 @@ class Filmmaker:
     def _count(self) -> Callable[..., Estimate]:
         """Returns `estimate` for this model and these settings of attention."""
         films = {"model": self._loaded, "moc": self.moc, "flow": self.flow, "codec": self.encoders.codec}
-        return partial(estimate, **films, mesh=self.config.parallel, dtype=self.parallel.dtype)
+        mesh, swap_blocks = self.config.parallel, self.config.swap_blocks
+        return partial(estimate, **films, mesh=mesh, swap_blocks=swap_blocks, dtype=self.parallel.dtype)
 
     def check_memory(self, plan: FilmPlan, is_begun: bool = False) -> None:
         """Raises UserError, with what would fit, where a film cannot fit into the device's memory. is_begun: whether

@@ -22,7 +22,8 @@ VALIDATION = "hold out shorter scenes, or none: data.validation=0"
 SAMPLING = (
     "take sampler=shot_by_shot or sampler=staggered, with a smaller sampler.context_shots, which hold fewer shots at "
     "once, sampler.offload_cache=true where moc=forward keeps their keys and values, offload=true where one process "
-    "holds two experts, or a script of shorter shots or a smaller size"
+    "holds two experts, swap_blocks=N, which keeps so many blocks in the host's memory, or "
+    "a script of shorter shots or a smaller size"
 )
 
 _FULL_HOST = "can't allocate memory"  # torch's words where the host refuses, in a plain RuntimeError

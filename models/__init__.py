@@ -13,6 +13,7 @@ from torch import nn
 from moc import MoCConfig
 from moc.errors import UserError, check_least
 from moc.training import Parallel
+from moc.training.swap import Swap
 from models.checkpoints.contents import Contents
 from models.checkpoints.experts import BOUNDARY, Experts, check_order
 from models.checkpoints.loras import LoraChoice
@@ -216,14 +217,20 @@ def load_denoiser(
     return Experts(load_model(high.path, dtype, loras=loras, base=base), low_model, starts[0] or BOUNDARY)
 
 
-def move_model(model: Any, parallel: Parallel, offload: bool = False) -> nn.Module:
+def move_model(model: Any, parallel: Parallel, offload: bool = False, swap_blocks: int = 0) -> nn.Module:
     """Returns the model, ready to sample, on the device of this process or those of its team. offload: of two experts
-    the one in use alone. Raises UserError where there are not two, or a team holds them."""
+    the one in use alone. swap_blocks: of each expert, so many blocks wait in the host's memory. Raises UserError where
+    there are not two experts to offload, not so many blocks, or a team holds them."""
     model.eval().requires_grad_(False)
     experts = (model.high, model.low) if isinstance(model, Experts) else (model,)
+    if swap_blocks and parallel.is_sharded:
+        raise UserError("swap_blocks is for a model that one process holds: leave out parallel.shard and .sequence")
     if not offload:
         for expert in experts:
-            parallel.spread(expert)
+            if swap_blocks:
+                Swap(expert, swap_blocks, parallel.device)
+            else:
+                parallel.spread(expert)
         return model
     if not isinstance(model, Experts):
         raise UserError("offload=true is for a pair of experts, of which one waits in CPU memory; this model is one")

@@ -24,7 +24,7 @@ class Swap:
     def __init__(self, model: Any, count: int, device: torch.device) -> None:
         blocks = model.blocks
         if count > len(blocks):
-            raise UserError(f"parallel.swap_blocks={count} is more than the model's {len(blocks)} blocks")
+            raise UserError(f"swap_blocks={count} is more than the model's {len(blocks)} blocks")
         chosen = [block for i, block in enumerate(blocks) if (i + 1) * count // len(blocks) > i * count // len(blocks)]
         on_gpu = device.type == "cuda"
         self._waiting = [_Waiting(block, on_gpu) for block in chosen]

@@ -87,10 +87,9 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
     settings = {"moc": filmmaker.moc, "flow": filmmaker.flow, "codec": filmmaker.encoders.codec}
     assert filmmaker.moc.flows_forward
 
-    def memory(model, offload=False, mesh=None, **sampler) -> float:
-        return estimate(
-            plan, replace(filmmaker.sampler, **sampler), model, **settings, mesh=mesh, offload=offload
-        ).memory
+    def memory(model, offload=False, mesh=None, swap_blocks=0, **sampler) -> float:
+        where = {"mesh": mesh, "offload": offload, "swap_blocks": swap_blocks}
+        return estimate(plan, replace(filmmaker.sampler, **sampler), model, **settings, **where).memory
 
     weights = sum(weight.nbytes for weight in one.parameters())
     assert memory(pair, cache=False) - memory(one, cache=False) == weights
@@ -99,6 +98,9 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
     assert memory(one, guidance_scale=1.0) < memory(one)
     assert memory(pair, mesh=MeshConfig(sequence=2)) == memory(pair) / 2
     assert memory(pair) - memory(pair, mesh=MeshConfig(shard=2)) == weights
+    block = sum(weight.nbytes for weight in one.blocks.parameters()) / len(one.blocks)
+    assert memory(one, swap_blocks=2) == memory(one)  # two are on the device
+    assert memory(pair) - memory(pair, swap_blocks=3) == 2 * block
 
 
 @pytest.mark.usefixtures("no_decoding")

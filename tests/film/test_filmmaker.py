@@ -15,6 +15,7 @@ from film.find import find_films
 from film.folder import METADATA, FilmFolder
 from film.script import load_script
 from moc import MoCConfig
+from moc.diffusion import SamplingConfig
 from moc.errors import UserError
 from models.checkpoints.contents import Contents
 from models.checkpoints.seen import Seen
@@ -222,3 +223,19 @@ def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypa
         monkeypatch.setattr(filmmaker.parallel, "team", team)
         filmmaker.make(films)
     assert made == ["a", "c", "e", "b", "d"]
+
+
+def test_blocks_wait_in_the_host_and_the_film_is_the_same(trained, write, tmp_path):
+    films = []
+    for count in (0, 2):
+        sampler = SamplingConfig(steps=2)
+        filmmaker = Filmmaker(FilmmakerConfig(str(trained), device="cpu", swap_blocks=count, sampler=sampler))
+        film_of(filmmaker, write(STORY), tmp_path / str(count))
+        films.append([(tmp_path / str(count) / f"latents/0{n}.safetensors").read_bytes() for n in (1, 2, 3)])
+    assert films[0] == films[1]
+    for wrong, message in (
+        ({"swap_blocks": 3}, "swap_blocks=3 is more than the model's 2 blocks"),
+        ({"swap_blocks": 1, "offload": True}, "set one of them"),
+    ):
+        with pytest.raises(UserError, match=message):
+            film_of(Filmmaker(FilmmakerConfig(str(trained), device="cpu", **wrong)), write(STORY), tmp_path / "other")
