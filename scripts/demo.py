@@ -220,6 +220,7 @@ def report(out: Path, script: Path, seconds: dict[str, float]) -> bool:
     )
     record = {
         "ratio": ratio,
+        "steps": rows[-1]["step"],
         "losses": {f"{sigma:g}": rows[-1][level] for level, sigma in zip(levels, sigmas, strict=True)},
         "linear": {f"{sigma:g}": by_line for sigma, by_line in zip(sigmas, linear, strict=True)},
         "places": verdict.places,
