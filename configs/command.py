@@ -69,12 +69,13 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
     def decorate(run: Callable[[T], Any]) -> Callable[[], None]:
         def main() -> None:
             full = os.environ.get(_FULL) == "1"
-            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # that of `configs.importing` ends here
+            if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # Ctrl-C raises KeyboardInterrupt from here on
                 signal.signal(signal.SIGINT, signal.default_int_handler)
 
             def task(cfg: DictConfig) -> None:
                 logging.basicConfig(format="%(message)s", handlers=[BesideBars()])
-                for room in ("moc", "configs", "__main__"):  # such as which dense kernel attention has chosen
+                # Their notes are shown, such as which dense kernel attention has chosen.
+                for room in ("moc", "configs", "__main__"):
                     logging.getLogger(room).setLevel(logging.INFO)
                 with _full_errors(full), _ending(full):
                     run(parse(cfg, schema))
@@ -126,7 +127,7 @@ def store_defaults(config_name: str, schema: type) -> None:
     groups as `schema`, so that YAML holds only what differs from them."""
     store = ConfigStore.instance()
     store.store(f"{config_name}_schema", defaults(schema))
-    store.store("schema", defaults(MoCConfig), group="moc")  # every command has the group, whatever it makes of it
+    store.store("schema", defaults(MoCConfig), group="moc")  # every command has the group, used or not
     for name, hint in get_type_hints(schema).items():
         group = next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
         if group and (CONFIGS / name).is_dir():
@@ -206,7 +207,7 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
     A value `${required}` in YAML is one that the user must give: a merge would take the schema's default for `???`.
     """
     try:
-        OmegaConf.missing_keys(cfg)  # an interpolation that leads nowhere is named here, with its key
+        OmegaConf.missing_keys(cfg)  # raises an error that names an interpolation without a target
         _check_elements(cfg, schema)
         _refuse_empty(cfg, defaults(schema))
         typed = OmegaConf.merge(_structured(schema, cfg), cfg)

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 Data = ShotDataset | RecallWorld
 Train = Callable[[TrainConfig, Data, Parallel], bool]
 
-_SCENES = 32  # how many are read
-_SCENES_A_START = 4  # how many each process reads before a start
-_STEPS = 3  # how many are tried; the first ones compile kernels
+_SCENES = 32  # scenes that are read
+_SCENES_A_START = 4  # scenes that each process reads before a start
+_STEPS = 3  # steps that are tried; the first ones compile kernels
 
 
 def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> bool:
@@ -42,7 +42,7 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
 
     train: runs a configuration; it is given a short run in a folder of its own, which is removed.
     """
-    start = cache(partial(_start, config))  # a checkpoint is read whole to see that it is sound
+    start = cache(partial(_start, config))  # finding the start reads a whole checkpoint, so it is done once
     checks: dict[str, Callable[[], str]] = {
         "processes": lambda: _processes(parallel),
         "data": lambda: _data(dataset, _SCENES),
@@ -92,7 +92,7 @@ def check_room(config: TrainConfig, dataset: Data, parallel: Parallel) -> None:
         return
     with torch.device("meta"):
         weights = list(build_model(config.model, dataset.latent_channels, dataset.text_dim).parameters())
-    copies = 1 if config.optim.parts else 3  # parts may be frozen
+    copies = 1 if config.optim.parts else 3  # with optim.parts some weights may be frozen
     _refuse_over(memory.host_room(), copies * sum(weight.nbytes for weight in weights) / 2**30)
 
 

@@ -36,7 +36,7 @@ FREE = (
     "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
 )  # fmt: skip
-EVALUATED = 16  # scenes, where nothing says how many
+EVALUATED = 16  # the number of scenes where no setting gives it
 
 
 def own_name(name: str) -> str:

@@ -57,7 +57,7 @@ class TrainConfig:
     tracking: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
-        if self.seed >= 1 << 63:  # torch's generators take no more
+        if self.seed >= 1 << 63:  # torch's generators take no larger seed
             raise UserError(f"seed={self.seed} must be below 2**63")
         for name in ("name", "output"):
             if not getattr(self, name).strip():

@@ -12,7 +12,7 @@ from typing import get_args, get_type_hints
 from moc import MoCConfig
 
 _CONFIG = "== Config ==\n"  # Hydra's heading of the composed YAML
-_APPLICATION = "command is powered by Hydra."  # its first line, with the name of the function that it runs
+_APPLICATION = "command is powered by Hydra."  # Hydra's first line, which names the function that it runs
 
 
 def words(schema: type) -> dict[str, str]:
@@ -22,7 +22,7 @@ def words(schema: type) -> dict[str, str]:
     hints, found = get_type_hints(schema), {}
     for name in (field.name for field in fields(schema)):
         found[name] = own.get(name, "")
-        kind: type = MoCConfig if name == "moc" else hints[name]  # some commands take a mapping of what differs
+        kind: type = MoCConfig if name == "moc" else hints[name]  # some commands' `moc` is a mapping of changes
         item: type = next(iter(get_args(kind)), object)
         if is_dataclass(kind):
             found |= {f"{name}.{key}": text for key, text in words(kind).items()}

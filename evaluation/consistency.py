@@ -17,7 +17,7 @@ from torch import Tensor
 from evaluation.features import Clip
 from evaluation.films import Film
 
-_BLANK_DEVIATION = 3.0  # of 0..255 values
+_BLANK_DEVIATION = 3.0  # in values of 0 to 255
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from data.prepare.sources import MANIFEST
 from evaluation.cuts import cut_accuracy
 from moc.errors import UserError, check_least
 
-_PIECE, _MARGIN = (10, 40), 2  # frames of a piece of a shot, and kept off the shot's ends
+_PIECE, _MARGIN = (10, 40), 2  # frames in a piece of a shot; frames left out at the shot's ends
 
 
 @dataclass
@@ -102,14 +102,14 @@ def measure_loader(config: DataBenchmarkConfig) -> dict:
     tokens = config.shots * (frames * (height // 2) * (width // 2) + config.text[0]) + config.text[0]
     data = DataConfig(path=config.folder, batch_tokens=tokens, workers=config.workers)
     steps = iter(build_loader(data, moc.StreamSpec(), chunk_tokens=1280))
-    for _ in range(2 * config.workers):  # starting the workers is not a step's time
+    for _ in range(2 * config.workers):  # the time to start the workers is not measured
         batch = next(steps)
     gc.collect()
-    gc.freeze()  # a collection over all of torch's objects takes tens of milliseconds, and is no work of the loader
+    gc.freeze()  # collecting torch's objects takes tens of milliseconds that are not the loader's
     waits, busy = [], 0.0
     for _ in range(config.steps):
         time.sleep(config.step_seconds)
-        del batch  # letting go of a batch is no wait for the next
+        del batch  # the time to free a batch is not measured
         start, busy_start = time.perf_counter(), time.process_time()
         batch = next(steps)
         waits.append(time.perf_counter() - start)

@@ -15,8 +15,8 @@ from film.folder import METADATA, FilmFolder
 from film.script import Script, load_script
 from film.storyboard import pick_frames
 
-PICTURES = 8  # how many of a shot are looked at, spread over it, each with the frame after it
-_HEIGHT = 256  # pixels that a picture has at most
+PICTURES = 8  # frames of a shot that are compared, spread over it, each with the frame after it
+_HEIGHT = 256  # pixels; higher pictures are made smaller
 _CHARACTERS = re.compile(r"\[character\](.*?)(?:\[|$)", re.IGNORECASE | re.DOTALL)
 _NAME = re.compile(r"(?:^|[.;,]\s*|\n)\s*([A-Z][\w' -]{0,30}?):")
 

@@ -91,7 +91,7 @@ def _measure(
     chunks = torch.zeros(*weights.shape[:2], layout.num_chunks + 1, device=weights.device)
     chunks.scatter_add_(2, layout.token_chunk.long().expand_as(weights), weights)
     own = layout.chunk_group == layout.token_group[queries][:, None]
-    chunks[..., :-1].masked_fill_(own | layout.chunk_is_text, 0)  # the last column is that of no chunk
+    chunks[..., :-1].masked_fill_(own | layout.chunk_is_text, 0)  # the last column is for empty slots
     kept = chunks.gather(2, routes.masked_fill(routes < 0, layout.num_chunks)).sum(2)
     best = chunks.topk(min(routes.shape[2], layout.num_chunks), dim=2).values.sum(2)
     mass.add(layer, chunks.sum(2), kept, best)

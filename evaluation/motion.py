@@ -6,7 +6,7 @@ from scipy.stats import linregress
 
 from evaluation.films import Film, ShownShot
 
-STILL = 0.01  # heights of the frame a second, below which a shot counts as still
+STILL = 0.01  # a shot below this speed, in frame heights a second, counts as still
 _FLOW_HEIGHT = 128
 
 

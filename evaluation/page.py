@@ -17,7 +17,7 @@ from film.storyboard import pick_frames
 
 _TEMPLATE = Path(__file__).with_name("page.html.j2")
 _PICTURES, _PICTURE_HEIGHT = 3, 96
-Board = list[dict[str, Any]]  # a film's: prompt and pictures of each shot
+Board = list[dict[str, Any]]  # the prompt and pictures of each shot of a film
 
 
 def write_page(

@@ -35,9 +35,9 @@ from moc.training import Parallel
 LOOKS = ("fur", "outfit")
 ATTRIBUTES = {"fur": len(COLOUR_NAMES), "outfit": len(COLOUR_NAMES), "name": len(NAMES), "place": len(PLACE_NAMES)}
 SIGMAS = (0.8, 0.95)
-COVERED = 0.5  # the share of a latent value's pixels that must be the character's for it to be of the recalled region
-MASS_AT_ONCE = 8  # how many scenes; their attention is computed as whole matrices
-BLOCK = 64  # scenes whose losses have one mean, by which models are compared over the same scenes and noise
+COVERED = 0.5  # a latent value is in the recalled region where the character covers more of its pixels
+MASS_AT_ONCE = 8  # scenes at once, since their attention is computed as whole matrices
+BLOCK = 64  # scenes in one mean loss; models are compared by the means of the same scenes and noise
 READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
 
 
@@ -158,7 +158,7 @@ class LastShots:
     def __init__(self, world: RecallWorld, parallel: Parallel, steps: int = 10, seed: int = 0) -> None:
         """Sets the Euler steps of a shot and the seed of the noise."""
         self.world, self.parallel, self.steps, self.seed = world, parallel, steps, seed
-        self._layout: ShotLayout | None = None  # the next batch mostly lies alike
+        self._layout: ShotLayout | None = None  # kept for the next batch, which mostly has the same layout
 
     @torch.no_grad()
     def sample(self, model: Any, config: MoCConfig, flow: Flow, encoded: EncodedScenes, positions: list[int]) -> Tensor:
@@ -297,7 +297,7 @@ class RouteCount:
         self.shown = torch.from_numpy(encoded.scenes.shown).to(device)[layout.token_sample[self.tokens]]
         self.chunk_shot = layout.group_shot[layout.chunk_group]
         self.rows: list[Tensor] = []
-        self.sparsity: list[float] = []  # that of video-video pairs
+        self.sparsity: list[float] = []  # the sparsity of video-video pairs in each layer
 
     def __call__(self, layer: int, routes: Tensor) -> None:
         self.sparsity.append(attention_cost(self.layout, self.config, routes, num_heads=1, head_dim=1).video_sparsity)
@@ -342,7 +342,8 @@ def summary(tally: Tally) -> dict:
             for name, right in zip(ATTRIBUTES, tally.right.unbind(1), strict=True)
         },
         "by_distance": by_distance,
-        "right": np.packbits(looks.flatten().numpy()).tobytes().hex(),  # each look's of each scene, to compare rows
+        # There is one bit for each look of each scene, so that rows can be compared.
+        "right": np.packbits(looks.flatten().numpy()).tobytes().hex(),
     }
     for name, loss in (("loss", tally.loss), ("region_loss", tally.region_loss)):
         found[name] = {

@@ -75,7 +75,7 @@ def _of_each_scene(validator: Validator, model: nn.Module, attention: MoCConfig,
     own, ranks = len(validator.batches), parallel.data_ranks
     counts = gather_lists([own])
     found = torch.zeros(ranks * max(counts), len(validator.sigmas), 2, device=parallel.device)
-    for index in range(max(counts)):  # a process with fewer scenes repeats one, to keep step
+    for index in range(max(counts)):  # a process with fewer scenes repeats one, so that all make as many calls
         one = replace(validator, batches=[validator.batches[index if index < own else 0]])
         sums = one.losses(model, attention, parallel)
         found[parallel.data_rank + index * ranks] = sums if index < own else 0

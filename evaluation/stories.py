@@ -88,7 +88,7 @@ def _counts(names: np.ndarray, looks: np.ndarray) -> np.ndarray:
 
 def _told(counts: np.ndarray, of_draws: np.ndarray) -> dict[str, Any]:
     """Returns what the record tells of counts [4], as `_counts` has them. of_draws: [R, 4], of stories drawn anew."""
-    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may lack what it asks for
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may have no pair of a kind
         shares, of_draws = (np.stack([c[..., 0] / c[..., 1], c[..., 2] / c[..., 3]]) for c in (counts, of_draws))
     low, high = np.nanpercentile(of_draws[0] - of_draws[1], (2.5, 97.5))
     return {

@@ -40,7 +40,7 @@ _STYLE = """
 .status progress::-moz-progress-bar { background: var(--color-accent); border-radius: 4px; }
 .cost { white-space: pre-wrap; font-size: 12px; margin: 0; }
 """
-_SAME = gr.skip()  # what leaves a window as it is
+_SAME = gr.skip()  # this output leaves a component as it is
 _HTML = Environment(autoescape=True)
 _CARDS = _HTML.from_string(
     """<div class="cards">{% for card in cards %}
@@ -161,7 +161,7 @@ def _connect(acts: "Acts", asking: Asking, again: Again, shown: list[Any]) -> No
     asking.added.upload(_told(acts.add), asking.added, status)
     again.back.click(_told(acts.take_before), [name, number], [again.prompt, again.seed])
     number.input(_told(acts.choose), [name, number], [again.prompt, *takes])
-    alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one at a time has the model
+    alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one call at a time uses the model
     asked = [name, asking.script, asking.steps, asking.guidance]
     asking.check.click(_told(acts.save), asked, [name, asking.script, asking.cost, cards], **alone)
     anew = [name, number, again.prompt, again.seed]

@@ -17,9 +17,9 @@ from moc.training import MeshConfig
 from moc.training.clock import about
 from models.encoders.codec import Codec
 
-WIDE = 16  # tensors of the width of a token's features that a block holds at once, roughly
-REACHED = 0.5  # share of a GPU's peak that films of long shots reach by this count (docs/benchmarks/sampling.md)
-LEAST = 4  # as many as no block can do without: the tokens, their queries, keys and values
+WIDE = 16  # a block holds about this many tensors of the tokens' features at once
+REACHED = 0.5  # films of long shots reach this share of a GPU's peak, by this count (docs/benchmarks/sampling.md)
+LEAST = 4  # every block holds at least the tokens and their queries, keys and values
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,10 @@ def estimate(
     held -= len(experts) * block * max(0, swap_blocks - 2)
     held += sum(weight.nbytes for weight in codec.parameters())
     token = width * dtype.itemsize / mesh.sequence  # bytes of a token's features; only norms have them in fp32
-    kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # how many of these each layer and cache keeps
+    kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such vectors for each token in a layer of a cache
     layer = kept * (stream.global_tokens + work.most_seen) * token
     caches = len(experts) * work.most_sides * layers
-    here = min(2, caches) if sampler.offload_cache else caches  # layers: the one in use, and the next one
+    here = min(2, caches) if sampler.offload_cache else caches  # layers on the device: the one in use, and the next one
     return Estimate(
         shot_tokens=stream.tokens,
         sparsity=1 - stream.pairs(seen, seen, moc.dense) / sum(stream.tokens[shot] for shot in seen) ** 2,

@@ -40,7 +40,7 @@ from models.frozen import Base, multiply_in_fp8
 
 logger = logging.getLogger(__name__)
 
-UNSEEN = {"seed", "offload_cache"}  # these sampler settings change no frame: shots have seeds of their own
+UNSEEN = {"seed", "offload_cache"}  # these sampler settings change no frame; each shot has its own seed
 
 Value = TypeVar("Value")
 

@@ -69,7 +69,7 @@ def _needs(plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConf
     if sampler.offload_cache is None:
         return min(_needs(plan, count, replace(sampler, offload_cache=there), offload) for there in (False, True))
     found = count(plan, sampler, offload=offload)
-    if torch.device(plan.device).type == "cpu":  # is the host
+    if torch.device(plan.device).type == "cpu":  # the CPU's memory is the host's
         return found.memory + found.host_memory
     return found.memory if found.host_memory <= memory.host_room() else math.inf
 

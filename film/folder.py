@@ -83,7 +83,7 @@ class FilmFolder:
     def held(self) -> Iterator[None]:
         """Holds the folder, made if need be, for this process alone. Raises HeldError where another one films there."""
         with held(self.path):
-            for path in self.path.rglob(f".*{PARTIAL}"):  # of a process that was killed
+            for path in self.path.rglob(f".*{PARTIAL}"):  # a process that was killed left these
                 path.unlink()
             yield
 
@@ -121,7 +121,7 @@ class FilmFolder:
         else:
             try:
                 record = self.read_metadata()
-            except (FileNotFoundError, UserError):  # it is no film of ours
+            except (FileNotFoundError, UserError):  # the folder holds no film that we made
                 return None
         known = {name: record[name] for name in (*REQUEST, "video") if name in record}
         if not known.keys() >= set(REQUEST):
@@ -254,7 +254,7 @@ class FilmFolder:
     def copy_pictures(self, names: Mapping[Path, str]) -> None:
         """Copies the pictures and videos of a script to where its record names them."""
         for file, name in names.items():
-            if not (self.path / name).exists():  # a file of that name has that content
+            if not (self.path / name).exists():  # the name is made of the content's digest
                 copy_whole(file, self.path / name)
 
     def read_metadata(self) -> dict[str, Any]:

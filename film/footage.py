@@ -48,7 +48,7 @@ class Footage:
         times = self.index.times
         first = min(bisect.bisect_left(times, start - 1e-3 / self.index.fps), len(times) - 1)
         wanted = max(1, round(seconds * fps))
-        self.frames = resample(times, first, len(times), fps)[:wanted]  # of the video, as the film shows them
+        self.frames = resample(times, first, len(times), fps)[:wanted]  # indices of the video's frames that are shown
         if wanted - len(self.frames) > 1:
             raise DataError(
                 "past-the-end", file, f"has {len(self.frames) / fps:.2f} s after start={start:g}; {seconds:g} are asked"

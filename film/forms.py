@@ -17,7 +17,8 @@ from data.stories import prompts_and_cuts, spans_between
 from film.fields import DEFAULT_FPS, DEFAULT_SECONDS, positive, text_of
 
 _SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # every form may have these too
-_ANCHOR = re.compile(r"(, (full body|standing|white background|cinematic|no people))+$")  # ends MSR-50's lone prompts
+# Prompts of MSR-50's single shots end like this.
+_ANCHOR = re.compile(r"(, (full body|standing|white background|cinematic|no people))+$")
 
 
 def as_ours(raw: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 logger = logging.getLogger(__name__)
 
 _BITMAP_SIZE = 109  # the one size that fonts of coloured pictures, such as Noto Color Emoji, have
-_choosing = Lock()  # pages are drawn in threads, and one reads the system's fonts for all
+_choosing = Lock()  # threads draw pages, and only one of them reads the system's fonts
 _JOINED = ("Mn", "Me", "Cf")  # categories of characters that change the one before them
 
 

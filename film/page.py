@@ -24,8 +24,8 @@ from film.plan import FilmPlan
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-_MOST_TOLD = 3  # shots that another one is said to look back to
-_MOST_WITHIN = 32 << 20  # bytes of a film that is in the page itself
+_MOST_TOLD = 3  # the most shots that a shot is said to look back to
+_MOST_WITHIN = 32 << 20  # bytes; a longer film is linked and not put into the page
 
 
 def write_page(path: Path, folder: FilmFolder, plan: FilmPlan, still: Callable[[int], np.ndarray]) -> None:

@@ -126,7 +126,8 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
 
     for number, reference in enumerate(script.references):
         add_picture(reference.image, reference.prompt, noise_key(0, REFERENCES + number))
-    rest = 0.0  # what rounding took from the shots of one video so far, so that cuts stay where the script has them
+    # What rounding took from earlier shots of a video is given to the next one, so that cuts stay in place.
+    rest = 0.0
     for number, shot in enumerate(script.shots):
         own_seed = seed if shot.seed is None else shot.seed
         if shot.image:
@@ -157,7 +158,7 @@ def _num_frames(wanted: float, shots: Sequence[ScriptShot], number: int, codec: 
     if number + 1 == len(shots) or (shots[number + 1].begins_anew and codec.begins_video(number + 1)):
         return max(1, round(wanted))
     frames = codec.nearest_frames(wanted, number)
-    if shots[number].video and frames > wanted:  # no frame of a video stands still before the next shot
+    if shots[number].video and frames > wanted:  # a given video must not stand still before the next shot
         return codec.whole_frames(round(wanted), number) or frames
     return frames
 

@@ -23,8 +23,8 @@ from moc.statistics import RoutingMap
 
 OnStep = Callable[[Progress], None]
 Sampling = Callable[[OnStep, Progress | None], Iterable[tuple[int, Tensor]]]
-ROUTE_COUNTS = "routing"  # the counts of the routing map, among the tensors that are kept
-REUSED = "reused"  # the number of steps that took an earlier one's velocity, among them too
+ROUTE_COUNTS = "routing"  # the kept tensor that holds the counts of the routing map
+REUSED = "reused"  # the kept tensor that counts steps which took an earlier step's velocity
 
 
 class Shooting:
@@ -81,7 +81,7 @@ class Shooting:
 
     def _start(self) -> Progress | None:
         """Returns where sampling goes on from. Shots with latents alone get their videos, given ones first."""
-        if self.folder.request() is None:  # so that what is written first is known to be of this film
+        if self.folder.request() is None:  # the request is kept first, so that later files are known by it
             self.folder.keep(self.request, self.kept)
         for number, index in enumerate(self.plan.filmed, start=1):
             if index in self.plan.given and number not in self.kept.made:
@@ -91,7 +91,7 @@ class Shooting:
             if not self.folder.shot(number).exists():
                 self._write_shot(number, latent)
             elif not self.codec.begins_video(number):
-                for _ in self.decode(latent.to(self.plan.device)):  # the next shot's pictures go on from these
+                for _ in self.decode(latent.to(self.plan.device)):  # the codec goes on to the next shot from here
                     pass
         if not self.kept.step:
             return None
@@ -126,7 +126,7 @@ class Shooting:
         frames: Iterator[np.ndarray] = (frame for piece in pieces for frame in piece)
         shown, video = islice(frames, self.plan.num_frames[number - 1]), self.video
         self.folder.write_shot(number, shown, self.plan.script.fps, video.codec, video.crf)
-        for _ in frames:  # decodes what is past the shot's end, which is not shown
+        for _ in frames:  # decodes the frames past the shot's end, which are not shown
             pass
 
 

@@ -18,7 +18,7 @@ from data.records import write_whole
 from film.lettering import draw_text
 
 FRAMES_A_ROW, ROWS_A_PAGE = 5, 10
-MOST_NUMBERS = 12  # shots of a routing map that has room for its numbers
+MOST_NUMBERS = 12  # a routing map of more shots has no room for its numbers
 _CELL, _GAP, _HEAD = 330, 8, 48  # pixels: width of a frame or caption, space between them, height of the title
 
 
@@ -103,7 +103,7 @@ def draw_routing_map(path: Path, shares: Tensor, thumbnails: Sequence[np.ndarray
 def _line_axes(figure: Figure, axis: Axes, thumbnails: Sequence[np.ndarray]) -> None:
     """Puts a thumbnail of each shot between the axes of a map and their labels."""
     count = len(thumbnails)
-    depth = min(0.2, max(1 / count, 0.05))  # of the map's side
+    depth = min(0.2, max(1 / count, 0.05))  # a share of the map's side
     down = [_middle(picture, round(1000 * depth), 1000 // count) for picture in thumbnails]
     along = [_middle(picture, 1000 // count, round(1000 * depth)) for picture in thumbnails]
     left = axis.inset_axes((-depth - 0.01, 0, depth, 1))

@@ -31,7 +31,7 @@ from moc.errors import UserError
 from moc.files import copy_whole, inside, write_whole
 
 _NAME = re.compile(r"\w[\w -]{0,63}")
-_SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".mp4", ".mov", ".mkv", ".webm"}  # what a script may name
+_SHOWN = {".png", ".jpg", ".jpeg", ".webp", ".mp4", ".mov", ".mkv", ".webm"}  # kinds of files that a script may name
 
 
 @dataclass(frozen=True)

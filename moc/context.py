@@ -84,7 +84,7 @@ def _candidate_runs(layout: ShotLayout, config: MoCConfig) -> Tensor:
     chunk = torch.arange(layout.num_chunks, dtype=torch.int32, device=layout.device)
     group, sample = layout.chunk_group, layout.chunk_sample
     itself = pairs(layout, chunk, chunk)
-    neighbour = replace(itself, same_chunk=~itself.same_chunk)  # another chunk of the same shot
+    neighbour = replace(itself, same_chunk=~itself.same_chunk)  # these pairs are of another chunk of the same shot
     has_own, has_shot = is_own_anchor(itself, config), is_own_anchor(neighbour, config)
     own_first = torch.where(has_shot, layout.group_first_chunk[group], chunk)
     own_last = torch.where(has_shot, layout.group_first_chunk[group + 1], chunk + has_own)

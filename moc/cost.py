@@ -15,8 +15,8 @@ from moc.context import is_candidate, is_own_anchor, is_text_anchor, pairs
 from moc.layout import ShotLayout
 from moc.routes import check_whole, drop_covered
 
-QUERY_CHUNKS = 256  # queries that are looked at together
-FLOPS_PER_PAIR = 4  # is multiplied by head dim: q k^T and p v take a multiply and an add each
+QUERY_CHUNKS = 256  # chunks of queries that are counted at once
+FLOPS_PER_PAIR = 4  # multiply by head dim; q k^T and p v take a multiply and an add each
 
 
 @dataclass(frozen=True)
@@ -122,5 +122,5 @@ def _by_query_chunk(layout: ShotLayout, count: Callable[[Tensor, Tensor], Tensor
 
 def _routed_keys(routes: Tensor, lengths: Tensor) -> Tensor:
     """Returns the keys of a query's routed chunks, averaged over heads: lengths [M] -> float64 [L]."""
-    lengths = torch.cat([lengths, lengths.new_zeros(1)])  # -1, an empty slot, has none
+    lengths = torch.cat([lengths, lengths.new_zeros(1)])  # index -1, an empty slot, reads this 0
     return lengths[routes.long()].sum(-1).mean(0)

@@ -58,6 +58,6 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
 
 def disk_error(error: BaseException) -> str | None:
     """Returns what a disk refuses, such as "No space left on device"; None where the error is another one."""
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and other Rust libraries tell the number so
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and other Rust libraries give the errno like this
     number = error.errno if isinstance(error, OSError) and error.errno else int(told[1]) if told else None
     return os.strerror(number) if number in _DISK else None

@@ -13,7 +13,7 @@ import filelock
 
 from moc.errors import UserError
 
-PARTIAL = ".moc-partial"  # an ending that nobody else gives a file
+PARTIAL = ".moc-partial"  # nobody else uses this ending
 LOCK = ".lock"
 
 

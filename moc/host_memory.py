@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moc.errors import UserError
 
-_ALIGNMENT = 256  # bytes, of each tensor
+_ALIGNMENT = 256  # bytes; every tensor begins at a multiple of them
 _PAGE = 4096  # bytes; pages are pinned whole, and none twice
 
 
@@ -32,7 +32,8 @@ def host_memory(size: int, pinned: bool) -> Tensor:
     powers of two, of which a block of 14 B would fill two thirds. Raises UserError where it cannot be pinned."""
     memory = torch.empty(size + 2 * _PAGE, dtype=torch.uint8).numpy()
     start = -memory.ctypes.data % _PAGE
-    host = torch.from_numpy(memory[start : start + size])  # has its own storage, whose beginning tells torch of pins
+    # This has a storage of its own, since torch asks whether a storage's beginning is pinned.
+    host = torch.from_numpy(memory[start : start + size])
     if pinned and size:
         whole = -(-size // _PAGE) * _PAGE
         error = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), whole, 1))  # 1 pins for all devices

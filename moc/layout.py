@@ -140,7 +140,7 @@ class ShotLayout:
         "text_index",
         "video_index",
     )
-    _TENSORS = ("sample_position", *_TABLES)  # positions may differ where the tables are shared
+    _TENSORS = ("sample_position", *_TABLES)  # layouts with other positions share the tables
 
     sample_position: Tensor
     sample_cu_seqlens: Tensor
@@ -170,7 +170,7 @@ class ShotLayout:
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
         if not samples or any(not shots for _, shots in samples):
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
-        alike: dict[Shot, Shot] = {}  # shots that are alike are one object, which travels once
+        alike: dict[Shot, Shot] = {}  # equal shots become one object, which is pickled once
         self.samples = tuple((text, tuple(alike.setdefault(s, s) for s in shots)) for text, shots in samples)
         self.chunk_tokens = chunk_tokens
         self._set_positions(positions)

@@ -17,7 +17,7 @@ STEP = (
     "model.lora_base=fp8 and parallel.swap_blocks, or spread weights or films over several processes: parallel.shard, "
     "parallel.sequence"
 )
-_CONTAINER = Path("/sys/fs/cgroup")  # as the kernel shows a container its own limits
+_CONTAINER = Path("/sys/fs/cgroup")  # the kernel shows a container its own limits here
 VALIDATION = "hold out shorter scenes, or none: data.validation=0"
 SAMPLING = (
     "take sampler=shot_by_shot or sampler=staggered, with a smaller sampler.context_shots, which hold fewer shots at "

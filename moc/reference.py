@@ -72,7 +72,7 @@ def attend(
     execution, kept: not asked, since there is one way only; the other backends have more.
     """
     missing = len(k) - len(q)
-    if missing:  # is computed for all queries; those before q's are left out again
+    if missing:  # computes all queries and drops those before q's
         q = F.pad(q, (0, 0, 0, 0, missing, 0))
         routes = None if routes is None else F.pad(routes, (0, 0, missing, 0), value=-1)
         return attend(q, k, v, routes, layout, config)[missing:]

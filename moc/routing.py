@@ -23,7 +23,7 @@ from moc.context import is_candidate
 from moc.layout import ShotLayout
 from moc.move import move
 
-SCORES_PER_BLOCK = 1 << 26  # bounds the memory of `route`: scores held at a time, over all heads
+SCORES_PER_BLOCK = 1 << 26  # the most scores, over all heads, that `route` holds at a time
 
 
 def descriptors(k: Tensor, layout: ShotLayout, parts: int = 1) -> Tensor:
@@ -84,7 +84,7 @@ def _route_each_sample(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConf
     tables, first_chunk = [], 0
     for number, (start, end) in enumerate(layout.sample_ranges):
         stream = streams[number].copied()
-        stream.sample_position = layout.sample_position[number : number + 1]  # a CUDA graph's changes
+        stream.sample_position = layout.sample_position[number : number + 1]  # its values change under a CUDA graph
         routes = route(q[start:end], k[start:end], stream, config, drops)
         tables.append(torch.where(routes < 0, routes, routes + first_chunk))
         first_chunk += stream.num_chunks
@@ -213,7 +213,7 @@ def apply_drops(
     num_chunks = allowed.shape[1]
     last_token = first_token + num_queries
     words = query_words(drops, num_heads, layout, first_token, last_token)
-    first_chunk = layout.sample_first_chunk[layout.token_sample[first_token:last_token], None]  # of the query's sample
+    first_chunk = layout.sample_first_chunk[layout.token_sample[first_token:last_token], None]
 
     held = (routes >= 0).sum(-1)
     drop_count = (unit(draw(words, COUNT_OFF)) * config.drop_off_max * held).floor().long()

@@ -11,8 +11,8 @@ from moc.layout import ShotLayout
 from moc.move import move
 from moc.routes import check_whole
 
-NOISE_LEVELS = 4  # equal ranges of sigma that a routing map tells apart
-MOST_DETAILED = 100  # shots of a routing map that tells layers and noise levels apart
+NOISE_LEVELS = 4  # a routing map has this many equal ranges of sigma
+MOST_DETAILED = 100  # maps of more shots do not separate layers and noise levels
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 Model = TypeVar("Model", bound=nn.Module)
 _DRAWS = (nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_)
-_SETS = (nn.init.constant_, Tensor.zero_, Tensor.fill_, Tensor.copy_)  # zeros_ and ones_ of nn.init call the tensor's
+_SETS = (nn.init.constant_, Tensor.zero_, Tensor.fill_, Tensor.copy_)  # nn.init's zeros_ and ones_ call these of Tensor
 
 
 def drawn_apart(build: Callable[[], Model]) -> Model:
@@ -31,7 +31,7 @@ def drawn_apart(build: Callable[[], Model]) -> Model:
 
     drawn = [named for named in model.named_parameters() if named[1] in later.draws and not named[1].is_meta]
     with ThreadPoolExecutor() as threads:
-        list(threads.map(draw, *zip(*drawn, strict=True)))  # a list raises what a thread raised
+        list(threads.map(draw, *zip(*drawn, strict=True)))  # making a list raises the errors of the threads
     return model
 
 

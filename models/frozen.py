@@ -21,7 +21,7 @@ from models.fuse import fused
 
 _LARGEST = {"fp8": 448.0, "int8": 127.0}  # the largest number of each format
 _FP8 = torch.float8_e4m3fn
-FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that multiplies in it
+FP8_CAPABILITY = (8, 9)  # the least compute capability of GPUs that multiply in fp8
 
 
 class Base(StrEnum):
@@ -77,7 +77,7 @@ class FrozenLinear(nn.Linear):
 
     def _in_fp8(self, x: Rounded) -> Tensor:
         weight, scale = self.weight.view(_FP8).t(), self.scale.view(1, -1)  # type: ignore[union-attr]
-        bias = None if self.bias is None else self.bias.bfloat16()  # H100s give the product in it
+        bias = None if self.bias is None else self.bias.bfloat16()  # on an H100 the product is in bf16
         numbers, row_scale, by_row = x.numbers.flatten(end_dim=-2), x.scale.view(-1, 1), ScalingType.RowWise
         # Hopper sums fast with fewer bits than fp32 has, which moves a velocity no further than fp8 itself.
         out = scaled_mm(numbers, weight, row_scale, by_row, scale, by_row, bias=bias, use_fast_accum=True)

@@ -40,7 +40,7 @@ class KeyValueCache:
     num_tokens: int = 0
     _layers: dict[int, Kept] = field(default_factory=dict)
     _coming: dict[int, Kept] = field(default_factory=dict)  # the layer on its way to the device
-    _hosts: list[Tensor] = field(default_factory=list)  # these stay pinned as long as they are held
+    _hosts: list[Tensor] = field(default_factory=list)  # host memory, which stays pinned while it is held here
     _stream: torch.cuda.Stream | None = None
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ class KeyValueCache:
         whole = tuple(x.new_empty(self.num_tokens + len(x), *x.shape[1:]) for x in new)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(new[0].device))
-        with torch.cuda.stream(self._stream):  # None changes nothing
+        with torch.cuda.stream(self._stream):  # a stream of None has no effect
             for to, kept in zip(whole, self._layers[layer], strict=True):
                 to[: self.num_tokens].copy_(kept[: self.num_tokens], non_blocking=True)
         return whole

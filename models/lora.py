@@ -83,7 +83,8 @@ class Adapter:
         a, b = _names(name.removesuffix(".weight"))
         if a not in self.source.shapes:
             return weight
-        return weight.float().addmm_(self.source.read(b).float(), self.source.read(a).float())  # lora_alpha is the rank
+        # The factor lora_alpha / rank is 1.
+        return weight.float().addmm_(self.source.read(b).float(), self.source.read(a).float())
 
 
 class Trainable(ModelMixin, nn.Module, ConfigMixin):
@@ -108,9 +109,9 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
         inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=targets), self)
         for layer in self.modules():
             if isinstance(layer, LoraLayer):
-                layer.lora_A.float()  # peft takes the dtype of the weights
+                layer.lora_A.float()  # peft made them in the dtype of the weights
                 layer.lora_B.float()
-                layer.cast_input_dtype_enabled = False  # autocast would cast a copy in fp32 back, and backward keep it
+                layer.cast_input_dtype_enabled = False  # peft's cast to fp32 would take memory, and autocast undo it
         self.lora = lora
 
     @classmethod
@@ -122,7 +123,7 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
         wants_info = kwargs.pop("output_loading_info", False)
         for file in Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").glob("*" + INDEX):
             read_index(file)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # lets all of them be told
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name all mistakes in one error
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         expected = shapes(model.state_dict())
         unexpected = dict.fromkeys(info["unexpected_keys"], ())

@@ -20,9 +20,9 @@ from models import pointwise_kernels as kernels
 from models.members import Members
 from models.part import Part, Table
 
-ROWS = 32  # rows of a program of a backward kernel
-ELEMENTS = 512  # numbers of a row for each warp
-HEADS, ROUNDS = 32, 16  # heads of a program that joins streams; how many blocks a program of some backwards takes
+ROWS = 32  # rows for each program of a backward kernel
+ELEMENTS = 512  # numbers of a row that each warp takes
+HEADS, ROUNDS = 32, 16  # heads for each program that joins streams; blocks for each program of some backwards
 GELU = {"BM": 8, "BN": 256}
 
 
@@ -42,7 +42,7 @@ def _rows(x: Tensor) -> Tensor:
 def _group_sums(sums: Tensor, starts: Tensor | None, num_rows: int, num_groups: int) -> Tensor:
     """Sums the tables [blocks + G, ...] of a backward kernel to fp32 [G, ...]."""
     out = sums.new_empty(num_groups, *sums.shape[1:])
-    width, block = out[0].numel(), 128 if starts is None else 8  # a group has few rows, and all of them many
+    width, block = out[0].numel(), 128 if starts is None else 8  # one group has few rows, the whole stream has many
     kernels.group_sums_kernel[(num_groups, cdiv(width, 64))](
         sums, starts, out, num_rows, width, ROWS=ROWS, BM=block, BN=64
     )

@@ -265,7 +265,7 @@ def rms_norm_backward_kernel(
         factor = (1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps))[:, None]
         normed = value * factor
         dweight += grad * normed
-        grad *= gain  # the norm's own gradient: without the part along x, which it takes out
+        grad *= gain  # next comes the norm's gradient, which has no part along x
         grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
         tl.store(dx + row * (N * D) + head * D + column, grad.to(dx.dtype.element_ty), mask=inside)
     column = tl.arange(0, DP)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ROW_PARTS = 4  # parts of a feed-forward network
+ROW_PARTS = 4  # a feed-forward network is computed in this many parts of rows
 
 
 class RecomputedParts(nn.Module):

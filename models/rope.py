@@ -20,7 +20,7 @@ def interleaved_positions(layout: ShotLayout) -> Tensor:
     """Returns positions of mmdit's stream: float64 [L, 3]."""
     starts, start = [], 0
     for group in layout.groups:
-        start = 0 if group.shot < 0 else start  # each sample starts anew
+        start = 0 if group.shot < 0 else start  # the global text begins a new sample
         starts.append(start)
         start += group.text_tokens + max(group.grid or (0,))
     start_of_token, text, grid = _within_groups(layout, torch.tensor(starts))
@@ -33,7 +33,7 @@ def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
     starts: list[float] = []
     for _, shots in layout.samples:
         start = 0.0
-        starts.append(start)  # of the global text, which has no tokens here
+        starts.append(start)  # the global text's start; it has no tokens in this stream
         for index, shot in enumerate(shots):
             start += gap if index and shot.cut else 0.0
             starts.append(start)

@@ -90,7 +90,7 @@ class StreamAttention:
         squares = [x.float().square().sum(2, keepdim=True) for x in (out - dense, dense)]
         distance = torch.cat(squares, dim=2)
         distance = self.exchange.to_tokens(distance) if self.exchange else distance
-        self.distances.setdefault(layer, distance.sum(1))  # recomputation computes the same again
+        self.distances.setdefault(layer, distance.sum(1))  # recomputing a layer must not add it again
 
     def tell_distances(self, part: Part) -> None:
         """Tells those of the video tokens of all processes, if any layer routes."""
@@ -161,7 +161,7 @@ class StreamModel(Trainable):
     anyone: Callable[[bool], bool] = bool
     execution: Execution = AUTO
     gradient_checkpointing = False
-    keeps_attention = False  # under gradient checkpointing
+    keeps_attention = False  # whether gradient checkpointing keeps the attention's outputs
     _supports_gradient_checkpointing = True
 
     def embed(self, patches: Tensor, sigma: Tensor, text: Sequence[Tensor], part: Part, config: MoCConfig) -> Embedded:

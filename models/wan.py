@@ -100,7 +100,7 @@ class Block(RecomputedParts):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table.float() + time).unbind(1)
 
         def with_stream(x: Tensor) -> Tensor:
-            normed = taken_by(self.attn1.to_q, modulate(x, shift, scale, members, self.eps))  # to_k and to_v take it so
+            normed = taken_by(self.attn1.to_q, modulate(x, shift, scale, members, self.eps))  # also for to_k and to_v
             return add_gated(x, self.attn1.output(attend(*self.attn1.project(normed, normed))), gate, members)
 
         def with_text(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def draw_adapted(
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             if name == "scale" and isinstance(module, FrozenLinear):
-                continue  # it comes with its weight
+                continue  # the scale is set together with its weight
             drawn = {name: draw(name, weight, device)}
             if name == "weight" and isinstance(module, FrozenLinear):
                 drawn = packed(drawn[name], config.lora_base)

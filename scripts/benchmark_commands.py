@@ -95,7 +95,7 @@ def data_jobs(f: Path) -> dict[str, Job]:
     bunny = ["channels=32", "whitening=0.3", "still_detail=false"]
     friends = ["checkpoint=docs/checkpoints/recall_moc", "script=configs/scripts/recall.yaml", f"out={f / 'friends'}"]
     made, size = ("make_storyworld",), "size=[128,192]"
-    words = f"encoders.text.path={f / 'world/vocabulary.txt'}"  # one text encoder for a mix of both
+    words = f"encoders.text.path={f / 'world/vocabulary.txt'}"  # both sources of the mix use one text encoder
     return {
         "film by the kept model": Job(
             ["sample.py", *friends, "sampler.steps=24", "sampler.guidance_scale=1"], (), f / "friends"
@@ -256,7 +256,7 @@ class Session:
         if row["exit_code"] == 0:
             write_whole(self._folder / "done" / name, b"")
         if job.makes and not any(name in other.needs for other in self._jobs.values()):
-            remove(job.makes / "checkpoints")  # of 1.3 B weights and their optimizer, 22 GB
+            remove(job.makes / "checkpoints")  # a checkpoint of 1.3 B weights and their optimizer takes 22 GB
         return row["exit_code"] == 0
 
 

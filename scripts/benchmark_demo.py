@@ -58,7 +58,7 @@ class DemoSeedsConfig:
 @command("benchmark_demo", DemoSeedsConfig)
 def main(config: DemoSeedsConfig) -> None:
     folder = Path(config.folder).resolve()
-    folder.mkdir(parents=True)  # a demo is never written over
+    folder.mkdir(parents=True)  # fails where the folder exists, so no demo is written over
     header = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

@@ -35,7 +35,7 @@ from scripts.rows import machine, put_row, read_rows, train_for
 
 FOLDS = 4
 LENGTH = 8  # shots of a scene
-COURSE = "validation/loss_0.8"  # the metric of a run's course: equal noise on all shots
+COURSE = "validation/loss_0.8"  # the metric that a run's course shows, with equal noise on all shots
 KEY = ("row", "fold", "seed", "steps")  # what tells a row of the record from others
 NO_DROPS = ["moc.drop_off_max=0", "moc.drop_in_rate=0"]
 ROWS = {
@@ -142,7 +142,7 @@ def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: Sho
     model = load_model(checkpoint).to(parallel.device)
     shots = film_shots()
     held_out = held_out_blocks(fold)
-    targets = [index for index in range(1, len(shots)) if block(index) in held_out]  # 0 has no history
+    targets = [index for index in range(1, len(shots)) if block(index) in held_out]  # shot 0 has no history
     samples = [sample_of(dataset, index) for index in targets]
     losses = history_losses(model, contents.moc, contents.own_flow, samples, parallel, draws=config.draws)
     metrics = read_metrics(folder / name)

@@ -109,7 +109,7 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
             Path(folder), 0, lambda _: None,
         )  # fmt: skip
     if on_gpu:
-        torch.cuda.empty_cache()  # which drawing the weights took
+        torch.cuda.empty_cache()  # frees the memory that drawing the weights took
         torch.cuda.reset_peak_memory_stats()
     times, losses = zip(*[step(trainer, batch) for _ in range(config.steps + 1)], strict=True)
     row = {

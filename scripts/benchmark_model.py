@@ -48,7 +48,7 @@ LATENT, TEXT_DIM = (16, 36, 40, 64), 4096  # 36 x 20 x 32 = 23,040 tokens
 HEAD_DIM = 128
 CONFIG = ModelConfig(family=Family.wan, dim=1536, num_layers=30, num_heads=12, ffn_dim=8960)
 ATTENTION = {"dense": MoCConfig(dense=True), "moc": MoCConfig(chunk_tokens=1280, top_k=5)}
-SLOW, TOO_SLOW = 2.0, 25.0  # seconds
+SLOW, TOO_SLOW = 2.0, 25.0  # a step that takes this many seconds is slow, or too slow
 
 # Tokens' widths, in units of the model's dim, that a block's pointwise operations read and write at the least.
 FORWARD_UNITS = {

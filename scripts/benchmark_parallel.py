@@ -42,10 +42,10 @@ from scripts.rows import measured_on, put_row, read_rows
 
 AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0}, "sequence": {"sequence": 0}}
 IMPLEMENTATIONS = ("moc", "dense")
-SETUP = ("gpu", "model", "moc", "latent", "recomputed", "kernel")  # what rows have in common that are compared
+SETUP = ("gpu", "model", "moc", "latent", "recomputed", "kernel")  # rows are compared where these are equal
 KEY = (*SETUP, "mesh", "processes", "impl", "shots")
 TEXT_TOKENS = 64  # of each caption
-LONG = 20.0  # seconds of a step of which one is measured, not a median
+LONG = 20.0  # seconds; of steps that take longer only one is measured
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def main(config: BenchmarkConfig) -> None:
     for mesh in config.meshes:
         while cases := remaining(config, mesh):
             launch(mesh, config)
-            if remaining(config, mesh) == cases:  # the processes ended without a row
+            if remaining(config, mesh) == cases:  # the processes ended without adding a row
                 add_row(config, describe(config, mesh, *cases[0]) | {"problem": "ended, see the messages"})
     print(f"{config.output} holds all rows")
 
@@ -155,12 +155,12 @@ def measure_mesh(config: BenchmarkConfig) -> None:
             if parallel.is_main:
                 add_row(config, row)
             if "problem" in row:
-                return  # what is left of the step stays in memory
+                return  # a failed step leaves tensors in memory, so this process ends
     parallel.close()
 
 
 def make_film(config: BenchmarkConfig, stream: StreamSpec, shots: int, position: int) -> Batch:
-    text = [torch.randn(TEXT_TOKENS, config.text_dim) for _ in range(min(shots, 7) + 1)]  # Wan takes 512 rows at most
+    text = [torch.randn(TEXT_TOKENS, config.text_dim) for _ in range(min(shots, 7) + 1)]  # Wan takes 512 rows of text
     text += [torch.randn(0, config.text_dim)] * (shots + 1 - len(text))
     return make_batch(
         [Sample([torch.randn(*config.latent) for _ in range(shots)], text, position)], stream, config.moc.chunk_tokens
@@ -227,7 +227,7 @@ def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[
 def head(config: BenchmarkConfig) -> dict[str, Any]:
     """Returns where and what is measured."""
     sizes = {name: asdict(config.model)[name] for name in ("family", "dim", "num_layers", "num_heads", "ffn_dim")}
-    if config.model.lora_rank:  # an adapter, and how the weights under it are kept
+    if config.model.lora_rank:  # an adapter's rank, and the format of the weights under it
         sizes |= {"lora_rank": config.model.lora_rank, "lora_base": config.model.lora_base}
     model = {name: str(value) for name, value in sizes.items()}
     measured: dict[str, Any] = {"latent": list(config.latent), "kernel": dense_kernel(config)}

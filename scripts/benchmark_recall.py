@@ -170,7 +170,7 @@ def main(config: RecallRowsConfig) -> None:
     turns = Turns(config, folder)
     with ThreadPoolExecutor(config.at_once or len(config.rows)) as pool:
         trainings = {pool.submit(turns.train, row): row for row in config.rows}
-        tester = Tester(config, composed(config.settings, folder), folder)  # while they train
+        tester = Tester(config, composed(config.settings, folder), folder)  # made while the rows train
         while config.course and not all(training.done() for training in trainings):
             for name in config.rows:
                 tester.follow(name)
@@ -280,7 +280,7 @@ class Tester:
             log = (self.folder / f"{name}.log").read_text()
             return {"row": row, "seed": self.config.seed, "steps": self.config.steps, "failed": log[-2000:]}
         model, moc, flow = self._loaded(checkpoint)
-        pack(checkpoint / "ema", self.folder / f"{name}.tar.gz")  # before tests, which may be cut off
+        pack(checkpoint / "ema", self.folder / f"{name}.tar.gz")  # packed before the tests, which may be cut off
         start = time.monotonic()
         tally = self.bench.run(model, moc, flow, self.config.scenes)
         found: dict[str, Any] = {"all": summary(tally)}
@@ -327,7 +327,7 @@ def composing_speed(world: RecallWorld, batch: int, repeats: int = 5) -> float:
     start = time.monotonic()
     for number in range(repeats):
         latents = world.encode_latents(draw_scenes(world.config, range(number * batch, (number + 1) * batch)))
-    latents.sum().item()  # the device is done
+    latents.sum().item()  # waits for the device
     return repeats * batch / (time.monotonic() - start)
 
 

@@ -71,10 +71,11 @@ MODES: dict[str, dict[str, Any]] = {
     "extend_offload": {"lag": 1.0, "offload_cache": True},
     "decode": {},
 }
-RIVALS = {mode: mode.partition("_")[0] for mode in MODES if mode != "decode"}  # dense attention remembers nothing
+# Dense attention has no cache, so that modes which differ in the cache alone share a rival.
+RIVALS = {mode: mode.partition("_")[0] for mode in MODES if mode != "decode"}
 IMPLEMENTATIONS = ("moc", "dense")
-CHANNELS, TEXT_TOKENS = 16, 64  # of a latent; of each caption
-WARM_UP = (4, 5, 7)  # latent frames of shots: what is compiled for these is compiled for any length
+CHANNELS, TEXT_TOKENS = 16, 64  # channels of a latent; tokens of each caption
+WARM_UP = (4, 5, 7)  # latent frames of shots; kernels compiled for these lengths serve any length
 KEY = ("gpu", "model", "weights", "top_k", "film", "impl", "mode", "guidance_scale", "context_shots", "processes")
 
 Shots = tuple[int, ...]
@@ -97,7 +98,7 @@ class Film:
 FILMS = {
     "paper": Film((36,) * 8, (40, 64), 1280),
     "wan": Film((31,) + (30,) * 7, (60, 104), 1560),
-    "tiny": Film((2,) * 3, (4, 6), 6),  # to try this script
+    "tiny": Film((2,) * 3, (4, 6), 6),  # only to try this script
 }
 
 

@@ -56,7 +56,7 @@ from scripts.rows import measured_on, put_row
 
 SHOTS, TEXT_TOKENS, CHANNELS, TEXT_DIM = 4, 16, 64, 128
 WARM_UP, STEPS = 4, 10
-SIZES = 3  # numbers of scenes that take turns
+SIZES = 3  # packs of this many different numbers of scenes take turns
 KEY = ("gpu", "model", "tokens", "grid", "execution")
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -217,7 +217,7 @@ def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
         model(batch.latents, sigma, batch.text, layout, trainer.moc, on_routes=routes.setdefault)
     heads, dim, layers = model.config.num_heads, model.config.dim, model.config.num_layers
     cost = attention_cost(layout, trainer.moc, routes.get(0), heads, dim // heads)
-    attention = 3.5 * layers * cost.flops  # backward: five products a pair to the forward's two
+    attention = 3.5 * layers * cost.flops  # backward takes five products for each pair, forward two
     video, text = len(layout.video_index), len(layout.text_index)
     rows = {"video": video, "text": text}
     matmuls = sum(

@@ -50,7 +50,7 @@ from scripts.rows import lag_of, machine, measured_on, put_row, read_rows
 
 WAYS = ("joint", "staggered", "shot_by_shot")  # options of configs/sampler
 KEPT = ("docs/checkpoints/recall_moc",)
-AFTER_TRUTH = ("recall", "mass")  # ways that are no stories
+AFTER_TRUTH = ("recall", "mass")  # measurements that follow true shots and make no stories
 KEY = ("checkpoint", "changed", "shots", "way", "count")  # what tells a row of the record from others
 
 

@@ -59,7 +59,7 @@ SETTINGS = {
     "fp32-128": Setting(torch.float32, 128, 1280, 5),
     "fp32-128-small-chunks": Setting(torch.float32, 128, 160, 20),
 }
-FEW_BYTES = 64  # so few registers of a thread may be spilled: no loop notices
+FEW_BYTES = 64  # bytes that a thread may spill without a loop getting slower
 # Bytes that kernels spill with blocks that were measured to be the fastest nevertheless: dq of small chunks on an H100.
 MEASURED_SPILLS = {("dq_kernel", "90"): 136}
 
@@ -70,7 +70,8 @@ def attention(setting: Setting) -> None:
     for max_tokens in (triton_masked.MAX_TOKENS, 0):
         layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, setting.chunk_tokens)
         q, k, v = torch.zeros(3, layout.num_tokens, NUM_HEADS, setting.head_dim, dtype=setting.dtype).requires_grad_()
-        with patch.object(triton_masked, "MAX_TOKENS", max_tokens):  # a layout keeps what it said once
+        # A layout keeps its first answer, so each limit has a layout of its own.
+        with patch.object(triton_masked, "MAX_TOKENS", max_tokens):
             routes = triton_backend.route(q, k, layout, config, moc.DropKey(seed=0, step=0))
             triton_backend.attend(q, k, v, routes, layout, config).sum().backward()
 

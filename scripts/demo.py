@@ -179,7 +179,7 @@ def raised_signals() -> Iterator[None]:
     """Has signals that would end this process at once raise SystemExit instead."""
 
     def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)  # the status that a shell gives such an end
+        sys.exit(128 + number)  # the status that a shell gives a process ended by this signal
 
     fatal = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
     for number in fatal:

@@ -32,7 +32,7 @@ from moc.files import write_whole
 from moc.layout import ShotLayout
 from moc.statistics import RoutingMap, shot_counts
 
-GAP, LARGE, SMALL, LINE, EDGE = 12, 420, 132, 26, 5  # pixels: between pictures, their widths, a line of text, a frame
+GAP, LARGE, SMALL, LINE, EDGE = 12, 420, 132, 26, 5  # pixels: gaps, two widths of pictures, a line of text, a frame
 COLUMNS = 3
 SECONDS_A_SHOT, FRAMES_A_SECOND = 1.6, 5
 ORANGE = (230, 85, 13)
@@ -145,7 +145,7 @@ def main(config: MemoryConfig) -> None:
     if not filmmaker.maps.by_head:
         raise UserError(f"{config.checkpoint} routes nowhere: dense attention and own shots only have no map to draw")
     plan = filmmaker.plan(script)
-    among = torch.tensor(plan.filmed)  # pictures, which are in the stream too, are not shown
+    among = torch.tensor(plan.filmed)  # leaves out reference pictures, which are in the stream too
     by_head = {layer: counts[:, among[:, None], among] for layer, counts in filmmaker.maps.by_head.items()}
     layer, head, shares = most_pointed(by_head)
     write_whole(Path(config.output), moving(draw(folder, plan, shares), FRAMES_A_SECOND, quality=72))

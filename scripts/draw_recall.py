@@ -31,7 +31,7 @@ from moc.training import Parallel, ParallelConfig
 from models import Contents, load_codec, load_model
 from models.encoders.codec import Codec
 
-SMALL, LARGE, GAP, LINE = (90, 60), (168, 112), 6, 22  # pixels: pictures of the history, last shots, gaps, text
+SMALL, LARGE, GAP, LINE = (90, 60), (168, 112), 6, 22  # pixels: history, last shots, gaps, lines of text
 ORANGE = (230, 85, 13)
 
 

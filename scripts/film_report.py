@@ -18,7 +18,7 @@ TITLES = {
     "moc": "MoC from scratch",
     "own_shot": "own shot only",
 }
-HISTORY = 7  # shots before the target
+HISTORY = 7  # the number of shots before the target
 AGES: dict[str, Callable[[int | None], bool]] = {
     "1 shot ago": lambda age: age == 1,
     "2 shots ago": lambda age: age == 2,

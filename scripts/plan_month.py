@@ -29,7 +29,7 @@ from scripts.rows import read_rows
 
 MONTH = 30 * 86400  # seconds
 GPUS_A_HOST = 8
-STATE_BYTES = 20  # for each parameter, in fp32: itself, its average, its gradient and two states of AdamW
+STATE_BYTES = 20  # for each parameter in fp32: the weight, its average, its gradient and two states of AdamW
 SAVED_BYTES = 16  # the same without the gradient
 HEAD = [
     "sequence x shard x replicate", "films a step", "states GiB", "gathered GiB", "activations GiB", "sum GiB", "fits",
@@ -169,7 +169,7 @@ def plan(config: PlanConfig, measured: Measured, size: Size, sequence: int, shar
         raise UserError(f"meshes: sequence={sequence} must divide the model's {config.model.num_heads} heads")
     films, tokens = config.gpus // sequence, config.shots * measured.shot_tokens
     held = sequence * shard
-    gathered = 2 * 4 * size.params / size.layers  # a block that computes and the next one
+    gathered = 2 * 4 * size.params / size.layers  # two gathered blocks: the one in use and the next one
     activations = measured.activation_bytes * tokens * size.dim * size.layers / sequence
     flops = size.flops(config.shots, measured.shot_tokens, measured.moc) / sequence
     computing = flops / measured.flops / measured.efficiency(sequence)

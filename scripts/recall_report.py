@@ -39,7 +39,7 @@ TITLES = {
 }
 MAIN = ("dense", "moc", "moc_progressive", "moc_dense_target", "first_frame", "random", "own_shot")
 SIGMAS = ("0.8", "0.95")
-COMPARED = 6  # kinds of rows of one start and number of steps, from which on they have a plot of their own
+COMPARED = 6  # kinds of rows with the same start and number of steps; as many or more get a plot of their own
 # What attention sees of a scene of experiment=recall, whose captions all have as many tokens.
 SHOTS, GLOBAL_TEXT = [moc.Shot(text_tokens=15, grid=(2, 4, 6))] * 8, 35
 LAYERS, HEADS, HEAD_DIM = 6, 6, 32
@@ -198,7 +198,7 @@ def loss_to_dense(row: dict, rows: list[dict], name: str, sigma: str) -> tuple[f
 
 def attention_flops(row: dict) -> float:
     """Returns the FLOPs of attention in a forward of one scene, with those of its routing."""
-    known = {f.name for f in fields(MoCConfig)}  # older rows have settings besides that changed no result
+    known = {f.name for f in fields(MoCConfig)}  # older rows have further settings, which changed no result
     return _flops(json.dumps({name: value for name, value in row["moc"].items() if name in known}))
 
 
@@ -207,7 +207,7 @@ def _flops(settings: str) -> float:
     config = MoCConfig.from_dict(json.loads(settings))
     layout = moc.ShotLayout.build(shots=SHOTS, global_text_tokens=GLOBAL_TEXT, chunk_tokens=config.chunk_tokens)
     q, k = torch.randn(2, layout.num_tokens, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
-    drops = None if config.top_k else DropKey(0, 0)  # random routes are drawn in tests too
+    drops = None if config.top_k else DropKey(0, 0)  # with top_k=0 all routes are random, in tests too
     routes = None if config.dense else moc.route(q, k, layout, config, drops)
     return LAYERS * attention_cost(layout, config, routes, HEADS, HEAD_DIM).flops
 

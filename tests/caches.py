@@ -39,7 +39,7 @@ def read_everything(cache: Cache) -> None:
         cache.text_features(key)
 
 
-# How a record, a small JSON file, comes to be not as it was written
+# These functions damage a record, a small JSON file.
 
 
 def empty(path: Path) -> None:

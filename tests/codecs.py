@@ -78,7 +78,7 @@ class Watch:
         array = frames.numpy().copy()
         self.arrays.append((weakref.ref(array), frames.shape[1]))
         self.most = max(self.most, sum(length for held, length in self.arrays if held() is not None))
-        return torch.from_numpy(array)  # keeps the array for as long as any view of it lives
+        return torch.from_numpy(array)  # every view of this tensor keeps the array alive
 
 
 class HeldTensors(TorchDispatchMode):

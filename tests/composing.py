@@ -15,7 +15,7 @@ GROUPS = sorted(
     path.name for path in CONFIGS.iterdir() if path.is_dir() and path.name not in ("scripts", "__pycache__")
 )
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
-# What a command cannot do without.
+# These settings have no defaults, so each command needs them.
 REQUIRED = {
     "sample": ["checkpoint=c", "script=s", "out=o"],
     "draw_memory": ["checkpoint=c", "script=s", "out=o"],

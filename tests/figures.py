@@ -10,7 +10,7 @@ from PIL import Image
 from film.storyboard import draw_routing_map
 from moc.training.curves import draw_curves
 
-# By who calls them.
+# The keys name the functions that draw.
 DRAWN = {
     "moc.training.curves.draw_curves": draw_curves,
     "film.presentation.draw_routing_map": draw_routing_map,

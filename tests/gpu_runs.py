@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from moc.training import find_checkpoint, read_metrics
 from tests import pipeline
 
-NUM_SHOTS = 3  # of the story
+NUM_SHOTS = 3  # the story's number of shots
 LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

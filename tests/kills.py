@@ -68,7 +68,7 @@ def _work(
         train(cache, folder, STEPS, resume, moc=DROPS, before_step=lambda _: first and os.write(told, b"."), **settings)
         status = 0
     finally:
-        os._exit(status)  # at once, like a process of its own: nothing of the parent's is closed
+        os._exit(status)  # ends at once, without closing what belongs to the parent
 
 
 def main(cache: Path, folder: Path, ranks: int, kills: int) -> dict[str, int]:
@@ -86,7 +86,7 @@ def main(cache: Path, folder: Path, ranks: int, kills: int) -> dict[str, int]:
         working = True
         while working and told["kills"] < kills:
             launch = Launch(ranks, cache, run, background)
-            if random.random() < 0.9:  # the others end as they start
+            if random.random() < 0.9:  # the other launches are killed while they start
                 launch.wait_for_a_step()
             time.sleep(random.uniform(0, duration / 3))
             working = launch.kill()

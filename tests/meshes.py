@@ -41,14 +41,14 @@ from models.frozen import Base, freeze_linears
 from models.lora import Lora
 
 CHANNELS, TEXT_DIM, HEADS = 4, 8, 4
-# Few anchors and many drops, so that what a query loses or gains by chance tells in the loss.
+# Anchors are few and drops many, so that the loss shows which chunks were dropped in and off.
 SETTINGS = {
     "mmdit": MoCConfig(chunk_tokens=6, top_k=2, own_anchor="chunk", text_anchor="none", drop_in_rate=1.0),
     "wan": MoCConfig(chunk_tokens=6, top_k=2, own_anchor="chunk", drop_in_rate=1.0, dense_layers=1),
 }
-BASES = {"mmdit": Base.int8, "wan": Base.fp8}  # of what an adapter's weights are kept in
+BASES = {"mmdit": Base.int8, "wan": Base.fp8}  # the format of the weights under an adapter
 LORA = {"mmdit": ["to_qkv", "ffn.0"], "wan": ["to_q", "net.2"]}
-# What the processes of a mesh are along each axis; `replicate` takes what is left over.
+# Each mesh has so many processes along its axes; `replicate` takes the others.
 MESHES = {
     2: [{}, {"shard": 2}, {"sequence": 2}],
     4: [{"shard": 2}, {"sequence": 2}, {"shard": 2, "sequence": 2}, {"sequence": 4}],
@@ -195,7 +195,7 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], what: st
     assert found.keys() == expected.keys(), what
     size = torch.stack([x.norm() for name, x in expected.items() if name not in ("loss", "grad_norm")]).norm()
     for name, value in expected.items():
-        least = 1e-3 * size if value.dim() else 0  # a gradient that is all but zero counts as so large
+        least = 1e-3 * size if value.dim() else 0  # a nearly zero gradient is compared with this size
         wrong = float((found[name] - value).norm() / max(value.norm(), least))
         assert wrong < 1e-4, f"{what}: {name} differs by {wrong:.1e} of its size"
 

@@ -14,7 +14,7 @@ TINY_MODEL = ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.
 
 def command(script: str, *arguments: str) -> None:
     """Runs a script of the checkout; raises SystemExit as it would end."""
-    PartialState._reset_state()  # one for each process, and a command is one
+    PartialState._reset_state()  # the state belongs to a process, and each command would be one
     before = sys.argv, list(sys.path)
     sys.argv = [str(ROOT / script), *arguments]
     try:

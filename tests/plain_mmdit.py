@@ -39,14 +39,14 @@ def velocity(model: MMDiT, latents: list[Tensor], sigma: list[float], text: list
         ).unsqueeze(1)
         return torch.view_as_real(turned).flatten(-2)
 
-    # Segments of the stream: kind, shot (-1 is the global text), tokens, positions; text runs along the diagonal.
+    # Segments of the stream hold kind, shot (-1 is the global text), tokens and positions, for text on the diagonal.
     segments, start = [], 0
     for shot, caption in enumerate(text, start=-1):
         diagonal = torch.arange(start, start + len(caption))[:, None].expand(-1, 3)
         segments.append(["text", shot, linear(caption, "text_in"), diagonal])
         start += len(caption)
         if shot >= 0:
-            patches = latents[shot].unfold(2, 2, 2).unfold(3, 2, 2)  # C T H W 2 2
+            patches = latents[shot].unfold(2, 2, 2).unfold(3, 2, 2)  # shape C T H W 2 2
             frames, height, width = grid = patches.shape[1:4]
             tokens = linear(patches.permute(1, 2, 3, 0, 4, 5).reshape(frames * height * width, -1), "video_in")
             if config.frame_place:
@@ -79,7 +79,7 @@ def velocity(model: MMDiT, latents: list[Tensor], sigma: list[float], text: list
             segments, attended.split([len(x) for _, _, x, _ in segments]), modulations, strict=True
         ):
             name = f"blocks.{layer}.{segment[0]}"
-            if len(vectors) == 6:  # the last layer's text ends here
+            if len(vectors) == 6:  # the last layer's text has fewer vectors and ends here
                 _, _, gate, shift, scale, ffn_gate = vectors
                 x = segment[2] + gate * linear(own, f"{name}.to_out")
                 hidden = F.gelu(linear(modulated(x, shift, scale), f"{name}.ffn.0"), approximate="tanh")

@@ -38,9 +38,9 @@ from moc.training import (
 from models.mmdit import MMDiT
 from tests.caches import CHANNELS, TEXT_DIM, scene, write_cache
 
-THEN = "then"  # stands between two runs of the same processes
+THEN = "then"  # separates two runs of the same processes
 MOC = MoCConfig(chunk_tokens=6, top_k=1)
-# Few anchors, so that what a query loses or gains by chance tells in the loss.
+# Anchors are few, so that the loss shows which chunks were dropped in and off.
 DROPS = MoCConfig(chunk_tokens=6, top_k=2, own_anchor="chunk", text_anchor="none", drop_in_rate=1.0)
 
 
@@ -142,7 +142,7 @@ def poisoned(*scene_ids: str, gradient_only: bool = True) -> Iterator[None]:
         return torch.stack([spoil(x) if name in scene_ids else x for name, x in zip(ids, by_shot, strict=True)])
 
     def spoil(x: torch.Tensor) -> torch.Tensor:
-        return x + (0 * x).sqrt() if gradient_only else x * torch.nan  # the root is 0, its slope there infinite
+        return x + (0 * x).sqrt() if gradient_only else x * torch.nan  # the root is 0, and its slope there is infinite
 
     Flow.loss = loss
     try:

@@ -18,7 +18,7 @@ MESHES = {
     "alone": [],
     "sequence": ["parallel.sequence=2"],
     "shard": ["parallel.shard=2"],
-    "sequence_full": ["parallel.sequence=2"],  # one process has no memory for keys and values
+    "sequence_full": ["parallel.sequence=2"],  # in this mesh and the next, rank 1 has no memory for keys and values
     "shard_full": ["parallel.shard=2"],
 }
 

@@ -128,7 +128,7 @@ def test_validation(model, clean_history):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(("lag", "cache"), [(0.0, False), (0.5, False), (1.0, False), (1.0, True)])
 def test_sampling(model, lag, cache, given, monkeypatch):
-    monkeypatch.setattr(Tensor, "isfinite", lambda self: torch.ones(1, dtype=torch.bool))  # asked once a shot
+    monkeypatch.setattr(Tensor, "isfinite", lambda self: torch.ones(1, dtype=torch.bool))  # each shot is asked once
     shapes = [(CHANNELS, frames, 8, 12) for frames in (3, 1, 2)]
     text = [torch.randn(rows, TEXT_DIM).to(META) for rows in (3, 4, 5, 6)]
     story = Story(shapes, text, text, {1: torch.randn(shapes[1])} if given else {})
@@ -151,7 +151,8 @@ def test_a_script_with_a_picture(tmp_path):
 def test_tables_reach_a_gpu_through_pinned_memory():
     """A copy from other memory holds the host until the GPU has come to it, whatever `non_blocking` says."""
     root = Path(__file__).parents[1]
-    owners = {"moc/move.py", "moc/training/offload.py", "moc/training/outcome.py"}  # pinned, or from it
+    # These copy pinned memory, or copy from the GPU.
+    owners = {"moc/move.py", "moc/training/offload.py", "moc/training/outcome.py"}
     files = [file for room in ("moc", "models") for file in (root / room).rglob("*.py")]
     for file in files:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]

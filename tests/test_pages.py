@@ -43,7 +43,7 @@ EVERY = sorted({(script, *settings) for page in PAGES for script, settings in co
 @pytest.mark.parametrize("command", EVERY, ids=" ".join)
 def test_every_command_of_a_page_is_one_that_the_code_takes(command):
     script, *settings = command
-    # A sweep has several values for a setting, of which one is composed.
+    # A sweep gives several values for a setting; the first one is composed.
     settings = [re.sub(r"^(\w[\w.]*=[^,\[{'\"]+),.*", r"\1", setting) for setting in settings]
     schema = schema_of(NAMES[script])
     cfg = composed(NAMES[script], *[readable(setting, CONFIGS) for setting in settings])

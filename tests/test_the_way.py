@@ -24,19 +24,19 @@ class Way:
 
     def __init__(self, first: tuple[type, str], last: str) -> None:
         self.first, self.last = first, last
-        self.entered: dict[tuple[str, int], None] = {}  # file and first line of each
+        self.entered: dict[tuple[str, int], None] = {}  # file and first line of each function, in order
         self.begun = self.ended = False
 
     def __call__(self, frame, event, _) -> None:
         code = frame.f_code
         if event == "call" and not self.ended:
             self.begun |= code.co_qualname == getattr(*self.first).__qualname__
-            if self.begun and code.co_flags & inspect.CO_OPTIMIZED:  # a function, not a module or class that is read
+            if self.begun and code.co_flags & inspect.CO_OPTIMIZED:  # a function, not the body of a module or class
                 self.entered.setdefault((code.co_filename, code.co_firstlineno))
         elif event == "return" and self.begun:
             self.ended |= code.co_qualname == self.last
             if self.ended:
-                sys.setprofile(None)  # which would slow down all the rest
+                sys.setprofile(None)  # the profiler would slow down the other tests
 
     @contextmanager
     def watched(self):

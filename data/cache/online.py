@@ -20,7 +20,7 @@ from data.media.resize import read_shots
 from data.records import digest, parse_record, read_record, write_record
 from moc.files import inside
 
-LoadCodec = Callable[[Path], Codec]  # from the cache's encoders/ folder
+LoadCodec = Callable[[Path], Codec]  # loads the codec from the cache's encoders/ folder
 
 
 def name_films(root: Path, cache: Path) -> dict[str, str]:

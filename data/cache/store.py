@@ -12,7 +12,7 @@ from torch import Tensor
 from data.errors import DataError
 from moc.files import PARTIAL, OutsideError, beside, inside
 
-_COPY = ".moc-copy"  # an ending that nobody else gives a file, so that making room never takes one of the user's
+_COPY = ".moc-copy"  # nobody else uses this ending, so making room never removes a user's file
 
 
 def checksum(tensor: Tensor) -> int:
@@ -61,7 +61,7 @@ class FileStore:
             return Path(path)
         copy = self._copy(name + _COPY)
         if copy.is_file():
-            os.utime(copy)  # marks its last use
+            os.utime(copy)  # records that the copy was used now
             return copy
         self._make_room(fs.size(path), name)
         self._fetch(name, copy)
@@ -101,7 +101,7 @@ class FileStore:
         return fs, f"{root}/{name}"
 
     def _copy(self, name: str) -> Path:
-        assert self.copies is not None  # so it is for a URL
+        assert self.copies is not None  # a store with a URL always has a folder for copies
         return self._inside(Path(self.copies, fsspec.utils.tokenize(self.url)[:16]), name)
 
     def _inside(self, folder: str | Path, name: str) -> Path:

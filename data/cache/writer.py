@@ -88,7 +88,7 @@ class CacheWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._stored = {stored["file"]: stored for stored in read_stored(self.folder)}
         self._text_keys = {key for stored in self._stored.values() for key in stored["text"]}
-        self._fresh, self._shard = _Content(), _Content()  # what is not on disk yet, and all that the next shard takes
+        self._fresh, self._shard = _Content(), _Content()  # scenes not on disk yet; all scenes of the next shard
         self._alone: list[str] = []  # the files of single scenes, until their shard is written
 
     @property
@@ -103,7 +103,7 @@ class CacheWriter:
         gathered = {key for stored in shards for key in _keys(stored)}
         for stored in [stored for stored in self._stored.values() if self._falls_here(stored["file"])]:
             self._alone.append(stored["file"])
-            if not _keys(stored) <= gathered:  # else a shard holds them: its writer was killed
+            if not _keys(stored) <= gathered:  # else a shard holds them, and its writer was killed
                 tensors = load_file(self.folder / stored["file"])
                 self._shard.take(_Content(tensors, stored["text"], stored["scenes"]))
             if self._shard.nbytes >= self.shard_bytes:

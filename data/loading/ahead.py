@@ -65,6 +65,6 @@ def ahead(make: Callable[[], Iterator[Item]]) -> Iterator[Item]:
             wanted.put(True)
             held = [item]
             del item
-            yield held.pop()  # so that only the user keeps it alive
+            yield held.pop()  # this generator keeps no reference to the item
     finally:
         wanted.put(False)

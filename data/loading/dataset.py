@@ -166,7 +166,7 @@ class ShotDataset:
     def frame_rates(self) -> list[float]:
         """Returns the frame rates that films were prepared at, those of the first cache first."""
         rates = [cache.recipe.get("fps") for cache in self.caches]
-        return list(dict.fromkeys(float(rate) for rate in rates if rate))  # 0 leaves each film its own
+        return list(dict.fromkeys(float(rate) for rate in rates if rate))  # at a rate of 0 each film keeps its own
 
     @property
     def max_shots(self) -> int:

@@ -108,7 +108,7 @@ class RecallWorld:
 
     def _texts(self, captions: list[str]) -> list[Tensor]:
         """Returns features that a resumed run repeats to the bit: those encoded at once are a step's."""
-        if self.config.described:  # few captions return
+        if self.config.described:  # described captions seldom repeat, so keeping features would not help
             return self._encoded(captions)
         for caption in captions:
             if caption not in self._features:
@@ -148,7 +148,7 @@ class EndlessLoader:
         self.world, self.spec, self.chunk_tokens = world, spec, chunk_tokens
         self.position, self.rank, self.stride = start_position, rank, world_size
         self.bins, self.validation, self.drop_captions = world_size * accumulation, validation, drop_captions
-        self._layouts: dict[bool, moc.ShotLayout] = {}  # with captions, and without: the next lies alike
+        self._layouts: dict[bool, moc.ShotLayout] = {}  # layouts with captions and without; later batches share them
         tokens = self._batch([0]).layout.num_tokens
         self.scenes = batch_tokens // tokens
         if self.scenes < self.bins:
@@ -183,7 +183,7 @@ class EndlessLoader:
         scenes = draw_scenes(self.world.config, [first + position for position in positions])
         samples = self.world.encode(scenes, captioned).samples(positions)
         batch = moc.make_batch(samples, self.spec, self.chunk_tokens, self._layouts.get(captioned))
-        layout = self._layouts[captioned] = batch.layout.to(self.world.stock.device)  # where the latents are
+        layout = self._layouts[captioned] = batch.layout.to(self.world.stock.device)
         return replace(batch, layout=layout)
 
 

@@ -36,7 +36,7 @@ class MicroBatches(Dataset):
             return wrap(moc.make_batch(samples, self.spec, self.chunk_tokens).in_stacks())
         except DataError as error:
             return wrap(error)
-        except UserError as error:  # the model cannot take these sizes
+        except UserError as error:  # the model cannot take the sizes of these samples
             return wrap(DataError("unfit-size", "data.path", str(error)))
 
 
@@ -86,7 +86,8 @@ class Loader:
             step.append(_arrived(next(parcels)))
             if len(step) == self.accumulation:
                 self.position = ends.popleft()
-                yield [step.popleft() for _ in range(self.accumulation)]  # so that only the user keeps them alive
+                # The packs leave `step` as they are yielded, so that only the user keeps them alive.
+                yield [step.popleft() for _ in range(self.accumulation)]
 
     def held_out(self) -> Iterator[moc.Batch]:
         """Yields this rank's share of the scenes that are held out; see `held_out`."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_BLOCK = 1000  # positions over which mixing weights are met exactly
-_SHUFFLE, _MIX, DRAW = 0, 1, 2  # streams of the generator
+_BLOCK = 1000  # in each run of this many positions the mixing weights hold exactly
+_SHUFFLE, _MIX, DRAW = 0, 1, 2  # independent streams of random bits
 
 
 def random_bits(seed: int, stream: int, index: int, count: int) -> np.ndarray:
@@ -103,7 +103,7 @@ class Draw:
 
     position: int
     item: int
-    variant: float = 0.0  # in [0, 1): which of the caption's lengths, as a share
+    variant: float = 0.0  # in [0, 1); chooses one of the caption's versions of different length
     drop_global_caption: bool = False
     drop_shot_captions: tuple[bool, ...] = ()
     to_still: tuple[bool, ...] = ()

@@ -62,7 +62,7 @@ class PyAVReader(IndexedReader):
         self._reformatter = VideoReformatter()
         self._decoded: Iterator[av.VideoFrame] = iter(())
         self._num_decoded = 0
-        self._next = -1  # index of the frame that decoding on would give; -1: nothing open
+        self._next = -1  # index of the frame that is decoded next; -1 where nothing is open
 
     def read(self, start: int, end: int) -> Tensor:
         self._check_span(start, end)

@@ -14,7 +14,7 @@ from data.manifest import SceneRecord, ShotRecord
 
 LIST = Path(__file__).with_name("big_buck_bunny.json")
 BLOCK = 10  # shots
-LONGEST = 10 * 24  # frames; of a longer shot the last ones are taken, in which all that it shows have come
+LONGEST = 10 * 24  # frames; a longer shot is cut to its last ones, when all its characters have entered
 
 
 @dataclass(frozen=True)

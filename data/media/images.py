@@ -17,6 +17,6 @@ def read_image(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # of broken files its readers raise SyntaxError, struct.error and more
+    except Exception as error:  # Pillow's readers raise SyntaxError, struct.error and others for broken files
         raise DataError("not-an-image", path, f"cannot be read as an image ({error})") from error
     return torch.from_numpy(np.array(upright)).unsqueeze(0)

@@ -43,7 +43,7 @@ def fit(frames: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     scale = max(height / frames.shape[1], width / frames.shape[2])
     covering = [max(height, round(frames.shape[1] * scale)), max(width, round(frames.shape[2] * scale))]
-    pixels = frames.permute(0, 3, 1, 2)  # uint8 is resized several times faster, and rounded as PIL does
+    pixels = frames.permute(0, 3, 1, 2)  # resizing uint8 is several times faster, and rounds as PIL does
     if covering != [frames.shape[1], frames.shape[2]]:
         pixels = F.interpolate(pixels, covering, mode="bilinear", antialias=True, align_corners=False)
     top, left = (covering[0] - height) // 2, (covering[1] - width) // 2

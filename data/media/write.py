@@ -14,8 +14,8 @@ from torch import Tensor
 from moc.errors import UserError
 
 _OF_CODEC = {
-    "libx264": {"x264-params": "mbtree=0"},  # x264's MB-tree is not repeatable
-    "libx265": {"x265-params": "log-level=error"},  # it would tell twenty lines of each shot
+    "libx264": {"x264-params": "mbtree=0"},  # x264's MB-tree may give other bytes each time
+    "libx265": {"x265-params": "log-level=error"},  # x265 would print twenty lines for each shot
 }
 
 
@@ -71,7 +71,7 @@ def join_videos(path: str | Path, videos: Sequence[str | Path], chapters: Sequen
                 stream = stream or _named(joined.add_stream_from_template(source.streams.video[0]))
                 start = num_frames
                 for packet in source.demux(video=0):
-                    if packet.pts is None or packet.duration is None:  # such a packet ends the file
+                    if packet.pts is None or packet.duration is None:  # an empty packet marks the end of the file
                         continue
                     packet.pts += start * packet.duration
                     packet.dts = num_frames * packet.duration - delay
@@ -140,5 +140,6 @@ def _check_writable(path: Path, array: np.ndarray, codec: str) -> None:
         raise ValueError(f"{path}: a frame is uint8 [H, W, 3], got {array.dtype} {array.shape}")
     if array.shape[0] % 2 or array.shape[1] % 2:
         raise UserError(f"{path}: height and width must be even for video, got {array.shape[0]}x{array.shape[1]}")
-    if codec == "libx265" and min(array.shape[:2]) < 64:  # its largest block: less would end the process
+    # A picture smaller than x265's largest block would end the process.
+    if codec == "libx265" and min(array.shape[:2]) < 64:
         raise UserError(f"{path}: libx265 needs pictures of at least 64x64, got {array.shape[0]}x{array.shape[1]}")

@@ -74,7 +74,7 @@ class TransformersCaptioner:
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device, dtype=self.model.dtype)  # the pictures' dtype; token ids stay
+        ).to(self.model.device, dtype=self.model.dtype)  # only the pictures change dtype; token ids stay integers
         output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         answer = output[:, inputs["input_ids"].shape[1] :]
         return self.processor.batch_decode(answer, skip_special_tokens=True)[0].strip()

@@ -28,7 +28,7 @@ class SampleEncoder:
     output: Path
     decoder: str
     device: str
-    online_in: Path | None = None  # the cache folder, if it is to hold no latents
+    online_in: Path | None = None  # the cache folder, where it is to hold no latents; else None
 
     def encode(self, plan: SamplePlan) -> EncodedScene:
         """Raises DataError: broken, size-change and others of reading; out-of-memory."""
@@ -37,7 +37,7 @@ class SampleEncoder:
         try:
             for pieces in self._shots(plan):
                 if self.online_in:
-                    deque(pieces, maxlen=0)  # frames are read all the same, so that what cannot be read fails now
+                    deque(pieces, maxlen=0)  # reads all frames, so that unreadable ones fail now and not in training
                 else:
                     latents.append(encode(pieces))
         except torch.OutOfMemoryError as error:

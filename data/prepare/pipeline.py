@@ -97,7 +97,7 @@ class _Run:
             config.fps, config.min_frames, config.max_frames, config.shots_per_sample, codec, config.sizes
         )
         self.report = Report()
-        self.failures: list[list[str]] = []  # this process's: kind, where, message, and key of the sample if lost
+        self.failures: list[list[str]] = []  # kind, where, message and the key of a lost sample, of this process
         self.detector = build_detector(config.detector, config.threshold, device)
         self.recipe = {
             "decoder": config.decoder,
@@ -117,7 +117,7 @@ class _Run:
         for warning in self.found.warnings:
             self.report.add_problem(warning, action="warning")
         if self.process.rank == 0:
-            for path in self.output.rglob(f".*{PARTIAL}"):  # of a run that was killed
+            for path in self.output.rglob(f".*{PARTIAL}"):  # a run that was killed left these
                 path.unlink()
         self.process.wait()
         if self.process.rank == 0:

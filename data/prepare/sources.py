@@ -82,7 +82,7 @@ def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataE
         if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
             media.append(path)
         elif path.is_file() and not any(folder.startswith(".") for folder in path.relative_to(root).parts):
-            other.append(path)  # downloads and git keep files of their own in hidden folders
+            other.append(path)  # hidden folders hold files of download tools and git
     for path in media:
         suffix, relative = path.suffix.lower(), path.relative_to(root).as_posix()
         try:

@@ -96,7 +96,7 @@ def _muzzle(head: Canvas, coat: Coat, facing: float) -> None:
     x, pale = FACE_SHIFT * facing, lighter(coat.fur, 0.5)
     head.fill(ellipse(x, 0.09, 0.1, 0.075), pale)
     head.fill(ellipse(x, 0.115, 0.042, 0.026), INK)
-    head.fill(ellipse(x, 0.1, 0.05, 0.028), pale)  # covers the dark ellipse but for a smile
+    head.fill(ellipse(x, 0.1, 0.05, 0.028), pale)  # leaves only a smile of the dark ellipse
     head.fill(ellipse(x, 0.052, 0.032, 0.022), INK)
 
 

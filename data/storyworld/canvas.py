@@ -16,7 +16,7 @@ import numpy as np
 
 Colour = np.ndarray  # float32 [4]
 
-SUBPIXEL_BITS = 4  # OpenCV's polygon corners are fixed-point numbers with so many
+SUBPIXEL_BITS = 4  # OpenCV takes corners of polygons as fixed-point numbers with this many fractional bits
 SUBPIXELS = 2**SUBPIXEL_BITS
 RIM = 0.014  # the width of a figure's rim, in its own units
 
@@ -27,7 +27,7 @@ def rgb(hex_code: str) -> Colour:
 
 
 _LIGHT = rgb("#ffffff")
-_DARK = rgb("#170f29")  # with a little blue: grey shadows look dirty
+_DARK = rgb("#170f29")  # a little blue in it, since grey shadows look dirty
 
 
 def mix(a: Colour, b: Colour, share: float) -> Colour:

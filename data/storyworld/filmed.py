@@ -22,7 +22,7 @@ from data.storyworld.stock import Stock
 from data.storyworld.story import PAN, view_at
 from moc.move import move
 
-PIXELS_AT_ONCE = 1 << 25  # fine pixels of all frames, which take some 100 bytes each
+PIXELS_AT_ONCE = 1 << 25  # fine pixels that are drawn together; each takes some 100 bytes
 
 
 def build_stock(config: RecallConfig, device: torch.device | str = "cpu") -> Stock:

@@ -133,7 +133,7 @@ def _walk(rest: Pose, actor: Actor, moment: Moment) -> Pose:
     span = high - low
     start = (actor.x - low) / span if _side(actor) > 0 else 2 - (actor.x - low) / span
     along = (start + 0.14 * badge.pace * moment.distance / span) % 2
-    side = min(max(6 * math.sin(math.pi * along), -1.0), 1.0)  # turns near the bounds
+    side = min(max(6 * math.sin(math.pi * along), -1.0), 1.0)  # the figure turns round near the bounds
     step = math.pi * badge.pace * (moment.distance + actor.phase)
     swing = math.sin(step) * moment.energy
     return replace(

@@ -46,7 +46,7 @@ class Place:
     sky: tuple[str, str]
     hills: tuple[str, str]
     ground: tuple[str, str]
-    ridge: str  # of RIDGES
+    ridge: str  # a name in RIDGES
     texture: str  # dash, dot, crack
     orb: tuple[str, float, float, float] | None  # sun or moon: colour, x, y, radius
     clouds: int

@@ -21,9 +21,9 @@ from moc.errors import UserError, check_least
 NAMES, COLOUR_NAMES, PLACE_NAMES, ACTION_NAMES = list(BADGES), list(COLOURS), list(PLACES), list(ACTIONS)
 FACINGS = (-1.0, 1.0)
 STATIC = "static"
-STAGE, DEPTH = 0.25, 0.03  # how far a character stands from the middle of the stage, world units
-GROUND = 0.86  # where it stands, about
-REACH = 0.33  # of a walk, to either side
+STAGE, DEPTH = 0.25, 0.03  # the most that a character stands off the middle of the stage, in world units
+GROUND = 0.86  # about the height at which it stands
+REACH = 0.33  # how far a walk goes to either side
 HELD_OUT = 1 << 40  # the first index of scenes that no training sees
 
 

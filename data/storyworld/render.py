@@ -16,7 +16,7 @@ from data.storyworld.motion import View, pose_at
 from data.storyworld.places import PLACES, Drift, Layer, Place, paint_layers
 from data.storyworld.story import CLOSE, Scene, Shot, view_at
 
-SHUTTER = 0.35  # of a frame's time
+SHUTTER = 0.35  # the share of a frame's time that the shutter is open
 MAX_SAMPLES = 8
 FINE_BELOW = 300  # frame heights under this are drawn at twice the size
 

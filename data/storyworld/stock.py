@@ -42,7 +42,7 @@ from data.storyworld.story import Scene, Shot
 from moc.move import move
 
 _BLACK = np.array([0, 0, 0, 1], np.float32)
-_NOBODY = np.eye(8, 1, dtype=np.float32)[..., None]  # all is kept
+_NOBODY = np.eye(8, 1, dtype=np.float32)[..., None]  # masks of an empty window, which keep the whole background
 _RED, _GREEN, _BLUE = (np.stack([_BLACK, _BLACK + np.eye(4, dtype=np.float32)[i]]) for i in range(3))
 
 
@@ -83,7 +83,7 @@ class Stock:
         rows, columns = (n + 2 * edge for n, edge in zip(self.vignette.shape, self.margin, strict=True))
         nobody = self._put(_NOBODY)
         self.clips = nobody.expand(len(actors), config.frames, -1, rows, columns).contiguous()
-        for number, actor in enumerate(actors):  # threads would be slower: most of it is Python
+        for number, actor in enumerate(actors):  # threads would be slower, since painting is mostly Python
             window, clip = _paint_clip(renderers[0], actor, self.margin)
             self.clips[number, :, :, *window] = self._put(clip)
         lights = np.stack([rgb(place.light)[:3] for place in PLACES.values()])
@@ -210,7 +210,7 @@ def _masks(renderer: Renderer, shot: Shot, time: float, margin: tuple[int, int])
     (y0, x0), (y1, x1) = window
     world = world - np.array([[0, 0, x0], [0, 0, y0]])
     shadow = np.zeros((4, y1 - y0, x1 - x0), np.float32)
-    drawn = np.zeros((2, *shadow.shape), np.float32)  # in black and in colours
+    drawn = np.zeros((2, *shadow.shape), np.float32)  # one drawing in black, one in colours
     draw_shadow(Canvas(shadow.transpose(1, 2, 0), world), pose, size, _BLACK)
     draw_in_colours(Canvas(drawn.transpose(2, 3, 0, 1), world), actor.look, pose, _RED, _GREEN, _BLUE)
     shade, own, alpha = shadow[3:], drawn[0, :3], drawn[0, 3:]

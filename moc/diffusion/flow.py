@@ -106,7 +106,7 @@ class Flow:
                 f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} must be a range in [0, 1]"
             )
         lowest, highest = self._quantiles()
-        if highest - lowest < 1e-6:  # float64 has too few numbers left there
+        if highest - lowest < 1e-6:  # float64 has too few numbers in so narrow a range
             raise UserError(
                 f"flow.sigma_min={self.sigma_min}, flow.sigma_max={self.sigma_max} hold a share of "
                 f"{float(highest - lowest):.0e} of the logit-normal: set flow.shift and flow.logit_mean to fit them"
@@ -169,7 +169,7 @@ class Flow:
         numbers = (shape.numel() for shape in of_shots)
         sizes = [sum(islice(numbers, len(shots))) for _, shots in batch.layout.samples]
         noise, generator = torch.empty(sum(sizes), device=device), torch.Generator(device)
-        for position, drawn in zip(batch.positions, noise.split(sizes), strict=True):  # one launch a sample
+        for position, drawn in zip(batch.positions, noise.split(sizes), strict=True):  # one launch for each sample
             torch.randn(drawn.shape, generator=generator.manual_seed(draw_key(seed, 2 * position + 1)), out=drawn)
         return laid_out(noise, of_shots)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moc.diffusion.steps import Step
 
-Way = list[float]  # says how a step asks the model; equal lists ask the same but for latents and noise
+Way = list[float]  # describes a step's call; calls with equal lists differ only in latents and noise levels
 
 
 @dataclass(frozen=True)

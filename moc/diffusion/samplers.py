@@ -163,7 +163,7 @@ def _ask(
                 raise
             _keep_elsewhere(sides, len(step.shots), may_move)
             if routing_map and counts is not None:
-                routing_map.counts = counts.clone()  # the step is tried again, and counts once
+                routing_map.counts = counts.clone()  # the step is tried again and must count once
 
 
 def _keep_elsewhere(sides: Sequence[Side], num_shots: int, may_move: bool) -> None:

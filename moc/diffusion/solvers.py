@@ -57,7 +57,7 @@ class Multistep:
 
     def step(self, number: int, latent: Tensor, velocity: Tensor) -> Tensor:
         """Returns the latent after step `number`, counted from 0; steps come in order."""
-        timestep = self.scheduler.timesteps[number]  # the schedulers go by the index of a step, not by this
+        timestep = self.scheduler.timesteps[number]  # the schedulers count the steps themselves and ignore its value
         return self.scheduler.step(velocity, timestep, latent, return_dict=False)[0]
 
     def remembered(self) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from moc.kernels.dense import DenseKernel
 from moc.kernels.packed import MAX_RUNS, Packed
 from moc.layout import Group, ShotLayout
 
-SHORT = 4096  # mean keys of a call under which its launches cost more than its work, on an H100
+SHORT = 4096  # below this mean number of keys a call's launches cost more than its work, on an H100
 
 
 class AnchorCall(NamedTuple):
@@ -151,7 +151,7 @@ def _by_sample(layout: ShotLayout) -> Iterator[AnchorCall]:
 
 
 def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
-    @cache  # a pack has thousands of pairs of groups, and eight kinds of them
+    @cache  # a pack has thousands of pairs of groups, but only eight kinds of pairs
     def anchors(in_shot: bool, same_group: bool, is_global: bool) -> tuple[bool, bool]:
         """Returns whether tokens of one group attend to their own shot, and to the text of the other group."""
         pair = Pair(True, same_group, False, in_shot=in_shot, is_text=True, is_global=is_global)

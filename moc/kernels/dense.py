@@ -32,7 +32,7 @@ from moc.errors import UserError
 logger = logging.getLogger(__name__)
 
 FA4_TESTED = ("4.0.0b16",)  # betas change their return values
-SCORES_PER_BLOCK = 1 << 25  # bounds the memory of `math`: scores held at a time
+SCORES_PER_BLOCK = 1 << 25  # the most scores that `math` holds at a time
 
 Forward = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[..., tuple[Tensor, ...]]
@@ -121,7 +121,7 @@ def _fa3() -> ModuleType | None:
     for package in ("flash_attn_3", "xformers.flash_attn_3"):
         try:
             import_module(f"{package}._C")
-        except (ImportError, OSError):  # is not installed, or is for another CUDA
+        except (ImportError, OSError):  # the package is not installed, or was built for another CUDA
             continue
         return torch.ops.flash_attn_3
     return None
@@ -207,7 +207,7 @@ def _cudnn_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim
 
 @_of_runs
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    if q.shape[1] == k.shape[1] == 1:  # cuDNN refuses this
+    if q.shape[1] == k.shape[1] == 1:  # cuDNN refuses a single query and key
         return _fa2_forward(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True)
     return out.transpose(1, 2), lse.reshape(len(q), q.shape[2], q.shape[1])

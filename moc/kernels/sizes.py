@@ -63,7 +63,7 @@ FULL = Blocks(
     dq={"BN": 16, "num_warps": 8, "num_stages": 2},
     dkv={"BM": 32, "BN": 16, "num_warps": 8, "num_stages": 1},
 )
-SMALL_CHUNK = 200  # tokens
+SMALL_CHUNK = 200  # tokens; smaller chunks have other blocks
 # Data-centre chips from Hopper on: their matrix units read operands from shared memory, others from registers.
 WIDE_UNITS = ((9, 0), (10, 0), (10, 3))
 

@@ -27,7 +27,7 @@ from moc.routing import route
 
 __all__ = ["attend", "route"]
 
-MAX_ELEMENTS = 1 << 29  # gathered queries held at a time, in numbers; FA2 faults past 2^31
+MAX_ELEMENTS = 1 << 29  # the most numbers of gathered queries held at a time; FA2 faults past 2^31
 MAX_SEQUENCES = 65535  # one FA2 call takes no more
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moc.kernels.sizes import cdiv
 
-MAX_WORDS = 1 << 26  # bounds the bit masks held at a time
+MAX_WORDS = 1 << 26  # the most words of bit masks held at a time
 BLOCK = 1024
 
 

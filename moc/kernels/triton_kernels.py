@@ -323,7 +323,7 @@ def dkv_kernel(
     head, chunk = list_id // num_chunks, list_id % num_chunks
     first = (tl.load(tile_starts + list_id) - first_tile) * TILE
     last = first + tl.load(starts + list_id + 1) - tl.load(starts + list_id)
-    first, last = tl.maximum(first, 0), tl.minimum(last, num_tiles * TILE)  # a list may lie in other tiles in part
+    first, last = tl.maximum(first, 0), tl.minimum(last, num_tiles * TILE)  # part of a list may lie in other tiles
     row = tl.load(chunk_starts + chunk) + block * BN + tl.arange(0, BN)
     inside = row < tl.load(chunk_starts + chunk + 1)
     if (first < last) & (tl.max(inside.to(tl.int32), 0) > 0):

@@ -30,7 +30,7 @@ from moc.layout import ShotLayout
 from moc.move import move
 
 MAX_CHUNKS = 64  # a sample has one bit of a word for each
-MAX_TOKENS = 2048  # samples up to this mean length are masked: lists to leave keys out cost what they save, on an H100
+MAX_TOKENS = 2048  # samples up to this mean length are masked, since lists of keys save them no time on an H100
 
 
 class MaskedPlan(NamedTuple):
@@ -116,7 +116,7 @@ def _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_
 def _last_key(bits, start, end, token_chunk, STEP: tl.constexpr):
     """Returns where the last block of STEP keys, counted from `start`, ends that some query attends to."""
     last = end
-    searching = True  # goes back by blocks while no query attends to the first chunk of one, or to a later chunk
+    searching = True  # goes back block by block until a query attends to a block's first chunk or a later one
     while searching:
         block = start + (last - 1 - start) // STEP * STEP
         lowest = tl.load(token_chunk + block).to(tl.int64)
@@ -225,7 +225,7 @@ def masked_dkv_kernel(
         token = start + tl.arange(0, BM)
         valid = token < end
         bits = _attended(anchors, routes, first_chunk, token, valid, head, num_tokens, num_slots)
-        if tl.max(((bits & here) != 0).to(tl.int32), 0) > 0:  # else no query of the block sees any of these keys
+        if tl.max(((bits & here) != 0).to(tl.int32), 0) > 0:  # otherwise no query of the block sees these keys
             queries = load_rows(q + head * D, token, stride, valid, D, DP)
             grads = load_rows(dout + head * D, token, stride, valid, D, DP)
             row = head.to(tl.int64) * num_tokens + token

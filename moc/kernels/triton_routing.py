@@ -46,7 +46,7 @@ def means_kernel(
     for start in range(first, last, BLOCK):
         row = start + tl.arange(0, BLOCK)
         total += tl.sum(load_rows(k + head * D, row, stride, row < last, D, DP).to(tl.float32), 0)
-    rest = total / (last - first)  # what of the mean no term holds yet
+    rest = total / (last - first)  # the part of the mean that no term holds yet
     length = tl.sqrt(tl.sum(rest * rest))
     pointer = means + (head * num_chunks + chunk) * DP + tl.arange(0, DP)
     for i in tl.static_range(TERMS):

@@ -29,8 +29,8 @@ from moc.kernels.triton_bounds import candidate_bounds, chunk_scores
 from moc.kernels.triton_kernels import load_rows
 
 BISECTIONS = tl.constexpr(16)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of fp32
-MAX_ENTRIES = 1 << 24  # bounds the lists held at a time; a large q's may take half its bytes
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the lowest number of fp32
+MAX_ENTRIES = 1 << 24  # the most entries held at a time; the lists of a large q may take half its bytes
 TILES = 128
 
 
@@ -148,7 +148,8 @@ def select_kernel(
     row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * ROOM
     entry = tl.load(row + slot, mask=listed, other=0)
     chunk = entry.to(tl.int32)
-    bits = ((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) + 0.0).to(tl.int32, bitcast=True)  # no -0.0
+    # Adding 0.0 turns -0.0 into 0.0.
+    bits = ((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) + 0.0).to(tl.int32, bitcast=True)
     # Keys order as scores do, and equal scores by falling index of the chunk.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     keys = tl.where(listed, (ordered.to(tl.int64) << 32) | (ROOM - slot), GONE)

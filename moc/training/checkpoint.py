@@ -151,7 +151,7 @@ def new_checkpoint(run_folder: Path, step: int, writers: Writers | None = None) 
         yield partial
         with writers.together():
             files = files_to_seal(partial) if writers.is_main else []
-        files = writers.gather(files)[0]  # takes the main process's list: another host may see some later
+        files = writers.gather(files)[0]  # all use the main process's list, since another host may see some files later
         with writers.together():
             share = checksums(partial, files[writers.rank :: writers.world_size])
         shares = writers.gather(share)

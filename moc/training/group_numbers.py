@@ -8,7 +8,7 @@ from torch import Tensor
 from moc.errors import UserError
 
 Group = dict[str, Any]
-_OURS = ("lr", "factor")  # set at every step
+_OURS = ("lr", "factor")  # the trainer sets these at every step
 
 
 class GroupNumbers:

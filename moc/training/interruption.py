@@ -59,7 +59,8 @@ def ending_at_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        if not isinstance(sys.exception(), SystemExit):  # a process that was told to end does so undisturbed
+        # A process that was told to end keeps these handlers, so that no further signal disturbs it.
+        if not isinstance(sys.exception(), SystemExit):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -99,7 +100,7 @@ class Interruption:
         except _Interrupted:
             return None
         except Exception:
-            if self.signal:  # the helpers of `take` were told to end as well
+            if self.signal:  # the signal may have ended helpers of `take` too, which makes it fail
                 return None
             raise
 

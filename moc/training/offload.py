@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from moc.host_memory import Offsets, host_memory
 
 _LEAST = 1 << 20  # bytes; smaller tensors stay where they are
-_PIECE = 1 << 26  # bytes; torch takes pinned memory in powers of two, which may be twice a large tensor in one piece
+_PIECE = 1 << 26  # bytes; torch rounds pinned memory up to powers of two, so a large tensor is split
 
-_STEPPED = 1 << 26  # numbers of parameters that step together
+_STEPPED = 1 << 26  # parameters of up to this many numbers in all step together
 
 
 class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
@@ -34,7 +34,7 @@ class OffloadActivations(torch.autograd.graph.saved_tensors_hooks):
             split = flat.split(_PIECE // flat.element_size())
             pieces = [piece.to("cpu", non_blocking=True, copy=True) for piece in split]
         if self._stream:
-            flat.record_stream(self._stream)  # its memory is not used again before it has gone
+            flat.record_stream(self._stream)  # its memory is not reused before the copy is done
         return _OnHost(tensor.shape, tensor.device, pieces)
 
     def _unpack(self, kept: Any) -> Tensor:
@@ -64,12 +64,12 @@ class OffloadedAdamW(torch.optim.AdamW):
     """This is AdamW whose averages of gradients wait on the host. In a step those of some parameters come to the
     device, which computes as ever, and go back; the host waits for the last of them."""
 
-    state_device = torch.device("cpu")  # states like a parameter lie here between two steps
+    state_device = torch.device("cpu")  # states of a parameter's shape wait here between steps
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._hosts: dict[tuple[Tensor, str], Tensor] = {}
-        self._memory: list[Tensor] = []  # holds those states
+        self._memory: list[Tensor] = []  # the host's memory that holds those states
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -85,7 +85,7 @@ class OffloadedAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
             if self._memory and self._memory[0].is_pinned():
-                torch.cuda.current_stream().synchronize()  # what is on its way has come, and can be read
+                torch.cuda.current_stream().synchronize()  # waits until the copies to the host are done
 
     def _rest(self, parameters: Sequence[Tensor]) -> None:
         """Sends the averages of these parameters on their way to the host."""

@@ -223,10 +223,10 @@ def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
     except (ImportError, AttributeError) as error:
         raise UserError(f"optim.name={config.name} cannot be imported ({error}); install its package") from None
     own: dict[str, Any] = {}
-    if module.partition(".")[0] == "optimi":  # its Triton kernels need a GPU, and take no shards
+    if module.partition(".")[0] == "optimi":  # optimi's Triton kernels need a GPU, and take no shards
         own["triton"] = all(p.is_cuda and not isinstance(p, DTensor) for p in parameters.values())
     optimizer = kind(_groups(parameters, config), lr=config.lr, **own | config.args)
-    if hasattr(optimizer, "train"):  # schedule-free: gradients are taken at these weights; our average is of them
+    if hasattr(optimizer, "train"):  # schedule-free optimizers take gradients at these weights, and we average them
         optimizer.train()
     return optimizer
 

@@ -39,8 +39,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PATIENT = timedelta(days=1)  # how long the processes wait for one that writes files
-_BROKEN = re.compile(r"/gloo/\S+:\d+\]|pair closure|\bNCCL\b")  # what gloo, which has no error of its own, says
+_PATIENT = timedelta(days=1)  # processes wait at most this long for one that writes files
+# These words tell of a lost connection, since gloo has no error type of its own.
+_BROKEN = re.compile(r"/gloo/\S+:\d+\]|pair closure|\bNCCL\b")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
@@ -227,7 +228,7 @@ class Parallel:
         model.anyone = self.any_of_team
         # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        model.register_forward_hook(lambda *call: list(call[-1]))  # it looks for gradients in lists
+        model.register_forward_hook(lambda *call: list(call[-1]))  # FSDP looks for gradients in lists
         for unit in (*model.blocks, model):
             fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
 
@@ -305,7 +306,7 @@ class Parallel:
     def _for_others(self, error: Exception) -> tuple[type[Exception], tuple]:
         """Returns what the other processes raise where this one has raised an error: the type and its arguments."""
         where = f"rank {self.rank}"
-        if isinstance(error, OSError) and error.errno:  # its number makes the type, such as PermissionError
+        if isinstance(error, OSError) and error.errno:  # the number chooses the type, such as PermissionError
             return OSError, (error.errno, f"{where}: {error.strerror}", error.filename)
         told = disk_error(error)
         if isinstance(error, UserError) or told:

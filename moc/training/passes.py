@@ -64,9 +64,9 @@ class Passes:
             )
         self._parallel, self._model, self._flow, self._seed = parallel, model, flow, seed
         self._most = graphs if parallel.device.type == "cuda" else 0
-        self._moc: MoCConfig | None = None  # the settings of all kinds kept
+        self._moc: MoCConfig | None = None  # the settings that all kept kinds were made with
         self._kinds: list[_Kind] = []
-        self._pool: Any = None  # the pool of memory of their graphs
+        self._pool: Any = None  # the memory pool that their graphs share
 
     def __call__(
         self, batch: Batch, levels: NoiseLevels, scale: Tensor, step: int, moc: MoCConfig, survey: Survey | None,

@@ -63,7 +63,7 @@ class Saver:
         self.saved_step = 0  # the step of the newest checkpoint
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._warned = False  # of a launcher that kills
+        self._warned = False  # whether it has warned that the launcher kills too early
 
     def save(self, snapshot: Snapshot, last: bool = False) -> None:
         """Writes a checkpoint. A full disk costs it and no more, with a warning, unless it is the run's last: that one

@@ -26,7 +26,7 @@ from moc.errors import UserError
 from moc.training.tensor_files import Entry, deal_to_files, file_header, num_bytes
 
 SHARD_BYTES = 5 * 1000**3
-_PAGE = 4096  # bytes; a header fills pages, so that a network's file system never has two hosts write one with it
+_PAGE = 4096  # bytes; a header fills whole pages, so that two hosts never write one page of a network file
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], stem: str, group: Any = None) -> None:
@@ -124,7 +124,7 @@ class _Writer(dcp.StorageWriter):
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        pass  # the files tell everything themselves
+        pass  # the files describe themselves, so there is no metadata to write
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:

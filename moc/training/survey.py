@@ -85,7 +85,7 @@ class Survey:
         tokens_per_second: of this process. dtype: of the forward. Waits for the device.
         """
         attended = dense = 0.0
-        sharing = self.model.exchange.size if self.model.exchange else 1  # processes, each with its share of the tokens
+        sharing = self.model.exchange.size if self.model.exchange else 1  # processes that share the tokens
         flops, by_distance = self.linear_flops * sharing, Counter[int]()
         for forward in self.forwards:
             layout, layers = forward.layout.to("cpu"), len(self.model.blocks)

@@ -134,8 +134,8 @@ class Trainer:
         self._group_numbers = GroupNumbers(self.optimizer)
         self.step = 0
         self.skips, self.spikes = SkipCount(config.max_skipped_steps, parallel.is_main), Spikes(parallel.is_main)
-        self._outcomes: deque[Outcome] = deque()  # those of steps that have not been looked at
-        self._survey: Survey | None = None  # that of the newest step, at every log_every-th
+        self._outcomes: deque[Outcome] = deque()  # outcomes of steps that `_look` has not read
+        self._survey: Survey | None = None  # the survey of the newest step, if it is a log_every-th
         self._pass = Passes(parallel, self.model, flow, seed, config.cuda_graphs)
         self._proven = True  # whether the weights have given a finite loss, as far as is known
         self._validation_due = True
@@ -245,7 +245,7 @@ class Trainer:
 
     def _leave(self, metrics: Metrics | None) -> None:
         """Saves what no checkpoint holds yet, and says so."""
-        self.optimizer.zero_grad()  # drops those of a step that was not finished
+        self.optimizer.zero_grad()  # drops the gradients of an unfinished step
         self._look(metrics)
         self._saver.join()
         if not self._proven:
@@ -266,7 +266,7 @@ class Trainer:
             self.save(self._data_state)
             self._saver.join()
         if self.parallel.is_main:
-            saved = self._saver.saved_step == self.step  # a full disk prevents it
+            saved = self._saver.saved_step == self.step  # false where the disk is full
             logger.warning("the same command %s", "goes on after these steps" if saved else "meets these steps again")
 
     def save(self, data_state: dict[str, Any], last: bool = False) -> None:
@@ -314,7 +314,7 @@ class Trainer:
         loss_sum, num_finite = self.parallel.sum(torch.stack([by_shot.sum(), by_shot.isfinite().sum()])).unbind()
         totals = torch.stack([loss_sum * scale / self.parallel.world_size, grad_norm, num_finite])
         take_step(self.optimizer, totals.isfinite().all())
-        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)  # graphs add to gradients where they are
+        self.optimizer.zero_grad(set_to_none=not self.config.cuda_graphs)  # graphs add to gradients in place
         self.ema.update()
         self._clock.begin("")
         self.step += 1
@@ -330,7 +330,8 @@ class Trainer:
         while len(self._outcomes) > but:
             outcome = self._outcomes.popleft()
             totals = outcome.read()
-            self._proven = totals.num_finite > 0 or (self._proven and self.skips.in_a_row > 0)  # the same weights
+            # A step that follows a skipped one has the same weights, so what is known of them stays true.
+            self._proven = totals.num_finite > 0 or (self._proven and self.skips.in_a_row > 0)
             self._breakdown.add(outcome)
             try:
                 scenes = self.skips.add(outcome, totals)

@@ -106,7 +106,7 @@ class Validator:
         of_all_heads = parallel.sum_over_heads(parallel.put(torch.tensor(list(sums.values()), dtype=torch.float64)))
         *values, count = of_all_heads.tolist()
         means = {key: value / count for key, value in zip(rows[0], values, strict=True)}
-        routed = len(rows) / (len(rows) + moc.dense_layers)  # is the share of the layers
+        routed = len(rows) / (len(rows) + moc.dense_layers)  # the share of layers that route
         whole = {"sparsity": means["sparsity"] * routed, "flops_of_dense": 1 + (means["flops_of_dense"] - 1) * routed}
         return means | whole
 

@@ -70,7 +70,7 @@ class Experts(nn.Module):
             for model, own in zip((self.high, self.low), cache or (None, None), strict=True)
         )
         if remember:
-            low()  # goes first: it made the shot before, and is still on the device where they take turns
+            low()  # goes first: it finished the shot, and may still be on the device
             return high()
         return high() if float(sigma.max()) >= self.boundary else low()
 
@@ -89,7 +89,7 @@ class Experts(nn.Module):
 
     def offload(self, device: torch.device) -> None:
         """Keeps both in CPU memory, and on `device` the one that was called last."""
-        device = torch.empty(0, device=device).device  # has its index, as the hooks compare it
+        device = torch.empty(0, device=device).device  # gives the device an index, which the hooks compare
         _, of_high = cpu_offload_with_hook(self.high.to("cpu"), device)
         _, of_low = cpu_offload_with_hook(self.low.to("cpu"), device, of_high)
         of_high.hook.prev_module_hook = of_low

@@ -90,7 +90,7 @@ class Checkpoint:
         try:
             with init_empty_weights():
                 model = CLASSES[self.kind](**self.config)
-        except ValueError as error:  # is raised by the class itself
+        except ValueError as error:  # the class itself refuses these settings
             raise UserError(f"{self.source.path}: {error}") from None
         except (TypeError, RuntimeError, ArithmeticError) as error:
             raise UserError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None

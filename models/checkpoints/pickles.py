@@ -101,7 +101,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is {what}; fetch it again")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # there is code in it, or damage, which the old form shows in many ways
+    except Exception as error:  # the file holds code or is damaged; the old form raises many types of errors then
         raise UserError(f"{file} cannot be read safely: {_reason(error)}; fetch the release's own file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file} holds other things than tensors by name")
@@ -161,7 +161,8 @@ def _vae(tensors: dict[str, Tensor], file: Path) -> tuple[str, AutoencoderKLWan,
     settings: dict[str, Any] = {"base_dim": tensors["encoder.conv1.weight"].shape[0]}
     if any(name.startswith("encoder.downsamples.0.downsamples") for name in tensors):
         what = "Wan2.2 VAE"
-        settings |= VAE22 | {"decoder_base_dim": tensors["decoder.conv1.weight"].shape[0] // 4}  # of its last block
+        # The width of decoder.conv1 is four times the decoder's base width.
+        settings |= VAE22 | {"decoder_base_dim": tensors["decoder.conv1.weight"].shape[0] // 4}
         tensors = {_vae22_name(name): tensor for name, tensor in tensors.items()}
     with init_empty_weights():
         model = AutoencoderKLWan(**settings)

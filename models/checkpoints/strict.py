@@ -30,7 +30,7 @@ def load_folder(
     try:
         with init_empty_weights():
             model = build()
-    except Exception as error:  # each library has its own for a wrong setting
+    except Exception as error:  # each library raises its own type for a wrong setting
         raise UserError(f"{folder}/config.json does not describe a model: {error}; {remedy(folder)}") from None
     source = TensorSource(folder)
     stored = {name: name for name in source.names() if not name.startswith(ignored)}

@@ -81,7 +81,7 @@ class TensorSource:
     def _describe(self, file: Path) -> None:
         with _open(file) as source, file.open("rb") as raw:
             start = 8 + struct.unpack("<Q", raw.read(8))[0]
-            for name in source.offset_keys():  # come in the order of their bytes, which leave no gaps
+            for name in source.offset_keys():  # names come in the order of their bytes, which have no gaps
                 piece = source.get_slice(name)
                 if name in self._located:
                     raise UserError(f"{name} is in {self._located[name][0]} and in {file}; fetch the folder again")
@@ -223,7 +223,7 @@ def write_tensors(file: Path, entries: Iterable[Entry], read: Callable[[str], Te
                 tensor = read(name).to(dtype).reshape(shape).contiguous()
                 out.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))  # type: ignore[arg-type]
         os.replace(partial, file)
-    except OSError as error:  # that of a full disk does not say where it is
+    except OSError as error:  # the error of a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(error.filename or file)) from error
     finally:
         partial.unlink(missing_ok=True)

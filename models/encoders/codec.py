@@ -75,7 +75,7 @@ class Codec(nn.Module):
     spatial_factor: int
     fingerprint: str
     continuous: bool = False
-    latents_at_once: int = 1  # latent frames of a piece
+    latents_at_once: int = 1  # the number of latent frames in a piece
 
     def encode(self, video: Tensor) -> Tensor:
         """Encodes a sample's only shot or a still: float [3, F, H, W] in [-1, 1] -> fp32 [C, T, H / s, W / s]."""
@@ -120,7 +120,7 @@ class Codec(nn.Module):
 
     def pixel_frames(self, latent_frames: int, shot: int = 0) -> int:
         """Returns frames that `latent_frames` of a shot decode to."""
-        lone = int(self.begins_video(shot))  # one frame may be a latent frame of its own
+        lone = int(self.begins_video(shot))  # the first frame of a video is a latent frame of its own
         return lone + (latent_frames - lone) * self.temporal_factor
 
     def whole_frames(self, frames: int, shot: int = 0) -> int:

@@ -126,7 +126,7 @@ class LappedCodec(Codec):
 
     @in_fp32
     def encode_piece(self, frames: Tensor, memory: dict, first: bool) -> Tensor:
-        if first:  # its latent frame is that of the frame repeated
+        if first:  # the first frame is encoded as if it were repeated
             frames = torch.cat([frames[:, :1].expand(-1, BLOCK[0] - 1, -1, -1), frames], dim=1)
         basis, scale = self._of_latents(frames.shape[1] // BLOCK[0], first)
         return (self._analyzed(frames.float(), basis) / scale).permute(3, 0, 1, 2).contiguous()

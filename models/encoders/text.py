@@ -221,9 +221,9 @@ def seed_weights(model: nn.Module, seed: int) -> None:
 
 # T5 and UMT5
 
-T5_CLASSES = {"t5": "T5", "umt5": "UMT5"}  # transformers': T5EncoderModel, ...
+T5_CLASSES = {"t5": "T5", "umt5": "UMT5"}  # prefixes of transformers' classes, such as T5EncoderModel
 TIED = ("encoder.embed_tokens.weight", "shared.weight")  # files hold one of them, or both
-DECODER = ("decoder.", "lm_head.")  # stand in a whole T5, whose encoder is all we take
+DECODER = ("decoder.", "lm_head.")  # a whole T5 has these too; only its encoder is read
 
 
 def clean(text: str) -> str:
@@ -283,7 +283,7 @@ class T5TextEncoder(TextEncoder):
         self.tokenizer = load_tokenizer(folder / "tokenizer" if is_pipeline else folder)
         self.text_dim = self.model.config.d_model
         self.eval().requires_grad_(False)
-        vocabulary = sorted(self.tokenizer.get_vocab().items())  # comes in another order each time
+        vocabulary = sorted(self.tokenizer.get_vocab().items())  # sorted, since its order differs each time
         self.fingerprint = fingerprint(
             kind, str(config.form), config.max_tokens, vocabulary, weights_digest(self.model)
         )
@@ -341,7 +341,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the libraries have several of their own
+    except Exception as error:  # the libraries raise several types of errors
         raise UserError(f"{folder} holds a tokenizer that does not load: {error}; fetch its files again") from None
 
 

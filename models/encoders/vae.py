@@ -26,7 +26,7 @@ TILE, TILE_STRIDE = 256, 192  # pixels, as in diffusers
 # residual decoder; with what a GPU's convolutions need besides, the first come to 59 (docs/benchmarks/sampling.md).
 MAPS, RESIDUAL_MAPS = 60, 100
 
-Features = list  # what each causal convolution keeps of the frames before: a tensor, a mark, or None
+Features = list  # earlier frames that each causal convolution keeps: a tensor, a mark, or None
 
 
 @dataclass(frozen=True)

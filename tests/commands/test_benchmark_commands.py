@@ -53,7 +53,7 @@ def test_what_a_command_reads_is_made_by_one_before_it(tmp_path):
 def test_every_script_that_the_pages_run_is_timed(tmp_path):
     timed = {job.arguments[script_of(job)] for job in plan(tmp_path, 2).values()}
     said = {script for page in PAGES for script, _ in commands_of(page)}
-    others = {"scripts/app.py", "scripts/plan_month.py"}  # a server, and what computes without a GPU
+    others = {"scripts/app.py", "scripts/plan_month.py"}  # a server, and a script that needs no GPU
     assert {s for s in said if not s.startswith(("scripts/benchmark_", "scripts/draw_"))} - timed == others
 
 
@@ -114,7 +114,7 @@ def test_a_second_call_goes_on_where_the_first_one_was_ended(fakes, tmp_path, mo
     fakes |= {name: Job(["-c", "raise SystemExit(3)"]) for name in done}
     fakes["bad"] = Job(["-c", "pass"])
     assert call(monkeypatch, tmp_path) == (0, [*((name, 0) for name in done), ("bad", 0), ("after bad", 0)])
-    # On another commit all is run again.
+    # On another commit all jobs run again.
     monkeypatch.setattr(benchmark_commands, "header", lambda: HEAD | {"commit": "d"})
     status, rows = call(monkeypatch, tmp_path)
     assert (status, dict(rows)["good"], dict(rows)["after bad"]) == (1, 3, 0)

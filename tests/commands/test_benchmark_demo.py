@@ -9,7 +9,7 @@ import pytest
 
 from scripts import benchmark_demo
 
-# Stands in for the demo: seed 1 fails, and what stops the benchmark is a signal at seed 2.
+# This stands in for the demo: seed 1 fails, and a signal at seed 2 stops the benchmark.
 DEMO = """
 import json, os, signal, sys
 from pathlib import Path

@@ -83,9 +83,9 @@ def test_a_row_that_waits_begins_only_if_as_much_time_is_left_as_the_longest_too
 def test_rows_are_compared_with_dense_over_the_same_scenes():
     dense = row("dense", [1, 1, 1, 0, 1, 1, 0, 0])
     text = tables([dense, row("moc", [1, 1, 1, 0, 0, 1, 0, 1])])
-    # The scenes differ by 0, 0, -1/2 and 1/2.
+    # The rows differ by 0, 0, -1/2 and 1/2 in the four scenes.
     assert "+0.000 ± 0.346" in text
-    assert tables([row("moc", [1, 0])]).count("±") == 4  # of the losses
+    assert tables([row("moc", [1, 0])]).count("±") == 4  # the losses alone have intervals
     # A dense row that began elsewhere is no rival.
     assert tables([row("dense", [1, 1]), row("moc", [1, 0], start="dense")]).count("±") == 8
 
@@ -134,7 +134,7 @@ def test_every_row_takes_steps(name, tmp_path):
     words += ["parallel.device=cpu", f"output={tmp_path}", "name=row"]
     subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True, capture_output=True)
     losses = [row["loss"] for row in read_metrics(tmp_path / "row") if "loss" in row]
-    assert len(losses) == 5  # the stages of a schedule begin at different ones
+    assert len(losses) == 5  # the steps at which the schedule's stages begin
     assert all(math.isfinite(loss) for loss in losses)
 
 

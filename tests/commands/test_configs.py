@@ -12,7 +12,7 @@ from configs.command import defaults, store_defaults
 from configs.words import words
 from tests.composing import COMMANDS, CONFIGS, GROUPS, OPTIONS, REQUIRED, composed, parsed, schema_of, users_of
 
-OWNERS = {"moc": "train", "encoders": "prepare"}  # the command whose schema has the group's type
+OWNERS = {"moc": "train", "encoders": "prepare"}  # the command whose schema types the group
 
 
 def test_every_command_has_its_yaml_and_every_yaml_its_command():

@@ -25,7 +25,7 @@ from models import load_encoders, load_model
 from tests import figures
 from tests.pipeline import ROOT, prepare, sample, train, train_arguments
 
-BIKES_STARTS = [0, 30, 76, 137, 187, 242]  # of its six shots
+BIKES_STARTS = [0, 30, 76, 137, 187, 242]  # where its six shots start
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_every_output_is_there(film):
         for folder, kind in (("shots", "mp4"), ("latents", "safetensors"))
         for n in (1, 2, 3, 4)
     }
-    (picture,) = film.glob("given/*.png")  # a copy of the script's, under the name that the metadata give it
+    (picture,) = film.glob("given/*.png")  # a copy of the script's picture
     whole = {"video.mp4", "index.html", "storyboard.png", "routing.png", "routing.safetensors", "metadata.json"}
     assert names == whole | {f"given/{picture.name}"} | numbered
     shots = json.loads((film / "metadata.json").read_text())["script"]["shots"]
@@ -106,7 +106,7 @@ def test_the_film_is_its_shots(film):
     assert [len(shot) for shot in shots] == [5, 5, 9, 1]
     assert whole.shape == (20, 32, 48, 3)
     difference = (whole.float() - torch.cat(shots).float()).abs().mean()
-    assert difference < 8  # encoded apart
+    assert difference < 8  # they were encoded separately
     assert open_video(film / "video.mp4").fps == pytest.approx(12)
 
 
@@ -117,7 +117,7 @@ def test_latents_decode_to_the_shots(film, trained):
     assert latent.isfinite().all()
     decoded = (codec.decode(latent).clamp(-1, 1) + 1) * 127.5
     shown = frames(film / "shots/03.mp4").permute(3, 0, 1, 2).float()
-    assert (decoded - shown).abs().mean() < 16  # H.264 of an untrained model's noise
+    assert (decoded - shown).abs().mean() < 16  # H.264 loses some of an untrained model's noise
 
 
 def test_pictures_can_be_looked_at(film):
@@ -137,7 +137,7 @@ def test_metadata_tells_all_to_repeat_it(film, trained, story):
     assert record["num_frames"] == 20
     assert (record["moc"]["top_k"], record["flow"]["shift"]) == (2, 3.0)
     assert {"torch", "diffusers", "moc"} <= record["versions"].keys()
-    assert len(record["routing"]) == 5  # with the reference picture's still
+    assert len(record["routing"]) == 5  # four shots and the reference picture
 
 
 @pytest.mark.parametrize("sampler", ["joint", "staggered"])

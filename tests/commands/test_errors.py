@@ -62,7 +62,7 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):
 
 def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch):
     def full_disk(*_):
-        sys.bar = tqdm(total=3, desc="read")  # held, as an error's traceback holds the bar of a loop
+        sys.bar = tqdm(total=3, desc="read")  # kept alive, as a traceback keeps a loop's bar alive
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("data.loading.dataset.open_dataset", full_disk)
@@ -145,7 +145,7 @@ def test_a_path_with_brackets_is_a_path(capsys, tmp_path):
         ("moc=[dense,1]", "moc is a group of settings; leave it out or choose one of dense, forward"),
         ("data.path=[2024]", "data.path: Cannot convert .* quote a text with brackets twice"),
         ("experiment=none", "experiment=none does not exist; choose one of bunny, .*storyworld"),
-        ("model=bas", "model=bas does not exist; choose one of 3b, base, debug, small"),  # "schema" is no choice
+        ("model=bas", "model=bas does not exist; choose one of 3b, base, debug, small"),  # "schema" is not offered
         ("hydra/launcher=none", "hydra/launcher=none does not exist; choose one of basic"),
         ("debug", "debug is no setting; say KEY=VALUE, without dashes or spaces"),
         ("data.path = x", r"data\.path is no setting; say KEY=VALUE"),

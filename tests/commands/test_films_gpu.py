@@ -131,7 +131,7 @@ def test_keys_and_values_that_find_no_memory_lie_in_the_host(run, story, tmp_pat
         if not cache.offload:
             raise torch.OutOfMemoryError("full")
         taken = memory(cache, like)
-        pinned.append(taken.is_pinned())  # as long as the film needs it
+        pinned.append(taken.is_pinned())  # asked while the film needs it
         return taken
 
     for name in ("here", "there"):

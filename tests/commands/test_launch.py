@@ -83,7 +83,7 @@ def test_one_of_two_processes_is_killed_and_the_next_launch_goes_on(folder):
     assert 10 <= len(before) < 120
     subprocess.run(command(folder, *two_processes()), check=True, env=environment(), timeout=300)
     after, times_after = stored(folder / "out")
-    assert times.items() <= times_after.items()  # none of those was encoded again
+    assert times.items() <= times_after.items()  # no file was encoded again
     assert len(after) == after.total() == 120
     assert {path.name for path in folder.glob("out/cache/*/*.safetensors")} == {
         f"shard-{rank}-00000.safetensors" for rank in range(2)

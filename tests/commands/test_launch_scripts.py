@@ -93,7 +93,7 @@ print("saved", flush=True)
 def test_a_signal_comes_to_the_processes_alone_though_they_still_start(play, tmp_path, name):
     """Slurm sends it to the script and, by some of its settings, to torchrun too, which would leave at the second."""
     (tmp_path / "rank.py").write_text(RANK)
-    for missing in ("ps", "pgrep", "pkill"):  # in slim containers
+    for missing in ("ps", "pgrep", "pkill"):  # small containers lack these
         play(missing, "exit 127")
     play("torchrun", f"{sys.executable} {tmp_path}/rank.py & wait $!; exit 1")
     process = play.start(copied(tmp_path))
@@ -108,7 +108,7 @@ def test_a_signal_comes_to_the_processes_alone_though_they_still_start(play, tmp
     ("status", "state", "requeued"),
     [
         (NOT_FINISHED, "RUNNING", True),
-        (NOT_FINISHED, "COMPLETING", False),  # scancel has ended it
+        (NOT_FINISHED, "COMPLETING", False),  # scancel ended the job
         (0, "RUNNING", False),
         (1, "RUNNING", False),
     ],

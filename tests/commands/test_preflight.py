@@ -119,7 +119,7 @@ def test_a_preflight_finds_a_damaged_shard_and_a_full_disk(capsys, prepared, tmp
     shard = next((tmp_path / "prepared").rglob("*.safetensors"))
     good = shard.read_bytes()
     half = len(good) // 2
-    shard.unlink()  # whoever still reads the file keeps it
+    shard.unlink()  # a process that has the file open keeps it
     shard.write_bytes(good[:half] + bytes(64) + good[half + 64 :])
     status, lines = preflight(capsys, tmp_path / "prepared", tmp_path / "run")
     assert status == 1

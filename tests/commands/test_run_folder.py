@@ -64,7 +64,7 @@ def test_a_folder_is_held_for_those_who_came_together_until_the_process_ends(tmp
     with pytest.raises(HeldError), held(tmp_path):
         pass
     with held(tmp_path, holds=False):
-        pass  # as the other ranks of the launch that holds it
+        pass  # as the other ranks do, while rank 0 holds it
     other.kill()
     other.communicate()
     with held(tmp_path):

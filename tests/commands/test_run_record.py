@@ -98,7 +98,7 @@ def test_a_key_that_is_called_otherwise_now_is_told(prepared, run, capsys, key):
 
 
 def test_a_finished_run_says_so(prepared, run, caplog):
-    for _ in range(2):  # the first notes that the copied run lies elsewhere
+    for _ in range(2):  # the first launch only notes that the copied run has moved
         with caplog.at_level(logging.INFO):
             command(*launch(prepared, run))
     assert f"{run} is already finished: step 3 of 3" in caplog.text
@@ -106,7 +106,7 @@ def test_a_finished_run_says_so(prepared, run, caplog):
 
 
 def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where Hydra notes the sweep
+    monkeypatch.chdir(tmp_path)  # Hydra writes notes on the sweep into this folder
     command("train.py", *pipeline.train_arguments(prepared, tmp_path / "run"), "-m", "optim.lr=1e-3,1e-4")
     for number, rate in enumerate((1e-3, 1e-4)):
         folder = tmp_path / f"run-{number}"

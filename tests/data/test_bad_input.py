@@ -98,7 +98,7 @@ FILES = {
 SPAN = [{"start": 0, "end": 9}]
 GOOD = {"video": "film.mkv", "caption": "fine", "shots": SPAN}
 
-# id of the bad line: (its fields, the kind of its record, what the record says where)
+# The id of a bad line maps to (its fields, the kind of its record, the place that the record names).
 BAD = {
     "zero-byte video": ({"video": "zero.mkv"}, "zero-byte", "zero.mkv"),
     "not a video": ({"video": "text.mkv"}, "not-a-video", "text.mkv"),
@@ -206,7 +206,7 @@ def test_nothing_usable_is_an_error_that_says_why(folder):
 
 def test_the_output_may_lie_in_the_input_but_not_be_it(folder):
     Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(folder / "still.png")
-    for _ in range(2):  # the second time, thumbnails lie there
+    for _ in range(2):  # the second time the folder holds thumbnails too
         assert {sample["file"] for sample in run(folder).report.samples} == {"film.mkv", "still.png"}
     with pytest.raises(ValueError, match="is the input"):
         run(folder, output=str(folder / "out" / ".."))

@@ -233,7 +233,7 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(DataError, match="scene0 shot 1"):
         writer.add(bad)
     huge = scene(1)
-    huge.latents[0][0, 0, 0, 0] = 1e6  # over float16
+    huge.latents[0][0, 0, 0, 0] = 1e6  # beyond the range of float16
     with pytest.raises(DataError, match=r"not finite in torch\.float16"):
         writer.add(huge)
     writer.add(scene(2))

@@ -114,7 +114,7 @@ BAD_ENTRIES = {
 def test_bad_entries_do_not_hide_the_rest(folder, kind):
     good = {"path": "b.mp4", "cap": "fine"}
     (folder / "videos2caption.json").write_text(json.dumps([good, BAD_ENTRIES[kind]]))
-    if kind == "not-an-object":  # the file is of another form: nothing in it can be trusted
+    if kind == "not-an-object":  # the file has another form, so nothing in it is trusted
         with pytest.raises(DataError, match="an entry is an object"):
             find_scenes(folder)
         return
@@ -210,7 +210,7 @@ def test_only_a_line_feed_ends_a_line(folder, mark):
     """Marks that other programs take for line ends, and str.splitlines too, belong to the caption."""
     caption = f"one{mark}two"
     expected = [video("a.mp4", caption), video("videos/c.mp4", "third")]
-    if mark > " ":  # JSON takes no bare control character in a text
+    if mark > " ":  # JSON allows no bare control character in a text
         lines = [{"video": "a.mp4", "caption": caption}, {"video": "c.mp4", "caption": "third"}]
         text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         (folder / "captions.jsonl").write_text(text, encoding="utf-8")

@@ -160,13 +160,13 @@ def test_a_film_is_one_decode_of_the_joined_latents(
     Image.new("RGB", (96, 64), (0, 200, 0)).save(tmp_path / "ref.png")
     shots = [
         {"prompt": "Mia walks.", "seconds": 5 / 12, "image": "ref.png"},
-        {"prompt": "Mia waves.", "seconds": 5.6 / 12, "cut": False},  # 4 frames; what is left over goes to the next
+        {"prompt": "Mia waves.", "seconds": 5.6 / 12, "cut": False},  # 4 frames; the rest goes to the next shot
         {"prompt": "Gus dances.", "seconds": 5 / 12, "image": "ref.png"},
     ]
     (tmp_path / "story.json").write_text(json.dumps({"size": [32, 48], "fps": 12, "shots": shots}))
     film = pipeline.sample(tuned, tmp_path / "story.json", tmp_path / "film")
     shots = [written[f"{number:02d}.mp4"] for number in (1, 2, 3)]
-    assert [len(frames) for frames in shots] == [5, 4, 7]  # of the last one's 8 the script asks for 7
+    assert [len(frames) for frames in shots] == [5, 4, 7]  # the last shot decodes to 8, but the script asks for 7
     record = json.loads((film / "metadata.json").read_text())
     assert [shape[1] for shape in record["latent_shapes"]] == [1, 2, 1, 1, 2]
     latents = [load_file(film / f"latents/{number:02d}.safetensors")["latent"] for number in (1, 2, 3)]

@@ -69,7 +69,7 @@ def test_mixing_weights_are_met_exactly():
         items = [order[p][0] for p in range(1000 * block, 1000 * (block + 1))]
         assert sum(item == 2 for item in items) == 250
     early = [order[p][0] for p in range(100)]
-    assert 5 < sum(item == 2 for item in early) < 45  # mixed, not one after the other
+    assert 5 < sum(item == 2 for item in early) < 45  # the sources are mixed, not one after the other
 
 
 FIXED_ORDER = [8, 4, 1, 6, 3, 2, 7, 5, 9, 0, 2, 7]
@@ -221,7 +221,7 @@ def test_validation_is_held_out_and_fixed(cache):
     assert sorted(parts[0] + parts[1]) == sorted(held)
     with pytest.raises(DataError, match="none to train"):
         loader(config(cache, validation=12))
-    assert len(open_dataset(config(cache)).split(12).held_out) == 12  # to evaluate, which trains nothing
+    assert len(open_dataset(config(cache)).split(12).held_out) == 12  # evaluation may hold out all
 
 
 def test_named_scenes_are_never_trained_on(cache):

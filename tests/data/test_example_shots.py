@@ -39,7 +39,7 @@ def test_scenes_are_all_windows_and_a_block_names_all_that_show_it(tmp_path):
     write_manifest(tmp_path / "manifest.jsonl", scenes("film.mp4", "A film.", [1, 8]))
     found = load_manifest(tmp_path / "manifest.jsonl")
     shots = film_shots()
-    assert len(found) == 2 * len(shots) - 1  # the first shot is the first scene of either length
+    assert len(found) == 2 * len(shots) - 1  # the first shot alone is the first scene at both lengths
     assert {len(scene.shots) for scene in found} == set(range(1, 9))
     assert max(shot.end - shot.start for scene in found for shot in scene.shots) == LONGEST
     ends = {shot.end: index for index, shot in enumerate(shots)}

@@ -75,7 +75,7 @@ def test_shots_of_moving_cameras_are_those_of_the_renderer():
             still = [renderer.count_samples(shot, time - half, time + half) == 1 for time in times]
             difference = np.abs(found - frames)[:, 2:-2, 2:-2]
             if shot.camera == "static":
-                assert difference[still].max(initial=0) < 6  # OpenCV may round where it samples to 1/32 of a pixel
+                assert difference[still].max(initial=0) < 6  # OpenCV may round its sampling points to 1/32 of a pixel
                 assert difference.mean() < 0.3
             else:
                 assert difference.mean() < 0.25 * np.abs(frames[-1].astype(float) - frames[0]).mean()
@@ -88,7 +88,7 @@ def test_shots_coloured_in_half_precision_are_the_same_within_a_level(config):
     scenes, stock = draw_scenes(config, range(4)), build_stock(config)
     stock.dtype = torch.float32
     exact = stock.compose(scenes)
-    stock.dtype = torch.float16  # as on a GPU
+    stock.dtype = torch.float16  # the dtype on a GPU
     half = stock.compose(scenes)
     difference = np.abs(pixels(half) - pixels(exact))
     assert difference.max() < 1.01

@@ -75,14 +75,14 @@ def test_transnet_finds_a_cut_and_no_flash(bikes, tmp_path):
 def test_flashes_and_fades_on_real_film(bikes, tmp_path, method):
     frames = np.concatenate([bikes[76:137], bikes[187:242]]).astype(np.float32)
     frames[20:22] = 255
-    for i in range(12):  # the first shot fades to black, the second comes out of it
+    for i in range(12):  # the first shot fades to black, the second fades in from it
         frames[61 - 12 + i] *= 1 - (i + 1) / 12
         frames[61 + i] *= i / 12
     write_video(tmp_path / "fade.mp4", frames.astype(np.uint8), fps=25)
     found = spans(tmp_path / "fade.mp4", method)
     shots = [(start, end) for start, end in found if end - start > 8]
     assert len(shots) == (2 if method == "transnetv2" else 1)
-    if method == "transnetv2":  # what is dim or black belongs to neither
+    if method == "transnetv2":  # dim and black frames belong to neither shot
         assert 49 <= shots[0][1] <= 56
         assert 66 <= shots[1][0] <= 73
 

@@ -31,7 +31,7 @@ def test_a_remote_cache_reads_through_a_bounded_folder(remote, tmp_path):
     order = [0, 1, 2, 3, 4, 5, 0, 5, 2]
     for number in order:
         assert cache.latents(cache.scenes[number])[0].unique() == number
-        cache._open.clear()  # as in a process that never had it open
+        cache._open.clear()  # as if this process had never opened a shard
         held = list((tmp_path / "copies").rglob("*"))
         assert sum(path.stat().st_size for path in held if path.is_file()) <= bound
     assert not [path for path in held if "partial" in path.name]

@@ -145,7 +145,7 @@ def test_box_holds_the_character_tightly():
     assert not changed[: y0 - 1].any()
     body = changed[y0:y1]
     assert body[:2].any()
-    feet = y1 - (y1 - y0) // 4  # above the shadow, all that changed lies between the sides
+    feet = y1 - (y1 - y0) // 4  # above the shadow, all changed pixels lie between the sides
     columns = np.flatnonzero(changed[y0:feet].any(axis=0))
     assert x0 - 1 <= columns[0]
     assert columns[-1] <= x1

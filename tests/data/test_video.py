@@ -17,7 +17,7 @@ from data.media.write import join_videos, write_video
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered, write_paired
 
 NUM_FRAMES = 150
-X265 = {"x265-params": "log-level=error:keyint=25"}  # its defaults have open groups of pictures
+X265 = {"x265-params": "log-level=error:keyint=25"}  # x265's defaults have open groups of pictures
 KINDS = {
     "plain": {},
     "open_gop": {"options": {"x264-params": "open-gop=1:keyint=20:bframes=3:scenecut=0"}},

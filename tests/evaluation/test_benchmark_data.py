@@ -28,7 +28,7 @@ def test_loader_row(tmp_path):
     )
     write_random_cache(config)
     row = measure_loader(config)
-    assert row["tokens"] >= 3 * (2 * 2 * 3 + 1) + 1  # captions may be dropped to their one null row
+    assert row["tokens"] >= 3 * (2 * 2 * 3 + 1) + 1  # a dropped caption is one null row
     assert 0 < row["wait_share"] < 1
 
 

@@ -95,7 +95,7 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
     assert by_name["dense"]["sparsity"] == 0
     assert 0 < by_name["MoC"]["sparsity"] < by_name["own shot only"]["sparsity"] < 1
     assert all(torch.tensor(list(row["loss"].values())).isfinite().all() for row in rows)
-    # The same command again gives the same numbers: noise is keyed, not drawn.
+    # The same command again gives the same numbers, since noise depends on keys alone.
     assert all(half > 0 for row in rows for name in ("scenes", "draws") for half in row[name].values())
     assert page.read_text().count("own shot only") == 2
     pipeline.command("scripts/evaluate.py", *arguments, f"output={rows_file}", "draws=2")
@@ -104,7 +104,7 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
     for row, other in zip(rows, json.loads(rows_file.read_text())["losses"], strict=True):
         assert row["loss"].keys() == other["loss"].keys()
         assert row["loss"] != other["loss"]
-        assert set(other["draws"].values()) == {None}  # of one draw
+        assert set(other["draws"].values()) == {None}  # one draw has no spread
         assert (row["sparsity"] < other["sparsity"]) == (row["attention"] == "MoC")
 
 
@@ -121,9 +121,9 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
     assert ids(trained, prepared) == ids(trained / "checkpoints/step_0000003", prepared) == one
     assert "data.validation=0 takes 1 scenes, where there are as many; those that the run held out" in caplog.text
     caplog.clear()
-    assert ids(trained, prepared, "data.validation=4") == everyone  # nothing is left to train, and nothing trains
+    assert ids(trained, prepared, "data.validation=4") == everyone  # evaluation may hold out everything
     assert "data.validation" not in caplog.text
-    online = pipeline.prepare(world, tmp_path / "online", "online=true")  # other data; latents are encoded as asked for
+    online = pipeline.prepare(world, tmp_path / "online", "online=true")  # these are other data
     assert ids(trained, online) == everyone
     assert "takes 16 scenes, where there are as many; other data than the run's" in caplog.text
 
@@ -149,7 +149,7 @@ def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkey
     seen, forward = [], MMDiT.forward
 
     def spy(self, latents, sigma, text, layout, config, on_routes=None, **others):
-        if on_routes is None:  # of a loss, not of the routing statistics
+        if on_routes is None:  # calls with on_routes are for the routing statistics
             seen.append((config, latents, sigma))
         return forward(self, latents, sigma, text, layout, config, on_routes=on_routes, **others)
 
@@ -159,7 +159,7 @@ def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkey
     contents = Contents(trained / "checkpoints/step_0000003")
     moc, flow = contents.moc, contents.flow
     moc = replace(moc, chunk_tokens=12)
-    rows = [seen[at : at + 4] for at in range(0, len(seen), 4)]  # of four noise levels
+    rows = [seen[at : at + 4] for at in range(0, len(seen), 4)]  # each row has four noise levels
     assert [{config for config, _, _ in row} for row in rows] == [{config} for config in rivals(moc).values()] * 2
     (scene,) = held_out(open_dataset(DataConfig(str(prepared))), 1, StreamSpec(), moc.chunk_tokens)
     noise = flow.draw_noise(scene, seed=0)

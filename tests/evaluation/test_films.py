@@ -182,7 +182,7 @@ def test_within_a_shot_pictures_are_compared_with_the_first_and_the_one_before()
 
 def test_motion_is_as_fast_as_it_is(tmp_path):
     texture = np.random.default_rng(0).integers(0, 255, (16, 40, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    moving = [texture[:, 2 * i : 2 * i + 192] for i in range(8)]  # 2 of 128 pixels a frame, at 12 fps
+    moving = [texture[:, 2 * i : 2 * i + 192] for i in range(8)]  # it moves 2 of 128 pixels a frame
     film = write_film(tmp_path, [("a", moving), ("b", [moving[0]] * 8), ("c", moving[:1])])
     shots = open_film(film).shots
     assert speed(shots[0], 12) == pytest.approx(12 * 2 / 128, rel=0.25)
@@ -245,7 +245,7 @@ def test_vbench_is_read_and_never_made_up(tmp_path):
     assert "--mode=custom_input" in vbench_command([Path("film")])
     (tmp_path / "other").mkdir()
     (tmp_path / "other/a_eval_results.json").write_text(json.dumps({names[0]: [0.7, []]}))
-    assert read_vbench(tmp_path)[names[0]] == pytest.approx(0.8)  # of two films
+    assert read_vbench(tmp_path)[names[0]] == pytest.approx(0.8)  # the mean of two films
     with pytest.raises(UserError, match="no result of VBench"):
         read_vbench(tmp_path / "none")
     (tmp_path / "b_eval_results.json").write_text("[1]")

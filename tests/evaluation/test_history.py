@@ -25,7 +25,7 @@ def samples(lengths: list[int]) -> list[Sample]:
     return [
         Sample(
             [torch.randn(CHANNELS, 1 + shot % 2, 4, 4, generator=generator) for shot in range(length)],
-            # Without a global caption, from which a history would move the last shot away.
+            # There is no global caption, since a history would move the last shot away from it.
             [torch.randn(2 if group else 0, TEXT_DIM, generator=generator) for group in range(1 + length)],
             cuts=[True] * length,
         )
@@ -48,7 +48,7 @@ def test_a_history_is_worth_something_only_to_what_looks_at_it(model):
         assert losses.alone.shape == losses.history.shape == losses.other.shape == (4, 2, 1)
         close = [torch.allclose(losses.alone, x, rtol=1e-4) for x in (losses.history, losses.other)]
         assert close == [name == "own shot only"] * 2
-    # Alone there is nothing to route to, so that dense attention and MoC are one.
+    # A shot alone has nothing to route to, so dense attention and MoC are the same.
     assert torch.allclose(found["dense"].alone, found["MoC"].alone, rtol=1e-4)
 
 
@@ -58,7 +58,7 @@ def test_losses_are_those_of_the_last_shot_at_its_own_noise(model):
     losses = history_losses(model, config, flow, scenes, Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
     alone = history_losses(model, config, flow, scenes[:1], Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
     assert torch.allclose(losses.history[:1], alone.history, rtol=1e-4)
-    assert torch.equal(alone.history, alone.other)  # of one scene there is no other
+    assert torch.equal(alone.history, alone.other)  # one scene has no other scene, so its own history is used
     shown = [replace(sample, latents=[10 * x for x in sample.latents[:-1]] + sample.latents[-1:]) for sample in scenes]
     changed = history_losses(model, config, flow, shown, Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
     assert torch.equal(changed.alone, losses.alone)
@@ -82,5 +82,5 @@ def test_error_bars_are_students():
         low, high = ttest_1samp(means.numpy(), 0).confidence_interval(0.95)
         assert half == pytest.approx((high - low) / 2, rel=1e-6)
     assert math.isnan(estimate(values[:1]).scenes)
-    assert str(estimate(values[:1])) == f"{values[:1].mean():.4f}"  # no "± nan"
+    assert str(estimate(values[:1])) == f"{values[:1].mean():.4f}"  # it does not show "± nan"
     assert not math.isnan(estimate(values[:1]).draws)

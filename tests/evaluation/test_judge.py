@@ -53,7 +53,7 @@ def test_another_story_is_seen(film):
 
 def test_floors_fall_with_what_can_be_known(prepared):
     mean, linear = held_out_floors(DataConfig(path=str(prepared), validation=1, workers=0), [0.05, 0.5, 1.0])
-    assert mean > 1.0  # the noise's variance and the latents'
+    assert mean > 1.0  # the variance of the noise plus that of the latents
     assert linear[1] < mean
     assert np.isfinite(linear).all()
-    assert linear[1] < linear[0]  # noise is hardest to see when there is little of it
+    assert linear[1] < linear[0]  # small noise is harder to predict

@@ -45,7 +45,7 @@ class Oracle(torch.nn.Module):
         out = [torch.zeros_like(x) for x in latents]
         for scene, shots in enumerate(truth):
             last = (scene + 1) * CONFIG.shots - 1
-            assert all(torch.equal(latents[last - 2 + i], shots[i]) for i in range(2))  # its history is clean and true
+            assert all(torch.equal(latents[last - 2 + i], shots[i]) for i in range(2))  # the history is clean
             assert not sigma[last - 2 : last].any()
             out[last] = (latents[last] - shots[-2 if self.copies else -1]) / sigma[last]
         return out
@@ -74,7 +74,7 @@ def test_a_model_that_copies_the_shot_before_is_told_from_one_that_remembers(wor
     for name, right in zip(ATTRIBUTES, tally.right.unbind(1), strict=True):
         assert torch.equal(right, seen[name] == attributes(scenes)[name][:, -1])
     assert tally.loss.min() > 0.01
-    assert (tally.region_loss > tally.loss).float().mean() > 0.5  # the characters differ, more than places do
+    assert (tally.region_loss > tally.loss).float().mean() > 0.5  # characters differ more than places do
 
 
 def test_routes_of_the_returning_character_are_counted(world, reader):
@@ -84,10 +84,10 @@ def test_routes_of_the_returning_character_are_counted(world, reader):
     everything = MoCConfig(chunk_tokens=6, top_k=2, text_anchor="global_and_own")
     tally = run(world, reader, model, everything)
     found = summary(tally)
-    # Two earlier shots of one chunk each, both routed to: one of them is the one that holds the name.
+    # Both earlier shots, one chunk each, are routed to, and one of them shows the character.
     assert found["precision"] == [[0.5, 0.5], [0.5, 0.5]]
     assert found["reached"] == [[1.0, 1.0], [1.0, 1.0]]
-    # 6 of 3 x 3 pairs of shots do not look ahead.
+    # Among 3 x 3 pairs of shots, 6 do not look ahead.
     assert found["sparsity"] == pytest.approx(1 - 6 / 9, abs=1e-4)
     assert found["readings"] == 2 * SCENES
     assert "precision" not in summary(run(world, reader, model))

@@ -25,9 +25,9 @@ def test_agreement_is_of_a_name_with_its_last_shot_and_of_others_with_all():
     names = np.array([[0, 1, 0, 0]])
     looks = np.array([[[1, 1], [1, 2], [1, 3], [1, 3]]])
     found = agreement(names, looks)
-    assert found["same"] == 0.75  # the pairs 2 after 0, and 3 after 2
-    assert found["different"] == 0.5  # 1 with 0, 2 and 3
-    assert found["difference"] == [0.25, 0.25, 0.25]  # one story, drawn anew, is itself
+    assert found["same"] == 0.75  # the pairs of shots (0, 2) and (2, 3)
+    assert found["different"] == 0.5  # the pairs of shot 1 with 0, 2 and 3
+    assert found["difference"] == [0.25, 0.25, 0.25]  # drawing from one story gives that story again
     assert found["pairs"] == 2
     assert {distance: (of["same"], of["pairs"]) for distance, of in found["by_distance"].items()} == {
         1: (1.0, 1),

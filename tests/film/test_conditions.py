@@ -53,7 +53,7 @@ def test_a_part_of_a_video_in_frames_of_the_film(take):
     assert Footage(take, 1.0, 0.5, 6).frames == [12, 14, 16]
     assert Footage(take, 1.0, 1.0, 24).frames == [12 + n // 2 for n in range(24)]
     (piece,) = Footage(take, 1.5, 0.5, 12).pieces(9, (32, 48), "cpu")
-    assert piece.shape == (3, 9, 32, 48)  # the last frame stands
+    assert piece.shape == (3, 9, 32, 48)  # the last frame is held
     assert piece[:, -1].mean((1, 2)).tolist() == pytest.approx([40 / 127.5 - 1] * 2 + [200 / 127.5 - 1], abs=0.05)
     with pytest.raises(DataError, match=r"lasts 2\.00 s; start=2 is at its end"):
         seconds_after(take, 2.0)
@@ -121,7 +121,7 @@ def test_a_shot_ends_in_its_last_image(trained, write, tmp_path, lag):
     shots = [SHOT, {"prompt": "Mia walks.", "seconds": 9 / 12}]
     filmmaker = open_filmmaker(trained, lag=lag)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # after three steps attention is hardly heard: less than the last bit of a velocity
+    with torch.no_grad():  # after three training steps attention changes velocities by less than their last bit
         for weight in filmmaker.model.parameters():
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
     plain = film_of(filmmaker, write(STORY | {"shots": shots}), tmp_path / "plain")
@@ -131,7 +131,7 @@ def test_a_shot_ends_in_its_last_image(trained, write, tmp_path, lag):
     assert colour(tmp_path / "plain/shots/02.mp4", -1) != pytest.approx((20, 180, 60), abs=25)
     one, other = (load_file(tmp_path / name / "latents/02.safetensors")["latent"] for name in ("plain", "ended"))
     assert not torch.equal(one[:, :-1], other[:, :-1])
-    assert plain["latents/01.safetensors"] == ended["latents/01.safetensors"]  # attention flows forward
+    assert plain["latents/01.safetensors"] == ended["latents/01.safetensors"]  # attention is causal
     shots[0] = shots[0] | {"seed": 5}
     anew = film_of(filmmaker, write(STORY | {"shots": shots}), tmp_path / "ended", redo=[1])
     changed = {name for name in anew if name.startswith(("latents", "shots")) and anew[name] != ended[name]}

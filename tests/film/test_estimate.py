@@ -99,7 +99,7 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
     assert memory(pair, mesh=MeshConfig(sequence=2)) == memory(pair) / 2
     assert memory(pair) - memory(pair, mesh=MeshConfig(shard=2)) == weights
     block = sum(weight.nbytes for weight in one.blocks.parameters()) / len(one.blocks)
-    assert memory(one, swap_blocks=2) == memory(one)  # two are on the device
+    assert memory(one, swap_blocks=2) == memory(one)  # two blocks are always on the device
     assert memory(pair) - memory(pair, swap_blocks=3) == 2 * block
 
 
@@ -126,7 +126,7 @@ def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, wri
     assert "13 shots" in caplog.text
     assert "may need about" in caplog.text
     monkeypatch.setattr("film.filmmaker.room", lambda _: 0)
-    filmmaker.make(films)  # are whole
+    filmmaker.make(films)  # the films are whole, so no memory is needed
 
 
 def test_what_would_fit_is_what_its_folder_and_the_processes_take(trained, write, tmp_path, monkeypatch):

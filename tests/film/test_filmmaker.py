@@ -148,7 +148,7 @@ def test_one_shot_is_made_anew_and_the_others_stay(trained, write, tmp_path, lag
     after = film_of(open_filmmaker(trained, lag=lag, seed=8), write(STORY), tmp_path / "film", redo=[2])
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     of_shot = {"latents/02.safetensors", "shots/02.mp4", "video.mp4", "storyboard.png", "index.html", METADATA}
-    assert changed - {"routing.png", "routing.safetensors"} == of_shot  # where routes go may look the same
+    assert changed - {"routing.png", "routing.safetensors"} == of_shot  # the maps of routes may stay the same
     old, new = (json.loads(film[METADATA]) for film in (before, after))
     assert [shot["seed"] for shot in new["script"]["shots"]] == [0, 8, 0]
     assert new["redone"] == [2]

@@ -59,7 +59,8 @@ def test_a_page_links_to_its_folder_and_nothing_else(film):
     files = [link for link in links if not link.startswith("data:")]
     assert {"video.mp4", "shots/03.mp4", "storyboard.png", "metadata.json"} <= set(files)
     assert all((film.path / file).is_file() for file in files)
-    assert len([link for link in links if link.startswith("data:image/jpeg;base64,")]) == 4  # the first shot's twice
+    # The first shot's picture stands there twice.
+    assert len([link for link in links if link.startswith("data:image/jpeg;base64,")]) == 4
     video = base64.b64encode((film.path / "video.mp4").read_bytes()).decode()
     assert f"data:video/mp4;base64,{video}" in links
     for word in ("http:", "https:", "@import", "fetch(", "XMLHttpRequest"):
@@ -76,7 +77,7 @@ def test_a_page_shows_texts_as_they_stand(film):
     text = (film.path / "index.html").read_text()
     seen = Page(text)
     assert seen.tags.count("script") == 1
-    assert "b" not in seen.tags[: seen.tags.index("video")]  # of the title
+    assert "b" not in seen.tags[: seen.tags.index("video")]  # the title's tag is shown as text
     assert "A <b>journey</b>" in seen.words
     assert EVIL in seen.words
     assert 'alert("x")</script>' not in text
@@ -101,10 +102,10 @@ def test_a_page_holds_the_routes_of_each_layer_and_noise_level(film):
     counts = film.read_routing()
     assert [packed[name] for name in ("layers", "levels", "shots")] == [2, 4, 3]
     values = np.frombuffer(base64.b64decode(packed["counts"]), "<u2").reshape(2, 4, 3, 4)
-    assert not values[..., -1].any()  # no picture is given
+    assert not values[..., -1].any()  # the last column is for pictures, and there are none
     shown = values[..., :3] / 65535 * float(counts.max())
     assert np.abs(shown - counts.numpy()).max() <= float(counts.max()) / 65535
-    assert (counts.sum((0, 2, 3)) > 0).sum() > 1  # noise levels are told apart
+    assert (counts.sum((0, 2, 3)) > 0).sum() > 1  # counts are kept for each noise level
     assert (counts[:, :, 1:].sum((1, 2, 3)) > 0).all()
 
 

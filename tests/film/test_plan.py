@@ -78,7 +78,7 @@ def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
     plan = plan_film(what, MeanCodec())
     assert plan.shapes == [(3, 4, 8, 12), (3, 1, 8, 12), (3, 4, 8, 12), (3, 4, 8, 12)]
     assert plan.filmed == [0, 2, 3]
-    assert plan.cuts == [True, True, True, False]  # the picture stands between a shot and what it continues
+    assert plan.cuts == [True, True, True, False]  # shot 2 is a cut, since the picture stands before it
     assert list(plan.given) == [1]
     plan.encode_texts(echo)
     assert plan.text == ["whole story", f"{CUT_PREFIX} a", "b", "b", "c"]

@@ -224,7 +224,7 @@ def test_json_is_read_as_json(write):
     text = '{\n\t"title": "\\ud83d\\udc07 $5",\n\t"shots": [\n\t\t{"prompt": "A \\ud83d\\udc07."}\n\t]\n}'
     script = load_script(write(text, "story.JSON"))
     assert (script.title, script.shots[0].prompt) == ("\N{RABBIT} $5", "A \N{RABBIT}.")
-    assert load_script(write("\ufeff" + text, "story.json")) == script  # as Windows writes it
+    assert load_script(write("\ufeff" + text, "story.json")) == script  # Windows programs may write this mark first
 
 
 def test_a_character_that_yaml_has_in_halves_is_joined(write):

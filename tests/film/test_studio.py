@@ -153,7 +153,7 @@ def test_what_cannot_be_made_anew_leaves_script_and_takes(studio, tmp_path):
 
 def test_a_film_of_another_script_is_set_aside(studio):
     """Nothing is lost: not the film of the script before, nor one that was stopped."""
-    name = "w" * 64  # as long as a name may be
+    name = "w" * 64  # the longest name allowed
     studio.save(name, STORY)
     list(studio.make(name))
     made = studio.film(name).shot(1).read_bytes()
@@ -161,7 +161,7 @@ def test_a_film_of_another_script_is_set_aside(studio):
     making = studio.make(name)
     assert [next(making).num_shots for _ in range(4)] == [2] * 4
     making.close()
-    list(studio.make(name))  # goes on
+    list(studio.make(name))  # making continues
     studio.save(name, STORY)
     list(studio.make(name))
     assert studio.film(name).shot(1).read_bytes() == made
@@ -343,7 +343,7 @@ def test_a_story_is_filmed_in_a_browser(trained, tmp_path, browser):
     with served(trained, folder) as port:
         browser.get(f"http://127.0.0.1:{port}")
         until("document.querySelector('#name input')")
-        until("!document.querySelector('#name .translucent')")  # which covers what is still loaded
+        until("!document.querySelector('#name .translucent')")  # Gradio covers fields that still load
         name = browser.find_element("css selector", "#name input")
         name.click()
         until("[...document.querySelectorAll('[role=option]')].some(option => option.textContent.includes('walk'))")

@@ -70,7 +70,7 @@ def test_what_is_asked_for_stands_beside_the_film(trained, tmp_path, capfd):
     preview = Image.open(film.path / "preview.webp")
     assert (preview.size, preview.n_frames) == ((96, 64), 5)
     assert {"video.srt", "preview.webp"} <= {path.name for path in film.files()}
-    filmmaker.make([(script, film)])  # is left as it is
+    filmmaker.make([(script, film)])  # the film is whole and stays as it is
     other = Filmmaker(replace(config, video=VideoConfig()))
     with pytest.raises(DataError, match=r"another film: its video"):
         other.make([(script, film)])

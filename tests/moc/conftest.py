@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-# These are the runs of two processes, by name, and what is asked of each.
+# The keys name the runs of two processes, and the values are their arguments.
 TWO = {
     "plain": [],
     "poisoned": ["--poisoned", "scene0.75"],
@@ -32,7 +32,7 @@ def two_processes(tmp_path_factory) -> Path:
     from tests.runs import THEN, launch, make_cache
 
     shared = tmp_path_factory.getbasetemp()
-    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # that of all processes of pytest
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared  # all pytest workers share this folder
     folder = shared / "two_processes"
     with FileLock(shared / "two_processes.lock"):
         if not (folder / "said.txt").exists():

@@ -58,7 +58,7 @@ def test_shots_of_one_length_are_one_call(config, monkeypatch):
     """There is no text in the stream; the calls one by one, for which they are then not known as such, give the
     same."""
     config = moc.MoCConfig(top_k=2, **config)
-    monkeypatch.setattr(anchors, "SHORT", 0)  # short ones are packed otherwise
+    monkeypatch.setattr(anchors, "SHORT", 0)  # otherwise short calls would be packed
     sample = moc.ShotLayout.build([moc.Shot(0, (3, 2, 2))] * 3, 0, chunk_tokens=4)
     layout = moc.ShotLayout.pack([sample, sample])
     q, k, v = attention_tensors(layout, requires_grad=True)

@@ -146,7 +146,7 @@ def test_own_shots_cap_the_sparsity():
     none = torch.empty(1, layout.num_tokens, 0, dtype=torch.int32)
     cost = attention_cost(layout, moc.MoCConfig(top_k=0), none, num_heads=1, head_dim=8)
     assert cost.sparsity == cost.video_sparsity == 0.875
-    assert cost.flops == 0.125 * cost.dense_flops  # nothing is scored to choose no chunk
+    assert cost.flops == 0.125 * cost.dense_flops  # choosing no chunk needs no scores
 
 
 def test_routes_of_the_last_queries_alone_are_refused():

@@ -87,7 +87,7 @@ def backend(request, monkeypatch):
 def test_the_last_queries_alone_equal_those_of_all(backend, config):
     """The first query is in a text, at a group's start, within a chunk, or the last token."""
     layout = two_samples()
-    heads = 1 if backend == "triton" else 2  # interpreting takes its time
+    heads = 1 if backend == "triton" else 2  # interpreted kernels are slow
     q, k, v = attention_tensors(layout, dtype=torch.float32, num_heads=heads, head_dim=16, requires_grad=True)
     drops = DROPS if config.text_anchor == "global_and_own" else None
     whole = moc.moc_attention(q, k, v, layout, config, backend=backend, drops=drops)

@@ -71,7 +71,7 @@ def test_drops_only_drop_routes_and_add_candidates(stream, config, seed):
             assert len(row) == len(set(row))
             assert set(row) <= set(allowed)
             assert len(added) <= min(3, len(allowed) - len(held[head][i]))
-            if held[head][i]:  # floor(p k) with p below 1 leaves at least one
+            if held[head][i]:  # with p below 1, floor(p k) drops fewer than k
                 assert set(row) & set(held[head][i])
 
 
@@ -173,7 +173,7 @@ def test_drop_in_has_no_favourites():
     """Every candidate that a query does not hold is added equally often."""
     config = moc.MoCConfig(top_k=2, drop_off_max=0.0, drop_in_rate=2.0, drop_in_max=2)
     before, after = before_and_after(config, heads=16)
-    candidates = 80  # chunks of the two earlier shots
+    candidates = 80  # the number of chunks in the two earlier shots
     free, added = ~before[..., :candidates], (after & ~before)[..., :candidates]
     share = added.sum((0, 1)) / free.sum((0, 1))
     mean = added.sum() / free.sum()
@@ -198,7 +198,7 @@ def test_dropped_chunks_do_not_come_back_as_drop_ins():
     layout = moc.ShotLayout.build([moc.Shot(0, (4, 1, 2)), moc.Shot(0, (50, 1, 2))], chunk_tokens=2)
     before, after = before_and_after(moc.MoCConfig(top_k=4, drop_in_rate=9.0, drop_in_max=4), layout)
     dropped = (before & ~after).sum(-1).double()
-    assert abs(dropped.mean() - 1.5) < 0.2  # as without drop-in: 0, 1, 2, 3 equally often
+    assert abs(dropped.mean() - 1.5) < 0.2  # as without drop-in, where 0, 1, 2 and 3 are equally likely
     assert before.sum(-1).min() == 4
 
 
@@ -210,7 +210,7 @@ def test_the_same_key_gives_the_same_routes():
     q, k, _ = attention_tensors(layout)
     config = moc.MoCConfig()
     first = route(q, k, layout, config, KEY)
-    torch.rand(7)  # no generator has a say
+    torch.rand(7)  # the draws depend on no global generator
     assert torch.equal(route(q, k, layout, config, moc.DropKey(1, 2, 3)), first)
 
 

@@ -66,7 +66,7 @@ def test_levels_without_history_are_shifted_logit_normal():
     assert abs(logits.mean() - 0.3) < 0.06
     assert abs(logits.std() - 0.8) < 0.06
     by_sample = logits.view(-1, 3)
-    assert abs(torch.corrcoef(by_sample.T)[0, 1]) < 0.12  # drawn for each shot, not for each sample
+    assert abs(torch.corrcoef(by_sample.T)[0, 1]) < 0.12  # levels are drawn for each shot, not for each sample
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -85,7 +85,7 @@ def test_an_experts_levels_are_those_of_all_that_lie_in_its_range(low, high):
     assert high - 0.1 < drawn.max() <= high
     everything = Flow(**settings).draw_levels(many(4, count=4000, first=10_000), seed=2).sigma
     kept = everything[(everything >= low) & (everything <= high)]
-    assert distance(drawn, kept) < 1.63 * (1 / len(drawn) + 1 / len(kept)) ** 0.5  # one seed in a hundred is over it
+    assert distance(drawn, kept) < 1.63 * (1 / len(drawn) + 1 / len(kept)) ** 0.5  # 1 in 100 seeds exceeds this
     assert distance(drawn, everything) > 0.1
 
 
@@ -115,7 +115,7 @@ def test_the_set_share_of_samples_has_a_near_clean_history(rate, num_shots):
     has_history = ~is_target.all(1)
     assert abs(has_history.double().mean() - rate) < 0.06
     assert is_target[:, -1].all()
-    assert (is_target[:, 1:] >= is_target[:, :-1]).all()  # the history is a run of first shots
+    assert (is_target[:, 1:] >= is_target[:, :-1]).all()  # the history consists of the first shots
     lengths = (~is_target).sum(1)[has_history]
     assert set(lengths.tolist()) == set(range(1, num_shots))
     history = sigma[~is_target]

@@ -61,13 +61,13 @@ def test_steps_through_graphs_are_those_without(tmp_path, family, moc, micro_bat
         folder = tmp_path / f"{graphs}"
         trainer = Trainer(Parallel(), model, Flow(), moc, schedule, optim, length, folder, 0, lambda _: None)
         found: list[float] = []
-        captured: list[int] = []  # graphs that there are after each step
+        captured: list[int] = []  # the number of graphs after each step
         for packs in Packs(model.stream, micro_batches):
             trainer._train_step(packs)
             found.append(trainer._outcomes[-1].read().loss)
             captured.append(sum(kind.graph is not None for kind in trainer._pass._kinds))
         if schedule.stages:
-            assert not captured[5]  # those of the settings before are dropped
+            assert not captured[5]  # graphs of earlier settings are dropped
         if graphs:
             assert max(captured) == (1 if schedule.stages and micro_batches == 1 else 2)
         else:

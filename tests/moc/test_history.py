@@ -135,7 +135,7 @@ def test_memory_is_taken_once_and_does_not_grow_with_the_film(monkeypatch):
     short, long = (memory_of(model, story(shots), config, monkeypatch) for shots in (3, 9))
     layers, sides, width = 2, 2, 48
     assert short[-1] == long[-1] == 3 * TOKENS * layers * sides * 2 * width * 4
-    assert long.index(long[-1]) < 2 * layers * sides  # within the first step
+    assert long.index(long[-1]) < 2 * layers * sides  # the memory is full within the first step
     assert memory_of(model, story(9), replace(config, context_shots=0), monkeypatch)[-1] == 3 * long[-1]
 
 

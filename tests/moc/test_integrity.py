@@ -38,7 +38,7 @@ def flip(file: Path, index: int = -3) -> None:
     data[index] ^= 4
     file.write_bytes(data)
     mark = next(f for f in file.parents if f.name.startswith("step_")) / "complete"
-    os.utime(mark, ns=(mark.stat().st_atime_ns, mark.stat().st_mtime_ns + 1))  # as in a new process: look again
+    os.utime(mark, ns=(mark.stat().st_atime_ns, mark.stat().st_mtime_ns + 1))  # has it checked again
 
 
 def files_of(checkpoint: Path) -> list[str]:
@@ -57,7 +57,7 @@ def test_a_flipped_byte_anywhere_is_found(run, caplog):
         (message,) = [record.message for record in caplog.records]
         assert str(newest) in message
         assert f"{STEPS[0]} is taken instead" in message
-        if name != "complete":  # whose change may look like another file's
+        if name != "complete":  # its damage may look like another file's
             assert f"damaged: {name} is not what was written" in message
         flip(newest / name)
         assert sound_checkpoint(run) == newest

@@ -97,7 +97,7 @@ def test_a_signal_in_validation(cache, tmp_path, monkeypatch):
     """It is left, and made up for when the run goes on."""
     settings = {"num_steps": 4, "validation": 3, "validate_every": 2}
     train(cache, tmp_path / "whole", **settings)
-    calls = 3 * 4 + 1 + 2 + 4  # before the first step with routing, two steps, one scene of three
+    calls = 3 * 4 + 1 + 2 + 4  # calls: validation with routing before the first step, two steps, one scene of three
     with monkeypatch.context() as patch:
         patch.setattr(Flow, "loss", at_call(calls, lambda: send(signal.SIGUSR1)))
         stopped = train(cache, tmp_path / "run", **settings)
@@ -129,7 +129,7 @@ def test_weights_that_give_no_finite_loss_are_not_saved(cache, tmp_path, caplog)
 
 
 def test_one_process_that_is_told_ends_all_at_the_same_step(cache, two_processes, tmp_path):
-    shutil.copytree(two_processes / "told", tmp_path / "run")  # whose processes assert that each has taken two steps
+    shutil.copytree(two_processes / "told", tmp_path / "run")  # its processes have asserted that each took two steps
     assert find_checkpoint(tmp_path / "run").name == "step_0000002"
     train(cache, tmp_path / "whole", moc=DROPS)
     train(cache, tmp_path / "run", moc=DROPS, resume=True)

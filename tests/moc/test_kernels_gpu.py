@@ -68,7 +68,8 @@ def assert_as_good_as_torch(attend, layout, config, routes, tensors, direction):
     mine = with_gradients(lambda *x: attend(*x, routes, layout, config), tensors, direction)
     for name, allowed, ours, theirs, truth in zip("oqkv", (2, 3, 3, 3), mine, yardstick, exact, strict=True):
         error, bound = ours - truth, allowed * (theirs - truth)
-        rounding = (truth.to(ours.dtype) - truth).abs().max()  # the exact result's own: a single number may lie astride
+        # A single number may lie between two roundings, so the exact result's own rounding is added.
+        rounding = (truth.to(ours.dtype) - truth).abs().max()
         assert error.norm() <= bound.norm() + 1e-6 * truth.norm(), f"{name}: {error.norm():.2e} > {bound.norm():.2e}"
         assert error.abs().max() <= bound.abs().max() + rounding + 1e-6, f"{name}: {error.abs().max():.2e}"
     return mine
@@ -178,7 +179,7 @@ def test_callers_routes():
     tensors, direction = inputs(layout)
     wild = torch.randint(-1, layout.num_chunks, (3, layout.num_tokens, 4), device="cuda")
     triton = partial(moc.moc_attention, layout=layout, config=config, routes=wild, backend="triton")
-    kept = drop_covered(wild, layout, config)  # none into another sample
+    kept = drop_covered(wild, layout, config)  # drops chunks of other samples
     assert_as_good_as_torch(lambda q, k, v, *_: triton(q, k, v), layout, config, kept, tensors, direction)
 
 

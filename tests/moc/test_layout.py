@@ -152,8 +152,8 @@ def assert_even(lengths: list[int], total: int, unit: int, most: int):
         ((36, 20, 32), 160, [160] * 144),
         ((7, 2, 5), 30, [30, 20, 20]),  # three frames at most: 3 + 2 + 2, not 3 + 3 + 1
         ((10, 1, 1), 4, [4, 3, 3]),
-        ((2, 5, 3), 6, [6, 6, 3, 6, 6, 3]),  # a frame too large: rows 2 + 2 + 1, frame by frame
-        ((1, 3, 100), 10, [100, 100, 100]),  # never under one row
+        ((2, 5, 3), 6, [6, 6, 3, 6, 6, 3]),  # a frame is too large, so each is split into rows 2 + 2 + 1
+        ((1, 3, 100), 10, [100, 100, 100]),  # a chunk has at least one row
         ((5, 2, 2), 4, [4] * 5),  # exactly one frame
         ((1, 4, 4), 1000, [16]),  # one-frame shot
     ],
@@ -173,7 +173,7 @@ def test_empty_texts_have_no_chunk_and_no_segment():
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 2)), moc.Shot(3, (1, 1, 2))], chunk_tokens=8)
     assert [(chunk.kind, chunk.length) for chunk in layout.chunks] == [("video", 2), ("text", 3), ("video", 2)]
     assert [(s.kind, s.shot) for s in layout.segments] == [("video", 0), ("text", 1), ("video", 1)]
-    assert layout.num_groups == 3  # the global text is there, with no tokens
+    assert layout.num_groups == 3  # the global text is a group, though it has no tokens
 
 
 @given(wide, st.integers(1, 40))
@@ -227,7 +227,7 @@ def test_to_moves_every_table_and_leaves_the_original():
     kept = weakref.ref(moved)
     del moved
     gc.collect()
-    assert kept() is None  # held-out batches stay on the CPU, and what is moved of one is let go with its step
+    assert kept() is None  # a held-out batch on the CPU keeps no reference to its moved copy
 
 
 def test_the_same_stream_at_other_positions_shares_its_tables():
@@ -244,7 +244,7 @@ def test_the_same_stream_at_other_positions_shares_its_tables():
     assert not other.is_stream_of(one.samples, 8)
     assert not other.is_stream_of(one.samples[:-1], one.chunk_tokens)
     assert (other.rechunk(8).positions, one.rechunk(8).positions) == ((8, 2), (5, 6))
-    assert other.rechunk(8).chunk_cu_seqlens is one.rechunk(8).chunk_cu_seqlens  # made once
+    assert other.rechunk(8).chunk_cu_seqlens is one.rechunk(8).chunk_cu_seqlens  # the tables are made only once
     with pytest.raises(ValueError, match="1 positions for 2 samples"):
         one.at([1])
 

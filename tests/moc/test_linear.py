@@ -69,7 +69,7 @@ def test_a_small_sample_does_not_make_it_overconfident():
     for sigma in SIGMAS:
         noisy, target = (1 - sigma) * held_out + sigma * noise, noise - held_out
         error = (predictor.velocity(noisy, sigma) - target).square().mean()
-        assert error < (noisy / sigma - target).square().mean()  # the velocity if the latent were its mean, 0
+        assert error < (noisy / sigma - target).square().mean()  # noisy / sigma is the velocity of a latent of 0
         assert error < target.square().mean()
 
 
@@ -89,7 +89,7 @@ def test_the_floor_lies_below_predicting_the_mean_and_above_the_truth():
     for sigma, floor in zip(SIGMAS, floors, strict=True):
         noisy = (1 - sigma) * held_out + sigma * noise
         assert floor < ((noisy - mean) / sigma - (noise - held_out)).square().mean()
-        # Nobody can tell what is small and independent from the noise: its Bayes error is what is left at least.
+        # Small independent values cannot be told from noise, so the floor is at least their Bayes error.
         variance = 0.1**2
         posterior = variance * sigma**2 / ((1 - sigma) ** 2 * variance + sigma**2)
         assert floor > 0.9 * posterior / sigma**2
@@ -107,7 +107,7 @@ def test_values_that_never_vary_are_known():
     train, held_out = latents(100), latents(50)
     noise = torch.randn(held_out.shape, generator=generator)
     for sigma, floor in zip(SIGMAS, linear_losses(train, held_out, noise, SIGMAS), strict=True):
-        bayes = 0.75 / ((1 - sigma) ** 2 + sigma**2)  # of unit variance, in three values of four
+        bayes = 0.75 / ((1 - sigma) ** 2 + sigma**2)  # three values of four have variance 1
         assert 0.9 * bayes < floor < 1.1 * bayes
 
 

@@ -21,7 +21,7 @@ def expected(tmp_path, request):
     return tmp_path
 
 
-# A model of each family, one of them with an adapter, and one whose attention is dense.
+# These are a model of each family, one of them with an adapter, and one with dense attention.
 SOME_CASES = [meshes.CASES[0], meshes.CASES[3], meshes.CASES[4]]
 
 

@@ -138,8 +138,8 @@ def test_what_is_a_spike():
     assert told(usual) == []
     assert told([*usual[:120], 1.0, *usual[120:]]) == [120]
     assert told(usual, [*[1.0] * 99, 80.0, *[1.0] * 100]) == [99]
-    assert told([5.0 / step for step in range(1, 100)]) == []  # it falls
-    assert told([0.1, 9.0, 0.1]) == []  # nobody knows yet what is usual
+    assert told([5.0 / step for step in range(1, 100)]) == []  # a falling loss has no spikes
+    assert told([0.1, 9.0, 0.1]) == []  # too few losses to know the usual one
     assert 200 in told([*usual, *[1.0] * 200])
     assert len(told([*usual, *[1.0] * 200])) < 30  # a new level becomes the usual one
 

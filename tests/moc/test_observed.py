@@ -68,7 +68,7 @@ def test_what_a_run_tells_of_each_step(rows):
         routes = {int(name.removeprefix("routes/back_")): x for name, x in row.items() if name.startswith("routes/")}
         assert set(routes) <= {0, 1, 2}
         assert sum(routes.values()) == pytest.approx(1)
-        assert "mfu" not in row  # nobody knows a CPU's peak
+        assert "mfu" not in row  # the peak of a CPU is not known
         assert "memory_gib" not in row
 
 
@@ -127,7 +127,7 @@ def test_a_survey_counts_what_attention_and_linears_do(build, dense_layers):
     routing = sum(cost.routing_flops / 2 for cost in costs) * 2
     linears = values["flops_per_token"] * batch.layout.num_tokens - attention - routing
     products = sum(n for op, n in counted.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
-    assert 0.8 * products < linears / 3 <= products  # patches and time, which are no linears, are left out
+    assert 0.8 * products < linears / 3 <= products  # `flops_per_token` leaves out the embeddings of patches and time
     shares = [routing_statistics(routes, batch.layout).share_by_distance for routes in seen.values()]
     for distance in (1, 2):
         mean = sum(share.get(distance, 0) for share in shares) / len(shares)
@@ -206,7 +206,7 @@ def test_a_clock_counts_communication_within_phases(monkeypatch):
     values = clock.read()
     assert values["communication_seconds"] == (2 + 3) / 2
     assert values["forward_seconds"] == 9 / 2
-    assert not clock._communications  # they are counted once
+    assert not clock._communications  # read() takes them, so they count once
 
 
 def test_the_progress_line_has_loss_and_speed(rows):

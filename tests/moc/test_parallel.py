@@ -70,7 +70,7 @@ def test_what_trains_in_bf16_validates_evaluates_and_samples_in_bf16(prepared, t
     for name, precision in {"fp32": (), "bf16": ("precision=bf16",)}.items():
         of_train = [f"parallel.{setting}" for setting in precision]
         run = pipeline.train(prepared, tmp_path / name, "trainer.num_steps=1", *of_train)
-        assert {grad for grad, _ in seen} == {True, False}  # trained and validated
+        assert {grad for grad, _ in seen} == {True, False}  # the run both trained and validated
         pipeline.command("scripts/evaluate.py", f"checkpoint={run}", *data, *precision)
         pipeline.sample(run, tmp_path / "story.yaml", tmp_path / f"film_{name}", "device=cpu", *precision)
         assert {autocast for _, autocast in seen} == {name == "bf16"}

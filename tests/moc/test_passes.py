@@ -20,7 +20,7 @@ def pools(monkeypatch):
 
     @contextmanager
     def capture(graph, pool=None, capture_error_mode="global"):
-        assert capture_error_mode == "thread_local"  # other threads, such as a loader's, do as ever
+        assert capture_error_mode == "thread_local"  # so other threads, such as a loader's, may use CUDA
         used.append(pool)
         yield
 
@@ -40,7 +40,7 @@ def test_graphs_of_one_setting_share_their_memory_and_go_with_it(pools, tmp_path
     passes = Passes(trainer.parallel, trainer.model, trainer.flow, seed=0, graphs=2)
     monkeypatch.setattr(passes, "_most", 2)
     monkeypatch.setattr(trainer, "_pass", passes)
-    streams = ((1, 2), (2, 1), (1, 1))  # two have a graph, which is captured when they come again
+    streams = ((1, 2), (2, 1), (1, 1))  # two of them get a graph, when they come again
     captured = []
     for frames in (*streams, *streams, streams[0], streams[0]):
         trainer._train_step([batch(trainer.bare_model.stream, frames)])

@@ -378,7 +378,7 @@ def test_routes_of_the_last_queries_are_checked_once():
     assert torch.equal(attention(q[first:], k, v, layout, config, routes=routes), expected)
     assert torch.equal(routes.whole(layout)[:, first:], chosen)
     assert (routes.whole(layout)[:, :first] == -1).all()
-    again = moc.Routes.checked(torch.cat([chosen, chosen], -1), layout, config)  # each chunk is named twice
+    again = moc.Routes.checked(torch.cat([chosen, chosen], -1), layout, config)  # names each chunk twice
     assert again.indices.shape[1] == 5
     assert torch.equal((again.indices >= 0).sum(-1), (chosen >= 0).sum(-1))
     refused(r"routes must be \[2, .*\(2, 5, 2\)", q, k, v, routes=routes)

@@ -86,8 +86,8 @@ def test_it_is_the_latents_way_times_the_rate_of_the_last_two():
     known = reuse.known(*way(), {7: zero + 3})
     assert known is not None
     assert torch.equal(known[7], zero + 1.1)
-    assert reuse.known(*way(), {7: zero - 2}) is None  # 0.3 of 1.1
-    assert reuse.known(*way(), {7: zero + 3, 8: zero}) is None  # which was never asked about
+    assert reuse.known(*way(), {7: zero - 2}) is None  # a change of 0.3 in a velocity of 1.1
+    assert reuse.known(*way(), {7: zero + 3, 8: zero}) is None  # shot 8 was never asked about
     assert reuse.reused == 1
     assert reuse.remembered(8) == {}
 
@@ -101,7 +101,7 @@ def test_a_step_that_is_asked_otherwise_asks():
     assert reuse.known(*way(), {7: zero + 1}) is not None
     assert reuse.known(*way(is_dense=True), {7: zero + 1}) is None
     reuse.keep(*way(is_dense=True), {7: zero + 2}, {7: zero + 3})
-    assert reuse.known(*way(is_dense=True), {7: zero + 2}) is None  # at whose rate nothing is known yet
+    assert reuse.known(*way(is_dense=True), {7: zero + 2}) is None  # the rate of dense steps is not known yet
     model, what = build("experts"), story(2)
     calls = []
     for expert in (model.high, model.low):

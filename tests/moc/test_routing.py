@@ -103,7 +103,7 @@ def test_low_precision_inputs_are_scored_in_full_precision(dtype):
     stream = Stream(((3, tuple(moc.Shot(2, (8, 2, 4)) for _ in range(4))),), 16)
     layout, config = stream.layout(), moc.MoCConfig(top_k=3)
     q, k, _ = attention_tensors(layout, 1, head_dim=64, dtype=dtype)
-    k = k + 1  # a common vector that the differences have to stand against
+    k = k + 1  # this common vector makes the differences relatively small
     routes = brute_force.as_lists(route(q, k, layout, config))
     scores, expected = brute_force.scores(q, k, stream), brute_force.route(q, k, stream, config)
     tokens, compared = brute_force.tokens_of(stream), 0

@@ -106,7 +106,7 @@ def test_euler_follows_the_flow_of_a_gaussian():
     noise = model.calls[0][2][0]
     torch.testing.assert_close(latent, 3 + 0.5 * noise, atol=0.02, rtol=0)
     coarse = film(Recording(gaussian), SamplingConfig(steps=20, **ONE_PASS), story(1))[0][1]
-    assert (coarse - latent).abs().max() > 1e-4  # steps are steps
+    assert (coarse - latent).abs().max() > 1e-4  # the result depends on the number of steps
 
 
 def test_shot_by_shot_sees_finished_shots_as_history():

@@ -73,7 +73,7 @@ def test_a_run_goes_on_on_more_and_on_fewer_processes(cache, tmp_path, axis):
     [
         ("SIGTERM,SIGINT", "0", True),
         ("SIGTERM,SIGINT", "3600", False),
-        ("SIGQUIT", "0", False),  # as scripts/launch/torchrun.sh has it
+        ("SIGQUIT", "0", False),  # as scripts/launch/torchrun.sh sets it
         ("", "0", False),
     ],
 )

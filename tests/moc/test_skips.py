@@ -54,7 +54,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(cache, tmp_path, 
         assert message.startswith(f"step {step} is skipped")
         assert "scene0.75" in message
     assert all("scene0.75" in names for names in told.values())
-    if not gradient_only:  # then the loss itself tells which scene it was
+    if not gradient_only:  # then the loss itself shows which scene is bad
         assert set(told.values()) == {"scene0.75"}
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
@@ -80,7 +80,7 @@ def test_two_processes_skip_the_same_steps(cache, two_processes, tmp_path):
     assert steps[0]
     assert steps[1] == steps[0]
     said = (two_processes / "said.txt").read_text()
-    assert [said.count(f"step {step} is skipped") for step in steps[0]] == [1] * len(steps[0])  # by the main one
+    assert [said.count(f"step {step} is skipped") for step in steps[0]] == [1] * len(steps[0])  # by the main process
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-6)
 
 

@@ -70,7 +70,8 @@ def test_forward_routes_have_negative_distance():
 
 def test_global_text_stands_at_no_distance():
     layout = moc.ShotLayout.build([moc.Shot(0, (1, 1, 1)) for _ in range(2)], global_text_tokens=1, chunk_tokens=1)
-    routes = torch.tensor([[[2], [-1], [1]]], dtype=torch.int32)  # global text to the second shot, that to the first
+    # The global text routes to the second shot, and the second shot to the first.
+    routes = torch.tensor([[[2], [-1], [1]]], dtype=torch.int32)
     found = routing_statistics(routes, layout)
     assert found.share_by_distance == {1: 1.0}
     assert found.unused == 0
@@ -109,7 +110,7 @@ def test_routing_map_gathers_layers_and_streams():
     expected[2, 0], expected[4, 2], expected[4, 0] = 1.0, 0.5, 0.5
     assert torch.equal(story.shares(), expected)
     assert story.counts.sum() == 8
-    story.observer(layout, [0, 2, 4], [2], [1.0])(0, routes)  # the last shot is history here
+    story.observer(layout, [0, 2, 4], [2], [1.0])(0, routes)  # the last shot, 4, is history here
     assert story.counts.shape == (2, 4, 5, 5)
     by_layer_and_level = story.counts[:, :, [2, 4]].sum(-1).tolist()
     assert by_layer_and_level == [[[2, 0], [0, 0], [0, 2], [2, 0]], [[2, 0], [0, 0], [0, 2], [0, 0]]]

@@ -68,7 +68,7 @@ def test_micro_batches_add_up_to_the_packed_step(cache, tmp_path):
 
 def test_two_processes_train_as_one(cache, two_processes, tmp_path):
     one, two = tmp_path / "one", two_processes / "plain"
-    train(cache, one, moc=DROPS)  # all in one pack
+    train(cache, one, moc=DROPS)  # one process has all scenes in one pack
     assert losses(two) == pytest.approx(losses(one), rel=2e-6)
     assert_same_weights(one, two, atol=1e-5, rtol=1e-4)
 
@@ -88,7 +88,7 @@ def test_metrics_past_the_checkpoint_are_dropped_on_resuming(cache, whole, tmp_p
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints/step_0000006")
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "loss": 1')  # a crash while writing
+        file.write('{"step": 7, "loss": 1')  # a line that a crash cut off
     train(cache, tmp_path, num_steps=4, resume=True)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
@@ -236,7 +236,7 @@ def test_learning_rate_warms_up_and_decays():
     cosine = replace(constant, decay="cosine")
     rates = [learning_rate(step, 20, cosine) for step in range(20)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert rates[12] == pytest.approx(1.0)  # half-way down
+    assert rates[12] == pytest.approx(1.0)  # halfway through the decay
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert 0 < rates[-1] < 0.05
     assert learning_rate(0, 20, replace(constant, warmup_steps=0)) == 2.0

@@ -140,7 +140,7 @@ def many_chunks() -> moc.ShotLayout:
     ("top_k", "causal", "own", "inputs"),
     [
         (17, True, "shot", "periodic"),
-        pytest.param(40, False, "shot", "random", marks=pytest.mark.slow),  # as "far", but for one chunk
+        pytest.param(40, False, "shot", "random", marks=pytest.mark.slow),  # like "far" but for one chunk
         (40, False, "shot", "far"),
         (64, False, "chunk", "equal"),
     ],
@@ -152,7 +152,7 @@ def test_triton_with_many_routes(top_k, causal, own, inputs):
     q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
     if inputs == "periodic":  # every fourth chunk suits all queries
         q, k = q.abs(), torch.where((torch.arange(len(k)) % 4 == 0)[:, None, None], k.abs(), -k.abs())
-    elif inputs == "equal":  # exactly, in whatever order a product is summed
+    elif inputs == "equal":  # scores are exactly equal, in whatever order products are summed
         q, k = eighths(q), torch.ones_like(k)
     elif inputs == "far":
         k[50] *= 1e6
@@ -182,10 +182,10 @@ def test_shortlists_take_what_they_can_and_say_what_they_leave(monkeypatch):
     assert_same_choice(routes[:1], q[:, :1], k[:, :1], layout, config)
     assert same_chunks(routes[1:], routing.route(q[:, 1:], k[:, 1:], layout, config))
     left = found[0] > triton_shortlist.room_for(20)
-    assert not left[:, :128].any()  # the first shot's queries, without candidates
-    assert left[:, 128:192].all()  # a block across the cut
+    assert not left[:, :128].any()  # queries of the first shot have no candidates
+    assert left[:, 128:192].all()  # this block lies across the cut
     assert not left[0, 192:].any()
-    assert left[1, 192:].all()  # equal scores
+    assert left[1, 192:].all()  # this head's scores are all equal
 
 
 @interpreted
@@ -212,7 +212,7 @@ def test_triton_operator_passes_opcheck_compile_and_recomputation():
     routes = triton_backend.route(q, k, layout, config)
     tables, numbers = triton_backend._flat(anchors.anchor_plan(layout, config, layout.num_tokens))
     settings = (tables, numbers, layout.chunk_tokens, layout.max_chunk_tokens, "auto", False)
-    for table in (routes, routes.new_empty(0, 0, 0)):  # the latter for dense attention and top_k 0
+    for table in (routes, routes.new_empty(0, 0, 0)):  # the empty table is for dense attention and top_k=0
         arguments = (q, k, v, table, layout.chunk_cu_seqlens, *settings)
         torch.library.opcheck(torch.ops.moc.attend, arguments, test_utils=("test_schema", "test_faketensor"))
 

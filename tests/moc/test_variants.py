@@ -123,7 +123,7 @@ def test_pointwise_kernels_are_compiled_once_whatever_the_stream(across_heads):
     variants = defaultdict(set)
     for launch in launches:
         variants[launch.name].add(launch.variant)
-    # Three also serve a norm with weights, which has no groups and adds nothing to its scale; one splits and joins.
+    # Three kernels also serve a norm with weights, which has no groups; the fourth splits and joins.
     twice = {"modulate_kernel", "modulate_backward_kernel", "group_sums_kernel", "split_kernel"}
     assert {name: len(keys) for name, keys in variants.items()} == {name: 1 + (name in twice) for name in variants}
     assert len(variants) == 16

@@ -31,7 +31,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed(reduced_file: Path, tmp_
         load_model(tmp_path / "b.safetensors")
     assert "1 missing: blocks.1.attn1.to_q.weight" in str(caught.value)
     assert "1 misshapen: blocks.1.ffn.net.2.bias (3,) instead of (128,)" in str(caught.value)
-    tensors["text_embedding.0.weight"] = torch.zeros(3)  # one of those that tell the sizes
+    tensors["text_embedding.0.weight"] = torch.zeros(3)  # the model's sizes are read from this tensor
     del tensors["head.head.bias"]
     save_file(tensors, tmp_path / "c.safetensors")
     told = r"\['proj_out\.bias', 'condition_embedder\.text_embedder\.linear_1\.weight'\]"
@@ -63,7 +63,7 @@ def test_from_pretrained_is_as_strict(family, tmp_path: Path) -> None:
     tensors["extra.weight"] = tensors.pop(lost)
     tensors[short] = torch.zeros(3)
     save_file(tensors, file, {"format": "pt"})
-    for ignore in (False, True):  # which is diffusers' setting to let the shapes pass
+    for ignore in (False, True):  # diffusers lets wrong shapes pass with True
         with pytest.raises(ValueError, match=f"is not a whole {family.__name__}: 1 missing: {lost}; ") as caught:
             family.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
         assert f"1 unexpected: extra.weight; 1 misshapen: {short} (3,) instead of" in str(caught.value)
@@ -97,7 +97,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(reduced, tmp_path: Pat
     reduced.save_pretrained(tmp_path, max_shard_size="300KB")
     (file,) = tmp_path.glob("*.index.json")
     index = json.loads(file.read_text())
-    lost = "proj_out.bias"  # which shares its shard with others
+    lost = "proj_out.bias"  # this tensor shares its shard with others
     own = index["weight_map"][lost]
     other = next(shard for shard in index["weight_map"].values() if shard != own)
     for change, message in (

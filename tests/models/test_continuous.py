@@ -56,14 +56,14 @@ def test_frames_come_in_other_pieces() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_continuous_shots_are_one_video_cut_up(build: TinyCodecs, kind: str) -> None:
     codec, lengths = build(kind), [3, 1, 10, 2]
-    video = 0.9 * moving_gradient(codec.pixel_frames(sum(lengths)))  # so that no codec clamps it
+    video = 0.9 * moving_gradient(codec.pixel_frames(sum(lengths)))  # so that no codec clamps values
     expected, decoded = whole(codec, video)
     latents = encode_shots(codec, split(video, codec, lengths))
     assert [latent.shape[1] for latent in latents] == lengths
     torch.testing.assert_close(torch.cat(latents, 1), expected, rtol=1e-5, atol=1e-5)
     shots = decode_shots(codec, latents)
     assert [shot.shape[1] for shot in shots] == [9, 4, 40, 8]
-    if kind == "lapped":  # it seeks the flattest video of each piece, and a shot begins one; what is stored stays
+    if kind == "lapped":  # decoding smooths each piece on its own, but encoding again gives the same latents
         torch.testing.assert_close(whole(codec, torch.cat(shots, 1))[0], expected, rtol=0, atol=1e-5)
     else:
         torch.testing.assert_close(torch.cat(shots, 1), decoded, rtol=0, atol=1e-5)
@@ -126,7 +126,7 @@ def test_tiles_stream_as_diffusers_tiles_the_whole(build: TinyCodecs, kind: str)
     codec.vae.enable_tiling()
     with torch.no_grad():
         joined = torch.cat(latents, 1)
-        if kind == "wan 2.1":  # of patches of 2 x 2, diffusers' tiles are twice as large when it encodes
+        if kind == "wan 2.1":  # for models with patches of 2 x 2 diffusers encodes in tiles twice as large
             torch.testing.assert_close(joined, whole(codec, video)[0], rtol=1e-5, atol=1e-5)
         expected = codec.vae.decode((joined * codec.std + codec.mean)[None]).sample[0]
     torch.testing.assert_close(frames, expected, rtol=0, atol=1e-5)

@@ -78,7 +78,7 @@ def test_the_boundary_is_the_pipelines_and_stays_with_what_leaves_it(experts, tm
 def test_two_in_folders_of_their_own(experts):
     high, low = Contents(experts["files"]).experts
     flow, tune = (shutil.copy(p, p.parents[1] / f"{n}.safetensors") for p, n in ((high, "flow"), (low, "tune")))
-    assert marks(load_denoiser(tune, flow)) == [2.0, 1.0]  # whose names say nothing
+    assert marks(load_denoiser(tune, flow)) == [2.0, 1.0]  # the names do not tell which is which
     with pytest.raises(ValueError, match="holds two experts; with low_noise_checkpoint="):
         load_denoiser(experts["files"], low)
     for path in (high, low):
@@ -137,7 +137,7 @@ def test_experts_that_take_turns_are_the_same(experts):
     )
     for sigma in (0.9, 0.5, 0.95):
         assert torch.equal(run(plain, sigma), run(turns, sigma))
-    assert turns.low._hf_hook.prev_module_hook.model is turns.high  # whoever is called sends the other away
+    assert turns.low._hf_hook.prev_module_hook.model is turns.high  # calling one moves the other off the device
     assert turns.high._hf_hook.prev_module_hook.model is turns.low
 
 

@@ -167,7 +167,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
     def read(name: str) -> Tensor:
-        raise OSError(errno.ENOSPC, "No space left on device")  # as a write says it, without a name
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a failed write raises it, without a file's name
 
     with pytest.raises(OSError, match=r"No space left on device: '.*x\.safetensors'"):
         write_tensors(tmp_path / "x.safetensors", [("w", torch.float32, (2,))], read)

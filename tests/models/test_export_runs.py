@@ -71,7 +71,7 @@ def test_a_public_file_becomes_a_run(reduced, reduced_file: Path, tmp_path: Path
     ]
     assert same(load_model(tmp_path / "run"), reduced.state_dict())
     assert (Contents(step).moc, Contents(step).flow) == (MoCConfig(top_k=2, causal=False), Flow(shift=5.0))
-    # What is not given comes from the input.
+    # Settings that are not given come from the input.
     again = as_run(tmp_path / "run", tmp_path / "again", moc={"top_k": 4})
     assert (Contents(again).moc, Contents(again).flow) == (MoCConfig(top_k=4, causal=False), Flow(shift=5.0))
     convert(open_checkpoint(tmp_path / "run"), tmp_path / "folder", beside=Beside({"top_k": 3}))
@@ -119,7 +119,7 @@ def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, t
         step = as_run(source, tmp_path / f"from_{number}", **settings)
         loaded = load_encoders(step / "encoders")
         assert (loaded.codec.latent_channels, loaded.text.text_dim, loaded.config.text.form) == (16, 24, "joined")
-        assert [path.name for path in (step / "encoders").iterdir()] == ["encoders.json"]  # by path, not copied
+        assert [path.name for path in (step / "encoders").iterdir()] == ["encoders.json"]  # named by path, not copied
     monkeypatch.chdir(release.parent)
     step = as_run(Path(release.name), tmp_path / "of_relative")
     monkeypatch.chdir("/")
@@ -147,7 +147,7 @@ def test_attention_settings_are_found_beside_the_weights(reduced_folder: Path, n
     whole = tmp_path / "whole"
     shutil.copytree(reduced_folder, whole / name)
     if name == "model":
-        (whole / "complete").write_text("")  # of a training checkpoint
+        (whole / "complete").write_text("")  # a training checkpoint has this file
     MoCConfig(top_k=2).save(whole / name)
     for path in (whole, whole / name):
         assert Contents(path).moc == open_checkpoint(path).moc == MoCConfig(top_k=2)
@@ -164,7 +164,7 @@ def test_the_gap_at_cuts_is_the_models_wherever_it_is_written(reduced_folder: Pa
     save_model(earlier, tmp_path / "now", open_checkpoint(tmp_path / "earlier").moc)
     assert "cut_gap" not in (tmp_path / "now/moc.json").read_text()
     assert load_model(tmp_path / "now").config.cut_gap == 2
-    check_same_model(tmp_path / "earlier", earlier)  # resumes
+    check_same_model(tmp_path / "earlier", earlier)  # the run would resume
     check_same_model(tmp_path / "now", earlier)
     for folder in ("earlier", "now"):
         with pytest.raises(ValueError, match=r"another model: cut_gap=2.0, not 0.0"):

@@ -53,7 +53,7 @@ def test_a_weight_is_kept_to_the_rounding_of_its_format(base: Base) -> None:
     assert ((found - weight).abs() <= 1.01 * rounding(weight, base)).all()
     assert not torch.equal(found, weight)
     again = packed(found, base)
-    if base is not Base.bf16:  # the largest number of a row is the largest of the format
+    if base is not Base.bf16:  # packing maps a row's largest number to the format's largest
         assert torch.equal(again["weight"], kept["weight"])
 
 
@@ -185,7 +185,7 @@ def test_weights_are_packed_as_they_are_read(tmp_path: Path) -> None:
     layer, weight = model.get_submodule(name), plain.get_submodule(name).weight
     assert torch.equal(layer.weight, packed(weight, Base.fp8)["weight"])
     assert torch.equal(model.condition_embedder.time_proj.weight, plain.condition_embedder.time_proj.weight)
-    assert freeze_linears(model, Base.fp8) == {}  # what is packed is not packed again
+    assert freeze_linears(model, Base.fp8) == {}  # packed weights are not packed again
 
 
 def test_a_run_resumes_and_the_base_is_refused_without_an_adapter(trained, prepared, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_by_default_a_twelfth_of_the_values_holds_storyworld_at_30_db(tmp_path: 
     codec = build_codec(parsed("prepare", *REQUIRED["prepare"]).encoders.codec)
     for shot in shots:
         assert shot.shape == (3, 17, 64, 96)
-        assert 12 * codec.encode(shot).numel() <= shot.numel()  # the first frame counted as stored
+        assert 12 * codec.encode(shot).numel() <= shot.numel()  # the bound counts the first frame too
     assert mean_psnr(codec, shots) >= 30
 
 

@@ -111,7 +111,7 @@ def test_it_saves_restores_and_merges(base: Path, tmp_path: Path) -> None:
 
     assert open_checkpoint(tmp_path / "tuned").moc == MoCConfig(top_k=2)
     (tmp_path / "tuned/moc.json").unlink()
-    assert open_checkpoint(tmp_path / "tuned").moc == MoCConfig()  # the base's
+    assert open_checkpoint(tmp_path / "tuned").moc == MoCConfig()  # the base's settings
     merged = load_model(tmp_path / "tuned")
     changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, plain.state_dict()[n])}
     assert merged.state_dict().keys() == plain.state_dict().keys()

@@ -77,7 +77,7 @@ def test_an_alpha_scales(form, wan, matrices, tmp_path):
     tensors = in_form(form, matrices, alpha=0.5)
     save_file(tensors, tmp_path / "lora.safetensors")
     assert_added(wan, [LoraChoice(tmp_path / "lora.safetensors")], expected)
-    if form == "comfyui":  # of kohya's names diffusers' converter takes whole models alone
+    if form == "comfyui":  # diffusers converts kohya's names for whole models only
         converted = WanPipeline.lora_state_dict(tensors)
         for layer in LAYERS:
             up, down = (converted[f"transformer.{layer}.lora_{letter}.weight"] for letter in "BA")

@@ -36,7 +36,7 @@ def test_the_model_is_what_its_equations_say(extras: bool) -> None:
     """It equals its equations written out, for shots of different sizes, lengths and noise levels."""
     model = small_model(input_skip=extras, frame_place=extras, rope_theta=100.0)
     for weight in model.parameters():
-        weight.mul_(3)  # far from where an activation is a line
+        weight.mul_(3)  # weights are large enough for activations to be nonlinear
     story = Sample(
         [torch.randn(CHANNELS, t, 4, 2 * t + 2) for t in (1, 3)], [torch.randn(n, TEXT_DIM) for n in (3, 2, 5)]
     )
@@ -189,7 +189,7 @@ def test_autocast_leaves_the_condition_alone_and_rounds_modulation_once() -> Non
         mixed = conditions()
     assert all(x.dtype == torch.float32 for x in mixed)
     assert torch.equal(exact[0], mixed[0])
-    for index, most in ((1, 1e-3), (2, 1e-2)):  # of the gain the bias alone is rounded
+    for index, most in ((1, 1e-3), (2, 1e-2)):  # in the gain only the bias is rounded
         assert (exact[index] - mixed[index]).abs().max() < most * exact[index].abs().max()
 
 
@@ -227,7 +227,7 @@ def test_forward_never_waits_for_the_device() -> None:
     """Fake tensors have no values, so whatever would copy one to the host fails."""
     model = small_model()
     batch = pack(model, sample(), sample(num_shots=1))
-    run(model, batch, MOC, torch.rand(4), DropKey(0, 1))  # makes the tables of the stream, on the CPU
+    run(model, batch, MOC, torch.rand(4), DropKey(0, 1))  # the first call makes the tables on the CPU
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = run(model, batch, MOC, torch.rand(4), DropKey(0, 1))
         sum(v.sum() for v in out).backward()
@@ -250,7 +250,7 @@ def test_cached_history_gives_the_same_velocity(descriptor: str, offload: bool) 
         layout = pack(model, Sample(story.latents[: shot + 1], story.text[: shot + 2])).layout
         inputs = (story.latents[shot : shot + 1], sigma[shot : shot + 1], story.text[: shot + 2], layout, config)
         (first,) = model(*inputs, cache=cache)
-        assert cache.num_tokens == computed  # looking changes nothing
+        assert cache.num_tokens == computed  # without `remember` the cache stays the same
         (again,) = model(*inputs, cache=cache, remember=True)
         computed = layout.num_tokens
         assert torch.equal(first, again)
@@ -264,7 +264,7 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
     with pytest.raises(ValueError, match="strict forward flow"):
         model(batch.latents, torch.rand(3), batch.text, batch.layout, MOC, cache=model.new_cache(99))
     forward = MoCConfig(chunk_tokens=12, text_anchor="global_and_own")
-    first = batch.layout.groups[2].start  # where the second shot's text begins
+    first = batch.layout.groups[2].start  # the offset of the second shot's text
     two = pack(model, sample(), sample())
     for inputs, num_tokens in ((batch, 16), (two, first)):
         cache = KeyValueCache(99, 2, num_tokens=num_tokens)

@@ -43,12 +43,12 @@ def test_every_weight_learns() -> None:
 
 def test_spread_has_the_gradient_of_indexing() -> None:
     rows = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    for lengths in ([2, 0, 3], [1, 70, 64]):  # the latter fill more than one tile
+    for lengths in ([2, 0, 3], [1, 70, 64]):  # the second lengths fill more than one tile
         group = torch.arange(3).repeat_interleave(torch.tensor(lengths))
         members = Members(group.int(), torch.tensor(lengths))
         assert torch.autograd.gradcheck(lambda r, members=members: spread(r, members), rows)
         assert torch.equal(spread(rows, members), rows[group])
-        tiles, tile_group = members.tiles  # those by which a GPU sums
+        tiles, tile_group = members.tiles  # a GPU sums rows by these tiles
         assert tiles[tiles >= 0].tolist() == list(range(len(group)))
         assert all((group[tile[tile >= 0]] == own).all() for tile, own in zip(tiles, tile_group, strict=True))
 

@@ -77,7 +77,7 @@ def test_recomputation_keeps_the_routes(family, monkeypatch):
     calls, route = [], stream.route
     monkeypatch.setattr(stream, "route", lambda *args, **kwargs: calls.append(args) or route(*args, **kwargs))
     results(model, batch)
-    assert len(calls) == 3  # one a layer
+    assert len(calls) == 3  # one for each layer
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -23,7 +23,7 @@ def original_t5_name(name: str) -> str:
         **{"layer.0.layer_norm": "norm1", "layer.1.layer_norm": "norm2"},
         "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
         "layer.0.SelfAttention": "attn",  # then q, k, v, o
-        "layer.1.DenseReluDense.wi_0": "ffn.gate.0",  # the one that GELU follows
+        "layer.1.DenseReluDense.wi_0": "ffn.gate.0",  # GELU follows this one
         "layer.1.DenseReluDense.wi_1": "ffn.fc1",
         "layer.1.DenseReluDense.wo": "ffn.fc2",
     }.items():
@@ -85,7 +85,7 @@ def test_the_wan22_vae_becomes_a_folder(tmp_path: Path) -> None:
     vae = randomized(AutoencoderKLWan(**VAE22, base_dim=8, decoder_base_dim=4))
     state = {original_vae22_name(name): weight for name, weight in vae.state_dict().items()}
     assert len(state) == len(vae.state_dict())
-    assert state.keys() > {  # as Wan2.2's vae2_2.py names them
+    assert state.keys() > {  # Wan2.2's vae2_2.py has these names
         *("conv1.weight", "conv2.bias", "encoder.conv1.weight", "encoder.downsamples.0.downsamples.0.residual.0.gamma"),
         *("encoder.downsamples.1.downsamples.0.shortcut.bias", "encoder.downsamples.1.downsamples.2.time_conv.weight"),
         *("encoder.middle.0.residual.6.bias", "encoder.middle.1.to_qkv.weight", "decoder.head.2.weight"),

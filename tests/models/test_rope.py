@@ -20,7 +20,7 @@ def test_text_runs_on_the_diagonal_and_video_starts_at_its_end() -> None:
     layout = ShotLayout.build(SHOTS, global_text_tokens=3)
     positions = interleaved_positions(layout)
     _, first, second, third = group_slices(layout)
-    assert positions[:7].tolist() == [[i, i, i] for i in range(7)]  # global text, then the first shot's
+    assert positions[:7].tolist() == [[i, i, i] for i in range(7)]  # the global text, then the first shot's text
     assert positions[first][4:][0].tolist() == [7, 7, 7]
     assert positions[first][-1].tolist() == [8, 9, 11]  # 7 + (T, H, W) - 1
     assert positions[second][0].tolist() == [12, 12, 12]  # past the largest coordinate, 11; no text in between

@@ -138,7 +138,7 @@ def test_a_folder_is_the_librarys_encoder_of_its_kind(saved: Path, name, kind) -
     theirs = kind.from_pretrained(saved / name, dtype=torch.bfloat16).eval()
     assert type(encoder.model) is kind
     ids = torch.tensor([encoder.tokenizer("a red fox").input_ids])
-    with torch.no_grad():  # as the encoder: with gradients, attention rounds otherwise
+    with torch.no_grad():  # like the encoder, since attention rounds otherwise with gradients
         assert torch.equal(encoder.encode("", ["a red fox"])[1], theirs(ids).last_hidden_state[0])
     assert {key: w.dtype for key, w in encoder.model.state_dict().items()} == {
         key: w.dtype for key, w in theirs.state_dict().items()

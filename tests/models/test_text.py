@@ -57,7 +57,7 @@ def test_captions_differ_clearly_by_name(embedded: EmbeddedTextEncoder) -> None:
     distances = torch.cdist(pooled, pooled)[~torch.eye(4, dtype=torch.bool)]
     assert distances.min() > 0.2 * pooled.norm(dim=1).max()
     similar = torch.cosine_similarity(features[0], features[2], dim=-1)
-    assert similar[0] < 0.3  # the name
+    assert similar[0] < 0.3  # the name differs
     assert similar[1:].min() > 0.9  # the other words stay themselves
 
 
@@ -108,7 +108,7 @@ def test_the_encoder_is_rebuilt_from_its_folder(embedded: EmbeddedTextEncoder, t
 def test_cleaning_is_wans() -> None:
     assert clean(" a &amp;lt;b&amp;gt; \n\t“c” ") == 'a <b> "c"'
     assert clean("âœ” done") == "✔ done"
-    assert clean("<i> &amp;amp; x") == "<i> & x"  # where ftfy leaves escapes alone
+    assert clean("<i> &amp;amp; x") == "<i> & x"  # ftfy leaves escapes alone in a text with tags
 
 
 def test_prompt_forms() -> None:
@@ -116,14 +116,14 @@ def test_prompt_forms() -> None:
     assert join_prompt(PromptForm.joined, "", ["A."]) == ("A.", [0, 0])
     prompt, starts = join_prompt(PromptForm.holocine, "G.", ["A.", "B."])
     assert prompt == "[global caption] G. This scene contains 2 shots. [per shot caption] A. [shot cut] B."
-    assert join_prompt(PromptForm.holocine, "G.", ["A."]) == ("G. A.", [0, 3])  # one shot has no tags
+    assert join_prompt(PromptForm.holocine, "G.", ["A."]) == ("G. A.", [0, 3])  # a prompt of one shot has no tags
     assert [prompt[start:].split("]")[0] for start in starts] == ["[global caption", "[per shot caption", "[shot cut"]
 
 
 def test_one_prompt_is_cut_by_span(t5_folder: Path) -> None:
     joined = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), PromptForm.joined))
     features = joined.encode("the dog", ["a red fox", "", "Mira walks"])
-    assert [len(rows) for rows in features] == [2, 3, 0, 3]  # the last with the end of the text
+    assert [len(rows) for rows in features] == [2, 3, 0, 3]  # the last caption has the row of the text's end too
     whole = joined.model(torch.tensor([joined.tokenizer("the dog a red fox Mira walks").input_ids])).last_hidden_state[
         0
     ]
@@ -174,7 +174,7 @@ def test_a_window_is_the_global_caption_and_one_shots(t5_folder: Path) -> None:
     )
     story = ("the dog", ["a red fox", "", "Mira walks"] * 30)
     features = joined.encode_windows(*story)
-    assert [len(rows) for rows in features[:4]] == [0, 6, 3, 5]  # each with the end of its text
+    assert [len(rows) for rows in features[:4]] == [0, 6, 3, 5]  # each caption has the row of its text's end too
     for rows, own in zip(features[1:], story[1], strict=True):
         assert torch.equal(rows, torch.cat(joined.encode("the dog", [own])))
     for encode in (windowed.encode, windowed.encode_windows):

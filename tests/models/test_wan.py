@@ -190,7 +190,7 @@ def test_strict_forward_flow_takes_nothing_from_later_shots() -> None:
     run(model, MoCConfig(chunk_tokens=12, top_k=9, text_anchor="global_and_own"), item)[1].sum().backward()
     assert not item.latents[2].grad.any()
     assert not item.text[3].grad.any()
-    assert not item.text[1].grad.any() or item.latents[0].grad.any()  # an earlier caption acts through its shot
+    assert not item.text[1].grad.any() or item.latents[0].grad.any()  # an earlier caption can act through its shot only
     for x in (*item.latents[:2], item.text[0], item.text[2]):
         assert x.grad.any()
 
@@ -235,7 +235,7 @@ def test_recomputation_gives_the_same_gradients_under_drops() -> None:
 @pytest.mark.parametrize("config", [MOC, DENSE], ids=["moc", "dense"])
 def test_attention_that_is_kept_is_not_computed_again(monkeypatch, config) -> None:
     model, item = small_model(), sample(num_shots=4)
-    model.execution = Execution("torch", dense_kernel="math")  # short samples are else computed under a mask
+    model.execution = Execution("torch", dense_kernel="math")  # otherwise short samples are computed under a mask
     model.enable_gradient_checkpointing()
     computed, gradients, forward = [], [], torch_backend._forward
     monkeypatch.setattr(torch_backend, "_forward", lambda *inputs: computed.append(0) or forward(*inputs))
@@ -253,7 +253,7 @@ def test_forward_never_waits_for_the_device() -> None:
     """Fake tensors have no values, so whatever would copy one to the host fails."""
     model = small_model()
     batch = make_batch([sample(), sample(num_shots=1)], model.stream, 12)
-    model(batch.latents, torch.rand(4), batch.text, batch.layout, MOC, DropKey(0, 1))  # makes the stream's tables
+    model(batch.latents, torch.rand(4), batch.text, batch.layout, MOC, DropKey(0, 1))  # the first call makes the tables
     with FakeTensorMode(allow_non_fake_inputs=True):
         out = model(batch.latents, torch.rand(4), batch.text, batch.layout, MOC, DropKey(0, 1))
         sum(v.sum() for v in out).backward()
@@ -277,7 +277,7 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
 
 def test_wrong_input_is_one_clear_message() -> None:
     model = small_model()
-    run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(256, TEXT_DIM)] * 2))  # as long as may be
+    run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(256, TEXT_DIM)] * 2))  # the longest texts allowed
     with pytest.raises(ValueError, match="600 text rows exceeds Wan's 512"):
         run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(300, TEXT_DIM)] * 2))
     with pytest.raises(ValueError, match="leaves a Wan model without text"):
@@ -296,7 +296,7 @@ def test_wrong_input_is_one_clear_message() -> None:
 
 def test_experts_switch_at_the_boundary() -> None:
     high, low = small_model(), small_model()
-    pair, item = Experts(high, low, boundary=0.75), sample(num_shots=2)  # exact in fp32
+    pair, item = Experts(high, low, boundary=0.75), sample(num_shots=2)  # the boundary is exact in fp32
     for sigma, expert in (([0.05, 0.85], high), ([0.05, 0.75], high), ([0.05, 0.74], low)):
         levels = torch.tensor(sigma)
         for a, b in zip(run(pair, MOC, item, sigma=levels), run(expert, MOC, item, sigma=levels), strict=True):
