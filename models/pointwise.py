@@ -239,8 +239,8 @@ class _Join(Function):
         ctx.save_for_backward(text, video, *tensors)
         rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[2])
         q, k, v = (video.new_empty(sum(rows), sizes["N"], sizes["D"]) for _ in range(3))
-        if blocks := sum(cdiv(number * sizes["N"], HEADS) for number in rows):
-            kernels.join_kernel[(blocks,)](text, video, *tensors, q, k, v, *rows, ctx.eps, **sizes, BLOCK=HEADS)
+        if blocks := sum(cdiv(number * sizes["N"], sizes["BLOCK"]) for number in rows):
+            kernels.join_kernel[(blocks,)](text, video, *tensors, q, k, v, *rows, ctx.eps, **sizes)
         return q, k, v
 
     @staticmethod
@@ -249,7 +249,7 @@ class _Join(Function):
         text, video, *tensors = ctx.saved_tensors
         rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[2])
         dtext, dvideo = torch.empty_like(text), torch.empty_like(video)
-        of_text, of_video = (cdiv(number, HEADS * ROUNDS) for number in rows)
+        of_text, of_video = (cdiv(number, sizes["BLOCK"] * ROUNDS) for number in rows)
         blocks, shape = of_text + of_video, (5, sizes["N"], sizes["D"])
         sums, out = (
             video.new_empty(blocks, *shape, dtype=torch.float32),
@@ -258,7 +258,7 @@ class _Join(Function):
         if blocks:
             kernels.join_backward_kernel[(sizes["N"], blocks)](
                 text, video, *tensors, *(grad.contiguous() for grad in grads), dtext, dvideo, sums, *rows, of_text,
-                ctx.eps, **sizes, BLOCK=HEADS, ROUNDS=ROUNDS,
+                ctx.eps, **sizes, ROUNDS=ROUNDS,
             )  # fmt: skip
         width = out[0].numel()
         kernels.stream_sums_kernel[(2, cdiv(width, 64))](sums, out, of_text, blocks, width, BM=128, BN=64)
@@ -270,7 +270,8 @@ class _Join(Function):
 def _head_sizes(qkv: Tensor, weight: Tensor) -> dict[str, int]:
     """Returns the constants of the kernels that take heads of rows [Lx, 3 N D]; weight [D]."""
     width = len(weight)
-    return {"N": qkv.shape[1] // (3 * width), "D": width, "DP": next_power_of_2(width), "num_warps": 4}
+    block = HEADS if width <= 64 else HEADS // 2  # all of wide ones would not fit into registers
+    return {"N": qkv.shape[1] // (3 * width), "D": width, "DP": next_power_of_2(width), "BLOCK": block, "num_warps": 4}
 
 
 class _Split(Function):
