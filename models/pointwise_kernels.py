@@ -27,6 +27,12 @@ def _layer_norm(value, inside, eps, D: tl.constexpr):
 
 
 @triton.jit
+def _layer_norm_gradient(grad, normed, factor, D: tl.constexpr):
+    """Returns the gradient of a row from that of its norm; normed and factor: as `_layer_norm` returned them."""
+    return (grad - tl.sum(grad, 0) / D - normed * (tl.sum(grad * normed, 0) / D)) * factor
+
+
+@triton.jit
 def modulate_kernel(
     x, shift, scale, group, out, stride, eps, ONE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
 ):  # fmt: skip
@@ -76,7 +82,7 @@ def modulate_backward_kernel(
         dshift += grad
         dscale += grad * normed
         grad *= gain
-        grad = (grad - tl.sum(grad, 0) / D - normed * (tl.sum(grad * normed, 0) / D)) * factor
+        grad = _layer_norm_gradient(grad, normed, factor, D)
         if dthrough is not None:
             grad += tl.load(dthrough + row * D + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
@@ -183,7 +189,7 @@ def add_modulate_backward_kernel(
         dshift += grad
         dscale += grad * normed
         grad *= 1.0 + tl.load(scale + offset, mask=inside, other=0.0).to(tl.float32)
-        grad = (grad - tl.sum(grad, 0) / D - normed * (tl.sum(grad * normed, 0) / D)) * factor
+        grad = _layer_norm_gradient(grad, normed, factor, D)
         grad += tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
         dgate += grad * _biased(change, bias, row * D + column, column, inside)
