@@ -272,7 +272,7 @@ def rms_norm_backward_kernel(
         normed = value * factor
         dweight += grad * normed
         grad *= gain  # next comes the norm's gradient, which has no part along x
-        grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
+        grad = _heads_gradient(grad, normed, factor, D)
         tl.store(dx + row * (N * D) + head * D + column, grad.to(dx.dtype.element_ty), mask=inside)
     column = tl.arange(0, DP)
     tl.store(sums + block * D + column, tl.sum(dweight, 0), mask=column < D)
@@ -343,6 +343,12 @@ def _normed_heads(value, eps, D: tl.constexpr):
 
 
 @triton.jit
+def _heads_gradient(grad, normed, factor, D: tl.constexpr):
+    """Returns the gradient of heads from that of their norm; normed and factor: as `_normed_heads` returned them."""
+    return (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
+
+
+@triton.jit
 def _join_block(
     qkv, bias, q_weight, k_weight, index, cos, sin, q, k, v, block, num_rows, eps,
     N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
@@ -410,7 +416,7 @@ def _join_backward_rows(
                 )
                 dweight += grad * normed
                 grad *= gain
-                grad = (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
+                grad = _heads_gradient(grad, normed, factor, D)
             dbias += tl.where(some, grad, 0.0)
             tl.store(dqkv + own + part * N * D, grad.to(dqkv.dtype.element_ty), mask=some)
         tl.store(sums + part * (N * D) + within, tl.sum(dbias, 0)[None, :], mask=column < D)
