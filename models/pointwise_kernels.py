@@ -240,6 +240,19 @@ def gelu_backward_kernel(
 
 
 @triton.jit
+def _normed_heads(value, eps, D: tl.constexpr):
+    """Returns heads [BLOCK, DP] over their root mean square, and the factor by which they were."""
+    factor = (1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps))[:, None]
+    return value * factor, factor
+
+
+@triton.jit
+def _heads_gradient(grad, normed, factor, D: tl.constexpr):
+    """Returns the gradient of heads from that of their norm; normed and factor: as `_normed_heads` returned them."""
+    return (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
+
+
+@triton.jit
 def rms_norm_kernel(
     x, weight, out, stride, eps, N: tl.constexpr, D: tl.constexpr, NP: tl.constexpr, DP: tl.constexpr
 ):  # fmt: skip
@@ -249,8 +262,8 @@ def rms_norm_kernel(
     inside = (head < N) & (column < D)
     value = tl.load(x + row * stride + head * D + column, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
-    factor = 1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps)
-    tl.store(out + row * (N * D) + head * D + column, (value * factor[:, None] * gain).to(out.dtype.element_ty), inside)
+    normed, _ = _normed_heads(value, eps, D)
+    tl.store(out + row * (N * D) + head * D + column, (normed * gain).to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -268,8 +281,7 @@ def rms_norm_backward_kernel(
         row = block.to(tl.int64) * ROWS + index
         value = tl.load(x + row * stride + head * D + column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dout + row * (N * D) + head * D + column, mask=inside, other=0.0).to(tl.float32)
-        factor = (1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps))[:, None]
-        normed = value * factor
+        normed, factor = _normed_heads(value, eps, D)
         dweight += grad * normed
         grad *= gain  # next comes the norm's gradient, which has no part along x
         grad = _heads_gradient(grad, normed, factor, D)
@@ -333,19 +345,6 @@ def _turn(value, token, inside, cos, sin, sign, D: tl.constexpr, DP: tl.constexp
         b = tl.load(sin + offset, mask=some, other=0.0) * sign
         value = tl.reshape(tl.join(even * a - odd * b, even * b + odd * a), [BLOCK, DP])
     return value
-
-
-@triton.jit
-def _normed_heads(value, eps, D: tl.constexpr):
-    """Returns heads [BLOCK, DP] over their root mean square, and the factor by which they were."""
-    factor = (1.0 / tl.sqrt(tl.sum(value * value, 1) / D + eps))[:, None]
-    return value * factor, factor
-
-
-@triton.jit
-def _heads_gradient(grad, normed, factor, D: tl.constexpr):
-    """Returns the gradient of heads from that of their norm; normed and factor: as `_normed_heads` returned them."""
-    return (grad - normed * (tl.sum(grad * normed, 1) / D)[:, None]) * factor
 
 
 @triton.jit
