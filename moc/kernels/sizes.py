@@ -50,6 +50,14 @@ HALF_SMALL_CHUNKS = Blocks(
     dq={"BN": 32, "num_warps": 4, "num_stages": 3},
     dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2},
 )
+# These were measured on an H100 with head dim 64, at chunks of 96, 360, 576 and 1,280 tokens.
+HALF_NARROW_HEADS = Blocks(
+    tile=64,
+    forward={"BN": 64, "num_warps": 4, "num_stages": 2},
+    dq={"BN": 32, "num_warps": 4, "num_stages": 3},
+    dkv={"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 3},
+)
+HALF_NARROW_HEADS_SMALL_CHUNKS = replace(HALF_NARROW_HEADS, forward={"BN": 32, "num_warps": 4, "num_stages": 2})
 # These are chosen by what compiles without spills (docs/benchmarks/kernels_ahead.md); they are not measured.
 HALF_BY_REGISTERS = Blocks(
     tile=128,
@@ -105,7 +113,10 @@ def blocks_for(q: Tensor, chunk_tokens: int) -> Blocks:
         return FULL
     if not has_wide_units(q.device):
         return HALF_BY_REGISTERS
-    return HALF_SMALL_CHUNKS if chunk_tokens < SMALL_CHUNK else HALF
+    small = chunk_tokens < SMALL_CHUNK
+    if padded(q.shape[-1]) <= 64:
+        return HALF_NARROW_HEADS_SMALL_CHUNKS if small else HALF_NARROW_HEADS
+    return HALF_SMALL_CHUNKS if small else HALF
 
 
 def masked_blocks(q: Tensor) -> Blocks:
