@@ -157,10 +157,11 @@ def step(case: Case, trainer: Trainer) -> dict[str, Tensor]:
 
 
 def state(trainer: Trainer) -> list[Tensor]:
-    """Returns what this process holds of the weights, their averages and the optimizer's states."""
+    """Returns what this process holds of the weights, their averages and the optimizer's states, on the CPU: blocks
+    that are swapped lie on the GPU after a step, and wait on the host before one."""
     states = optimizer_states(trainer.bare_model, trainer.optimizer)
     tensors = (trainer.bare_model.state_dict(), trainer.ema.averages, states)
-    return [local(tensor).clone() for by_name in tensors for _, tensor in sorted(by_name.items())]
+    return [local(tensor).cpu().clone() for by_name in tensors for _, tensor in sorted(by_name.items())]
 
 
 def write_expected(folder: Path, device: str, cases: list[Case]) -> None:
