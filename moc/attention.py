@@ -10,7 +10,6 @@ Shape letters: L packed tokens, Lq queries (the last ones of the stream, or all 
 import logging
 import os
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -21,12 +20,12 @@ from moc.config import Candidates, Descriptor, DropKey, MoCConfig
 from moc.errors import UserError
 from moc.execution import Backend, Execution
 from moc.kept import Kept
+from moc.kernels import HAS_TRITON
 from moc.kernels.dense import capability
 from moc.layout import ShotLayout
 from moc.routes import Routes
 
 logger = logging.getLogger(__name__)
-HAS_TRITON = find_spec("triton") is not None
 
 
 def resolve_backend(q: Tensor, chosen: Backend) -> ModuleType:

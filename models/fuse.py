@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import wraps
-from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from moc.kernels import HAS_TRITON
+
 P = ParamSpec("P")
 R = TypeVar("R")
-HAS_TRITON = find_spec("triton") is not None
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:

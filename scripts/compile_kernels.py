@@ -27,7 +27,7 @@ import triton
 from tqdm import tqdm
 
 import moc
-from moc.kernels import ahead, triton_backend, triton_masked
+from moc.kernels import ahead, triton_backend, triton_masked, triton_rows
 from models import pointwise
 from models.frozen import FP8_CAPABILITY
 from models.members import Members
@@ -65,7 +65,8 @@ MEASURED_SPILLS = {("dq_kernel", "90"): 136}
 
 
 def attention(setting: Setting) -> None:
-    """Runs routing with drops, attention and its backward on two shots: as in short samples, then as in long ones."""
+    """Runs routing with drops, attention and its backward on two shots, as in short samples, then as in long ones, and
+    adds up gathered rows."""
     config = moc.MoCConfig(chunk_tokens=setting.chunk_tokens, top_k=setting.top_k)
     for max_tokens in (triton_masked.MAX_TOKENS, 0):
         layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, setting.chunk_tokens)
@@ -74,6 +75,7 @@ def attention(setting: Setting) -> None:
         with patch.object(triton_masked, "MAX_TOKENS", max_tokens):
             routes = triton_backend.route(q, k, layout, config, moc.DropKey(seed=0, step=0))
             triton_backend.attend(q, k, v, routes, layout, config).sum().backward()
+    triton_rows.sum_rows(k.detach(), v.detach(), torch.arange(len(k)), torch.arange(len(k) + 1))
 
 
 def pointwise_work(setting: Setting) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moc.kernels import dense
+from moc.kernels import HAS_TRITON, dense
 from moc.kernels.dense import DenseKernel
 from moc.move import move
 
@@ -26,19 +26,15 @@ class Packed(NamedTuple):
     key_index[key_starts[i] : key_starts[i + 1]], of which there is at least one.
 
     query_starts, key_starts: int32 [U + 1]. The others are int64, and empty where R = L and keys keep their order.
-    key_index [R]: the token of each gathered row. row [L]: a gathered row of each token (0 for those without).
-    shared [Ls]: tokens with several rows: shared_rows[shared_starts[i] : shared_starts[i + 1]] of token shared[i].
-    unread: tokens without a row. max_queries, max_keys: the most of any run.
+    key_index [R]: the token of each gathered row. rows [R], row_starts [L + 1]: token i has the gathered rows
+    rows[row_starts[i] : row_starts[i + 1]], perhaps none. max_queries, max_keys: the most of any run.
     """
 
     query_starts: Tensor
     key_starts: Tensor
     key_index: Tensor
-    row: Tensor
-    shared: Tensor
-    shared_rows: Tensor
-    shared_starts: Tensor
-    unread: Tensor
+    rows: Tensor
+    row_starts: Tensor
     max_queries: int
     max_keys: int
 
@@ -52,7 +48,7 @@ class Packed(NamedTuple):
         starts = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (lengths, counts)]
         index = torch.cat(list(keys))
         in_order = len(index) == num_tokens and bool((index == torch.arange(num_tokens)).all())
-        tables = [index[:0]] * 6 if in_order else _rows_of_tokens(index, num_tokens)
+        tables = [index[:0]] * 3 if in_order else _rows_of_tokens(index, num_tokens)
         moved = [move(x, device) for x in (*starts, *tables)]
         return cls._make([*moved, max(lengths), max(counts)])
 
@@ -67,17 +63,20 @@ class Packed(NamedTuple):
         """Returns the gathered rows [R, N, D] of x [L, N, D]."""
         return x.index_select(0, self.key_index) if len(self.key_index) else x
 
-    def sum_rows(self, grad: Tensor) -> Tensor:
+    def sum_rows(self, dkeys: Tensor, dvalues: Tensor) -> tuple[Tensor, Tensor]:
         """Returns gradients of the tokens [L, N, D] of those of gathered rows [R, N, D], added in fp32 at least."""
         if not len(self.key_index):
-            return grad
-        total = grad.index_select(0, self.row)
-        if len(self.shared):
-            rows = grad.index_select(0, self.shared_rows).flatten(1)
-            rows = rows.to(torch.promote_types(grad.dtype, torch.float32))
-            sums = torch.segment_reduce(rows, "sum", offsets=self.shared_starts, unsafe=True)
-            total.index_copy_(0, self.shared, sums.to(grad.dtype).unflatten(1, grad.shape[1:]))
-        return total.index_fill_(0, self.unread, 0) if len(self.unread) else total
+            return dkeys, dvalues
+        if HAS_TRITON and dkeys.is_cuda and dkeys.dtype != torch.float64:
+            from moc.kernels.triton_rows import sum_rows
+
+            return sum_rows(dkeys, dvalues, self.rows, self.row_starts)
+        return self._sum(dkeys), self._sum(dvalues)
+
+    def _sum(self, grad: Tensor) -> Tensor:
+        rows = grad.index_select(0, self.rows).flatten(1).to(torch.promote_types(grad.dtype, torch.float32))
+        sums = torch.segment_reduce(rows, "sum", offsets=self.row_starts, unsafe=True, initial=0)
+        return sums.to(grad.dtype).unflatten(1, grad.shape[1:])
 
     def runs(self) -> Iterator[tuple[slice, slice]]:
         """Yields the queries and the gathered keys of each run; waits for the device."""
@@ -90,14 +89,9 @@ class Packed(NamedTuple):
 
 
 def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
-    """Returns key_index, row, shared, shared_rows, shared_starts and unread of tokens `index` of the gathered rows."""
-    counts = index.bincount(minlength=num_tokens)
-    row = torch.zeros(num_tokens, dtype=torch.int64).scatter_(0, index, torch.arange(len(index)))
-    shared = (counts > 1).nonzero().squeeze(1)
-    copies = (counts[index] > 1).nonzero().squeeze(1)
-    shared_rows = copies[index[copies].argsort(stable=True)]
-    shared_starts = torch.nn.functional.pad(counts[shared].cumsum(0), (1, 0))
-    return [index, row, shared, shared_rows, shared_starts, (counts == 0).nonzero().squeeze(1)]
+    """Returns key_index, rows and row_starts of tokens `index` of the gathered rows."""
+    starts = index.bincount(minlength=num_tokens).cumsum(0)
+    return [index, index.argsort(stable=True), torch.nn.functional.pad(starts, (1, 0))]
 
 
 def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
@@ -136,7 +130,7 @@ def backward(
             dq[queries], dkeys[rows], dvalues[rows] = kernel.backward(
                 dout[queries], q[queries], keys[rows], values[rows], out[queries], lse[:, queries], deterministic
             )
-    return dq, packed.sum_rows(dkeys), packed.sum_rows(dvalues)
+    return dq, *packed.sum_rows(dkeys, dvalues)
 
 
 def _join(tensors: Sequence[Tensor], dim: int) -> Tensor:

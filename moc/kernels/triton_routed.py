@@ -17,7 +17,7 @@ from moc.kernels.triton_index import Lists, max_tiles
 # So many times q are held as partial results and gathered queries, or so many numbers where q is small and every
 # launch counts.
 PARTIAL_SIZE = 1.25
-PARTIAL_NUMBERS = 1 << 28
+PARTIAL_NUMBERS = 3 << 27
 
 
 def use_tma(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from moc import routing
 from moc.context import candidate_runs, is_candidate
 from moc.kept import Kept
 from moc.kernels import anchors
+from moc.kernels.packed import Packed
 from tests.moc.against_reference import DROPS, assert_equal_to_reference, interpreted
 from tests.moc.test_reference import OPTIONS, two_samples
 from tests.routes import assert_same_choice, same_chunks
@@ -120,6 +121,22 @@ def test_triton_lists_are_the_routes_sorted_by_chunk(block, monkeypatch):
             assert (lists.tile_list[tiles : tiles + count] == index).all()
             tiles += count
     assert lists.tile_starts[-1] == tiles <= len(lists.tile_list)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(3, 5), (2, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_adds_up_gathered_rows_as_tensor_code_does(shape, dtype):
+    """Tokens 1 and 2 have two rows each, token 5 none."""
+    from moc.kernels.triton_rows import sum_rows
+
+    keys = [torch.tensor([1, 2]), torch.tensor([2, 1, 4, 3]), torch.tensor([0])]
+    packed = Packed.build([2, 1, 3], keys, 6, torch.device("cpu"))
+    grads = [torch.randn(7, *shape).to(dtype) for _ in range(2)]
+    sums = sum_rows(*grads, packed.rows, packed.row_starts)
+    expected = [torch.zeros(6, *shape).index_add_(0, torch.cat(keys), grad.float()).to(dtype) for grad in grads]
+    torch.testing.assert_close(sums, tuple(expected))
+    torch.testing.assert_close(packed.sum_rows(*grads), tuple(expected))
 
 
 def eighths(x: torch.Tensor) -> torch.Tensor:
