@@ -100,7 +100,7 @@ def _moved(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
     launches."""
     if device.type == "cpu" and not isinstance(tensors, Alike):
         return [x.to(device, torch.float32) for x in tensors]
-    return Alike([(places, move(stack, device).float()) for places, stack in Alike.of(tensors).stacks])
+    return Alike([(indices, move(stack, device).float()) for indices, stack in Alike.of(tensors).stacks])
 
 
 class Alike(Sequence[Tensor]):

@@ -266,7 +266,7 @@ class ShotLayout:
             table = getattr(self, name)
             size = -(-table.nbytes // 16) * 16 // table.itemsize
             by_dtype.setdefault(table.dtype, []).append((name, table, size))
-        self._places = [[(name, len(table), size) for name, table, size in laid] for laid in by_dtype.values()]
+        self._laid_as = [[(name, len(table), size) for name, table, size in laid] for laid in by_dtype.values()]
         self._set_tables(
             [torch.cat([F.pad(t, (0, size - len(t))) for _, t, size in laid]) for laid in by_dtype.values()]
         )
@@ -274,8 +274,8 @@ class ShotLayout:
     def _set_tables(self, laid: list[Tensor]) -> None:
         """Takes the tables out of tensors in which they are laid."""
         self._laid = laid
-        for tensor, places in zip(laid, self._places, strict=True):
-            for (name, length, _), table in zip(places, tensor.split([size for *_, size in places]), strict=True):
+        for tensor, laid_as in zip(laid, self._laid_as, strict=True):
+            for (name, length, _), table in zip(laid_as, tensor.split([size for *_, size in laid_as]), strict=True):
                 self.__dict__[name] = table[:length]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -368,12 +368,12 @@ class ShotLayout:
     def segments(self) -> tuple[Segment, ...]:
         found = []
         for index, group in enumerate(self.groups):
-            place = (group.sample, group.shot, index)
+            owner = (group.sample, group.shot, index)
             if group.text_tokens:
-                found.append(Segment("text", *place, group.start, group.text_tokens, None))
+                found.append(Segment("text", *owner, group.start, group.text_tokens, None))
             if group.grid is not None:
                 video = (group.start + group.text_tokens, group.video_tokens)
-                found.append(Segment("video", *place, *video, group.grid))
+                found.append(Segment("video", *owner, *video, group.grid))
         return tuple(found)
 
     @cached_property
