@@ -80,7 +80,7 @@ def route(
     """Returns each query's and head's chunks: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], -1 where a slot is empty.
 
     A query's chunks come in no set order. K = top_k; where drops apply (`drops` given and the config has any), top_k +
-    drop_in_max. Not differentiable. Fewer queries than keys, and backend: as in `moc_attention`.
+    drop_in_max. Not differentiable. Fewer queries than keys, backend and errors: as in `moc_attention`.
     """
     _check("q, k", (q, k), layout)
     return _router(q, config, Execution.of(backend)).route(q, k, layout, config, drops)
@@ -117,7 +117,8 @@ def moc_attention(
     drops: the key of context drop-off and drop-in, in training; None leaves them out.
     kept: of the same call before, which is now recomputed. A backend may compute short samples again all the same.
 
-    Raises ValueError where shapes, dtypes, the layout or `route_qk` do not fit. Source: arXiv 2508.21058, section 3.
+    Raises ValueError where shapes, dtypes, the layout or `route_qk` do not fit, UserError where the backend does not
+    fit q. Source: arXiv 2508.21058, section 3.
     """
     _check("q, k, v", (q, k, v), layout)
     execution = Execution.of(backend)

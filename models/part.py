@@ -94,7 +94,8 @@ class Part:
         self, latents: Sequence[Tensor], sigma: Tensor, text: Sequence[Tensor], spec: StreamSpec, channels: int,
         text_dim: int,
     ) -> None:  # fmt: skip
-        """Raises ValueError where a forward's inputs and its layout describe different shots, or another model's."""
+        """Raises ValueError where a forward's inputs and its layout describe different shots, UserError where latents
+        or text are of another codec or text encoder than the model's."""
         shots, groups = len(self.grids), self.layout.num_groups
         if (len(latents), len(sigma), len(text)) != (shots, shots, groups):
             raise ValueError(

@@ -118,6 +118,10 @@ class Story:
         for index, latent in self.given.items():
             if tuple(latent.shape) != tuple(self.shapes[index]):
                 raise ValueError(f"shot {index} is given as {tuple(latent.shape)}; its shape is {self.shapes[index]}")
+        if not self.ends.keys() <= set(range(shots)):
+            raise ValueError(
+                f"ends are given for shots {sorted(self.ends)} of {shots}; a story has no others than its own"
+            )
         for index, end in self.ends.items():
             channels, frames, *size = self.shapes[index]
             if tuple(end.shape) != (channels, min(frames, end.shape[1]), *size):

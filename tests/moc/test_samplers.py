@@ -369,6 +369,7 @@ def test_values_out_of_range_are_refused_by_name(wrong):
         ({"given": {0: (1, 1, 2, 2)}}, "shot 0 is given as"),
         ({"guidance": (1.0,)}, "has 1 guidance scales"),
         ({"ends": {1: (2, 2, 4, 4)}}, "shot 1 of .* cannot end in"),
+        ({"ends": {2: SHAPE}}, r"ends are given for shots \[2\] of 2"),
     ],
 )
 def test_a_story_describes_one_set_of_shots(changes, message):
