@@ -30,6 +30,7 @@ from moc import MoCConfig, ShotLayout
 from moc.config import DropKey
 from moc.cost import attention_cost
 from moc.diffusion import Flow
+from moc.files import beside
 from moc.training import Parallel
 
 LOOKS = ("fur", "outfit")
@@ -72,7 +73,9 @@ def attributes(scenes: RecallScenes) -> dict[str, Tensor]:
 def kept_reader(world: RecallWorld, file: Path, steps: int, width: int = 256, batch: int = 32) -> Reader:
     """Returns the reader that a file holds, on the world's device; where there is none, trains it and writes it."""
     if not file.exists():
-        save_file(train_reader(world, steps, width, batch).state_dict(), file)
+        reader = train_reader(world, steps, width, batch)
+        with beside(file) as partial:
+            save_file(reader.state_dict(), partial)
     weights = load_file(file)
     reader = Reader(world.latent_channels * world.latent_frames, len(weights["enter.weight"])).to(world.stock.device)
     reader.load_state_dict(weights)
