@@ -37,7 +37,7 @@ class DataBenchmarkConfig:
 
     folder: where the made-up cache goes, about 250 MB.
     output: the record to write.
-    film: a video whose decoding is measured too.
+    film: a video whose decoding is measured too; null is none.
     truth: folders with a manifest whose shots are true, to measure detectors on.
     films: videos to measure detectors on, joined by known cuts.
     scenes: how many the cache has.
@@ -52,7 +52,7 @@ class DataBenchmarkConfig:
 
     folder: str = ""
     output: str = "docs/benchmarks/data.json"
-    film: str = ""
+    film: str | None = None
     truth: list[str] = field(default_factory=list)
     films: list[str] = field(default_factory=list)
     scenes: int = 8

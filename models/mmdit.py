@@ -45,7 +45,7 @@ class MMDiT(StreamModel):
         latent_channels: int = 64,
         text_dim: int = 128,
         dim: int = 128,
-        num_layers: int = 4,
+        num_layers: int = 3,
         num_heads: int = 4,
         ffn_dim: int = 512,
         patch_size: tuple[int, int, int] = (1, 2, 2),

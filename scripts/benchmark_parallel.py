@@ -64,7 +64,7 @@ class BenchmarkConfig:
     longest_dense: the most shots of a dense step.
     steps: how many the median is of.
     output: the record to write.
-    mesh: set by this command itself, for the processes of one mesh.
+    mesh: set by this command itself, for the processes of one mesh; else null.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -79,7 +79,7 @@ class BenchmarkConfig:
     longest_dense: int = 8
     steps: int = 3
     output: str = "docs/benchmarks/parallel.json"
-    mesh: str = ""
+    mesh: str | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.meshes) - AXES.keys()
@@ -92,7 +92,7 @@ class BenchmarkConfig:
 @command("benchmark_parallel", BenchmarkConfig)
 def main(config: BenchmarkConfig) -> None:
     if config.mesh:
-        measure_mesh(config)
+        measure_mesh(config, config.mesh)
         return
     for mesh in config.meshes:
         while cases := remaining(config, mesh):
@@ -124,10 +124,10 @@ def launch(mesh: str, config: BenchmarkConfig) -> None:
     subprocess.run([sys.executable, "-m", *torchrun, *sys.argv, f"mesh={mesh}"], env=environment, check=False)
 
 
-def measure_mesh(config: BenchmarkConfig) -> None:
+def measure_mesh(config: BenchmarkConfig, mesh: str) -> None:
     """Measures what remains on this mesh; ends at the first film that does not fit."""
     start = time.perf_counter()
-    axes: dict[str, Any] = dict.fromkeys(AXES[config.mesh], config.processes)
+    axes: dict[str, Any] = dict.fromkeys(AXES[mesh], config.processes)
     parallel = Parallel(replace(config.parallel, **axes))
     widths = config.latent[0], config.text_dim
     if config.model.lora_rank:
@@ -144,10 +144,10 @@ def measure_mesh(config: BenchmarkConfig) -> None:
             Path(folder), 0, lambda _: None,
         )  # fmt: skip
         tell(parallel, "the model is ready", time.perf_counter() - start)
-        for impl, shots in parallel.of_main(lambda: remaining(config, config.mesh)):
+        for impl, shots in parallel.of_main(lambda: remaining(config, mesh)):
             trainer.moc = replace(config.moc, dense=impl == "dense")
             batch = make_film(config, model.stream, shots, parallel.data_rank)
-            row = describe(config, config.mesh, impl, shots) | {"tokens": batch.layout.num_tokens * parallel.data_ranks}
+            row = describe(config, mesh, impl, shots) | {"tokens": batch.layout.num_tokens * parallel.data_ranks}
             try:
                 row |= measure(trainer, batch, config.steps)
             except torch.OutOfMemoryError:

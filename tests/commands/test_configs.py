@@ -1,6 +1,7 @@
 """Every configuration composes and parses, every setting can be set and has its words, every default stands once."""
 
 from dataclasses import fields, is_dataclass
+from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
 
@@ -10,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.command import defaults, store_defaults
 from configs.words import words
+from models import ModelConfig
+from models.mmdit import MMDiT
 from tests.composing import COMMANDS, CONFIGS, GROUPS, OPTIONS, REQUIRED, composed, parsed, schema_of, users_of
 
 OWNERS = {"moc": "train", "encoders": "prepare"}  # the command whose schema types the group
@@ -131,3 +134,11 @@ def test_a_default_stands_once(path, schema):
     own = leaves(OmegaConf.masked_copy(own, [key for key in own if key not in ("defaults", "hydra")]))
     before = leaves(inherited(path, schema))
     assert not {key: value for key, value in own.items() if key in before and before[key] == value}
+
+
+def test_the_defaults_of_the_model_and_of_its_settings_agree():
+    """The class has its own, since diffusers builds it from config.json alone."""
+    own = {name: sized.default for name, sized in signature(MMDiT.__init__).parameters.items()}
+    settings_of_both = [field for field in fields(ModelConfig) if field.name in own]
+    assert len(settings_of_both) == 6
+    assert {field.name: own[field.name] for field in settings_of_both} == {f.name: f.default for f in settings_of_both}
