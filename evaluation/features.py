@@ -1,5 +1,5 @@
-"""This module computes what of a picture is compared: features of DINO or CLIP from local weights, else a histogram of
-colours.
+"""This module computes the features by which pictures are compared: those of DINO or CLIP from local weights, else a
+histogram of colours.
 
 The histogram is the best that could be had without a download: on Big Buck Bunny it tells pairs of shots that show one
 character from pairs that show different ones with an area under the curve of 0.68 (TransNetV2's inner features: 0.65 at

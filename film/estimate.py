@@ -76,7 +76,7 @@ def in_bytes(size: float) -> str:
 
 
 def in_flops(count: float) -> str:
-    """Returns a number of FLOPs in the unit that one would say it in."""
+    """Returns a number of FLOPs in words, in GFLOP, TFLOP or PFLOP, to three digits."""
     unit, name = next((unit for unit in ((1e15, "PFLOP"), (1e12, "TFLOP")) if count >= unit[0]), (1e9, "GFLOP"))
     return f"{count / unit:.3g} {name}"
 

@@ -47,19 +47,28 @@ Value = TypeVar("Value")
 
 @dataclass
 class FilmmakerConfig:
-    """These settings say what films are made with. checkpoint: a run's folder, one of its checkpoints, a model folder,
-    or a folder of two noise experts (a pipeline of Wan2.2-A14B, HoloCine). low_noise_checkpoint: the low-noise one of
-    two experts that are kept apart, where checkpoint is the other. lora: a LoRA's file or folder, of any maker, or a
-    list of such and of {path: PATH, weight: NUMBER}, merged into the weights. low_noise_lora: as lora, for the
-    low-noise expert alone; null takes lora. encoders_path: a folder of encoders, or a diffusers pipeline. device,
-    precision: as in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted. weights: how
-    those of the blocks' linears are kept instead, unless null: bf16, or fp8 or int8 with a scale a row. fp8_matmuls:
-    with fp8 weights these linears round their inputs to fp8 too, and multiply in it. parallel: what several processes
-    do together. offload: only the one of two experts that is in use stays on the GPU. swap_blocks: so many blocks of
-    each expert wait in the host's memory, and each comes while the one before it computes. shift: that of the noise
-    levels. moc: the settings of attention. null, in encoders_path, shift and each setting of moc, takes the
-    checkpoint's. execution: how attention is computed. keep_every: sampling is kept after so many steps and after each
-    shot. video: how videos are written."""
+    """These settings say what films are made with.
+
+    checkpoint: a run's folder, one of its checkpoints, a model folder, or a folder of two noise experts (a pipeline of
+        Wan2.2-A14B, HoloCine).
+    low_noise_checkpoint: the low-noise one of two experts that are kept apart, where checkpoint is the other.
+    lora: a LoRA's file or folder, of any maker, or a list of such and of {path: PATH, weight: NUMBER}, merged into the
+        weights.
+    low_noise_lora: as lora, for the low-noise expert alone; null takes lora.
+    encoders_path: a folder of encoders, or a diffusers pipeline; null takes the checkpoint's.
+    device, precision: as in `moc.training.ParallelConfig`; the weights take the precision too, norms excepted.
+    weights: how those of the blocks' linears are kept instead, unless null: bf16, or fp8 or int8 with a scale a row.
+    fp8_matmuls: with fp8 weights these linears round their inputs to fp8 too, and multiply in it.
+    parallel: what several processes do together.
+    offload: only the one of two experts that is in use stays on the GPU.
+    swap_blocks: so many blocks of each expert wait in the host's memory, and each comes while the one before it
+        computes.
+    shift: that of the noise levels; null takes the checkpoint's.
+    moc: the settings of attention; each that is null takes the checkpoint's.
+    execution: how attention is computed.
+    keep_every: sampling is kept after so many steps and after each shot.
+    video: how videos are written.
+    """
 
     checkpoint: str = ""
     low_noise_checkpoint: str | None = None

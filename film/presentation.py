@@ -1,5 +1,4 @@
-"""This module draws what a whole film is looked at with, from the film's files and once: storyboard, routing map and
-page."""
+"""This module draws a finished film's storyboard, routing map and page, once each and from the film's files alone."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor

@@ -1,10 +1,10 @@
 """Routing chooses, in plain tensor code, the chunks that each query of each head attends to besides its anchors.
 
 A query scores every candidate chunk by `q . mean(K_chunk)`, or by the means of its parts (`descriptor_parts`), and
-takes the `top_k` best; it has no parameters. In
-training, context drop-off removes some of the routes and context drop-in adds random ones. The draws come from a
-counter hash of (seed, step, layer, global head, the sample's position in the run, the token's offset in its sample), so
-that they agree between devices, ranks, packs, head splits and recomputation; every backend draws the same bits.
+takes the `top_k` best; routing has no parameters. In training, context drop-off removes some of the routes and context
+drop-in adds random ones. The draws come from a counter hash of (seed, step, layer, global head, the sample's position
+in the run, the token's offset in its sample), so that they agree between devices, ranks, packs, head splits and
+recomputation; every backend draws the same bits.
 
 Source: arXiv 2508.21058, section 3 (routing, causal routing, context drop-off and drop-in) and appendix I (outer loop).
 

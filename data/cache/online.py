@@ -24,8 +24,8 @@ LoadCodec = Callable[[Path], Codec]  # loads the codec from the cache's encoders
 
 
 def name_films(root: Path, cache: Path) -> dict[str, str]:
-    """Returns where the videos lie, for the index: their folder, and where that is beside, around or in the prepared
-    one also its name from there, by which it is found when both have moved together."""
+    """Returns where the videos lie, for the index: the absolute path of their folder, and its path from the folder
+    around the prepared one where it lies in that. By the second it is found after both have moved together."""
     root, around = root.resolve(), _around(cache)
     beside = {"beside": root.relative_to(around).as_posix()} if root.is_relative_to(around) else {}
     return {"absolute": str(root)} | beside

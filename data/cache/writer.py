@@ -170,8 +170,8 @@ class CacheWriter:
 
 
 def read_stored(folder: Path) -> list[dict]:
-    """Returns what each whole shard of the folder holds, in the order of their names; one deleted or cut short, or
-    whose record is, is passed over, so that its scenes are made again."""
+    """Returns what each whole shard of the folder holds, in the order of their names. A shard is passed over where it
+    or its record is missing or cut short, so that its scenes are made again."""
     all_stored = []
     for path in _records(folder):
         record, file = read_record(path), path.with_suffix(".safetensors")

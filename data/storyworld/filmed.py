@@ -26,7 +26,7 @@ PIXELS_AT_ONCE = 1 << 25  # fine pixels that are drawn together; each takes some
 
 
 def build_stock(config: RecallConfig, device: torch.device | str = "cpu") -> Stock:
-    """Returns the things of a world, for cameras as it has them."""
+    """Returns the painted things of a world: as its moving cameras see them, or as a camera that stands still does."""
     return (FilmedStock if config.camera_moves else Stock)(config, device)
 
 

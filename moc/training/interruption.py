@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def ignore_signals() -> None:
-    """Lets a process that was told to end do so undisturbed: those who tell it do so twice."""
+    """Has this process ignore further signals while it ends: launchers and schedulers send theirs twice."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

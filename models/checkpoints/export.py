@@ -162,8 +162,8 @@ def _moc(checkpoint: Checkpoint, beside: Beside) -> MoCConfig | None:
 
 
 def _flow(checkpoint: Checkpoint, beside: Beside) -> Flow:
-    """Returns the input's, with the given shift; an expert that leaves its pipeline takes its range of noise levels
-    along."""
+    """Returns the input's noise convention, with the given shift. An expert that leaves its pipeline keeps the range of
+    noise levels that the pipeline gave it."""
     flow = Contents(checkpoint.path).own_flow
     return flow if beside.shift is None else replace(flow, shift=beside.shift)
 
