@@ -196,7 +196,11 @@ class _Stream:
         ]
 
     def pairs(self, queries: Sequence[int], shots: Sequence[int], dense: bool) -> float:
-        """Counts pairs of a query and a key that it attends to, of the shots `queries` in a stream of `shots`."""
+        """Counts pairs of a query and a key that it attends to, of the shots `queries` in a stream of `shots`.
+
+        The count is rough where `moc.cost` is exact: there is no layout of each step's stream. A query sees its whole
+        shot and top_k chunks of mean length, whatever the anchors and `candidates`; text of other shots is left out.
+        """
         if dense:
             return float(sum(self.tokens[shot] for shot in queries) * sum(self.tokens[shot] for shot in shots))
         pairs = 0.0

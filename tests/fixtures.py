@@ -52,7 +52,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prepared(world):
-    """Returns its cache."""
+    """Returns the prepared folder of the world."""
     return pipeline.prepare(world, world.parent / "prepared")
 
 

@@ -47,7 +47,7 @@ def open_video(path: str | Path, decoder: str = "pyav", index: VideoIndex | None
 
 
 def check_decoder(decoder: str) -> None:
-    """Raises DataError: decoder-missing."""
+    """Raises DataError (decoder-missing) where the decoder's package is not installed."""
     if decoder in _INSTALL:
         _load(decoder)
 

@@ -117,7 +117,7 @@ def test_a_command_in_the_background_goes_on_ignoring_an_interrupt():
 
 @pytest.mark.parametrize(("given", "taken"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
 def test_threads_sleep_while_they_wait_unless_they_are_told_not_to(given, taken):
-    """Of threads that keep their cores busy, several commands on one machine hold each other up."""
+    """Threads that keep their cores busy hold up the other commands on the machine."""
     others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     arguments = [sys.executable, "-c", "import configs.importing, os; print(os.environ['OMP_WAIT_POLICY'])"]
     ended = subprocess.run(arguments, cwd=ROOT, env=others | given, capture_output=True, text=True)
