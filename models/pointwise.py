@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moc.kernels.sizes import cdiv, next_power_of_2
+from models import head_kernels
 from models import pointwise_kernels as kernels
 from models.members import Members
 from models.part import Part, Table
@@ -195,7 +196,7 @@ class _RMSNorm(Function):
         ctx.eps = eps
         out = x.new_empty(x.shape)
         if len(x):
-            kernels.rms_norm_kernel[(len(x),)](x, weight, out, x.stride(0), eps, **_sizes(x.shape[2], x.shape[1]))
+            head_kernels.rms_norm_kernel[(len(x),)](x, weight, out, x.stride(0), eps, **_sizes(x.shape[2], x.shape[1]))
         return out
 
     @staticmethod
@@ -206,7 +207,7 @@ class _RMSNorm(Function):
         dx, blocks = x.new_empty(x.shape), cdiv(num_rows, ROWS)
         sums = x.new_empty(blocks + 1, width, dtype=torch.float32)
         if num_rows:
-            kernels.rms_norm_backward_kernel[(blocks,)](
+            head_kernels.rms_norm_backward_kernel[(blocks,)](
                 x, weight, dout.contiguous(), dx, sums, num_rows, x.stride(0), ctx.eps,
                 **_sizes(width, num_heads), ROWS=ROWS,
             )  # fmt: skip
@@ -221,7 +222,7 @@ class _Rotate(Function):
         ctx.sign = sign
         x, out = x.contiguous(), x.new_empty(x.shape)
         if len(x):
-            kernels.rotate_kernel[(len(x),)](x, cos, sin, out, sign, **_sizes(x.shape[2], x.shape[1]))
+            head_kernels.rotate_kernel[(len(x),)](x, cos, sin, out, sign, **_sizes(x.shape[2], x.shape[1]))
         return out
 
     @staticmethod
@@ -240,7 +241,7 @@ class _Join(Function):
         rows, sizes = (len(text), len(video)), _head_sizes(video, tensors[2])
         q, k, v = (video.new_empty(sum(rows), sizes["N"], sizes["D"]) for _ in range(3))
         if blocks := sum(cdiv(number * sizes["N"], sizes["BLOCK"]) for number in rows):
-            kernels.join_kernel[(blocks,)](text, video, *tensors, q, k, v, *rows, ctx.eps, **sizes)
+            head_kernels.join_kernel[(blocks,)](text, video, *tensors, q, k, v, *rows, ctx.eps, **sizes)
         return q, k, v
 
     @staticmethod
@@ -256,7 +257,7 @@ class _Join(Function):
             video.new_empty(2, *shape, dtype=torch.float32),
         )
         if blocks:
-            kernels.join_backward_kernel[(sizes["N"], blocks)](
+            head_kernels.join_backward_kernel[(sizes["N"], blocks)](
                 text, video, *tensors, *(grad.contiguous() for grad in grads), dtext, dvideo, sums, *rows, of_text,
                 ctx.eps, **sizes, ROUNDS=ROUNDS,
             )  # fmt: skip
@@ -296,7 +297,7 @@ def _copy_rows(stream: Tensor, text: Tensor, video: Tensor, *tokens: Tensor, **s
     if num_rows := len(stream):
         width = stream[0].numel()
         block = min(1024, next_power_of_2(width))
-        kernels.split_kernel[(cdiv(num_rows, 4),)](
+        head_kernels.split_kernel[(cdiv(num_rows, 4),)](
             stream, text, video, *tokens, len(text), num_rows, width, BM=4, BN=block, **settings
         )
 

@@ -25,7 +25,7 @@ def compile_kernels(output: Path, *options: str) -> list[dict]:
 
 def kernels() -> set[str]:
     """Returns the names of all kernels, by their sources."""
-    sources = [*(ROOT / "moc/kernels").glob("triton_*.py"), ROOT / "models/pointwise_kernels.py"]
+    sources = [*(ROOT / "moc/kernels").glob("triton_*.py"), *(ROOT / "models").glob("*_kernels.py")]
     return {name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.MULTILINE)}
 
 
