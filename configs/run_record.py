@@ -36,6 +36,7 @@ FREE = (
     "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
 )  # fmt: skip
+OPEN = "optim.args."  # a key that is missing here was not set; elsewhere an earlier version did not have it yet
 EVALUATED = 16  # the number of scenes where no setting gives it
 
 
@@ -72,19 +73,21 @@ def check_same_run(config: TrainConfig) -> None:
         return
     settings = OmegaConf.to_container(OmegaConf.load(file)), _values(config)
     before, now = (translated(dict(_flat(values))) for values in settings)
-    unknown = [name for name in config.allow_changes if not any(_is_among(key, [name]) for key in now)]
+    unknown = [name for name in config.allow_changes if not any(_is_among(key, [name]) for key in {**before, **now})]
     if unknown:
         raise UserError(f"allow_changes={unknown} names no setting; --help lists all")
-    changed = {key: (before[key], now[key]) for key in before if key in now and before[key] != now[key]}
+    compared = [key for key in {**before, **now} if (key in before and key in now) or key.startswith(OPEN)]
+    changed = {key: (before.get(key), now.get(key)) for key in compared if before.get(key) != now.get(key)}
     free = {key for key in changed if _is_among(key, FREE) or _is_among(key, config.allow_changes)}
-    refused = [f"{key}={now[key]} (was {before[key]})" for key in changed if key not in free]
+    refused = [f"{key}={value} (was {was})" for key, (was, value) in changed.items() if key not in free]
     if refused:
         raise UserError(
             f"{config.run_folder} was trained with other settings: {', '.join(refused)}. Give the new run its own "
             f"name, name=OTHER, or go on with them by allow_changes=[{','.join(k for k in changed if k not in free)}]"
         )
     for key in sorted(free - {"resume", "allow_changes"}):
-        logger.info("%s is now %s (was %s)", key, now[key], before[key])
+        was, value = changed[key]
+        logger.info("%s is now %s (was %s)", key, value, was)
 
 
 def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:

@@ -7,15 +7,19 @@ import re
 import shlex
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from configs.run_record import sampling_command
+from configs.run_record import check_same_run, sampling_command
+from moc.errors import UserError
 from moc.training import read_metrics
 from moc.training.integrity import checksums, files_to_seal, seal
 from tests import figures, pipeline
+from tests.composing import parsed
 from tests.pipeline import assert_one_message, command, refusal
 
 
@@ -37,6 +41,19 @@ def test_another_run_under_the_same_name_is_refused(prepared, run, capsys, setti
     said = refusal(capsys, *launch(prepared, run, setting, "trainer.num_steps=4"))
     assert_one_message(said, f"{key}={value}", "was ", "name=OTHER", f"allow_changes=[{key}")
     assert (run / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("setting", ["data.path=b", "optim.betas=[0.8,0.9]", "+optim.args.amsgrad=true"])
+def test_what_is_changed_added_or_removed_is_refused(tmp_path, setting):
+    """An argument of the optimizer's own is among the settings only where it is given."""
+    key = setting.partition("=")[0].lstrip("+")
+    without, with_it = (parsed("train", f"output={tmp_path}", "data.path=a", *more) for more in ([], [setting]))
+    for before, now in ((without, with_it), (with_it, without)):
+        before.run_folder.mkdir(exist_ok=True)
+        (before.run_folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(before)))
+        with pytest.raises(UserError, match=rf"{key}=.* \(was .*allow_changes=\[{key}\]"):
+            check_same_run(now)
+        check_same_run(replace(now, allow_changes=[key]))
 
 
 def test_a_change_allowed_by_name_keeps_the_settings_before(prepared, run):
