@@ -40,6 +40,10 @@ from moc.training.shards import hollow, whole
 from moc.training.survey import Survey
 from moc.training.validation import Validator
 
+# Draws a sample of a model with some attention at a step. The last argument is asked within, by all processes equally
+# often, whether the run is to end.
+DrawSamples = Callable[[Any, MoCConfig, int, Callable[[], bool]], None]
+
 logger = logging.getLogger(__name__)
 
 
@@ -111,7 +115,7 @@ class Trainer:
         run_folder: Path,
         seed: int,
         save_extras: Callable[[Path], None],
-        draw_samples: Callable[[Any, MoCConfig, int], None] | None = None,
+        draw_samples: DrawSamples | None = None,
     ) -> None:
         self.parallel = parallel
         self.flow, self.moc, self.schedule = flow, moc, schedule
@@ -388,7 +392,7 @@ class Trainer:
         assert self.draw_samples
         self.model.eval()
         with self.ema.applied(), self.parallel.autocast(), torch.no_grad():
-            self.draw_samples(self.bare_model, self.schedule.at(self.step, self.moc), self.step)
+            self.draw_samples(self.bare_model, self.schedule.at(self.step, self.moc), self.step, self._interrupted)
         self.model.train()
 
 

@@ -1,6 +1,7 @@
 """These tests are about samples of a held-out scene while a model trains: drawn at their steps, from one noise, no
 trace left in the run."""
 
+import errno
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -49,5 +50,16 @@ def test_the_main_process_says_that_no_sample_is_drawn(prepared, tmp_path, monke
     monkeypatch.setattr(Parallel, "is_main", is_main)
     parallel = Parallel(ParallelConfig("cpu"))
     draw = samples.scene_drawer(open_dataset(DataConfig(str(prepared))), DataConfig(), Flow(), tmp_path, parallel)
-    draw(SimpleNamespace(stream=None), MoCConfig(), 7)
+    draw(SimpleNamespace(stream=None), MoCConfig(), 7, lambda: False)
     assert caplog.text.count("no sample is drawn at step 7: shot 1") == is_main
+
+
+def test_a_sample_that_cannot_be_drawn_costs_itself_alone(prepared, trained, tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(samples, "SAMPLING", replace(samples.SAMPLING, steps=1))
+    monkeypatch.setattr("film.samples.draw_storyboard", full)
+    run = pipeline.train(prepared, tmp_path / "run", "trainer.sample_every=2")
+    assert losses(run) == losses(trained)
+    assert "no sample is drawn at step 2 (OSError: [Errno 28] No space left on device)" in caplog.text

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moc.diffusion import Flow
+from moc.diffusion import Flow, sample_shots
 from moc.training import Metrics, Validator, find_checkpoint, read_metrics
 from moc.training.interruption import NOT_FINISHED, SIGNALS, Interruption
 from tests import pipeline
@@ -223,6 +223,21 @@ def test_a_signal_before_training_begins(
     assert "Traceback" not in capfd.readouterr().err
     pipeline.train(prepared, tmp_path / "run", "trainer.validate_every=1")
     assert same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_signal_while_a_sample_is_drawn(prepared, tmp_path, monkeypatch, handlers):
+    """It is not waited for: sampling takes as long as many steps."""
+
+    def told(*arguments, **others):
+        send(signal.SIGTERM)
+        return sample_shots(*arguments, **others)
+
+    monkeypatch.setattr("film.samples.sample_shots", told)
+    with pytest.raises(SystemExit) as ending:
+        pipeline.train(prepared, tmp_path / "run", "trainer.sample_every=1")
+    assert ending.value.code == NOT_FINISHED
+    assert find_checkpoint(tmp_path / "run").name == "step_0000001"
+    assert not (tmp_path / "run/samples").exists()
 
 
 def test_a_finished_command_leaves_signals_as_they_were(undisturbed, prepared):
