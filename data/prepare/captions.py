@@ -46,8 +46,8 @@ def find_caption_file(root: Path) -> Path | None:
 
 def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneRecord | DataError]:
     """Yields a scene for each entry of the file, or what is wrong with it; and at last a warning for the first entry
-    that has no field of captions, whose name may be misspelt."""
-    unnamed = None
+    that has no field of captions, whose name may be misspelt, and one for the first that has several."""
+    doubts: dict[str, DataWarning] = {}
     for where, fields in _entries(path):
         try:
             if isinstance(fields, DataError):
@@ -56,12 +56,22 @@ def read_captions(path: Path, image_suffixes: frozenset[str]) -> Iterator[SceneR
         except DataError as error:
             yield error
         else:
-            if unnamed is None and not fields.keys() & {*_CAPTION, *_SHOT_CAPTIONS, "scenes"}:
-                unnamed = DataWarning(
-                    "no-caption-field", where, f"none of {', '.join(fields)} is a caption; call it {_CAPTION[0]}"
-                )
-    if unnamed:
-        yield unnamed
+            doubt = _doubt(fields, where)
+            if doubt:
+                doubts.setdefault(doubt.kind, doubt)
+    yield from doubts.values()
+
+
+def _doubt(fields: dict, where: str) -> DataWarning | None:
+    """Returns a warning where an entry has no field of captions, or captions of a scene that differ."""
+    if not fields.keys() & {*_CAPTION, *_SHOT_CAPTIONS, "scenes"}:
+        said = f"none of {', '.join(fields)} is a caption; call it {_CAPTION[0]}"
+        return DataWarning("no-caption-field", where, said)
+    given = [name for name in _CAPTION if fields.get(name)]
+    if any(fields[name] != fields[given[0]] for name in given):
+        said = f"{given[0]} is taken as the caption, not {', '.join(given[1:])}; keep one of them"
+        return DataWarning("several-captions", where, said)
+    return None
 
 
 def _scene(root: Path, fields: dict, where: str, image_suffixes: frozenset[str]) -> SceneRecord:

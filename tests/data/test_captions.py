@@ -239,6 +239,20 @@ def test_captions_under_an_unknown_name_are_told_with_their_line(folder):
     assert find_scenes(folder).warnings == []
 
 
+def test_captions_under_several_names_are_told_with_their_line(folder):
+    """One is taken; where they say the same, it does not matter which."""
+    lines = [
+        {"video": "a.mp4", "text": "first", "prompt": "first"},
+        {"video": "c.mp4", "global_caption": "all", "prompt": "third", "shot_captions": ["x", "y"]},
+    ]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = find_scenes(folder)
+    assert [scene.caption for scene in found.scenes] == ["first", "third"]
+    (several,) = found.warnings
+    assert (several.kind, several.where) == ("several-captions", f"{folder / 'captions.jsonl'}:2")
+    assert "prompt is taken as the caption, not global_caption" in str(several)
+
+
 def test_files_that_are_passed_over_are_counted_by_kind(folder):
     (folder / ".cache").mkdir()
     hidden = (".hidden", ".cache/a.mp4.lock")
