@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moc.errors import UserError
-from moc.training.checkpoint import read_json
+from moc.training.checkpoint import check_indexes, read_json
 
 _BINS = (12, 4, 4)  # of hue, saturation and value
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -101,6 +101,7 @@ def _load(kind: Any, path: str) -> Any:
     """Returns what transformers finds in a local folder; raises UserError where it finds none."""
     if not Path(path).is_dir():
         raise UserError(f"{path} is no folder with weights; give a local one, such as a clone of a model's repository")
+    check_indexes(Path(path))
     try:
         return kind.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:

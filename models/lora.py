@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moc.errors import UserError
-from moc.training.checkpoint import read_json
+from moc.training.checkpoint import check_indexes, read_json
 from moc.training.storage import read_tensors
-from models.checkpoints.tensors import INDEX, Shapes, TensorSource, check_tensors, read_index, shapes
+from models.checkpoints.tensors import Shapes, TensorSource, check_tensors, shapes
 
 SETTINGS = "lora.json"
 PREFIX = "transformer."  # begins the adapter's names in a pipeline's file
@@ -121,8 +121,7 @@ class Trainable(ModelMixin, nn.Module, ConfigMixin):
         """Reads as diffusers does, but raises UserError, listing names, unless the tensors are exactly the model's:
         diffusers would draw those that are missing and warn, and read whatever an index names."""
         wants_info = kwargs.pop("output_loading_info", False)
-        for file in Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "").glob("*" + INDEX):
-            read_index(file)
+        check_indexes(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # to name all mistakes in one error
         model, info = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         expected = shapes(model.state_dict())

@@ -55,6 +55,9 @@ class TransformersCaptioner:
             raise DataError("missing-captioner", path, "no such folder; give captioner=DIR of a local model")
         from transformers import AutoModelForImageTextToText, AutoProcessor  # seconds to import
 
+        from moc.training.checkpoint import check_indexes
+
+        check_indexes(Path(path))
         self.name = path
         self.max_new_tokens = max_new_tokens
         try:

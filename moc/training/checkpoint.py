@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from moc.earlier import cut_gap
 from moc.errors import UserError, disk_error
+from moc.files import OutsideError, inside
 from moc.training.integrity import COMPLETE, checksums, damaged_files, files_to_seal, seal, sync
 from moc.training.optim import state_device
 from moc.training.storage import read_tensors
@@ -347,3 +348,22 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold one JSON object, not {str(values)[:20]!r}; {remedy(file)}")
     return values
+
+
+def read_index(file: Path) -> dict[str, Path]:
+    """Returns the shard of each tensor, by an index file beside the shards. Raises UserError for what is no such index,
+    and where it names a file outside its own folder."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{file} has no weight_map from tensors to shards; {remedy(file)}")
+    try:
+        return {name: inside(file.parent, str(shard)) for name, shard in weight_map.items()}
+    except OutsideError as error:
+        raise UserError(f"{file} is no index of its own shards: {error}") from None
+
+
+def check_indexes(folder: Path) -> None:
+    """Raises UserError where an index of shards in the folder, which another library is to read, is none or names a
+    file outside."""
+    for file in sorted(folder.glob("*.index.json")):
+        read_index(file)

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moc.errors import UserError
-from moc.files import PARTIAL, OutsideError, inside
-from moc.training.checkpoint import read_json, remedy
+from moc.files import PARTIAL
+from moc.training.checkpoint import read_index, remedy
 from moc.training.tensor_files import DTYPES, INDEX, Entry, deal_to_files, file_header, num_bytes
 
 PICKLES = {".pth", ".pt", ".bin", ".ckpt", ".pkl"}
@@ -180,18 +180,6 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
         f"{path} holds {len(files)} safetensors files ({names}) and {len(indexes) or 'no'} index files: it may mix "
         "models, such as Wan2.2's high and low noise experts; name one file, or a folder with one index"
     )
-
-
-def read_index(file: Path) -> dict[str, Path]:
-    """Returns the shard of each tensor, by an index file beside the shards. Raises UserError for what is no such index,
-    and where it names a file outside its own folder."""
-    weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{file} has no weight_map from tensors to shards; {remedy(file)}")
-    try:
-        return {name: inside(file.parent, str(shard)) for name, shard in weight_map.items()}
-    except OutsideError as error:
-        raise UserError(f"{file} is no index of its own shards: {error}") from None
 
 
 @contextmanager

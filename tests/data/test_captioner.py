@@ -12,6 +12,7 @@ from data.manifest import SceneRecord, ShotRecord, load_manifest, write_manifest
 from data.prepare.captioner import TransformersCaptioner, has_tags, lengths
 from data.prepare.pipeline import prepare
 from data.prepare.settings import PrepareConfig
+from moc.errors import UserError
 from tests.caches import RECORD_FAULTS
 from tests.encoders import PoolCodec, WordText
 from tests.films import read_numbers, write_numbered
@@ -110,6 +111,9 @@ def test_a_folder_that_is_no_model_is_said(folder):
     with pytest.raises(DataError, match="does not load as an image-text-to-text model") as caught:
         run(folder, None, captioner=str(folder / "model"))
     assert "\n" not in str(caught.value)
+    (folder / "model/model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    with pytest.raises(UserError, match="is no index of its own shards"):
+        run(folder, None, captioner=str(folder / "model"))
 
 
 def save_tiny_model(folder):

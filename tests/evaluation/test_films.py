@@ -226,6 +226,9 @@ def test_local_weights_are_used(films, tmp_path):
     assert clip.texts(["mia walks . " * 9, "gus"]).shape == (2, 8)
     found = consistency(film, clip, clip)
     assert "its own prompt" in found.gate
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../dino/model.safetensors"}}')
+    with pytest.raises(UserError, match="is no index of its own shards"):
+        Clip(str(folder), CPU)
     for kind in (Dino, Clip):
         with pytest.raises(UserError, match="no folder with weights"):
             kind(str(tmp_path / "nothing"), CPU)
