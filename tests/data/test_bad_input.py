@@ -204,6 +204,12 @@ def test_nothing_usable_is_an_error_that_says_why(folder):
         open_dataset(DataConfig(path=str(folder / "out")))
 
 
+def test_captions_of_more_shots_than_there_are_cite_their_line(folder):
+    (folder / "captions.jsonl").write_text('\n{"path": "film.mkv", "shot_captions": ["one", "two", "three", "four"]}')
+    with pytest.raises(DataError, match=r"1 caption-count: .*captions\.jsonl:2: has 4 shot captions, but 2 shots"):
+        run(folder)
+
+
 def test_the_output_may_lie_in_the_input_but_not_be_it(folder):
     Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(folder / "still.png")
     for _ in range(2):  # the second time the folder holds thumbnails too

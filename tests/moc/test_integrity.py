@@ -4,6 +4,7 @@ on the disk."""
 import json
 import os
 import shutil
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -106,6 +107,15 @@ def test_what_says_where_others_lie_may_be_edited(cache, tmp_path):
     train(cache, tmp_path, num_steps=1, save_extras=lambda folder: (folder / "lora.json").write_text("{}"))
     flip(tmp_path / "checkpoints/step_0000001/lora.json", 0)
     assert sound_checkpoint(tmp_path).name == "step_0000001"
+
+
+@pytest.mark.parametrize("outside", ["../../other", "{run}/other"])
+def test_the_mark_of_a_checkpoint_names_no_file_outside(run, outside):
+    """The file lies there, with that checksum."""
+    (run / "other").write_text("other")
+    mark = run / "checkpoints" / STEPS[1] / "complete"
+    mark.write_text(json.dumps(sealed(mark.parent) | {outside.format(run=run): zlib.crc32(b"other")}))
+    assert sound_checkpoint(run).name == STEPS[0]
 
 
 def test_without_any_whole_checkpoint_nothing_is_taken(run):
