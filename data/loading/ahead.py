@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL
 
 Item = TypeVar("Item")
 
 
-_PATIENCE = 5.0  # seconds to wait for all threads together
+_PATIENCE = 2 * MP_STATUS_CHECK_INTERVAL  # seconds to wait for all threads: one asks so often if its workers live
 _running: weakref.WeakKeyDictionary[threading.Thread, queue.SimpleQueue[bool]] = weakref.WeakKeyDictionary()
 
 

@@ -359,3 +359,22 @@ def test_a_program_ends_well_while_an_item_is_taken_ahead(more):
         program, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (3 if "3" in more else 0, b"")
+
+
+@pytest.mark.slow
+def test_a_program_waits_until_a_loader_has_found_its_workers_dead():
+    """torch looks every five seconds; a thread that is cut off in what follows aborts the whole process."""
+    program = """
+import time
+from data.loading.ahead import ahead
+
+def items():
+    yield 1
+    time.sleep(6)
+    print("found", flush=True)
+    yield 2
+
+next(ahead(items))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "found\n")
