@@ -73,10 +73,11 @@ def check_same_run(config: TrainConfig) -> None:
         return
     settings = OmegaConf.to_container(OmegaConf.load(file)), _values(config)
     before, now = (translated(dict(_flat(values))) for values in settings)
-    unknown = [name for name in config.allow_changes if not any(_is_among(key, [name]) for key in {**before, **now})]
+    keys = before | now
+    unknown = [name for name in config.allow_changes if not any(_is_among(key, [name]) for key in keys)]
     if unknown:
         raise UserError(f"allow_changes={unknown} names no setting; --help lists all")
-    compared = [key for key in {**before, **now} if (key in before and key in now) or key.startswith(OPEN)]
+    compared = [key for key in keys if (key in before and key in now) or key.startswith(OPEN)]
     changed = {key: (before.get(key), now.get(key)) for key in compared if before.get(key) != now.get(key)}
     free = {key for key in changed if _is_among(key, FREE) or _is_among(key, config.allow_changes)}
     refused = [f"{key}={value} (was {was})" for key, (was, value) in changed.items() if key not in free]

@@ -74,9 +74,11 @@ class Packed(NamedTuple):
         return self._sum(dkeys), self._sum(dvalues)
 
     def _sum(self, grad: Tensor) -> Tensor:
-        rows = grad.index_select(0, self.rows).flatten(1).to(torch.promote_types(grad.dtype, torch.float32))
-        sums = torch.segment_reduce(rows, "sum", offsets=self.row_starts, unsafe=True, initial=0)
-        return sums.to(grad.dtype).unflatten(1, grad.shape[1:])
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(len(self.row_starts) - 1, *grad.shape[1:], dtype=wide)
+        with dense.deterministic_algorithms(True):  # a GPU would add rows in any order
+            total.index_add_(0, self.key_index, grad.to(wide))
+        return total.to(grad.dtype)
 
     def runs(self) -> Iterator[tuple[slice, slice]]:
         """Yields the queries and the gathered keys of each run; waits for the device."""
