@@ -24,7 +24,7 @@ these lines:
     rows=[moc_dense_target,moc_no_text,moc_no_drops_all_text,moc_progressive,moc_of_half_frames,dense_causal] $ON
     rows=[moc_pre_rope,moc_lse,moc_lse_of_frames,first_frame,random,own_shot] $ON
     rows=[dense,moc,moc_dense_target,first_frame,random,own_shot] seed=1 $ON          other seeds of the main rows
-    rows=[moc] steps=8000 course=1000       from scratch, as dense was; its routes over training; goes on if asked again
+    rows=[moc] steps=16000 course=2000      from scratch, as dense was; its routes over training; goes on if asked again
     rows=[moc] shots=[16,24] $ON                                   more shots than in training, tested only
 """
 
@@ -155,6 +155,7 @@ ROWS = {
     "moc_no_own_shot": lambda steps: ["moc.own_anchor=none"],
     "moc_no_text": lambda steps: ["moc.text_anchor=none"],
     "moc_not_causal": lambda steps: ["moc.causal=false"],
+    "moc_not_causal_of_four": lambda steps: ["moc.causal=false", "moc.top_k=4"],
     "moc_dense_target": lambda steps: ["flow.dense_target=0.5"],
     "dense_causal": lambda steps: ["moc.chunk_tokens=48", "moc.top_k=7", *NO_DROPS],
 }

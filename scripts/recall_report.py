@@ -27,6 +27,7 @@ TITLES = {
     "moc_no_own_shot": "MoC, own shot not anchored",
     "moc_no_text": "MoC, no text anchored",
     "moc_not_causal": "MoC, not causal",
+    "moc_not_causal_of_four": "MoC, not causal, four routes",
     "moc_dense_target": "MoC, dense velocity as half of the target",
     "moc_pre_rope": "MoC, routed before RoPE",
     "moc_lse": "MoC, log-sum-exp of three means a chunk",
