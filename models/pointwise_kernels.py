@@ -49,11 +49,10 @@ def modulate_kernel(
 
 
 @triton.jit
-def _flush(pointer, first, second, mask, D: tl.constexpr):
-    """Writes two of a group's sums under a mask; returns them, begun anew there."""
-    tl.store(pointer, first, mask=mask)
-    tl.store(pointer + D, second, mask=mask)
-    return tl.where(mask, 0.0, first), tl.where(mask, 0.0, second)
+def _store_sums(pointer, first, second, inside, D: tl.constexpr):
+    """Writes two of a group's sums, each [D]."""
+    tl.store(pointer, first, mask=inside)
+    tl.store(pointer + D, second, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -73,22 +72,24 @@ def modulate_backward_kernel(
     for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
         row = block.to(tl.int64) * ROWS + index
         own = _group(group, row)
-        pointer = sums + (block + current) * (2 * D) + column
-        dshift, dscale = _flush(pointer, dshift, dscale, inside & (own != current), D)
-        current = own
+        if own != current:
+            _store_sums(sums + (block + current) * (2 * D) + column, dshift, dscale, inside, D)
+            dshift, dscale = tl.zeros_like(dshift), tl.zeros_like(dscale)
+            current = own
         value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
         gain = ONE + tl.load(scale + own * stride + column, mask=inside, other=0.0).to(tl.float32)
+        if dthrough is not None:
+            through = tl.load(dthrough + row * D + column, mask=inside, other=0.0)
         normed, factor = _layer_norm(value, inside, eps, D)
         dshift += grad
         dscale += grad * normed
         grad *= gain
         grad = _layer_norm_gradient(grad, normed, factor, D)
         if dthrough is not None:
-            grad += tl.load(dthrough + row * D + column, mask=inside, other=0.0).to(tl.float32)
+            grad += through.to(tl.float32)
         tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
-    pointer = sums + (block + current) * (2 * D) + column
-    _flush(pointer, dshift, dscale, inside, D)
+    _store_sums(sums + (block + current) * (2 * D) + column, dshift, dscale, inside, D)
 
 
 @triton.jit
@@ -127,16 +128,16 @@ def add_gated_backward_kernel(
     for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
         row = block.to(tl.int64) * ROWS + index
         own = _group(group, row)
-        pointer = sums + (block + current) * (2 * D) + column
-        dgate, dbias = _flush(pointer, dgate, dbias, inside & (own != current), D)
-        current = own
+        if own != current:
+            _store_sums(sums + (block + current) * (2 * D) + column, dgate, dbias, inside, D)
+            dgate, dbias = tl.zeros_like(dgate), tl.zeros_like(dbias)
+            current = own
         grad = tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
         dgate += grad * biased(change, bias, row * D + column, column, inside)
         grad *= tl.load(gate + own * stride + column, mask=inside, other=0.0).to(tl.float32)
         dbias += grad
         tl.store(dchange + row * D + column, grad.to(dchange.dtype.element_ty), mask=inside)
-    pointer = sums + (block + current) * (2 * D) + column
-    _flush(pointer, dgate, dbias, inside, D)
+    _store_sums(sums + (block + current) * (2 * D) + column, dgate, dbias, inside, D)
 
 
 @triton.jit
@@ -178,28 +179,33 @@ def add_modulate_backward_kernel(
     for index in range(tl.minimum(ROWS, num_rows - block * ROWS)):
         row = block.to(tl.int64) * ROWS + index
         own = _group(group, row)
-        ends = inside & (own != current)
-        pointer = sums + (block + current) * (4 * D) + column
-        dshift, dscale = _flush(pointer, dshift, dscale, ends, D)
-        dgate, dbias = _flush(pointer + 2 * D, dgate, dbias, ends, D)
-        current = own
+        if own != current:
+            pointer = sums + (block + current) * (4 * D) + column
+            _store_sums(pointer, dshift, dscale, inside, D)
+            _store_sums(pointer + 2 * D, dgate, dbias, inside, D)
+            dshift, dscale = tl.zeros_like(dshift), tl.zeros_like(dscale)
+            dgate, dbias = tl.zeros_like(dgate), tl.zeros_like(dbias)
+            current = own
         offset = own * stride + column
+        # All of a row is loaded before its first reduction: a load after one would wait for memory once more.
         value = tl.load(out + row * D + column, mask=inside, other=0.0).to(tl.float32)
-        normed, factor = _layer_norm(value, inside, eps, D)
         grad = tl.load(dmodulated + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        through = tl.load(dout + row * D + column, mask=inside, other=0.0)
+        changed = biased(change, bias, row * D + column, column, inside)
+        gain = 1.0 + tl.load(scale + offset, mask=inside, other=0.0).to(tl.float32)
+        gate_value = tl.load(gate + offset, mask=inside, other=0.0)
+        normed, factor = _layer_norm(value, inside, eps, D)
         dshift += grad
         dscale += grad * normed
-        grad *= 1.0 + tl.load(scale + offset, mask=inside, other=0.0).to(tl.float32)
-        grad = _layer_norm_gradient(grad, normed, factor, D)
-        grad += tl.load(dout + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        grad = _layer_norm_gradient(grad * gain, normed, factor, D) + through.to(tl.float32)
         tl.store(dx + row * D + column, grad.to(dx.dtype.element_ty), mask=inside)
-        dgate += grad * biased(change, bias, row * D + column, column, inside)
-        grad *= tl.load(gate + offset, mask=inside, other=0.0).to(tl.float32)
+        dgate += grad * changed
+        grad *= gate_value.to(tl.float32)
         dbias += grad
         tl.store(dchange + row * D + column, grad.to(dchange.dtype.element_ty), mask=inside)
     pointer = sums + (block + current) * (4 * D) + column
-    _flush(pointer, dshift, dscale, inside, D)
-    _flush(pointer + 2 * D, dgate, dbias, inside, D)
+    _store_sums(pointer, dshift, dscale, inside, D)
+    _store_sums(pointer + 2 * D, dgate, dbias, inside, D)
 
 
 @triton.jit
