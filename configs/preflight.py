@@ -92,7 +92,7 @@ def check_room(config: TrainConfig, dataset: Data, parallel: Parallel) -> None:
         return
     with torch.device("meta"):
         weights = list(build_model(config.model, dataset.latent_channels, dataset.text_dim).parameters())
-    copies = 1 if config.optim.parts else 3  # with optim.parts some weights may be frozen
+    copies = 1 if config.optim.rates else 3  # with optim.rates some weights may be frozen
     _refuse_over(memory.host_room(), copies * sum(weight.nbytes for weight in weights) / 2**30)
 
 

@@ -21,8 +21,8 @@ from models.stream import Attend
 
 @dataclass
 class Mass:
-    """These are sums over queries, fp32 [N] each, by layer. elsewhere: mass on other shots' video. kept: its part on
-    the routed chunks. best: its part on as many chunks, those that hold most of it. queries: how many there are."""
+    """These are sums over queries, fp32 [N] each, by layer. elsewhere: mass on other shots' video. kept: its share on
+    the routed chunks. best: its share on as many chunks, those that hold most of it. queries: how many there are."""
 
     elsewhere: dict[int, Tensor] = field(default_factory=dict)
     kept: dict[int, Tensor] = field(default_factory=dict)

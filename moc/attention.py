@@ -88,7 +88,7 @@ def route(
 
 def _router(q: Tensor, config: MoCConfig, execution: Execution) -> ModuleType:
     """Returns the module that will route; Triton's kernels know no candidates but all, and one mean of a chunk."""
-    plain = config.candidates is not Candidates.all or config.descriptor_parts > 1
+    plain = config.candidates is not Candidates.all or config.descriptor_subchunks > 1
     return routing if plain else resolve_backend(q, execution.backend)
 
 

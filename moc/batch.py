@@ -18,7 +18,7 @@ from moc.move import move
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """A spec says how a model lays a sample out. patch: the part (T, H, W) of a latent that is one token.
+    """A spec says how a model lays a sample out. patch: the size (T, H, W), in a latent, of one token.
     text_in_stream: whether text stands in the stream."""
 
     patch: tuple[int, int, int] = (1, 2, 2)

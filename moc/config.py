@@ -58,9 +58,10 @@ class MoCConfig:
         `all` shots, `global_and_own` or `none`. A query of global text, which stands in no shot, has text anchors only.
     candidates: which video chunks routing may choose from: `all`, or the `first` of each shot, such as its first frame.
     descriptor: what routing scores: q and k as attention uses them (`post_rope`) or those of `route_qk` (`pre_rope`).
-    descriptor_parts: into how many runs of tokens a chunk is cut, each with a mean of its own (1: the paper's). A chunk
-        scores log(sum of n_j / n exp(q . mean_j / sqrt(D))), where part j has n_j of its n tokens: with more parts that
-        is nearer to the softmax mass it would have. Plain tensor code routes so, also where the backend is Triton.
+    descriptor_subchunks: into how many runs of tokens a chunk is cut, each with a mean of its own (1: the paper's). A
+        chunk scores log(sum of n_j / n exp(q . mean_j / sqrt(D))), where sub-chunk j has n_j of its n tokens: with more
+        of them that is nearer to the softmax mass it would have. Plain tensor code routes so, also where the backend is
+        Triton.
     drop_off_max: p_max of context drop-off (training only); a query loses floor(p k) of k routes, p ~ U(0, p_max).
     drop_in_rate, drop_in_max: lambda of context drop-in (training only), and its bound; a query gains
         min(Poisson(lambda), drop_in_max) chunks.
@@ -77,7 +78,7 @@ class MoCConfig:
     text_anchor: TextAnchor = TextAnchor.all
     candidates: Candidates = Candidates.all
     descriptor: Descriptor = Descriptor.post_rope
-    descriptor_parts: int = 1
+    descriptor_subchunks: int = 1
     drop_off_max: float = 1.0
     drop_in_rate: float = 0.5
     drop_in_max: int = 2
@@ -85,7 +86,7 @@ class MoCConfig:
 
     def __post_init__(self) -> None:
         set_types(self, "MoCConfig")
-        check_least(self, "MoCConfig", 1, "chunk_tokens", "descriptor_parts")
+        check_least(self, "MoCConfig", 1, "chunk_tokens", "descriptor_subchunks")
         check_least(self, "MoCConfig", 0, "top_k", "drop_in_max", "drop_in_rate", "dense_layers")
         if not 0 <= self.drop_off_max <= 1:
             raise UserError(f"MoCConfig.drop_off_max={self.drop_off_max} must lie in [0, 1]")

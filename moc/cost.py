@@ -110,7 +110,7 @@ def _routing_flops(layout: ShotLayout, config: MoCConfig, head_dim: int) -> int:
         return 0
     candidates = _by_query_chunk(layout, lambda query, key: is_candidate(layout, config, query, key).sum(-1))
     scores = int(candidates[layout.token_chunk].sum())
-    return (int((~layout.token_is_text).sum()) + 2 * scores * config.descriptor_parts) * head_dim
+    return (int((~layout.token_is_text).sum()) + 2 * scores * config.descriptor_subchunks) * head_dim
 
 
 def _by_query_chunk(layout: ShotLayout, count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

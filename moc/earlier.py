@@ -13,6 +13,9 @@ RENAMED = {
     "moc.dense_kernel": "execution.dense_kernel",
     "moc.deterministic": "execution.deterministic",
     "moc.cut_gap": "model.cut_gap",
+    "moc.descriptor_parts": "moc.descriptor_subchunks",
+    "optim.parts": "optim.rates",
+    "parallel.recompute_parts": "parallel.recompute_sublayers",
 }
 # These values, by today's keys, said that nothing is set; null says it now.
 UNSET: dict[str, Any] = {
@@ -59,8 +62,9 @@ def refuse_renamed(argument: str) -> None:
 
 
 def moc_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a moc.json, without those that are none of attention's any more."""
-    return {name: value for name, value in stored.items() if f"moc.{name}" not in RENAMED}
+    """Returns the settings of a moc.json by today's names, without those that are none of attention's any more."""
+    found = {RENAMED.get(f"moc.{name}", f"moc.{name}"): value for name, value in stored.items()}
+    return {key.removeprefix("moc."): value for key, value in found.items() if key.startswith("moc.")}
 
 
 def cut_gap(settings: Mapping[str, Any], moc_folder: Path | None) -> float:

@@ -18,7 +18,7 @@ from moc.routing import route
 def anchor_mask(layout: ShotLayout, config: MoCConfig, tokens: slice | Tensor = slice(None)) -> Tensor:
     """Returns bool [L, L]: the keys that all heads of a query attend to whatever the routes (dense: the whole sample).
 
-    `tokens` restricts queries and keys to a part of the stream.
+    `tokens` restricts queries and keys to these of the stream.
     """
     sample, group, chunk = layout.token_sample[tokens], layout.token_group[tokens], layout.token_chunk[tokens]
     key_is_text = layout.token_is_text[tokens]

@@ -1,10 +1,10 @@
 """Routing chooses, in plain tensor code, the chunks that each query of each head attends to besides its anchors.
 
-A query scores every candidate chunk by `q . mean(K_chunk)`, or by the means of its parts (`descriptor_parts`), and
-takes the `top_k` best; routing has no parameters. In training, context drop-off removes some of the routes and context
-drop-in adds random ones. The draws come from a counter hash of (seed, step, layer, global head, the sample's position
-in the run, the token's offset in its sample), so that they agree between devices, ranks, packs, head splits and
-recomputation; every backend draws the same bits.
+A query scores every candidate chunk by `q . mean(K_chunk)`, or by the means of its sub-chunks (`descriptor_subchunks`),
+and takes the `top_k` best; routing has no parameters. In training, context drop-off removes some of the routes and
+context drop-in adds random ones. The draws come from a counter hash of (seed, step, layer, global head, the sample's
+position in the run, the token's offset in its sample), so that they agree between devices, ranks, packs, head splits
+and recomputation; every backend draws the same bits.
 
 Source: arXiv 2508.21058, section 3 (routing, causal routing, context drop-off and drop-in) and appendix I (outer loop).
 
@@ -26,27 +26,27 @@ from moc.move import move
 SCORES_PER_BLOCK = 1 << 26  # the most scores, over all heads, that `route` holds at a time
 
 
-def descriptors(k: Tensor, layout: ShotLayout, parts: int = 1) -> Tensor:
-    """Returns the mean key of every chunk, or of each of its parts: k [L, N, D] -> [M * parts, N, D], in fp32 (fp64
-    for fp64 keys). That of an empty part, in a chunk of fewer tokens than parts, is 0."""
+def descriptors(k: Tensor, layout: ShotLayout, subchunks: int = 1) -> Tensor:
+    """Returns the mean key of every chunk, or of each of its subchunks: k [L, N, D] -> [M * subchunks, N, D], in fp32
+    (fp64 for fp64 keys). That of an empty one, in a chunk of fewer tokens than subchunks, is 0."""
     wide = k if k.dtype == torch.float64 else k.float()
-    offsets = layout.chunk_cu_seqlens if parts == 1 else _part_offsets(layout, parts)
+    offsets = layout.chunk_cu_seqlens if subchunks == 1 else _subchunk_offsets(layout, subchunks)
     return torch.segment_reduce(wide, "mean", offsets=offsets.long(), unsafe=True, initial=0)
 
 
-def _part_offsets(layout: ShotLayout, parts: int) -> Tensor:
-    """Returns where the parts of all chunks begin, and the end of the last: int [M * parts + 1]."""
+def _subchunk_offsets(layout: ShotLayout, subchunks: int) -> Tensor:
+    """Returns where the subchunks of all chunks begin, and the end of the last: int [M * subchunks + 1]."""
     starts = layout.chunk_cu_seqlens
-    cuts = torch.arange(parts, device=starts.device)
-    return torch.cat([(starts[:-1, None] + starts.diff()[:, None] * cuts // parts).flatten(), starts[-1:]])
+    cuts = torch.arange(subchunks, device=starts.device)
+    return torch.cat([(starts[:-1, None] + starts.diff()[:, None] * cuts // subchunks).flatten(), starts[-1:]])
 
 
-def _log_mass(scores: Tensor, layout: ShotLayout, parts: int, head_dim: int) -> Tensor:
-    """Returns the scores of chunks by those of their parts, as `MoCConfig.descriptor_parts` says: [N, l, M * parts] ->
-    [N, l, M]."""
-    tokens = _part_offsets(layout, parts).diff().unflatten(0, (-1, parts))
+def _log_mass(scores: Tensor, layout: ShotLayout, subchunks: int, head_dim: int) -> Tensor:
+    """Returns the scores of chunks by those of their subchunks, as `MoCConfig.descriptor_subchunks` says:
+    [N, l, M * subchunks] -> [N, l, M]."""
+    tokens = _subchunk_offsets(layout, subchunks).diff().unflatten(0, (-1, subchunks))
     shares = tokens / tokens.sum(1, keepdim=True)
-    return (scores.unflatten(-1, (-1, parts)) * head_dim**-0.5 + shares.log()).logsumexp(-1)
+    return (scores.unflatten(-1, (-1, subchunks)) * head_dim**-0.5 + shares.log()).logsumexp(-1)
 
 
 @torch.no_grad()
@@ -55,12 +55,12 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     slot is empty. K is top_k, and top_k + drop_in_max where drops apply (`drops` given and the config has any). Ties go
     to the lowest chunk index. Scores are exact to fp32 rounding, under autocast too.
     """
-    parts = config.descriptor_parts
-    if parts > 1 and layout.num_samples > 1 and len(q) == len(k):
+    subchunks = config.descriptor_subchunks
+    if subchunks > 1 and layout.num_samples > 1 and len(q) == len(k):
         return _route_each_sample(q, k, layout, config, drops)
-    means = descriptors(k, layout, parts)
+    means = descriptors(k, layout, subchunks)
     applies_drops = drops is not None and config.has_drops
-    if config.candidates is Candidates.first and not applies_drops and parts == 1:
+    if config.candidates is Candidates.first and not applies_drops and subchunks == 1:
         return _route_to_first(q, means, layout, config)
     chunks = torch.arange(layout.num_chunks, device=layout.device)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * len(means)))
@@ -69,7 +69,7 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
         queries = of_block.to(means.dtype)
         with torch.autocast(q.device.type, enabled=False):
             scores = torch.einsum("lnd,mnd->nlm", queries, means)
-            scores = scores if parts == 1 else _log_mass(scores, layout, parts, q.shape[-1])
+            scores = scores if subchunks == 1 else _log_mass(scores, layout, subchunks, q.shape[-1])
         allowed = is_candidate(layout, config, layout.token_chunk[start:end, None], chunks)
         routes = best_chunks(scores, allowed, config.top_k)
         if drops is not None and config.has_drops:

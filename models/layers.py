@@ -20,7 +20,7 @@ from models.fuse import fused
 from models.linear import Linear, left_bias, product
 from models.members import Members
 from models.part import Part, Table
-from models.recompute import RecomputedParts
+from models.recompute import RecomputedSublayers
 from models.rope import rotate
 from models.stream import Attend
 
@@ -182,7 +182,7 @@ class Modulation(nn.Module):
         return self.linear(activated.to(self.linear.weight.dtype)).float().chunk(self.count, dim=-1)
 
 
-class TokenStream(RecomputedParts):
+class TokenStream(RecomputedSublayers):
     """These are a modality's weights in a block: q, k, v for the joint attention, then the output projection and the
     FFN.
 
@@ -228,7 +228,7 @@ class TokenStream(RecomputedParts):
         return product(last, gelu(product(first, x), left_bias(first, x)))
 
 
-class JointBlock(RecomputedParts):
+class JointBlock(RecomputedSublayers):
     """A joint block has separate text and video weights around one attention over the packed stream (MMDiT)."""
 
     def __init__(self, dim: int, num_heads: int, ffn_dim: int, last: bool = False) -> None:

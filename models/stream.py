@@ -25,7 +25,7 @@ from moc.layout import Grid
 from models.history import KeyValueCache
 from models.lora import Trainable
 from models.part import Part, Table
-from models.recompute import RecomputedParts
+from models.recompute import RecomputedSublayers
 from models.rope import rotate
 
 
@@ -223,11 +223,11 @@ class StreamModel(Trainable):
         velocity = part.gather(self.project(tokens, patches, condition, part))
         return unpatchify(velocity, part.grids, self.stream.patch)
 
-    def recompute_parts(self) -> None:
-        """Has each block's parts computed once more in backward, one at a time."""
+    def recompute_sublayers(self) -> None:
+        """Has each block's sublayers computed once more in backward, one at a time."""
         for module in self.modules():
-            if isinstance(module, RecomputedParts):
-                module.recomputes_parts = True
+            if isinstance(module, RecomputedSublayers):
+                module.recomputes_sublayers = True
 
     def new_cache(self, capacity: int, offload: bool = False) -> KeyValueCache:
         """Returns the history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""

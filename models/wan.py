@@ -32,7 +32,7 @@ from models.frozen import Rounded, taken_by
 from models.layers import LayerNorm, RMSNorm, add_gated, modulate
 from models.members import Members
 from models.part import Part
-from models.recompute import RecomputedParts
+from models.recompute import RecomputedSublayers
 from models.rope import rotary_table, running_positions
 from models.stream import Attend, Embedded, StreamModel
 
@@ -78,7 +78,7 @@ class FeedForward(attention.FeedForward):
         return down(taken_by(down, up.proj(x), gelu=True))  # type: ignore[operator]
 
 
-class Block(RecomputedParts):
+class Block(RecomputedSublayers):
     """A block is self-attention over the stream, cross-attention to the text and an FFN, modulated by each token's
     shot."""
 

@@ -127,7 +127,7 @@ WAN = ("moc=paper", "data.batch_tokens=65536", "parallel.activation_checkpointin
 
 def training_jobs(f: Path) -> dict[str, Job]:
     schedule = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5, chunk_tokens: 1280, top_k: 5}]"
-    muon = ["optim.name=muon", 'optim.parts=[{match: "*.to_qkv.*"}, {match: "*", factor: 0}]']
+    muon = ["optim.name=muon", 'optim.rates=[{match: "*.to_qkv.*"}, {match: "*", factor: 0}]']
     mix = f"{{path: {f / 'prepared'}, kind: multi, weight: 0.8}}, {{path: {f / 'found'}, weight: 0.2}}"
     lora = ["model.lora_rank=16", "model.lora_targets=[to_q,to_v]"]
     wan, high = ["model=wan", f"model.path={f / 'wan'}"], ["model=wan", f"model.path={f / 'HIGH'}"]

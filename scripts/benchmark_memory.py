@@ -89,7 +89,7 @@ def settings(config: MemoryConfig) -> dict[str, Any]:
     return {
         "dim": model.dim, "layers": model.num_layers, "base": str(model.lora_base), "rank": model.lora_rank,
         "swapped": parallel.swap_blocks, "recomputed": parallel.activation_checkpointing,
-        "parts": parallel.recompute_parts, "offloaded": parallel.offload_activations,
+        "sublayers": parallel.recompute_sublayers, "offloaded": parallel.offload_activations,
         "optimizer": config.optim.name + " offloaded" * config.optim.offload,
         "shots": config.shots, "latent": list(config.latent), "limit_gib": config.limit_gib or 0.0,
     }  # fmt: skip
@@ -142,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
             f"{row['layers']} x {row['dim']}", row["base"], row["rank"], row["swapped"],
-            ", ".join(name for name in ("recomputed", "parts", "offloaded") if row[name]), row["optimizer"],
+            ", ".join(name for name in ("recomputed", "sublayers", "offloaded") if row[name]), row["optimizer"],
             f"{row['shots']} x {row['latent']}", row.get("tokens", ""), row["limit_gib"] or "",
             row.get("problem") or row["step_seconds"], *(
                 f"{row[name] / 2**30:.1f}" if name in row else ""

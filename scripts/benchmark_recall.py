@@ -131,7 +131,7 @@ def progressive(steps: int) -> str:
 
 KEY = ("row", "seed", "steps", "start")  # what tells a row of the record from others
 # What a dense model is swapped to, untrained: chunk tokens, of which a frame has 24 and a row of it 6, chunks that it
-# routes to, and parts of a chunk that have a mean of their own.
+# routes to, and sub-chunks that have a mean of their own.
 SWAPS = (
     (24, 1, 1), (24, 2, 1), (24, 4, 1), (24, 7, 1), (24, 14, 1), (12, 2, 1), (12, 3, 1),
     (6, 4, 1), (6, 5, 1), (6, 8, 1), (6, 11, 1), (24, 1, 4), (24, 1, 24), (24, 2, 4), (24, 4, 4), (6, 5, 3), (6, 5, 6),
@@ -147,8 +147,8 @@ ROWS = {
     "moc_of_frames": lambda steps: ["moc.chunk_tokens=24", "moc.top_k=1"],
     "moc_of_half_frames": lambda steps: ["moc.chunk_tokens=12", "moc.top_k=2"],
     "moc_pre_rope": lambda steps: ["moc.descriptor=pre_rope"],
-    "moc_lse": lambda steps: ["moc.descriptor_parts=3"],
-    "moc_lse_of_frames": lambda steps: ["moc.chunk_tokens=24", "moc.top_k=1", "moc.descriptor_parts=4"],
+    "moc_lse": lambda steps: ["moc.descriptor_subchunks=3"],
+    "moc_lse_of_frames": lambda steps: ["moc.chunk_tokens=24", "moc.top_k=1", "moc.descriptor_subchunks=4"],
     "moc_no_drops": lambda steps: NO_DROPS,
     "moc_no_drops_all_text": lambda steps: ["moc.text_anchor=all", *NO_DROPS],
     "moc_all_text": lambda steps: ["moc.text_anchor=all"],
@@ -293,7 +293,7 @@ class Tester:
             found.setdefault("shots", {})[str(shots)] = brief(summary(tally))
         if moc.dense and self.config.swaps:
             for values in SWAPS:
-                swap = dict(zip(("chunk_tokens", "top_k", "descriptor_parts"), values, strict=True))
+                swap = dict(zip(("chunk_tokens", "top_k", "descriptor_subchunks"), values, strict=True))
                 tally = self.bench.run(model, MoCConfig.from_dict(swap), flow, max(1, self.config.scenes // 8))
                 found.setdefault("swapped", []).append(swap | brief(summary(tally)))
         found["mass"] = self.bench.mass(model, moc, routing_of(moc), flow)

@@ -12,7 +12,7 @@ and the dense one that docs/evidence.md brings back:
 
     ways=[joint,staggered,shot_by_shot,recall]              whole stories of 8 shots
     shots=[16,24] ways=[recall,shot_by_shot] stories=32     more shots than in training
-    ways=[recall] checkpoints=[outputs/recall_dense] moc.dense=false moc.chunk_tokens=24 moc.descriptor_parts=4
+    ways=[recall] checkpoints=[outputs/recall_dense] moc.dense=false moc.chunk_tokens=24 moc.descriptor_subchunks=4
                                                             a chunk of a frame, scored by log-sum-exp, untrained
     ways=[mass] scenes=64 and the same                      the mass that such routes keep
 """

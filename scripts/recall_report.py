@@ -273,8 +273,9 @@ def _swapped(row: dict) -> str:
 
 
 def _chunks(swap: dict) -> str:
-    parts = swap.get("descriptor_parts", 1)
-    return f"{swap['top_k']} of {swap['chunk_tokens']} tokens" + (f", scored by {parts} means" if parts > 1 else "")
+    subchunks = swap.get("descriptor_subchunks", 1)
+    by = f", scored by {subchunks} means" if subchunks > 1 else ""
+    return f"{swap['top_k']} of {swap['chunk_tokens']} tokens{by}"
 
 
 def _recall_and_loss(found: dict) -> list[str]:

@@ -103,11 +103,11 @@ def candidates(tokens: list[Token], i: int, config: moc.MoCConfig) -> list[int]:
     return found
 
 
-def scores(q: Tensor, k: Tensor, stream: Stream, parts: int = 1) -> list[list[list[float]]]:
+def scores(q: Tensor, k: Tensor, stream: Stream, subchunks: int = 1) -> list[list[list[float]]]:
     """Returns fp64 scores [N][L][M] of every chunk: q . mean(K_chunk), or the log of the mean over tokens of the
-    exponential of what the mean of a token's part scores, scaled as in attention."""
-    if parts > 1:
-        return _scores_of_parts(q, k, stream, parts)
+    exponential of what the mean of a token's sub-chunk scores, scaled as in attention."""
+    if subchunks > 1:
+        return _scores_of_subchunks(q, k, stream, subchunks)
     means = torch.stack([k[positions].double().mean(0) for positions in chunks_of(tokens_of(stream))])
     table = []
     for head in range(q.shape[1]):
@@ -116,11 +116,11 @@ def scores(q: Tensor, k: Tensor, stream: Stream, parts: int = 1) -> list[list[li
     return table
 
 
-def _scores_of_parts(q: Tensor, k: Tensor, stream: Stream, parts: int) -> list[list[list[float]]]:
+def _scores_of_subchunks(q: Tensor, k: Tensor, stream: Stream, subchunks: int) -> list[list[list[float]]]:
     chunks = chunks_of(tokens_of(stream))
     table = q.new_zeros(q.shape[1], len(q), len(chunks), dtype=torch.float64)
     for chunk, positions in enumerate(chunks):
-        cuts = [len(positions) * part // parts for part in range(parts + 1)]
+        cuts = [len(positions) * subchunk // subchunks for subchunk in range(subchunks + 1)]
         runs = [positions[start:end] for start, end in pairwise(cuts) if end > start]
         total = 0.0
         for run in runs:
@@ -132,7 +132,7 @@ def _scores_of_parts(q: Tensor, k: Tensor, stream: Stream, parts: int) -> list[l
 
 def route(q: Tensor, k: Tensor, stream: Stream, config: moc.MoCConfig) -> list[list[list[int]]]:
     """Returns routes [N][L] of every head and query: the best chunks first, ties to the lowest index."""
-    tokens, table = tokens_of(stream), scores(q, k, stream, config.descriptor_parts)
+    tokens, table = tokens_of(stream), scores(q, k, stream, config.descriptor_subchunks)
     allowed = [candidates(tokens, i, config) for i in range(len(tokens))]
     return [
         [sorted(allowed[i], key=lambda c: (-row[c], c))[: config.top_k] for i, row in enumerate(rows)] for rows in table

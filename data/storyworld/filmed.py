@@ -45,7 +45,7 @@ class FilmedStock(Stock):
         layers = [*renderer.layers[PLACE_NAMES[0]], air]
         views = [self._views(renderer, layer) for layer in layers]
         seen = [self._seen(r, place, margin, views) for place in PLACE_NAMES for r in renderers]
-        self.under, self.over = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        self.under, self.over = (torch.cat(of_all) for of_all in zip(*seen, strict=True))
         self.clip_size = renderer.height + 2 * self.margin[0], renderer.width + 2 * self.margin[1]
         self.seen = self._views(renderer, _layer(renderer, self.clip_size, self.margin[1]))
         self.seen += self._shift(torch.tensor([[self.margin[0]], [0]]))

@@ -10,7 +10,7 @@ from data.storyworld.canvas import mix, rgb
 from data.storyworld.characters import COLOURS
 from data.storyworld.places import HORIZON, PLACES
 
-# The parts of a character's box, as (x0, y0, x1, y1) shares, where its fur and its outfit show.
+# The regions of a character's box, as (x0, y0, x1, y1) shares, where its fur and its outfit show.
 FUR_REGION, OUTFIT_REGION = (0.3, 0.25, 0.7, 0.45), (0.35, 0.77, 0.65, 0.87)
 
 

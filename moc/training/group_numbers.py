@@ -39,7 +39,7 @@ class GroupNumbers:
         if any(stored["groups"]) and len(stored["groups"]) != len(groups):
             raise UserError(
                 f"the optimizer kept numbers of {len(stored['groups'])} groups of parameters, and has {len(groups)}: "
-                "resume with the optim.parts that the run began with"
+                "resume with the optim.rates that the run began with"
             )
         for group, numbers in zip(groups, stored["groups"], strict=False):
             group.update({key: _loaded(value) for key, value in numbers.items()})

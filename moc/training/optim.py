@@ -18,8 +18,8 @@ Group = dict[str, Any]  # a group of an optimizer: its parameters and their sett
 
 
 @dataclass(frozen=True)
-class PartConfig:
-    """These settings name a part of the model and its learning rate.
+class RateConfig:
+    """These settings say the learning rate of some of the model's parameters.
 
     match: the parameters whose names match it, with * and ?.
     factor: what their learning rate is multiplied by; 0 freezes them.
@@ -29,7 +29,7 @@ class PartConfig:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        check_least(self, "optim.parts", 0, "factor")
+        check_least(self, "optim.rates", 0, "factor")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class OptimConfig:
     where a class is imported from, such as torch.optim.Adafactor, schedulefree.AdamWScheduleFree or optimi.StableAdamW,
     which is given lr and args.
     args: more arguments of the optimizer's class, as +optim.args.momentum=0.9; muon's are of Muon.
-    parts: the first one that a parameter matches says the factor of its learning rate; without one it is 1.
+    rates: the first one that a parameter matches says the factor of its learning rate; without one it is 1.
     lr: the learning rate after its rise.
     betas: the decay rates of the averages of the gradient and of its square.
     weight_decay: the share of a weight, times the learning rate, that each step takes off.
@@ -53,7 +53,7 @@ class OptimConfig:
 
     name: str = "adamw"
     args: dict[str, Any] = field(default_factory=dict)
-    parts: list[PartConfig] = field(default_factory=list)
+    rates: list[RateConfig] = field(default_factory=list)
     lr: float = 9e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.01
@@ -81,18 +81,18 @@ class OptimConfig:
             )
 
 
-def freeze_parts(model: nn.Module, parts: Sequence[PartConfig]) -> None:
-    """Takes the gradient from parameters whose factor is 0. Raises UserError where a part matches no parameter, or
+def freeze(model: nn.Module, rates: Sequence[RateConfig]) -> None:
+    """Takes the gradient from parameters whose factor is 0. Raises UserError where a rate matches no parameter, or
     nothing is left to train."""
     names = [name for name, _ in model.named_parameters()]
-    for part in parts:
-        if not any(fnmatchcase(name, part.match) for name in names):
-            raise UserError(f"optim.parts: no parameter's name matches {part.match!r}; they are like {names[0]}")
+    for rate in rates:
+        if not any(fnmatchcase(name, rate.match) for name in names):
+            raise UserError(f"optim.rates: no parameter's name matches {rate.match!r}; they are like {names[0]}")
     for name, parameter in model.named_parameters():
-        if _factor(name, parts) == 0:
+        if _factor(name, rates) == 0:
             parameter.requires_grad_(False)
-    if parts and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("optim.parts freeze every parameter; leave some with a factor above 0")
+    if rates and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("optim.rates freeze every parameter; leave some with a factor above 0")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -123,7 +123,7 @@ def take_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives each group the learning rate times its part's factor."""
+    """Gives each group the learning rate times its factor."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
 
@@ -168,8 +168,8 @@ def state_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.d
     return getattr(optimizer, "state_device", parameter.device)
 
 
-def _factor(name: str, parts: Sequence[PartConfig]) -> float:
-    return next((part.factor for part in parts if fnmatchcase(name, part.match)), 1.0)
+def _factor(name: str, rates: Sequence[RateConfig]) -> float:
+    return next((rate.factor for rate in rates if fnmatchcase(name, rate.match)), 1.0)
 
 
 def _groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[Group]:
@@ -178,7 +178,7 @@ def _groups(parameters: dict[str, nn.Parameter], config: OptimConfig) -> list[Gr
     for is_matrix in (True, False):
         for name, parameter in parameters.items():
             if (parameter.dim() >= 2) is is_matrix:
-                factor, decay = _factor(name, config.parts), config.weight_decay if is_matrix else 0.0
+                factor, decay = _factor(name, config.rates), config.weight_decay if is_matrix else 0.0
                 new = {"params": [], "weight_decay": decay, "factor": factor}
                 groups.setdefault((factor, decay), new)["params"].append(parameter)
     return list(groups.values())

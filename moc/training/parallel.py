@@ -73,7 +73,8 @@ class ParallelConfig(MeshConfig):
     accumulation: micro-batches a step on each process.
     activation_checkpointing: recompute blocks in backward; routes are kept.
     keep_attention: keep the attention's output too, 2 bytes a number in bf16, and recompute all else.
-    recompute_parts: recompute the parts of such a block once more, one at a time: less memory for one more forward.
+    recompute_sublayers: recompute the sublayers of such a block once more, one at a time: less memory for one
+    more forward.
     offload_activations: keep large tensors that backward needs in the host's memory.
     swap_blocks: keep the frozen weights of so many blocks in the host's memory, each of which comes while the block
     before it computes; it needs activation_checkpointing.
@@ -85,7 +86,7 @@ class ParallelConfig(MeshConfig):
     accumulation: int = 1
     activation_checkpointing: bool = False
     keep_attention: bool = False
-    recompute_parts: bool = False
+    recompute_sublayers: bool = False
     offload_activations: bool = False
     swap_blocks: int = 0
     timeout: float = 600.0
@@ -96,7 +97,7 @@ class ParallelConfig(MeshConfig):
             raise UserError(f"precision={self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
         check_least(self, "parallel", 1, "accumulation", "timeout")
         check_least(self, "parallel", 0, "swap_blocks")
-        for name in ("keep_attention", "swap_blocks", "recompute_parts"):
+        for name in ("keep_attention", "swap_blocks", "recompute_sublayers"):
             if getattr(self, name) and not self.activation_checkpointing:
                 raise UserError(
                     f"parallel.{name}={getattr(self, name)} needs blocks to be computed once more in backward: set "
@@ -113,8 +114,8 @@ class ParallelConfig(MeshConfig):
         if self.activation_checkpointing:
             model.enable_gradient_checkpointing()
             model.keeps_attention = self.keep_attention
-        if self.recompute_parts:
-            model.recompute_parts()
+        if self.recompute_sublayers:
+            model.recompute_sublayers()
 
 
 class Parallel:

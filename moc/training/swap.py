@@ -32,7 +32,7 @@ class Swap:
         if not size:
             raise UserError(
                 "parallel.swap_blocks is for weights that are not trained, and the blocks have none: set "
-                "model.lora_rank, or freeze some with optim.parts"
+                "model.lora_rank, or freeze some with optim.rates"
             )
         model.to(device)
         for waiting in self._waiting:

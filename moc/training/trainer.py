@@ -31,7 +31,7 @@ from moc.training.ema import EMA
 from moc.training.group_numbers import GroupNumbers
 from moc.training.interruption import Interruption
 from moc.training.metrics import Metrics, headline
-from moc.training.optim import OptimConfig, build_optimizer, freeze_parts, learning_rate, set_learning_rate, take_step
+from moc.training.optim import OptimConfig, build_optimizer, freeze, learning_rate, set_learning_rate, take_step
 from moc.training.outcome import Outcome, SkipCount, Spikes, TooManySkipped, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.passes import Passes
@@ -121,7 +121,7 @@ class Trainer:
         self.flow, self.moc, self.schedule = flow, moc, schedule
         self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
         self.draw_samples = draw_samples
-        freeze_parts(model, optim.parts)
+        freeze(model, optim.rates)
         self._saver = Saver(
             parallel,
             run_folder,

@@ -19,7 +19,7 @@ CONFIG = MemoryConfig(
         lora_rank=2, lora_targets=["to_q", "net.2"], lora_base=Base.fp8,
     ),
     moc=MoCConfig(chunk_tokens=12, top_k=1),
-    parallel=ParallelConfig("cpu", activation_checkpointing=True, recompute_parts=True, swap_blocks=2),
+    parallel=ParallelConfig("cpu", activation_checkpointing=True, recompute_sublayers=True, swap_blocks=2),
     shots=3, latent=[16, 2, 4, 6], text_dim=REDUCED["text_dim"],
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def test_a_row_holds_steps():
     assert (row["tokens"], row["base"], row["swapped"]) == (3 * 12, "fp8", 2)
     assert len(row["loss"]) == 3
     assert all(0 < loss < 100 for loss in row["loss"])
-    assert "| 3 x 128 | fp8 | 2 | 2 | recomputed, parts | adamw |" in table([row | {"date": "", "commit": "abc"}])
+    assert "| 3 x 128 | fp8 | 2 | 2 | recomputed, sublayers | adamw |" in table([row | {"date": "", "commit": "abc"}])
 
 
 def test_the_command_adds_its_row_to_those_of_other_settings(tmp_path):

@@ -157,14 +157,14 @@ def test_a_row_is_trained_and_tested_also_over_whole_stories_and_other_numbers_o
         "stories=2",
         "scenes=8",
     )
-    words += ("shots=[3,5]", "moc.descriptor_parts=2", f"output={output}")
+    words += ("shots=[3,5]", "moc.descriptor_subchunks=2", f"output={output}")
     pipeline.command("scripts/benchmark_stories.py", *words, *shared)
     rows = json.loads(output.read_text())["rows"]
     told = [(row["way"], row["shots"]) for row in rows]
     assert told == [(way, shots) for shots in (3, 5) for way in ("joint", "shot_by_shot", "recall", "mass")]
-    assert all(row["changed"] == "moc.descriptor_parts=2" for row in rows)
+    assert all(row["changed"] == "moc.descriptor_subchunks=2" for row in rows)
     assert all(len(row["difference"]) == 3 for row in rows if row["way"] in WAYS)
     pipeline.command("scripts/benchmark_stories.py", "checkpoints=[]", f"output={output}")
     text = output.with_suffix(".md").read_text()
-    assert "| moc_seed0_2 moc.descriptor_parts=2 | 5 | shot_by_shot | 2 |" in text
+    assert "| moc_seed0_2 moc.descriptor_subchunks=2 | 5 | shot_by_shot | 2 |" in text
     assert "## The mass of dense attention that routes keep" in text

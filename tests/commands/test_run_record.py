@@ -76,15 +76,18 @@ EARLIER = {"backend": "auto", "dense_kernel": "auto", "deterministic": False, "c
 
 
 def as_earlier(run):
-    """Writes the run as versions wrote it in which attention's settings held how it is computed, and the gap at
-    cuts."""
+    """Writes the run as versions wrote it in which attention's settings held how it is computed, and the gap at cuts,
+    and sub-chunks, sublayers and rates were called parts."""
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config.pop("execution") == {name: EARLIER[name] for name in ("backend", "dense_kernel", "deterministic")}
     assert config["model"].pop("cut_gap") is None
-    config["moc"] |= EARLIER
+    config["moc"] |= EARLIER | {"descriptor_parts": config["moc"].pop("descriptor_subchunks")}
+    config["optim"]["parts"] = config["optim"].pop("rates")
+    config["parallel"]["recompute_parts"] = config["parallel"].pop("recompute_sublayers")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     for file in run.glob("checkpoints/*/*/moc.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | EARLIER))
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | EARLIER | {"descriptor_parts": settings.pop("descriptor_subchunks")}))
     for checkpoint in run.glob("checkpoints/*"):
         seal(checkpoint, checksums(checkpoint, files_to_seal(checkpoint)))
 
@@ -103,15 +106,31 @@ def test_a_run_of_an_earlier_version_goes_on(prepared, run):
 def test_an_earlier_runs_settings_are_still_its_own(prepared, run, capsys):
     as_earlier(run)
     file = run / "config.yaml"
-    file.write_text(file.read_text().replace("cut_gap: 0.0", "cut_gap: 2.0"))
-    assert_one_message(refusal(capsys, *launch(prepared, run)), "model.cut_gap=None (was 2.0)")
+    settings = file.read_text().replace("cut_gap: 0.0", "cut_gap: 2.0").replace("parts: 1", "parts: 3")
+    file.write_text(settings.replace("parts: []", "parts: [{match: to_qkv, factor: 0.5}]"))
+    assert_one_message(
+        refusal(capsys, *launch(prepared, run)),
+        "model.cut_gap=None (was 2.0)",
+        "moc.descriptor_subchunks=1 (was 3)",
+        "optim.rates=[] (was [{'match': 'to_qkv', 'factor': 0.5}])",
+    )
 
 
-@pytest.mark.parametrize("key", ["moc.backend", "+moc.dense_kernel", "moc.deterministic", "moc.cut_gap"])
-def test_a_key_that_is_called_otherwise_now_is_told(prepared, run, capsys, key):
-    name = key.rpartition(".")[2]
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [
+        ("moc.backend", "execution.backend"),
+        ("+moc.dense_kernel", "execution.dense_kernel"),
+        ("moc.deterministic", "execution.deterministic"),
+        ("moc.cut_gap", "model.cut_gap"),
+        ("moc.descriptor_parts", "moc.descriptor_subchunks"),
+        ("optim.parts", "optim.rates"),
+        ("parallel.recompute_parts", "parallel.recompute_sublayers"),
+    ],
+)
+def test_a_key_that_is_called_otherwise_now_is_told(prepared, run, capsys, key, now):
     said = refusal(capsys, *launch(prepared, run, f"{key}=1"))
-    assert_one_message(said, f"moc.{name} is called", f"{'model' if name == 'cut_gap' else 'execution'}.{name} now")
+    assert_one_message(said, f"{key.lstrip('+')} is called {now} now")
 
 
 def test_a_finished_run_says_so(prepared, run, caplog):

@@ -100,10 +100,10 @@ def test_a_progressive_schedule_is_given_on_the_command_line():
 
 
 def test_any_optimizer_is_named_with_its_arguments():
-    parts = 'optim.parts=[{match: "*.to_qkv.*"}, {match: "*", factor: 0}]'
-    optim = parsed("train", "optim.name=torch.optim.SGD", "+optim.args.momentum=0.9", parts).optim
+    rates = 'optim.rates=[{match: "*.to_qkv.*"}, {match: "*", factor: 0}]'
+    optim = parsed("train", "optim.name=torch.optim.SGD", "+optim.args.momentum=0.9", rates).optim
     assert (optim.name, optim.args) == ("torch.optim.SGD", {"momentum": 0.9})
-    assert [(part.match, part.factor) for part in optim.parts] == [("*.to_qkv.*", 1.0), ("*", 0.0)]
+    assert [(rate.match, rate.factor) for rate in optim.rates] == [("*.to_qkv.*", 1.0), ("*", 0.0)]
 
 
 MISTAKES = [
@@ -119,8 +119,8 @@ MISTAKES = [
     ("train", "data.batch_tokens=null", r"data\.batch_tokens"),
     ("train", "optim.betas=[0.9]", r"optim\.betas"),
     ("train", "optim.name=sgd", r"optim\.name='sgd' is not one of adamw"),
-    ("train", "optim.parts=[{match: a, factor: -1}]", r"optim\.parts\.factor=-1"),
-    ("train", "optim.parts=[{pattern: a}]", r"optim\.parts|pattern"),
+    ("train", "optim.rates=[{match: a, factor: -1}]", r"optim\.rates\.factor=-1"),
+    ("train", "optim.rates=[{pattern: a}]", r"optim\.rates|pattern"),
     ("train", "flow.dense_target=2", r"flow\.dense_target=2"),
     ("train", "schedule=[{step: 5, drop_off_max: 2}]", r"drop_off_max=2"),
     ("train", "optim.betas=[0.9,big]", r"optim\.betas\[1\].*'big'"),

@@ -217,8 +217,8 @@ def test_validation_is_held_out_and_fixed(cache):
     trained = {name for step in islice(made, 20) for batch in step for name in batch.ids}
     assert trained.isdisjoint(held)
     assert len(trained) == 9
-    parts = [[b.ids[0] for b in loader(config(cache, validation=3), rank, 2).held_out()] for rank in range(2)]
-    assert sorted(parts[0] + parts[1]) == sorted(held)
+    held_out = [[b.ids[0] for b in loader(config(cache, validation=3), rank, 2).held_out()] for rank in range(2)]
+    assert sorted(held_out[0] + held_out[1]) == sorted(held)
     with pytest.raises(DataError, match="none to train"):
         loader(config(cache, validation=12))
     assert len(open_dataset(config(cache)).split(12).held_out) == 12  # evaluation may hold out all

@@ -1,4 +1,4 @@
-"""These tests are about the recipe of a run: any optimizer by name, parts of the model, drop schedules, the dense model
+"""These tests are about the recipe of a run: any optimizer by name, rates of their own, drop schedules, the dense model
 as target."""
 
 import sys
@@ -15,7 +15,7 @@ from moc.errors import UserError
 from moc.schedule import MoCSchedule, Stage
 from moc.training import OptimConfig, find_checkpoint, offload
 from moc.training import checkpoint as ckpt
-from moc.training.optim import PartConfig, build_optimizer, freeze_parts, kept_states, set_learning_rate
+from moc.training.optim import RateConfig, build_optimizer, freeze, kept_states, set_learning_rate
 from models import stream
 from models.mmdit import MMDiT
 from tests.runs import DROPS, launch, losses, poisoned, train
@@ -30,7 +30,7 @@ OPTIMIZERS = {
     "optimi.StableAdamW": OptimConfig("optimi.StableAdamW", lr=3e-3),
     "plain SGD": OptimConfig("torch.optim.SGD", lr=1e-2),
 }
-ATTENTION = [PartConfig("blocks.*.to_qkv.*"), PartConfig("*", 0)]
+ATTENTION = [RateConfig("blocks.*.to_qkv.*"), RateConfig("*", 0)]
 
 
 def model():
@@ -153,9 +153,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
         (lambda: build_optimizer(model(), OptimConfig("nowhere.Adam")), "nowhere.Adam cannot be imported"),
         (lambda: build_optimizer(model(), OptimConfig(args={"speed": 3})), "optim.args={'speed': 3}: .*'speed'"),
         (lambda: OptimConfig("muon", offload=True), "optim.offload=true is for optim.name=adamw, and this is muon"),
-        (lambda: PartConfig(factor=-1), "optim.parts.factor=-1"),
-        (lambda: freeze_parts(model(), [PartConfig("attn.*")]), "no parameter's name matches 'attn.\\*'"),
-        (lambda: freeze_parts(model(), [PartConfig("*", 0)]), "freeze every parameter"),
+        (lambda: RateConfig(factor=-1), "optim.rates.factor=-1"),
+        (lambda: freeze(model(), [RateConfig("attn.*")]), "no parameter's name matches 'attn.\\*'"),
+        (lambda: freeze(model(), [RateConfig("*", 0)]), "freeze every parameter"),
     ],
 )  # fmt: skip
 def test_optimizers_that_cannot_be_are_refused(config, message):
@@ -179,13 +179,13 @@ def test_what_takes_whole_weights_alone_is_refused_on_shards(name, monkeypatch):
     assert build_optimizer(model(), OptimConfig())
 
 
-# Parts of the model
+# Rates of some parameters
 
 
-def test_parts_learn_at_their_own_rates():
+def test_parameters_learn_at_their_own_rates():
     net = model()
-    parts = [PartConfig("blocks.0.*", 0.5), PartConfig("blocks.*", 2)]
-    optimizer = build_optimizer(net, OptimConfig(parts=parts))
+    config = OptimConfig(rates=[RateConfig("blocks.0.*", 0.5), RateConfig("blocks.*", 2)])
+    optimizer = build_optimizer(net, config)
     set_learning_rate(optimizer, 1e-3)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in net.named_parameters():
@@ -197,7 +197,7 @@ def test_parts_learn_at_their_own_rates():
 
 def test_all_but_attention_is_frozen(cache, tmp_path):
     """This holds also over a restart; the averages are of what is trained alone."""
-    optim = OptimConfig(lr=3e-3, warmup_steps=1, parts=ATTENTION)
+    optim = OptimConfig(lr=3e-3, warmup_steps=1, rates=ATTENTION)
     train(cache, tmp_path / "whole", num_steps=3, optim=optim)
     before = model().state_dict()
     for weights in ("model", "ema"):
@@ -277,7 +277,7 @@ def test_attention_is_drawn_to_dense_attention(recomputed):
     batch, levels = make_batch([sample, sample], net.stream, 6), NoiseLevels.equal(0.5, 6)
     if recomputed:
         net.enable_gradient_checkpointing()
-        net.recompute_parts()
+        net.recompute_sublayers()
 
     def loss(weight, config):
         return Flow(dense_attention=weight).loss(net, batch, levels, config, 0)

@@ -32,9 +32,9 @@ def test_routes_equal_the_brute_force(stream, config, seed):
 
 
 @given(streams(), configs(), seeds, st.integers(2, 5))
-def test_routes_by_several_means_equal_the_brute_force(stream, config, seed, parts):
-    """Chunks of fewer tokens than parts are among them."""
-    layout, config = stream.layout(), replace(config, descriptor_parts=parts)
+def test_routes_by_several_means_equal_the_brute_force(stream, config, seed, subchunks):
+    """Chunks of fewer tokens than sub-chunks are among them."""
+    layout, config = stream.layout(), replace(config, descriptor_subchunks=subchunks)
     q, k, _ = attention_tensors(layout, seed)
     expected = brute_force.route(q, k, stream, config)
     assert torch.equal(route(q, k, layout, config), brute_force.as_table(expected, config.top_k))
@@ -46,7 +46,7 @@ def test_several_means_route_a_pack_as_its_samples_at_their_positions():
     one = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2))] * 3, 2, chunk_tokens=4, position=5)
     other = moc.ShotLayout.build([moc.Shot(0, (1, 2, 3))] * 4, 2, chunk_tokens=4, position=9)
     pack = moc.ShotLayout.pack([one, other])
-    config, drops = moc.MoCConfig(descriptor_parts=2, top_k=3), moc.DropKey(1, 2)
+    config, drops = moc.MoCConfig(descriptor_subchunks=2, top_k=3), moc.DropKey(1, 2)
     q, k, _ = attention_tensors(pack)
     for positions in ((5, 9), (7, 3)):
         copied = pack.copied()
@@ -64,7 +64,7 @@ def test_several_means_find_a_key_that_one_mean_hides():
     q, k = torch.zeros(12, 1, 4), torch.zeros(12, 1, 4)
     q[..., 0], k[0, 0, 0], k[1:4, 0, 0] = 4.0, 3.0, -2.0
     assert (route(q, k, layout, moc.MoCConfig(top_k=1))[0, 8:] == 1).all()
-    assert (route(q, k, layout, moc.MoCConfig(top_k=1, descriptor_parts=4))[0, 8:] == 0).all()
+    assert (route(q, k, layout, moc.MoCConfig(top_k=1, descriptor_subchunks=4))[0, 8:] == 0).all()
 
 
 @given(streams(max_size=(4, 1, 2), max_chunk_tokens=2), configs(max_top_k=3), seeds)
@@ -264,10 +264,12 @@ def test_settings_survive_plain_data_and_a_file(tmp_path_factory, config):
 
 
 def test_files_of_earlier_versions_open(tmp_path):
-    """They also said how attention was computed, and the model's gap at cuts."""
-    config = moc.MoCConfig(top_k=3)
+    """They also said how attention was computed, and the model's gap at cuts; sub-chunks were called parts."""
+    config = moc.MoCConfig(top_k=3, descriptor_subchunks=4)
     more = {"backend": "triton", "dense_kernel": "fa3", "deterministic": True, "cut_gap": 2.0}
-    (tmp_path / "moc.json").write_text(json.dumps(config.to_dict() | more))
+    more |= {"descriptor_parts": 4}
+    stored = {name: value for name, value in config.to_dict().items() if name != "descriptor_subchunks"} | more
+    (tmp_path / "moc.json").write_text(json.dumps(stored))
     assert moc.MoCConfig.load(tmp_path) == config
     assert cut_gap({}, tmp_path) == 2
     assert cut_gap({"cut_gap": 3.0}, tmp_path) == 3

@@ -16,7 +16,7 @@ from moc.host_memory import Offsets, host_memory
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig, find_checkpoint
 from moc.training.offload import OffloadActivations, OffloadedAdamW
-from moc.training.optim import PartConfig
+from moc.training.optim import RateConfig
 from moc.training.swap import Swap
 from models.mmdit import MMDiT
 from tests import runs
@@ -96,9 +96,9 @@ def test_a_block_comes_while_the_one_before_it_computes(device: str) -> None:
     assert all(torch.equal(weight.cpu(), alone[name]) for name, weight in model.named_parameters())
 
 
-def test_frozen_parts_are_swapped_and_saved_too(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_parameters_are_swapped_and_saved_too(cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no adapter is trained but some of the weights themselves, a run goes on as it would without."""
-    optim = OptimConfig(lr=3e-3, warmup_steps=1, parts=[PartConfig("blocks.*.to_qkv.*"), PartConfig("*", 0)])
+    optim = OptimConfig(lr=3e-3, warmup_steps=1, rates=[RateConfig("blocks.*.to_qkv.*"), RateConfig("*", 0)])
     enable = MMDiT.enable_gradient_checkpointing
     monkeypatch.setattr(runs, "MMDiT", lambda *args, **sizes: enable(net := MMDiT(*args, **sizes)) or net)
     for name, axes in (("plain", {}), ("swapped", {"swap_blocks": 2, "activation_checkpointing": True})):
@@ -155,13 +155,13 @@ def test_blocks_that_cannot_be_swapped_are_refused(lora: bool, count: int, messa
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["mmdit", "wan"])
-def test_parts_that_are_recomputed_give_the_same_and_keep_less(family: str, device: str) -> None:
+def test_sublayers_that_are_recomputed_give_the_same_and_keep_less(family: str, device: str) -> None:
     """An adapter and all weights are tried, with a swap as well. While a block's backward runs, less is kept for it."""
     for case in (Case(family, True, 2, True), Case(family, False, 1, True)):
         plain = make_trainer(case, device)
         expected = step(case, plain)
-        trainer = make_trainer(case, device, recompute_parts=True, swap_blocks=2 * case.lora)
-        trainer.bare_model.recompute_parts()
+        trainer = make_trainer(case, device, recompute_sublayers=True, swap_blocks=2 * case.lora)
+        trainer.bare_model.recompute_sublayers()
         found = step(case, trainer)
         assert_alike(found, expected, case.name)
     assert kept_bytes(trainer) < 0.6 * kept_bytes(plain)

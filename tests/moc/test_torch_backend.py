@@ -32,7 +32,7 @@ def test_torch_equals_the_reference(kernel, stream, config, seed):
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("settings", [{}, {"dense": True}, {"descriptor_parts": 3}])
+@pytest.mark.parametrize("settings", [{}, {"dense": True}, {"descriptor_subchunks": 3}])
 def test_torch_with_drops_and_dense(settings):
     layout, config = two_samples(), moc.MoCConfig(causal=False, top_k=3, **settings)
     q, k, _ = attention_tensors(layout)
