@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import torch
 
 from configs.command import command
-from configs.preflight import check_room, look_first, preflight
+from configs.preflight import check_weights_fit, look_first, preflight
 from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch, sampling_command
 from configs.schema import TrainConfig
 from configs.world import recall_world
@@ -56,7 +56,7 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     checkpoint = parallel.of_main(lambda: checkpoint_to_resume(config))
     if checkpoint and config.resume == "auto":
         check_same_run(config)
-    check_room(config, dataset, parallel)
+    check_weights_fit(config, dataset, parallel)
     torch.manual_seed(config.seed)
     model = build_model(config.model, dataset.latent_channels, dataset.text_dim)
     model.execution = config.execution

@@ -85,7 +85,7 @@ def look_first(config: TrainConfig, dataset: Data, parallel: Parallel, trainer: 
         logger.info("ready: %s", "; ".join(told))
 
 
-def check_room(config: TrainConfig, dataset: Data, parallel: Parallel) -> None:
+def check_weights_fit(config: TrainConfig, dataset: Data, parallel: Parallel) -> None:
     """Counts the weights of a model that is drawn anew, before it is. Raises UserError where they do not fit into a
     CPU's memory with their averages and gradients: there the system would end the process without a word."""
     if parallel.device.type != "cpu" or config.model.path or config.parallel.shard * config.parallel.sequence > 1:
@@ -93,15 +93,15 @@ def check_room(config: TrainConfig, dataset: Data, parallel: Parallel) -> None:
     with torch.device("meta"):
         weights = list(build_model(config.model, dataset.latent_channels, dataset.text_dim).parameters())
     copies = 1 if config.optim.rates else 3  # with optim.rates some weights may be frozen
-    _refuse_over(memory.host_room(), copies * sum(weight.nbytes for weight in weights) / 2**30)
+    _refuse_over(memory.host_free_bytes(), copies * sum(weight.nbytes for weight in weights) / 2**30)
 
 
-def _refuse_over(room: float, size: float) -> None:
+def _refuse_over(usable: float, size: float) -> None:
     """Raises UserError where what a process of a CPU holds, in GiB, is over the bytes that it has."""
-    if size > room / 2**30:
+    if size > usable / 2**30:
         raise UserError(
             f"weights, averages, gradients and states take at least {size:.3g} GiB a process, and this machine has "
-            f"{room / 2**30:.3g} for it: take a smaller model, or an adapter of one (model.lora_rank)"
+            f"{usable / 2**30:.3g} for it: take a smaller model, or an adapter of one (model.lora_rank)"
         )
 
 
@@ -139,7 +139,7 @@ def _memory(trainer: Trainer) -> str:
     device = trainer.parallel.device
     what, size = "weights, averages, gradients and states take at least", _held_bytes(trainer) / 2**30
     if device.type != "cuda":
-        _refuse_over(memory.room(device), size)
+        _refuse_over(memory.usable_bytes(device), size)
         return f"{what} {size:.1f} GiB a process"
     whole = torch.cuda.get_device_properties(device).total_memory / 2**30
     if size > whole:

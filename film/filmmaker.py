@@ -27,7 +27,7 @@ from moc import Execution, MoCConfig, __version__
 from moc.checkout import commit
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
 from moc.errors import UserError, check_least
-from moc.memory import SAMPLING, enough_for, room
+from moc.memory import SAMPLING, enough_for, usable_bytes
 from moc.statistics import RoutingMap
 from moc.training import MeshConfig, Parallel, ParallelConfig
 from moc.training.survey import PEAK_FLOPS, peak_flops
@@ -247,7 +247,7 @@ class Filmmaker:
 
     def _sampler_of(self, plan: FilmPlan) -> SamplingConfig:
         """Returns how a film is sampled."""
-        return placed(plan, self._count, self.sampler, self.config.offload, room(self.parallel.device))
+        return placed(plan, self._count, self.sampler, self.config.offload, usable_bytes(self.parallel.device))
 
     @property
     def _count(self) -> Callable[..., Estimate]:
@@ -259,7 +259,7 @@ class Filmmaker:
     def check_memory(self, plan: FilmPlan, is_begun: bool = False) -> None:
         """Raises UserError, with what would fit, where a film cannot fit into the device's memory. is_begun: whether
         its folder holds it already."""
-        offload, has = self.config.offload, room(self.parallel.device)
+        offload, has = self.config.offload, usable_bytes(self.parallel.device)
         check_fits(plan, self._count, self._sampler_of(plan), offload, has, self.parallel.is_sharded, is_begun)
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = (), watch: OnStep | None = None) -> None:

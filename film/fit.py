@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def placed(
-    plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, room: int
+    plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, usable: int
 ) -> SamplingConfig:
     """Returns the sampler, which keeps keys and values in the host's memory if that is left to us, they fit there, and
-    the device's does not suffice. count, room: as in `check_fits`."""
+    the device's does not suffice. count, usable: as in `check_fits`."""
     there = replace(sampler, offload_cache=True)
-    if sampler.offload_cache is None and count(plan, sampler, offload=offload).memory > room >= _needs(
+    if sampler.offload_cache is None and count(plan, sampler, offload=offload).memory > usable >= _needs(
         plan, count, there, offload
     ):
         return there
@@ -35,27 +35,27 @@ def check_fits(
     count: Callable[..., Estimate],
     sampler: SamplingConfig,
     offload: bool,
-    room: int,
+    usable: int,
     is_sharded: bool = False,
     is_begun: bool = False,
 ) -> None:
     """Raises UserError where a film surely does not fit, and warns where it may not.
 
-    count: what a plan costs with a sampler and with `offload` (`film.estimate`). room: bytes of the device. is_sharded:
-    whether several processes hold the model, which none can then offload. is_begun: whether the folder holds the film,
-    so that it takes no settings that its frames would show.
+    count: what a plan costs with a sampler and with `offload` (`film.estimate`). usable: bytes of the device that
+    this process may take. is_sharded: whether several processes hold the model, which none can then offload. is_begun:
+    whether the folder holds the film, so that it takes no settings that its frames would show.
     """
     found = count(plan, sampler, offload=offload)
     asked = f"{plan.script.title}: {len(plan.filmed)} shots, {sum(found.shot_tokens)} tokens"
-    if found.memory <= room:
+    if found.memory <= usable:
         return
-    ways = list(_hidden_ways(plan, count, sampler, offload, room, is_sharded))
+    ways = list(_hidden_ways(plan, count, sampler, offload, usable, is_sharded))
     if not is_begun:
-        ways += _ways(plan, count, sampler, offload, room)
+        ways += _ways(plan, count, sampler, offload, usable)
     general = f"name another folder for out, and there {memory.SAMPLING}" if is_begun else memory.SAMPLING
     remedy = f"what fits is {', or '.join(ways)}" if ways else general
-    least, about, has = map(in_bytes, (found.least, found.memory, room))
-    if found.least > room:
+    least, about, has = map(in_bytes, (found.least, found.memory, usable))
+    if found.least > usable:
         raise UserError(f"{asked}, need {least} of memory at least, and there are {has}: {remedy}")
     logger.warning(
         "%s, may need about %s of memory, and there are %s; should it not suffice, finished shots are kept, and %s",
@@ -71,7 +71,7 @@ def _needs(plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConf
     found = count(plan, sampler, offload=offload)
     if torch.device(plan.device).type == "cpu":  # the CPU's memory is the host's
         return found.memory + found.host_memory
-    return found.memory if found.host_memory <= memory.host_room() else math.inf
+    return found.memory if found.host_memory <= memory.host_free_bytes() else math.inf
 
 
 def _hidden_ways(
@@ -79,18 +79,18 @@ def _hidden_ways(
     count: Callable[..., Estimate],
     sampler: SamplingConfig,
     offload: bool,
-    room: float,
+    usable: float,
     is_sharded: bool,
 ) -> Iterator[str]:
     """Yields what fits by the rough count and changes no frame, as a user may ask for it."""
-    if not offload and not is_sharded and count(plan, sampler, offload=True).memory <= room:
+    if not offload and not is_sharded and count(plan, sampler, offload=True).memory <= usable:
         yield "offload=true"
-    if sampler.offload_cache is False and _needs(plan, count, replace(sampler, offload_cache=True), offload) <= room:
+    if sampler.offload_cache is False and _needs(plan, count, replace(sampler, offload_cache=True), offload) <= usable:
         yield "sampler.offload_cache=true"
 
 
 def _ways(
-    plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, room: float
+    plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, usable: float
 ) -> Iterator[str]:
     """Yields what else fits by the rough count: another film."""
 
@@ -101,10 +101,10 @@ def _ways(
         return count(plan.first(num_shots), sampler, offload=offload).memory
 
     contexts = range(1, len(plan.filmed))
-    if sampler.lag < 1 and in_context(sampler.context_shots) <= room:
+    if sampler.lag < 1 and in_context(sampler.context_shots) <= usable:
         yield "sampler=shot_by_shot"
-    elif most := bisect_right(contexts, room, key=in_context):
+    elif most := bisect_right(contexts, usable, key=in_context):
         yield f"sampler=shot_by_shot sampler.context_shots={contexts[most - 1]}"
     shots = range(next(n for n, index in enumerate(plan.filmed, start=1) if index not in plan.given), len(plan.filmed))
-    if most := bisect_right(shots, room, key=of_first):
+    if most := bisect_right(shots, usable, key=of_first):
         yield "its first shot" if shots[most - 1] == 1 else f"its first {shots[most - 1]} shots"

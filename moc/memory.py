@@ -34,7 +34,7 @@ def peak_gib(device: torch.device) -> dict[str, float]:
     return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30} if device.type == "cuda" else {}
 
 
-def room(device: torch.device) -> int:
+def usable_bytes(device: torch.device) -> int:
     """Returns bytes that this process has or can still get on a device. On a CPU that is all of the memory, since what
     is lent to files and to others is not lost, or what a container may have of it."""
     if device.type == "cuda":
@@ -46,9 +46,9 @@ def room(device: torch.device) -> int:
         return memory  # no Linux, no container, or one without a limit
 
 
-def host_room() -> int:
+def host_free_bytes() -> int:
     """Returns bytes of the host's memory, or of its container's, that each process started here can still take."""
-    left = room(torch.device("cpu"))
+    left = usable_bytes(torch.device("cpu"))
     try:
         left = min(left, 1024 * _number("MemAvailable: +", "/proc/meminfo"))
         # What a container took of files' contents comes back; what is its own (anon) does not.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moc.errors import UserError
 from moc.host_memory import host_memory
-from moc.memory import host_room
+from moc.memory import host_free_bytes
 
 Kept = tuple[Tensor, ...]  # keys, values and the like of a layer
 
@@ -68,7 +68,7 @@ class KeyValueCache:
     def _take_memory(self, like: Kept) -> None:
         problem, needed = "", self.num_layers * self.capacity * sum(x[0].nbytes for x in like)
         try:
-            if self.offload and needed > host_room():  # the system ends a process that takes it all the same
+            if self.offload and needed > host_free_bytes():  # the system ends a process that takes it all the same
                 raise UserError(f"{needed / 2**30:.3g} GiB for keys and values are more than the host has left")
             for layer in range(self.num_layers):
                 self._layers[layer] = tuple(self._memory(x) for x in like)

@@ -153,7 +153,7 @@ def test_tables_reach_a_gpu_through_pinned_memory():
     root = Path(__file__).parents[1]
     # These copy pinned memory, or copy from the GPU.
     owners = {"moc/move.py", "moc/training/offload.py", "moc/training/outcome.py"}
-    files = [file for room in ("moc", "models") for file in (root / room).rglob("*.py")]
+    files = [file for package in ("moc", "models") for file in (root / package).rglob("*.py")]
     for file in files:
         calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
         copies = [c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "to"]

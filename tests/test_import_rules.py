@@ -1,4 +1,4 @@
-"""These tests are about who may import whom: `moc` is a library of its own, and no room asks one above it."""
+"""These tests are about who may import whom: `moc` is a library of its own, and no package imports one above it."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter

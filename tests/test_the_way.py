@@ -61,8 +61,8 @@ class Way:
     def files(self) -> list[Path]:
         """Returns the project's own files, but for tests."""
         files = dict.fromkeys(Path(file) for file, _ in self.entered)
-        rooms = {"configs", "data", "evaluation", "film", "moc", "models", "scripts", "train.py", "sample.py"}
-        return [file for file in files if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in rooms]
+        packages = {"configs", "data", "evaluation", "film", "moc", "models", "scripts", "train.py", "sample.py"}
+        return [file for file in files if file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in packages]
 
     def num_lines(self) -> int:
         """Lines of the functions entered, each whole: from `def` or its decorators to its end, docstrings included."""

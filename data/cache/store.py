@@ -63,7 +63,7 @@ class FileStore:
         if copy.is_file():
             os.utime(copy)  # records that the copy was used now
             return copy
-        self._make_room(fs.size(path), name)
+        self._evict(fs.size(path), name)
         self._fetch(name, copy)
         return copy
 
@@ -117,7 +117,7 @@ class FileStore:
         with beside(copy) as partial:
             fs.get_file(path, str(partial))
 
-    def _make_room(self, size: int, name: str) -> None:
+    def _evict(self, size: int, name: str) -> None:
         if size > self.max_bytes:
             raise DataError(
                 "cache-too-small", name, f"has {size} bytes, the local cache takes {self.max_bytes}; raise it"

@@ -23,7 +23,7 @@ from moc.kernels.sizes import cdiv, next_power_of_2, padded, route_blocks
 from moc.kernels.triton_bounds import candidate_bounds, candidate_mask, chunk_scores
 from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
-from moc.kernels.triton_shortlist import room_for, shortlist_pays, shortlist_routes
+from moc.kernels.triton_shortlist import list_capacity, shortlist_pays, shortlist_routes
 from moc.layout import ShotLayout
 from moc.routes import Routes
 
@@ -83,9 +83,9 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
 def route_kernel(
     q, means, routes, counts, token_chunk, candidates, chunk_is_text, num_tokens, num_heads, num_chunks, stride, top_k,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
-    ROOM: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """A program routes BQ queries of one head; with a ROOM, only where some of them has a count [N, L] above it.
+    """A program routes BQ queries of one head; with a CAPACITY, only where some of them has a count [N, L] above it.
 
     routes [N, L, K]: the chunks chosen, -1 in empty slots. KP: K padded to a power of two.
     """
@@ -93,9 +93,9 @@ def route_kernel(
     head = tl.program_id(1)
     token = tl.program_id(0) * BQ + tl.arange(0, BQ)
     valid = token < num_tokens
-    wanted = ROOM == 0
-    if ROOM > 0:
-        wanted = tl.max(tl.load(counts + head.to(tl.int64) * num_tokens + token, mask=valid, other=0), 0) > ROOM
+    wanted = CAPACITY == 0
+    if CAPACITY > 0:
+        wanted = tl.max(tl.load(counts + head.to(tl.int64) * num_tokens + token, mask=valid, other=0), 0) > CAPACITY
     if wanted:
         first, last, own_first, own_last = candidate_bounds(token, valid, token_chunk, candidates)
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
@@ -141,12 +141,12 @@ def _route(
     means, slack = chunk_means(k, chunk_starts)
     tables = (token_chunk, candidates, chunk_is_text)
     settings = {"TERMS": TERMS[q.dtype], "D": head_dim, "DP": means.shape[-1]}
-    block, counts, room = route_blocks(q, top_k), None, 0
+    block, counts, capacity = route_blocks(q, top_k), None, 0
     if shortlist_pays(q, top_k):
-        counts, room = shortlist_routes(q, means, slack, routes, tables, **settings), room_for(top_k)
+        counts, capacity = shortlist_routes(q, means, slack, routes, tables, **settings), list_capacity(top_k)
     route_kernel[(cdiv(num_tokens, block["BQ"]), num_heads)](
         q, means, routes, counts, *tables, num_tokens, num_heads, means.shape[2], q.stride(0), top_k, **settings,
-        KP=max(2, next_power_of_2(top_k)), ROOM=room, **block,
+        KP=max(2, next_power_of_2(top_k)), CAPACITY=capacity, **block,
     )  # fmt: skip
     return routes
 

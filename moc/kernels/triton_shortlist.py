@@ -8,14 +8,14 @@ Three kernels, each over blocks of queries of one head that may all route to the
     list     with exact scores, the chunks that reach the bound, in stream order
     select   the worst of a list go until top_k are left; of equal ones, the last in the stream
 
-Blocks whose queries differ in what they may route to, and those where some list outgrows its room (many equal scores),
-are left to `triton_routing.route_kernel`, which takes any; a count above the room tells.
+Blocks whose queries differ in what they may route to, and those where some list outgrows its capacity (many equal
+scores), are left to `triton_routing.route_kernel`, which takes any; a count above the capacity tells.
 
 Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). It equals `moc.routing.route`, except that the routes
 of a query come in no order.
 
-Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query, R room
-of a list, Nb heads of a head block.
+Shape letters: L packed tokens, N heads, D head dim (DP: padded to a power of two), M chunks, K routes a query,
+R capacity of a list, Nb heads of a head block.
 """
 
 import torch
@@ -98,7 +98,7 @@ def bound_kernel(
 def list_kernel(
     q, means, bounds, lists, counts, token_chunk, candidates, chunk_is_text, first_head, num_tokens, num_heads,
     num_chunks, stride,
-    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROOM: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
+    TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CAPACITY: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program lists, for BQ queries of one head, the chunks whose scores reach the bound, in stream order.
@@ -114,7 +114,7 @@ def list_kernel(
     if shared:
         queries = load_rows(q + head * D, token, stride, valid, D, DP)
         bound = tl.load(bounds + table_row, mask=valid, other=float("inf"))
-        row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * ROOM - 1
+        row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * CAPACITY - 1
         column = tl.arange(0, BC)
         up_to = (column[:, None] <= column[None, :]).to(q.dtype.element_ty)
         count = tl.zeros([BQ], tl.int32)
@@ -126,33 +126,33 @@ def list_kernel(
             # A product with a triangle counts the taken up to each column.
             rank = tl.dot(taken.to(q.dtype.element_ty), up_to, input_precision="tf32x3").to(tl.int32) + count[:, None]
             entry = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) | chunk[None, :].to(tl.int64)
-            tl.store(row + rank, entry, mask=taken & (rank <= ROOM))
+            tl.store(row + rank, entry, mask=taken & (rank <= CAPACITY))
             count += tl.sum(taken.to(tl.int32), 1)
         tl.store(counts + table_row, count, mask=valid)
     else:
-        tl.store(counts + table_row, ROOM + 1 + tl.zeros([BQ], tl.int32), mask=valid)
+        tl.store(counts + table_row, CAPACITY + 1 + tl.zeros([BQ], tl.int32), mask=valid)
 
 
 @triton.jit(do_not_specialize=["first_head", "num_tokens", "top_k"])
 def select_kernel(
-    lists, counts, routes, first_head, num_tokens, top_k, ROOM: tl.constexpr, BQ: tl.constexpr
+    lists, counts, routes, first_head, num_tokens, top_k, CAPACITY: tl.constexpr, BQ: tl.constexpr
 ):  # fmt: skip
-    """A program writes the top_k best of each of BQ lists that fit their room to routes [N, L, K]."""
+    """A program writes the top_k best of each of BQ lists that fit their capacity to routes [N, L, K]."""
     GONE: tl.constexpr = (1 << 63) - 1  # above every key
     token = tl.program_id(0) * BQ + tl.arange(0, BQ)
     table_row = (first_head + tl.program_id(1)).to(tl.int64) * num_tokens + token
-    count = tl.load(counts + table_row, mask=token < num_tokens, other=ROOM + 1)
-    fits = count <= ROOM
-    slot = tl.arange(0, ROOM)[None, :]
+    count = tl.load(counts + table_row, mask=token < num_tokens, other=CAPACITY + 1)
+    fits = count <= CAPACITY
+    slot = tl.arange(0, CAPACITY)[None, :]
     listed = (slot < count[:, None]) & fits[:, None]
-    row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * ROOM
+    row = lists + (tl.program_id(1).to(tl.int64) * num_tokens + token)[:, None] * CAPACITY
     entry = tl.load(row + slot, mask=listed, other=0)
     chunk = entry.to(tl.int32)
     # Adding 0.0 turns -0.0 into 0.0.
     bits = ((entry >> 32).to(tl.int32).to(tl.float32, bitcast=True) + 0.0).to(tl.int32, bitcast=True)
     # Keys order as scores do, and equal scores by falling index of the chunk.
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = tl.where(listed, (ordered.to(tl.int64) << 32) | (ROOM - slot), GONE)
+    keys = tl.where(listed, (ordered.to(tl.int64) << 32) | (CAPACITY - slot), GONE)
     surplus = tl.where(fits, count - top_k, 0)
     for i in range(tl.max(surplus, 0)):
         worst = tl.min(keys, 1)
@@ -168,20 +168,21 @@ def shortlist_pays(q: Tensor, top_k: int) -> bool:
     return 16 < top_k <= TILES // 2 and (q.dtype != torch.float32 or not capability(q.device))
 
 
-def room_for(top_k: int) -> int:
-    """Returns the room of a list: top_k, the few more that the bound lets through, and some."""
+def list_capacity(top_k: int) -> int:
+    """Returns the capacity of a list: top_k, the few more that the bound lets through, and some."""
     return next_power_of_2(top_k + top_k // 4 + 8)
 
 
 def shortlist_routes(
     q: Tensor, means: Tensor, slack: Tensor, routes: Tensor, tables: tuple[Tensor, ...], **settings: object
 ) -> Tensor:
-    """Writes `routes` [N, L, K] where it can; returns counts int32 [N, L], above `room_for(K)` where it left some out.
+    """Writes `routes` [N, L, K] where it can; returns counts int32 [N, L], above `list_capacity(K)` where it left some
+    out.
 
     means, slack: of `triton_routing.chunk_means`; tables: those of the layout; settings: constants of the kernels.
     """
     num_heads, num_tokens, top_k = routes.shape
-    room, num_chunks, stride = room_for(top_k), means.shape[2], q.stride(0)
+    capacity, num_chunks, stride = list_capacity(top_k), means.shape[2], q.stride(0)
     bounds = torch.empty(num_heads, num_tokens, dtype=torch.float32, device=q.device)
     counts = torch.empty(num_heads, num_tokens, dtype=torch.int32, device=q.device)
     blocks = (cdiv(num_tokens, 64), num_heads)
@@ -189,15 +190,15 @@ def shortlist_routes(
         q, means, slack, bounds, *tables, num_tokens, num_heads, num_chunks, stride, top_k, **settings,
         BQ=64, TILES=TILES, STAGES=2, num_warps=4,
     )  # fmt: skip
-    size = max(1, min(num_heads, max(MAX_ENTRIES, q.numel() // 8) // (num_tokens * room)))
-    lists = torch.empty(size, num_tokens, room, dtype=torch.int64, device=q.device)
+    size = max(1, min(num_heads, max(MAX_ENTRIES, q.numel() // 8) // (num_tokens * capacity)))
+    lists = torch.empty(size, num_tokens, capacity, dtype=torch.int64, device=q.device)
     for first in range(0, num_heads, size):
         heads = min(size, num_heads - first)
         list_kernel[(blocks[0], heads)](
             q, means, bounds, lists, counts, *tables, first, num_tokens, num_heads, num_chunks, stride, **settings,
-            ROOM=room, BQ=64, BC=32, STAGES=2, num_warps=4,
+            CAPACITY=capacity, BQ=64, BC=32, STAGES=2, num_warps=4,
         )  # fmt: skip
         select_kernel[(cdiv(num_tokens, 8), heads)](
-            lists, counts, routes, first, num_tokens, top_k, ROOM=room, BQ=8, num_warps=1
+            lists, counts, routes, first, num_tokens, top_k, CAPACITY=capacity, BQ=8, num_warps=1
         )
     return counts

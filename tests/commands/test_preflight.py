@@ -51,7 +51,7 @@ def test_every_start_looks_first_and_says_so_in_one_line(capsys, caplog, prepare
     assert not (tmp_path / "another" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("free", ["host_room", "room"])
+@pytest.mark.parametrize("free", ["host_free_bytes", "usable_bytes"])
 def test_a_model_that_memory_cannot_hold_is_refused_in_one_line(capsys, prepared, tmp_path, monkeypatch, free):
     """The first is asked before the model is built, the second when all that it needs is known."""
     monkeypatch.setattr(memory, free, lambda *_: 100_000)

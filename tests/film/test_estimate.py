@@ -112,20 +112,20 @@ def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, wri
     films = [(filmmaker.read(story), FilmFolder(tmp_path / story.stem)) for story in stories]
     plan = filmmaker.plan(films[1][0])
     need = filmmaker.estimate(plan)
-    room = filmmaker.estimate(plan.first(3)).memory
-    assert filmmaker.estimate(plan.first(4)).memory > room
-    assert room < need.least < need.memory
-    monkeypatch.setattr("film.filmmaker.room", lambda _: room)
+    usable = filmmaker.estimate(plan.first(3)).memory
+    assert filmmaker.estimate(plan.first(4)).memory > usable
+    assert usable < need.least < need.memory
+    monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _: usable)
     with pytest.raises(UserError, match=r"13 shots, \d+ tokens, need .* of memory at least, and there are") as refused:
         filmmaker.make(films)
     assert "sampler=shot_by_shot" in str(refused.value)
     assert str(refused.value).endswith("or its first 3 shots")
     assert not (tmp_path / "1").exists()
-    monkeypatch.setattr("film.filmmaker.room", lambda _: need.least)
+    monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _: need.least)
     filmmaker.make(films)
     assert "13 shots" in caplog.text
     assert "may need about" in caplog.text
-    monkeypatch.setattr("film.filmmaker.room", lambda _: 0)
+    monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _: 0)
     filmmaker.make(films)  # the films are whole, so no memory is needed
 
 
@@ -134,7 +134,7 @@ def test_what_would_fit_is_what_its_folder_and_the_processes_take(trained, write
     filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
     story, folder = write(STORY), tmp_path / "film"
     film_of(filmmaker, story, folder)
-    monkeypatch.setattr("film.filmmaker.room", lambda _: 1)
+    monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _: 1)
     anew = write(STORY | {"shots": [SHOT | {"seed": 5}, *STORY["shots"][1:]]})
     with pytest.raises(UserError, match="name another folder for out, and there take sampler=shot_by_shot"):
         film_of(filmmaker, anew, folder, redo=[1])
@@ -161,7 +161,7 @@ def test_the_least_memory_is_that_of_the_step_that_needs_most(trained, write, tm
     assert filmmaker.estimate(even).least == filmmaker.estimate(even.anew([3])).least
     film_of(filmmaker, write(STORY), tmp_path / "film")
     least = filmmaker.estimate(even.anew([1])).least
-    monkeypatch.setattr("film.filmmaker.room", lambda _: least)
+    monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _: least)
     film_of(filmmaker, write(STORY | {"shots": [SHOT | {"seed": 5}, *STORY["shots"][1:]]}), tmp_path / "film", redo=[1])
     with pytest.raises(UserError, match="of memory at least"):
         film_of(filmmaker, write(STORY), tmp_path / "other")

@@ -55,13 +55,13 @@ def test_what_is_kept_is_counted_where_it_lies(trained, tmp_path):
 
 
 def test_keys_and_values_lie_in_the_host_where_the_device_is_short(trained, tmp_path, monkeypatch):
-    """They go there by the count of a film, if they have room there and it is not said where they lie. The CPU is the
+    """They go there by the count of a film, if there is room and it is not said where they lie. The CPU is the
     host."""
     filmmaker = open_filmmaker(trained)
     plan = filmmaker.plan(filmmaker.read(write(tmp_path, 9)))
     here = filmmaker.estimate(plan)
     there = filmmaker.with_sampler(offload_cache=True).estimate(plan)
-    for device, room, host, moves in (
+    for device, usable, host, moves in (
         ("cuda", there.memory, there.host_memory, True),
         ("cuda", here.memory, there.host_memory, False),
         ("cuda", there.memory - 1, there.host_memory, False),
@@ -69,8 +69,8 @@ def test_keys_and_values_lie_in_the_host_where_the_device_is_short(trained, tmp_
         ("cpu", there.memory, there.host_memory, False),
     ):
         plan.device = device
-        monkeypatch.setattr("film.filmmaker.room", lambda _, room=room: room)
-        monkeypatch.setattr("film.fit.memory.host_room", lambda host=host: host)
+        monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _, usable=usable: usable)
+        monkeypatch.setattr("film.fit.memory.host_free_bytes", lambda host=host: host)
         assert filmmaker.estimate(plan) == (there if moves else here)
         for said in (True, False):
             assert filmmaker.with_sampler(offload_cache=said).estimate(plan) == (there if said else here)

@@ -38,10 +38,10 @@ def checkpoint(finished, tmp_path):
 
 
 @contextmanager
-def largest_file(num_bytes: int):
+def largest_file(limit: int):
     """No file may grow past this: the system refuses as it does where a disk is full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         yield
     finally:
@@ -106,12 +106,15 @@ def test_a_converted_checkpoint_is_to_be_converted_again(tmp_path):
         TensorSource(file)
 
 
-@pytest.mark.parametrize("room", [200, 20_000])
-def test_a_disk_that_is_full_leaves_the_earlier_checkpoint(checkpoint, room):
+@pytest.mark.parametrize("limit", [200, 20_000])
+def test_a_disk_that_is_full_leaves_the_earlier_checkpoint(checkpoint, limit):
     trainer = make_trainer(checkpoint.parents[1])
     data = trainer.resume(checkpoint)
     trainer.step += 1
-    with largest_file(room), pytest.raises(UserError, match=r"step_0000003 cannot be written: File too large; nothing"):
+    with (
+        largest_file(limit),
+        pytest.raises(UserError, match=r"step_0000003 cannot be written: File too large; nothing"),
+    ):
         trainer.save(data, last=True)
     assert [folder.name for folder in checkpoint.parent.iterdir()] == [checkpoint.name]
     trainer.save(data)

@@ -171,7 +171,7 @@ def test_more_than_the_host_has_left_is_not_taken(monkeypatch):
     """Taking it would have the system kill the process."""
     tensors, needed = (torch.randn(2, 1, 4), torch.randn(2, 1, 4)), 3 * 3 * 2 * 16
     for left, fits in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr("models.history.host_room", lambda left=left: left)
+        monkeypatch.setattr("models.history.host_free_bytes", lambda left=left: left)
         cache = KeyValueCache(capacity=3, num_layers=3, offload=True)
         if fits:
             assert cache.extended(0, tensors, remember=True)[0].shape == (2, 1, 4)

@@ -47,22 +47,22 @@ def test_a_full_host_is_one_message_as_well():
         torch.empty(-1)
 
 
-def test_the_room_of_a_container_is_its_limit(tmp_path, monkeypatch):
+def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
-    whole = memory.room(torch.device("cpu"))
-    for limit, room in (("max", whole), ("1000", 1000), (f"{whole + 1}", whole)):
+    whole = memory.usable_bytes(torch.device("cpu"))
+    for limit, usable in (("max", whole), ("1000", 1000), (f"{whole + 1}", whole)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert memory.room(torch.device("cpu")) == room
+        assert memory.usable_bytes(torch.device("cpu")) == usable
 
 
-def test_the_hosts_room_is_what_its_container_has_left_for_each_process(tmp_path, monkeypatch):
+def test_the_hosts_free_memory_is_what_its_container_has_left_for_each_process(tmp_path, monkeypatch):
     """Contents of files, which the kernel counts as the container's too, come back."""
-    free = memory.host_room()
-    assert 0 < free <= memory.room(torch.device("cpu"))
+    free = memory.host_free_bytes()
+    assert 0 < free <= memory.usable_bytes(torch.device("cpu"))
     monkeypatch.setattr(memory, "_CONTAINER", tmp_path)
     (tmp_path / "memory.stat").write_text("anon 1000\nfile 5000\nanon_thp 7\n")
     for limit, left in (("max", free), ("9000", 8000)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert memory.host_room() == pytest.approx(left, rel=0.5)
+        assert memory.host_free_bytes() == pytest.approx(left, rel=0.5)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory.host_room() == 2000
+    assert memory.host_free_bytes() == 2000

@@ -198,7 +198,7 @@ def test_shortlists_take_what_they_can_and_say_what_they_leave(monkeypatch):
     routes = triton_routing.route(q, k, layout, config)
     assert_same_choice(routes[:1], q[:, :1], k[:, :1], layout, config)
     assert same_chunks(routes[1:], routing.route(q[:, 1:], k[:, 1:], layout, config))
-    left = found[0] > triton_shortlist.room_for(20)
+    left = found[0] > triton_shortlist.list_capacity(20)
     assert not left[:, :128].any()  # queries of the first shot have no candidates
     assert left[:, 128:192].all()  # this block lies across the cut
     assert not left[0, 192:].any()
