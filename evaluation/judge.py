@@ -17,7 +17,7 @@ from film.folder import FilmFolder
 from film.script import Script
 from moc import StreamSpec
 from moc.diffusion import Flow
-from moc.diffusion.linear import linear_losses
+from moc.diffusion.linear_predictor import linear_losses
 
 
 @dataclass(frozen=True)

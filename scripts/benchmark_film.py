@@ -4,7 +4,7 @@ python scripts/benchmark_film.py film=BUNNY [rows=[dense,moc,own_shot]] [folds=[
 
 Each row is `python train.py experiment=bunny` with its own settings, trained once for each fold, in which every fourth
 block of ten shots is held out; all trainings run at once on one device. A training that is not finished after `minutes`
-is tested where it stands, and the same command goes on with it. Tests are those of evaluation/history.py over the
+is tested where it stands, and the same command goes on with it. Tests are those of evaluation/history_worth.py over the
 held-out shots. `film` is the folder that prepare_data.py made of the film (configs/experiment/bunny.yaml has the
 commands). A row of the same name, fold, seed and steps is replaced in the output.
 """
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from configs.command import command
 from data.loading.dataset import DataConfig, ShotDataset, open_dataset
 from data.media.example_shots import FilmShot, block, film_shots, last_seen, scene_id
-from evaluation.history import SIGMAS, HistoryLosses, history_losses
+from evaluation.history_worth import SIGMAS, HistoryLosses, history_losses
 from moc import Sample
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics

@@ -27,7 +27,8 @@ import triton
 from tqdm import tqdm
 
 import moc
-from moc.kernels import ahead, triton_backend, triton_masked, triton_rows
+from moc.kernels import triton_backend, triton_masked, triton_rows
+from moc.kernels.compilation import SHARED_MEMORY, Launch, compiled, recorded
 from models import pointwise
 from models.frozen import FP8_CAPABILITY
 from models.members import Members
@@ -113,13 +114,13 @@ def rounding(setting: Setting) -> None:
         pointwise.rounded(torch.zeros(40, width, dtype=setting.dtype), gelu)
 
 
-def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, ahead.Launch]]:
+def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, Launch]]:
     """Yields (GPU, setting, launch): a launch of each variant; one that several settings share goes with the first."""
     for gpu in gpus:
         variants = set()
         for name in settings:
             capability = int(gpu[:-1]), int(gpu[-1])
-            with ahead.recorded(capability) as found:
+            with recorded(capability) as found:
                 attention(SETTINGS[name])
                 pointwise_work(SETTINGS[name])
                 if capability >= FP8_CAPABILITY:
@@ -135,7 +136,7 @@ def faults(rows: list[dict]) -> list[str]:
     found = []
     for row in rows:
         gpu, name = row["gpu"], row["name"]
-        kernel, limit = f"{name} for sm_{gpu} ({row['setting']})", ahead.SHARED_MEMORY[int(gpu[:-1]), int(gpu[-1])]
+        kernel, limit = f"{name} for sm_{gpu} ({row['setting']})", SHARED_MEMORY[int(gpu[:-1]), int(gpu[-1])]
         if row["shared"] > limit:
             found.append(f"{kernel} takes {row['shared']} bytes of shared memory, of {limit}")
         if row["spilled"] > MEASURED_SPILLS.get((name, gpu), FEW_BYTES):
@@ -150,7 +151,7 @@ def write_tables(rows: list[dict], path: Path) -> None:
         "# What the Triton kernels take",
         f"Compiled ahead by `scripts/compile_kernels.py` with Triton {triton.__version__}, for {NUM_HEADS} heads. Each "
         "cell: registers a thread / KiB of shared memory a program, and bytes of registers spilled, if any. A program "
-        "may have " + ", ".join(f"{size >> 10} KiB (sm_{a}{b})" for (a, b), size in ahead.SHARED_MEMORY.items()) + ".",
+        "may have " + ", ".join(f"{size >> 10} KiB (sm_{a}{b})" for (a, b), size in SHARED_MEMORY.items()) + ".",
     ]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         cells: dict[str, dict[str, str]] = {}
@@ -167,14 +168,14 @@ def write_tables(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [f"{a}{b}" for a, b in ahead.SHARED_MEMORY]
+    known = [f"{a}{b}" for a, b in SHARED_MEMORY]
     parser.add_argument("--gpus", nargs="+", choices=known, default=known, help="compute capabilities")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/kernels_ahead.json"))
     args = parser.parse_args()
     found = list(launches(args.gpus, args.settings))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(tqdm(pool.map(lambda row: ahead.compiled(row[2]), found), total=len(found), unit="kernel"))
+        results = list(tqdm(pool.map(lambda row: compiled(row[2]), found), total=len(found), unit="kernel"))
     rows = [
         {"gpu": gpu, "setting": setting, **asdict(result)}
         for (gpu, setting, _), result in zip(found, results, strict=True)

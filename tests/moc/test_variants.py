@@ -62,10 +62,10 @@ def train_and_sample(layout: moc.ShotLayout, config: moc.MoCConfig) -> None:
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kernels_are_compiled_once_whatever_the_stream(name, capability, monkeypatch):
-    from moc.kernels import ahead
+    from moc.kernels import compilation
 
     rng, config = random.Random(0), CONFIGS[name]
-    with ahead.recorded(capability) as launches:
+    with compilation.recorded(capability) as launches:
         for _ in range(12):
             train_and_sample(as_on_a_device(random_stream(rng, config.chunk_tokens), monkeypatch), config)
     variants = defaultdict(set)
@@ -111,9 +111,9 @@ def pointwise_work(num_tokens: int, groups: int, num_heads: int, head_dim: int, 
 @interpreted
 @pytest.mark.parametrize("across_heads", [False, True])
 def test_pointwise_kernels_are_compiled_once_whatever_the_stream(across_heads):
-    from moc.kernels import ahead
+    from moc.kernels import compilation
 
-    with ahead.recorded((9, 0)) as launches:
+    with compilation.recorded((9, 0)) as launches:
         for num_tokens, groups in ((100, 5), (1, 1), (7, 1), (1, 3), (160, 16), (33, 2)):
             for train in (True, False):
                 with torch.set_grad_enabled(train):

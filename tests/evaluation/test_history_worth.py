@@ -9,7 +9,7 @@ import torch
 from scipy.stats import ttest_1samp
 
 from evaluation.estimates import estimate
-from evaluation.history import HistoryLosses, history_losses
+from evaluation.history_worth import HistoryLosses, history_losses
 from moc import MoCConfig, Sample
 from moc.diffusion import Flow
 from moc.training import Parallel, ParallelConfig, rivals

@@ -4,7 +4,7 @@ for held-out loss."""
 import pytest
 import torch
 
-from moc.diffusion.linear import LinearPredictor, linear_losses
+from moc.diffusion.linear_predictor import LinearPredictor, linear_losses
 
 SIGMAS = (0.1, 0.5, 0.9)
 
