@@ -25,10 +25,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from tqdm import tqdm
 
+from configs.earlier import UNSET, refuse_renamed
 from configs.overrides import readable, refuse_words
 from configs.words import explained, words
 from moc import MoCConfig
-from moc.earlier import UNSET, refuse_renamed
 from moc.errors import UserError, disk_error
 
 T = TypeVar("T")

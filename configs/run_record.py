@@ -18,10 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from configs.earlier import translated
 from configs.schema import TrainConfig
 from data.loading.dataset import DataConfig
 from moc.checkout import commit, git
-from moc.earlier import translated
 from moc.errors import UserError
 from moc.files import write_whole
 from moc.training import Parallel, sound_checkpoint

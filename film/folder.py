@@ -37,7 +37,7 @@ from data.errors import DataError
 from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
 from data.records import write_whole
-from moc.earlier import moc_settings, translated
+from moc.earlier import MOC, SAMPLER
 from moc.errors import UserError
 from moc.files import PARTIAL, copy_whole, held
 from moc.training.checkpoint import read_json
@@ -126,7 +126,7 @@ class FilmFolder:
         known = {name: record[name] for name in (*REQUEST, "video") if name in record}
         if not known.keys() >= set(REQUEST):
             return None
-        return known | {"moc": moc_settings(record["moc"]), "sampler": translated(record["sampler"], "sampler")}
+        return known | {"moc": MOC.translated(record["moc"]), "sampler": SAMPLER.translated(record["sampler"])}
 
     # An unfinished film
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moc.earlier import moc_settings
+from moc.earlier import MOC
 from moc.errors import UserError, check_least, set_types
 
 
@@ -143,7 +143,7 @@ class MoCConfig:
             values = json.loads(file.read_text())
             if not isinstance(values, dict):
                 raise UserError(f"it must hold one JSON object, not {str(values)[:20]!r}")
-            return cls.from_dict(moc_settings(values))
+            return cls.from_dict(MOC.translated(values))
         except ValueError as error:
             raise UserError(f"{file}: {error}") from None
 

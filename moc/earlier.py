@@ -1,77 +1,50 @@
-"""This module alone knows how settings of earlier versions, in a run's config.yaml, a model's moc.json and a film's
-metadata, are called now."""
+"""Settings that earlier versions wrote, in a run's config.yaml, a model's moc.json and a film's metadata, are read by
+today's names. Each package that has some keeps them in its `earlier.py`; `configs.earlier` unites them."""
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from moc.errors import UserError
 
-RENAMED = {
-    "moc.backend": "execution.backend",
-    "moc.dense_kernel": "execution.dense_kernel",
-    "moc.deterministic": "execution.deterministic",
-    "moc.cut_gap": "model.cut_gap",
-    "moc.descriptor_parts": "moc.descriptor_subchunks",
-    "optim.parts": "optim.rates",
-    "parallel.recompute_parts": "parallel.recompute_sublayers",
-}
-# These values, by today's keys, said that nothing is set; null says it now.
-UNSET: dict[str, Any] = {
-    "model.cut_gap": 0.0,
-    "model.path": "",
-    "data.path": "",
-    "data.local_cache": "",
-    "parallel.replicate": 0,
-    "prepare.fps": 0.0,
-    "prepare.threshold": 0.0,
-    "encoders.codec.path": "",
-    "encoders.text.path": "",
-    "sampler.high_noise_guidance_scale": 0.0,
-    "sampler.context_shots": 0,
-}
+@dataclass(frozen=True)
+class Earlier:
+    """This record says how earlier versions wrote the settings of one owner.
 
+    owner: the group of the settings, such as "optim", which their dotted keys begin with.
+    renamed: today's name of a setting, by the dotted key that it had.
+    unset: the value that said that nothing is set, by today's name of the setting; null says it now.
+    moved: names of settings that belong to another owner now.
+    """
 
-def translated(settings: Mapping[str, Any], owner: str = "") -> dict[str, Any]:
-    """Returns the settings of a run, by dotted key, as today's version would have written them; or those of one
-    `owner`, such as "sampler", by name."""
-    prefix = f"{owner}." if owner else ""
-    found = {RENAMED.get(key, key): value for key, value in settings.items()}
-    return found | {key: None for key, value in found.items() if value == UNSET.get(prefix + key)}
+    owner: str
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    unset: Mapping[str, Any] = field(default_factory=dict)
+    moved: Collection[str] = ()
 
+    def translated(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the owner's settings, by name, as today's version would have written them."""
+        names = {old.removeprefix(f"{self.owner}."): name for old, name in self.renamed.items()}
+        found = {names.get(name, name): value for name, value in stored.items() if name not in self.moved}
+        return found | {name: None for name in found.keys() & self.unset.keys() if found[name] == self.unset[name]}
 
-def set_nulls(config: Any, owner: str) -> None:
-    """Sets the fields of a frozen dataclass to null where they hold what said in earlier versions that nothing is set,
-    as commands and files from then do. owner: as in `translated`."""
-    for name, value in translated(vars(config), owner).items():
-        object.__setattr__(config, name, value)
+    def set_nulls(self, config: Any) -> None:
+        """Sets the fields of a frozen dataclass to null where they hold what said in earlier versions that nothing is
+        set, as commands and files from then do."""
+        for name, value in self.unset.items():
+            if getattr(config, name) == value:
+                object.__setattr__(config, name, None)
+
+    def as_written(self, name: str, value: Any) -> Any:
+        """Returns the value of a setting as files have it whose names are hashes of what they hold."""
+        return self.unset[name] if value is None else value
 
 
-def as_written(key: str, value: Any) -> Any:
-    """Returns the value of a setting, by dotted key, as files have it whose names are hashes of what they hold."""
-    return UNSET[key] if value is None else value
-
-
-def refuse_renamed(argument: str) -> None:
-    """Raises UserError for a command line's key=value whose key is called otherwise now."""
-    key = argument.partition("=")[0].lstrip("+~")
-    if key in RENAMED:
-        where = ", and set where a model is trained" if RENAMED[key].startswith("model.") else ""
-        raise UserError(f"{key} is called {RENAMED[key]} now{where}")
-
-
-def moc_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a moc.json by today's names, without those that are none of attention's any more."""
-    found = {RENAMED.get(f"moc.{name}", f"moc.{name}"): value for name, value in stored.items()}
-    return {key.removeprefix("moc."): value for key, value in found.items() if key.startswith("moc.")}
-
-
-def cut_gap(settings: Mapping[str, Any], moc_folder: Path | None) -> float:
-    """Returns the `cut_gap` of a Wan model: that of its config.json, whose `settings` are given and leave out a gap of
-    0, or the one that the moc.json of a folder holds, where earlier versions wrote it."""
-    file = moc_folder / "moc.json" if moc_folder else None
-    if "cut_gap" in settings or not (file and file.is_file()):
-        return settings.get("cut_gap", 0.0)
-    values = json.loads(file.read_text())
-    return values.get("cut_gap", 0.0) if isinstance(values, dict) else 0.0
+MOC = Earlier(
+    "moc",
+    renamed={"moc.descriptor_parts": "descriptor_subchunks"},
+    moved=("backend", "dense_kernel", "deterministic", "cut_gap"),
+)
+EXECUTION = Earlier("execution", renamed={f"moc.{name}": name for name in ("backend", "dense_kernel", "deterministic")})
+OPTIM = Earlier("optim", renamed={"optim.parts": "rates"})
+PARALLEL = Earlier("parallel", renamed={"parallel.recompute_parts": "recompute_sublayers"}, unset={"replicate": 0})
+SAMPLER = Earlier("sampler", unset={"high_noise_guidance_scale": 0.0, "context_shots": 0})

@@ -14,7 +14,8 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from moc import MoCConfig, ShotLayout, StreamSpec, TextAnchor
 from moc.errors import UserError
 from moc.kernels import packed
 from moc.kernels.packed import Packed
+from models.earlier import cut_gap
 from models.frozen import Rounded, taken_by
 from models.layers import LayerNorm, RMSNorm, add_gated, modulate
 from models.members import Members
@@ -215,6 +217,11 @@ class WanTransformer3DModel(StreamModel):
         if not config["cut_gap"]:
             del config["cut_gap"]
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def completed(config: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+        """Returns the settings of a config.json with the `cut_gap` that it leaves out. folder: where it lies."""
+        return config | {"cut_gap": cut_gap(config, folder)}
 
     def project(self, tokens: Tensor, patches: Tensor, condition: Tensor, part: Part) -> Tensor:
         shift, scale = (self.scale_shift_table.float() + condition[:, None]).unbind(1)

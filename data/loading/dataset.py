@@ -13,10 +13,10 @@ import moc
 from data.cache.online import LoadCodec
 from data.cache.reader import Cache, CachedScene, open_cache
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT
+from data.earlier import DATA
 from data.errors import DataError
 from data.loading.order import DRAW, Draw, Source, Split, uniforms
 from data.storyworld.recall import RecallConfig
-from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
 
 
@@ -92,7 +92,7 @@ class DataConfig:
     drop_to_still: float = 0.1
 
     def __post_init__(self) -> None:
-        set_nulls(self, "data")
+        DATA.set_nulls(self)
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")

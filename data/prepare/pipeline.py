@@ -20,6 +20,7 @@ import torch
 
 from data.cache.online import name_films
 from data.cache.writer import CacheWriter, finish, read_stored, remove_damaged, whole_scenes
+from data.earlier import PREPARE
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.manifest import write_manifest
@@ -34,7 +35,6 @@ from data.prepare.settings import PrepareConfig
 from data.prepare.shots import build_detector
 from data.prepare.sources import MANIFEST, Found, find_scenes
 from data.records import digest, read_record, write_record
-from moc.earlier import as_written
 from moc.files import PARTIAL
 
 _LATE_SECONDS = 90  # a network file system may show a file to other hosts that much later
@@ -104,7 +104,7 @@ class _Run:
             "codec": codec.fingerprint,
             "text": text_encoder.fingerprint,
             "sizes": config.sizes,
-            "fps": as_written("prepare.fps", config.fps),
+            "fps": PREPARE.as_written("fps", config.fps),
             "dtype": config.dtype,
             "online": config.online,
         }

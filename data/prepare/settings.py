@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.earlier import PREPARE
 from data.media.decode import DECODERS
 from data.media.index import MAX_SIDE
 from data.prepare.shots import DETECTORS
-from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -52,7 +52,7 @@ class PrepareConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        set_nulls(self, "prepare")
+        PREPARE.set_nulls(self)
         if not self.input or not self.output:
             raise UserError("say input=DIR and output=DIR")
         if Path(self.input).resolve() == Path(self.output).resolve():

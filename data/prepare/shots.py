@@ -18,9 +18,9 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import nn
 
+from data.earlier import PREPARE
 from data.errors import DataError
 from data.media.index import to_rgb
-from moc.earlier import as_written
 
 DETECTORS = ("transnetv2", "adaptive", "content")
 Span = tuple[int, int]
@@ -118,7 +118,7 @@ class SceneDetectDetector:
 
     def __init__(self, method: str, threshold: float | None) -> None:
         self.method, self.threshold = method, threshold
-        self.name = f"{method} {as_written('prepare.threshold', threshold)}"
+        self.name = f"{method} {PREPARE.as_written('threshold', threshold)}"
 
     def finder(self) -> "SceneDetectFinder":
         return SceneDetectFinder(self.method, self.threshold)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moc.diffusion.flow import draw_key
 from moc.diffusion.solvers import SolverKind
-from moc.earlier import set_nulls
+from moc.earlier import SAMPLER
 from moc.errors import UserError, check_least
 
 
@@ -49,7 +49,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        set_nulls(self, "sampler")
+        SAMPLER.set_nulls(self)
         if self.steps < 1:
             raise UserError(f"sampler.steps={self.steps} must be at least 1")
         if not 0 <= self.dense_steps <= self.steps:

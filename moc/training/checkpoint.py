@@ -27,7 +27,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moc.earlier import cut_gap
 from moc.errors import UserError, disk_error
 from moc.files import OutsideError, inside
 from moc.training.integrity import COMPLETE, checksums, damaged_files, files_to_seal, seal, sync
@@ -190,10 +189,11 @@ def refuse_later(run_folder: Path, step: int) -> None:
 
 
 def check_same_model(folder: Path, model: Any) -> None:
-    """Raises UserError where the diffusers folder holds a model of another class or other sizes than `model`."""
+    """Raises UserError where the diffusers folder holds a model of another class or other sizes than `model`. Its
+    `completed(config, folder)`, if it has one, adds settings that a config.json leaves out."""
     stored, current = read_json(folder / "config.json"), json.loads(model.to_json_string())
-    if "cut_gap" in model.config:
-        stored["cut_gap"], current["cut_gap"] = cut_gap(stored, folder), model.config.cut_gap
+    if hasattr(model, "completed"):
+        stored, current = model.completed(stored, folder), model.completed(current, None)
     names = [name for name in stored | current if not name.startswith("_") or name == "_class_name"]
     wrong = [f"{n}={stored.get(n)}, not {current.get(n)}" for n in names if stored.get(n) != current.get(n)]
     if wrong:

@@ -18,13 +18,13 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from moc import MoCConfig
-from moc.earlier import cut_gap
 from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.checkpoints.contents import Contents
 from models.checkpoints.loras import LoraChoice, MergedLora
 from models.checkpoints.names import COMFYUI_PREFIX, to_diffusers_name
 from models.checkpoints.tensors import TensorSource, check_tensors, listed, shapes
+from models.earlier import cut_gap
 from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
 from models.frozen import Base, freeze_linears, packed_tensors
 from models.lora import Adapter, Lora, read_lora

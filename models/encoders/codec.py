@@ -22,8 +22,8 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from moc.earlier import set_nulls
 from moc.errors import UserError
+from models.earlier import CODEC
 
 
 class CodecKind(StrEnum):
@@ -57,7 +57,7 @@ class CodecConfig:
     continuous: bool = False
 
     def __post_init__(self) -> None:
-        set_nulls(self, "encoders.codec")
+        CODEC.set_nulls(self)
         if not 1 <= self.channels <= 64:
             raise UserError(f"codec.channels={self.channels} must lie in [1, 64]")
         if not 0 <= self.whitening <= 1:

@@ -24,12 +24,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from moc.batch import each_shape
-from moc.earlier import set_nulls
 from moc.errors import UserError, check_least
 from moc.move import move
 from moc.training.checkpoint import read_json, remedy
 from models.checkpoints.strict import load_folder
 from models.checkpoints.tensors import download_hint
+from models.earlier import TEXT
 from models.encoders.fingerprint import fingerprint, weights_digest
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class TextConfig:
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        set_nulls(self, "encoders.text")
+        TEXT.set_nulls(self)
         check_least(self, "text", 1, "dim", "num_layers", "max_tokens")
         check_least(self, "text", 0, "seed")
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from configs.earlier import translated
 from moc import MoCConfig
-from moc.earlier import translated
+from moc.earlier import SAMPLER
 from moc.errors import UserError
 from models.encoders.codec import CodecConfig
 from models.encoders.text import TextConfig
@@ -84,7 +85,7 @@ def test_samplers_and_encoders_of_earlier_versions_are_read_with_nulls():
     sampler = parsed("sample", "sampler.high_noise_guidance_scale=0", "sampler.context_shots=0").sampler
     assert sampler == parsed("sample").sampler
     assert (sampler.high_noise_guidance_scale, sampler.context_shots) == (None, None)
-    assert translated({"context_shots": 0, "steps": 0}, "sampler") == {"context_shots": None, "steps": 0}
+    assert SAMPLER.translated({"context_shots": 0, "steps": 0}) == {"context_shots": None, "steps": 0}
     assert {CodecConfig(path="").path, TextConfig(path="").path} == {None}
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 import moc
 from moc import attention, routing
-from moc.earlier import cut_gap
 from tests import brute_force
 from tests.strategies import Stream, attention_tensors, configs, seeds, streams
 
@@ -271,11 +270,8 @@ def test_files_of_earlier_versions_open(tmp_path):
     stored = {name: value for name, value in config.to_dict().items() if name != "descriptor_subchunks"} | more
     (tmp_path / "moc.json").write_text(json.dumps(stored))
     assert moc.MoCConfig.load(tmp_path) == config
-    assert cut_gap({}, tmp_path) == 2
-    assert cut_gap({"cut_gap": 3.0}, tmp_path) == 3
     config.save(tmp_path)
     assert not more.keys() & json.loads((tmp_path / "moc.json").read_text()).keys()
-    assert cut_gap({}, tmp_path) == cut_gap({}, None) == 0
 
 
 def test_every_setting_is_explained():

@@ -21,6 +21,7 @@ from models.checkpoints.contents import Contents
 from models.checkpoints.export import Beside, Form, convert
 from models.checkpoints.names import COMFYUI_PREFIX, to_original_name
 from models.checkpoints.opening import load_checkpoint, open_checkpoint
+from models.earlier import cut_gap
 from models.encoders.pair import find_encoders, read_encoders
 from models.wan import WanTransformer3DModel
 from tests import pipeline
@@ -158,6 +159,8 @@ def test_the_gap_at_cuts_is_the_models_wherever_it_is_written(reduced_folder: Pa
     public = (reduced_folder / "config.json").read_text()
     shutil.copytree(reduced_folder, tmp_path / "earlier")
     (tmp_path / "earlier/moc.json").write_text('{"top_k": 2, "cut_gap": 2.0}')
+    assert [cut_gap({}, folder) for folder in (tmp_path / "earlier", reduced_folder, None)] == [2, 0, 0]
+    assert cut_gap({"cut_gap": 3.0}, tmp_path / "earlier") == 3
     assert load_model(reduced_folder).config.cut_gap == 0
     earlier = load_model(tmp_path / "earlier")
     assert earlier.config.cut_gap == 2
