@@ -1,18 +1,20 @@
 """This module counts from its plan what a film will cost, before anything is sampled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from film.plan import FilmPlan
-from moc import Descriptor, MoCConfig, ShotLayout
-from moc.batch import Sample, make_layout
+from moc import Descriptor, MoCConfig
+from moc.batch import Sample, stream_of
 from moc.cost import FLOPS_PER_PAIR
 from moc.diffusion import Flow, SamplingConfig, Story, guidance_scales, num_still_remembered, plan_steps
 from moc.diffusion.steps import Step
+from moc.expected_cost import GLOBAL_TEXT, ExpectedCosts
 from moc.training import MeshConfig
 from moc.training.clock import about
 from models.encoders.codec import Codec
@@ -99,19 +101,11 @@ def estimate(
     passes."""
     experts = [model.high, model.low] if hasattr(model, "high") else [model]
     network, mesh = experts[0], mesh or MeshConfig()
-    latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
-    stream = _Stream(make_layout(Sample(latents, plan.text), network.stream, moc.chunk_tokens), moc)
-    linears = [module.weight for module in network.blocks.modules() if isinstance(module, nn.Linear)]
-    num_weights = sum(weight.numel() for weight in linears)
-    layers, width = len(network.blocks), network.attention_dim
-
-    def flops(tokens: int, pairs: float) -> float:
-        return 2.0 * num_weights * tokens + layers * FLOPS_PER_PAIR * width * pairs
-
     story = plan.story()
+    sides = [_Forwards(network, plan, text, moc) for text in (story.text, story.negative)]
     steps = plan_steps(len(plan.shapes), plan.given, sampler, flow, story.num_references)
-    work = _work(steps, story, stream, sampler, len(experts), flops)
-    seen = steps[-1].shots
+    work = _work(steps, story, sides, sampler, moc, model)
+    prompt, width, layers = sides[0], network.attention_dim, len(network.blocks)
     weights = [sum(weight.nbytes for weight in expert.parameters()) for expert in experts]
     held = (max(weights) if offload else sum(weights)) / (mesh.shard * mesh.sequence)
     block = sum(weight.nbytes for weight in network.blocks.parameters()) / layers
@@ -119,12 +113,12 @@ def estimate(
     held += sum(weight.nbytes for weight in codec.parameters())
     token = width * dtype.itemsize / mesh.sequence  # bytes of a token's features; only norms have them in fp32
     kept = 3 if moc.descriptor is Descriptor.pre_rope else 2  # such vectors for each token in a layer of a cache
-    layer = kept * (stream.global_tokens + work.most_seen) * token
+    layer = kept * work.most_seen * token
     caches = len(experts) * work.most_sides * layers
     here = min(2, caches) if sampler.offload_cache else caches  # layers on the device: the one in use, and the next one
     return Estimate(
-        shot_tokens=stream.tokens,
-        sparsity=1 - stream.pairs(seen, seen, moc.dense) / sum(stream.tokens[shot] for shot in seen) ** 2,
+        shot_tokens=[prompt.costs.tokens([shot]) for shot in range(len(plan.shapes))],
+        sparsity=prompt.sparsity(steps[-1].shots),
         forwards=work.forwards,
         flops=work.flops,
         dense_flops=work.dense_flops,
@@ -149,64 +143,69 @@ class _Work:
     least: int = 0
 
 
+class _Forwards:
+    """This object counts forwards of a model on one side of guidance, with the features `text` of its prompts."""
+
+    def __init__(self, network: Any, plan: FilmPlan, text: list[torch.Tensor], moc: MoCConfig) -> None:
+        latents = [torch.empty(shape, device="meta") for shape in plan.shapes]
+        self.costs = ExpectedCosts(*stream_of(Sample(latents, text), network.stream), moc)
+        linears = [module.weight for module in network.blocks.modules() if isinstance(module, nn.Linear)]
+        self.flops_per_token = 2.0 * sum(weight.numel() for weight in linears)
+        self.width, self.num_layers = network.attention_dim, len(network.blocks)
+        self.num_dense = min(moc.dense_layers, self.num_layers)
+        self.score_flops = 2 * moc.descriptor_parts * self.width
+        self.flops = cache(self._flops)  # many steps see the same shots
+
+    def _flops(self, queries: tuple[int, ...], shots: tuple[int, ...], dense: bool) -> float:
+        """Returns the FLOPs of the queries of some shots in the stream of `shots`."""
+        cost, num_routed = self.costs.of(queries, shots, dense), self.num_layers - self.num_dense
+        pairs = self.num_dense * cost.dense + num_routed * cost.pairs
+        attention = FLOPS_PER_PAIR * self.width * pairs + self.score_flops * num_routed * cost.scores
+        return self.flops_per_token * self.costs.tokens(queries) + attention
+
+    def sparsity(self, shots: Sequence[int]) -> float:
+        """Returns the mean sparsity of the layers in the stream of `shots`."""
+        cost = self.costs.of([GLOBAL_TEXT, *shots], shots)
+        return (1 - self.num_dense / self.num_layers) * (1 - cost.pairs / cost.dense)
+
+
 def _work(
     steps: Sequence[Step],
     story: Story,
-    stream: "_Stream",
+    sides: Sequence[_Forwards],
     sampler: SamplingConfig,
-    num_experts: int,
-    flops: Callable[[int, float], float],
+    moc: MoCConfig,
+    model: Any,
 ) -> _Work:
-    """Adds up what the steps compute. flops: those of a forward of so many tokens and of so many pairs in attention."""
-    work = _Work()
-    remembers = sampler.keeps_history and stream.moc.flows_forward
+    """Adds up what the steps compute. sides: those of guidance, the prompt's first."""
+    work, boundary, num_experts = _Work(), getattr(model, "boundary", None), 2 if hasattr(model, "high") else 1
+    remembers = sampler.keeps_history and moc.flows_forward
     remembered: list[list[int]] = [[], []]  # remembered shots on each side of guidance
     for step in steps:
-        cached = remembers and not step.is_dense
-        computed = step.moving if cached else step.shots
-        tokens, total = (sum(stream.tokens[shot] for shot in shots) for shots in (computed, step.shots))
-        sides = 1 if set(guidance_scales(step, story, sampler).values()) == {1.0} else 2
-        work.forwards += sides
-        work.flops += sides * flops(tokens, stream.pairs(computed, step.shots, stream.moc.dense or step.is_dense))
-        work.dense_flops += sides * flops(total, total**2)
-        for side in range(sides if cached else 0):
-            before, remembered[side] = remembered[side], step.shots[:-1]
-            for last in range(num_still_remembered(before, remembered[side]), len(remembered[side])):
-                shot, pairs = step.shots[last], stream.pairs([step.shots[last]], step.shots[: last + 1], False)
+        cached, shots = remembers and not step.is_dense, tuple(step.shots)
+        whole = (GLOBAL_TEXT, *shots)
+        computed = _computed(shots) if cached else whole
+        is_high = boundary is not None and float(step.sigma(sampler.history_sigma).max()) >= boundary
+        guided = set(guidance_scales(step, story, sampler, is_high).values()) != {1.0}
+        asked = sides if guided else sides[:1]
+        for number, side in enumerate(asked):
+            work.forwards += 1
+            work.flops += side.flops(computed, shots, step.is_dense)
+            work.dense_flops += side.flops(whole, shots, True)
+            if not cached:
+                continue
+            before, remembered[number] = remembered[number], step.shots[:-1]
+            for last in range(num_still_remembered(before, remembered[number]), len(remembered[number])):
                 work.forwards += num_experts
-                work.flops += num_experts * flops(stream.tokens[shot], pairs)
-        work.most_sides = max(work.most_sides, sides if cached else 0)
+                work.flops += num_experts * side.flops(_computed(shots[: last + 1]), shots[: last + 1], False)
+        work.most_sides = max(work.most_sides, len(asked) if cached else 0)
+        tokens, total = (sides[0].costs.tokens(shots) for shots in (computed, whole))
         work.most_tokens, work.most_seen = max(work.most_tokens, tokens), max(work.most_seen, total)
         # What is remembered may be computed again, or come from elsewhere, but for one layer's keys and values.
         work.least = max(work.least, LEAST * tokens + 2 * (total - tokens))
     return work
 
 
-class _Stream:
-    """This object counts tokens and chunks of the shots of a story."""
-
-    def __init__(self, layout: ShotLayout, moc: MoCConfig) -> None:
-        shots = [layout.groups[index] for index in layout.shot_groups]
-        self.moc = moc
-        self.global_tokens = layout.groups[0].text_tokens
-        self.tokens = [shot.text_tokens + shot.video_tokens for shot in shots]
-        self.video_chunks = [
-            [chunk.length for chunk in layout.chunks if chunk.group == index and chunk.kind == "video"]
-            for index in layout.shot_groups
-        ]
-
-    def pairs(self, queries: Sequence[int], shots: Sequence[int], dense: bool) -> float:
-        """Counts pairs of a query and a key that it attends to, of the shots `queries` in a stream of `shots`.
-
-        The count is rough where `moc.cost` is exact: there is no layout of each step's stream. A query sees its whole
-        shot and top_k chunks of mean length, whatever the anchors and `candidates`; text of other shots is left out.
-        """
-        if dense:
-            return float(sum(self.tokens[shot] for shot in queries) * sum(self.tokens[shot] for shot in shots))
-        pairs = 0.0
-        for query in queries:
-            others = [shot for shot in shots if (shot < query if self.moc.causal else shot != query)]
-            chunks = [length for shot in others for length in self.video_chunks[shot]]
-            routed = min(self.moc.top_k, len(chunks)) * sum(chunks) / max(1, len(chunks))
-            pairs += self.tokens[query] * (self.tokens[query] + routed)
-        return pairs
+def _computed(shots: Sequence[int]) -> tuple[int, ...]:
+    """Returns what a forward computes where all but the last shot are remembered: global text goes with the first."""
+    return (GLOBAL_TEXT, *shots) if len(shots) == 1 else (shots[-1],)

@@ -91,19 +91,29 @@ class Chunk:
     length: int
 
 
-def split_evenly(total: int, most: int) -> list[int]:
-    """Splits `total` into as few numbers of at most `most` as can be; they differ by at most one, the larger first."""
+def even_runs(total: int, most: int) -> list[tuple[int, int]]:
+    """Splits `total` into as few numbers of at most `most` as can be, which differ by at most one; returns (number, how
+    often) for each, the larger first."""
     count = -(-total // most)
-    return [total // count + (i < total % count) for i in range(count)]
+    small, num_large = divmod(total, count)
+    runs = [(small + 1, num_large), (small, count - num_large)]
+    return [run for run in runs if run[1]]
+
+
+def chunk_runs(grid: Grid, chunk_tokens: int) -> tuple[int, list[tuple[int, int]]]:
+    """Returns how a shot's video is cut: a pattern of (token length, how many chunks), and how often it is repeated.
+    Chunks are whole latent frames, or rows of too large a frame."""
+    frames, height, width = grid
+    if height * width <= chunk_tokens:
+        runs = even_runs(frames, chunk_tokens // (height * width))
+        return 1, [(f * height * width, count) for f, count in runs]
+    return frames, [(r * width, count) for r, count in even_runs(height, max(1, chunk_tokens // width))]
 
 
 def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
-    """Returns token lengths of the chunks of a shot's video: whole latent frames, or rows of too large a frame."""
-    frames, height, width = grid
-    if height * width <= chunk_tokens:
-        return [f * height * width for f in split_evenly(frames, chunk_tokens // (height * width))]
-    rows = split_evenly(height, max(1, chunk_tokens // width))
-    return [r * width for _ in range(frames) for r in rows]
+    """Returns token lengths of the chunks of a shot's video, in order."""
+    repeats, runs = chunk_runs(grid, chunk_tokens)
+    return [length for length, count in runs for _ in range(count)] * repeats
 
 
 class ShotLayout:

@@ -105,7 +105,7 @@ class _Shots:
 
     def stream(self, step: Step) -> Stream:
         """Returns what the model is shown: finished shots are history, a little noised."""
-        sigma = torch.where(step.now == 0, self.config.history_sigma, step.now)[step.shots]
+        sigma = step.sigma(self.config.history_sigma)
         seen = [
             self.flow.add_noise(self.latents[i], self.noise[i], s) if step.now[i] == 0 else self.latents[i]
             for i, s in zip(step.shots, sigma.tolist(), strict=True)

@@ -23,14 +23,19 @@ def sigma_table(num_shots: int, config: SamplingConfig, flow: Flow) -> Tensor:
 class Step:
     """A step of sampling moves some shots of a stream. now, after: float32 [S], the noise level of each shot of the
     story before and after it. shots: those of the stream. moving: those of them that take the step. steps_done: how
-    many steps each shot has taken before it. is_dense: whether attention is dense."""
+    many steps each of these has taken before it. is_dense: whether attention is dense."""
 
     now: Tensor
     after: Tensor
     shots: list[int]
     moving: list[int]
-    steps_done: list[int]
+    steps_done: dict[int, int]
     is_dense: bool
+
+    def sigma(self, history_sigma: float) -> Tensor:
+        """Returns the noise level at which the model is shown each shot of the stream: float32 [n]. history_sigma: that
+        of finished shots."""
+        return torch.where(self.now == 0, history_sigma, self.now)[self.shots]
 
 
 def plan_steps(
@@ -41,11 +46,14 @@ def plan_steps(
     clocks = sigma_table(len(unknown), config, flow)
     table = torch.zeros(len(clocks), num_shots)
     table[:, unknown] = clocks
-    steps = []
-    for (now, after), steps_done in zip(pairwise(table), (table < 1).cumsum(dim=0).tolist(), strict=False):
+    steps: list[Step] = []
+    for (now, after), begun in zip(pairwise(table), (table < 1).cumsum(dim=0), strict=False):
         moving = (after < now).nonzero().flatten().tolist()
+        steps_done = dict(zip(moving, begun[moving].tolist(), strict=True))
         is_dense = steps_done[moving[-1]] < config.dense_steps
         shots = _stream(now, moving, config.context_shots, num_references)
+        if steps and shots == steps[-1].shots:
+            shots = steps[-1].shots  # thousands of steps may see the same hundreds of shots
         steps.append(Step(now, after, shots, moving, steps_done, is_dense))
     return steps
 

@@ -21,7 +21,7 @@ CONFIG = SamplingConfig(steps=12, guidance_scale=2.0)
 
 def way(is_dense=False):
     """Returns how a step of shot 7 is asked."""
-    return Step(torch.ones(8), torch.zeros(8), [7], [7], [0] * 8, is_dense), {7: 1.0}, False
+    return Step(torch.ones(8), torch.zeros(8), [7], [7], {7: 0}, is_dense), {7: 1.0}, False
 
 
 def film(model, what, config, start=None):
