@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moc.errors import UserError, check_least, disk_error
 from moc.exchange import Exchange
 from moc.move import move
+from moc.training.integer_shards import integer_shards
 from moc.training.offload import OffloadActivations
 from moc.training.swap import Swap
 
@@ -230,8 +231,9 @@ class Parallel:
         # It warns of results that are inputs handed through, lest they be changed in place; the models change none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         model.register_forward_hook(lambda *call: list(call[-1]))  # FSDP looks for gradients in lists
-        for unit in (*model.blocks, model):
-            fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
+        with integer_shards():
+            for unit in (*model.blocks, model):
+                fully_shard(unit, mesh=self._shard_mesh, reshard_after_forward=True)
 
     def share(self, value: Result) -> Result:
         """Returns the value of the team's first process, on each of the team."""
