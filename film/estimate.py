@@ -153,7 +153,7 @@ class _Forwards:
         self.flops_per_token = 2.0 * sum(weight.numel() for weight in linears)
         self.width, self.num_layers = network.attention_dim, len(network.blocks)
         self.num_dense = min(moc.dense_layers, self.num_layers)
-        self.score_flops = 2 * moc.descriptor_parts * self.width
+        self.score_flops = 2 * moc.descriptor_subchunks * self.width
         self.flops = cache(self._flops)  # many steps see the same shots
 
     def _flops(self, queries: tuple[int, ...], shots: tuple[int, ...], dense: bool) -> float:
