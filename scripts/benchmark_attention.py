@@ -30,12 +30,12 @@ from torch.profiler import ProfilerActivity, profile
 
 import moc
 from configs.command import command
+from evaluation.attention_report import write_plot, write_tables
+from evaluation.records import put_row, read_rows
 from moc.cost import attention_cost
 from moc.errors import UserError
 from moc.kernels import anchors, dense, sizes, triton_index
-from scripts.benchmark_report import write_plot, write_tables
 from scripts.measuring import check_gpu, header, median_ms
-from scripts.rows import put_row, read_rows
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]

@@ -29,10 +29,10 @@ from diffusers import AutoencoderKLWan
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from configs.command import command
+from evaluation.records import markdown_table, measured_on, put_row, read_rows
 from moc.errors import UserError
 from moc.files import write_whole
-from scripts.measuring import check_gpu, header, markdown_table
-from scripts.rows import ROOT, measured_on, put_row, read_rows
+from scripts.measuring import ROOT, check_gpu, header
 
 KEY = ("gpu", "gpus", "name")  # what tells a row of the record from others
 SMALL_STORY = "configs/scripts/storyworld.yaml"

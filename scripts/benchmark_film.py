@@ -24,14 +24,15 @@ if __name__ == "__main__":
 from configs.command import command
 from data.loading.dataset import DataConfig, ShotDataset, open_dataset
 from data.media.example_shots import FilmShot, block, film_shots, last_seen, scene_id
+from evaluation.film_report import write_report
 from evaluation.history_worth import SIGMAS, HistoryLosses, history_losses
+from evaluation.records import put_row, read_rows
 from moc import Sample
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
 from models import load_model
 from models.checkpoints.contents import Contents
-from scripts.film_report import write_report
-from scripts.rows import machine, put_row, read_rows, train_for
+from scripts.measuring import machine, train_for
 
 FOLDS = 4
 LENGTH = 8  # shots of a scene

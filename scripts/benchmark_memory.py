@@ -23,6 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from configs.command import command
+from evaluation.records import markdown_table, measured_on, put_row
 from moc import MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.diffusion import Flow
@@ -30,10 +31,9 @@ from moc.files import write_whole
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from models import ModelConfig
+from models.adapted import draw_adapted
 from models.stream import StreamModel
-from scripts.adapted import draw_adapted
-from scripts.measuring import check_gpu, header, markdown_table
-from scripts.rows import measured_on, put_row
+from scripts.measuring import check_gpu, header
 
 TEXT_TOKENS = 64  # of each caption
 

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import torch
 
 from configs.command import command
+from evaluation.records import markdown_table, measured_on, put_row, read_rows
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow
@@ -35,10 +36,9 @@ from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
-from scripts.adapted import draw_adapted
+from models.adapted import draw_adapted
 from scripts.benchmark_step import by_kind
-from scripts.measuring import header, markdown_table
-from scripts.rows import measured_on, put_row, read_rows
+from scripts.measuring import header
 
 AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0}, "sequence": {"sequence": 0}}
 IMPLEMENTATIONS = ("moc", "dense")

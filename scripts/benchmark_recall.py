@@ -55,6 +55,8 @@ from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.storyworld.recall import draw_scenes
 from evaluation.recall import RecallBench, accuracy, kept_reader, summary
+from evaluation.recall_report import write_report
+from evaluation.records import put_row, read_rows
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.errors import UserError, check_least
@@ -62,8 +64,7 @@ from moc.training import Parallel, ParallelConfig, find_checkpoint
 from moc.training.integrity import COMPLETE
 from models import load_model
 from models.checkpoints.contents import Contents
-from scripts.recall_report import write_report
-from scripts.rows import ROOT, machine, put_row, read_rows, train_for
+from scripts.measuring import ROOT, machine, train_for
 
 # The schedule begins with chunks of all that went before, which is dense and causal; then they are finer and fewer.
 PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5))

@@ -46,6 +46,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from configs.command import command
+from evaluation.records import markdown_table, measured_on, put_row
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
 from moc.diffusion.sides import Side, Stream
@@ -58,8 +59,7 @@ from models import CodecConfig, ModelConfig, build_codec, build_model, move_mode
 from models.encoders.codec import CodecKind
 from models.frozen import Base, freeze_linears, multiply_in_fp8
 from models.stream import StreamModel
-from scripts.measuring import header, markdown_table
-from scripts.rows import lag_of, measured_on, put_row
+from scripts.measuring import header, lag_of
 
 logger = logging.getLogger(__name__)
 

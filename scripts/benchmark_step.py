@@ -40,6 +40,7 @@ from torch import nn
 from configs.command import command
 from data.loading.ahead import ahead
 from data.loading.parcel import Parcel, unwrap, wrap
+from evaluation.records import markdown_table, measured_on, put_row
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
@@ -51,8 +52,7 @@ from moc.training.optim import OptimConfig
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
 from models.stream import StreamModel
-from scripts.measuring import check_gpu, copy_bytes_per_ms, header, markdown_table, matmul_flops_per_ms
-from scripts.rows import measured_on, put_row
+from scripts.measuring import check_gpu, copy_bytes_per_ms, header, matmul_flops_per_ms
 
 SHOTS, TEXT_TOKENS, CHANNELS, TEXT_DIM = 4, 16, 64, 128
 WARM_UP, STEPS = 4, 10

@@ -36,6 +36,7 @@ import numpy as np
 from configs.command import command
 from configs.world import recall_world
 from evaluation.recall import RecallBench, accuracy, kept_reader, summary
+from evaluation.records import markdown_table, measured_on, put_row, read_rows
 from evaluation.stories import make_stories, story_scores
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
@@ -45,8 +46,7 @@ from moc.training import Parallel, ParallelConfig
 from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.benchmark_recall import composed
-from scripts.measuring import markdown_table
-from scripts.rows import lag_of, machine, measured_on, put_row, read_rows
+from scripts.measuring import lag_of, machine
 
 WAYS = ("joint", "staggered", "shot_by_shot")  # options of configs/sampler
 KEPT = ("docs/checkpoints/recall_moc",)

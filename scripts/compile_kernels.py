@@ -27,13 +27,13 @@ import triton
 from tqdm import tqdm
 
 import moc
+from evaluation.records import markdown_table
 from moc.kernels import triton_backend, triton_masked, triton_rows
 from moc.kernels.compilation import SHARED_MEMORY, Launch, compiled, recorded
 from models import pointwise
 from models.frozen import FP8_CAPABILITY
 from models.members import Members
 from models.part import Part
-from scripts.measuring import markdown_table
 
 NUM_HEADS = 12
 FFN_DIM = 8960  # of Wan2.1-T2V-1.3B, as the number of heads

@@ -1,18 +1,32 @@
-"""Holds what the GPU benchmarks share: a warm median of device times, and the header of a record."""
+"""Holds what benchmarks share: a warm median of device times, where a row is measured, and a training of so many
+minutes."""
 
+import os
+import platform
+import signal
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
+from configs.command import CONFIGS
 from moc.checkout import commit
+from moc.diffusion import SamplingConfig
 from moc.errors import UserError
 from moc.kernels import dense
+from moc.training import Parallel
+
+ROOT = Path(__file__).parents[1]
 
 
 def check_gpu() -> None:
@@ -67,7 +81,37 @@ def header() -> dict:
     }
 
 
-def markdown_table(head: list[str], lines: Sequence[Sequence[object]]) -> str:
-    """Returns a Markdown table of cells as they print."""
-    rows: list[Sequence[object]] = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+def machine(parallel: Parallel) -> dict:
+    """Returns device, cores, versions, commit and date."""
+    return {
+        "device": parallel.device_name,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def lag_of(way: str) -> float:
+    """Returns the lag that `sampler=WAY` sets (configs/sampler/WAY.yaml)."""
+    changed: dict[str, Any] = yaml.safe_load((CONFIGS / "sampler" / f"{way}.yaml").read_text())
+    return changed.get("lag", SamplingConfig.lag)
+
+
+def train_for(minutes: float, words: list[str], log: Path) -> float:
+    """Runs train.py with settings `words` for so many minutes at most, or goes on with it; returns the minutes taken.
+
+    A run that is not finished has saved a checkpoint by then. What it prints goes to the end of `log`.
+    """
+    start = time.monotonic()
+    with log.open("a") as output:
+        job = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=output, stderr=output)
+        try:
+            job.wait(minutes * 60)
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGTERM)  # it saves a checkpoint
+            job.wait()
+        finally:
+            job.kill()
+    return (time.monotonic() - start) / 60

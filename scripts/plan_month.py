@@ -19,13 +19,12 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from configs.command import command
+from evaluation.records import markdown_table, read_rows
 from moc.cost import FLOPS_PER_PAIR
 from moc.errors import UserError, check_least
 from moc.files import write_whole
 from models import ModelConfig, build_model
 from scripts.benchmark_parallel import SETUP
-from scripts.measuring import markdown_table
-from scripts.rows import read_rows
 
 MONTH = 30 * 86400  # seconds
 GPUS_A_HOST = 8

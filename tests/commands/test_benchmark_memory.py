@@ -3,13 +3,13 @@ other rows."""
 
 import torch
 
+from evaluation.records import read_rows
 from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig
+from models.adapted import draw_adapted
 from models.frozen import Base, FrozenLinear, unpacked
-from scripts.adapted import draw_adapted
 from scripts.benchmark_memory import MemoryConfig, measure, settings, table
-from scripts.rows import read_rows
 from tests.pipeline import command
 from tests.wan_files import REDUCED
 

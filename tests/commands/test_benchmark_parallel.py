@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from evaluation.records import read_rows
 from scripts.benchmark_parallel import BenchmarkConfig, add_row, describe, remaining
-from scripts.rows import read_rows
 
 
 @pytest.fixture(autouse=True)

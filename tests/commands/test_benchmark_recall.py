@@ -10,13 +10,14 @@ import sys
 import numpy as np
 import pytest
 
+from evaluation.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
+from evaluation.records import put_row
 from moc.errors import UserError
 from moc.training import read_metrics
 from scripts import benchmark_recall
 from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
 from scripts.benchmark_stories import WAYS
-from scripts.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
-from scripts.rows import ROOT, put_row
+from scripts.measuring import ROOT
 from tests import pipeline
 
 SMALL = [

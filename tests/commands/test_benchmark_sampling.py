@@ -3,9 +3,9 @@ take."""
 
 import pytest
 
+from evaluation.records import read_rows
 from moc.errors import UserError
 from scripts.benchmark_sampling import SamplingBenchmarkConfig, Taken, summary
-from scripts.rows import read_rows
 from tests.pipeline import command
 
 

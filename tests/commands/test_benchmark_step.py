@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import torch
 
+from evaluation.records import read_rows
 from scripts import benchmark_step
 from scripts.benchmark_step import KINDS, by_kind
-from scripts.rows import read_rows
 
 
 def test_kernels_are_told_by_kind():

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from evaluation.records import read_rows
 from models import ModelConfig
 from scripts.plan_month import Measured, PlanConfig, Size, plan, report
-from scripts.rows import read_rows
 from tests.pipeline import ROOT, command, refusal
 
 

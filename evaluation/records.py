@@ -1,67 +1,18 @@
-"""Holds what benchmarks share: a record of rows, each with where it was measured, and a training of so many minutes."""
+"""This module keeps records of measurements: JSON of rows, each with where it was measured, and tables and plots of
+them."""
 
 import io
 import json
-import os
-import platform
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
-import yaml
 from matplotlib.figure import Figure
 
-from configs.command import CONFIGS
-from moc.checkout import commit
-from moc.diffusion import SamplingConfig
 from moc.files import write_whole
-from moc.training import Parallel
 
-ROOT = Path(__file__).parents[1]
 VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
-
-
-def lag_of(way: str) -> float:
-    """Returns the lag that `sampler=WAY` sets (configs/sampler/WAY.yaml)."""
-    changed: dict[str, Any] = yaml.safe_load((CONFIGS / "sampler" / f"{way}.yaml").read_text())
-    return changed.get("lag", SamplingConfig.lag)
-
-
-def train_for(minutes: float, words: list[str], log: Path) -> float:
-    """Runs train.py with settings `words` for so many minutes at most, or goes on with it; returns the minutes taken.
-
-    A run that is not finished has saved a checkpoint by then. What it prints goes to the end of `log`.
-    """
-    start = time.monotonic()
-    with log.open("a") as output:
-        job = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=output, stderr=output)
-        try:
-            job.wait(minutes * 60)
-        except subprocess.TimeoutExpired:
-            job.send_signal(signal.SIGTERM)  # it saves a checkpoint
-            job.wait()
-        finally:
-            job.kill()
-    return (time.monotonic() - start) / 60
-
-
-def machine(parallel: Parallel) -> dict:
-    """Returns device, cores, versions, commit and date."""
-    return {
-        "device": parallel.device_name,
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
 
 
 def read_rows(output: Path) -> list[dict]:
@@ -109,3 +60,9 @@ def write_figure(figure: Figure, path: Path, dpi: int = 150) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     write_whole(path, picture.getvalue())
+
+
+def markdown_table(head: list[str], lines: Sequence[Sequence[object]]) -> str:
+    """Returns a Markdown table of cells as they print."""
+    rows: list[Sequence[object]] = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)

@@ -1,11 +1,10 @@
-"""Makes tables and a plot from the rows of `benchmark_attention.py`."""
+"""This module makes tables and a plot from the rows of `scripts/benchmark_attention.py`."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
+from evaluation.records import markdown_table, measured_on, write_figure
 from moc.files import write_whole
-from scripts.measuring import markdown_table
-from scripts.rows import measured_on, write_figure
 
 COLORS = {"fa2": "tab:orange", "cudnn": "tab:blue", "fa3": "tab:green", "fa4": "tab:red"}
 SINGLE_PASSES = ("forward", "backward", "graph", "compiled")

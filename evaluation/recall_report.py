@@ -1,4 +1,4 @@
-"""Makes tables and plots from the rows of `benchmark_recall.py`."""
+"""This module makes tables and plots from the rows of `scripts/benchmark_recall.py`."""
 
 import json
 from dataclasses import fields
@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 import moc
+from evaluation.records import markdown_table, measured_on, write_figure
 from moc import MoCConfig
 from moc.config import DropKey
 from moc.cost import attention_cost
 from moc.files import write_whole
-from scripts.measuring import markdown_table
-from scripts.rows import measured_on, write_figure
 
 TITLES = {
     "dense": "dense",

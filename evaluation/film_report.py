@@ -1,4 +1,4 @@
-"""Makes tables and a plot from the rows of `benchmark_film.py`."""
+"""This module makes tables and a plot from the rows of `scripts/benchmark_film.py`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +9,8 @@ from matplotlib.figure import Figure  # not pyplot, which may ask for a display
 from torch import Tensor
 
 from evaluation.estimates import Estimate, estimate
+from evaluation.records import markdown_table, measured_on, write_figure
 from moc.files import write_whole
-from scripts.measuring import markdown_table
-from scripts.rows import measured_on, write_figure
 
 TITLES = {
     "dense": "dense",

@@ -1,4 +1,4 @@
-"""Draws a large model with random weights and an adapter, in no more memory than its frozen weights take."""
+"""This module draws a large model with random weights and an adapter, in no more memory than its weights take."""
 
 from dataclasses import replace
 

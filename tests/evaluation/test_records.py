@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from evaluation.attention_report import write_tables
+from evaluation.records import measured_on, put_row, read_rows
 from scripts.benchmark_parallel import page
-from scripts.benchmark_report import write_tables
-from scripts.rows import measured_on, put_row, read_rows
 from tests.pipeline import ROOT
 
 KEY = ("gpu", "impl")
