@@ -1,18 +1,17 @@
 """Compiles every Triton kernel for every generation of GPUs, without a GPU, and writes what each takes.
 
     python scripts/compile_kernels.py              # all of them, minutes; writes docs/benchmarks/kernels_ahead.md
-    python scripts/compile_kernels.py --gpus 90 --settings bf16-64 --output kernels.json
+    python scripts/compile_kernels.py gpus=[90] settings=[bf16-64] output=kernels.json
 
 It ends with exit status 1 where a kernel takes more shared memory than a program may have, or spills registers.
 """
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,7 +26,9 @@ import triton
 from tqdm import tqdm
 
 import moc
+from configs.command import command
 from evaluation.records import markdown_table
+from moc.errors import UserError
 from moc.kernels import triton_backend, triton_masked, triton_rows
 from moc.kernels.compilation import SHARED_MEMORY, Launch, compiled, recorded
 from models import pointwise
@@ -35,6 +36,7 @@ from models.frozen import FP8_CAPABILITY
 from models.members import Members
 from models.part import Part
 
+GPUS = [f"{major}{minor}" for major, minor in SHARED_MEMORY]
 NUM_HEADS = 12
 FFN_DIM = 8960  # of Wan2.1-T2V-1.3B, as the number of heads
 
@@ -166,14 +168,28 @@ def write_tables(rows: list[dict], path: Path) -> None:
     path.write_text("\n\n".join(text) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [f"{a}{b}" for a, b in SHARED_MEMORY]
-    parser.add_argument("--gpus", nargs="+", choices=known, default=known, help="compute capabilities")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/kernels_ahead.json"))
-    args = parser.parse_args()
-    found = list(launches(args.gpus, args.settings))
+@dataclass(frozen=True)
+class CompileConfig:
+    """These settings say what kernels are compiled for.
+
+    gpus: compute capabilities, such as 90.
+    settings: kinds of models, by the names in this script.
+    output: the record to write; its tables lie beside it.
+    """
+
+    gpus: list[str] = field(default_factory=lambda: list(GPUS))
+    settings: list[str] = field(default_factory=lambda: list(SETTINGS))
+    output: str = "docs/benchmarks/kernels_ahead.json"
+
+    def __post_init__(self) -> None:
+        for name, known in (("gpus", GPUS), ("settings", SETTINGS)):
+            if not getattr(self, name) or not set(getattr(self, name)) <= set(known):
+                raise UserError(f"{name}={getattr(self, name)} must be some of {', '.join(known)}")
+
+
+@command("compile_kernels", CompileConfig)
+def main(config: CompileConfig) -> None:
+    output, found = Path(config.output), list(launches(config.gpus, config.settings))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(tqdm(pool.map(lambda row: compiled(row[2]), found), total=len(found), unit="kernel"))
     rows = [
@@ -182,10 +198,10 @@ def main() -> None:
     ]
     record = {"triton": triton.__version__, "num_heads": NUM_HEADS, "rows": rows}
     lines = json.dumps(record).replace('{"gpu"', '\n{"gpu"')  # a row a line
-    args.output.write_text(lines + "\n")
-    write_tables(rows, args.output.with_suffix(".md"))
+    output.write_text(lines + "\n")
+    write_tables(rows, output.with_suffix(".md"))
     if found_faults := faults(rows):
-        raise SystemExit("\n".join(found_faults))
+        raise UserError("; ".join(found_faults))
 
 
 if __name__ == "__main__":
