@@ -9,7 +9,7 @@ from matplotlib.figure import Figure  # not pyplot, which may ask for a display
 from torch import Tensor
 
 from evaluation.estimates import Estimate, estimate
-from evaluation.records import markdown_table, measured_on, write_figure
+from evaluation.measurements import markdown_table, measured_on, write_figure
 from moc.files import write_whole
 
 TITLES = {

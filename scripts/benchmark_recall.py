@@ -54,9 +54,9 @@ from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.storyworld.recall import draw_scenes
+from evaluation.measurements import put_row, read_rows
 from evaluation.recall import RecallBench, accuracy, kept_reader, summary
 from evaluation.recall_report import write_report
-from evaluation.records import put_row, read_rows
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.errors import UserError, check_least

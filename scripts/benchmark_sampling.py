@@ -46,7 +46,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from configs.command import command
-from evaluation.records import markdown_table, measured_on, put_row
+from evaluation.measurements import markdown_table, measured_on, put_row
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
 from moc.diffusion.sides import Side, Stream

@@ -35,8 +35,8 @@ import numpy as np
 
 from configs.command import command
 from configs.world import recall_world
+from evaluation.measurements import markdown_table, measured_on, put_row, read_rows
 from evaluation.recall import RecallBench, accuracy, kept_reader, summary
-from evaluation.records import markdown_table, measured_on, put_row, read_rows
 from evaluation.stories import make_stories, story_scores
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig

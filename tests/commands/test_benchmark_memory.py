@@ -3,7 +3,7 @@ other rows."""
 
 import torch
 
-from evaluation.records import read_rows
+from evaluation.measurements import read_rows
 from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig

@@ -3,7 +3,7 @@ take."""
 
 import pytest
 
-from evaluation.records import read_rows
+from evaluation.measurements import read_rows
 from moc.errors import UserError
 from scripts.benchmark_sampling import SamplingBenchmarkConfig, Taken, summary
 from tests.pipeline import command

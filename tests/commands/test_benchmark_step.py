@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from evaluation.records import read_rows
+from evaluation.measurements import read_rows
 from scripts import benchmark_step
 from scripts.benchmark_step import KINDS, by_kind
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evaluation.attention_report import write_tables
-from evaluation.records import measured_on, put_row, read_rows
+from evaluation.measurements import measured_on, put_row, read_rows
 from scripts.benchmark_parallel import page
 from tests.pipeline import ROOT
 
