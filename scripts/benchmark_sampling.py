@@ -18,7 +18,11 @@ One H100 is expected to take (by count, from docs/benchmarks/model.md; start and
     films=[wan] impls=[moc] modes=[extend_offload] sampler.context_shots=4    3 minutes, 86 GB of the host's memory
     films=[wan] impls=[dense] timed=1                                         7 minutes, 2.5 of modes=[joint] alone
     films=[paper] impls=[moc] modes=[joint] weights=fp8 [fp8_matmuls=true]    1 minute each
+    model=wan_14b films=[wan_81] impls=[moc] modes=[extend_uncached,decode] timed=2 swap_blocks=36
+        [weights=fp8]    3 to 4 minutes, 60 GB of the host's memory; modes=[extend_offload] needs 110 GB more
 
+With swap_blocks the weights are drawn block by block, and the GPU never holds them all: a 14 B expert is to film in
+less than 24 GB.
 The keys and values of the `wan` minute take 69 GB a side of guidance, so that `extend` without a smaller
 sampler.context_shots does not fit a GPU of 80 GB. Several GPUs: torchrun with parallel.sequence=N.
 """
@@ -46,7 +50,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from configs.command import command
-from evaluation.measurements import markdown_table, measured_on, put_row
+from evaluation.measurements import put_row
+from evaluation.sampling_report import page
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
 from moc.diffusion.sides import Side, Stream
@@ -56,6 +61,7 @@ from moc.kernels import dense
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
 from models import CodecConfig, ModelConfig, build_codec, build_model, move_model
+from models.drawn import draw_in_blocks
 from models.encoders.codec import CodecKind
 from models.frozen import Base, freeze_linears, multiply_in_fp8
 from models.stream import StreamModel
@@ -98,6 +104,7 @@ class Film:
 FILMS = {
     "paper": Film((36,) * 8, (40, 64), 1280),
     "wan": Film((31,) + (30,) * 7, (60, 104), 1560),
+    "wan_81": Film((21,) * 2, (60, 104), 1560),  # two shots of 81 frames, as Wan was trained on
     "tiny": Film((2,) * 3, (4, 6), 6),  # only to try this script
 }
 
@@ -110,7 +117,8 @@ class SamplingBenchmarkConfig:
     moc: what attention attends to; the size of chunks is the film's.
     execution: how it is computed.
     parallel: device and precision, and how several processes make a film.
-    weights, fp8_matmuls: as in `film.filmmaker.FilmmakerConfig`.
+    weights, fp8_matmuls, swap_blocks: as in `film.filmmaker.FilmmakerConfig`. The error of weights in fewer bytes is
+        not measured where blocks are swapped.
     sampler: how films are sampled; each mode sets the lag and what is kept of finished shots.
     films: names among FILMS.
     impls: moc, dense or both.
@@ -127,6 +135,7 @@ class SamplingBenchmarkConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     weights: Base | None = None
     fp8_matmuls: bool = False
+    swap_blocks: int = 0
     sampler: SamplingConfig = field(default_factory=SamplingConfig)
     films: list[str] = field(default_factory=lambda: ["paper"])
     impls: list[str] = field(default_factory=lambda: list(IMPLEMENTATIONS))
@@ -138,6 +147,7 @@ class SamplingBenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "timed")
+        check_least(self, "", 0, "swap_blocks")
         for name, known in (("films", FILMS), ("impls", IMPLEMENTATIONS), ("modes", MODES)):
             unknown = sorted(set(getattr(self, name)) - set(known))
             if unknown:
@@ -211,6 +221,24 @@ class Bench:
     def __init__(self, config: SamplingBenchmarkConfig) -> None:
         self.config, self.parallel = config, Parallel(config.parallel)
         device, dtype = self.parallel.device, self.parallel.dtype
+        if config.swap_blocks:
+            base = config.weights or Base.fp32
+            model = draw_in_blocks(config.model, CHANNELS, config.text_dim, device, dtype, base)
+            self.error = None
+        else:
+            model, self.error = self._whole_model()
+        model.execution = config.execution
+        if config.fp8_matmuls:
+            multiply_in_fp8(model, device)
+        moved = move_model(model, self.parallel, swap_blocks=config.swap_blocks)
+        self.model = Clocked(moved, device.type == "cuda")  # type: ignore[arg-type]
+        head_dim = config.model.dim // config.model.num_heads
+        self.kernel = dense.choose(torch.empty(1, 1, head_dim, device=device, dtype=dtype)).name
+
+    def _whole_model(self) -> tuple[StreamModel, float | None]:
+        """Returns a model on the device, and how far weights in fewer bytes move its velocity, where they are asked
+        for."""
+        config, device, dtype = self.config, self.parallel.device, self.parallel.dtype
         with device:
             model = build_model(config.model, latent_channels=CHANNELS, text_dim=config.text_dim)
         wide = set[str](model._keep_in_fp32_modules or ())
@@ -218,14 +246,13 @@ class Bench:
             if not wide & set(weight_name.split(".")):
                 weight.data = weight.data.to(dtype)
         model.execution = config.execution
-        exact = self._velocity(model) if config.weights else None
-        freeze_linears(model, config.weights or Base.fp32)
+        if not config.weights:
+            return model, None
+        exact = self._velocity(model)
+        freeze_linears(model, config.weights)
         if config.fp8_matmuls:
             multiply_in_fp8(model, device)
-        self.error = None if exact is None else float((self._velocity(model) - exact).norm() / exact.norm())
-        self.model = Clocked(move_model(model, self.parallel), device.type == "cuda")  # type: ignore[arg-type]
-        head_dim = config.model.dim // config.model.num_heads
-        self.kernel = dense.choose(torch.empty(1, 1, head_dim, device=device, dtype=dtype)).name
+        return model, float((self._velocity(model) - exact).norm() / exact.norm())
 
     @torch.no_grad()
     def _velocity(self, model: StreamModel) -> Tensor:
@@ -315,7 +342,7 @@ class Bench:
         sizes = {size: asdict(config.model)[size] for size in ("dim", "num_layers", "num_heads", "ffn_dim")}
         film_made = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
         setup = {
-            "weights": str(config.weights or "") + ", fp8 matmuls" * config.fp8_matmuls,
+            "weights": weights_in_words(config),
             "top_k": config.moc.top_k, "guidance_scale": config.sampler.guidance_scale,
             "context_shots": config.sampler.context_shots, "steps": config.sampler.steps,
             "tokens": sum(film.frames) * film.size[0] * film.size[1] // 4,
@@ -327,6 +354,13 @@ class Bench:
         head = header() | {"dense_kernel": self.kernel, "model": sizes, "precision": str(self.parallel.dtype)}
         output = Path(config.output)
         write_whole(output.with_suffix(".md"), page(put_row(output, row, KEY, head)).encode())
+
+
+def weights_in_words(config: SamplingBenchmarkConfig) -> str:
+    """Returns how the weights are kept; "" where they are on the GPU, as computed."""
+    said = [str(config.weights)] if config.weights else []
+    said += ["fp8 matmuls"] * config.fp8_matmuls
+    return ", ".join([*said, *([f"{config.swap_blocks} blocks swapped"] if config.swap_blocks else [])])
 
 
 def summary(streams: Mapping[Shots, int], taken: Mapping[Shots, Taken]) -> dict[str, Any]:
@@ -369,47 +403,6 @@ def decode(film: Film, width: int, parallel: Parallel) -> dict[str, Any]:
     of_all = seconds * sum(film.frames) / film.frames[0]
     return {"step_seconds": round(seconds, 3), "film_seconds": round(of_all, 2), "film_steps": len(film.frames),
             "timed_steps": 1, "frames": num_frames, "peak_bytes": peak}  # fmt: skip
-
-
-def page(rows: list[dict[str, Any]]) -> str:
-    """Returns the record as a Markdown page."""
-    same = ("gpu", "film", "guidance_scale", "context_shots", "processes")
-    dense_rows = {
-        (row["mode"], *(row[name] for name in same)): row
-        for row in rows
-        if row["impl"] == "dense" and not row["weights"]
-    }
-    lines = []
-    for row in rows:
-        against = dense_rows.get((RIVALS.get(row["mode"]), *(row[name] for name in same)), {})
-        times = [
-            f"{against[name] / row[name]:.2f}" if name in against and name in row else ""
-            for name in ("step_seconds", "film_seconds")
-        ]
-        lines.append([
-            row["film"], row["tokens"], row["mode"], row["impl"], row["weights"] or "as computed",
-            row["guidance_scale"], row["context_shots"] or "all", row["processes"], row.get("history", ""),
-            row.get("step_seconds", row.get("problem")), times[0],
-            row.get("film_seconds", ""), times[1],
-            f"{row['timed_steps']} of {row['film_steps']}" if "timed_steps" in row else "",
-            f"{row['outside']:.1%}" if "outside" in row else "",
-            *(f"{row[name] / 2**30:.1f}" if name in row else "" for name in ("peak_bytes", "host_bytes")),
-            f"{row['error']:.1%}" if "error" in row else "",
-            str(row["commit"])[:7],
-        ])  # fmt: skip
-    columns = [
-        "film", "tokens", "mode", "attention", "weights", "guidance", "context", "GPUs", "history", "step s",
-        "x over dense", "film s", "x over dense", "steps timed", "outside the model", "peak GiB", "host GiB", "error",
-        "commit",
-    ]  # fmt: skip
-    about = (
-        f"{measured_on(rows)} The shape of Wan2.1-T2V-1.3B with random weights; dense kernel "
-        f"{', '.join(sorted({str(row['dense_kernel']) for row in rows}))}. A step is one of the longest stream, both "
-        "sides of guidance; a film of 50 steps a shot is extrapolated from the steps timed; `decode` is one shot, and "
-        "all of them by count; `error` is how far weights in fewer bytes, and products in fp8 where it says so, move "
-        "the velocity of two short shots, relative to it. Made by scripts/benchmark_sampling.py."
-    )
-    return f"# Sampling films\n\n{about}\n\n{markdown_table(columns, lines)}\n"
 
 
 if __name__ == "__main__":

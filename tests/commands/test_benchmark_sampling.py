@@ -2,9 +2,13 @@
 take."""
 
 import pytest
+import torch
 
 from evaluation.measurements import read_rows
 from moc.errors import UserError
+from models import Family, ModelConfig
+from models.drawn import draw_in_blocks
+from models.frozen import Base
 from scripts.benchmark_sampling import SamplingBenchmarkConfig, Taken, summary
 from tests.pipeline import command
 
@@ -49,4 +53,29 @@ def test_the_command_times_each_stream_and_replaces_rows_of_its_like(tmp_path):
         "extend_offload": (3, 60), "decode": (1, 3),
     }  # fmt: skip
     page = output.with_suffix(".md").read_text()
-    assert page.count("| tiny | 36 |") == len(rows) + 1
+    assert page.count("| 32 x 1 | tiny | 36 |") == len(rows) + 1
+
+
+def test_swapped_blocks_are_drawn_one_by_one_and_film(tmp_path):
+    """All weights are in the host's memory before the device gets its share."""
+    output = tmp_path / "sampling.json"
+    sizes = ["model=wan_14b", "model.dim=32", "model.num_layers=4", "model.num_heads=1", "model.ffn_dim=32"]
+    words = [*sizes, "text_dim=8", "vae_dim=8", "parallel.device=cpu", "films=[tiny]", "timed=1", f"output={output}"]
+    for weights in ("null", "fp8"):
+        command(
+            "scripts/benchmark_sampling.py", *words, f"weights={weights}", "swap_blocks=3", "impls=[moc]",
+            "modes=[extend_uncached,extend_offload,decode]",
+        )  # fmt: skip
+    rows = [row for row in read_rows(output) if row["mode"] != "decode"]
+    assert {row["weights"] for row in rows} == {"3 blocks swapped", "fp8, 3 blocks swapped"}
+    assert all(row["step_seconds"] >= 0 and "error" not in row for row in rows)
+
+
+def test_a_model_that_is_drawn_in_blocks_is_a_model():
+    config, device = ModelConfig(family=Family.wan, dim=32, num_layers=2, num_heads=1, ffn_dim=32), torch.device("cpu")
+    for base, dtype in ((Base.fp32, torch.bfloat16), (Base.fp8, torch.uint8)):
+        model = draw_in_blocks(config, 16, 8, device, torch.bfloat16, base)
+        assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"cpu"}
+        assert all(weight.float().isfinite().all() for weight in model.parameters())
+        linears = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
+        assert {linear.weight.dtype for linear in linears} == {dtype}
