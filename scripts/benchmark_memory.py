@@ -31,7 +31,7 @@ from moc.files import write_whole
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from models import ModelConfig
-from models.adapted import draw_adapted
+from models.drawn import draw_adapted
 from models.stream import StreamModel
 from scripts.measuring import check_gpu, header
 

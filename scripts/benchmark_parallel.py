@@ -36,7 +36,7 @@ from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
 from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
-from models.adapted import draw_adapted
+from models.drawn import draw_adapted
 from scripts.benchmark_step import by_kind
 from scripts.measuring import header
 

@@ -21,7 +21,7 @@ One H100 is expected to take (by count, from docs/benchmarks/model.md; start and
     model=wan_14b films=[wan_81] impls=[moc] modes=[extend_uncached,decode] timed=2 swap_blocks=36
         [weights=fp8]    3 to 4 minutes, 60 GB of the host's memory; modes=[extend_offload] needs 110 GB more
 
-With swap_blocks the weights are drawn block by block, and the GPU never holds them all: a 14 B expert is to film in
+With swap_blocks the weights are drawn one by one, and the GPU never holds them all: a 14 B expert is to film in
 less than 24 GB.
 The keys and values of the `wan` minute take 69 GB a side of guidance, so that `extend` without a smaller
 sampler.context_shots does not fit a GPU of 80 GB. Several GPUs: torchrun with parallel.sequence=N.
@@ -61,7 +61,7 @@ from moc.kernels import dense
 from moc.statistics import RoutingMap
 from moc.training import Parallel, ParallelConfig
 from models import CodecConfig, ModelConfig, build_codec, build_model, move_model
-from models.drawn import draw_in_blocks
+from models.drawn import draw_model
 from models.encoders.codec import CodecKind
 from models.frozen import Base, freeze_linears, multiply_in_fp8
 from models.stream import StreamModel
@@ -223,7 +223,7 @@ class Bench:
         device, dtype = self.parallel.device, self.parallel.dtype
         if config.swap_blocks:
             base = config.weights or Base.fp32
-            model = draw_in_blocks(config.model, CHANNELS, config.text_dim, device, dtype, base)
+            model = draw_model(config.model, CHANNELS, config.text_dim, device, "cpu", base, dtype)
             self.error = None
         else:
             model, self.error = self._whole_model()

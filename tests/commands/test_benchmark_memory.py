@@ -7,7 +7,7 @@ from evaluation.measurements import read_rows
 from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig
-from models.adapted import draw_adapted
+from models.drawn import draw_adapted
 from models.frozen import Base, FrozenLinear, unpacked
 from scripts.benchmark_memory import MemoryConfig, measure, settings, table
 from tests.pipeline import command

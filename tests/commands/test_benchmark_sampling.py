@@ -7,7 +7,7 @@ import torch
 from evaluation.measurements import read_rows
 from moc.errors import UserError
 from models import Family, ModelConfig
-from models.drawn import draw_in_blocks
+from models.drawn import draw_model
 from models.frozen import Base
 from scripts.benchmark_sampling import SamplingBenchmarkConfig, Taken, summary
 from tests.pipeline import command
@@ -56,8 +56,7 @@ def test_the_command_times_each_stream_and_replaces_rows_of_its_like(tmp_path):
     assert page.count("| 32 x 1 | tiny | 36 |") == len(rows) + 1
 
 
-def test_swapped_blocks_are_drawn_one_by_one_and_film(tmp_path):
-    """All weights are in the host's memory before the device gets its share."""
+def test_a_model_whose_blocks_are_swapped_films(tmp_path):
     output = tmp_path / "sampling.json"
     sizes = ["model=wan_14b", "model.dim=32", "model.num_layers=4", "model.num_heads=1", "model.ffn_dim=32"]
     words = [*sizes, "text_dim=8", "vae_dim=8", "parallel.device=cpu", "films=[tiny]", "timed=1", f"output={output}"]
@@ -71,11 +70,12 @@ def test_swapped_blocks_are_drawn_one_by_one_and_film(tmp_path):
     assert all(row["step_seconds"] >= 0 and "error" not in row for row in rows)
 
 
-def test_a_model_that_is_drawn_in_blocks_is_a_model():
+def test_a_drawn_model_has_its_weights_in_the_formats_asked_for():
     config, device = ModelConfig(family=Family.wan, dim=32, num_layers=2, num_heads=1, ffn_dim=32), torch.device("cpu")
     for base, dtype in ((Base.fp32, torch.bfloat16), (Base.fp8, torch.uint8)):
-        model = draw_in_blocks(config, 16, 8, device, torch.bfloat16, base)
+        model = draw_model(config, 16, 8, device, "cpu", base, torch.bfloat16)
         assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"cpu"}
         assert all(weight.float().isfinite().all() for weight in model.parameters())
         linears = [module for module in model.blocks.modules() if isinstance(module, torch.nn.Linear)]
         assert {linear.weight.dtype for linear in linears} == {dtype}
+        assert {weight.dtype for weight in model.parameters()} == {dtype, torch.bfloat16, torch.float32}
