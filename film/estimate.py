@@ -154,14 +154,14 @@ class _Forwards:
         self.width, self.num_layers = network.attention_dim, len(network.blocks)
         self.num_dense = min(moc.dense_layers, self.num_layers)
         self.score_flops = 2 * moc.descriptor_subchunks * self.width
-        self.flops = cache(self._flops)  # many steps see the same shots
+        self.tokens, self.flops = cache(self.costs.tokens), cache(self._flops)  # many steps see the same shots
 
     def _flops(self, queries: tuple[int, ...], shots: tuple[int, ...], dense: bool) -> float:
         """Returns the FLOPs of the queries of some shots in the stream of `shots`."""
         cost, num_routed = self.costs.of(queries, shots, dense), self.num_layers - self.num_dense
         pairs = self.num_dense * cost.dense + num_routed * cost.pairs
         attention = FLOPS_PER_PAIR * self.width * pairs + self.score_flops * num_routed * cost.scores
-        return self.flops_per_token * self.costs.tokens(queries) + attention
+        return self.flops_per_token * self.tokens(queries) + attention
 
     def sparsity(self, shots: Sequence[int]) -> float:
         """Returns the mean sparsity of the layers in the stream of `shots`."""
@@ -184,7 +184,7 @@ def _work(
     for step in steps:
         cached, shots = remembers and not step.is_dense, tuple(step.shots)
         whole = (GLOBAL_TEXT, *shots)
-        computed = _computed(shots) if cached else whole
+        computed = whole if len(shots) == 1 or not cached else shots[-1:]
         is_high = boundary is not None and float(step.sigma(sampler.history_sigma).max()) >= boundary
         guided = set(guidance_scales(step, story, sampler, is_high).values()) != {1.0}
         asked = sides if guided else sides[:1]
@@ -195,17 +195,14 @@ def _work(
             if not cached:
                 continue
             before, remembered[number] = remembered[number], step.shots[:-1]
-            for last in range(num_still_remembered(before, remembered[number]), len(remembered[number])):
-                work.forwards += num_experts
-                work.flops += num_experts * side.flops(_computed(shots[: last + 1]), shots[: last + 1], False)
+            first = num_still_remembered(before, remembered[number])
+            new = shots[first:-1]
+            if new:  # attention flows forward, so that they see in this stream what they see in one without later shots
+                work.forwards += num_experts * len(new)
+                work.flops += num_experts * side.flops(new if first else (GLOBAL_TEXT, *new), shots, False)
         work.most_sides = max(work.most_sides, len(asked) if cached else 0)
-        tokens, total = (sides[0].costs.tokens(shots) for shots in (computed, whole))
+        tokens, total = sides[0].tokens(computed), sides[0].tokens(whole)
         work.most_tokens, work.most_seen = max(work.most_tokens, tokens), max(work.most_seen, total)
         # What is remembered may be computed again, or come from elsewhere, but for one layer's keys and values.
         work.least = max(work.least, LEAST * tokens + 2 * (total - tokens))
     return work
-
-
-def _computed(shots: Sequence[int]) -> tuple[int, ...]:
-    """Returns what a forward computes where all but the last shot are remembered: global text goes with the first."""
-    return (GLOBAL_TEXT, *shots) if len(shots) == 1 else (shots[-1],)

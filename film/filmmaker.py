@@ -240,10 +240,16 @@ class Filmmaker:
         return self._count(plan, self._sampler_of(plan), offload=self.config.offload)
 
     def cost(self, plan: FilmPlan) -> list[str]:
-        """Returns what a film will cost in lines for the user; the time is an H100's where this is no known GPU."""
+        """Returns what a film will cost in lines for the user, with what would fit where it cannot fit into the
+        device's memory; the time is an H100's where this is no known GPU."""
         peak, sequence = peak_flops(self.parallel.device, self.parallel.dtype), self.config.parallel.sequence
         gpu = "the GPU" if peak else "an H100"
-        return self.estimate(plan).lines(plan, (peak or PEAK_FLOPS["H100"]) * sequence, gpu)
+        lines = self.estimate(plan).lines(plan, (peak or PEAK_FLOPS["H100"]) * sequence, gpu)
+        try:
+            self.check_memory(plan)
+        except UserError as error:
+            lines.append(f"it does not fit into the memory of {self.parallel.device_name}: {error}")
+        return lines
 
     def _sampler_of(self, plan: FilmPlan) -> SamplingConfig:
         """Returns how a film is sampled."""

@@ -188,3 +188,16 @@ def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):
     command("sample.py", *arguments, "dry_run=true")
     assert "3 shots, 13 frames" in capsys.readouterr().out
     assert not (tmp_path / "film").exists()
+
+
+@pytest.mark.usefixtures("no_decoding")
+def test_a_dry_run_tells_what_would_fit(trained, write, monkeypatch):
+    filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
+    plan = filmmaker.plan(filmmaker.read(write(STORY | {"shots": [SHOT] * 13})))
+    fits = filmmaker.cost(plan)
+    usable = filmmaker.estimate(plan.first(3)).memory
+    monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _: usable)
+    *lines, last = filmmaker.cost(plan)
+    assert lines == fits
+    assert last.startswith("it does not fit into the memory of the CPU: ")
+    assert last.endswith("or its first 3 shots")
