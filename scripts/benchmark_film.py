@@ -66,7 +66,7 @@ class FilmRowsConfig:
     film: str = ""
     rows: list[str] = field(default_factory=lambda: ["dense", "moc", "own_shot"])
     folds: list[int] = field(default_factory=lambda: list(range(FOLDS)))
-    steps: int = 2000
+    steps: int = 300
     minutes: float = 8.0
     seed: int = 0
     draws: int = 4

@@ -55,7 +55,7 @@ from models.stream import StreamModel
 from scripts.measuring import check_gpu, copy_bytes_per_ms, header, matmul_flops_per_ms
 
 SHOTS, TEXT_TOKENS, CHANNELS, TEXT_DIM = 4, 16, 64, 128
-WARM_UP, STEPS = 4, 10
+WARM_UP, STEPS = 4, 30
 SIZES = 3  # packs of this many different numbers of scenes take turns
 KEY = ("gpu", "model", "tokens", "grid", "execution")
 PHASES = ("data", "forward", "backward", "optimizer")
