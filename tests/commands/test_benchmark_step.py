@@ -1,6 +1,7 @@
 """These tests are about the record of a whole step: the command itself on a small model, with the GPU played, and kinds
 of kernels."""
 
+import re
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from evaluation.measurements import read_rows
 from scripts import benchmark_step
 from scripts.benchmark_step import KINDS, by_kind
+from tests.pipeline import ROOT
 
 
 def test_kernels_are_told_by_kind():
@@ -17,7 +19,7 @@ def test_kernels_are_told_by_kind():
         "masked_dkv_kernel": "attention", "forward_kernel": "attention", "fill_kernel": "routing",
         "void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": "attention",
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096>)": "collectives",
-        "modulate_backward_kernel": "norms, modulation, gates",
+        "modulate_backward_kernel": "norms, modulation, gates, GELU",
         "sm80_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize128x128x8": "fp32 matmuls",
         "sm90_xmma_gemm_f32f32_tf32f32_f32_tn_n": "fp32 matmuls",
         "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTT": "matmuls",
@@ -30,6 +32,13 @@ def test_kernels_are_told_by_kind():
     assert {name: next(iter(by_kind({name: 1.0}))) for name in names} == names
     assert set(names.values()) == {*KINDS, "other"}
     assert by_kind({"nvjet_a": 1.25, "nvjet_b": 2.0, "Memset": 5.0}) == {"copies": 5.0, "matmuls": 3.25}
+
+
+def test_every_kernel_of_ours_has_a_kind():
+    files = [*(ROOT / "moc/kernels").glob("*.py"), *(ROOT / "models").glob("*.py")]
+    names = [name for file in files for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.MULTILINE)]
+    assert len(names) > 30
+    assert not [name for name in names if "other" in by_kind({name: 1.0})]
 
 
 def test_each_pack_gives_a_row_and_a_row_replaces_its_like(tmp_path, monkeypatch, capsys):
