@@ -20,7 +20,7 @@ from moc.config import Candidates, Descriptor, DropKey, MoCConfig
 from moc.errors import UserError
 from moc.execution import Backend, Execution
 from moc.kept import Kept
-from moc.kernels import HAS_TRITON
+from moc.kernels import HAS_TRITON, torch_backend
 from moc.kernels.dense import capability
 from moc.layout import ShotLayout
 from moc.routes import Routes
@@ -39,26 +39,17 @@ def resolve_backend(q: Tensor, chosen: Backend) -> ModuleType:
         )
     if not torch.compiler.is_compiling():
         _log(chosen, q.device.type, q.dtype, q.shape[-1])
-    return _module(chosen)
+    if chosen is Backend.triton:
+        from moc.kernels import triton_backend  # imports Triton
+
+        return triton_backend
+    return reference if chosen is Backend.reference else torch_backend
 
 
 @cache
 def _log(backend: Backend, device: str, dtype: torch.dtype, head_dim: int) -> None:
     """Logs once for each kind of call."""
     logger.info("attention on %s, %s, head dim %d: backend %s", device, dtype, head_dim, backend)
-
-
-def _module(backend: Backend) -> ModuleType:
-    """Imports by statements, not from a table of names, since torch.compile can trace statements."""
-    if backend is Backend.triton:
-        from moc.kernels import triton_backend
-
-        return triton_backend
-    if backend is Backend.torch:
-        from moc.kernels import torch_backend
-
-        return torch_backend
-    return reference
 
 
 def _triton_fits(q: Tensor) -> bool:
@@ -107,8 +98,7 @@ def moc_attention(
     """Attends by Mixture of Contexts over a packed stream: q [Lq, N, D], k and v [L, N, D] -> [Lq, N, D], same dtype.
 
     Each query attends, by one softmax with scale D**-0.5, to its anchors and to its routed chunks. Fewer queries than
-    keys are the last ones of the stream: nothing is computed for those before them, whose keys and values others still
-    attend to (a finished shot's, kept from an earlier call).
+    keys are the last ones of the stream; the keys and values before them are those of an earlier call.
 
     layout: describes the stream; on the device of q. config: what to attend to; `config.dense` is plain attention.
     routes: to use instead of routing here. `Routes` are taken as they are (those of `route`, in recomputation);
@@ -130,10 +120,7 @@ def moc_attention(
         if indices.shape[:2] != (q.shape[1], len(q)):
             raise ValueError(f"routes must be [{q.shape[1]}, {len(q)}, K] for this q; got {tuple(indices.shape)}")
     else:
-        if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
-            raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
-        if route_qk is not None:
-            _check_route_qk(route_qk, q, layout)
+        _check_route_qk(route_qk, q, layout, config)
         indices = _router(q, config, execution).route(*(route_qk or (q, k)), layout, config, drops)
     return module.attend(q, k, v, indices, layout, config, execution, kept)
 
@@ -155,7 +142,11 @@ def _check(names: str, given: tuple[Tensor, ...], layout: ShotLayout) -> None:
         raise ValueError(f"the layout is on {layout.device}, q on {q.device}: call layout.to(q.device) once a batch")
 
 
-def _check_route_qk(route_qk: tuple[Tensor, Tensor], q: Tensor, layout: ShotLayout) -> None:
+def _check_route_qk(route_qk: tuple[Tensor, Tensor] | None, q: Tensor, layout: ShotLayout, config: MoCConfig) -> None:
+    if (config.descriptor is Descriptor.pre_rope) != (route_qk is not None):
+        raise ValueError("route_qk goes with descriptor='pre_rope', and only with it")
+    if route_qk is None:
+        return
     _check("the q, k of route_qk", route_qk, layout)
     if route_qk[0].shape[:2] != q.shape[:2]:
         raise ValueError(

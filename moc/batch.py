@@ -25,8 +25,7 @@ class StreamSpec:
     text_in_stream: bool = True
 
     def grid(self, shape: torch.Size) -> tuple[int, int, int]:
-        """Returns the token grid of a latent of this shape, (C, T, H, W); raises UserError where the patch does not
-        divide it."""
+        """Returns the token grid of a latent [C, T, H, W]. Raises UserError where the patch does not divide it."""
         sizes = shape[-3:]
         if any(size % patch for size, patch in zip(sizes, self.patch, strict=True)):
             raise UserError(
@@ -74,11 +73,6 @@ class Batch:
     def num_shots(self) -> int:
         return len(self.latents)
 
-    @property
-    def positions(self) -> tuple[int, ...]:
-        """Returns each sample's position in the run."""
-        return self.layout.positions
-
     def rechunk(self, chunk_tokens: int) -> "Batch":
         """Returns the same batch with chunks of another size."""
         return replace(self, layout=self.layout.rechunk(chunk_tokens))
@@ -95,11 +89,9 @@ class Batch:
         )
 
 
-def _moved(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+def _moved(tensors: Sequence[Tensor], device: torch.device) -> "Alike":
     """Returns `tensors` on `device` in fp32, by a copy for each shape: hundreds of shots would be hundreds of
     launches."""
-    if device.type == "cpu" and not isinstance(tensors, Alike):
-        return [x.to(device, torch.float32) for x in tensors]
     return Alike([(indices, move(stack, device).float()) for indices, stack in Alike.of(tensors).stacks])
 
 

@@ -24,6 +24,7 @@ from moc.errors import UserError
 from moc.move import move
 
 Grid = tuple[int, int, int]
+_Laid = list[tuple[Tensor, list[tuple[str, int, int]]]]  # a tensor, and the name, length and room of each table in it
 T = TypeVar("T")
 
 
@@ -186,9 +187,7 @@ class ShotLayout:
         self._set_positions(positions)
         num_tokens = sum(text + sum(s.text_tokens + math.prod(s.grid) for s in shots) for text, shots in self.samples)
         if num_tokens >= 1 << 31:
-            raise UserError(
-                f"{num_tokens} tokens are no stream, which has less than 2**31: name fewer or smaller shots"
-            )
+            raise UserError(f"{num_tokens} tokens are no stream, which has under 2**31: name fewer or smaller shots")
         self._memo: dict[Hashable, Any] = {}
         self._tile()
         self._tabulate()
@@ -259,7 +258,7 @@ class ShotLayout:
             return self
         moved = self._alike()
         moved._memo, moved.sample_position = {}, move(self.sample_position, device)
-        moved._set_tables([move(laid, device) for laid in self._laid])
+        moved._take_tables([(move(laid, device), tables) for laid, tables in self._laid])
         return moved
 
     def _alike(self) -> "ShotLayout":
@@ -268,34 +267,38 @@ class ShotLayout:
         other.__dict__.update(self.__dict__)
         return other
 
-    def _lay_tables(self) -> None:
-        """Lays the tables of each dtype one after another in one tensor, as which they travel. Each begins at 16 bytes,
-        as a tensor of its own would: for others Triton compiles other kernels."""
+    @cached_property
+    def _laid(self) -> _Laid:
+        """Returns the tables of each dtype one after another in one tensor, as which they travel. Each begins at 16
+        bytes, as a tensor of its own would: for others Triton compiles other kernels."""
         by_dtype: dict[torch.dtype, list[tuple[str, Tensor, int]]] = {}
         for name in self._TABLES:
             table = getattr(self, name)
             size = -(-table.nbytes // 16) * 16 // table.itemsize
             by_dtype.setdefault(table.dtype, []).append((name, table, size))
-        self._laid_as = [[(name, len(table), size) for name, table, size in laid] for laid in by_dtype.values()]
-        self._set_tables(
-            [torch.cat([F.pad(t, (0, size - len(t))) for _, t, size in laid]) for laid in by_dtype.values()]
-        )
+        return [
+            (
+                torch.cat([F.pad(table, (0, size - len(table))) for _, table, size in tables]),
+                [(name, len(table), size) for name, table, size in tables],
+            )
+            for tables in by_dtype.values()
+        ]
 
-    def _set_tables(self, laid: list[Tensor]) -> None:
+    def _take_tables(self, laid: _Laid) -> None:
         """Takes the tables out of tensors in which they are laid."""
         self._laid = laid
-        for tensor, laid_as in zip(laid, self._laid_as, strict=True):
-            for (name, length, _), table in zip(laid_as, tensor.split([size for *_, size in laid_as]), strict=True):
+        for tensor, tables in laid:
+            for (name, length, _), table in zip(tables, tensor.split([size for *_, size in tables]), strict=True):
                 self.__dict__[name] = table[:length]
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled: tables as they are laid, not one by one."""
         left_out = {*self._TABLES, "segments", "chunks"}
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {name: value for name, value in self.__dict__.items() if name not in left_out} | {"_laid": self._laid}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._set_tables(state["_laid"])
+        self._take_tables(state["_laid"])
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """Returns what `make` derives from this layout, made once for each key: plans that all layers share."""
@@ -389,10 +392,11 @@ class ShotLayout:
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         found, by_grid = [], self._chunks_by_grid()
-        for segment in self.segments:
-            start = segment.start
-            for length in by_grid[segment.grid] or [segment.length]:
-                found.append(Chunk(segment.kind, segment.sample, segment.group, start, length))
+        for index, group in enumerate(self.groups):
+            start = group.start
+            text = [("text", group.text_tokens)] if group.text_tokens else []
+            for kind, length in (*text, *(("video", length) for length in by_grid[group.grid])):
+                found.append(Chunk(kind, group.sample, index, start, length))
                 start += length
         return tuple(found)
 
@@ -422,4 +426,3 @@ class ShotLayout:
         self.token_video_chunk = self.token_chunk.masked_fill(self.token_is_text, -1)
         self.text_index = self.token_is_text.nonzero().squeeze(1)
         self.video_index = (~self.token_is_text).nonzero().squeeze(1)
-        self._lay_tables()

@@ -75,9 +75,15 @@ def enough_for(what: str, remedy: str, batches: Sequence[Batch] = ()) -> Iterato
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and _FULL_HOST not in str(error):
             raise
-        tokens = [batch.layout.num_tokens for batch in batches]
-        size = f" of {sum(tokens)} tokens, the most in one batch {max(tokens)}," if tokens else ""
-        memory, reason = "the GPU's memory", str(error).partition(". GPU")[0].rstrip(".")
-        if _FULL_HOST in reason:
-            memory, reason = "memory", reason[reason.index(_FULL_HOST) :]
-        raise UserError(f"{what}{size} does not fit into {memory} ({reason}): {remedy}") from error
+        raise UserError(f"{what}{_size(batches)} does not fit into {_filled(str(error))}: {remedy}") from error
+
+
+def _size(batches: Sequence[Batch]) -> str:
+    tokens = [batch.layout.num_tokens for batch in batches]
+    return f" of {sum(tokens)} tokens, the most in one batch {max(tokens)}," if tokens else ""
+
+
+def _filled(error: str) -> str:
+    """Returns which memory is full and what torch says of it."""
+    reason = error.partition(". GPU")[0].rstrip(".")
+    return f"memory ({reason[reason.index(_FULL_HOST) :]})" if _FULL_HOST in reason else f"the GPU's memory ({reason})"

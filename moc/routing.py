@@ -65,10 +65,9 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     chunks = torch.arange(layout.num_chunks, device=layout.device)
     block = max(1, SCORES_PER_BLOCK // (q.shape[1] * len(means)))
     blocks = []
-    for start, end, of_block in _query_blocks(q, layout, block):
-        queries = of_block.to(means.dtype)
+    for start, end, queries in _query_blocks(q, layout, block):
         with torch.autocast(q.device.type, enabled=False):
-            scores = torch.einsum("lnd,mnd->nlm", queries, means)
+            scores = torch.einsum("lnd,mnd->nlm", queries.to(means.dtype), means)
             scores = scores if subchunks == 1 else _log_mass(scores, layout, subchunks, q.shape[-1])
         allowed = is_candidate(layout, config, layout.token_chunk[start:end, None], chunks)
         routes = best_chunks(scores, allowed, config.top_k)
@@ -99,8 +98,7 @@ def _samples_alone(layout: ShotLayout) -> list[ShotLayout]:
 
 
 def _query_blocks(q: Tensor, layout: ShotLayout, block: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yields up to `block` queries of q [Lq, N, D] at a time, the last ones of the stream, each with their bounds in
-    it."""
+    """Yields (start, end, queries) of up to `block` of q [Lq, N, D], the last ones of the stream, at a time."""
     start = layout.num_tokens - len(q)
     for queries in q.split(block):
         yield start, start + len(queries), queries
@@ -113,11 +111,10 @@ def _route_to_first(q: Tensor, means: Tensor, layout: ShotLayout, config: MoCCon
     table = layout.memo("first chunks", lambda: _first_chunks(layout))
     block = max(1, SCORES_PER_BLOCK // (table.shape[1] * means[0].numel()))
     blocks = []
-    for start, end, of_block in _query_blocks(q, layout, block):
-        queries = of_block.to(means.dtype)
+    for start, end, queries in _query_blocks(q, layout, block):
         chunks = table[layout.token_sample[start:end]]  # [block, S]
         with torch.autocast(q.device.type, enabled=False):
-            scores = torch.einsum("lnd,lsnd->nls", queries, means[chunks.clamp(min=0)])
+            scores = torch.einsum("lnd,lsnd->nls", queries.to(means.dtype), means[chunks.clamp(min=0)])
         query_chunk = layout.token_chunk[start:end, None]
         allowed = (chunks >= 0) & is_candidate(layout, config, query_chunk, chunks.clamp(min=0))
         best = best_chunks(scores, allowed, config.top_k)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from moc.config import MoCConfig
 from moc.errors import UserError
 from moc.host_memory import host_memory
 from moc.memory import host_free_bytes
@@ -42,6 +43,15 @@ class KeyValueCache:
     _coming: dict[int, Kept] = field(default_factory=dict)  # the layer on its way to the device
     _hosts: list[Tensor] = field(default_factory=list)  # host memory, which stays pinned while it is held here
     _stream: torch.cuda.Stream | None = None
+
+    def tokens_for(self, config: MoCConfig) -> int:
+        """Returns the tokens of the history. Raises UserError where they would depend on later shots."""
+        if not config.flows_forward:
+            raise UserError(
+                "cached keys and values need a strict forward flow: moc.causal=true, moc.own_anchor=shot, "
+                "moc.text_anchor=global_and_own, and no dense layers"
+            )
+        return self.num_tokens
 
     @torch.no_grad()
     def extended(self, layer: int, new: Kept, remember: bool) -> Kept:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moc.layout import Grid
 from models.fuse import fused
-from models.linear import Linear, left_bias, product
+from models.linear import Linear, Product, left_bias, product
 from models.members import Members
 from models.part import Part, Table
 from models.recompute import RecomputedSublayers
@@ -200,15 +200,11 @@ class TokenStream(RecomputedSublayers):
             self.to_out = Linear(dim, dim)
             self.ffn = nn.Sequential(Linear(dim, ffn_dim), nn.GELU("tanh"), Linear(ffn_dim, dim))
 
-    def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> tuple[Tensor, Tensor]:
-        """Returns x [Lx, dim], to go on with, and its q, k and v, one beside another: [Lx, 3 dim], without
-        `qkv_bias`."""
+    def project(self, x: Tensor, modulation: Sequence[Tensor], members: Members) -> tuple[Tensor, Product]:
+        """Returns x [Lx, dim], to go on with, and its q, k and v side by side, [Lx, 3 dim], with the bias they lack."""
         shift, scale = modulation[:2]
         x, normed = fork(x, shift, scale, members)
         return x, product(self.to_qkv, normed)
-
-    def qkv_bias(self, x: Tensor) -> Tensor | None:
-        return left_bias(self.to_qkv, x)
 
     @property
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -218,14 +214,14 @@ class TokenStream(RecomputedSublayers):
     def update(self, x: Tensor, attended: Tensor, modulation: Sequence[Tensor], members: Members) -> Tensor:
         """Adds the attention output [Lx, N, D] and the FFN to x [Lx, dim]."""
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        change, bias = product(self.to_out, attended.flatten(1)), left_bias(self.to_out, x)
+        change, bias = product(self.to_out, attended.flatten(1))
         x, normed = add_modulate(x, change, gate, ffn_shift, ffn_scale, members, bias)
         return add_gated(x, self.by_rows(self._feed, normed), ffn_gate, members, left_bias(self.ffn[2], x))
 
     def _feed(self, x: Tensor) -> Tensor:
         """Returns the FFN of rows [.., dim], without the bias that its last layer leaves."""
         first, _, last = self.ffn
-        return product(last, gelu(product(first, x), left_bias(first, x)))
+        return product(last, gelu(*product(first, x)))[0]
 
 
 class JointBlock(RecomputedSublayers):
@@ -244,9 +240,9 @@ class JointBlock(RecomputedSublayers):
         text_mod, video_mod = self.text.modulation(activated), self.video.modulation(activated)
 
         def attended(text: Tensor, video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            text, text_qkv = self.text.project(text, text_mod, part.text_members)
-            video, video_qkv = self.video.project(video, video_mod, part.video_members)
-            norms, biases = (self.text.norms, self.video.norms), (self.text.qkv_bias(text), self.video.qkv_bias(video))
+            text, (text_qkv, text_bias) = self.text.project(text, text_mod, part.text_members)
+            video, (video_qkv, video_bias) = self.video.project(video, video_mod, part.video_members)
+            norms, biases = (self.text.norms, self.video.norms), (text_bias, video_bias)
             q, k, v = join(text_qkv, video_qkv, norms, part, attend.table, biases)
             return text, video, attend(q, k, v, rotated=attend.table is not None)
 

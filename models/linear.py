@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+Product = tuple[Tensor, Tensor | None]  # what a layer computes, and the bias that is left to add
+
 
 class Linear(nn.Linear):
     """This linear layer computes as nn.Linear does. Under autocast on a GPU the matmul writes the weight's gradient in
@@ -24,11 +26,11 @@ class Linear(nn.Linear):
         return _Linear.apply(x, self.weight, bias, torch.get_autocast_dtype("cuda"))
 
 
-def product(layer: nn.Module, x: Tensor) -> Tensor:
-    """Returns layer(x) without the bias that it leaves."""
-    if isinstance(layer, Linear) and left_bias(layer, x) is not None:
-        return layer.product(x)
-    return layer(x)
+def product(layer: nn.Module, x: Tensor) -> Product:
+    """Returns layer(x) without the bias that it leaves, and that bias, if any (`left_bias`)."""
+    if isinstance(layer, Linear) and (bias := left_bias(layer, x)) is not None:
+        return layer.product(x), bias
+    return layer(x), None
 
 
 def left_bias(layer: nn.Module, x: Tensor) -> Tensor | None:

@@ -79,15 +79,11 @@ class MMDiT(StreamModel):
         return Embedded((words, video), (F.silu(condition), part), condition)
 
     def rotations(self, layout: ShotLayout) -> tuple[Tensor, Tensor]:
-        sizes = (self.head_dim, self.config.rope_theta)
+        sizes = (self.config.dim // self.config.num_heads, self.config.rope_theta)
         return layout.table(("interleaved", *sizes), lambda: rotary_table(interleaved_positions(layout), *sizes))
 
     def project(self, tokens: tuple[Tensor, Tensor], patches: Tensor, condition: Tensor, part: Part) -> Tensor:
         return self.output(tokens[1], patches, condition, part.video_members)
-
-    @property
-    def head_dim(self) -> int:
-        return self.config.dim // self.config.num_heads
 
 
 def pooled(text: Tensor, starts: Tensor) -> Tensor:

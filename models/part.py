@@ -33,14 +33,8 @@ class Part:
 
     def __init__(self, layout: ShotLayout, start: int = 0, exchange: Exchange | None = None) -> None:
         """Leaves out the first `start` tokens, which end where a group of a stream of one sample ends, or are none."""
-        firsts = [index for index, group in enumerate(layout.groups) if group.start == start]
-        if start and (layout.num_samples > 1 or not firsts):
-            raise ValueError(
-                f"the cache holds {start} tokens, which are not the first shots of {layout}: keep one cache for each "
-                "story, and add shots in order"
-            )
-        # Empty groups share their start with the next one; only the first global text can be empty, and it is first.
-        self.layout, self.exchange, self.first_group = layout, exchange, firsts[0]
+        self.layout, self.exchange = layout, exchange
+        self.first_group = _group_after(layout, start) if start else 0
         end = layout.num_tokens
         self._bounds = exchange.bounds(start, end) if exchange else [start, end]
         rank = exchange.rank if exchange else 0
@@ -105,17 +99,26 @@ class Part:
         # Most of hundreds of shots are alike: each kind is looked at once.
         for grid, shape in dict.fromkeys(zip(self.grids, shapes(latents), strict=True)):
             if shape[0] != channels:
-                raise UserError(
-                    f"latent has {shape[0]} channels, this model takes {channels}: "
-                    "encode with the codec that the model was trained with"
-                )
+                raise _encoded_by_another("codec", f"latent has {shape[0]} channels, this model takes {channels}")
             if spec.grid(shape) != grid:
                 raise ValueError(f"latent of {tuple(shape)} is not the layout's {grid}")
         texts = zip((group.text_tokens for group in self.layout.groups), shapes(text), strict=True)
         for tokens, shape in dict.fromkeys(texts):
             expected = (tokens if spec.text_in_stream else shape[0], text_dim)
             if tuple(shape) != expected:
-                raise UserError(
-                    f"text features are {tuple(shape)}, expected {expected}: "
-                    "encode with the text encoder that the model was trained with"
-                )
+                raise _encoded_by_another("text encoder", f"text features are {tuple(shape)}, expected {expected}")
+
+
+def _group_after(layout: ShotLayout, tokens: int) -> int:
+    """Returns the group that begins after so many cached tokens, which must be the first shots of one story."""
+    found = [index for index, group in enumerate(layout.groups) if group.start == tokens]
+    if layout.num_samples > 1 or not found:
+        raise ValueError(
+            f"the cache holds {tokens} tokens, which are not the first shots of {layout}: keep one cache for each "
+            "story, and add shots in order"
+        )
+    return found[0]
+
+
+def _encoded_by_another(encoder: str, reason: str) -> UserError:
+    return UserError(f"{reason}: encode with the {encoder} that the model was trained with")

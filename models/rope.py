@@ -48,8 +48,7 @@ def _within_groups(layout: ShotLayout, starts: Tensor) -> tuple[Tensor, Tensor, 
     """Returns for each token the start of its group [L], how much of the group's text is before it [L], and (t, h, w)
     in the shot's grid [L, 3], 0 for text. starts [G].
 
-    It is computed on the layout's device from a row for each group: what a step's thread does to every token on the CPU
-    keeps the GPU waiting.
+    It is computed on the layout's device, since work on every token on the CPU would keep the GPU waiting.
     """
     rows = [(group.start, group.text_tokens, *(group.grid or (1, 1, 1))[1:]) for group in layout.groups]
     own = move(torch.tensor(rows), layout.device)[layout.token_group]

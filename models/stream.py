@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from moc import Descriptor, DropKey, Execution, MoCConfig, Routes, ShotLayout, StreamSpec, moc_attention, route
 from moc.batch import Alike, each_shape, joined, laid_out
-from moc.errors import UserError
 from moc.exchange import Exchange
 from moc.execution import AUTO
 from moc.kept import Kept
@@ -56,13 +55,6 @@ class StreamAttention:
     routes: dict[int, Routes] = field(default_factory=dict)
     outputs: dict[int, Kept] = field(default_factory=dict)
     distances: dict[int, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.cache is not None and not self.config.flows_forward:
-            raise UserError(
-                "cached keys and values need a strict forward flow: moc.causal=true, moc.own_anchor=shot, "
-                "moc.text_anchor=global_and_own, and no dense layers"
-            )
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotated: bool = False) -> Tensor:
         """Returns the attention [L, N, D] of the part's tokens, given their q, k, v [L, N, D], `rotated` or not yet."""
@@ -121,8 +113,7 @@ class Attend:
 
     @property
     def table(self) -> Table | None:
-        """Returns the rotations of the part's q and k, which a block may give them together with other work; None where
-        attention needs them before."""
+        """Returns the rotations that a block may give the part's q and k; None where attention needs them unrotated."""
         early = self.stream.config.descriptor is Descriptor.post_rope and self.stream.exchange is None
         return self.stream.table if early else None
 
@@ -203,7 +194,7 @@ class StreamModel(Trainable):
         remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
         Raises ValueError where latents or text do not fit the layout, UserError where they do not fit the model.
         """
-        first = cache.num_tokens if cache else 0
+        first = cache.tokens_for(config) if cache else 0
         part = Part(layout, first, self.exchange)
         part.check(latents, sigma, text, self.stream, self.latent_channels, self.config.text_dim)
         patches = patchify(latents, self.stream.patch)[part.video_rows]

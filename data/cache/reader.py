@@ -113,7 +113,6 @@ class Cache:
             return self._read_once(shard, name, crc32)
 
     def _read_once(self, shard: int, name: str, crc32: int) -> Tensor:
-        where = f"{self.store.url}/{self._shards[shard]}"
         try:
             if shard not in self._open:
                 while len(self._open) >= _MAX_OPEN:
@@ -121,12 +120,14 @@ class Cache:
                 self._open[shard] = safe_open(self.store.local(self._shards[shard]), framework="pt")
             tensor = self._open[shard].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise DataError(
-                "damaged-shard", where, f"{name!r} cannot be read ({error}); delete it and {REMEDY}"
-            ) from error
+            raise self._damaged(shard, f"{name!r} cannot be read ({error})") from error
         if checksum(tensor) != crc32:
-            raise DataError("damaged-shard", where, f"{name!r} fails its checksum; delete the shard and {REMEDY}")
+            raise self._damaged(shard, f"{name!r} fails its checksum")
         return tensor
+
+    def _damaged(self, shard: int, reason: str) -> DataError:
+        where = f"{self.store.url}/{self._shards[shard]}"
+        return DataError("damaged-shard", where, f"{reason}; delete the shard and {REMEDY}")
 
 
 def _read_index(store: FileStore) -> dict:

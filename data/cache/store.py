@@ -54,18 +54,8 @@ class FileStore:
         return sorted(path[len(root) :].lstrip("/") for path in fs.glob(f"{root}/{pattern}"))
 
     def local(self, name: str) -> Path:
-        """Returns the file on the local disk, copied there if it must be. Raises DataError (cache-too-small),
-        OSError."""
-        fs, path = self._located(name)
-        if not self.is_remote:
-            return Path(path)
-        copy = self._copy(name + _COPY)
-        if copy.is_file():
-            os.utime(copy)  # records that the copy was used now
-            return copy
-        self._evict(fs.size(path), name)
-        self._fetch(name, copy)
-        return copy
+        """Returns the file on the local disk, copied there if need be. Raises DataError (cache-too-small), OSError."""
+        return self._copied(name) if self.is_remote else self._inside(self.url, name)
 
     def forget(self, name: str) -> bool:
         """Deletes the local copy of a file of a URL and returns whether there was one."""
@@ -111,6 +101,17 @@ class FileStore:
             raise DataError(
                 "outside-root", self.url, f"{name!r} leads outside the cache, as no cache that prepare_data made does"
             ) from error
+
+    def _copied(self, name: str) -> Path:
+        """Returns the copy of a file of a URL, made if there is none."""
+        copy = self._copy(name + _COPY)
+        if copy.is_file():
+            os.utime(copy)  # records that the copy was used now
+            return copy
+        fs, path = self._located(name)
+        self._evict(fs.size(path), name)
+        self._fetch(name, copy)
+        return copy
 
     def _fetch(self, name: str, copy: Path) -> None:
         fs, path = self._located(name)

@@ -24,20 +24,20 @@ from moc.errors import UserError
 
 
 class MicroBatches(Dataset):
-    """This dataset makes a parcel with a moc.Batch of each list of draws, in a worker. A DataError is sent back and
-    raised there."""
+    """This dataset makes a moc.Batch of each list of draws, in a worker. It returns a DataError, since torch would
+    raise another error in its place."""
 
     def __init__(self, dataset: ShotDataset, spec: moc.StreamSpec, chunk_tokens: int) -> None:
         self.dataset, self.spec, self.chunk_tokens = dataset, spec, chunk_tokens
 
-    def __getitem__(self, draws: Sequence[Draw]) -> Parcel:
+    def __getitem__(self, draws: Sequence[Draw]) -> moc.Batch | DataError:
         try:
             samples = [self.dataset.sample(draw) for draw in draws]
-            return wrap(moc.make_batch(samples, self.spec, self.chunk_tokens).in_stacks())
+            return moc.make_batch(samples, self.spec, self.chunk_tokens)
         except DataError as error:
-            return wrap(error)
+            return error
         except UserError as error:  # the model cannot take the sizes of these samples
-            return wrap(DataError("unfit-size", "data.path", str(error)))
+            return DataError("unfit-size", "data.path", str(error))
 
 
 class Loader:
@@ -80,10 +80,10 @@ class Loader:
         # The iterator is made in the thread that asks it, which then finds out if a worker has died: in the main thread
         # torch would raise that anywhere, in the middle of a checkpoint too.
         micro_batches, workers = MicroBatches(self.dataset, self.spec, self.chunk_tokens), self.config.workers
-        parcels = ahead(lambda: iter(_data_loader(micro_batches, self._planned(ends), workers, self.config.prefetch)))
+        arriving = ahead(lambda: iter(_data_loader(micro_batches, self._planned(ends), workers, self.config.prefetch)))
         step: deque[moc.Batch] = deque()
         while True:
-            step.append(_arrived(next(parcels)))
+            step.append(_arrived(next(arriving)))
             if len(step) == self.accumulation:
                 self.position = ends.popleft()
                 # The packs leave `step` as they are yielded, so that only the user keeps them alive.
@@ -139,21 +139,22 @@ def held_out(
     They may be of any size: a training step's budget is not theirs. Raises DataError as `ShotDataset.split` does."""
     items = dataset.split(validation).held_out
     draws = [[Draw(position=position, item=item)] for position, item in enumerate(items)][rank::world_size]
-    for parcel in _data_loader(MicroBatches(dataset, spec, chunk_tokens), draws):
-        yield _arrived(parcel).to("cpu")
+    for made in _data_loader(MicroBatches(dataset, spec, chunk_tokens), draws):
+        yield _arrived(made).to("cpu")
 
 
 def _data_loader(
     micro_batches: MicroBatches, draws: Iterable[list[Draw]], workers: int = 0, prefetch: int | None = None
 ) -> DataLoader:
+    has_gpu = torch.cuda.is_available()
     return DataLoader(
         micro_batches,
         sampler=draws,
         batch_size=None,
-        collate_fn=_as_is,
+        collate_fn=_packed if workers or has_gpu else None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=has_gpu,
         worker_init_fn=_leave_signals,
     )
 
@@ -164,12 +165,13 @@ def _leave_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_is(parcel: Any) -> Any:
-    return parcel
+def _packed(made: Any) -> Parcel:
+    """Returns a batch as one tensor, to send and to pin; or a DataError, to send."""
+    return wrap(made.in_stacks() if isinstance(made, moc.Batch) else made)
 
 
-def _arrived(parcel: Parcel) -> moc.Batch:
-    batch = unwrap(parcel)
-    if isinstance(batch, DataError):
-        raise batch
-    return batch
+def _arrived(made: Parcel | moc.Batch | DataError) -> moc.Batch:
+    found = unwrap(made) if isinstance(made, Parcel) else made
+    if isinstance(found, DataError):
+        raise found
+    return found

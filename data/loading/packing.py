@@ -7,6 +7,7 @@ exactly what one would; the step's samples are then dealt to ranks x accumulatio
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from data.errors import DataError
 from data.loading.order import Draw
@@ -28,8 +29,7 @@ def plan_steps(
     """Yields steps from position `start` on, endless: positions are taken in order while they fit `batch_tokens`."""
     draws: list[Draw] = []
     tokens: list[int] = []
-    position = start
-    while True:
+    for position in count(start):
         draw = draw_at(position)
         size = tokens_of(draw)
         if draws and sum(tokens) + size > batch_tokens:
@@ -37,7 +37,6 @@ def plan_steps(
             draws, tokens = [], []
         draws.append(draw)
         tokens.append(size)
-        position += 1
 
 
 def deal(step: Step, bins: int) -> list[list[Draw]]:

@@ -121,10 +121,8 @@ class Flow:
         return self.sigma_min + share * (self.sigma_max - self.sigma_min)
 
     def add_noise(self, latent: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
-        """Returns the latent at noise level sigma in [0, 1]: 0 gives the latent, 1 the noise.
-
-        latent, noise: of one shape, such as [C, T, H, W]. sigma: a number, or a tensor that broadcasts against them.
-        """
+        """Returns the latent at noise level sigma in [0, 1], a number or a tensor that broadcasts against latent and
+        noise, which are of one shape, such as [C, T, H, W]: 0 gives the latent, 1 the noise."""
         return (1 - sigma) * latent + sigma * noise
 
     def velocity(self, latent: Tensor, noise: Tensor) -> Tensor:
@@ -137,7 +135,7 @@ class Flow:
         counts, generator = [len(shots) for _, shots in batch.layout.samples], torch.Generator()
         draws = [
             _draw_sample(count, generator.manual_seed(draw_key(seed, 2 * position)))
-            for position, count in zip(batch.positions, counts, strict=True)
+            for position, count in zip(batch.layout.positions, counts, strict=True)
         ]
         # A pack may hold hundreds of samples: what follows the draws is computed for all of them at once.
         normal, uniform, chance, first_target = (torch.cat(draws_of_all) for draws_of_all in zip(*draws, strict=True))
@@ -148,18 +146,15 @@ class Flow:
         return NoiseLevels(sigma, is_target)
 
     def _level_of(self, normal: Tensor) -> Tensor:
-        """Returns the noise levels of normal draws, float32: the draws' quantiles are squeezed into those of the
-        range."""
+        """Returns the noise levels of normal draws, float32: their quantiles are squeezed into those of the range."""
         lowest, highest = self._quantiles()
         quantile = lowest + (highest - lowest) * torch.special.ndtr(normal.double())
         logits = self.logit_mean + self.logit_std * torch.special.ndtri(quantile)
         return self.shifted(logits.sigmoid()).clamp(self.sigma_min, self.sigma_max).float()
 
     def _quantiles(self) -> Tensor:
-        """Returns the quantiles of sigma_min and sigma_max in the shifted logit-normal, float64 [2].
-
-        A shift adds its logarithm to the logits.
-        """
+        """Returns the quantiles of sigma_min and sigma_max in the logit-normal, float64 [2]; the shift adds its
+        logarithm to the logits."""
         bounds = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64).logit() - math.log(self.shift)
         return torch.special.ndtr((bounds - self.logit_mean) / self.logit_std)
 
@@ -169,7 +164,7 @@ class Flow:
         numbers = (shape.numel() for shape in of_shots)
         sizes = [sum(islice(numbers, len(shots))) for _, shots in batch.layout.samples]
         noise, generator = torch.empty(sum(sizes), device=device), torch.Generator(device)
-        for position, drawn in zip(batch.positions, noise.split(sizes), strict=True):  # one launch for each sample
+        for position, drawn in zip(batch.layout.positions, noise.split(sizes), strict=True):  # one launch a sample
             torch.randn(drawn.shape, generator=generator.manual_seed(draw_key(seed, 2 * position + 1)), out=drawn)
         return laid_out(noise, of_shots)
 
@@ -199,14 +194,18 @@ class Flow:
         """Returns the `loss` of what is drawn already, so that a CUDA graph can hold it."""
         noisy, targets, sigma, text, layout = noised
         if self.dense_target and torch.is_grad_enabled():
-            with torch.no_grad():
-                dense = model(noisy, sigma, text, layout, replace(moc, dense=True))
-            targets = [t.lerp(d.float(), self.dense_target) for t, d in zip(targets, dense, strict=True)]
+            targets = self._towards_dense(model, noised, moc)
         found: list[Tensor] = []
         told = {"on_distances": found.append} if self.dense_attention and torch.is_grad_enabled() else {}
         predicted = model(noisy, sigma, text, layout, moc, drops=drops, on_routes=on_routes, **told)
         error = each_shape(lambda p, t: (p.float() - t).square().flatten(1).mean(1), predicted, targets).stacked()
         return error + self.dense_attention * _share(found[0], layout) if found else error
+
+    def _towards_dense(self, model: Model, noised: Noised, moc: MoCConfig) -> list[Tensor]:
+        """Returns the targets, moved by `dense_target` to what the model says under dense attention."""
+        with torch.no_grad():
+            dense = model(noised.latents, noised.sigma, noised.text, noised.layout, replace(moc, dense=True))
+        return [t.lerp(d.float(), self.dense_target) for t, d in zip(noised.targets, dense, strict=True)]
 
 
 def _share(distances: Tensor, layout: ShotLayout) -> Tensor:

@@ -185,16 +185,10 @@ class Parallel:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled, cache_enabled=not self.is_sharded)
 
-    @contextmanager
-    def launching(self) -> Iterator[None]:
+    def launching(self) -> AbstractContextManager:
         """While it lasts, this thread alone does what is left to do on the CPU beside a GPU, which is work on small
         tables: of many threads it would wait for the slowest one, and the GPU would wait with it."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1 if self.device.type == "cuda" else threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+        return _one_thread() if self.device.type == "cuda" else nullcontext()
 
     def timed_by(self, waiting: Callable[[], AbstractContextManager]) -> None:
         """Has sums, and the exchange of models that are spread later, wait for other processes in this context."""
@@ -324,11 +318,14 @@ class Parallel:
         except RuntimeError as error:
             if self.world_size == 1 or not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
                 raise
-            absent = ", ".join(self._absent()) or "none, so the network may have failed"
-            raise UserError(
-                f"a process waited in vain (parallel.timeout={self._timeout:g} seconds); those that do not answer: "
-                f"{absent}. Look at their logs and hosts; the same command goes on from the newest checkpoint"
-            ) from error
+            raise self._waited_in_vain() from error
+
+    def _waited_in_vain(self) -> UserError:
+        absent = ", ".join(self._absent()) or "none, so the network may have failed"
+        return UserError(
+            f"a process waited in vain (parallel.timeout={self._timeout:g} seconds); those that do not answer: "
+            f"{absent}. Look at their logs and hosts; the same command goes on from the newest checkpoint"
+        )
 
     def _absent(self) -> list[str]:
         """Returns the processes that do not say within some seconds that they wait in vain too."""
@@ -412,6 +409,16 @@ def _find_device(name: str, state: Any) -> torch.device:
         names = ", ".join(["auto", "cpu", *here])
         raise UserError(f"device={name} is none that torch {torch.__version__} finds here; say one of {names}")
     return torch.device(found)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def gather_lists(values: list) -> list:

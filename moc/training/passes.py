@@ -77,9 +77,7 @@ class Passes:
         batch: on the device. survey: told of the routes, if there is one. begin: told of each phase as it begins.
         """
         is_target = self._parallel.put(levels.is_target)
-        if self._most and moc != self._moc:
-            self._moc, self._kinds, self._pool = moc, [], torch.cuda.graph_pool_handle()
-        kind = self._kind(batch.layout) if self._most and not survey else None
+        kind = self._kind(batch.layout, moc) if self._most and not survey else None
         if kind:
             begin("forward_and_backward")
             return self._replay(kind, batch, levels, is_target * scale, step, moc) * is_target
@@ -106,8 +104,10 @@ class Passes:
         (losses * inputs.weights).sum().backward()
         return losses.detach()
 
-    def _kind(self, layout: ShotLayout) -> "_Kind | None":
+    def _kind(self, layout: ShotLayout, moc: MoCConfig) -> "_Kind | None":
         """Returns the kind of such a micro-batch, where it is to have a graph and is not the first of its kind."""
+        if moc != self._moc:
+            self._moc, self._kinds, self._pool = moc, [], torch.cuda.graph_pool_handle()
         for kind in self._kinds:
             if kind.layout.is_stream_of(layout.samples, layout.chunk_tokens):
                 return kind

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from moc import memory
 from moc.batch import Batch
 from moc.config import MoCConfig
-from moc.diffusion.flow import Flow
+from moc.diffusion.flow import Flow, NoiseLevels
 from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
@@ -171,9 +171,9 @@ class Trainer:
     def run(self, steps: Steps, metrics: Metrics | None, validator: Validator | None = None) -> bool:
         """Trains until `num_steps`; returns whether it came there.
 
-        A signal to end, sent to any process, ends the run early: the step that is not finished is dropped and a
-        checkpoint is saved, from which the next run goes on. metrics: None on all processes but the main one.
-        Raises FloatingPointError where too many steps in a row have no finite loss and gradient.
+        A signal to end, sent to any process, ends the run early, with a checkpoint of its last whole step. metrics:
+        None on all processes but the main one. Raises FloatingPointError where too many steps in a row have no finite
+        loss and gradient.
         """
         if self.step >= self.config.num_steps:
             return True
@@ -294,10 +294,7 @@ class Trainer:
         return {"model": stored(weights), "ema": stored(weights | self.ema.averages)}
 
     def _train_step(self, batches: Sequence[Batch]) -> bool:
-        """Takes one optimizer step; returns whether it was taken, rather than interrupted.
-
-        Weights and moments stay as they are where the loss or the gradient is not finite.
-        """
+        """Takes one optimizer step; returns whether it was taken, rather than interrupted."""
         moc = self.schedule.at(self.step, self.moc)
         levels = [self.flow.draw_levels(batch, self.seed) for batch in batches]
         targets = self.parallel.put(torch.tensor(sum(int(level.is_target.sum()) for level in levels)))
@@ -311,10 +308,19 @@ class Trainer:
                 return False
             with nullcontext() if index == len(batches) - 1 else self.parallel.keep_gradients(self.model):
                 losses.append(self._pass(batch, level, scale, self.step, moc, self._survey, self._clock.begin))
+        self._update(batches, levels, torch.cat(losses), scale)
+        return True
+
+    def _update(self, batches: Sequence[Batch], levels: list[NoiseLevels], by_shot: Tensor, scale: Tensor) -> None:
+        """Changes the weights by the gradients of the step. They and the optimizer's moments stay as they are where the
+        loss or the gradient is not finite.
+
+        by_shot: fp32 [S], the losses of all shots of the batches. scale: of each in what is minimized, averaged over
+        the processes.
+        """
         self._clock.begin("optimizer")
         grad_norm = whole(nn.utils.clip_grad_norm_(self.ema.weights.values(), self.optim.clip_norm))
         set_learning_rate(self.optimizer, learning_rate(self.step, self.config.num_steps, self.optim))
-        by_shot = torch.cat(losses)
         loss_sum, num_finite = self.parallel.sum(torch.stack([by_shot.sum(), by_shot.isfinite().sum()])).unbind()
         totals = torch.stack([loss_sum * scale / self.parallel.world_size, grad_norm, num_finite])
         take_step(self.optimizer, totals.isfinite().all())
@@ -323,7 +329,6 @@ class Trainer:
         self._clock.begin("")
         self.step += 1
         self._outcomes.append(Outcome(self.step, batches, levels, by_shot, totals))
-        return True
 
     def _look(self, metrics: Metrics | None, but: int = 0) -> Totals:
         """Reads the outcomes of all steps but the `but` newest, which the device may still be at; returns the last one.

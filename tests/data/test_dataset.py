@@ -40,7 +40,7 @@ def loader(settings, rank=0, world_size=1, accumulation=1, start_position=0):
 
 def steps(made, count):
     """Returns positions of each step of one rank, by micro-batch."""
-    return [[batch.positions for batch in step] for step in islice(made, count)]
+    return [[batch.layout.positions for batch in step] for step in islice(made, count)]
 
 
 def merged(*ranks):
@@ -125,7 +125,7 @@ def test_ranks_of_a_sequence_parallel_group_read_the_same(cache):
     processes = [[list(islice(loader(settings, rank, 2), 4)) for _ in range(2)] for rank in range(2)]
     for one, other in processes:
         for a, b in ((a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)):
-            assert a.positions == b.positions
+            assert a.layout.positions == b.layout.positions
             assert a.layout.chunks == b.layout.chunks
             for x, y in zip((*a.latents, *a.text), (*b.latents, *b.text), strict=True):
                 assert torch.equal(x, y)
@@ -152,7 +152,7 @@ def test_state_counts_what_was_given_out_not_what_was_read_ahead(cache):
     made = loader(config(cache, workers=2, prefetch=8))
     assert made.state() == {"position": 0, "epoch": 0}
     iterator = iter(made)
-    last = max(p for batch in next(iterator) for p in batch.positions)
+    last = max(p for batch in next(iterator) for p in batch.layout.positions)
     assert made.state()["position"] == last + 1
     for _ in range(6):
         next(iterator)

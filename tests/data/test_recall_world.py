@@ -204,7 +204,7 @@ def test_scenes_may_have_more_shots_than_the_worlds(world):
 def test_ranks_together_and_a_resumed_loader_give_the_same_scenes(world):
     def steps(count: int, **share: int) -> list[list[tuple[int, ...]]]:
         loader = EndlessLoader(world, StreamSpec(), 6, 1000, **share)
-        return [[batch.positions for batch in step] for step, _ in zip(loader, range(count), strict=False)]
+        return [[batch.layout.positions for batch in step] for step, _ in zip(loader, range(count), strict=False)]
 
     one = steps(3)
     assert one[0][0] == tuple(range(len(one[0][0])))

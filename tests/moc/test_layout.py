@@ -328,7 +328,7 @@ def test_make_batch_lays_latents_and_text_out():
         (1, 0, 1, (3, 2, 2)),
     ]
     assert (len(batch.latents), len(batch.text), batch.layout.chunk_tokens) == (3, 5, 8)
-    assert (batch.positions, batch.ids) == ((0, 9), ["a", "b"])
+    assert (batch.layout.positions, batch.ids) == ((0, 9), ["a", "b"])
 
 
 def test_text_stays_out_of_the_stream_of_a_cross_attention_model():

@@ -8,7 +8,6 @@ from torch import Tensor
 from moc import MoCConfig, Shot, ShotLayout
 from moc.batch import Sample, make_batch
 from models import frozen, layers, rope
-from models.linear import Linear
 from models.members import Members
 from models.mmdit import MMDiT
 from models.part import Part
@@ -169,7 +168,7 @@ def test_blocks_of_kernels_equal_blocks_of_plain_functions(monkeypatch):
     for name in ("modulate", "fork", "add_gated", "add_modulate", "gelu", "join", "split"):
         monkeypatch.setattr(layers, name, getattr(pointwise, name))
     monkeypatch.setattr(layers, "left_bias", lambda layer, _: layer.bias)
-    monkeypatch.setattr(layers, "product", Linear.product)
+    monkeypatch.setattr(layers, "product", lambda layer, x: (layer.product(x), layer.bias))
     for (name, _), found, expected in zip(
         [*enumerate(latents), *model.named_parameters()], computed(), plain, strict=True
     ):
