@@ -4,6 +4,7 @@ message.
 After `parse` there is no DictConfig any more. Unknown keys, wrong types and missing values are refused with their key.
 """
 
+import errno
 import io
 import logging
 import os
@@ -187,6 +188,9 @@ def _ending(full: bool, *mendable: type[Exception]) -> Iterator[None]:
         sys.exit(1)
 
 
+FREE_SOME = "free some or choose another folder, then run again"
+
+
 def for_user(error: Exception) -> bool:
     """Returns whether an error is one that the user can mend, rather than a bug of the code."""
     if isinstance(error, (UserError, FloatingPointError, CompactHydraException, OmegaConfBaseException)):
@@ -195,9 +199,11 @@ def for_user(error: Exception) -> bool:
 
 
 def message_of(error: Exception) -> str:
-    """Returns an error's message on one line; the operating system's own names the file first."""
+    """Returns an error's message on one line; the operating system's own names the file first, and what to do where the
+    disk is full."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        remedy = f"; {FREE_SOME}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror) + remedy
     return " ".join(str(error).partition("Config search path:")[0].split())
 
 

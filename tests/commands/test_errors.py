@@ -50,6 +50,12 @@ def test_errors_of_files_name_the_file():
     assert message_of(UserError("two\n  lines")) == "two lines"
 
 
+def test_a_full_disk_says_what_to_do():
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        full = OSError(number, os.strerror(number), "shots/02.mp4")
+        assert message_of(full) == f"shots/02.mp4: {full.strerror}; free some or choose another folder, then run again"
+
+
 def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):
     def broken(*_):
         return list(zip([1], [1, 2], strict=True))

@@ -1,11 +1,14 @@
 """A film is made shot by shot into its folder, which is tied to its request, and goes on where it was stopped."""
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import film.folder
 from data.errors import DataError
 from data.media.decode import open_video
 from film.folder import FILES, PROGRESS, FilmFolder
@@ -16,6 +19,7 @@ from film.storyboard import page_size, pick_frames
 from moc.diffusion import Progress
 from moc.files import LOCK, HeldError
 from moc.statistics import RoutingMap
+from tests.film.filming import STORY, film_of, open_filmmaker
 from tests.film.made_up import FlatCodec, latent, plays, script
 
 
@@ -186,3 +190,23 @@ def test_a_picture_that_fails_costs_itself_alone(tmp_path, caplog):
     assert folder.files() == [tmp_path / "routing.png"]
     (record,) = caplog.records
     assert "storyboard.png is left out, the film is whole (RuntimeError: no such glyph)" in record.getMessage()
+
+
+@pytest.mark.parametrize(("writes", "at"), [("write_video", 2), ("join_videos", 1)])
+def test_a_disk_that_fills_up_costs_nothing_that_was_made(writes, at, trained, write, tmp_path, monkeypatch):
+    """The same command then goes on, and gives the film of a disk that never was full."""
+    filmmaker, story = open_filmmaker(trained), write(STORY)
+    whole = film_of(filmmaker, story, tmp_path / "whole")
+    written, calls = getattr(film.folder, writes), []
+
+    def failing(path, *arguments, **others):
+        calls.append(path)
+        if len(calls) == at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return written(path, *arguments, **others)
+
+    monkeypatch.setattr(film.folder, writes, failing)
+    with pytest.raises(OSError, match="No space left on device"):
+        film_of(filmmaker, story, tmp_path / "film")
+    assert (tmp_path / "film/shots/01.mp4").read_bytes() == whole["shots/01.mp4"]
+    assert film_of(filmmaker, story, tmp_path / "film")["video.mp4"] == whole["video.mp4"]
