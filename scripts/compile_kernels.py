@@ -30,7 +30,7 @@ from configs.command import command
 from evaluation.measurements import markdown_table
 from moc.errors import UserError
 from moc.kernels import triton_backend, triton_masked, triton_rows
-from moc.kernels.compilation import SHARED_MEMORY, Launch, compiled, recorded
+from moc.kernels.compilation import SHARED_MEMORY, Launch, compiled, parsed_in_turn, recorded
 from models import pointwise
 from models.frozen import FP8_CAPABILITY
 from models.members import Members
@@ -190,7 +190,7 @@ class CompileConfig:
 @command("compile_kernels", CompileConfig)
 def main(config: CompileConfig) -> None:
     output, found = Path(config.output), list(launches(config.gpus, config.settings))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with parsed_in_turn(), ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(tqdm(pool.map(lambda row: compiled(row[2]), found), total=len(found), unit="kernel"))
     rows = [
         {"gpu": gpu, "setting": setting, **asdict(result)}

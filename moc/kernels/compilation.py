@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 from unittest.mock import patch
 
@@ -100,6 +101,20 @@ def compiled(launch: Launch) -> Compiled:
     kernel = triton.compile(source, target=backend.target, options=options.__dict__)
     registers, spilled = _usage(kernel.asm["cubin"])
     return Compiled(launch.name, kernel.metadata.num_warps, registers, spilled, kernel.metadata.shared)
+
+
+@contextmanager
+def parsed_in_turn() -> Iterator[None]:
+    """While it lasts, threads parse kernels one after another: CPython 3.11 counts the depth of syntax trees for all
+    threads together, and raises SystemError where one has changed another's count."""
+    lock, parse = Lock(), jit.JITFunction.parse
+
+    def parse_alone(kernel: Any) -> Any:
+        with lock:
+            return parse(kernel)
+
+    with patch.object(jit.JITFunction, "parse", parse_alone):
+        yield
 
 
 def _usage(binary: bytes) -> tuple[int, int]:

@@ -5,6 +5,8 @@ import platform
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,23 @@ def test_what_takes_too_much_is_named():
         "dq_kernel for sm_86 (bf16-64) spills 72 bytes of registers a thread: give it smaller blocks"
     ]
     assert "takes 101377 bytes of shared memory, of 101376" in compile_kernels.faults([fits | {"shared": 101377}])[0]
+
+
+def test_threads_parse_kernels_one_after_another(monkeypatch):
+    from triton.runtime import jit
+
+    from moc.kernels.compilation import parsed_in_turn
+
+    at_once, most = [], []
+
+    def parse(kernel: object) -> None:
+        at_once.append(kernel)
+        time.sleep(0.01)
+        most.append(len(at_once))
+        at_once.pop()
+
+    monkeypatch.setattr(jit.JITFunction, "parse", parse)
+    with parsed_in_turn(), ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda kernel: jit.JITFunction.parse(kernel), range(8)))
+    assert most == [1] * 8
+    assert jit.JITFunction.parse is parse
