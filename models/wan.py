@@ -116,9 +116,8 @@ class Block(RecomputedSublayers):
 
 def pack_windows(windows: list[Window], num_rows: int, device: torch.device) -> Packed:
     """Returns the windows, which tile the queries, as one variable-length call over `num_rows` rows of text."""
-    rows = torch.arange(num_rows)
-    keys = [torch.cat([rows[first:last] for first, last in window.ranges]) for window in windows]
-    return Packed.build([window.end - window.start for window in windows], keys, num_rows, device)
+    lengths, keys = [window.end - window.start for window in windows], [window.ranges for window in windows]
+    return Packed.build(lengths, keys, num_rows, device)
 
 
 class TextTimeEmbedding(nn.Module):

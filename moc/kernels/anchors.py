@@ -22,7 +22,7 @@ from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.context import Pair, is_own_anchor, is_text_anchor
 from moc.kernels import packed as packed_calls
 from moc.kernels.dense import DenseKernel
-from moc.kernels.packed import MAX_RUNS, Packed
+from moc.kernels.packed import MAX_RUNS, Packed, numbers_in
 from moc.layout import Group, ShotLayout
 
 SHORT = 4096  # below this mean number of keys a call's launches cost more than its work, on an H100
@@ -83,11 +83,14 @@ def _plan(layout: ShotLayout, calls: list[AnchorCall], num_queries: int) -> Anch
     short = 1 < len(calls) <= MAX_RUNS and sum(call.num_keys for call in calls) < SHORT * len(calls)
     packed = None
     if short and covers_all(calls, num_queries):
-        tokens = torch.arange(layout.num_tokens)
-        texts = [tokens[s.start : s.start + s.length] for s in layout.segments if s.kind == "text"]
-        text = torch.cat(texts) if texts else tokens[:0]
-        lengths = [call.end - call.start for call in calls]
-        packed = Packed.build(lengths, [_keys(call, tokens, text) for call in calls], len(tokens), layout.device)
+        size = layout.num_tokens
+        texts = [(group.start, group.start + group.text_tokens) for group in layout.groups]
+        rows = numbers_in([(0, size), *texts])  # all tokens, and after them those of text once more
+        keys = [
+            [(call.own_start, call.own_end), *((size + start, size + end) for start, end in call.text_spans())]
+            for call in calls
+        ]
+        packed = Packed.build([call.end - call.start for call in calls], keys, size, layout.device, rows)
     return AnchorPlan(layout.text_index, [] if packed else calls, packed)
 
 

@@ -20,6 +20,8 @@ from moc.move import move
 MAX_NUMBERS = 1 << 31  # FlashAttention-2 addresses gathered keys by 32-bit numbers
 MAX_RUNS = 65535
 
+Range = tuple[int, int]
+
 
 class Packed(NamedTuple):
     """Run i is the queries [query_starts[i], query_starts[i + 1]), which tile q; it attends to the keys
@@ -39,14 +41,21 @@ class Packed(NamedTuple):
     max_keys: int
 
     @classmethod
-    def build(cls, lengths: Sequence[int], keys: Sequence[Tensor], num_tokens: int, device: torch.device) -> "Packed":
-        """Tabulates runs of `lengths` queries; keys: int64 on the CPU, the tokens of each run's keys, among
-        `num_tokens`. Raises ValueError for more runs than FlashAttention-2 takes."""
+    def build(
+        cls, lengths: Sequence[int], keys: Sequence[Sequence[Range]], num_tokens: int, device: torch.device,
+        rows: Tensor | None = None,
+    ) -> "Packed":  # fmt: skip
+        """Tabulates runs of `lengths` queries. Raises ValueError for more runs than FlashAttention-2 takes.
+
+        keys: the ranges [start, end) of each run's keys among `num_tokens` tokens, or, where there are `rows` (int64,
+        on the CPU), among these, which say what token each is.
+        """
         if len(lengths) > MAX_RUNS:
             raise ValueError(f"{len(lengths)} runs of queries in one call, of {MAX_RUNS} at most: pack fewer shots")
-        counts = [len(x) for x in keys]
+        counts = [sum(end - start for start, end in run) for run in keys]
         starts = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (lengths, counts)]
-        index = torch.cat(list(keys))
+        index = numbers_in([one for run in keys for one in run])
+        index = index if rows is None else rows[index]
         in_order = len(index) == num_tokens and bool((index == torch.arange(num_tokens)).all())
         tables = [index[:0]] * 3 if in_order else _rows_of_tokens(index, num_tokens)
         moved = [move(x, device) for x in (*starts, *tables)]
@@ -88,6 +97,15 @@ class Packed(NamedTuple):
 
     def lengths(self) -> tuple[Tensor, Tensor, int, int]:
         return self.query_starts, self.key_starts, self.max_queries, self.max_keys
+
+
+def numbers_in(ranges: Sequence[Range]) -> Tensor:
+    """Returns the numbers of ranges [start, end), one range after another: int64, on the CPU."""
+    total = sum(end - start for start, end in ranges)
+    starts, ends = torch.tensor(ranges, dtype=torch.int64).view(-1, 2).unbind(1)
+    sizes = ends - starts
+    before = sizes.cumsum(0) - sizes
+    return torch.arange(total) + (starts - before).repeat_interleave(sizes, output_size=total)
 
 
 def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:

@@ -9,7 +9,7 @@ import moc
 from moc import reference
 from moc.kernels import anchors, dense
 from moc.kernels import packed as packed_kernels
-from moc.kernels.packed import Packed
+from moc.kernels.packed import Packed, numbers_in
 from moc.kernels.packed import attend as packed_attend
 from tests.moc.test_reference import two_samples
 from tests.strategies import attention_tensors, configs, seeds, streams
@@ -82,10 +82,31 @@ def test_shots_that_are_no_one_call():
         assert not anchors.equal_shots(anchors.anchor_calls(layout, config, queries), q[-queries:], q)
 
 
+def singly(keys):
+    """Returns keys, a tensor for each run, as ranges of one token each."""
+    return [[(key, key + 1) for key in run.tolist()] for run in keys]
+
+
+def test_numbers_in_ranges():
+    assert numbers_in([(3, 5), (0, 0), (1, 4), (4, 5)]).tolist() == [3, 4, 1, 2, 3, 4]
+    assert numbers_in([(2, 2)]).tolist() == []
+    assert numbers_in([]).dtype == torch.int64
+
+
+def test_ranges_may_count_other_rows_than_tokens():
+    """Rows 4 and 5 are tokens 3 and 0 once more."""
+    rows = torch.tensor([0, 1, 2, 3, 3, 0])
+    packed = Packed.build([1, 3], [[(4, 6), (1, 2)], [(0, 4)]], 4, torch.device("cpu"), rows)
+    assert packed.key_index.tolist() == [3, 0, 1, 0, 1, 2, 3]
+    assert packed.key_starts.tolist() == [0, 3, 7]
+    in_order = Packed.build([2, 2], [[(0, 2)], [(2, 4)]], 4, torch.device("cpu"), rows)
+    assert not len(in_order.key_index)
+
+
 def test_runs_share_keys_and_leave_some_unread():
     """It is compared with one plain attention a run; keys 1 and 2 are read twice, key 5 never."""
     keys = [torch.tensor([1, 2]), torch.tensor([2, 1, 4, 3]), torch.tensor([0])]
-    packed = Packed.build([2, 1, 3], keys, 6, torch.device("cpu"))
+    packed = Packed.build([2, 1, 3], singly(keys), 6, torch.device("cpu"))
     q, k, v = (torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
     out = packed_attend(q, k, v, packed)
     runs = [slice(0, 2), slice(2, 3), slice(3, 6)]
@@ -105,7 +126,7 @@ def test_runs_share_keys_and_leave_some_unread():
 def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch):
     """FlashAttention-2, here stood in for by a dense kernel a run, gets few heads at a time, and all of them once."""
     lengths, keys = [2, 1, 3], [torch.tensor(x) for x in ([0, 1, 5], [2], [0, 3, 4, 5])]
-    packed = Packed.build(lengths, keys, 6, torch.device("cpu"))
+    packed = Packed.build(lengths, singly(keys), 6, torch.device("cpu"))
     q, k, v, dout = torch.randn(4, 6, 5, 16)
     kernel, numbers = dense.choose(q), []
 

@@ -131,7 +131,8 @@ def test_triton_adds_up_gathered_rows_as_tensor_code_does(shape, dtype):
     from moc.kernels.triton_rows import sum_rows
 
     keys = [torch.tensor([1, 2]), torch.tensor([2, 1, 4, 3]), torch.tensor([0])]
-    packed = Packed.build([2, 1, 3], keys, 6, torch.device("cpu"))
+    ranges = [[(1, 3)], [(2, 3), (1, 2), (4, 5), (3, 4)], [(0, 1)]]
+    packed = Packed.build([2, 1, 3], ranges, 6, torch.device("cpu"))
     grads = [torch.randn(7, *shape).to(dtype) for _ in range(2)]
     sums = sum_rows(*grads, packed.rows, packed.row_starts)
     expected = [torch.zeros(6, *shape).index_add_(0, torch.cat(keys), grad.float()).to(dtype) for grad in grads]
