@@ -90,8 +90,9 @@ def check_weights_fit(config: TrainConfig, dataset: Data, parallel: Parallel) ->
     CPU's memory with their averages and gradients: there the system would end the process without a word."""
     if parallel.device.type != "cpu" or config.model.path or config.parallel.shard * config.parallel.sequence > 1:
         return
+    sizes = dataset.latent_channels, dataset.text_dim  # a world without a disk encodes a caption to tell them
     with torch.device("meta"):
-        weights = list(build_model(config.model, dataset.latent_channels, dataset.text_dim).parameters())
+        weights = list(build_model(config.model, *sizes).parameters())
     copies = 1 if config.optim.rates else 3  # with optim.rates some weights may be frozen
     _refuse_over(memory.host_free_bytes(), copies * sum(weight.nbytes for weight in weights) / 2**30)
 

@@ -128,8 +128,7 @@ def test_a_row_of_which_only_what_was_printed_is_left_has_its_place():
     assert "| own shot only, seed 0, 10 steps | 0.500 (0.400 to 0.600) |  |  | 80.0% |  |  |  | 0.2000" in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "moc")) for name in ROWS])
 def test_every_row_takes_steps(name, tmp_path):
     words = [*arguments(name, RecallRowsConfig(steps=5)), *SMALL]
     words += ["parallel.device=cpu", f"output={tmp_path}", "name=row"]
