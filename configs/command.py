@@ -30,7 +30,7 @@ from configs.earlier import UNSET, refuse_renamed
 from configs.overrides import readable, refuse_words
 from configs.words import explained, words
 from moc import MoCConfig
-from moc.errors import UserError, disk_error
+from moc.errors import FREE_SOME, UserError, disk_error
 
 T = TypeVar("T")
 CONFIGS = Path(__file__).parent
@@ -186,9 +186,6 @@ def _ending(full: bool, *mendable: type[Exception]) -> Iterator[None]:
             sys.exit(f"error: {message_of(error)}")
         traceback.print_exception(error)
         sys.exit(1)
-
-
-FREE_SOME = "free some or choose another folder, then run again"
 
 
 def for_user(error: Exception) -> bool:

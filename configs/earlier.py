@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.earlier import DATA, PREPARE
-from moc.earlier import EXECUTION, MOC, OPTIM, PARALLEL, SAMPLER
+from moc.earlier import EXECUTION, MOC, OPTIM, PARALLEL, SAMPLER, with_nulls
 from moc.errors import UserError
 from models.earlier import CODEC, MODEL, TEXT
 
@@ -15,8 +15,7 @@ UNSET = {f"{one.owner}.{name}": value for one in _OWNERS for name, value in one.
 
 def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a run as today's version would have written them."""
-    found = {_RENAMED.get(key, key): value for key, value in settings.items()}
-    return found | {key: None for key in found.keys() & UNSET.keys() if found[key] == UNSET[key]}
+    return with_nulls({_RENAMED.get(key, key): value for key, value in settings.items()}, UNSET)
 
 
 def refuse_renamed(argument: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from data.errors import DataError
 from moc import files
+from moc.errors import FREE_SOME
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +21,7 @@ def write_whole(path: Path, payload: bytes) -> None:
     try:
         files.write_whole(path, payload)
     except OSError as error:
-        raise DataError(
-            "cannot-write", path, f"{error.strerror}; free some or choose another folder, then run again to resume"
-        ) from error
+        raise DataError("cannot-write", path, f"{error.strerror}; {FREE_SOME} to resume") from error
 
 
 def digest(recipe: dict) -> str:

@@ -5,6 +5,12 @@ from typing import Any
 from evaluation.measurements import markdown_table, measured_on
 
 
+def rival(mode: str) -> str:
+    """Returns the mode of dense attention that a mode is compared with: it has no cache, so that modes which differ in
+    the cache alone share a rival."""
+    return mode.partition("_")[0]
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """Returns the record as a Markdown page."""
     same = ("gpu", "shape", "film", "guidance_scale", "context_shots", "processes")
@@ -16,7 +22,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     }
     lines = []
     for row in rows:
-        against = dense_rows.get((row["mode"].partition("_")[0], *(row[name] for name in same)), {})
+        against = dense_rows.get((rival(row["mode"]), *(row[name] for name in same)), {})
         times = [
             f"{against[name] / row[name]:.2f}" if name in against and name in row else ""
             for name in ("step_seconds", "film_seconds")

@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+def with_nulls(settings: Mapping[str, Any], unset: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings, null where they hold what said in earlier versions that nothing is set."""
+    return {name: None if name in unset and value == unset[name] else value for name, value in settings.items()}
+
+
 @dataclass(frozen=True)
 class Earlier:
     """This record says how earlier versions wrote the settings of one owner.
@@ -25,7 +30,7 @@ class Earlier:
         """Returns the owner's settings, by name, as today's version would have written them."""
         names = {old.removeprefix(f"{self.owner}."): name for old, name in self.renamed.items()}
         found = {names.get(name, name): value for name, value in stored.items() if name not in self.moved}
-        return found | {name: None for name in found.keys() & self.unset.keys() if found[name] == self.unset[name]}
+        return with_nulls(found, self.unset)
 
     def set_nulls(self, config: Any) -> None:
         """Sets the fields of a frozen dataclass to null where they hold what said in earlier versions that nothing is
@@ -39,12 +44,9 @@ class Earlier:
         return self.unset[name] if value is None else value
 
 
-MOC = Earlier(
-    "moc",
-    renamed={"moc.descriptor_parts": "descriptor_subchunks"},
-    moved=("backend", "dense_kernel", "deterministic", "cut_gap"),
-)
-EXECUTION = Earlier("execution", renamed={f"moc.{name}": name for name in ("backend", "dense_kernel", "deterministic")})
+_HOW = ("backend", "dense_kernel", "deterministic")  # how attention is computed stood among what it attends to
+MOC = Earlier("moc", renamed={"moc.descriptor_parts": "descriptor_subchunks"}, moved=(*_HOW, "cut_gap"))
+EXECUTION = Earlier("execution", renamed={f"moc.{name}": name for name in _HOW})
 OPTIM = Earlier("optim", renamed={"optim.parts": "rates"})
 PARALLEL = Earlier("parallel", renamed={"parallel.recompute_parts": "recompute_sublayers"}, unset={"replicate": 0})
 SAMPLER = Earlier("sampler", unset={"high_noise_guidance_scale": 0.0, "context_shots": 0})

@@ -56,6 +56,9 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     return value
 
 
+FREE_SOME = "free some or choose another folder, then run again"  # the remedy for a full disk
+
+
 def disk_error(error: BaseException) -> str | None:
     """Returns what a disk refuses, such as "No space left on device"; None where the error is another one."""
     told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors and other Rust libraries give the errno like this

@@ -86,7 +86,7 @@ class ExpectedCosts:
     def _of_video(self, stream: list[int], rows: list[int]) -> Tensor:
         """Returns pairs and scores [2] of the queries of videos."""
         text, video, counts, lengths = (x[stream] for x in (self._text, self._video, self._count, self._length))
-        # Of two chunks each is once the query: of the pairs within a video half have the key before, half after.
+        # Each of two chunks queries the other, so half of the pairs between chunks have the key before the query.
         squares = self._squares[stream]
         others = (video**2 - squares) / 2
         anchored = self._keys(text, video, torch.stack([others, squares, others], 1) / video[:, None])

@@ -24,7 +24,7 @@ from moc.errors import UserError
 from moc.move import move
 
 Grid = tuple[int, int, int]
-_Laid = list[tuple[Tensor, list[tuple[str, int, int]]]]  # a tensor, and the name, length and room of each table in it
+_Laid = list[tuple[Tensor, list[tuple[str, int, int]]]]  # tensors; name, length and padded length of the tables in each
 T = TypeVar("T")
 
 

@@ -51,7 +51,7 @@ from torch import Tensor
 
 from configs.command import command
 from evaluation.measurements import put_row
-from evaluation.sampling_report import page
+from evaluation.sampling_report import page, rival
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
 from moc.diffusion.sides import Side, Stream
@@ -77,8 +77,6 @@ MODES: dict[str, dict[str, Any]] = {
     "extend_offload": {"lag": 1.0, "offload_cache": True},
     "decode": {},
 }
-# Dense attention has no cache, so that modes which differ in the cache alone share a rival.
-RIVALS = {mode: mode.partition("_")[0] for mode in MODES if mode != "decode"}
 IMPLEMENTATIONS = ("moc", "dense")
 CHANNELS, TEXT_TOKENS = 16, 64  # channels of a latent; tokens of each caption
 WARM_UP = (4, 5, 7)  # latent frames of shots; kernels compiled for these lengths serve any length
@@ -221,23 +219,24 @@ class Bench:
     def __init__(self, config: SamplingBenchmarkConfig) -> None:
         self.config, self.parallel = config, Parallel(config.parallel)
         device, dtype = self.parallel.device, self.parallel.dtype
+        base, exact = config.weights or Base.fp32, None
         if config.swap_blocks:
-            base = config.weights or Base.fp32
             model = draw_model(config.model, CHANNELS, config.text_dim, device, "cpu", base, dtype)
-            self.error = None
+            model.execution = config.execution
         else:
-            model, self.error = self._whole_model()
-        model.execution = config.execution
+            model = self._whole_model()
+            exact = self._velocity(model) if config.weights else None
+            freeze_linears(model, base)
         if config.fp8_matmuls:
             multiply_in_fp8(model, device)
+        self.error = None if exact is None else float((self._velocity(model) - exact).norm() / exact.norm())
         moved = move_model(model, self.parallel, swap_blocks=config.swap_blocks)
         self.model = Clocked(moved, device.type == "cuda")  # type: ignore[arg-type]
         head_dim = config.model.dim // config.model.num_heads
         self.kernel = dense.choose(torch.empty(1, 1, head_dim, device=device, dtype=dtype)).name
 
-    def _whole_model(self) -> tuple[StreamModel, float | None]:
-        """Returns a model on the device, and how far weights in fewer bytes move its velocity, where they are asked
-        for."""
+    def _whole_model(self) -> StreamModel:
+        """Returns a model on the device, its linears not yet frozen."""
         config, device, dtype = self.config, self.parallel.device, self.parallel.dtype
         with device:
             model = build_model(config.model, latent_channels=CHANNELS, text_dim=config.text_dim)
@@ -246,13 +245,7 @@ class Bench:
             if not wide & set(weight_name.split(".")):
                 weight.data = weight.data.to(dtype)
         model.execution = config.execution
-        if not config.weights:
-            return model, None
-        exact = self._velocity(model)
-        freeze_linears(model, config.weights)
-        if config.fp8_matmuls:
-            multiply_in_fp8(model, device)
-        return model, float((self._velocity(model) - exact).norm() / exact.norm())
+        return model
 
     @torch.no_grad()
     def _velocity(self, model: StreamModel) -> Tensor:
@@ -274,7 +267,7 @@ class Bench:
         for mode in self.config.modes:
             sampler = replace(self.config.sampler, **MODES[mode])
             remembers = sampler.keeps_history and moc.flows_forward
-            if mode == "decode" or (moc.dense and mode not in RIVALS.values()):
+            if mode == "decode" or (moc.dense and mode != rival(mode)):
                 continue
             streams = Counter(tuple(step.shots) for step in plan_steps(len(film.frames), (), sampler, Flow()))
             taken, problem = {} if remembers else whole, ""
