@@ -1,1 +1,1 @@
-"""This package measures data and models. It imports moc, models and data; only commands import it."""
+"""This package measures data and models. It imports moc, models, data and film; only commands import it."""

@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import moc
 from configs.command import command
-from evaluation.attention_report import write_plot, write_tables
-from evaluation.measurements import put_row, read_rows
+from evaluation.benchmarks.attention_report import write_plot, write_tables
+from evaluation.benchmarks.measurements import put_row, read_rows
 from moc.cost import attention_cost
 from moc.errors import UserError
 from moc.kernels import anchors, dense, sizes, triton_index

@@ -29,7 +29,7 @@ from diffusers import AutoencoderKLWan
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from configs.command import command
-from evaluation.measurements import markdown_table, measured_on, put_row, read_rows
+from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row, read_rows
 from moc.errors import UserError
 from moc.files import write_whole
 from scripts.measuring import ROOT, check_gpu, header

@@ -19,7 +19,7 @@ import torch
 
 from configs.command import command
 from data.records import write_whole
-from evaluation.data_benchmark import (
+from evaluation.benchmarks.data import (
     DataBenchmarkConfig,
     join_films,
     measure_cuts,

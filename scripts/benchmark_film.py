@@ -24,9 +24,9 @@ if __name__ == "__main__":
 from configs.command import command
 from data.loading.dataset import DataConfig, ShotDataset, open_dataset
 from data.media.example_shots import FilmShot, block, film_shots, last_seen, scene_id
-from evaluation.film_report import write_report
+from evaluation.benchmarks.film_report import write_report
+from evaluation.benchmarks.measurements import put_row, read_rows
 from evaluation.history_worth import SIGMAS, HistoryLosses, history_losses
-from evaluation.measurements import put_row, read_rows
 from moc import Sample
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 
 from configs.command import command
-from evaluation.measurements import markdown_table, measured_on, put_row
+from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row
 from moc import MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.diffusion import Flow

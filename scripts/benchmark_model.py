@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import models.wan
 from configs.command import command
-from evaluation.measurements import markdown_table, measured_on, write_figure
+from evaluation.benchmarks.measurements import markdown_table, measured_on, write_figure
 from moc import DropKey, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost

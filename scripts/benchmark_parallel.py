@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 
 from configs.command import command
-from evaluation.measurements import markdown_table, measured_on, put_row, read_rows
+from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row, read_rows
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow

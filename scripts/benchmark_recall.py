@@ -5,10 +5,10 @@ python scripts/benchmark_recall.py rows=[dense,own_shot] [steps=N] [minutes=N] [
 
 Each row is `python train.py experiment=recall` with its own settings, all rows at once on one device, or `at_once` of
 them and the others in their turn; a row that is not finished after `minutes` is tested where it stands, and the same
-command goes on with it. With `start` all rows begin
-with the weights of one checkpoint, such as a dense row's, instead of none. Tests are those of evaluation/recall.py. A
-row is put into the output as soon as it is tested, with its command; a row of the same name, seed, steps
-and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in bf16.
+command goes on with it. With `start` all rows begin with the weights of one checkpoint, such as a dense row's, instead
+of none. Tests are those of evaluation/recall/bench.py. A row is put into the output as soon as it is tested, with its
+command; a row of the same name, seed, steps and start is replaced. `folder/RUN.tar.gz` holds its averaged weights in
+bf16.
 
 The dense weights that rows of docs/benchmarks/recall.md began with are kept in this repository's past:
 
@@ -54,9 +54,9 @@ from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.storyworld.recall import draw_scenes
-from evaluation.measurements import put_row, read_rows
-from evaluation.recall import RecallBench, accuracy, kept_reader, summary
-from evaluation.recall_report import write_report
+from evaluation.benchmarks.measurements import put_row, read_rows
+from evaluation.benchmarks.recall_report import write_report
+from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.errors import UserError, check_least

@@ -50,8 +50,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from configs.command import command
-from evaluation.measurements import put_row
-from evaluation.sampling_report import page, rival
+from evaluation.benchmarks.measurements import put_row
+from evaluation.benchmarks.sampling_report import page, rival
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
 from moc.diffusion.sides import Side, Stream

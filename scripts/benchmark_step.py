@@ -40,7 +40,7 @@ from torch import nn
 from configs.command import command
 from data.loading.ahead import ahead
 from data.loading.parcel import Parcel, unwrap, wrap
-from evaluation.measurements import markdown_table, measured_on, put_row
+from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost

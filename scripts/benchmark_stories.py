@@ -5,10 +5,10 @@ python scripts/benchmark_stories.py [checkpoints=[PATH,...]] [ways=[joint,stagge
 
 Each checkpoint makes stories of captions alone, which tell no looks: all shots at once, staggered, and shot by shot. A
 row is one checkpoint, one number of shots and one way: how much more often two shots of one name agree than two of
-different names (evaluation/stories.py). The way `recall` tests the last shot after a true history instead, as
+different names (evaluation/recall/agreement.py). The way `recall` tests the last shot after a true history instead, as
 benchmark_recall.py does, in `scenes` scenes; the way `mass` tells what share of dense attention's mass on other shots
-the routes of `moc` keep (evaluation/mass.py). `moc` changes the attention of all, untrained. These test the kept model,
-and the dense one that docs/evidence.md brings back:
+the routes of `moc` keep (evaluation/recall/mass.py). `moc` changes the attention of all, untrained. These test the kept
+model, and the dense one that docs/evidence.md brings back:
 
     ways=[joint,staggered,shot_by_shot,recall]              whole stories of 8 shots
     shots=[16,24] ways=[recall,shot_by_shot] stories=32     more shots than in training
@@ -35,9 +35,9 @@ import numpy as np
 
 from configs.command import command
 from configs.world import recall_world
-from evaluation.measurements import markdown_table, measured_on, put_row, read_rows
-from evaluation.recall import RecallBench, accuracy, kept_reader, summary
-from evaluation.stories import make_stories, story_scores
+from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row, read_rows
+from evaluation.recall.agreement import make_stories, story_scores
+from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
 from moc.errors import UserError, check_least

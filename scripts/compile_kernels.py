@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import moc
 from configs.command import command
-from evaluation.measurements import markdown_table
+from evaluation.benchmarks.measurements import markdown_table
 from moc.errors import UserError
 from moc.kernels import triton_backend, triton_masked, triton_rows
 from moc.kernels.compilation import SHARED_MEMORY, Launch, compiled, parsed_in_turn, recorded

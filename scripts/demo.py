@@ -31,7 +31,7 @@ from configs.command import command, parse
 from data.loading.dataset import DataConfig
 from data.prepare.shots import build_detector
 from data.records import write_whole
-from evaluation.judge import held_out_floors, judge_film
+from evaluation.films.judge import held_out_floors, judge_film
 from film.script import load_script
 from moc.errors import UserError, check_least
 from moc.training import read_metrics

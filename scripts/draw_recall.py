@@ -2,8 +2,8 @@
 
 python scripts/draw_recall.py models=[PATH,...] output=FILE.jpg [scenes=N] [steps=N]
 
-The scenes are the first of those of experiment=recall that no training sees (evaluation/recall.py). Their history is
-given true and clean, and the shot that shows the name is framed. The last model is also sampled without routes.
+The scenes are the first of those of experiment=recall that no training sees (evaluation/recall/bench.py). Their history
+is given true and clean, and the shot that shows the name is framed. The last model is also sampled without routes.
 """
 
 import io
@@ -23,7 +23,7 @@ from torch import Tensor
 from configs.command import command
 from configs.world import world_of
 from data.storyworld.recall import HELD_OUT, NAMES, RecallConfig, RecallScenes, draw_scenes
-from evaluation.recall import LastShots
+from evaluation.recall.bench import LastShots
 from film.lettering import draw_text
 from moc.errors import UserError, check_least
 from moc.files import write_whole

@@ -33,11 +33,11 @@ from data.loading.loader import held_out
 from data.prepare.shots import build_detector
 from data.records import write_whole
 from data.storyworld.recall import RecallConfig
-from evaluation.features import Clip, ColourHistogram, Dino, Features
-from evaluation.film_scores import measure, scores
-from evaluation.films import find_films, open_film, read_schedule
-from evaluation.page import Board, board, told, write_page
-from evaluation.published import read_vbench, vbench_command
+from evaluation.films.comparison_page import Board, board, told, write_page
+from evaluation.films.features import Clip, ColourHistogram, Dino, Features
+from evaluation.films.published import read_vbench, vbench_command
+from evaluation.films.scores import measure, scores
+from evaluation.films.shown import find_films, open_film, read_schedule
 from evaluation.rivals import compare
 from moc import Execution, MoCConfig
 from moc.errors import UserError, check_least

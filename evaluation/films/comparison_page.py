@@ -10,12 +10,12 @@ import jinja2
 import numpy as np
 
 from data.records import write_whole
-from evaluation.films import Film
-from evaluation.published import NOT_COMPARABLE, SIX, beside_the_paper
+from evaluation.films.published import NOT_COMPARABLE, SIX, beside_the_paper
+from evaluation.films.shown import Film
 from film.page import data_url
 from film.storyboard import pick_frames
 
-_TEMPLATE = Path(__file__).with_name("page.html.j2")
+_TEMPLATE = Path(__file__).with_name("comparison_page.html.j2")
 _PICTURES, _PICTURE_HEIGHT = 3, 96
 Board = list[dict[str, Any]]  # the prompt and pictures of each shot of a film
 

@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure  # not pyplot, which may ask for a display
 from torch import Tensor
 
+from evaluation.benchmarks.measurements import markdown_table, measured_on, write_figure
 from evaluation.estimates import Estimate, estimate
-from evaluation.measurements import markdown_table, measured_on, write_figure
 from moc.files import write_whole
 
 TITLES = {

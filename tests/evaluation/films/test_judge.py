@@ -10,7 +10,7 @@ from data.media.decode import open_video
 from data.media.write import write_video
 from data.prepare.shots import build_detector
 from data.storyworld import StoryworldConfig, generate
-from evaluation.judge import held_out_floors, judge_film
+from evaluation.films.judge import held_out_floors, judge_film
 from film.folder import REQUEST, FilmFolder
 from film.script import Script, ScriptShot
 

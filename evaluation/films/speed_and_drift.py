@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from scipy.stats import linregress
 
-from evaluation.films import Film, ShownShot
+from evaluation.films.shown import Film, ShownShot
 
 STILL = 0.01  # a shot below this speed, in frame heights a second, counts as still
 _FLOW_HEIGHT = 128

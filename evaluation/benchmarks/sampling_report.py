@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from evaluation.measurements import markdown_table, measured_on
+from evaluation.benchmarks.measurements import markdown_table, measured_on
 
 
 def rival(mode: str) -> str:

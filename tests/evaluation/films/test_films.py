@@ -15,13 +15,13 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTr
 from data.errors import DataError
 from data.media.write import join_videos, write_video
 from data.prepare.shots import build_detector
-from evaluation.consistency import Consistency, returns, within
-from evaluation.cuts import cut_accuracy
-from evaluation.features import Clip, ColourHistogram, Dino
-from evaluation.film_scores import difference, measure
-from evaluation.films import Film, find_films, names_by_shot, open_film, read_schedule
-from evaluation.motion import drift, speed
-from evaluation.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
+from evaluation.films.consistency import Consistency, returns, within
+from evaluation.films.cuts import cut_accuracy
+from evaluation.films.features import Clip, ColourHistogram, Dino
+from evaluation.films.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
+from evaluation.films.scores import difference, measure
+from evaluation.films.shown import Film, find_films, names_by_shot, open_film, read_schedule
+from evaluation.films.speed_and_drift import drift, speed
 from film.folder import REQUEST
 from film.script import load_script
 from film.storyboard import pick_frames

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.measurements import read_rows
+from evaluation.benchmarks.measurements import read_rows
 from models import ModelConfig
 from scripts.plan_month import Measured, PlanConfig, Size, plan, report
 from tests.pipeline import ROOT, command, refusal

@@ -10,8 +10,8 @@ import torch
 from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
 from data.storyworld.recall import HELD_OUT, RecallConfig, draw_scenes
-from evaluation.recall import Reader, attributes, read
-from evaluation.stories import agreement, make_stories, story_scores
+from evaluation.recall.agreement import agreement, make_stories, story_scores
+from evaluation.recall.bench import Reader, attributes, read
 from moc import MoCConfig, StreamSpec
 from moc.diffusion import Flow, SamplingConfig
 from moc.training import Parallel, ParallelConfig

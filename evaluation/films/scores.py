@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from data.prepare.shots import ShotDetector
-from evaluation.consistency import Consistency, consistency, fidelity, prompt_scores
-from evaluation.cuts import CutAccuracy, cut_accuracy, found_cuts
 from evaluation.estimates import half_difference, half_width
-from evaluation.features import Clip, Features
-from evaluation.films import Film
-from evaluation.motion import STILL, drift, speed
+from evaluation.films.consistency import Consistency, consistency, fidelity, prompt_scores
+from evaluation.films.cuts import CutAccuracy, cut_accuracy, found_cuts
+from evaluation.films.features import Clip, Features
+from evaluation.films.shown import Film
+from evaluation.films.speed_and_drift import STILL, drift, speed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from data.loading.loader import held_out
 from data.prepare.shots import ShotDetector
 from data.storyworld.readers import name_place
 from data.storyworld.story import place_of_caption
-from evaluation.cuts import CutAccuracy, cut_accuracy, found_cuts
+from evaluation.films.cuts import CutAccuracy, cut_accuracy, found_cuts
 from film.folder import FilmFolder
 from film.script import Script
 from moc import StreamSpec

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from evaluation.measurements import put_row
-from evaluation.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
+from evaluation.benchmarks.measurements import put_row
+from evaluation.benchmarks.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
 from moc.errors import UserError
 from moc.training import read_metrics
 from scripts import benchmark_recall

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import moc
 from data.loading.endless import EncodedScenes, RecallWorld
 from data.storyworld.recall import COLOUR_NAMES, HELD_OUT, NAMES, PLACE_NAMES, RecallConfig, RecallScenes, draw_scenes
-from evaluation.mass import Mass, watched
+from evaluation.recall.mass import Mass, watched
 from moc import MoCConfig, ShotLayout
 from moc.config import DropKey
 from moc.cost import attention_cost
@@ -267,7 +267,7 @@ class RecallBench(LastShots):
     @torch.no_grad()
     def mass(self, model: Any, config: MoCConfig, routing: MoCConfig, flow: Flow, scenes: int = 64) -> dict:
         """Returns what routes by `routing` would keep of dense attention, for the returning characters
-        (evaluation/mass.py)."""
+        (evaluation/recall/mass.py)."""
         model.eval()
         mass = Mass()
         for first in range(0, scenes, MASS_AT_ONCE):

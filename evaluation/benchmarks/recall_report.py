@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import moc
-from evaluation.measurements import markdown_table, measured_on, write_figure
+from evaluation.benchmarks.measurements import markdown_table, measured_on, write_figure
 from moc import MoCConfig
 from moc.config import DropKey
 from moc.cost import attention_cost

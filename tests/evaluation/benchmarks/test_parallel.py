@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.measurements import read_rows
+from evaluation.benchmarks.measurements import read_rows
 from scripts.benchmark_parallel import BenchmarkConfig, add_row, describe, remaining
 
 

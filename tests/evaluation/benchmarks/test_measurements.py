@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from evaluation.attention_report import write_tables
-from evaluation.measurements import measured_on, put_row, read_rows
+from evaluation.benchmarks.attention_report import write_tables
+from evaluation.benchmarks.measurements import measured_on, put_row, read_rows
 from scripts.benchmark_parallel import page
 from tests.pipeline import ROOT
 

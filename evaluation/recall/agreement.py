@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.loading.endless import EncodedScenes, RecallWorld
 from data.storyworld.recall import HELD_OUT, draw_scenes
-from evaluation.recall import LOOKS, Reader, attributes, read
+from evaluation.recall.bench import LOOKS, Reader, attributes, read
 from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
 from moc.training import Parallel

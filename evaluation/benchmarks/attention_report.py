@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from evaluation.measurements import markdown_table, measured_on, write_figure
+from evaluation.benchmarks.measurements import markdown_table, measured_on, write_figure
 from moc.files import write_whole
 
 COLORS = {"fa2": "tab:orange", "cudnn": "tab:blue", "fa3": "tab:green", "fa4": "tab:red"}

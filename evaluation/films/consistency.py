@@ -14,8 +14,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from evaluation.features import Clip
-from evaluation.films import Film
+from evaluation.films.features import Clip
+from evaluation.films.shown import Film
 
 _BLANK_DEVIATION = 3.0  # in values of 0 to 255
 

@@ -24,7 +24,7 @@ from data.media.write import write_video
 from data.prepare.scan import scan_video
 from data.prepare.shots import DETECTORS, Span, build_detector
 from data.prepare.sources import MANIFEST
-from evaluation.cuts import cut_accuracy
+from evaluation.films.cuts import cut_accuracy
 from moc.errors import UserError, check_least
 
 _PIECE, _MARGIN = (10, 40), 2  # frames in a piece of a shot; frames left out at the shot's ends

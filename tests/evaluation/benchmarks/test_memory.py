@@ -3,7 +3,7 @@ other rows."""
 
 import torch
 
-from evaluation.measurements import read_rows
+from evaluation.benchmarks.measurements import read_rows
 from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from evaluation.measurements import read_rows
+from evaluation.benchmarks.measurements import read_rows
 from scripts import benchmark_step
 from scripts.benchmark_step import KINDS, by_kind
 from tests.pipeline import ROOT
