@@ -31,11 +31,11 @@ from torch.profiler import ProfilerActivity, profile
 import moc
 from configs.command import command
 from evaluation.benchmarks.attention_report import write_plot, write_tables
-from evaluation.benchmarks.measurements import put_row, read_rows
+from evaluation.benchmarks.measurements import header, put_row, read_rows
+from evaluation.benchmarks.timing import check_gpu, median_ms
 from moc.cost import attention_cost
 from moc.errors import UserError
 from moc.kernels import anchors, dense, sizes, triton_index
-from scripts.measuring import check_gpu, header, median_ms
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
 SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]

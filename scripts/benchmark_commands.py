@@ -29,10 +29,11 @@ from diffusers import AutoencoderKLWan
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from configs.command import command
-from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row, read_rows
+from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row, read_rows
+from evaluation.benchmarks.timing import check_gpu
+from moc.checkout import ROOT
 from moc.errors import UserError
 from moc.files import write_whole
-from scripts.measuring import ROOT, check_gpu, header
 
 KEY = ("gpu", "gpus", "name")  # what tells a row of the record from others
 SMALL_STORY = "configs/scripts/storyworld.yaml"

@@ -25,14 +25,14 @@ from configs.command import command
 from data.loading.dataset import DataConfig, ShotDataset, open_dataset
 from data.media.example_shots import FilmShot, block, film_shots, last_seen, scene_id
 from evaluation.benchmarks.film_report import write_report
-from evaluation.benchmarks.measurements import put_row, read_rows
+from evaluation.benchmarks.measurements import machine, put_row, read_rows
+from evaluation.benchmarks.trainings import train_for
 from evaluation.history_worth import SIGMAS, HistoryLosses, history_losses
 from moc import Sample
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
 from models import load_model
 from models.checkpoints.contents import Contents
-from scripts.measuring import machine, train_for
 
 FOLDS = 4
 LENGTH = 8  # shots of a scene

@@ -23,7 +23,8 @@ if __name__ == "__main__":
 import torch
 
 from configs.command import command
-from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row
+from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row
+from evaluation.benchmarks.timing import check_gpu
 from moc import MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.diffusion import Flow
@@ -33,7 +34,6 @@ from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, Trainer
 from models import ModelConfig
 from models.drawn import draw_adapted
 from models.stream import StreamModel
-from scripts.measuring import check_gpu, header
 
 TEXT_TOKENS = 64  # of each caption
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import models.wan
 from configs.command import command
-from evaluation.benchmarks.measurements import markdown_table, measured_on, write_figure
+from evaluation.benchmarks.measurements import header, markdown_table, measured_on, write_figure
+from evaluation.benchmarks.timing import check_gpu, copy_bytes_per_ms, median_ms
 from moc import DropKey, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
@@ -42,7 +43,6 @@ from moc.training.optim import OptimConfig, build_optimizer
 from models import Family, ModelConfig, build_model
 from models.part import Part
 from models.rope import rotary_table, rotate, running_positions
-from scripts.measuring import check_gpu, copy_bytes_per_ms, header, median_ms
 
 LATENT, TEXT_DIM = (16, 36, 40, 64), 4096  # 36 x 20 x 32 = 23,040 tokens
 HEAD_DIM = 128

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import torch
 
 from configs.command import command
-from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row, read_rows
+from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row, read_rows
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow
@@ -38,7 +38,6 @@ from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
 from models.drawn import draw_adapted
 from scripts.benchmark_step import by_kind
-from scripts.measuring import header
 
 AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0}, "sequence": {"sequence": 0}}
 IMPLEMENTATIONS = ("moc", "dense")

@@ -54,17 +54,18 @@ from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.endless import RecallWorld
 from data.storyworld.recall import draw_scenes
-from evaluation.benchmarks.measurements import put_row, read_rows
+from evaluation.benchmarks.measurements import machine, put_row, read_rows
 from evaluation.benchmarks.recall_report import write_report
+from evaluation.benchmarks.trainings import train_for
 from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
+from moc.checkout import ROOT
 from moc.diffusion import Flow
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from moc.training.integrity import COMPLETE
 from models import load_model
 from models.checkpoints.contents import Contents
-from scripts.measuring import ROOT, machine, train_for
 
 # The schedule begins with chunks of all that went before, which is dense and causal; then they are finer and fewer.
 PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5))

@@ -50,7 +50,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from configs.command import command
-from evaluation.benchmarks.measurements import put_row
+from configs.ways import lag_of
+from evaluation.benchmarks.measurements import header, put_row
 from evaluation.benchmarks.sampling_report import page, rival
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
@@ -65,7 +66,6 @@ from models.drawn import draw_model
 from models.encoders.codec import CodecKind
 from models.frozen import Base, freeze_linears, multiply_in_fp8
 from models.stream import StreamModel
-from scripts.measuring import header, lag_of
 
 logger = logging.getLogger(__name__)
 

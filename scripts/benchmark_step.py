@@ -40,7 +40,8 @@ from torch import nn
 from configs.command import command
 from data.loading.ahead import ahead
 from data.loading.parcel import Parcel, unwrap, wrap
-from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row
+from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row
+from evaluation.benchmarks.timing import check_gpu, copy_bytes_per_ms, matmul_flops_per_ms
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
@@ -52,7 +53,6 @@ from moc.training.optim import OptimConfig
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
 from models.stream import StreamModel
-from scripts.measuring import check_gpu, copy_bytes_per_ms, header, matmul_flops_per_ms
 
 SHOTS, TEXT_TOKENS, CHANNELS, TEXT_DIM = 4, 16, 64, 128
 WARM_UP, STEPS = 4, 30

@@ -34,8 +34,9 @@ if __name__ == "__main__":
 import numpy as np
 
 from configs.command import command
+from configs.ways import lag_of
 from configs.world import recall_world
-from evaluation.benchmarks.measurements import markdown_table, measured_on, put_row, read_rows
+from evaluation.benchmarks.measurements import machine, markdown_table, measured_on, put_row, read_rows
 from evaluation.recall.agreement import make_stories, story_scores
 from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
@@ -46,7 +47,6 @@ from moc.training import Parallel, ParallelConfig
 from models import load_model
 from models.checkpoints.contents import Contents
 from scripts.benchmark_recall import composed
-from scripts.measuring import lag_of, machine
 
 WAYS = ("joint", "staggered", "shot_by_shot")  # options of configs/sampler
 KEPT = ("docs/checkpoints/recall_moc",)

@@ -3,14 +3,24 @@ them."""
 
 import io
 import json
+import os
+import platform
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
+from moc.checkout import commit
 from moc.files import write_whole
+from moc.kernels import dense
+from moc.training import Parallel
 
 VERSIONS = ("torch", "cuda", "cudnn", "triton", "fa4", "fa3")
 
@@ -42,6 +52,33 @@ def put_row(
 
 def _key(row: Mapping[str, Any], key: Sequence[str]) -> list[Any]:
     return [row.get(name, "") for name in key]
+
+
+def header() -> dict:
+    """Returns GPU, versions, commit and date of a measurement; None stands for what is not there."""
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": import_module("triton").__version__ if find_spec("triton") else None,
+        "fa4": version("flash-attn-4") if dense.is_installed("fa4") else None,
+        "fa3": "installed" if dense.is_installed("fa3") else None,
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def machine(parallel: Parallel) -> dict:
+    """Returns device, cores, versions, commit and date."""
+    return {
+        "device": parallel.device_name,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def measured_on(rows: Iterable[Mapping[str, Any]]) -> str:

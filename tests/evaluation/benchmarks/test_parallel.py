@@ -10,7 +10,7 @@ from scripts.benchmark_parallel import BenchmarkConfig, add_row, describe, remai
 
 @pytest.fixture(autouse=True)
 def _commit(monkeypatch):
-    monkeypatch.setattr("scripts.measuring.commit", lambda: "abc")
+    monkeypatch.setattr("evaluation.benchmarks.measurements.commit", lambda: "abc")
 
 
 def test_it_goes_on_with_what_is_missing_and_leaves_out_what_cannot_fit(tmp_path):
@@ -34,7 +34,7 @@ def test_rows_of_other_settings_and_of_earlier_code_stay_until_they_are_measured
     add_row(config, describe(config, "one", "moc", 2))
     add_row(other, describe(other, "one", "moc", 1))
     assert remaining(other, "one")[0] == ("moc", 2)
-    monkeypatch.setattr("scripts.measuring.commit", lambda: "def")
+    monkeypatch.setattr("evaluation.benchmarks.measurements.commit", lambda: "def")
     assert remaining(config, "one")[0] == ("moc", 1)
     add_row(config, describe(config, "one", "moc", 1))
     rows = read_rows(tmp_path / "r.json")

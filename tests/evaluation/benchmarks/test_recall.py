@@ -12,12 +12,12 @@ import pytest
 
 from evaluation.benchmarks.measurements import put_row
 from evaluation.benchmarks.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
+from moc.checkout import ROOT
 from moc.errors import UserError
 from moc.training import read_metrics
 from scripts import benchmark_recall
 from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
 from scripts.benchmark_stories import WAYS
-from scripts.measuring import ROOT
 from tests import pipeline
 
 SMALL = [
