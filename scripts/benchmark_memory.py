@@ -7,156 +7,21 @@ By default the trainer takes steps on the shape of an expert of Wan2.2-T2V-A14B 
 once in their format. Every call adds its row to the record, or replaces the one of the same settings.
 """
 
-import resource
 import sys
-import tempfile
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 if __name__ == "__main__":
     import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
 
-import torch
-
 from configs.command import command
-from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row
-from evaluation.benchmarks.timing import check_gpu
-from moc import MoCConfig
-from moc.batch import Batch, Sample, make_batch
-from moc.diffusion import Flow
-from moc.files import write_whole
-from moc.schedule import MoCSchedule
-from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
-from models import ModelConfig
-from models.drawn import draw_adapted
-from models.stream import StreamModel
-
-TEXT_TOKENS = 64  # of each caption
-
-
-@dataclass(frozen=True)
-class MemoryConfig:
-    """These settings say what to measure.
-
-    model: the model's sizes, its adapter and how the weights under it are kept.
-    moc: what attention attends to.
-    optim: the optimizer.
-    parallel: where weights and activations are kept.
-    shots: how many a film has.
-    latent: channels, frames, height and width of a shot.
-    text_dim: the width of the captions' features.
-    limit_gib: how much of the GPU's memory may be used; null is all of it.
-    steps: how many are timed, after one that compiles kernels.
-    output: the record to write.
-    """
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    moc: MoCConfig = field(default_factory=MoCConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    shots: int = 4
-    latent: list[int] = field(default_factory=lambda: [16, 15, 60, 104])
-    text_dim: int = 4096
-    limit_gib: float | None = None
-    steps: int = 2
-    output: str = "docs/benchmarks/memory.json"
+from evaluation.benchmarks.memory import MemoryConfig, write_record
 
 
 @command("benchmark_memory", MemoryConfig)
 def main(config: MemoryConfig) -> None:
-    if config.limit_gib:
-        check_gpu()
-        whole = torch.cuda.get_device_properties().total_memory
-        torch.cuda.set_per_process_memory_fraction(config.limit_gib * 2**30 / whole)
-    row = settings(config)
-    try:
-        row |= measure(config)
-    except torch.OutOfMemoryError as error:
-        row |= {"problem": str(error).partition(". GPU")[0]}
-    print(row)
-    output = Path(config.output)
-    rows = put_row(output, row, ("gpu", *settings(config)), header())
-    write_whole(output.with_suffix(".md"), table(rows).encode())
-
-
-def settings(config: MemoryConfig) -> dict[str, Any]:
-    """Returns what tells a row from the others."""
-    model, parallel = config.model, config.parallel
-    return {
-        "dim": model.dim, "layers": model.num_layers, "base": str(model.lora_base), "rank": model.lora_rank,
-        "swapped": parallel.swap_blocks, "recomputed": parallel.activation_checkpointing,
-        "sublayers": parallel.recompute_sublayers, "offloaded": parallel.offload_activations,
-        "optimizer": config.optim.name + " offloaded" * config.optim.offload,
-        "shots": config.shots, "latent": list(config.latent), "limit_gib": config.limit_gib or 0.0,
-    }  # fmt: skip
-
-
-def measure(config: MemoryConfig) -> dict[str, Any]:
-    """Returns peaks of memory on the GPU and on the host, and the median step."""
-    parallel = Parallel(config.parallel)
-    start = time.perf_counter()
-    model = draw_adapted(config.model, config.latent[0], config.text_dim, parallel.device, kept="cpu")
-    built = time.perf_counter() - start
-    config.parallel.set_recomputation(model)
-    batch, on_gpu = make_film(config, model), parallel.device.type == "cuda"
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            parallel, model, Flow(history_rate=0), config.moc, MoCSchedule(), config.optim, TrainerConfig(),
-            Path(folder), 0, lambda _: None,
-        )  # fmt: skip
-    if on_gpu:
-        torch.cuda.empty_cache()  # frees the memory that drawing the weights took
-        torch.cuda.reset_peak_memory_stats()
-    times, losses = zip(*[step(trainer, batch) for _ in range(config.steps + 1)], strict=True)
-    row = {
-        "tokens": batch.layout.num_tokens, "build_seconds": round(built, 1), "first_step_seconds": round(times[0], 2),
-        "step_seconds": round(sorted(times[1:])[config.steps // 2], 2), "loss": [round(loss, 4) for loss in losses],
-        "trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
-        "host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }  # fmt: skip
-    if on_gpu:
-        row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-    return row
-
-
-def make_film(config: MemoryConfig, model: StreamModel) -> Batch:
-    text = [torch.randn(TEXT_TOKENS, config.text_dim) for _ in range(config.shots + 1)]
-    latents = [torch.randn(*config.latent) for _ in range(config.shots)]
-    return make_batch([Sample(latents, text, 0)], model.stream, config.moc.chunk_tokens)
-
-
-def step(trainer: Trainer, batch: Batch) -> tuple[float, float]:
-    """Returns seconds and loss of one step."""
-    start = time.perf_counter()
-    trainer._train_step([batch])
-    loss = trainer._look(None).loss  # waits for the device
-    return time.perf_counter() - start, loss
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the record as a Markdown page."""
-    lines = [
-        [
-            f"{row['layers']} x {row['dim']}", row["base"], row["rank"], row["swapped"],
-            ", ".join(name for name in ("recomputed", "sublayers", "offloaded") if row[name]), row["optimizer"],
-            f"{row['shots']} x {row['latent']}", row.get("tokens", ""), row["limit_gib"] or "",
-            row.get("problem") or row["step_seconds"], *(
-                f"{row[name] / 2**30:.1f}" if name in row else ""
-                for name in ("peak_bytes", "reserved_bytes", "host_bytes")
-            ), str(row["commit"])[:7],
-        ]
-        for row in rows
-    ]  # fmt: skip
-    columns = [
-        "layers x width", "base", "rank", "blocks swapped", "activations", "optimizer", "latents", "tokens",
-        "limit GiB", "step s", "peak GiB", "reserved GiB", "host GiB", "commit",
-    ]  # fmt: skip
-    about = f"{measured_on(rows)} Made by scripts/benchmark_memory.py."
-    return f"# Memory of a step of an adapter\n\n{about}\n\n{markdown_table(columns, lines)}\n"
+    write_record(config)
 
 
 if __name__ == "__main__":

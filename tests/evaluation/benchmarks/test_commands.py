@@ -2,16 +2,16 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from configs.command import parse
 from configs.overrides import readable
-from scripts import benchmark_commands
-from scripts.benchmark_commands import Job, plan, run, table
+from evaluation.benchmarks import commands
+from evaluation.benchmarks.commands import Job, plan, run, table
 from tests.composing import COMMANDS, CONFIGS, composed, schema_of
+from tests.pipeline import command
 from tests.test_pages import PAGES, commands_of
 
 HEAD = {"gpu": "a GPU", "gpus": 2, "torch": "2", "cuda": "13", "cudnn": 9, "triton": "3", "commit": "c", "date": "d"}
@@ -64,13 +64,12 @@ def test_a_row_tells_how_a_command_ended_and_the_log_what_it_said(tmp_path):
     assert (tmp_path / "logs/x.log").read_text() == "hello\n"
 
 
-def call(monkeypatch, tmp_path, *settings: str) -> tuple[str | int | None, list[tuple[str, int]]]:
+def call(tmp_path, *settings: str) -> tuple[str | int | None, list[tuple[str, int]]]:
     """Runs the command; returns its exit status and, in order, the (name, exit code) of all rows of the record."""
     output = tmp_path / "r.json"
-    monkeypatch.setattr(sys, "argv", ["x", f"folder={tmp_path / 'made'}", f"output={output}", *settings])
     status: str | int | None = 0
     try:
-        benchmark_commands.main()
+        command("scripts/benchmark_commands.py", f"folder={tmp_path / 'made'}", f"output={output}", *settings)
     except SystemExit as ending:
         status = ending.code
     return status, [(row["name"], row["exit_code"]) for row in json.loads(output.read_text())["rows"]]
@@ -87,36 +86,36 @@ def fakes(tmp_path, monkeypatch) -> dict[str, Job]:
         "after bad": Job(["-c", "pass"], ("bad",)),
         "good": Job(["-c", "pass"]),
     }
-    monkeypatch.setattr(benchmark_commands, "plan", lambda *_: jobs)
-    monkeypatch.setattr(benchmark_commands, "header", lambda: dict(HEAD))
+    monkeypatch.setattr(commands, "plan", lambda *_: jobs)
+    monkeypatch.setattr(commands, "header", lambda: dict(HEAD))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: HEAD["gpus"])
     return jobs
 
 
-def test_the_record_and_its_table(fakes, tmp_path, monkeypatch):
+def test_the_record_and_its_table(fakes, tmp_path):
     rows = [("writes", 0), ("reads", 0), ("bad", 2), ("good", 0)]
-    assert call(monkeypatch, tmp_path) == (1, rows)
+    assert call(tmp_path) == (1, rows)
     page = (tmp_path / "r.md").read_text()
     assert "a GPU" in page
     assert "commit c" in page
     assert [line.split("|")[1].strip() for line in page.splitlines()[-4:]] == [name for name, _ in rows]
 
 
-def test_a_command_needs_no_more_than_what_it_reads(fakes, tmp_path, monkeypatch):
-    assert call(monkeypatch, tmp_path, "only=[reads]") == (0, [("writes", 0), ("reads", 0)])
-    assert call(monkeypatch, tmp_path, "only=[good]")[1] == [("writes", 0), ("reads", 0), ("good", 0)]
+def test_a_command_needs_no_more_than_what_it_reads(fakes, tmp_path):
+    assert call(tmp_path, "only=[reads]") == (0, [("writes", 0), ("reads", 0)])
+    assert call(tmp_path, "only=[good]")[1] == [("writes", 0), ("reads", 0), ("good", 0)]
 
 
 def test_a_second_call_goes_on_where_the_first_one_was_ended(fakes, tmp_path, monkeypatch):
-    call(monkeypatch, tmp_path)
+    call(tmp_path)
     done = [name for name in fakes if name not in ("bad", "after bad")]
     fakes |= {name: Job(["-c", "raise SystemExit(3)"]) for name in done}
     fakes["bad"] = Job(["-c", "pass"])
-    assert call(monkeypatch, tmp_path) == (0, [*((name, 0) for name in done), ("bad", 0), ("after bad", 0)])
+    assert call(tmp_path) == (0, [*((name, 0) for name in done), ("bad", 0), ("after bad", 0)])
     # On another commit all jobs run again.
-    monkeypatch.setattr(benchmark_commands, "header", lambda: HEAD | {"commit": "d"})
-    status, rows = call(monkeypatch, tmp_path)
+    monkeypatch.setattr(commands, "header", lambda: HEAD | {"commit": "d"})
+    status, rows = call(tmp_path)
     assert (status, dict(rows)["good"], dict(rows)["after bad"]) == (1, 3, 0)
 
 
@@ -127,7 +126,6 @@ def test_a_table_shortens_paths_to_the_folder():
 
 def test_without_a_gpu_nothing_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["x", f"folder={tmp_path / 'made'}"])
     with pytest.raises(SystemExit, match="torch finds none here"):
-        benchmark_commands.main()
+        command("scripts/benchmark_commands.py", f"folder={tmp_path / 'made'}")
     assert not (tmp_path / "made").exists()

@@ -6,7 +6,7 @@ import pytest
 
 from evaluation.benchmarks.attention_report import write_tables
 from evaluation.benchmarks.measurements import measured_on, put_row, read_rows
-from scripts.benchmark_parallel import page
+from evaluation.benchmarks.parallel import page
 from tests.pipeline import ROOT
 
 KEY = ("gpu", "impl")

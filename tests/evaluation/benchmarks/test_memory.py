@@ -4,12 +4,12 @@ other rows."""
 import torch
 
 from evaluation.benchmarks.measurements import read_rows
+from evaluation.benchmarks.memory import MemoryConfig, measure, settings, table
 from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig
 from models.drawn import draw_adapted
 from models.frozen import Base, FrozenLinear, unpacked
-from scripts.benchmark_memory import MemoryConfig, measure, settings, table
 from tests.pipeline import command
 from tests.wan_files import REDUCED
 

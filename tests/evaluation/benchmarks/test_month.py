@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from evaluation.benchmarks.measurements import read_rows
+from evaluation.benchmarks.month import Measured, PlanConfig, Size, plan, report
 from models import ModelConfig
-from scripts.plan_month import Measured, PlanConfig, Size, plan, report
 from tests.pipeline import ROOT, command, refusal
 
 

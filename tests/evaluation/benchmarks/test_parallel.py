@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from evaluation.benchmarks.measurements import read_rows
-from scripts.benchmark_parallel import BenchmarkConfig, add_row, describe, remaining
+from evaluation.benchmarks.parallel import BenchmarkConfig, add_row, describe, remaining
 
 
 @pytest.fixture(autouse=True)

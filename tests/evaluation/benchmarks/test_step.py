@@ -2,16 +2,15 @@
 of kernels."""
 
 import re
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
 
+from evaluation.benchmarks import step
 from evaluation.benchmarks.measurements import read_rows
-from scripts import benchmark_step
-from scripts.benchmark_step import KINDS, by_kind
-from tests.pipeline import ROOT
+from evaluation.benchmarks.step import KINDS, by_kind
+from tests.pipeline import ROOT, command
 
 
 def test_kernels_are_told_by_kind():
@@ -44,11 +43,11 @@ def test_every_kernel_of_ours_has_a_kind():
 def test_each_pack_gives_a_row_and_a_row_replaces_its_like(tmp_path, monkeypatch, capsys):
     """It runs on the CPU, whose rates are made up."""
     for name, value in (("check_gpu", None), ("matmul_flops_per_ms", 1e9), ("copy_bytes_per_ms", 1e7)):
-        monkeypatch.setattr(benchmark_step, name, lambda value=value: value)
+        monkeypatch.setattr(step, name, lambda value=value: value)
     for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("max_memory_allocated", 2**30)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    monkeypatch.setattr(benchmark_step, "STEPS", 2)
+    monkeypatch.setattr(step, "STEPS", 2)
     kernel, host = (
         SimpleNamespace(key=key, self_device_time_total=us, count=2) for key, us in (("nvjet", 3000), ("", 0))
     )
@@ -57,12 +56,11 @@ def test_each_pack_gives_a_row_and_a_row_replaces_its_like(tmp_path, monkeypatch
     output = tmp_path / "step.json"
     words = ["model=debug", "tokens=200", "moc.chunk_tokens=4", "moc.top_k=1", f"output={output}"]
     for packs in ("[[1,2,2],[1,2,3]]", "[[1,2,2]]"):
-        monkeypatch.setattr(sys, "argv", ["x", *words, f"packs={packs}"])
-        benchmark_step.main()
+        command("scripts/benchmark_step.py", *words, f"packs={packs}")
     rows = read_rows(output)
     assert [row["grid"] for row in rows] == [[1, 2, 3], [1, 2, 2]]
     for row in rows:
-        phases = [row[f"{phase}_ms"] for phase in benchmark_step.PHASES]
+        phases = [row[f"{phase}_ms"] for phase in step.PHASES]
         assert all(ms > 0 for ms in phases[1:])
         assert sum(phases) <= row["step_ms"] + 0.5
         assert row["floor_matmul_ms"] >= 0
