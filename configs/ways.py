@@ -1,6 +1,4 @@
-"""This module tells what the ways of sampling set, the options of configs/sampler."""
-
-from typing import Any
+"""This module tells how the ways of sampling differ, which are options of configs/sampler."""
 
 import yaml
 
@@ -8,7 +6,7 @@ from configs.command import CONFIGS
 from moc.diffusion import SamplingConfig
 
 
-def lag_of(way: str) -> float:
-    """Returns the lag that `sampler=WAY` sets (configs/sampler/WAY.yaml)."""
-    changed: dict[str, Any] = yaml.safe_load((CONFIGS / "sampler" / f"{way}.yaml").read_text())
-    return changed.get("lag", SamplingConfig.lag)
+def lags() -> dict[str, float]:
+    """Returns the lag that each option of `sampler` sets, by its name."""
+    files = (CONFIGS / "sampler").glob("*.yaml")
+    return {file.stem: yaml.safe_load(file.read_text()).get("lag", SamplingConfig.lag) for file in files}

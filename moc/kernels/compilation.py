@@ -29,6 +29,9 @@ SHARED_MEMORY = {
     (8, 0): 163 << 10, (8, 6): 99 << 10, (8, 9): 99 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10,
     (12, 0): 99 << 10,
 }  # fmt: skip
+FEW_BYTES = 64  # bytes that a thread may spill without a loop getting slower
+# Bytes that kernels spill with blocks that were measured to be the fastest nevertheless: dq of small chunks on an H100.
+MEASURED_SPILLS = {("dq_kernel", (9, 0)): 136}
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,17 @@ def compiled(launch: Launch) -> Compiled:
     kernel = triton.compile(source, target=backend.target, options=options.__dict__)
     registers, spilled = _usage(kernel.asm["cubin"])
     return Compiled(launch.name, kernel.metadata.num_warps, registers, spilled, kernel.metadata.shared)
+
+
+def excesses(kernel: Compiled, capability: Capability) -> list[str]:
+    """Says what a kernel takes too much of: shared memory, of which its GPU has less, or registers, of which it spills
+    more than FEW_BYTES."""
+    found, limit = [], SHARED_MEMORY[capability]
+    if kernel.shared > limit:
+        found.append(f"takes {kernel.shared} bytes of shared memory, of {limit}")
+    if kernel.spilled > MEASURED_SPILLS.get((kernel.name, capability), FEW_BYTES):
+        found.append(f"spills {kernel.spilled} bytes of registers a thread: give it smaller blocks")
+    return found
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,15 @@ def test_every_kernel_compiles_for_every_gpu_and_dtype(tmp_path):
 
 
 def test_what_takes_too_much_is_named():
-    from scripts import compile_kernels
+    from moc.kernels.compilation import Compiled, excesses
 
-    fits = {"gpu": "86", "setting": "bf16-64", "name": "dq_kernel", "registers": 255, "spilled": 64, "shared": 99 << 10}
-    assert compile_kernels.faults([fits]) == []
-    assert compile_kernels.faults([fits | {"spilled": 72}]) == [
-        "dq_kernel for sm_86 (bf16-64) spills 72 bytes of registers a thread: give it smaller blocks"
+    fits = Compiled("dq_kernel", warps=4, registers=255, spilled=64, shared=99 << 10)
+    assert excesses(fits, (8, 6)) == []
+    assert excesses(replace(fits, spilled=72), (8, 6)) == [
+        "spills 72 bytes of registers a thread: give it smaller blocks"
     ]
-    assert "takes 101377 bytes of shared memory, of 101376" in compile_kernels.faults([fits | {"shared": 101377}])[0]
+    assert excesses(replace(fits, spilled=72), (9, 0)) == []  # measured to be the fastest nevertheless
+    assert excesses(replace(fits, shared=101377), (8, 6)) == ["takes 101377 bytes of shared memory, of 101376"]
 
 
 def test_threads_parse_kernels_one_after_another(monkeypatch):

@@ -10,14 +10,14 @@ import sys
 import numpy as np
 import pytest
 
+from evaluation.benchmarks import recall
 from evaluation.benchmarks.measurements import put_row
+from evaluation.benchmarks.recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
 from evaluation.benchmarks.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
+from evaluation.benchmarks.stories import WAYS
 from moc.checkout import ROOT
 from moc.errors import UserError
 from moc.training import read_metrics
-from scripts import benchmark_recall
-from scripts.benchmark_recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
-from scripts.benchmark_stories import WAYS
 from tests import pipeline
 
 SMALL = [
@@ -69,9 +69,9 @@ def test_a_row_takes_the_place_of_its_like_and_of_no_other(tmp_path):
 
 def test_a_row_that_waits_begins_only_if_as_much_time_is_left_as_the_longest_took(tmp_path, monkeypatch):
     took, given = iter([3.0, 1.0]), []
-    monkeypatch.setattr(benchmark_recall, "train_for", lambda minutes, words, log: given.append(minutes) or next(took))
+    monkeypatch.setattr(recall, "train_for", lambda minutes, words, log: given.append(minutes) or next(took))
     now = 0.0
-    monkeypatch.setattr(benchmark_recall.time, "monotonic", lambda: now)
+    monkeypatch.setattr(recall.time, "monotonic", lambda: now)
     turns = Turns(RecallRowsConfig(minutes=8), tmp_path)
     assert turns.train("dense") == 3.0
     now = 60 * 4.0

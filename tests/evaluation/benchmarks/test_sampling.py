@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from evaluation.benchmarks.measurements import read_rows
+from evaluation.benchmarks.sampling import SamplingBenchmarkConfig, Taken, summary
 from moc.errors import UserError
 from models import Family, ModelConfig
 from models.drawn import draw_model
 from models.frozen import Base
-from scripts.benchmark_sampling import SamplingBenchmarkConfig, Taken, summary
 from tests.pipeline import command
 
 
