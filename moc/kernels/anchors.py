@@ -22,7 +22,7 @@ from moc.config import MoCConfig, OwnAnchor, TextAnchor
 from moc.context import Pair, is_own_anchor, is_text_anchor
 from moc.kernels import packed as packed_calls
 from moc.kernels.dense import DenseKernel
-from moc.kernels.packed import MAX_RUNS, Packed, numbers_in
+from moc.kernels.packed import MAX_RUNS, Packed
 from moc.layout import Group, ShotLayout
 
 SHORT = 4096  # below this mean number of keys a call's launches cost more than its work, on an H100
@@ -76,22 +76,25 @@ class AnchorPlan(NamedTuple):
 def anchor_plan(layout: ShotLayout, config: MoCConfig, num_queries: int) -> AnchorPlan:
     """Returns the plan for the last `num_queries` queries of a stream, made once for each kind of anchors."""
     key = ("anchors", config.dense, config.own_anchor, config.text_anchor, num_queries)
-    return layout.memo(key, lambda: _plan(layout, anchor_calls(layout, config, num_queries), num_queries))
+    calls = layout.memo(key, lambda: anchor_calls(layout, config, num_queries))
+    if not (_are_short(calls) and covers_all(calls, num_queries)):
+        return AnchorPlan(layout.text_index, calls, None)
+    return AnchorPlan(layout.text_index, [], layout.table(("packed", *key), lambda: _packed(layout, calls)))
 
 
-def _plan(layout: ShotLayout, calls: list[AnchorCall], num_queries: int) -> AnchorPlan:
-    short = 1 < len(calls) <= MAX_RUNS and sum(call.num_keys for call in calls) < SHORT * len(calls)
-    packed = None
-    if short and covers_all(calls, num_queries):
-        size = layout.num_tokens
-        texts = [(group.start, group.start + group.text_tokens) for group in layout.groups]
-        rows = numbers_in([(0, size), *texts])  # all tokens, and after them those of text once more
-        keys = [
-            [(call.own_start, call.own_end), *((size + start, size + end) for start, end in call.text_spans())]
-            for call in calls
-        ]
-        packed = Packed.build([call.end - call.start for call in calls], keys, size, layout.device, rows)
-    return AnchorPlan(layout.text_index, [] if packed else calls, packed)
+def _are_short(calls: Sequence[AnchorCall]) -> bool:
+    return 1 < len(calls) <= MAX_RUNS and sum(call.num_keys for call in calls) < SHORT * len(calls)
+
+
+def _packed(layout: ShotLayout, calls: Sequence[AnchorCall]) -> Packed:
+    size = layout.num_tokens
+    texts = [(group.start, group.start + group.text_tokens) for group in layout.groups]
+    keys = [
+        [(call.own_start, call.own_end), *((size + start, size + end) for start, end in call.text_spans())]
+        for call in calls
+    ]
+    rows = [(0, size), *texts]  # all tokens, and after them those of text once more
+    return Packed.build([call.end - call.start for call in calls], keys, size, layout.device, rows)
 
 
 def anchor_calls(layout: ShotLayout, config: MoCConfig, num_queries: int) -> list[AnchorCall]:

@@ -8,6 +8,7 @@ Shape letters: L tokens of the keys, Lq queries, R gathered keys, U runs, N head
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -43,23 +44,25 @@ class Packed(NamedTuple):
     @classmethod
     def build(
         cls, lengths: Sequence[int], keys: Sequence[Sequence[Range]], num_tokens: int, device: torch.device,
-        rows: Tensor | None = None,
+        rows: Sequence[Range] = (),
     ) -> "Packed":  # fmt: skip
-        """Tabulates runs of `lengths` queries. Raises ValueError for more runs than FlashAttention-2 takes.
+        """Tabulates runs of `lengths` queries on `device`, where numbering every key is no work for the host. Raises
+        ValueError for more runs than FlashAttention-2 takes.
 
-        keys: the ranges [start, end) of each run's keys among `num_tokens` tokens, or, where there are `rows` (int64,
-        on the CPU), among these, which say what token each is.
+        keys: the ranges [start, end) of each run's keys among `num_tokens` tokens, or, where there are `rows`, among
+        the tokens of these ranges, one range after another.
         """
         if len(lengths) > MAX_RUNS:
             raise ValueError(f"{len(lengths)} runs of queries in one call, of {MAX_RUNS} at most: pack fewer shots")
         counts = [sum(end - start for start, end in run) for run in keys]
-        starts = [torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (lengths, counts)]
-        index = numbers_in([one for run in keys for one in run])
-        index = index if rows is None else rows[index]
-        in_order = len(index) == num_tokens and bool((index == torch.arange(num_tokens)).all())
-        tables = [index[:0]] * 3 if in_order else _rows_of_tokens(index, num_tokens)
-        moved = [move(x, device) for x in (*starts, *tables)]
-        return cls._make([*moved, max(lengths), max(counts)])
+        starts = torch.tensor([[0, *accumulate(sizes)] for sizes in (lengths, counts)], dtype=torch.int32)
+        ranges = [one for run in keys for one in run if one[0] < one[1]]
+        if _in_order(ranges, num_tokens):
+            tables = [torch.empty(0, dtype=torch.int64, device=device)] * 3
+        else:
+            index = numbers_in(ranges, device)
+            tables = _rows_of_tokens(numbers_in(rows, device)[index] if rows else index, num_tokens)
+        return cls._make([*move(starts, device), *tables, max(lengths), max(counts)])
 
     def head_blocks(self, k: Tensor) -> list[slice]:
         """Returns runs of heads of k [L, N, D] whose gathered rows can be addressed."""
@@ -99,19 +102,26 @@ class Packed(NamedTuple):
         return self.query_starts, self.key_starts, self.max_queries, self.max_keys
 
 
-def numbers_in(ranges: Sequence[Range]) -> Tensor:
-    """Returns the numbers of ranges [start, end), one range after another: int64, on the CPU."""
+def _in_order(ranges: Sequence[Range], num_tokens: int) -> bool:
+    """Returns whether ranges, none empty, are the tokens 0 to `num_tokens`, one after another."""
+    ends = [0, *(end for _, end in ranges)]
+    return ends[-1] == num_tokens and all(start == end for (start, _), end in zip(ranges, ends[:-1], strict=True))
+
+
+def numbers_in(ranges: Sequence[Range], device: torch.device) -> Tensor:
+    """Returns the numbers of ranges [start, end), one range after another: int64, on `device`."""
     total = sum(end - start for start, end in ranges)
-    starts, ends = torch.tensor(ranges, dtype=torch.int64).view(-1, 2).unbind(1)
+    starts, ends = move(torch.tensor(ranges, dtype=torch.int64).view(-1, 2), device).unbind(1)
     sizes = ends - starts
     before = sizes.cumsum(0) - sizes
-    return torch.arange(total) + (starts - before).repeat_interleave(sizes, output_size=total)
+    offsets = (starts - before).repeat_interleave(sizes, output_size=total)
+    return torch.arange(total, device=device) + offsets
 
 
 def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
-    """Returns key_index, rows and row_starts of tokens `index` of the gathered rows."""
-    starts = index.bincount(minlength=num_tokens).cumsum(0)
-    return [index, index.argsort(stable=True), torch.nn.functional.pad(starts, (1, 0))]
+    """Returns key_index, rows and row_starts of tokens `index` of the gathered rows; waits for no device."""
+    tokens, rows = index.sort(stable=True)
+    return [index, rows, torch.searchsorted(tokens, torch.arange(num_tokens + 1, device=index.device))]
 
 
 def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:

@@ -88,14 +88,15 @@ def singly(keys):
 
 
 def test_numbers_in_ranges():
-    assert numbers_in([(3, 5), (0, 0), (1, 4), (4, 5)]).tolist() == [3, 4, 1, 2, 3, 4]
-    assert numbers_in([(2, 2)]).tolist() == []
-    assert numbers_in([]).dtype == torch.int64
+    cpu = torch.device("cpu")
+    assert numbers_in([(3, 5), (0, 0), (1, 4), (4, 5)], cpu).tolist() == [3, 4, 1, 2, 3, 4]
+    assert numbers_in([(2, 2)], cpu).tolist() == []
+    assert numbers_in([], cpu).dtype == torch.int64
 
 
 def test_ranges_may_count_other_rows_than_tokens():
     """Rows 4 and 5 are tokens 3 and 0 once more."""
-    rows = torch.tensor([0, 1, 2, 3, 3, 0])
+    rows = [(0, 4), (3, 4), (0, 1)]
     packed = Packed.build([1, 3], [[(4, 6), (1, 2)], [(0, 4)]], 4, torch.device("cpu"), rows)
     assert packed.key_index.tolist() == [3, 0, 1, 0, 1, 2, 3]
     assert packed.key_starts.tolist() == [0, 3, 7]
@@ -156,6 +157,7 @@ def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch)
 def test_a_plan_is_made_once_a_stream():
     layout, length = two_samples(), two_samples().num_tokens
     plan = anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length)
-    assert plan is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5), length)
-    assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True), length)
-    assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length - 1)
+    assert plan.packed
+    assert plan.packed is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5), length).packed
+    assert plan.packed is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True), length).packed
+    assert plan.packed is not anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length - 1).packed
