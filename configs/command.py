@@ -22,8 +22,8 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException, ConfigCompositionException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from configs.earlier import UNSET, refuse_renamed
@@ -35,6 +35,8 @@ from moc.errors import FREE_SOME, UserError, disk_error
 T = TypeVar("T")
 CONFIGS = Path(__file__).parent
 _FULL = "HYDRA_FULL_ERROR"
+# What the user must give has this value until then: a merge of OmegaConf's own `???` leaves a default as it is.
+_REQUIRED = "${required}"
 
 # Hydra copies all stored configs each time it composes, and for each group that `--help` lists: it only reads them.
 setattr(ConfigStore, "__deepcopy__", lambda store, _: store)  # noqa: B010 (mypy refuses the assignment)
@@ -136,8 +138,17 @@ def store_defaults(config_name: str, schema: type) -> None:
 
 
 def defaults(schema: type) -> dict[str, Any]:
-    """Returns the defaults of a schema as plain values; `parse` gives them their types."""
-    return OmegaConf.to_container(OmegaConf.structured(schema), enum_to_str=True)  # type: ignore[return-value]
+    """Returns the defaults of a schema as plain values, `${required}` for a field without one; `parse` gives them their
+    types."""
+    node = _writable(OmegaConf.structured(schema))
+    for key in OmegaConf.missing_keys(node):
+        OmegaConf.update(node, key, _REQUIRED)
+    return _plain(node)
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    """Returns plain values, interpolations as they are written."""
+    return OmegaConf.to_container(node, enum_to_str=True)  # type: ignore[return-value]
 
 
 @contextmanager
@@ -207,16 +218,41 @@ def message_of(error: Exception) -> str:
 def parse(cfg: DictConfig, schema: type[T]) -> T:
     """Returns Hydra's config as a `schema` object; raises UserError with the full key of what is wrong.
 
-    A value `${required}` in YAML is one that the user must give: a merge would take the schema's default for `???`.
+    What has no default in the schema, or is `${required}` in YAML, is a setting that the user must give.
     """
+    known = defaults(schema)
+    if missing := list(_missing(_plain(cfg), known)):
+        raise UserError(_not_set(missing, words(schema)))
     try:
         OmegaConf.missing_keys(cfg)  # raises an error that names an interpolation without a target
         _check_elements(cfg, schema)
-        _refuse_empty(cfg, defaults(schema))
+        _refuse_empty(cfg, known)
         typed = OmegaConf.merge(_structured(schema, cfg), cfg)
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(_message(error)) from None
+
+
+def _missing(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the keys that the user must give and that are not set, or set to null or to a text of nothing.
+
+    known: the schema's defaults.
+    """
+    for name, value in (known | values).items():
+        default = known.get(name)
+        if isinstance(value, dict):
+            yield from _missing(value, default if isinstance(default, dict) else {}, f"{prefix}{name}.")
+        elif value in (_REQUIRED, MISSING) or (default == _REQUIRED and value in (None, "")):
+            yield f"{prefix}{name}"
+
+
+def _not_set(keys: list[str], said: dict[str, str]) -> str:
+    """Returns the message for keys that are not set, with the words of `--help` on each."""
+    *others, last = keys
+    names = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    remedy = " ".join(f"{key}=VALUE" for key in keys)
+    about = "".join(f". {key}: {said[key].rstrip('.')}" for key in keys if said.get(key))
+    return f"{names} not set; say {remedy}{about}"
 
 
 def _refuse_empty(cfg: DictConfig, unset: dict[str, Any], prefix: str = "") -> None:
@@ -237,7 +273,7 @@ def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
         value = cfg.get(name) if name in cfg else None
         if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, DictConfig):
             _check_elements(value, hint, f"{prefix}{name}.")
-        elif isinstance(value, ListConfig) and is_dataclass(element := next(iter(get_args(hint)), None)):
+        elif isinstance(value, ListConfig) and is_dataclass(element := next(iter(get_args(hint)), object)):
             for index, item in enumerate(value):
                 if not OmegaConf.is_dict(item):
                     raise UserError(f"{prefix}{name}[{index}] is {item!r}; it must be a mapping of settings")
@@ -245,6 +281,8 @@ def _check_elements(cfg: DictConfig, schema: type, prefix: str = "") -> None:
                     OmegaConf.merge(_writable(OmegaConf.structured(element)), item)
                 except OmegaConfBaseException as error:
                     raise UserError(f"{prefix}{name}[{index}].{_message(error)}") from None
+                if key := next(_missing(_plain(item), defaults(element)), None):
+                    raise UserError(f"{prefix}{name}[{index}].{key} is not set; say {prefix}{name}=[{{{key}: VALUE}}]")
 
 
 def _structured(schema: type, cfg: DictConfig) -> DictConfig:
@@ -269,8 +307,6 @@ def _message(error: OmegaConfBaseException) -> str:
     reason = str(error.msg or error).splitlines()[0]
     if "is not a ListConfig" in reason:
         return f"{error.full_key} is a list; say {error.full_key}=[...]"
-    if isinstance(error, InterpolationKeyError) and "'required'" in reason:
-        return f"{error.full_key} is not set; say {error.full_key}=VALUE"
     if reason.startswith("Cannot convert") and "to string" in reason:  # a path such as [2024] reads as a list
         reason += f"; quote a text with brackets twice: {error.full_key}='\"[...]\"'"
     return f"{error.full_key}: {reason}" if error.full_key else reason

@@ -89,15 +89,9 @@ class SampleConfig(FilmmakerConfig):
     sampler: how shots are sampled.
     """
 
-    script: str = ""
-    out: str = ""
+    script: str = field(kw_only=True)
+    out: str = field(kw_only=True)
     size: list[int] | None = None
     fps: float | None = None
     redo: list[int] = field(default_factory=list)
     dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("script", "out"):
-            if not getattr(self, name):
-                raise UserError(f"{name} is not set; say checkpoint=PATH script=FILE out=DIR")

@@ -70,7 +70,7 @@ class FilmmakerConfig:
     video: how videos are written.
     """
 
-    checkpoint: str = ""
+    checkpoint: str
     low_noise_checkpoint: str | None = None
     lora: Any = None
     low_noise_lora: Any = None
@@ -90,8 +90,6 @@ class FilmmakerConfig:
     video: VideoConfig = field(default_factory=VideoConfig)
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise UserError("checkpoint is not set; say checkpoint=PATH script=FILE out=DIR")
         for setting in (self.lora, self.low_noise_lora):
             read_choices(setting)
         if self.weights is Base.fp32:

@@ -6,7 +6,7 @@ served to this machine alone. It needs gradio: pip install -e '.[app]'
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,14 +30,9 @@ class AppConfig(FilmmakerConfig):
     sampler: how shots are sampled.
     """
 
-    folder: str = ""
+    folder: str = field(kw_only=True)
     port: int = 7860
     preview_steps: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.folder:
-            raise UserError("folder is not set; say checkpoint=PATH folder=DIR")
 
 
 @command("app", AppConfig)

@@ -50,7 +50,7 @@ ROWS = {
 class FilmRowsConfig:
     """These settings say what to train and to test.
 
-    film: the folder of the prepared film.
+    film: the folder of the prepared film; null where there are no rows.
     rows: names among ROWS; without any, the tables of the output's rows are made anew.
     folds: which quarters of the film's blocks are held out, one training each.
     steps: how long each is trained.
@@ -63,7 +63,7 @@ class FilmRowsConfig:
     device: as in `moc.training.ParallelConfig`.
     """
 
-    film: str = ""
+    film: str | None = None
     rows: list[str] = field(default_factory=lambda: ["dense", "moc", "own_shot"])
     folds: list[int] = field(default_factory=lambda: list(range(FOLDS)))
     steps: int = 300
@@ -82,7 +82,7 @@ class FilmRowsConfig:
             raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
         if not set(self.folds) <= set(range(FOLDS)):
             raise UserError(f"folds={self.folds} must be among {list(range(FOLDS))}")
-        if self.rows and not self.film:
+        if self.rows and self.film is None:
             raise UserError("film is not set; say film=FOLDER, where prepare_data.py put the film")
 
 
@@ -126,6 +126,7 @@ def train(row: str, fold: int, config: FilmRowsConfig, folder: Path) -> float:
     """Trains, or goes on training, for so many minutes at most; returns the minutes it took."""
     name = run_name(row, fold, config)
     words = [*arguments(row, fold, config), f"output={folder}", f"name={name}", "data.workers=1"]
+    assert config.film is not None  # rows are refused without it
     words[1] = f"data.path={Path(config.film).resolve()}"
     if config.device != "auto":
         words.append(f"parallel.device={config.device}")

@@ -11,7 +11,7 @@ converted one by one: `input=FOLDER/transformer`, then `input=FOLDER/transformer
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Settings(Beside):
     max_shard_gb: the size of a folder's largest file.
     """
 
-    input: str = ""
+    input: str = field(kw_only=True)
     output: str | None = None
     form: Form = Form.auto
     weights: Weights = Weights.ema
@@ -65,8 +65,6 @@ class Settings(Beside):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.input:
-            raise UserError("input= is missing: the file or folder to convert")
         if not 0 < self.max_shard_gb < math.inf:
             raise UserError(f"max_shard_gb={self.max_shard_gb} must be above 0 and finite")
 
@@ -76,7 +74,7 @@ def main(settings: Settings) -> None:
     source, output = Path(settings.input), Path(settings.output) if settings.output else None
     if source.suffix in PICKLES:
         if output is None:
-            raise UserError("output= is missing: the folder to write")
+            raise UserError("output is not set; say output=FOLDER, the folder to write")
         if settings != Settings(input=settings.input, output=settings.output):
             raise UserError(f"{source} is a pickle, with which only input and output go; leave the other settings out")
         print(f"{source}: {convert_pickle(source, output)}")

@@ -60,8 +60,8 @@ class Scale:
     size: list[int] = field(default_factory=list)
     world: list[str] = field(default_factory=list)
     prepare: list[str] = field(default_factory=list)
-    experiment: str = ""
-    script: str = ""
+    experiment: str = "storyworld"
+    script: str = "configs/scripts/storyworld.yaml"
     sample: list[str] = field(default_factory=list)
     threads: int = 1
     trained: list[str] = field(default_factory=list)

@@ -50,7 +50,7 @@ from models import Contents, load_codec, load_model, move_model
 class EvaluateConfig:
     """These settings say what to evaluate and how.
 
-    checkpoint: a run's folder, a checkpoint, or a model folder.
+    checkpoint: a run's folder, a checkpoint, or a model folder; null evaluates films alone.
     films: folders that sample.py wrote, or folders of such folders, whose films are taken together.
     schedule: a JSON or YAML file with `shots`, the names that each shot shows; null takes a benchmark script's
         entities (EntityBench, MSR-50), or finds in the prompts the names of the global caption's [character] part.
@@ -69,7 +69,7 @@ class EvaluateConfig:
         on the same data, and otherwise 16.
     """
 
-    checkpoint: str = ""
+    checkpoint: str | None = None
     films: list[str] = field(default_factory=list)
     schedule: str | None = None
     clip: str | None = None
@@ -102,7 +102,7 @@ def main(config: EvaluateConfig) -> None:
     vbench: dict[str, dict[str, float]] = {name: {} for name in config.films}
     vbench |= {name: read_vbench(result) for name, result in zip(config.films, config.vbench, strict=False)}
     parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
-    losses = losses_of(config, parallel) if config.checkpoint else []
+    losses = losses_of(Contents.sound(config.checkpoint), config, parallel) if config.checkpoint else []
     if not parallel.is_main:
         return
     judged, boards = judge(config, parallel) if config.films else ([], [])
@@ -117,9 +117,8 @@ def main(config: EvaluateConfig) -> None:
         print(f"look at {config.page}")
 
 
-def losses_of(config: EvaluateConfig, parallel: Parallel) -> list[dict]:
+def losses_of(contents: Contents, config: EvaluateConfig, parallel: Parallel) -> list[dict]:
     """Returns the rows of the checkpoint under rival attentions."""
-    contents = Contents.sound(config.checkpoint)
     model = load_model(contents)
     move_model(model, parallel)
     model.execution = config.execution

@@ -23,7 +23,7 @@ REQUIRED = {
     "prepare": ["input=i", "output=o"],
     "storyworld": ["output=o"],
     "example_film": ["output=o"],
-    "convert": ["input=i", "output=o"],
+    "convert": ["input=i"],
     "benchmark_data": ["folder=f"],
     "benchmark_film": ["film=f"],
     "model=wan": ["model.path=p"],

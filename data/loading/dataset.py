@@ -38,7 +38,7 @@ class SourceConfig:
     kind: the kind of scenes taken from it.
     """
 
-    path: str = ""
+    path: str
     weight: float = 1.0
     kind: Kind = Kind.any
 

@@ -45,12 +45,10 @@ class ExampleFilmConfig:
         manifest, and preparing finds the shots itself.
     """
 
-    output: str = ""
+    output: str
     scenes: list[int] = field(default_factory=lambda: [1, 8])
 
     def __post_init__(self) -> None:
-        if not self.output:
-            raise UserError("say output=DIR")
         if any(length < 1 for length in self.scenes):
             raise UserError(f"scenes={self.scenes} are lengths in shots, 1 or more each")
 

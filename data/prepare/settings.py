@@ -34,8 +34,8 @@ class PrepareConfig:
     strict: stop at the first bad file.
     """
 
-    input: str = ""
-    output: str = ""
+    input: str
+    output: str
     size: list[int] = field(default_factory=lambda: [480, 832])
     buckets: list[list[int]] = field(default_factory=list)
     fps: float | None = None
@@ -53,8 +53,6 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         PREPARE.set_nulls(self)
-        if not self.input or not self.output:
-            raise UserError("say input=DIR and output=DIR")
         if Path(self.input).resolve() == Path(self.output).resolve():
             raise UserError(
                 f"output={self.output} is the input; its manifest would be overwritten, name another folder"

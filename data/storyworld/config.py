@@ -40,7 +40,7 @@ class StoryworldConfig:
     overwrite: replace the storyworld already in `output`.
     """
 
-    output: str = ""
+    output: str
     scenes: int = 200
     seed: int = 0
     mode: Mode = Mode.described
@@ -63,7 +63,6 @@ class StoryworldConfig:
 
     def __post_init__(self) -> None:
         checks = {
-            "output": (repr(self.output), bool(self.output), "the folder to write, output=DIR"),
             "scenes": (self.scenes, self.scenes >= 1, "at least 1"),
             "seed": (self.seed, self.seed >= 0, "0 or more"),
             "size": (self.size, len(self.size) == 2 and all(32 <= n <= 4096 and n % 2 == 0 for n in self.size),

@@ -50,7 +50,7 @@ class DataBenchmarkConfig:
     detectors: the finders of shots to measure.
     """
 
-    folder: str = ""
+    folder: str
     output: str = "docs/benchmarks/data.json"
     film: str | None = None
     truth: list[str] = field(default_factory=list)
@@ -65,8 +65,6 @@ class DataBenchmarkConfig:
     detectors: list[str] = field(default_factory=lambda: list(DETECTORS))
 
     def __post_init__(self) -> None:
-        if not self.folder:
-            raise UserError("say folder=DIR, where the made-up cache goes")
         check_least(self, "", 1, "scenes", "shots", "steps")
         check_least(self, "", 0, "step_seconds", "workers")
 

@@ -1,5 +1,6 @@
 """Every configuration composes and parses, every setting can be set and has its words, every default stands once."""
 
+import re
 from dataclasses import fields, is_dataclass
 from inspect import signature
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from configs.command import defaults, store_defaults
+from configs.command import defaults, parse, store_defaults
 from configs.words import words
+from moc.errors import UserError
 from models import ModelConfig
 from models.mmdit import MMDiT
 from tests.composing import COMMANDS, CONFIGS, GROUPS, OPTIONS, REQUIRED, composed, parsed, schema_of, users_of
@@ -26,6 +28,14 @@ def test_every_command_has_its_yaml_and_every_yaml_its_command():
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_composes_and_parses(name):
     assert isinstance(parsed(name), schema_of(name))
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() & REQUIRED))
+def test_a_command_without_arguments_names_all_that_it_needs_in_one_line(name):
+    with pytest.raises(UserError) as error:
+        parse(composed(name), schema_of(name))
+    assert re.findall(r"([\w.]+)=[A-Z]+", str(error.value)) == [word.partition("=")[0] for word in REQUIRED[name]]
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -125,6 +135,12 @@ def yaml_files() -> list:
         schema = command if group == "experiment" else get_type_hints(command)[group]
         found.append((CONFIGS / group / f"{option}.yaml", schema))
     return [pytest.param(*pair, id=f"{pair[0].parent.name}/{pair[0].stem}") for pair in found]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_no_default_is_a_text_of_nothing(name):
+    """A setting that must be given has no default, and one that need not be is null."""
+    assert "" not in leaves(OmegaConf.create(defaults(schema_of(name)))).values()
 
 
 @pytest.mark.parametrize(("path", "schema"), yaml_files())

@@ -2,13 +2,14 @@
 
 import pytest
 
+from configs.command import parse
 from configs.earlier import translated
 from moc import MoCConfig
 from moc.earlier import SAMPLER
 from moc.errors import UserError
 from models.encoders.codec import CodecConfig
 from models.encoders.text import TextConfig
-from tests.composing import REQUIRED, parsed
+from tests.composing import REQUIRED, composed, parsed, schema_of
 
 
 def test_parsed_configs_are_plain_and_frozen():
@@ -172,6 +173,38 @@ MISTAKES = [
 def test_mistakes_are_refused_with_their_key(name, override, message):
     with pytest.raises(UserError, match=message) as error:
         parsed(name, override)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        (
+            "sample",
+            [],
+            "checkpoint, script and out are not set; say checkpoint=VALUE script=VALUE out=VALUE. checkpoint: ",
+        ),
+        ("sample", ["script=", "out=null", "checkpoint=c"], "script and out are not set; say script=VALUE out=VALUE. "),
+        ("storyworld", ["output=???"], "output is not set; say output=VALUE. output: "),
+        (
+            "convert",
+            ["encoders=wan"],
+            "encoders.codec.path, encoders.text.path and input are not set; say encoders",
+        ),
+        ("train", ["model=wan", "encoders=wan", "encoders.text.path=t"], "model.path and encoders.codec.path are not"),
+        (
+            "train",
+            ["data.sources=[{path: a}, {weight: 2}]"],
+            "data.sources[1].path is not set; say data.sources=[",
+        ),
+        ("train", ["data.sources=[{path: ''}]"], "data.sources[0].path is not set"),
+        ("evaluate", ["checkpoint="], "checkpoint is empty; say checkpoint=VALUE, or leave it out"),
+    ],
+)
+def test_all_that_must_be_given_is_named_at_once(name, overrides, message):
+    with pytest.raises(UserError) as error:
+        parse(composed(name, *overrides), schema_of(name))
+    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
 

@@ -245,7 +245,6 @@ def test_output_that_cannot_be_written(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output": ""}, "say input=DIR"),
         ({"output": "s3://bucket/out"}, "is a URL: prepare into a local folder"),
         ({"size": [64]}, "a size is"),
         ({"size": [64, 10**5]}, "at most 16384 each"),

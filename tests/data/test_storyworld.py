@@ -326,7 +326,6 @@ def test_existing_world_is_replaced_only_when_told(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output": ""}, "output=''"),
         ({"scenes": 0}, "scenes=0"),
         ({"size": [65, 96]}, "even"),
         ({"frames_per_shot": []}, "frames_per_shot"),

@@ -216,7 +216,7 @@ def test_holocines_file_becomes_a_run_as_it_was_trained(
         (("encoders=wan", "encoders.codec.path=nowhere", paths[1]), "encoders.codec.path='nowhere' must be wan and a"),
         (("encoders=embedded",), "encoders.codec.kind=lapped, encoders.codec.path=null must be wan and a folder"),
         (("encoders=wan", *paths, f"encoders_path={release}"), "exclude each other; leave one out"),
-        (("encoders=wan",), "encoders.codec.path is not set"),
+        (("encoders=wan",), "encoders.codec.path and encoders.text.path are not set"),
     ):
         assert message in pipeline.refusal(capsys, "scripts/convert_checkpoint.py", *arguments, *settings)
     assert not list(tmp_path.glob("no*"))
