@@ -17,7 +17,7 @@ def draw_model(
     latent_channels: int,
     text_dim: int,
     device: torch.device,
-    kept: str = "",
+    kept: str | None = None,
     base: Base = Base.fp32,
     dtype: torch.dtype = torch.float32,
 ) -> StreamModel:
@@ -47,7 +47,7 @@ def draw_model(
 
 
 def draw_adapted(
-    config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device, kept: str = ""
+    config: ModelConfig, latent_channels: int, text_dim: int, device: torch.device, kept: str | None = None
 ) -> StreamModel:
     """Returns the model with an adapter, drawn by `draw_model`. config: with an adapter; what lies under it is kept as
     `lora_base` says."""
