@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts.draw_memory import most_pointed
+from evaluation.films.looking_back import most_pointed
 from tests.pipeline import ROOT, assert_one_message, command, refusal
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.recall.sheet import GAP, LARGE, LINE, ORANGE, SMALL, DrawRecallConfig, draw
 from moc.errors import UserError
-from scripts.draw_recall import GAP, LARGE, LINE, ORANGE, SMALL, DrawRecallConfig, draw
 
 
 def test_a_row_has_its_history_with_the_shot_that_shows_the_name_framed_and_then_a_column_for_each_model():
