@@ -13,7 +13,7 @@ from configs.command import parse
 from configs.schema import TrainConfig
 from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
-from data.storyworld.recall import RecallConfig
+from data.storyworld.recall_scenes import RecallConfig
 from moc.checkout import ROOT
 from moc.errors import UserError
 from models import Contents, Encoders, build_encoders, load_encoders

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, refuse_unknown
-from data.stories import prompts_and_cuts, spans_between
+from data.other_tools import prompts_and_cuts, spans_between
 from film.fields import DEFAULT_FPS, DEFAULT_SECONDS, positive, text_of
 
 _SHARED_FIELDS = {"title", "size", "fps", "negative_prompt"}  # every form may have these too

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from configs.command import command
 from configs.world import world_of
-from data.storyworld.recall import RecallConfig
+from data.storyworld.recall_scenes import RecallConfig
 from evaluation.recall.sheet import DrawRecallConfig, write_sheet
 from models import Contents
 

@@ -32,7 +32,7 @@ from data.loading.endless import EndlessLoader
 from data.loading.loader import held_out
 from data.prepare.shots import build_detector
 from data.records import write_whole
-from data.storyworld.recall import RecallConfig
+from data.storyworld.recall_scenes import RecallConfig
 from evaluation.films.comparison_page import Board, board, told, write_page
 from evaluation.films.features import Clip, ColourHistogram, Dino, Features
 from evaluation.films.published import read_vbench, vbench_command

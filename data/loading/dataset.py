@@ -16,7 +16,7 @@ from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.earlier import DATA
 from data.errors import DataError
 from data.loading.order import DRAW, Draw, Source, Split, uniforms
-from data.storyworld.recall import RecallConfig
+from data.storyworld.recall_scenes import RecallConfig
 from moc.errors import UserError, check_least
 
 

@@ -20,7 +20,7 @@ from data.interfaces import Codec, TextEncoder
 from data.loading.dataset import DataConfig, ShotDataset
 from data.loading.loader import Loader, build_loader
 from data.storyworld.filmed import build_stock
-from data.storyworld.recall import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
+from data.storyworld.recall_scenes import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
 
 HELD_OUT_AT_ONCE = 16
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from data.documents import parse_json, read_objects, read_text
 from data.errors import DataError, DataWarning
 from data.manifest import Caption, SceneRecord, ShotRecord, check_caption, resolve
-from data.stories import prompts_and_cuts, spans_between
+from data.other_tools import prompts_and_cuts, spans_between
 
 CAPTION_FILES = (
     "videos2caption.json",

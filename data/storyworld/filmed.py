@@ -16,10 +16,10 @@ from torch import Tensor
 from data.storyworld.canvas import Canvas
 from data.storyworld.motion import View
 from data.storyworld.places import PLACES, Layer
-from data.storyworld.recall import PLACE_NAMES, RecallConfig, stock_shot
+from data.storyworld.recall_scenes import PLACE_NAMES, RecallConfig, stock_shot
 from data.storyworld.render import Renderer
+from data.storyworld.scenes import PAN, view_at
 from data.storyworld.stock import Stock
-from data.storyworld.story import PAN, view_at
 from moc.move import move
 
 PIXELS_AT_ONCE = 1 << 25  # fine pixels that are drawn together; each takes some 100 bytes

@@ -14,7 +14,7 @@ from data.storyworld.canvas import Canvas, Colour, darker, ellipse, lay_over, rg
 from data.storyworld.characters import SIZES, Pose, draw_character
 from data.storyworld.motion import View, pose_at
 from data.storyworld.places import PLACES, Drift, Layer, Place, paint_layers
-from data.storyworld.story import CLOSE, Scene, Shot, view_at
+from data.storyworld.scenes import CLOSE, Scene, Shot, view_at
 
 SHUTTER = 0.35  # the share of a frame's time that the shutter is open
 MAX_SAMPLES = 8

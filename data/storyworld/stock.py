@@ -23,7 +23,7 @@ from data.storyworld.canvas import Canvas, lay_over, rgb
 from data.storyworld.characters import COLOURS, SIZES, Look, draw_in_colours
 from data.storyworld.motion import Actor, View, pose_at
 from data.storyworld.places import PLACES
-from data.storyworld.recall import (
+from data.storyworld.recall_scenes import (
     ACTION_NAMES,
     DEPTH,
     FACINGS,
@@ -38,7 +38,7 @@ from data.storyworld.recall import (
     stock_shot,
 )
 from data.storyworld.render import SHUTTER, Renderer, draw_shadow, shadow_colour
-from data.storyworld.story import Scene, Shot
+from data.storyworld.scenes import Scene, Shot
 from moc.move import move
 
 _BLACK = np.array([0, 0, 0, 1], np.float32)

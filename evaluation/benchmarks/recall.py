@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.loading.endless import RecallWorld
-from data.storyworld.recall import draw_scenes
+from data.storyworld.recall_scenes import draw_scenes
 from evaluation.benchmarks.measurements import machine, put_row, read_rows
 from evaluation.benchmarks.recall_report import write_report
 from evaluation.benchmarks.trainings import train_for

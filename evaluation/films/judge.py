@@ -11,7 +11,7 @@ from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
 from data.prepare.shots import ShotDetector
 from data.storyworld.readers import name_place
-from data.storyworld.story import place_of_caption
+from data.storyworld.scenes import place_of_caption
 from evaluation.films.cuts import CutAccuracy, cut_accuracy, found_cuts
 from film.folder import FilmFolder
 from film.script import Script

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.loading.endless import EncodedScenes, RecallWorld
-from data.storyworld.recall import HELD_OUT, draw_scenes
+from data.storyworld.recall_scenes import HELD_OUT, draw_scenes
 from evaluation.recall.bench import LOOKS, Reader, attributes, read
 from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots

@@ -1,10 +1,10 @@
 """This module tests whether a model remembers: a returning name's looks are read from the shot it makes after a true
 history.
 
-The last shot of a recall scene (data/storyworld/recall.py) returns to a name that one earlier shot showed. Its history
-is given clean and it alone is sampled, or its loss is taken at set noise; a reader then tells fur and outfit. The
-reader is a small network of its own, trained on true latents of the same world, which knows no history; its accuracy on
-true shots is the ceiling of every score.
+The last shot of a recall scene (data/storyworld/recall_scenes.py) returns to a name that one earlier shot showed. Its
+history is given clean and it alone is sampled, or its loss is taken at set noise; a reader then tells fur and outfit.
+The reader is a small network of its own, trained on true latents of the same world, which knows no history; its
+accuracy on true shots is the ceiling of every score.
 
 Shape letters: B scenes, S shots, C T H W of a latent, M layers, N heads.
 """
@@ -24,7 +24,15 @@ from torch import Tensor, nn
 
 import moc
 from data.loading.endless import EncodedScenes, RecallWorld
-from data.storyworld.recall import COLOUR_NAMES, HELD_OUT, NAMES, PLACE_NAMES, RecallConfig, RecallScenes, draw_scenes
+from data.storyworld.recall_scenes import (
+    COLOUR_NAMES,
+    HELD_OUT,
+    NAMES,
+    PLACE_NAMES,
+    RecallConfig,
+    RecallScenes,
+    draw_scenes,
+)
 from evaluation.recall.mass import Mass, watched
 from moc import MoCConfig, ShotLayout
 from moc.config import DropKey

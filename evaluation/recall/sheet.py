@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data.loading.endless import RecallWorld
-from data.storyworld.recall import HELD_OUT, NAMES, RecallScenes, draw_scenes
+from data.storyworld.recall_scenes import HELD_OUT, NAMES, RecallScenes, draw_scenes
 from evaluation.recall.bench import LastShots
 from film.lettering import draw_text
 from moc.errors import UserError, check_least

@@ -12,13 +12,13 @@ from data.errors import DataError
 from data.loading.endless import EndlessLoader, RecallWorld
 from data.storyworld import vocabulary
 from data.storyworld.characters import COLOURS
-from data.storyworld.dataset import recall_truth
 from data.storyworld.filmed import build_stock
 from data.storyworld.motion import CAMERAS
-from data.storyworld.recall import ACTION_NAMES, NAMES, RecallConfig, captions, draw_scenes, make_scene
+from data.storyworld.recall_scenes import ACTION_NAMES, NAMES, RecallConfig, captions, draw_scenes, make_scene
 from data.storyworld.render import SHUTTER, Renderer
+from data.storyworld.scenes import words_of
 from data.storyworld.stock import Composed
-from data.storyworld.story import words_of
+from data.storyworld.world_files import recall_truth
 from moc import StreamSpec
 from moc.errors import UserError
 from models import EncodersConfig, build_encoders

@@ -11,12 +11,12 @@ import pytest
 
 from data.manifest import load_manifest
 from data.media.decode import open_video
-from data.storyworld import Mode, StoryworldConfig, dataset, generate, name_looks, name_place
+from data.storyworld import Mode, StoryworldConfig, generate, name_looks, name_place, world_files
 from data.storyworld.characters import COLOURS
 from data.storyworld.motion import pose_at
 from data.storyworld.places import PLACES
 from data.storyworld.render import Renderer
-from data.storyworld.story import Scene, place_of_caption, plan_scene, view_at, vocabulary, words_of
+from data.storyworld.scenes import Scene, place_of_caption, plan_scene, view_at, vocabulary, words_of
 from film.script import load_script
 
 SIZE = (64, 96)
@@ -304,7 +304,7 @@ def test_failed_run_leaves_no_manifest(tmp_path, monkeypatch):
             raise OSError("disk full")
         return {}
 
-    monkeypatch.setattr(dataset, "write_scene", fail_at_two)
+    monkeypatch.setattr(world_files, "write_scene", fail_at_two)
     with pytest.raises(OSError, match="disk full"):
         generate(settings(output=str(tmp_path), scenes=4))
     assert not (tmp_path / "manifest.jsonl").exists()

@@ -9,7 +9,7 @@ import torch
 
 from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
-from data.storyworld.recall import HELD_OUT, RecallConfig, draw_scenes
+from data.storyworld.recall_scenes import HELD_OUT, RecallConfig, draw_scenes
 from evaluation.recall.agreement import agreement, make_stories, story_scores
 from evaluation.recall.bench import Reader, attributes, read
 from moc import MoCConfig, StreamSpec

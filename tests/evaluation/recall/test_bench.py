@@ -5,7 +5,7 @@ import torch
 
 from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
-from data.storyworld.recall import HELD_OUT, RecallConfig, draw_scenes
+from data.storyworld.recall_scenes import HELD_OUT, RecallConfig, draw_scenes
 from evaluation.recall.bench import ATTRIBUTES, Reader, RecallBench, attributes, read, summary, train_reader, wilson
 from moc import MoCConfig, StreamSpec
 from moc.diffusion import Flow

@@ -27,9 +27,9 @@ from data.media.write import write_video
 from data.records import write_whole
 from data.storyworld.characters import BADGES
 from data.storyworld.config import Mode, StoryworldConfig
-from data.storyworld.recall import RecallConfig, draw_scenes, make_scene
+from data.storyworld.recall_scenes import RecallConfig, draw_scenes, make_scene
 from data.storyworld.render import Renderer, Sighting
-from data.storyworld.story import Scene, Shot, plan_scene, vocabulary
+from data.storyworld.scenes import Scene, Shot, plan_scene, vocabulary
 
 # Without mbtree=0 x264 does not repeat its own bytes (seen with x264 core 165, one thread).
 X264 = {"preset": "veryfast", "x264-params": "mbtree=0"}

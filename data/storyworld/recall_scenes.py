@@ -15,7 +15,7 @@ from data.storyworld.characters import BADGES, COLOURS, Look
 from data.storyworld.config import Mode
 from data.storyworld.motion import ACTIONS, CAMERAS, Actor, Timing, camera_at
 from data.storyworld.places import PLACES
-from data.storyworld.story import Recall, Scene, Shot, end_of, global_caption, shot_caption, start_of
+from data.storyworld.scenes import Recall, Scene, Shot, end_of, global_caption, shot_caption, start_of
 from moc.errors import UserError, check_least
 
 NAMES, COLOUR_NAMES, PLACE_NAMES, ACTION_NAMES = list(BADGES), list(COLOURS), list(PLACES), list(ACTIONS)
