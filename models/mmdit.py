@@ -4,7 +4,7 @@
 - interleaved 3D RoPE: [text 1][video 1][text 2][video 2]... along the space-time diagonal
 - a sigma for each shot; a shot's text takes its shot's, the global text takes 0
 - the pooled caption of a token's own group joins the timestep in the modulation
-- context-causal generation: finished shots stay as cached keys and values (`models.history.KeyValueCache`)
+- context-causal generation: finished shots stay as cached keys and values (`models.kv_cache.KVCache`)
 - dense attention is the same code under `MoCConfig(dense=True)`; one shot is the single-shot model
 
 Shape letters: L packed tokens (Lt text, Lv video), N heads, D head dim, G groups, S shots; latents C T H W.

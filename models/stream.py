@@ -1,7 +1,7 @@
 """Both models share this forward over the packed stream, with its self-attention.
 
 Usually a forward computes the whole stream. In context-causal generation finished shots are history: their keys and
-values stay in a `KeyValueCache`, and a forward computes the tokens after them only.
+values stay in a `KVCache`, and a forward computes the tokens after them only.
 
 Shape letters: L packed tokens, N heads, D head dim, G groups, S shots; latents C T H W.
 """
@@ -21,7 +21,7 @@ from moc.exchange import Exchange
 from moc.execution import AUTO
 from moc.kept import Kept
 from moc.layout import Grid
-from models.history import KeyValueCache
+from models.kv_cache import KVCache
 from models.lora import Trainable
 from models.part import Part, Table
 from models.recompute import RecomputedSublayers
@@ -45,7 +45,7 @@ class StreamAttention:
     table: Table
     drops: DropKey | None = None
     on_routes: Callable[[int, Tensor], None] | None = None
-    cache: KeyValueCache | None = None
+    cache: KVCache | None = None
     remember: bool = False
     exchange: Exchange | None = None
     execution: Execution = AUTO
@@ -140,7 +140,7 @@ class StreamModel(Trainable):
 
     A family sets `stream`, `latent_channels`, `attention_dim` (the width of all heads together) and `blocks`, and says
     how tokens are embedded, rotated and projected. exchange: set from outside where processes share a stream; all of
-    them are then given, and give, whole latents. anyone: as in `KeyValueCache`, set from outside too. execution: how
+    them are then given, and give, whole latents. anyone: as in `KVCache`, set from outside too. execution: how
     attention is computed; set from outside, and not saved.
     """
 
@@ -176,7 +176,7 @@ class StreamModel(Trainable):
         config: MoCConfig,
         drops: DropKey | None = None,
         on_routes: Callable[[int, Tensor], None] | None = None,
-        cache: KeyValueCache | None = None,
+        cache: KVCache | None = None,
         remember: bool = False,
         on_distances: Callable[[Tensor], None] | None = None,
     ) -> Sequence[Tensor]:
@@ -187,11 +187,11 @@ class StreamModel(Trainable):
         layout: the stream of exactly these (`moc.make_batch` builds it), on the model's device.
         config: what attention attends to. drops: seed and step of context drop-off and drop-in, in training.
         on_routes: told each layer's index and the routes of this process's heads, int [N, L, K], for statistics.
-        cache: history of a story generated shot by shot; latents and sigma are then those of the shots after it, text
-            and layout the whole stream's, config must flow strictly forward, and no gradient reaches keys and values.
+        cache: of a story generated shot by shot; latents and sigma are then those of the shots after it, text and
+            layout the whole stream's, config must flow strictly forward, and no gradient reaches keys and values.
         on_distances: told the squared difference, at each video token, of the attention of layers that route from dense
             attention with the same q, k and v, and the square of the latter: fp32 [Lv, layers, 2].
-        remember: make these shots history too (once, when they are finished, at the noise level to be seen at).
+        remember: keep these shots in the cache too (once, when they are finished, at the noise level to be seen at).
         Raises ValueError where latents or text do not fit the layout, UserError where they do not fit the model.
         """
         first = cache.tokens_for(config) if cache else 0
@@ -220,9 +220,9 @@ class StreamModel(Trainable):
             if isinstance(module, RecomputedSublayers):
                 module.recomputes_sublayers = True
 
-    def new_cache(self, capacity: int, offload: bool = False) -> KeyValueCache:
-        """Returns the history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
-        return KeyValueCache(capacity, len(self.blocks), offload, self.anyone)
+    def new_cache(self, capacity: int, offload: bool = False) -> KVCache:
+        """Returns the empty cache of a story. capacity, offload: as in `KVCache`."""
+        return KVCache(capacity, len(self.blocks), offload, self.anyone)
 
 
 def patchify(latents: Sequence[Tensor], patch: Grid) -> Tensor:

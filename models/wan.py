@@ -3,7 +3,7 @@
 - Wan2.1-T2V-1.3B and 14B, Wan2.2-TI2V-5B, each expert of Wan2.2-T2V-A14B, HoloCine: the same code, other sizes
 - the stream is video only; text comes by cross-attention, windowed by `text_anchor` to the global and own-shot caption
 - a timestep for each shot (every token takes its shot's); time runs on over shots, with `cut_gap` at each true cut
-- context-causal generation: finished shots stay as cached keys and values (`models.history.KeyValueCache`)
+- context-causal generation: finished shots stay as cached keys and values (`models.kv_cache.KVCache`)
 - no parameters are added: the state dict is that of diffusers' class of the same name, and config.json too, but for a
   `cut_gap` above 0
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from models.history import KeyValueCache
+from models.kv_cache import KVCache
 from tests.pipeline import command
 
 MESHES = {
@@ -39,6 +39,6 @@ if __name__ == "__main__":
     run, prepared, scripts, out = map(Path, sys.argv[1:])
     for name, mesh in MESHES.items():
         is_full = name.endswith("full") and os.environ["RANK"] == "1"
-        with mock.patch.object(KeyValueCache, "_memory", full if is_full else KeyValueCache._memory):
+        with mock.patch.object(KVCache, "_memory", full if is_full else KVCache._memory):
             make(run, prepared, scripts, out / name, *mesh)
     torch.distributed.destroy_process_group()

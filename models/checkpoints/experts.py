@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moc import Execution
 from moc.errors import UserError
 from models.checkpoints.contents import EXPERT_FOLDERS
-from models.history import KeyValueCache
+from models.kv_cache import KVCache
 from models.stream import StreamModel
 
 BOUNDARY = 0.875  # Wan2.2-A14B's own
@@ -24,13 +24,13 @@ NOISE = re.compile(r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)")  # stands in a nam
 
 
 class ExpertCaches(NamedTuple):
-    """This is what each expert remembers of one story."""
+    """These are the caches of one story, one for each expert."""
 
-    high: KeyValueCache
-    low: KeyValueCache
+    high: KVCache
+    low: KVCache
 
     def keep_first(self, num_tokens: int) -> None:
-        """Forgets the history after its first `num_tokens`."""
+        """Forgets all but the first `num_tokens` tokens."""
         for cache in self:
             cache.keep_first(num_tokens)
 
@@ -84,7 +84,7 @@ class Experts(nn.Module):
         self.high.execution = self.low.execution = execution
 
     def new_cache(self, capacity: int, offload: bool = False) -> ExpertCaches:
-        """Returns the history of a story that has not begun. capacity, offload: as in `KeyValueCache`."""
+        """Returns the empty caches of a story. capacity, offload: as in `KVCache`."""
         return ExpertCaches(self.high.new_cache(capacity, offload), self.low.new_cache(capacity, offload))
 
     def offload(self, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from moc.training import find_checkpoint
 from models import load_model
-from models.history import KeyValueCache
+from models.kv_cache import KVCache
 from models.stream import StreamModel
 from tests import pipeline
 from tests.gpu_runs import (
@@ -125,7 +125,7 @@ def test_sampling(run, story, tmp_path, on_gpu, settings):
 
 def test_keys_and_values_that_find_no_memory_lie_in_the_host(run, story, tmp_path, on_gpu, monkeypatch):
     """The film is the same to the bit."""
-    pinned, memory = [], KeyValueCache._memory
+    pinned, memory = [], KVCache._memory
 
     def full(cache, like):
         if not cache.offload:
@@ -137,7 +137,7 @@ def test_keys_and_values_that_find_no_memory_lie_in_the_host(run, story, tmp_pat
     for name in ("here", "there"):
         with on_gpu():
             pipeline.sample(run, story, tmp_path / name, "sampler=shot_by_shot")
-        monkeypatch.setattr(KeyValueCache, "_memory", full)
+        monkeypatch.setattr(KVCache, "_memory", full)
     assert pinned
     assert all(pinned)
     here, there = (assert_filmed(tmp_path / name) for name in ("here", "there"))

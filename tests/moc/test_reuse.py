@@ -11,10 +11,10 @@ from moc.diffusion import SamplingConfig, sample_shots
 from moc.diffusion.reuse import StepReuse
 from moc.diffusion.steps import Step
 from moc.errors import UserError
-from tests.moc.test_history import FLOW, FORWARD, build, story
 from tests.moc.test_samplers import Recording
 from tests.moc.test_samplers import film as field_film
 from tests.moc.test_samplers import story as plain_story
+from tests.models.test_kv_cache import FLOW, FORWARD, build, story
 
 CONFIG = SamplingConfig(steps=12, guidance_scale=2.0)
 

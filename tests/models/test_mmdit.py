@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from moc import DropKey, MoCConfig, Sample, Shot, ShotLayout, route
 from moc.exchange import Exchange
 from models import ModelConfig, build_model, load_model, save_model
-from models.history import KeyValueCache
+from models.kv_cache import KVCache
 from models.layers import add_gated, layer_norm, modulate, rms_norm
 from models.members import Members
 from models.mmdit import MMDiT
@@ -267,7 +267,7 @@ def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
     first = batch.layout.groups[2].start  # the offset of the second shot's text
     two = pack(model, sample(), sample())
     for inputs, num_tokens in ((batch, 16), (two, first)):
-        cache = KeyValueCache(99, 2, num_tokens=num_tokens)
+        cache = KVCache(99, 2, num_tokens=num_tokens)
         with pytest.raises(ValueError, match=f"the cache holds {num_tokens} tokens"):
             model(inputs.latents, torch.rand(6), inputs.text, inputs.layout, forward, cache=cache)
 

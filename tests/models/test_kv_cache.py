@@ -12,7 +12,7 @@ from moc import MoCConfig
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
 from moc.statistics import RoutingMap
 from models.checkpoints.experts import Experts
-from models.history import KeyValueCache
+from models.kv_cache import KVCache
 from models.mmdit import MMDiT
 from models.wan import WanTransformer3DModel
 from tests.weights import randomized
@@ -115,7 +115,7 @@ def test_a_shot_of_a_long_film_is_that_of_one_that_begins_with_its_context(name)
 
 def memory_of(model, what: Story, config: SamplingConfig, monkeypatch) -> list[int]:
     """Bytes of the caches' memory whenever a layer was asked for its own. It must stay where it is."""
-    taken, bytes_taken, extended = {}, [], KeyValueCache.extended
+    taken, bytes_taken, extended = {}, [], KVCache.extended
 
     def watched(cache, layer, new, remember):
         kept = extended(cache, layer, new, remember)
@@ -125,7 +125,7 @@ def memory_of(model, what: Story, config: SamplingConfig, monkeypatch) -> list[i
         return kept
 
     with monkeypatch.context() as patch:
-        patch.setattr(KeyValueCache, "extended", watched)
+        patch.setattr(KVCache, "extended", watched)
         film(model, what, config)
     return bytes_taken
 
@@ -153,7 +153,7 @@ def test_a_cache_in_the_host_gives_the_same_bits(name, moc, changes):
 
 def test_a_layer_comes_while_the_one_before_it_computes(monkeypatch):
     """Each layer of a forward after the first one is on its way before it is asked."""
-    asked, coming, extended = [], [], KeyValueCache.extended
+    asked, coming, extended = [], [], KVCache.extended
 
     def watched(cache, layer, new, remember):
         asked.append((layer, layer in cache._coming))
@@ -161,7 +161,7 @@ def test_a_layer_comes_while_the_one_before_it_computes(monkeypatch):
         coming.append(len(cache._coming))
         return kept
 
-    monkeypatch.setattr(KeyValueCache, "extended", watched)
+    monkeypatch.setattr(KVCache, "extended", watched)
     film(build("wan"), story(2), replace(CONFIG, guidance_scale=1.0, offload_cache=True))
     assert asked == [(0, False), (1, True)] * (1 + 2 * STEPS)
     assert coming == [1, 0] * (1 + 2 * STEPS)
@@ -171,8 +171,8 @@ def test_more_than_the_host_has_left_is_not_taken(monkeypatch):
     """Taking it would have the system kill the process."""
     tensors, needed = (torch.randn(2, 1, 4), torch.randn(2, 1, 4)), 3 * 3 * 2 * 16
     for left, fits in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr("models.history.host_free_bytes", lambda left=left: left)
-        cache = KeyValueCache(capacity=3, num_layers=3, offload=True)
+        monkeypatch.setattr("models.kv_cache.host_free_bytes", lambda left=left: left)
+        cache = KVCache(capacity=3, num_layers=3, offload=True)
         if fits:
             assert cache.extended(0, tensors, remember=True)[0].shape == (2, 1, 4)
         else:
@@ -182,7 +182,7 @@ def test_more_than_the_host_has_left_is_not_taken(monkeypatch):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_cache_refuses_more_than_it_was_made_for(offload):
-    cache = KeyValueCache(capacity=3, num_layers=1, offload=offload)
+    cache = KVCache(capacity=3, num_layers=1, offload=offload)
     two = (torch.randn(2, 1, 4), torch.randn(2, 1, 4))
     cache.extended(0, two, remember=True)
     cache.num_tokens = 2
@@ -199,15 +199,15 @@ def test_where_one_process_finds_no_memory_all_of_them_know_at_once(is_mine, mon
         told.append(flag)
         return True
 
-    taken = KeyValueCache._memory
+    taken = KVCache._memory
 
     def second_fails(cache, like):
         if is_mine and cache._layers:
             raise torch.OutOfMemoryError("full")
         return taken(cache, like)
 
-    monkeypatch.setattr(KeyValueCache, "_memory", second_fails)
-    cache = KeyValueCache(capacity=2, num_layers=2, anyone=anyone)
+    monkeypatch.setattr(KVCache, "_memory", second_fails)
+    cache = KVCache(capacity=2, num_layers=2, anyone=anyone)
     with pytest.raises(torch.OutOfMemoryError, match="full" if is_mine else "another process"):
         cache.extended(0, (torch.randn(2, 1, 4), torch.randn(2, 1, 4)), remember=True)
     assert told == [is_mine]

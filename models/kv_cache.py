@@ -1,4 +1,4 @@
-"""A story that is generated shot by shot keeps the keys and values of its finished shots, in every layer.
+"""A KV cache keeps the keys and values of the finished shots of a story that is generated shot by shot.
 
 Source: context-causal generation with cached keys and values, Long Context Tuning, arXiv 2503.10589, section 3.4.
 
@@ -20,18 +20,18 @@ Kept = tuple[Tensor, ...]  # keys, values and the like of a layer
 
 
 @dataclass
-class KeyValueCache:
+class KVCache:
     """A cache keeps keys and values of the shots generated so far, by layer; one for each prompt and sample. No
     gradient flows through it.
 
-    capacity: tokens of the longest stream that it is for. What a forward computes is written behind the history:
+    capacity: tokens of the longest stream that it is for. What a forward computes is written behind what is kept:
         nothing is copied, and nothing grows.
     num_layers: of the model. The memory of all of them is taken at once, when the first one is asked.
     anyone: whether a flag is set on any of the processes that compute a stream together, and have such caches. Where
         one of them has no memory left, all raise torch.OutOfMemoryError, and none waits for it within a forward.
-    offload: that memory is the host's, and the history of a layer comes to the device while the layer before computes.
+    offload: that memory is the host's, and what a layer keeps comes to the device while the layer before computes.
         All of it comes: what the queries of a shot and their heads route to can together be nearly every chunk.
-    num_tokens: of the history.
+    num_tokens: of the shots that are kept.
     """
 
     capacity: int
@@ -45,7 +45,7 @@ class KeyValueCache:
     _stream: torch.cuda.Stream | None = None
 
     def tokens_for(self, config: MoCConfig) -> int:
-        """Returns the tokens of the history. Raises UserError where they would depend on later shots."""
+        """Returns the number of tokens kept. Raises UserError where they would depend on later shots."""
         if not config.flows_forward:
             raise UserError(
                 "cached keys and values need a strict forward flow: moc.causal=true, moc.own_anchor=shot, "
@@ -55,7 +55,7 @@ class KeyValueCache:
 
     @torch.no_grad()
     def extended(self, layer: int, new: Kept, remember: bool) -> Kept:
-        """Returns keys, values and the like [L, N, D] of history and of new tokens together; the latter become history
+        """Returns keys, values and the like [L, N, D] of tokens kept and of new ones together; the latter are kept too
         if `remember`. What is returned holds until the layer is asked again. Raises ValueError beyond the capacity."""
         start, end = self.num_tokens, self.num_tokens + len(new[0])
         if end > self.capacity:
@@ -72,7 +72,7 @@ class KeyValueCache:
         return tuple(x[:end] for x in whole)
 
     def keep_first(self, num_tokens: int) -> None:
-        """Forgets the history after its first `num_tokens`."""
+        """Forgets all but the first `num_tokens` tokens."""
         self.num_tokens = min(self.num_tokens, num_tokens)
 
     def _take_memory(self, like: Kept) -> None:
@@ -97,7 +97,7 @@ class KeyValueCache:
         return self._hosts[-1].view(like.dtype).view(shape)
 
     def _brought(self, layer: int, new: Kept) -> Kept:
-        """Returns a layer's history on the device, with room for what is new behind it. The next layer starts on its
+        """Returns what a layer keeps, on the device, with space behind it for what is new. The next layer starts on its
         way."""
         whole = self._coming.pop(layer) if layer in self._coming else self._bring(layer, new)
         if self._stream:
