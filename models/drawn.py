@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from models import ModelConfig, build_model
-from models.frozen import Base, FrozenLinear, freeze_linears, packed
+from models.frozen import Base, FrozenLinear, packed, replace_linears
 from models.lora import Lora
 from models.stream import StreamModel
 
@@ -30,7 +30,7 @@ def draw_model(
     """
     with init_empty_weights():
         model = build_model(config, latent_channels, text_dim)
-    freeze_linears(model, base)
+    replace_linears(model, base)
     wide = set(model._keep_in_fp32_modules or ())
     for path, module in model.named_modules():
         for name, weight in list(module.named_parameters(recurse=False)):

@@ -140,9 +140,9 @@ class _Linear(torch.autograd.Function):
         return (grad @ unpacked(weight, scale, grad.dtype)).to(ctx.dtype), None, None, None, None
 
 
-def freeze_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
-    """Makes the linears of a model's blocks frozen ones, but for those that it keeps in fp32, and returns them by name.
-    model: a `StreamModel`, which may lie on the meta device. base: fp32 leaves it as it is."""
+def replace_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
+    """Replaces the linears of a model's blocks by frozen ones, but for those that it keeps in fp32; returns these by
+    name. model: a `StreamModel`, which may lie on the meta device. base: fp32 leaves it as it is."""
     if base is Base.fp32:
         return {}
     wide = set(model._keep_in_fp32_modules or ())
@@ -166,7 +166,7 @@ def multiply_in_fp8(model: Any, device: torch.device) -> None:
 
 
 def packed_tensors(name: str, value: Tensor, frozen: Collection[str], base: Base) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors that hold one of a model's own: of the weight of a frozen linear, by `freeze_linears`, its
+    """Yields the tensors that hold one of a model's own: of the weight of a frozen linear, by `replace_linears`, its
     packed ones; any other is as it is."""
     layer, _, kind = name.rpartition(".")
     if layer not in frozen or kind != "weight":

@@ -37,7 +37,7 @@ from moc.training import (
 from moc.training.checkpoint import optimizer_states
 from moc.training.shards import local, whole
 from models import ModelConfig, build_model
-from models.frozen import Base, freeze_linears
+from models.frozen import Base, replace_linears
 from models.lora import Lora
 
 CHANNELS, TEXT_DIM, HEADS = 4, 8, 4
@@ -93,7 +93,7 @@ def make_model(case: Case) -> nn.Module:
     model = build_model(config, CHANNELS, TEXT_DIM)
     _draw(model)
     if case.lora:
-        freeze_linears(model, BASES[case.family])
+        replace_linears(model, BASES[case.family])
         model.add_lora(Lora(2, LORA[case.family], "", ""))
         _draw(model)
     if case.recomputed:

@@ -28,7 +28,7 @@ from moc.training import Parallel, ParallelConfig
 from models import CodecConfig, ModelConfig, build_codec, build_model, move_model
 from models.drawn import draw_model
 from models.encoders.codec import CodecKind
-from models.frozen import Base, freeze_linears, multiply_in_fp8
+from models.frozen import Base, multiply_in_fp8, replace_linears
 from models.stream import StreamModel
 
 # What each mode sets of the sampler besides the lag: staggered and joint have their own, and films are extended shot by
@@ -190,7 +190,7 @@ class Bench:
         else:
             model = self._whole_model()
             exact = self._velocity(model) if config.weights else None
-            freeze_linears(model, base)
+            replace_linears(model, base)
         if config.fp8_matmuls:
             multiply_in_fp8(model, device)
         self.error = None if exact is None else float((self._velocity(model) - exact).norm() / exact.norm())

@@ -26,7 +26,7 @@ from models.checkpoints.names import COMFYUI_PREFIX, to_diffusers_name
 from models.checkpoints.tensors import TensorSource, check_tensors, listed, shapes
 from models.earlier import cut_gap
 from models.encoders.fingerprint import VALUES_PER_TENSOR, tensors_digest
-from models.frozen import Base, freeze_linears, packed_tensors
+from models.frozen import Base, packed_tensors, replace_linears
 from models.lora import Adapter, Lora, read_lora
 from models.mmdit import MMDiT
 from models.stream import StreamModel
@@ -251,7 +251,7 @@ def load_checkpoint(
     """
     model = checkpoint.empty_model()
     dtypes = checkpoint.dtypes(model, dtype)
-    frozen = freeze_linears(model, base)
+    frozen = replace_linears(model, base)
     state: dict[str, Tensor] = {}
     for name, target in dtypes.items():
         state.update(packed_tensors(name, checkpoint.read(name).to(target), frozen, base))

@@ -14,9 +14,9 @@ from models.frozen import (
     Base,
     FrozenLinear,
     Rounded,
-    freeze_linears,
     multiply_in_fp8,
     packed,
+    replace_linears,
     rounded,
     taken_by,
     unpacked,
@@ -185,7 +185,7 @@ def test_weights_are_packed_as_they_are_read(tmp_path: Path) -> None:
     layer, weight = model.get_submodule(name), plain.get_submodule(name).weight
     assert torch.equal(layer.weight, packed(weight, Base.fp8)["weight"])
     assert torch.equal(model.condition_embedder.time_proj.weight, plain.condition_embedder.time_proj.weight)
-    assert freeze_linears(model, Base.fp8) == {}  # packed weights are not packed again
+    assert replace_linears(model, Base.fp8) == {}  # packed weights are not packed again
 
 
 def test_a_run_resumes_and_the_base_is_refused_without_an_adapter(trained, prepared, tmp_path: Path) -> None:
