@@ -3,11 +3,11 @@ is stopped."""
 
 import json
 import signal
-import sys
 
 import pytest
 
-from scripts import benchmark_demo
+from evaluation.benchmarks import demo
+from tests.pipeline import command
 
 # This stands in for the demo: seed 1 fails, and a signal at seed 2 stops the benchmark.
 DEMO = """
@@ -37,10 +37,9 @@ def rows_of(tmp_path, monkeypatch, seeds: int) -> list[dict]:
     script, output = tmp_path / "demo.py", tmp_path / "demo.json"
     script.write_text(DEMO)
     words = ['settings=["","A=1 B=2"]', f"seeds={seeds}", "processes=1", 'arguments=["steps=3"]']
-    monkeypatch.setattr(sys, "argv", ["benchmark_demo", *words, f"folder={tmp_path / 'demos'}", f"output={output}"])
-    monkeypatch.setattr(benchmark_demo, "DEMO", script)
+    monkeypatch.setattr(demo, "DEMO", script)
     with pytest.raises(SystemExit) as ended:
-        benchmark_demo.main()
+        command("scripts/benchmark_demo.py", *words, f"folder={tmp_path / 'demos'}", f"output={output}")
     assert ended.value.code != 0
     return json.loads(output.read_text())["rows"]
 

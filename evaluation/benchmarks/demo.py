@@ -1,0 +1,101 @@
+"""This module measures how far the demo is from failing: demos of several seeds and environments, on the CPU."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from data.records import write_whole
+from moc.checkout import ROOT
+from moc.errors import check_least
+
+DEMO = ROOT / "scripts/demo.py"
+
+
+@dataclass(frozen=True)
+class DemoSeedsConfig:
+    """These settings say which demos to run.
+
+    folder: where the demos go.
+    output: the record to write.
+    seeds: how many demos run with each setting.
+    processes: demos at a time, one thread each.
+    settings: environments, each for every seed, such as "ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2".
+    arguments: settings of scripts/demo.py, such as steps=500.
+    """
+
+    folder: str = "outputs/demo_seeds"
+    output: str = "docs/benchmarks/demo.json"
+    seeds: int = 8
+    processes: int = 8
+    settings: list[str] = field(default_factory=lambda: [""])
+    arguments: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_least(self, "", 1, "seeds", "processes")
+
+
+def write_record(config: DemoSeedsConfig) -> int:
+    """Runs the demos and writes a row as soon as one is done; returns how many failed."""
+    folder = Path(config.folder).resolve()
+    folder.mkdir(parents=True)  # fails where the folder exists, so no demo is written over
+    header = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "processes": config.processes,
+        "arguments": config.arguments,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    rows: list[dict] = []
+    with ThreadPoolExecutor(config.processes) as pool:
+        demos = [
+            pool.submit(run, seed, setting, folder / f"{index}_{seed}", config)
+            for (index, setting), seed in product(enumerate(config.settings), range(config.seeds))
+        ]
+        try:
+            for demo in as_completed(demos):
+                rows.append(demo.result())
+                print(json.dumps(rows[-1]), flush=True)
+                record = {"header": header, "rows": sorted(rows, key=lambda row: (row["setting"], row["seed"]))}
+                write_whole(Path(config.output), (json.dumps(record, indent=1) + "\n").encode())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    ratios = [row["ratio"] for row in rows if "ratio" in row]
+    failed = sum(row["exit_code"] != 0 for row in rows)
+    print(f"{len(rows)} demos, {failed} failed; loss over the line's from {min(ratios, default=float('nan')):.3f} "
+          f"to {max(ratios, default=float('nan')):.3f}")  # fmt: skip
+    return failed
+
+
+def run(seed: int, setting: str, output: Path, config: DemoSeedsConfig) -> dict:
+    """Runs one demo without a GPU, in an environment with NAME=VALUE words of `setting`; returns what it found."""
+    words = dict(word.split("=", 1) for word in setting.split())
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | words
+    arguments = [f"output={output}", f"seed={seed}", *config.arguments]
+    if config.processes > 1:
+        arguments.append("workers=1")
+    with output.with_suffix(".log").open("w") as log:
+        done = subprocess.run(
+            [sys.executable, str(DEMO), *arguments],
+            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    verdict = output / "verdict.json"
+    found = json.loads(verdict.read_text()) if verdict.exists() else {"log": str(output.with_suffix(".log"))}
+    return {"seed": seed, "setting": setting, "exit_code": done.returncode} | found
+
+
+def cpu_name() -> str:
+    """Returns the processor's model, and whether it has AVX-512."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return model + (", AVX-512" if any("avx512f" in line for line in lines) else "")
