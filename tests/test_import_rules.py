@@ -64,6 +64,17 @@ def test_packages_keep_to_their_side(package):
     assert not broken
 
 
+def test_no_test_reaches_into_a_script():
+    """A test runs a command, or enters the room that the command hands over to."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 100
+    broken = []
+    for path in files:
+        names = imported_packages(path.read_text(), path.relative_to(ROOT).parent.parts)
+        broken += [str(path.relative_to(ROOT))] * ("scripts" in names)
+    assert not broken
+
+
 def test_no_files_import_each_other_in_a_circle():
     """Imports within functions count too: who reads a file need not have read one that needs it."""
     files = {path for package in FORBIDDEN for path in (ROOT / package).rglob("*.py")}

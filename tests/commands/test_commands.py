@@ -3,23 +3,13 @@ that looks whole."""
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from data.media.decode import open_video
-from data.storyworld import place_of_caption
-from film.folder import FilmFolder
-from film.script import load_script
-from moc.errors import UserError
-from models import build_model
-from scripts import demo
-from tests.composing import parsed
 from tests.pipeline import ROOT, TINY_MODEL, assert_one_message, command, prepare, refusal, train, train_arguments
 
 SCRIPTS = ["train.py", "sample.py"]
@@ -170,88 +160,6 @@ def test_a_budget_no_scene_fits(capsys, tmp_path, prepared):
 
 def test_the_demo_does_not_write_over_another(capsys, tmp_path):
     assert_one_message(refusal(capsys, "scripts/demo.py", f"output={tmp_path}"), f"output={tmp_path}", "another")
-
-
-def test_the_demo_s_verdict_is_of_the_levels_that_tell():
-    sigmas, linear = [0.2, 0.5, 0.8, 0.95], [0.2, 0.16, 0.1, 0.05]
-    ratio = demo.ratio_to_line(sigmas, [0.19, 0.152, 0.095, 0.5], linear)
-    assert ratio == pytest.approx(0.95)
-    assert demo.ratio_to_line(sigmas, [0.22, 0.176, 0.11, 0.01], linear) == pytest.approx(1.1)
-
-
-def test_the_demo_is_larger_where_there_is_a_gpu(monkeypatch):
-    config = parsed("demo", "output=o")
-    for gpus, scale in (([], config.small), (["cuda:0"], config.large)):
-        monkeypatch.setattr(demo, "visible_gpus", lambda gpus=gpus: gpus)
-        assert config.chosen() == scale
-        assert parsed("demo", "output=o", "scale=small").chosen() == config.small
-    with pytest.raises(UserError, match="scale=huge"):
-        parsed("demo", "scale=huge")
-
-
-@pytest.mark.parametrize("scale", [pytest.param("small", marks=pytest.mark.slow), "large"])
-def test_the_demo_s_stages_fit_each_other(scale, tmp_path):
-    """All but the first run with their own sizes of frames, shots and codec, a tiny model and one step. A film as
-    long as the script's comes out, of the size of the world's. The first films by itself what its model was trained
-    to film."""
-    config = parsed("demo", f"output={tmp_path}", f"scale={scale}", "scenes=2", "steps=1", "workers=1")
-    extra = [
-        ["device=cpu", "sampler.steps=1"],
-        [],
-        ["device=cpu"],
-        [*TINY_MODEL, "parallel=cpu", "data.batch_tokens=3000", "data.validation=1", "data.workers=0"],
-        ["device=cpu", "sampler.steps=1"],
-    ]
-    for stage, arguments in zip(demo.plan(config), extra, strict=True):
-        command(stage.arguments[0], *stage.arguments[1:], *arguments)
-    script = load_script(ROOT / config.chosen().script)
-    film = open_video(tmp_path / "film/video.mp4")
-    frames = json.loads((tmp_path / "world/truth.jsonl").read_text().splitlines()[0])["shots"][0]["end"]
-    assert script.size == tuple(config.chosen().size) == (film.height, film.width)
-    assert film.num_frames == frames * len(script.shots)
-    shown = FilmFolder(tmp_path / "friends")
-    assert shown.is_finished
-    assert shown.read_metadata()["routing"][1][0] == 1  # the map shows a route
-    settings = " ".join(config.chosen().world)
-    assert all(place_of_caption(shot.prompt) in settings for shot in script.shots)
-
-
-def test_the_large_demo_s_training_is_of_its_world():
-    """A chunk is one latent frame of its films, and a step holds ten scenes at least."""
-    config = parsed("demo", "output=o")
-    train = parsed("train", "experiment=storyworld_large")
-    frame = config.large.size[0] * config.large.size[1] // 16**2
-    assert train.moc.chunk_tokens == frame
-    assert train.data.batch_tokens >= 10 * 6 * 4 * frame
-    assert train.parallel.device == "auto"
-    model = build_model(train.model, latent_channels=32, text_dim=128)
-    assert 10e6 < sum(p.numel() for p in model.parameters()) < 50e6
-
-
-def test_the_demo_ends_with_the_stage_that_failed(capfd):
-    stages = [demo.Stage("one", 60, ["-c", "print('did one')"]), demo.Stage("two", 60, ["-c", "raise SystemExit(3)"])]
-    with pytest.raises(ValueError, match=r"failed.*SystemExit"):
-        demo.run([*stages, demo.Stage("three", 60, ["-c", "print('did three')"])], threads=1)
-    said = capfd.readouterr().out
-    assert "[1/3] one (about 3.0 minutes left)" in said
-    assert "did one" in said
-    assert "did three" not in said
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_demo_that_is_told_to_end_ends_its_stage_and_what_that_started(tmp_path, number):
-    """The stage starts a process that would hold its standard output open for an hour, and so this test."""
-    stage = "import subprocess; subprocess.run(['sleep', '3600'])"
-    stage = f"from pathlib import Path; Path({str(tmp_path / 'begun')!r}).touch(); {stage}"
-    code = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nfrom scripts import demo\n"
-    code += f"with demo.raised_signals():\n    demo.run([demo.Stage('one', 60, ['-c', {stage!r}])], threads=1)"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not (tmp_path / "begun").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.communicate(timeout=300)
-    assert process.returncode in (128 + number, -number)
 
 
 # Checkpoints

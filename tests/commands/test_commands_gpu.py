@@ -9,10 +9,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from configs.command import parse
 from data.loading.dataset import DataConfig, open_dataset
+from evaluation import demo
 from moc.training import Trainer, find_checkpoint, read_metrics
-from scripts import demo
 from tests import pipeline
 from tests.composing import parsed
 from tests.gpu_runs import (
@@ -190,7 +192,8 @@ def test_the_demo_comes_to_its_end(tmp_path, capsys):
     stages = demo.plan(config)
     for stage in stages:
         command(stage.arguments[0], *stage.arguments[1:])
-    demo.report(tmp_path / "demo", ROOT / config.large.script, {stage.title: 0.0 for stage in stages})
+    data = parse(OmegaConf.load(tmp_path / "demo/run/config.yaml").data, DataConfig)
+    demo.report(tmp_path / "demo", ROOT / config.large.script, data, {stage.title: 0.0 for stage in stages})
     said = capsys.readouterr().out
     assert all(name in said for name in ("held-out loss", "places", "storyboard.png"))
     steps = [row["step"] for row in read_metrics(tmp_path / "demo/run") if "validation/loss_0.5" in row]

@@ -1,6 +1,5 @@
 """The configurations that ship do what their heads, the paper and the releases say."""
 
-import importlib
 import re
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from configs.command import parse
 from data.cache.writer import EncodedScene
 from data.loading.dataset import open_dataset
 from data.loading.loader import build_loader, held_out
+from evaluation import demo
 from film.script import load_script
 from moc import Shot, ShotLayout, StreamSpec
 from moc.schedule import MoCSchedule
@@ -28,7 +28,6 @@ def test_the_scripts_that_ship_are_good(path):
 
 @pytest.mark.parametrize("scale", ["small", "large"])
 def test_the_demos_stages_are_commands_that_parse(tmp_path, scale):
-    demo = importlib.import_module("scripts.demo")
     names = {"scripts/make_storyworld.py": "storyworld", "scripts/prepare_data.py": "prepare"}
     stages = demo.plan(parsed("demo", f"output={tmp_path}", f"scale={scale}"))
     assert len(stages) >= 4

@@ -10,10 +10,10 @@ import torch
 
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT, CacheWriter, EncodedScene, finish
 from data.media.example_shots import block, film_shots, scenes
+from evaluation.benchmarks.film import ROWS, FilmRowsConfig, arguments, held_out_blocks
 from evaluation.benchmarks.film_report import TITLES, write_report
 from moc.errors import UserError
 from models import EncodersConfig, build_encoders
-from scripts.benchmark_film import ROWS, FilmRowsConfig, arguments, held_out_blocks
 from tests import pipeline
 
 

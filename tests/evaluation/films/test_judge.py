@@ -10,7 +10,7 @@ from data.media.decode import open_video
 from data.media.write import write_video
 from data.prepare.shots import build_detector
 from data.storyworld import StoryworldConfig, generate
-from evaluation.films.judge import held_out_floors, judge_film
+from evaluation.films.judge import held_out_floors, judge_film, ratio_to_line
 from film.folder import REQUEST, FilmFolder
 from film.script import Script, ScriptShot
 
@@ -57,3 +57,10 @@ def test_floors_fall_with_what_can_be_known(prepared):
     assert linear[1] < mean
     assert np.isfinite(linear).all()
     assert linear[1] < linear[0]  # small noise is harder to predict
+
+
+def test_the_demo_s_verdict_is_of_the_levels_that_tell():
+    sigmas, linear = [0.2, 0.5, 0.8, 0.95], [0.2, 0.16, 0.1, 0.05]
+    ratio = ratio_to_line(sigmas, [0.19, 0.152, 0.095, 0.5], linear)
+    assert ratio == pytest.approx(0.95)
+    assert ratio_to_line(sigmas, [0.22, 0.176, 0.11, 0.01], linear) == pytest.approx(1.1)
