@@ -2,6 +2,9 @@
 truth."""
 
 import gc
+import json
+import os
+import platform
 import random
 import time
 from collections.abc import Sequence
@@ -24,6 +27,7 @@ from data.media.write import write_video
 from data.prepare.scan import scan_video
 from data.prepare.shots import DETECTORS, Span, build_detector
 from data.prepare.sources import MANIFEST
+from data.records import write_whole
 from evaluation.films.cuts import cut_accuracy
 from moc.errors import UserError, check_least
 
@@ -67,6 +71,23 @@ class DataBenchmarkConfig:
     def __post_init__(self) -> None:
         check_least(self, "", 1, "scenes", "shots", "steps")
         check_least(self, "", 0, "step_seconds", "workers")
+
+
+def write_record(config: DataBenchmarkConfig) -> None:
+    """Measures the loader, decoding and cuts, writes the record and prints its rows."""
+    write_random_cache(config)
+    rows = [measure_loader(config)]
+    folder = Path(config.folder)
+    truths = [Path(truth) for truth in config.truth]
+    if config.films:
+        truths.append(join_films([Path(film) for film in config.films], folder / "joined"))
+    for detector in config.detectors:
+        if config.film:
+            rows.append(measure_decoding(Path(config.film), detector, folder / "scans"))
+        rows += [measure_cuts(truth, detector, folder / "scans") for truth in truths]
+    header = {"cpu": platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg(), "torch": torch.__version__}
+    write_whole(Path(config.output), json.dumps({"header": header, "rows": rows}, indent=1).encode())
+    print(json.dumps(rows, indent=1))
 
 
 def write_random_cache(config: DataBenchmarkConfig) -> Path:
