@@ -15,8 +15,10 @@ from torch import Tensor
 
 import moc
 from evaluation.estimates import Estimate, estimate
-from moc import MoCConfig, Sample
+from moc import MoCConfig, Sample, StreamSpec
+from moc.batch import stream_of
 from moc.diffusion import Flow
+from moc.expected_cost import GLOBAL_TEXT, ExpectedCosts
 from moc.training import Parallel
 
 SIGMAS = (0.5, 0.8, 0.95)
@@ -77,6 +79,16 @@ def history_losses(
         losses.append(torch.cat(errors))
     alone, history, other = losses
     return HistoryLosses(alone, history, other, tuple(sigmas))
+
+
+def expected_sparsity(samples: Sequence[Sample], spec: StreamSpec, config: MoCConfig) -> float:
+    """Returns the sparsity of attention over all these scenes together, by `moc.expected_cost`."""
+    pairs = dense = 0.0
+    for global_text, shots in (stream_of(sample, spec) for sample in samples):
+        costs = ExpectedCosts(global_text, shots, config)
+        cost = costs.of(range(GLOBAL_TEXT, len(shots)), range(len(shots)))
+        pairs, dense = pairs + cost.pairs, dense + cost.dense
+    return 1 - pairs / dense
 
 
 def _after(sample: Sample, history: Sample | None) -> Sample:

@@ -19,10 +19,10 @@ One H100 is expected to take (by count, from docs/benchmarks/model.md; start and
     films=[wan] impls=[dense] timed=1                                         7 minutes, 2.5 of modes=[joint] alone
     films=[paper] impls=[moc] modes=[joint] weights=fp8 [fp8_matmuls=true]    1 minute each
     model=wan_14b films=[wan_81] impls=[moc] modes=[extend_uncached,decode] timed=2 swap_blocks=36
-        [weights=fp8]    3 to 4 minutes, 60 GB of the host's memory; modes=[extend_offload] needs 110 GB more
+        [weights=fp8]    3 minutes, 60 GB of the host's memory; modes=[extend_offload] needs 110 GB more
 
-With swap_blocks the weights are drawn one by one, and the GPU never holds them all: a 14 B expert is to film in
-less than 24 GB.
+With swap_blocks the weights are drawn one by one, and the GPU never holds them all: a 14 B expert films in less than
+24 GB.
 The keys and values of the `wan` minute take 69 GB a side of guidance, so that `extend` without a smaller
 sampler.context_shots does not fit a GPU of 80 GB. Several GPUs: torchrun with parallel.sequence=N.
 """

@@ -11,7 +11,7 @@ from data.media.example_shots import FilmShot, block, film_shots, last_seen, sce
 from evaluation.benchmarks.film_report import write_report
 from evaluation.benchmarks.measurements import machine, put_row, read_rows
 from evaluation.benchmarks.trainings import train_for
-from evaluation.history_worth import SIGMAS, HistoryLosses, history_losses
+from evaluation.history_worth import SIGMAS, HistoryLosses, expected_sparsity, history_losses
 from moc import Sample
 from moc.errors import UserError, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
@@ -136,7 +136,7 @@ def test(row: str, fold: int, config: FilmRowsConfig, folder: Path, dataset: Sho
         "steps_done": json.loads((checkpoint / "state.json").read_text())["step"],
         "parameters": sum(p.numel() for p in model.parameters()),
         "moc": contents.moc.to_dict(),
-        "sparsity": next((m["routing/sparsity"] for m in reversed(metrics) if "routing/sparsity" in m), None),
+        "sparsity": expected_sparsity(samples, model.stream, contents.moc),
         "train_loss": next((m["loss"] for m in reversed(metrics) if "loss" in m), None),
         "validation": [[m["step"], round(m[COURSE], 5)] for m in metrics if COURSE in m],
         "targets": [target(shots, index) for index in targets],

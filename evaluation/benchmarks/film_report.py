@@ -148,27 +148,24 @@ def _course(cases: list[list[dict]]) -> str:
 
 
 def draw(cases: list[list[dict]], path: Path) -> None:
-    """Draws what histories are worth by when the characters were last seen, at each noise level; dotted, those of
-    others."""
-    figure = Figure(figsize=(4.6 * len(cases[0][0]["sigmas"]), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(cases[0][0]["sigmas"]), squeeze=False)[0]
-    for axis, sigma in zip(axes, cases[0][0]["sigmas"], strict=True):
-        for case in cases:
+    """Draws how much more a shot's history is worth than that of a shot elsewhere, by when the characters were last
+    seen, at each noise level."""
+    sigmas = cases[0][0]["sigmas"]
+    figure = Figure(figsize=(4.6 * len(sigmas), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(sigmas), squeeze=False)[0]
+    for axis, sigma in zip(axes, sigmas, strict=True):
+        for number, case in enumerate(cases):
             ages = [target["farthest"] for row in case for target in row["targets"]]
-            alone, colour = _of(case, "alone", sigma), None
-            for kind, line in (("history", "-"), ("other", ":")):
-                points = []
-                for column, is_of_it in enumerate(AGES.values()):
-                    chosen = torch.tensor([is_of_it(age) for age in ages])
-                    found = _lowered(alone[chosen], _of(case, kind, sigma)[chosen], alone[chosen])
-                    points += [(column, found.mean, found.scenes)] if found else []
-                label = _title(case[0]) if kind == "history" else None
-                bars = axis.errorbar(
-                    *zip(*points, strict=True), marker="o", markersize=3, linestyle=line, color=colour, label=label
-                )
-                colour = bars.lines[0].get_color()
+            alone, history, other = (_of(case, kind, sigma) for kind in ("alone", "history", "other"))
+            points = []
+            for column, is_of_it in enumerate(AGES.values()):
+                of = torch.tensor([is_of_it(age) for age in ages])
+                found = _lowered(other[of], history[of], alone[of])
+                aside = 0.6 * ((number + 0.5) / len(cases) - 0.5)  # so that no interval hides another
+                points += [(column + aside, found.mean, found.scenes)] if found else []
+            axis.errorbar(*zip(*points, strict=True), marker="o", markersize=4, linestyle="", label=_title(case[0]))
         axis.axhline(0, color="grey", linewidth=1)
         axis.set_xticks(range(len(AGES)), [fill(name, 12) for name in AGES], fontsize=7)
-        axis.set(title=f"sigma {sigma:g}", ylabel="loss lowered by the history, %")
+        axis.set(title=f"sigma {sigma:g}", ylabel="worth more than another's history, %")
     axes[0].legend(fontsize=7)
     write_figure(figure, path)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
+import moc
 from evaluation.estimates import estimate
-from evaluation.history_worth import HistoryLosses, history_losses
-from moc import MoCConfig, Sample
+from evaluation.history_worth import HistoryLosses, expected_sparsity, history_losses
+from moc import MoCConfig, Sample, make_batch
+from moc.cost import attention_cost
 from moc.diffusion import Flow
 from moc.training import Parallel, ParallelConfig, rivals
 from models import ModelConfig, build_model
@@ -50,6 +52,16 @@ def test_a_history_is_worth_something_only_to_what_looks_at_it(model):
         assert close == [name == "own shot only"] * 2
     # A shot alone has nothing to route to, so dense attention and MoC are the same.
     assert torch.allclose(found["dense"].alone, found["MoC"].alone, rtol=1e-4)
+
+
+def test_sparsity_is_that_of_all_scenes_together(model):
+    """It is `moc.cost`'s where chunks are of one length: long scenes have more pairs, so they count for more."""
+    scenes, config = samples([6, 1, 2]), MoCConfig(chunk_tokens=4, top_k=2, text_anchor="none")
+    layout = make_batch(scenes, model.stream, config.chunk_tokens).layout
+    tensors = torch.randn(2, layout.num_tokens, 1, 8)
+    cost = attention_cost(layout, config, moc.route(*tensors, layout, config), 1, 8)
+    assert expected_sparsity(scenes, model.stream, config) == pytest.approx(cost.sparsity)
+    assert expected_sparsity(scenes, model.stream, MoCConfig(dense=True)) == 0
 
 
 def test_losses_are_those_of_the_last_shot_at_its_own_noise(model):
