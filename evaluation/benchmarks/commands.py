@@ -237,7 +237,7 @@ class Session:
         row = start(job, log, name) if name.startswith("start ") else run(job.arguments, log)
         print(f"{name}: {row['seconds']} s, exit code {row['exit_code']}", flush=True)
         rows = put_row(self._output, {"name": name} | row, KEY, self._head)
-        write_whole(self._output.with_suffix(".md"), table(rows, self._folder).encode())
+        write_whole(self._output.with_suffix(".md"), page(rows, self._folder).encode())
         if row["exit_code"] == 0:
             write_whole(self._folder / "done" / name, b"")
         if job.makes and not any(name in other.needs for other in self._jobs.values()):
@@ -291,7 +291,7 @@ def start(job: Job, log: Path, name: str) -> dict:
     return row
 
 
-def table(rows: list[dict], folder: Path) -> str:
+def page(rows: list[dict], folder: Path) -> str:
     """Returns the record as a Markdown page, in which paths are shortened to `folder`."""
     about = (
         f"{measured_on(rows)} Each command in a fresh process, imports and start-up included, after others, so that it "

@@ -66,7 +66,7 @@ def write_record(config: MemoryConfig) -> None:
     print(row)
     output = Path(config.output)
     rows = put_row(output, row, ("gpu", *settings(config)), header())
-    write_whole(output.with_suffix(".md"), table(rows).encode())
+    write_whole(output.with_suffix(".md"), page(rows).encode())
 
 
 def settings(config: MemoryConfig) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def step(trainer: Trainer, batch: Batch) -> tuple[float, float]:
     return time.perf_counter() - start, loss
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]]) -> str:
     """Returns the record as a Markdown page."""
     lines = [
         [

@@ -99,7 +99,7 @@ def write_record(config: StepConfig) -> None:
         for grid in config.packs:
             row = measure(trainer, (grid[0], grid[1], grid[2]), config, rates)
             rows = put_row(output, row, KEY, header() | {"execution": str(config.execution)})
-            write_whole(output.with_suffix(".md"), table(rows).encode())
+            write_whole(output.with_suffix(".md"), page(rows).encode())
     print(f"{output} holds all rows")
 
 
@@ -210,7 +210,7 @@ def floor(trainer: Trainer, pack: Batch) -> tuple[float, float]:
     return attention + matmuls, pointwise + WEIGHT_BYTES * sum(p.numel() for p in model.parameters())
 
 
-def table(rows: list[dict]) -> str:
+def page(rows: list[dict]) -> str:
     """Returns the record as a Markdown page."""
     kinds = dict.fromkeys(kind for row in rows for kind in row["kernels_ms"])
     lines = []

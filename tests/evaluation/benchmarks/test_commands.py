@@ -9,7 +9,7 @@ import pytest
 from configs.command import parse
 from configs.overrides import readable
 from evaluation.benchmarks import commands
-from evaluation.benchmarks.commands import Job, plan, run, table
+from evaluation.benchmarks.commands import Job, page, plan, run
 from tests.composing import COMMANDS, CONFIGS, composed, schema_of
 from tests.pipeline import command
 from tests.test_pages import PAGES, commands_of
@@ -121,7 +121,7 @@ def test_a_second_call_goes_on_where_the_first_one_was_ended(fakes, tmp_path, mo
 
 def test_a_table_shortens_paths_to_the_folder():
     rows = [HEAD | {"name": "n", "seconds": 2.4, "exit_code": 0, "command": ["train.py", "output=/some/where/runs"]}]
-    assert "| n | 2 | 2 | 0 | c | `python train.py output=runs` |" in table(rows, Path("/some/where"))
+    assert "| n | 2 | 2 | 0 | c | `python train.py output=runs` |" in page(rows, Path("/some/where"))
 
 
 def test_without_a_gpu_nothing_is_timed(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ other rows."""
 import torch
 
 from evaluation.benchmarks.measurements import read_rows
-from evaluation.benchmarks.memory import MemoryConfig, measure, settings, table
+from evaluation.benchmarks.memory import MemoryConfig, measure, page, settings
 from moc import MoCConfig
 from moc.training import ParallelConfig
 from models import ModelConfig
@@ -40,7 +40,7 @@ def test_a_row_holds_steps():
     assert (row["tokens"], row["base"], row["swapped"]) == (3 * 12, "fp8", 2)
     assert len(row["loss"]) == 3
     assert all(0 < loss < 100 for loss in row["loss"])
-    assert "| 3 x 128 | fp8 | 2 | 2 | recomputed, sublayers | adamw |" in table([row | {"date": "", "commit": "abc"}])
+    assert "| 3 x 128 | fp8 | 2 | 2 | recomputed, sublayers | adamw |" in page([row | {"date": "", "commit": "abc"}])
 
 
 def test_the_command_adds_its_row_to_those_of_other_settings(tmp_path):
