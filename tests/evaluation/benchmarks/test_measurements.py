@@ -1,12 +1,14 @@
 """These tests are about records of rows: what a row replaces, and what it keeps of where it was measured."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from evaluation.benchmarks import commands, film_report, memory, parallel, recall_report, sampling_report, step, stories
 from evaluation.benchmarks.attention_report import write_tables
 from evaluation.benchmarks.measurements import measured_on, put_row, read_rows
-from evaluation.benchmarks.parallel import page
 from tests.pipeline import ROOT
 
 KEY = ("gpu", "impl")
@@ -47,8 +49,29 @@ def test_rows_of_a_record_whose_header_says_less_stay_as_they_are(tmp_path):
     assert new["commit"] == "a"
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_h200", "attention_short", "parallel"])
+PAGES: dict[str, Callable[[list[dict]], str]] = {
+    "film": film_report.tables,
+    "gpu_commands": lambda rows: commands.page(rows, Path("outputs")),
+    "memory": memory.page,
+    "parallel": parallel.page,
+    "sampling": sampling_report.page,
+    "step": step.page,
+}
+WRITTEN = {
+    "attention": write_tables,
+    "attention_h200": write_tables,
+    "attention_short": write_tables,
+    "recall": recall_report.write_report,
+    "stories": stories.write_tables,
+}
+
+
+@pytest.mark.parametrize("name", [*PAGES, *WRITTEN])
 def test_a_page_in_docs_is_that_of_its_record(name, tmp_path):
     record, file = ROOT / f"docs/benchmarks/{name}.json", tmp_path / "made.md"
-    text = page(read_rows(record)) if name == "parallel" else write_tables(read_rows(record), file)
-    assert text == record.with_suffix(".md").read_text()
+    rows = read_rows(record)
+    if name in PAGES:
+        file.write_text(PAGES[name](rows))
+    else:
+        WRITTEN[name](rows, file)
+    assert file.read_text() == record.with_suffix(".md").read_text()
