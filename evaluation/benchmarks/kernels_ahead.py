@@ -143,7 +143,7 @@ class CompileConfig:
     """These settings say what kernels are compiled for.
 
     gpus: compute capabilities, such as 90.
-    settings: kinds of models, by the names in this script.
+    settings: kinds of models, names among SETTINGS.
     output: the record to write; its tables lie beside it.
     """
 
