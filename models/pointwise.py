@@ -64,10 +64,10 @@ class _Modulate(Function):
         ctx.save_for_backward(x, scale, group, starts)
         ctx.eps, ctx.one, ctx.dtype = eps, one, shift.dtype
         ctx.set_materialize_grads(False)
-        out = torch.empty_like(x)
-        if len(x):
-            kernels.modulate_kernel[(len(x),)](
-                x, shift, scale, group, out, scale.stride(0), eps, ONE=one, **_sizes(x.shape[-1])
+        out, (num_rows, width) = torch.empty_like(x), x.shape
+        if num_rows:
+            kernels.modulate_kernel[(num_rows,)](
+                x, shift, scale, group, out, scale.stride(0), eps, ONE=one, **_sizes(width)
             )
         return x, out
 
@@ -77,16 +77,16 @@ class _Modulate(Function):
         x, scale, group, starts = ctx.saved_tensors
         if dout is None:
             return dthrough, *(None,) * 6
-        num_rows, width = x.shape
+        (num_rows, width), num_groups = x.shape, scale.shape[0]
         dx, blocks = torch.empty_like(x), cdiv(num_rows, ROWS)
-        sums = x.new_empty(blocks + len(scale), 2, width, dtype=torch.float32)
+        sums = x.new_empty(blocks + num_groups, 2, width, dtype=torch.float32)
         dthrough = dthrough if dthrough is None else dthrough.contiguous()
         if num_rows:
             kernels.modulate_backward_kernel[(blocks,)](
                 x, scale, group, dthrough, dout.contiguous(), dx, sums, num_rows, scale.stride(0), ctx.eps,
                 ONE=ctx.one, **_sizes(width), ROWS=ROWS,
             )  # fmt: skip
-        dshift, dscale = _group_sums(sums, starts, num_rows, len(scale)).unbind(1)
+        dshift, dscale = _group_sums(sums, starts, num_rows, num_groups).unbind(1)
         return dx, dshift.to(ctx.dtype), dscale.to(scale.dtype), None, None, None, None
 
 
@@ -97,26 +97,24 @@ class _AddGated(Function):
     ) -> Tensor:
         x, change, gate = x.contiguous(), change.contiguous(), _rows(gate)
         ctx.save_for_backward(change, gate, bias, group, starts)
-        out = torch.empty_like(x)
-        if len(x):
-            kernels.add_gated_kernel[(len(x),)](
-                x, change, gate, bias, group, out, gate.stride(0), **_sizes(x.shape[-1])
-            )
+        out, (num_rows, width) = torch.empty_like(x), x.shape
+        if num_rows:
+            kernels.add_gated_kernel[(num_rows,)](x, change, gate, bias, group, out, gate.stride(0), **_sizes(width))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         change, gate, bias, group, starts = ctx.saved_tensors
-        num_rows, width = change.shape
+        (num_rows, width), num_groups = change.shape, gate.shape[0]
         dchange, blocks = torch.empty_like(change), cdiv(num_rows, ROWS)
-        sums = change.new_empty(blocks + len(gate), 2, width, dtype=torch.float32)
+        sums = change.new_empty(blocks + num_groups, 2, width, dtype=torch.float32)
         if num_rows:
             kernels.add_gated_backward_kernel[(blocks,)](
                 change, gate, bias, group, dout.contiguous(), dchange, sums, num_rows, gate.stride(0),
                 **_sizes(width), ROWS=ROWS,
             )  # fmt: skip
-        dgate, dbias = _group_sums(sums, starts, num_rows, len(gate)).unbind(1)
+        dgate, dbias = _group_sums(sums, starts, num_rows, num_groups).unbind(1)
         return dout, dchange, dgate.to(gate.dtype), _of_bias(dbias, bias), None, None
 
 
@@ -133,9 +131,10 @@ class _AddModulate(Function):
         out, modulated = torch.empty_like(x), torch.empty_like(x)
         ctx.save_for_backward(out, change, gate, scale, bias, group, starts)
         ctx.eps, ctx.dtype = eps, shift.dtype
-        if len(x):
-            kernels.add_modulate_kernel[(len(x),)](
-                x, change, gate, bias, shift, scale, group, out, modulated, gate.stride(0), eps, **_sizes(x.shape[-1])
+        num_rows, width = x.shape
+        if num_rows:
+            kernels.add_modulate_kernel[(num_rows,)](
+                x, change, gate, bias, shift, scale, group, out, modulated, gate.stride(0), eps, **_sizes(width)
             )
         return out, modulated
 
@@ -143,21 +142,21 @@ class _AddModulate(Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dmodulated: Tensor) -> tuple[Tensor | None, ...]:
         out, change, gate, scale, bias, group, starts = ctx.saved_tensors
-        num_rows, width = change.shape
+        (num_rows, width), num_groups = change.shape, gate.shape[0]
         dx, dchange, blocks = torch.empty_like(out), torch.empty_like(change), cdiv(num_rows, ROWS)
-        sums = change.new_empty(blocks + len(gate), 4, width, dtype=torch.float32)
+        sums = change.new_empty(blocks + num_groups, 4, width, dtype=torch.float32)
         if num_rows:
             kernels.add_modulate_backward_kernel[(blocks,)](
                 out, change, gate, bias, scale, group, dout.contiguous(), dmodulated.contiguous(), dx, dchange, sums,
                 num_rows, gate.stride(0), ctx.eps, **_sizes(width), ROWS=ROWS,
             )  # fmt: skip
-        dshift, dscale, dgate, dbias = _group_sums(sums, starts, num_rows, len(gate)).unbind(1)
+        dshift, dscale, dgate, dbias = _group_sums(sums, starts, num_rows, num_groups).unbind(1)
         of_rows = dgate.to(gate.dtype), dshift.to(ctx.dtype), dscale.to(scale.dtype)
         return dx, dchange, *of_rows, _of_bias(dbias, bias), None, None, None
 
 
 def _of_bias(sums: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Returns the gradient of a bias, if there is one, of those of all groups [G, D]."""
+    """Returns the gradient of a bias, if there is one, of its parts [n, D]."""
     return None if bias is None else sums.sum(0).to(bias.dtype)
 
 
@@ -183,7 +182,7 @@ class _Gelu(Function):
             kernels.gelu_backward_kernel[(blocks, cdiv(width, GELU["BN"]))](
                 x, bias, dout.contiguous(), dx, sums, num_rows, width, ROUNDS=ROUNDS, **GELU
             )
-        return dx, None if bias is None else _group_sums(sums, None, blocks * ROWS, 1)[0].to(bias.dtype)
+        return dx, _of_bias(sums, bias)
 
 
 class _RMSNorm(Function):
@@ -195,8 +194,9 @@ class _RMSNorm(Function):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         out = x.new_empty(x.shape)
-        if len(x):
-            head_kernels.rms_norm_kernel[(len(x),)](x, weight, out, x.stride(0), eps, **_sizes(x.shape[2], x.shape[1]))
+        num_rows, num_heads, width = x.shape
+        if num_rows:
+            head_kernels.rms_norm_kernel[(num_rows,)](x, weight, out, x.stride(0), eps, **_sizes(width, num_heads))
         return out
 
     @staticmethod
@@ -221,8 +221,9 @@ class _Rotate(Function):
         ctx.save_for_backward(cos, sin)
         ctx.sign = sign
         x, out = x.contiguous(), x.new_empty(x.shape)
-        if len(x):
-            head_kernels.rotate_kernel[(len(x),)](x, cos, sin, out, sign, **_sizes(x.shape[2], x.shape[1]))
+        num_rows, num_heads, width = x.shape
+        if num_rows:
+            head_kernels.rotate_kernel[(num_rows,)](x, cos, sin, out, sign, **_sizes(width, num_heads))
         return out
 
     @staticmethod
