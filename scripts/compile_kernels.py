@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for every generation of GPUs, without a GPU, and writes what each takes.
 
     python scripts/compile_kernels.py              # all of them, minutes; writes docs/benchmarks/kernels_ahead.md
-    python scripts/compile_kernels.py gpus=[90] settings=[bf16-64] output=kernels.json
+    python scripts/compile_kernels.py gpus=[90] kinds=[bf16-64] output=kernels.json
 
 It ends with exit status 1 where a kernel takes more shared memory than a program may have, or spills registers.
 """

@@ -28,8 +28,8 @@ FFN_DIM = 8960  # of Wan2.1-T2V-1.3B, as the number of heads
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A setting is a kind of model; kernels are compiled anew for each."""
+class Kind:
+    """A kind is of models whose attention has these sizes; kernels are compiled anew for each kind."""
 
     dtype: torch.dtype
     head_dim: int
@@ -37,26 +37,26 @@ class Setting:
     top_k: int
 
 
-SETTINGS = {
-    "bf16-64": Setting(torch.bfloat16, 64, 1280, 5),
-    "bf16-96": Setting(torch.bfloat16, 96, 1280, 5),
-    "bf16-128": Setting(torch.bfloat16, 128, 1280, 5),
-    "bf16-64-small-chunks": Setting(torch.bfloat16, 64, 160, 20),
-    "bf16-128-small-chunks": Setting(torch.bfloat16, 128, 160, 20),
-    "fp16-128": Setting(torch.float16, 128, 1280, 5),
-    "fp32-64": Setting(torch.float32, 64, 1280, 5),
-    "fp32-128": Setting(torch.float32, 128, 1280, 5),
-    "fp32-128-small-chunks": Setting(torch.float32, 128, 160, 20),
+KINDS = {
+    "bf16-64": Kind(torch.bfloat16, 64, 1280, 5),
+    "bf16-96": Kind(torch.bfloat16, 96, 1280, 5),
+    "bf16-128": Kind(torch.bfloat16, 128, 1280, 5),
+    "bf16-64-small-chunks": Kind(torch.bfloat16, 64, 160, 20),
+    "bf16-128-small-chunks": Kind(torch.bfloat16, 128, 160, 20),
+    "fp16-128": Kind(torch.float16, 128, 1280, 5),
+    "fp32-64": Kind(torch.float32, 64, 1280, 5),
+    "fp32-128": Kind(torch.float32, 128, 1280, 5),
+    "fp32-128-small-chunks": Kind(torch.float32, 128, 160, 20),
 }
 
 
-def attention(setting: Setting) -> None:
+def attention(kind: Kind) -> None:
     """Runs routing with drops, attention and its backward on two shots, as in short samples, then as in long ones, and
     adds up gathered rows."""
-    config = moc.MoCConfig(chunk_tokens=setting.chunk_tokens, top_k=setting.top_k)
+    config = moc.MoCConfig(chunk_tokens=kind.chunk_tokens, top_k=kind.top_k)
     for max_tokens in (triton_masked.MAX_TOKENS, 0):
-        layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, setting.chunk_tokens)
-        q, k, v = torch.zeros(3, layout.num_tokens, NUM_HEADS, setting.head_dim, dtype=setting.dtype).requires_grad_()
+        layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, kind.chunk_tokens)
+        q, k, v = torch.zeros(3, layout.num_tokens, NUM_HEADS, kind.head_dim, dtype=kind.dtype).requires_grad_()
         # A layout keeps its first answer, so each limit has a layout of its own.
         with patch.object(triton_masked, "MAX_TOKENS", max_tokens):
             routes = triton_backend.route(q, k, layout, config, moc.DropKey(seed=0, step=0))
@@ -64,17 +64,17 @@ def attention(setting: Setting) -> None:
     triton_rows.sum_rows(k.detach(), v.detach(), torch.arange(len(k)), torch.arange(len(k) + 1))
 
 
-def pointwise_work(setting: Setting) -> None:
+def pointwise_work(kind: Kind) -> None:
     """Runs the functions around attention, as both model families call them, and their backward."""
-    num_tokens, dim = 40, NUM_HEADS * setting.head_dim
+    num_tokens, dim = 40, NUM_HEADS * kind.head_dim
     members = Members(torch.zeros(num_tokens, dtype=torch.int32), torch.tensor([num_tokens]))
-    rows, weight, table = torch.zeros(1, dim), torch.zeros(dim), torch.zeros(num_tokens, setting.head_dim // 2)
-    x = torch.zeros(num_tokens, dim, dtype=setting.dtype).requires_grad_()
-    heads = x.unflatten(1, (NUM_HEADS, setting.head_dim))
+    rows, weight, table = torch.zeros(1, dim), torch.zeros(dim), torch.zeros(num_tokens, kind.head_dim // 2)
+    x = torch.zeros(num_tokens, dim, dtype=kind.dtype).requires_grad_()
+    heads = x.unflatten(1, (NUM_HEADS, kind.head_dim))
     part = Part(moc.ShotLayout.build([moc.Shot(5, (2, 4, 4))]))
-    text, video = (torch.zeros(len(x), 3 * dim, dtype=setting.dtype) for x in (part.text_index, part.video_index))
+    text, video = (torch.zeros(len(x), 3 * dim, dtype=kind.dtype) for x in (part.text_index, part.video_index))
     bias = torch.zeros(3 * dim)
-    gain, angles = weight[: setting.head_dim], torch.zeros(part.num_tokens, setting.head_dim // 2)
+    gain, angles = weight[: kind.head_dim], torch.zeros(part.num_tokens, kind.head_dim // 2)
     outputs = (
         pointwise.modulate(x, rows, rows, members),
         torch.cat(pointwise.fork(x, rows, rows, members)),
@@ -85,7 +85,7 @@ def pointwise_work(setting: Setting) -> None:
         *pointwise.split(heads[: part.num_tokens], part),
         pointwise.layer_norm(x, weight, weight, 1e-6),
         pointwise.rms_norm(x, weight, 1e-6),
-        pointwise.rms_norm(heads, weight[: setting.head_dim], 1e-6),
+        pointwise.rms_norm(heads, weight[: kind.head_dim], 1e-6),
         pointwise.rotate(heads, (table, table)),
         *pointwise.join(text, video.requires_grad_(), 2 * [(gain, gain)], part, (angles, angles), (bias, bias)),
     )
@@ -93,23 +93,23 @@ def pointwise_work(setting: Setting) -> None:
         output.sum().backward(retain_graph=True)
 
 
-def rounding(setting: Setting) -> None:
+def rounding(kind: Kind) -> None:
     """Rounds the inputs of linears to fp8, as sampling does."""
-    for width, gelu in ((NUM_HEADS * setting.head_dim, False), (FFN_DIM, True)):
-        pointwise.rounded(torch.zeros(40, width, dtype=setting.dtype), gelu)
+    for width, gelu in ((NUM_HEADS * kind.head_dim, False), (FFN_DIM, True)):
+        pointwise.rounded(torch.zeros(40, width, dtype=kind.dtype), gelu)
 
 
-def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, Launch]]:
-    """Yields (GPU, setting, launch): a launch of each variant; one that several settings share goes with the first."""
+def launches(gpus: list[str], kinds: list[str]) -> Iterator[tuple[str, str, Launch]]:
+    """Yields (GPU, kind, launch): a launch of each variant; one that several kinds share goes with the first."""
     for gpu in gpus:
         variants = set()
-        for name in settings:
+        for name in kinds:
             capability = int(gpu[:-1]), int(gpu[-1])
             with recorded(capability) as found:
-                attention(SETTINGS[name])
-                pointwise_work(SETTINGS[name])
+                attention(KINDS[name])
+                pointwise_work(KINDS[name])
                 if capability >= FP8_CAPABILITY:
-                    rounding(SETTINGS[name])
+                    rounding(KINDS[name])
             for launch in found:
                 if launch.variant not in variants:
                     variants.add(launch.variant)
@@ -117,7 +117,7 @@ def launches(gpus: list[str], settings: list[str]) -> Iterator[tuple[str, str, L
 
 
 def write_tables(rows: list[dict], path: Path) -> None:
-    """Writes one table a setting: its kernels by GPU."""
+    """Writes a table for each kind of models: its kernels by GPU."""
     gpus = list(dict.fromkeys(row["gpu"] for row in rows))
     text = [
         "# What the Triton kernels take",
@@ -125,16 +125,16 @@ def write_tables(rows: list[dict], path: Path) -> None:
         "cell: registers a thread / KiB of shared memory a program, and bytes of registers spilled, if any. A program "
         "may have " + ", ".join(f"{size >> 10} KiB (sm_{a}{b})" for (a, b), size in SHARED_MEMORY.items()) + ".",
     ]
-    for setting in dict.fromkeys(row["setting"] for row in rows):
+    for kind in dict.fromkeys(row["kind"] for row in rows):
         cells: dict[str, dict[str, str]] = {}
         for row in rows:
-            if row["setting"] == setting:
+            if row["kind"] == kind:
                 spills = f", {row['spilled']} spilled" if row["spilled"] else ""
                 cell = f"{row['registers']} / {row['shared'] / 1024:.0f}{spills}"
                 by_gpu = cells.setdefault(row["name"], {})
                 by_gpu[row["gpu"]] = "; ".join(filter(None, (by_gpu.get(row["gpu"]), cell)))
         lines = [[name, *(by_gpu.get(gpu, "") for gpu in gpus)] for name, by_gpu in cells.items()]
-        text += [f"## {setting}", markdown_table(["kernel", *(f"sm_{gpu}" for gpu in gpus)], lines)]
+        text += [f"## {kind}", markdown_table(["kernel", *(f"sm_{gpu}" for gpu in gpus)], lines)]
     path.write_text("\n\n".join(text) + "\n")
 
 
@@ -143,36 +143,33 @@ class CompileConfig:
     """These settings say what kernels are compiled for.
 
     gpus: compute capabilities, such as 90.
-    settings: kinds of models, names among SETTINGS.
+    kinds: kinds of models, by the type and the width of their heads, such as bf16-128, and the size of their chunks.
     output: the record to write; its tables lie beside it.
     """
 
     gpus: list[str] = field(default_factory=lambda: list(GPUS))
-    settings: list[str] = field(default_factory=lambda: list(SETTINGS))
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
     output: str = "docs/benchmarks/kernels_ahead.json"
 
     def __post_init__(self) -> None:
-        for name, known in (("gpus", GPUS), ("settings", SETTINGS)):
+        for name, known in (("gpus", GPUS), ("kinds", KINDS)):
             if not getattr(self, name) or not set(getattr(self, name)) <= set(known):
                 raise UserError(f"{name}={getattr(self, name)} must be some of {', '.join(known)}")
 
 
 def write_record(config: CompileConfig) -> None:
     """Compiles kernels and writes what they take; raises UserError where one takes too much."""
-    output, found = Path(config.output), list(launches(config.gpus, config.settings))
+    output, found = Path(config.output), list(launches(config.gpus, config.kinds))
     with parsed_in_turn(), ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(tqdm(pool.map(lambda row: compiled(row[2]), found), total=len(found), unit="kernel"))
-    rows = [
-        {"gpu": gpu, "setting": setting, **asdict(result)}
-        for (gpu, setting, _), result in zip(found, results, strict=True)
-    ]
+    rows = [{"gpu": gpu, "kind": kind, **asdict(result)} for (gpu, kind, _), result in zip(found, results, strict=True)]
     record = {"triton": triton.__version__, "num_heads": NUM_HEADS, "rows": rows}
     lines = json.dumps(record).replace('{"gpu"', '\n{"gpu"')  # a row a line
     output.write_text(lines + "\n")
     write_tables(rows, output.with_suffix(".md"))
     faults = [
-        f"{result.name} for sm_{gpu} ({setting}) {excess}"
-        for (gpu, setting, launch), result in zip(found, results, strict=True)
+        f"{result.name} for sm_{gpu} ({kind}) {excess}"
+        for (gpu, kind, launch), result in zip(found, results, strict=True)
         for excess in excesses(result, launch.capability)
     ]
     if faults:

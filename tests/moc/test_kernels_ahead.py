@@ -34,7 +34,7 @@ def kernels() -> set[str]:
 
 def test_every_kernel_compiles_without_a_gpu(tmp_path):
     """They are compiled for one with little shared memory."""
-    rows = compile_kernels(tmp_path / "few.json", "gpus=[120]", "settings=[bf16-64-small-chunks]")
+    rows = compile_kernels(tmp_path / "few.json", "gpus=[120]", "kinds=[bf16-64-small-chunks]")
     assert {row["name"] for row in rows} == kernels()
     assert all(row["registers"] > 0 for row in rows)
     assert max(row["shared"] for row in rows) > 0
@@ -45,7 +45,7 @@ def test_every_kernel_compiles_without_a_gpu(tmp_path):
 def test_every_kernel_compiles_for_every_gpu_and_dtype(tmp_path):
     rows = compile_kernels(tmp_path / "all.json")
     assert {row["gpu"] for row in rows} == {"80", "86", "89", "90", "100", "103", "120"}
-    fp32 = {row["name"] for row in rows if row["setting"].startswith("fp32")}
+    fp32 = {row["name"] for row in rows if row["kind"].startswith("fp32")}
     assert fp32 >= {"masked_dkv_kernel", "dkv_kernel", "dq_kernel", "route_kernel"}
 
 
