@@ -1,6 +1,6 @@
 """Measures how far the demo is from failing: it runs demos of several seeds and environments at once on the CPU.
 
-python scripts/benchmark_demo.py [seeds=N] [processes=N] [settings=[...]] [folder=DIR] [output=FILE]
+python scripts/benchmark_demo.py [seeds=N] [processes=N] [environments=[...]] [folder=DIR] [output=FILE]
 
 A demo runs for each seed in each environment, one thread each. Its row (its verdict, its CPU-minutes, the seconds of
 its stages) is printed and added to the output as soon as it is done, so that a run that was stopped still tells. The

@@ -7,14 +7,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 
 import torch
 
 from data.records import write_whole
-from moc.checkout import ROOT
-from moc.errors import check_least
+from moc.checkout import ROOT, commit
+from moc.errors import UserError, check_least
 
 DEMO = ROOT / "scripts/demo.py"
 
@@ -25,9 +26,9 @@ class DemoSeedsConfig:
 
     folder: where the demos go.
     output: the record to write.
-    seeds: how many demos run with each setting.
+    seeds: how many demos run in each environment.
     processes: demos at a time, one thread each.
-    settings: environments, each for every seed, such as "ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2".
+    environments: variables for every seed, such as "ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2"; "" adds none.
     arguments: settings of scripts/demo.py, such as steps=500.
     """
 
@@ -35,11 +36,14 @@ class DemoSeedsConfig:
     output: str = "docs/benchmarks/demo.json"
     seeds: int = 8
     processes: int = 8
-    settings: list[str] = field(default_factory=lambda: [""])
+    environments: list[str] = field(default_factory=lambda: [""])
     arguments: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "seeds", "processes")
+        for word in " ".join(self.environments).split():
+            if "=" not in word:
+                raise UserError(f"environments has {word!r}; say NAME=VALUE, several of them with spaces between")
 
 
 def write_record(config: DemoSeedsConfig) -> int:
@@ -53,18 +57,20 @@ def write_record(config: DemoSeedsConfig) -> int:
         "arguments": config.arguments,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     rows: list[dict] = []
     with ThreadPoolExecutor(config.processes) as pool:
         demos = [
-            pool.submit(run, seed, setting, folder / f"{index}_{seed}", config)
-            for (index, setting), seed in product(enumerate(config.settings), range(config.seeds))
+            pool.submit(run, seed, variables, folder / f"{index}_{seed}", config)
+            for (index, variables), seed in product(enumerate(config.environments), range(config.seeds))
         ]
         try:
             for demo in as_completed(demos):
                 rows.append(demo.result())
                 print(json.dumps(rows[-1]), flush=True)
-                record = {"header": header, "rows": sorted(rows, key=lambda row: (row["setting"], row["seed"]))}
+                record = {"header": header, "rows": sorted(rows, key=lambda row: (row["environment"], row["seed"]))}
                 write_whole(Path(config.output), (json.dumps(record, indent=1) + "\n").encode())
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -76,9 +82,9 @@ def write_record(config: DemoSeedsConfig) -> int:
     return failed
 
 
-def run(seed: int, setting: str, output: Path, config: DemoSeedsConfig) -> dict:
-    """Runs one demo without a GPU, in an environment with NAME=VALUE words of `setting`; returns what it found."""
-    words = dict(word.split("=", 1) for word in setting.split())
+def run(seed: int, variables: str, output: Path, config: DemoSeedsConfig) -> dict:
+    """Runs one demo without a GPU, in an environment with `variables`, NAME=VALUE words; returns what it found."""
+    words = dict(word.split("=", 1) for word in variables.split())
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | words
     arguments = [f"output={output}", f"seed={seed}", *config.arguments]
     if config.processes > 1:
@@ -90,7 +96,7 @@ def run(seed: int, setting: str, output: Path, config: DemoSeedsConfig) -> dict:
         )  # fmt: skip
     verdict = output / "verdict.json"
     found = json.loads(verdict.read_text()) if verdict.exists() else {"log": str(output.with_suffix(".log"))}
-    return {"seed": seed, "setting": setting, "exit_code": done.returncode} | found
+    return {"seed": seed, "environment": variables, "exit_code": done.returncode} | found
 
 
 def cpu_name() -> str:

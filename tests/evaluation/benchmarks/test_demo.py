@@ -36,7 +36,7 @@ def rows_of(tmp_path, monkeypatch, seeds: int) -> list[dict]:
     """Returns the rows that the benchmark wrote of the stand-in, before it ended with an error."""
     script, output = tmp_path / "demo.py", tmp_path / "demo.json"
     script.write_text(DEMO)
-    words = ['settings=["","A=1 B=2"]', f"seeds={seeds}", "processes=1", 'arguments=["steps=3"]']
+    words = ['environments=["","A=1 B=2"]', f"seeds={seeds}", "processes=1", 'arguments=["steps=3"]']
     monkeypatch.setattr(demo, "DEMO", script)
     with pytest.raises(SystemExit) as ended:
         command("scripts/benchmark_demo.py", *words, f"folder={tmp_path / 'demos'}", f"output={output}")
@@ -46,7 +46,7 @@ def rows_of(tmp_path, monkeypatch, seeds: int) -> list[dict]:
 
 def test_a_row_for_each_seed_in_each_environment(tmp_path, monkeypatch):
     rows = rows_of(tmp_path, monkeypatch, seeds=2)
-    told = [(row["setting"], row["seed"], row["exit_code"], row.get("B")) for row in rows]
+    told = [(row["environment"], row["seed"], row["exit_code"], row.get("B")) for row in rows]
     assert told == [("", 0, 0, None), ("", 1, 2, None), ("A=1 B=2", 0, 0, "2"), ("A=1 B=2", 1, 2, None)]
     assert rows[0]["said"]["output"] != rows[2]["said"]["output"]
     assert rows[0]["said"]["steps"] == "3"
