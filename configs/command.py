@@ -78,7 +78,7 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
             def task(cfg: DictConfig) -> None:
                 logging.basicConfig(format="%(message)s", handlers=[BesideBars()])
                 # Their notes are shown, such as which dense kernel attention has chosen.
-                for name in ("moc", "configs", "__main__"):
+                for name in ("moc", "configs", "evaluation", "__main__"):
                     logging.getLogger(name).setLevel(logging.INFO)
                 with _full_errors(full), _ending(full):
                     run(parse(cfg, schema))

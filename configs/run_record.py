@@ -8,7 +8,6 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +15,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from configs.earlier import translated
 from configs.schema import TrainConfig
-from data.loading.dataset import DataConfig
 from moc.checkout import commit, git
 from moc.errors import UserError
 from moc.files import write_whole
@@ -37,7 +35,6 @@ FREE = (
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
 )  # fmt: skip
 OPEN = "optim.args."  # a key that is missing here was not set; elsewhere an earlier version did not have it yet
-EVALUATED = 16  # the number of scenes where no setting gives it
 
 
 def own_name(name: str) -> str:
@@ -89,29 +86,6 @@ def check_same_run(config: TrainConfig) -> None:
     for key in sorted(free - {"resume", "allow_changes"}):
         was, value = changed[key]
         logger.info("%s is now %s (was %s)", key, value, was)
-
-
-def evaluated(data: DataConfig, checkpoint: Path) -> DataConfig:
-    """Returns the scenes on which a checkpoint's folder is evaluated, where `data.validation` does not say how many:
-    those that its run held out, if it was trained on the same data, and otherwise 16. Tells which."""
-    if data.validation or not (data.path or data.sources):
-        return data
-    file = checkpoint.resolve().parent.parent / "config.yaml"
-    settings: Any = OmegaConf.load(file) if file.is_file() else {}
-    trained = settings.get("data")
-    is_same = bool(trained) and _data_paths(trained) == _data_paths(OmegaConf.structured(data))
-    number, names = (trained.get("validation", 0), list(trained.get("held_out", []))) if is_same else (0, [])
-    whose = "other data than the run's"
-    if is_same:
-        whose = "those that the run held out" if number or names else "the run held out none: it was trained on them"
-    logger.info("data.validation=0 takes %d scenes, where there are as many; %s", number or EVALUATED, whose)
-    return replace(data, validation=number or EVALUATED, held_out=data.held_out or names)
-
-
-def _data_paths(data: DictConfig) -> set[str]:
-    """Returns where a config's data lie: URLs, and whole paths of folders."""
-    paths = [source.path for source in data.get("sources") or []] or [data.get("path")]
-    return {path if "://" in path else str(Path(path).resolve()) for path in paths if path}
 
 
 def record_launch(config: TrainConfig, parallel: Parallel, step: int) -> None:

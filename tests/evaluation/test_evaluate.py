@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.run_record import evaluated
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
+from evaluation.evaluate import with_scenes
 from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
 from moc.training import Parallel, ParallelConfig, Validator, rivals
@@ -111,7 +111,7 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
 def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tmp_path, monkeypatch, caplog):
     def ids(checkpoint: Path, data: Path, *settings: str) -> list[str]:
         seen: list[str] = []
-        monkeypatch.setattr("evaluation.rivals.compare", lambda *given: seen.extend(b.ids[0] for b in given[3]) or [])
+        monkeypatch.setattr("evaluation.evaluate.compare", lambda *given: seen.extend(b.ids[0] for b in given[3]) or [])
         paths = (f"checkpoint={checkpoint}", f"data.path={data}", "device=cpu")
         pipeline.command("scripts/evaluate.py", *paths, *settings)
         return seen
@@ -130,7 +130,7 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
 
 def test_the_scenes_may_be_those_of_the_recall_world(trained, monkeypatch):
     seen = []
-    monkeypatch.setattr("evaluation.rivals.compare", lambda *given: seen.extend(given[3]) or [])
+    monkeypatch.setattr("evaluation.evaluate.compare", lambda *given: seen.extend(given[3]) or [])
     world = "recall={size: [32, 48], frames: 1, shots: 3, paintings: 1}"
     pipeline.command("scripts/evaluate.py", f"checkpoint={trained}", world, "data.validation=2", "device=cpu")
     assert [(batch.ids, batch.num_shots) for batch in seen] == [(["recall_0"], 3), (["recall_1"], 3)]
@@ -140,7 +140,7 @@ def test_a_run_that_held_no_scene_out_is_evaluated_on_what_it_was_trained_on(tmp
     """The user is told so."""
     caplog.set_level("INFO")
     (tmp_path / "config.yaml").write_text("data: {path: prepared, validation: 0}")
-    taken = evaluated(DataConfig("prepared"), tmp_path / "checkpoints/step_0000003")
+    taken = with_scenes(DataConfig("prepared"), tmp_path / "checkpoints/step_0000003")
     assert (taken.validation, taken.held_out) == (16, [])
     assert "the run held out none: it was trained on them" in caplog.text
 
