@@ -76,17 +76,15 @@ class AnchorPlan(NamedTuple):
 def anchor_plan(layout: ShotLayout, config: MoCConfig, num_queries: int) -> AnchorPlan:
     """Returns the plan for the last `num_queries` queries of a stream, made once for each kind of anchors."""
     key = ("anchors", config.dense, config.own_anchor, config.text_anchor, num_queries)
-    calls, are_short = layout.memo(key, lambda: _calls(layout, config, num_queries))
-    if not are_short:
-        return AnchorPlan(layout.text_index, calls, None)
-    return AnchorPlan(layout.text_index, [], layout.table(("packed", *key), lambda: _packed(layout, calls)))
+    return layout.table(key, lambda: _plan(layout, config, num_queries))
 
 
-def _calls(layout: ShotLayout, config: MoCConfig, num_queries: int) -> tuple[list[AnchorCall], bool]:
-    """Returns the calls, and whether they are to be one call."""
+def _plan(layout: ShotLayout, config: MoCConfig, num_queries: int) -> AnchorPlan:
     calls = anchor_calls(layout, config, num_queries)
     short = 1 < len(calls) <= MAX_RUNS and sum(call.num_keys for call in calls) < SHORT * len(calls)
-    return calls, short and covers_all(calls, num_queries)
+    if short and covers_all(calls, num_queries):
+        return AnchorPlan(layout.text_index, [], _packed(layout, calls))
+    return AnchorPlan(layout.text_index, calls, None)
 
 
 def _packed(layout: ShotLayout, calls: Sequence[AnchorCall]) -> Packed:

@@ -77,7 +77,7 @@ class Passes:
         batch: on the device. survey: told of the routes, if there is one. begin: told of each phase as it begins.
         """
         is_target = self._parallel.put(levels.is_target)
-        kind = self._kind(batch.layout, moc) if self._most and not survey else None
+        kind = self._kind(batch.layout, moc, survey) if self._most else None
         if kind:
             begin("forward_and_backward")
             return self._replay(kind, batch, levels, is_target * scale, step, moc) * is_target
@@ -104,10 +104,13 @@ class Passes:
         (losses * inputs.weights).sum().backward()
         return losses.detach()
 
-    def _kind(self, layout: ShotLayout, moc: MoCConfig) -> "_Kind | None":
-        """Returns the kind of such a micro-batch, where it is to have a graph and is not the first of its kind."""
+    def _kind(self, layout: ShotLayout, moc: MoCConfig, survey: Survey | None) -> "_Kind | None":
+        """Returns the kind of such a micro-batch, where it is to have a graph: it is not surveyed, and not the first of
+        its kind."""
         if moc != self._moc:
             self._moc, self._kinds, self._pool = moc, [], torch.cuda.graph_pool_handle()
+        if survey:
+            return None
         for kind in self._kinds:
             if kind.layout.is_stream_of(layout.samples, layout.chunk_tokens):
                 return kind

@@ -157,7 +157,6 @@ def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch)
 def test_a_plan_is_made_once_a_stream():
     layout, length = two_samples(), two_samples().num_tokens
     plan = anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length)
-    assert plan.packed
-    assert plan.packed is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5), length).packed
-    assert plan.packed is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True), length).packed
-    assert plan.packed is not anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length - 1).packed
+    assert plan is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5), length)
+    assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True), length)
+    assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length - 1)

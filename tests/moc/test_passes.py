@@ -35,11 +35,17 @@ def batch(stream, frames):
     return make_batch([Sample(latents, [torch.randn(2, TEXT_DIM)] * (len(frames) + 1))], stream, 6)
 
 
-def test_graphs_of_one_setting_share_their_memory_and_go_with_it(pools, tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, schedule=[Stage(step=6, top_k=2)], log_every=100)
+def make_trainer_with_graphs(tmp_path, monkeypatch, **settings):
+    trainer = make_trainer(tmp_path, **settings)
     passes = Passes(trainer.parallel, trainer.model, trainer.flow, seed=0, graphs=2)
     monkeypatch.setattr(passes, "_most", 2)
     monkeypatch.setattr(trainer, "_pass", passes)
+    return trainer, passes
+
+
+def test_graphs_of_one_setting_share_their_memory_and_go_with_it(pools, tmp_path, monkeypatch):
+    schedule = [Stage(step=6, top_k=2)]
+    trainer, passes = make_trainer_with_graphs(tmp_path, monkeypatch, schedule=schedule, log_every=100)
     streams = ((1, 2), (2, 1), (1, 1))  # two of them get a graph, when they come again
     captured = []
     for frames in (*streams, *streams, streams[0], streams[0]):
@@ -48,3 +54,14 @@ def test_graphs_of_one_setting_share_their_memory_and_go_with_it(pools, tmp_path
     assert captured == [0, 0, 0, 1, 2, 2, 2, 3]
     assert pools == [0, 0, 1]
     assert len(passes._kinds) == 1
+
+
+def test_a_surveyed_step_drops_graphs_of_earlier_settings_and_takes_none(pools, tmp_path, monkeypatch):
+    """Every third step is surveyed, and the third is the first of other settings."""
+    schedule = [Stage(step=2, top_k=2)]
+    trainer, passes = make_trainer_with_graphs(tmp_path, monkeypatch, schedule=schedule, log_every=3)
+    kinds = []
+    for _ in range(5):
+        trainer._train_step([batch(trainer.bare_model.stream, (1, 2))])
+        kinds.append((len(passes._kinds), len(pools)))
+    assert kinds == [(1, 0), (1, 1), (0, 1), (1, 1), (1, 2)]
