@@ -354,6 +354,7 @@ class Filmmaker:
         story, sampler = self._story(plan, shooting.given()), self._sampler_of(plan)
         with self._sampling(plan):
             num_frames = shooting.run(partial(self._sample, story, sampler, routing_map), watch)
+        redone = {*folder.redone(), *shooting.kept.redo}
         folder.remove_pictures()
         folder.write_routing(routing_map.counts)
         facts = {
@@ -365,7 +366,7 @@ class Filmmaker:
             "checkpoint": str(self.checkpoint.resolve()),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "versions": versions(),
-            "redone": shooting.kept.redo,
+            "redone": sorted(redone),
             "reused_steps": shooting.reused,
             "seconds": round(time.time() - started, 1),
         }

@@ -106,7 +106,9 @@ class FilmFolder:
                 before["script"]["shots"][number - 1] = _shot(now, number)
         changed = _difference(before, now)
         if changed:
-            raise DataError("other-film", self.path, f"holds another film: {changed}; {REMEDY}")
+            anew = _other_shots(before, now) if self.is_finished and not redo else []
+            remedy = f"make anew with redo={anew}, {REMEDY}" if anew else REMEDY
+            raise DataError("other-film", self.path, f"holds another film: {changed}; {remedy}")
 
     def reopen(self, request: Mapping[str, Any], redo: Sequence[int], tensors: dict[str, Tensor]) -> None:
         """Makes a finished film an unfinished one, without the shots `redo`. tensors: as in `Kept`."""
@@ -260,6 +262,13 @@ class FilmFolder:
     def read_metadata(self) -> dict[str, Any]:
         return read_json(self.path / METADATA)
 
+    def redone(self) -> list[int]:
+        """Returns the numbers of the shots that were made anew since the film was whole for the first time."""
+        try:
+            return list(self.read_metadata().get("redone", []))
+        except FileNotFoundError:  # the film was never whole
+            return []
+
     def write_routing(self, counts: Tensor) -> None:
         """Writes the counts of the film's routing map (`moc.statistics.RoutingMap`)."""
         write_whole(self.path / ROUTING, save({"counts": counts.cpu().contiguous()}))
@@ -313,6 +322,18 @@ def _shot(request: dict[str, Any], number: int) -> Any:
     """Returns what a request asks of a shot; None where its script has none of that number."""
     shots = request["script"]["shots"]
     return shots[number - 1] if number <= len(shots) else None
+
+
+def _other_shots(before: dict[str, Any], now: dict[str, Any]) -> list[int]:
+    """Returns the numbers of the shots, counted from 1, in which two requests differ; none where they differ in more,
+    in all of their shots, or in a given video."""
+    old, new = before["script"]["shots"], now["script"]["shots"]
+    rest = [request | {"script": request["script"] | {"shots": []}} for request in (before, now)]
+    other = [number for number, pair in enumerate(zip(old, new, strict=False), start=1) if pair[0] != pair[1]]
+    given = any("video" in shots[number - 1] for shots in (old, new) for number in other)
+    if given or len(old) != len(new) or len(other) == len(old) or rest[0] != rest[1]:
+        return []
+    return other
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:

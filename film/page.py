@@ -39,6 +39,7 @@ def write_page(path: Path, folder: FilmFolder, plan: FilmPlan, still: Callable[[
         film=_film(folder.path / "video.mp4"),
         shots=shots,
         times=[{name: shot[name] for name in ("start", "prompt")} for shot in shots],
+        redone=record["redone"],
         seconds=sum(plan.num_frames) / plan.script.fps,
         facts=_facts(record),
         routing=_packed(counts),

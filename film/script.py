@@ -18,6 +18,7 @@ A benchmark's script also says who and what is in each shot, and where: `entitie
 the script, a description of each name. A shot's `scene` is its [scene, shot] there, after which its video is named.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from data.manifest import resolve, shot_prompt
 from film.fields import DEFAULT_FPS, DEFAULT_SECONDS, number, positive, text_of, whole
 from film.footage import seconds_after
 from film.forms import as_ours
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_SIZE = (480, 832)
 _FIELDS = {"title", "global", "size", "fps", "negative", "shots", "references", "entities"}
@@ -139,6 +142,12 @@ def parse_script(
     if not isinstance(raw, dict):
         raise DataError("unreadable-script", path, "must be a mapping with `shots` (see the README)")
     if "fingerprints" in raw and isinstance(raw.get("script"), dict):  # the metadata of a film
+        if raw.get("redone"):
+            logger.warning(
+                "%s: shots %s were made anew in a whole film; filmed at once, those that see them may differ from that",
+                path,
+                raw["redone"],
+            )
         raw = raw["script"]
     raw = {**(defaults or {}), **raw, **(given or {})}
     return _parse(as_ours(raw, path), path)

@@ -157,6 +157,32 @@ def test_one_shot_is_made_anew_and_the_others_stay(trained, write, tmp_path, lag
     last = film_of(open_filmmaker(trained, lag=lag), write(prompt), tmp_path / "film", redo=[3])
     assert last["latents/02.safetensors"] == after["latents/02.safetensors"]
     assert last["latents/03.safetensors"] != after["latents/03.safetensors"]
+    assert json.loads(last[METADATA])["redone"] == [2, 3]
+
+
+def test_a_film_with_shots_made_anew_is_told_to_be_another_when_filmed_at_once(trained, write, tmp_path, caplog):
+    """The shots after one that was made anew saw what it was before."""
+    filmmaker, film = open_filmmaker(trained), tmp_path / "film"
+    film_of(filmmaker, write(STORY), film)
+    filmmaker.read(film / METADATA)
+    assert "made anew" not in caplog.text
+    film_of(open_filmmaker(trained, seed=8), write(STORY), film, redo=[2])
+    filmmaker.read(film / METADATA)
+    assert "metadata.json: shots [2] were made anew" in caplog.text
+    assert "but for what the shots made anew change" in (film / "index.html").read_text()
+
+
+def test_a_film_that_differs_in_a_shot_is_told_how_to_make_it_anew(trained, write, tmp_path):
+    filmmaker, film = open_filmmaker(trained), tmp_path / "film"
+    film_of(filmmaker, write(STORY), film)
+    waves, quick = SHOT | {"prompt": "Gus waves."}, {"fps": 24}
+    with pytest.raises(
+        DataError, match=r"its script\.shots\[2\]\.prompt is .*; make anew with redo=\[3\], name another"
+    ):
+        film_of(filmmaker, write(STORY | {"shots": [SHOT, SHOT | {"cut": False}, waves]}), film)
+    for other in ({"shots": [waves] * 3}, {"shots": [SHOT, SHOT | {"cut": False}, waves]} | quick, quick):
+        with pytest.raises(DataError, match=r"holds another film: [^;]*; name another folder"):
+            film_of(filmmaker, write(STORY | other), film)
 
 
 def test_a_shot_made_anew_shot_by_shot_is_the_one_a_film_of_that_seed_has(trained, write, tmp_path):
