@@ -304,9 +304,18 @@ def _writable(node: DictConfig) -> DictConfig:
 
 
 def _message(error: OmegaConfBaseException) -> str:
-    reason = str(error.msg or error).splitlines()[0]
+    """Returns OmegaConf's error as the value, the rule and the remedy, where it is one that users make."""
+    key, reason = error.full_key, str(error.msg or error).splitlines()[0]
     if "is not a ListConfig" in reason:
-        return f"{error.full_key} is a list; say {error.full_key}=[...]"
+        return f"{key} is a list; say {key}=[...]"
+    if reason.startswith("Incompatible value 'None'") or reason.endswith("is not Optional"):
+        return f"{key}=null must have a value; say {key}=VALUE, or leave it out for its default"
+    if found := re.match(r"Value (.+) of type '\w+' could not be converted to (Float|Integer)", reason):
+        return f"{key}={found[1]} must be {'a number' if found[2] == 'Float' else 'a whole number'}"
+    if found := re.match(r"Value (.+) is not a valid bool", reason):
+        return f"{key}={found[1]} must be true or false"
+    if found := re.match(r"Invalid value (.+), expected one of \[(.+)\]", reason):
+        return f"{key}={found[1]} is not one of {found[2]}"
     if reason.startswith("Cannot convert") and "to string" in reason:  # a path such as [2024] reads as a list
-        reason += f"; quote a text with brackets twice: {error.full_key}='\"[...]\"'"
-    return f"{error.full_key}: {reason}" if error.full_key else reason
+        reason += f"; quote a text with brackets twice: {key}='\"[...]\"'"
+    return f"{key}: {reason}" if key else reason

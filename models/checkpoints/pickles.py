@@ -92,7 +92,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     The form of torch before 1.6, which is no zip, is held in memory.
     """
     if not file.is_file():
-        raise UserError(f"{file} does not exist")
+        raise UserError(f"{file} does not exist; name the .pth of Wan's T5 encoder or of its VAE")
     zipped = zipfile.is_zipfile(file)
     with file.open("rb") as raw:
         start = raw.read(32)

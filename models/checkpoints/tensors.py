@@ -159,7 +159,8 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     if path.is_file():
         return [path], None
     if not path.is_dir():
-        raise UserError(f"{path} does not exist{download_hint(path)}")
+        hint = download_hint(path) or "; name a run's folder, a checkpoint, a model's folder or a .safetensors file"
+        raise UserError(f"{path} does not exist{hint}")
     indexes, files = sorted(path.glob("*" + INDEX)), sorted(path.glob("*.safetensors"))
     if len(indexes) == 1:
         index = read_index(indexes[0])

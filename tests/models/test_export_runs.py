@@ -298,7 +298,7 @@ def test_the_command_says_what_a_file_is_and_converts_it(reduced_file: Path, tmp
     assert "a Wan model: 0.6 M parameters in 69 tensors, float32, original names" in capsys.readouterr().out
     assert load_checkpoint(open_checkpoint(tmp_path / "out/folder"), None).dtype == torch.bfloat16
     said = pipeline.refusal(capsys, script, "input=nowhere.safetensors", f"output={tmp_path}/x")
-    assert said == "error: nowhere.safetensors does not exist"
+    pipeline.assert_one_message(said, "nowhere.safetensors does not exist; name a run's folder")
 
 
 def test_a_converted_run_is_sampled_evaluated_and_trained_from(
