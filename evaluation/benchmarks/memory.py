@@ -54,6 +54,7 @@ class MemoryConfig:
 
 def write_record(config: MemoryConfig) -> None:
     """Measures one setting and puts its row into the record."""
+    check_gpu(config.parallel.device)
     if config.limit_gib:
         check_gpu()
         whole = torch.cuda.get_device_properties().total_memory

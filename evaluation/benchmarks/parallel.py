@@ -14,6 +14,7 @@ import torch
 
 from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row, read_rows
 from evaluation.benchmarks.step import by_kind
+from evaluation.benchmarks.timing import check_gpu
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow
@@ -80,6 +81,7 @@ def write_record(config: BenchmarkConfig) -> None:
     if config.mesh:
         measure_mesh(config, config.mesh)
         return
+    check_gpu(config.parallel.device)
     for mesh in config.meshes:
         while cases := remaining(config, mesh):
             launch(mesh, config)
@@ -105,8 +107,7 @@ def launch(mesh: str, config: BenchmarkConfig) -> None:
     """Runs this command again as the processes of a mesh."""
     count = 1 if mesh == "one" else config.processes
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    on_cpu = config.parallel.device == "cpu" or not torch.cuda.is_available()
-    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if config.parallel.device == "cpu" else {})
     subprocess.run([sys.executable, "-m", *torchrun, *sys.argv, f"mesh={mesh}"], env=environment, check=False)
 
 

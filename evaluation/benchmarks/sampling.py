@@ -17,6 +17,7 @@ from torch import Tensor
 
 from evaluation.benchmarks.measurements import header, put_row
 from evaluation.benchmarks.sampling_report import page, rival
+from evaluation.benchmarks.timing import check_gpu
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
 from moc.diffusion.sides import Side, Stream
@@ -168,6 +169,7 @@ class EnoughError(Exception):
 
 def write_record(config: SamplingBenchmarkConfig, lags: Mapping[str, float]) -> None:
     """Measures the films in each mode and writes a row as soon as it is measured. lags: by way of sampling."""
+    check_gpu(config.parallel.device)
     bench = Bench(config, lags)
     for name in config.films:
         for impl in config.impls:

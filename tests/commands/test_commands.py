@@ -42,7 +42,7 @@ def test_help_says_what_each_key_is(capfd):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
-@pytest.mark.parametrize("name", ["attention", "model", "step"])
+@pytest.mark.parametrize("name", ["attention", "memory", "model", "parallel", "sampling", "step"])
 def test_a_benchmark_of_a_gpu_says_that_there_is_none(tmp_path, capsys, name):
     said = refusal(capsys, f"scripts/benchmark_{name}.py", f"output={tmp_path / 'out'}")
     assert_one_message(said, "GPU")
