@@ -28,6 +28,7 @@ from moc.training import Parallel, ParallelConfig, find_checkpoint
 from moc.training.integrity import COMPLETE
 from models import load_model
 from models.checkpoints.contents import Contents
+from models.checkpoints.opening import open_checkpoint
 
 # The schedule begins with chunks of all that went before, which is dense and causal; then they are finer and fewer.
 PROGRESSIVE = ((0.0, 48, 7), (0.2, 24, 7), (0.4, 12, 7), (0.6, 6, 8), (0.8, 6, 5))
@@ -131,6 +132,8 @@ def write_record(config: RecallRowsConfig, make_world: Callable[[torch.device], 
     if not config.rows:
         write_report(read_rows(output), output)
         return
+    if config.start:
+        open_checkpoint(config.start)  # what cannot be opened is told before a reader learns for minutes
     folder.mkdir(parents=True, exist_ok=True)
     turns = Turns(config, folder)
     with ThreadPoolExecutor(config.at_once or len(config.rows)) as pool:

@@ -24,6 +24,7 @@ from moc.files import write_whole
 from moc.training import Parallel, ParallelConfig
 from models import load_model
 from models.checkpoints.contents import Contents
+from models.checkpoints.opening import open_checkpoint
 
 WAYS = ("joint", "staggered", "shot_by_shot")  # options of configs/sampler
 KEPT = ("docs/checkpoints/recall_moc",)
@@ -86,6 +87,8 @@ def write_record(
     if not config.checkpoints:
         write_tables(read_rows(output), output)
         return
+    for checkpoint in config.checkpoints:
+        open_checkpoint(checkpoint)  # what cannot be opened is told before a reader learns for minutes
     folder.mkdir(parents=True, exist_ok=True)
     parallel = Parallel(ParallelConfig(config.device))
     world = make_world(parallel.device)

@@ -168,3 +168,12 @@ def test_a_row_is_trained_and_tested_also_over_whole_stories_and_other_numbers_o
     text = output.with_suffix(".md").read_text()
     assert "| moc_seed0_2 moc.descriptor_subchunks=2 | 5 | shot_by_shot | 2 |" in text
     assert "## The mass of dense attention that routes keep" in text
+
+
+@pytest.mark.parametrize("words", [("recall", "start=nowhere"), ("stories", "checkpoints=[nowhere]")], ids=str)
+def test_a_checkpoint_that_is_not_there_is_told_before_anything_is_made(tmp_path, capsys, words):
+    """A reader would learn for minutes first."""
+    name, setting = words
+    said = pipeline.refusal(capsys, f"scripts/benchmark_{name}.py", setting, f"folder={tmp_path / 'made'}")
+    pipeline.assert_one_message(said, "nowhere does not exist")
+    assert not list(tmp_path.iterdir())
