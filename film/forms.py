@@ -62,7 +62,7 @@ def _from_holocine(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     num_frames = positive(raw.get("num_frames", DEFAULT_SECONDS * fps * len(captions)), f"{path} num_frames")
     cuts = raw.get("shot_cut_frames")
     if cuts is None:
-        cuts = [num_frames * i / len(captions) for i in range(1, len(captions))]
+        cuts = [round(num_frames * i / len(captions)) for i in range(1, len(captions))]  # no frame is lost to rounding
     spans = spans_between(cuts, num_frames, len(captions), f"{path} shot_cut_frames", "bad-script")
     shots = [
         {"prompt": caption, "seconds": (end - start) / fps}
