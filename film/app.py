@@ -285,18 +285,22 @@ def _cards(studio: Studio, name: str) -> str:
     cards = []
     for number, shot in enumerate(script.shots, start=1):
         video = folder.shot(number)
-        still = _still(folder.path, number, video.stat().st_mtime_ns) if video.exists() else ""
+        still, seconds = "", shot.seconds
+        if video.exists():
+            still, num_frames = _made(folder.path, number, video.stat().st_mtime_ns)
+            seconds = num_frames / script.fps  # the film has whole frames, and the shots after it begin there
         cards.append({"number": number, "beginning": shot.beginning, "seconds": f"{shot.seconds:.3g}",
                       "seed": shot.seed, "prompt": shot.prompt, "still": still,
                       "start": f"{start + 0.5 / script.fps:.3f}"})  # fmt: skip
-        start += shot.seconds
+        start += seconds
     return _CARDS.render(cards=cards)
 
 
 @lru_cache(512)
-def _still(film: Path, number: int, modified: int) -> str:
-    """Returns a picture of a shot, decoded once while its video stays as it is."""
-    return data_url(Stills(FilmFolder(film)).middle(number))
+def _made(film: Path, number: int, modified: int) -> tuple[str, int]:
+    """Returns a picture of a shot, decoded once while its video stays as it is, and how many frames the video has."""
+    folder = FilmFolder(film)
+    return data_url(Stills(folder).middle(number)), folder.num_frames(number)
 
 
 def _filled(value: Any, label: str) -> Any:

@@ -226,7 +226,10 @@ def test_the_windows_show_what_the_studio_has(studio):
     assert any(str(told[1]).endswith("shots/01.mp4") for told in along)
     assert "<span>filmed</span>" in last[0]
     assert last[1].endswith("films/walk/video.mp4")
-    assert app._cards(studio, "walk").count("data:image/jpeg") == 2
+    made = app._cards(studio, "walk")
+    assert made.count("data:image/jpeg") == 2
+    # A click plays the film from the middle of a shot's first frame; the shot before it, of 0.34 s, has four frames.
+    assert re.findall(r'data-start="(\S+)"', made) == ["0.042", f"{4.5 / 12:.3f}"]
     assert app._takes(studio, "walk", 1)[1].endswith("shots/01.mp4")
     with pytest.raises(Exception, match="no name for a film"):
         app._told(studio.text)("../x")
