@@ -68,6 +68,12 @@ def test_a_page_links_to_its_folder_and_nothing_else(film):
     assert not re.search(r"url\((?!\"\$\{)", text)
 
 
+def test_the_strip_of_shots_is_as_wide_as_the_film(film):
+    """Shares of its width below 1 in sum leave a part of it empty, as seconds of a short film are."""
+    shares = re.findall(r"flex: ([0-9.]+) 1 0", (film.path / "index.html").read_text())
+    assert list(map(float, shares)) == [film.num_frames(number) for number in (1, 2, 3)]
+
+
 def test_a_long_film_lies_beside_its_page(film, monkeypatch):
     monkeypatch.setattr(page, "_MOST_WITHIN", (film.path / "video.mp4").stat().st_size - 1)
     assert page._film(film.path / "video.mp4") == "video.mp4"
