@@ -52,6 +52,7 @@ def check_fits(
     ways = list(_hidden_ways(plan, count, sampler, offload, usable, is_sharded))
     if not is_begun:
         ways += _ways(plan, count, sampler, offload, usable)
+        ways += [] if ways else _shorter(plan, count, sampler, offload, usable)
     general = f"name another folder for out, and there {memory.SAMPLING}" if is_begun else memory.SAMPLING
     remedy = f"what fits is {', or '.join(ways)}" if ways else general
     least, about, has = map(in_bytes, (found.least, found.memory, usable))
@@ -108,3 +109,25 @@ def _ways(
     shots = range(next(n for n, index in enumerate(plan.filmed, start=1) if index not in plan.given), len(plan.filmed))
     if most := bisect_right(shots, usable, key=of_first):
         yield "its first shot" if shots[most - 1] == 1 else f"its first {shots[most - 1]} shots"
+
+
+def _shorter(
+    plan: FilmPlan, count: Callable[..., Estimate], sampler: SamplingConfig, offload: bool, usable: float
+) -> Iterator[str]:
+    """Yields how long the shots that are made may be, for the whole film to fit by the rough count."""
+    lengths = {index: plan.shapes[index][1] for index in plan.filmed if index not in plan.given}
+    longest = max(lengths, key=lambda index: lengths[index])
+
+    def up_to(most: int) -> float:
+        shapes = [
+            (channels, min(frames, most) if index in lengths else frames, height, width)
+            for index, (channels, frames, height, width) in enumerate(plan.shapes)
+        ]
+        return _needs(replace(plan, shapes=shapes), count, sampler, offload)
+
+    most = bisect_right(range(1, lengths[longest]), usable, key=up_to)
+    # A latent frame less than fits: the last one of a shot may hold few of its frames.
+    frames = plan.num_frames[plan.filmed.index(longest)] * (most - 1) / lengths[longest]
+    seconds = math.floor(10 * frames / plan.script.fps) / 10
+    if seconds > 0:
+        yield f"shots of at most {seconds:g} s"

@@ -129,6 +129,22 @@ def test_a_film_longer_than_memory_allows_is_refused_with_what_fits(trained, wri
     filmmaker.make(films)  # the films are whole, so no memory is needed
 
 
+@pytest.mark.usefixtures("no_decoding")
+def test_where_one_shot_is_too_long_it_is_told_how_long_shots_may_be(trained, write, monkeypatch):
+    filmmaker = open_filmmaker(trained)
+
+    def plan_of(seconds: float):
+        return filmmaker.plan(filmmaker.read(write(STORY | {"shots": [SHOT | {"seconds": seconds}] * 2})))
+
+    usable = filmmaker.estimate(plan_of(10)).memory
+    monkeypatch.setattr("film.filmmaker.usable_bytes", lambda _: usable)
+    with pytest.raises(UserError, match=r"what fits is shots of at most [0-9.]+ s$") as refused:
+        filmmaker.check_memory(plan_of(400))
+    longest = float(str(refused.value).split()[-2])
+    assert 9 < longest <= 10
+    filmmaker.check_memory(plan_of(longest))
+
+
 def test_what_would_fit_is_what_its_folder_and_the_processes_take(trained, write, tmp_path, monkeypatch):
     """A film that is there takes no settings that its frames would show, and experts on shards are not offloaded."""
     filmmaker = open_filmmaker(trained, lag=0.0, steps=1)
