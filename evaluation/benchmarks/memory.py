@@ -1,7 +1,6 @@
 """This module measures the memory and the time that a training step of an adapter takes."""
 
 import resource
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +10,13 @@ import torch
 
 from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row
 from evaluation.benchmarks.timing import check_gpu
+from evaluation.benchmarks.training_steps import bare_trainer, random_film, timed_step
 from moc import MoCConfig
-from moc.batch import Batch, Sample, make_batch
-from moc.diffusion import Flow
+from moc.batch import make_batch
 from moc.files import write_whole
-from moc.schedule import MoCSchedule
-from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
+from moc.training import OptimConfig, Parallel, ParallelConfig
 from models import ModelConfig
 from models.drawn import draw_adapted
-from models.stream import StreamModel
-
-TEXT_TOKENS = 64  # of each caption
 
 
 @dataclass(frozen=True)
@@ -89,16 +84,13 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     model = draw_adapted(config.model, config.latent[0], config.text_dim, parallel.device, kept="cpu")
     built = time.perf_counter() - start
     config.parallel.set_recomputation(model)
-    batch, on_gpu = make_film(config, model), parallel.device.type == "cuda"
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            parallel, model, Flow(history_rate=0), config.moc, MoCSchedule(), config.optim, TrainerConfig(),
-            Path(folder), 0, lambda _: None,
-        )  # fmt: skip
+    film, on_gpu = random_film(config.shots, config.latent, config.text_dim), parallel.device.type == "cuda"
+    batch = make_batch([film], model.stream, config.moc.chunk_tokens)
+    trainer = bare_trainer(parallel, model, config.moc, optim=config.optim)
     if on_gpu:
         torch.cuda.empty_cache()  # frees the memory that drawing the weights took
         torch.cuda.reset_peak_memory_stats()
-    times, losses = zip(*[step(trainer, batch) for _ in range(config.steps + 1)], strict=True)
+    times, losses = zip(*[timed_step(trainer, batch) for _ in range(config.steps + 1)], strict=True)
     row = {
         "tokens": batch.layout.num_tokens, "build_seconds": round(built, 1), "first_step_seconds": round(times[0], 2),
         "step_seconds": round(sorted(times[1:])[config.steps // 2], 2), "loss": [round(loss, 4) for loss in losses],
@@ -108,20 +100,6 @@ def measure(config: MemoryConfig) -> dict[str, Any]:
     if on_gpu:
         row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
     return row
-
-
-def make_film(config: MemoryConfig, model: StreamModel) -> Batch:
-    text = [torch.randn(TEXT_TOKENS, config.text_dim) for _ in range(config.shots + 1)]
-    latents = [torch.randn(*config.latent) for _ in range(config.shots)]
-    return make_batch([Sample(latents, text, 0)], model.stream, config.moc.chunk_tokens)
-
-
-def step(trainer: Trainer, batch: Batch) -> tuple[float, float]:
-    """Returns seconds and loss of one step."""
-    start = time.perf_counter()
-    trainer._train_step([batch])
-    loss = trainer._look(None).loss  # waits for the device
-    return time.perf_counter() - start, loss
 
 
 def page(rows: list[dict[str, Any]]) -> str:

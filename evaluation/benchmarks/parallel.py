@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,14 +14,13 @@ import torch
 from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row, read_rows
 from evaluation.benchmarks.step import by_kind
 from evaluation.benchmarks.timing import check_gpu
+from evaluation.benchmarks.training_steps import bare_trainer, random_film, timed_step
 from moc import Execution, MoCConfig
-from moc.batch import Batch, Sample, StreamSpec, make_batch
-from moc.diffusion import Flow
+from moc.batch import Batch, make_batch
 from moc.errors import UserError
 from moc.files import write_whole
 from moc.kernels import dense
-from moc.schedule import MoCSchedule
-from moc.training import OptimConfig, Parallel, ParallelConfig, Trainer, TrainerConfig
+from moc.training import Parallel, ParallelConfig, Trainer
 from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
 from models.drawn import draw_adapted
@@ -31,7 +29,6 @@ AXES: dict[str, dict[str, int]] = {"one": {}, "data": {}, "shard": {"shard": 0},
 IMPLEMENTATIONS = ("moc", "dense")
 SETUP = ("gpu", "model", "moc", "latent", "recomputed", "kernel")  # rows are compared where these are equal
 KEY = (*SETUP, "mesh", "processes", "impl", "shots")
-TEXT_TOKENS = 64  # of each caption
 LONG = 20.0  # seconds; of steps that take longer only one is measured
 
 
@@ -125,33 +122,22 @@ def measure_mesh(config: BenchmarkConfig, mesh: str) -> None:
             model = build_model(config.model, *widths)
     model.execution = config.execution
     config.parallel.set_recomputation(model)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            parallel, model, Flow(history_rate=0), config.moc, MoCSchedule(), OptimConfig(), TrainerConfig(),
-            Path(folder), 0, lambda _: None,
-        )  # fmt: skip
-        tell(parallel, "the model is ready", time.perf_counter() - start)
-        for impl, shots in parallel.of_main(lambda: remaining(config, mesh)):
-            trainer.moc = replace(config.moc, dense=impl == "dense")
-            batch = make_film(config, model.stream, shots, parallel.data_rank)
-            row = describe(config, mesh, impl, shots) | {"tokens": batch.layout.num_tokens * parallel.data_ranks}
-            try:
-                row |= measure(trainer, batch, config.steps)
-            except torch.OutOfMemoryError:
-                row |= {"problem": "out of memory"}
-            if parallel.is_main:
-                add_row(config, row)
-            if "problem" in row:
-                return  # a failed step leaves tensors in memory, so this process ends
+    trainer = bare_trainer(parallel, model, config.moc)
+    tell(parallel, "the model is ready", time.perf_counter() - start)
+    for impl, shots in parallel.of_main(lambda: remaining(config, mesh)):
+        trainer.moc = replace(config.moc, dense=impl == "dense")
+        film = random_film(shots, config.latent, config.text_dim, parallel.data_rank)
+        batch = make_batch([film], model.stream, config.moc.chunk_tokens)
+        row = describe(config, mesh, impl, shots) | {"tokens": batch.layout.num_tokens * parallel.data_ranks}
+        try:
+            row |= measure(trainer, batch, config.steps)
+        except torch.OutOfMemoryError:
+            row |= {"problem": "out of memory"}
+        if parallel.is_main:
+            add_row(config, row)
+        if "problem" in row:
+            return  # a failed step leaves tensors in memory, so this process ends
     parallel.close()
-
-
-def make_film(config: BenchmarkConfig, stream: StreamSpec, shots: int, position: int) -> Batch:
-    text = [torch.randn(TEXT_TOKENS, config.text_dim) for _ in range(min(shots, 7) + 1)]  # Wan takes 512 rows of text
-    text += [torch.randn(0, config.text_dim)] * (shots + 1 - len(text))
-    return make_batch(
-        [Sample([torch.randn(*config.latent) for _ in range(shots)], text, position)], stream, config.moc.chunk_tokens
-    )
 
 
 def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
@@ -160,10 +146,10 @@ def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
     on_gpu = parallel.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    first = step_seconds(trainer, batch)  # may compile kernels
+    first, _ = timed_step(trainer, batch)  # may compile kernels
     tell(parallel, "the first step is done", first)
-    times = [step_seconds(trainer, batch)]
-    times += [step_seconds(trainer, batch) for _ in range(most - 1 if times[0] < LONG else 0)]
+    times = [timed_step(trainer, batch)[0]]
+    times += [timed_step(trainer, batch)[0] for _ in range(most - 1 if times[0] < LONG else 0)]
     seconds = sorted(times)[len(times) // 2]
     values: dict[str, Any] = {"step_seconds": round(seconds, 4), "steps": len(times)}
     values["tokens_per_second"] = round(batch.layout.num_tokens * parallel.data_ranks / seconds)
@@ -180,22 +166,12 @@ def tell(parallel: Parallel, what: str, seconds: float) -> None:
         print(f"{what}: {seconds:.1f} s", flush=True)
 
 
-def step_seconds(trainer: Trainer, batch: Batch) -> float:
-    """Times a step in seconds; all processes begin together."""
-    trainer.parallel.wait()
-    start = time.perf_counter()
-    trainer._train_step([batch])
-    trainer._look(None)  # waits for the device
-    trainer.parallel.wait()
-    return time.perf_counter() - start
-
-
 def shares(trainer: Trainer, batch: Batch) -> dict[str, Any]:
     """Returns the shares of a step that the device spends in the exchanges around attention and in all collectives, and
     the milliseconds of each kind of kernels. Those of the weights run beside the computation, so that their share is
     not what they cost."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        seconds = step_seconds(trainer, batch)
+        seconds, _ = timed_step(trainer, batch)
     names = {event.key.lower(): event.self_device_time_total / 1e6 for event in profile.key_averages()}
     exchange = sum(time for name, time in names.items() if "nccl" in name and "sendrecv" in name)
     collective = sum(time for name, time in names.items() if "nccldevkernel" in name)

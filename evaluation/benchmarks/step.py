@@ -5,7 +5,6 @@ import cProfile
 import gc
 import pstats
 import re
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -21,14 +20,13 @@ from data.loading.ahead import ahead
 from data.loading.parcel import Parcel, unwrap, wrap
 from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row
 from evaluation.benchmarks.timing import check_gpu, copy_bytes_per_ms, matmul_flops_per_ms
+from evaluation.benchmarks.training_steps import bare_trainer
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
 from moc.files import write_whole
-from moc.schedule import MoCSchedule
-from moc.training import Trainer, TrainerConfig
-from moc.training.optim import OptimConfig
+from moc.training import Trainer
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
 from models.stream import StreamModel
@@ -91,15 +89,11 @@ def write_record(config: StepConfig) -> None:
     model.execution = config.execution
     rates = {"flops": matmul_flops_per_ms(), "bytes": copy_bytes_per_ms()}  # a millisecond
     output = Path(config.output)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            parallel, model, Flow(), config.moc, MoCSchedule(), OptimConfig(), TrainerConfig(), Path(folder), 0,
-            lambda _: None,
-        )  # fmt: skip
-        for grid in config.packs:
-            row = measure(trainer, (grid[0], grid[1], grid[2]), config, rates)
-            rows = put_row(output, row, KEY, header() | {"execution": str(config.execution)})
-            write_whole(output.with_suffix(".md"), page(rows).encode())
+    trainer = bare_trainer(parallel, model, config.moc, Flow())
+    for grid in config.packs:
+        row = measure(trainer, (grid[0], grid[1], grid[2]), config, rates)
+        rows = put_row(output, row, KEY, header() | {"execution": str(config.execution)})
+        write_whole(output.with_suffix(".md"), page(rows).encode())
     print(f"{output} holds all rows")
 
 
