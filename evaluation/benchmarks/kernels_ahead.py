@@ -15,6 +15,7 @@ from tqdm import tqdm
 import moc
 from evaluation.benchmarks.measurements import markdown_table
 from moc.errors import UserError
+from moc.files import write_whole
 from moc.kernels import triton_backend, triton_masked, triton_rows
 from moc.kernels.compilation import SHARED_MEMORY, Launch, compiled, excesses, parsed_in_turn, recorded
 from models import pointwise
@@ -135,7 +136,7 @@ def write_tables(rows: list[dict], path: Path) -> None:
                 by_gpu[row["gpu"]] = "; ".join(filter(None, (by_gpu.get(row["gpu"]), cell)))
         lines = [[name, *(by_gpu.get(gpu, "") for gpu in gpus)] for name, by_gpu in cells.items()]
         text += [f"## {kind}", markdown_table(["kernel", *(f"sm_{gpu}" for gpu in gpus)], lines)]
-    path.write_text("\n\n".join(text) + "\n")
+    write_whole(path, ("\n\n".join(text) + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def write_record(config: CompileConfig) -> None:
     rows = [{"gpu": gpu, "kind": kind, **asdict(result)} for (gpu, kind, _), result in zip(found, results, strict=True)]
     record = {"triton": triton.__version__, "num_heads": NUM_HEADS, "rows": rows}
     lines = json.dumps(record).replace('{"gpu"', '\n{"gpu"')  # a row a line
-    output.write_text(lines + "\n")
+    write_whole(output, (lines + "\n").encode())
     write_tables(rows, output.with_suffix(".md"))
     faults = [
         f"{result.name} for sm_{gpu} ({kind}) {excess}"
