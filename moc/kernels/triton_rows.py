@@ -40,6 +40,6 @@ def sum_rows_kernel(
         row = tl.load(rows + at) * WIDTH + column
         one += tl.load(first + row, mask=inside, other=0.0).to(tl.float32)
         other += tl.load(second + row, mask=inside, other=0.0).to(tl.float32)
-    place = token * WIDTH + column
-    tl.store(first_sum + place, one.to(first_sum.dtype.element_ty), mask=inside)
-    tl.store(second_sum + place, other.to(second_sum.dtype.element_ty), mask=inside)
+    offset = token * WIDTH + column
+    tl.store(first_sum + offset, one.to(first_sum.dtype.element_ty), mask=inside)
+    tl.store(second_sum + offset, other.to(second_sum.dtype.element_ty), mask=inside)
