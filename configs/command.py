@@ -35,6 +35,7 @@ from moc.errors import FREE_SOME, UserError, disk_error
 T = TypeVar("T")
 CONFIGS = Path(__file__).parent
 _FULL = "HYDRA_FULL_ERROR"
+_SWEEP = {"-m", "--multirun"}
 # What the user must give has this value until then: a merge of OmegaConf's own `???` leaves a default as it is.
 _REQUIRED = "${required}"
 
@@ -88,6 +89,7 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
                 for argument in sys.argv[1:]:
                     refuse_renamed(argument)
                 arguments = _sweep_first(sys.argv[1:])
+                _refuse_sweep(arguments, config_name)
                 refuse_words(arguments)
                 sys.argv[1:] = [readable(argument, CONFIGS) for argument in arguments]
                 with _explaining(schema, run.__globals__["__doc__"] or ""), _naming_settings(schema):
@@ -100,7 +102,15 @@ def command(config_name: str, schema: type[T]) -> Callable[[Callable[[T], Any]],
 
 def _sweep_first(arguments: list[str]) -> list[str]:
     """Returns the arguments with -m before all settings: argparse takes no settings on both sides of it."""
-    return sorted(arguments, key=lambda argument: argument not in {"-m", "--multirun"})
+    return sorted(arguments, key=lambda argument: argument not in _SWEEP)
+
+
+def _refuse_sweep(arguments: list[str], config_name: str) -> None:
+    """Raises UserError for -m where the command's YAML does not say where a sweep goes: its jobs would write over each
+    other."""
+    sweeps = OmegaConf.load(CONFIGS / f"{config_name}.yaml").hydra.get("sweep")
+    if sweeps is None and not _SWEEP.isdisjoint(arguments):
+        raise UserError("-m is for sweeps of train.py; call this command once for each value, each with its own output")
 
 
 @contextmanager

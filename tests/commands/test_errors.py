@@ -184,6 +184,14 @@ def test_mistakes_on_the_command_line_are_one_line(capsys, argument, said):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_only_training_sweeps(capsys, tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(capsys, "sample.py", "checkpoint=c", "script=s", "out=o", "sampler.seed=1,2", flag)
+    assert said.startswith("error: -m is for sweeps of train.py; call this command once for each value")
+    assert not list(tmp_path.iterdir())
+
+
 # Devices
 
 ABSENT = ["foo", "cuda:77", "meta", *([] if torch.cuda.is_available() else ["cuda"])]
