@@ -12,7 +12,7 @@ Shape letters: L packed tokens, Lq queries, Lt text tokens, N heads, D head dim.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -158,23 +158,29 @@ def _by_sample(layout: ShotLayout) -> Iterator[AnchorCall]:
 
 
 def _by_group(layout: ShotLayout, config: MoCConfig) -> Iterator[AnchorCall]:
-    @cache  # a pack has thousands of pairs of groups, but only eight kinds of pairs
-    def anchors(in_shot: bool, same_group: bool, is_global: bool) -> tuple[bool, bool]:
-        """Returns whether tokens of one group attend to their own shot, and to the text of the other group."""
-        pair = Pair(True, same_group, False, in_shot=in_shot, is_text=True, is_global=is_global)
-        return is_own_anchor(pair, config), is_text_anchor(pair, config)
-
+    anchors = _anchors_by_kind(config)
     for rows, _, _ in _sample_groups(layout):
         for group, _, _ in rows:
             in_shot = group.shot >= 0
-            has_own, _ = anchors(in_shot, True, not in_shot)
+            has_own, _ = anchors[in_shot, True, not in_shot]
             # The own shot is taken with its own text, so those rows are not taken twice.
             seen = [
                 (first, last)
                 for other, first, last in rows
-                if not (has_own and other is group) and anchors(in_shot, other is group, other.shot < 0)[1]
+                if not (has_own and other is group) and anchors[in_shot, other is group, other.shot < 0][1]
             ]
             yield AnchorCall(group.start, group.end, group.start, group.end if has_own else group.start, *_runs(seen))
+
+
+def _anchors_by_kind(config: MoCConfig) -> dict[tuple[bool, bool, bool], tuple[bool, bool]]:
+    """Returns whether tokens of one group attend to their own shot, and to the text of another group, by whether they
+    are in a shot, the groups are the same, and the other is global text. A pack has thousands of pairs of groups, but
+    only these eight kinds."""
+    found = {}
+    for in_shot, same_group, is_global in product((False, True), repeat=3):
+        pair = Pair(True, same_group, False, in_shot=in_shot, is_text=True, is_global=is_global)
+        found[in_shot, same_group, is_global] = is_own_anchor(pair, config), is_text_anchor(pair, config)
+    return found
 
 
 def _runs(spans: Sequence[tuple[int, int]]) -> tuple[int, int, int, int]:

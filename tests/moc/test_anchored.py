@@ -160,3 +160,17 @@ def test_a_plan_is_made_once_a_stream():
     assert plan is anchors.anchor_plan(layout, moc.MoCConfig(top_k=5), length)
     assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(dense=True), length)
     assert plan is not anchors.anchor_plan(layout, moc.MoCConfig(top_k=2), length - 1)
+
+
+@pytest.mark.parametrize("settings", [{"text_anchor": "global_and_own"}, {}, {"own_anchor": "chunk"}])
+def test_a_packed_plan_is_made_within_a_compiled_graph(settings):
+    layout, config = two_samples(), moc.MoCConfig(top_k=2, **settings)
+
+    def index(x):
+        return x[anchors.anchor_plan(layout, config, layout.num_tokens).packed.key_index]
+
+    x = torch.arange(layout.num_tokens)
+    expected = index(x)
+    assert len(expected)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(index, fullgraph=True, backend="eager")(x), expected)
