@@ -25,12 +25,14 @@ def whole(text: str, where: str) -> str:
 
 
 def positive(value: Any, where: str) -> float:
+    """Returns a number above 0 and below a million; raises DataError for any other value."""
     if not _is_number(value) or not 0 < value < 1e6:
         raise DataError("bad-script", where, f"{value!r} is not a positive number below a million")
     return float(value)
 
 
 def number(value: Any, where: str) -> float:
+    """Returns a number of at least 0, below a million; raises DataError for any other value."""
     if not _is_number(value) or not 0 <= value < 1e6:
         raise DataError("bad-script", where, f"{value!r} is not a number of at least 0, below a million")
     return float(value)

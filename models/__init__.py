@@ -51,6 +51,8 @@ __all__ = [
 
 
 class Family(StrEnum):
+    """A family is a kind of transformer: the model of LCT with text in its stream, or that of Wan."""
+
     mmdit = "mmdit"
     wan = "wan"
 

@@ -2,7 +2,7 @@
 
 Eager, each of their operations reads and writes all tokens in fp32. torch.compile makes as few kernels, but takes many
 seconds at the start of every process, and more for other lengths. `models.fuse` calls the functions here in place of
-those, by name; arguments and results are the same, to rounding.
+those, by name; arguments and results are the same, to rounding, and stand in the docstrings there.
 
 Shape letters: L tokens, N heads, D head dim or width, G groups.
 """

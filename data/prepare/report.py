@@ -109,6 +109,7 @@ class Report:
 
 
 def thumbnail_name(plan: SamplePlan, shot: int) -> str:
+    """Returns the file name of a shot's picture; plans of the same content have the same."""
     return f"{digest({'key': plan.key, 'shot': shot})}.jpg"
 
 

@@ -153,6 +153,7 @@ def draw_scenes(config: RecallConfig, indices: Sequence[int]) -> RecallScenes:
 
 
 def looks_of(scenes: RecallScenes, i: int) -> tuple[Look, ...]:
+    """Returns the looks of the characters of scene `i`."""
     return tuple(
         Look(NAMES[n], COLOUR_NAMES[f], COLOUR_NAMES[o])
         for n, f, o in zip(scenes.name[i], scenes.fur[i], scenes.outfit[i], strict=True)

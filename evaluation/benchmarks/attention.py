@@ -19,7 +19,7 @@ from moc.errors import UserError
 from moc.kernels import anchors, dense, sizes, triton_index
 
 GRID, TEXT, GLOBAL_TEXT = (36, 20, 32), 64, 256
-SETTINGS = [(1280, 5), (640, 10), (320, 20), (160, 40)]
+CHUNKS = [(1280, 5), (640, 10), (320, 20), (160, 40)]  # tokens of a chunk, and top_k of as many tokens in all
 SHORT_TEXT, SHORT_GLOBAL_TEXT = 12, 30
 SHORT = [(220, (3, 4, 6), 24), (28, (6, 8, 12), 96), (4, (11, 18, 20), 360)]  # scenes of 4 shots, grid, chunk tokens
 HEAD_DIM = 128
@@ -29,6 +29,8 @@ KEY = (
 
 
 class Suite(StrEnum):
+    """A suite is a set of cases that are measured together."""
+
     shots = "shots"
     chunks = "chunks"
     heads = "heads"
@@ -38,6 +40,8 @@ class Suite(StrEnum):
 
 
 class Impl(StrEnum):
+    """This setting names a dense kernel."""
+
     fa2 = "fa2"
     cudnn = "cudnn"
     fa3 = "fa3"
@@ -107,11 +111,13 @@ class Case:
 
 
 def make_inputs(case: Case, layout: moc.ShotLayout) -> list[Tensor]:
+    """Returns q, k, v of a case, bf16 [L, N, D]."""
     make = structured_inputs if case.inputs == "structured" else random_inputs
     return make(layout, case.heads, case.head_dim)
 
 
 def random_inputs(layout: moc.ShotLayout, heads: int, head_dim: int) -> list[Tensor]:
+    """Returns q, k, v of normal noise, bf16 [L, N, D]."""
     shape = (layout.num_tokens, heads, head_dim)
     return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
@@ -262,10 +268,8 @@ def cases(suites: Sequence[str], impls: Sequence[str]) -> list[Case]:
                 found.append(Case(impl, shots, repeats=1 if shots == 16 else 3))
                 found += [replace(sparse, shots=shots)] * with_moc
         if "chunks" in suites and with_moc:
-            found += [replace(sparse, chunk_tokens=chunk, top_k=k) for chunk, k in SETTINGS[1:]]
-            found += [
-                replace(sparse, inputs="structured", chunk_tokens=c, top_k=k) for c, k in (SETTINGS[0], SETTINGS[3])
-            ]
+            found += [replace(sparse, chunk_tokens=chunk, top_k=k) for chunk, k in CHUNKS[1:]]
+            found += [replace(sparse, inputs="structured", chunk_tokens=c, top_k=k) for c, k in (CHUNKS[0], CHUNKS[3])]
         if "heads" in suites and with_moc:
             found += [Case(impl, 8, heads=24, repeats=1), replace(sparse, heads=24)]
         if "single" in suites:

@@ -72,6 +72,8 @@ def plan(folder: Path, num_gpus: int) -> dict[str, Job]:
 
 
 def data_jobs(f: Path) -> dict[str, Job]:
+    """Returns the commands that make data, and films by models that were trained before."""
+
     def prepare(name: str, source: Path | str, needs: tuple[str, ...], *settings: str) -> Job:
         arguments = ["scripts/prepare_data.py", f"input={source}", f"output={f / name}", *settings]
         return Job(arguments, needs, f / name)
@@ -112,6 +114,7 @@ WAN = ("moc=paper", "data.batch_tokens=65536", "parallel.activation_checkpointin
 
 
 def training_jobs(f: Path) -> dict[str, Job]:
+    """Returns the commands that train, and convert what they begin with."""
     schedule = "schedule=[{step: 0, chunk_tokens: 10240, top_k: 5}, {step: 5, chunk_tokens: 1280, top_k: 5}]"
     muon = ["optim.name=muon", 'optim.rates=[{match: "*.to_qkv.*"}, {match: "*", factor: 0}]']
     mix = f"{{path: {f / 'prepared'}, kind: multi, weight: 0.8}}, {{path: {f / 'found'}, weight: 0.2}}"
@@ -159,6 +162,7 @@ def sample(f: Path, name: str, checkpoint: str, script: str | Path, *settings: s
 
 
 def using_jobs(f: Path) -> dict[str, Job]:
+    """Returns the commands that evaluate and sample what was trained."""
     runs, films = f / "runs", f / "films"
     pair = [f"low_noise_checkpoint={runs / 'wan'}", "shift=12", "sampler.high_noise_guidance_scale=4", "offload=true"]
     small = ("train storyworld",)
@@ -178,6 +182,7 @@ def using_jobs(f: Path) -> dict[str, Job]:
 
 
 def team_jobs(f: Path, num_gpus: int) -> dict[str, Job]:
+    """Returns the commands that several GPUs share."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(num_gpus)]
     team = f"parallel.sequence={num_gpus}"
     large = ["model=3b", *WAN, f"parallel.shard={num_gpus}"]
@@ -246,6 +251,7 @@ class Session:
 
 
 def remove(path: Path) -> None:
+    """Removes a file or a folder with all that is in it, if it is there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -162,6 +162,7 @@ def measure(trainer: Trainer, batch: Batch, most: int) -> dict[str, Any]:
 
 
 def tell(parallel: Parallel, what: str, seconds: float) -> None:
+    """Prints, on the first process, how long something took."""
     if parallel.is_main:
         print(f"{what}: {seconds:.1f} s", flush=True)
 
@@ -180,10 +181,12 @@ def shares(trainer: Trainer, batch: Batch) -> dict[str, Any]:
 
 
 def processes_of(config: BenchmarkConfig, mesh: str) -> dict[str, Any]:
+    """Returns the part of a row that says which processes take its steps."""
     return {"mesh": mesh, "processes": 1 if mesh == "one" else config.processes}
 
 
 def describe(config: BenchmarkConfig, mesh: str, impl: str, shots: int) -> dict[str, Any]:
+    """Returns the part of a row that says what is measured."""
     return processes_of(config, mesh) | {"impl": impl, "shots": shots}
 
 
@@ -207,6 +210,7 @@ def dense_kernel(config: BenchmarkConfig) -> str:
 
 
 def add_row(config: BenchmarkConfig, row: dict[str, Any]) -> None:
+    """Prints a row, and writes the record and its page with it."""
     print(row, flush=True)
     output = Path(config.output)
     write_whole(output.with_suffix(".md"), page(put_row(output, row, KEY, head(config))).encode())

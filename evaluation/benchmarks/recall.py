@@ -90,6 +90,7 @@ class RecallRowsConfig:
 
 
 def progressive(steps: int) -> str:
+    """Returns the setting of train.py that makes chunks smaller over a run of so many steps."""
     stages = (f"{{step: {int(share * steps)}, chunk_tokens: {c}, top_k: {k}}}" for share, c, k in PROGRESSIVE)
     return f"schedule=[{', '.join(stages)}]"
 
@@ -163,6 +164,7 @@ def told(row: dict) -> str:
 
 
 def run_name(row: str, config: RecallRowsConfig) -> str:
+    """Returns the name of a row's run."""
     return f"{row}_seed{config.seed}_{config.steps}" + (f"_from_{Path(config.start).name}" if config.start else "")
 
 

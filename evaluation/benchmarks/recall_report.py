@@ -66,6 +66,7 @@ def write_report(rows: list[dict], output: Path) -> None:
 
 
 def tables(rows: list[dict]) -> str:
+    """Returns the record as a Markdown page."""
     reader = rows[0]["reader"]
     sections = [
         "# Recall, row beside row\n\n"

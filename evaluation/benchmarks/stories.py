@@ -126,6 +126,7 @@ def test(
 
 
 def changed(config: StoriesConfig) -> str:
+    """Returns the settings of attention that are not the checkpoint's, as they are given; "" where all are."""
     return " ".join(f"moc.{key}={value}" for key, value in config.moc.items() if value is not None)
 
 

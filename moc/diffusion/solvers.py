@@ -15,6 +15,8 @@ ALMOST_NOISE = 1 - 1e-6  # the logarithm of the signal's share in pure noise is 
 
 
 class SolverKind(StrEnum):
+    """This setting says how a step from one noise level to the next is taken."""
+
     euler = "euler"
     unipc = "unipc"
     dpmpp = "dpmpp"

@@ -298,6 +298,7 @@ def rng_states() -> dict[str, Tensor]:
 
 
 def save_rng(folder: Path, states: dict[str, Tensor], rank: int) -> None:
+    """Writes the random states of one process, which `load_rng` reads."""
     save_file(states, folder / f"rng_{rank:05d}.safetensors")
 
 
@@ -314,6 +315,7 @@ def load_rng(folder: Path, rank: int) -> None:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes what `read_state` reads."""
     (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 

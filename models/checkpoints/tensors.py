@@ -124,6 +124,7 @@ def _open(file: Path):
 
 
 def listed(problems: dict[str, list[str]], most: int = 10) -> str:
+    """Returns problems in words: of each how many names it has, and the first `most` of them."""
     sentences = []
     for what, names in problems.items():
         if names:
@@ -133,6 +134,7 @@ def listed(problems: dict[str, list[str]], most: int = 10) -> str:
 
 
 def shapes(state: Mapping[str, Tensor]) -> Shapes:
+    """Returns the shapes of a state dict."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 

@@ -27,6 +27,8 @@ from models.earlier import CODEC
 
 
 class CodecKind(StrEnum):
+    """This setting says what encodes latents: the embedded transform, which has no weights, or the VAE of Wan."""
+
     lapped = "lapped"
     wan = "wan"
 

@@ -42,6 +42,8 @@ CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] +
 
 
 class TextKind(StrEnum):
+    """This setting says what encodes captions: the embedded encoder, small and seeded, or a T5 with weights."""
+
     embedded = "embedded"
     t5 = "t5"
 

@@ -148,4 +148,5 @@ def no_features(network: nn.Module) -> Features:
 
 
 def moved(features: Features, device: torch.device) -> Features:
+    """Returns the feature cache on a device."""
     return [x.to(device) if isinstance(x, Tensor) else x for x in features]
