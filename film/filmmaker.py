@@ -18,7 +18,7 @@ from data.errors import DataError
 from film.estimate import Estimate, estimate
 from film.fit import check_fits, placed
 from film.folder import FilmFolder
-from film.plan import FilmPlan, plan_film
+from film.plan import FilmPlan, counts_that_stay, plan_film
 from film.presentation import present
 from film.script import Script, load_script, parse_script
 from film.shooting import ROUTE_COUNTS, OnStep, Shooting
@@ -281,8 +281,8 @@ class Filmmaker:
         with folder.held():
             folder.check_request(request, redo)
             if folder.is_finished and redo:
-                routing = folder.read_routing()
-                routing[:, :, [plan.filmed[number - 1] for number in redo]] = 0
+                scripts = (folder.request() or request)["script"], request["script"]
+                routing = counts_that_stay(folder.read_routing(), *scripts, redo)
                 folder.reopen(request, redo, {ROUTE_COUNTS: routing})
             if self.parallel.share(not folder.is_finished):
                 with folder.bound_once_begun():

@@ -153,6 +153,27 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
     return plan
 
 
+def counts_that_stay(counts: Tensor, before: dict[str, Any], now: dict[str, Any], redo: Sequence[int]) -> Tensor:
+    """Returns the counts of a routing map, [layers, levels, S, S], for a film of which some shots, counted from 1, are
+    made anew. The routes of these are not counted; the other shots' are, where what they go to is still in the stream,
+    which a picture of a shot made anew may join or leave. before, now: the film's records (`FilmPlan.record`)."""
+    old, new = _standing(before), _standing(now)
+    stay = [name for name in old if name in new]
+    source, target = (torch.tensor([names.index(name) for name in stay]) for names in (old, new))
+    moved = counts.new_zeros(*counts.shape[:2], len(new), len(new))
+    moved[:, :, target[:, None], target] = counts[:, :, source[:, None], source]
+    moved[:, :, [new.index(("shot", number)) for number in redo]] = 0
+    return moved
+
+
+def _standing(record: dict[str, Any]) -> list[tuple[str, int]]:
+    """Returns what stands in the stream of a film, in the order of `plan_film`: each thing's kind and number."""
+    found = [("reference", number) for number in range(len(record.get("references", [])))]
+    for number, shot in enumerate(record["shots"], start=1):
+        found += [("picture", number)] * ("image" in shot) + [("shot", number)]
+    return found
+
+
 def _num_frames(wanted: float, shots: Sequence[ScriptShot], number: int, codec: Codec) -> int:
     """Returns how many frames a shot of `wanted` ones has: whole latent frames where the next shot goes on from it."""
     if number + 1 == len(shots) or (shots[number + 1].begins_anew and codec.begins_video(number + 1)):

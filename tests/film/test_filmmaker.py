@@ -160,6 +160,27 @@ def test_one_shot_is_made_anew_and_the_others_stay(trained, write, tmp_path, lag
     assert json.loads(last[METADATA])["redone"] == [2, 3]
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_shot_is_made_anew_with_a_picture_and_again_without_it(trained, write, tmp_path, number):
+    """The picture moves the later shots of the stream, and what is known of their routes with them."""
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "red.png")
+    filmmaker, film, shots = open_filmmaker(trained), tmp_path / "film", [SHOT] * 3
+    story = write(STORY | {"title": "A walk", "shots": shots})
+    before = film_of(filmmaker, story, film)
+    pictured = [SHOT | {"image": "red.png"} if index == number else SHOT for index in (1, 2, 3)]
+    other = write(STORY | {"title": "A walk", "shots": pictured}, "pictured.yaml")
+    now = film_of(filmmaker, other, film, redo=[number])
+    assert now[f"latents/0{number}.safetensors"] != before[f"latents/0{number}.safetensors"]
+    assert {"index.html", "routing.png"} <= now.keys()
+    old, new = (json.loads(files[METADATA])["routing"] for files in (before, now))
+    of_shots = [index for index in range(4) if index != number - 1]
+    stay = [index for index in range(3) if index != number - 1]
+    assert [[new[of_shots[row]][of_shots[column]] for column in range(3)] for row in stay] == [old[row] for row in stay]
+    again = film_of(filmmaker, story, film, redo=[number])
+    assert again["routing.safetensors"] == before["routing.safetensors"]
+    assert again["video.mp4"] == before["video.mp4"]
+
+
 def test_a_film_with_shots_made_anew_is_told_to_be_another_when_filmed_at_once(trained, write, tmp_path, caplog):
     """The shots after one that was made anew saw what it was before."""
     filmmaker, film = open_filmmaker(trained), tmp_path / "film"
