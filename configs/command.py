@@ -244,7 +244,7 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
 
 
 def _missing(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields the keys that the user must give and that are not set, or set to null or to a text of nothing.
+    """Yields the keys that the user must give and that are not set, or set to null or to an empty text.
 
     known: the schema's defaults.
     """
@@ -266,7 +266,7 @@ def _not_set(keys: list[str], said: dict[str, str]) -> str:
 
 
 def _refuse_empty(cfg: DictConfig, unset: dict[str, Any], prefix: str = "") -> None:
-    """Raises UserError for a text of nothing where null says that nothing is set: a shell gives one for a variable that
+    """Raises UserError for an empty text where null says that nothing is set: a shell gives one for a variable that
     it does not have. Some settings of earlier versions said it so."""
     for name, default in unset.items():
         value, key = cfg.get(name), f"{prefix}{name}"

@@ -27,8 +27,11 @@ def write_page(
     boards: Sequence[Sequence[Board]],
     vbench: dict[str, dict[str, float]],
 ) -> None:
-    """Writes the page. losses: rows of `evaluation.rivals`, as dicts. scores: of each name (`film_scores`). boards: the
-    storyboards of each name's films. vbench: by name, what VBench measured."""
+    """Writes the page.
+
+    losses: rows of `evaluation.rivals`, as dicts. scores: those of each name, by `evaluation.films.scores`. boards: the
+    storyboards of each name's films. vbench: by name, what VBench measured.
+    """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["shown"] = shown
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(

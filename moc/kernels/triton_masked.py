@@ -51,7 +51,7 @@ def masked_plan(q: Tensor, layout: ShotLayout, config: MoCConfig) -> MaskedPlan 
     """Returns the plan of a stream of short samples, made once for q's tile; None where they are long or have too many
     chunks.
 
-    Of q [L, N, D] it takes dtype, head dim and device.
+    It takes dtype, head dim and device from q [L, N, D].
     """
     tile = masked_blocks(q).tile
     key = ("masked", config.own_anchor, config.text_anchor, tile)
