@@ -307,7 +307,7 @@ def page(rows: list[dict], folder: Path) -> str:
     lines = []
     for row in rows:
         told = " ".join(row["command"]).replace(f"{folder}/", "").replace("|", "\\|")
-        gpus, commit = row["gpus"], str(row["commit"])[:7]
+        gpus, commit = f"{row['gpus']} {row['gpu']}", str(row["commit"])[:7]
         lines.append([row["name"], gpus, f"{row['seconds']:.0f}", row["exit_code"], commit, f"`python {told}`"])
     columns = ["what", "GPUs", "s", "exit code", "commit", "command"]
     return f"# Every command on a GPU\n\n{about}\n\n{markdown_table(columns, lines)}\n"

@@ -212,18 +212,18 @@ def page(rows: list[dict]) -> str:
         least = row["floor_matmul_ms"] + row["floor_bytes_ms"]
         grid = "x".join(map(str, row["grid"]))
         lines.append([
-            row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["pack_tokens"], row["step_ms"], row["host_ms"],
+            row["gpu"], row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["pack_tokens"], row["step_ms"], row["host_ms"],
             row["busy_ms"], row["launches"], f"{row['floor_matmul_ms']} + {row['floor_bytes_ms']}",
             f"{row['step_ms'] / least:.2f}", f"{row['peak_bytes'] / 2**30:.1f}",
             *(row[f"{phase}_ms"] for phase in PHASES), str(row["commit"])[:7],
         ])  # fmt: skip
     columns = [
-        "model", "pack", "tokens", "step ms", "host ms", "busy ms", "launches", "floor ms, matmuls + bytes",
+        "GPU", "model", "pack", "tokens", "step ms", "host ms", "busy ms", "launches", "floor ms, matmuls + bytes",
         "of floor", "peak GiB", *(f"{phase} ms" for phase in PHASES), "commit",
     ]  # fmt: skip
-    shares = [[row["pack_tokens"], *(row["kernels_ms"].get(kind, "") for kind in kinds)] for row in rows]
+    shares = [[row["gpu"], row["pack_tokens"], *(row["kernels_ms"].get(kind, "") for kind in kinds)] for row in rows]
     about = f"{measured_on(rows)} Made by scripts/benchmark_step.py, which says what the columns are."
     return "\n\n".join([
         "# A whole training step", about, markdown_table(columns, lines),
-        "## Kernels of a step, ms", markdown_table(["tokens", *kinds], shares),
+        "## Kernels of a step, ms", markdown_table(["GPU", "tokens", *kinds], shares),
     ]) + "\n"  # fmt: skip
