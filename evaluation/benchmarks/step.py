@@ -212,8 +212,8 @@ def page(rows: list[dict]) -> str:
         least = row["floor_matmul_ms"] + row["floor_bytes_ms"]
         grid = "x".join(map(str, row["grid"]))
         lines.append([
-            row["gpu"], row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["pack_tokens"], row["step_ms"], row["host_ms"],
-            row["busy_ms"], row["launches"], f"{row['floor_matmul_ms']} + {row['floor_bytes_ms']}",
+            row["gpu"], row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["pack_tokens"], row["step_ms"],
+            row["host_ms"], row["busy_ms"], row["launches"], f"{row['floor_matmul_ms']} + {row['floor_bytes_ms']}",
             f"{row['step_ms'] / least:.2f}", f"{row['peak_bytes'] / 2**30:.1f}",
             *(row[f"{phase}_ms"] for phase in PHASES), str(row["commit"])[:7],
         ])  # fmt: skip

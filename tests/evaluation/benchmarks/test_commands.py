@@ -121,7 +121,7 @@ def test_a_second_call_goes_on_where_the_first_one_was_ended(fakes, tmp_path, mo
 
 def test_a_table_shortens_paths_to_the_folder():
     rows = [HEAD | {"name": "n", "seconds": 2.4, "exit_code": 0, "command": ["train.py", "output=/some/where/runs"]}]
-    assert "| n | 2 | 2 | 0 | c | `python train.py output=runs` |" in page(rows, Path("/some/where"))
+    assert "| n | 2 a GPU | 2 | 0 | c | `python train.py output=runs` |" in page(rows, Path("/some/where"))
 
 
 def test_without_a_gpu_nothing_is_timed(tmp_path, monkeypatch):
