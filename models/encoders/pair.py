@@ -79,6 +79,9 @@ def read_encoders(path: str | Path | Contents) -> EncodersConfig:
     """Returns what `find_encoders` finds; raises UserError where there are none."""
     contents = Contents.at(path)
     found, path = find_encoders(contents), contents.path
+    if found is None and not path.exists():
+        hint = download_hint(path) or "; name a run, a checkpoint, a folder of encoders or a diffusers pipeline"
+        raise UserError(f"{path} does not exist{hint}")
     if found is None:
         raise UserError(
             f"{path} holds no encoders: neither {FILE}, which prepare_data and train.py write, nor "

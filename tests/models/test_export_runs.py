@@ -129,6 +129,8 @@ def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, t
     assert find_encoders(release) is None
     with pytest.raises(ValueError, match=r"holds no encoders: neither encoders\.json, .* nor vae, text_encoder, "):
         as_run(reduced_folder, tmp_path / "none", encoders_path=str(reduced_folder))
+    with pytest.raises(ValueError, match="nowhere does not exist; name a run"):
+        as_run(reduced_folder, tmp_path / "none", encoders_path=str(tmp_path / "nowhere"))
     assert not list(tmp_path.glob("none*"))
 
 
