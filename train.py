@@ -64,7 +64,7 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
 
     def save_extras(folder: Path) -> None:
         dataset.save_encoders(folder / "encoders")
-        Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots).write(folder)
+        Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots, config.data.drop_captions).write(folder)
         draw_curves(run_folder, read_metrics(run_folder))
 
     moc, schedule, optim, length = config.moc, MoCSchedule(config.schedule), config.optim, config.trainer

@@ -181,7 +181,9 @@ class Filmmaker:
             script = load_script(path, given, self.seen.defaults)
         else:
             script = parse_script(text, path, given, self.seen.defaults)
-        unseen = self.seen.unseen(script.size, script.fps, len(script.shots))
+        usual = self.sampler.guidance_scale
+        is_guided = any((usual if shot.guidance is None else shot.guidance) != 1 for shot in script.shots)
+        unseen = self.seen.unseen(script.size, script.fps, len(script.shots), is_guided)
         if unseen:
             logger.warning("%s was never trained on %s; expect less of the film", self.checkpoint, ", ".join(unseen))
         return script

@@ -17,11 +17,13 @@ FILE = "films.json"
 @dataclass(frozen=True)
 class Seen:
     """These are the sizes (height, width) and frame rates of the films that a model was trained on, the most usual
-    first, and how many shots a sample had at most; nothing where that is not known."""
+    first, how many shots a sample had at most, and the share of samples that lost their captions; nothing where that is
+    not known."""
 
     sizes: Sequence[Sequence[int]] = ()
     fps: Sequence[float] = ()
     max_shots: int = 0
+    drop_captions: float | None = None
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self)) + "\n")
@@ -41,8 +43,9 @@ class Seen:
         found = {"size": list(next(iter(self.sizes), ())), "fps": next(iter(self.fps), None)}
         return {name: value for name, value in found.items() if value}
 
-    def unseen(self, size: Sequence[int], fps: float, num_shots: int) -> list[str]:
-        """Returns what of a film the model was never trained on, in words."""
+    def unseen(self, size: Sequence[int], fps: float, num_shots: int, is_guided: bool) -> list[str]:
+        """Returns what of a film the model was never trained on, in words. is_guided: whether guidance asks it for a
+        film without captions."""
         told = []
         if self.sizes and list(size) not in [list(known) for known in self.sizes]:
             told.append(f"{size[0]}x{size[1]} (but {', '.join(f'{h}x{w}' for h, w in self.sizes)})")
@@ -50,6 +53,8 @@ class Seen:
             told.append(f"{fps:g} frames a second (but {', '.join(f'{known:g}' for known in self.fps)})")
         if self.max_shots and num_shots > self.max_shots:
             told.append(f"{num_shots} shots (but {self.max_shots} at most)")
+        if is_guided and self.drop_captions == 0:
+            told.append("dropped captions, which guidance needs (sampler.guidance_scale=1 films without it)")
         return told
 
 

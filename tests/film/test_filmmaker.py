@@ -121,15 +121,29 @@ def test_a_dense_model_is_told_to_have_never_seen_moc(trained, tmp_path, write, 
         assert ("has no moc.json" in caplog.text) == is_told
 
 
+def test_guidance_that_a_model_never_learnt_is_told(trained, write, tmp_path, caplog):
+    """Guidance asks for a film without captions."""
+    model = shutil.copytree(trained / "checkpoints/step_0000003/ema", tmp_path / "model")
+    films = next((trained / "checkpoints/step_0000003").rglob("films.json"))
+    Seen(**json.loads(films.read_text()) | {"drop_captions": 0.0}).write(model)
+    guided, plain = SHOT | {"guidance": 3}, SHOT | {"guidance": 1}
+    for scale, shot, is_told in ((2.0, SHOT, True), (1.0, guided, True), (1.0, plain, False)):
+        caplog.clear()
+        config = FilmmakerConfig(str(model), device="cpu", sampler=SamplingConfig(guidance_scale=scale))
+        Filmmaker(config).read(write(STORY | {"shots": [shot]}))
+        assert ("sampler.guidance_scale=1 films without it" in caplog.text) == is_told
+
+
 def test_seen_says_nothing_where_nothing_is_known(tmp_path):
     assert Seen.read(Contents(tmp_path)) == Seen()
     assert Seen().defaults == {}
-    assert Seen().unseen((480, 832), 16, 80) == []
-    Seen([[32, 48], [48, 32]], [12, 24.5], 3).write(tmp_path)
+    assert Seen().unseen((480, 832), 16, 80, True) == []
+    Seen([[32, 48], [48, 32]], [12, 24.5], 3, 0.0).write(tmp_path)
     seen = Seen.read(Contents(tmp_path))
     assert seen.defaults == {"size": [32, 48], "fps": 12}
-    assert seen.unseen((48, 32), 24.5, 3) == []
-    assert seen.unseen((48, 33), 24, 4) == [
+    assert seen.unseen((48, 32), 24.5, 3, False) == []
+    assert "dropped captions" in seen.unseen((48, 32), 24.5, 3, True)[0]
+    assert seen.unseen((48, 33), 24, 4, False) == [
         "48x33 (but 32x48, 48x32)",
         "24 frames a second (but 12, 24.5)",
         "4 shots (but 3 at most)",
