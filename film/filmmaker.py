@@ -269,11 +269,12 @@ class Filmmaker:
         check_fits(plan, self._count, self._sampler_of(plan), offload, has, self.parallel.is_sharded, is_begun)
 
     def film(self, plan: FilmPlan, folder: FilmFolder, redo: Sequence[int] = (), watch: OnStep | None = None) -> None:
-        """Makes a film, goes on with it where it was stopped, or leaves it where it is whole. Every process of
+        """Makes a film, goes on with it where it was stopped, or writes what a whole one has lost. Every process of
         a team takes part, and the first one alone has to do with the folder.
 
         redo: numbers of shots of a whole film, from 1, that are made anew; the others stay as they are, and a new shot
-        sees those before it. watch: is told of each step. Raises DataError where the folder holds another film.
+        sees those before it. watch: is told of each step. Raises DataError where the folder holds another film
+        (other-film), or has lost shots of this one (lost-shot).
         """
         if not self.parallel.leads:
             if self.parallel.share(False):
@@ -289,6 +290,8 @@ class Filmmaker:
             if self.parallel.share(not folder.is_finished):
                 with folder.bound_once_begun():
                     self._make(plan, folder, request, watch)
+            else:
+                self._shooting(plan, folder, request).restore()
             present(folder, plan, self.config.video)
             folder.forget()  # forgets what it was asked to redo, so that no shot is made anew twice
 
@@ -349,10 +352,15 @@ class Filmmaker:
         with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
             yield
 
+    def _shooting(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> Shooting:
+        codec, keep_every = self.encoders.codec, self.config.keep_every
+        return Shooting(folder, plan, codec, request, self.routing_map(plan), keep_every)
+
     def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any], watch: OnStep | None) -> None:
-        started, routing_map, device = time.time(), self.routing_map(plan), self.parallel.device
+        started, device = time.time(), self.parallel.device
         folder.copy_pictures(plan.pictures)
-        shooting = Shooting(folder, plan, self.encoders.codec, request, routing_map, self.config.keep_every)
+        shooting = self._shooting(plan, folder, request)
+        routing_map = shooting.routing_map
         story, sampler = self._story(plan, shooting.given()), self._sampler_of(plan)
         with self._sampling(plan):
             num_frames = shooting.run(partial(self._sample, story, sampler, routing_map), watch)

@@ -42,13 +42,13 @@ from moc.errors import UserError
 from moc.files import PARTIAL, copy_whole, held
 from moc.training.checkpoint import read_json
 
-METADATA, PROGRESS = "metadata.json", ".progress.safetensors"
+VIDEO, METADATA, PROGRESS = "video.mp4", "metadata.json", ".progress.safetensors"
 REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # metadata that decide the frames
 ROUTING = "routing.safetensors"
 SCENES = "[0-9][0-9][0-9]_[0-9][0-9][0-9].mp4"
 GIVEN = f"given/{'[0-9a-f]' * 16}.*"
 DRAWN = ("index.html", "storyboard*.png", "routing.png", "video.srt", "video.vtt", "preview.webp")  # once it is whole
-FILES = ("latents/*.safetensors", "shots/*.mp4", "video.mp4", METADATA, ROUTING, *DRAWN)
+FILES = ("latents/*.safetensors", "shots/*.mp4", VIDEO, METADATA, ROUTING, *DRAWN)
 REMEDY = "name another folder, or remove this one"
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,16 @@ class Kept:
     made: dict[int, int] = field(default_factory=dict)
     redo: list[int] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """This record says what is not there of a film. latents, shots: numbers of the shots, from 1, whose latent or video
+    is not. film: whether the joined video is not."""
+
+    latents: set[int]
+    shots: set[int]
+    film: bool
 
 
 class FilmFolder:
@@ -93,12 +103,14 @@ class FilmFolder:
 
     def check_request(self, request: Mapping[str, Any], redo: Sequence[int] = ()) -> None:
         """Raises DataError (other-film) where the folder holds a film, finished or not, of another request. redo: shots
-        of a finished film that may differ, and must: the same prompt and seed would give the same shot."""
+        of a finished film that may differ, and must, unless they are lost: the same prompt and seed would give the same
+        shot."""
         before, now = self.request(), json.loads(json.dumps(request))
         if before is None:
             return
         if self.is_finished:
-            same = [number for number in redo if before["script"]["shots"][number - 1] == _shot(now, number)]
+            there = [number for number in redo if self._latent(number).exists()]  # a lost shot may be what it was
+            same = [number for number in there if before["script"]["shots"][number - 1] == _shot(now, number)]
             if same:
                 raise DataError("same-shot", self.path, f"shot {same[0]} is asked to be what it is; change its prompt, "
                                 "its seed in the script, or sampler.seed")  # fmt: skip
@@ -198,6 +210,21 @@ class FilmFolder:
 
     # Files of the film
 
+    def missing(self, num_shots: int) -> Missing:
+        """Returns what is not there of a film of so many shots, of what cannot be drawn again from its videos."""
+        numbers = range(1, num_shots + 1)
+        latents = {number for number in numbers if not self._latent(number).exists()}
+        shots = {number for number in numbers if not self.shot(number).exists()}
+        return Missing(latents, shots, not (self.path / VIDEO).exists())
+
+    def lost(self, numbers: Sequence[int]) -> DataError:
+        """Returns the error of a whole film that holds neither videos nor latents of some shots."""
+        said = f"shot {numbers[0]}" if len(numbers) == 1 else f"shots {list(numbers)}"
+        remedy = f"make anew with redo={list(numbers)}, {REMEDY}"
+        return DataError(
+            "lost-shot", self.path, f"has lost {said}, of which neither video nor latent is there; {remedy}"
+        )
+
     def _latent(self, number: int) -> Path:
         return self.path / f"latents/{number:02d}.safetensors"
 
@@ -225,7 +252,7 @@ class FilmFolder:
     def join_shots(self, num_shots: int, chapters: Sequence[str] | None = None) -> int:
         """Joins all shots as one video, their frames as they are, and as chapters of these titles; returns how many."""
         shots = [self.shot(number) for number in range(1, num_shots + 1)]
-        return join_videos(self.path / "video.mp4", shots, chapters)
+        return join_videos(self.path / VIDEO, shots, chapters)
 
     @contextmanager
     def _opened(self, number: int) -> Iterator[av.container.InputContainer]:
@@ -315,7 +342,7 @@ class FilmFolder:
 
     def files(self) -> list[Path]:
         """Lists what there is to look at."""
-        return [path for pattern in ("video.mp4", *DRAWN) for path in sorted(self.path.glob(pattern))]
+        return [path for pattern in (VIDEO, *DRAWN) for path in sorted(self.path.glob(pattern))]
 
 
 def _shot(request: dict[str, Any], number: int) -> Any:

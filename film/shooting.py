@@ -4,7 +4,7 @@ Each shot is written as soon as it is sampled. The state of sampling is kept aft
 that the same command goes on from there and gives the same bytes as one that was never stopped.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -74,8 +74,20 @@ class Shooting:
                 self.kept.made[number] = self.folder.write_latent(number, latent)
                 self._is_new = True
                 self._write_shot(number, latent)
-        titles = [shot.prompt for shot in self.plan.script.shots] if self.video.chapters else None
-        return self.folder.join_shots(len(self.numbers), titles)
+        return self._join()
+
+    def restore(self) -> None:
+        """Writes what a whole film has lost, but for what is drawn of it: copies of what its script names, and videos
+        from the latents. Raises DataError (lost-shot) where those of a shot are lost too."""
+        self.folder.copy_pictures(self.plan.pictures)
+        self._write_given(self.folder.missing(len(self.numbers)).latents)
+        missing = self.folder.missing(len(self.numbers))
+        if lost := missing.shots & missing.latents:
+            raise self.folder.lost(sorted(lost))
+        if missing.shots:
+            self._write_videos((number, self.folder.read_latent(number)) for number in self._decoded(missing.shots))
+        if missing.film:
+            self._join()
 
     _is_new = False  # whether a shot is finished but not kept yet
 
@@ -83,16 +95,9 @@ class Shooting:
         """Returns where sampling goes on from. Shots with latents alone get their videos, given ones first."""
         if self.folder.request() is None:  # the request is kept first, so that later files are known by it
             self.folder.keep(self.request, self.kept)
-        for number, index in enumerate(self.plan.filmed, start=1):
-            if index in self.plan.given and number not in self.kept.made:
-                self.kept.made[number] = self.folder.write_latent(number, self.plan.given[index])
+        self._write_given(set(self.numbers.values()) - self.kept.made.keys())
         made = {number: self.folder.read_latent(number) for number in sorted(self.kept.made)}
-        for number, latent in made.items():
-            if not self.folder.shot(number).exists():
-                self._write_shot(number, latent)
-            elif not self.codec.begins_video(number):
-                for _ in self.decode(latent.to(self.plan.device)):  # the codec goes on to the next shot from here
-                    pass
+        self._write_videos(made.items())
         if not self.kept.step:
             return None
         latents = {int(name): tensor for name, tensor in self.kept.tensors.items() if name.isdigit()}
@@ -120,6 +125,32 @@ class Shooting:
             self.kept.tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
         tensors = self.kept.tensors | {ROUTE_COUNTS: self.routing_map.counts, REUSED: torch.tensor(progress.reused)}
         self.folder.keep(self.request, replace(self.kept, tensors=tensors))
+
+    def _write_given(self, numbers: Collection[int]) -> None:
+        """Writes the latents of those shots among `numbers` that are given videos."""
+        for number, index in enumerate(self.plan.filmed, start=1):
+            if index in self.plan.given and number in numbers:
+                self.kept.made[number] = self.folder.write_latent(number, self.plan.given[index])
+
+    def _decoded(self, numbers: Collection[int]) -> list[int]:
+        """Returns which shots are decoded for the videos of some: those before them too, where the codec makes one
+        video of all shots."""
+        return [n for n in range(1, max(numbers) + 1) if n in numbers or not self.codec.begins_video(n)]
+
+    def _write_videos(self, latents: Iterable[tuple[int, Tensor]]) -> None:
+        """Writes the videos that are missing of shots, whose numbers and latents are given in order."""
+        missing = self.folder.missing(len(self.numbers)).shots
+        for number, latent in latents:
+            if number in missing:
+                self._write_shot(number, latent)
+            elif not self.codec.begins_video(number):
+                for _ in self.decode(latent.to(self.plan.device)):  # the codec goes on to the next shot from here
+                    pass
+
+    def _join(self) -> int:
+        """Joins the videos of all shots; returns their frames."""
+        titles = [shot.prompt for shot in self.plan.script.shots] if self.video.chapters else None
+        return self.folder.join_shots(len(self.numbers), titles)
 
     def _write_shot(self, number: int, latent: Tensor) -> None:
         pieces = (pictures(piece, f"shot {number}") for piece in self.decode(latent.to(self.plan.device)))
