@@ -26,7 +26,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from configs.earlier import UNSET, refuse_renamed
+from configs.earlier import refuse_renamed
 from configs.overrides import readable, refuse_words
 from configs.words import explained, words
 from moc import MoCConfig
@@ -267,12 +267,12 @@ def _not_set(keys: list[str], said: dict[str, str]) -> str:
 
 def _refuse_empty(cfg: DictConfig, unset: dict[str, Any], prefix: str = "") -> None:
     """Raises UserError for an empty text where null says that nothing is set: a shell gives one for a variable that
-    it does not have. Some settings of earlier versions said it so."""
+    it does not have."""
     for name, default in unset.items():
         value, key = cfg.get(name), f"{prefix}{name}"
         if isinstance(default, dict) and isinstance(value, DictConfig):
             _refuse_empty(value, default, f"{key}.")
-        elif default is None and value == "" and key not in UNSET:
+        elif default is None and value == "":
             raise UserError(f"{key} is empty; say {key}=VALUE, or leave it out")
 
 

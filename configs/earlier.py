@@ -10,12 +10,12 @@ from models.earlier import CODEC, MODEL, TEXT
 
 _OWNERS = (MOC, EXECUTION, MODEL, DATA, CODEC, TEXT, OPTIM, PARALLEL, PREPARE, SAMPLER)
 _RENAMED = {old: f"{one.owner}.{name}" for one in _OWNERS for old, name in one.renamed.items()}
-UNSET = {f"{one.owner}.{name}": value for one in _OWNERS for name, value in one.unset.items()}
+_UNSET = {f"{one.owner}.{name}": value for one in _OWNERS for name, value in one.unset.items()}
 
 
 def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a run as today's version would have written them."""
-    return with_nulls({_RENAMED.get(key, key): value for key, value in settings.items()}, UNSET)
+    return with_nulls({_RENAMED.get(key, key): value for key, value in settings.items()}, _UNSET)
 
 
 def refuse_renamed(argument: str) -> None:

@@ -72,7 +72,8 @@ class DemoConfig:
     large: Scale = field(default_factory=Scale)
 
     def __post_init__(self) -> None:
-        check_least(self, "", 0, "scenes", "steps", "workers")
+        check_least(self, "", 1, "scenes", "steps", null="the scale's")
+        check_least(self, "", 1, "workers", null="one a core")
         if self.scale not in ("auto", "small", "large"):
             raise UserError(f"scale={self.scale} is none; say auto, small or large")
 

@@ -32,13 +32,6 @@ class Earlier:
         found = {names.get(name, name): value for name, value in stored.items() if name not in self.moved}
         return with_nulls(found, self.unset)
 
-    def set_nulls(self, config: Any) -> None:
-        """Sets the fields of a frozen dataclass to null where they hold what said in earlier versions that nothing is
-        set, as commands and files from then do."""
-        for name, value in self.unset.items():
-            if getattr(config, name) == value:
-                object.__setattr__(config, name, None)
-
     def as_written(self, name: str, value: Any) -> Any:
         """Returns the value of a setting as files have it whose names are hashes of what they hold."""
         return self.unset[name] if value is None else value

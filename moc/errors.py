@@ -19,17 +19,30 @@ class UserError(ValueError):
     """
 
 
-def check_least(config: Any, owner: str, least: float, *names: str) -> None:
+def check_least(config: Any, owner: str, least: float, *names: str, null: str = "") -> None:
     """Raises UserError where a number among the fields `names` of a config is below `least`, infinite or not a number;
     None, a setting that is not set, is none.
 
-    owner: the group of settings in the user's words, such as "optim"; "" where they belong to none.
+    owner: the group of settings in the user's words, such as "optim"; "" where they belong to none. null: what null
+    is, for those who say 0 for it.
     """
-    prefix = f"{owner}." if owner else ""
     for name in names:
         value = getattr(config, name)
         if value is not None and not least <= value < math.inf:
-            raise UserError(f"{prefix}{name}={value} must be finite and at least {least}")
+            raise _out_of_range(owner, name, value, f"at least {least}", null)
+
+
+def check_above_zero(config: Any, owner: str, *names: str, null: str = "") -> None:
+    """Does what `check_least` does, where a number that is not above 0 is refused."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise _out_of_range(owner, name, value, "above 0", null)
+
+
+def _out_of_range(owner: str, name: str, value: float, rule: str, null: str) -> UserError:
+    remedy = f"; null is {null}" if null else ""
+    return UserError(f"{owner}{'.' if owner else ''}{name}={value} must be finite and {rule}{remedy}")
 
 
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}

@@ -13,7 +13,6 @@ import moc
 from data.cache.online import LoadCodec
 from data.cache.reader import Cache, CachedScene, open_cache
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT
-from data.earlier import DATA
 from data.errors import DataError
 from data.loading.order import DRAW, Draw, Source, Split, uniforms
 from data.storyworld.recall_scenes import RecallConfig
@@ -92,7 +91,6 @@ class DataConfig:
     drop_to_still: float = 0.1
 
     def __post_init__(self) -> None:
-        DATA.set_nulls(self)
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")

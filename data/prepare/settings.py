@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.earlier import PREPARE
 from data.media.decode import DECODERS
 from data.media.index import MAX_SIDE
 from data.prepare.shots import DETECTORS
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_above_zero, check_least
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -52,7 +51,6 @@ class PrepareConfig:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        PREPARE.set_nulls(self)
         if Path(self.input).resolve() == Path(self.output).resolve():
             raise UserError(
                 f"output={self.output} is the input; its manifest would be overwritten, name another folder"
@@ -64,7 +62,8 @@ class PrepareConfig:
                 raise UserError(f"a size is [height, width] in pixels, at most {MAX_SIDE} each, got {size}")
         if not 1 <= self.min_frames <= self.max_frames:
             raise UserError(f"need 1 <= min_frames <= max_frames, got {self.min_frames} and {self.max_frames}")
-        check_least(self, "", 0, "fps", "threshold")
+        check_above_zero(self, "", "fps", null="each video's own")
+        check_above_zero(self, "", "threshold", null="the detector's own")
         if self.detector == "transnetv2" and (self.threshold or 0) >= 1:
             raise UserError(f"threshold={self.threshold} is of probabilities with transnetv2; name one below 1")
         check_least(self, "", 1, "shots_per_sample", "shard_megabytes")

@@ -83,7 +83,7 @@ class StoryworldConfig:
                                  "from 1 to the number of places"),
             "continuation": (self.continuation, 0 <= self.continuation <= 1, "from 0 to 1"),
             "crf": (self.crf, 0 <= self.crf <= 51, "from 0 (lossless) to 51"),
-            "workers": (self.workers, (self.workers or 0) >= 0, "0 or more, or null"),
+            "workers": (self.workers, self.workers is None or self.workers >= 1, "at least 1, or null for one a core"),
         }  # fmt: skip
         for name, (value, good, rule) in checks.items():
             if not good:

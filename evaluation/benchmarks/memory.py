@@ -13,6 +13,7 @@ from evaluation.benchmarks.timing import check_gpu
 from evaluation.benchmarks.training_steps import bare_trainer, random_film, timed_step
 from moc import MoCConfig
 from moc.batch import make_batch
+from moc.errors import check_above_zero
 from moc.files import write_whole
 from moc.training import OptimConfig, Parallel, ParallelConfig
 from models import ModelConfig
@@ -45,6 +46,9 @@ class MemoryConfig:
     limit_gib: float | None = None
     steps: int = 2
     output: str = "docs/benchmarks/memory.json"
+
+    def __post_init__(self) -> None:
+        check_above_zero(self, "", "limit_gib", null="all of it")
 
 
 def write_record(config: MemoryConfig) -> None:

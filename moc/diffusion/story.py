@@ -7,8 +7,7 @@ from torch import Tensor
 
 from moc.diffusion.flow import draw_key
 from moc.diffusion.solvers import SolverKind
-from moc.earlier import SAMPLER
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_above_zero, check_least
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        SAMPLER.set_nulls(self)
         if self.steps < 1:
             raise UserError(f"sampler.steps={self.steps} must be at least 1")
         if not 0 <= self.dense_steps <= self.steps:
             raise UserError(f"sampler.dense_steps={self.dense_steps} must lie in [0, sampler.steps={self.steps}]")
-        check_least(self, "sampler", 0, "guidance_scale", "high_noise_guidance_scale", "step_cache")
+        check_least(self, "sampler", 0, "guidance_scale", "step_cache")
+        check_above_zero(self, "sampler", "high_noise_guidance_scale", null="sampler.guidance_scale")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1:
             raise UserError(
                 f"sampler.guidance_interval={self.guidance_interval} must be [LOW, HIGH], two noise levels in [0, 1]"
@@ -63,7 +62,7 @@ class SamplingConfig:
             raise UserError(f"sampler.lag={self.lag} must lie in [0, 1]: 0 is joint, 1 shot by shot")
         if not 0 <= self.history_sigma < 1:
             raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
-        check_least(self, "sampler", 1, "context_shots")
+        check_least(self, "sampler", 1, "context_shots", null="all")
 
     @property
     def keeps_history(self) -> bool:

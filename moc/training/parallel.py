@@ -61,7 +61,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "parallel", 1, "shard", "sequence")
-        check_least(self, "parallel", 0, "replicate")
+        check_least(self, "parallel", 1, "replicate", null="as often as there are processes for")
 
 
 @dataclass(frozen=True)

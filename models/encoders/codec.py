@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from moc.errors import UserError
-from models.earlier import CODEC
 
 
 class CodecKind(StrEnum):
@@ -59,7 +58,6 @@ class CodecConfig:
     continuous: bool = False
 
     def __post_init__(self) -> None:
-        CODEC.set_nulls(self)
         if not 1 <= self.channels <= 64:
             raise UserError(f"codec.channels={self.channels} must lie in [1, 64]")
         if not 0 <= self.whitening <= 1:

@@ -14,6 +14,7 @@ from moc.errors import UserError
 from moc.training.checkpoint import read_json
 from models.checkpoints.contents import Contents
 from models.checkpoints.tensors import download_hint
+from models.earlier import CODEC, TEXT
 from models.encoders.codec import Codec, CodecConfig, CodecKind
 from models.encoders.lapped import LappedCodec
 from models.encoders.text import EmbeddedTextEncoder, PromptForm, TextConfig, TextEncoder, TextKind, build_text_encoder
@@ -118,8 +119,9 @@ def write_encoders(config: EncodersConfig, folder: Path) -> None:
 def _read_config(folder: Path) -> EncodersConfig:
     record = read_json(folder / FILE)
     try:
-        codec = CodecConfig(**record["codec"] | {"kind": CodecKind(record["codec"]["kind"])})
-        text = TextConfig(**record["text"] | {"kind": TextKind(record["text"]["kind"])})
+        kinds = CodecKind(record["codec"]["kind"]), TextKind(record["text"]["kind"])
+        codec = CodecConfig(**CODEC.translated(record["codec"]) | {"kind": kinds[0]})
+        text = TextConfig(**TEXT.translated(record["text"]) | {"kind": kinds[1]})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder / FILE} names no encoders of this version ({error}): prepare the films anew, and train on those"

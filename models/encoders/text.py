@@ -29,7 +29,6 @@ from moc.move import move
 from moc.training.checkpoint import read_json, remedy
 from models.checkpoints.strict import load_folder
 from models.checkpoints.tensors import download_hint
-from models.earlier import TEXT
 from models.encoders.fingerprint import fingerprint, weights_digest
 
 if TYPE_CHECKING:
@@ -81,7 +80,6 @@ class TextConfig:
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        TEXT.set_nulls(self)
         check_least(self, "text", 1, "dim", "num_layers", "max_tokens")
         check_least(self, "text", 0, "seed")
 

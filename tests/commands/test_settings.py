@@ -1,5 +1,7 @@
 """Settings given on the command line arrive typed; mistakes are refused with their full key."""
 
+import json
+
 import pytest
 
 from configs.command import parse
@@ -7,8 +9,7 @@ from configs.earlier import translated
 from moc import MoCConfig
 from moc.earlier import SAMPLER
 from moc.errors import UserError
-from models.encoders.codec import CodecConfig
-from models.encoders.text import TextConfig
+from models.encoders.pair import read_encoders
 from tests.composing import REQUIRED, composed, parsed, schema_of
 
 
@@ -39,13 +40,12 @@ def test_what_is_the_checkpoints_is_null():
     assert parsed("sample", "shift=5").shift == 5
 
 
-def test_what_is_not_set_is_null_and_what_said_so_earlier_still_does():
+def test_what_is_not_set_is_null_and_files_that_said_so_otherwise_are_read_so():
     prepare, train, demo = parsed("prepare"), parsed("train"), parsed("demo")
     assert {prepare.fps, prepare.threshold, prepare.captioner, parsed("storyworld").workers} == {None}
     assert {train.model.path, train.data.local_cache, train.parallel.replicate} == {None}
     assert {demo.scenes, demo.steps, demo.workers, parsed("evaluate").page, parsed("benchmark_recall").start} == {None}
     assert parsed("train", "model.path=null", "parallel.replicate=null") == train
-    assert not any((parsed("prepare", "fps=0").fps, parsed("train", "parallel.replicate=0").parallel.replicate))
     earlier = {
         "encoders.codec.path": "",
         "encoders.text.path": "",
@@ -74,7 +74,11 @@ def test_settings_that_mean_nothing(command, setting, said):
 
 @pytest.mark.parametrize(
     ("command", "key"),
-    [("sample", "lora"), ("sample", "encoders_path"), ("evaluate", "page"), ("prepare", "captioner")],
+    [
+        *(("sample", "lora"), ("sample", "encoders_path"), ("evaluate", "page"), ("prepare", "captioner")),
+        *(("train", "model.path"), ("train", "data.path"), ("train", "data.local_cache")),
+        *(("prepare", "encoders.codec.path"), ("prepare", "encoders.text.path")),
+    ],
 )
 def test_a_text_of_nothing_is_no_unset_setting(command, key):
     """A shell gives such a text for a variable that it does not have."""
@@ -82,12 +86,34 @@ def test_a_text_of_nothing_is_no_unset_setting(command, key):
         parsed(command, f"{key}=")
 
 
-def test_samplers_and_encoders_of_earlier_versions_are_read_with_nulls():
-    sampler = parsed("sample", "sampler.high_noise_guidance_scale=0", "sampler.context_shots=0").sampler
-    assert sampler == parsed("sample").sampler
-    assert (sampler.high_noise_guidance_scale, sampler.context_shots) == (None, None)
+@pytest.mark.parametrize(
+    ("command", "setting", "said"),
+    [
+        ("sample", "sampler.context_shots=0", "must be finite and at least 1; null is all"),
+        ("sample", "sampler.high_noise_guidance_scale=0", "must be finite and above 0; null is sampler.guidance_scale"),
+        ("train", "parallel.replicate=0", "must be finite and at least 1; null is as often as"),
+        ("prepare", "fps=0", "must be finite and above 0; null is each video's own"),
+        ("prepare", "threshold=0", "must be finite and above 0; null is the detector's own"),
+        ("demo", "scenes=0", "must be finite and at least 1; null is the scale's"),
+        ("demo", "steps=0", "must be finite and at least 1; null is the scale's"),
+        ("demo", "workers=0", "must be finite and at least 1; null is one a core"),
+        ("storyworld", "workers=0", "must be at least 1, or null for one a core"),
+        ("benchmark_memory", "limit_gib=0", "must be finite and above 0; null is all of it"),
+    ],
+)
+def test_nothing_is_no_word_for_an_unset_setting(command, setting, said):
+    """Earlier versions wrote some of these where nothing was set, and 0 would silently mean all."""
+    key = setting.partition("=")[0]
+    with pytest.raises(UserError, match=rf"{key}=0(\.0)?:? {said}"):
+        parsed(command, setting)
+
+
+def test_samplers_and_encoders_of_earlier_versions_are_read_with_nulls(tmp_path):
     assert SAMPLER.translated({"context_shots": 0, "steps": 0}) == {"context_shots": None, "steps": 0}
-    assert {CodecConfig(path="").path, TextConfig(path="").path} == {None}
+    record = {"codec": {"kind": "lapped", "path": ""}, "text": {"kind": "t5", "path": ""}}
+    (tmp_path / "encoders.json").write_text(json.dumps(record))
+    encoders = read_encoders(tmp_path)
+    assert (encoders.codec.path, encoders.text.path) == (None, None)
 
 
 def test_the_seed_of_a_run_is_that_of_its_data():

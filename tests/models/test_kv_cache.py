@@ -94,7 +94,7 @@ def test_shots_beyond_the_context_leave_the_same_film(name, references):
     cached, plain = film(model, what, config), film(model, what, replace(config, cache=False))
     assert_equal(cached, plain)
     assert sum(cached[2]) < sum(plain[2])
-    whole = film(model, what, replace(config, context_shots=0))
+    whole = film(model, what, replace(config, context_shots=None))
     assert not torch.allclose(cached[0][6], whole[0][6], rtol=1e-3, atol=1e-3)
 
 
@@ -136,7 +136,7 @@ def test_memory_is_taken_once_and_does_not_grow_with_the_film(monkeypatch):
     layers, sides, width = 2, 2, 48
     assert short[-1] == long[-1] == 3 * TOKENS * layers * sides * 2 * width * 4
     assert long.index(long[-1]) < 2 * layers * sides  # the memory is full within the first step
-    assert memory_of(model, story(9), replace(config, context_shots=0), monkeypatch)[-1] == 3 * long[-1]
+    assert memory_of(model, story(9), replace(config, context_shots=None), monkeypatch)[-1] == 3 * long[-1]
 
 
 @pytest.mark.parametrize("changes", [{}, {"context_shots": 1}], ids=str)
@@ -315,7 +315,7 @@ def test_the_high_noise_expert_has_a_guidance_of_its_own():
         film(build("wan"), what, replace(CONFIG, high_noise_guidance_scale=2.0))
 
 
-@pytest.mark.parametrize("context", [0, 1, 2])
+@pytest.mark.parametrize("context", [None, 1, 2])
 @pytest.mark.parametrize("name", ["mmdit", "wan", "experts"])
 def test_a_story_goes_on_with_the_same_bits(name, context):
     """Its history is remembered anew, shot by shot as it was the first time."""
