@@ -26,6 +26,7 @@ from evaluation.films.shown import find_films, open_film, read_schedule
 from evaluation.rivals import compare
 from moc import Execution, MoCConfig, StreamSpec
 from moc.batch import Batch
+from moc.counts import count_of
 from moc.errors import UserError, check_least
 from moc.files import check_writable
 from moc.training import MeshConfig, Parallel, ParallelConfig
@@ -161,7 +162,9 @@ def with_scenes(data: DataConfig, checkpoint: Path) -> DataConfig:
     whose = "other data than the run's"
     if is_same:
         whose = "those that the run held out" if number or names else "the run held out none: it was trained on them"
-    logger.info("data.validation=0 takes %d scenes, where there are as many; %s", number or NUM_SCENES, whose)
+    logger.info(
+        "data.validation=0 takes %s, where there are as many; %s", count_of(number or NUM_SCENES, "scene"), whose
+    )
     return replace(data, validation=number or NUM_SCENES, held_out=data.held_out or names)
 
 

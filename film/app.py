@@ -13,6 +13,7 @@ from film.folder import FilmFolder
 from film.page import data_url
 from film.presentation import Stills
 from film.studio import State, Studio
+from moc.counts import count_of
 from moc.errors import UserError
 
 EXAMPLE = """title: A walk
@@ -47,7 +48,7 @@ _CARDS = _HTML.from_string(
 <button class="card" data-number="{{ card.number }}" data-start="{{ card.start }}" title="play it, and make it anew">
 <div class="still"{% if card.still %} style="background-image: url({{ card.still }})"{% endif %}></div>
 <p class="head"><b>{{ card.number }}</b>
-<span>{{ card.beginning }} · {{ card.seconds }} s · seed {{ card.seed }}</span></p>
+<span>{{ card.beginning }} · {{ card.seconds }} s{{ card.seed }}</span></p>
 <p>{{ card.prompt }}</p></button>{% endfor %}</div>"""
 )
 _STATUS = _HTML.from_string(
@@ -128,7 +129,7 @@ def _asking(studio: Studio) -> Asking:
         guidance = gr.Number(sampler.guidance_scale, label="Guidance", minimum=0, elem_id="guidance")
     with gr.Row():
         check = gr.Button("Save and estimate", elem_id="check")
-        preview = gr.Button(f"Preview, {studio.preview_steps} steps", elem_id="preview")
+        preview = gr.Button(f"Preview, {count_of(studio.preview_steps, 'step')}", elem_id="preview")
         generate = gr.Button("Generate", variant="primary", elem_id="generate")
         stop = gr.Button("Stop", variant="stop", elem_id="stop")
     status = gr.HTML(elem_id="status")
@@ -254,7 +255,7 @@ def _follow(
         if len(state.shots) > num_shots:
             num_shots, shown = len(state.shots), (str(state.shots[-1]), cards())
         first = first or (state.done and (state.done, time.monotonic()))
-        text = f"{state.done:.0%} of the steps, {num_shots} of {state.num_shots} shots"
+        text = f"{state.done:.0%} of the steps, {num_shots} of {count_of(state.num_shots, 'shot')}"
         yield _status(text + _left(state.done, first), state.done), *shown, _SAME
     yield (_status(done), *end(state.folder))
 
@@ -290,7 +291,7 @@ def _cards(studio: Studio, name: str) -> str:
             still, num_frames = _made(folder.path, number, video.stat().st_mtime_ns)
             seconds = num_frames / script.fps  # the film has whole frames, and the shots after it begin there
         cards.append({"number": number, "beginning": shot.beginning, "seconds": f"{shot.seconds:.3g}",
-                      "seed": shot.seed, "prompt": shot.prompt, "still": still,
+                      "seed": "" if shot.video else f" · seed {shot.seed}", "prompt": shot.prompt, "still": still,
                       "start": f"{start + 0.5 / script.fps:.3f}"})  # fmt: skip
         start += seconds
     return _CARDS.render(cards=cards)

@@ -12,6 +12,7 @@ from film.plan import FilmPlan
 from moc import Descriptor, MoCConfig
 from moc.batch import Sample, stream_of
 from moc.cost import FLOPS_PER_PAIR
+from moc.counts import count_of
 from moc.diffusion import Flow, SamplingConfig, Story, guidance_scales, num_still_remembered, plan_steps
 from moc.diffusion.steps import Step
 from moc.expected_cost import GLOBAL_TEXT, ExpectedCosts
@@ -57,10 +58,11 @@ class Estimate:
                 f"{number:<4}  {shot.beginning:<10}  {frames:<6}  {seconds:<8.2f}  {plan.shapes[index][1]:<13}  "
                 f"{self.shot_tokens[index]}"
             )
+        sizes = len(plan.filmed), sum(plan.num_frames), sum(self.shot_tokens)
         return [
             *rows,
-            f"{len(plan.filmed)} shots, {sum(plan.num_frames)} frames, {sum(self.shot_tokens)} tokens",
-            f"{self.forwards} forwards of {in_flops(self.flops)} in all "
+            ", ".join(map(count_of, sizes, ("shot", "frame", "token"))),
+            f"{count_of(self.forwards, 'forward')} of {in_flops(self.flops)} in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",
             f"about {in_bytes(self.memory)} of memory: weights, what is remembered, and a forward or decoding a shot"

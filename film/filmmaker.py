@@ -25,6 +25,7 @@ from film.shooting import ROUTE_COUNTS, OnStep, Shooting
 from film.video import VideoConfig
 from moc import Execution, MoCConfig, __version__
 from moc.checkout import commit
+from moc.counts import count_of
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
 from moc.errors import UserError, check_least
 from moc.memory import SAMPLING, enough_for, usable_bytes
@@ -349,7 +350,7 @@ class Filmmaker:
 
     @contextmanager
     def _sampling(self, plan: FilmPlan) -> Iterator[None]:
-        with self.parallel.autocast(), enough_for(f"a film of {len(plan.shapes)} shots", SAMPLING):
+        with self.parallel.autocast(), enough_for(f"a film of {count_of(len(plan.shapes), 'shot')}", SAMPLING):
             yield
 
     def _shooting(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> Shooting:

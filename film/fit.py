@@ -11,6 +11,7 @@ import torch
 from film.estimate import Estimate, in_bytes
 from film.plan import FilmPlan
 from moc import memory
+from moc.counts import count_of
 from moc.diffusion import SamplingConfig
 from moc.errors import UserError
 
@@ -46,7 +47,7 @@ def check_fits(
     whether the folder holds the film, so that it takes no settings that its frames would show.
     """
     found = count(plan, sampler, offload=offload)
-    asked = f"{plan.script.title}: {len(plan.filmed)} shots, {sum(found.shot_tokens)} tokens"
+    asked = f"{plan.script.title}: {count_of(len(plan.filmed), 'shot')}, {count_of(sum(found.shot_tokens), 'token')}"
     if found.memory <= usable:
         return
     ways = list(_hidden_ways(plan, count, sampler, offload, usable, is_sharded))

@@ -20,10 +20,12 @@ from data.records import write_whole
 from film.estimate import in_bytes, in_flops
 from film.folder import FilmFolder
 from film.plan import FilmPlan
+from moc.counts import count_of
 
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
+_TEMPLATES.globals["count_of"] = count_of
 _MOST_TOLD = 3  # the most shots that a shot is said to look back to
 _MOST_WITHIN = 32 << 20  # bytes; a longer film is linked and not put into the page
 
@@ -71,7 +73,7 @@ def _shots(plan: FilmPlan, record: dict[str, Any], counts: Tensor) -> list[dict[
                 "start": start / fps,
                 "seconds": frames / fps,
                 "frames": frames,
-                "seed": record["script"]["shots"][number - 1]["seed"],
+                "seed": None if shot.video else record["script"]["shots"][number - 1]["seed"],
                 "tokens": record["estimate"]["shot_tokens"][plan.filmed[number - 1]],
                 "looks_to": [(index + 1, round(100 * float(row[index]))) for index in most],
                 "redone": number in record["redone"],
@@ -86,7 +88,7 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     cost, sampler = record["estimate"], record["sampler"]
     saving = cost["dense_flops"] / max(cost["flops"], 1)
     sampling = {name: sampler[name] for name in ("steps", "guidance_scale", "lag") if name in sampler}
-    seeds = sorted({shot["seed"] for shot in record["script"]["shots"]})
+    seeds = sorted({shot["seed"] for shot in record["script"]["shots"] if "video" not in shot})
     return {
         "Cost": {
             "tokens": f"{sum(cost['shot_tokens']):,}",

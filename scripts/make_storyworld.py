@@ -13,11 +13,12 @@ if __name__ == "__main__":
     import configs.importing  # noqa: F401 (from here on Ctrl-C is one line)
 
 from data.storyworld import StoryworldConfig, generate
+from moc.counts import count_of
 
 
 def main(config: StoryworldConfig) -> None:
     manifest = generate(config)
-    print(f"{config.scenes} scenes in {manifest}")
+    print(f"{count_of(config.scenes, 'scene')} in {manifest}")
 
 
 if __name__ == "__main__":

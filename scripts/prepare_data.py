@@ -20,6 +20,7 @@ from data.prepare.pipeline import prepare
 from data.prepare.ranks import joined
 from data.prepare.settings import PrepareConfig
 from data.prepare.sources import find_scenes, vocabulary
+from moc.counts import count_of
 from moc.training import Parallel, ParallelConfig
 from models import EncodersConfig, build_encoders
 
@@ -47,7 +48,7 @@ def main(settings: Settings) -> None:
     if not parallel.is_main:
         return
     report = prepared.report
-    print(f"{len(report.samples)} samples in {prepared.cache}")
+    print(f"{count_of(len(report.samples), 'sample')} in {prepared.cache}")
     for line in report.told():
         print(f"  {line}")
     print(f"look them over: {Path(settings.output, 'report.html')}")

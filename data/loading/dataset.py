@@ -16,6 +16,7 @@ from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
 from data.loading.order import DRAW, Draw, Source, Split, uniforms
 from data.storyworld.recall_scenes import RecallConfig
+from moc.counts import count_of
 from moc.errors import UserError, check_least
 
 
@@ -200,7 +201,7 @@ class ShotDataset:
                 raise DataError("no-such-scene", "data.held_out", f"{pattern!r} names no scene, such as {ids[0]!r}")
         named = set().union(*by_pattern.values())
         if self.held_out and validation > len(named):
-            said = f"{validation} is more than the {len(named)} scenes that data.held_out names"
+            said = f"{validation} is more than the {count_of(len(named), 'scene')} that data.held_out names"
             raise DataError("no-usable-samples", "data.validation", said)
         return [x for x in ids if x in named]
 

@@ -13,6 +13,7 @@ from data.media.resize import nearest_size, resample
 from data.prepare.scan import Scan
 from data.prepare.shots import Span
 from data.records import digest
+from moc.counts import count_of
 
 _CLAIM_TOLERANCE = 0.98
 
@@ -73,9 +74,8 @@ def plan_scene(
         cut = _cut_shot(shot, index, rule, len(pieces))
         if not cut:
             frames = len(resample(index.times, shot.start, shot.end, rule.fps))
-            skipped.append(
-                DataError("short-shot", where, f"{frames} frames at the set rate, at least {rule.min_frames}")
-            )
+            said = f"{count_of(frames, 'frame')} at the set rate, at least {rule.min_frames}"
+            skipped.append(DataError("short-shot", where, said))
         pieces += cut
     size = nearest_size(index.height, index.width, rule.sizes)
     windows = [pieces[at : at + rule.shots_per_sample] for at in range(0, len(pieces), rule.shots_per_sample)]

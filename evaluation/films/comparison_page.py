@@ -14,6 +14,7 @@ from evaluation.films.published import NOT_COMPARABLE, SIX, beside_the_paper
 from evaluation.films.shown import Film
 from film.page import data_url
 from film.storyboard import pick_frames
+from moc.counts import count_of
 
 _TEMPLATE = Path(__file__).with_name("comparison_page.html.j2")
 _PICTURES, _PICTURE_HEIGHT = 3, 96
@@ -59,8 +60,9 @@ def shown(value: Any) -> str:
 def told(score: dict[str, Any]) -> str:
     """Returns the scores of a name as lines to read, with the words of the page."""
     cuts, motion = score["cuts"], score["motion"]
+    counts = f"{count_of(score['films'], 'film')}, {count_of(score['shots'], 'shot')}"
     lines = [
-        f"{score['name']}: {score['films']} films, {score['shots']} shots, {score['seconds']:.1f} s",
+        f"{score['name']}: {counts}, {score['seconds']:.1f} s",
         f"cuts found of the scripted {shown(cuts['recall'])}, accuracy {shown(cuts['score'])}",
         f"motion {shown(motion['heights_a_second'])} heights a second, still shots {shown(motion['still'])}",
     ]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moc.batch import StreamSpec
 from moc.config import MoCConfig
+from moc.counts import count_of
 from moc.diffusion.flow import Flow, Model
 from moc.diffusion.reuse import StepReuse
 from moc.diffusion.sides import Side, Stream, guided_velocity
@@ -171,7 +172,7 @@ def _keep_elsewhere(sides: Sequence[Side], num_shots: int, may_move: bool) -> No
     them compute their history again from now on."""
     moves = may_move and not sides[0].offloads
     then = "they lie in the host's from now on" if moves else "sampling goes on without, which takes longer"
-    logger.warning("keys and values of %d shots do not fit into memory; %s", num_shots, then)
+    logger.warning("keys and values of %s do not fit into memory; %s", count_of(num_shots, "shot"), then)
     for side in sides:
         if moves:
             side.remember_anew(offload=True)

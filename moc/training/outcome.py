@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moc.batch import Batch
+from moc.counts import count_of
 from moc.diffusion.flow import NoiseLevels
 from moc.training.ema import EMA
 from moc.training.parallel import Parallel, gather_lists
@@ -136,9 +137,9 @@ class SkipCount:
             logger.warning("step %d is skipped (%s); its scenes: %s", outcome.step, what, ", ".join(scenes))
         if self.in_a_row > self.most:
             raise TooManySkipped(
-                f"{self.in_a_row} steps in a row had no finite loss and gradient, the last of them step {outcome.step} "
-                f"({what}; scenes {', '.join(scenes)}), which is more than trainer.max_skipped_steps={self.most}: "
-                "look at these scenes, lower optim.lr, or raise the limit"
+                f"{count_of(self.in_a_row, 'step')} in a row had no finite loss and gradient, the last of them step "
+                f"{outcome.step} ({what}; scenes {', '.join(scenes)}), which is more than "
+                f"trainer.max_skipped_steps={self.most}: look at these scenes, lower optim.lr, or raise the limit"
             )
         return scenes
 

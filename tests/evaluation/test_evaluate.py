@@ -119,7 +119,7 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
     dataset = open_dataset(DataConfig(str(prepared)))
     one, everyone = ([dataset.items[i][1].id for i in dataset.split(number).held_out] for number in (1, 4))
     assert ids(trained, prepared) == ids(trained / "checkpoints/step_0000003", prepared) == one
-    assert "data.validation=0 takes 1 scenes, where there are as many; those that the run held out" in caplog.text
+    assert "data.validation=0 takes 1 scene, where there are as many; those that the run held out" in caplog.text
     caplog.clear()
     assert ids(trained, prepared, "data.validation=4") == everyone  # evaluation may hold out everything
     assert "data.validation" not in caplog.text

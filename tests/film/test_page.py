@@ -102,6 +102,23 @@ def test_a_page_tells_cost_and_origin(film):
     assert f"looks to 1 ({round(100 * record['routing'][1][0])} %)" in words
 
 
+def test_a_given_shot_has_no_seed_and_one_thing_is_no_plural(trained, film, tmp_path):
+    """Nothing is drawn of a given shot; the metadata keep a seed for it all the same."""
+    (tmp_path / "take.mp4").write_bytes(film.shot(1).read_bytes())
+    shots = [SHOT | {"video": "take.mp4"}, {"prompt": "Mia waves.", "seconds": 1 / 12, "seed": 7}]
+    (tmp_path / "story.json").write_text(json.dumps(STORY | {"shots": shots}))
+    config = FilmmakerConfig(str(trained), device="cpu", sampler=SamplingConfig(steps=1, guidance_scale=1.0))
+    filmmaker, made = Filmmaker(config), FilmFolder(tmp_path / "film")
+    filmmaker.make([(filmmaker.read(tmp_path / "story.json"), made)])
+    words = " ".join(Page((made.path / "index.html").read_text()).words.split())
+    told = re.findall(r"(\d+ frames?) · \d+ tokens( · seed \d+)?", words)
+    assert told == [("4 frames", ""), ("1 frame", " · seed 7")]
+    assert "seed7Madewith" in words.replace(" ", "")
+    (tmp_path / "story.json").write_text(json.dumps(STORY | {"shots": shots[1:]}))
+    plan = filmmaker.plan(filmmaker.read(tmp_path / "story.json"))
+    assert any(line.startswith("1 shot, 1 frame, ") for line in filmmaker.cost(plan))
+
+
 def test_a_page_holds_the_routes_of_each_layer_and_noise_level(film):
     text = (film.path / "index.html").read_text()
     packed = json.loads(re.search(r"const routing = (\{.*?\});", text)[1])

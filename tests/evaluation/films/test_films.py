@@ -274,7 +274,7 @@ def test_films_are_evaluated_side_by_side(films, tmp_path, capsys):
     assert "not measured" in text
     said = capsys.readouterr().out
     assert "vbench evaluate" in said
-    assert re.search(r"true: 1 films, 4 shots, [\d.]+ s\n  cuts found of the scripted \d", said)
+    assert re.search(r"true: 1 film, 4 shots, [\d.]+ s\n  cuts found of the scripted \d", said)
     assert re.search(r"\n  colour histogram: within shots .* difference 0\.\d+ ± ", said)
     pipeline.assert_one_message(
         pipeline.refusal(capsys, "scripts/evaluate.py", "device=cpu"), "checkpoint=PATH", "films="
