@@ -58,10 +58,9 @@ class Estimate:
                 f"{number:<4}  {shot.beginning:<10}  {frames:<6}  {seconds:<8.2f}  {plan.shapes[index][1]:<13}  "
                 f"{self.shot_tokens[index]}"
             )
-        sizes = len(plan.filmed), sum(plan.num_frames), sum(self.shot_tokens)
         return [
             *rows,
-            ", ".join(map(count_of, sizes, ("shot", "frame", "token"))),
+            f"{count_of(len(plan.filmed), 'shot')}, {_length(plan)}, {count_of(sum(self.shot_tokens), 'token')}",
             f"{count_of(self.forwards, 'forward')} of {in_flops(self.flops)} in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",
@@ -70,6 +69,15 @@ class Estimate:
             f"{about(self.flops / (REACHED * peak))} at half of {gpu}'s peak, which long shots reach; short ones "
             "take longer",
         ]
+
+
+def _length(plan: FilmPlan) -> str:
+    """Says how long a film is, and how long its script asks it to be where that is another length by over a frame."""
+    frames, fps, asked = sum(plan.num_frames), plan.script.fps, sum(shot.seconds for shot in plan.script.shots)
+    said = f"{count_of(frames, 'frame')}, {frames / fps:.2f} s"
+    if abs(frames - asked * fps) <= 1:
+        return said
+    return f"{said} (the script says {asked:.2f} s; each shot is rounded by itself)"
 
 
 def in_bytes(size: float) -> str:

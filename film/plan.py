@@ -126,7 +126,8 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
 
     for number, reference in enumerate(script.references):
         add_picture(reference.image, reference.prompt, noise_key(0, REFERENCES + number))
-    # What rounding took from earlier shots of a video is given to the next one, so that cuts stay in place.
+    # What rounding took from earlier shots of a video is given to the next one, so that cuts stay in place. A shot that
+    # is a video of its own is rounded by itself: one made anew in another length leaves the others as they are.
     rest = 0.0
     for number, shot in enumerate(script.shots):
         own_seed = seed if shot.seed is None else shot.seed

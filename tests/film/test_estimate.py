@@ -1,6 +1,7 @@
 """These tests are about what a film will cost, against what sampling asks of the model; films that do not fit into
 memory are refused."""
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 
@@ -197,6 +198,17 @@ def test_features_are_counted_in_the_precision_of_the_forward_and_weights_in_the
     kept, features_over_fp8 = count(weights=Base.fp8)
     assert kept < weights
     assert features_over_fp8 == features
+
+
+def test_an_estimate_tells_where_rounding_each_shot_makes_another_length(trained, write):
+    """Frames of one shot are not carried over to the next: one made anew in another length would change the others."""
+    filmmaker = open_filmmaker(trained)
+    for seconds, said in (
+        (0.7, r"10 shots, 80 frames, 6\.67 s \(the script says 7\.00 s; each shot is rounded by itself\), \d+ tokens"),
+        (8 / 12, r"10 shots, 80 frames, 6\.67 s, \d+ tokens"),
+    ):
+        plan = filmmaker.plan(filmmaker.read(write(STORY | {"shots": [SHOT | {"seconds": seconds}] * 10})))
+        assert re.search(f"^{said}$", "\n".join(filmmaker.cost(plan)), re.MULTILINE)
 
 
 def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):

@@ -174,6 +174,15 @@ def test_one_shot_is_made_anew_and_the_others_stay(trained, write, tmp_path, lag
     assert json.loads(last[METADATA])["redone"] == [2, 3]
 
 
+def test_a_shot_made_anew_in_another_length_leaves_the_others_theirs(trained, write, tmp_path):
+    """0.45 s are 5.4 frames. Carried over, the rest would give the last shot 6 after a new one."""
+    filmmaker, film, shot = open_filmmaker(trained), tmp_path / "film", SHOT | {"seconds": 0.45}
+    before = film_of(filmmaker, write(STORY | {"shots": [shot] * 3}), film)
+    after = film_of(filmmaker, write(STORY | {"shots": [shot, shot | {"seconds": 0.75}, shot]}), film, redo=[2])
+    assert [FilmFolder(film).num_frames(number) for number in (1, 2, 3)] == [5, 9, 5]
+    assert all(after[name] == before[name] for name in ("shots/01.mp4", "shots/03.mp4", "latents/03.safetensors"))
+
+
 @pytest.mark.parametrize("number", [2, 3])
 def test_a_shot_is_made_anew_with_a_picture_and_again_without_it(trained, write, tmp_path, number):
     """The picture moves the later shots of the stream, and what is known of their routes with them."""
