@@ -15,7 +15,7 @@ from data.storyworld.recall_scenes import HELD_OUT, NAMES, RecallScenes, draw_sc
 from evaluation.recall.bench import LastShots
 from film.lettering import draw_text
 from moc.errors import UserError, check_least
-from moc.files import write_whole
+from moc.files import check_writable, write_whole
 from moc.training import Parallel, ParallelConfig
 from models import Contents, load_codec, load_model
 from models.encoders.codec import Codec
@@ -37,7 +37,7 @@ class DrawRecallConfig:
     """
 
     models: list[str] = field(default_factory=lambda: ["docs/checkpoints/recall_moc"])
-    output: str = "docs/evidence/recall_last_shots.jpg"
+    output: str = "outputs/recall_last_shots.jpg"
     scenes: int = 6
     steps: int = 24
     seed: int = 0
@@ -50,7 +50,9 @@ class DrawRecallConfig:
 
 
 def write_sheet(config: DrawRecallConfig, make_world: Callable[[torch.device], RecallWorld]) -> None:
-    """Samples the last shots and writes the sheet. make_world: returns the world on a device."""
+    """Samples the last shots and writes the sheet. make_world: returns the world on a device. Raises UserError where
+    the sheet cannot be written."""
+    check_writable(Path(config.output))
     parallel = Parallel(ParallelConfig(config.device))
     world = make_world(parallel.device)
     sampler = LastShots(world, parallel, config.steps, config.seed)
