@@ -12,15 +12,20 @@ from configs.overrides import readable
 from configs.words import words
 from tests.composing import COMMANDS, CONFIGS, ROOT, composed, schema_of
 
-PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md")]
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "log.md"),
+    *sorted((ROOT / "docs/checkpoints").glob("*/README.md")),
+]
 NAMES = {f"{module.replace('.', '/')}.py": name for name, (module, _) in COMMANDS.items()}
 
 
 def commands_of(page: Path) -> list[tuple[str, list[str]]]:
-    """Returns (script, settings) of every command of our own in the page's code, blocks and lines; "..." stands for
-    others."""
+    """Returns (script, settings) of every command of our own in the page's code, blocks (fenced or indented) and lines;
+    "..." stands for others."""
     text = page.read_text()
     blocks = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in lines(block)]
+    blocks += re.findall(r"^    (python .*)$", text.replace("\\\n", " "), re.MULTILINE)
     inline = [
         " ".join(code.split()) for code in re.findall(r"`(python [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     ]
