@@ -13,7 +13,15 @@ import pytest
 from evaluation.benchmarks import recall
 from evaluation.benchmarks.measurements import put_row
 from evaluation.benchmarks.recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
-from evaluation.benchmarks.recall_report import TITLES, attention_flops, loss_to_dense, rival, tables, write_report
+from evaluation.benchmarks.recall_report import (
+    TITLES,
+    attention_flops,
+    loss_to_dense,
+    remembering,
+    rival,
+    tables,
+    write_report,
+)
 from evaluation.benchmarks.stories import WAYS
 from moc.checkout import ROOT
 from moc.errors import UserError
@@ -117,6 +125,15 @@ def test_rows_that_began_alike_and_a_course_have_plots(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["few.md", "few.png", "few_routing.png"]
     write_report(list(rows.values()), tmp_path / "rows.json")
     assert (tmp_path / "rows_rows.png").stat().st_size > 1000
+
+
+def test_a_course_follows_one_head_which_has_the_most_mass_on_other_shots_at_the_end():
+    of = row("moc", [1, 0])
+    assert remembering(of) == []  # a row that does not tell its routes
+    early = {"step": 1, "precision": [[0.3, 0.1]], "mass": {"elsewhere": [[0.7, 0.2]], "kept": [[0.6, 0.4]]}}
+    late = {"step": 2, "precision": [[0.2, 0.8]], "mass": {"elsewhere": [[0.1, 0.9]], "kept": [[0.5, 0.95]]}}
+    of |= {"course": [early, late], "mass": late["mass"]}
+    assert remembering(of) == [(1, 0.1, 0.2, 0.4), (2, 0.8, 0.9, 0.95)]
 
 
 def test_a_row_of_which_only_what_was_printed_is_left_has_its_place():
