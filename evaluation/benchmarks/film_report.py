@@ -167,5 +167,5 @@ def draw(cases: list[list[dict]], path: Path) -> None:
         axis.axhline(0, color="grey", linewidth=1)
         axis.set_xticks(range(len(AGES)), [fill(name, 12) for name in AGES], fontsize=7)
         axis.set(title=f"sigma {sigma:g}", ylabel="worth more than another's history, %")
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=len(cases), loc="outside lower center")
     write_figure(figure, path)
