@@ -81,6 +81,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "draws")
+        if self.recall and (self.data.path or self.data.sources):
+            raise UserError("recall is set together with data.path or data.sources; set one of them")
         if self.vbench and len(self.vbench) != len(self.films):
             raise UserError(f"vbench has {len(self.vbench)} results for {len(self.films)} films; name one for each")
 
@@ -92,7 +94,7 @@ def evaluate(config: EvaluateConfig, world_of: WorldOf) -> None:
     there is nothing to evaluate or a file cannot be written, and what opening a checkpoint, data or a film raises.
     """
     if not config.checkpoint and not config.films:
-        raise UserError("say checkpoint=PATH data.path=PREPARED, or films=[FOLDER, ...], or both")
+        raise UserError("say checkpoint=PATH with data.path=PREPARED or recall={}, or films=[FOLDER, ...], or both")
     for file in filter(None, (config.output, config.page)):
         check_writable(Path(file))
     vbench: dict[str, dict[str, float]] = {name: {} for name in config.films}

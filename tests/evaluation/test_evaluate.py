@@ -168,3 +168,8 @@ def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkey
             assert sigma.tolist() == pytest.approx([0.0, 0.0, level] if clean else [level] * 3)
             for shown, x, n, s in zip(latents, scene.latents, noise, sigma, strict=True):
                 assert torch.equal(shown, flow.add_noise(x, n, s))
+
+
+def test_recall_scenes_and_prepared_data_together_are_refused(capsys):
+    said = pipeline.refusal(capsys, "scripts/evaluate.py", "checkpoint=nowhere", "recall={}", "data.path=prepared")
+    pipeline.assert_one_message(said, "recall is set together with data.path")
