@@ -75,26 +75,27 @@ def _losses(cases: list[list[dict]]) -> str:
     sigmas = cases[0][0]["sigmas"]
     names = {"alone": "alone", "history": "after its history", "other": "after another's"}
     losses = [f"{names[kind]}, sigma {sigma:g}" for sigma in sigmas for kind in names]
-    minus = [f"minus dense, sigma {sigma:g}" for sigma in sigmas]
+    compared = ("alone", "history")
+    minus = [f"{names[kind]}, minus dense, sigma {sigma:g}" for sigma in sigmas for kind in compared]
     head = ["row", "sparsity", "shots", *losses, *minus, "minutes"]
     lines = []
     for case in cases:
         cells = [estimate(_of(case, kind, sigma)) for sigma in sigmas for kind in names]
         minutes = sum(row["train_minutes"] for row in case)
         sparsity = sum(row["sparsity"] for row in case) / len(case)
-        differences = [_minus_dense(case, cases, sigma) for sigma in sigmas]
+        differences = [_minus_dense(case, cases, kind, sigma) for sigma in sigmas for kind in compared]
         lines.append([_title(case[0]), f"{sparsity:.0%}", cells[0].count, *cells, *differences, f"{minutes:.1f}"])
     return markdown_table(head, lines)
 
 
-def _minus_dense(case: list[dict], cases: list[list[dict]], sigma: float) -> str:
-    """Returns how much higher the loss after its history is than dense attention's on the same shots."""
+def _minus_dense(case: list[dict], cases: list[list[dict]], kind: str, sigma: float) -> str:
+    """Returns how much higher a kind of loss is than dense attention's on the same shots."""
     same = [{key: row[key] for key in ("fold", "seed", "steps")} for row in case]
     for other in cases:
         matches = [{key: row[key] for key in ("fold", "seed", "steps")} for row in other] == same
         if other[0]["row"] == "dense" and other is not case and matches:
-            dense = _of(other, "history", sigma)
-            found = estimate(100 * (_of(case, "history", sigma) - dense) / dense.mean())
+            dense = _of(other, kind, sigma)
+            found = estimate(100 * (_of(case, kind, sigma) - dense) / dense.mean())
             return f"{found.mean:+.2f} ± {found.scenes:.2f} %"
     return ""
 
