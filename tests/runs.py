@@ -2,7 +2,7 @@
 processes.
 
 python -m torch.distributed.run --nproc_per_node 2 -m tests.runs CACHE FOLDER [--poisoned SCENE] [--told RANK] ...
-    [--hung RANK] [--full STEP] [--steps N] [--resume] [--every N] [--background]
+    [--hung RANK] [--killed RANK] [--full STEP] [--steps N] [--resume] [--every N] [--background]
 """
 
 import errno
@@ -189,6 +189,7 @@ def run(arguments: list[str]) -> None:
     parser.add_argument("--poisoned")
     parser.add_argument("--told", help="the rank that alone is told to end, after two steps")
     parser.add_argument("--hung", help="the rank that hangs after two steps, on which the others wait three seconds")
+    parser.add_argument("--killed", help="the rank that is killed without warning after two steps")
     parser.add_argument("--full", type=int, help="the step whose checkpoint the disk does not take; each step has one")
     parser.add_argument("--axis", help="an axis of the mesh along which all processes lie")
     parser.add_argument("--optim", help="the optimizer's name")
@@ -205,7 +206,7 @@ def run(arguments: list[str]) -> None:
         settings["axes"] = {asked.axis: int(os.environ["WORLD_SIZE"])}
     if asked.optim:
         settings["optim"] = OptimConfig(asked.optim, lr=3e-3, warmup_steps=2)
-    if asked.hung:
+    if asked.hung or asked.killed:
         settings["timeout"] = 3.0
     if asked.full:
         settings |= {"save_extras": full_at(asked.full), "checkpoint_every": 1, "keep_checkpoints": 9}
@@ -213,6 +214,8 @@ def run(arguments: list[str]) -> None:
     def before_step(number: int) -> None:
         if number == 2 and os.environ["RANK"] == asked.hung:
             os.kill(os.getpid(), signal.SIGSTOP)
+        if number == 2 and os.environ["RANK"] == asked.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         if number == 2 and os.environ["RANK"] == asked.told:
             os.kill(os.getpid(), signal.SIGUSR1)
 

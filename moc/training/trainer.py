@@ -180,8 +180,8 @@ class Trainer:
         if validator:
             validator.check(self.parallel)
         with (
-            self.parallel.naming_absent(),
             Interruption() as self._interruption,
+            self.parallel.naming_absent(),  # a launcher tells the others to end meanwhile, which no scheduler asked for
             tqdm(
                 total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None
             ) as bar,

@@ -15,11 +15,12 @@ import psutil
 import pytest
 
 from moc.diffusion import Flow, sample_shots
+from moc.errors import UserError
 from moc.training import Metrics, Validator, find_checkpoint, read_metrics
 from moc.training.interruption import NOT_FINISHED, SIGNALS, Interruption
 from tests import pipeline
 from tests.pipeline import ROOT, train_arguments
-from tests.runs import DROPS, losses, poisoned, train
+from tests.runs import DROPS, losses, make_trainer, poisoned, train
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +157,22 @@ def test_a_failure_of_helpers_that_were_told_to_end_as_well():
         with pytest.raises(RuntimeError, match="is killed"):
             interruption.wait(fail)
         assert interruption.wait(both) is None
+
+
+def test_a_launcher_that_ends_what_a_dead_process_has_left(tmp_path, monkeypatch, handlers):
+    """It tells the others to end, as a scheduler does, while they find out which one is dead."""
+    trainer, heard = make_trainer(tmp_path), []
+
+    def lose_a_process(*_):
+        monkeypatch.setattr(trainer.parallel, "world_size", 2)
+        monkeypatch.setattr(trainer.parallel, "_absent", lambda: send(signal.SIGTERM) or ["rank 1 on host"])
+        raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    monkeypatch.setattr(trainer, "_run", lose_a_process)
+    signal.signal(signal.SIGTERM, lambda *_: heard.append("no step was taken; the same command goes on"))
+    with pytest.raises(UserError, match="do not answer: rank 1 on host"):
+        trainer.run(steps=None, metrics=None)
+    assert heard == []
 
 
 # The command

@@ -95,10 +95,12 @@ def test_a_run_that_is_killed_25_times_has_the_losses_of_one_that_was_not(cache,
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_job_and_is_named(cache, tmp_path):
-    """It is stopped, as by a debugger: it neither answers nor ends."""
+@pytest.mark.parametrize("how", ["hung", "killed"])
+def test_a_process_that_hangs_or_is_killed_ends_the_job_and_is_named(cache, tmp_path, how):
+    """One that hangs is stopped, as by a debugger: it neither answers nor ends. Where one is killed, the launcher tells
+    the other one to end, which names it all the same."""
     started = time.monotonic()
-    done = launched(2, cache, tmp_path, "--hung", 1)
+    done = launched(2, cache, tmp_path, f"--{how}", 1)
     assert done.returncode != 0
     assert "those that do not answer: rank 1 on " in done.stderr
     assert "parallel.timeout=3 seconds" in done.stderr
