@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 FREE = (
     "name", "output", "resume", "allow_changes", "preflight", "tracking", "parallel", "execution",
     "trainer.num_steps", "trainer.log_every", "trainer.validate_every", "trainer.checkpoint_every",
-    "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.max_skipped_steps",
+    "trainer.sample_every", "trainer.keep_checkpoints", "trainer.keep_every", "trainer.save_in_background",
+    "trainer.max_skipped_steps", "trainer.cuda_graphs", "optim.offload",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
 )  # fmt: skip
 OPEN = "optim.args."  # a key that is missing here was not set; elsewhere an earlier version did not have it yet

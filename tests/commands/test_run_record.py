@@ -63,10 +63,12 @@ def test_a_change_allowed_by_name_keeps_the_settings_before(prepared, run):
     assert (run / "checkpoints/step_0000004").exists()
 
 
-def test_a_longer_run_and_more_workers_are_told_and_taken(prepared, run, caplog):
+def test_a_longer_run_and_other_ways_to_compute_it_are_told_and_taken(prepared, run, caplog):
+    ways = ["trainer.save_in_background=true", "trainer.cuda_graphs=2", "optim.offload=true"]
     with caplog.at_level(logging.INFO):
-        command(*launch(prepared, run, "trainer.num_steps=4", "data.prefetch=2"))
+        command(*launch(prepared, run, "trainer.num_steps=4", "data.prefetch=2", *ways))
     assert "trainer.num_steps is now 4 (was 3)" in caplog.text
+    assert "optim.offload is now True (was False)" in caplog.text
     assert f"python sample.py checkpoint={run} " in caplog.text
     assert (run / "checkpoints/step_0000004").exists()
     assert yaml.safe_load((run / "config.1.yaml").read_text())["trainer"]["num_steps"] == 3
