@@ -84,7 +84,8 @@ def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Pa
     else:
         logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, length.num_steps)
     record_launch(config, parallel, trainer.step)
-    metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step) if parallel.is_main else None
+    with parallel.together():
+        metrics = Metrics(run_folder, config.tracking, asdict(config), trainer.step) if parallel.is_main else None
     finished = trainer.run(loader, metrics, validator)
     if not finished:
         ignore_signals()

@@ -103,6 +103,21 @@ def test_accelerate_trains_in_two_processes_as_in_one(prepared, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_tracker_that_does_not_start_is_told_by_both_processes(prepared, tmp_path):
+    """The one that makes no tracker does not wait in vain for the other."""
+    pytest.importorskip("wandb")
+    outside = {key: value for key, value in environment().items() if not key.startswith(("WANDB_", "NETRC"))}
+    arguments = [*pipeline.train_arguments(prepared, tmp_path / "run"), "tracking.tracker=wandb", "parallel=auto"]
+    done = subprocess.run(
+        [*two_processes(), str(ROOT / "train.py"), *arguments],
+        env=outside | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("tracking.tracker=wandb: Weights & Biases does not start") == 2
+    assert "waited in vain" not in done.stderr
+
+
 def test_a_launch_that_started_one_process_of_several_is_refused(monkeypatch):
     """`accelerate launch --cpu --num_processes 2` sets these two, and starts one process."""
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
