@@ -61,7 +61,8 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
         if parallel.any(failed):
             well = False
         if parallel.is_main or failed:
-            print(f"{'FAIL' if failed else 'ok':6}{name:12}{told}", flush=True)
+            # One write keeps the lines of several processes apart.
+            print(f"{'FAIL' if failed else 'ok':6}{name:12}{told}\n", end="", flush=True)
     return well
 
 
