@@ -16,13 +16,12 @@ import torch
 
 from configs.command import command
 from configs.preflight import check_weights_fit, look_first, preflight
-from configs.run_record import check_same_run, checkpoint_to_resume, own_name, record_launch, sampling_command
+from configs.run_record import check_same_run, checkpoint_to_resume, hold_run, own_name, record_launch, sampling_command
 from configs.schema import TrainConfig
 from configs.world import recall_world
 from data.loading.dataset import ShotDataset, open_dataset
 from data.loading.endless import RecallWorld, open_loader
 from film.samples import scene_drawer
-from moc.files import held
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
 from moc.training.curves import draw_curves
@@ -40,7 +39,7 @@ def main(config: TrainConfig) -> None:
     with ending_at_signals():
         prepared = None if config.data.recall else open_dataset(config.data, load_codec)
         parallel = Parallel(config.parallel)
-        with held(config.run_folder, holds=parallel.is_main):
+        with hold_run(config, parallel):
             dataset: ShotDataset | RecallWorld = prepared or recall_world(config, parallel.device)
             if config.preflight:
                 sys.exit(not preflight(config, dataset, parallel, _train))

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ from configs.earlier import translated
 from configs.schema import TrainConfig
 from moc.checkout import commit, git
 from moc.errors import UserError
-from moc.files import write_whole
+from moc.files import held, write_whole
 from moc.training import Parallel, sound_checkpoint
 from moc.training.parallel import gather_lists
 
@@ -45,18 +46,25 @@ def own_name(name: str) -> str:
     return f"{name}-{hydra.job.num}" if hydra.mode is RunMode.MULTIRUN else name
 
 
+@contextmanager
+def hold_run(config: TrainConfig, parallel: Parallel) -> Iterator[None]:
+    """Has the run's folder to this launch alone while it lasts. Raises UserError, on all processes, where another
+    launch has it."""
+    with ExitStack() as stack:
+        with parallel.together():
+            stack.enter_context(held(config.run_folder, holds=parallel.is_main))
+        yield
+
+
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
-    """Returns where `resume` has the run go on, if anywhere. Raises FileNotFoundError where a folder that it names has
-    none."""
+    """Returns where `resume` has the run go on, if anywhere. Raises UserError where a folder that it names has none."""
     if config.resume == "none":
         return None
     if config.resume == "auto":
         return sound_checkpoint(config.run_folder, set_aside=True)
     checkpoint = sound_checkpoint(config.resume)
     if checkpoint is None:
-        raise FileNotFoundError(
-            f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder"
-        )
+        raise UserError(f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder")
     return checkpoint
 
 

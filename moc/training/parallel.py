@@ -335,8 +335,10 @@ class Parallel:
         return [f"rank {rank} on {_store().get(f'moc/host/{rank}').decode()}" for rank in absent]
 
     def of_main(self, make: Callable[[], Result]) -> Result:
-        """Returns what the main process makes, on all of them; the others make none."""
-        return gather_lists([make()] if self.is_main else [])[0]
+        """Returns what the main process makes, on all of them, or raises what it raises; the others make none."""
+        with self.together():
+            made = [make()] if self.is_main else []
+        return gather_lists(made)[0]
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

@@ -14,7 +14,9 @@ import pytest
 from data.cache.writer import read_stored
 from data.loading.dataset import DataConfig, open_dataset
 from data.records import digest
+from moc.files import held
 from moc.training import join_processes, read_metrics
+from moc.training.interruption import MARKER
 from tests import pipeline
 from tests.films import write_numbered
 from tests.preparing import film_folder, scene, scenes
@@ -116,6 +118,26 @@ def test_a_tracker_that_does_not_start_is_told_by_both_processes(prepared, tmp_p
     assert done.returncode != 0
     assert done.stderr.count("tracking.tracker=wandb: Weights & Biases does not start") == 2
     assert "waited in vain" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["no checkpoint", "in use"])
+def test_a_run_that_cannot_start_is_no_unfinished_one(prepared, tmp_path, wrong):
+    """The launcher tells the other process to end, which says why the main one failed; a scheduler that takes it for
+    unfinished would start it again for ever."""
+    arguments = [*pipeline.train_arguments(prepared, tmp_path / "run"), "parallel=auto"]
+    if wrong == "no checkpoint":
+        arguments.append(f"resume={tmp_path}")
+    said = {"no checkpoint": "holds no complete checkpoint", "in use": "is in use by another process"}[wrong]
+    with held(tmp_path / "run", holds=wrong == "in use"):
+        done = subprocess.run(
+            [*two_processes(), str(ROOT / "train.py"), *arguments],
+            env=environment() | {MARKER: str(tmp_path / "unfinished")},
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count(said) == 2
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_a_launch_that_started_one_process_of_several_is_refused(monkeypatch):
