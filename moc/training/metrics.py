@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,8 +53,7 @@ class Metrics:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self._write(json.dumps({"step": step, **values}) + "\n")
-        if self._tracker:
-            self._tracker.log(step, values)
+        self._track(lambda tracker: tracker.log(step, values))
 
     def _write(self, line: str) -> None:
         """Appends the line whole or, on a full disk, not at all, which costs the run no more."""
@@ -67,8 +67,16 @@ class Metrics:
                 logger.warning("%s does not take a line: %s; the run goes on", self.path, error.strerror)
 
     def close(self) -> None:
-        if self._tracker:
-            self._tracker.close()
+        self._track(lambda tracker: tracker.close())
+
+    def _track(self, tell: Callable[["Tracker"], None]) -> None:
+        """Tells the tracker, if there is one. A full disk, which ends its thread, costs the tracker and not the run."""
+        try:
+            if self._tracker:
+                tell(self._tracker)
+        except OSError as error:
+            self._tracker = None
+            logger.warning("the tracker takes no more numbers: %s; the run goes on without it", error.strerror)
 
 
 class Tracker(Protocol):

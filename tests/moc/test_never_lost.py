@@ -94,6 +94,24 @@ def test_a_run_that_is_killed_25_times_has_the_losses_of_one_that_was_not(cache,
     assert told["in a save"] > 2
 
 
+def test_a_full_disk_costs_a_tracker_and_not_the_run(tmp_path, caplog):
+    """TensorBoard's thread has ended on the full disk; what it met is raised at every later call."""
+
+    class Full:
+        def log(self, *_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        close = log
+
+    metrics = Metrics(tmp_path, TrackerConfig(), {})
+    metrics._tracker = Full()
+    metrics.log(1, {"loss": 1.0})
+    metrics.log(2, {"loss": 0.5})
+    metrics.close()
+    assert caplog.messages == ["the tracker takes no more numbers: No space left on device; the run goes on without it"]
+    assert losses(tmp_path) == [1.0, 0.5]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["hung", "killed"])
 def test_a_process_that_hangs_or_is_killed_ends_the_job_and_is_named(cache, tmp_path, how):
