@@ -91,7 +91,7 @@ def test_training_without_data(capsys, tmp_path, path):
     (tmp_path / "empty").mkdir()
     where = f"data.path={tmp_path / path}" if path else "data.path="
     said = refusal(capsys, "train.py", where, f"output={tmp_path / 'out'}", "parallel=cpu")
-    assert_one_message(said, path or "data.path", "prepare" if path else "set")
+    assert_one_message(said, path or "data.path", "prepare" if path else "empty")
     assert not (tmp_path / "out").exists()
 
 

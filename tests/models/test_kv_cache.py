@@ -308,7 +308,7 @@ def test_the_high_noise_expert_has_a_guidance_of_its_own():
     levels = [FLOW.shifted(torch.tensor(1 - step / STEPS)) for step in range(STEPS)]
     num_high = sum(float(level) >= model.boundary for level in levels)
     assert 0 < num_high < STEPS
-    for low, high, forwards in ((1.0, 2.0, STEPS + num_high), (2.0, 1.0, 2 * STEPS - num_high), (2.0, 0.0, 2 * STEPS)):
+    for low, high, forwards in ((1.0, 2.0, STEPS + num_high), (2.0, 1.0, 2 * STEPS - num_high), (2.0, None, 2 * STEPS)):
         config = replace(CONFIG, guidance_scale=low, high_noise_guidance_scale=high)
         assert len(film(model, what, config)[2]) == forwards
     with pytest.raises(ValueError, match="for a pair of experts"):
