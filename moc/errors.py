@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import re
+from collections.abc import Collection
 from dataclasses import fields
 from enum import StrEnum
 from typing import Any
@@ -38,6 +39,12 @@ def check_above_zero(config: Any, owner: str, *names: str, null: str = "") -> No
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise _out_of_range(owner, name, value, "above 0", null)
+
+
+def check_among(config: Any, name: str, known: Collection[str]) -> None:
+    """Raises UserError where a list of names, the field `name` of a config, holds one that is not `known`."""
+    if unknown := sorted(set(getattr(config, name)) - set(known)):
+        raise UserError(f"{name}={unknown} are none; say some of {', '.join(known)}")
 
 
 def _out_of_range(owner: str, name: str, value: float, rule: str, null: str) -> UserError:

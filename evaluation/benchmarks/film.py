@@ -13,7 +13,7 @@ from evaluation.benchmarks.measurements import machine, put_row, read_rows
 from evaluation.benchmarks.trainings import train_for
 from evaluation.history_worth import SIGMAS, HistoryLosses, expected_sparsity, history_losses
 from moc import Sample
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_among, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
 from models import load_model
 from models.checkpoints.contents import Contents
@@ -61,9 +61,7 @@ class FilmRowsConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "steps", "draws")
-        unknown = sorted(set(self.rows) - set(ROWS))
-        if unknown:
-            raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
+        check_among(self, "rows", ROWS)
         if not set(self.folds) <= set(range(FOLDS)):
             raise UserError(f"folds={self.folds} must be among {list(range(FOLDS))}")
         if self.rows and self.film is None:

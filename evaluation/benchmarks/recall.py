@@ -23,7 +23,7 @@ from evaluation.benchmarks.trainings import train_for
 from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
 from moc.diffusion import Flow
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_among, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from moc.training.integrity import COMPLETE
 from models import load_model
@@ -84,9 +84,7 @@ class RecallRowsConfig:
             check_least(self, "", 1, "at_once")
         if any(shots < 2 for shots in self.shots):
             raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
-        unknown = sorted(set(self.rows) - set(ROWS))
-        if unknown:
-            raise UserError(f"rows={unknown} are none; say some of {', '.join(ROWS)}")
+        check_among(self, "rows", ROWS)
 
 
 def progressive(steps: int) -> str:

@@ -21,7 +21,7 @@ from evaluation.benchmarks.timing import check_gpu
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, plan_steps, sample_shots
 from moc.diffusion.sides import Side, Stream
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_among, check_least
 from moc.files import write_whole
 from moc.kernels import dense
 from moc.statistics import RoutingMap
@@ -112,9 +112,7 @@ class SamplingBenchmarkConfig:
         check_least(self, "", 1, "timed")
         check_least(self, "", 0, "swap_blocks")
         for name, known in (("films", FILMS), ("impls", IMPLEMENTATIONS), ("modes", MODES)):
-            unknown = sorted(set(getattr(self, name)) - set(known))
-            if unknown:
-                raise UserError(f"{name}={unknown} are none; say some of {', '.join(known)}")
+            check_among(self, name, known)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from evaluation.recall.agreement import make_stories, story_scores
 from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_among, check_least
 from moc.files import write_whole
 from moc.training import Parallel, ParallelConfig
 from models import load_model
@@ -69,9 +69,7 @@ class StoriesConfig:
     def __post_init__(self) -> None:
         counts = ("stories", "scenes", "sampling_steps", "batch", "reader_steps", "reader_width")
         check_least(self, "", 1, *counts)
-        unknown = sorted(set(self.ways) - {*WAYS, *AFTER_TRUTH})
-        if unknown:
-            raise UserError(f"ways={unknown} are none; say some of {', '.join((*AFTER_TRUTH, *WAYS))}")
+        check_among(self, "ways", (*AFTER_TRUTH, *WAYS))
         if any(shots < 2 for shots in self.shots):
             raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
 
