@@ -108,8 +108,9 @@ def _sweep_first(arguments: list[str]) -> list[str]:
 def _refuse_sweep(arguments: list[str], config_name: str) -> None:
     """Raises UserError for -m where the command's YAML does not say where a sweep goes: its jobs would write over each
     other."""
-    sweeps = OmegaConf.load(CONFIGS / f"{config_name}.yaml").hydra.get("sweep")
-    if sweeps is None and not _SWEEP.isdisjoint(arguments):
+    if _SWEEP.isdisjoint(arguments):
+        return
+    if OmegaConf.load(CONFIGS / f"{config_name}.yaml").hydra.get("sweep") is None:
         raise UserError("-m is for sweeps of train.py; call this command once for each value, each with its own output")
 
 
