@@ -39,18 +39,33 @@ Backward = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
+class VarLen:
+    """A variable-length kernel attends from many sequences of queries, each to its own keys, in one call.
+
+    forward(q, k, v, *lengths), backward(dout, q, k, v, out, lse, *lengths, deterministic) are those of a
+    `DenseKernel`, with sequences packed along the first dim; lengths: prefix sums of the sequences of queries and of
+    keys, int32 [B + 1] each, and the longest of each. Every sequence has keys.
+    """
+
+    forward: Forward
+    backward: Backward
+
+
+@dataclass(frozen=True)
 class DenseKernel:
     """A dense kernel is one way to compute dense attention with scale D**-0.5, without mask.
 
     forward(q, k, v) -> (out, lse): q [Lq, N, D], k, v [Lk, N, D] -> out [Lq, N, D] in their dtype, lse fp32 [N, Lq].
     backward(dout, q, k, v, out, lse, deterministic) -> (dq, dk, dv), where out and lse may be merged ones.
     Both also take B runs at once, each of which attends to its own keys: all shapes then begin with B.
+    varlen: how it takes runs of different lengths, if it does.
     """
 
     name: str
     forward: Forward
     backward: Backward
     deterministic: bool = True
+    varlen: VarLen | None = None
 
 
 def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseKernel:
@@ -153,6 +168,32 @@ def _fa3_backward(
     return dq, dk, dv
 
 
+def _fa3_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> tuple[Tensor, Tensor]:
+    ops = _fa3()
+    assert ops is not None
+    out, lse, *_ = ops.fwd(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
+        softmax_scale=q.shape[-1] ** -0.5, num_splits=1,
+    )  # fmt: skip
+    return out, lse
+
+
+def _fa3_varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    max_q: int, max_k: int, deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ops = _fa3()
+    assert ops is not None
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    ops.bwd(
+        dout, q, k, v, out, lse.contiguous(), dq, dk, dv, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q,
+        max_seqlen_k=max_k, softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 # FlashAttention-4
 
 
@@ -191,6 +232,29 @@ def _fa4_backward(
     return module._flash_attn_bwd(
         q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, deterministic=deterministic
     )
+
+
+def _fa4_varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> tuple[Tensor, Tensor]:
+    module = _fa4()
+    assert module is not None
+    return module._flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
+        softmax_scale=q.shape[-1] ** -0.5, return_lse=True,
+    )  # fmt: skip
+
+
+def _fa4_varlen_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+    max_q: int, max_k: int, deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    module = _fa4()
+    assert module is not None
+    return module._flash_attn_bwd(
+        q, k, v, out, dout, lse.contiguous(), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q,
+        max_seqlen_k=max_k, softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
+    )  # fmt: skip
 
 
 # Shipped with torch: cuDNN, FlashAttention-2, CPU
@@ -252,13 +316,16 @@ def has_fa2(q: Tensor) -> bool:
     return _half_on_gpu(capability(q.device), q.dtype, q.shape[-1])
 
 
+def varlen(kernel: DenseKernel, q: Tensor) -> VarLen | None:
+    """Returns how sequences of different lengths are one call: by `kernel` where it does that, and otherwise by
+    FlashAttention-2, where that takes q."""
+    return kernel.varlen or (_FA2_VARLEN if has_fa2(q) else None)
+
+
 def fa2_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
-    """Takes sequences packed along the first dim, int32 prefix sums of lengths -> out like q, lse [N, Lq].
-
-    A sequence without keys gives lse +inf.
-    """
+    """Does as `VarLen`; a sequence without keys gives lse +inf."""
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, False, False)
     return out, lse
 
@@ -267,7 +334,7 @@ def fa2_varlen_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
     max_q: int, max_k: int, deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the gradients of `fa2_varlen_forward`, with given out and lse."""
+    """Does as `VarLen`."""
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     with deterministic_algorithms(deterministic):
         return torch.ops.aten._flash_attention_backward(
@@ -362,12 +429,16 @@ def _cpu_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: 
     return capability is None and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
+_FA2_VARLEN = VarLen(fa2_varlen_forward, fa2_varlen_backward)
+_FA3 = DenseKernel("fa3", _fa3_forward, _fa3_backward, varlen=VarLen(_fa3_varlen_forward, _fa3_varlen_backward))
+_FA4 = DenseKernel("fa4", _fa4_forward, _fa4_backward, varlen=VarLen(_fa4_varlen_forward, _fa4_varlen_backward))
+
 # The fastest comes first.
 _KERNELS: dict[str, tuple[DenseKernel, Callable[..., bool]]] = {
-    "fa3": (DenseKernel("fa3", _fa3_forward, _fa3_backward), _fa3_fits),
-    "fa4": (DenseKernel("fa4", _fa4_forward, _fa4_backward), _fa4_fits),
+    "fa3": (_FA3, _fa3_fits),
+    "fa4": (_FA4, _fa4_fits),
     "cudnn": (DenseKernel("cudnn", _cudnn_forward, _cudnn_backward, deterministic=False), _cudnn_fits),
-    "fa2": (DenseKernel("fa2", _fa2_forward, _fa2_backward), _half_on_gpu),
+    "fa2": (DenseKernel("fa2", _fa2_forward, _fa2_backward, varlen=_FA2_VARLEN), _half_on_gpu),
     "cpu": (DenseKernel("cpu", _cpu_forward, _cpu_backward), _cpu_fits),
     "math": (DenseKernel("math", math_forward, math_backward), lambda *_: True),
 }

@@ -127,11 +127,8 @@ def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
 def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """Returns out [Lq, N, D] and lse [N, Lq], which is fp32 at least, of q [Lq, N, D], k, v [L, N, D]."""
     keys, values = packed.gather(k), packed.gather(v)
-    if dense.has_fa2(q):
-        by_heads = [
-            dense.fa2_varlen_forward(q[:, h], keys[:, h], values[:, h], *packed.lengths())
-            for h in packed.head_blocks(k)
-        ]
+    if varlen := dense.varlen(kernel, q):
+        by_heads = [varlen.forward(q[:, h], keys[:, h], values[:, h], *packed.lengths()) for h in packed.head_blocks(k)]
         return _join([out for out, _ in by_heads], 1), _join([lse for _, lse in by_heads], 0)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -146,9 +143,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns dq, dk, dv, given out and lse, which may be those of a softmax over more keys."""
     keys, values = packed.gather(k), packed.gather(v)
-    if dense.has_fa2(q):
+    if varlen := dense.varlen(kernel, q):
         by_heads = [
-            dense.fa2_varlen_backward(
+            varlen.backward(
                 dout[:, h], q[:, h], keys[:, h], values[:, h], out[:, h], lse[h], *packed.lengths(), deterministic
             )
             for h in packed.head_blocks(k)

@@ -125,6 +125,28 @@ def test_dense_kernels_take_runs_at_once(name):
             assert (ours[run].float() - exact.float()).norm() <= 6e-3 * exact.float().norm()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["fa3", "fa4", "fa2"])
+def test_dense_kernels_take_runs_of_different_lengths(name, head_dim):
+    queries, keys = torch.tensor([0, 300, 301, 477]), torch.tensor([0, 77, 500, 512])
+    q, direction = (torch.randn(477, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(512, 2, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    try:
+        kernel = dense.choose(q, name)
+    except ValueError as absent:
+        pytest.skip(str(absent))
+    lengths = (*(x.int().cuda() for x in (queries, keys)), 300, 423)
+    varlen = dense.varlen(kernel, q)
+    out, lse = varlen.forward(q, k, v, *lengths)
+    dq, dk, dv = varlen.backward(direction, q, k, v, out, lse, *lengths, False)
+    for a, b, c, d in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
+        wide = [x.float() for x in (q[a:b], k[c:d], v[c:d])]
+        truth, truth_lse = dense.math_forward(*wide)
+        exact = truth, truth_lse, *dense.math_backward(direction[a:b].float(), *wide, truth, truth_lse)
+        for ours, one in zip((out[a:b], lse[:, a:b], dq[a:b], dk[c:d], dv[c:d]), exact, strict=True):
+            assert (ours - one).norm() <= 6e-3 * one.norm()
+
+
 # Triton against the reference
 
 
