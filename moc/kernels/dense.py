@@ -22,7 +22,7 @@ from functools import cache, wraps
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,17 +38,14 @@ Forward = Callable[..., tuple[Tensor, ...]]
 Backward = Callable[..., tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
-class VarLen:
-    """A variable-length kernel attends from many sequences of queries, each to its own keys, in one call.
+class Lengths(NamedTuple):
+    """Lengths tell sequences of queries and of keys, packed along the first dim, apart: prefix sums, int32 [B + 1], and
+    the longest of each. Sequence i of the queries attends to sequence i of the keys."""
 
-    forward(q, k, v, *lengths), backward(dout, q, k, v, out, lse, *lengths, deterministic) are those of a
-    `DenseKernel`, with sequences packed along the first dim; lengths: prefix sums of the sequences of queries and of
-    keys, int32 [B + 1] each, and the longest of each. Every sequence has keys.
-    """
-
-    forward: Forward
-    backward: Backward
+    queries: Tensor
+    keys: Tensor
+    max_queries: int
+    max_keys: int
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,14 @@ class DenseKernel:
     forward(q, k, v) -> (out, lse): q [Lq, N, D], k, v [Lk, N, D] -> out [Lq, N, D] in their dtype, lse fp32 [N, Lq].
     backward(dout, q, k, v, out, lse, deterministic) -> (dq, dk, dv), where out and lse may be merged ones.
     Both also take B runs at once, each of which attends to its own keys: all shapes then begin with B.
-    varlen: how it takes runs of different lengths, if it does.
+    varlen: whether both take `lengths=` as well, and shapes without B.
     """
 
     name: str
     forward: Forward
     backward: Backward
     deterministic: bool = True
-    varlen: VarLen | None = None
+    varlen: bool = False
 
 
 def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseKernel:
@@ -74,6 +71,15 @@ def choose(q: Tensor, name: str = "auto", deterministic: bool = False) -> DenseK
     Raises UserError for an unknown name and for a kernel that is not installed or does not fit.
     """
     return _choose(name, capability(q.device), q.dtype, q.shape[-1], deterministic)
+
+
+def choose_varlen(kernel: DenseKernel, q: Tensor) -> DenseKernel | None:
+    """Returns the kernel for sequences of different lengths: `kernel` where it takes them, else FlashAttention-2, None
+    where that does not take q either. FlashAttention-2 gives a sequence without keys an LSE of +inf."""
+    if kernel.varlen:
+        return kernel
+    fa2, fits = _KERNELS["fa2"]
+    return fa2 if fits(capability(q.device), q.dtype, q.shape[-1]) else None
 
 
 @cache
@@ -120,9 +126,9 @@ def _of_runs(kernel: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[T
     """Has a kernel, written for B runs at once, take a single one as well."""
 
     @wraps(kernel)
-    def run(*args: Any) -> tuple[Tensor, ...]:
-        if args[0].dim() == 4:
-            return kernel(*args)
+    def run(*args: Any, **lengths: Any) -> tuple[Tensor, ...]:
+        if lengths or args[0].dim() == 4:
+            return kernel(*args, **lengths)
         return tuple(x[0] for x in kernel(*(x[None] if isinstance(x, Tensor) else x for x in args)))
 
     return run
@@ -146,50 +152,31 @@ def _fa3_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: 
     return capability is not None and capability[0] == 9 and _half_on_gpu(capability, dtype, head_dim) and bool(_fa3())
 
 
+def _cu_seqlens(lengths: Lengths | None) -> dict[str, Any]:
+    """Returns lengths by the names that FlashAttention-3 and 4 give them."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return dict(zip(names, lengths, strict=True)) if lengths else {}
+
+
 @_of_runs
-def _fa3_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _fa3_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -> tuple[Tensor, Tensor]:
     ops = _fa3()
     assert ops is not None
-    out, lse, *_ = ops.fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, num_splits=1)
+    out, lse, *_ = ops.fwd(q, k, v, **_cu_seqlens(lengths), softmax_scale=q.shape[-1] ** -0.5, num_splits=1)
     return out, lse
 
 
 @_of_runs
 def _fa3_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    ops = _fa3()
-    assert ops is not None
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    ops.bwd(
-        dout, q, k, v, out, lse.contiguous(), dq, dk, dv,
-        softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
-    )  # fmt: skip
-    return dq, dk, dv
-
-
-def _fa3_varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
-) -> tuple[Tensor, Tensor]:
-    ops = _fa3()
-    assert ops is not None
-    out, lse, *_ = ops.fwd(
-        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
-        softmax_scale=q.shape[-1] ** -0.5, num_splits=1,
-    )  # fmt: skip
-    return out, lse
-
-
-def _fa3_varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    max_q: int, max_k: int, deterministic: bool = False,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     ops = _fa3()
     assert ops is not None
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     ops.bwd(
-        dout, q, k, v, out, lse.contiguous(), dq, dk, dv, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q,
-        max_seqlen_k=max_k, softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
+        dout, q, k, v, out, lse.contiguous(), dq, dk, dv, **_cu_seqlens(lengths),
+        softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -216,44 +203,22 @@ def _fa4_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: 
 
 
 @_of_runs
-def _fa4_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -> tuple[Tensor, Tensor]:
     module = _fa4()
     assert module is not None
-    return module._flash_attn_fwd(q, k, v, softmax_scale=q.shape[-1] ** -0.5, return_lse=True)
+    return module._flash_attn_fwd(q, k, v, **_cu_seqlens(lengths), softmax_scale=q.shape[-1] ** -0.5, return_lse=True)
 
 
 @_of_runs
 def _fa4_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    module = _fa4()
-    assert module is not None
-    scale = q.shape[-1] ** -0.5
-    return module._flash_attn_bwd(
-        q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, deterministic=deterministic
-    )
-
-
-def _fa4_varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
-) -> tuple[Tensor, Tensor]:
-    module = _fa4()
-    assert module is not None
-    return module._flash_attn_fwd(
-        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
-        softmax_scale=q.shape[-1] ** -0.5, return_lse=True,
-    )  # fmt: skip
-
-
-def _fa4_varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    max_q: int, max_k: int, deterministic: bool = False,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False,
+    lengths: Lengths | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     module = _fa4()
     assert module is not None
     return module._flash_attn_bwd(
-        q, k, v, out, dout, lse.contiguous(), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q,
-        max_seqlen_k=max_k, softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
+        q, k, v, out, dout, lse.contiguous(), **_cu_seqlens(lengths),
+        softmax_scale=q.shape[-1] ** -0.5, deterministic=deterministic,
     )  # fmt: skip
 
 
@@ -293,52 +258,22 @@ def _cudnn_backward(
 
 
 @_of_runs
-def _fa2_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False
-    )
+def _fa2_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths | None = None) -> tuple[Tensor, Tensor]:
+    cu_seqlens = lengths or (None, None, q.shape[1], k.shape[1])
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, *cu_seqlens, 0.0, False, False)
     return out, lse
 
 
 @_of_runs
 def _fa2_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False
-) -> tuple[Tensor, ...]:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, deterministic: bool = False,
+    lengths: Lengths | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    cu_seqlens = lengths or (None, None, q.shape[1], k.shape[1])
     unused = torch.empty(0, dtype=torch.int64, device=q.device)
     with deterministic_algorithms(deterministic):
         return torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, False, unused, unused
-        )
-
-
-def has_fa2(q: Tensor) -> bool:
-    """Returns whether FlashAttention-2 takes q: fp16 or bf16 on an Ampere GPU or newer."""
-    return _half_on_gpu(capability(q.device), q.dtype, q.shape[-1])
-
-
-def varlen(kernel: DenseKernel, q: Tensor) -> VarLen | None:
-    """Returns how sequences of different lengths are one call: by `kernel` where it does that, and otherwise by
-    FlashAttention-2, where that takes q."""
-    return kernel.varlen or (_FA2_VARLEN if has_fa2(q) else None)
-
-
-def fa2_varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
-) -> tuple[Tensor, Tensor]:
-    """Does as `VarLen`; a sequence without keys gives lse +inf."""
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, 0.0, False, False)
-    return out, lse
-
-
-def fa2_varlen_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-    max_q: int, max_k: int, deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Does as `VarLen`."""
-    unused = torch.empty(0, dtype=torch.int64, device=q.device)
-    with deterministic_algorithms(deterministic):
-        return torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), cu_q, cu_k, max_q, max_k, 0.0, False, unused, unused
+            dout, q, k, v, out, lse.contiguous(), *cu_seqlens, 0.0, False, unused, unused
         )
 
 
@@ -429,16 +364,12 @@ def _cpu_fits(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: 
     return capability is None and dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-_FA2_VARLEN = VarLen(fa2_varlen_forward, fa2_varlen_backward)
-_FA3 = DenseKernel("fa3", _fa3_forward, _fa3_backward, varlen=VarLen(_fa3_varlen_forward, _fa3_varlen_backward))
-_FA4 = DenseKernel("fa4", _fa4_forward, _fa4_backward, varlen=VarLen(_fa4_varlen_forward, _fa4_varlen_backward))
-
 # The fastest comes first.
 _KERNELS: dict[str, tuple[DenseKernel, Callable[..., bool]]] = {
-    "fa3": (_FA3, _fa3_fits),
-    "fa4": (_FA4, _fa4_fits),
+    "fa3": (DenseKernel("fa3", _fa3_forward, _fa3_backward, varlen=True), _fa3_fits),
+    "fa4": (DenseKernel("fa4", _fa4_forward, _fa4_backward, varlen=True), _fa4_fits),
     "cudnn": (DenseKernel("cudnn", _cudnn_forward, _cudnn_backward, deterministic=False), _cudnn_fits),
-    "fa2": (DenseKernel("fa2", _fa2_forward, _fa2_backward, varlen=_FA2_VARLEN), _half_on_gpu),
+    "fa2": (DenseKernel("fa2", _fa2_forward, _fa2_backward, varlen=True), _half_on_gpu),
     "cpu": (DenseKernel("cpu", _cpu_forward, _cpu_backward), _cpu_fits),
     "math": (DenseKernel("math", math_forward, math_backward), lambda *_: True),
 }

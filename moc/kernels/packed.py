@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moc.kernels import HAS_TRITON, dense
-from moc.kernels.dense import DenseKernel
+from moc.kernels.dense import DenseKernel, Lengths
 from moc.move import move
 
 MAX_NUMBERS = 1 << 31  # FlashAttention-2 addresses gathered keys by 32-bit numbers
@@ -98,8 +98,8 @@ class Packed(NamedTuple):
         for i in range(len(q) - 1):
             yield slice(q[i], q[i + 1]), slice(k[i], k[i + 1])
 
-    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
-        return self.query_starts, self.key_starts, self.max_queries, self.max_keys
+    def lengths(self) -> Lengths:
+        return Lengths(self.query_starts, self.key_starts, self.max_queries, self.max_keys)
 
 
 def _in_order(ranges: Sequence[Range], num_tokens: int) -> bool:
@@ -127,8 +127,10 @@ def _rows_of_tokens(index: Tensor, num_tokens: int) -> list[Tensor]:
 def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     """Returns out [Lq, N, D] and lse [N, Lq], which is fp32 at least, of q [Lq, N, D], k, v [L, N, D]."""
     keys, values = packed.gather(k), packed.gather(v)
-    if varlen := dense.varlen(kernel, q):
-        by_heads = [varlen.forward(q[:, h], keys[:, h], values[:, h], *packed.lengths()) for h in packed.head_blocks(k)]
+    if varlen := dense.choose_varlen(kernel, q):
+        by_heads = [
+            varlen.forward(q[:, h], keys[:, h], values[:, h], lengths=packed.lengths()) for h in packed.head_blocks(k)
+        ]
         return _join([out for out, _ in by_heads], 1), _join([lse for _, lse in by_heads], 0)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -143,13 +145,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns dq, dk, dv, given out and lse, which may be those of a softmax over more keys."""
     keys, values = packed.gather(k), packed.gather(v)
-    if varlen := dense.varlen(kernel, q):
-        by_heads = [
-            varlen.backward(
-                dout[:, h], q[:, h], keys[:, h], values[:, h], out[:, h], lse[h], *packed.lengths(), deterministic
-            )
-            for h in packed.head_blocks(k)
-        ]
+    if varlen := dense.choose_varlen(kernel, q):
+        by_heads = []
+        for h in packed.head_blocks(k):
+            given = (x[:, h] for x in (dout, q, keys, values, out))
+            by_heads.append(varlen.backward(*given, lse[h], deterministic, lengths=packed.lengths()))
         dq, dkeys, dvalues = (_join(grads, 1) for grads in zip(*by_heads, strict=True))
     else:
         dq, dkeys, dvalues = torch.empty_like(q), torch.empty_like(keys), torch.empty_like(values)

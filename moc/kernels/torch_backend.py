@@ -1,7 +1,7 @@
 """Backend `torch` merges anchored and routed attention of stock kernels by their LSE. It runs on CPUs and any GPU.
 
 Anchored attention is dense calls (`anchors`). Routed attention gathers the queries that chose a chunk against that
-chunk, in one variable-length FlashAttention-2 call where the device has it, else in one small dense call a list. A few
+chunk, in one variable-length call where a kernel takes it, else in one small dense call a list. A few
 heads at a time bound the memory. The backward of either gets the merged output and LSE, which makes it exact. Short
 samples on a CPU take one call each, under a mask (`masked`).
 
@@ -20,7 +20,7 @@ from moc.execution import AUTO, Execution
 from moc.kept import Kept
 from moc.kernels import anchors, dense, masked
 from moc.kernels.anchors import AnchorPlan
-from moc.kernels.dense import DenseKernel
+from moc.kernels.dense import DenseKernel, Lengths
 from moc.layout import ShotLayout
 from moc.move import move
 from moc.routing import route
@@ -164,7 +164,8 @@ def _merge(out: Tensor, lse: Tensor, rows: Tensor, row_lse: Tensor, lists: _List
 
 
 def _routed(q: Tensor, kernel: DenseKernel) -> "_ByList | _VarLen":
-    return _VarLen() if dense.has_fa2(q) else _ByList(kernel)
+    varlen = dense.choose_varlen(kernel, q)
+    return _VarLen(varlen) if varlen else _ByList(kernel)
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,11 @@ class _ByList:
         return dq_rows, dk, dv
 
 
+@dataclass(frozen=True)
 class _VarLen:
-    """This function computes one variable-length FlashAttention-2 call for all lists of a head block."""
+    """This function computes one variable-length call for all lists of a head block."""
+
+    kernel: DenseKernel
 
     @staticmethod
     def _head_major(x: Tensor, lists: _Lists) -> Tensor:
@@ -220,7 +224,7 @@ class _VarLen:
         return x[:, lists.heads].transpose(0, 1).reshape(-1, 1, x.shape[-1])
 
     @staticmethod
-    def _lengths(lists: _Lists, layout: ShotLayout) -> tuple[Tensor, Tensor, int, int]:
+    def _lengths(lists: _Lists, layout: ShotLayout) -> Lengths:
         chunk_starts = layout.chunk_cu_seqlens
         by_head = chunk_starts[:-1] + layout.num_tokens * torch.arange(
             lists.num_heads, device=chunk_starts.device, dtype=torch.int32
@@ -228,12 +232,12 @@ class _VarLen:
         end = chunk_starts[-1:] * lists.num_heads
         starts = move(torch.tensor(lists.starts, dtype=torch.int32), chunk_starts.device)
         longest = max(end - start for start, end in zip(lists.starts, lists.starts[1:], strict=False))
-        return starts, torch.cat([by_head.flatten(), end]), longest, layout.max_chunk_tokens
+        return Lengths(starts, torch.cat([by_head.flatten(), end]), longest, layout.max_chunk_tokens)
 
     def forward(self, q_rows: Tensor, k: Tensor, v: Tensor, lists: _Lists, layout: ShotLayout) -> tuple[Tensor, Tensor]:
         """Returns output [R, D] and LSE [R] of the routed rows."""
         keys, values = self._head_major(k, lists), self._head_major(v, lists)
-        out, lse = dense.fa2_varlen_forward(q_rows[:, None], keys, values, *self._lengths(lists, layout))
+        out, lse = self.kernel.forward(q_rows[:, None], keys, values, lengths=self._lengths(lists, layout))
         return out[:, 0], lse[0]
 
     def backward(
@@ -242,9 +246,9 @@ class _VarLen:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Returns dq of the rows [R, D], and dk, dv [L, Nb, D]."""
         keys, values = self._head_major(k, lists), self._head_major(v, lists)
-        dq, dk, dv = dense.fa2_varlen_backward(
-            dout[:, None], q_rows[:, None], keys, values, out[:, None], row_lse[None],
-            *self._lengths(lists, layout), deterministic,
+        dq, dk, dv = self.kernel.backward(
+            dout[:, None], q_rows[:, None], keys, values, out[:, None], row_lse[None], deterministic,
+            lengths=self._lengths(lists, layout),
         )  # fmt: skip
         dk, dv = (x.view(lists.num_heads, -1, x.shape[-1]).transpose(0, 1) for x in (dk, dv))
         return dq[:, 0], dk, dv

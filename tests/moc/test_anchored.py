@@ -131,21 +131,21 @@ def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch)
     q, k, v, dout = torch.randn(4, 6, 5, 16)
     kernel, numbers = dense.choose(q), []
 
-    def forward(q, k, v, *_):
+    def forward(q, k, v, lengths):
         numbers.append(k.numel())
         results = [kernel.forward(q[a], k[b], v[b]) for a, b in packed.runs()]
         return torch.cat([out for out, _ in results]), torch.cat([lse for _, lse in results], 1)
 
-    def backward(dout, q, k, v, out, lse, *_):
+    def backward(dout, q, k, v, out, lse, deterministic, lengths):
         grads = [kernel.backward(dout[a], q[a], k[b], v[b], out[a], lse[:, a]) for a, b in packed.runs()]
         return tuple(torch.cat(results) for results in zip(*grads, strict=True))
 
     out, lse = packed_kernels.forward(kernel, q, k, v, packed)
     expected = out, lse, *packed_kernels.backward(kernel, dout, q, k, v, out, lse, packed)
     monkeypatch.setattr(packed_kernels, "MAX_NUMBERS", heads_at_a_time * 8 * 16)  # 8 gathered rows
-    monkeypatch.setattr(dense, "varlen", lambda kernel, q: dense.VarLen(forward, backward))
-    out, lse = packed_kernels.forward(kernel, q, k, v, packed)
-    found = out, lse, *packed_kernels.backward(kernel, dout, q, k, v, out, lse, packed)
+    varlen = dense.DenseKernel("varlen", forward, backward, varlen=True)
+    out, lse = packed_kernels.forward(varlen, q, k, v, packed)
+    found = out, lse, *packed_kernels.backward(varlen, dout, q, k, v, out, lse, packed)
     assert len(numbers) == -(-5 // heads_at_a_time)
     assert max(numbers) <= packed_kernels.MAX_NUMBERS
     for ours, theirs in zip(found, expected, strict=True):

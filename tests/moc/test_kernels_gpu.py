@@ -135,10 +135,9 @@ def test_dense_kernels_take_runs_of_different_lengths(name, head_dim):
         kernel = dense.choose(q, name)
     except ValueError as absent:
         pytest.skip(str(absent))
-    lengths = (*(x.int().cuda() for x in (queries, keys)), 300, 423)
-    varlen = dense.varlen(kernel, q)
-    out, lse = varlen.forward(q, k, v, *lengths)
-    dq, dk, dv = varlen.backward(direction, q, k, v, out, lse, *lengths, False)
+    lengths = dense.Lengths(queries.int().cuda(), keys.int().cuda(), 300, 423)
+    out, lse = kernel.forward(q, k, v, lengths=lengths)
+    dq, dk, dv = kernel.backward(direction, q, k, v, out, lse, lengths=lengths)
     for a, b, c, d in zip(queries[:-1], queries[1:], keys[:-1], keys[1:], strict=True):
         wide = [x.float() for x in (q[a:b], k[c:d], v[c:d])]
         truth, truth_lse = dense.math_forward(*wide)
