@@ -12,7 +12,7 @@ number of scenes changes from step to step, as in training. The floor of a step 
 `host` is the time that the host takes to launch a step, `busy` that of the kernels on the GPU, which are told by kind.
 Phases are timed on the GPU: where the host is behind, they hold the GPU's waiting. `data` is what comes before forward:
 the batch, its tables and its noise levels. What is measured is printed at once, with the functions that take the host
-longest, and a row is written when its pack is done; a row of the same model, tokens and pack is replaced.
+longest, and a row is written when its pack is done; a row of the same model, tokens, pack and kernel is replaced.
 """
 
 import sys

@@ -26,6 +26,7 @@ from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
 from moc.files import write_whole
+from moc.kernels import dense
 from moc.training import Trainer
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
@@ -34,7 +35,7 @@ from models.stream import StreamModel
 SHOTS, TEXT_TOKENS, CHANNELS, TEXT_DIM = 4, 16, 64, 128
 WARM_UP, STEPS = 4, 30
 SIZES = 3  # packs of this many different numbers of scenes take turns
-KEY = ("gpu", "model", "tokens", "grid", "execution")
+KEY = ("gpu", "model", "tokens", "grid", "execution", "varlen_kernel")
 PHASES = ("data", "forward", "backward", "optimizer")
 
 # Kinds of kernels by their names; the first that fits counts.
@@ -108,6 +109,14 @@ def make_pack(model: StreamModel, grid: tuple[int, int, int], scenes: int, chunk
     return wrap(make_batch([sample(n) for n in range(scenes)], model.stream, chunk_tokens).in_stacks())
 
 
+def varlen_kernel(config: StepConfig) -> str:
+    """Returns the name of the dense kernel that packs of short shots take."""
+    q = torch.empty(0, 1, config.model.dim // config.model.num_heads, dtype=torch.bfloat16, device="cuda")
+    kernel = dense.choose(q, config.execution.dense_kernel, config.execution.deterministic)
+    varlen = dense.choose_varlen(kernel, q)
+    return varlen.name if varlen else kernel.name
+
+
 def arriving(parcels: Iterable[Parcel]) -> Iterator[Batch]:
     """Returns the batches of the parcels by turns, without end, through pinned memory and a thread, as the loader has
     them."""
@@ -122,7 +131,8 @@ def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, ra
     scenes = max(SIZES, config.tokens // scene)
     parcels = [make_pack(model, grid, scenes - n, moc.chunk_tokens) for n in range(SIZES)]
     row: dict = {"model": f"dim {config.model.dim}, {config.model.num_layers} layers", "tokens": config.tokens,
-                 "grid": list(grid), "scenes": scenes, "pack_tokens": unwrap(parcels[0]).layout.num_tokens}  # fmt: skip
+                 "grid": list(grid), "scenes": scenes, "pack_tokens": unwrap(parcels[0]).layout.num_tokens,
+                 "varlen_kernel": varlen_kernel(config)}  # fmt: skip
 
     def add(**values: object) -> None:
         print(", ".join(f"{name} {value}" for name, value in values.items()), flush=True)
@@ -212,18 +222,27 @@ def page(rows: list[dict]) -> str:
         least = row["floor_matmul_ms"] + row["floor_bytes_ms"]
         grid = "x".join(map(str, row["grid"]))
         lines.append([
-            row["gpu"], row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["pack_tokens"], row["step_ms"],
+            row["gpu"], row["model"], f"{row['scenes']} x {SHOTS} x {grid}", row["pack_tokens"],
+            row["varlen_kernel"], row["step_ms"],
             row["host_ms"], row["busy_ms"], row["launches"], f"{row['floor_matmul_ms']} + {row['floor_bytes_ms']}",
             f"{row['step_ms'] / least:.2f}", f"{row['peak_bytes'] / 2**30:.1f}",
             *(row[f"{phase}_ms"] for phase in PHASES), str(row["commit"])[:7],
         ])  # fmt: skip
     columns = [
-        "GPU", "model", "pack", "tokens", "step ms", "host ms", "busy ms", "launches", "floor ms, matmuls + bytes",
-        "of floor", "peak GiB", *(f"{phase} ms" for phase in PHASES), "commit",
+        "GPU", "model", "pack", "tokens", "kernel of short shots", "step ms", "host ms", "busy ms", "launches",
+        "floor ms, matmuls + bytes", "of floor", "peak GiB", *(f"{phase} ms" for phase in PHASES), "commit",
     ]  # fmt: skip
-    shares = [[row["gpu"], row["pack_tokens"], *(row["kernels_ms"].get(kind, "") for kind in kinds)] for row in rows]
+    shares = [
+        [
+            row["gpu"],
+            row["pack_tokens"],
+            row["varlen_kernel"],
+            *(row["kernels_ms"].get(kind, "") for kind in kinds),
+        ]
+        for row in rows
+    ]
     about = f"{measured_on(rows)} Made by scripts/benchmark_step.py, which says what the columns are."
     return "\n\n".join([
         "# A whole training step", about, markdown_table(columns, lines),
-        "## Kernels of a step, ms", markdown_table(["GPU", "tokens", *kinds], shares),
+        "## Kernels of a step, ms", markdown_table(["GPU", "tokens", "kernel of short shots", *kinds], shares),
     ]) + "\n"  # fmt: skip
