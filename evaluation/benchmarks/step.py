@@ -109,12 +109,12 @@ def make_pack(model: StreamModel, grid: tuple[int, int, int], scenes: int, chunk
     return wrap(make_batch([sample(n) for n in range(scenes)], model.stream, chunk_tokens).in_stacks())
 
 
-def varlen_kernel(config: StepConfig) -> str:
-    """Returns the name of the dense kernel that packs of short shots take."""
-    q = torch.empty(0, 1, config.model.dim // config.model.num_heads, dtype=torch.bfloat16, device="cuda")
-    kernel = dense.choose(q, config.execution.dense_kernel, config.execution.deterministic)
-    varlen = dense.choose_varlen(kernel, q)
-    return varlen.name if varlen else kernel.name
+def varlen_kernel(trainer: Trainer, execution: Execution) -> str:
+    """Returns the name of the dense kernel that runs of different lengths take."""
+    config = trainer.bare_model.config
+    q = torch.empty(0, 1, config.dim // config.num_heads, dtype=torch.bfloat16, device=trainer.parallel.device)
+    kernel = dense.choose(q, execution.dense_kernel, execution.deterministic)
+    return (dense.choose_varlen(kernel, q) or kernel).name
 
 
 def arriving(parcels: Iterable[Parcel]) -> Iterator[Batch]:
@@ -132,7 +132,7 @@ def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, ra
     parcels = [make_pack(model, grid, scenes - n, moc.chunk_tokens) for n in range(SIZES)]
     row: dict = {"model": f"dim {config.model.dim}, {config.model.num_layers} layers", "tokens": config.tokens,
                  "grid": list(grid), "scenes": scenes, "pack_tokens": unwrap(parcels[0]).layout.num_tokens,
-                 "varlen_kernel": varlen_kernel(config)}  # fmt: skip
+                 "varlen_kernel": varlen_kernel(trainer, config.execution)}  # fmt: skip
 
     def add(**values: object) -> None:
         print(", ".join(f"{name} {value}" for name, value in values.items()), flush=True)
@@ -229,7 +229,7 @@ def page(rows: list[dict]) -> str:
             *(row[f"{phase}_ms"] for phase in PHASES), str(row["commit"])[:7],
         ])  # fmt: skip
     columns = [
-        "GPU", "model", "pack", "tokens", "kernel of short shots", "step ms", "host ms", "busy ms", "launches",
+        "GPU", "model", "pack", "tokens", "varlen kernel", "step ms", "host ms", "busy ms", "launches",
         "floor ms, matmuls + bytes", "of floor", "peak GiB", *(f"{phase} ms" for phase in PHASES), "commit",
     ]  # fmt: skip
     shares = [
@@ -244,5 +244,5 @@ def page(rows: list[dict]) -> str:
     about = f"{measured_on(rows)} Made by scripts/benchmark_step.py, which says what the columns are."
     return "\n\n".join([
         "# A whole training step", about, markdown_table(columns, lines),
-        "## Kernels of a step, ms", markdown_table(["GPU", "tokens", "kernel of short shots", *kinds], shares),
+        "## Kernels of a step, ms", markdown_table(["GPU", "tokens", "varlen kernel", *kinds], shares),
     ]) + "\n"  # fmt: skip
