@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 import moc
-from evaluation.estimates import Estimate, estimate
 from moc import MoCConfig, Sample, StreamSpec
 from moc.batch import stream_of
 from moc.diffusion import Flow
@@ -27,24 +26,12 @@ SCENES_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class HistoryLosses:
-    """These are losses of target shots, fp32 [targets, draws, sigmas] each. sigmas: the noise levels of the last
-    dim."""
+    """These are losses of target shots, fp32 [targets, draws, sigmas] each: without a history, after their own, and
+    after that of another sample."""
 
     alone: Tensor
     history: Tensor
     other: Tensor
-    sigmas: tuple[float, ...]
-
-    def worth(self, targets: Sequence[int], sigma: float, history: str = "history") -> Estimate:
-        """Returns how much the loss of some targets falls by a history, `history` or `other`, as a share of their mean
-        loss alone; over 0 where it helps."""
-        at = self.sigmas.index(sigma)
-        alone = self.alone[list(targets), :, at]
-        return estimate((alone - getattr(self, history)[list(targets), :, at]) / alone.mean())
-
-    def loss(self, sigma: float, history: str = "history") -> Estimate:
-        """Returns the loss over all targets, `alone`, after their `history` or after that of an `other` scene."""
-        return estimate(getattr(self, history)[:, :, self.sigmas.index(sigma)])
 
 
 @torch.no_grad()
@@ -77,8 +64,7 @@ def history_losses(
             for at in range(0, len(kind), SCENES_AT_ONCE)
         ]
         losses.append(torch.cat(errors))
-    alone, history, other = losses
-    return HistoryLosses(alone, history, other, tuple(sigmas))
+    return HistoryLosses(*losses)
 
 
 def expected_sparsity(samples: Sequence[Sample], spec: StreamSpec, config: MoCConfig) -> float:

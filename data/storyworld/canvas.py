@@ -86,9 +86,9 @@ def capsule(x0: float, y0: float, x1: float, y1: float, r0: float, r1: float | N
     return np.concatenate([cap * r1 + (x1, y1), cap * -r0 + (x0, y0)])
 
 
-def star(x: float, y: float, radius: float, tips: int, depth: float, angle: float = -np.pi / 2) -> np.ndarray:
-    """Returns the points of a star whose inner corners lie at `depth` of the radius."""
-    turn = angle + np.arange(2 * tips) * np.pi / tips
+def star(x: float, y: float, radius: float, tips: int, depth: float) -> np.ndarray:
+    """Returns the points of a star, one tip up, whose inner corners lie at `depth` of the radius."""
+    turn = -np.pi / 2 + np.arange(2 * tips) * np.pi / tips
     reach = radius * np.where(np.arange(2 * tips) % 2 == 0, 1.0, depth)
     return np.stack([x + reach * np.cos(turn), y + reach * np.sin(turn)], axis=1)
 
@@ -109,9 +109,9 @@ class Canvas:
         self._to_fixed = matrix.T * SUBPIXELS - [[0.0], [0.0], [SUBPIXELS / 2 - 0.5]]
 
     @classmethod
-    def blank(cls, height: int, width: int, scale: float, left: float = 0.0, top: float = 0.0) -> "Canvas":
-        """Returns a transparent canvas whose first pixel lies at (left, top), with `scale` pixels a unit."""
-        matrix = np.array([[scale, 0.0, -left * scale], [0.0, scale, -top * scale]])
+    def blank(cls, height: int, width: int, scale: float, left: float) -> "Canvas":
+        """Returns a transparent canvas whose first pixel lies at (left, 0), with `scale` pixels a unit."""
+        matrix = np.array([[scale, 0.0, -left * scale], [0.0, scale, 0.0]])
         return cls(np.zeros((height, width, 4), np.float32), matrix)
 
     def at(

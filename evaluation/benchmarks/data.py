@@ -182,12 +182,12 @@ def measure_cuts(truth: Path, detector: str, folder: Path) -> dict:
     )
 
 
-def join_films(films: Sequence[Path], folder: Path, num_cuts: int = 60, seed: int = 0) -> Path:
+def join_films(films: Sequence[Path], folder: Path, num_cuts: int = 60) -> Path:
     """Makes a film of pieces of real shots joined by hard cuts, and its manifest. Pieces keep off the ends of the shots
     that PySceneDetect finds in `films`, and a shot never follows itself."""
     readers = [open_video(film) for film in films]
     pool = [(reader, span) for reader, film in zip(readers, films, strict=True) for span in _long_shots(film)]
-    rng = random.Random(seed)
+    rng = random.Random(0)
     pieces: list[np.ndarray] = []
     previous = -1
     while len(pieces) <= num_cuts:

@@ -20,10 +20,10 @@ from data.storyworld.recall_scenes import draw_scenes
 from evaluation.benchmarks.measurements import machine, put_row, read_rows
 from evaluation.benchmarks.recall_report import write_report
 from evaluation.benchmarks.trainings import train_for
-from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
+from evaluation.recall.bench import RecallBench, accuracy, check_shots, kept_reader, summary
 from moc import MoCConfig
 from moc.diffusion import Flow
-from moc.errors import UserError, check_among, check_least
+from moc.errors import check_among, check_least
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from moc.training.integrity import COMPLETE
 from models import load_model
@@ -79,11 +79,8 @@ class RecallRowsConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        check_least(self, "", 1, "steps", "scenes", "reader_steps", "sampling_steps", "batch")
-        if self.at_once is not None:
-            check_least(self, "", 1, "at_once")
-        if any(shots < 2 for shots in self.shots):
-            raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
+        check_least(self, "", 1, "steps", "scenes", "reader_steps", "sampling_steps", "batch", "at_once")
+        check_shots(self.shots)
         check_among(self, "rows", ROWS)
 
 

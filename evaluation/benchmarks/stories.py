@@ -16,10 +16,10 @@ import torch
 from data.loading.endless import RecallWorld
 from evaluation.benchmarks.measurements import machine, markdown_table, measured_on, put_row, read_rows
 from evaluation.recall.agreement import make_stories, story_scores
-from evaluation.recall.bench import RecallBench, accuracy, kept_reader, summary
+from evaluation.recall.bench import RecallBench, accuracy, check_shots, kept_reader, summary
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
-from moc.errors import UserError, check_among, check_least
+from moc.errors import check_among, check_least
 from moc.files import write_whole
 from moc.training import Parallel, ParallelConfig
 from models import load_model
@@ -70,8 +70,7 @@ class StoriesConfig:
         counts = ("stories", "scenes", "sampling_steps", "batch", "reader_steps", "reader_width")
         check_least(self, "", 1, *counts)
         check_among(self, "ways", (*AFTER_TRUTH, *WAYS))
-        if any(shots < 2 for shots in self.shots):
-            raise UserError(f"shots={self.shots} must each be at least 2: one to show looks, one to recall them")
+        check_shots(self.shots)
 
 
 def write_record(

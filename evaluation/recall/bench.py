@@ -38,6 +38,7 @@ from moc import MoCConfig, ShotLayout
 from moc.config import DropKey
 from moc.cost import attention_cost
 from moc.diffusion import Flow
+from moc.errors import UserError
 from moc.files import beside
 from moc.training import Parallel
 
@@ -163,6 +164,12 @@ class Tally:
         })  # fmt: skip
 
 
+def check_shots(shots: Sequence[int]) -> None:
+    """Raises UserError where a number of shots is too small for a scene of the bench."""
+    if any(number < 2 for number in shots):
+        raise UserError(f"shots={list(shots)} must each be at least 2: one to show looks, one to recall them")
+
+
 class LastShots:
     """This object samples the last shots of recall scenes after their true history, of the same noise by all models."""
 
@@ -223,10 +230,10 @@ class RecallBench(LastShots):
     """A bench tests one model on the scenes of a world that no training saw."""
 
     def __init__(
-        self, world: RecallWorld, reader: Reader, parallel: Parallel, steps: int = 10, seed: int = 0, batch: int = 64
+        self, world: RecallWorld, reader: Reader, parallel: Parallel, steps: int = 10, batch: int = 64
     ) -> None:
-        """Sets up the tests. steps, seed: as in `LastShots`. batch: scenes at once."""
-        super().__init__(world, parallel, steps, seed)
+        """Sets up the tests. steps: as in `LastShots`. batch: scenes at once."""
+        super().__init__(world, parallel, steps)
         self.reader, self.batch = reader, batch
 
     @torch.no_grad()

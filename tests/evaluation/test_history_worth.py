@@ -10,7 +10,7 @@ from scipy.stats import ttest_1samp
 
 import moc
 from evaluation.estimates import estimate
-from evaluation.history_worth import HistoryLosses, expected_sparsity, history_losses
+from evaluation.history_worth import expected_sparsity, history_losses
 from moc import MoCConfig, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
@@ -75,15 +75,6 @@ def test_losses_are_those_of_the_last_shot_at_its_own_noise(model):
     changed = history_losses(model, config, flow, shown, Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
     assert torch.equal(changed.alone, losses.alone)
     assert not torch.allclose(changed.history, losses.history, rtol=1e-5)
-
-
-def test_worth_is_a_share_of_the_loss_alone():
-    alone, history = torch.full((3, 2, 1), 0.5), torch.tensor([0.4, 0.45, 0.5]).view(3, 1, 1).expand(3, 2, 1)
-    losses = HistoryLosses(alone, history, alone, sigmas=(0.8,))
-    assert losses.worth([0, 1, 2], 0.8).mean == pytest.approx(0.1)
-    assert losses.worth([0], 0.8).mean == pytest.approx(0.2)
-    assert losses.worth([0, 1, 2], 0.8, "other").mean == 0
-    assert losses.loss(0.8, "history").mean == pytest.approx(0.45)
 
 
 def test_error_bars_are_students():
