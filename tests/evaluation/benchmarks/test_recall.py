@@ -13,15 +13,9 @@ import pytest
 from evaluation.benchmarks import recall
 from evaluation.benchmarks.measurements import put_row
 from evaluation.benchmarks.recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
-from evaluation.benchmarks.recall_report import (
-    TITLES,
-    attention_flops,
-    loss_to_dense,
-    remembering,
-    rival,
-    tables,
-    write_report,
-)
+from evaluation.benchmarks.recall_plots import remembering
+from evaluation.benchmarks.recall_report import tables, write_report
+from evaluation.benchmarks.recall_rows import TITLES, attention_flops, loss_to_dense, rival
 from evaluation.benchmarks.stories import WAYS
 from moc.checkout import ROOT
 from moc.errors import UserError
