@@ -20,7 +20,7 @@ from film.script import load_script
 from moc.checkout import ROOT
 from moc.errors import UserError, check_least
 from moc.training import read_metrics
-from moc.training.parallel import visible_gpus
+from moc.training.processes import visible_gpus
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from moc.training.checkpoint import find_checkpoint, sound_checkpoint
 from moc.training.ema import EMA
 from moc.training.metrics import Metrics, TrackerConfig, read_metrics
 from moc.training.optim import OptimConfig
-from moc.training.parallel import MeshConfig, Parallel, ParallelConfig, join_processes
+from moc.training.parallel import MeshConfig, Parallel, ParallelConfig
 from moc.training.trainer import Trainer, TrainerConfig
 from moc.training.validation import Validator, rivals
 
@@ -20,7 +20,6 @@ __all__ = [
     "TrainerConfig",
     "Validator",
     "find_checkpoint",
-    "join_processes",
     "read_metrics",
     "rivals",
     "sound_checkpoint",

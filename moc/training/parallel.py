@@ -6,13 +6,9 @@ all others have samples of their own. Weights, averages and the optimizer's stat
 what spreads them is built once, here, from outside.
 """
 
-import ctypes
 import logging
-import os
 import re
-import signal
 import socket
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +19,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,6 +29,7 @@ from moc.exchange import Exchange
 from moc.move import move
 from moc.training.integer_shards import integer_shards
 from moc.training.offload import OffloadActivations
+from moc.training.processes import find_device, join_processes
 from moc.training.swap import Swap
 
 logger = logging.getLogger(__name__)
@@ -43,8 +39,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PATIENT = timedelta(days=1)  # processes wait at most this long for one that writes files
 # These words tell of a lost connection, since gloo has no error type of its own.
 _BROKEN = re.compile(r"/gloo/\S+:\d+\]|pair closure|\bNCCL\b")
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of torch and of MPI
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +130,7 @@ class Parallel:
         config = config or ParallelConfig()
         self._state, self._timeout = join_processes(config.device == "cpu", config.timeout), config.timeout
         self.rank, self.world_size = self._state.process_index, self._state.num_processes
-        self.device = _find_device(config.device, self._state)
+        self.device = find_device(config.device, self._state)
         has_gpu = self.device.type == "cuda"
         if has_gpu:
             torch.cuda.set_device(self.device)  # kernels that we launch ourselves go to the current one
@@ -366,51 +360,6 @@ class Parallel:
 def _store() -> Any:
     """Returns the key-value store through which the processes found each other; it outlives any of them."""
     return dist.distributed_c10d._get_default_store()
-
-
-def join_processes(cpu: bool = False, timeout: float | None = None) -> PartialState:
-    """Returns this process among those that `accelerate launch`, torchrun or a plain `python` started.
-
-    timeout: seconds that they wait for each other at most; None is torch's own.
-
-    Without a GPU the CPU is meant, which accelerate must be told: it overlooks the ranks of a launch otherwise.
-    Raises UserError where accelerate was asked for several processes and started one.
-    """
-    environment = os.environ.keys()
-    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment and environment.isdisjoint(_WORLD_SIZES):
-        raise UserError(
-            "accelerate launch was asked for several processes and started one: it hands them to torch's launcher with "
-            "--multi_gpu only; say that, which needs no GPU, and leave --cpu out"
-        )
-    if "TORCHELASTIC_RUN_ID" in environment:
-        _end_with_launcher()
-    settings = {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
-    return PartialState(cpu=cpu or not torch.cuda.is_available(), **settings)
-
-
-def _end_with_launcher() -> None:
-    """Has Linux send SIGTERM to this process when torch's launcher dies, which started it and alone would end it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def visible_gpus() -> list[str]:
-    """Returns the devices that `device=auto` takes before the CPU: "cuda:0" and so on."""
-    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-
-
-def _find_device(name: str, state: Any) -> torch.device:
-    """Returns the device that a setting names, for this process."""
-    here = visible_gpus()
-    if name == "cpu" or (name == "auto" and not here):
-        return torch.device("cpu")
-    if name not in ("auto", "cuda") and state.num_processes > 1:
-        raise UserError(f"device={name} is one for {state.num_processes} processes; say auto, which gives each its own")
-    found = f"cuda:{state.local_process_index}" if name in ("auto", "cuda") else name
-    if found not in here:
-        names = ", ".join(["auto", "cpu", *here])
-        raise UserError(f"device={name} is none that torch {torch.__version__} finds here; say one of {names}")
-    return torch.device(found)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from data.cache.writer import read_stored
 from data.loading.dataset import DataConfig, open_dataset
 from data.records import digest
 from moc.files import held
-from moc.training import join_processes, read_metrics
+from moc.training import read_metrics
 from moc.training.interruption import MARKER
+from moc.training.processes import join_processes
 from tests import pipeline
 from tests.films import write_numbered
 from tests.preparing import film_folder, scene, scenes
@@ -147,7 +148,7 @@ def test_a_launch_that_started_one_process_of_several_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ValueError, match=r"started one: .* --multi_gpu"):
-        join_processes(cpu=True)
+        join_processes(cpu=True, timeout=600)
 
 
 @pytest.mark.slow
