@@ -5,9 +5,10 @@ from moc.attention import moc_attention, route
 from moc.batch import Batch, Sample, StreamSpec, make_batch, make_layout
 from moc.config import Descriptor, DropKey, MoCConfig, OwnAnchor, TextAnchor
 from moc.execution import Backend, Execution
-from moc.layout import Shot, ShotLayout
+from moc.layout import ShotLayout
 from moc.routes import Routes
 from moc.routing import select_shots
+from moc.shot import Shot
 
 __version__ = "0.1.0"
 

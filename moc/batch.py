@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from moc.errors import UserError
-from moc.layout import Shot, ShotLayout
+from moc.layout import ShotLayout
 from moc.move import move
+from moc.shot import Shot
 
 
 @dataclass(frozen=True)

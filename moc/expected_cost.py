@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moc.config import Candidates, MoCConfig
 from moc.context import is_anchor, is_candidate
-from moc.layout import Grid, Shot, ShotLayout, chunk_lengths, chunk_runs
+from moc.layout import ShotLayout
+from moc.shot import Grid, Shot, chunk_lengths, chunk_runs
 
 GLOBAL_TEXT = -1  # stands for the global text among shots, as in `moc.layout`
 # In the stream of three shots, whose chunks these are, a query stands in the global text, in the second shot's text or

@@ -13,7 +13,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from numbers import Integral
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,32 +21,10 @@ from torch import Tensor
 
 from moc.errors import UserError
 from moc.move import move
+from moc.shot import Grid, Shot, chunk_lengths, is_whole
 
-Grid = tuple[int, int, int]
 _Laid = list[tuple[Tensor, list[tuple[str, int, int]]]]  # tensors; name, length and padded length of the tables in each
 T = TypeVar("T")
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and int(value) >= least
-
-
-@dataclass(frozen=True)
-class Shot:
-    """This describes one shot of a stream: the number of its caption's tokens and the (T, H, W) grid of its video
-    tokens.
-    cut: whether a true cut begins it, or it continues the shot before."""
-
-    text_tokens: int
-    grid: Grid
-    cut: bool = True
-
-    def __post_init__(self) -> None:
-        if not _is_whole(self.text_tokens, 0):
-            raise ValueError(f"Shot.text_tokens={self.text_tokens!r} must be a whole number of at least 0")
-        if len(self.grid) != 3 or not all(_is_whole(size, 1) for size in self.grid):
-            raise ValueError(f"Shot.grid={self.grid} must be three whole sizes (T, H, W) of at least 1")
-        object.__setattr__(self, "grid", tuple(self.grid))
 
 
 @dataclass(frozen=True)
@@ -92,31 +69,6 @@ class Chunk:
     length: int
 
 
-def even_runs(total: int, most: int) -> list[tuple[int, int]]:
-    """Splits `total` into as few numbers of at most `most` as can be, which differ by at most one; returns (number, how
-    often) for each, the larger first."""
-    count = -(-total // most)
-    small, num_large = divmod(total, count)
-    runs = [(small + 1, num_large), (small, count - num_large)]
-    return [run for run in runs if run[1]]
-
-
-def chunk_runs(grid: Grid, chunk_tokens: int) -> tuple[int, list[tuple[int, int]]]:
-    """Returns how a shot's video is cut: a pattern of (token length, how many chunks), and how often it is repeated.
-    Chunks are whole latent frames, or rows of too large a frame."""
-    frames, height, width = grid
-    if height * width <= chunk_tokens:
-        runs = even_runs(frames, chunk_tokens // (height * width))
-        return 1, [(f * height * width, count) for f, count in runs]
-    return frames, [(r * width, count) for r, count in even_runs(height, max(1, chunk_tokens // width))]
-
-
-def chunk_lengths(grid: Grid, chunk_tokens: int) -> list[int]:
-    """Returns token lengths of the chunks of a shot's video, in order."""
-    repeats, runs = chunk_runs(grid, chunk_tokens)
-    return [length for length, count in runs for _ in range(count)] * repeats
-
-
 class ShotLayout:
     """A layout describes a packed stream and never changes. Build it with `ShotLayout.build`, join samples with `pack`.
 
@@ -130,28 +82,6 @@ class ShotLayout:
         token_shot_chunk [L]: token_chunk, but -1 for global text; token_video_chunk [L]: but -1 for all text
         text_index [Lt], video_index [Lv] (int64): the positions of text and of video tokens in the stream
     """
-
-    _TABLES = (
-        "sample_cu_seqlens",
-        "group_cu_seqlens",
-        "chunk_cu_seqlens",
-        "chunk_group",
-        "chunk_sample",
-        "chunk_is_text",
-        "group_sample",
-        "group_shot",
-        "group_first_chunk",
-        "sample_first_chunk",
-        "token_chunk",
-        "token_shot_chunk",
-        "token_video_chunk",
-        "token_group",
-        "token_sample",
-        "token_is_text",
-        "text_index",
-        "video_index",
-    )
-    _TENSORS = ("sample_position", *_TABLES)  # layouts with other positions share the tables
 
     sample_position: Tensor
     sample_cu_seqlens: Tensor
@@ -173,11 +103,14 @@ class ShotLayout:
     text_index: Tensor
     video_index: Tensor
 
+    # Layouts with other positions share the tables.
+    _TABLES = tuple(name for name in __annotations__ if name != "sample_position")
+
     def __init__(
         self, samples: Sequence[tuple[int, tuple[Shot, ...]]], chunk_tokens: int, positions: Sequence[int]
     ) -> None:
         """Takes (global text tokens, shots) of each sample. Prefer `build` and `pack`."""
-        if not _is_whole(chunk_tokens, 1):
+        if not is_whole(chunk_tokens, 1):
             raise ValueError(f"chunk_tokens={chunk_tokens!r} must be a whole number of at least 1")
         if not samples or any(not shots for _, shots in samples):
             raise ValueError("a stream needs at least one sample, and each sample at least one shot")
@@ -198,7 +131,7 @@ class ShotLayout:
     ) -> "ShotLayout":
         """Returns the stream of one sample; `chunk_tokens` is the target size of a chunk, in tokens. position: the
         sample's in the run, below 2**31; it keys the sample's draws of context drop-off and drop-in."""
-        if not _is_whole(global_text_tokens, 0):
+        if not is_whole(global_text_tokens, 0):
             raise ValueError(f"global_text_tokens={global_text_tokens!r} must be a whole number of at least 0")
         return cls([(global_text_tokens, tuple(shots))], chunk_tokens, [position])
 
@@ -244,7 +177,7 @@ class ShotLayout:
 
     def _set_positions(self, positions: Sequence[int]) -> None:
         for position in positions:
-            if not _is_whole(position, 0) or position >= 1 << 31:
+            if not is_whole(position, 0) or position >= 1 << 31:
                 raise ValueError(f"position={position!r} must be a whole number in [0, 2**31)")
         if len(positions) != len(self.samples):
             raise ValueError(f"{len(positions)} positions for {len(self.samples)} samples")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
-from moc.layout import Grid
+from moc.shot import Grid
 from models.fuse import fused
 from models.linear import Linear, Product, left_bias, product
 from models.members import Members

@@ -14,8 +14,9 @@ from moc import ShotLayout, StreamSpec
 from moc.batch import shapes
 from moc.errors import UserError
 from moc.exchange import Exchange
-from moc.layout import Grid, Group
+from moc.layout import Group
 from moc.move import move
+from moc.shot import Grid
 from models.members import Members
 
 Table = tuple[Tensor, Tensor]  # cosine and sine of each token's rotation, fp32 [L, D / 2]

@@ -20,7 +20,7 @@ from moc.batch import Alike, each_shape, joined, laid_out
 from moc.exchange import Exchange
 from moc.execution import AUTO
 from moc.kept import Kept
-from moc.layout import Grid
+from moc.shot import Grid
 from models.kv_cache import KVCache
 from models.lora import Trainable
 from models.part import Part, Table

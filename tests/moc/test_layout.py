@@ -264,7 +264,7 @@ def test_what_a_compiled_call_makes_is_its_own():
 def test_every_table_is_known_here_and_moved():
     layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2))], 3, chunk_tokens=8)
     tensors = {name for name, value in vars(layout).items() if isinstance(value, torch.Tensor)}
-    assert set(TABLES) == set(layout._TENSORS) == tensors
+    assert set(TABLES) == {"sample_position", *layout._TABLES} == tensors
 
 
 def test_a_layout_survives_the_trip_from_a_loader_worker():
