@@ -5,11 +5,10 @@ Position p of a run is scene p of the world, so that ranks, packs and resumed ru
 codec: unlike films of `scripts/make_storyworld.py` they were never H.264.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.loading.dataset import DataConfig, ShotDataset
 from data.loading.loader import Loader, build_loader
+from data.loading.order import DRAW, uniforms
 from data.storyworld.filmed import build_stock
 from data.storyworld.recall_scenes import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
 
@@ -90,13 +90,13 @@ class RecallWorld:
     def max_shots(self) -> int:
         return self.config.shots
 
-    def encode(self, scenes: RecallScenes, captioned: bool = True) -> EncodedScenes:
-        """Returns scenes as a model sees them, with their captions or, unless `captioned`, with none."""
+    def encode(self, scenes: RecallScenes, captioned: Sequence[bool] | None = None) -> EncodedScenes:
+        """Returns scenes as a model sees them. captioned: whether each has its captions; None means that all have."""
         composed, shape = self.stock.compose(scenes), scenes.cast.shape
         latents = torch.vmap(self.codec.encode)(composed.frames)
         cover = self._pooled(composed.cover, latents.shape)
-        none = [""] * (1 + shape[1])
-        told = [captions(self.config, scenes, i) if captioned else none for i in range(len(scenes))]
+        none, captioned = [""] * (1 + shape[1]), captioned or [True] * len(scenes)
+        told = [captions(self.config, scenes, i) if has else none for i, has in enumerate(captioned)]
         texts = iter(self._texts([caption for of_scene in told for caption in of_scene]))
         text = [[next(texts) for _ in of_scene] for of_scene in told]
         return EncodedScenes(scenes, latents.unflatten(0, shape), text, cover.unflatten(0, shape))
@@ -136,6 +136,7 @@ class EndlessLoader:
         batch_tokens: int,
         validation: int = 0,
         drop_captions: float = 0.0,
+        seed: int = 0,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -143,12 +144,13 @@ class EndlessLoader:
         start_position: int = 0,
     ) -> None:
         """Takes the share of one rank, as `build_loader` does. validation: how many scenes are held out. drop_captions:
-        the rate at which a step loses the captions of all its scenes, which so lie alike. Raises DataError where a step
+        the rate at which a scene loses all its captions, drawn by (seed, position). Raises DataError where a step
         cannot hold a scene for each rank and accumulation."""
         self.world, self.spec, self.chunk_tokens = world, spec, chunk_tokens
         self.position, self.rank, self.stride = start_position, rank, world_size
-        self.bins, self.validation, self.drop_captions = world_size * accumulation, validation, drop_captions
-        self._layouts: dict[bool, moc.ShotLayout] = {}  # layouts with captions and without; later batches share them
+        self.bins, self.validation = world_size * accumulation, validation
+        self.drop_captions, self.seed = drop_captions, seed
+        self._layouts: dict[int, moc.ShotLayout] = {}  # by how many scenes have captions; later batches share them
         tokens = self._batch([0]).layout.num_tokens
         self.scenes = batch_tokens // tokens
         if self.scenes < self.bins:
@@ -164,14 +166,12 @@ class EndlessLoader:
 
     def __iter__(self) -> Iterator[list[moc.Batch]]:
         while True:
-            positions = list(range(self.position, self.position + self.scenes))
-            draw = np.random.default_rng((self.world.config.seed, self.position)).random()
+            captioned = {self.position + i: self._is_captioned(self.position + i) for i in range(self.scenes)}
             self.position += self.scenes
-            captioned = bool(draw >= self.drop_captions)
-            yield [
-                self._batch(positions[first :: self.bins], captioned=captioned)
-                for first in range(self.rank, self.bins, self.stride)
-            ]
+            # Scenes without captions come last: packs then differ in how many they hold, not in which ones.
+            dealt = sorted(captioned, key=captioned.__getitem__, reverse=True)
+            packs = [dealt[first :: self.bins] for first in range(self.rank, self.bins, self.stride)]
+            yield [self._batch(pack, captioned=[captioned[position] for position in pack]) for pack in packs]
 
     def held_out(self, at_once: int = HELD_OUT_AT_ONCE) -> Iterator[moc.Batch]:
         """Yields this rank's share of the scenes that no training sees, `at_once` in a batch."""
@@ -179,11 +179,15 @@ class EndlessLoader:
         for start in range(0, len(positions), at_once):
             yield self._batch(positions[start : start + at_once], HELD_OUT)
 
-    def _batch(self, positions: list[int], first: int = 0, captioned: bool = True) -> moc.Batch:
+    def _is_captioned(self, position: int) -> bool:
+        return not self.drop_captions or bool(uniforms(self.seed, DRAW, position, 1)[0] >= self.drop_captions)
+
+    def _batch(self, positions: list[int], first: int = 0, captioned: Sequence[bool] | None = None) -> moc.Batch:
         scenes = draw_scenes(self.world.config, [first + position for position in positions])
         samples = self.world.encode(scenes, captioned).samples(positions)
-        batch = moc.make_batch(samples, self.spec, self.chunk_tokens, self._layouts.get(captioned))
-        layout = self._layouts[captioned] = batch.layout.to(self.world.stock.device)
+        kind = len(positions) if captioned is None else sum(captioned)
+        batch = moc.make_batch(samples, self.spec, self.chunk_tokens, self._layouts.get(kind))
+        layout = self._layouts[kind] = batch.layout.to(self.world.stock.device)
         return replace(batch, layout=layout)
 
 
@@ -197,6 +201,6 @@ def open_loader(
 ) -> Loader | EndlessLoader:
     """Returns the loader of one rank's `share`, as `build_loader` takes it, of whatever a config names."""
     if isinstance(dataset, RecallWorld):
-        limits = config.batch_tokens, config.validation, config.drop_captions
+        limits = config.batch_tokens, config.validation, config.drop_captions, config.seed
         return EndlessLoader(dataset, spec, chunk_tokens, *limits, **share)
     return build_loader(config, spec, chunk_tokens, load_codec=load_codec, **share)

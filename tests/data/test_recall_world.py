@@ -3,6 +3,7 @@ for training."""
 
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from data.storyworld.render import SHUTTER, Renderer
 from data.storyworld.scenes import words_of
 from data.storyworld.stock import Composed
 from data.storyworld.world_files import recall_truth
-from moc import StreamSpec
+from moc import Batch, StreamSpec
 from moc.errors import UserError
 from models import EncodersConfig, build_encoders
 
@@ -153,17 +154,36 @@ def test_described_captions_tell_each_shots_looks_in_one_length(world):
     assert len(lengths) == 1
 
 
-def test_a_step_loses_all_its_captions_or_none(world):
-    def texts(**share: int) -> list[bool]:
-        loader = EndlessLoader(world, StreamSpec(), 6, 400, drop_captions=0.5, **share)
-        steps = [step[0] for step, _ in zip(loader, range(6), strict=False)]
-        null = world.text_encoder.encode("", [])[0]
-        captioned = [[not torch.equal(text, null) for text in step.text] for step in steps]
-        assert all(len(set(of_step)) == 1 for of_step in captioned)
-        return [of_step[0] for of_step in captioned]
+def test_a_scene_loses_all_its_captions_by_its_position_alone(world):
+    null = world.text_encoder.encode("", [])[0]
 
-    assert set(texts()) == {True, False}
-    assert texts() == texts(rank=1, world_size=2)
+    def captioned(*batches: Batch) -> dict[int, bool]:
+        """Returns which positions have captions."""
+        found = {}
+        for batch in batches:
+            texts = iter(torch.equal(text, null) for text in batch.text)
+            for position, (_, shots) in zip(batch.layout.positions, batch.layout.samples, strict=True):
+                (is_null,) = {next(texts) for _ in range(1 + len(shots))}
+                found[position] = not is_null
+        return found
+
+    def scenes(steps: int, batch_tokens: int = 1000, seed: int = 7, **share: int) -> dict[int, bool]:
+        loader = EndlessLoader(world, StreamSpec(), 6, batch_tokens, 0, 0.3, seed, **share)
+        return captioned(*(batch for step in islice(loader, steps) for batch in step))
+
+    one = scenes(6)
+    assert set(one.values()) == {True, False}
+    assert scenes(6, rank=0, world_size=2) | scenes(6, rank=1, world_size=2) == one
+    assert scenes(6, accumulation=3) == one
+    small = scenes(10, 500)
+    assert small == {position: one[position] for position in small}
+    later = scenes(2, start_position=9)
+    assert all(later[position] == one[position] for position in later.keys() & one.keys())
+    assert scenes(6, seed=8) != one
+    many = scenes(1, 40_000)
+    assert 0.2 < sum(not has for has in many.values()) / len(many) < 0.4
+    (held_out,) = EndlessLoader(world, StreamSpec(), 6, 1000, 5, 0.9).held_out()
+    assert all(captioned(held_out).values())
 
 
 def test_look_alikes_share_the_returning_names_colours():
