@@ -141,7 +141,8 @@ def drop_kernel(
         for j in range(drop_in_max):
             number += (u >= tl.load(thresholds + j)).to(tl.int32)
         column = tl.arange(0, RP)[None, :]
-        best = tl.zeros([BQ, RP], tl.int64) + tl.where(column < drop_in_max, NEVER, -1)
+        # Nothing displaces -1: a query that adds few, most often none, looks for no more than those.
+        best = tl.where(column < number[:, None], tl.full([BQ, RP], NEVER, tl.int64), -1)
         added = tl.zeros([BQ, RP], tl.int32) - 1 - column
         for start in range(tl.min(tl.where(valid, first, num_chunks), 0), tl.max(last, 0), BC):
             chunk = start + tl.arange(0, BC)
