@@ -261,13 +261,16 @@ def add_dq_kernel(
 
 
 @triton.jit
-def _store_terms(base, list_row, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
-    """Writes -value as TERMS terms of base's dtype that add up to it, into columns from FIRST on of rows of 16."""
+def _with_terms(columns, value, FIRST: tl.constexpr, TERMS: tl.constexpr):
+    """Returns columns [BM, 16] with -value [BM] from column FIRST on, as TERMS terms of their dtype that add up to
+    it."""
     rest = -value
+    column = tl.arange(0, 16)[None, :]
     for i in tl.static_range(TERMS):
-        term = rest.to(base.dtype.element_ty)
-        tl.store(base + list_row.to(tl.int64) * 16 + FIRST + i, term)
+        term = rest.to(columns.dtype)
+        columns = tl.where(column == FIRST + i, term[:, None], columns)
         rest -= term.to(tl.float32)
+    return columns
 
 
 @triton.jit(do_not_specialize=["first_tile", "num_lists", "num_tokens", "num_chunks", "num_slots"])
@@ -280,7 +283,7 @@ def gather_kernel(
 
     A row that no query fills gets an LSE so large that it has no weight.
 
-    terms_list [rows, 16]: -lse / scale and -delta of each query, TERMS columns each; the other columns stay 0.
+    terms_list [rows, 16]: -lse / scale and -delta of each query, TERMS columns each; the other columns are 0.
     """
     tile = first_tile + tl.program_id(0)
     if tile < tl.load(tile_starts + num_lists):
@@ -289,8 +292,10 @@ def gather_kernel(
         row = head.to(tl.int64) * num_tokens + token
         store_rows(q_list, list_row, D, load_rows(q + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
         store_rows(dout_list, list_row, D, load_rows(dout + head * D, token, stride, valid, D, DP), row >= 0, D, DP)
-        _store_terms(terms_list, list_row, tl.load(lse + row, mask=valid, other=FAR) / scale, 0, TERMS)
-        _store_terms(terms_list, list_row, tl.load(delta + row, mask=valid, other=0.0), TERMS, TERMS)
+        terms = tl.zeros([BM, 16], terms_list.dtype.element_ty)
+        terms = _with_terms(terms, tl.load(lse + row, mask=valid, other=FAR) / scale, 0, TERMS)
+        terms = _with_terms(terms, tl.load(delta + row, mask=valid, other=0.0), TERMS, TERMS)
+        store_rows(terms_list, list_row, 16, terms, row >= 0, 16, 16)
 
 
 @triton.jit

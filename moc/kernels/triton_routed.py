@@ -116,7 +116,7 @@ def _add_dkv(
     terms = 3 if capability(q.device) else 1  # interpreted kernels take fp32
     q_list, dout_list = (q.new_empty(num_tiles * lists.tile, head_dim) for _ in range(2))
     terms_dtype = torch.bfloat16 if terms == 3 else torch.float32
-    terms_list = torch.zeros(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)
+    terms_list = torch.empty(num_tiles * lists.tile, 16, dtype=terms_dtype, device=q.device)
     sources = [_list_source(x, block["BM"], tma) for x in (q_list, dout_list, terms_list)]
     for first_tile in range(0, all_tiles, num_tiles):
         kernels.gather_kernel[(num_tiles,)](
