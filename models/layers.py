@@ -179,7 +179,8 @@ class Modulation(nn.Module):
 
     def forward(self, activated: Tensor) -> tuple[Tensor, ...]:
         # A pack of short shots has a thousand groups: fp32 would cost as much as half of the attention.
-        return self.linear(activated.to(self.linear.weight.dtype)).float().chunk(self.count, dim=-1)
+        rows, bias = product(self.linear, activated.to(self.linear.weight.dtype))
+        return (rows if bias is None else rows + bias).float().chunk(self.count, dim=-1)
 
 
 class TokenStream(RecomputedSublayers):
