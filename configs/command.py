@@ -229,9 +229,11 @@ def message_of(error: Exception) -> str:
 def parse(cfg: DictConfig, schema: type[T]) -> T:
     """Returns Hydra's config as a `schema` object; raises UserError with the full key of what is wrong.
 
-    What has no default in the schema, or is `${required}` in YAML, is a setting that the user must give.
+    What has no default in the schema, or is `${required}` in YAML, is a setting that the user must give. A text that
+    begins with `~/` is a path in the user's home.
     """
     known = defaults(schema)
+    cfg = OmegaConf.create(_at_home(_plain(cfg)))
     if missing := list(_missing(_plain(cfg), known)):
         raise UserError(_not_set(missing, words(schema)))
     try:
@@ -242,6 +244,16 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
         return OmegaConf.to_object(typed)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(_message(error)) from None
+
+
+def _at_home(value: Any) -> Any:
+    """Returns plain values with each `~/` written out: not every shell does that after `=`, and a folder that is called
+    `~` is dangerous to remove."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _missing(values: dict[str, Any], known: dict[str, Any], prefix: str = "") -> Iterator[str]:

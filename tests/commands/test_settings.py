@@ -235,6 +235,14 @@ def test_all_that_must_be_given_is_named_at_once(name, overrides, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_path_that_begins_with_a_tilde_lies_in_the_users_home(monkeypatch):
+    """zsh and dash hand over `out=~/film` as it is typed."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = parsed("sample", "out='~/film'", "script='b~/c'", "lora=[{path: '~/a'}]")
+    assert (config.out, config.script) == ("/home/ann/film", "b~/c")
+    assert config.lora[0]["path"] == "/home/ann/a"
+
+
 @pytest.mark.parametrize("name", ["sample", "evaluate", "convert"])
 def test_every_command_sets_attention_in_the_words_of_training(name):
     trained = MoCConfig(top_k=2, causal=False)
