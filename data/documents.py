@@ -11,6 +11,12 @@ import yaml
 from data.errors import DataError
 
 _MAX_LINE_BYTES = 16_000_000
+# What people do most often, by what YAML's reader says of it, and what to do.
+_YAML_REMEDIES = {
+    "mapping values are not allowed": "put quotes around a text that has a colon in it",
+    "found character '\\t'": "indent by spaces, not by tabs",
+    "found unknown escape character": "write a backslash twice in double quotes, or take single quotes",
+}
 _WORDS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -75,7 +81,9 @@ def parse_yaml(text: str, path: object) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}" if mark else path
-        raise DataError("not-yaml", where, f"not YAML ({error.problem or error.context})") from error
+        problem = error.problem or error.context or ""
+        remedy = next((f"; {said}" for begin, said in _YAML_REMEDIES.items() if problem.startswith(begin)), "")
+        raise DataError("not-yaml", where, f"not YAML ({problem}){remedy}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a control character, a 13th month, lists too deep
         raise DataError("not-yaml", path, f"not YAML ({str(error).splitlines()[0]})") from error
 

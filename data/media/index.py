@@ -5,7 +5,7 @@ through `data.media.decode.open_video`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -13,20 +13,21 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorTrc, VideoReformatter
 from torch import Tensor
 
 from data.errors import DataError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
 MAX_SIDE = 16384
+_HDR_TRANSFERS = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 
 
 @dataclass(frozen=True)
 class VideoIndex:
     """An index is what one full decode of a video found. pts: timestamp of each frame in stream units; None where the
     file has no usable ones (then frames are reached by decoding from the start). times: seconds, from 0. stamp_fault:
-    how the file's time stamps were mended, or ""."""
+    how the file's time stamps were mended, or "". hdr: "PQ" or "HLG" where its brightness is coded for HDR, or ""."""
 
     height: int
     width: int
@@ -34,6 +35,7 @@ class VideoIndex:
     times: tuple[float, ...]
     pts: tuple[int, ...] | None
     stamp_fault: str = ""
+    hdr: str = ""
 
     @property
     def num_frames(self) -> int:
@@ -89,12 +91,14 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
     path = Path(path)
     stamps: list[int | None] = []
     height = width = 0
+    hdr = ""
     with opened(path) as (container, stream):
         fps, time_base = float(stream.average_rate or stream.guessed_rate or 0), stream.time_base
         try:
             for i, frame in enumerate(container.decode(stream)):
                 if i == 0:
                     height, width = _upright_size(frame)
+                    hdr = _HDR_TRANSFERS.get(frame.color_trc, "")
                     if max(height, width) > MAX_SIDE:
                         raise DataError("too-large", path, f"{height}x{width} is over {MAX_SIDE} a side")
                 elif _upright_size(frame) != (height, width):
@@ -108,7 +112,7 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
             raise DataError("broken", path, f"decoding fails after {len(stamps)} frames ({error})") from error
     if not stamps:
         raise DataError("no-frames", path, "no frame decodes")
-    return _index(stamps, height, width, fps, time_base)
+    return replace(_index(stamps, height, width, fps, time_base), hdr=hdr)
 
 
 def estimated_frames(path: Path, fps: float | None = None) -> int | None:

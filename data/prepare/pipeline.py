@@ -184,7 +184,7 @@ class _Run:
             except DataError as error:
                 self._problem(error)
                 continue
-            for warning in doubts(scene, seen):
+            for warning in doubts(scene, seen, self.rule.sizes):
                 self.report.add_problem(warning, action="warning")
             for shot in skipped:
                 self._problem(shot)

@@ -16,6 +16,7 @@ from data.records import digest
 from moc.counts import count_of
 
 _CLAIM_TOLERANCE = 0.98
+_MOST_ENLARGED = 1.1
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ def _detected_shots(scene: SceneRecord, spans: Sequence[Span]) -> list[ShotRecor
     return [ShotRecord(start, end, text) for (start, end), text in zip(spans, texts, strict=True)]
 
 
-def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
+def doubts(scene: SceneRecord, scan: Scan | None, sizes: Sequence[tuple[int, int]]) -> list[DataError]:
     """Returns what a person should look at, though the scene is used: no caption, fewer frames than claimed, stamps
-    that were mended, another rate."""
+    that were mended, another rate, HDR, fewer pixels than the size of `sizes` that it takes."""
     found = []
     if not any(text.strip() for caption in _captions(scene) for text in captions(caption)):
         found.append(DataError("empty-caption", scene.where, "neither the scene nor any shot has a caption"))
@@ -118,6 +119,14 @@ def doubts(scene: SceneRecord, scan: Scan | None) -> list[DataError]:
         found.append(
             DataError("other-fps", scene.where, f"the manifest says {scene.fps} fps, {scene.video} has {index.fps}")
         )
+    if index.hdr:
+        said = f"{scene.video} is HDR ({index.hdr}) and is read as if it were SDR, with pale colours"
+        found.append(DataError("hdr", scene.where, f"{said}; convert it to SDR first"))
+    height, width = nearest_size(index.height, index.width, sizes)
+    enlarged = max(height / index.height, width / index.width)
+    if enlarged > _MOST_ENLARGED:
+        said = f"{index.height}x{index.width} is enlarged {enlarged:.1f} times to {height}x{width}"
+        found.append(DataError("enlarged", scene.where, f"{said}; take a smaller size, or leave the film out"))
     return found
 
 

@@ -79,7 +79,7 @@ def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataE
     for path in sorted(root.rglob("*")):
         if path.name.startswith(".") or (output and path.parent.resolve().is_relative_to(output)):
             continue
-        if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
+        if path.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not path.is_dir():
             media.append(path)
         elif path.is_file() and not any(folder.startswith(".") for folder in path.relative_to(root).parts):
             other.append(path)  # hidden folders hold files of download tools and git
@@ -99,7 +99,7 @@ def _from_files(root: Path, output: Path | None) -> Iterator[SceneRecord | DataE
     passed_over = Counter(path.suffix.lower() or path.name for path in other if path not in captions_files)
     if passed_over:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
-        yield DataWarning("passed-over", root, f"neither a video nor an image, nor the caption of one: {kinds}")
+        yield DataWarning("passed-over", root, f"files of kinds that are not read: {kinds}")
 
 
 def vocabulary(found: Found, limit: int = 8000) -> list[str]:

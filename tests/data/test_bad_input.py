@@ -8,6 +8,7 @@ import av
 import filelock
 import numpy as np
 import pytest
+from av.video.reformatter import ColorTrc
 from PIL import Image
 
 from data.cache.reader import open_cache
@@ -281,4 +282,32 @@ def test_a_whole_film_that_starts_late_is_not_truncated(tmp_path):
 
 def assert_whole(path):
     scanned = scan_video(path.parent, path.name, path.parent / "scans", None)
-    assert not doubts(SceneRecord(id="film", video=path.name, caption="A film."), scanned)
+    assert not doubts(SceneRecord(id="film", video=path.name, caption="A film."), scanned, [(1, 1)])
+
+
+@pytest.mark.parametrize(("transfer", "name"), [(ColorTrc.SMPTE2084, "PQ"), (ColorTrc.ARIB_STD_B67, "HLG")])
+def test_a_film_in_hdr_is_told(tmp_path, transfer, name):
+    write_numbered(tmp_path / "film.mp4", 5, pixel_format="yuv420p10le", transfer=transfer)
+    scanned = scan_video(tmp_path, "film.mp4", tmp_path / "scans", None)
+    again = scan_video(tmp_path, "film.mp4", tmp_path / "scans", None)  # from its record
+    for scan in (scanned, again):
+        (doubt,) = doubts(SceneRecord(id="film", video="film.mp4", caption="A film."), scan, [(32, 80)])
+        assert doubt.kind == "hdr"
+        assert f"film.mp4 is HDR ({name})" in doubt.message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ([(64, 160)], []),
+        ([(70, 170)], []),
+        ([(96, 160)], ["64x160 is enlarged 1.5 times to 96x160"]),
+        ([(480, 832), (32, 80)], []),
+    ],
+)
+def test_a_film_with_fewer_pixels_than_the_size_is_told(tmp_path, sizes, said):
+    write_numbered(tmp_path / "film.mp4", 5)
+    scan = scan_video(tmp_path, "film.mp4", tmp_path / "scans", None)
+    found = doubts(SceneRecord(id="film", video="film.mp4", caption="A film."), scan, sizes)
+    assert [doubt.message.partition(";")[0] for doubt in found] == said
+    assert all(doubt.kind == "enlarged" for doubt in found)

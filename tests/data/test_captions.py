@@ -260,7 +260,15 @@ def test_files_that_are_passed_over_are_counted_by_kind(folder):
         (folder / name).write_text("x")
     (warning,) = find_scenes(folder).warnings
     assert (warning.kind, warning.where) == ("passed-over", str(folder))
-    assert warning.message.endswith(": 2 .gif, 1 .h264, 1 .txt, 1 LICENSE")
+    assert warning.message == "files of kinds that are not read: 2 .gif, 1 .h264, 1 .txt, 1 LICENSE"
+
+
+def test_a_folder_that_is_called_as_a_film_is_a_folder(folder):
+    (folder / "takes.mp4").mkdir()
+    (folder / "takes.mp4" / "e.mp4").write_bytes(b"x")
+    found = find_scenes(folder)
+    assert "takes.mp4/e.mp4" in [scene.id for scene in found.scenes]
+    assert not found.problems
 
 
 def test_files_and_captions_of_any_characters(tmp_path):

@@ -261,6 +261,9 @@ def test_yaml_may_override_what_it_merges(write):
 NOT_READ = {
     "json": ("story.json", '{"shots":\n [,]}', "story.json:2: not JSON"),
     "yaml": ("story.yaml", "shots:\n- {prompt: A cat.\n", "story.yaml:3: not YAML"),
+    "yaml colon": ("story.yaml", "shots:\n- prompt: It: is", "put quotes around a text that has a colon"),
+    "yaml tab": ("story.yaml", "shots:\n\t- prompt: A cat", "indent by spaces"),
+    "yaml backslash": ("story.yaml", 'title: "a\\d"', "write a backslash twice"),
     "yaml bell": ("story.yaml", "title: \a", "story.yaml: not YAML"),
     "yaml date": ("story.yaml", "title: 2024-13-45", "story.yaml: not YAML"),
     "yaml deep": ("story.yaml", "[" * 5000, "story.yaml: not YAML"),
