@@ -244,6 +244,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         "exchange", "collectives", "commit",
     ]  # fmt: skip
     sizes = ", ".join(f"{name} {value}" for name, value in rows[0]["model"].items())
-    about = f"{sizes}; shots of latents {rows[0]['latent']}; dense kernel {rows[0]['kernel']}"
+    about = f"{rows[0]['gpu']}, {sizes}; shots of latents {rows[0]['latent']}; dense kernel {rows[0]['kernel']}"
     about += f"; blocks recomputed: {rows[0]['recomputed']}"
     return f"{about}:\n\n{markdown_table(columns, lines)}"
