@@ -19,7 +19,7 @@ def _grouped(rows: Iterable[dict]) -> dict[tuple, dict]:
     out: dict[tuple, dict] = {}
     for row in rows:
         fields = {name: value for name, value in row.items() if name not in ("pass", "ms", "stages")}
-        case = out.setdefault(tuple(map(str, fields.values())), {**fields, "ms": {}})
+        case = out.setdefault(tuple(sorted((name, str(value)) for name, value in fields.items())), {**fields, "ms": {}})
         case["ms"][row["pass"]] = row["ms"]
     for case in out.values():
         case["total"] = case["ms"]["forward"] + case["ms"]["backward"]

@@ -75,3 +75,10 @@ def test_a_page_in_docs_is_that_of_its_record(name, tmp_path):
     else:
         WRITTEN[name](rows, file)
     assert file.read_text() == record.with_suffix(".md").read_text()
+
+
+def test_passes_of_a_case_belong_together_whatever_the_order_of_their_fields(tmp_path):
+    """A row that was just measured has the header's fields in another order than one that was read."""
+    rows = read_rows(ROOT / "docs/benchmarks/attention_short.json")
+    rows[-1] = dict(reversed(rows[-1].items()))
+    assert write_tables(rows, tmp_path / "made.md") == (ROOT / "docs/benchmarks/attention_short.md").read_text()
