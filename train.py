@@ -18,12 +18,11 @@ from configs.command import command
 from configs.preflight import check_weights_fit, look_first, preflight
 from configs.run_record import check_same_run, checkpoint_to_resume, hold_run, own_name, record_launch, sampling_command
 from configs.schema import TrainConfig
-from configs.world import recall_world
-from data.loading.dataset import ShotDataset, open_dataset
-from data.loading.endless import RecallWorld, open_loader
+from configs.world import Data, open_data
+from data.loading.endless import open_loader
 from film.samples import scene_drawer
 from moc.schedule import MoCSchedule
-from moc.training import Metrics, Parallel, Trainer, Validator, read_metrics
+from moc.training import Metrics, Parallel, Trainer, Validator, dead_processes, read_metrics
 from moc.training.curves import draw_curves
 from moc.training.interruption import ending_at_signals, ignore_signals, leave_unfinished
 from models import build_model, load_codec
@@ -36,20 +35,21 @@ logger = logging.getLogger(__name__)
 def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
-    with ending_at_signals():
-        prepared = None if config.data.recall else open_dataset(config.data, load_codec)
+    with ending_at_signals(dead_processes):
         parallel = Parallel(config.parallel)
-        with hold_run(config, parallel):
-            dataset: ShotDataset | RecallWorld = prepared or recall_world(config, parallel.device)
+        with parallel.naming_absent(), hold_run(config, parallel):
+            dataset = open_data(config, parallel)
             if config.preflight:
-                sys.exit(not preflight(config, dataset, parallel, _train))
+                well = preflight(config, dataset, parallel, _train)
+                parallel.close()
+                sys.exit(not well)
             finished = _train(config, dataset, parallel)
         parallel.close()
     if not finished:
         leave_unfinished()
 
 
-def _train(config: TrainConfig, dataset: ShotDataset | RecallWorld, parallel: Parallel) -> bool:
+def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     """Trains until the end, or until a signal comes; returns whether it came to the end."""
     run_folder = config.run_folder
     checkpoint = parallel.of_main(lambda: checkpoint_to_resume(config))

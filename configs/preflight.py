@@ -15,7 +15,7 @@ import torch
 from configs.command import for_user, message_of
 from configs.run_record import check_same_run
 from configs.schema import TrainConfig
-from data.loading.dataset import ShotDataset
+from configs.world import Data
 from data.loading.endless import RecallWorld
 from moc import memory
 from moc.errors import UserError
@@ -29,7 +29,6 @@ from models import build_model
 
 logger = logging.getLogger(__name__)
 
-Data = ShotDataset | RecallWorld
 Train = Callable[[TrainConfig, Data, Parallel], bool]
 
 _SCENES = 32  # scenes that are read

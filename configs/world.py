@@ -1,5 +1,5 @@
-"""This module builds the world of recall scenes that a run trains on, with the encoders it names, or a checkpoint is
-tested on."""
+"""This module opens what a run trains on, prepared scenes or a world of recall scenes with the encoders it names; and
+the world that a checkpoint is tested on."""
 
 import subprocess
 import sys
@@ -11,12 +11,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.command import parse
 from configs.schema import TrainConfig
+from data.loading.dataset import ShotDataset, open_dataset
 from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
 from data.storyworld.recall_scenes import RecallConfig
 from moc.checkout import ROOT
 from moc.errors import UserError
-from models import Contents, Encoders, build_encoders, load_encoders
+from moc.training import Parallel
+from models import Contents, Encoders, build_encoders, load_codec, load_encoders
+
+Data = ShotDataset | RecallWorld
+
+
+def open_data(config: TrainConfig, parallel: Parallel) -> Data:
+    """Returns what a run trains on: prepared scenes, or a world on the process's device where `config.data.recall` asks
+    for it. What one process cannot open, all of them refuse."""
+    with parallel.together():
+        if config.data.recall:
+            return recall_world(config, parallel.device)
+        return open_dataset(config.data, load_codec)
 
 
 def recall_world(config: TrainConfig, device: torch.device) -> RecallWorld:

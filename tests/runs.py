@@ -125,7 +125,8 @@ def train(
     if trainer.parallel.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         metrics = Metrics(folder, TrackerConfig(), {}, trainer.step)
-    trainer.finished = trainer.run(Watched(loader, before_step) if before_step else loader, metrics, validator)
+    with trainer.parallel.naming_absent():
+        trainer.finished = trainer.run(Watched(loader, before_step) if before_step else loader, metrics, validator)
     if metrics:
         metrics.close()
     return trainer

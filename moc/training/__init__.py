@@ -5,6 +5,7 @@ from moc.training.ema import EMA
 from moc.training.metrics import Metrics, TrackerConfig, read_metrics
 from moc.training.optim import OptimConfig
 from moc.training.parallel import MeshConfig, Parallel, ParallelConfig
+from moc.training.peers import dead_processes
 from moc.training.trainer import Trainer, TrainerConfig
 from moc.training.validation import Validator, rivals
 
@@ -19,6 +20,7 @@ __all__ = [
     "Trainer",
     "TrainerConfig",
     "Validator",
+    "dead_processes",
     "find_checkpoint",
     "read_metrics",
     "rivals",

@@ -45,13 +45,22 @@ def launcher_patience() -> float | None:
 
 
 @contextmanager
-def ending_at_signals() -> Iterator[None]:
+def ending_at_signals(dead: Callable[[], list[str]]) -> Iterator[None]:
     """Has a signal end the process with one line and NOT_FINISHED, since there is nothing to save yet. An
-    `Interruption` that is entered meanwhile takes the signals until it is left."""
+    `Interruption` that is entered meanwhile takes the signals until it is left.
+
+    dead: returns other processes of the command that are dead. A launcher then ends those that are left by a signal of
+    its own, which is a failure: status 1, and the line names the dead.
+    """
 
     def end(number: int, frame: object) -> None:
         ignore_signals()
         name = signal.Signals(number).name
+        if gone := dead():
+            sys.exit(
+                f"error: {name}, and dead without a word: {', '.join(gone)}; look at the logs there. The same command "
+                "goes on from the newest checkpoint"
+            )
         logger.warning("%s: no step was taken since the newest checkpoint; the same command goes on", name)
         leave_unfinished()
 

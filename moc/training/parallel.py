@@ -8,8 +8,6 @@ what spreads them is built once, here, from outside.
 
 import logging
 import re
-import socket
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,7 +26,9 @@ from moc.errors import UserError, check_least, disk_error
 from moc.exchange import Exchange
 from moc.move import move
 from moc.training.integer_shards import integer_shards
+from moc.training.interruption import ignore_signals
 from moc.training.offload import OffloadActivations
+from moc.training.peers import sign_in, silent, take_leave
 from moc.training.processes import find_device, join_processes
 from moc.training.swap import Swap
 
@@ -138,9 +138,9 @@ class Parallel:
         self.dtype = PRECISIONS[precision]
         self.file_group: Any = None  # the group of the processes as they write files together
         if self.world_size > 1:
+            sign_in()
             self._hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
             self.file_group = dist.new_group(backend="gloo", timeout=_PATIENT)
-            _store().set(f"moc/host/{self.rank}", socket.gethostname())
         self._swap_blocks = config.swap_blocks
         self.offloads = config.offload_activations
         self._waiting: Callable[[], AbstractContextManager] = nullcontext
@@ -315,18 +315,12 @@ class Parallel:
             raise self._waited_in_vain() from error
 
     def _waited_in_vain(self) -> UserError:
-        absent = ", ".join(self._absent()) or "none, so the network may have failed"
+        ignore_signals()  # launchers end what a dead process has left, and mean no end that a scheduler asked for
+        absent = ", ".join(silent(min(10.0, self._timeout))) or "none, so the network may have failed"
         return UserError(
             f"a process waited in vain (parallel.timeout={self._timeout:g} seconds); those that do not answer: "
             f"{absent}. Look at their logs and hosts; the same command goes on from the newest checkpoint"
         )
-
-    def _absent(self) -> list[str]:
-        """Returns the processes that do not say within some seconds that they wait in vain too."""
-        _store().set(f"moc/waits/{self.rank}", "")
-        time.sleep(min(10.0, self._timeout))
-        absent = [rank for rank in range(self.world_size) if not _store().check([f"moc/waits/{rank}"])]
-        return [f"rank {rank} on {_store().get(f'moc/host/{rank}').decode()}" for rank in absent]
 
     def of_main(self, make: Callable[[], Result]) -> Result:
         """Returns what the main process makes, on all of them, or raises what it raises; the others make none."""
@@ -340,6 +334,8 @@ class Parallel:
 
     def close(self) -> None:
         """Takes leave of the other processes."""
+        if self.world_size > 1:
+            take_leave()
         self._state.destroy_process_group()
 
     def _check_mesh(self, config: ParallelConfig) -> None:
@@ -355,11 +351,6 @@ class Parallel:
 
     def _mesh(self, **axes: int) -> DeviceMesh:
         return init_device_mesh(self.device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-
-
-def _store() -> Any:
-    """Returns the key-value store through which the processes found each other; it outlives any of them."""
-    return dist.distributed_c10d._get_default_store()
 
 
 @contextmanager

@@ -181,7 +181,6 @@ class Trainer:
             validator.check(self.parallel)
         with (
             Interruption() as self._interruption,
-            self.parallel.naming_absent(),  # a launcher tells the others to end meanwhile, which no scheduler asked for
             tqdm(
                 total=self.config.num_steps, initial=self.step, desc="train", unit="step", disable=metrics is None
             ) as bar,

@@ -60,7 +60,7 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):
     def broken(*_):
         return list(zip([1], [1, 2], strict=True))
 
-    monkeypatch.setattr("data.loading.dataset.open_dataset", broken)
+    monkeypatch.setattr("configs.world.open_dataset", broken)
     said = refusal(capsys, "train.py", f"output={tmp_path}", "parallel=cpu")
     assert "Traceback" in said
     assert "in broken" in said
@@ -72,7 +72,7 @@ def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch
         sys.bar = tqdm(total=3, desc="read")  # kept alive, as a traceback keeps a loop's bar alive
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("data.loading.dataset.open_dataset", full_disk)
+    monkeypatch.setattr("configs.world.open_dataset", full_disk)
     monkeypatch.setattr(sys, "bar", None, raising=False)
     with pytest.raises(SystemExit, match="error: No space left on device"):
         command("train.py", "parallel=cpu")
@@ -83,7 +83,7 @@ def test_an_interrupt_is_one_line(capsys, monkeypatch):
     def interrupted(config, *_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.loading.dataset.open_dataset", interrupted)
+    monkeypatch.setattr("configs.world.open_dataset", interrupted)
     with pytest.raises(SystemExit) as ending:
         command("train.py", "parallel=cpu")
     assert ending.value.code == 130

@@ -141,6 +141,57 @@ def test_a_run_that_cannot_start_is_no_unfinished_one(prepared, tmp_path, wrong)
     assert not (tmp_path / "unfinished").exists()
 
 
+# The process of rank `dies` ends while the model is built, without a word or by an error of its own; the other ones are
+# busy until the launcher tells them to end, or find that it does not answer.
+DYING = """
+import os, pathlib, runpy, signal, sys, time
+import models
+
+build, done = models.build_model, pathlib.Path(sys.argv[1])
+dies, how, busy = sys.argv[2:5]
+
+def build_model(*arguments):
+    if os.environ["RANK"] == dies:
+        while not done.exists():
+            time.sleep(0.02)
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise MemoryError("this host is too small")
+    done.touch()
+    for _ in range(6000 if busy == "busy" else 0):
+        time.sleep(0.02)
+    return build(*arguments)
+
+models.build_model = build_model
+sys.path.insert(0, ".")
+sys.argv[:5] = ["train.py"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dies", "how", "busy"),
+    [("1", "killed", "busy"), ("1", "fails", "idle"), ("0", "killed", "idle"), ("0", "fails", "busy")],
+)
+def test_a_process_that_dies_before_the_first_step_is_named(prepared, tmp_path, dies, how, busy):
+    """A scheduler that takes its job for unfinished would start it again for ever."""
+    program = tmp_path / "dying.py"
+    program.write_text(DYING)
+    arguments = [*pipeline.train_arguments(prepared, tmp_path / "run"), "parallel=auto"]
+    done = subprocess.run(
+        [*two_processes(), str(program), str(tmp_path / "done"), dies, how, busy, *arguments],
+        cwd=ROOT, env=environment() | {MARKER: str(tmp_path / "unfinished"), "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"rank {dies} on " in line
+    assert f"rank {1 - int(dies)}" not in line
+    assert "no step was taken" not in done.stderr
+    assert not (tmp_path / "unfinished").exists()
+
+
 def test_a_launch_that_started_one_process_of_several_is_refused(monkeypatch):
     """`accelerate launch --cpu --num_processes 2` sets these two, and starts one process."""
     for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):

@@ -161,17 +161,12 @@ def test_a_failure_of_helpers_that_were_told_to_end_as_well():
 
 def test_a_launcher_that_ends_what_a_dead_process_has_left(tmp_path, monkeypatch, handlers):
     """It tells the others to end, as a scheduler does, while they find out which one is dead."""
-    trainer, heard = make_trainer(tmp_path), []
-
-    def lose_a_process(*_):
-        monkeypatch.setattr(trainer.parallel, "world_size", 2)
-        monkeypatch.setattr(trainer.parallel, "_absent", lambda: send(signal.SIGTERM) or ["rank 1 on host"])
-        raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
-
-    monkeypatch.setattr(trainer, "_run", lose_a_process)
+    parallel, heard = make_trainer(tmp_path).parallel, []
+    monkeypatch.setattr(parallel, "world_size", 2)
+    monkeypatch.setattr("moc.training.parallel.silent", lambda _: send(signal.SIGTERM) or ["rank 1 on host"])
     signal.signal(signal.SIGTERM, lambda *_: heard.append("no step was taken; the same command goes on"))
-    with pytest.raises(UserError, match="do not answer: rank 1 on host"):
-        trainer.run(steps=None, metrics=None)
+    with pytest.raises(UserError, match="do not answer: rank 1 on host"), parallel.naming_absent():
+        raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     assert heard == []
 
 
@@ -228,7 +223,7 @@ def test_a_signal_before_training_begins(
     prepared, undisturbed, tmp_path, monkeypatch, handlers, number, opened, caplog, capfd
 ):
     """There is nothing to save; one who is impatient tells it twice."""
-    module = {"open_dataset": "data.loading.dataset", "build_model": "models"}[opened]
+    module = {"open_dataset": "configs.world", "build_model": "models"}[opened]
     with monkeypatch.context() as patch:
         patch.setattr(f"{module}.{opened}", lambda *_, **__: send(number))
         with pytest.raises(SystemExit) as ending:
