@@ -55,7 +55,7 @@ _KINDS = (
 
 
 class BesideBars(logging.Handler):
-    """This stream writes to the standard error, each message on a line of its own: progress bars are drawn again below
+    """This handler writes to the standard error, each message on a line of its own: progress bars are drawn again below
     it."""
 
     def emit(self, record: logging.LogRecord) -> None:

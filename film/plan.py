@@ -197,8 +197,8 @@ def _check_order(shots: Sequence[ScriptShot], number: int, codec: Codec) -> None
 
 
 def _end(image: Path, latent_frames: int, size: tuple[int, int], codec: Codec, device: torch.device | str) -> Tensor:
-    """Returns the last latent frame [C, 1, H', W'] of a shot that ends in a picture. It codes change, and a still has
-    none: three latent frames of the picture are enough to forget where it began."""
+    """Returns the last latent frame [C, 1, H', W'] of a shot that ends in a picture: that of a still video of it. A
+    latent frame depends on those before it; after three, where the video began no longer counts."""
     frames = codec.enclosing_frames(1)
     while codec.latent_frames(frames) < min(3, latent_frames):
         frames = codec.enclosing_frames(frames + 1)

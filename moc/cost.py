@@ -1,7 +1,7 @@
 """This module counts what an attention call really attended to: key pairs by kind, FLOPs, sparsity.
 
-Counts follow DESIGN and correct the published formula, which leaves the anchors out (arXiv 2508.21058, section 3.4):
-keys per query = own shot + text + routed chunks. All counts are averages over heads.
+The published formula leaves the anchors out (arXiv 2508.21058, section 3.4). They are counted here: keys per query =
+own shot + text + routed chunks. All counts are averages over heads.
 """
 
 from collections.abc import Callable

@@ -137,7 +137,7 @@ class ExpectedCosts:
 
 
 def _sizes(grid: Grid, config: MoCConfig) -> tuple[int, int, int, int]:
-    """Returns of a shot's video the tokens, the sum of its chunks' squared lengths, and the number and tokens of the
+    """Returns the tokens of a shot's video, the sum of its chunks' squared lengths, and the number and tokens of the
     chunks that others may route to."""
     repeats, runs = chunk_runs(grid, config.chunk_tokens)
     tokens = repeats * sum(length * count for length, count in runs)
@@ -154,6 +154,6 @@ def _itself(video: Tensor) -> Tensor:
 
 
 def _around_each(sizes: Tensor) -> Tensor:
-    """Returns of sizes [M] those before each, its own and those after it: [M, 3]."""
+    """Returns the sum of the sizes [M] before each one, its own size, and the sum of those after it: [M, 3]."""
     through = sizes.cumsum(0)
     return torch.stack([through - sizes, sizes, through[-1] - through], 1)

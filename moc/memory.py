@@ -1,4 +1,4 @@
-"""These functions tell what training and sampling say when memory is full."""
+"""This module tells how much memory there is, and what training and sampling say where it is full."""
 
 import os
 import re
@@ -17,7 +17,6 @@ STEP = (
     "model.lora_base=fp8 and parallel.swap_blocks, or spread weights or films over several processes: parallel.shard, "
     "parallel.sequence"
 )
-_CONTAINER = Path("/sys/fs/cgroup")  # the kernel shows a container its own limits here
 VALIDATION = "hold out shorter scenes, or none: data.validation=0"
 SAMPLING = (
     "take sampler=shot_by_shot or sampler=staggered, with a smaller sampler.context_shots, which hold fewer shots at "
@@ -26,6 +25,7 @@ SAMPLING = (
     "a script of shorter shots or a smaller size"
 )
 
+_CONTAINER = Path("/sys/fs/cgroup")  # the kernel shows a container its own limits here
 _FULL_HOST = "can't allocate memory"  # torch's words where the host refuses, in a plain RuntimeError
 
 

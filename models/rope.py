@@ -45,8 +45,8 @@ def running_positions(layout: ShotLayout, gap: float = 0.0) -> Tensor:
 
 
 def _within_groups(layout: ShotLayout, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns for each token the start of its group [L], how much of the group's text is before it [L], and (t, h, w)
-    in the shot's grid [L, 3], 0 for text. starts [G].
+    """Returns the start of each token's group [L], how much of the group's text is before the token [L], and its
+    (t, h, w) in the shot's grid [L, 3], 0 for text. starts [G].
 
     It is computed on the layout's device, since work on every token on the CPU would keep the GPU waiting.
     """

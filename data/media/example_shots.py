@@ -50,7 +50,7 @@ def block(index: int) -> int:
 
 
 def scenes(film: str, caption: str, shots_of_a_scene: Sequence[int]) -> Iterator[SceneRecord]:
-    """Yields for each shot and each length the scene that ends with it; the film's first scenes are shorter.
+    """Yields the scene of each length that ends with each shot; the film's first scenes are shorter.
 
     film: the path of the video. caption: the global one. shots_of_a_scene: lengths in shots.
     """

@@ -65,7 +65,6 @@ class RecallConfig:
             raise UserError(f"recall.places={self.places} must lie in [2, {len(PLACES)}], so that a cut changes place")
         if not self.cameras or not set(self.cameras) <= set(CAMERAS):
             raise UserError(f"recall.cameras={self.cameras} must be some of {', '.join(CAMERAS)}")
-
         if not 0 < self.travel <= 1:
             raise UserError(f"recall.travel={self.travel} must lie in (0, 1]")
 

@@ -46,7 +46,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 
 def _longest(rows: list[dict]) -> list[dict]:
-    """Returns of each kind, start and seed the row of the most steps."""
+    """Returns the row of the most steps of each kind, start and seed."""
     best: dict[tuple, dict] = {}
     for row in sorted(rows, key=lambda row: row["steps"]):
         best[row["row"], row.get("start"), row["seed"]] = row

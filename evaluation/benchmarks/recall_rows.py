@@ -79,8 +79,8 @@ def difference_to(row: dict, rows: list[dict], kind: str) -> tuple[float, float]
 
 
 def loss_to_dense(row: dict, rows: list[dict], name: str, sigma: str) -> tuple[float, float | None] | None:
-    """Returns by what share a loss exceeds the dense rival's, and half of its 95 % interval over blocks of the same
-    scenes with the same noise, which older rows do not tell; None where there is no rival."""
+    """Returns the share by which a loss exceeds the dense rival's, and half of its 95 % interval over blocks of the
+    same scenes with the same noise, which older rows do not tell; None where there is no rival."""
     dense = rival(row, rows)
     if dense is None:
         return None

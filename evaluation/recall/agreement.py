@@ -71,8 +71,8 @@ def agreement(names: np.ndarray, looks: np.ndarray) -> dict[str, Any]:
 
 
 def _counts(names: np.ndarray, looks: np.ndarray) -> np.ndarray:
-    """Returns of one story, by distance, how many looks agree and how many there are, of the same name and of different
-    ones: float64 [Q, 4]."""
+    """Counts the looks of one story that agree, and all looks, by distance: float64 [Q, 4], of the same name and then
+    of different ones."""
     shots, num_looks = looks.shape
     counts = np.zeros((shots - 1, 4))
     for shot in range(1, shots):

@@ -31,7 +31,7 @@ class Asked:
     rate: float = inf
 
     def change(self, latent: Tensor) -> float:
-        """Returns by which share of itself the velocity is thought to have changed at another latent."""
+        """Returns the share of itself by which the velocity is thought to have changed at another latent."""
         return self.rate * _size(latent - self.latent) / max(_size(self.velocity), 1e-12)
 
     def again(self, way: Way, latent: Tensor, velocity: Tensor) -> "Asked":

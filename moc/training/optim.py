@@ -154,8 +154,8 @@ class Several(torch.optim.Optimizer):
 
 
 def kept_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, float, torch.device]]:
-    """Yields for each parameter how many bytes an optimizer comes to keep for one of its own, at least, and where those
-    lie between two steps. An optimizer that is not known here counts as one that keeps nothing."""
+    """Yields each parameter, the least number of bytes that an optimizer comes to keep for one byte of it, and where
+    those lie between two steps. An optimizer that is not known here counts as one that keeps nothing."""
     for one in optimizer.optimizers if isinstance(optimizer, Several) else [optimizer]:
         kind = type(one)
         bytes_a_byte = _KEPT.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}", 0.0)
