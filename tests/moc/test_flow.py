@@ -6,6 +6,7 @@ import torch
 
 from moc import DropKey, MoCConfig, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
+from moc.diffusion.flow import draw_key
 from moc.training import Validator
 
 CHUNK_TOKENS = 12
@@ -221,6 +222,11 @@ def test_values_out_of_range_are_refused_by_name(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=rf"flow\.{name}"):
         Flow(**wrong)
+
+
+def test_no_two_runs_share_a_draw():
+    """If seeds were not hashed, draw 1 of seed 0 would be draw 0 of seed 1."""
+    assert len({draw_key(seed, number) for seed in range(8) for number in range(64)}) == 8 * 64
 
 
 def test_a_range_that_holds_nothing_is_refused():

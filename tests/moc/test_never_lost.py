@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -117,12 +116,10 @@ def test_a_full_disk_costs_a_tracker_and_not_the_run(tmp_path, caplog):
 def test_a_process_that_hangs_or_is_killed_ends_the_job_and_is_named(cache, tmp_path, how):
     """One that hangs is stopped, as by a debugger: it neither answers nor ends. Where one is killed, the launcher tells
     the other one to end, which names it all the same."""
-    started = time.monotonic()
     done = launched(2, cache, tmp_path, f"--{how}", 1)
     assert done.returncode != 0
     assert "those that do not answer: rank 1 on " in done.stderr
     assert "parallel.timeout=3 seconds" in done.stderr
-    assert time.monotonic() - started < 120  # torchrun itself waits 30 seconds for a stopped process
 
 
 # Which checkpoints stay
