@@ -130,10 +130,19 @@ def _naming_settings(schema: type) -> Iterator[None]:
         unknown = re.match(r"Could not override '([\w.]+)'", str(error))
         if unknown is None:
             raise
-        key, known = unknown[1], list(words(schema))
-        meant = [name for name in known if name.split(".")[-1] == key.split(".")[-1]] or get_close_matches(key, known)
+        meant = _meant(unknown[1], list(words(schema)))
         remedy = f"did you mean {' or '.join(meant)}? --help lists all" if meant else "--help lists all"
-        raise UserError(f"there is no setting {key}; {remedy}") from None
+        raise UserError(f"there is no setting {unknown[1]}; {remedy}") from None
+
+
+def _meant(key: str, known: list[str]) -> list[str]:
+    """Returns the settings that `key` may mean: those of its name in any group, else those that are spelt nearly so,
+    with the group or without it."""
+    name_of = {setting: setting.rpartition(".")[-1] for setting in known}
+    name = key.rpartition(".")[-1]
+    same = [setting for setting in known if name_of[setting] == name]
+    near = get_close_matches(name, set(name_of.values()))
+    return same or list(dict.fromkeys([*get_close_matches(key, known), *(s for s in known if name_of[s] in near)]))
 
 
 def store_defaults(config_name: str, schema: type) -> None:

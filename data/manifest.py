@@ -134,7 +134,7 @@ def resolve(root: Path, relative: str, where: object) -> Path:
         path = inside(root, relative, follow_links=True)
         missing = not path.is_file()
     except OutsideError as error:
-        raise DataError("outside-root", where, f"{relative!r} leads outside {root}; move the file under it") from error
+        raise DataError("outside-root", where, _said_of_outside(root, relative)) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             "bad-path", where, f"{relative[:80]!r} names no file ({type(error).__name__}); rename it"
@@ -142,6 +142,15 @@ def resolve(root: Path, relative: str, where: object) -> Path:
     if missing:
         raise DataError("missing-file", where, f"{relative!r} is not in {root}")
     return path
+
+
+def _said_of_outside(root: Path, name: str) -> str:
+    """Returns what is wrong with a name that is absolute, has .. in it or leads out, and what to do."""
+    folder = root.resolve()
+    path = (folder / name).resolve()
+    if path.is_relative_to(folder):
+        return f"{name!r} is not a path from {root} on; write {path.relative_to(folder).as_posix()!r}"
+    return f"{name!r} leads outside {root}; move the file under it"
 
 
 def scene_from_dict(fields: dict, where: str) -> SceneRecord:

@@ -131,6 +131,11 @@ def _rows(path: Path, text: str) -> Iterable[tuple[str, dict | DataError]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey=_TOO_MANY)
     try:
         names = reader.fieldnames or []
+        separator = next((mark for mark in ";\t" if len(names) == 1 and mark in names[0]), None)
+        if separator:
+            raise DataError(
+                "bad-captions", f"{path}:1", f"columns are separated by {separator!r}; separate them by commas"
+            )
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise DataError("repeated-key", f"{path}:1", f"the column {twice!r} is there twice; keep one of the two")

@@ -169,6 +169,7 @@ def test_a_path_with_brackets_is_a_path(capsys, tmp_path):
         ("--experiment=debug", "--experiment=debug is no setting"),
         ("--lr 3", "--lr is no setting"),
         ("trainer.steps=3", r"no setting trainer\.steps; did you mean .*trainer\.num_steps"),
+        ("stepss=3", r"no setting stepss; did you mean .*trainer\.num_steps"),
         ("optm.lr=3", r"no setting optm\.lr; did you mean optim\.lr\?"),
         ("zzz=3", "no setting zzz; --help lists all"),
         ("optim.betas=[0.9,{0.9]", "Error parsing override|no viable alternative|mismatched input"),

@@ -253,6 +253,13 @@ def test_captions_under_several_names_are_told_with_their_line(folder):
     assert "prompt is taken as the caption, not global_caption" in str(several)
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_columns_without_commas_are_told(folder, separator):
+    (folder / "metadata.csv").write_text(f"file_name{separator}text\na.mp4{separator}One, two.\n")
+    with pytest.raises(DataError, match=r"metadata\.csv:1: columns are separated by .*; separate them by commas"):
+        find_scenes(folder)
+
+
 def test_files_that_are_passed_over_are_counted_by_kind(folder):
     (folder / ".cache").mkdir()
     hidden = (".hidden", ".cache/a.mp4.lock")

@@ -130,6 +130,14 @@ def test_absolute_paths_and_symlinks_out_are_refused(folder, tmp_path_factory):
             load_manifest(write_lines(folder, SCENE | {"video": video}))
 
 
+@pytest.mark.parametrize("name", ["{folder}/videos/a.mp4", "x/../videos/a.mp4"])
+def test_a_path_within_that_is_not_written_from_the_folder_on_is_told_as_it_should_be(folder, name):
+    video = name.format(folder=folder)
+    with pytest.raises(DataError) as error:
+        load_manifest(write_lines(folder, SCENE | {"video": video}))
+    assert str(error.value).endswith(f"{video!r} is not a path from {folder} on; write 'videos/a.mp4'")
+
+
 def test_empty_and_missing_manifests(folder):
     with pytest.raises(DataError, match="holds no scene"):
         load_manifest(write_lines(folder, b"", b"  "))
