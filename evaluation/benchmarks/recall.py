@@ -117,6 +117,7 @@ ROWS = {
     "moc_no_text": lambda steps: ["moc.text_anchor=none"],
     "moc_not_causal": lambda steps: ["moc.causal=false"],
     "moc_not_causal_of_four": lambda steps: ["moc.causal=false", "moc.top_k=4"],
+    "moc_lse_not_causal_of_four": lambda steps: ["moc.causal=false", "moc.top_k=4", "moc.descriptor_subchunks=3"],
     "moc_dense_target": lambda steps: ["flow.dense_target=0.5"],
     "dense_causal": lambda steps: ["moc.chunk_tokens=48", "moc.top_k=7", *NO_DROPS],
 }

@@ -27,6 +27,7 @@ TITLES = {
     "moc_dense_target": "MoC, dense velocity as half of the target",
     "moc_pre_rope": "MoC, routed before RoPE",
     "moc_lse": "MoC, log-sum-exp of three means a chunk",
+    "moc_lse_not_causal_of_four": "MoC, not causal, four routes, log-sum-exp of three means a chunk",
     "moc_lse_of_frames": "MoC, chunks of a frame, log-sum-exp of four means",
     "moc_of_half_frames": "MoC, chunks of half a frame",
     "moc_of_frames": "MoC, chunks of a frame",
