@@ -91,8 +91,9 @@ def write_manifest(path: str | Path, scenes: Iterable[SceneRecord]) -> None:
 
 
 def load_manifest(path: str | Path, root: str | Path | None = None) -> list[SceneRecord]:
-    """Returns all scenes, or DataError at the first fault or when there is none. root: what paths are relative to
-    (the manifest's own folder by default)."""
+    """Returns all scenes. root: the folder that paths are relative to; None is the manifest's own, and preparing writes
+    a manifest whose paths are relative to its input. Raises DataError at the first fault, and where there is no scene.
+    """
     scenes = []
     for entry in read_manifest(path, root):
         if isinstance(entry, DataError):
@@ -104,7 +105,8 @@ def load_manifest(path: str | Path, root: str | Path | None = None) -> list[Scen
 
 
 def read_manifest(path: str | Path, root: str | Path | None = None) -> Iterator[SceneRecord | DataError]:
-    """Yields each line's scene, or what is wrong with it; a bad line does not hide the others."""
+    """Yields each line's scene, or what is wrong with it; a bad line does not hide the others. root: as in
+    `load_manifest`."""
     path = Path(path)
     root = Path(root) if root is not None else path.parent
     if not path.is_file():

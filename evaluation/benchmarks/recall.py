@@ -280,9 +280,9 @@ class Tester:
         }
 
 
-def composing_speed(world: RecallWorld, batch: int, repeats: int = 5) -> float:
-    """Returns how many scenes a second become latents."""
-    start = time.monotonic()
+def composing_speed(world: RecallWorld, batch: int) -> float:
+    """Returns how many scenes a second become latents, of a few batches."""
+    start, repeats = time.monotonic(), 5
     for number in range(repeats):
         latents = world.encode_latents(draw_scenes(world.config, range(number * batch, (number + 1) * batch)))
     latents.sum().item()  # waits for the device

@@ -8,12 +8,14 @@ from pathlib import Path
 from data.prepare.scan import scan_video
 from data.prepare.shots import ShotDetector
 
+TOLERANCE = 1  # a cut is found where one is seen at most so many frames off
+
 
 @dataclass(frozen=True)
 class CutAccuracy:
-    """These scores tell how well cuts were found. score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall: of
-    cuts within the tolerance.
-    deviation: how many frames off matched cuts are on average; nan where none is matched."""
+    """These scores tell how well cuts were found. score: exp(-NSD), HoloCine's shot-cut accuracy. precision, recall:
+    shares of the found and of the true cuts, within `TOLERANCE`. deviation: how many frames off matched cuts are on
+    average; nan where none is matched."""
 
     score: float
     precision: float
@@ -21,7 +23,7 @@ class CutAccuracy:
     deviation: float = math.nan
 
 
-def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int, tolerance: int = 1) -> CutAccuracy:
+def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int) -> CutAccuracy:
     """Compares cuts (first frames of new shots) of a video of num_frames.
 
     NSD = (frame errors of matched cuts + a mean shot length for each missed or extra cut) / num_frames, where cuts
@@ -31,7 +33,7 @@ def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int, to
     errors = match_cuts(found, truth, shot_length / 2)
     unmatched = len(found) + len(truth) - 2 * len(errors)
     discrepancy = (sum(errors) + unmatched * shot_length) / num_frames
-    hits = len(match_cuts(found, truth, tolerance))
+    hits = len(match_cuts(found, truth, TOLERANCE))
     deviation = sum(errors) / len(errors) if errors else math.nan
     return CutAccuracy(math.exp(-discrepancy), _share(hits, len(found)), _share(hits, len(truth)), deviation)
 

@@ -49,6 +49,7 @@ COVERED = 0.5  # a latent value is in the recalled region where the character co
 MASS_AT_ONCE = 8  # scenes at once, since their attention is computed as whole matrices
 BLOCK = 64  # scenes in one mean loss; models are compared by the means of the same scenes and noise
 READER_SCENES = 1 << 41  # the first index of the scenes that readers learn from
+READER_SIGMA, READER_LR = 0.3, 1e-3  # the highest noise level and the learning rate of a reader's training
 
 
 class Reader(nn.Module):
@@ -91,22 +92,20 @@ def kept_reader(world: RecallWorld, file: Path, steps: int, width: int = 256, ba
     return reader.eval().requires_grad_(False)
 
 
-def train_reader(
-    world: RecallWorld, steps: int, width: int = 256, batch: int = 32, noise: float = 0.3, lr: float = 1e-3
-) -> Reader:
-    """Trains a reader of the world's true shots; up to `noise` of noise on them teaches it to bear a sampled shot's
-    flaws."""
+def train_reader(world: RecallWorld, steps: int, width: int = 256, batch: int = 32) -> Reader:
+    """Trains a reader of the world's true shots; noise of a level up to `READER_SIGMA` on them teaches it to bear a
+    sampled shot's flaws."""
     device, shots = world.stock.device, world.config.shots
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         reader = Reader(world.latent_channels * world.latent_frames, width).to(device)
-        optimizer = torch.optim.AdamW(reader.parameters(), lr)
-        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2))
+        optimizer = torch.optim.AdamW(reader.parameters(), READER_LR)
+        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, READER_LR, total_steps=max(steps, 2))
         for step in range(steps):
             first = READER_SCENES + step * batch
             scenes = draw_scenes(world.config, range(first, first + batch))
             latents = world.encode_latents(scenes).flatten(0, 1)
-            sigma = noise * torch.rand(batch * shots, 1, 1, 1, 1, device=device)
+            sigma = READER_SIGMA * torch.rand(batch * shots, 1, 1, 1, 1, device=device)
             logits = reader((1 - sigma) * latents + sigma * torch.randn_like(latents))
             truth = {name: values.flatten().to(device) for name, values in attributes(scenes).items()}
             loss = torch.stack([F.cross_entropy(logits[name], truth[name]) for name in ATTRIBUTES]).sum()

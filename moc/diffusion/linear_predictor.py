@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PATCH = 2  # rows and columns of a latent that are one token
 CONSTANT = 1e-6  # a value that varies less than this share of the mean variance is constant up to rounding
 
 
@@ -51,9 +52,7 @@ class LinearPredictor:
         return (gain(self.variance) * inside) @ self.basis.T + rest - self.mean
 
 
-def linear_losses(
-    train: Tensor, latents: Tensor, noise: Tensor, sigmas: Sequence[float], patch: int = 2
-) -> list[float]:
+def linear_losses(train: Tensor, latents: Tensor, noise: Tensor, sigmas: Sequence[float]) -> list[float]:
     """Returns the held-out velocity error at each noise level of the better of two linear predictors fitted to `train`:
     one of the whole shot, and one of each token apart about the mean of those that stand where it does. Both know the
     values that do not vary, and so have no error there: a codec's constant channels are no loss that a model could seem
@@ -61,7 +60,7 @@ def linear_losses(
     mean = train.mean(0, keepdim=True)
     variance = (train - mean).square().mean(0, keepdim=True)
     varies = variance > CONSTANT * variance.mean()
-    views: list[Callable[[Tensor], Tensor]] = [lambda x: x.flatten(1), lambda x: _tokens(x, patch)]
+    views: list[Callable[[Tensor], Tensor]] = [lambda x: x.flatten(1), _tokens]
     predictors = [LinearPredictor.fit(view(train - mean)) for view in views]
     best = []
     for sigma in sigmas:
@@ -84,7 +83,7 @@ def _principal_directions(rows: Tensor) -> Tensor:
     return (rows.T @ vectors[:, kept]) / values[kept].sqrt()
 
 
-def _tokens(x: Tensor, patch: int) -> Tensor:
+def _tokens(x: Tensor) -> Tensor:
     """Returns the tokens [n T H/p W/p, C p p] of x [n, C, T, H, W]."""
-    x = x.unfold(3, patch, patch).unfold(4, patch, patch)
+    x = x.unfold(3, PATCH, PATCH).unfold(4, PATCH, PATCH)
     return x.permute(0, 2, 3, 4, 1, 5, 6).flatten(4).flatten(0, 3)

