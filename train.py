@@ -24,7 +24,7 @@ from film.samples import scene_drawer
 from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, dead_processes, read_metrics
 from moc.training.curves import draw_curves
-from moc.training.interruption import ending_at_signals, ignore_signals, leave_unfinished
+from moc.training.interruption import GOES_ON, TRIAL_ENDED, ending_at_signals, ignore_signals, leave_unfinished
 from models import build_model, load_codec
 from models.checkpoints.seen import Seen
 
@@ -35,23 +35,22 @@ logger = logging.getLogger(__name__)
 def main(config: TrainConfig) -> None:
     """Runs or resumes a training run, which one launch at a time may do."""
     config = replace(config, name=own_name(config.name))
-    with ending_at_signals(dead_processes):
+    with ending_at_signals(dead_processes, TRIAL_ENDED if config.preflight else GOES_ON):
         parallel = Parallel(config.parallel)
         with parallel.naming_absent(), hold_run(config, parallel):
             dataset = open_data(config, parallel)
-            if config.preflight:
-                well = preflight(config, dataset, parallel, _train)
-                parallel.close()
-                sys.exit(not well)
-            finished = _train(config, dataset, parallel)
+            given = config, dataset, parallel
+            finished, well = preflight(*given, _train) if config.preflight else (_train(*given), True)
         parallel.close()
     if not finished:
         leave_unfinished()
+    if not well:
+        sys.exit(1)
 
 
 def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     """Trains until the end, or until a signal comes; returns whether it came to the end."""
-    run_folder = config.run_folder
+    run_folder, is_trial = config.run_folder, config.preflight
     checkpoint = parallel.of_main(lambda: checkpoint_to_resume(config))
     if checkpoint and config.resume == "auto":
         check_same_run(config)
@@ -69,7 +68,7 @@ def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     moc, schedule, optim, length = config.moc, MoCSchedule(config.schedule), config.optim, config.trainer
     draw = scene_drawer(dataset, config.data, config.flow, run_folder, parallel) if length.sample_every else None
     trainer = Trainer(
-        parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras, draw
+        parallel, model, config.flow, moc, schedule, optim, length, run_folder, config.seed, save_extras, draw, is_trial
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     loader = open_loader(
@@ -88,7 +87,7 @@ def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     finished = trainer.run(loader, metrics, validator)
     if not finished:
         ignore_signals()
-    elif parallel.is_main and not config.preflight:
+    elif parallel.is_main and not is_trial:
         logger.info("%s has a model: %s", run_folder, sampling_command(run_folder))
     if metrics:
         metrics.close()

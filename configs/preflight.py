@@ -36,13 +36,14 @@ _SCENES_A_START = 4  # scenes that each process reads before a start
 _STEPS = 3  # steps that are tried; the first ones compile kernels
 
 
-def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> bool:
-    """Prints a line for each thing that a run needs; returns whether all is well. Every process takes part.
+def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train) -> tuple[bool, bool]:
+    """Prints a line for each thing that a run needs. Returns whether it came to the end, rather than interrupted, and
+    whether all is well. Every process takes part.
 
     train: runs a configuration; it is given a short run in a folder of its own, which is removed.
     """
     start = cache(partial(_start, config))  # finding the start reads a whole checkpoint, so it is done once
-    checks: dict[str, Callable[[], str]] = {
+    checks: dict[str, Callable[[], str | None]] = {
         "processes": lambda: _processes(parallel),
         "data": lambda: _data(dataset, _SCENES),
         "checkpoint": lambda: _checkpoint(config, *start()),
@@ -50,7 +51,8 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
     }
     well = True
     for name, check in checks.items():
-        told, failed = "another process says what is wrong", False
+        told: str | None = "another process says what is wrong"
+        failed = False
         try:
             told = check()
         except Exception as error:
@@ -59,10 +61,12 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
             told, failed = message_of(error), True
         if parallel.any(failed):
             well = False
+        if told is None:
+            return False, well
         if parallel.is_main or failed:
             # One write keeps the lines of several processes apart.
             print(f"{'FAIL' if failed else 'ok':6}{name:12}{told}\n", end="", flush=True)
-    return well
+    return True, well
 
 
 def look_first(config: TrainConfig, dataset: Data, parallel: Parallel, trainer: Trainer) -> None:
@@ -194,28 +198,36 @@ def _start(config: TrainConfig) -> tuple[Path | None, int]:
     return found, read_run_state(found)["step"] if found else 0
 
 
-def _trial(config: TrainConfig, dataset: Data, parallel: Parallel, train: Train, found: Path | None, first: int) -> str:
-    """Makes some steps and a save of the run itself. Raises UserError where memory or the disk does not suffice."""
+def _trial(
+    config: TrainConfig, dataset: Data, parallel: Parallel, train: Train, found: Path | None, first: int
+) -> str | None:
+    """Makes some steps and a save of the run itself; returns what the run will take, None where a signal ended the
+    trial. Raises UserError where memory or the disk does not suffice."""
     length = replace(
         config.trainer, num_steps=first + _STEPS, log_every=1, validate_every=0, checkpoint_every=0, sample_every=0
     )
     trial = replace(
         config,
         output=str(config.run_folder),
-        name="preflight",
+        name=".trial",
         resume=str(found) if found else "none",
         trainer=length,
         data=replace(config.data, validation=0),
         tracking=TrackerConfig(),
     )
-    try:
-        train(trial, dataset, parallel)
-        parallel.wait()
-        return _told(config, trial, first, parallel)
-    finally:
+
+    def remove() -> None:
         parallel.wait()
         if parallel.is_main:
             shutil.rmtree(trial.run_folder, ignore_errors=True)
+
+    remove()  # a trial that was killed has left its folder
+    try:
+        finished = train(trial, dataset, parallel)
+        parallel.wait()
+        return _told(config, trial, first, parallel) if finished else None
+    finally:
+        remove()
 
 
 def _told(config: TrainConfig, trial: TrainConfig, first: int, parallel: Parallel) -> str:

@@ -18,6 +18,8 @@ from typing import Any, NoReturn, TypeVar
 NOT_FINISHED = os.EX_TEMPFAIL  # 75, the exit status of a run that the same command goes on with
 MARKER = "MOC_UNFINISHED"  # an environment variable names a file to make then, for launchers with another status
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GOES_ON = "no step was taken since the newest checkpoint; the same command goes on"
+TRIAL_ENDED = "the trial was interrupted, and nothing of it is kept"
 
 Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
@@ -45,12 +47,12 @@ def launcher_patience() -> float | None:
 
 
 @contextmanager
-def ending_at_signals(dead: Callable[[], list[str]]) -> Iterator[None]:
+def ending_at_signals(dead: Callable[[], list[str]], told: str = GOES_ON) -> Iterator[None]:
     """Has a signal end the process with one line and NOT_FINISHED, since there is nothing to save yet. An
     `Interruption` that is entered meanwhile takes the signals until it is left.
 
     dead: returns other processes of the command that are dead. A launcher then ends those that are left by a signal of
-    its own, which is a failure: status 1, and the line names the dead.
+    its own, which is a failure: status 1, and the line names the dead. told: what the line says otherwise.
     """
 
     def end(number: int, frame: object) -> None:
@@ -61,7 +63,7 @@ def ending_at_signals(dead: Callable[[], list[str]]) -> Iterator[None]:
                 f"error: {name}, and dead without a word: {', '.join(gone)}; look at the logs there. The same command "
                 "goes on from the newest checkpoint"
             )
-        logger.warning("%s: no step was taken since the newest checkpoint; the same command goes on", name)
+        logger.warning("%s: %s", name, told)
         leave_unfinished()
 
     before = {number: signal.signal(number, end) for number in SIGNALS}

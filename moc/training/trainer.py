@@ -29,7 +29,7 @@ from moc.training.breakdown import Breakdown
 from moc.training.clock import Clock
 from moc.training.ema import EMA
 from moc.training.group_numbers import GroupNumbers
-from moc.training.interruption import Interruption
+from moc.training.interruption import GOES_ON, TRIAL_ENDED, Interruption
 from moc.training.metrics import Metrics, headline
 from moc.training.optim import OptimConfig, build_optimizer, freeze, learning_rate, set_learning_rate, take_step
 from moc.training.outcome import Outcome, SkipCount, Spikes, TooManySkipped, Totals, check_finite
@@ -100,7 +100,8 @@ class TrainerConfig:
 class Trainer:
     """A trainer trains `model`, a diffusers ModelMixin; see the module.
 
-    `save_extras(folder)` adds to each checkpoint what sampling needs besides the model.
+    `save_extras(folder)` adds to each checkpoint what sampling needs besides the model. Of a trial that is told to end
+    nothing is saved, not even after its last step.
     """
 
     def __init__(
@@ -116,11 +117,12 @@ class Trainer:
         seed: int,
         save_extras: Callable[[Path], None],
         draw_samples: DrawSamples | None = None,
+        is_trial: bool = False,
     ) -> None:
         self.parallel = parallel
         self.flow, self.moc, self.schedule = flow, moc, schedule
         self.optim, self.config, self.run_folder, self.seed = optim, config, run_folder, seed
-        self.draw_samples = draw_samples
+        self.draw_samples, self.is_trial = draw_samples, is_trial
         freeze(model, optim.rates)
         self._saver = Saver(
             parallel,
@@ -240,27 +242,28 @@ class Trainer:
             self._draw_samples()
         if saves or validator or samples:
             self._clock.reset()
-        return True
+        return not (self.is_trial and self._interrupted())
 
     def _interrupted(self) -> bool:
         """Returns whether any process was told to end; all processes ask at the same points."""
         return self.parallel.any(bool(self._interruption.signal))
 
     def _leave(self, metrics: Metrics | None) -> None:
-        """Saves what no checkpoint holds yet, and says so."""
+        """Saves what no checkpoint holds yet, but for a trial, and says so."""
         self.optimizer.zero_grad()  # drops the gradients of an unfinished step
         self._look(metrics)
         self._saver.join()
-        if not self._proven:
-            saved = "the weights give no finite loss and are not saved"
+        if self.is_trial:
+            told = TRIAL_ENDED
+        elif not self._proven:
+            told = "the weights give no finite loss and are not saved; the same command goes on"
         elif self.step > self._saver.saved_step:
             self.save(self._data_state, last=True)
-            saved = f"step {self.step} of {self.config.num_steps} is saved"
+            told = f"step {self.step} of {self.config.num_steps} is saved; the same command goes on"
         else:
-            saved = "no step was taken since the newest checkpoint"
+            told = GOES_ON
         if self.parallel.is_main:
-            name = self._interruption.signal or "another process was told to end"
-            logger.warning("%s: %s; the same command goes on", name, saved)
+            logger.warning("%s: %s", self._interruption.signal or "another process was told to end", told)
 
     def _pass_over(self) -> None:
         """Saves where the data stands after skipped steps, so that a run which goes on does not meet them at once; but

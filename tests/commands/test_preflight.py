@@ -20,10 +20,13 @@ from tests.pipeline import command
 
 def preflight(capsys, prepared, run, *settings):
     """Returns its status, and its lines by the name of the check."""
-    with pytest.raises(SystemExit) as ending:
+    status = 0
+    try:
         command("train.py", *pipeline.train_arguments(prepared, run), "preflight=true", *settings)
+    except SystemExit as ending:
+        status = int(ending.code)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok ", "FAIL "))]
-    return int(ending.value.code), {line.split()[1]: line for line in lines}
+    return status, {line.split()[1]: line for line in lines}
 
 
 def test_a_preflight_tells_what_a_run_takes_and_leaves_nothing(capsys, prepared, tmp_path):
@@ -98,6 +101,14 @@ def test_states_are_counted_where_they_lie(optim, on_device):
         parallel=parallel, bare_model=model, ema=EMA(model, 0.9), optimizer=build_optimizer(model, optim)
     )
     assert _held_bytes(trainer) == on_device * 64 * 8 * 4
+
+
+def test_a_trial_that_was_killed_is_not_in_the_way(capsys, prepared, tmp_path):
+    """Nothing has removed its folder."""
+    pipeline.train(prepared, tmp_path / "run/.trial")
+    status, lines = preflight(capsys, prepared, tmp_path / "run")
+    assert (status, lines["trial"][:3]) == (0, "ok ")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_preflight_of_a_run_to_go_on(capsys, prepared, trained, tmp_path):

@@ -14,10 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+import models
 from moc.diffusion import Flow, sample_shots
 from moc.errors import UserError
 from moc.training import Metrics, Validator, find_checkpoint, read_metrics
 from moc.training.interruption import NOT_FINISHED, SIGNALS, Interruption
+from moc.training.saving import Saver
 from tests import pipeline
 from tests.pipeline import ROOT, train_arguments
 from tests.runs import DROPS, losses, make_trainer, poisoned, train
@@ -235,6 +237,31 @@ def test_a_signal_before_training_begins(
     assert "Traceback" not in capfd.readouterr().err
     pipeline.train(prepared, tmp_path / "run", "trainer.validate_every=1")
     assert same_end(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGTERM, "model"), (signal.SIGINT, "first step"), (signal.SIGTERM, "last step"), (signal.SIGUSR1, "save")],
+)
+def test_a_trial_tells_nothing_and_leaves_nothing(
+    prepared, tmp_path, monkeypatch, handlers, number, moment, caplog, capsys
+):
+    """It is no run that the same command goes on with, and what it did says nothing of the run."""
+    build, save = models.build_model, Saver.save
+    if moment == "model":
+        monkeypatch.setattr("models.build_model", lambda *_: send(number) or build(*_))
+    elif moment == "save":
+        monkeypatch.setattr(Saver, "save", lambda *_: send(number) or save(*_))
+    else:
+        monkeypatch.setattr(Flow, "loss", at_call(1 if moment == "first step" else 3, lambda: send(number)))
+    with pytest.raises(SystemExit) as ending:
+        pipeline.train(prepared, tmp_path / "run", "preflight=true")
+    assert ending.value.code == NOT_FINISHED
+    assert caplog.messages[-1] == f"{number.name}: the trial was interrupted, and nothing of it is kept"
+    said = capsys.readouterr().out
+    assert "ok    checkpoint" in said
+    assert "trial" not in said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_signal_while_a_sample_is_drawn(prepared, tmp_path, monkeypatch, handlers):
