@@ -37,10 +37,11 @@ def main(config: TrainConfig) -> None:
     config = replace(config, name=own_name(config.name))
     with ending_at_signals(dead_processes, TRIAL_ENDED if config.preflight else GOES_ON):
         parallel = Parallel(config.parallel)
-        with parallel.naming_absent(), hold_run(config, parallel):
+        with parallel.naming_absent():
             dataset = open_data(config, parallel)
             given = config, dataset, parallel
-            finished, well = preflight(*given, _train) if config.preflight else (_train(*given), True)
+            with hold_run(config, parallel):
+                finished, well = preflight(*given, _train) if config.preflight else (_train(*given), True)
         parallel.close()
     if not finished:
         leave_unfinished()
