@@ -8,7 +8,7 @@ from data.loading.dataset import DataConfig
 from film.filmmaker import FilmmakerConfig
 from moc import Execution, MoCConfig
 from moc.diffusion import Flow
-from moc.errors import UserError
+from moc.errors import UserError, check_seed
 from moc.files import OutsideError, inside
 from moc.schedule import Stage
 from moc.training import OptimConfig, ParallelConfig, TrackerConfig, TrainerConfig
@@ -57,8 +57,7 @@ class TrainConfig:
     tracking: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self) -> None:
-        if self.seed >= 1 << 63:  # torch's generators take no larger seed
-            raise UserError(f"seed={self.seed} must be below 2**63")
+        check_seed(self, "")
         for name in ("name", "output"):
             if not getattr(self, name).strip():
                 raise UserError(f"{name} is empty; the run's folder is output/name, so say {name}=VALUE")

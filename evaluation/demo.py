@@ -18,7 +18,7 @@ from data.records import write_whole
 from evaluation.films.judge import JUDGED_SIGMA, held_out_floors, judge_film, ratio_to_line
 from film.script import load_script
 from moc.checkout import ROOT
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_least, check_seed
 from moc.training import read_metrics
 from moc.training.processes import visible_gpus
 
@@ -74,6 +74,7 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_least(self, "", 1, "scenes", "steps", null="the scale's")
         check_least(self, "", 1, "workers", null="one a core")
+        check_seed(self, "")
         if self.scale not in ("auto", "small", "large"):
             raise UserError(f"scale={self.scale} is none; say auto, small or large")
 

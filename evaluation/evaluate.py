@@ -27,7 +27,7 @@ from evaluation.rivals import compare
 from moc import Execution, MoCConfig, StreamSpec
 from moc.batch import Batch
 from moc.counts import count_of
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_least, check_seed
 from moc.files import check_writable
 from moc.training import MeshConfig, Parallel, ParallelConfig
 from models import Contents, load_codec, load_model, move_model
@@ -81,6 +81,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "draws")
+        check_seed(self, "")
         if self.recall and (self.data.path or self.data.sources):
             raise UserError("recall is set together with data.path or data.sources; set one of them")
         if self.vbench and len(self.vbench) != len(self.films):

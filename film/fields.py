@@ -3,6 +3,7 @@
 from typing import Any
 
 from data.errors import DataError
+from moc.errors import MAX_SEED, SEED_RULE
 
 DEFAULT_FPS, DEFAULT_SECONDS = 16.0, 5.0
 
@@ -36,6 +37,14 @@ def number(value: Any, where: str) -> float:
     if not _is_number(value) or not 0 <= value < 1e6:
         raise DataError("bad-script", where, f"{value!r} is not a number of at least 0, below a million")
     return float(value)
+
+
+def seed_of(value: Any, where: str) -> int | None:
+    """Returns the seed of a shot, None where it has none of its own; raises DataError for one that breaks
+    `moc.errors.SEED_RULE`."""
+    if value is not None and not (type(value) is int and 0 <= value <= MAX_SEED):
+        raise DataError("bad-script", where, f"{value!r} is not {SEED_RULE}")
+    return value
 
 
 def _is_number(value: Any) -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 from data.documents import parse_json, parse_yaml, read_text
 from data.errors import DataError, refuse_unknown
 from data.manifest import resolve, shot_prompt
-from film.fields import DEFAULT_FPS, DEFAULT_SECONDS, number, positive, text_of, whole
+from film.fields import DEFAULT_FPS, DEFAULT_SECONDS, number, positive, seed_of, text_of, whole
 from film.footage import seconds_after
 from film.forms import as_ours
 
@@ -195,13 +195,11 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
     if not isinstance(raw, dict):
         raise DataError("bad-script", where, f"{raw!r} is not a mapping with prompt and seconds")
     refuse_unknown(raw, _SHOT_FIELDS, where, "bad-script")
-    prompt, cut, seed = raw.get("prompt"), raw.get("cut", True), raw.get("seed")
+    prompt, cut = raw.get("prompt"), raw.get("cut", True)
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError("bad-script", f"{where}.prompt", f"{prompt!r} is not a text; say what the shot shows")
     if not isinstance(cut, bool):
         raise DataError("bad-script", f"{where}.cut", f"{cut!r} is not true or false")
-    if seed is not None and not (type(seed) is int and seed >= 0):
-        raise DataError("bad-script", f"{where}.seed", f"{seed!r} is not a whole number of at least 0")
     files = {
         field: resolve(root, str(raw[field]), f"{where}.{field}")
         for field in ("image", "last_image", "video")
@@ -222,7 +220,7 @@ def _shot(raw: Any, where: str, root: Path) -> ScriptShot:
         seconds=positive(raw.get("seconds", default), f"{where}.seconds"),
         cut=cut,
         image=files.get("image"),
-        seed=seed,
+        seed=seed_of(raw.get("seed"), f"{where}.seed"),
         last_image=files.get("last_image"),
         video=video,
         start=start,

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from data.errors import DataError
+from film.fields import seed_of
 from film.filmmaker import Filmmaker
 from film.folder import FilmFolder
 from film.script import Script, ScriptShot
@@ -134,7 +135,8 @@ class Studio:
         if not prompt.strip():
             raise UserError("the prompt is empty; say what the shot shows")
         shots = list(script.shots)
-        shots[number - 1] = replace(self.shot(name, number), prompt=prompt.strip(), seed=seed)
+        shot = self.shot(name, number)
+        shots[number - 1] = replace(shot, prompt=prompt.strip(), seed=seed_of(seed, f"{name} shots[{number - 1}].seed"))
         made = film.request() or {}
         before = made["sampler"]
         filmmaker = self.filmmaker.with_sampler(steps=before["steps"], guidance_scale=before["guidance_scale"])

@@ -41,6 +41,16 @@ def check_above_zero(config: Any, owner: str, *names: str, null: str = "") -> No
             raise _out_of_range(owner, name, value, "above 0", null)
 
 
+MAX_SEED = 2**32 - 1  # draws hash seeds as 32-bit words: two that differ by a multiple of 2**32 would draw alike
+SEED_RULE = f"a whole number from 0 to {MAX_SEED}"
+
+
+def check_seed(config: Any, owner: str) -> None:
+    """Raises UserError where the field `seed` of a config breaks `SEED_RULE`. owner: as in `check_least`."""
+    if not 0 <= config.seed <= MAX_SEED:
+        raise UserError(f"{owner}{'.' if owner else ''}seed={config.seed} must be {SEED_RULE}")
+
+
 def check_among(config: Any, name: str, known: Collection[str]) -> None:
     """Raises UserError where a list of names, the field `name` of a config, holds one that is not `known`."""
     if unknown := sorted(set(getattr(config, name)) - set(known)):

@@ -17,7 +17,7 @@ from data.errors import DataError
 from data.loading.order import DRAW, Draw, Source, Split, uniforms
 from data.storyworld.recall_scenes import RecallConfig
 from moc.counts import count_of
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_least, check_seed
 
 
 class Kind(StrEnum):
@@ -100,7 +100,8 @@ class DataConfig:
         if self.recall and (self.path or self.sources):
             raise UserError("data.recall is set together with data.path or data.sources; set one of them")
         check_least(self, "data", 1, "batch_tokens", "prefetch")
-        check_least(self, "data", 0, "workers", "validation", "seed", "local_cache_gigabytes")
+        check_least(self, "data", 0, "workers", "validation", "local_cache_gigabytes")
+        check_seed(self, "")  # data.seed is the command's seed unless it is set by itself
 
 
 class ShotDataset:

@@ -13,7 +13,7 @@ from evaluation.benchmarks.measurements import machine, put_row, read_rows
 from evaluation.benchmarks.trainings import train_for
 from evaluation.history_worth import SIGMAS, HistoryLosses, expected_sparsity, history_losses
 from moc import Sample
-from moc.errors import UserError, check_among, check_least
+from moc.errors import UserError, check_among, check_least, check_seed
 from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
 from models import load_model
 from models.checkpoints.contents import Contents
@@ -61,6 +61,7 @@ class FilmRowsConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "steps", "draws")
+        check_seed(self, "")
         check_among(self, "rows", ROWS)
         if not set(self.folds) <= set(range(FOLDS)):
             raise UserError(f"folds={self.folds} must be among {list(range(FOLDS))}")

@@ -23,7 +23,7 @@ from evaluation.benchmarks.trainings import train_for
 from evaluation.recall.bench import RecallBench, accuracy, check_shots, kept_reader, summary
 from moc import MoCConfig
 from moc.diffusion import Flow
-from moc.errors import check_among, check_least
+from moc.errors import check_among, check_least, check_seed
 from moc.training import Parallel, ParallelConfig, find_checkpoint
 from moc.training.integrity import COMPLETE
 from models import load_model
@@ -80,6 +80,7 @@ class RecallRowsConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "steps", "scenes", "reader_steps", "sampling_steps", "batch", "at_once")
+        check_seed(self, "")
         check_shots(self.shots)
         check_among(self, "rows", ROWS)
 

@@ -14,7 +14,7 @@ from data.loading.endless import RecallWorld
 from data.storyworld.recall_scenes import HELD_OUT, NAMES, RecallScenes, draw_scenes
 from evaluation.recall.bench import LastShots
 from film.lettering import draw_text
-from moc.errors import UserError, check_least
+from moc.errors import UserError, check_least, check_seed
 from moc.files import check_writable, write_whole
 from moc.training import Parallel, ParallelConfig
 from models import Contents, load_codec, load_model
@@ -45,6 +45,7 @@ class DrawRecallConfig:
 
     def __post_init__(self) -> None:
         check_least(self, "", 1, "scenes", "steps")
+        check_seed(self, "")
         if not self.models:
             raise UserError("models is empty; say models=[PATH,...]")
 

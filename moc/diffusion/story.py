@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moc.diffusion.flow import draw_key
 from moc.diffusion.solvers import SolverKind
-from moc.errors import UserError, check_above_zero, check_least
+from moc.errors import UserError, check_above_zero, check_least, check_seed
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class SamplingConfig:
         if not 0 <= self.history_sigma < 1:
             raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
         check_least(self, "sampler", 1, "context_shots", null="all")
+        check_seed(self, "sampler")
 
     @property
     def keeps_history(self) -> bool:

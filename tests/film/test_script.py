@@ -315,6 +315,11 @@ BAD = {
         "'ann.png' is not in",
     ),
     "seed negative": (ours(shots=[SHOT | {"seed": -1}]), r"shots\[0\]\.seed", "-1 is not a whole number"),
+    "seed of 33 bits": (
+        ours(shots=[SHOT | {"seed": 2**32}]),
+        r"shots\[0\]\.seed",
+        "4294967296 is not a whole number from 0 to 4294967295",
+    ),
     "seed as text": (ours(shots=[SHOT | {"seed": "1"}]), r"shots\[0\]\.seed", "'1' is not a whole number"),
     "entities a list": (ours(entities=["Ann"]), "entities", "not a mapping of names"),
     "shot's entities a list": (ours(shots=[SHOT | {"entities": ["Ann"]}]), r"shots\[0\]\.entities", "not a mapping"),

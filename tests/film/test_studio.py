@@ -127,6 +127,8 @@ def test_a_shot_is_made_anew_and_its_takes_compared(studio):
     for number, prompt, said in ((3, "x", "shots 1 to 2"), (1, " ", "prompt is empty")):
         with pytest.raises(UserError, match=said):
             studio.redo("walk", number, prompt, 1)
+    with pytest.raises(UserError, match=r"walk shots\[1\]\.seed: 4294967296 is not a whole number"):
+        studio.redo("walk", 2, "Mia jumps.", 2**32)
     list(studio.redo("walk", 2, *studio.before("walk", 2)))
     assert studio.film("walk").shot(2).read_bytes() == takes[1].read_bytes()
 
