@@ -289,7 +289,7 @@ class Filmmaker:
                 routing = counts_that_stay(folder.read_routing(), *scripts, redo)
                 folder.reopen(request, redo, {ROUTE_COUNTS: routing})
             if self.parallel.share(not folder.is_finished):
-                with folder.bound_once_begun():
+                with folder.emptied_unless_begun():
                     self._make(plan, folder, request, watch)
             else:
                 self._shooting(plan, folder, request).restore()

@@ -54,8 +54,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Kept:
-    """This record is what is kept of an unfinished film. step: that of sampling. made: the checksum of each finished
+class FilmProgress:
+    """This record says how far an unfinished film is. step: that of sampling. made: the checksum of each finished
     shot's latent, by the shot's number, which counts from 1. redo: the shots that are made anew, in a film that was
     whole before. tensors: whatever else sampling goes on from."""
 
@@ -123,10 +123,10 @@ class FilmFolder:
             raise DataError("other-film", self.path, f"holds another film: {changed}; {remedy}")
 
     def reopen(self, request: Mapping[str, Any], redo: Sequence[int], tensors: dict[str, Tensor]) -> None:
-        """Makes a finished film an unfinished one, without the shots `redo`. tensors: as in `Kept`."""
+        """Makes a finished film an unfinished one, without the shots `redo`. tensors: as in `FilmProgress`."""
         others = set(range(1, len(request["script"]["shots"]) + 1)) - set(redo)
         made = {number: checksum(self.read_latent(number)) for number in sorted(others)}
-        self.keep(request, Kept(0, made, sorted(redo), tensors))
+        self.keep(request, FilmProgress(0, made, sorted(redo), tensors))
 
     def request(self) -> dict[str, Any] | None:
         """Returns the request of the film that the folder holds; None where it holds none."""
@@ -144,7 +144,7 @@ class FilmFolder:
 
     # An unfinished film
 
-    def keep(self, request: Mapping[str, Any], kept: Kept) -> None:
+    def keep(self, request: Mapping[str, Any], kept: FilmProgress) -> None:
         """Keeps how far the film is, in the place of what was kept before."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in kept.tensors.items()}
         state = {"request": request, "step": kept.step, "made": kept.made, "redo": kept.redo}
@@ -153,9 +153,9 @@ class FilmFolder:
         write_whole(self.path / PROGRESS, save(tensors, metadata))
 
     @contextmanager
-    def bound_once_begun(self) -> Iterator[None]:
-        """Lets go of the request where what is done meanwhile fails before a step or a shot is made: a film that was
-        refused must not keep the folder from another."""
+    def emptied_unless_begun(self) -> Iterator[None]:
+        """Empties the folder where the block raises before a step or a shot is kept: a film that was refused must not
+        keep the folder from another."""
         try:
             yield
         except BaseException:
@@ -175,10 +175,10 @@ class FilmFolder:
         self.remove_pictures()
         self.forget()
 
-    def kept(self) -> Kept:
+    def kept(self) -> FilmProgress:
         """Returns what was kept last; raises DataError (damaged-film) where it or a latent of it is not as written."""
         if not (self.path / PROGRESS).exists():
-            return Kept()
+            return FilmProgress()
         _, kept = self._read_progress()
         for number, crc32 in kept.made.items():
             if checksum(self.read_latent(number)) != crc32:
@@ -189,7 +189,7 @@ class FilmFolder:
         """Lets go of what is kept, once the film is whole."""
         (self.path / PROGRESS).unlink(missing_ok=True)
 
-    def _read_progress(self) -> tuple[dict[str, Any], Kept]:
+    def _read_progress(self) -> tuple[dict[str, Any], FilmProgress]:
         file = self.path / PROGRESS
         try:
             with safe_open(file, framework="pt") as opened:
@@ -203,7 +203,7 @@ class FilmFolder:
         if not whole:
             raise self._damaged(file)
         made = {int(number): crc32 for number, crc32 in state["made"].items()}
-        return state["request"], Kept(state["step"], made, state["redo"], tensors)
+        return state["request"], FilmProgress(state["step"], made, state["redo"], tensors)
 
     def _damaged(self, file: Path) -> DataError:
         return DataError("damaged-film", file, f"is not what was written; {REMEDY}")

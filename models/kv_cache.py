@@ -16,7 +16,7 @@ from moc.errors import UserError
 from moc.host_memory import host_memory
 from moc.memory import host_free_bytes
 
-Kept = tuple[Tensor, ...]  # keys, values and the like of a layer
+LayerKV = tuple[Tensor, ...]  # keys, values and the like of a layer
 
 
 @dataclass
@@ -39,8 +39,8 @@ class KVCache:
     offload: bool = False
     anyone: Callable[[bool], bool] = bool
     num_tokens: int = 0
-    _layers: dict[int, Kept] = field(default_factory=dict)
-    _coming: dict[int, Kept] = field(default_factory=dict)  # the layer on its way to the device
+    _layers: dict[int, LayerKV] = field(default_factory=dict)
+    _coming: dict[int, LayerKV] = field(default_factory=dict)  # the layer on its way to the device
     _hosts: list[Tensor] = field(default_factory=list)  # host memory, which stays pinned while it is held here
     _stream: torch.cuda.Stream | None = None
 
@@ -54,7 +54,7 @@ class KVCache:
         return self.num_tokens
 
     @torch.no_grad()
-    def extended(self, layer: int, new: Kept, remember: bool) -> Kept:
+    def extended(self, layer: int, new: LayerKV, remember: bool) -> LayerKV:
         """Returns keys, values and the like [L, N, D] of tokens kept and of new ones together; the latter are kept too
         if `remember`. What is returned holds until the layer is asked again. Raises ValueError beyond the capacity."""
         start, end = self.num_tokens, self.num_tokens + len(new[0])
@@ -75,7 +75,7 @@ class KVCache:
         """Forgets all but the first `num_tokens` tokens."""
         self.num_tokens = min(self.num_tokens, num_tokens)
 
-    def _take_memory(self, like: Kept) -> None:
+    def _take_memory(self, like: LayerKV) -> None:
         problem, needed = "", self.num_layers * self.capacity * sum(x[0].nbytes for x in like)
         try:
             if self.offload and needed > host_free_bytes():  # the system ends a process that takes it all the same
@@ -96,7 +96,7 @@ class KVCache:
         self._hosts.append(host_memory(like[0].nbytes * self.capacity, like.is_cuda))
         return self._hosts[-1].view(like.dtype).view(shape)
 
-    def _brought(self, layer: int, new: Kept) -> Kept:
+    def _brought(self, layer: int, new: LayerKV) -> LayerKV:
         """Returns what a layer keeps, on the device, with space behind it for what is new. The next layer starts on its
         way."""
         whole = self._coming.pop(layer) if layer in self._coming else self._bring(layer, new)
@@ -106,7 +106,7 @@ class KVCache:
             self._coming[layer + 1] = self._bring(layer + 1, new)
         return whole
 
-    def _bring(self, layer: int, new: Kept) -> Kept:
+    def _bring(self, layer: int, new: LayerKV) -> LayerKV:
         """Copies, on a GPU by a stream of its own, which first waits for what may still read the memory it writes."""
         if new[0].is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(new[0].device)
@@ -119,7 +119,7 @@ class KVCache:
         return whole
 
 
-def _write(memory: Kept, start: int, new: Kept) -> None:
+def _write(memory: LayerKV, start: int, new: LayerKV) -> None:
     """Writes the tensors [L, N, D] into memories from token `start` on."""
     for target, x in zip(memory, new, strict=True):
         target[start : start + len(x)].copy_(x, non_blocking=True)
