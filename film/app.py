@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from jinja2 import Environment
 
+from data.documents import read_text
 from film.folder import FilmFolder
 from film.page import data_url
 from film.presentation import Stills
@@ -69,8 +71,8 @@ _CHOOSE = """() => document.addEventListener('click', event => {
 })"""
 
 
-class Asking(NamedTuple):
-    """These windows say what to film, and how it goes."""
+class FilmControls(NamedTuple):
+    """These components hold what to film, and show how filming goes."""
 
     name: gr.Dropdown
     script: gr.Code
@@ -86,8 +88,8 @@ class Asking(NamedTuple):
     cost: gr.HTML
 
 
-class Again(NamedTuple):
-    """These windows make a shot of a film anew, and show its two newest takes."""
+class RedoControls(NamedTuple):
+    """These components make a shot of a film anew, and show its two newest takes."""
 
     number: gr.Number
     seed: gr.Number
@@ -104,19 +106,19 @@ def build_app(studio: Studio) -> gr.Blocks:
         gr.Markdown("# Storyboard\nWrite a story shot by shot, see what it costs, film it, make single shots anew.")
         with gr.Row():
             with gr.Column(scale=2):
-                asking = _asking(studio)
+                controls = _film_controls(studio)
             with gr.Column(scale=3):
                 film = gr.Video(label="Film", interactive=False, elem_id="film")
                 cards = gr.HTML(elem_id="cards")
                 with gr.Accordion("Make a shot anew: click on its card", open=True):
-                    again = _again()
+                    redo_controls = _redo_controls()
                 files = gr.Files(label="Download", interactive=False, elem_id="files")
-        _connect(Acts(studio), asking, again, [film, cards, files])
-        app.load(lambda: gr.update(choices=studio.names()), None, asking.name)
+        _connect(Callbacks(studio), controls, redo_controls, [film, cards, files])
+        app.load(lambda: gr.update(choices=studio.names()), None, controls.name)
     return app
 
 
-def _asking(studio: Studio) -> Asking:
+def _film_controls(studio: Studio) -> FilmControls:
     name = gr.Dropdown(studio.names(), value=None, label="Film", allow_custom_value=True, elem_id="name")
     script = gr.Code(EXAMPLE, language="yaml", label="Script", lines=14, max_lines=24, elem_id="script",
                      wrap_lines=True)  # fmt: skip
@@ -135,10 +137,10 @@ def _asking(studio: Studio) -> Asking:
     status = gr.HTML(elem_id="status")
     with gr.Accordion("Estimate", open=True):
         cost = gr.HTML(elem_id="cost")
-    return Asking(name, script, upload, added, steps, guidance, check, preview, generate, stop, status, cost)
+    return FilmControls(name, script, upload, added, steps, guidance, check, preview, generate, stop, status, cost)
 
 
-def _again() -> Again:
+def _redo_controls() -> RedoControls:
     with gr.Row():
         number = gr.Number(1, label="Shot", precision=0, minimum=1, elem_id="number")
         seed = gr.Number(1, label="Seed", precision=0, minimum=0, elem_id="seed")
@@ -149,34 +151,38 @@ def _again() -> Again:
             before = gr.Video(label="The take before", interactive=False, elem_id="before")
             back = gr.Button("Take its prompt and seed", size="sm", elem_id="back")
         now = gr.Video(label="This take", interactive=False, elem_id="now")
-    return Again(number, seed, prompt, redo, before, back, now)
+    return RedoControls(number, seed, prompt, redo, before, back, now)
 
 
-def _connect(acts: "Acts", asking: Asking, again: Again, shown: list[Any]) -> None:
-    """Has the windows do what the acts say. shown: those of a film, which are its video, its cards and its files."""
-    name, number, status = asking.name, again.number, asking.status
-    takes = [again.before, again.now]
+def _connect(callbacks: "Callbacks", controls: FilmControls, redo_controls: RedoControls, shown: list[Any]) -> None:
+    """Connects components to callbacks. shown: the components of a film, which are its video, cards and files."""
+    name, number, status = controls.name, redo_controls.number, controls.status
+    takes = [redo_controls.before, redo_controls.now]
     _, cards, _ = shown
-    name.change(_told(acts.open_script), name, [asking.script, number, again.prompt, *shown, *takes])
-    asking.upload.upload(lambda file: Path(file).read_text(encoding="utf-8"), asking.upload, asking.script)
-    asking.added.upload(_told(acts.add), asking.added, status)
-    again.back.click(_told(acts.take_before), [name, number], [again.prompt, again.seed])
-    number.input(_told(acts.choose), [name, number], [again.prompt, *takes])
+    name.change(_guarded(callbacks.open_script), name, [controls.script, number, redo_controls.prompt, *shown, *takes])
+    controls.upload.upload(_guarded(lambda file: read_text(Path(file))), controls.upload, controls.script)
+    controls.added.upload(_guarded(callbacks.add), controls.added, status)
+    redo_controls.back.click(
+        _guarded(callbacks.take_before), [name, number], [redo_controls.prompt, redo_controls.seed]
+    )
+    number.input(_guarded(callbacks.choose), [name, number], [redo_controls.prompt, *takes])
     alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}  # one call at a time uses the model
-    asked = [name, asking.script, asking.steps, asking.guidance]
-    asking.check.click(_told(acts.save), asked, [name, asking.script, asking.cost, cards], **alone)
-    anew = [name, number, again.prompt, again.seed]
+    asked = [name, controls.script, controls.steps, controls.guidance]
+    controls.check.click(_guarded(callbacks.save), asked, [name, controls.script, controls.cost, cards], **alone)
+    anew = [name, number, redo_controls.prompt, redo_controls.seed]
     running: list[Any] = [
-        asking.generate.click(_told_along(acts.film_script), asked, [status, *shown], **alone),
-        asking.preview.click(_told_along(acts.film_preview), asked, [status, *shown], **alone),
-        again.redo.click(_told_along(acts.film_again), anew, [status, *shown, *takes, asking.script], **alone),
+        controls.generate.click(_guarded_generator(callbacks.film_script), asked, [status, *shown], **alone),
+        controls.preview.click(_guarded_generator(callbacks.film_preview), asked, [status, *shown], **alone),
+        redo_controls.redo.click(
+            _guarded_generator(callbacks.film_again), anew, [status, *shown, *takes, controls.script], **alone
+        ),
     ]
     stopped = "stopped; what is finished is kept, and generating goes on from there"
-    asking.stop.click(lambda: _status(stopped), None, status, cancels=running)
+    controls.stop.click(lambda: _status(stopped), None, status, cancels=running)
 
 
-class Acts:
-    """These are the acts of the page in a studio. Each takes what some windows hold, and returns what others show."""
+class Callbacks:
+    """These are the callbacks of the page. Each takes the values of some components and returns those of others."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
@@ -317,27 +323,32 @@ def _takes(studio: Studio, name: str, number: int) -> tuple[str | None, str | No
     return (takes[-2] if len(takes) > 1 else None), (takes[-1] if takes else None)
 
 
-def _told(act: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps an act of the page, which then shows the user what the user can mend."""
-
-    @wraps(act)
-    def told(*arguments: Any) -> Any:
-        try:
-            return act(*arguments)
-        except (UserError, FloatingPointError) as error:
-            raise gr.Error(str(error)) from None
-
-    return told
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Shows on the page what the user can mend."""
+    try:
+        yield
+    except (UserError, FloatingPointError) as error:
+        raise gr.Error(str(error)) from None
 
 
-def _told_along(act: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """Wraps as `_told` does, for a function that yields how far it is."""
+def _guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the callback, whose errors the page then shows."""
 
-    @wraps(act)
-    def told(*arguments: Any) -> Iterator[Any]:
-        try:
-            yield from act(*arguments)
-        except (UserError, FloatingPointError) as error:
-            raise gr.Error(str(error)) from None
+    @wraps(callback)
+    def guarded(*arguments: Any) -> Any:
+        with _errors_shown():
+            return callback(*arguments)
 
-    return told
+    return guarded
+
+
+def _guarded_generator(callback: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Returns what `_guarded` does, of a callback that yields how far it is."""
+
+    @wraps(callback)
+    def guarded(*arguments: Any) -> Iterator[Any]:
+        with _errors_shown():
+            yield from callback(*arguments)
+
+    return guarded

@@ -26,8 +26,8 @@ SAMPLING = SamplingConfig(steps=20, guidance_scale=3.0, lag=0.3, cache=False)
 logger = logging.getLogger(__name__)
 
 
-class _ToldToEnd(Exception):
-    """This error leaves a sample that a run which is to end does not wait for."""
+class _RunEnds(Exception):
+    """This error stops a sample, because the run was told to end."""
 
 
 def scene_drawer(dataset: Any, data: DataConfig, flow: Flow, run_folder: Path, parallel: Parallel) -> DrawSamples:
@@ -48,7 +48,7 @@ def scene_drawer(dataset: Any, data: DataConfig, flow: Flow, run_folder: Path, p
 
         def on_step(_: Progress) -> None:
             if is_over():
-                raise _ToldToEnd
+                raise _RunEnds
 
         try:
             shots = sample_shots(model, model.stream, moc, flow, story, SAMPLING, on_step, routing)
@@ -56,7 +56,7 @@ def scene_drawer(dataset: Any, data: DataConfig, flow: Flow, run_folder: Path, p
                 frames = np.concatenate([pictures(piece, f"shot {index + 1}") for piece in decode(latent)])
                 beginning = "cut" if not scene.cuts or scene.cuts[index] else "goes on"
                 panels.append(Panel(index + 1, "", len(frames) / fps, beginning, frames[pick_frames(len(frames))]))
-        except _ToldToEnd:
+        except _RunEnds:
             return
         except FloatingPointError as error:
             if parallel.is_main:

@@ -1,5 +1,4 @@
-"""This module keeps a folder in which a person writes scripts and films them: this is what the app does, without its
-windows.
+"""This module keeps a folder in which a person writes scripts and films them: it is the app without its page.
 
 scripts/NAME.yaml, with the pictures that they name      films/NAME/       as `film.folder` has it
 films/NAME/takes/03_1.mp4    shot 3 as first made        previews/DIGEST/  the same film, in few steps

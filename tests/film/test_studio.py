@@ -215,7 +215,7 @@ def test_what_fails_while_filming_is_told(studio, monkeypatch):
         list(studio.make("walk"))
 
 
-def test_the_windows_show_what_the_studio_has(studio):
+def test_the_page_shows_what_the_studio_has(studio):
     app = pytest.importorskip("film.app", reason="needs gradio")
     studio.save("walk", STORY.replace("Mia walks.", "<b>Mia</b> walks."))
     cards = app._cards(studio, "walk")
@@ -234,7 +234,7 @@ def test_the_windows_show_what_the_studio_has(studio):
     assert re.findall(r'data-start="(\S+)"', made) == ["0.042", f"{4.5 / 12:.3f}"]
     assert app._takes(studio, "walk", 1)[1].endswith("shots/01.mp4")
     with pytest.raises(Exception, match="no name for a film"):
-        app._told(studio.text)("../x")
+        app._guarded(studio.text)("../x")
 
 
 def events(app, studio) -> dict:
@@ -267,6 +267,14 @@ def test_another_film_begins_at_its_first_shot_and_an_empty_field_is_told(studio
     list(studio.make("walk"))
     with pytest.raises(Exception, match="Seed is empty"):
         list(found["film_again"].fn("walk", 1, "a", None))
+
+
+def test_a_script_in_another_encoding_is_told(studio, tmp_path):
+    app = pytest.importorskip("film.app", reason="needs gradio")
+    (load,) = [event for event in app.build_app(studio).fns.values() if event.targets[0][1] == "upload"][:1]
+    (tmp_path / "story.yaml").write_bytes("title: Märchen".encode("latin-1"))
+    with pytest.raises(Exception, match="is not UTF-8; save it as UTF-8"):
+        load.fn(str(tmp_path / "story.yaml"))
 
 
 def test_pictures_on_cards_are_decoded_once(studio, monkeypatch):
