@@ -222,6 +222,9 @@ def _trial(
             shutil.rmtree(trial.run_folder, ignore_errors=True)
 
     remove()  # a trial that was killed has left its folder
+    if parallel.is_main:
+        slow = "; on a CPU this may take long" if parallel.device.type == "cpu" else ""
+        logger.info("trial: %d steps of up to %s tokens, and a save%s", _STEPS, f"{config.data.batch_tokens:,}", slow)
     try:
         finished = train(trial, dataset, parallel)
         parallel.wait()

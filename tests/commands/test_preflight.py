@@ -10,6 +10,7 @@ import torch
 
 from configs.preflight import _held_bytes
 from moc import memory
+from moc.errors import UserError
 from moc.training import OptimConfig
 from moc.training.ema import EMA
 from moc.training.optim import build_optimizer
@@ -101,6 +102,18 @@ def test_states_are_counted_where_they_lie(optim, on_device):
         parallel=parallel, bare_model=model, ema=EMA(model, 0.9), optimizer=build_optimizer(model, optim)
     )
     assert _held_bytes(trainer) == on_device * 64 * 8 * 4
+
+
+def test_a_trial_says_what_it_does_before_it_does_it(capsys, caplog, prepared, tmp_path, monkeypatch):
+    """A large model takes minutes on a CPU; here it is not even built."""
+
+    def refuse(*_):
+        raise UserError("there is no such model")
+
+    monkeypatch.setattr("models.build_model", refuse)
+    status, lines = preflight(capsys, prepared, tmp_path / "run", "data.batch_tokens=1200")
+    assert (status, lines["trial"]) == (1, "FAIL  trial       there is no such model")
+    assert caplog.messages[-1] == "trial: 3 steps of up to 1,200 tokens, and a save; on a CPU this may take long"
 
 
 def test_a_trial_that_was_killed_is_not_in_the_way(capsys, prepared, tmp_path):
