@@ -187,14 +187,15 @@ def unit(word: Tensor) -> Tensor:
 
 
 @cache
-def poisson_thresholds(rate: float, most: int) -> tuple[float, ...]:
-    """Returns cumulative Poisson probabilities P(m <= j), j < most: a uniform u draws the number of them up to u."""
+def poisson_thresholds(rate: float, most: int, device: torch.device) -> Tensor:
+    """Returns cumulative Poisson probabilities P(m <= j), j < most: a uniform u draws the number of them up to u. They
+    are fp32 and kept on the device, so that no layer copies them, which a CUDA graph could not capture."""
     total, term, out = 0.0, math.exp(-rate), []
     for j in range(most):
         total += term
         out.append(total)
         term *= rate / (j + 1)
-    return tuple(out)
+    return move(torch.tensor(out, dtype=torch.float32), device)
 
 
 def apply_drops(
@@ -218,9 +219,8 @@ def apply_drops(
     rank = keys.argsort(dim=-1, stable=True).argsort(dim=-1)
     kept = routes.masked_fill(rank < drop_count[..., None], -1)
 
-    thresholds = poisson_thresholds(config.drop_in_rate, config.drop_in_max)
-    u = unit(draw(words, COUNT_IN))
-    add_count = (u[..., None] >= torch.tensor(thresholds, dtype=u.dtype, device=u.device)).sum(-1)
+    thresholds = poisson_thresholds(config.drop_in_rate, config.drop_in_max, words.device)
+    add_count = (unit(draw(words, COUNT_IN))[..., None] >= thresholds).sum(-1)
     chunk = torch.arange(num_chunks, device=routes.device)
     taken = torch.zeros(num_heads, num_queries, num_chunks + 1, dtype=torch.bool, device=routes.device)
     taken.scatter_(-1, routes.long().masked_fill(routes < 0, num_chunks), True)

@@ -7,8 +7,6 @@ Source: arXiv 2508.21058, section 3 (context drop-off, drop-in).
 Shape letters: L packed tokens, N heads, K routes a query, R drop_in_max.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,6 @@ from moc.context import candidate_runs
 from moc.kernels.sizes import cdiv, next_power_of_2
 from moc.kernels.triton_bounds import candidate_bounds, candidate_mask
 from moc.layout import ShotLayout
-from moc.move import move
 from moc.routing import COUNT_IN, COUNT_OFF, KEY_IN, KEY_OFF, drop_base, poisson_thresholds
 
 _COUNT_OFF, _COUNT_IN = tl.constexpr(COUNT_OFF), tl.constexpr(COUNT_IN)
@@ -152,12 +149,6 @@ def drop_kernel(
         _store_lowest(out + top_k, best, added, number, valid, drop_in_max)
 
 
-@cache
-def _thresholds(rate: float, most: int, device: torch.device) -> Tensor:
-    """Returns `poisson_thresholds` on a device; they are kept, so that no layer copies them."""
-    return move(torch.tensor(poisson_thresholds(rate, most), dtype=torch.float32), device)
-
-
 def _drop_routes(
     routes: Tensor, token_chunk: Tensor, candidates: Tensor, chunk_is_text: Tensor, token_sample: Tensor,
     sample_starts: Tensor, sample_position: Tensor, base: Tensor, drop_off_max: float, drop_in_rate: float,
@@ -165,9 +156,9 @@ def _drop_routes(
 ) -> Tensor:  # fmt: skip
     num_heads, num_tokens, top_k = routes.shape
     dropped = routes.new_empty(num_heads, num_tokens, top_k + drop_in_max)
-    block = 32
+    thresholds, block = poisson_thresholds(drop_in_rate, drop_in_max, routes.device), 32
     drop_kernel[(cdiv(num_tokens, block), num_heads)](
-        routes, dropped, _thresholds(drop_in_rate, drop_in_max, routes.device), token_chunk, candidates, chunk_is_text,
+        routes, dropped, thresholds, token_chunk, candidates, chunk_is_text,
         token_sample, sample_starts, sample_position, base, first_head, drop_off_max, num_tokens, len(chunk_is_text),
         top_k, drop_in_max,
         KP=max(2, next_power_of_2(top_k)), RP=max(2, next_power_of_2(drop_in_max)), BQ=block, BC=16, num_warps=2,

@@ -17,6 +17,7 @@ from models import ModelConfig, build_model
 pytestmark = pytest.mark.gpu
 
 CONFIG = MoCConfig(chunk_tokens=16, top_k=2)
+BY_MASS = MoCConfig(chunk_tokens=16, top_k=2, descriptor_subchunks=2)  # plain code routes
 LENGTHS = ((3, 2, 4), (3, 2, 4), (2, 5), (3, 2, 4), (2, 5), (2, 5), (3, 2, 4), (2, 5))  # latent frames of each step
 
 
@@ -44,7 +45,7 @@ class Packs:
 
 
 @pytest.mark.parametrize("family", ["mmdit", "wan"])
-@pytest.mark.parametrize("moc", [CONFIG, MoCConfig(dense=True)], ids=["moc", "dense"])
+@pytest.mark.parametrize("moc", [CONFIG, BY_MASS, MoCConfig(dense=True)], ids=["moc", "log-sum-exp", "dense"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_steps_through_graphs_are_those_without(tmp_path, family, moc, micro_batches):
     """Drops are on, streams are of two kinds, chunks have another size from step 5 on, and one step in three is
