@@ -162,12 +162,11 @@ def with_scenes(data: DataConfig, checkpoint: Path) -> DataConfig:
     trained = settings.get("data")
     is_same = bool(trained) and _data_paths(trained) == _data_paths(OmegaConf.structured(data))
     number, names = (trained.get("validation", 0), list(trained.get("held_out", []))) if is_same else (0, [])
-    whose = "other data than the run's"
+    whose = "of other data than the run's"
     if is_same:
-        whose = "those that the run held out" if number or names else "the run held out none: it was trained on them"
-    logger.info(
-        "data.validation=0 takes %s, where there are as many; %s", count_of(number or NUM_SCENES, "scene"), whose
-    )
+        whose = "that the run held out" if number or names else "that the run was trained on, as it held out none"
+    most = count_of(number or NUM_SCENES, "scene")
+    logger.info("evaluated on up to %s %s; data.validation=NUMBER takes another number", most, whose)
     return replace(data, validation=number or NUM_SCENES, held_out=data.held_out or names)
 
 

@@ -58,8 +58,8 @@ def compare(
     """
     if parallel.any(not batches):
         raise UserError(
-            f"data.validation is too small: each of {parallel.data_ranks} processes needs a scene or more; raise it, "
-            "or start fewer"
+            f"too few scenes: each of {parallel.data_ranks} processes needs one or more; raise data.validation, or "
+            "start fewer"
         )
     for clean_history in (False, True):
         validators = [Validator(batches, flow, seed=seed + n, clean_history=clean_history) for n in range(draws)]

@@ -119,13 +119,13 @@ def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tm
     dataset = open_dataset(DataConfig(str(prepared)))
     one, everyone = ([dataset.items[i][1].id for i in dataset.split(number).held_out] for number in (1, 4))
     assert ids(trained, prepared) == ids(trained / "checkpoints/step_0000003", prepared) == one
-    assert "data.validation=0 takes 1 scene, where there are as many; those that the run held out" in caplog.text
+    assert "evaluated on up to 1 scene that the run held out; data.validation=NUMBER takes another" in caplog.text
     caplog.clear()
     assert ids(trained, prepared, "data.validation=4") == everyone  # evaluation may hold out everything
     assert "data.validation" not in caplog.text
     online = pipeline.prepare(world, tmp_path / "online", "online=true")  # these are other data
     assert ids(trained, online) == everyone
-    assert "takes 16 scenes, where there are as many; other data than the run's" in caplog.text
+    assert "evaluated on up to 16 scenes of other data than the run's;" in caplog.text
 
 
 def test_the_scenes_may_be_those_of_the_recall_world(trained, monkeypatch):
@@ -142,7 +142,7 @@ def test_a_run_that_held_no_scene_out_is_evaluated_on_what_it_was_trained_on(tmp
     (tmp_path / "config.yaml").write_text("data: {path: prepared, validation: 0}")
     taken = with_scenes(DataConfig("prepared"), tmp_path / "checkpoints/step_0000003")
     assert (taken.validation, taken.held_out) == (16, [])
-    assert "the run held out none: it was trained on them" in caplog.text
+    assert "evaluated on up to 16 scenes that the run was trained on, as it held out none;" in caplog.text
 
 
 def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkeypatch):
