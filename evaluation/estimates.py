@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from scipy.stats import t
 from torch import Tensor
 
+FEWEST = 5  # an interval takes so many values: of two it is as wide as chance has it
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """An estimate is a mean and half the width of its 95 % interval (Student's t), which is nan for one scene or one
-    draw.
+    """An estimate is a mean and half the width of its 95 % interval (Student's t), which is nan for fewer than FEWEST
+    scenes or draws.
     scenes: how other scenes would change the mean, the draws of each averaged. draws: how other noise would change it
     on the same scenes. count: how many scenes."""
 
@@ -32,18 +34,19 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def half_width(values: Tensor) -> float:
-    """Returns half the width of the 95 % interval of the mean of independent values [n]; nan where n is 1."""
+    """Returns half the width of the 95 % interval of the mean of independent values [n]; nan where n is below
+    FEWEST."""
     count = len(values)
-    if count < 2:
+    if count < FEWEST:
         return math.nan
     return float(t.ppf(0.975, count - 1)) * float(values.std()) / math.sqrt(count)
 
 
 def half_difference(one: Tensor, other: Tensor) -> float:
     """Returns half the width of the 95 % interval of the difference of the means of independent values [n], [m], by
-    Welch; nan where one of them is a single value. scipy's own function warns where values are all alike."""
+    Welch; nan where n or m is below FEWEST. scipy's own function warns where values are all alike."""
     counts = len(one), len(other)
-    if min(counts) < 2:
+    if min(counts) < FEWEST:
         return math.nan
     squares = [float(values.double().var()) / len(values) for values in (one, other)]
     if sum(squares) == 0:

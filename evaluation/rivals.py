@@ -34,8 +34,8 @@ class RivalRow:
         return f"{history}  {self.attention:<14} sparsity {self.sparsity:.0%}  {losses}"
 
     def record(self) -> dict:
-        """Returns the row for JSON. loss: means; scenes, draws: halves of 95 % intervals, null of one scene or one
-        draw."""
+        """Returns the row for JSON. loss: means; scenes, draws: halves of 95 % intervals, null of fewer than
+        five."""
         halves = {
             name: {sigma: None if math.isnan(half) else half for sigma, half in values.items()}
             for name, values in (

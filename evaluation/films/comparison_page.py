@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 
 from data.records import write_whole
+from evaluation.estimates import FEWEST
 from evaluation.films.published import NOT_COMPARABLE, SIX, beside_the_paper
 from evaluation.films.shown import Film
 from film.page import data_url
@@ -41,6 +42,7 @@ def write_page(
         six=list(SIX.values()),
         published=beside_the_paper(vbench),
         note=NOT_COMPARABLE,
+        fewest=FEWEST,
         stories=side_by_side(boards),
     )
     write_whole(path, page.encode(errors="replace"))

@@ -109,14 +109,16 @@ def summary(films: Sequence[Consistency]) -> dict[str, Any]:
 
 
 def difference(one: Tensor, other: Tensor) -> dict[str, float | None] | None:
-    """Returns the difference of two means with half of its 95 % interval; None where one of them has no values."""
+    """Returns the difference of two means with half of its 95 % interval, None of fewer than FEWEST
+    values; None where one of them has none."""
     if not len(one) or not len(other):
         return None
     return {"mean": rounded(float(one.mean() - other.mean())), "half": rounded(half_difference(one, other))}
 
 
 def counted(values: Tensor) -> dict[str, Any] | None:
-    """Returns mean, half of its 95 % interval and count of values [n]; None where there are no values."""
+    """Returns mean, half of its 95 % interval, None where n is below FEWEST, and count of values [n]; None where there
+    are no values."""
     if not len(values):
         return None
     return {"mean": rounded(float(values.mean())), "half": rounded(half_width(values)), "count": len(values)}
