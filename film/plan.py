@@ -110,7 +110,9 @@ def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", 
     height, width = script.size
     factor = codec.spatial_factor
     if height % factor or width % factor:
-        raise DataError("bad-script", "size", f"{height}x{width} is not a multiple of {factor}, as this codec needs")
+        nearest = [max(1, round(side / factor)) * factor for side in script.size]
+        said = f"{height}x{width} is not a multiple of {factor}, as this codec needs; take {nearest}"
+        raise DataError("bad-script", "size", said)
     plan, encode = FilmPlan(script, seed, device), codec.shot_encoder()
 
     def add(latent_frames: int, caption: str, cut: bool, key: int) -> None:

@@ -1,9 +1,9 @@
 """Times the commands of README.md and docs on a GPU, each in a fresh process as a user starts it:
 python scripts/benchmark_commands.py [folder=DIR] [only=[NAME,...]]
 
-A command needs what others made (see `plan`), which run before it where they have not yet in that folder at this
-commit. Those that the record has at this commit are left out, so that a call goes on where one was ended. A command's
-output goes to folder/logs/; one that fails ends none but those that need it, and the exit status then is 1.
+A command may need what others make (see `plan`): these run first, unless they ran in that folder at this commit.
+Commands that the record has at this commit are left out, so that a second call goes on where the first one ended. A
+command's output goes to folder/logs/. Where one fails, those that need it are left out, and the exit status is 1.
 
 There is no public checkpoint: Wan's are random weights of the 1.3B shape and of its VAE, with a text encoder of one
 layer. Left out are scripts/app.py, which serves until it is ended, and whatever is for several hosts.

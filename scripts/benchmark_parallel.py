@@ -4,7 +4,7 @@ python scripts/benchmark_parallel.py [processes=2] [model=wan_1.3b] [shots=[1,2,
 A step is the trainer's own (noise, forward, backward, clipping, AdamW, moving average) on films of random latents, with
 blocks recomputed in backward. `one` is one process; `data` and `shard` give each process a film of its own, `sequence`
 all of them one film. Each row is written as soon as it is measured, and the same command goes on where it was stopped;
-where a film does not fit, that is a row, and longer ones are left out. What takes seconds before a row is printed.
+where a film does not fit, that is a row, and longer ones are left out. Stages that take seconds are printed as well.
 """
 
 import sys

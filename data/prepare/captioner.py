@@ -66,7 +66,7 @@ class TransformersCaptioner:
         except (ImportError, OSError, ValueError) as error:  # such as a Qwen-VL processor, which needs torchvision
             reason = " ".join(str(error).split())[:200]
             raise DataError(
-                "missing-captioner", path, f"does not load as an image-text-to-text model ({reason})"
+                "missing-captioner", path, f"does not load as an image-text-to-text model ({reason}); give another"
             ) from error
         self.model = model.to(device).eval()
 
@@ -125,7 +125,8 @@ class SampleCaptioner:
             if answer and (not tagged or has_tags(answer)):
                 return answer
             question += f" Begin with {TAGS[0]}." if tagged else " Answer with at least one sentence."
-        raise DataError("bad-answer", plan.scene.id, f"{self.captioner.name} did not answer in form: {answer[:80]!r}")
+        said = f"{self.captioner.name} did not answer in form: {answer[:80]!r}"
+        raise DataError("bad-answer", plan.scene.id, f"{said}; caption it by hand, or take another captioner")
 
     def _pictures(self, plan: SamplePlan) -> Iterator[list[np.ndarray]]:
         """Yields a few frames of each shot, evenly spaced."""

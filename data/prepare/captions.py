@@ -156,7 +156,7 @@ def _paired_lines(path: Path, text: str) -> Iterable[tuple[str, dict | DataError
 
 
 def _lines(text: str) -> list[str]:
-    """Returns what line feeds end; str.splitlines would also end a line at U+2028, U+0085 and others that captions
+    """Splits a text at its line feeds; str.splitlines would split it at U+2028, U+0085 and others too, which captions
     hold."""
     return [line.removesuffix("\n") for line in io.StringIO(text)]
 

@@ -1,4 +1,4 @@
-"""Third stage of preparing: the codec and the text encoder encode samples' frames and captions into the cache."""
+"""This module is the third stage of preparing: codec and text encoder encode frames and captions into the cache."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,8 @@ class SampleEncoder:
     online_in: Path | None = None  # the cache folder, where it is to hold no latents; else None
 
     def encode(self, plan: SamplePlan) -> EncodedScene:
-        """Raises DataError: broken, size-change and others of reading; out-of-memory."""
+        """Encodes the frames and captions of a plan. Raises DataError: out-of-memory, and those of reading, such as
+        broken and size-change."""
         encode = self.codec.shot_encoder()
         latents = []
         try:

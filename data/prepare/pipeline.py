@@ -42,7 +42,7 @@ _LATE_SECONDS = 90  # a network file system may show a file to other hosts that 
 
 @dataclass(frozen=True)
 class Prepared:
-    """This is what preparing came to. cache: the folder to train on."""
+    """This is the result of preparing. cache: the folder to train on."""
 
     cache: Path
     manifest: Path

@@ -1,4 +1,4 @@
-"""Second stage of preparing: scenes and scans become plans of samples, each a few shots of whole latent frames."""
+"""This module is the second stage of preparing: it makes plans of samples, a few shots each, of scenes and scans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +70,7 @@ def plan_scene(
             raise DataError(
                 "out-of-range-shot",
                 f"{where}.end",
-                f"{shot.end} is past the {index.num_frames} frames that {scene.video} decodes to",
+                f"{shot.end} is past the {index.num_frames} frames that {scene.video} decodes to; end it there",
             )
         cut = _cut_shot(shot, index, rule, len(pieces))
         if not cut:

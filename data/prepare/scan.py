@@ -1,4 +1,4 @@
-"""First stage of preparing: each video is decoded once, for its exact frames and its shots; both are remembered."""
+"""This module is the first stage of preparing: it decodes each video once and records its exact frames and shots."""
 
 import time
 from dataclasses import asdict, dataclass

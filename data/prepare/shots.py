@@ -169,7 +169,8 @@ def spans_outside(transition: np.ndarray) -> list[Span]:
 
 
 def jumps(pictures: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Returns bool [F]: frames of `wanted` after which most of the picture jumps, more than at any near, and stays."""
+    """Returns bool [F]: frames of `wanted` after which most of the picture changes, more than between any frames near
+    them, and stays changed."""
     out = np.zeros(len(pictures), bool)
     for i in np.flatnonzero(wanted[:-1]):
         out[i] = _is_jump(pictures, int(i))

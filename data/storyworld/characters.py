@@ -100,7 +100,7 @@ def draw_character(canvas: Canvas, look: Look, pose: Pose, light: Colour) -> Non
 
 
 def draw_in_colours(canvas: Canvas, look: Look, pose: Pose, fur: Colour, outfit: Colour, light: Colour) -> None:
-    """Draws in any colours, lit already, which replace the fur's and the outfit's of `look`. Every pixel is an affine
+    """Draws a look in other colours of fur and outfit, to which the light was applied already. Every pixel is an affine
     function of `fur`, `outfit` and `light`, channel by channel, where the look has no accessory."""
     height = SIZES[look.size]
     body = canvas.at(pose.x, pose.y - pose.lift, height / pose.stretch, height * pose.stretch, pose.lean)

@@ -1,4 +1,4 @@
-"""Here shots are composed of storyworld's things through a camera that moves.
+"""This module composes shots of storyworld's things as a moving camera sees them.
 
 A camera moves in few ways, so that what each of its frames sees of a place is painted beforehand, and where it looks is
 known: a grid of a clip's pixels, to be sampled between as the CPU renderer does it. The camera stands still within an

@@ -79,9 +79,10 @@ class RecallScenes:
     one that returns.
 
     name, fur, outfit [B, C]: numbers in NAMES and COLOUR_NAMES. cast [B, S]: which character is in a shot. place,
-    action, facing, camera [B, S]: cameras are those of the config. column, row [B, S]: where it stands, fine pixels
-    from (0, GROUND). painting, shown [B]: of the places; the shot that shows the returning one. places [B, P]: those
-    of the scene.
+    action, facing [B, S]: numbers in PLACE_NAMES, ACTION_NAMES and FACINGS. camera [B, S]: a number in the config's
+    cameras. column, row [B, S]: where the character stands, in fine pixels from (0, GROUND). painting [B]: which
+    painting the places have. shown [B]: the earlier shot that shows the returning character. places [B, P]: those of
+    the scene.
     """
 
     name: np.ndarray

@@ -1,14 +1,14 @@
-"""Storyworld's things, painted once, and shots composed of them on any torch device by the thousand.
+"""This module paints storyworld's things once and composes shots of them by the thousand, on any torch device.
 
 A pixel of a shot is affine in the colours of fur, outfit and light, so that a clip of a character is a few masks:
 
     shown = under * keep + shadow colour * shade + own + fur * furred + outfit * dressed + trim * trimmed
     frame = shown * clear + over
 
-`under` is the place behind the character, `over` with `clear` = 1 - its alpha what drifts and stands before it, both
-darkened by the vignette. All but the place's are the clip's; they hold the average over an open shutter. What drifts in
-the air moves with the shutter in the CPU renderer, but not here: frames in which nobody moves are the same within
-rounding, others nearly.
+`under` is the place behind the character. `over` is what drifts and stands before it, and `clear` is 1 - its alpha.
+Both are darkened by the vignette. The other masks belong to the clip and hold the average over an open shutter. What
+drifts in the air moves while the shutter is open in the CPU renderer, but not here: frames in which nobody moves equal
+the renderer's within rounding, and other frames nearly do.
 """
 
 from dataclasses import dataclass

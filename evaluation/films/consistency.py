@@ -31,9 +31,8 @@ class Gate:
 @dataclass(frozen=True)
 class Consistency:
     """These similarities say how far a film keeps its looks. intra: within each shot, None for one picture. admitted:
-    whether each shot is compared.
-    same: (distance in shots, similarity) of each return of a name. different: between shots that name somebody each,
-    but nobody both."""
+    whether each shot is compared. same: (distance in shots, similarity) of each return of a name. different: of two
+    shots that name somebody, but nobody in common."""
 
     features: str
     gate: str
@@ -58,8 +57,7 @@ def consistency(film: Film, features: str, seen: Sequence[Tensor], gate: Gate) -
 
 
 def returns(names: Sequence[frozenset[str]]) -> list[tuple[int, int]]:
-    """Returns pairs of shots, each (the last one before that shows a name, one that shows it again), once for each
-    pair."""
+    """Returns the pairs (shot that shows a name, next shot that shows it again), each once. names: of each shot."""
     last: dict[str, int] = {}
     pairs = set()
     for index, named in enumerate(names):

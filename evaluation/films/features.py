@@ -105,7 +105,7 @@ def _load(kind: Any, path: str) -> Any:
     try:
         return kind.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds no model that transformers loads: {error}") from None
+        raise UserError(f"{path} holds no model that transformers loads: {error}; clone its repository again") from None
 
 
 def _preparation(path: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:

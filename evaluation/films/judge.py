@@ -53,8 +53,9 @@ def judge_film(film: Path, script: Script, detector: ShotDetector) -> Verdict:
 
 
 def held_out_floors(config: DataConfig, sigmas: Sequence[float]) -> tuple[float, list[float]]:
-    """Returns losses on the held-out scenes, at the noise that validation draws: of predicting the mean velocity, and
-    at each noise level of the best linear predictor of the training scenes. All shots must have one size."""
+    """Returns two losses on the held-out scenes, at the noise that validation draws: that of predicting the mean
+    velocity, and at each noise level that of the best linear predictor fitted to the training scenes. All shots must
+    have one size."""
     dataset = open_dataset(config)
     training_items = dataset.split(config.validation).training_items
     training = torch.stack([x.float() for i in training_items for x in dataset[i].latents])

@@ -59,8 +59,9 @@ class Watched(Filmmaker):
 
 
 def most_pointed(by_head: dict[int, Tensor]) -> tuple[int, int, Tensor]:
-    """Returns layer, head and shares [S, S] of the head that looks most at one earlier shot: of the routes from a shot
-    with several earlier ones, the largest share leads to a single one, on the average over shots."""
+    """Returns layer, head and shares [S, S] of the head whose routes lead most to one earlier shot: the largest share
+    that a single shot has of the routes of a later one, less chance, averaged over the shots with several before
+    them."""
     found = []
     for layer, counts in by_head.items():
         shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)

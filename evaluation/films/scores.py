@@ -1,4 +1,4 @@
-"""This module measures all that is measured of one sampled film, or of a folder of them, as plain numbers."""
+"""This module measures one sampled film, or a folder of them, as plain numbers."""
 
 import math
 from collections.abc import Sequence
@@ -31,8 +31,7 @@ class Measured:
 
 
 def measure(film: Film, features: Sequence[Features], clip: Clip | None, detector: ShotDetector) -> Measured:
-    """Returns what a film comes to. clip: for text alignment and the gate of consistency; None leaves them out. Each
-    sees the film once."""
+    """Returns the scores of a film. clip: for text alignment and the gate of consistency; None leaves them out."""
     every = [*features, clip] if clip and clip not in features else features
     seen = {one.name: [one.images(shot.pictures) for shot in film.shots] for one in every}
     alike = prompt_scores(film, clip, seen[clip.name]) if clip else None

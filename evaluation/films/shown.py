@@ -59,7 +59,7 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
         raise DataError("no-film", folder, "holds no whole film; name a folder that sample.py has finished")
     script = load_script(folder / METADATA)
     if schedule is not None and len(schedule) != len(script.shots):
-        said = f"has {len(script.shots)} shots, the schedule {len(schedule)}"
+        said = f"has {len(script.shots)} shots, the schedule {len(schedule)}; give a list of names for each shot"
         raise DataError("other-schedule", folder, said)
     names = names_by_shot(script) if schedule is None else [frozenset(shot) for shot in schedule]
     shots = []

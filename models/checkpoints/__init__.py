@@ -1,1 +1,1 @@
-"""Here checkpoints are found in what a path holds, opened strictly, and written in other forms."""
+"""This package finds what a path holds, opens checkpoints strictly, and writes them in other forms."""

@@ -48,7 +48,7 @@ class Experts(nn.Module):
         sizes = [{k: v for k, v in m.config.items() if not k.startswith("_")} for m in (high, low)]
         if sizes[0] != sizes[1]:
             differ = sorted(k for k in sizes[0] if sizes[0][k] != sizes[1].get(k))
-            raise UserError(f"the experts are not a pair: they differ in {differ}")
+            raise UserError(f"the experts are not a pair: they differ in {differ}; name the two of one model")
         self.high, self.low, self.boundary = high, low, boundary
         self.stream = high.stream
 

@@ -83,9 +83,8 @@ class MergedLora:
             kind = match["what"] or f"{'down' if match['down'] else 'up'}_{match['kind']}"
             by_layer.setdefault(layer, {})[kind] = name
         if unknown or not by_layer:
-            raise UserError(
-                f"{choice.path} is no LoRA of this model: {listed({'unknown tensors': unknown}) or 'it holds nothing'}"
-            )
+            why = listed({"unknown tensors": unknown}) or "it holds nothing"
+            raise UserError(f"{choice.path} is no LoRA of this model: {why}; name another")
         scaling = _scaling(source, path)
         factors: dict[str, tuple[str, str, float]] = {}
         differences: dict[str, list[str]] = {}
@@ -115,7 +114,7 @@ class MergedLora:
             found = {one: self.source.shapes[one] for one in added}
             misshapen += [f"{one} {shape}" for one, shape in found.items() if shape != tensors.get(name)]
         if misshapen:
-            raise UserError(f"{path} is no LoRA of this model: {listed({'misshapen': misshapen})}")
+            raise UserError(f"{path} is no LoRA of this model: {listed({'misshapen': misshapen})}; name another")
 
     def merge(self, name: str, tensor: Tensor) -> Tensor:
         """Returns a tensor of the model with what the LoRA adds, in fp32; as it is where that is nothing."""

@@ -93,7 +93,8 @@ class Checkpoint:
         except ValueError as error:  # the class itself refuses these settings
             raise UserError(f"{self.source.path}: {error}") from None
         except (TypeError, RuntimeError, ArithmeticError) as error:
-            raise UserError(f"{self.source.path}/config.json does not describe a {self.kind}: {error}") from None
+            said = f"{self.source.path}/config.json does not describe a {self.kind}: {error}"
+            raise UserError(f"{said}; fetch it again") from None
         found = {name: self.source.shapes[key] for name, key in self.stored.items()}
         check_tensors(self.source.path, self.kind, found, shapes(model.state_dict()))
         for adapter in self.adapters:
@@ -196,11 +197,14 @@ def _wan_names(source: TensorSource) -> tuple[str, dict[str, str]]:
     unknown = [name for name, new in renamed.items() if new is None]
     twice = [name for name, new in renamed.items() if new is not None and times[new] > 1]
     if len(unknown) == len(names):
-        raise UserError(f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}")
+        raise UserError(
+            f"{source.path} is no model of the Wan family, nor one of ours: it holds {names[:5]}; name another"
+        )
     if unknown or twice:
         raise UserError(
             f"{source.path} is not a text-to-video model of the Wan family: "
             + listed({"unknown tensors": unknown, "names of tensors with and without a prefix": twice})
+            + "; name another"
         )
     form = "comfyui" if any(name.startswith(COMFYUI_PREFIX) for name in names) else "original"
     return form, {new: name for name, new in renamed.items() if new is not None}
@@ -211,7 +215,8 @@ def _class_config(kind: type[StreamModel], settings: dict[str, Any], path: Path)
     known = signature(kind.__init__).parameters.keys() - {"self"}
     unknown = [key for key, value in settings.items() if key not in known and not key.startswith("_") and value]
     if unknown:
-        raise UserError(f"{path}/config.json has settings {unknown} that this {kind.__name__} does not know")
+        said = f"{path}/config.json has settings {unknown} that this {kind.__name__} does not know"
+        raise UserError(f"{said}; name another model")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in known}
 
 
@@ -226,7 +231,7 @@ def _infer_wan_config(shapes: dict[str, tuple[int, ...]], path: Path) -> dict[st
         raise UserError(f"{path} is not a whole Wan model: missing or misshapen are {wrong}; fetch it again")
     dim, channels, *patch_size = shapes[patch]
     if dim % HEAD_DIM:
-        raise UserError(f"{path} has width {dim}, not a multiple of {HEAD_DIM}: no Wan model")
+        raise UserError(f"{path} has width {dim}, not a multiple of {HEAD_DIM}: it is no Wan model; name another")
     blocks = {int(name.split(".")[1]) for name in shapes if name.startswith("blocks.")}
     return {
         "patch_size": tuple(patch_size),

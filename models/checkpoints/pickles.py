@@ -104,7 +104,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # the file holds code or is damaged; the old form raises many types of errors then
         raise UserError(f"{file} cannot be read safely: {_reason(error)}; fetch the release's own file again") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"{file} holds other things than tensors by name")
+        raise UserError(f"{file} holds other things than tensors by name; fetch the release's own file")
     quantized = [name for name, value in tensors.items() if value.dtype not in WEIGHT_DTYPES.values()]
     if quantized:
         raise UserError(
@@ -136,7 +136,7 @@ def _t5(tensors: dict[str, Tensor], file: Path) -> tuple[UMT5EncoderModel, dict[
         match = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)\.weight", name)
         stem = (T5_TOP if match[1] is None else T5_LAYER).get(match[2]) if match else None
         if match is None or stem is None:
-            raise UserError(f"{file} holds {name}, which Wan's T5 encoder does not have")
+            raise UserError(f"{file} holds {name}, which Wan's T5 encoder does not have; fetch the release's own")
         state[stem.format(match[1]) + ".weight"] = tensor
     bias = state["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
     attention, d_model = state["encoder.block.0.layer.0.SelfAttention.q.weight"].shape[:2]

@@ -130,5 +130,5 @@ def test_a_broken_picture_is_named(tmp_path):
 
 
 def test_a_size_the_codec_cannot_take_is_refused():
-    with pytest.raises(DataError, match=r"60x96 is not a multiple of 8"):
+    with pytest.raises(DataError, match=r"60x96 is not a multiple of 8, as this codec needs; take \[64, 96\]"):
         plan_film(script(ScriptShot("a", 1.0), size=(60, 96)), MeanCodec())
