@@ -14,9 +14,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from configs.run_record import check_same_run, sampling_command
+from configs.run_record import check_same_run, record_launch, sampling_command
 from moc.errors import UserError
-from moc.training import read_metrics
+from moc.training import Parallel, ParallelConfig, read_metrics
 from moc.training.integrity import checksums, files_to_seal, seal
 from tests import figures, pipeline
 from tests.composing import parsed
@@ -61,6 +61,28 @@ def test_a_change_allowed_by_name_keeps_the_settings_before(prepared, run):
     before, now = (yaml.safe_load((run / name).read_text()) for name in ("config.1.yaml", "config.yaml"))
     assert before["optim"]["lr"] != now["optim"]["lr"] == 0.001
     assert (run / "checkpoints/step_0000004").exists()
+
+
+def test_settings_that_were_left_are_all_kept(tmp_path):
+    parallel = Parallel(ParallelConfig("cpu"))
+    for rate in (1e-3, 2e-3, 3e-3):
+        record_launch(parsed("train", f"output={tmp_path}", "data.path=a", f"optim.lr={rate}"), parallel, 0)
+    names = ("config.1.yaml", "config.2.yaml", "config.yaml")
+    kept = [yaml.safe_load((tmp_path / "run" / name).read_text())["optim"]["lr"] for name in names]
+    assert kept == [1e-3, 2e-3, 3e-3]
+
+
+def test_a_field_that_an_earlier_version_did_not_have_in_a_list_is_no_change(tmp_path):
+    """A stage of the schedule has fields that may be null; a version that lacks one wrote none."""
+    config = parsed("train", f"output={tmp_path}", "data.path=a", "schedule=[{step: 0, chunk_tokens: 40}]")
+    settings = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    settings["schedule"] = [{"step": 0, "chunk_tokens": 40}]
+    config.run_folder.mkdir()
+    (config.run_folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    check_same_run(config)
+    other = parsed("train", f"output={tmp_path}", "data.path=a", "schedule=[{step: 0, chunk_tokens: 40, top_k: 3}]")
+    with pytest.raises(UserError, match=r"schedule=\[\{.*'top_k': 3"):
+        check_same_run(other)
 
 
 def test_a_longer_run_and_other_ways_to_compute_it_are_told_and_taken(prepared, run, caplog):

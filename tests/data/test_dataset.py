@@ -198,6 +198,15 @@ def test_drops_come_at_their_rates(cache):
     assert min(variants.values()) > 150
 
 
+def test_shots_lose_captions_and_frames_independently(cache):
+    """One number that drew both would leave every still without its caption."""
+    dataset = open_dataset(config(cache))
+    settings = config(cache, drop_shot_caption=0.5, drop_to_still=0.5)
+    draws = [dataset.draw(position, 2, settings) for position in range(200)]
+    pairs = Counter(pair for draw in draws for pair in zip(draw.drop_shot_captions, draw.to_still, strict=True))
+    assert min(pairs[one, other] for one in (False, True) for other in (False, True)) > 90  # of 600, 150 expected
+
+
 def test_stills_and_dropped_captions_in_the_sample(cache):
     dataset = open_dataset(config(cache))
     draw = Draw(0, 2, drop_global_caption=True, drop_shot_captions=(False, True, False), to_still=(True, False, False))
@@ -222,6 +231,16 @@ def test_validation_is_held_out_and_fixed(cache):
     with pytest.raises(DataError, match="none to train"):
         loader(config(cache, validation=12))
     assert len(open_dataset(config(cache)).split(12).held_out) == 12  # evaluation may hold out all
+
+
+def test_a_scene_of_several_sources_is_held_out_of_all_and_evaluated_as_the_first_has_it(cache):
+    dataset = open_dataset(config(None, sources=[SourceConfig(cache), SourceConfig(cache, 2.0)]))
+    split = dataset.split(3)
+    assert all(item < 12 for item in split.held_out)
+    assert [dataset.items[item][1].id for item in split.held_out] == [
+        dataset.items[item][1].id for item in open_dataset(config(cache)).split(3).held_out
+    ]
+    assert {item % 12 for item in split.training_items}.isdisjoint(split.held_out)
 
 
 def test_named_scenes_are_never_trained_on(cache):

@@ -95,6 +95,17 @@ def test_the_loss_is_taken_apart_by_noise_shot_and_source():
     assert breakdown.read() == {}
 
 
+def test_the_shots_of_a_long_film_count_as_one_from_the_sixteenth_on():
+    latent, text = torch.randn(4, 2, 4, 6), torch.randn(2, TEXT_DIM)
+    batch = make_batch([Sample([latent] * 18, [text] * 19, 0, "long")], mmdit().stream, 6)
+    outcome = Outcome(1, [batch], [NoiseLevels.equal(0.5, 18)], torch.arange(1.0, 19), torch.tensor([0.0, 0, 18]))
+    outcome.read()
+    breakdown = Breakdown()
+    breakdown.add(outcome)
+    by_shot = {name: loss for name, loss in breakdown.read().items() if name.startswith("loss/shot_")}
+    assert by_shot == {f"loss/shot_{number}": float(number) for number in range(1, 16)} | {"loss/shot_16": 17.0}
+
+
 def test_samples_of_a_mix_know_their_source(tmp_path):
     for name in "ab":
         write_cache(tmp_path / name, [scene(number, shots=1 + number) for number in range(2)])
@@ -178,11 +189,11 @@ def test_a_clock_adds_up_the_phases_of_micro_batches(monkeypatch):
         clock.begin("")
         spend(1.0)
     values = clock.read()
-    assert values["step_seconds"] == 10
-    assert {name: values[f"{name}_seconds"] for name in ("data", "forward", "backward", "optimizer")} == {
-        "data": 1, "forward": 4, "backward": 3, "optimizer": 1
+    assert {name.removesuffix("_seconds"): value for name, value in values.items() if name.endswith("_seconds")} == {
+        "step": 10, "data": 1, "forward": 4, "backward": 3, "optimizer": 1, "communication": 0
     }  # fmt: skip
     assert values["data_wait"] == 0.1
+    assert values["tokens_per_second"] == 2 * spend(0)[0].layout.num_tokens / 20
 
 
 def test_communication_is_told_apart_where_processes_hold_a_stream_together(two_processes):

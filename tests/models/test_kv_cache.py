@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from moc import MoCConfig
+from moc import MoCConfig, Shot, ShotLayout
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
 from moc.statistics import RoutingMap
 from models.checkpoints.experts import Experts
 from models.kv_cache import KVCache
 from models.mmdit import MMDiT
+from models.part import Part
 from models.wan import WanTransformer3DModel
 from tests.weights import randomized
 
@@ -64,6 +65,15 @@ def assert_equal(one, other) -> None:
     for index, latent in one[0].items():
         torch.testing.assert_close(latent, other[0][index], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(one[1], other[1])
+
+
+def test_a_cache_is_of_the_first_shots_of_one_story():
+    """Its tokens end where a group ends, and no other story's tokens follow."""
+    one = ShotLayout.build([Shot(2, (1, 2, 3))] * 2, global_text_tokens=3, chunk_tokens=6)
+    assert Part(one, start=11).num_tokens == 8
+    for layout, cached in ((one, 10), (ShotLayout.pack([one, one]), 11)):
+        with pytest.raises(ValueError, match=f"holds {cached} tokens, which are not the first shots"):
+            Part(layout, start=cached)
 
 
 @pytest.mark.parametrize("given", [(), (0,), (1, 2)])

@@ -19,7 +19,7 @@ from evaluation.films.consistency import Consistency, returns, within
 from evaluation.films.cuts import cut_accuracy
 from evaluation.films.features import Clip, ColourHistogram, Dino
 from evaluation.films.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
-from evaluation.films.scores import difference, measure
+from evaluation.films.scores import cuts, difference, measure
 from evaluation.films.shown import Film, find_films, names_by_shot, open_film, read_schedule
 from evaluation.films.speed_and_drift import drift, speed
 from film.folder import REQUEST
@@ -201,6 +201,29 @@ def test_drift_is_the_slope_over_shots(films, tmp_path):
 def test_cuts_tell_how_many_frames_they_are_off():
     assert cut_accuracy([9, 21, 40], [10, 20], 60).deviation == 1
     assert np.isnan(cut_accuracy([], [10], 60).deviation)
+
+
+class EightFrames:
+    """This detector finds a shot in every eight frames."""
+
+    name = "eight frames"
+
+    def finder(self):
+        return self
+
+    def see(self, frame) -> None:
+        pass
+
+    def spans(self):
+        return [(start, start + 8) for start in range(0, 32, 8)]
+
+
+def test_a_films_scripted_cuts_are_where_its_later_shots_begin_with_one(films):
+    """The first shot has no cut before it, and the third one goes on from the second."""
+    film = open_film(films["true"])
+    shots = [replace(shot, cut=number != 3) for number, shot in enumerate(film.shots, start=1)]
+    found = cuts(replace(film, shots=shots), EightFrames())
+    assert (found.precision, found.recall, found.deviation) == (pytest.approx(2 / 3), 1, 0)
 
 
 def test_local_weights_are_used(films, tmp_path):
