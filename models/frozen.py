@@ -155,11 +155,24 @@ def replace_linears(model: Any, base: Base) -> dict[str, FrozenLinear]:
     return frozen
 
 
+def has_fp8_matmuls(device: torch.device) -> bool:
+    """Returns whether this torch multiplies in fp8 on a device, which torch 2.11 does on no CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    numbers, scale = torch.zeros(16, 16, device=device).to(_FP8), torch.ones(16, 1, device=device)
+    try:
+        scaled_mm(numbers, numbers.t(), scale, ScalingType.RowWise, scale.t(), ScalingType.RowWise)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def multiply_in_fp8(model: Any, device: torch.device) -> None:
     """Has the frozen fp8 linears of a model multiply in fp8, where their sizes are multiples of 16. Raises UserError
-    for a GPU that has no such matmuls."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise UserError(f"{torch.cuda.get_device_name(device)} has no fp8 matmuls; leave out fp8_matmuls")
+    for a device that has no such matmuls."""
+    if not has_fp8_matmuls(device):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+        raise UserError(f"{name} has no fp8 matmuls with torch {torch.__version__}; leave out fp8_matmuls")
     for module in model.modules():
         if isinstance(module, FrozenLinear) and module.weight.dtype == torch.uint8:
             module.fp8_matmul = module.in_features % 16 == 0 == module.out_features % 16

@@ -9,11 +9,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moc import MoCConfig, Sample, make_batch
+from moc.errors import UserError
 from models import ModelConfig, build_model, load_model, save_model
 from models.frozen import (
     Base,
     FrozenLinear,
     Rounded,
+    has_fp8_matmuls,
     multiply_in_fp8,
     packed,
     replace_linears,
@@ -84,11 +86,22 @@ def test_a_linear_computes_with_the_kept_weight(base: Base, device: str) -> None
         torch.testing.assert_close(grad, expected_grad, **error)
 
 
+def test_a_cpu_without_fp8_matmuls_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("models.frozen.scaled_mm", missing)
+    with pytest.raises(UserError, match=r"the CPU has no fp8 matmuls with torch .*; leave out fp8_matmuls"):
+        multiply_in_fp8(nn.ModuleList(), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_linear_multiplies_in_fp8(has_bias: bool, device: str) -> None:
     """Both sides are rounded row by row, the input once for all linears that take it; other sizes multiply as they
     did."""
+    if not has_fp8_matmuls(torch.device(device)):
+        pytest.skip("this torch has no fp8 matmuls there")
     torch.manual_seed(0)
     layer = FrozenLinear(nn.Linear(48, 32, bias=has_bias), Base.fp8).to(device)
     odd = FrozenLinear(nn.Linear(12, 32), Base.fp8).to(device)
