@@ -12,14 +12,14 @@ if __name__ == "__main__":
 from configs.command import command
 from configs.schema import SampleConfig
 from film.filmmaker import Filmmaker
-from film.find import find_films
+from film.find import find_films, read_films
 
 
 @command("sample", SampleConfig)
 def main(config: SampleConfig) -> None:
     """Loads model and scripts, films shot by shot, and tells what to look at."""
     filmmaker, found = Filmmaker(config), find_films(config.script, config.out)
-    films = [(filmmaker.read(path, config.size, config.fps), folder) for path, folder in found]
+    films = read_films(found, filmmaker, config.size, config.fps)
     is_main = filmmaker.parallel.is_main
     if config.dry_run:
         for script, folder in films if is_main else ():

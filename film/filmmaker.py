@@ -23,11 +23,11 @@ from film.presentation import present
 from film.script import Script, load_script, parse_script
 from film.shooting import ROUTE_COUNTS, OnStep, Shooting
 from film.video import VideoConfig
-from moc import Execution, MoCConfig, __version__
+from moc import Execution, MoCConfig, StreamSpec, __version__
 from moc.checkout import commit
 from moc.counts import count_of
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
-from moc.errors import UserError, check_least
+from moc.errors import Refusals, UserError, check_least
 from moc.memory import SAMPLING, enough_for, usable_bytes
 from moc.statistics import RoutingMap
 from moc.training import MeshConfig, Parallel, ParallelConfig
@@ -138,6 +138,10 @@ class Filmmaker:
         model.execution = config.execution
         return model
 
+    @property
+    def stream(self) -> StreamSpec:
+        return self._loaded.stream
+
     @Shared
     def model(self) -> Any:
         """Returns the model on its device or those of the team, which it takes when the first film is sampled."""
@@ -176,25 +180,25 @@ class Filmmaker:
         self, path: Path, size: list[int] | None = None, fps: float | None = None, text: str | None = None
     ) -> Script:
         """Returns a script in the given size and frame rate, else in its own, else in those of the films that the model
-        was trained on. Tells of what the model never saw. text: of a script that is not in its file yet."""
+        was trained on. text: of a script that is not in its file yet."""
         given = {name: value for name, value in {"size": size, "fps": fps}.items() if value is not None}
         if text is None:
-            script = load_script(path, given, self.seen.defaults)
-        else:
-            script = parse_script(text, path, given, self.seen.defaults)
-        usual = self.sampler.guidance_scale
-        is_guided = any((usual if shot.guidance is None else shot.guidance) != 1 for shot in script.shots)
+            return load_script(path, given, self.seen.defaults)
+        return parse_script(text, path, given, self.seen.defaults)
+
+    def tell_unseen(self, script: Script) -> None:
+        """Warns of what of a film the model never saw."""
+        is_guided = script.is_guided(self.sampler.guidance_scale)
         unseen = self.seen.unseen(script.size, script.fps, len(script.shots), is_guided)
         if unseen:
             logger.warning("%s was never trained on %s; expect less of the film", self.checkpoint, ", ".join(unseen))
-        return script
 
     def plan(self, script: Script) -> FilmPlan:
         """Lays the stream of a script out and encodes what it says and shows."""
-        device, stream = self.parallel.device, self._loaded.stream
+        device = self.parallel.device
         plan = plan_film(script, self.encoders.codec.to(device), device, self.sampler.seed)
         text = self.encoders.text.to(device)
-        windowed = self.moc.text_flows_forward and not stream.text_in_stream
+        windowed = self.moc.text_flows_forward and not self.stream.text_in_stream
         plan.encode_texts(text.encode_windows if windowed else text.encode)
         text.to("cpu")  # from here on the model needs its memory
         return plan
@@ -214,18 +218,21 @@ class Filmmaker:
     def make(
         self, films: Sequence[tuple[Script, FilmFolder]], redo: Sequence[int] = (), watch: OnStep | None = None
     ) -> None:
-        """Films scripts, as `film` does; returns when all processes have made theirs. Before the first is sampled all
-        are encoded, and refused where one does not fit into memory; each team of processes takes its share of them."""
+        """Films scripts, as `film` does, each team of processes its share; returns when all are made. Before the first
+        is sampled all are encoded: UserError names all that cannot be, or do not fit into memory."""
         films = films[self.parallel.team :: self.parallel.num_teams]
-        plans = []
+        plans, refusals = [], Refusals()
         for script, folder in films:
-            if redo:
-                seeded = self.with_seeds_of(folder, script, redo) if self.parallel.leads else script
-                script = self.parallel.share(seeded)
-            plans.append((self.plan(script), folder))
-        for plan, folder in plans:
-            if self.parallel.leads and (redo or not folder.is_finished):
-                self.check_memory(plan.anew(redo) if redo else plan, is_begun=folder.request() is not None)
+            with refusals.noted(folder.path if len(films) > 1 else ""):
+                if redo:
+                    seeded = self.with_seeds_of(folder, script, redo) if self.parallel.leads else script
+                    script = self.parallel.share(seeded)
+                plans.append((plan := self.plan(script), folder))
+                if self.parallel.leads and (redo or not folder.is_finished):
+                    self.check_memory(plan.anew(redo) if redo else plan, is_begun=folder.request() is not None)
+        refusals.tell()
+        for script, _ in films:
+            self.tell_unseen(script)
         for plan, folder in plans:
             self.film(plan, folder, redo, watch)
         self.parallel.gather(None)
@@ -250,6 +257,7 @@ class Filmmaker:
             self.check_memory(plan)
         except UserError as error:
             lines.append(f"it does not fit into the memory of {self.parallel.device_name}: {error}")
+        self.tell_unseen(plan.script)
         return lines
 
     def _sampler_of(self, plan: FilmPlan) -> SamplingConfig:

@@ -1,9 +1,15 @@
-"""This module finds which films a command is to make: one of a script, or one of each script in a folder."""
+"""This module finds which films a command is to make, one of a script or one of each script in a folder, and reads
+their scripts."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from data.errors import DataError
+from film.filmmaker import Filmmaker
 from film.folder import METADATA, FilmFolder
+from film.plan import check_size
+from film.script import Script
+from moc.errors import Refusals
 
 SUFFIXES = {".yaml", ".yml", ".json"}
 
@@ -25,3 +31,27 @@ def find_films(script: str | Path, out: str | Path) -> list[tuple[Path, FilmFold
     if twice:
         raise DataError("same-name", script, f"holds two scripts named {twice}, which would be one film; rename one")
     return [(path, FilmFolder(out / path.stem)) for path in scripts]
+
+
+def read_films(
+    found: Sequence[tuple[Path, FilmFolder]],
+    filmmaker: Filmmaker,
+    size: list[int] | None = None,
+    fps: float | None = None,
+) -> list[tuple[Script, FilmFolder]]:
+    """Returns the scripts that `find_films` found, with their films' folders; computes nothing. size, fps: as in
+    `Filmmaker.read`.
+
+    Raises UserError that names all scripts that cannot be read, or whose size codec or model cannot take.
+    """
+    read, refusals = [], Refusals()
+    for path, folder in found:
+        with refusals.noted():
+            read.append((path, filmmaker.read(path, size, fps), folder))
+    if read:  # what is wrong with the model is no script's fault, and not noted
+        codec, stream = filmmaker.encoders.codec, filmmaker.stream
+    for path, script, _ in read:
+        with refusals.noted(path):
+            check_size(script.size, codec, stream)
+    refusals.tell()
+    return [(script, folder) for _, script, folder in read]

@@ -16,6 +16,7 @@ from data.errors import DataError
 from data.interfaces import Codec
 from film.footage import Footage, picture
 from film.script import Script, ScriptShot
+from moc import StreamSpec
 from moc.diffusion import Story, noise_key
 
 # The noise of the picture before shot i has number PICTURES + i, that of reference i REFERENCES + i, whatever the seed:
@@ -104,19 +105,28 @@ class FilmPlan:
         return self.script.record(self.seed, self.pictures)
 
 
+def check_size(size: tuple[int, int], codec: Codec, stream: StreamSpec) -> None:
+    """Raises UserError for a size of films, in pixels, that codec or model cannot take. stream: the model's."""
+    stream.grid(torch.Size((1, *_latent_size(size, codec))))
+
+
+def _latent_size(size: tuple[int, int], codec: Codec) -> tuple[int, int]:
+    (height, width), factor = size, codec.spatial_factor
+    if height % factor or width % factor:
+        nearest = [max(1, round(side / factor)) * factor for side in size]
+        said = f"{height}x{width} is not a multiple of {factor}, as this codec needs; take {nearest}"
+        raise DataError("bad-script", "size", said)
+    return height // factor, width // factor
+
+
 def plan_film(script: Script, codec: Codec, device: torch.device | str = "cpu", seed: int = 0) -> FilmPlan:
     """Lays the stream of a script out; raises DataError for a size the codec cannot take. device: the codec's. seed:
     of the shots that have none of their own."""
-    height, width = script.size
-    factor = codec.spatial_factor
-    if height % factor or width % factor:
-        nearest = [max(1, round(side / factor)) * factor for side in script.size]
-        said = f"{height}x{width} is not a multiple of {factor}, as this codec needs; take {nearest}"
-        raise DataError("bad-script", "size", said)
+    height, width = _latent_size(script.size, codec)
     plan, encode = FilmPlan(script, seed, device), codec.shot_encoder()
 
     def add(latent_frames: int, caption: str, cut: bool, key: int) -> None:
-        plan.shapes.append((codec.latent_channels, latent_frames, height // factor, width // factor))
+        plan.shapes.append((codec.latent_channels, latent_frames, height, width))
         plan.captions.append(caption)
         plan.cuts.append(cut)
         plan.noise_keys.append(key)

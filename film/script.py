@@ -100,6 +100,10 @@ class Script:
     references: tuple[Reference, ...] = ()
     entities: Mapping[str, str] | None = None
 
+    def is_guided(self, usual: float) -> bool:
+        """Returns whether some shot is guided. usual: the guidance scale of shots without one."""
+        return any((usual if shot.guidance is None else shot.guidance) != 1 for shot in self.shots)
+
     def record(self, seed: int, names: Mapping[Path, str]) -> dict[str, Any]:
         """Returns the script as JSON has it. seed: of the shots without one. names: under which pictures are named."""
         shots: list[dict[str, Any]] = []

@@ -4,7 +4,8 @@ import errno
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from enum import StrEnum
 from typing import Any
@@ -18,6 +19,28 @@ class UserError(ValueError):
 
     The message names the value, the rule and the remedy. A bug raises anything else and keeps its traceback.
     """
+
+
+class Refusals:
+    """This object gathers the errors of several things, so that the user hears of all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    @contextmanager
+    def noted(self, of: object = "") -> Iterator[None]:
+        """Notes a UserError that is raised within, and goes on. of: what the message names besides, if anything."""
+        try:
+            yield
+        except UserError as error:
+            self.errors.append(UserError(f"{of}: {error}") if of else error)
+
+    def tell(self) -> None:
+        """Raises the error that was noted, or UserError with the messages of several."""
+        if len(self.errors) > 1:
+            raise UserError(f"{len(self.errors)} are refused: " + "; and ".join(map(str, self.errors)))
+        if self.errors:
+            raise self.errors[0]
 
 
 def check_least(config: Any, owner: str, least: float, *names: str, null: str = "") -> None:

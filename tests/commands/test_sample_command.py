@@ -119,6 +119,35 @@ def test_scripts_that_cannot_be_filmed(capsys, tmp_path, trained, script, change
     assert not list(tmp_path.glob("film/*"))
 
 
+@pytest.mark.parametrize("settings", [["size=[63,96]"], ["size=[40,48]"], ["size=[63,96]", "dry_run=true"]])
+def test_a_size_that_cannot_be_filmed_is_refused_first_and_alone(capsys, caplog, tmp_path, trained, script, settings):
+    """That the model was never trained on it would only distract."""
+    assert_one_message(refusal(capsys, "sample.py", *sample_arguments(trained, script(), tmp_path), *settings), "size")
+    assert "never trained" not in caplog.text
+
+
+def test_a_batch_names_all_scripts_that_cannot_be_filmed(capsys, caplog, tmp_path, trained, monkeypatch):
+    """It names them before anything is encoded; what is found when they are encoded, before a film is begun."""
+    changes = {"empty": {"shots": []}, "good": {}, "odd": {"size": [30, 48]}, "typed": {"shot": 3}}
+    (tmp_path / "batch").mkdir()
+    for name, change in changes.items():
+        (tmp_path / f"batch/{name}.yaml").write_text(yaml.safe_dump(GOOD | change))
+    arguments = sample_arguments(trained, tmp_path / "batch", tmp_path / "films")
+    with monkeypatch.context() as patch:
+        patch.setattr("film.filmmaker.plan_film", lambda *_: pytest.fail("a script was encoded"))
+        said = refusal(capsys, "sample.py", *arguments)
+    words = ("empty.yaml shots: there is no shot", "odd.yaml: size: 30x48 is not", "typed.yaml shot: unknown field")
+    assert_one_message(said, "3 are refused", *words)
+    assert "good.yaml" not in said
+    (tmp_path / "batch/picture.png").write_bytes(b"no picture")
+    unreadable = {"shots": [GOOD["shots"][0] | {"image": "picture.png"}]}
+    for name in ("empty", "odd"):
+        (tmp_path / f"batch/{name}.yaml").write_text(yaml.safe_dump(GOOD | unreadable))
+    (tmp_path / "batch/typed.yaml").unlink()
+    assert_one_message(refusal(capsys, "sample.py", *arguments), "2 are refused", "films/empty: ", "films/odd: ")
+    assert not list(tmp_path.glob("films/*"))
+
+
 def sample_arguments(trained: Path, story: Path, out: Path) -> list[str]:
     return [f"checkpoint={trained}", f"script={story}", f"out={out}", "sampler.steps=1"]
 

@@ -101,12 +101,16 @@ def test_a_script_without_a_size_is_filmed_as_the_model_was_trained(trained, wri
     bare = {"shots": [SHOT] * 3}
     script = filmmaker.read(write(bare))
     assert script.size == (32, 48)
-    assert not caplog.messages or "never trained" not in caplog.text
-    assert filmmaker.read(write(bare | {"size": [64, 96]})).size == (64, 96)
+    filmmaker.tell_unseen(script)
+    assert "never trained" not in caplog.text
+    script = filmmaker.read(write(bare | {"size": [64, 96]}))
+    assert script.size == (64, 96)
+    filmmaker.tell_unseen(script)
     assert "was never trained on 64x96 (but 32x48); expect less of the film" in caplog.text
     caplog.clear()
     script = filmmaker.read(write(bare | {"size": [64, 96], "shots": [SHOT] * 4}), size=[32, 48], fps=7.5)
     assert (script.size, script.fps) == ((32, 48), 7.5)
+    filmmaker.tell_unseen(script)
     (message,) = caplog.messages
     assert "4 shots (but 3 at most)" in message
 
@@ -130,7 +134,8 @@ def test_guidance_that_a_model_never_learnt_is_told(trained, write, tmp_path, ca
     for scale, shot, is_told in ((2.0, SHOT, True), (1.0, guided, True), (1.0, plain, False)):
         caplog.clear()
         config = FilmmakerConfig(str(model), device="cpu", sampler=SamplingConfig(guidance_scale=scale))
-        Filmmaker(config).read(write(STORY | {"shots": [shot]}))
+        filmmaker = Filmmaker(config)
+        filmmaker.tell_unseen(filmmaker.read(write(STORY | {"shots": [shot]})))
         assert ("sampler.guidance_scale=1 films without it" in caplog.text) == is_told
 
 
