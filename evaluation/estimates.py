@@ -23,8 +23,12 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        half = "" if math.isnan(self.scenes) else f" ± {self.scenes:.4f}"
-        return f"{self.mean:.4f}{half}"
+        return self.shown(4)
+
+    def shown(self, digits: int, sign: str = "") -> str:
+        """Returns the mean with half of its interval, where it has one. sign: "+" shows that of a mean above 0 too."""
+        half = "" if math.isnan(self.scenes) else f" ± {self.scenes:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{half}"
 
 
 def estimate(values: Tensor) -> Estimate:

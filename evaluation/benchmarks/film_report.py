@@ -96,7 +96,7 @@ def _minus_dense(case: list[dict], cases: list[list[dict]], kind: str, sigma: fl
         if other[0]["row"] == "dense" and other is not case and matches:
             dense = _of(other, kind, sigma)
             found = estimate(100 * (_of(case, kind, sigma) - dense) / dense.mean())
-            return f"{found.mean:+.2f} ± {found.scenes:.2f} %"
+            return f"{found.shown(2, '+')} %"
     return ""
 
 
@@ -121,7 +121,7 @@ def _worth(cases: list[list[dict]], sigma: float) -> str:
 
 def _share(before: Tensor, after: Tensor, alone: Tensor) -> str:
     found = _lowered(before, after, alone)
-    return f"{found.mean:+.1f} ± {found.scenes:.1f} % ({found.count})" if found else ""
+    return f"{found.shown(1, '+')} % ({found.count})" if found else ""
 
 
 def _lowered(before: Tensor, after: Tensor, alone: Tensor) -> Estimate | None:
