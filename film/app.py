@@ -234,17 +234,16 @@ def _sampling(steps: int | None, guidance: float | None) -> dict[str, Any]:
     return {"steps": _filled(steps, "Steps"), "guidance_scale": _filled(guidance, "Guidance")}
 
 
-def launch(studio: Studio, port: int, block: bool = True) -> gr.Blocks:
+def launch(studio: Studio, port: int) -> None:
     """Serves the page on this machine alone, out of the studio's folder alone."""
     app = build_app(studio).queue(default_concurrency_limit=1)
     theme = gr.themes.Soft(
         primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
     app.launch(
-        server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=not block,
+        server_name="127.0.0.1", server_port=port, share=False, quiet=True,
         allowed_paths=[str(studio.folder)], theme=theme, css=_STYLE, js=_CHOOSE,
     )  # fmt: skip
-    return app
 
 
 def _follow(

@@ -26,8 +26,7 @@ from data.manifest import SceneRecord, ShotRecord, write_manifest
 from data.media.write import write_video
 from data.records import write_whole
 from data.storyworld.characters import BADGES
-from data.storyworld.config import Mode, StoryworldConfig
-from data.storyworld.recall_scenes import RecallConfig, draw_scenes, make_scene
+from data.storyworld.config import StoryworldConfig
 from data.storyworld.render import Renderer, Sighting
 from data.storyworld.scenes import Scene, Shot, plan_scene, vocabulary
 
@@ -103,15 +102,6 @@ def write_scene(config: StoryworldConfig, index: int) -> dict:
 
     write_video(Path(config.output) / _video_path(index), frames(), config.fps, crf=config.crf, options=X264)
     return _truth(config, index, scene, sightings)
-
-
-def recall_truth(config: RecallConfig, index: int) -> dict:
-    """Returns the truth of a scene that `stock` composes, as the CPU renderer draws it."""
-    scene = make_scene(config, draw_scenes(config, [index]), 0)
-    renderer = Renderer(scene, (config.size[0], config.size[1]), config.fps)
-    sightings = [[seen for _, seen in renderer.render(shot)] for shot in scene.shots]
-    same = StoryworldConfig(output="unused", seed=config.seed, mode=Mode.recall, fps=config.fps, size=config.size)
-    return _truth(same, index, scene, sightings)
 
 
 def _truth(config: StoryworldConfig, index: int, scene: Scene, sightings: list[list[list[Sighting]]]) -> dict:

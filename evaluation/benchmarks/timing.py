@@ -41,7 +41,8 @@ def copy_bytes_per_ms() -> float:
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source), 10)
 
 
-def matmul_flops_per_ms(size: int = 8192) -> float:
-    """Returns FLOPs a millisecond of one square bf16 matmul."""
+def matmul_flops_per_ms() -> float:
+    """Returns FLOPs a millisecond of one large square bf16 matmul."""
+    size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / median_ms(lambda: a @ b, 20)

@@ -329,10 +329,11 @@ class RouteCount:
         return dict(zip(("hits", "routed", "reached", "asked"), rows.unbind(1), strict=True))
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: int, count: int) -> tuple[float, float]:
     """Returns the 95 % interval of a share, by Wilson's score."""
     if not count:
         return 0.0, 1.0
+    z = 1.96
     share, square = right / count, z * z / count
     middle, half = share + square / 2, z * math.sqrt(share * (1 - share) / count + square / (4 * count))
     return (middle - half) / (1 + square), (middle + half) / (1 + square)

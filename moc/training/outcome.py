@@ -62,10 +62,10 @@ class Outcome:
         everyone = gather_lists(self._shot_ids)
         return list(dict.fromkeys(broken or everyone))
 
-    def worst_scenes(self, most: int = 3) -> list[str]:
-        """Returns the scenes of the largest losses, the worst first. Every process takes part."""
+    def worst_scenes(self) -> list[str]:
+        """Returns the three scenes of the largest losses, the worst first. Every process takes part."""
         shots = gather_lists([(shot.loss, shot.scene) for shot in self.target_shots()])
-        return list(dict.fromkeys(scene for _, scene in sorted(shots, reverse=True)))[:most]
+        return list(dict.fromkeys(scene for _, scene in sorted(shots, reverse=True)))[:3]
 
 
 @dataclass(slots=True)  # hundreds are made a step: frozen, each would take twice as long

@@ -123,9 +123,9 @@ def _open(file: Path):
         raise UserError(f"{file} is damaged or no safetensors file ({error}); {remedy(file)}") from None
 
 
-def listed(problems: dict[str, list[str]], most: int = 10) -> str:
-    """Returns problems in words: of each how many names it has, and the first `most` of them."""
-    sentences = []
+def listed(problems: dict[str, list[str]]) -> str:
+    """Returns problems in words: how many names each has, and the first ten of them."""
+    sentences, most = [], 10
     for what, names in problems.items():
         if names:
             rest = f" and {len(names) - most} more" if len(names) > most else ""

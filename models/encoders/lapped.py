@@ -30,6 +30,7 @@ AMPLITUDE = 10.0
 OPPONENT = (1.0, 0.5, 0.35)
 TEMPO = 1.5
 DECAY = 1.2
+SOFT = 1e-2  # added to squared derivatives of pixels, so that total variation has a gradient everywhere
 
 
 def dct_matrix(size: int) -> Tensor:
@@ -191,13 +192,13 @@ def across_borders(video: Tensor, rotation: Tensor) -> Tensor:
     return turned[..., HALF:-HALF, HALF:-HALF]
 
 
-def variation_gradient(video: Tensor, soft: float = 1e-2) -> Tensor:
-    """Returns the gradient of the total variation of [3, F, H, W], summing sqrt(soft + squared derivative) over pixels.
+def variation_gradient(video: Tensor) -> Tensor:
+    """Returns the gradient of the total variation of [3, F, H, W], summing sqrt(SOFT + squared derivative) over pixels.
 
     The derivative is that of all colours by time and space together, so that an edge is an edge in all; its square is
     the mean of those to either side.
     """
-    squares, gradient = torch.full_like(video[0], soft), torch.zeros_like(video)
+    squares, gradient = torch.full_like(video[0], SOFT), torch.zeros_like(video)
     steps = [video.diff(dim=dim) for dim in (1, 2, 3)]
     for dim, step in enumerate(steps):
         half = step.square().sum(0) / 2

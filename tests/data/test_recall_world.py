@@ -19,7 +19,6 @@ from data.storyworld.recall_scenes import ACTION_NAMES, NAMES, RecallConfig, cap
 from data.storyworld.render import SHUTTER, Renderer
 from data.storyworld.scenes import words_of
 from data.storyworld.stock import Composed
-from data.storyworld.world_files import recall_truth
 from moc import Batch, StreamSpec
 from moc.errors import UserError
 from models import EncodersConfig, build_encoders
@@ -100,9 +99,11 @@ def test_shots_coloured_in_half_precision_are_the_same_within_a_level(config):
 def test_cover_is_where_the_character_is(world):
     scenes = draw_scenes(CONFIG, [3])
     cover = world.stock.compose(scenes).cover
-    for shot, of_shot in zip(recall_truth(CONFIG, 3)["shots"], cover, strict=True):
-        (actor,) = shot["actors"]
-        for (x0, y0, x1, y1), mask in zip(actor["boxes"], of_shot > 0.5, strict=True):
+    scene = make_scene(CONFIG, scenes, 0)
+    renderer = Renderer(scene, (CONFIG.size[0], CONFIG.size[1]), CONFIG.fps)
+    for shot, of_shot in zip(scene.shots, cover, strict=True):
+        boxes = [sighting.box for _, (sighting,) in renderer.render(shot)]
+        for (x0, y0, x1, y1), mask in zip(boxes, of_shot > 0.5, strict=True):
             rows, columns = (mask.any(dim).nonzero().flatten() for dim in (1, 0))
             found = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
             assert found == pytest.approx([x0, y0, x1, y1], abs=1.01)
@@ -125,9 +126,8 @@ def test_the_last_shot_returns_to_a_name_that_one_shot_showed():
     assert (scenes.place[:, 1:] != scenes.place[:, :-1]).all()
     for values, count in ((scenes.fur, len(COLOURS)), (scenes.action, len(ACTION_NAMES)), (scenes.name, len(NAMES))):
         assert set(values.ravel().tolist()) == set(range(count))
-    truth = recall_truth(CONFIG, 5)
-    last = [recall for recall in truth["recalls"] if recall["shot"] == CONFIG.shots - 1]
-    assert [(recall["name"], recall["distance"]) for recall in last] == [(NAMES[names[5, -1]], scenes.distance[5])]
+    last = [recall for recall in make_scene(CONFIG, scenes, 5).recalls if recall.shot == CONFIG.shots - 1]
+    assert [(recall.name, recall.distance) for recall in last] == [(NAMES[names[5, -1]], scenes.distance[5])]
 
 
 def test_captions_tell_no_looks_and_have_one_length(world):

@@ -139,7 +139,7 @@ class Steps(Outcome):
     def __init__(self, step):
         self.step = step
 
-    def worst_scenes(self, most=3):
+    def worst_scenes(self):
         return ["scene"]
 
 
