@@ -90,7 +90,7 @@ def _apportion(shares: np.ndarray, total: int) -> list[int]:
     remainders = shares * total - counts
     while counts.sum() != total:
         change = 1 if counts.sum() < total else -1
-        i = int(np.argmax(remainders * change))
+        i = int(np.argmax(np.where(counts + change > 0, remainders * change, -np.inf)))
         counts[i] += change
         remainders[i] -= change
     return counts.tolist()

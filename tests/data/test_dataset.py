@@ -75,6 +75,16 @@ def test_mixing_weights_are_met_exactly():
 FIXED_ORDER = [8, 4, 1, 6, 3, 2, 7, 5, 9, 0, 2, 7]
 
 
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((1, 2), [333, 667]), ((2, 1), [667, 333]), ((1, 1, 2000), [1, 1, 998])]
+)
+def test_mixing_weights_are_met_to_the_nearest_whole_number_and_none_is_left_out(weights, counts):
+    order = SampleOrder([Source((number,), weight) for number, weight in enumerate(weights)], seed=0)
+    for first in (0, 1000):
+        found = Counter(order[position][0] for position in range(first, first + 1000))
+        assert [found[number] for number in range(len(weights))] == counts
+
+
 def test_the_order_is_fixed_for_ever():
     """The order belongs to a run's meaning: a change of numpy or of this code must not move it."""
     order = SampleOrder([Source(tuple(range(10)))], seed=7)

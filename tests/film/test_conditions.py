@@ -50,6 +50,7 @@ def colour(video: Path, frame: int) -> list[int]:
 def test_a_part_of_a_video_in_frames_of_the_film(take):
     assert seconds_after(take, 0.5) == pytest.approx(1.5)
     assert Footage(take, 0.0, 0.5, 12).frames == list(range(6))
+    assert Footage(take, 0.0834, 0.25, 12).frames == [1, 2, 3]  # a start is rounded: 1 / 12 is 0.08333
     assert Footage(take, 1.0, 0.5, 6).frames == [12, 14, 16]
     assert Footage(take, 1.0, 1.0, 24).frames == [12 + n // 2 for n in range(24)]
     (piece,) = Footage(take, 1.5, 0.5, 12).pieces(9, (32, 48), "cpu")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.errors import DataError
 from data.manifest import CUT_PREFIX
-from film.plan import plan_film
+from film.plan import counts_that_stay, plan_film
 from film.script import Reference, ScriptShot
 from moc.diffusion import noise_key
 from tests.film.made_up import MeanCodec, echo, script
@@ -121,6 +121,34 @@ def test_a_reference_picture_is_encoded_on_the_codecs_device(picture):
     plan = plan_film(script(ScriptShot("a", 1.0, image=picture)), MetaCodec(), "meta")
     assert plan.given[0].device.type == "meta"
     assert plan.given[0].shape == (3, 1, 8, 12)
+
+
+@pytest.mark.parametrize(("frames", "still"), [(1, 1), (5, 5), (81, 9)])
+def test_a_last_image_is_encoded_as_the_end_of_a_still_video(picture, frames, still):
+    """A latent frame depends on the two before it, where the shot has so many."""
+    lengths = []
+
+    class CountingCodec(MeanCodec):
+        def encode(self, video):
+            lengths.append(video.shape[1])
+            return super().encode(video)
+
+    shot = ScriptShot("a", frames / 16, last_image=picture)
+    plan = plan_film(script(shot, fps=16), CountingCodec())
+    assert lengths == [still]
+    assert plan.ends[0].shape == (3, 1, 8, 12)
+
+
+def test_counts_of_routes_stay_where_a_shot_is_made_anew():
+    """Its own routes are counted again, and its picture leaves the stream."""
+    references, others = {"references": [{}]}, [{"prompt": "a"}, {"prompt": "c"}]
+    before = references | {"shots": [others[0], {"prompt": "b", "image": "b.png"}, others[1]]}
+    now = references | {"shots": [others[0], {"prompt": "b"}, others[1]]}
+    counts = torch.arange(25.0).view(1, 1, 5, 5)
+    rows, columns = torch.tensor([0, 1, 3, 4])[:, None], torch.tensor([0, 1, 3, 4])
+    stay = counts[:, :, rows, columns]
+    stay[:, :, 2] = 0
+    torch.testing.assert_close(counts_that_stay(counts, before, now, [2]), stay)
 
 
 def test_a_broken_picture_is_named(tmp_path):
