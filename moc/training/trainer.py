@@ -7,7 +7,6 @@ on N processes equals a run on one, and a resumed run equals one that was never 
 
 import gc
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -25,18 +24,18 @@ from moc.diffusion.flow import Flow, NoiseLevels
 from moc.errors import UserError, check_least
 from moc.schedule import MoCSchedule
 from moc.training import checkpoint as ckpt
-from moc.training.breakdown import Breakdown
 from moc.training.clock import Clock
 from moc.training.ema import EMA
 from moc.training.group_numbers import GroupNumbers
 from moc.training.interruption import GOES_ON, TRIAL_ENDED, Interruption
 from moc.training.metrics import Metrics, headline
 from moc.training.optim import OptimConfig, build_optimizer, freeze, learning_rate, set_learning_rate, take_step
-from moc.training.outcome import Outcome, SkipCount, Spikes, TooManySkipped, Totals, check_finite
+from moc.training.outcome import Outcome, TooManySkipped, Totals, check_finite
 from moc.training.parallel import Parallel
 from moc.training.passes import Passes
 from moc.training.saving import Saver, Snapshot
 from moc.training.shards import hollow, whole
+from moc.training.step_log import StepLog
 from moc.training.survey import Survey
 from moc.training.validation import Validator
 
@@ -133,17 +132,15 @@ class Trainer:
             config.save_in_background,
             save_extras,
         )
-        self._clock, self._breakdown = Clock(parallel.device), Breakdown()
+        self._clock = Clock(parallel.device)
         parallel.timed_by(self._clock.communication)
         self.bare_model, self.model = model, parallel.wrap(model)
         self.ema, self.optimizer = EMA(model, config.ema_decay), build_optimizer(model, optim)
         self._group_numbers = GroupNumbers(self.optimizer)
         self.step = 0
-        self.skips, self.spikes = SkipCount(config.max_skipped_steps, parallel.is_main), Spikes(parallel.is_main)
-        self._outcomes: deque[Outcome] = deque()  # outcomes of steps that `_look` has not read
+        self.step_log = StepLog(config.max_skipped_steps, parallel.is_main)
         self._survey: Survey | None = None  # the survey of the newest step, if it is a log_every-th
         self._pass = Passes(parallel, self.model, flow, seed, config.cuda_graphs)
-        self._proven = True  # whether the weights have given a finite loss, as far as is known
         self._validation_due = True
         self._interruption = Interruption()
 
@@ -166,7 +163,7 @@ class Trainer:
         self._group_numbers.restore(state.get("optimizer", {"groups": [], "empty": []}))
         self.step = state["step"]
         self._saver.saved_step = self.step
-        self.skips.total = state.get("skipped_steps", 0)
+        self.step_log.skips.total = state.get("skipped_steps", 0)
         self._validation_due = state.get("validation_due", False)
         return state["data"]
 
@@ -222,7 +219,7 @@ class Trainer:
         saves = last or _due(self.step, self.config.checkpoint_every)
         if saves or _due(self.step, self.config.log_every):
             totals = self._look(metrics)
-            if saves and not self._proven:
+            if saves and not self.step_log.proven:
                 remedy = "lower optim.lr or resume from an earlier checkpoint"
                 raise FloatingPointError(f"the loss is {totals.loss} at step {self.step}; {remedy}")
             values = self._summary(totals)
@@ -255,7 +252,7 @@ class Trainer:
         self._saver.join()
         if self.is_trial:
             told = TRIAL_ENDED
-        elif not self._proven:
+        elif not self.step_log.proven:
             told = "the weights give no finite loss and are not saved; the same command goes on"
         elif self.step > self._saver.saved_step:
             self.save(self._data_state, last=True)
@@ -268,7 +265,7 @@ class Trainer:
     def _pass_over(self) -> None:
         """Saves where the data stands after skipped steps, so that a run which goes on does not meet them at once; but
         not if they never gave a finite loss, which may be the weights' fault."""
-        if self._proven:
+        if self.step_log.proven:
             self.save(self._data_state)
             self._saver.join()
         if self.parallel.is_main:
@@ -279,7 +276,7 @@ class Trainer:
         """Saves a checkpoint of this step; every process takes part. last: see `Saver.save`."""
         check_finite(self.parallel, self.bare_model, self.ema, self.optimizer, self.step)
         state = {"step": self.step, "seed": self.seed, "data": data_state, "flow": asdict(self.flow)}
-        state |= {"skipped_steps": self.skips.total, "validation_due": self._validation_due}
+        state |= {"skipped_steps": self.step_log.skips.total, "validation_due": self._validation_due}
         state |= {"optimizer": self._group_numbers.state()}
         snapshot = Snapshot(
             self.step,
@@ -330,31 +327,15 @@ class Trainer:
         self.ema.update()
         self._clock.begin("")
         self.step += 1
-        self._outcomes.append(Outcome(self.step, batches, levels, by_shot, totals))
+        self.step_log.add(Outcome(self.step, batches, levels, by_shot, totals))
 
     def _look(self, metrics: Metrics | None, but: int = 0) -> Totals:
-        """Reads the outcomes of all steps but the `but` newest, which the device may still be at; returns the last one.
-
-        Skipped steps are logged. Raises FloatingPointError where they are too many.
-        """
-        totals = Totals()
-        while len(self._outcomes) > but:
-            outcome = self._outcomes.popleft()
-            totals = outcome.read()
-            # A step that follows a skipped one has the same weights, so what is known of them stays true.
-            self._proven = totals.num_finite > 0 or (self._proven and self.skips.in_a_row > 0)
-            self._breakdown.add(outcome)
-            try:
-                scenes = self.skips.add(outcome, totals)
-            except TooManySkipped:
-                self._pass_over()
-                raise
-            if scenes and metrics:
-                metrics.log(outcome.step, {"skipped_scenes": ", ".join(scenes)})
-            spike = self.spikes.add(outcome, totals)
-            if spike and metrics:
-                metrics.log(outcome.step, {"spike_scenes": ", ".join(spike)})
-        return totals
+        """Reads outcomes as `StepLog.read` does; saves where the data stands before it raises TooManySkipped."""
+        try:
+            return self.step_log.read(metrics, but)
+        except TooManySkipped:
+            self._pass_over()
+            raise
 
     def _summary(self, totals: Totals) -> dict[str, Any]:
         """Returns the values to log for a step; the loss is over the targets of all processes, which all take part."""
@@ -363,13 +344,13 @@ class Trainer:
         survey = self._survey.read(speed, self.parallel.dtype) if self._survey else {}
         timing["tokens_per_second"] = float(self.parallel.sum(self.parallel.put(torch.tensor(speed))))
         settings = {
-            "skipped_steps": self.skips.total,
+            "skipped_steps": self.step_log.skips.total,
             "lr": learning_rate(self.step - 1, self.config.num_steps, self.optim),
             "chunk_tokens": moc.chunk_tokens,
             "top_k": moc.top_k,
         }
         memory_peak = memory.peak_gib(self.parallel.device)
-        return totals.finite() | settings | timing | memory_peak | self._breakdown.read() | survey
+        return totals.finite() | settings | timing | memory_peak | self.step_log.breakdown.read() | survey
 
     def _validate(self, validator: Validator, metrics: Metrics | None) -> bool:
         """Logs the held-out loss of the averaged weights; returns whether it was finished, rather than interrupted.

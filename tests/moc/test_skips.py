@@ -67,7 +67,7 @@ def test_a_run_goes_on_as_if_skipped_steps_were_not_there(cache, tmp_path):
         resumed = train(cache, tmp_path / "half", num_steps=8, resume=True)
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
     assert skipped(tmp_path / "half") == skipped(tmp_path / "whole")
-    assert resumed.skips.total == len(skipped(tmp_path / "whole"))
+    assert resumed.step_log.skips.total == len(skipped(tmp_path / "whole"))
     one, two = (everything(find_checkpoint(tmp_path / name)) for name in ("whole", "half"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
