@@ -22,7 +22,7 @@ from moc.errors import UserError
 
 
 @dataclass
-class MemoryConfig(SampleConfig):
+class DrawMemoryConfig(SampleConfig):
     """These settings say what to film and where to draw it.
 
     output: the WebP to write.
@@ -31,8 +31,8 @@ class MemoryConfig(SampleConfig):
     output: str = "docs/memory.webp"
 
 
-@command("draw_memory", MemoryConfig)
-def main(config: MemoryConfig) -> None:
+@command("draw_memory", DrawMemoryConfig)
+def main(config: DrawMemoryConfig) -> None:
     filmmaker, folder = Watched(config), FilmFolder(Path(config.out))
     if folder.path.exists():
         raise UserError(f"out={config.out} exists; the film is made anew, so name another folder")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from data.prepare.scan import scan_video
@@ -36,6 +37,12 @@ def cut_accuracy(found: Sequence[int], truth: Sequence[int], num_frames: int) ->
     hits = len(match_cuts(found, truth, TOLERANCE))
     deviation = sum(errors) / len(errors) if errors else math.nan
     return CutAccuracy(math.exp(-discrepancy), _share(hits, len(found)), _share(hits, len(truth)), deviation)
+
+
+def scripted_cuts(is_cut: Sequence[bool], frames: Sequence[int]) -> list[int]:
+    """Returns the first frames of the shots of a film, but for the first one, that begin with a cut. frames: how many
+    each shot has."""
+    return [start for cut, start in zip(is_cut[1:], accumulate(frames), strict=False) if cut]
 
 
 def found_cuts(film: Path, detector: ShotDetector) -> list[int]:

@@ -13,7 +13,7 @@ from data.loading.loader import held_out
 from data.prepare.shots import ShotDetector
 from data.storyworld.readers import name_place
 from data.storyworld.scenes import place_of_caption
-from evaluation.films.cuts import CutAccuracy, cut_accuracy, found_cuts
+from evaluation.films.cuts import CutAccuracy, cut_accuracy, found_cuts, scripted_cuts
 from film.folder import FilmFolder
 from film.script import Script
 from moc import StreamSpec
@@ -41,15 +41,13 @@ class Verdict:
 
 def judge_film(film: Path, script: Script, detector: ShotDetector) -> Verdict:
     """Reads `film/shots/NN.mp4` and `film/video.mp4`, as sample.py wrote them for `script`."""
-    files, places, cuts, num_frames = FilmFolder(film), [], [], 0
+    files, places, lengths = FilmFolder(film), [], []
     for number, shot in enumerate(script.shots, start=1):
         frames = files.frames(number, lambda count: list(range(count)), lambda height, width: (height, width))
         places.append((place_of_caption(shot.prompt), name_place(frames)))
-        if number > 1 and shot.cut:
-            cuts.append(num_frames)
-        num_frames += len(frames)
-    found = found_cuts(film, detector)
-    return Verdict(places, cuts, found, cut_accuracy(found, cuts, num_frames))
+        lengths.append(len(frames))
+    cuts, found = scripted_cuts([shot.cut for shot in script.shots], lengths), found_cuts(film, detector)
+    return Verdict(places, cuts, found, cut_accuracy(found, cuts, sum(lengths)))
 
 
 def held_out_floors(config: DataConfig, sigmas: Sequence[float]) -> tuple[float, list[float]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from data.prepare.shots import ShotDetector
 from evaluation.estimates import half_difference, half_width
 from evaluation.films.consistency import Consistency, consistency, fidelity, prompt_scores
-from evaluation.films.cuts import CutAccuracy, cut_accuracy, found_cuts
+from evaluation.films.cuts import CutAccuracy, cut_accuracy, found_cuts, scripted_cuts
 from evaluation.films.features import Clip, Features
 from evaluation.films.shown import Film
 from evaluation.films.speed_and_drift import STILL, drift, speed
@@ -48,12 +48,9 @@ def measure(film: Film, features: Sequence[Features], clip: Clip | None, detecto
 
 def cuts(film: Film, detector: ShotDetector) -> CutAccuracy:
     """Returns how well the cuts found in the whole video match the scripted ones."""
-    scripted, frames = [], 0
-    for index, shot in enumerate(film.shots):
-        if index and shot.cut:
-            scripted.append(frames)
-        frames += shot.frames
-    return cut_accuracy(found_cuts(film.folder, detector), scripted, frames)
+    frames = [shot.frames for shot in film.shots]
+    scripted = scripted_cuts([shot.cut for shot in film.shots], frames)
+    return cut_accuracy(found_cuts(film.folder, detector), scripted, sum(frames))
 
 
 def scores(name: str, films: Sequence[Measured]) -> dict[str, Any]:
