@@ -8,7 +8,6 @@ from torch import Tensor
 from moc.errors import UserError
 
 Group = dict[str, Any]
-_OURS = ("lr", "factor")  # the trainer sets these at every step
 
 
 class GroupNumbers:
@@ -53,7 +52,7 @@ def _numbers(group: Group) -> dict[str, Any]:
     for key, value in group.items():
         if isinstance(value, Tensor) and value.dim() == 0:
             found[key] = {"value": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
-        elif isinstance(value, int | float) and key not in _OURS:
+        elif isinstance(value, int | float) and key != "lr":  # the trainer sets it at every step
             found[key] = value
     return found
 

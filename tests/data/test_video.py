@@ -236,6 +236,11 @@ def test_resample_shows_what_is_on_screen():
     assert resample(times, 0, 48, 12) == list(range(0, 48, 2))
     assert resample(times, 10, 20, None) == list(range(10, 20))
     assert resample(times, 0, 24, 48) == [i // 2 for i in range(48)]
+    for fps in (24, 25, 29.97, 30):  # at the video's own rate each frame is shown once, whatever rounding does
+        assert all(
+            resample([i / fps for i in range(90)], start, start + 45, fps) == list(range(start, start + 45))
+            for start in range(45)
+        )
     slow_then_fast = [0.0, 0.5, 1.0, 1.1, 1.2, 1.3]
     assert resample(slow_then_fast, 0, 6, 10) == [0] * 5 + [1] * 5 + [2, 3, 4, 5] + [5] * 1
 

@@ -102,6 +102,9 @@ def test_two_experts_have_twice_the_weights_and_twice_the_memory(trained, write)
     block = sum(weight.nbytes for weight in one.blocks.parameters()) / len(one.blocks)
     assert memory(one, swap_blocks=2) == memory(one)  # two blocks are always on the device
     assert memory(pair) - memory(pair, swap_blocks=3) == 2 * block
+    offloaded = estimate(plan, replace(filmmaker.sampler, offload_cache=True), pair, **settings)
+    caches = 4 * len(one.blocks)  # layers of both experts on both sides of guidance, of which two are on the device
+    assert memory(pair) - offloaded.memory == pytest.approx(offloaded.host_memory * (1 - 2 / caches))
 
 
 @pytest.mark.usefixtures("no_decoding")
