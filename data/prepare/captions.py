@@ -169,8 +169,7 @@ def _object(value: object, where: str) -> dict:
 
 def _locate(root: Path, name: str) -> str:
     """Returns the path under `root` that a name means: as it stands, or in videos/ or images/."""
-    folders = () if ".." in Path(name).parts else _MEDIA_FOLDERS
-    for folder in folders:
+    for folder in _MEDIA_FOLDERS:
         relative = (Path(folder) / name).as_posix()
         with suppress(DataError):
             resolve(root, relative, name)

@@ -8,10 +8,12 @@ from PIL import Image
 
 import moc
 from data.cache.reader import open_cache
+from data.errors import DataError
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import build_loader
 from data.manifest import SceneRecord, ShotRecord, load_manifest
 from data.media.write import write_video
+from data.prepare.report import Report
 from tests.encoders import numbers_in
 from tests.preparing import film_folder, run, scene, scenes
 
@@ -107,6 +109,16 @@ def test_report_shows_every_shot(folder):
     assert "&lt;b&gt;bold" in page
     assert page.count("<figure>") == 2
     assert all(span in page for span in ("[0, 9) ", "[9, 18) "))
+
+
+def test_a_report_tells_of_each_kind_of_problem_how_many_and_the_first():
+    report = Report()
+    for kind, where in (("broken", "a.mp4"), ("hdr", "b.mp4"), ("broken", "c.mp4")):
+        report.add_problem(DataError(kind, where, f"what is wrong with {where}"))
+    assert report.told() == [
+        "2 broken, the first: a.mp4: what is wrong with a.mp4",
+        "1 hdr: b.mp4: what is wrong with b.mp4",
+    ]
 
 
 def test_prepared_data_loads(folder):

@@ -132,6 +132,11 @@ def test_a_page_holds_the_routes_of_each_layer_and_noise_level(film):
     assert (counts[:, :, 1:].sum((1, 2, 3)) > 0).all()
 
 
+def test_storyboards_are_in_the_order_of_their_numbers():
+    names = ["storyboard.png", "storyboard_2.png", "storyboard_10.png"]
+    assert sorted(names, key=page._numbered) == names
+
+
 def test_routes_to_pictures_are_counted_apart():
     counts = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
     assert page._counts_of_shots(counts, [0, 2]).tolist() == [[[[1, 3, 2], [7, 9, 8]]]]

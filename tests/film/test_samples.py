@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from data.loading.dataset import DataConfig, open_dataset
@@ -14,6 +15,7 @@ from moc import MoCConfig
 from moc.diffusion import Flow
 from moc.training import Parallel, ParallelConfig, read_metrics
 from tests import figures, pipeline
+from tests.caches import scene, write_cache
 from tests.pipeline import assert_one_message, refusal
 
 
@@ -33,6 +35,16 @@ def test_samples_are_drawn_at_their_steps_and_change_nothing(prepared, trained, 
     again = pipeline.train(prepared, tmp_path / "again", "trainer.sample_every=1")
     assert (again / "samples/step_0000002.png").read_bytes() == whole
     assert (again / "samples/step_0000003.png").read_bytes() != whole
+
+
+def test_a_sample_is_of_the_first_scene_held_out_or_of_all(tmp_path):
+    dataset = open_dataset(DataConfig(str(write_cache(tmp_path, [scene(number) for number in range(6)]))))
+    (held_out,) = dataset.split(1).held_out
+    assert held_out
+    for validation, item in ((1, held_out), (0, 0)):
+        told, null = samples._scene(dataset, validation)
+        assert told.id == null.id == dataset.items[item][1].id
+        assert not torch.equal(told.text[0], null.text[0])
 
 
 def test_samples_need_prepared_data(tmp_path, capsys):

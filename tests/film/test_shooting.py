@@ -154,6 +154,24 @@ def test_a_folder_is_tied_to_what_its_film_is_asked_to_be(tmp_path):
         folder.check_request(other | {"sampler": {"steps": 3}})
 
 
+def test_a_whole_film_says_which_shots_can_be_made_anew(tmp_path):
+    """A given video cannot, nor all shots together."""
+    given, one, other = {"video": "given/a.mp4", "start": 0}, {"seed": 1}, {"seed": 2}
+    folder = FilmFolder(tmp_path)
+
+    def remedy(before, now):
+        folder.write_metadata(REQUEST | {"script": {"shots": before}})
+        with pytest.raises(DataError, match="holds another film: its script") as error:
+            folder.check_request(REQUEST | {"script": {"shots": now}})
+        return error.value.message.partition("; ")[2]
+
+    elsewhere = "name another folder, or remove this one"
+    assert remedy([given, one, one], [given, one, other]) == f"make anew with redo=[3], {elsewhere}"
+    assert remedy([given, one, one], [given | {"start": 1}, one, one]) == elsewhere
+    assert remedy([one, one], [other, other]) == elsewhere
+    assert remedy([one, one], [one]) == elsewhere
+
+
 def test_one_process_at_a_time_has_a_folder(tmp_path):
     with FilmFolder(tmp_path).held():
         with pytest.raises(HeldError, match="in use by another process"), FilmFolder(tmp_path).held():

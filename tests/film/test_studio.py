@@ -133,6 +133,14 @@ def test_a_shot_is_made_anew_and_its_takes_compared(studio):
     assert studio.film("walk").shot(2).read_bytes() == takes[1].read_bytes()
 
 
+def test_takes_are_in_the_order_of_their_numbers(studio):
+    folder = studio.film("walk").path / "takes"
+    folder.mkdir(parents=True)
+    for number in range(11):
+        (folder / f"02_{number}.mp4").touch()
+    assert [path.stem for path in studio.takes("walk", 2)] == [f"02_{number}" for number in range(11)]
+
+
 def test_what_cannot_be_made_anew_leaves_script_and_takes(studio, tmp_path):
     """A given video is no shot that is made, and a longer script is another film's."""
     studio.save("walk", STORY)

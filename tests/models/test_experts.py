@@ -141,6 +141,16 @@ def test_experts_that_take_turns_are_the_same(experts):
     assert turns.high._hf_hook.prev_module_hook.model is turns.low
 
 
+@torch.no_grad()
+def test_the_high_noise_expert_begins_at_the_boundary(experts):
+    model, called = load_denoiser(experts["files"]), []
+    for name in ("high", "low"):
+        getattr(model, name).register_forward_hook(lambda *_, name=name: called.append(name))
+    for sigma in (1.0, 0.875, 0.874):
+        run(model, sigma)
+    assert called == ["high", "high", "low"]
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_one_expert_at_a_time_is_on_the_gpu(experts):

@@ -35,6 +35,14 @@ def test_conversion_there_and_back(reduced, reduced_file: Path, tmp_path: Path) 
         convert(open_checkpoint(reduced_file), tmp_path / "folder")
 
 
+def test_a_sample_of_a_tensor_is_from_its_middle(tmp_path: Path) -> None:
+    """Fingerprints that checkpoints keep are made of such samples."""
+    write_tensors(tmp_path / "a.safetensors", [("x", torch.float32, (3, 4))], lambda _: torch.arange(12.0))
+    source = TensorSource(tmp_path / "a.safetensors")
+    assert source.sample("x", 4).tolist() == [4, 5, 6, 7]
+    assert source.sample("x", 99).tolist() == list(range(12))
+
+
 def test_conversion_leaves_what_lies_beside_its_output(reduced_file: Path, tmp_path: Path) -> None:
     """The files are the user's, named as other programs name their unfinished ones."""
     (tmp_path / "folder.partial").mkdir()

@@ -1,6 +1,7 @@
 """These tests are about LoRAs of other makers: their names, their scales, and what is refused."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,9 @@ def test_settings_beside_a_file_and_in_its_header_scale(wan, matrices, tmp_path)
     save_file(in_form("peft", matrices), tmp_path / "peft/adapter_model.safetensors")
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8}))
     assert_added(wan, [LoraChoice(tmp_path / "peft")], expected)
+    settings = {"r": 2, "lora_alpha": 4 * math.sqrt(2), "use_rslora": True}  # divided by the root of the rank
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(settings))
+    assert_added(wan, [LoraChoice(tmp_path / "peft")], expected)
     header = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 8})}
     save_file(in_form("diffusers", matrices), tmp_path / "lora.safetensors", header)
     assert_added(wan, [LoraChoice(tmp_path / "lora.safetensors")], expected)
@@ -155,6 +159,10 @@ def test_experts_have_their_own(wan, matrices, tmp_path):
     ):
         for change, right in zip(changes(*loras), expected, strict=True):
             torch.testing.assert_close(change, right, rtol=1e-4, atol=1e-5)
+    one = {name: tensor for name, tensor in both.items() if "transformer_2" not in name}
+    save_file(one, tmp_path / "one.safetensors")
+    plain = read_choices(str(tmp_path / "one.safetensors"))
+    torch.testing.assert_close(changes((), plain)[1], up @ down, rtol=1e-4, atol=1e-5)  # a file of no expert's
     with pytest.raises(UserError, match="this model is a single one"):
         load_denoiser(wan, None, torch.float32, (), choices)
 
