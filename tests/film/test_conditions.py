@@ -154,9 +154,10 @@ def test_videos_of_one_continuous_video_come_first(take, write):
     plan = plan_film(load_script(write(story)), MeanCodec(continuous=True))
     assert [shape[1] for shape in plan.shapes[:2]] == [2, 2]
     assert plan.given.keys() == {0, 1}
-    late = STORY | {"shots": [SHOT, given(), SHOT]}
-    with pytest.raises(DataError, match=r"shots\[1\]\.video.*given ones come first"):
-        plan_film(load_script(write(late)), MeanCodec(continuous=True))
+    for before in ([SHOT], [given(), SHOT]):
+        late = STORY | {"shots": [*before, given(), SHOT]}
+        with pytest.raises(DataError, match=rf"shots\[{len(before)}\]\.video.*given ones come first"):
+            plan_film(load_script(write(late)), MeanCodec(continuous=True))
 
 
 def test_what_is_of_another_size_is_told_in_one_line(tmp_path, write, caplog):

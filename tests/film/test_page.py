@@ -12,7 +12,10 @@ import torch
 from film import page
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.folder import FilmFolder
+from film.plan import plan_film
+from film.script import ScriptShot
 from moc.diffusion import SamplingConfig
+from tests.film.made_up import MeanCodec, script
 
 EVIL = '</script><script>alert("x")</script> & 兔子'
 SHOT = {"prompt": "Mia walks.", "seconds": 4 / 12}
@@ -130,6 +133,16 @@ def test_a_page_holds_the_routes_of_each_layer_and_noise_level(film):
     assert np.abs(shown - counts.numpy()).max() <= float(counts.max()) / 65535
     assert (counts.sum((0, 2, 3)) > 0).sum() > 1  # counts are kept for each noise level
     assert (counts[:, :, 1:].sum((1, 2, 3)) > 0).all()
+
+
+def test_a_shot_is_said_to_look_back_to_the_three_that_have_most_of_its_routes():
+    plan = plan_film(script(*[ScriptShot("a", 0.5)] * 5), MeanCodec())
+    record = {"script": {"shots": [{"seed": 0}] * 5}, "estimate": {"shot_tokens": [1] * 5}, "redone": []}
+    counts = torch.zeros(1, 1, 5, 6)
+    counts[0, 0, 2, :2] = torch.tensor([3.0, 997])  # less than half a percent is not told
+    counts[0, 0, 4] = torch.tensor([10.0, 50, 5, 30, 0, 5])  # the last column is for pictures
+    told = [shot["looks_to"] for shot in page._shots(plan, record, counts)]
+    assert told == [[], [], [(2, 100)], [], [(2, 50), (4, 30), (1, 10)]]
 
 
 def test_storyboards_are_in_the_order_of_their_numbers():
