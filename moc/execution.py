@@ -36,7 +36,9 @@ class Execution:
     @staticmethod
     def of(given: "Execution | str | None") -> "Execution":
         """Returns an execution as it is, that of a backend's name, or the default one for None."""
-        return AUTO if given is None else given if isinstance(given, Execution) else Execution(given)  # type: ignore[arg-type]
+        return given if isinstance(given, Execution) else _NAMED.get(given) or Execution(given)  # type: ignore[arg-type]
 
 
 AUTO = Execution()
+# torch 2.11 cannot compile how one is made.
+_NAMED = {None: AUTO} | {backend.value: Execution(backend) for backend in Backend}
