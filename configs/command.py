@@ -242,9 +242,10 @@ def parse(cfg: DictConfig, schema: type[T]) -> T:
     begins with `~/` is a path in the user's home.
     """
     known = defaults(schema)
-    cfg = OmegaConf.create(_at_home(_plain(cfg)))
-    if missing := list(_missing(_plain(cfg), known)):
+    values = _at_home(_plain(cfg))
+    if missing := list(_missing(values, known)):
         raise UserError(_not_set(missing, words(schema)))
+    cfg = OmegaConf.create(values)
     try:
         OmegaConf.missing_keys(cfg)  # raises an error that names an interpolation without a target
         _check_elements(cfg, schema)

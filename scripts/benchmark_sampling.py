@@ -4,11 +4,10 @@ python scripts/benchmark_sampling.py [films=[paper]] [impls=[moc,dense]] [modes=
 
 The sampler is the films' own, on the shape of Wan2.1-T2V-1.3B with random weights in bf16 and with guidance. `paper`
 is a minute of 8 x 23,040 tokens, `wan` one of 480x832 at 16 fps, 375,960 tokens in eight shots, `wan_12` the same in
-twelve, of at most 81 frames as Wan was trained on. A whole film is extrapolated: `timed`
-steps are taken of each stream (the shots that a step sees), the first of which may have to remember a shot. Streams
-that are computed whole cost the same in every mode, so that one measurement of them serves all modes of a call.
-`decode` is a random AutoencoderKLWan on one shot. Each row is written as soon as it is measured and replaces one of
-the same settings.
+twelve, of at most 81 frames as Wan was trained on. A whole film is extrapolated: `timed` steps are taken of each stream
+(the shots that a step sees), the first of which may have to remember a shot. Streams that are computed whole cost the
+same in every mode, so that one measurement of them serves all modes of a call. `decode` is a random AutoencoderKLWan on
+one shot. Each row is written as soon as it is measured and replaces one of the same settings.
 
 One H100 is expected to take (by count, from docs/benchmarks/model.md; start and compilation, about a minute, included):
 

@@ -14,12 +14,11 @@ import torch
 from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row, read_rows
 from evaluation.benchmarks.step import by_kind
 from evaluation.benchmarks.timing import check_gpu
-from evaluation.benchmarks.training_steps import bare_trainer, random_film, timed_step
+from evaluation.benchmarks.training_steps import bare_trainer, dense_kernels, random_film, timed_step
 from moc import Execution, MoCConfig
 from moc.batch import Batch, make_batch
 from moc.errors import UserError
 from moc.files import write_whole
-from moc.kernels import dense
 from moc.training import Parallel, ParallelConfig, Trainer
 from moc.training.parallel import gather_lists
 from models import ModelConfig, build_model
@@ -204,9 +203,8 @@ def head(config: BenchmarkConfig) -> dict[str, Any]:
 
 def dense_kernel(config: BenchmarkConfig) -> str:
     """Returns the name of the kernel of dense attention, which MoC's own shots take as well."""
-    on_gpu, head_dim = torch.cuda.is_available(), config.model.dim // config.model.num_heads
-    some = torch.empty(0, 1, head_dim, device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16)
-    return dense.choose(some, config.execution.dense_kernel).name
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return dense_kernels(config.model, config.execution, device)[0].name
 
 
 def add_row(config: BenchmarkConfig, row: dict[str, Any]) -> None:

@@ -20,13 +20,12 @@ from data.loading.ahead import ahead
 from data.loading.parcel import Parcel, unwrap, wrap
 from evaluation.benchmarks.measurements import header, markdown_table, measured_on, put_row
 from evaluation.benchmarks.timing import check_gpu, copy_bytes_per_ms, matmul_flops_per_ms
-from evaluation.benchmarks.training_steps import bare_trainer
+from evaluation.benchmarks.training_steps import bare_trainer, dense_kernels
 from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample, make_batch
 from moc.cost import attention_cost
 from moc.diffusion import Flow
 from moc.files import write_whole
-from moc.kernels import dense
 from moc.training import Trainer
 from moc.training.parallel import Parallel
 from models import ModelConfig, build_model
@@ -109,14 +108,6 @@ def make_pack(model: StreamModel, grid: tuple[int, int, int], scenes: int, chunk
     return wrap(make_batch([sample(n) for n in range(scenes)], model.stream, chunk_tokens).in_stacks())
 
 
-def varlen_kernel(trainer: Trainer, execution: Execution) -> str:
-    """Returns the name of the dense kernel that runs of different lengths take."""
-    config = trainer.bare_model.config
-    q = torch.empty(0, 1, config.dim // config.num_heads, dtype=torch.bfloat16, device=trainer.parallel.device)
-    kernel = dense.choose(q, execution.dense_kernel, execution.deterministic)
-    return (dense.choose_varlen(kernel, q) or kernel).name
-
-
 def arriving(parcels: Iterable[Parcel]) -> Iterator[Batch]:
     """Returns the batches of the parcels by turns, without end, through pinned memory and a thread, as the loader has
     them."""
@@ -130,9 +121,10 @@ def measure(trainer: Trainer, grid: tuple[int, int, int], config: StepConfig, ra
     scene = SHOTS * (grid[0] * grid[1] * grid[2] + TEXT_TOKENS) + TEXT_TOKENS
     scenes = max(SIZES, config.tokens // scene)
     parcels = [make_pack(model, grid, scenes - n, moc.chunk_tokens) for n in range(SIZES)]
+    _, varlen = dense_kernels(config.model, config.execution, trainer.parallel.device)
     row: dict = {"model": f"dim {config.model.dim}, {config.model.num_layers} layers", "tokens": config.tokens,
                  "grid": list(grid), "scenes": scenes, "pack_tokens": unwrap(parcels[0]).layout.num_tokens,
-                 "varlen_kernel": varlen_kernel(trainer, config.execution)}  # fmt: skip
+                 "varlen_kernel": varlen.name}  # fmt: skip
 
     def add(**values: object) -> None:
         print(", ".join(f"{name} {value}" for name, value in values.items()), flush=True)

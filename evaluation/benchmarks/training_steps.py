@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
-from moc import MoCConfig
+from moc import Execution, MoCConfig
 from moc.batch import Batch, Sample
 from moc.diffusion import Flow
+from moc.kernels import dense
+from moc.kernels.dense import DenseKernel
 from moc.schedule import MoCSchedule
 from moc.training import OptimConfig, Parallel, Trainer, TrainerConfig
+from models import ModelConfig
 
 TEXT_TOKENS = 64  # of each caption
 CAPTIONS = 8  # the most that have text, with the global one: Wan takes 512 rows of it
@@ -23,6 +26,14 @@ def bare_trainer(
     target."""
     chosen = flow or Flow(history_rate=0), moc, MoCSchedule(), optim or OptimConfig(), TrainerConfig()
     return Trainer(parallel, model, *chosen, Path("no run"), 0, lambda _: None)
+
+
+def dense_kernels(model: ModelConfig, execution: Execution, device: torch.device) -> tuple[DenseKernel, DenseKernel]:
+    """Returns the dense kernel that a model's attention takes in bf16, and the one that it takes for runs of different
+    lengths."""
+    q = torch.empty(0, 1, model.dim // model.num_heads, dtype=torch.bfloat16, device=device)
+    kernel = dense.choose(q, execution.dense_kernel, execution.deterministic)
+    return kernel, dense.choose_varlen(kernel, q) or kernel
 
 
 def random_film(shots: int, latent: list[int], text_dim: int, position: int = 0) -> Sample:

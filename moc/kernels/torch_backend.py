@@ -1,9 +1,9 @@
 """Backend `torch` merges anchored and routed attention of stock kernels by their LSE. It runs on CPUs and any GPU.
 
 Anchored attention is dense calls (`anchors`). Routed attention gathers the queries that chose a chunk against that
-chunk, in one variable-length call where a kernel takes it, else in one small dense call a list. A few
-heads at a time bound the memory. The backward of either gets the merged output and LSE, which makes it exact. Short
-samples on a CPU take one call each, under a mask (`masked`).
+chunk, in one variable-length call where a kernel takes it, else in one small dense call a list. A few heads at a time
+bound the memory. The backward of either gets the merged output and LSE, which makes it exact. Short samples on a CPU
+take one call each, under a mask (`masked`).
 
 Shape letters: L packed tokens, Lq queries, N heads, Nb heads of a head block, D head dim, M chunks, K slots of a query,
 R routed rows. In lists and tables of slots, tokens are queries and count from the first of them.
