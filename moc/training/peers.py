@@ -51,9 +51,10 @@ def _leaves(rank: int) -> bool:
 
 
 def _lives(pid: int) -> bool:
+    """Returns whether a process of this command still runs. If another user's process has its id, it has ended."""
     try:
         os.kill(pid, 0)  # sends nothing
-    except ProcessLookupError:
+    except (ProcessLookupError, PermissionError):
         return False
     return True
 

@@ -1,6 +1,7 @@
 """These tests are about who computes where and how precisely: one owner, asked by every command."""
 
 import logging
+import socket
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import yaml
 from accelerate import PartialState
 
 from moc.errors import UserError, disk_error
-from moc.training import Parallel, ParallelConfig
+from moc.training import Parallel, ParallelConfig, peers
 from models.mmdit import MMDiT
 from tests import pipeline
 from tests.composing import composed
@@ -117,3 +118,21 @@ def test_only_errors_between_the_processes_name_those_that_are_absent(error, bro
     with pytest.raises(UserError if broken else RuntimeError) as raised, parallel.naming_absent():
         raise error
     assert ("do not answer: rank 1 on host" in str(raised.value)) == broken
+
+
+@pytest.mark.parametrize("gone", [ProcessLookupError(), PermissionError(1, "Operation not permitted")])
+def test_a_process_whose_id_is_nobodys_or_another_users_is_dead(gone, monkeypatch):
+    """Linux uses the ids of processes that ended again, for whichever user comes next."""
+    store = torch.distributed.HashStore()
+    store.set("moc/process/1", f"{socket.gethostname()} 4242")
+    monkeypatch.setattr(peers, "_store", lambda: store)
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+
+    def kill(pid, number):
+        raise gone
+
+    monkeypatch.setattr("os.kill", kill)
+    assert peers.dead_processes() == [f"rank 1 on {socket.gethostname()}"]
+    monkeypatch.setattr("os.kill", lambda pid, number: None)
+    assert peers.dead_processes() == []
