@@ -78,9 +78,8 @@ def route(
 
 
 def _router(q: Tensor, config: MoCConfig, execution: Execution) -> ModuleType:
-    """Returns the module that will route; Triton's kernels know no candidates but all, and one mean of a chunk."""
-    plain = config.candidates is not Candidates.all or config.descriptor_subchunks > 1
-    return routing if plain else resolve_backend(q, execution.backend)
+    """Returns the module that will route; Triton's kernels know no candidates but all."""
+    return resolve_backend(q, execution.backend) if config.candidates is Candidates.all else routing
 
 
 def moc_attention(

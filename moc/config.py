@@ -60,8 +60,7 @@ class MoCConfig:
     descriptor: what routing scores: q and k as attention uses them (`post_rope`) or those of `route_qk` (`pre_rope`).
     descriptor_subchunks: into how many runs of tokens a chunk is cut, each with a mean of its own (1: the paper's). A
         chunk scores log(sum of n_j / n exp(q . mean_j / sqrt(D))), where sub-chunk j has n_j of its n tokens: with more
-        of them that is nearer to the softmax mass it would have. Plain tensor code routes so, also where the backend is
-        Triton.
+        of them that is nearer to the softmax mass it would have.
     drop_off_max: p_max of context drop-off (training only); a query loses floor(p k) of k routes, p ~ U(0, p_max).
     drop_in_rate, drop_in_max: lambda of context drop-in (training only), and its bound; a query gains
         min(Poisson(lambda), drop_in_max) chunks.

@@ -30,23 +30,30 @@ def descriptors(k: Tensor, layout: ShotLayout, subchunks: int = 1) -> Tensor:
     """Returns the mean key of every chunk, or of each of its subchunks: k [L, N, D] -> [M * subchunks, N, D], in fp32
     (fp64 for fp64 keys). That of an empty one, in a chunk of fewer tokens than subchunks, is 0."""
     wide = k if k.dtype == torch.float64 else k.float()
-    offsets = layout.chunk_cu_seqlens if subchunks == 1 else _subchunk_offsets(layout, subchunks)
+    offsets = layout.chunk_cu_seqlens if subchunks == 1 else subchunk_tables(layout, subchunks)[0]
     return torch.segment_reduce(wide, "mean", offsets=offsets.long(), unsafe=True, initial=0)
 
 
-def _subchunk_offsets(layout: ShotLayout, subchunks: int) -> Tensor:
-    """Returns where the subchunks of all chunks begin, and the end of the last: int [M * subchunks + 1]."""
+def subchunk_tables(layout: ShotLayout, subchunks: int) -> tuple[Tensor, Tensor]:
+    """Returns where the subchunks of all chunks begin, and the end of the last, int32 [M * subchunks + 1]; and the log
+    of each one's share of its chunk's tokens, fp32 [M, subchunks]. Of the subchunks of a chunk the last is never empty;
+    the log of an empty one's share is -inf."""
+    return layout.table(("subchunks", subchunks), lambda: _subchunk_tables(layout, subchunks))
+
+
+def _subchunk_tables(layout: ShotLayout, subchunks: int) -> tuple[Tensor, Tensor]:
     starts = layout.chunk_cu_seqlens
     cuts = torch.arange(subchunks, device=starts.device)
-    return torch.cat([(starts[:-1, None] + starts.diff()[:, None] * cuts // subchunks).flatten(), starts[-1:]])
+    offsets = torch.cat([(starts[:-1, None] + starts.diff()[:, None] * cuts // subchunks).flatten(), starts[-1:]])
+    tokens = offsets.diff().unflatten(0, (-1, subchunks))
+    return offsets.int(), (tokens / tokens.sum(1, keepdim=True)).log()
 
 
 def _log_mass(scores: Tensor, layout: ShotLayout, subchunks: int, head_dim: int) -> Tensor:
     """Returns the scores of chunks by those of their subchunks, as `MoCConfig.descriptor_subchunks` says:
     [N, l, M * subchunks] -> [N, l, M]."""
-    tokens = _subchunk_offsets(layout, subchunks).diff().unflatten(0, (-1, subchunks))
-    shares = tokens / tokens.sum(1, keepdim=True)
-    return (scores.unflatten(-1, (-1, subchunks)) * head_dim**-0.5 + shares.log()).logsumexp(-1)
+    _, log_shares = subchunk_tables(layout, subchunks)
+    return (scores.unflatten(-1, (-1, subchunks)) * head_dim**-0.5 + log_shares).logsumexp(-1)
 
 
 @torch.no_grad()

@@ -128,8 +128,10 @@ def masked_blocks(q: Tensor) -> Blocks:
     return MASKED_HALF if padded(q.shape[-1]) <= 64 else MASKED_HALF_WIDE_HEADS
 
 
-def route_blocks(q: Tensor, top_k: int) -> dict[str, int]:
-    """Returns BQ queries, BC chunks and num_warps of the routing kernel."""
+def route_blocks(q: Tensor, top_k: int, subchunks: int) -> dict[str, int]:
+    """Returns BQ queries, BC chunks and num_warps of the routing kernel. Those for several subchunks are chosen by what
+    spills least (docs/benchmarks/kernels_ahead.md); they are not measured."""
+    several = subchunks > 1
     if q.dtype == torch.float32:
-        return {"BQ": 32, "BC": 16, "num_warps": 4}
-    return {"BQ": 128 if top_k <= 8 else 64, "BC": 32, "num_warps": 4}
+        return {"BQ": 32, "BC": 16, "num_warps": 8 if several else 4}
+    return {"BQ": 128 if top_k <= 8 and not several else 64, "BC": 32, "num_warps": 4}

@@ -4,7 +4,8 @@ A program takes BQ queries of one head, walks over the chunks they may route to,
 chunks of each query in registers: as long as some query has a score above its worst kept one, each query takes its
 best remaining score. Chunks come in stream order and only a strictly better score displaces a kept one, so ties go to
 the lowest index. Means enter the matrix unit as a sum of terms of q's dtype (three bf16 or two fp16), which restores
-fp32 accuracy, as q itself is exact. With many routes a query a shortlist comes first (`triton_shortlist`).
+fp32 accuracy, as q itself is exact. With many routes a query a shortlist comes first (`triton_shortlist`), unless
+chunks are scored by the means of their sub-chunks.
 
 Source: arXiv 2508.21058, section 3 (routing by mean-pooled keys). It equals `moc.routing.route`, except that the routes
 of a query come in no order.
@@ -20,12 +21,13 @@ from torch import Tensor
 from moc.config import DropKey, MoCConfig
 from moc.context import candidate_runs
 from moc.kernels.sizes import cdiv, next_power_of_2, padded, route_blocks
-from moc.kernels.triton_bounds import candidate_bounds, candidate_mask, chunk_scores
+from moc.kernels.triton_bounds import candidate_bounds, candidate_mask, chunk_scores, log_mass
 from moc.kernels.triton_drops import drop_routes
 from moc.kernels.triton_kernels import load_rows
 from moc.kernels.triton_shortlist import list_capacity, shortlist_pays, shortlist_routes
 from moc.layout import ShotLayout
 from moc.routes import Routes
+from moc.routing import subchunk_tables
 
 TERMS = {torch.bfloat16: 3, torch.float16: 2, torch.float32: 1}
 
@@ -35,7 +37,7 @@ def means_kernel(
     k, means, slack, chunk_starts, num_heads, num_chunks, stride,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program computes the mean key of one chunk and head.
+    """A program computes the mean key of one chunk, or subchunk, and head. That of an empty subchunk is 0.
 
     means [TERMS, N, M, DP]: the mean, split into terms of k's dtype that add up to it.
     slack [N, M]: what a unit query's score with the first term alone can lack, rounding included.
@@ -46,7 +48,7 @@ def means_kernel(
     for start in range(first, last, BLOCK):
         row = start + tl.arange(0, BLOCK)
         total += tl.sum(load_rows(k + head * D, row, stride, row < last, D, DP).to(tl.float32), 0)
-    rest = total / (last - first)  # the part of the mean that no term holds yet
+    rest = total / tl.maximum(last - first, 1)  # the part of the mean that no term holds yet
     length = tl.sqrt(tl.sum(rest * rest))
     pointer = means + (head * num_chunks + chunk) * DP + tl.arange(0, DP)
     for i in tl.static_range(TERMS):
@@ -81,13 +83,15 @@ def _keep_best(scores, chunk, values, kept, BC: tl.constexpr, NONE: tl.constexpr
     do_not_specialize=["num_tokens", "num_heads", "num_chunks", "top_k"], do_not_specialize_on_alignment=["token_chunk"]
 )
 def route_kernel(
-    q, means, routes, counts, token_chunk, candidates, chunk_is_text, num_tokens, num_heads, num_chunks, stride, top_k,
+    q, means, log_shares, routes, counts, token_chunk, candidates, chunk_is_text, num_tokens, num_heads, num_chunks,
+    subchunks, stride, top_k,
     TERMS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KP: tl.constexpr, BQ: tl.constexpr, BC: tl.constexpr,
     CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """A program routes BQ queries of one head; with a CAPACITY, only where some of them has a count [N, L] above it.
 
-    routes [N, L, K]: the chunks chosen, -1 in empty slots. KP: K padded to a power of two.
+    log_shares: where chunks are scored by their subchunks, whose means are then given; else None. routes [N, L, K]: the
+    chunks chosen, -1 in empty slots. KP: K padded to a power of two.
     """
     NONE: tl.constexpr = 1 << 30
     head = tl.program_id(1)
@@ -105,7 +109,12 @@ def route_kernel(
         kept = tl.zeros([BQ, KP], tl.int32) - 1 - slot
         for start in range(tl.min(tl.where(valid, first, NONE), 0), tl.max(last, 0), BC):
             chunk = start + tl.arange(0, BC)
-            scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, TERMS, DP, BQ, BC)
+            if log_shares is None:
+                scores = chunk_scores(queries, means, head, chunk, num_heads, num_chunks, TERMS, DP, BQ, BC)
+            else:
+                scores = log_mass(
+                    queries, means, log_shares, head, chunk, num_heads, num_chunks, subchunks, TERMS, D, DP, BQ, BC
+                )
             allowed = candidate_mask(chunk, first, last, own_first, own_last, chunk_is_text, num_chunks)
             scores = tl.where(allowed, scores, -float("inf"))
             values, kept = _keep_best(scores, chunk, values, kept, BC, NONE)
@@ -114,9 +123,10 @@ def route_kernel(
 
 
 def chunk_means(k: Tensor, chunk_starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean key of each chunk as terms of k's dtype, and the slack of the first one.
+    """Returns the mean key of each chunk as terms of k's dtype, and the slack of the first one.
 
-    k [L, N, D] -> [TERMS, N, M, DP], DP the padded head dim, and fp32 [N, M].
+    k [L, N, D], chunk_starts [M + 1] -> [TERMS, N, M, DP], DP the padded head dim, and fp32 [N, M]. Subchunks are taken
+    like chunks.
     """
     _, num_heads, head_dim = k.shape
     num_chunks = chunk_starts.numel() - 1
@@ -131,22 +141,25 @@ def chunk_means(k: Tensor, chunk_starts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _route(
-    q: Tensor, k: Tensor, chunk_starts: Tensor, token_chunk: Tensor, candidates: Tensor, chunk_is_text: Tensor,
-    top_k: int,
+    q: Tensor, k: Tensor, starts: Tensor, token_chunk: Tensor, candidates: Tensor, chunk_is_text: Tensor, top_k: int,
+    log_shares: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """Returns routes int32 [N, Lq, K]. starts: of the chunks or, where `log_shares` [M, subchunks] is given, of their
+    subchunks."""
     num_tokens, num_heads, head_dim = q.shape
     routes = torch.empty(num_heads, num_tokens, top_k, dtype=torch.int32, device=q.device)
     if not top_k:
         return routes
-    means, slack = chunk_means(k, chunk_starts)
+    means, slack = chunk_means(k, starts)
     tables = (token_chunk, candidates, chunk_is_text)
     settings = {"TERMS": TERMS[q.dtype], "D": head_dim, "DP": means.shape[-1]}
-    block, counts, capacity = route_blocks(q, top_k), None, 0
-    if shortlist_pays(q, top_k):
+    subchunks = 1 if log_shares is None else log_shares.shape[1]
+    block, counts, capacity = route_blocks(q, top_k, subchunks), None, 0
+    if subchunks == 1 and shortlist_pays(q, top_k):
         counts, capacity = shortlist_routes(q, means, slack, routes, tables, **settings), list_capacity(top_k)
     route_kernel[(cdiv(num_tokens, block["BQ"]), num_heads)](
-        q, means, routes, counts, *tables, num_tokens, num_heads, means.shape[2], q.stride(0), top_k, **settings,
-        KP=max(2, next_power_of_2(top_k)), CAPACITY=capacity, **block,
+        q, means, log_shares, routes, counts, *tables, num_tokens, num_heads, len(chunk_is_text), subchunks,
+        q.stride(0), top_k, **settings, KP=max(2, next_power_of_2(top_k)), CAPACITY=capacity, **block,
     )  # fmt: skip
     return routes
 
@@ -163,9 +176,12 @@ def route(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConfig, drops: Dr
     """Returns the routes of every query and head: q [Lq, N, D], k [L, N, D] -> int32 [N, Lq, K], in no order, -1 where
     a slot is empty. K is top_k, and top_k + drop_in_max where drops apply.
     """
+    starts, log_shares = layout.chunk_cu_seqlens, None
+    if config.descriptor_subchunks > 1:
+        starts, log_shares = subchunk_tables(layout, config.descriptor_subchunks)
     routes = (_operator if torch.compiler.is_compiling() else _route)(
-        q.detach().contiguous(), k.detach().contiguous(), layout.chunk_cu_seqlens, layout.token_chunk[-len(q) :],
-        candidate_runs(layout, config), layout.chunk_is_text, config.top_k,
+        q.detach().contiguous(), k.detach().contiguous(), starts, layout.token_chunk[-len(q) :],
+        candidate_runs(layout, config), layout.chunk_is_text, config.top_k, log_shares,
     )  # fmt: skip
     if drops is None or not config.has_drops:
         return routes

@@ -17,7 +17,7 @@ from models import ModelConfig, build_model
 pytestmark = pytest.mark.gpu
 
 CONFIG = MoCConfig(chunk_tokens=16, top_k=2)
-BY_MASS = MoCConfig(chunk_tokens=16, top_k=2, descriptor_subchunks=2)  # plain code routes
+BY_MASS = MoCConfig(chunk_tokens=16, top_k=2, descriptor_subchunks=2)
 LENGTHS = ((3, 2, 4), (3, 2, 4), (2, 5), (3, 2, 4), (2, 5), (2, 5), (3, 2, 4), (2, 5))  # latent frames of each step
 
 

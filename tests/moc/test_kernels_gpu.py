@@ -15,7 +15,7 @@ import moc
 from moc import reference, routing
 from moc.kernels import anchors, dense, torch_backend
 from moc.routes import drop_covered
-from tests.routes import assert_same_choice, same_chunks
+from tests.routes import assert_same_choice, same_chunks, with_ties
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("listed")]
 if torch.cuda.is_available():
@@ -183,6 +183,28 @@ def test_routes_among_many_chunks(causal, own):
     for top_k in (17, 40, 64):
         config = moc.MoCConfig(top_k=top_k, causal=causal, own_anchor=own)
         assert same_chunks(triton_backend.route(q, k, layout, config), routing.route(q, k, layout, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("subchunks", "head_dim"), [(2, 64), (3, 128), (4, 80), (24, 128)])
+def test_routes_by_subchunks(subchunks, head_dim, dtype):
+    """Chunks have 17 or 27 tokens, so that 24 subchunks are more than most have."""
+    layout = stream(chunk_tokens=20)
+    (q, k, _), _ = inputs(layout, dtype, head_dim=head_dim, requires_grad=False)
+    for top_k, causal, first, drops in ((3, True, 0, DROPS), (20, False, 0, None), (5, True, 500, None)):
+        config = moc.MoCConfig(top_k=top_k, causal=causal, descriptor_subchunks=subchunks)
+        routes = moc.route(q[first:], k, layout, config, drops, backend="triton")
+        assert_same_choice(routes, q[first:], k, layout, config, drops)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("top_k", [3, 20])
+@pytest.mark.parametrize("subchunks", [2, 4])
+def test_ties_of_subchunks_go_to_the_lowest_chunk(subchunks, top_k, dtype):
+    layout = moc.ShotLayout.build([moc.Shot(4, (60, 4, 4)), moc.Shot(0, (12, 4, 4))], 4, 16).to("cuda")
+    q, k = with_ties(layout, subchunks, dtype=dtype)
+    config = moc.MoCConfig(top_k=top_k, causal=False, own_anchor="chunk", descriptor_subchunks=subchunks)
+    assert same_chunks(triton_backend.route(q, k, layout, config), routing.route(q, k, layout, config))
 
 
 @pytest.mark.parametrize("top_k", [3, 20])

@@ -4,21 +4,23 @@ operator.
 The interpreter runs where there is no GPU (`tests.fixtures` asks for it before Triton is imported); it needs fp32.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import moc
-from moc import routing
+from moc import attention, routing
 from moc.context import candidate_runs, is_candidate
 from moc.kept import Kept
 from moc.kernels import anchors
 from moc.kernels.packed import Packed
 from tests.moc.against_reference import DROPS, assert_equal_to_reference, interpreted
 from tests.moc.test_reference import OPTIONS, two_samples
-from tests.routes import assert_same_choice, same_chunks
+from tests.routes import assert_same_choice, same_chunks, with_ties
 from tests.strategies import attention_tensors, configs, seeds, streams
 
 pytestmark = pytest.mark.usefixtures("listed")
@@ -219,6 +221,55 @@ def test_triton_ties_go_to_the_lowest_chunk(top_k):
 
 
 @interpreted
+@pytest.mark.parametrize("drops", [None, DROPS])
+@pytest.mark.parametrize(
+    ("subchunks", "causal", "own", "dtype", "head_dim"),
+    [
+        (2, True, "shot", torch.float32, 16),
+        (3, False, "chunk", torch.float32, 24),
+        (4, False, "shot", torch.float16, 64),
+        (3, True, "none", torch.float16, 16),
+    ],
+)
+def test_triton_routes_by_subchunks(subchunks, causal, own, dtype, head_dim, drops):
+    """Chunks have 2 or 4 tokens, some fewer than subchunks; queries are all, or the last ones of the stream."""
+    from moc.kernels import triton_backend
+
+    layout = two_samples(4)
+    config = moc.MoCConfig(top_k=2, causal=causal, own_anchor=own, descriptor_subchunks=subchunks)
+    q, k, _ = attention_tensors(layout, dtype=dtype, head_dim=head_dim)
+    q = 2 * q  # then some choices change with the scale of scores
+    assert attention._router(q, config, moc.Execution(backend="triton")) is triton_backend
+    for first in (0, layout.groups[2].start):
+        routes = moc.route(q[first:], k, layout, config, drops, backend="triton")
+        assert_same_choice(routes, q[first:], k, layout, config, drops)
+
+
+@interpreted
+@settings(max_examples=15)
+@given(streams(), configs(), seeds, st.integers(2, 5))
+def test_triton_routes_by_subchunks_on_random_streams(stream, config, seed, subchunks):
+    from moc.kernels import triton_routing
+
+    layout, config = stream.layout(), replace(config, descriptor_subchunks=subchunks)
+    q, k, _ = attention_tensors(layout, seed, dtype=torch.float32, head_dim=16)
+    assert_same_choice(triton_routing.route(q, k, layout, config), q, k, layout, config)
+
+
+@interpreted
+@pytest.mark.parametrize("top_k", [3, 20])
+@pytest.mark.parametrize("subchunks", [2, 4])
+def test_triton_ties_of_subchunks_go_to_the_lowest_chunk(subchunks, top_k):
+    """No shortlist takes 20 of them."""
+    from moc.kernels import triton_routing
+
+    layout = moc.ShotLayout.build([moc.Shot(4, (30, 1, 4)), moc.Shot(0, (12, 1, 4))], 4, chunk_tokens=4)
+    q, k = with_ties(layout, subchunks, dtype=torch.float32)
+    config = moc.MoCConfig(top_k=top_k, causal=False, own_anchor="chunk", descriptor_subchunks=subchunks)
+    assert same_chunks(triton_routing.route(q, k, layout, config), routing.route(q, k, layout, config))
+
+
+@interpreted
 def test_triton_operator_passes_opcheck_compile_and_recomputation():
     from torch.utils.checkpoint import checkpoint
 
@@ -256,6 +307,8 @@ def test_the_operators_of_routing_pass_opcheck():
     layout = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2)), moc.Shot(1, (1, 2, 2))], 1, chunk_tokens=4)
     q, k, _ = attention_tensors(layout, dtype=torch.float32, head_dim=16, num_heads=1)
     tables = (layout.token_chunk, candidate_runs(layout, moc.MoCConfig()), layout.chunk_is_text)
+    starts, log_shares = routing.subchunk_tables(layout, 2)
+    torch.library.opcheck(torch.ops.moc.route, (q, k, starts, *tables, 2, log_shares))
     arguments = (q, k, layout.chunk_cu_seqlens, *tables, 2)
     torch.library.opcheck(torch.ops.moc.route, arguments)
     routes = torch.ops.moc.route(*arguments)

@@ -24,6 +24,7 @@ CONFIGS = {
     "causal": moc.MoCConfig(chunk_tokens=256, top_k=5, text_anchor="global_and_own"),
     "not_causal": moc.MoCConfig(chunk_tokens=64, top_k=5, causal=False, own_anchor="chunk"),
     "few_routes": moc.MoCConfig(chunk_tokens=64, top_k=4, drop_in_max=2),
+    "subchunks": moc.MoCConfig(chunk_tokens=64, top_k=5, descriptor_subchunks=3),
     "many_routes": moc.MoCConfig(chunk_tokens=16, top_k=20, causal=False),
 }
 
