@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -52,8 +52,8 @@ KINDS = {
 
 
 def attention(kind: Kind) -> None:
-    """Runs routing with drops, attention and its backward on two shots, as in short samples, then as in long ones, and
-    adds up gathered rows."""
+    """Runs routing with drops, attention and its backward on two shots, as in short samples, then as in long ones, then
+    routing by subchunks, and adds up gathered rows."""
     config = moc.MoCConfig(chunk_tokens=kind.chunk_tokens, top_k=kind.top_k)
     for max_tokens in (triton_masked.MAX_TOKENS, 0):
         layout = moc.ShotLayout.build([moc.Shot(5, (2, 4, 4)), moc.Shot(3, (2, 4, 4))], 7, kind.chunk_tokens)
@@ -62,6 +62,7 @@ def attention(kind: Kind) -> None:
         with patch.object(triton_masked, "MAX_TOKENS", max_tokens):
             routes = triton_backend.route(q, k, layout, config, moc.DropKey(seed=0, step=0))
             triton_backend.attend(q, k, v, routes, layout, config).sum().backward()
+    triton_backend.route(q, k, layout, replace(config, descriptor_subchunks=3))
     triton_rows.sum_rows(k.detach(), v.detach(), torch.arange(len(k)), torch.arange(len(k) + 1))
 
 
