@@ -1,5 +1,5 @@
-"""This module gives means with error bars of values that were measured in some scenes, with some draws of noise in
-each."""
+"""This module gives means and shares with their 95 % intervals, of values that were measured in some scenes, several
+in each."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from scipy.stats import t
 from torch import Tensor
 
-FEWEST = 5  # an interval takes so many values: of two it is as wide as chance has it
+FEWEST = 5  # the interval of fewer values would itself be mostly chance
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,27 @@ def half_difference(one: Tensor, other: Tensor) -> float:
         return 0.0
     freedom = sum(squares) ** 2 / sum(square**2 / (count - 1) for square, count in zip(squares, counts, strict=True))
     return float(t.ppf(0.975, freedom)) * math.sqrt(sum(squares))
+
+
+def share_interval(right: Tensor) -> tuple[float, float]:
+    """Returns the 95 % interval of the share of readings that are right, bool [scenes, readings of one], of one scene
+    at least.
+
+    Readings of one scene are often right together. Wilson's score is therefore taken of as many independent readings
+    as have the spread that is found between scenes: at least one a scene, at most all of them.
+    """
+    share, (scenes, of_one) = float(right.double().mean()), right.shape
+    spread = float(right.double().mean(1).var()) if scenes > 1 else 0.0
+    independent = scenes * share * (1 - share) / spread if spread else math.inf
+    count = min(max(independent, scenes), scenes * of_one)
+    return wilson(share * count, count)
+
+
+def wilson(right: float, count: float) -> tuple[float, float]:
+    """Returns the 95 % interval of a share of independent readings, by Wilson's score."""
+    if not count:
+        return 0.0, 1.0
+    z = 1.96
+    share, square = right / count, z * z / count
+    middle, half = share + square / 2, z * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    return (middle - half) / (1 + square), (middle + half) / (1 + square)

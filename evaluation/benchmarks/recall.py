@@ -22,6 +22,7 @@ from evaluation.benchmarks.recall_report import write_report
 from evaluation.benchmarks.trainings import train_for
 from evaluation.recall.bench import RecallBench, accuracy, check_shots, kept_reader, summary
 from moc import MoCConfig
+from moc.counts import count_of
 from moc.diffusion import Flow
 from moc.errors import check_among, check_least, check_seed
 from moc.training import Parallel, ParallelConfig, find_checkpoint
@@ -254,7 +255,9 @@ class Tester:
                 swap = dict(zip(("chunk_tokens", "top_k", "descriptor_subchunks"), values, strict=True))
                 tally = self.bench.run(model, MoCConfig.from_dict(swap), flow, max(1, self.config.scenes // 8))
                 found.setdefault("swapped", []).append(swap | brief(summary(tally)))
-        found["mass"] = self.bench.mass(model, moc, routing_of(moc), flow)
+        routing = routing_of(moc)
+        found["mass"] = self.bench.mass(model, moc, routing, flow)
+        found["mass_routes"] = f"{count_of(routing.top_k, 'chunk')} of {routing.chunk_tokens} tokens"
         if self.config.course:
             self.follow(row)
             found["course"] = list(self.courses[row].values())
@@ -291,7 +294,8 @@ def composing_speed(world: RecallWorld, batch: int) -> float:
 
 
 def routing_of(moc: MoCConfig) -> MoCConfig:
-    """Returns the routes whose mass is told: a model's own, or for one without any those of the MoC row."""
+    """Returns the attention whose routes a mass is told of: a model's own or, for one that is dense or chooses none by
+    score, that of the MoC row."""
     return moc if moc.top_k and not moc.dense else MoCConfig(chunk_tokens=6, top_k=5)
 
 

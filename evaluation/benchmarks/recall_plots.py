@@ -1,48 +1,79 @@
 """This module draws the rows of a recall record."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from evaluation.benchmarks.measurements import write_figure
-from evaluation.benchmarks.recall_rows import TITLES, attention_flops, by_seeds, loss_to_dense, start_of, title
+from evaluation.benchmarks.recall_rows import TITLES, attention_flops, loss_to_dense, start_of
 
 MAIN = ("dense", "moc", "moc_progressive", "moc_dense_target", "first_frame", "random", "own_shot")
+NEAR = 0.94  # the least recall that the close-up shows
+STYLES, MARKERS = ("-", "--", ":", "-."), "os^D"  # by what a row began with
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}  # where a legend hides no mark
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draws recall against distance, and the character's loss against the FLOPs of attention.
+    """Draws recall against distance, whole and close up, and the character's loss against the FLOPs of attention.
 
-    A kind of attention has one colour, and a line for each seed. Of each start, the rows of the most steps are drawn;
-    what began with other weights than most is dashed, and its mark empty."""
+    A kind of attention has one colour. Its line is the mean over seeds, each of which has marks of its own. Of each
+    start, the rows of the most steps are drawn; what began with other weights than most is dashed, and its marks are
+    empty."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
-    whole = [row for row in rows if "by_distance" in row["all"]]
-    drawn = _longest([row for row in whole if row["row"] in MAIN] or whole)
-    kinds = list(dict.fromkeys(row["row"] for row in drawn))
-    starts = [row.get("start") for row in drawn]
-    usual = max(starts, key=starts.count)
-    for label, members in by_seeds(drawn).items():
-        as_most = members[0].get("start") == usual
-        color, style = f"C{kinds.index(members[0]['row'])}", "-" if as_most else "--"
-        for number, row in enumerate(members):
-            found = row["all"]
-            distances = [int(d) for d in found["by_distance"]]
-            shares, lows, highs, _ = np.array(list(found["by_distance"].values())).T
-            left.plot(distances, shares, style, marker="o", markersize=3, color=color,
-                      label=None if number else label)  # fmt: skip
-            left.fill_between(distances, lows, highs, color=color, alpha=0.1)
-            loss, half = found["region_loss"]["0.95"]
-            face = color if as_most else "none"
-            right.errorbar(attention_flops(row) / 1e9, loss, half, marker="o", color=color, markerfacecolor=face)
-    left.axhline(1 / 6, color="grey", linestyle=":", linewidth=1)
-    left.set(xlabel="shots since the name was shown", ylabel="looks recalled", ylim=(0, 1.02))
-    right.set(xlabel="FLOPs of attention with routing, of a scene, 1e9", ylabel="loss of the character, sigma 0.95")
+    figure, (whole, near, right) = plt.subplots(1, 3, figsize=(14, 5), layout="constrained")
+    told = [row for row in rows if "by_distance" in row["all"]]
+    drawn = _longest([row for row in told if row["row"] in MAIN] or told)
+    kinds, starts = list(dict.fromkeys(row["row"] for row in drawn)), _starts(drawn)
+    for kind, start in dict.fromkeys((row["row"], row.get("start")) for row in drawn):
+        members = [row for row in drawn if (row["row"], row.get("start")) == (kind, start)]
+        color = f"C{kinds.index(kind)}"
+        look = {"color": color, "markerfacecolor": color if start == starts[0] else "white"}
+        seeds = f", {len(members)} seeds" if len(members) > 1 else ""
+        style = STYLES[starts.index(start) % len(STYLES)]
+        _by_distance(whole, members, style, look, label=f"{_label(members[0])}{seeds}")
+        _by_distance(near, members, style, look, bars=True, shift=0.07 * kinds.index(kind))
+        for row in members:
+            loss, half = row["all"]["region_loss"]["0.95"]
+            right.errorbar(attention_flops(row) / 1e9, loss, half, marker="o", **look)
+    whole.axhline(1 / 6, color="grey", linestyle=":", linewidth=1)
+    whole.annotate("chance", (1, 1 / 6 + 0.015), fontsize=8, color="grey")
+    whole.set(xlabel="shots since the name was shown", ylabel="looks recalled", ylim=(0, 1.02))
+    near.set(xlabel="shots since the name was shown", ylim=(NEAR, 1), title="close up, with intervals of each seed")
+    right.set(xlabel="GFLOPs of attention and its routing, of a scene", ylabel="loss of the character, sigma 0.95")
     right.set_xlim(left=0)
-    figure.legend(fontsize=8, ncols=3, loc="outside lower center")
+    figure.legend(*whole.get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     write_figure(figure, path)
     plt.close(figure)
+
+
+def _by_distance(
+    axes: Axes, members: list[dict], style: str, look: dict, label: str = "", bars: bool = False, shift: float = 0.0
+) -> None:
+    """Draws the recall of rows that differ by their seed: a line through their mean, and a mark for each, with bars for
+    its interval where asked. shift: moves all to the right, so that bars of several kinds are seen apart."""
+    distances = np.array([int(distance) for distance in members[0]["all"]["by_distance"]])
+    found = np.array([list(row["all"]["by_distance"].values()) for row in members])  # [seeds, distances, 4]
+    shares, lows, highs = found[..., 0], found[..., 1], found[..., 2]
+    axes.plot(distances + shift, shares.mean(0), style, label=label, color=look["color"])
+    for share, low, high in zip(shares, lows, highs, strict=True):
+        if bars:
+            axes.vlines(distances + shift, low, high, color=look["color"], alpha=0.25)
+        axes.plot(distances + shift, share, "o", markersize=4, **look)
+
+
+def _label(row: dict) -> str:
+    """Returns the attention of a row, and what it began with."""
+    return f"{TITLES[row['row']]}{start_of(row) or ' from scratch'}"
+
+
+def _starts(rows: list[dict]) -> list[str | None]:
+    """Returns what rows began with, that of most rows first."""
+    starts = [row.get("start") for row in rows]
+    return sorted(dict.fromkeys(starts), key=starts.count, reverse=True)
 
 
 def _longest(rows: list[dict]) -> list[dict]:
@@ -65,7 +96,7 @@ def draw_compared(rows: list[dict], path: Path) -> None:
         left.errorbar(recall, y, xerr=[[recall - low], [high - recall]], marker="o", markersize=4, color=color)
         excess = loss_to_dense(row, rows, "loss", "0.8")
         if excess:
-            right.errorbar(100 * excess[0], y, xerr=100 * (excess[1] or 0), marker="o", markersize=4, color=color)
+            right.errorbar(100 * excess[0], y, xerr=100 * excess[1], marker="o", markersize=4, color=color)
     left.set_yticks(range(len(kinds)), [TITLES[kind] for kind in kinds], fontsize=8)
     left.set(xlabel=f"looks recalled, after {rows[0]['steps']:,} steps{start_of(rows[0])}")
     right.axvline(0, color="grey", linewidth=1)
@@ -80,43 +111,58 @@ def draw_compared(rows: list[dict], path: Path) -> None:
 
 def draw_routing(rows: list[dict], path: Path) -> None:
     """Draws what the head that remembers does over the training of MoC, and of every head how much of dense attention's
-    mass on other shots its routes keep. A course has points of its own; else a row has its last step."""
+    mass on other shots MoC's routes keep."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}  # so that no legend hides a mark
     whole = [row for row in rows if "mass" in row]
-    starts = list(dict.fromkeys(row.get("start") for row in whole if row["row"] == "moc"))
-    for row in (row for row in whole if row["row"] == "moc"):
-        points = remembering(row)
-        told = {
-            "its routes that lead to the shot which shows the name": [point[1] for point in points],
-            "its mass on other shots, were it dense": [point[2] for point in points],
-            "the share of that on its routes": [point[3] for point in points],
-        }
-        marker = "os^D"[starts.index(row.get("start")) % 4]
-        for number, (name, values) in enumerate(told.items()):
-            left.plot([point[0] for point in points], values, marker, linestyle="-", markersize=5,
-                      color=f"C{number}", label=name)  # fmt: skip
-    if starts:
-        handles = dict(zip(*left.get_legend_handles_labels()[::-1], strict=True))
-        left.legend(handles.values(), handles.keys(), fontsize=8, **below)
-    left.set(
-        xlabel="steps of MoC; joined marks are one run",
-        xlim=(0, None),
-        ylim=(0, 1.02),
-        title="the head with the most mass on other shots at the end",
-    )
-    alike = [row for row in whole if row["row"] in ("moc", "dense") and row.get("start") in starts]
-    for number, row in enumerate(_longest(alike)):
-        mass = row["mass"]
-        right.scatter(np.ravel(mass["elsewhere"]), np.ravel(mass["kept"]), s=14, color=f"C{number}", label=title(row))
-    right.set(xlabel="dense attention's mass on other shots", ylabel="the share of it on the routes", ylim=(0, 1.02),
-              xscale="log", title="every head")  # fmt: skip
-    if alike:
-        right.legend(fontsize=7, **below)
+    moc_rows = [row for row in whole if row["row"] == "moc"]
+    starts = _starts(moc_rows)
+    _over_training(left, moc_rows, starts)
+    routes = {row["mass_routes"] for row in moc_rows}
+    alike = [row for row in whole if row["row"] in ("moc", "dense") and row["mass_routes"] in routes]
+    _of_every_head(right, [row for row in _longest(alike) if row.get("start") in starts])
     write_figure(figure, path)
     plt.close(figure)
+
+
+def _over_training(axes: Axes, rows: list[dict], starts: list[str | None]) -> None:
+    """Draws the remembering head of MoC's rows by step. A course has points of its own; else a row has its last step.
+    A start has a mark of its own."""
+    names = (
+        "its routes that lead to the shot which shows the name",
+        "its mass on other shots, were it dense",
+        "the share of that mass on its routes",
+    )
+    for row in rows:
+        steps, *values = zip(*remembering(row), strict=True) if remembering(row) else [()] * 4
+        marker = MARKERS[starts.index(row.get("start")) % len(MARKERS)]
+        for number, shares in enumerate(values):
+            axes.plot(steps, shares, marker, linestyle="-", markersize=5, color=f"C{number}")
+    handles = [Line2D([], [], color=f"C{number}", label=name) for number, name in enumerate(names)]
+    for row in {row.get("start"): row for row in rows}.values():
+        marker = MARKERS[starts.index(row.get("start")) % len(MARKERS)]
+        handles.append(Line2D([], [], color="black", marker=marker, linestyle="", label=_label(row)))
+    axes.legend(handles=handles, fontsize=8, **BELOW)
+    axes.set(xlabel="steps of MoC; joined marks are one run", xlim=(0, None), ylim=(0, 1.02),
+             title="the head with the most mass on other shots at the end")  # fmt: skip
+
+
+def _of_every_head(axes: Axes, rows: list[dict]) -> None:
+    """Draws the mass of every head of rows on other shots, and the share of it that routes keep."""
+    kinds = list(dict.fromkeys((row["row"], row.get("start")) for row in rows))
+    seen = set()
+    for row in rows:
+        kind, mass = (row["row"], row.get("start")), row["mass"]
+        label = None if kind in seen else _label(row)
+        seen.add(kind)
+        axes.scatter(np.ravel(mass["elsewhere"]), np.ravel(mass["kept"]), s=16, alpha=0.7,
+                     color=f"C{kinds.index(kind)}", label=label)  # fmt: skip
+    axes.set(xlabel="dense attention's mass on other shots", ylim=(0, 1.02), xlim=(0, 1),
+             ylabel=f"the share of it on {rows[0]['mass_routes'] if rows else 'the routes'}",
+             title="every head, of every seed")  # fmt: skip
+    if rows:
+        axes.legend(fontsize=8, **BELOW)
 
 
 def remembering(row: dict) -> list[tuple[int, float, float, float]]:

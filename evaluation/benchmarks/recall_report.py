@@ -1,5 +1,6 @@
 """This module makes tables and plots from the rows of `scripts/benchmark_recall.py`."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from evaluation.benchmarks.recall_rows import (
     attention_flops,
     by_seeds,
     difference_to,
+    learning_rate,
     loss_to_dense,
     start_of,
     title,
@@ -19,6 +21,11 @@ from moc.files import write_whole
 
 SIGMAS = ("0.8", "0.95")
 COMPARED = 6  # kinds of rows with the same start and number of steps; as many or more get a plot of their own
+
+RETRIEVAL = (
+    "A cell has a number for each head of a layer. `routes` are those of which the mass is told: a row's own or, where "
+    "its attention is dense or chooses no route by score, those that untrained MoC would choose.\n\n"
+)
 
 
 def write_report(rows: list[dict], output: Path) -> None:
@@ -49,8 +56,10 @@ def tables(rows: list[dict]) -> str:
         f"{measured_on(row['machine'] for row in rows)} Made by scripts/benchmark_recall.py. "
         "Recall is the share of looks (fur and outfit, six colours each: chance 0.167) "
         "that reappear right in a last shot sampled after a true history; the reader tells true shots to "
-        f"{reader:.3f} at least. Intervals hold 95 %. Differences to dense, and to MoC, are to the row of the same "
-        "seed that began with the same weights: that of as many steps or, where there is none, of the most.",
+        f"{reader:.3f} at least. Intervals hold 95 %, over scenes; those of swapped attention and of rows whose single "
+        "readings were lost take the two looks of a scene for independent, and may be a fifth too narrow. Where no "
+        "learning rate stands, it is that of experiment=recall. Differences to dense, and to MoC, are to the row of "
+        "the same seed that began with the same weights: that of as many steps or, where there is none, of the most.",
         "## Seeds together: mean, least and greatest\n\n" + _over_seeds(rows),
         "## Recall, and loss of the last shot\n\n" + _main(rows),
         "## Recall by distance in shots\n\n" + _by_distance(rows),
@@ -67,11 +76,11 @@ def tables(rows: list[dict]) -> str:
 
 def _over_seeds(rows: list[dict]) -> str:
     """Returns a table of the mean over seeds, with the least and the greatest."""
-    head = ["attention", "steps", "seeds", "recall", "minus dense", "GFLOPs of attention, of a scene",
+    head = ["attention", "steps", "learning rate", "seeds", "recall", "minus dense", "GFLOPs of attention, of a scene",
             *(f"loss, sigma {s}" for s in SIGMAS),
             *(f"{what} to dense's, sigma {s}" for what in ("loss", "of the character") for s in SIGMAS)]  # fmt: skip
     lines = []
-    for members in by_seeds(rows).values():
+    for members in by_seeds(rows):
         recalls = [row["all"]["recall"] for row in members]
         differences = [found[0] for row in members if (found := difference_to(row, rows, "dense"))]
         losses = [np.mean([row["all"]["loss"][s][0] for row in members]) for s in SIGMAS]
@@ -81,10 +90,11 @@ def _over_seeds(rows: list[dict]) -> str:
         ]  # fmt: skip
         lines.append([
             f"{TITLES[members[0]['row']]}{start_of(members[0])}", f"{members[0]['steps']:,}",
-            ", ".join(str(row["seed"]) for row in members), _spread(recalls, ".3f"), _spread(differences, "+.3f"),
-            f"{attention_flops(members[0]) / 1e9:.2f}", *(f"{loss:.5f}" for loss in losses),
-            *(f"{of[0][0]:+.1%} ± {of[0][1]:.1%}" if len(of) == 1 and of[0][1] else
-              _spread([excess for excess, _ in of], "+.1%") for of in ratios),
+            learning_rate(members[0]), ", ".join(str(row["seed"]) for row in members), _spread(recalls, ".3f"),
+            _spread(differences, "+.3f"), f"{attention_flops(members[0]) / 1e9:.2f}",
+            *(f"{loss:.5f}" for loss in losses),
+            *(_with_half(*of[0], "+.1%") if len(of) == 1 else _spread([excess for excess, _ in of], "+.1%")
+              for of in ratios),
         ])  # fmt: skip
     return markdown_table(head, lines)
 
@@ -95,8 +105,13 @@ def _spread(values: list[float], form: str) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
+def _with_half(mean: float, half: float, form: str) -> str:
+    """Returns a mean with half of its interval, where it has one."""
+    return f"{mean:{form}}" + ("" if math.isnan(half) else f" ± {half:{form.lstrip('+')}}")
+
+
 def _main(rows: list[dict]) -> str:
-    head = ["row", "recall", "minus dense", "minus MoC", "sparsity of video pairs", "fur", "outfit",
+    head = ["row", "learning rate", "recall", "minus dense", "minus MoC", "sparsity of video pairs", "fur", "outfit",
             "wrong, but of the scene", *(f"loss, sigma {s}" for s in SIGMAS),
             *(f"of the character, sigma {s}" for s in SIGMAS), "scenes seen", "minutes"]  # fmt: skip
     lines = []
@@ -108,8 +123,8 @@ def _main(rows: list[dict]) -> str:
             f"{found[name][s][0]:.4f} ± {found[name][s][1]:.4f}" for name in ("loss", "region_loss") for s in SIGMAS
         ]
         lines.append([
-            title(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})",
-            *("{:+.3f} ± {:.3f}".format(*difference) if difference else "" for difference in differences),
+            title(row), learning_rate(row), f"{found['recall']:.3f} ({low:.3f} to {high:.3f})",
+            *(_with_half(*difference, "+.3f") if difference else "" for difference in differences),
             f"{found['sparsity']:.1%}", *_wrong(found), *losses, row["scenes_seen"], f"{row['train_minutes']:.1f}",
         ])  # fmt: skip
     return markdown_table(head, lines)
@@ -150,15 +165,15 @@ def _other_shots(rows: list[dict]) -> str:
 
 def _retrieval(rows: list[dict]) -> str:
     head = ["row", "layer", "heads: routes that lead to the shot which shows it", "tokens with such a route",
-            "dense mass on other shots", "of that on its routes", "on the best as many"]  # fmt: skip
+            "dense mass on other shots", "routes", "of that mass on these", "on the best as many"]  # fmt: skip
     lines = []
     for row in (row for row in rows if "mass" in row):
         precision, reached, mass = row["all"].get("precision"), row["all"].get("reached"), row["mass"]
         for layer in range(len(mass["kept"])):
-            cells = [table[layer] if table else [] for table in (precision, reached)]
-            cells += [mass[name][layer] for name in ("elsewhere", "kept", "best")]
-            lines.append([title(row), layer + 1, *(" ".join(f"{x:.2f}" for x in cell) for cell in cells)])
-    return markdown_table(head, lines)
+            tables = precision, reached, mass["elsewhere"], mass["kept"], mass["best"]
+            cells = [" ".join(f"{x:.2f}" for x in table[layer]) if table else "" for table in tables]
+            lines.append([title(row), layer + 1, *cells[:3], row["mass_routes"], *cells[3:]])
+    return RETRIEVAL + markdown_table(head, lines)
 
 
 def _swapped(row: dict) -> str:

@@ -1,13 +1,17 @@
 """This module tells what the rows of a recall record say: their names, which row is compared with which, and how."""
 
 import json
+import math
+import re
 from dataclasses import fields
 from functools import cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import moc
+from evaluation.estimates import half_width
 from moc import MoCConfig
 from moc.config import DropKey
 from moc.cost import attention_cost
@@ -51,13 +55,19 @@ def start_of(row: dict) -> str:
     return f", from {row['start']}" if row.get("start") else ""
 
 
-def by_seeds(rows: list[dict]) -> dict[str, list[dict]]:
-    """Returns the rows that differ by their seed alone, or by where time ended them, under one name."""
-    together: dict[str, list[dict]] = {}
+def learning_rate(row: dict) -> str:
+    """Returns the learning rate that a row's command sets; empty where it takes that of experiment=recall."""
+    found = re.search(r"optim\.lr=(\S+)", row["command"])
+    return found[1] if found else ""
+
+
+def by_seeds(rows: list[dict]) -> list[list[dict]]:
+    """Returns the rows that differ by their seed alone, or by where time ended them, together."""
+    together: dict[tuple, list[dict]] = {}
     for row in rows:
-        together.setdefault(f"{TITLES[row['row']]}{start_of(row)}, {row['steps']:,} steps", []).append(row)
-    return {f"{name}, {len(members)} seeds" if len(members) > 1 else name: members
-            for name, members in together.items()}  # fmt: skip
+        key = row["row"], row.get("start"), row["steps"], learning_rate(row)
+        together.setdefault(key, []).append(row)
+    return list(together.values())
 
 
 def rival(row: dict, rows: list[dict], kind: str = "dense") -> dict | None:
@@ -69,34 +79,34 @@ def rival(row: dict, rows: list[dict], kind: str = "dense") -> dict | None:
 
 
 def difference_to(row: dict, rows: list[dict], kind: str) -> tuple[float, float] | None:
-    """Returns the difference over the same scenes to the rival of a kind, and half of its 95 % interval; None where
-    there is no rival that was tested on them."""
+    """Returns the difference over the same scenes to the rival of a kind, and half of its 95 % interval, which is nan
+    for few scenes; None where there is no rival that was tested on them."""
     other = rival(row, rows, kind)
     if other is None or len(other["all"].get("right", "")) != len(row["all"].get("right", "")):
         return None
     difference = (_right(row) - _right(other)).mean(1)
-    half = 1.96 * difference.std() / len(difference) ** 0.5
-    return difference.mean(), half
+    return float(difference.mean()), half_width(difference)
 
 
-def loss_to_dense(row: dict, rows: list[dict], name: str, sigma: str) -> tuple[float, float | None] | None:
+def loss_to_dense(row: dict, rows: list[dict], name: str, sigma: str) -> tuple[float, float] | None:
     """Returns the share by which a loss exceeds the dense rival's, and half of its 95 % interval over blocks of the
-    same scenes with the same noise, which older rows do not tell; None where there is no rival."""
+    same scenes with the same noise, which is nan for older rows, whose records have no blocks; None where there is no
+    rival."""
     dense = rival(row, rows)
     if dense is None:
         return None
     excess = row["all"][name][sigma][0] / dense["all"][name][sigma][0] - 1
-    blocks = [np.array(r["all"].get(f"{name}_of_blocks", {}).get(sigma, [])) for r in (row, dense)]
+    blocks = [torch.tensor(r["all"].get(f"{name}_of_blocks", {}).get(sigma, []), dtype=torch.float64)
+              for r in (row, dense)]  # fmt: skip
     if not len(blocks[0]) or len(blocks[0]) != len(blocks[1]):
-        return excess, None
-    difference = blocks[0] - blocks[1]
-    return excess, 1.96 * difference.std() / len(difference) ** 0.5 / blocks[1].mean()
+        return excess, math.nan
+    return excess, half_width(blocks[0] - blocks[1]) / float(blocks[1].mean())
 
 
-def _right(row: dict) -> np.ndarray:
-    """Returns whether each look of each scene is right, float [B, 2]."""
+def _right(row: dict) -> Tensor:
+    """Returns whether each look of each scene is right, fp64 [B, 2]."""
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["all"]["right"]), np.uint8))
-    return bits[: row["all"]["readings"]].reshape(-1, 2).astype(float)
+    return torch.from_numpy(bits[: row["all"]["readings"]].reshape(-1, 2)).double()
 
 
 def attention_flops(row: dict) -> float:

@@ -9,7 +9,6 @@ accuracy on true shots is the ceiling of every score.
 Shape letters: B scenes, S shots, C T H W of a latent, M layers, N heads.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -33,6 +32,7 @@ from data.storyworld.recall_scenes import (
     RecallScenes,
     draw_scenes,
 )
+from evaluation.estimates import half_width, share_interval
 from evaluation.recall.mass import Mass, watched
 from moc import MoCConfig, ShotLayout
 from moc.config import DropKey
@@ -329,30 +329,18 @@ class RouteCount:
         return dict(zip(("hits", "routed", "reached", "asked"), rows.unbind(1), strict=True))
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share, by Wilson's score."""
-    if not count:
-        return 0.0, 1.0
-    z = 1.96
-    share, square = right / count, z * z / count
-    middle, half = share + square / 2, z * math.sqrt(share * (1 - share) / count + square / (4 * count))
-    return (middle - half) / (1 + square), (middle + half) / (1 + square)
-
-
 def summary(tally: Tally) -> dict:
     """Returns a tally as plain numbers: recall is the share of looks (fur and outfit) that reappear right."""
     looks = tally.right[:, : len(LOOKS)]
-    low, high = wilson(int(looks.sum()), looks.numel())
     by_distance = {}
     for distance in tally.distance.unique().tolist():
         of_it = looks[tally.distance == distance]
-        bounds = wilson(int(of_it.sum()), of_it.numel())
-        by_distance[distance] = [_rounded(float(of_it.float().mean())), *map(_rounded, bounds), of_it.numel()]
-    half = 1.96 / math.sqrt(len(looks))
+        bounds = map(_rounded, share_interval(of_it))
+        by_distance[distance] = [_rounded(float(of_it.float().mean())), *bounds, of_it.numel()]
     found = {
         "readings": looks.numel(),
         "recall": _rounded(float(looks.float().mean())),
-        "interval": [_rounded(low), _rounded(high)],
+        "interval": [_rounded(bound) for bound in share_interval(looks)],
         "sparsity": _rounded(float(tally.sparsity.mean())),
         "copied": _rounded(float(tally.copied.float().mean())),
         "by_attribute": {
@@ -365,7 +353,7 @@ def summary(tally: Tally) -> dict:
     }
     for name, loss in (("loss", tally.loss), ("region_loss", tally.region_loss)):
         found[name] = {
-            str(sigma): [_rounded(float(of.mean()), 5), _rounded(half * float(of.std()), 5)]
+            str(sigma): [_rounded(float(of.mean()), 5), _rounded(half_width(of), 5)]
             for sigma, of in zip(SIGMAS, loss.unbind(1), strict=True)
         }
         found[f"{name}_of_blocks"] = {

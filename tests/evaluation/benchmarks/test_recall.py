@@ -15,7 +15,7 @@ from evaluation.benchmarks.measurements import put_row
 from evaluation.benchmarks.recall import KEY, ROWS, RecallRowsConfig, Turns, arguments
 from evaluation.benchmarks.recall_plots import remembering
 from evaluation.benchmarks.recall_report import tables, write_report
-from evaluation.benchmarks.recall_rows import TITLES, attention_flops, loss_to_dense, rival
+from evaluation.benchmarks.recall_rows import TITLES, attention_flops, by_seeds, loss_to_dense, rival
 from evaluation.benchmarks.stories import WAYS
 from moc.checkout import ROOT
 from moc.errors import UserError
@@ -42,7 +42,8 @@ def row(name: str, right: list[int], steps: int = 10, start: str = "") -> dict:
     return {
         "row": name, "seed": 0, "start": start, "steps": steps, "steps_done": steps, "scenes_seen": 20,
         "train_minutes": 1.0, "reader": {"fur": 0.99, "outfit": 1.0}, "all": found,
-        "look_alikes": copy.deepcopy(found), "mass": mass, "moc": {"dense": name == "dense", "chunk_tokens": 6},
+        "look_alikes": copy.deepcopy(found), "mass": mass, "mass_routes": "5 chunks of 6 tokens",
+        "moc": {"dense": name == "dense", "chunk_tokens": 6},
         "command": "python train.py", "machine": {"device": "a GPU", "torch": "2", "date": "today", "commit": "c"},
     }  # fmt: skip
 
@@ -84,10 +85,10 @@ def test_a_row_that_waits_begins_only_if_as_much_time_is_left_as_the_longest_too
 
 
 def test_rows_are_compared_with_dense_over_the_same_scenes():
-    dense = row("dense", [1, 1, 1, 0, 1, 1, 0, 0])
-    text = tables([dense, row("moc", [1, 1, 1, 0, 0, 1, 0, 1])])
-    # The rows differ by 0, 0, -1/2 and 1/2 in the four scenes.
-    assert "+0.000 ± 0.346" in text
+    dense = row("dense", [1, 1, 1, 0, 1, 1, 0, 0, 1, 1])
+    text = tables([dense, row("moc", [1, 1, 1, 0, 0, 1, 0, 1, 1, 1])])
+    # The rows differ by 0, 0, -1/2, 1/2 and 0 in the five scenes.
+    assert "+0.000 ± 0.439" in text
     assert tables([row("moc", [1, 0])]).count("±") == 4  # the losses alone have intervals
     # A dense row that began elsewhere is no rival.
     assert tables([row("dense", [1, 1]), row("moc", [1, 0], start="dense")]).count("±") == 8
@@ -97,11 +98,25 @@ def test_the_rival_took_as_many_steps_or_the_most_and_losses_are_compared_block_
     rows = [row("dense", [1, 1], steps) for steps in (10, 20, 15)] + [row("moc", [1, 1], steps) for steps in (10, 12)]
     assert [rival(of, rows)["steps"] for of in rows[3:]] == [10, 20]
     assert rival(rows[1], rows[1:]) is None
-    assert loss_to_dense(rows[3], rows, "loss", "0.8") == (0, None)
-    for of, blocks in ((rows[0], [0.2, 0.2]), (rows[3], [0.21, 0.23])):
-        of["all"] |= {"loss": {"0.8": [sum(blocks) / 2, 0]}, "loss_of_blocks": {"0.8": blocks}}
+    assert loss_to_dense(rows[3], rows, "loss", "0.8") == (0, pytest.approx(math.nan, nan_ok=True))
+    for of, blocks in ((rows[0], [0.2] * 5), (rows[3], [0.21, 0.23, 0.22, 0.21, 0.23])):
+        of["all"] |= {"loss": {"0.8": [sum(blocks) / 5, 0]}, "loss_of_blocks": {"0.8": blocks}}
     excess, half = loss_to_dense(rows[3], rows, "loss", "0.8")
-    assert (excess, half) == (pytest.approx(0.1), pytest.approx(1.96 * 0.01 / math.sqrt(2) / 0.2))
+    assert (excess, half) == (pytest.approx(0.1), pytest.approx(2.776 * 0.01 / math.sqrt(5) / 0.2, rel=1e-3))
+
+
+def test_rows_of_other_learning_rates_are_not_taken_together():
+    rows = [row("moc", [1, 1]) | {"seed": seed} for seed in range(3)]
+    rows[2]["command"] += " optim.lr=1e-3"
+    assert [[of["seed"] for of in members] for members in by_seeds(rows)] == [[0, 1], [2]]
+    assert "| MoC | 10 | 1e-3 | 2 |" in tables(rows)
+
+
+def test_the_mass_of_rows_says_of_which_routes_it_is():
+    other = row("dense", [1, 0]) | {"mass_routes": "1 chunk of 24 tokens"}
+    text = tables([other, row("moc", [1, 0])])
+    assert "| 0.50 0.25 | 1 chunk of 24 tokens | 0.50 0.25 |" in text
+    assert "| 0.50 0.25 | 5 chunks of 6 tokens | 0.50 0.25 |" in text
 
 
 def test_flops_of_attention_are_those_of_the_pairs_and_of_routing():
@@ -136,7 +151,7 @@ def test_a_row_of_which_only_what_was_printed_is_left_has_its_place():
         del printed["all"][name]
     del printed["mass"]
     text = tables([row("dense", [1, 0]), printed])
-    assert "| own shot only, seed 0, 10 steps | 0.500 (0.400 to 0.600) |  |  | 80.0% |  |  |  | 0.2000" in text
+    assert "| own shot only, seed 0, 10 steps |  | 0.500 (0.400 to 0.600) |  |  | 80.0% |  |  |  | 0.2000" in text
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "moc")) for name in ROWS])

@@ -6,7 +6,7 @@ import torch
 from data.loading.endless import RecallWorld
 from data.storyworld import vocabulary
 from data.storyworld.recall_scenes import HELD_OUT, RecallConfig, draw_scenes
-from evaluation.recall.bench import ATTRIBUTES, Reader, RecallBench, attributes, read, summary, train_reader, wilson
+from evaluation.recall.bench import ATTRIBUTES, Reader, RecallBench, attributes, read, summary, train_reader
 from moc import MoCConfig, StreamSpec
 from moc.diffusion import Flow
 from moc.training import Parallel, ParallelConfig
@@ -91,12 +91,6 @@ def test_routes_of_the_returning_character_are_counted(world, reader):
     assert found["sparsity"] == pytest.approx(1 - 6 / 9, abs=1e-4)
     assert found["readings"] == 2 * SCENES
     assert "precision" not in summary(run(world, reader, model))
-
-
-def test_wilson_interval():
-    low, high = wilson(8, 10)
-    assert (low, high) == (pytest.approx(0.4902, abs=1e-3), pytest.approx(0.9433, abs=1e-3))
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_mass_kept_by_all_routes_is_all_there_is(world, reader):
