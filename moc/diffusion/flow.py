@@ -113,8 +113,9 @@ class Flow:
             )
 
     def shifted(self, sigma: Tensor) -> Tensor:
-        """Returns the noise level that the shift makes of an unshifted one; both lie in [0, 1]."""
-        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+        """Returns the noise level that the shift makes of an unshifted one; both lie in [0, 1], whose ends stay as they
+        are."""
+        return sigma / (sigma + (1 - sigma) / self.shift)  # is exactly 1 at 1, where s x / (1 + (s - 1) x) rounds
 
     def level(self, share: float) -> float:
         """Returns the noise level a share of the way through the range that is trained."""

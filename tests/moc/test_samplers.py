@@ -76,6 +76,14 @@ def test_clocks_run_from_noise_to_clean_one_lag_apart(lag):
         assert ((table > 0) & (table < 1)).sum(1).max() == 1
 
 
+@pytest.mark.parametrize("shift", [0.29, 1.18, 1.58, 2.07, 2.64, 12.0])
+def test_shots_begin_as_pure_noise_at_any_shift(shift):
+    model = Recording(towards_points)
+    made = film(model, SamplingConfig(steps=3, **ONE_PASS), story(2), Flow(shift=shift))
+    assert [index for index, _ in made] == [0, 1]
+    assert [float(sigma[-1]) for _, sigma, _, _ in model.calls][::3] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("context", [None, 1])
 def test_a_stream_knows_which_of_its_shots_a_cut_begins(context):
     model, cuts = Recording(towards_points), [True, False, True, False]
