@@ -225,12 +225,6 @@ def forward(kernel: DenseKernel, q: Tensor, k: Tensor, v: Tensor, plan: AnchorPl
     return out, lse
 
 
-def refuse_second_derivative(backend: str) -> None:
-    """Raises RuntimeError in a backward that is itself to be differentiated: it would take the LSE for a constant."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"backend '{backend}' has no second derivative (create_graph=True): use backend='reference'")
-
-
 def backward(
     kernel: DenseKernel,
     dout: Tensor,

@@ -117,6 +117,15 @@ def is_installed(name: str) -> bool:
     return {"fa3": _fa3, "fa4": _fa4}.get(name, lambda: True)() is not None
 
 
+def refuse_second_derivative() -> None:
+    """Raises RuntimeError in a backward that is itself to be differentiated: it would take the LSE for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this attention has no second derivative: leave out create_graph=True, or, in moc_attention, use "
+            "backend='reference'"
+        )
+
+
 def _half_on_gpu(capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, most: int = 256) -> bool:
     half = dtype in (torch.float16, torch.bfloat16)
     return capability is not None and capability >= (8, 0) and half and head_dim % 8 == 0 and head_dim <= most

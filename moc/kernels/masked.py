@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moc.config import MoCConfig
 from moc.context import is_anchor
 from moc.execution import Execution
-from moc.kernels.anchors import refuse_second_derivative
+from moc.kernels.dense import refuse_second_derivative
 from moc.layout import ShotLayout
 
 MAX_TOKENS = 640  # in a longer sample separate calls are faster, since they leave out keys
@@ -103,7 +103,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        refuse_second_derivative("torch")
+        refuse_second_derivative()
         q, k, v, out, *kept = ctx.saved_tensors
         grads = [torch.zeros_like(x) for x in (q, k, v)]
         for run, lse, mask in zip(ctx.runs, kept[::2], kept[1::2], strict=True):

@@ -175,6 +175,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
+        dense.refuse_second_derivative()
         q, k, v, out, lse = ctx.saved_tensors
         return *backward(ctx.kernel, dout.contiguous(), q, k, v, out, lse, ctx.packed), None
 

@@ -120,7 +120,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        anchors.refuse_second_derivative("torch")
+        dense.refuse_second_derivative()
         q, k, v, out, lse, routes = ctx.saved_tensors
         dout, layout, deterministic, kernel = dout.contiguous(), ctx.layout, ctx.deterministic, ctx.kernel
         dq, dk, dv = anchors.backward(kernel, dout, q, k, v, out, lse, ctx.plan, deterministic)

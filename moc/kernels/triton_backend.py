@@ -126,7 +126,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        anchors.refuse_second_derivative("triton")
+        dense.refuse_second_derivative()
         return None, *_backward(dout.contiguous(), *_arguments(ctx)), *(None,) * 8
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from moc.config import MoCConfig
 from moc.context import is_anchor
-from moc.kernels.anchors import refuse_second_derivative
+from moc.kernels.dense import refuse_second_derivative
 from moc.kernels.sizes import cdiv, masked_blocks, padded
 from moc.kernels.triton_kernels import LOG2E, delta_kernel, load_rows, store_rows
 from moc.layout import ShotLayout
@@ -257,7 +257,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        refuse_second_derivative("triton")
+        refuse_second_derivative()
         q, k, v, out, lse, routes, *plan = ctx.saved_tensors
         num_tokens, num_heads, head_dim = q.shape
         dout, delta = dout.contiguous(), torch.empty_like(lse)

@@ -123,6 +123,14 @@ def test_runs_share_keys_and_leave_some_unread():
     assert (mine[1][5] == 0).all()
 
 
+def test_packed_attention_refuses_a_second_derivative():
+    """That of plain code would take the LSE for a constant, and be wrong."""
+    packed = Packed.build([2, 1], singly([torch.tensor([1, 2]), torch.tensor([0])]), 3, torch.device("cpu"))
+    q, k, v = (torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    with pytest.raises(RuntimeError, match="no second derivative: leave out create_graph=True"):
+        torch.autograd.grad(packed_attend(q, k, v, packed).sum(), q, create_graph=True)
+
+
 @pytest.mark.parametrize("heads_at_a_time", [1, 2, 3, 5])
 def test_runs_of_heads_whose_rows_can_be_addressed(heads_at_a_time, monkeypatch):
     """FlashAttention-2, here stood in for by a dense kernel a run, gets few heads at a time, and all of them once."""
