@@ -202,7 +202,8 @@ class WanTransformer3DModel(StreamModel):
             for w in windows
             if w.start < part.end and w.end > part.start
         ]
-        packed_windows = layout.memo(("windows", *windows), lambda: pack_windows(windows, len(rows), layout.device))
+        key = ("windows", len(rows), *windows)  # a run of the stream has windows of the first rows alone
+        packed_windows = layout.memo(key, lambda: pack_windows(windows, len(rows), layout.device))
         time, block_time, context = self.condition_embedder(sigma, rows)
         return Embedded(x, (context, block_time, part.video_members, packed_windows), time)
 

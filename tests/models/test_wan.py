@@ -10,8 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moc import DropKey, Execution, MoCConfig, Sample, make_batch
+from moc.exchange import Exchange
 from moc.kernels import torch_backend
 from models.checkpoints.experts import Experts
+from models.part import Part
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
 from tests.weights import randomized
 
@@ -133,6 +135,18 @@ def test_windows_show_the_global_caption_the_own_one_and_the_padding(config, pad
         ((second, second + 3), (second + 3, second + 5), (second + 5, second + 512)),
     ]
     assert [(window.start, window.end) for window in windows] == [(0, 12), (12, 24), (24, 36)]
+
+
+def test_windows_of_a_run_know_how_much_text_there_is() -> None:
+    """Batches of one layout share its tables; these differ in a caption that the other process's shot alone sees."""
+    model, first = small_model(), Exchange(None, rank=0, size=2)
+    layout = make_batch([sample(num_shots=2), sample(num_shots=2)], model.stream, 12).layout
+    for last_rows in (2, 7):
+        text = [torch.randn(rows, TEXT_DIM) for rows in (3, 2, 2, 3, 2, last_rows)]
+        part = Part(layout, 0, first)
+        patches = torch.randn(part.num_tokens, 16 * 4)
+        context, _, _, windows = model.embed(patches, torch.rand(6), text, part, MOC).inputs
+        assert len(windows.row_starts) == len(context) + 1
 
 
 def test_512_rows_bound_what_a_shot_sees_not_a_story() -> None:
