@@ -162,8 +162,11 @@ def with_scenes(data: DataConfig, checkpoint: Path) -> DataConfig:
     trained = settings.get("data")
     is_same = bool(trained) and _data_paths(trained) == _data_paths(OmegaConf.structured(data))
     number, names = (trained.get("validation", 0), list(trained.get("held_out", []))) if is_same else (0, [])
-    whose = "of other data than the run's"
-    if is_same:
+    if not is_same:
+        whose = "of other data than the run's"
+    elif data.held_out and data.held_out != names:
+        whose = f"of data.held_out={data.held_out}, other than the run held out"
+    else:
         whose = "that the run held out" if number or names else "that the run was trained on, as it held out none"
     most = count_of(number or NUM_SCENES, "scene")
     logger.info("evaluated on up to %s %s; data.validation=NUMBER takes another number", most, whose)

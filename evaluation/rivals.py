@@ -19,7 +19,7 @@ from moc.training.parallel import gather_lists
 @dataclass(frozen=True)
 class RivalRow:
     """A row is the result of one kind of attention. clean_history: whether only the last shot is noisy. sparsity: that
-    of the first scene. losses: by noise level, over scenes and draws of noise."""
+    of all scenes together. losses: by noise level, over scenes and draws of noise."""
 
     attention: str
     clean_history: bool
@@ -61,24 +61,42 @@ def compare(
             f"too few scenes: each of {parallel.data_ranks} processes needs one or more; raise data.validation, or "
             "start fewer"
         )
+    sparsity: dict[str, float] = {}  # by attention: a clean history changes which chunks are chosen, not how many
     for clean_history in (False, True):
         validators = [Validator(batches, flow, seed=seed + n, clean_history=clean_history) for n in range(draws)]
         for name, attention in rivals(moc).items():
             values = torch.stack([_of_each_scene(v, model, attention, parallel) for v in validators], dim=1)
             losses = {sigma: estimate(values[:, :, at]) for at, sigma in enumerate(validators[0].sigmas)}
-            sparsity = validators[0].routing(model, attention, parallel)["sparsity"]
-            yield RivalRow(name, clean_history, sparsity, losses)
+            if name not in sparsity:
+                sparsity[name] = _sparsity(validators[0], model, attention, parallel)
+            yield RivalRow(name, clean_history, sparsity[name], losses)
 
 
 def _of_each_scene(validator: Validator, model: nn.Module, attention: MoCConfig, parallel: Parallel) -> Tensor:
     """Returns the loss of each scene of all processes: [scenes, sigmas]."""
-    own, ranks = len(validator.batches), parallel.data_ranks
-    counts = gather_lists([own])
-    found = torch.zeros(ranks * max(counts), len(validator.sigmas), 2, device=parallel.device)
-    for index in range(max(counts)):  # a process with fewer scenes repeats one, so that all make as many calls
-        one = replace(validator, batches=[validator.batches[index if index < own else 0]])
-        sums = one.losses(model, attention, parallel)
-        found[parallel.data_rank + index * ranks] = sums if index < own else 0
+    ranks, alone = parallel.data_ranks, list(_alone(validator))
+    found = torch.zeros(ranks * len(alone), len(validator.sigmas), 2, device=parallel.device)
+    for index, (one, is_own) in enumerate(alone):
+        found[parallel.data_rank + index * ranks] = is_own * one.losses(model, attention, parallel)
     found = parallel.sum(found)
     found = found[found[:, 0, 1] > 0]
     return found[..., 0] / found[..., 1]
+
+
+def _sparsity(validator: Validator, model: nn.Module, attention: MoCConfig, parallel: Parallel) -> float:
+    """Returns the share of pairs that attention leaves out in all scenes of all processes together."""
+    sums = torch.zeros(2, dtype=torch.float64, device=parallel.device)
+    for one, is_own in _alone(validator):
+        sparsity = one.routing(model, attention, parallel)["sparsity"]
+        pairs = is_own * one.batches[0].layout.num_tokens ** 2
+        sums += torch.tensor([sparsity * pairs, pairs], device=parallel.device)
+    left_out, pairs = parallel.sum(sums).tolist()
+    return left_out / pairs
+
+
+def _alone(validator: Validator) -> Iterator[tuple[Validator, bool]]:
+    """Yields a validator of each scene alone, and whether it counts: a process with fewer scenes than another repeats
+    one, so that all make as many calls."""
+    own = len(validator.batches)
+    for index in range(max(gather_lists([own]))):
+        yield replace(validator, batches=[validator.batches[index if index < own else 0]]), index < own

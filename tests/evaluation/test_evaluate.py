@@ -10,7 +10,9 @@ import torch
 from data.loading.dataset import DataConfig, open_dataset
 from data.loading.loader import held_out
 from evaluation.evaluate import with_scenes
+from evaluation.rivals import compare
 from moc import MoCConfig, Sample, Shot, ShotLayout, StreamSpec, make_batch
+from moc.batch import Batch
 from moc.diffusion import Flow, NoiseLevels
 from moc.training import Parallel, ParallelConfig, Validator, rivals
 from models import ModelConfig, build_model
@@ -110,6 +112,24 @@ def test_rivals_are_measured_at_the_same_noise(trained, prepared, tmp_path, caps
         assert (row["sparsity"] < other["sparsity"]) == (row["attention"] == "MoC")
 
 
+def test_sparsity_is_that_of_all_scenes_together_not_of_the_first():
+    model = MMDiT(CHANNELS, TEXT_DIM, dim=32, num_layers=2, num_heads=2, ffn_dim=32)
+    config = MoCConfig(chunk_tokens=4, top_k=1, text_anchor="none")
+
+    def scene(shots: int) -> Batch:
+        latents = [torch.randn(CHANNELS, 1, 4, 4) for _ in range(shots)]
+        return make_batch([Sample(latents, [torch.randn(2, TEXT_DIM) for _ in range(shots + 1)])], model.stream, 4)
+
+    def sparsity(*shots: int) -> float:
+        rows = compare(model, config, Flow(), [scene(number) for number in shots], 0, Parallel(ParallelConfig("cpu")))
+        return next(row.sparsity for row in rows if row.attention == "MoC")
+
+    pairs = [scene(number).layout.num_tokens ** 2 for number in (1, 6)]
+    together = (pairs[0] * sparsity(1) + pairs[1] * sparsity(6)) / sum(pairs)
+    assert sparsity(1) < 0.5 < together
+    assert sparsity(1, 6) == sparsity(6, 1) == pytest.approx(together)
+
+
 def test_the_scenes_are_those_that_the_run_held_out(trained, prepared, world, tmp_path, monkeypatch, caplog):
     def ids(checkpoint: Path, data: Path, *settings: str) -> list[str]:
         seen: list[str] = []
@@ -145,6 +165,17 @@ def test_a_run_that_held_no_scene_out_is_evaluated_on_what_it_was_trained_on(tmp
     taken = with_scenes(DataConfig("prepared"), tmp_path / "checkpoints/step_0000003")
     assert (taken.validation, taken.held_out) == (16, [])
     assert "evaluated on up to 16 scenes that the run was trained on, as it held out none;" in caplog.text
+
+
+def test_scenes_that_the_user_names_are_not_said_to_be_those_that_the_run_held_out(tmp_path, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "config.yaml").write_text("data: {path: prepared, validation: 2, held_out: ['a*']}")
+    checkpoint = tmp_path / "checkpoints/step_0000003"
+    assert with_scenes(DataConfig("prepared", held_out=["a*"]), checkpoint).validation == 2
+    assert "that the run held out" in caplog.text
+    caplog.clear()
+    assert with_scenes(DataConfig("prepared", held_out=["b*"]), checkpoint).held_out == ["b*"]
+    assert "of data.held_out=['b*'], other than the run held out" in caplog.text
 
 
 def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkeypatch):
