@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.loading.dataset import DataConfig
 from data.prepare.shots import build_detector
 from data.records import write_whole
-from evaluation.films.judge import JUDGED_SIGMA, held_out_floors, judge_film, ratio_to_line
+from evaluation.films.judge import JUDGED_SIGMA, Verdict, held_out_floors, judge_film, ratio_to_line
 from film.script import load_script
 from moc.checkout import ROOT
 from moc.errors import UserError, check_least, check_seed
@@ -25,7 +26,7 @@ from moc.training.processes import visible_gpus
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale is a world, and what a model learns of it: see configs/demo.yaml.
+    """A scale says how large the demo's world and its model are; configs/demo.yaml has the values.
 
     scenes: how many the world has.
     size: height and width of its frames.
@@ -170,6 +171,27 @@ def raised_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """These are held-out losses by noise level.
+
+    start, end: the model's, before training and after it.
+    linear: those of the best linear predictor.
+    mean: that of predicting the mean, which is one for all levels.
+    """
+
+    sigmas: list[float]
+    start: list[float]
+    end: list[float]
+    linear: list[float]
+    mean: float
+
+    @property
+    def ratio(self) -> float:
+        """How the model's losses stand to the best linear predictor's, up to JUDGED_SIGMA."""
+        return ratio_to_line(self.sigmas, self.end, self.linear)
+
+
 def report(out: Path, script: Path, data: DataConfig, seconds: dict[str, float]) -> bool:
     """Prints what came out and writes it to `verdict.json`; returns whether it passed.
 
@@ -178,46 +200,61 @@ def report(out: Path, script: Path, data: DataConfig, seconds: dict[str, float])
     """
     verdict = judge_film(out / "film", load_script(script), build_detector("transnetv2"))
     rows = [row for row in read_metrics(out / "run") if "routing/sparsity" in row]
-    levels = [key for key in rows[0] if key.startswith("validation/loss_")]
-    sigmas = [float(level.removeprefix("validation/loss_")) for level in levels]
-    mean, linear = held_out_floors(data, sigmas)
-
-    print("\nheld-out loss        start      end   predicting the mean   best linear predictor")
-    for level, sigma, by_line in zip(levels, sigmas, linear, strict=True):
-        print(f"  sigma {sigma:<8g} {rows[0][level]:9.4f} {rows[-1][level]:8.4f} {mean:21.4f} {by_line:23.4f}")
-    sparsity, flops = rows[-1]["routing/sparsity"], rows[-1]["routing/flops_of_dense"]
-    print(f"attention    sparsity {sparsity:.0%}, FLOPs {flops:.0%} of dense")
-    found = f"found at {verdict.found_cuts}: {verdict.accuracy.score:.2f}"
-    print(f"cuts         scripted at {verdict.scripted_cuts}, {found}")
-    print("places       " + ", ".join(f"{a} {'seen' if a == b else f'looks like {b}'}" for a, b in verdict.places))
-    minutes = cpu_minutes()
+    losses, minutes = held_out_losses(rows, data), cpu_minutes()
+    print_losses(losses, rows[-1])
+    print_film(verdict)
     stages = ", ".join(f"{title} {taken:.0f} s" for title, taken in seconds.items())
     print(f"time         {stages}; {minutes:.1f} CPU-minutes in all")
     for name in ("friends/index.html", "film/index.html", "film/storyboard.png", "film/routing.png"):
         print(f"look at      {out / name}")
-
-    ratio = ratio_to_line(sigmas, [rows[-1][level] for level in levels], linear)
     print(
-        f"model        {ratio:.3f} of the best linear predictor's loss up to sigma {JUDGED_SIGMA:g}; it must be under 1"
+        f"model        {losses.ratio:.3f} of the best linear predictor's loss up to sigma {JUDGED_SIGMA:g}; it must be "
+        "under 1"
     )
     record = {
-        "ratio": ratio,
+        "ratio": losses.ratio,
         "steps": rows[-1]["step"],
-        "losses": {f"{sigma:g}": rows[-1][level] for level, sigma in zip(levels, sigmas, strict=True)},
-        "linear": {f"{sigma:g}": by_line for sigma, by_line in zip(sigmas, linear, strict=True)},
+        "losses": {f"{sigma:g}": loss for sigma, loss in zip(losses.sigmas, losses.end, strict=True)},
+        "linear": {f"{sigma:g}": loss for sigma, loss in zip(losses.sigmas, losses.linear, strict=True)},
         "places": verdict.places,
         "cuts": verdict.accuracy.score,
         "seconds": seconds,
         "cpu_minutes": minutes,
     }
     write_whole(out / "verdict.json", (json.dumps(record, indent=1) + "\n").encode())
-    places_ok = verdict.places_right >= 0.75 * len(verdict.places)
-    loss_ok = ratio < 1
-    if not places_ok:
-        print("FAILED: fewer than three in four shots show the scripted place")
-    if not loss_ok:
-        print("FAILED: the held-out loss does not beat the best linear predictor's")
-    return places_ok and loss_ok
+    faults = []
+    if verdict.places_right < 0.75 * len(verdict.places):
+        faults.append("fewer than three in four shots show the scripted place")
+    if losses.ratio >= 1:
+        faults.append("the held-out loss does not beat the best linear predictor's")
+    for fault in faults:
+        print(f"FAILED: {fault}")
+    return not faults
+
+
+def held_out_losses(rows: list[dict[str, Any]], data: DataConfig) -> HeldOut:
+    """Returns the losses of a training. rows: its metrics, those with validation. data: what it was trained on."""
+    levels = [key for key in rows[0] if key.startswith("validation/loss_")]
+    sigmas = [float(level.removeprefix("validation/loss_")) for level in levels]
+    mean, linear = held_out_floors(data, sigmas)
+    start, end = ([row[level] for level in levels] for row in (rows[0], rows[-1]))
+    return HeldOut(sigmas, start, end, linear, mean)
+
+
+def print_losses(losses: HeldOut, last: dict[str, Any]) -> None:
+    """Prints the losses as a table, and what attention costs. last: the metrics of the last validation."""
+    print("\nheld-out loss        start      end   predicting the mean   best linear predictor")
+    for sigma, start, end, linear in zip(losses.sigmas, losses.start, losses.end, losses.linear, strict=True):
+        print(f"  sigma {sigma:<8g} {start:9.4f} {end:8.4f} {losses.mean:21.4f} {linear:23.4f}")
+    sparsity, flops = last["routing/sparsity"], last["routing/flops_of_dense"]
+    print(f"attention    sparsity {sparsity:.0%}, FLOPs {flops:.0%} of dense")
+
+
+def print_film(verdict: Verdict) -> None:
+    """Prints what the film shows, beside its script."""
+    found = f"found at {verdict.found_cuts}: {verdict.accuracy.score:.2f}"
+    print(f"cuts         scripted at {verdict.scripted_cuts}, {found}")
+    print("places       " + ", ".join(f"{a} {'seen' if a == b else f'looks like {b}'}" for a, b in verdict.places))
 
 
 def cpu_minutes() -> float:

@@ -8,9 +8,12 @@ import time
 
 import pytest
 
+from data.loading.dataset import DataConfig
 from data.media.decode import open_video
 from data.storyworld import place_of_caption
 from evaluation import demo
+from evaluation.films.cuts import cut_accuracy
+from evaluation.films.judge import Verdict
 from film.folder import FilmFolder
 from film.script import load_script
 from moc.errors import UserError
@@ -76,6 +79,38 @@ def test_the_demo_ends_with_the_stage_that_failed(capfd):
     assert "[1/3] one (about 3.0 minutes left)" in said
     assert "did one" in said
     assert "did three" not in said
+
+
+@pytest.mark.parametrize(
+    ("end", "seen", "said"),
+    [
+        (0.5, "reef", []),
+        (1.5, "reef", ["does not beat the best linear predictor"]),
+        (0.5, "meadow", ["fewer than three in four shots"]),
+        (1.5, "meadow", ["fewer than three in four shots", "does not beat the best linear predictor"]),
+    ],
+)
+def test_the_verdict_is_of_the_places_shown_and_of_the_losses(tmp_path, monkeypatch, capsys, end, seen, said):
+    script = ROOT / "configs/scripts/storyworld.yaml"
+    places = [("reef", "reef"), ("reef", seen), ("reef", seen), ("reef", "reef")]
+    verdict = Verdict(places, [5, 10], [5], cut_accuracy([5], [5, 10], 15))
+    monkeypatch.setattr(demo, "judge_film", lambda *given: verdict)
+    monkeypatch.setattr(demo, "held_out_floors", lambda data, sigmas: (2.0, [1.0 for _ in sigmas]))
+    rows = [
+        {"step": step, "validation/loss_0.2": loss, "validation/loss_0.8": loss, "validation/loss_0.95": 9.0,
+         "routing/sparsity": 0.8, "routing/flops_of_dense": 0.25}
+        for step, loss in ((0, 3.0), (7, end))
+    ]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert demo.report(tmp_path, script, DataConfig("prepared"), {"train": 3.0}) == (not said)
+    printed = capsys.readouterr().out
+    assert [line.startswith("FAILED") for line in printed.splitlines()].count(True) == len(said)
+    assert all(fault in printed for fault in said)
+    assert "sigma 0.2         3.0000" in printed
+    kept = json.loads((tmp_path / "verdict.json").read_text())
+    assert kept["ratio"] == pytest.approx(end)  # the loss at sigma 0.95 is not judged
+    assert (kept["steps"], kept["losses"]["0.8"], kept["linear"]["0.8"]) == (7, end, 1.0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
