@@ -63,8 +63,8 @@ class FilmRowsConfig:
         check_least(self, "", 1, "steps", "draws")
         check_seed(self, "")
         check_among(self, "rows", ROWS)
-        if not set(self.folds) <= set(range(FOLDS)):
-            raise UserError(f"folds={self.folds} must be among {list(range(FOLDS))}")
+        if not self.folds or not set(self.folds) <= set(range(FOLDS)):
+            raise UserError(f"folds={self.folds} must be some of {list(range(FOLDS))}")
         if self.rows and self.film is None:
             raise UserError("film is not set; say film=FOLDER, where prepare_data.py put the film")
 

@@ -24,7 +24,12 @@ def test_every_row_has_a_title_and_its_held_out_blocks():
     words = arguments("own_shot", 3, FilmRowsConfig("BUNNY", steps=100, settings=["optim.lr=0.1"]))
     assert words[:3] == ["experiment=bunny", "data.path=BUNNY", 'data.held_out=["*b03*","*b07*","*b11*"]']
     assert words[3:6] == ["optim.lr=0.1", "trainer.num_steps=100", "seed=0"]
-    for wrong, said in (({"rows": ["lame"]}, "lame"), ({"folds": [4]}, "folds"), ({"film": None}, "film is not set")):
+    for wrong, said in (
+        ({"rows": ["lame"]}, "lame"),
+        ({"folds": [4]}, "folds"),
+        ({"folds": []}, "folds"),
+        ({"film": None}, "film is not set"),
+    ):
         with pytest.raises(UserError, match=said):
             FilmRowsConfig(**{"film": "BUNNY"} | wrong)
 
