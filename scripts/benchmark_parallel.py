@@ -5,6 +5,10 @@ A step is the trainer's own (noise, forward, backward, clipping, AdamW, moving a
 blocks recomputed in backward. `one` is one process; `data` and `shard` give each process a film of its own, `sequence`
 all of them one film. Each row is written as soon as it is measured, and the same command goes on where it was stopped;
 where a film does not fit, that is a row, and longer ones are left out. Stages that take seconds are printed as well.
+
+`tokens a step` are those of all films, and `of one` is their number a second beside that of one process. `peak` is the
+largest of the processes. `exchange` is the share of a step that the device spends in the exchanges around attention,
+and `collectives` that in all of them, waiting for others included; steps of 20 s or more are not profiled.
 """
 
 import sys

@@ -3,7 +3,8 @@
     python scripts/compile_kernels.py              # all of them, minutes; writes docs/benchmarks/kernels_ahead.md
     python scripts/compile_kernels.py gpus=[90] kinds=[bf16-64] output=kernels.json
 
-It ends with exit status 1 where a kernel takes more shared memory than a program may have, or spills registers.
+It ends with exit status 1 where a kernel takes more shared memory than a program may have, or spills more registers
+than moc/kernels/compilation.py allows.
 """
 
 import os
