@@ -1,6 +1,6 @@
 """Fetches a whole real film, Big Buck Bunny (58 MB, CC-BY 3.0): python scripts/example_film.py output=DIR
 
-Then: python scripts/prepare_data.py input=DIR output=PREPARED size=[64,112] fps=8
+docs/data.md has the commands that prepare it and train on it (experiment=bunny).
 
 A manifest beside the film holds its shots, captions and scenes, made by eye (data/media/big_buck_bunny.json).
 """
