@@ -25,6 +25,7 @@ from models.fresh import drawn_apart
 from models.frozen import Base
 from models.lora import Lora
 from models.mmdit import MMDiT
+from models.rope import check_heads
 from models.stream import StreamModel
 from models.wan import WanTransformer3DModel
 
@@ -142,6 +143,7 @@ def _fresh(config: ModelConfig, latent_channels: int, text_dim: int) -> StreamMo
             for name in ("dim", "num_layers", "num_heads", "ffn_dim", "input_skip", "frame_place")
         }
         return MMDiT(latent_channels=latent_channels, text_dim=text_dim, **sizes)
+    check_heads(config.dim, config.num_heads)
     return WanTransformer3DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.dim // config.num_heads,

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from moc import MoCConfig, ShotLayout, StreamSpec
 from moc.batch import joined
-from moc.errors import UserError
 from models.layers import Condition, FramePlace, JointBlock, Output
 from models.part import Part
-from models.rope import interleaved_positions, rotary_table
+from models.rope import check_heads, interleaved_positions, rotary_table
 from models.stream import Embedded, StreamModel
 
 
@@ -55,8 +54,7 @@ class MMDiT(StreamModel):
         frame_place: bool = False,
     ) -> None:
         super().__init__()
-        if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
-            raise UserError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
+        check_heads(dim, num_heads)
         frames, rows, columns = patch_size
         self.stream = StreamSpec(patch=(frames, rows, columns), text_in_stream=True)
         self.latent_channels, self.attention_dim = latent_channels, dim

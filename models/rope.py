@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moc import ShotLayout
+from moc.errors import UserError
 from moc.move import move
 from models.fuse import fused
 
@@ -57,6 +58,13 @@ def _within_groups(layout: ShotLayout, starts: Tensor) -> tuple[Tensor, Tensor, 
     video = (token - text).clamp(min=0)
     grid = torch.stack([video // (height * width), video // width % height, video % width], dim=1)
     return move(starts, layout.device)[layout.token_group], torch.minimum(token, text), grid
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises UserError where heads do not share `dim` channels evenly, or a head cannot be rotated: each of the three
+    axes takes a channel pair or more."""
+    if dim % num_heads or (dim // num_heads) % 2 or dim // num_heads < 6:
+        raise UserError(f"dim={dim} over num_heads={num_heads} must give an even head width of at least 6")
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from moc import DropKey, Execution, MoCConfig, Sample, make_batch
 from moc.exchange import Exchange
 from moc.kernels import torch_backend
+from models import Family, ModelConfig, build_model
 from models.checkpoints.experts import Experts
 from models.part import Part
 from models.wan import TEXT_TOKENS, WanTransformer3DModel, text_windows
@@ -298,6 +299,9 @@ def test_wrong_input_is_one_clear_message() -> None:
         run(model, MoCConfig(text_anchor="none", chunk_tokens=12), sample())
     with pytest.raises(ValueError, match="latent has 48 channels, this model takes 16"):
         run(model, DENSE, sample(channels=48))
+    for dim, num_heads in ((130, 4), (99, 3)):
+        with pytest.raises(ValueError, match=f"dim={dim} over num_heads={num_heads} must give an even head width"):
+            build_model(ModelConfig(Family.wan, dim=dim, num_heads=num_heads), 16, TEXT_DIM)
     with pytest.raises(ValueError, match=r"text features are \(3, 23\), expected \(3, 24\): encode with the text enc"):
         run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(3, TEXT_DIM - 1)] * 2))
     for change in ({"image_dim": 1280}, {"added_kv_proj_dim": 8}, {"pos_embed_seq_len": 4}, {"in_channels": 36}):
