@@ -80,7 +80,8 @@ class TextConfig:
     max_tokens: int = 512
 
     def __post_init__(self) -> None:
-        check_least(self, "text", 1, "dim", "num_layers", "max_tokens")
+        check_least(self, "text", 4, "dim")  # each of four heads has a channel or more
+        check_least(self, "text", 1, "num_layers", "max_tokens")
         check_least(self, "text", 0, "seed")
 
 

@@ -210,6 +210,9 @@ def test_the_fingerprint_tells_whatever_changes_features(t5_folder: Path, tmp_pa
 
 
 def test_bad_text_settings_are_refused(t5_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"text\.dim=3 must be finite and at least 4"):
+        TextConfig(dim=3)
+    assert EmbeddedTextEncoder(["fox"], TextConfig(dim=4)).encode_caption("a fox").isfinite().all()
     encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), max_tokens=8))
     assert len(encoder.encode("", ["the " * 7])[1]) == 8
     with pytest.raises(ValueError, match="10 tokens is over the text encoder's 8"):
