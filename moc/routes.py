@@ -28,11 +28,19 @@ class Routes:
     @classmethod
     def checked(cls, indices: Tensor, layout: ShotLayout, config: MoCConfig) -> "Routes":
         """Returns a caller's indices, int [N, Lq, K], without those that do not count: repeats, chunks that anchors
-        cover and those of other samples. Raises ValueError for another shape or type."""
+        cover and those of other samples. Raises ValueError for another shape or type and, but within torch.compile,
+        for chunks that the layout has not: a GPU would fail later, without a word of them. Waits for the device."""
         if indices.dim() != 3 or not 0 < indices.shape[1] <= layout.num_tokens:
             raise ValueError(f"routes must be [N, Lq, K], Lq at most {layout.num_tokens}; got {tuple(indices.shape)}")
         if indices.dtype not in (torch.int16, torch.int32, torch.int64):
             raise ValueError(f"routes must be chunk indices of an int type; got {indices.dtype}")
+        if indices.numel() and not torch.compiler.is_compiling():
+            lowest, highest = torch.stack(indices.aminmax()).tolist()
+            if lowest < -1 or highest >= layout.num_chunks:
+                raise ValueError(
+                    f"routes hold chunks from {lowest} to {highest}; this layout has those from 0 to "
+                    f"{layout.num_chunks - 1}, and -1 is an empty slot: route for this layout"
+                )
         return cls(drop_covered(indices, layout, config))
 
     def whole(self, layout: ShotLayout) -> Tensor:

@@ -386,6 +386,9 @@ def test_routes_of_the_last_queries_are_checked_once():
     for wrong in (chosen[0], chosen[:, :0], chosen.float()):
         with pytest.raises(ValueError, match="routes must be"):
             moc.Routes.checked(wrong, layout, config)
+    for wrong in (-2, layout.num_chunks):
+        with pytest.raises(ValueError, match=rf"{wrong}.*this layout has those from 0 to {layout.num_chunks - 1}"):
+            moc.Routes.checked(torch.full_like(chosen, wrong), layout, config)
 
 
 def test_route_refuses_the_layout_of_another_stream():
