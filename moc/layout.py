@@ -225,12 +225,12 @@ class ShotLayout:
                 self.__dict__[name] = table[:length]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns what is pickled: tables as they are laid, not one by one."""
-        left_out = {*self._TABLES, "segments", "chunks"}
+        """Returns what is pickled: tables as they are laid, not one by one, and no plans, which are made anew."""
+        left_out = {*self._TABLES, "segments", "chunks", "_memo"}
         return {name: value for name, value in self.__dict__.items() if name not in left_out} | {"_laid": self._laid}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _memo={})
         self._take_tables(state["_laid"])
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:

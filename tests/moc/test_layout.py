@@ -270,6 +270,10 @@ def test_every_table_is_known_here_and_moved():
 def test_a_layout_survives_the_trip_from_a_loader_worker():
     layout = moc.ShotLayout.build([moc.Shot(2, (3, 2, 2))], 3, chunk_tokens=8)
     assert_same(pickle.loads(pickle.dumps(layout)), layout)
+    sent = pickle.dumps(layout)
+    layout.rechunk(4)
+    assert pickle.dumps(layout) == sent  # plans are not sent
+    assert_same(pickle.loads(sent).rechunk(4), layout.rechunk(4))
 
 
 @pytest.mark.gpu
