@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from configs.command import for_user, message_of
-from configs.run_record import check_same_run
+from configs.run_record import check_same_run, checkpoint_to_resume
 from configs.schema import TrainConfig
 from configs.world import Data
 from data.loading.endless import RecallWorld
 from moc import memory
 from moc.errors import UserError
-from moc.training import Parallel, TrackerConfig, Trainer, read_metrics, sound_checkpoint
+from moc.training import Parallel, TrackerConfig, Trainer, read_metrics
 from moc.training.checkpoint import COMPLETE, read_run_state, refuse_later
 from moc.training.clock import about
 from moc.training.optim import kept_states
@@ -185,16 +185,18 @@ def _time_left(config: TrainConfig, step: int) -> str:
 
 def _checkpoint(config: TrainConfig, found: Path | None, step: int) -> str:
     """Returns whether the run can go on where it stopped. Raises UserError where it cannot."""
-    if found and config.resume == "auto":
+    if not found:
+        return "none; the run begins"
+    if config.resume == "auto":
         check_same_run(config)
-    return f"{found} is whole; the run goes on from step {step}" if found else "none; the run begins"
+    if step >= config.trainer.num_steps:
+        return f"{found} is whole; the run is already finished: step {step} of {config.trainer.num_steps}"
+    return f"{found} is whole; the run goes on from step {step}"
 
 
 def _start(config: TrainConfig) -> tuple[Path | None, int]:
     """Returns the checkpoint to go on from, if any, and its step."""
-    folders = {"none": None, "auto": config.run_folder}
-    folder = folders.get(config.resume, Path(config.resume))
-    found = sound_checkpoint(folder) if folder else None
+    found = checkpoint_to_resume(config, set_aside=False)
     return found, read_run_state(found)["step"] if found else 0
 
 
@@ -203,16 +205,15 @@ def _trial(
 ) -> str | None:
     """Makes some steps and a save of the run itself; returns what the run will take, None where a signal ended the
     trial. Raises UserError where memory or the disk does not suffice."""
-    length = replace(
-        config.trainer, num_steps=first + _STEPS, log_every=1, validate_every=0, checkpoint_every=0, sample_every=0
-    )
+    if first >= config.trainer.num_steps:
+        return "none; no step is left"
+    length = replace(config.trainer, num_steps=first + _STEPS, log_every=1, checkpoint_every=0)
     trial = replace(
         config,
         output=str(config.run_folder),
         name=".trial",
         resume=str(found) if found else "none",
         trainer=length,
-        data=replace(config.data, validation=0),
         tracking=TrackerConfig(),
     )
 

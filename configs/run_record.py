@@ -56,12 +56,14 @@ def hold_run(config: TrainConfig, parallel: Parallel) -> Iterator[None]:
         yield
 
 
-def checkpoint_to_resume(config: TrainConfig) -> Path | None:
-    """Returns where `resume` has the run go on, if anywhere. Raises UserError where a folder that it names has none."""
+def checkpoint_to_resume(config: TrainConfig, set_aside: bool = True) -> Path | None:
+    """Returns where `resume` has the run go on, if anywhere. Raises UserError where a folder that it names has none.
+
+    set_aside: rename the run's damaged checkpoints, as `sound_checkpoint` does."""
     if config.resume == "none":
         return None
     if config.resume == "auto":
-        return sound_checkpoint(config.run_folder, set_aside=True)
+        return sound_checkpoint(config.run_folder, set_aside=set_aside)
     checkpoint = sound_checkpoint(config.resume)
     if checkpoint is None:
         raise UserError(f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder")

@@ -99,8 +99,8 @@ class TrainerConfig:
 class Trainer:
     """A trainer trains `model`, a diffusers ModelMixin; see the module.
 
-    `save_extras(folder)` adds to each checkpoint what sampling needs besides the model. Of a trial that is told to end
-    nothing is saved, not even after its last step.
+    `save_extras(folder)` adds to each checkpoint what sampling needs besides the model. A trial takes its steps and
+    saves the last one: it neither validates nor samples, and saves nothing where it is told to end.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Trainer:
             ) as bar,
         ):
             try:
-                finished = self._run(steps, metrics, validator, bar)
+                finished = self._run(steps, metrics, None if self.is_trial else validator, bar)
             except FloatingPointError:  # is raised on all processes at once
                 self._saver.join()
                 raise
@@ -234,7 +234,7 @@ class Trainer:
             self.save(self._data_state, last)
         if not validated and not last:
             return False
-        samples = self.draw_samples and _due(self.step, self.config.sample_every)
+        samples = self.draw_samples and not self.is_trial and _due(self.step, self.config.sample_every)
         if samples:
             self._draw_samples()
         if saves or validator or samples:

@@ -11,7 +11,7 @@ import torch
 from configs.preflight import _held_bytes
 from moc import memory
 from moc.errors import UserError
-from moc.training import OptimConfig
+from moc.training import OptimConfig, Trainer
 from moc.training.ema import EMA
 from moc.training.optim import build_optimizer
 from tests import pipeline
@@ -136,6 +136,36 @@ def test_a_preflight_of_a_run_to_go_on(capsys, prepared, trained, tmp_path):
     assert status == 1
     assert lines["checkpoint"].startswith("FAIL")
     assert "flow.shift=9" in lines["checkpoint"]
+
+
+def test_a_preflight_of_a_finished_run_tries_nothing(capsys, prepared, tmp_path):
+    run = pipeline.train(prepared, tmp_path / "run")
+    status, lines = preflight(capsys, prepared, run)
+    assert status == 0
+    assert "the run is already finished: step 3 of 3" in lines["checkpoint"]
+    assert lines["trial"] == "ok    trial       none; no step is left"
+
+
+@pytest.mark.parametrize(
+    ("setting", "check", "said"),
+    [
+        ("resume=nowhere", "checkpoint", "resume=nowhere holds no complete checkpoint"),
+        ("data.validation=4", "trial", "leaves none to train"),
+        ("data.validation=2 data.held_out=[scene_000001]", "trial", "2 is more than the 1 scene"),
+    ],
+)
+def test_a_preflight_refuses_what_the_run_would_refuse(capsys, prepared, tmp_path, setting, check, said):
+    status, lines = preflight(capsys, prepared, tmp_path / "run", *setting.split())
+    assert status == 1
+    assert lines[check].startswith("FAIL")
+    assert said in lines[check]
+
+
+def test_a_trial_neither_validates_nor_samples(capsys, prepared, tmp_path, monkeypatch):
+    for name in ("_validate", "_draw_samples"):
+        monkeypatch.setattr(Trainer, name, pytest.fail)
+    status, _ = preflight(capsys, prepared, tmp_path / "run", "trainer.sample_every=1", "trainer.validate_every=1")
+    assert status == 0
 
 
 def test_a_preflight_finds_a_damaged_shard_and_a_full_disk(capsys, prepared, tmp_path):
