@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -144,12 +145,32 @@ class TensorBoard:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics; a last line cut off by a crash is left out."""
+    """Returns the rows of a run's metrics. A last line that a crash cut off is left out, and so is a line that is no
+    row, as a power failure leaves, with a warning."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    rows = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate((line for line in file if line.endswith("\n")), start=1):
+            try:
+                rows.append(_row(line))
+            except ValueError:
+                _tell_damaged(path, number)
+    return rows
+
+
+def _row(line: str) -> dict[str, Any]:
+    """Returns the row that a line holds; raises ValueError where it holds none."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError("a row is an object with a step")
+    return row
+
+
+@cache
+def _tell_damaged(path: Path, number: int) -> None:
+    logger.warning("%s:%d is not as it was written, and is left out", path, number)
 
 
 def headline(values: dict[str, Any]) -> dict[str, str]:

@@ -46,6 +46,18 @@ def test_a_full_disk_of_the_main_process_stops_no_other(two_processes):
     assert checkpoints(two_processes / "full") == ["step_0000001", "step_0000003", "step_0000004"]
 
 
+@pytest.mark.parametrize("damaged", [b"\0\0\0\0\n", b'{"loss": 3.0}\n', b"\xff\n", b"[1]\n"])
+def test_a_damaged_line_of_metrics_costs_that_line(tmp_path, caplog, damaged):
+    """A power failure may leave blocks of zeros where a line had been written."""
+    rows = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]
+    first, second = (json.dumps(row).encode() + b"\n" for row in rows)
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(first + damaged + second)
+    Metrics(tmp_path, TrackerConfig(), {}, first_step=2)
+    assert caplog.messages == [f"{file}:2 is not as it was written, and is left out"]
+    assert file.read_bytes() == first + second
+
+
 def test_a_line_of_metrics_is_written_whole_or_not_at_all(tmp_path, monkeypatch, caplog):
     metrics = Metrics(tmp_path, TrackerConfig(), {})
     metrics.log(1, {"loss": 1.0})
