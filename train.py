@@ -16,7 +16,7 @@ import torch
 
 from configs.command import command
 from configs.preflight import check_weights_fit, look_first, preflight
-from configs.run_record import check_same_run, checkpoint_to_resume, hold_run, own_name, record_launch, sampling_command
+from configs.run_record import begin, hold_run, own_name, record_launch, sampling_command
 from configs.schema import TrainConfig
 from configs.world import Data, open_data
 from data.loading.endless import open_loader
@@ -52,9 +52,7 @@ def main(config: TrainConfig) -> None:
 def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     """Trains until the end, or until a signal comes; returns whether it came to the end."""
     run_folder, is_trial = config.run_folder, config.preflight
-    checkpoint = parallel.of_main(lambda: checkpoint_to_resume(config))
-    if checkpoint and config.resume == "auto":
-        check_same_run(config)
+    checkpoint = parallel.of_main(lambda: begin(config))
     check_weights_fit(config, dataset, parallel)
     torch.manual_seed(config.seed)
     model = build_model(config.model, dataset.latent_channels, dataset.text_dim)
@@ -80,7 +78,7 @@ def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     validator = Validator(list(loader.held_out()), config.flow) if config.data.validation else None
     if trainer.step < length.num_steps:
         look_first(config, dataset, parallel, trainer)
-    else:
+    elif parallel.is_main:
         logger.info("%s is already finished: step %d of %d", run_folder, trainer.step, length.num_steps)
     record_launch(config, parallel, trainer.step)
     with parallel.together():

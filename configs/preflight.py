@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configs.command import for_user, message_of
-from configs.run_record import check_same_run, checkpoint_to_resume
+from configs.run_record import check_same_run, checkpoint_to_resume, takes_its_own
 from configs.schema import TrainConfig
 from configs.world import Data
 from data.loading.endless import RecallWorld
@@ -46,7 +46,7 @@ def preflight(config: TrainConfig, dataset: Data, parallel: Parallel, train: Tra
     checks: dict[str, Callable[[], str | None]] = {
         "processes": lambda: _processes(parallel),
         "data": lambda: _data(dataset, _SCENES),
-        "checkpoint": lambda: _checkpoint(config, *start()),
+        "checkpoint": lambda: _checkpoint(config, parallel, *start()),
         "trial": lambda: _trial(config, dataset, parallel, train, *start()),
     }
     well = True
@@ -183,12 +183,13 @@ def _time_left(config: TrainConfig, step: int) -> str:
     return f", {about(rows[-1]['step_seconds'] * (config.trainer.num_steps - step))}" if rows else ""
 
 
-def _checkpoint(config: TrainConfig, found: Path | None, step: int) -> str:
-    """Returns whether the run can go on where it stopped. Raises UserError where it cannot."""
+def _checkpoint(config: TrainConfig, parallel: Parallel, found: Path | None, step: int) -> str:
+    """Returns whether the run can go on where it stopped; every process takes part. Raises UserError where it
+    cannot."""
     if not found:
         return "none; the run begins"
-    if config.resume == "auto":
-        check_same_run(config)
+    if takes_its_own(config):
+        parallel.of_main(lambda: check_same_run(config))
     if step >= config.trainer.num_steps:
         return f"{found} is whole; the run is already finished: step {step} of {config.trainer.num_steps}"
     return f"{found} is whole; the run goes on from step {step}"

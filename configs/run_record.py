@@ -23,7 +23,7 @@ from configs.schema import TrainConfig
 from moc.checkout import commit, git
 from moc.errors import UserError
 from moc.files import held, write_whole
-from moc.training import Parallel, sound_checkpoint
+from moc.training import Parallel, find_checkpoint, sound_checkpoint
 from moc.training.parallel import gather_lists
 
 logger = logging.getLogger(__name__)
@@ -56,14 +56,32 @@ def hold_run(config: TrainConfig, parallel: Parallel) -> Iterator[None]:
         yield
 
 
+def takes_its_own(config: TrainConfig) -> bool:
+    """Returns whether a launch goes on from its run's newest checkpoint: with resume=auto, and with a path outside the
+    run's folder once the run has a checkpoint, since it began there and the same command goes on."""
+    if config.resume in ("auto", "none"):
+        return config.resume == "auto"
+    is_outside = not Path(config.resume).resolve().is_relative_to(config.run_folder.resolve())
+    return is_outside and find_checkpoint(config.run_folder) is not None
+
+
+def begin(config: TrainConfig) -> Path | None:
+    """Returns what `checkpoint_to_resume` does, of a run that is to go on now. Raises UserError also where its settings
+    are others."""
+    checkpoint = checkpoint_to_resume(config)
+    if checkpoint and takes_its_own(config):
+        check_same_run(config)
+    return checkpoint
+
+
 def checkpoint_to_resume(config: TrainConfig, set_aside: bool = True) -> Path | None:
     """Returns where `resume` has the run go on, if anywhere. Raises UserError where a folder that it names has none.
 
     set_aside: rename the run's damaged checkpoints, as `sound_checkpoint` does."""
+    if takes_its_own(config):
+        return sound_checkpoint(config.run_folder, set_aside=set_aside)
     if config.resume == "none":
         return None
-    if config.resume == "auto":
-        return sound_checkpoint(config.run_folder, set_aside=set_aside)
     checkpoint = sound_checkpoint(config.resume)
     if checkpoint is None:
         raise UserError(f"resume={config.resume} holds no complete checkpoint; use auto, none or a run's folder")

@@ -22,7 +22,8 @@ class TrainConfig:
     name: the run's name.
     output: the folder of runs; this one's is output/name.
     seed: the seed of every random draw.
-    resume: auto (the run's newest checkpoint, if there is one), none, or a checkpoint's path.
+    resume: auto (the run's newest checkpoint, if there is one), none (the run has no checkpoint yet), or the path of a
+        checkpoint or of another run, to begin from until this run has a checkpoint of its own.
     allow_changes: settings, or groups of them, that may differ from those that a resumed run began with.
     preflight: whether only to look if the run can start, and what it will take.
     model: the model and its sizes.

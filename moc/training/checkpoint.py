@@ -185,7 +185,10 @@ def refuse_later(run_folder: Path, step: int) -> None:
     later = [folder.name for folder in _checkpoints(run_folder) if step_of(folder) > step or step == 0]
     if later:
         names = ", ".join(later)
-        raise UserError(f"{run_folder} holds checkpoints past step {step} ({names}); remove them or set another name")
+        raise UserError(
+            f"{run_folder} holds checkpoints past step {step} ({names}); go on from them with resume=auto, remove them "
+            "or set another name"
+        )
 
 
 def check_same_model(folder: Path, model: Any) -> None:

@@ -173,8 +173,9 @@ def test_resuming_from_another_model(capsys, tmp_path, trained, prepared):
     from_it = f"resume={tmp_path}/run"
     assert_one_message(refusal(capsys, "train.py", *arguments, *other, from_it), "another model", "dim=32, not 48")
     assert_one_message(refusal(capsys, "train.py", *arguments, *TINY_MODEL, "seed=4", from_it), "seed=0, not 4")
-    assert_one_message(refusal(capsys, "train.py", *arguments, f"resume={tmp_path}/no"), "resume=", "no complete")
     assert sorted(tmp_path.rglob("*")) == before
+    said = refusal(capsys, "train.py", *arguments, "name=new", f"resume={tmp_path}/no")
+    assert_one_message(said, "resume=", "no complete")
 
 
 def test_starting_anew_over_an_older_run(capsys, tmp_path, trained, prepared):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from configs.run_record import check_same_run, record_launch, sampling_command
 from moc.errors import UserError
-from moc.training import Parallel, ParallelConfig, read_metrics
+from moc.training import Parallel, ParallelConfig, find_checkpoint, read_metrics
 from moc.training.integrity import checksums, files_to_seal, seal
 from tests import figures, pipeline
 from tests.composing import parsed
@@ -163,6 +163,29 @@ def test_a_finished_run_says_so(prepared, run, caplog):
             command(*launch(prepared, run))
     assert f"{run} is already finished: step 3 of 3" in caplog.text
     assert not (run / "config.2.yaml").exists()
+
+
+def test_a_run_that_began_from_another_one_goes_on_by_the_same_command(prepared, run, tmp_path, capsys):
+    """A scheduler starts it again as it was."""
+    begun = launch(prepared, tmp_path / "new", f"resume={run}")
+    command(*begun, "trainer.num_steps=5")
+    command(*begun, "trainer.num_steps=6")
+    launches = (tmp_path / "new/launches.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in launches] == [3, 5]
+    assert find_checkpoint(tmp_path / "new").name == "step_0000006"
+    assert_one_message(refusal(capsys, *begun, "trainer.num_steps=7", "optim.lr=0.5"), "optim.lr=0.5", "was 9e-05")
+    inside = f"resume={tmp_path}/new/checkpoints/step_0000005"
+    said = refusal(capsys, *launch(prepared, tmp_path / "new", inside, "trainer.num_steps=7"))
+    assert_one_message(said, "checkpoints past step 5 (step_0000006)", "resume=auto")
+
+
+def test_a_process_beside_the_main_one_repeats_nothing(prepared, run, monkeypatch, caplog):
+    """Of many processes each would."""
+    monkeypatch.setattr(Parallel, "is_main", False)
+    monkeypatch.setattr(Parallel, "of_main", lambda self, make: run / "checkpoints/step_0000003")
+    with caplog.at_level(logging.INFO):
+        command(*launch(prepared, run, "trainer.log_every=3"))
+    assert caplog.messages == []
 
 
 def test_the_jobs_of_a_sweep_are_runs_of_their_own(prepared, tmp_path, monkeypatch):
