@@ -25,7 +25,7 @@ from moc.schedule import MoCSchedule
 from moc.training import Metrics, Parallel, Trainer, Validator, dead_processes, read_metrics
 from moc.training.curves import draw_curves
 from moc.training.interruption import GOES_ON, TRIAL_ENDED, ending_at_signals, ignore_signals, leave_unfinished
-from models import build_model, load_codec
+from models import build_model
 from models.checkpoints.seen import Seen
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     )
     data_state = trainer.resume(checkpoint) if checkpoint else {"position": 0}
     loader = open_loader(
-        dataset, config.data, model.stream, config.moc.chunk_tokens, load_codec,
+        dataset, config.data, model.stream, config.moc.chunk_tokens,
         rank=parallel.data_rank, world_size=parallel.data_ranks, accumulation=config.parallel.accumulation,
         start_position=data_state["position"],
     )  # fmt: skip

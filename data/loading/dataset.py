@@ -4,6 +4,7 @@ import hashlib
 import math
 import shutil
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -141,6 +142,12 @@ class ShotDataset:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def reopened(self) -> "ShotDataset":
+        """Returns this dataset with open files and a codec of its own, so that another thread may read it."""
+        other = copy(self)
+        other.caches = [copy(cache) for cache in self.caches]
+        return other
 
     def __getitem__(self, i: int) -> moc.Sample:
         return self.sample(Draw(position=i, item=i))

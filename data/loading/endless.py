@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 import moc
-from data.cache.online import LoadCodec
 from data.errors import DataError
 from data.interfaces import Codec, TextEncoder
 from data.loading.dataset import DataConfig, ShotDataset
-from data.loading.loader import Loader, build_loader
+from data.loading.loader import Loader
 from data.loading.order import DRAW, uniforms
 from data.storyworld.filmed import build_stock
 from data.storyworld.recall_scenes import HELD_OUT, RecallConfig, RecallScenes, captions, draw_scenes
@@ -143,7 +142,7 @@ class EndlessLoader:
         accumulation: int = 1,
         start_position: int = 0,
     ) -> None:
-        """Takes the share of one rank, as `build_loader` does. validation: how many scenes are held out. drop_captions:
+        """Takes the share of one rank, as `Loader` does. validation: how many scenes are held out. drop_captions:
         the rate at which a scene loses all its captions, drawn by (seed, position). Raises DataError where a step
         cannot hold a scene for each rank and accumulation."""
         self.world, self.spec, self.chunk_tokens = world, spec, chunk_tokens
@@ -196,11 +195,10 @@ def open_loader(
     config: DataConfig,
     spec: moc.StreamSpec,
     chunk_tokens: int,
-    load_codec: LoadCodec | None = None,
     **share: int,
 ) -> Loader | EndlessLoader:
-    """Returns the loader of one rank's `share`, as `build_loader` takes it, of whatever a config names."""
+    """Returns the loader of one rank's `share`, as `Loader` takes it, of an open dataset or world."""
     if isinstance(dataset, RecallWorld):
         limits = config.batch_tokens, config.validation, config.drop_captions, config.seed
         return EndlessLoader(dataset, spec, chunk_tokens, *limits, **share)
-    return build_loader(config, spec, chunk_tokens, load_codec=load_codec, **share)
+    return Loader(dataset.reopened(), config, spec, chunk_tokens, **share)

@@ -41,7 +41,13 @@ class MicroBatches(Dataset):
 
 
 class Loader:
-    """A loader gives the steps of a run; `build_loader` makes it. `position`: the next sample not yet given out."""
+    """A loader gives the steps of a run to one data-parallel rank (ranks that share a sample pass the same rank).
+    `position`: the next sample not yet given out.
+
+    Iterating gives steps from `start_position` on, each a list of `accumulation` moc.Batch whose samples together
+    with the other ranks' are a run of consecutive positions of at most `config.batch_tokens` tokens.
+    Raises DataError: a budget too small for the ranks, too few scenes to hold some out.
+    """
 
     def __init__(
         self,
@@ -49,10 +55,11 @@ class Loader:
         config: DataConfig,
         spec: moc.StreamSpec,
         chunk_tokens: int,
-        rank: int,
-        world_size: int,
-        accumulation: int,
-        start_position: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+        start_position: int = 0,
     ) -> None:
         self.dataset, self.config, self.spec = dataset, config, spec
         self.chunk_tokens, self.rank, self.world_size = chunk_tokens, rank, world_size
@@ -109,26 +116,14 @@ class Loader:
 
 
 def build_loader(
-    config: DataConfig,
-    spec: moc.StreamSpec,
-    chunk_tokens: int,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulation: int = 1,
-    start_position: int = 0,
-    load_codec: LoadCodec | None = None,
+    config: DataConfig, spec: moc.StreamSpec, chunk_tokens: int, load_codec: LoadCodec | None = None, **share: int
 ) -> Loader:
-    """Returns the training data of one data-parallel rank (ranks that share a sample pass the same rank).
+    """Returns the loader of one rank's `share`, as `Loader` takes it, of the caches that a config names.
 
-    Iterating gives steps from `start_position` on, each a list of `accumulation` moc.Batch whose samples together
-    with the other ranks' are a run of consecutive positions of at most `config.batch_tokens` tokens.
     load_codec: makes the codec of caches that store no latents, in each worker.
-    Raises DataError: no data, an unfinished cache, damage, a budget too small for the ranks.
+    Raises DataError: no data, an unfinished cache, damage, and what Loader raises.
     """
-    return Loader(
-        open_dataset(config, load_codec), config, spec, chunk_tokens, rank, world_size, accumulation, start_position
-    )
+    return Loader(open_dataset(config, load_codec), config, spec, chunk_tokens, **share)
 
 
 def held_out(

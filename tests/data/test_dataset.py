@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moc
+from data.cache.store import FileStore
 from data.cache.writer import NULL_GLOBAL, NULL_SHOT
 from data.errors import DataError
 from data.loading.dataset import DataConfig, Kind, ShotDataset, SourceConfig, open_dataset
+from data.loading.endless import open_loader
 from data.loading.loader import build_loader
 from data.loading.order import Draw, SampleOrder, Source
 from data.loading.packing import Step, deal, plan_steps
@@ -337,3 +339,13 @@ def test_batches_are_pinned_for_the_gpu(cache):
 def test_a_parcel_is_two_things_to_look_into_however_many_tensors_it_holds():
     few, many = (wrap([torch.randn(2, 3) for _ in range(count)]) for count in (1, 500))
     assert [type(batch) for batch in few] == [type(batch) for batch in many] == [bytes, torch.Tensor]
+
+
+def test_a_run_reads_its_index_once(cache, monkeypatch):
+    """The index of a large cache takes minutes and gigabytes."""
+    dataset, wanted = open_dataset(config(cache)), steps(loader(config(cache)), 2)
+    for name in ("read_bytes", "size"):
+        monkeypatch.setattr(FileStore, name, pytest.fail)
+    made = open_loader(dataset, config(cache), SPEC, 64)
+    assert steps(made, 2) == wanted
+    assert dataset.caches[0]._open == {}  # the loader reads with files of its own
