@@ -4,11 +4,11 @@ truth."""
 import gc
 import json
 import os
-import platform
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from data.prepare.scan import scan_video
 from data.prepare.shots import DETECTORS, Span, build_detector
 from data.prepare.sources import MANIFEST
 from data.records import write_whole
+from evaluation.benchmarks.measurements import cpu_name
 from evaluation.films.cuts import cut_accuracy
+from moc.checkout import commit
 from moc.errors import UserError, check_least
 
 _PIECE, _MARGIN = (10, 40), 2  # frames in a piece of a shot; frames left out at the shot's ends
@@ -85,7 +87,14 @@ def write_record(config: DataBenchmarkConfig) -> None:
         if config.film:
             rows.append(measure_decoding(Path(config.film), detector, folder / "scans"))
         rows += [measure_cuts(truth, detector, folder / "scans") for truth in truths]
-    header = {"cpu": platform.processor(), "cores": os.cpu_count(), "load": os.getloadavg(), "torch": torch.__version__}
+    header = {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     write_whole(Path(config.output), json.dumps({"header": header, "rows": rows}, indent=1).encode())
     print(json.dumps(rows, indent=1))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from data.records import write_whole
+from evaluation.benchmarks.measurements import cpu_name
 from moc.checkout import ROOT, commit
 from moc.errors import UserError, check_least
 
@@ -97,11 +98,3 @@ def run(seed: int, variables: str, output: Path, config: DemoSeedsConfig) -> dic
     verdict = output / "verdict.json"
     found = json.loads(verdict.read_text()) if verdict.exists() else {"log": str(output.with_suffix(".log"))}
     return {"seed": seed, "environment": variables, "exit_code": done.returncode} | found
-
-
-def cpu_name() -> str:
-    """Returns the processor's model, and whether it has AVX-512."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
-    return model + (", AVX-512" if any("avx512f" in line for line in lines) else "")

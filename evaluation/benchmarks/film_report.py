@@ -77,7 +77,7 @@ def _losses(cases: list[list[dict]]) -> str:
     losses = [f"{names[kind]}, sigma {sigma:g}" for sigma in sigmas for kind in names]
     compared = ("alone", "history")
     minus = [f"{names[kind]}, minus dense, sigma {sigma:g}" for sigma in sigmas for kind in compared]
-    head = ["row", "sparsity", "shots", *losses, *minus, "minutes"]
+    head = ["row", "sparsity of all pairs", "shots", *losses, *minus, "minutes"]
     lines = []
     for case in cases:
         cells = [estimate(_of(case, kind, sigma)) for sigma in sigmas for kind in names]

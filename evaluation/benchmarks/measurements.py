@@ -81,6 +81,14 @@ def machine(parallel: Parallel) -> dict:
     }
 
 
+def cpu_name() -> str:
+    """Returns the processor's model, and whether it has AVX-512."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    return model + (", AVX-512" if any("avx512f" in line for line in lines) else "")
+
+
 def measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
     """Says where rows were measured, when and with what: one sentence for each machine and commit."""
     return " ".join(dict.fromkeys(_origin(row) for row in rows))
