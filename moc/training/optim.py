@@ -108,8 +108,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         )
     try:
         return build(trained, config)
-    except TypeError as error:
-        raise UserError(f"optim.name={config.name} does not take optim.args={config.args}: {error}") from None
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"optim.name={config.name} does not take optim.args={config.args}: {error}; change them, or take another "
+            "optimizer"
+        ) from None
 
 
 def take_step(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:

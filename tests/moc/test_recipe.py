@@ -163,6 +163,15 @@ def test_optimizers_that_cannot_be_are_refused(config, message):
         config()
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "said"),
+    [("torch.optim.SGD", {"momentum": -1}, "momentum value: -1"), ("torch.optim.LBFGS", {}, "parameter groups")],
+)
+def test_what_an_optimizer_says_of_its_arguments_is_for_the_user(name, args, said):
+    with pytest.raises(UserError, match=rf"optim.name={name} does not take .*{said}.*; change them"):
+        build_optimizer(model(), OptimConfig(name, args=args))
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
