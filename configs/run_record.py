@@ -17,6 +17,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from configs.earlier import translated
 from configs.schema import TrainConfig
@@ -36,6 +37,7 @@ FREE = (
     "trainer.max_skipped_steps", "trainer.cuda_graphs", "optim.offload",
     "data.workers", "data.prefetch", "data.local_cache", "data.local_cache_gigabytes",
 )  # fmt: skip
+_RESTORE = "restore it, or remove it to go on with the settings given now"
 OPEN = "optim.args."  # a key that is missing here was not set; elsewhere an earlier version did not have it yet
 
 
@@ -97,7 +99,7 @@ def check_same_run(config: TrainConfig) -> None:
     file = config.run_folder / "config.yaml"
     if not file.exists():
         return
-    settings = OmegaConf.to_container(OmegaConf.load(file)), _values(config)
+    settings = _recorded(file), _values(config)
     before, now = (translated(dict(_flat(values))) for values in settings)
     keys = before | now
     unknown = [name for name in config.allow_changes if not any(_is_among(key, [name]) for key in keys)]
@@ -152,6 +154,17 @@ def _record_settings(config: TrainConfig) -> None:
         number = next(n for n in range(1, 10**6) if not _kept(file, n).exists())
         file.rename(_kept(file, number))
     write_whole(file, text.encode())
+
+
+def _recorded(file: Path) -> dict[str, Any]:
+    """Returns the settings in a config.yaml. Raises UserError where it holds none."""
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    except YAMLError as error:
+        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); {_RESTORE}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold settings by their names, not {str(values)[:20]!r}; {_RESTORE}")
+    return values
 
 
 def _kept(file: Path, number: int) -> Path:

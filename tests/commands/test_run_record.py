@@ -56,6 +56,15 @@ def test_what_is_changed_added_or_removed_is_refused(tmp_path, setting):
         check_same_run(replace(now, allow_changes=[key]))
 
 
+@pytest.mark.parametrize("text", ["a: : b", "- 1"])
+def test_settings_that_cannot_be_read_are_told_in_one_line(tmp_path, text):
+    config = parsed("train", f"output={tmp_path}", "data.path=a")
+    config.run_folder.mkdir()
+    (config.run_folder / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"^[^\n]*config.yaml (is damaged|must hold)[^\n]*; restore it, or remove it"):
+        check_same_run(config)
+
+
 def test_a_change_allowed_by_name_keeps_the_settings_before(prepared, run):
     command(*launch(prepared, run, "optim.lr=0.001", "allow_changes=[optim.lr]", "trainer.num_steps=4"))
     before, now = (yaml.safe_load((run / name).read_text()) for name in ("config.1.yaml", "config.yaml"))
