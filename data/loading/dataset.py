@@ -93,13 +93,19 @@ class DataConfig:
     drop_to_still: float = 0.1
 
     def __post_init__(self) -> None:
+        given = [f"data.{name}" for name in ("path", "sources", "recall") if getattr(self, name)]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} are set together; set one of them")
         for name in ("drop_captions", "drop_global_caption", "drop_shot_caption", "drop_to_still"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is a probability in [0, 1], got {getattr(self, name)}")
             if self.recall and getattr(self, name) and name != "drop_captions":
                 raise UserError(f"data.{name}={getattr(self, name)}: recall scenes lie alike; set it to 0")
-        if self.recall and (self.path or self.sources):
-            raise UserError("data.recall is set together with data.path or data.sources; set one of them")
+        if self.recall and self.held_out:
+            raise UserError(
+                f"data.held_out={self.held_out} names prepared scenes, and recall scenes have no names; hold some of "
+                "them out by data.validation"
+            )
         check_least(self, "data", 1, "batch_tokens", "prefetch")
         check_least(self, "data", 0, "workers", "validation", "local_cache_gigabytes")
         check_seed(self, "")  # data.seed is the command's seed unless it is set by itself
@@ -293,7 +299,7 @@ def open_dataset(config: DataConfig, load_codec: LoadCodec | None = None) -> Sho
     """Returns the dataset a config names. load_codec: for caches without latents. Raises DataError where it names
     none."""
     sources = config.sources if config.path is None else [SourceConfig(path=config.path)]
-    if not sources or (config.path and config.sources):
+    if not sources:
         raise DataError("missing-data", "data", "set data.path to a prepared folder, or data.sources to a mix of them")
     max_bytes = int(config.local_cache_gigabytes * 1e9)
     return ShotDataset(sources, config.local_cache, max_bytes, load_codec, config.held_out)
