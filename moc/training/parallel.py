@@ -343,7 +343,7 @@ class Parallel:
         size = (config.replicate or 1) * config.shard * config.sequence
         if self.world_size % size or (config.replicate and self.world_size != size):
             wanted = "divide" if not config.replicate else "be"
-            axes = f"replicate={config.replicate}, shard={config.shard}, sequence={config.sequence}"
+            axes = f"replicate={config.replicate or 'null'}, shard={config.shard}, sequence={config.sequence}"
             raise UserError(
                 f"parallel.{axes}: their product {size} must {wanted} the number of processes, {self.world_size}; "
                 "change one of them, or start other processes (replicate=null takes what is left over)"

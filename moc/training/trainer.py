@@ -62,7 +62,9 @@ class TrainerConfig:
     """These settings say how long a run is and how often it reports.
 
     num_steps: the number of optimizer steps of the run.
-    log_every, validate_every, checkpoint_every: how many steps lie between two; 0 is never.
+    log_every: how many steps lie between two lines of metrics.
+    validate_every: how many steps lie between two validations; 0 is none but before the first step and after the last.
+    checkpoint_every: how many steps lie between two checkpoints; 0 is none but after the last step.
     sample_every: how many steps lie between two samples of a held-out scene; 0 is never.
     keep_checkpoints: how many of the newest stay.
     keep_every: the checkpoints of every so many steps stay besides; 0 is none.
