@@ -12,18 +12,20 @@ if __name__ == "__main__":
 from configs.command import command
 from configs.schema import SampleConfig
 from film.filmmaker import Filmmaker
-from film.find import find_films, read_films
+from film.find import find_films, read_films, tell_costs
+from moc.errors import Refusals
 
 
 @command("sample", SampleConfig)
 def main(config: SampleConfig) -> None:
     """Loads model and scripts, films shot by shot, and tells what to look at."""
-    filmmaker, found = Filmmaker(config), find_films(config.script, config.out)
-    films = read_films(found, filmmaker, config.size, config.fps)
+    filmmaker, refusals = Filmmaker(config), Refusals()
+    films = read_films(find_films(config.script, config.out), filmmaker, refusals, config.size, config.fps)
     is_main = filmmaker.parallel.is_main
+    if config.dry_run and is_main:
+        tell_costs(films, filmmaker, refusals)
+    refusals.tell()
     if config.dry_run:
-        for script, folder in films if is_main else ():
-            print(f"{folder.path}: {script.title}", *filmmaker.cost(filmmaker.plan(script)), sep="\n")
         return
     filmmaker.make(films, config.redo)
     for _, folder in films if is_main else ():

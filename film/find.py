@@ -1,5 +1,5 @@
-"""This module finds which films a command is to make, one of a script or one of each script in a folder, and reads
-their scripts."""
+"""This module finds which films a command is to make, one of a script or one of each script in a folder, reads their
+scripts and tells what they will cost."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,22 +36,27 @@ def find_films(script: str | Path, out: str | Path) -> list[tuple[Path, FilmFold
 def read_films(
     found: Sequence[tuple[Path, FilmFolder]],
     filmmaker: Filmmaker,
+    refusals: Refusals,
     size: list[int] | None = None,
     fps: float | None = None,
 ) -> list[tuple[Script, FilmFolder]]:
-    """Returns the scripts that `find_films` found, with their films' folders; computes nothing. size, fps: as in
-    `Filmmaker.read`.
-
-    Raises UserError that names all scripts that cannot be read, or whose size codec or model cannot take.
-    """
-    read, refusals = [], Refusals()
+    """Returns the scripts that `find_films` found, with their films' folders; computes nothing. Those that cannot be
+    read, or whose size codec or model cannot take, are left out and noted. size, fps: as in `Filmmaker.read`."""
+    read, films = [], []
     for path, folder in found:
         with refusals.noted():
             read.append((path, filmmaker.read(path, size, fps), folder))
     if read:  # what is wrong with the model is no script's fault, and not noted
         codec, stream = filmmaker.encoders.codec, filmmaker.stream
-    for path, script, _ in read:
+    for path, script, folder in read:
         with refusals.noted(path):
             check_size(script.size, codec, stream)
-    refusals.tell()
-    return [(script, folder) for _, script, folder in read]
+            films.append((script, folder))
+    return films
+
+
+def tell_costs(films: Sequence[tuple[Script, FilmFolder]], filmmaker: Filmmaker, refusals: Refusals) -> None:
+    """Prints what each film will cost. Scripts that cannot be encoded are noted as `refusals`."""
+    for script, folder in films:
+        with refusals.noted(folder.path):
+            print(f"{folder.path}: {script.title}", *filmmaker.cost(filmmaker.plan(script)), sep="\n", flush=True)

@@ -148,6 +148,27 @@ def test_a_batch_names_all_scripts_that_cannot_be_filmed(capsys, caplog, tmp_pat
     assert not list(tmp_path.glob("films/*"))
 
 
+def test_a_dry_run_tells_what_all_others_cost_and_names_the_bad(capsys, tmp_path, trained):
+    """A script may fail when it is read and when it is encoded."""
+    unreadable = {"shots": [GOOD["shots"][0] | {"image": "picture.png"}]}
+    changes = {"a": unreadable, "b": {"title": "A walk"}, "c": {"shots": []}, "d": unreadable, "e": {"title": "A run"}}
+    (tmp_path / "batch").mkdir()
+    (tmp_path / "batch/picture.png").write_bytes(b"no picture")
+    for name, change in changes.items():
+        (tmp_path / f"batch/{name}.yaml").write_text(yaml.safe_dump(GOOD | change))
+    arguments = sample_arguments(trained, tmp_path / "batch", tmp_path / "films")
+    with pytest.raises(SystemExit) as ending:
+        command("sample.py", *arguments, "dry_run=true")
+    assert_one_message(str(ending.value), "3 are refused", "c.yaml shots: there is no shot", "films/a: ", "films/d: ")
+    told = capsys.readouterr().out
+    assert [line for line in told.splitlines() if line.startswith(str(tmp_path))] == [
+        f"{tmp_path / 'films/b'}: A walk",
+        f"{tmp_path / 'films/e'}: A run",
+    ]
+    assert told.count("1 shot, 5 frames") == 2
+    assert not list(tmp_path.glob("films/*"))
+
+
 def sample_arguments(trained: Path, story: Path, out: Path) -> list[str]:
     return [f"checkpoint={trained}", f"script={story}", f"out={out}", "sampler.steps=1"]
 
