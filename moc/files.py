@@ -15,6 +15,7 @@ from moc.errors import UserError
 
 PARTIAL = ".moc-partial"  # nobody else uses this ending
 LOCK = ".lock"
+PATIENCE = 1.0  # seconds; the system may refuse a lock for a moment: a slow disk, or a process that is just ending
 
 
 class OutsideError(UserError):
@@ -89,10 +90,10 @@ def held(folder: Path, holds: bool = True) -> Iterator[None]:
     """Holds the folder, which is made if need be, for those alone who came together.
 
     holds: whether this process is the one that holds it for all of them; the others pass. The lock is the system's and
-    ends with the process, however that ends. Raises HeldError where others hold it, OSError.
+    ends with the process, however that ends. Raises HeldError where others hold it for longer than `PATIENCE`, OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    lock = filelock.FileLock(folder / LOCK, timeout=PATIENCE)
     try:
         if holds:
             lock.acquire()

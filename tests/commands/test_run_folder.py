@@ -1,6 +1,8 @@
 """These tests are about a run's folder: it stays below the output, one launch at a time has it, and a kill at any
 moment loses nothing."""
 
+import errno
+import fcntl
 import subprocess
 import sys
 
@@ -69,6 +71,20 @@ def test_a_folder_is_held_for_those_who_came_together_until_the_process_ends(tmp
     other.communicate()
     with held(tmp_path):
         pass
+
+
+def test_a_folder_that_is_refused_for_a_moment_is_held(tmp_path, monkeypatch):
+    """A busy system may refuse a lock that nobody holds; filelock asks again if it is given the time."""
+    refusals, flock = iter([BlockingIOError] * 2), fcntl.flock
+
+    def refusing(file: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and (error := next(refusals, None)):
+            raise error(errno.EAGAIN, "held elsewhere")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refusing)
+    with held(tmp_path):
+        assert next(refusals, None) is None
 
 
 def test_what_a_killed_save_of_another_step_left_is_removed(tmp_path):
