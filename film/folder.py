@@ -103,30 +103,45 @@ class FilmFolder:
 
     def check_request(self, request: Mapping[str, Any], redo: Sequence[int] = ()) -> None:
         """Raises DataError (other-film) where the folder holds a film, finished or not, of another request. redo: shots
-        of a finished film that may differ, and must, unless they are lost: the same prompt and seed would give the same
-        shot."""
+        of a finished film that may differ, and must (same-shot), unless they are lost: the same prompt and seed would
+        give the same shot. Those of an unfinished film must be the ones that it makes anew (unfinished-film)."""
         before, now = self.request(), json.loads(json.dumps(request))
         if before is None:
             return
+        if redo:
+            self._check_redo(redo, before, now)
+        for number in redo if self.is_finished else ():
+            before["script"]["shots"][number - 1] = _shot(now, number)
+        if changed := _difference(before, now):
+            remedy = self._remedy(before, now) if not redo else REMEDY
+            raise DataError("other-film", self.path, f"holds another film: {changed}; {remedy}")
+
+    def _check_redo(self, redo: Sequence[int], before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Raises DataError where shots cannot be made anew: same-shot, unfinished-film. before, now: the requests."""
         if self.is_finished:
             there = [number for number in redo if self._latent(number).exists()]  # a lost shot may be what it was
             same = [number for number in there if before["script"]["shots"][number - 1] == _shot(now, number)]
             if same:
                 raise DataError("same-shot", self.path, f"shot {same[0]} is asked to be what it is; change its prompt, "
                                 "its seed in the script, or sampler.seed")  # fmt: skip
-            for number in redo:
-                before["script"]["shots"][number - 1] = _shot(now, number)
-        changed = _difference(before, now)
-        if changed:
-            anew = _other_shots(before, now) if self.is_finished and not redo else []
-            remedy = f"make anew with redo={anew}, {REMEDY}" if anew else REMEDY
-            raise DataError("other-film", self.path, f"holds another film: {changed}; {remedy}")
+        elif sorted(set(redo)) != (begun := self._read_progress()[1].redo):
+            first = f"shots {begun} of it are being made anew; say redo={begun}" if begun else "leave out redo"
+            said = f"is not finished, which goes before redo={list(redo)}: {first}, and finish it first"
+            raise DataError("unfinished-film", self.path, said)
+
+    def _remedy(self, before: dict[str, Any], now: dict[str, Any]) -> str:
+        """Returns what to do where the folder holds the film of another request."""
+        if self.is_finished:
+            anew = _other_shots(before, now)
+            return f"make anew with redo={anew}, {REMEDY}" if anew else REMEDY
+        begun = self._read_progress()[1].redo
+        return f"shots {begun} of it are being made anew; finish that as it was asked for" if begun else REMEDY
 
     def reopen(self, request: Mapping[str, Any], redo: Sequence[int], tensors: dict[str, Tensor]) -> None:
         """Makes a finished film an unfinished one, without the shots `redo`. tensors: as in `FilmProgress`."""
         others = set(range(1, len(request["script"]["shots"]) + 1)) - set(redo)
         made = {number: checksum(self.read_latent(number)) for number in sorted(others)}
-        self.keep(request, FilmProgress(0, made, sorted(redo), tensors))
+        self.keep(request, FilmProgress(0, made, sorted(set(redo)), tensors))
 
     def request(self) -> dict[str, Any] | None:
         """Returns the request of the film that the folder holds; None where it holds none."""

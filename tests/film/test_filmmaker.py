@@ -19,7 +19,7 @@ from moc.diffusion import SamplingConfig
 from moc.errors import UserError
 from models.checkpoints.contents import Contents
 from models.checkpoints.seen import Seen
-from tests.film.filming import SHOT, STORY, contents, film_of, killed_after, open_filmmaker, times_killed
+from tests.film.filming import SHOT, STORY, contents, film_of, killed_after, killed_at, open_filmmaker, times_killed
 
 
 @pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
@@ -252,6 +252,24 @@ def test_making_anew_is_killed_and_goes_on(trained, write, tmp_path):
     plan = second.plan(second.with_seeds_of(FilmFolder(tmp_path / "killed"), second.read(write(STORY)), [2]))
     assert times_killed(lambda: second.film(plan, FilmFolder(tmp_path / "killed"), [2])) > 3
     assert contents(tmp_path / "killed") == whole
+
+
+def test_other_shots_are_made_anew_once_a_film_is_whole(trained, write, tmp_path):
+    """A film that goes on would else pass for one whose shot was made anew."""
+    filmmaker, film, story = open_filmmaker(trained), tmp_path / "film", write(STORY)
+    assert killed_at(3, lambda: film_of(filmmaker, story, film))
+    with pytest.raises(DataError, match=r"is not finished, .* redo=\[2\]: leave out redo, and finish it first"):
+        film_of(filmmaker, story, film, redo=[2])
+    before, other = film_of(filmmaker, story, film), open_filmmaker(trained, seed=8)
+    assert killed_at(2, lambda: film_of(other, story, film, redo=[2, 2]))
+    for redo in ([3], [2, 3]):
+        with pytest.raises(DataError, match=r"shots \[2\] of it are being made anew; say redo=\[2\], and finish"):
+            film_of(other, story, film, redo=redo)
+    with pytest.raises(DataError, match=r"seed is 8, not 0; shots \[2\] of it are being made anew; finish that as"):
+        film_of(filmmaker, story, film)
+    after = film_of(other, story, film, redo=[2])
+    assert json.loads(after[METADATA])["redone"] == [2]
+    assert after["latents/03.safetensors"] == before["latents/03.safetensors"]
 
 
 def test_what_cannot_be_made_anew_is_refused(trained, write, tmp_path):
