@@ -120,11 +120,10 @@ class Filmmaker:
     needed."""
 
     def __init__(self, config: FilmmakerConfig) -> None:
-        self.config, self.sampler, self.shared = config, config.sampler, dict[str, Any]()
+        self.config, self.shared = config, dict[str, Any]()
         self.parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
         self.contents = Contents.sound(config.checkpoint)
-        self.checkpoint = self.contents.path
-        self.seen = Seen.read(self.contents)
+        self.checkpoint, self.seen = self.contents.path, Seen.read(self.contents)
 
     @Shared
     def _loaded(self) -> Any:
@@ -137,6 +136,10 @@ class Filmmaker:
             multiply_in_fp8(model, self.parallel.device)
         model.execution = config.execution
         return model
+
+    @property
+    def sampler(self) -> SamplingConfig:
+        return self.config.sampler
 
     @property
     def stream(self) -> StreamSpec:
@@ -240,7 +243,7 @@ class Filmmaker:
     def with_sampler(self, **settings: Any) -> "Filmmaker":
         """Returns a filmmaker that samples otherwise; what is loaded, now or later, is loaded once for both."""
         other = copy(self)
-        other.sampler = replace(self.sampler, **settings)
+        other.config = replace(self.config, sampler=replace(self.sampler, **settings))
         return other
 
     def estimate(self, plan: FilmPlan) -> Estimate:
@@ -362,8 +365,7 @@ class Filmmaker:
             yield
 
     def _shooting(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any]) -> Shooting:
-        codec, keep_every = self.encoders.codec, self.config.keep_every
-        return Shooting(folder, plan, codec, request, self.routing_map(plan), keep_every)
+        return Shooting(folder, plan, self.encoders.codec, request, self.routing_map(plan), self.config.keep_every)
 
     def _make(self, plan: FilmPlan, folder: FilmFolder, request: dict[str, Any], watch: OnStep | None) -> None:
         started, device = time.time(), self.parallel.device
@@ -395,5 +397,4 @@ class Filmmaker:
 def versions() -> dict[str, str]:
     """Returns versions of what decides a film's bits, and the commit where this is a checkout."""
     found = {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    at = commit()
-    return found | {"commit": at} if at else found
+    return found | ({"commit": at} if (at := commit()) else {})

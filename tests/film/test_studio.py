@@ -103,6 +103,17 @@ def test_a_film_is_made_step_by_step_and_stopped_and_goes_on(studio):
     assert studio.film("walk").read_metadata()["sampler"]["steps"] == 3
 
 
+def test_films_and_previews_say_how_they_were_sampled(studio):
+    """The settings that the app began with are not those of a film for which others were chosen."""
+    studio.save("walk", STORY)
+    preview, film = list(studio.preview("walk"))[-1], list(studio.make("walk", steps=2, guidance_scale=1.0))[-1]
+    for state, steps, scale in ((preview, 1, 2.0), (film, 2, 1.0)):
+        made = state.folder.read_metadata()
+        for sampler in (made["sampler"], made["config"]["sampler"]):
+            assert (sampler["steps"], sampler["guidance_scale"]) == (steps, scale)
+    assert studio.filmmaker.sampler.steps == 3
+
+
 def test_a_shot_is_made_anew_and_its_takes_compared(studio):
     studio.save("walk", STORY)
     with pytest.raises(UserError, match="not filmed to its end"):
