@@ -113,9 +113,10 @@ class Studio:
         return self._make(filmmaker, name, self.preview_folder(name, filmmaker))
 
     def preview_folder(self, name: str, filmmaker: Filmmaker) -> FilmFolder:
-        """Returns the folder of the preview of a script that a filmmaker makes."""
-        digest = hashlib.sha256(f"{self.text(name)}{filmmaker.sampler}".encode()).hexdigest()[:16]
-        return FilmFolder(inside(self.folder, f"previews/{digest}"))
+        """Returns the folder of the preview of a script that a filmmaker makes, which is named by all that decides its
+        frames: no preview stands in another one's way."""
+        request = json.dumps(filmmaker.request(filmmaker.plan(self.read(name))), sort_keys=True)
+        return FilmFolder(inside(self.folder, f"previews/{hashlib.sha256(request.encode()).hexdigest()[:16]}"))
 
     def make(self, name: str, **sampler: Any) -> Iterator[State]:
         """Films a script, or goes on with it, and tells how far it is. Who stops listening stops it; what is finished

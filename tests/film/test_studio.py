@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
@@ -112,6 +113,17 @@ def test_films_and_previews_say_how_they_were_sampled(studio):
         for sampler in (made["sampler"], made["config"]["sampler"]):
             assert (sampler["steps"], sampler["guidance_scale"]) == (steps, scale)
     assert studio.filmmaker.sampler.steps == 3
+
+
+def test_another_model_makes_a_preview_of_its_own(studio, trained, tmp_path):
+    """An app that is opened again with another checkpoint previews the scripts that are there."""
+    studio.save("walk", STORY)
+    first = list(studio.preview("walk"))[-1].folder
+    config = replace(studio.filmmaker.config, shift=2.0)
+    second = list(Studio(Filmmaker(config), studio.folder, preview_steps=1).preview("walk"))[-1].folder
+    assert first.path != second.path
+    assert first.read_latent(1).shape == second.read_latent(1).shape
+    assert list(studio.preview("walk"))[-1].folder.path == first.path
 
 
 def test_a_shot_is_made_anew_and_its_takes_compared(studio):
