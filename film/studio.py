@@ -11,7 +11,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -203,13 +204,14 @@ class Studio:
     ) -> Iterator[State]:
         script = self.read(name)
         numbers = range(1, len(script.shots) + 1)
-        for done in _in_a_thread(lambda watch: filmmaker.make([(script, film)], redo or [], watch)):
-            yield State(
-                done, [film.shot(number) for number in numbers if film.shot(number).exists()], len(numbers), film
-            )
+        # Who closes this closes the thread's too, and waits until the film's folder is free.
+        with closing(_in_a_thread(lambda watch: filmmaker.make([(script, film)], redo or [], watch))) as making:
+            for done in making:
+                shots = [film.shot(number) for number in numbers if film.shot(number).exists()]
+                yield State(done, shots, len(numbers), film)
 
 
-def _in_a_thread(work: Callable[[OnStep], None]) -> Iterator[float]:
+def _in_a_thread(work: Callable[[OnStep], None]) -> Generator[float]:
     """Does work elsewhere and yields the share of its steps that are done, 0 first and 1 last. Raises what it raises;
     who stops listening stops it at its next step."""
     told: Queue[float] = Queue()

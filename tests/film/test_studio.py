@@ -15,6 +15,7 @@ from urllib.request import urlopen
 
 import pytest
 
+import film.studio as studio_module
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.studio import Studio
 from moc.diffusion import SamplingConfig
@@ -102,6 +103,25 @@ def test_a_film_is_made_step_by_step_and_stopped_and_goes_on(studio):
     made = [preview.folder.read_metadata()["sampler"] for preview in previews]
     assert [(sampler["steps"], sampler["guidance_scale"]) for sampler in made] == [(1, 2.0), (1, 1.0)]
     assert studio.film("walk").read_metadata()["sampler"]["steps"] == 3
+
+
+def test_who_closes_a_film_in_the_making_ends_its_thread(studio, monkeypatch):
+    """It is ended at once, and not when nobody refers to it any more: its folder is free for the next film."""
+    threads, in_a_thread = [], studio_module._in_a_thread
+
+    def noted(work):
+        threads.append(in_a_thread(work))
+        return threads[0]
+
+    monkeypatch.setattr(studio_module, "_in_a_thread", noted)
+    studio.save("walk", STORY)
+    making = studio.make("walk")
+    next(making)
+    making.close()
+    with pytest.raises(StopIteration):
+        next(threads[0])
+    with studio.film("walk").held():
+        pass
 
 
 def test_films_and_previews_say_how_they_were_sampled(studio):
