@@ -98,7 +98,7 @@ def run_name(row: str, fold: int, config: FilmRowsConfig) -> str:
 
 
 def arguments(row: str, fold: int, config: FilmRowsConfig) -> list[str]:
-    """Returns the settings of train.py that a row and a fold are."""
+    """Returns the settings of train.py for a row and a fold."""
     held_out = ",".join(f'"*b{number:02d}*"' for number in held_out_blocks(fold))
     data = [f"data.path={config.film}", f"data.held_out=[{held_out}]"]
     steps = [f"trainer.num_steps={config.steps}", f"seed={config.seed}"]
@@ -106,7 +106,7 @@ def arguments(row: str, fold: int, config: FilmRowsConfig) -> list[str]:
 
 
 def train(row: str, fold: int, config: FilmRowsConfig, folder: Path) -> float:
-    """Trains, or goes on training, for so many minutes at most; returns the minutes it took."""
+    """Trains, or goes on training, for `config.minutes` at most; returns the minutes it took."""
     name = run_name(row, fold, config)
     words = [*arguments(row, fold, config), f"output={folder}", f"name={name}", "data.workers=1"]
     assert config.film is not None  # rows are refused without it

@@ -30,7 +30,7 @@ FFN_DIM = 8960  # of Wan2.1-T2V-1.3B, as the number of heads
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind is of models whose attention has these sizes; kernels are compiled anew for each kind."""
+    """A kind stands for models whose attention has these sizes; kernels are compiled anew for each kind."""
 
     dtype: torch.dtype
     head_dim: int

@@ -77,7 +77,7 @@ def measure(function: Callable[[], object]) -> tuple[float, int]:
 
 
 def density(model: nn.Module, batch: Batch, config: MoCConfig) -> float:
-    """Returns share of all pairs that the first layer attends to."""
+    """Returns the share of all pairs that the first layer attends to."""
     routes: dict[int, Tensor] = {}
     sigma = torch.ones(batch.num_shots, device="cuda")
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):

@@ -139,6 +139,7 @@ class Tally:
 
     distance [B]: in shots. right: bool [B, 4], by ATTRIBUTES. copied: bool [B, 2], whether the answer is wrong and the
     look of another of the scene. loss, region_loss: fp32 [B, sigmas], for the whole last shot and for its character.
+    sparsity [B]: of video-video pairs, the mean over layers of the scene's batch.
     hits, routed, reached, asked: [M, N], how many routes of the character's tokens lead to the shot which shows it, how
     many routes they have, how many of these tokens have such a route, and how many tokens there are.
     """

@@ -1,10 +1,14 @@
-"""These tests are about intervals: those of shares count scenes, not readings that are right or wrong together."""
+"""These tests are about intervals: those of means are Student's; those of shares count scenes, not readings that are
+right or wrong together."""
+
+import math
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 
-from evaluation.estimates import share_interval, wilson
+from evaluation.estimates import estimate, share_interval, wilson
 
 
 def test_wilson_interval():
@@ -37,3 +41,17 @@ def test_the_interval_holds_as_often_as_it_says():
     right = torch.from_numpy(draw.random((400, 60, 2)) < shares)
     held = [low <= 2 / 3 <= high for low, high in map(share_interval, right)]
     assert 0.92 <= np.mean(held) <= 0.98
+
+
+def test_error_bars_are_students():
+    values = torch.tensor([[1.0, 2.0, 4.0, 3.0, 0.0]] * 3 + [[3.0, 4.0, 4.0, 8.0, 6.0]] * 3)
+    found = estimate(values)
+    assert (found.mean, found.count) == (3.5, 6)
+    for half, means in ((found.scenes, values.mean(1)), (found.draws, values.mean(0))):
+        low, high = ttest_1samp(means.numpy(), 0).confidence_interval(0.95)
+        assert half == pytest.approx((high - low) / 2, rel=1e-6)
+    few = estimate(values[:4])  # that of two values may be ten times as wide as they lie apart
+    assert math.isnan(few.scenes)
+    assert str(few) == f"{values[:4].mean():.4f}"
+    assert not math.isnan(few.draws)
+    assert math.isnan(estimate(values[:, :4]).draws)

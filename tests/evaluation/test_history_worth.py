@@ -1,15 +1,11 @@
-"""These tests are about what a history is worth: nothing to own-shot attention, at equal noise for every history, with
-error bars."""
+"""These tests are about what a history is worth: nothing to own-shot attention, at equal noise for every history."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-from scipy.stats import ttest_1samp
 
 import moc
-from evaluation.estimates import estimate
 from evaluation.history_worth import expected_sparsity, history_losses
 from moc import MoCConfig, Sample, make_batch
 from moc.cost import attention_cost
@@ -75,17 +71,3 @@ def test_losses_are_those_of_the_last_shot_at_its_own_noise(model):
     changed = history_losses(model, config, flow, shown, Parallel(CPU), sigmas=(0.5, 0.8), draws=2)
     assert torch.equal(changed.alone, losses.alone)
     assert not torch.allclose(changed.history, losses.history, rtol=1e-5)
-
-
-def test_error_bars_are_students():
-    values = torch.tensor([[1.0, 2.0, 4.0, 3.0, 0.0]] * 3 + [[3.0, 4.0, 4.0, 8.0, 6.0]] * 3)
-    found = estimate(values)
-    assert (found.mean, found.count) == (3.5, 6)
-    for half, means in ((found.scenes, values.mean(1)), (found.draws, values.mean(0))):
-        low, high = ttest_1samp(means.numpy(), 0).confidence_interval(0.95)
-        assert half == pytest.approx((high - low) / 2, rel=1e-6)
-    few = estimate(values[:4])  # that of two values may be ten times as wide as they lie apart
-    assert math.isnan(few.scenes)
-    assert str(few) == f"{values[:4].mean():.4f}"
-    assert not math.isnan(few.draws)
-    assert math.isnan(estimate(values[:, :4]).draws)
