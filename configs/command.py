@@ -130,9 +130,19 @@ def _naming_settings(schema: type) -> Iterator[None]:
         unknown = re.match(r"Could not override '([\w.]+)'", str(error))
         if unknown is None:
             raise
-        meant = _meant(unknown[1], list(words(schema)))
+        key, meant = unknown[1], _meant(unknown[1], list(words(schema)))
         remedy = f"did you mean {' or '.join(meant)}? --help lists all" if meant else "--help lists all"
-        raise UserError(f"there is no setting {unknown[1]}; {remedy}") from None
+        if _is_open(key.rpartition(".")[0], schema):
+            remedy = f"say +{key}=VALUE to add it"
+        raise UserError(f"there is no setting {key}; {remedy}") from None
+
+
+def _is_open(group: str, schema: type) -> bool:
+    """Returns whether a group takes settings of any name, as optim.args does: by default it has none."""
+    values: Any = defaults(schema)
+    for name in group.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values == {}
 
 
 def _meant(key: str, known: list[str]) -> list[str]:

@@ -172,6 +172,7 @@ def test_a_path_with_brackets_is_a_path(capsys, tmp_path):
         ("stepss=3", r"no setting stepss; did you mean .*trainer\.num_steps"),
         ("optm.lr=3", r"no setting optm\.lr; did you mean optim\.lr\?"),
         ("zzz=3", "no setting zzz; --help lists all"),
+        ("optim.args.momentum=0.9", r"no setting optim\.args\.momentum; say \+optim\.args\.momentum=VALUE"),
         ("optim.betas=[0.9,{0.9]", "Error parsing override|no viable alternative|mismatched input"),
         ("--resolve", "The --resolve flag can only be used"),
         ("--config-dir nowhere", "Additional config directory '.*nowhere' not found"),
