@@ -90,6 +90,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, routes, runs):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # the kernel reads a head's numbers side by side
         out, kept = torch.empty_like(q), []
         for run in runs:
             mask = run.mask(routes[:, run.queries], q.dtype)

@@ -109,6 +109,22 @@ def test_the_last_queries_alone_equal_those_of_all(backend, config):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_inputs_may_lie_in_memory_in_any_way(backend):
+    layout, config, heads = two_samples(), moc.MoCConfig(top_k=2), 1 if backend == "triton" else 2
+    given = attention_tensors(layout, dtype=torch.float32, num_heads=heads, head_dim=16)
+    ways = [
+        lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+        lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        lambda x: torch.stack([x, x], 1)[:, 1],
+    ]
+    q, k, v = (way(x).requires_grad_() for way, x in zip(ways, given, strict=True))
+    results = []
+    for inputs in ((q, k, v), [x.contiguous() for x in (q, k, v)]):
+        out = moc.moc_attention(*inputs, layout, config, backend=backend)
+        results.append([out, *torch.autograd.grad(out, (q, k, v), ways[0](out.detach()))])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", ["torch", pytest.param("triton", marks=interpreted)])
 def test_queries_before_the_first_one_cost_no_call(name, monkeypatch):
     """The anchored attention of four shots is five dense calls, of the last shot's queries one."""
