@@ -153,16 +153,21 @@ def _of_expert(names: Sequence[str], low_noise: bool) -> list[str]:
 def _scaling(source: TensorSource, path: Path) -> Callable[[int], float]:
     """Returns how much a LoRA without alphas of its own is scaled, by its rank: as peft's settings beside it, or
     diffusers' in its header, say; 1 where nothing does."""
-    settings: dict[str, Any] = {}
     beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
-    if beside.is_file():
-        settings = read_json(beside)
-    else:
-        header = json.loads(source.header().get("lora_adapter_metadata", "{}"))
-        settings = {key.removeprefix("transformer."): value for key, value in header.items()}
+    settings = read_json(beside) if beside.is_file() else _header_settings(source, path)
     alpha = settings.get("lora_alpha")
+    if not isinstance(alpha, int | float | None):
+        raise UserError(f"{path}: lora_alpha={alpha!r} of its settings must be a number; fetch it again")
     if settings.get("alpha_pattern"):
         raise UserError(f"{path}: its settings have an alpha for each layer (alpha_pattern), which is not supported")
     if alpha is None:
         return lambda rank: 1.0
     return lambda rank: alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _header_settings(source: TensorSource, path: Path) -> dict[str, Any]:
+    said = source.header().get("lora_adapter_metadata", "{}")
+    try:
+        return {key.removeprefix("transformer."): value for key, value in json.loads(said).items()}
+    except (ValueError, AttributeError):
+        raise UserError(f"{path}: lora_adapter_metadata={said[:60]!r} is no JSON object; fetch it again") from None

@@ -115,6 +115,11 @@ def test_settings_beside_a_file_and_in_its_header_scale(wan, matrices, tmp_path)
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "alpha_pattern": {"to_q": 2}}))
     with pytest.raises(UserError, match="alpha_pattern"):
         load_model(wan, loras=[LoraChoice(tmp_path / "peft")])
+    refusals = {"{": "'{' is no JSON object", "[]": "no JSON object", '{"lora_alpha": "8"}': "must be a number"}
+    for said, message in refusals.items():
+        save_file(in_form("diffusers", matrices), tmp_path / "lora.safetensors", {"lora_adapter_metadata": said})
+        with pytest.raises(UserError, match=message):
+            load_model(wan, loras=[LoraChoice(tmp_path / "lora.safetensors")])
 
 
 def test_whole_differences_are_added(wan, tmp_path):
