@@ -77,7 +77,7 @@ def check_seed(config: Any, owner: str) -> None:
 def check_among(config: Any, name: str, known: Collection[str]) -> None:
     """Raises UserError where a list of names, the field `name` of a config, holds one that is not `known`."""
     if unknown := sorted(set(getattr(config, name)) - set(known)):
-        raise UserError(f"{name}={unknown} are none; say some of {', '.join(known)}")
+        raise UserError(f"{name}={unknown} is not known; choose among {', '.join(known)}")
 
 
 def _out_of_range(owner: str, name: str, value: float, rule: str, null: str) -> UserError:
