@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Kept:
-    """Holds what one attention computed: its output, LSE and what else its backward reads."""
+    """This object holds what one attention computed: its output, LSE and what else its backward reads."""
 
     def __init__(self) -> None:
         self._tensors: tuple[Tensor, ...] = ()

@@ -34,7 +34,7 @@ class Base(StrEnum):
 
 
 class Rounded(NamedTuple):
-    """Holds rows [..., D] in fp8, as linears multiply them.
+    """These are rows [..., D] in fp8, as linears multiply them.
 
     numbers: float8_e4m3fn [..., D]. scale: fp32 [..., 1], what each row is multiplied by. dtype: the rows' own.
     """

@@ -189,9 +189,9 @@ class StreamModel(Trainable):
         on_routes: told each layer's index and the routes of this process's heads, int [N, L, K], for statistics.
         cache: of a story generated shot by shot; latents and sigma are then those of the shots after it, text and
             layout the whole stream's, config must flow strictly forward, and no gradient reaches keys and values.
+        remember: keep these shots in the cache too (once, when they are finished, at the noise level to be seen at).
         on_distances: told the squared difference, at each video token, of the attention of layers that route from dense
             attention with the same q, k and v, and the square of the latter: fp32 [Lv, layers, 2].
-        remember: keep these shots in the cache too (once, when they are finished, at the noise level to be seen at).
         Raises ValueError where latents or text do not fit the layout, UserError where they do not fit the model.
         """
         first = cache.tokens_for(config) if cache else 0

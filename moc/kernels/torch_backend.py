@@ -170,7 +170,7 @@ def _routed(q: Tensor, kernel: DenseKernel) -> "_ByList | _VarLen":
 
 @dataclass(frozen=True)
 class _ByList:
-    """This function computes one dense call for each (head, chunk)."""
+    """This object attends from routed rows to chunks by one dense call for each (head, chunk)."""
 
     kernel: DenseKernel
 
@@ -214,7 +214,7 @@ class _ByList:
 
 @dataclass(frozen=True)
 class _VarLen:
-    """This function computes one variable-length call for all lists of a head block."""
+    """This object attends from routed rows to chunks by one variable-length call for all lists of a head block."""
 
     kernel: DenseKernel
 
