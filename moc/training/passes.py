@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moc.batch import Batch
+from moc.batch import Batch, shapes
 from moc.config import DropKey, MoCConfig
 from moc.diffusion.flow import Flow, Noised, NoiseLevels
 from moc.errors import UserError
@@ -77,7 +77,7 @@ class Passes:
         batch: on the device. survey: told of the routes, if there is one. begin: told of each phase as it begins.
         """
         is_target = self._parallel.put(levels.is_target)
-        kind = self._kind(batch.layout, moc, survey) if self._most else None
+        kind = self._kind(batch, moc, survey) if self._most else None
         if kind:
             begin("forward_and_backward")
             return self._replay(kind, batch, levels, is_target * scale, step, moc) * is_target
@@ -104,24 +104,26 @@ class Passes:
         (losses * inputs.weights).sum().backward()
         return losses.detach()
 
-    def _kind(self, layout: ShotLayout, moc: MoCConfig, survey: Survey | None) -> "_Kind | None":
+    def _kind(self, batch: Batch, moc: MoCConfig, survey: Survey | None) -> "_Kind | None":
         """Returns the kind of such a micro-batch, where it is to have a graph: it is not surveyed, and not the first of
         its kind."""
         if moc != self._moc:
             self._moc, self._kinds, self._pool = moc, [], torch.cuda.graph_pool_handle()
         if survey:
             return None
+        layout, texts = batch.layout, shapes(batch.text)  # a layout says nothing of text outside its stream
         for kind in self._kinds:
-            if kind.layout.is_stream_of(layout.samples, layout.chunk_tokens):
+            if kind.layout.is_stream_of(layout.samples, layout.chunk_tokens) and kind.texts == texts:
                 return kind
         if len(self._kinds) < self._most:
-            self._kinds.append(_Kind(layout))
+            self._kinds.append(_Kind(layout, texts))
         return None
 
 
 @dataclass
 class _Kind:
     layout: ShotLayout
+    texts: list[torch.Size]
     graph: "_Graph | None" = None
 
 

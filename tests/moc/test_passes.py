@@ -6,9 +6,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from moc import MoCConfig
 from moc.batch import Sample, make_batch
+from moc.diffusion import Flow, NoiseLevels
 from moc.schedule import Stage
 from moc.training.passes import Passes
+from models.wan import WanTransformer3DModel
 from tests.caches import CHANNELS, TEXT_DIM
 from tests.runs import make_trainer
 
@@ -54,6 +57,22 @@ def test_graphs_of_one_setting_share_their_memory_and_go_with_it(pools, tmp_path
     assert captured == [0, 0, 0, 1, 2, 2, 2, 3]
     assert pools == [0, 0, 1]
     assert len(passes._kinds) == 1
+
+
+def test_a_kind_is_of_one_length_of_text_outside_the_stream_too(pools, tmp_path, monkeypatch):
+    """A Wan model's layout says nothing of its text; one row, copied to memory for more of them, would fill it all."""
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 6, "num_layers": 1, "ffn_dim": 8, "text_dim": TEXT_DIM}
+    model = WanTransformer3DModel(in_channels=CHANNELS, out_channels=CHANNELS, **sizes)
+    passes = Passes(make_trainer(tmp_path).parallel, model, Flow(), seed=0, graphs=2)
+    monkeypatch.setattr(passes, "_most", 2)
+    captured = []
+    for rows in (3, 1, 3, 1, 2):
+        text = [torch.randn(2, TEXT_DIM), torch.randn(rows, TEXT_DIM)]
+        one = make_batch([Sample([torch.randn(CHANNELS, 1, 4, 4)], text)], model.stream, 6)
+        levels, config = NoiseLevels.equal(0.5, 1), MoCConfig(chunk_tokens=6)
+        passes(one, levels, torch.tensor(1.0), 0, config, None, lambda phase: None)
+        captured.append(len(pools))
+    assert captured == [0, 0, 1, 2, 2]
 
 
 def test_a_surveyed_step_drops_graphs_of_earlier_settings_and_takes_none(pools, tmp_path, monkeypatch):
