@@ -88,6 +88,12 @@ def parse_yaml(text: str, path: object) -> Any:
         raise DataError("not-yaml", path, f"not YAML ({str(error).splitlines()[0]})") from error
 
 
+def parse(text: str, path: Path) -> Any:
+    """Returns what `parse_json` does of a file that ends in .json, else what `parse_yaml` does: YAML refuses tabs, by
+    which JSON may be indented."""
+    return parse_json(text, path) if path.suffix.lower() == ".json" else parse_yaml(text, path)
+
+
 def flag(value: Any) -> bool | None:
     """Returns what a truth value of a hand-written or generated file says: true, "True", "true" or 1; None for any
     other."""

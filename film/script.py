@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.documents import parse_json, parse_yaml, read_text
+from data.documents import parse, read_text
 from data.errors import DataError, refuse_unknown
 from data.manifest import resolve, shot_prompt
 from film.fields import DEFAULT_FPS, DEFAULT_SECONDS, number, positive, seed_of, text_of, whole
@@ -142,7 +142,7 @@ def parse_script(
     YAML, and the pictures lie in its folder. given, defaults: a `size` and `fps` instead of the script's, and where it
     has none.
     """
-    raw = parse_json(text, path) if path.suffix.lower() == ".json" else parse_yaml(text, path)
+    raw = parse(text, path)
     if not isinstance(raw, dict):
         raise DataError("unreadable-script", path, "must be a mapping with `shots` (see the README)")
     if "fingerprints" in raw and isinstance(raw.get("script"), dict):  # the metadata of a film

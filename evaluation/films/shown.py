@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.documents import parse_yaml, read_text
+from data.documents import parse, read_text
 from data.errors import DataError
 from film.folder import METADATA, FilmFolder
 from film.script import Script, load_script
@@ -98,7 +98,7 @@ def read_schedule(path: str | Path) -> list[list[str]]:
         raise DataError(
             "missing-schedule", path, "no such file; give a JSON or YAML file with shots: [[name, ...], ...]"
         )
-    raw = parse_yaml(read_text(path), path)  # JSON is YAML too
+    raw = parse(read_text(path), path)
     shots = raw.get("shots") if isinstance(raw, dict) else None
     if not isinstance(shots, list):
         raise DataError("bad-schedule", f"{path} shots", "is not a list with the names in each shot")

@@ -77,7 +77,7 @@ def test_names_come_from_the_global_caption_or_a_schedule(films, tmp_path):
     script = load_script(films["true"] / "metadata.json")
     assert names_by_shot(script) == [{"Mia"}, {"Gus"}, {"Mia"}, {"Gus"}]
     file = tmp_path / "schedule.json"
-    file.write_text('{"shots": [["a"], ["a", "b"], [], ["b"]]}')
+    file.write_text(json.dumps({"shots": [["a"], ["a", "b"], [], ["b"]]}, indent="\t"))  # no YAML has tabs
     assert [shot.names for shot in open_film(films["true"], read_schedule(file)).shots] == [
         {"a"},
         {"a", "b"},
@@ -89,9 +89,10 @@ def test_names_come_from_the_global_caption_or_a_schedule(films, tmp_path):
     assert names_by_shot(told) == [{"Ann", "Bob", "hall"}, set(), {"Ann"}]
     with pytest.raises(DataError, match="4 shots, the schedule 1"):
         open_film(films["true"], [["a"]])
-    file.write_text("shots: [[a], b]")
+    other = tmp_path / "schedule.yaml"
+    other.write_text("shots: [[a], b]")
     with pytest.raises(DataError, match=r"shots\[1\].*'b' is not a list of names"):
-        read_schedule(file)
+        read_schedule(other)
     with pytest.raises(DataError, match="no whole film"):
         open_film(tmp_path)
 
