@@ -45,7 +45,7 @@ class Dtype(StrEnum):
 
 
 @dataclass(frozen=True)
-class Settings(Beside):
+class ConvertConfig(Beside):
     """These settings say what to convert, and into what.
 
     input: the file or folder to convert.
@@ -69,22 +69,22 @@ class Settings(Beside):
             raise UserError(f"max_shard_gb={self.max_shard_gb} must be above 0 and finite")
 
 
-@command("convert", Settings)
-def main(settings: Settings) -> None:
-    source, output = Path(settings.input), Path(settings.output) if settings.output else None
+@command("convert", ConvertConfig)
+def main(config: ConvertConfig) -> None:
+    source, output = Path(config.input), Path(config.output) if config.output else None
     if source.suffix in PICKLES:
         if output is None:
             raise UserError("output is not set; say output=FOLDER, the folder to write")
-        if settings != Settings(input=settings.input, output=settings.output):
+        if config != ConvertConfig(input=config.input, output=config.output):
             raise UserError(f"{source} is a pickle, with which only input and output go; leave the other settings out")
         print(f"{source}: {convert_pickle(source, output)}")
     else:
-        checkpoint = open_checkpoint(source, settings.weights)
+        checkpoint = open_checkpoint(source, config.weights)
         checkpoint.empty_model()
         print(f"{source}: {checkpoint.describe()}")
         if output:
-            dtype = None if settings.dtype == Dtype.stored else getattr(torch, settings.dtype)
-            convert(checkpoint, output, dtype, int(settings.max_shard_gb * 1000**3), settings.form, settings)
+            dtype = None if config.dtype == Dtype.stored else getattr(torch, config.dtype)
+            convert(checkpoint, output, dtype, int(config.max_shard_gb * 1000**3), config.form, config)
     if output:
         print(f"wrote {output}")
 

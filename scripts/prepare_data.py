@@ -26,7 +26,7 @@ from models import EncodersConfig, build_encoders
 
 
 @dataclass
-class Settings(PrepareConfig):
+class PrepareDataConfig(PrepareConfig):
     """These settings say how the stages run, and what encodes the cache.
 
     device: as in `moc.training.ParallelConfig`.
@@ -37,21 +37,21 @@ class Settings(PrepareConfig):
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
 
 
-@command("prepare", Settings)
-def main(settings: Settings) -> None:
-    parallel = Parallel(ParallelConfig(settings.device))
+@command("prepare", PrepareDataConfig)
+def main(config: PrepareDataConfig) -> None:
+    parallel = Parallel(ParallelConfig(config.device))
     device = str(parallel.device)
-    found = find_scenes(settings.input, settings.output)
-    encoders = build_encoders(settings.encoders, vocabulary(found))
+    found = find_scenes(config.input, config.output)
+    encoders = build_encoders(config.encoders, vocabulary(found))
     codec, text_encoder = encoders.codec.to(device), encoders.text.to(device)
-    prepared = prepare(settings, codec, text_encoder, joined(), found, encoders.save, device=device)
+    prepared = prepare(config, codec, text_encoder, joined(), found, encoders.save, device=device)
     if not parallel.is_main:
         return
     report = prepared.report
     print(f"{count_of(len(report.samples), 'sample')} in {prepared.cache}")
     for line in report.told():
         print(f"  {line}")
-    print(f"look them over: {Path(settings.output, 'report.html')}")
+    print(f"look them over: {Path(config.output, 'report.html')}")
 
 
 if __name__ == "__main__":
