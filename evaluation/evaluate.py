@@ -22,7 +22,7 @@ from evaluation.films.comparison_page import Board, board, told, write_page
 from evaluation.films.features import Clip, ColourHistogram, Dino, Features
 from evaluation.films.published import read_vbench, vbench_command
 from evaluation.films.scores import measure, scores
-from evaluation.films.shown import find_films, open_film, read_schedule
+from evaluation.films.shown import film_folders, open_film, read_schedule
 from evaluation.rivals import compare
 from moc import Execution, MoCConfig, StreamSpec
 from moc.batch import Batch
@@ -106,7 +106,7 @@ def evaluate(config: EvaluateConfig, world_of: WorldOf) -> None:
         return
     judged, boards = _judge(config, parallel.device) if config.films else ([], [])
     if config.films and not config.vbench:
-        films = [film for name in config.films for film in find_films(name)]
+        films = [film for name in config.films for film in film_folders(name)]
         print(f"VBench's six, where it is installed: {vbench_command(films)}")
     if config.output:
         record = {"losses": losses, "films": judged, "vbench": vbench}
@@ -189,7 +189,7 @@ def _judge(config: EvaluateConfig, device: torch.device) -> tuple[list[dict], li
     rows, boards = [], []
     for name in config.films:
         measured, drawn = [], []
-        for folder in tqdm(find_films(name), desc=name, disable=None):
+        for folder in tqdm(film_folders(name), desc=name, disable=None):
             film = open_film(folder, schedule)
             measured.append(measure(film, features, clip, detector))
             drawn.append(board(film))

@@ -68,7 +68,7 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
     return Film(folder, script, shots)
 
 
-def find_films(folder: str | Path) -> list[Path]:
+def film_folders(folder: str | Path) -> list[Path]:
     """Returns the folder of one film, or those of all films in it. Raises DataError where there is none."""
     folder = Path(folder)
     films = [folder] if (folder / METADATA).is_file() else sorted(file.parent for file in folder.glob(f"*/{METADATA}"))

@@ -20,7 +20,7 @@ from evaluation.films.cuts import cut_accuracy
 from evaluation.films.features import Clip, ColourHistogram, Dino
 from evaluation.films.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
 from evaluation.films.scores import cuts, difference, measure
-from evaluation.films.shown import Film, find_films, names_by_shot, open_film, read_schedule
+from evaluation.films.shown import Film, film_folders, names_by_shot, open_film, read_schedule
 from evaluation.films.speed_and_drift import drift, speed
 from film.folder import REQUEST
 from film.script import load_script
@@ -352,7 +352,7 @@ def test_films_of_a_folder_are_taken_together(films, tmp_path):
     assert one["drift"]["brightness"]["p"] is not None
     assert page.read_text().count("data:image/jpeg;base64,") == 3 * 4 * 3
     with pytest.raises(DataError, match="no whole film"):
-        find_films(tmp_path)
+        film_folders(tmp_path)
 
 
 def test_differences_have_welchs_interval():
