@@ -31,6 +31,15 @@ def test_clean_history_leaves_one_noisy_target_a_sample():
     assert levels.is_target.tolist() == [False, False, True, True]
 
 
+@pytest.mark.parametrize("is_training", [True, False])
+def test_held_out_losses_leave_the_model_in_its_mode(is_training):
+    model = MMDiT(CHANNELS, TEXT_DIM, dim=32, num_layers=1, num_heads=2, ffn_dim=32).train(is_training)
+    latents, text = [torch.randn(CHANNELS, 1, 2, 2)], [torch.randn(2, TEXT_DIM)] * 2
+    validator = Validator([make_batch([Sample(latents, text)], model.stream, 4)], Flow())
+    validator.losses(model, MoCConfig(chunk_tokens=4), Parallel(ParallelConfig("cpu")))
+    assert model.training is is_training
+
+
 def test_dense_layers_count_as_dense():
     """Without routed chunks all layers that route have one sparsity; the mean over layers falls with each dense one."""
     model = MMDiT(CHANNELS, TEXT_DIM, dim=32, num_layers=4, num_heads=2, ffn_dim=32)
@@ -176,6 +185,16 @@ def test_scenes_that_the_user_names_are_not_said_to_be_those_that_the_run_held_o
     caplog.clear()
     assert with_scenes(DataConfig("prepared", held_out=["b*"]), checkpoint).held_out == ["b*"]
     assert "of data.held_out=['b*'], other than the run held out" in caplog.text
+
+
+def test_a_run_that_held_scenes_out_by_name_is_evaluated_on_these(tmp_path, monkeypatch):
+    """The run's config names its data relative to where it was started."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("data: {path: prepared, validation: 0, held_out: ['film_*']}")
+    checkpoint = tmp_path / "checkpoints/step_0000003"
+    taken = with_scenes(DataConfig(str(tmp_path / "prepared")), checkpoint)
+    assert (taken.validation, taken.held_out) == (16, ["film_*"])
+    assert with_scenes(DataConfig(str(tmp_path / "other")), checkpoint).held_out == []
 
 
 def test_rivals_get_the_same_noise_and_a_clean_history(trained, prepared, monkeypatch):

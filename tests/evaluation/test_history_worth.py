@@ -50,6 +50,41 @@ def test_a_history_is_worth_something_only_to_what_looks_at_it(model):
     assert torch.allclose(found["dense"].alone, found["MoC"].alone, rtol=1e-4)
 
 
+class Recorder(torch.nn.Module):
+    """This model notes the last shot, the texts and the cuts of each call, and predicts nothing."""
+
+    stream = moc.StreamSpec()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def forward(self, latents, sigma, text, layout, config):
+        cuts = [shot.cut for _, shots in layout.samples for shot in shots]
+        self.calls.append((latents[-1], list(text), cuts))
+        return [torch.zeros_like(x) for x in latents]
+
+
+def test_a_shot_comes_after_a_history_with_its_captions_at_the_same_noise():
+    """At sigma 1 the last shot is its noise."""
+    recorder, (one, other) = Recorder(), samples([3, 3])
+    other = replace(other, cuts=[True, False, True])
+    config = MoCConfig(chunk_tokens=4)
+    history_losses(recorder, config, Flow(), [one, other], Parallel(CPU), sigmas=(1.0,), draws=2)
+    alone, history, after_other = (recorder.calls[at : at + 2] for at in (0, 2, 4))
+    for kind in (alone, history, after_other):
+        assert [torch.equal(a[0], b[0]) for a, b in zip(kind, alone, strict=True)] == [True, True]
+        assert not torch.equal(kind[0][0], kind[1][0])
+    for (_, text, cuts), histories in ((history[0], [one, other]), (after_other[0], [other, one])):
+        for scene, given, at in zip((one, other), histories, (0, 4), strict=True):
+            expected = [scene.text[0], *given.text[1:3], scene.text[3]]
+            assert all(torch.equal(a, b) for a, b in zip(text[at : at + 4], expected, strict=True))
+        assert cuts == [cut for given in histories for cut in (*given.cuts[:2], True)]
+    again = Recorder()
+    history_losses(again, config, Flow(), [other], Parallel(CPU), sigmas=(1.0,), draws=1)
+    assert not torch.equal(again.calls[0][0], alone[0][0])  # noise belongs to a target's index in the list
+
+
 def test_sparsity_is_that_of_all_scenes_together(model):
     """It is `moc.cost`'s where chunks are of one length: long scenes have more pairs, so they count for more."""
     scenes, config = samples([6, 1, 2]), MoCConfig(chunk_tokens=4, top_k=2, text_anchor="none")

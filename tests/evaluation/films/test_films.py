@@ -1,6 +1,7 @@
 """Films are judged from their pictures: names that keep their looks, cuts, motion and drift of known size, reports."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,12 @@ from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTr
 from data.errors import DataError
 from data.media.write import join_videos, write_video
 from data.prepare.shots import build_detector
-from evaluation.films.consistency import Consistency, returns, within
+from evaluation.films.consistency import Consistency, fidelity, returns, within
 from evaluation.films.cuts import cut_accuracy
 from evaluation.films.features import Clip, ColourHistogram, Dino
-from evaluation.films.published import PAPER, SIX, beside_the_paper, read_vbench, vbench_command
-from evaluation.films.scores import cuts, difference, measure
-from evaluation.films.shown import Film, film_folders, names_by_shot, open_film, read_schedule
-from evaluation.films.speed_and_drift import drift, speed
+from evaluation.films.scores import average, cuts, difference, measure, scores
+from evaluation.films.shown import Film, ShownShot, film_folders, names_by_shot, open_film, read_schedule
+from evaluation.films.speed_and_drift import appearance, drift, speed
 from film.folder import REQUEST
 from film.script import load_script
 from film.storyboard import pick_frames
@@ -85,6 +85,8 @@ def test_names_come_from_the_global_caption_or_a_schedule(films, tmp_path):
         {"b"},
     ]
     entities = ({"characters": ["Ann", "Bob"], "places": ["hall"]}, None, {"characters": ["Ann"]})
+    city = replace(script, shots=[replace(script.shots[0], prompt="Miami at night.")])
+    assert names_by_shot(city) == [set()]
     told = replace(script, shots=[replace(script.shots[0], entities=one) for one in entities])
     assert names_by_shot(told) == [{"Ann", "Bob", "hall"}, set(), {"Ann"}]
     with pytest.raises(DataError, match="4 shots, the schedule 1"):
@@ -124,11 +126,34 @@ def test_looks_that_keep_to_their_name_are_told_from_those_that_change(films):
 
 
 def test_blank_shots_are_not_compared(tmp_path):
-    frames = [picture(RED)] * 8
-    film = write_film(tmp_path, [("Mia.", frames), ("Mia.", [np.zeros((64, 96, 3), np.uint8)] * 8), ("Mia.", frames)])
+    frames, blue = [picture(RED)] * 8, np.full((64, 96, 3), BLUE, np.uint8)
+    film = write_film(tmp_path, [("Mia.", frames), ("Mia.", [blue] * 8), ("Mia.", frames)])
     found = consistency(open_film(film))
     assert found.admitted == [True, False, True]
     assert [distance for distance, _ in found.same] == [2]
+    assert found.different == []  # a blank shot shows nobody
+
+
+def test_a_shot_is_what_its_pictures_are_on_average(films):
+    """Shots of the same two pictures are alike, however far these lie apart."""
+
+    class Halves:
+        name = "halves"
+
+        def images(self, pictures: np.ndarray) -> torch.Tensor:
+            return torch.eye(2).repeat_interleave(len(pictures) // 2, dim=0)
+
+    found = consistency(open_film(films["true"]), Halves())
+    assert [similarity for _, similarity in found.same] == pytest.approx([1.0, 1.0])
+
+
+def test_a_shot_fits_its_prompt_better_than_other_prompts_do(films):
+    """The second shot fits the first one's prompt better than its own. A film of one shot has no other prompts."""
+    film = open_film(films["true"])
+    scores = torch.tensor([[0.5, 0.1], [0.9, 0.6]])
+    assert fidelity(replace(film, shots=film.shots[:2]), scores).admitted == [True, False]
+    one = fidelity(replace(film, shots=film.shots[:1]), scores[:1, :1])
+    assert (one.admitted, one.rule) == ([True], "not blank")
 
 
 class NamesOfColours:
@@ -192,11 +217,29 @@ def test_motion_is_as_fast_as_it_is(tmp_path):
 
 
 def test_drift_is_the_slope_over_shots(films, tmp_path):
-    film = write_film(tmp_path, [("a", [picture(RED, background=100 + 10 * i)] * 4) for i in range(5)])
+    film = write_film(tmp_path, [("a", [np.full((64, 96, 3), 100 + 10 * i, np.uint8)] * 4) for i in range(5)])
     slopes = drift(open_film(film))
-    assert slopes["brightness"][0] == pytest.approx(10 / 120, rel=0.2)
+    assert slopes["brightness"][0] == pytest.approx(10 / 120, rel=0.05)
     assert slopes["brightness"][1] < 0.01
     assert drift(open_film(write_film(tmp_path / "short", [("a", [picture(RED)] * 4)] * 2))) == {}
+
+
+def test_appearance_is_of_brightness_contrast_and_colour():
+    half_white = np.zeros((1, 64, 96, 3), np.uint8)
+    half_white[:, :, 48:] = 255
+    red = np.full((1, 64, 96, 3), (255, 0, 0), np.uint8)
+    grey, coloured = (appearance(ShownShot("a", True, 1, x, x, frozenset())) for x in (half_white, red))
+    assert (grey["brightness"], grey["contrast"], grey["saturation"]) == pytest.approx((0.5, 0.5, 0.0))
+    assert (coloured["brightness"], coloured["contrast"], coloured["saturation"]) == pytest.approx((1.0, 0.0, 1.0))
+    assert grey["sharpness"] > coloured["sharpness"] == 0
+
+
+def test_films_without_a_measure_leave_it_to_the_others(films):
+    """A film of two shots has no drift; what is 0 counts, and what is not a number does not."""
+    found = measure(open_film(films["true"]), [ColourHistogram()], None, build_detector("adaptive"))
+    assert scores("two", [replace(found, drift={}), found])["drift"] == scores("one", [found])["drift"]
+    assert average([0.0, 1.0, math.nan]) == 0.5
+    assert average([math.nan]) is None
 
 
 def test_cuts_tell_how_many_frames_they_are_off():
@@ -258,26 +301,6 @@ def test_local_weights_are_used(films, tmp_path):
             kind(str(tmp_path / "nothing"), CPU)
         with pytest.raises(UserError, match="no model that transformers loads"):
             kind(str(films["true"]), CPU)
-
-
-def test_vbench_is_read_and_never_made_up(tmp_path):
-    names = list(SIX)
-    (tmp_path / "a_eval_results.json").write_text(json.dumps({names[0]: [0.9, [{"video_results": 1}]]}))
-    (tmp_path / "b_eval_results.json").write_text(json.dumps({names[3]: 0.5, "color": [0.1, []]}))
-    found = read_vbench(tmp_path)
-    assert found == {names[0]: 0.9, names[3]: 0.5}
-    table = beside_the_paper({"mine": found})
-    assert table[-1] == ["mine", "0.9000", "not measured", "not measured", "0.5000", "not measured", "not measured"]
-    assert [row[0] for row in table[:-1]] == list(PAPER)
-    assert "--mode=custom_input" in vbench_command([Path("film")])
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/a_eval_results.json").write_text(json.dumps({names[0]: [0.7, []]}))
-    assert read_vbench(tmp_path)[names[0]] == pytest.approx(0.8)  # the mean of two films
-    with pytest.raises(UserError, match="no result of VBench"):
-        read_vbench(tmp_path / "none")
-    (tmp_path / "b_eval_results.json").write_text("[1]")
-    with pytest.raises(UserError, match="is not what VBench writes"):
-        read_vbench(tmp_path / "b_eval_results.json")
 
 
 def test_films_are_evaluated_side_by_side(films, tmp_path, capsys):

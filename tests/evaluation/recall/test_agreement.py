@@ -46,6 +46,15 @@ def test_one_look_everywhere_and_looks_at_random_differ_by_nothing():
     assert agreement(names, looks)["difference"] == [1.0, 1.0, 1.0]
 
 
+def test_the_interval_of_stories_is_of_95_percent():
+    """Of 400 stories every second one keeps its looks, so that their mean has a standard error of 0.5 / 20."""
+    names, looks = np.array([[0, 1, 0]] * 400), np.zeros((400, 3, 2), int)
+    looks[:, 1], looks[::2, 2] = 2, 1
+    middle, low, high = agreement(names, looks)["difference"]
+    assert middle == 0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.5 / 20, rel=0.08)
+
+
 class Oracle(torch.nn.Module):
     """An oracle draws every shot of its stories as it truly is: it knows them by their texts."""
 
@@ -54,8 +63,10 @@ class Oracle(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shots: dict[bytes, torch.Tensor] = {}
+        self.noise: list[torch.Tensor] = []
 
     def forward(self, latents, sigma, text, layout, config, drops=None, on_routes=None):
+        self.noise += [x for x, s in zip(latents, sigma, strict=True) if s == 1]
         truth = [self.shots[text[0].numpy().tobytes() + one.numpy().tobytes()] for one in text[1:]]
         return [(x - true) / s if s else torch.zeros_like(x) for x, true, s in zip(latents, truth, sigma, strict=True)]
 
@@ -75,6 +86,7 @@ def test_stories_are_made_of_their_captions_whatever_the_way(lag):
         world, count, shots, model, MoCConfig(dense=True), Flow(), sampling, Parallel(ParallelConfig("cpu"))
     )
     torch.testing.assert_close(made, true.latents, atol=1e-5, rtol=1e-5)
+    assert len({noise.sum().item() for noise in model.noise}) == count * shots  # each shot of each story has its own
     found = story_scores(true, made, reader)
     assert (found["stories"], found["shots"]) == (count, shots)
     seen = read(reader, true.latents.flatten(0, 1))["place"].view(count, shots)

@@ -73,6 +73,11 @@ def test_a_model_that_copies_the_shot_before_is_told_from_one_that_remembers(wor
     seen = read(reader, world.encode_latents(scenes)[:, -2])
     for name, right in zip(ATTRIBUTES, tally.right.unbind(1), strict=True):
         assert torch.equal(right, seen[name] == attributes(scenes)[name][:, -1])
+    for name, copied in zip(("fur", "outfit"), tally.copied.unbind(1), strict=True):
+        looks = getattr(scenes, name)  # the first character is the one that returns
+        pairs = zip(seen[name].tolist(), looks, strict=True)
+        expected = [shown != own and shown in others for shown, (own, *others) in pairs]
+        assert copied.tolist() == expected
     assert tally.loss.min() > 0.01
     assert (tally.region_loss > tally.loss).float().mean() > 0.5  # characters differ more than places do
 
