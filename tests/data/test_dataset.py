@@ -2,6 +2,7 @@
 workers, exact resume."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -70,6 +71,7 @@ def test_mixing_weights_are_met_exactly():
     for block in range(3):
         items = [order[p][0] for p in range(1000 * block, 1000 * (block + 1))]
         assert sum(item == 2 for item in items) == 250
+    assert len({order[p] for p in range(3000)}) == 3000  # (item, epoch) never twice
     early = [order[p][0] for p in range(100)]
     assert 5 < sum(item == 2 for item in early) < 45  # the sources are mixed, not one after the other
 
@@ -101,6 +103,14 @@ def test_order_differs_by_seed_and_epoch():
     first = [one[p][0] for p in range(50)]
     assert first != [two[p][0] for p in range(50)]
     assert first != [one[p][0] for p in range(50, 100)]
+
+
+def test_sources_of_one_size_are_shuffled_apart():
+    mixed = SampleOrder([Source(tuple(range(20))), Source(tuple(range(20, 40)))], seed=1)
+    items = [mixed[p][0] for p in range(100)]
+    one, other = ([item % 20 for item in items if item // 20 == source][:20] for source in range(2))
+    assert sorted(one) == sorted(other) == list(range(20))
+    assert one != other
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 8))
@@ -182,6 +192,13 @@ def test_batches_hold_the_right_scenes(cache):
             assert all(x.dtype == torch.float32 for x in (*batch.to("cpu").latents, *batch.to("cpu").text))
 
 
+def test_a_shot_that_goes_on_without_a_cut_says_so(tmp_path):
+    cuts = [True, False, True]
+    dataset = open_dataset(config(str(write_cache(tmp_path, [replace(scene(1, shots=3), cuts=cuts)]))))
+    batch = moc.make_batch([dataset[0]], SPEC, 64)
+    assert [shot.cut for shot in batch.layout.samples[0][1]] == cuts
+
+
 def test_token_counts_match_the_batches(cache):
     dataset = open_dataset(config(cache))
     settings = config(cache, drop_captions=0.2, drop_global_caption=0.3, drop_shot_caption=0.3, drop_to_still=0.3)
@@ -191,6 +208,14 @@ def test_token_counts_match_the_batches(cache):
             batch = moc.make_batch([dataset.sample(draw)], spec, 64)
             assert batch.layout.num_tokens == dataset.num_tokens(draw, spec)
             assert batch.layout.num_tokens <= dataset.max_tokens(draw.item, spec)
+
+
+def test_a_null_caption_longer_than_any_other_counts_among_the_most_tokens(cache):
+    dataset = open_dataset(config(cache))
+    for key in (NULL_GLOBAL, NULL_SHOT):
+        dataset.caches[0].text[key]["shape"][0] = 50
+    dropped = Draw(0, 2, drop_global_caption=True, drop_shot_captions=(True, True, True))
+    assert dataset.max_tokens(2, SPEC) == dataset.num_tokens(dropped, SPEC) > dataset.num_tokens(Draw(0, 2), SPEC)
 
 
 def test_drops_come_at_their_rates(cache):

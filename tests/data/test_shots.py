@@ -189,6 +189,10 @@ def test_flashes_are_joined_and_cuts_are_not():
     pictures[8:10] = 255
     assert join_flashes([(0, 8), (8, 10), (10, 20)], pictures) == [(0, 20)]
     assert join_flashes([(0, 8), (10, 20)], pictures) == [(0, 20)]
+    pictures[8:12] = 255
+    assert join_flashes([(0, 8), (12, 20)], pictures) == [(0, 20)]  # the longest flash there is
+    pictures[12] = 255
+    assert join_flashes([(0, 8), (13, 20)], pictures) == [(0, 8), (13, 20)]
     pictures[10:] = 120
     assert join_flashes([(0, 8), (8, 10), (10, 20)], pictures) == [(0, 8), (8, 10), (10, 20)]
 
@@ -205,6 +209,8 @@ def test_blank_spans_are_no_shots():
     pictures[5:12] = (0, 0, 30)
     assert without_blanks([(0, 5), (5, 12), (12, 20)], pictures) == [(0, 5), (12, 20)]
     assert without_blanks([(5, 9), (9, 12)], pictures) == [(5, 9), (9, 12)]
+    pictures[5:12] = np.arange(0, 210, 30, np.uint8)[:, None, None, None]  # blank pictures may grow brighter
+    assert without_blanks([(0, 5), (5, 12), (12, 20)], pictures) == [(0, 5), (12, 20)]
 
 
 def test_jumps_that_last_are_cuts():
@@ -248,6 +254,8 @@ def test_cut_accuracy():
     near = cut_accuracy([31, 58], [30, 60], 90)
     assert near.score == pytest.approx(np.exp(-3 / 90))
     assert (near.precision, near.recall) == (0.5, 0.5)
+    far = cut_accuracy([70], [45], 90)  # over half a shot away, so one is missed and one is extra
+    assert far.score == pytest.approx(np.exp(-1))
     missed = cut_accuracy([30], [30, 60], 90)
     assert missed.score == pytest.approx(np.exp(-30 / 90))
     assert (missed.precision, missed.recall) == (1.0, 0.5)

@@ -242,6 +242,7 @@ def test_resample_shows_what_is_on_screen():
             for start in range(45)
         )
     slow_then_fast = [0.0, 0.5, 1.0, 1.1, 1.2, 1.3]
+    assert resample(slow_then_fast, 0, 3, 10) == [0] * 5 + [1] * 5 + [2]
     assert resample(slow_then_fast, 0, 6, 10) == [0] * 5 + [1] * 5 + [2, 3, 4, 5] + [5] * 1
 
 
@@ -249,6 +250,8 @@ def test_the_nearest_aspect_is_taken():
     buckets = [(480, 832), (832, 480), (624, 624)]
     assert nearest_size(1920, 1080, buckets) == (832, 480)
     assert nearest_size(600, 640, buckets) == (624, 624)
+    assert nearest_size(134, 100, buckets) == (832, 480)  # by its logarithm, 1.34 is nearer to 1.73 than to 1
+    assert nearest_size(100, 134, buckets) == (480, 832)
 
 
 def test_fit_covers_and_crops_the_centre():
