@@ -12,9 +12,12 @@ from data.errors import DataError
 from data.media.write import join_videos, write_video
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.folder import FilmFolder
-from film.video import CODECS, VideoConfig, _clock
+from film.plan import FilmPlan
+from film.script import ScriptShot
+from film.video import CODECS, VideoConfig, _clock, write_preview, write_subtitles
 from moc.diffusion import SamplingConfig
 from moc.errors import UserError
+from tests.film import made_up
 
 STORY = {
     "size": [64, 96],
@@ -94,6 +97,28 @@ def test_pictures_too_small_for_hevc_are_refused(tmp_path):
     with pytest.raises(UserError, match="at least 64x64, got 32x96"):
         write_video(tmp_path / "a.mp4", [np.zeros((32, 96, 3), np.uint8)], 12, "libx265")
     assert not list(tmp_path.iterdir())
+
+
+def test_only_settings_that_change_a_films_bytes_are_kept_with_it():
+    """A film that was made before there were such settings has none."""
+    assert VideoConfig(subtitles=True, preview=True).record() == {}
+    assert VideoConfig(crf=20).record() == {"codec": "libx264", "crf": 20, "chapters": False}
+
+
+def test_subtitles_and_a_preview_of_many_shots(tmp_path):
+    """Subtitles run on from shot to shot. However many shots there are, the preview has two frames of each."""
+    shots = [ScriptShot(f"shot {number}", 0.25) for number in range(1, 146)]
+    plan = FilmPlan(made_up.script(*shots, fps=12), filmed=list(range(145)), num_frames=[3] * 145)
+    write_subtitles(tmp_path / "video.srt", plan)
+    assert "\n3\n00:00:00,500 --> 00:00:00,750\nshot 3\n" in (tmp_path / "video.srt").read_text()
+
+    class Folder:
+        def frames(self, number, pick, fit):
+            greys = np.linspace(0, 255, len(pick(3)))  # a WebP joins frames that are alike
+            return np.zeros((len(greys), 16, 16, 3), np.uint8) + greys[:, None, None, None].astype(np.uint8)
+
+    write_preview(tmp_path / "preview.webp", Folder(), plan)
+    assert Image.open(tmp_path / "preview.webp").n_frames == 2 * 145
 
 
 def test_clocks_carry():

@@ -130,6 +130,13 @@ def test_a_single_shot_has_no_history():
     assert levels.sigma.max() > 0.5
 
 
+def test_a_shots_level_tells_nothing_of_its_noise():
+    flow, scenes = Flow(history_rate=0.0), many(1)
+    logits = flow.draw_levels(scenes, seed=0).sigma.logit()
+    noise = torch.stack([x.flatten() for x in flow.draw_noise(scenes, seed=0)])
+    assert torch.corrcoef(torch.cat([logits[:, None], noise], dim=1).T)[0, 1:].abs().max() < 0.2
+
+
 def test_draws_belong_to_seed_and_position_alone():
     flow, samples = Flow(), [sample(7), sample(3, (1, 2)), sample(11, (2,))]
     packed = flow.draw_levels(batch(*samples), seed=5)

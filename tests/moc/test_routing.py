@@ -41,19 +41,20 @@ def test_routes_by_several_means_equal_the_brute_force(stream, config, seed, sub
 
 def test_several_means_route_a_pack_as_its_samples_at_their_positions():
     """Drops are drawn by position, also where the layout is copied and its positions are written."""
-    one = moc.ShotLayout.build([moc.Shot(1, (2, 2, 2))] * 3, 2, chunk_tokens=4, position=5)
-    other = moc.ShotLayout.build([moc.Shot(0, (1, 2, 3))] * 4, 2, chunk_tokens=4, position=9)
-    pack = moc.ShotLayout.pack([one, other])
+    scenes = [[moc.Shot(1, (2, 2, 2))] * 3, [moc.Shot(0, (1, 2, 3))] * 4, [moc.Shot(2, (1, 2, 2))] * 3]
+    streams = [moc.ShotLayout.build(shots, 2, chunk_tokens=4) for shots in scenes]
+    pack = moc.ShotLayout.pack(streams)
     config, drops = moc.MoCConfig(descriptor_subchunks=2, top_k=3), moc.DropKey(1, 2)
     q, k, _ = attention_tensors(pack)
-    for positions in ((5, 9), (7, 3)):
+    for positions in ((5, 9, 6), (7, 3, 2)):
         copied = pack.copied()
         copied.sample_position.copy_(torch.tensor(positions))
-        split, first = one.num_tokens, one.num_chunks
-        alone = route(q[:split], k[:split], one.at(positions[:1]), config, drops=drops)
-        beside = route(q[split:], k[split:], other.at(positions[1:]), config, drops=drops)
-        beside = beside.where(beside < 0, beside + first)
-        assert torch.equal(route(q, k, copied, config, drops=drops), torch.cat([alone, beside], dim=1))
+        expected, first = [], 0
+        for stream, position, (start, end) in zip(streams, positions, pack.sample_ranges, strict=True):
+            routes = route(q[start:end], k[start:end], stream.at([position]), config, drops=drops)
+            expected.append(routes.where(routes < 0, routes + first))
+            first += stream.num_chunks
+        assert torch.equal(route(q, k, copied, config, drops=drops), torch.cat(expected, dim=1))
 
 
 def test_several_means_find_a_key_that_one_mean_hides():

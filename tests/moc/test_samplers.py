@@ -57,7 +57,7 @@ def entangled(latents, sigma, texts):
 ONE_PASS = {"guidance_scale": 1.0, "history_sigma": 0.05}
 
 
-@pytest.mark.parametrize("lag", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("lag", [0.0, 0.27, 0.3, 0.5, 1.0])
 def test_clocks_run_from_noise_to_clean_one_lag_apart(lag):
     config = SamplingConfig(steps=10, lag=lag)
     table = sigma_table(4, config, FLOW)
@@ -219,6 +219,7 @@ def test_guidance_is_by_shot_and_noise_level():
         ((None, 1.0), {}, (3.0, 1.0), 4),
         ((2.0, None), {}, (2.0, 3.0), 6),
         ((), {"guidance_interval": [0.4, 0.8]}, (2.0, 2.0), 4),  # two steps of four, at 0.75 and 0.5
+        ((), {"guidance_interval": [0.6, 1.0]}, (2.0, 2.0), 4),  # at 1 and 0.75
         ((1.0, None), {"guidance_interval": [0.4, 0.8]}, (1.0, 2.0), 2),
     ):
         changes, asked = moved(replace(story(2), guidance=own), **settings)

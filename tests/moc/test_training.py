@@ -274,6 +274,9 @@ def test_a_model_has_the_averages_for_a_while_and_a_frozen_weight_none():
     with ema.applied():
         assert (model.weight.item(), ema.averages["weight"].item()) == (3.0, 7.0)
     assert (model.weight.item(), ema.averages["weight"].item()) == (7.0, 3.0)
+    with pytest.raises(KeyError), ema.applied():
+        raise KeyError
+    assert (model.weight.item(), ema.averages["weight"].item()) == (7.0, 3.0)
     assert ema.averages.keys() == {"weight"}
 
 

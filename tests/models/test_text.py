@@ -209,6 +209,15 @@ def test_the_fingerprint_tells_whatever_changes_features(t5_folder: Path, tmp_pa
     assert len({same, *others}) == 5
 
 
+def test_features_are_the_same_under_autocast(embedded: EmbeddedTextEncoder, t5_folder: Path) -> None:
+    t5 = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder)))
+    for encoder, dtype in ((embedded, torch.bfloat16), (t5, torch.float16)):
+        expected = encoder.encode("the dog", ["Mira walks"])
+        with torch.autocast("cpu", dtype):
+            found = encoder.encode("the dog", ["Mira walks"])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_bad_text_settings_are_refused(t5_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text\.dim=3 must be finite and at least 4"):
         TextConfig(dim=3)
