@@ -192,8 +192,8 @@ class Filmmaker:
     def tell_unseen(self, script: Script) -> None:
         """Warns of what of a film the model never saw."""
         is_guided = script.is_guided(self.sampler.guidance_scale)
-        unseen = self.seen.unseen(script.size, script.fps, len(script.shots), is_guided)
-        if unseen:
+        words = self.encoders.text.unknown_words(script.captions)
+        if unseen := self.seen.unseen(script.size, script.fps, len(script.shots), is_guided, words):
             logger.warning("%s was never trained on %s; expect less of the film", self.checkpoint, ", ".join(unseen))
 
     def plan(self, script: Script) -> FilmPlan:

@@ -104,6 +104,12 @@ class Script:
         """Returns whether some shot is guided. usual: the guidance scale of shots without one."""
         return any((usual if shot.guidance is None else shot.guidance) != 1 for shot in self.shots)
 
+    @property
+    def captions(self) -> list[str]:
+        """Returns all that the script says, in words."""
+        of_references, of_shots = (one.prompt for one in self.references), (one.prompt for one in self.shots)
+        return [self.global_caption, self.negative, *of_references, *of_shots]
+
     def record(self, seed: int, names: Mapping[Path, str]) -> dict[str, Any]:
         """Returns the script as JSON has it. seed: of the shots without one. names: under which pictures are named."""
         shots: list[dict[str, Any]] = []

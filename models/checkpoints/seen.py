@@ -12,6 +12,7 @@ from moc.training.checkpoint import read_json, remedy
 from models.checkpoints.contents import Contents
 
 FILE = "films.json"
+MOST_WORDS = 8  # so many unknown words are named
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Seen:
         found = {"size": list(next(iter(self.sizes), ())), "fps": next(iter(self.fps), None)}
         return {name: value for name, value in found.items() if value}
 
-    def unseen(self, size: Sequence[int], fps: float, num_shots: int, is_guided: bool) -> list[str]:
+    def unseen(
+        self, size: Sequence[int], fps: float, num_shots: int, is_guided: bool, words: Sequence[str] = ()
+    ) -> list[str]:
         """Returns what of a film the model was never trained on, in words. is_guided: whether guidance asks it for a
-        film without captions."""
+        film without captions. words: those of its captions that its text encoder does not know."""
         told = []
         if self.sizes and list(size) not in [list(known) for known in self.sizes]:
             told.append(f"{size[0]}x{size[1]} (but {', '.join(f'{h}x{w}' for h, w in self.sizes)})")
@@ -55,6 +58,9 @@ class Seen:
             told.append(f"{num_shots} shots (but {self.max_shots} at most)")
         if is_guided and self.drop_captions == 0:
             told.append("dropped captions, which guidance needs (sampler.guidance_scale=1 films without it)")
+        if words:
+            more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
+            told.append(f"the words {', '.join(map(repr, words[:MOST_WORDS]))}{more}")
         return told
 
 

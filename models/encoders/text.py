@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 END, UNKNOWN = "</s>", "[UNK]"
 CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()] + list("–—…")
+PUNCTUATION = [character for character in CHARACTERS if not character.isalnum()]
 
 
 class TextKind(StrEnum):
@@ -105,6 +106,10 @@ class TextEncoder(nn.Module):
         rounding."""
         return [self.encode(caption, [])[0] for caption in captions]
 
+    def unknown_words(self, captions: Iterable[str]) -> list[str]:
+        """Returns the words of captions that mean nothing to this encoder, each once, in order: to T5 none are such."""
+        return []
+
 
 # The embedded encoder
 
@@ -151,6 +156,16 @@ class EmbeddedTextEncoder(TextEncoder):
     def encode_each(self, captions: Sequence[str]) -> list[Tensor]:
         """Encodes captions, those of one length at once."""
         return list(each_shape(self._features, [self._ids(caption) for caption in captions]))
+
+    def unknown_words(self, captions: Iterable[str]) -> list[str]:
+        """Returns words that are spelled in characters, or have characters that no token stands for."""
+        known, found = {*self.vocabulary, *PUNCTUATION}, dict[str, None]()
+        for caption in captions:
+            words = self.tokenizer.pre_tokenizer.pre_tokenize_str(
+                self.tokenizer.normalizer.normalize_str(clean(caption))
+            )
+            found |= dict.fromkeys(word for word, _ in words if word not in known)
+        return list(found)
 
     def _ids(self, caption: str) -> Tensor:
         ids = self.tokenizer.encode(clean(caption)).ids

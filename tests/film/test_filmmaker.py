@@ -115,6 +115,14 @@ def test_a_script_without_a_size_is_filmed_as_the_model_was_trained(trained, wri
     assert "4 shots (but 3 at most)" in message
 
 
+def test_words_that_a_model_never_read_are_told(trained, write, caplog):
+    filmmaker = open_filmmaker(trained)
+    shots = [SHOT, SHOT | {"prompt": "Mia climbs 楼梯: " + " ".join("qrstuvwxyz")}]
+    filmmaker.tell_unseen(filmmaker.read(write(STORY | {"shots": shots})))
+    message = caplog.messages[-1]
+    assert "never trained on the words 'climbs', '楼', '梯', 'q', 'r', 's', 't', 'u' and 5 more; expect" in message
+
+
 def test_a_dense_model_is_told_to_have_never_seen_moc(trained, tmp_path, write, caplog):
     model = shutil.copytree(trained / "checkpoints/step_0000003/ema", tmp_path / "model")
     (model / "moc.json").unlink()
@@ -133,8 +141,8 @@ def test_guidance_that_a_model_never_learnt_is_told(trained, write, tmp_path, ca
     guided, plain = SHOT | {"guidance": 3}, SHOT | {"guidance": 1}
     for scale, shot, is_told in ((2.0, SHOT, True), (1.0, guided, True), (1.0, plain, False)):
         caplog.clear()
-        config = FilmmakerConfig(str(model), device="cpu", sampler=SamplingConfig(guidance_scale=scale))
-        filmmaker = Filmmaker(config)
+        sampler = SamplingConfig(guidance_scale=scale)
+        filmmaker = Filmmaker(FilmmakerConfig(str(model), encoders_path=str(trained), device="cpu", sampler=sampler))
         filmmaker.tell_unseen(filmmaker.read(write(STORY | {"shots": [shot]})))
         assert ("sampler.guidance_scale=1 films without it" in caplog.text) == is_told
 

@@ -50,6 +50,12 @@ def test_known_words_are_one_token_and_any_other_text_is_spelled(embedded: Embed
     assert "[UNK]" not in spelled
 
 
+def test_words_that_mean_nothing_to_an_encoder_are_named(embedded: EmbeddedTextEncoder) -> None:
+    captions = ['Mira walks; "the Harbor"!', "Ann's 3 dogs walk in 雪.", "The DOG: Ann (a–b) 🎬"]
+    assert embedded.unknown_words(captions) == ["ann", "s", "3", "dogs", "walk", "雪", "b", "🎬"]
+    assert embedded.unknown_words(["", "a dog"]) == []
+
+
 def test_captions_differ_clearly_by_name(embedded: EmbeddedTextEncoder) -> None:
     captions = [f"{name} walks in the {place}" for name in ("Mira", "Tobi") for place in ("harbor", "forest")]
     features = embedded.encode("", captions)[1:]
