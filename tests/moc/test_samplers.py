@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moc import MoCConfig, StreamSpec
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
-from moc.diffusion.steps import sigma_table
+from moc.diffusion.steps import plan_steps, sigma_table
 from moc.statistics import RoutingMap
 
 SHAPE = (2, 1, 4, 4)
@@ -115,6 +115,11 @@ def test_euler_follows_the_flow_of_a_gaussian():
     torch.testing.assert_close(latent, 3 + 0.5 * noise, atol=0.02, rtol=0)
     coarse = film(Recording(gaussian), SamplingConfig(steps=20, **ONE_PASS), story(1))[0][1]
     assert (coarse - latent).abs().max() > 1e-4  # the result depends on the number of steps
+
+
+def test_a_step_is_dense_while_its_latest_shot_is_in_its_first_steps():
+    steps = plan_steps(2, {}, SamplingConfig(steps=4, lag=0.5, dense_steps=1), FLOW)
+    assert [step.is_dense for step in steps] == [True, False, True, False, False, False]
 
 
 def test_shot_by_shot_sees_finished_shots_as_history():

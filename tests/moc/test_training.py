@@ -173,8 +173,10 @@ def test_a_half_written_checkpoint_does_not_stand_in_the_way(cache, whole, tmp_p
     partial = tmp_path / "checkpoints/partial_0000006"
     (tmp_path / "checkpoints/step_0000006").rename(partial)
     (partial / "complete").unlink()
+    (tmp_path / "checkpoints/partial_results").mkdir()  # somebody else's
     train(cache, tmp_path, num_steps=6, resume=True)
     assert not partial.exists()
+    assert (tmp_path / "checkpoints/partial_results").exists()
     assert_same_weights(tmp_path, whole, atol=0, rtol=0)
 
 

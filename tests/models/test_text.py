@@ -138,6 +138,19 @@ def test_one_prompt_is_cut_by_span(t5_folder: Path) -> None:
     assert [len(rows) for rows in joined.encode("", ["the dog"])] == [0, 3]
 
 
+def test_a_piece_that_begins_with_the_space_before_its_word_is_of_its_words_caption(t5_folder: Path) -> None:
+    encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), PromptForm.joined))
+    story = ("the dog", ["a red fox", "Mira walks"])
+    expected, features_of = encoder.encode(*story), encoder._features
+
+    def from_the_space(prompt: str) -> tuple[torch.Tensor, list[int]]:
+        features, starts = features_of(prompt)
+        return features, [max(0, start - 1) for start in starts]
+
+    encoder._features = from_the_space
+    assert all(torch.equal(a, b) for a, b in zip(encoder.encode(*story), expected, strict=True))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("form", [PromptForm.joined, PromptForm.holocine])
 def test_features_are_those_of_diffusers_pipeline(t5_folder: Path, form: PromptForm) -> None:
