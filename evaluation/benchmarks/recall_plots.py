@@ -10,7 +10,10 @@ from matplotlib.lines import Line2D
 from evaluation.benchmarks.measurements import write_figure
 from evaluation.benchmarks.recall_rows import TITLES, attention_flops, loss_to_dense, start_of
 
-MAIN = ("dense", "moc", "moc_progressive", "moc_dense_target", "first_frame", "random", "own_shot")
+MAIN = (
+    "dense", "moc", "moc_lse", "moc_lse_not_causal_of_four", "moc_progressive", "moc_dense_target", "first_frame",
+    "random", "own_shot",
+)  # fmt: skip
 NEAR = 0.94  # the least recall that the close-up shows
 STYLES, MARKERS = ("-", "--", ":", "-."), "os^D"  # by what a row began with
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}  # where a legend hides no mark

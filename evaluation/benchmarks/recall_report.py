@@ -40,8 +40,9 @@ def write_report(rows: list[dict], output: Path) -> None:
     if not rows:
         return
     write_whole(output.with_suffix(".md"), tables(rows).encode())
-    draw(rows, output.with_suffix(".png"))
     compared = _compared(rows)
+    # Rows that stand side by side are short and have a plot of their own.
+    draw([row for row in rows if all(row is not other for other in compared)] or rows, output.with_suffix(".png"))
     if compared:
         draw_compared(compared, output.with_name(f"{output.stem}_rows.png"))
     if any("mass" in row for row in rows):
