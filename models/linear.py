@@ -16,11 +16,9 @@ class Linear(nn.Linear):
     """This linear layer computes as nn.Linear does. Under autocast on a GPU the matmul writes the weight's gradient in
     the weight's own dtype; autograd would round it to autocast's and cast it back, in four launches more a layer."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
-
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Returns the product with the weight, with `bias` added."""
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """Returns the product with the weight, with the bias added unless it is left to what comes next."""
+        bias = self.bias if add_bias else None
         if not (x.is_cuda and torch.is_autocast_enabled("cuda")):
             return F.linear(x, self.weight, bias)
         return _Linear.apply(x, self.weight, bias, torch.get_autocast_dtype("cuda"))
@@ -29,7 +27,7 @@ class Linear(nn.Linear):
 def product(layer: nn.Module, x: Tensor) -> Product:
     """Returns layer(x) without the bias that it leaves, and that bias, if any (`left_bias`)."""
     if isinstance(layer, Linear) and (bias := left_bias(layer, x)) is not None:
-        return layer.product(x), bias
+        return layer(x, add_bias=False), bias
     return layer(x), None
 
 

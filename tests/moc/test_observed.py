@@ -19,6 +19,7 @@ from moc.training.clock import Clock, about
 from moc.training.metrics import headline
 from moc.training.outcome import Outcome
 from moc.training.survey import Survey, peak_flops
+from models import layers, linear, pointwise
 from models.mmdit import MMDiT
 from models.wan import WanTransformer3DModel
 from tests.caches import scene, write_cache
@@ -145,20 +146,31 @@ def test_a_survey_counts_what_attention_and_linears_do(build, dense_layers):
         assert values[f"routes/back_{distance}"] == pytest.approx(mean)
 
 
+def linear_flops(model):
+    config, batch = MoCConfig(dense=True), make_batch(samples(), model.stream, 6)
+    survey = Survey(model, config)
+    with survey.forward(batch.layout) as on_routes:
+        Flow().loss(model, batch, NoiseLevels.equal(0.5, batch.num_shots), config, 0, on_routes=on_routes)
+    assert survey.read(1.0, torch.float32)["density"] == 1
+    return survey.linear_flops
+
+
 def test_a_frozen_weight_has_no_gradient_to_compute():
-    model, config = mmdit(), MoCConfig(dense=True)
-    batch = make_batch(samples(), model.stream, 6)
-
-    def flops():
-        survey = Survey(model, config)
-        with survey.forward(batch.layout) as on_routes:
-            Flow().loss(model, batch, NoiseLevels.equal(0.5, batch.num_shots), config, 0, on_routes=on_routes)
-        assert survey.read(1.0, torch.float32)["density"] == 1
-        return survey.linear_flops
-
-    trained = flops()
+    model = mmdit()
+    trained = linear_flops(model)
     model.requires_grad_(False)
-    assert flops() == pytest.approx(2 / 3 * trained)
+    assert linear_flops(model) == pytest.approx(2 / 3 * trained)
+
+
+def test_linears_that_leave_their_bias_are_counted(monkeypatch):
+    """They do so on a GPU."""
+    model = mmdit()
+    whole = linear_flops(model)
+    for name in ("modulate", "fork", "add_gated", "add_modulate", "gelu", "join", "split"):
+        monkeypatch.setattr(layers, name, getattr(pointwise, name))  # those of a GPU, which add biases
+    for module in (layers, linear):
+        monkeypatch.setattr(module, "left_bias", lambda layer, _: getattr(layer, "bias", None))
+    assert linear_flops(model) == whole
 
 
 def test_utilization_is_of_the_gpus_own_peak(monkeypatch):
