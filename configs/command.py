@@ -52,6 +52,7 @@ _KINDS = (
     ConnectionError,
     TimeoutError,
 )
+_REMEDIES = {errno.ENOSPC: FREE_SOME, errno.EDQUOT: FREE_SOME, errno.EROFS: "choose a folder that can be written"}
 
 
 class BesideBars(logging.Handler):
@@ -238,9 +239,9 @@ def for_user(error: Exception) -> bool:
 
 def message_of(error: Exception) -> str:
     """Returns an error's message on one line; the operating system's own names the file first, and what to do where the
-    disk is full."""
+    disk is full or read-only."""
     if isinstance(error, OSError) and error.strerror:
-        remedy = f"; {FREE_SOME}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
         return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror) + remedy
     return " ".join(str(error).partition("Config search path:")[0].split())
 

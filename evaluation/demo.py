@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def run(stages: list[Stage], threads: int) -> dict[str, float]:
         print(f"\n[{index + 1}/{len(stages)}] {stage.title} (about {minutes:.1f} minutes left)", flush=True)
         start = time.perf_counter()
         if _status([sys.executable, *stage.arguments], environment):
-            raise UserError(f"the stage failed: python {' '.join(stage.arguments)}")
+            raise UserError(f"the stage failed: python {shlex.join(stage.arguments)}")
         taken[stage.title] = time.perf_counter() - start
     return taken
 

@@ -27,7 +27,7 @@ from evaluation.rivals import compare
 from moc import Execution, MoCConfig, StreamSpec
 from moc.batch import Batch
 from moc.counts import count_of
-from moc.errors import UserError, check_least, check_seed
+from moc.errors import Refusals, UserError, check_least, check_seed
 from moc.files import check_writable
 from moc.training import MeshConfig, Parallel, ParallelConfig
 from models import Contents, load_codec, load_model, move_model
@@ -101,12 +101,17 @@ def evaluate(config: EvaluateConfig, world_of: WorldOf) -> None:
     vbench: dict[str, dict[str, float]] = {name: {} for name in config.films}
     vbench |= {name: read_vbench(result) for name, result in zip(config.films, config.vbench, strict=False)}
     parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
+    found, refusals = dict[str, list[Path]](), Refusals()
+    for name in config.films:
+        with refusals.noted():
+            found[name] = film_folders(name)
+    refusals.tell()
     losses = _losses(Contents.sound(config.checkpoint), config, parallel, world_of) if config.checkpoint else []
     if not parallel.is_main:
         return
-    judged, boards = _judge(config, parallel.device) if config.films else ([], [])
-    if config.films and not config.vbench:
-        films = [film for name in config.films for film in film_folders(name)]
+    judged, boards = _judge(config, found, parallel.device) if found else ([], [])
+    if found and not config.vbench:
+        films = [film for folders in found.values() for film in folders]
         print(f"VBench's six, where it is installed: {vbench_command(films)}")
     if config.output:
         record = {"losses": losses, "films": judged, "vbench": vbench}
@@ -179,17 +184,19 @@ def _data_paths(data: DictConfig) -> set[str]:
     return {path if "://" in path else str(Path(path).resolve()) for path in paths if path}
 
 
-def _judge(config: EvaluateConfig, device: torch.device) -> tuple[list[dict], list[list[Board]]]:
-    """Returns the scores of each of `config.films`, and the storyboards of its films."""
+def _judge(
+    config: EvaluateConfig, found: dict[str, list[Path]], device: torch.device
+) -> tuple[list[dict], list[list[Board]]]:
+    """Returns the scores of each of `config.films`, and the storyboards of its films. found: their folders."""
     schedule = read_schedule(config.schedule) if config.schedule else None
     clip = Clip(config.clip, device) if config.clip else None
     given: list[Features | None] = [Dino(config.dino, device) if config.dino else None, clip]
     features = [one for one in given if one] or [ColourHistogram()]
     detector = build_detector("transnetv2", device=str(device))
     rows, boards = [], []
-    for name in config.films:
+    for name, folders in found.items():
         measured, drawn = [], []
-        for folder in tqdm(film_folders(name), desc=name, disable=None):
+        for folder in tqdm(folders, desc=name, disable=None):
             film = open_film(folder, schedule)
             measured.append(measure(film, features, clip, detector))
             drawn.append(board(film))

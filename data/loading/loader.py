@@ -66,10 +66,11 @@ class Loader:
         self.accumulation, self.position = accumulation, start_position
         split = dataset.split(config.validation)
         if not all(source.items for source in split.sources):
+            name = "held_out" if config.held_out else "validation"
             raise DataError(
                 "no-usable-samples",
-                "data.held_out" if config.held_out else "data.validation",
-                f"what is held out of {len(dataset)} scenes leaves none to train; hold out fewer",
+                f"data.{name}={getattr(config, name)}",
+                f"what is held out of {len(dataset)} scenes leaves none to train; hold out fewer, or make more scenes",
             )
         self.order = SampleOrder(split.sources, config.seed)
         self.num_training = len(split.training_items)

@@ -55,8 +55,8 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
     Raises DataError where there is no whole film, or the schedule is not of as many shots.
     """
     folder = Path(folder)
-    if not (folder / METADATA).is_file() or not (files := FilmFolder(folder)).is_finished:
-        raise DataError("no-film", folder, "holds no whole film; name a folder that sample.py has finished")
+    _check_whole(folder)
+    files = FilmFolder(folder)
     script = load_script(folder / METADATA)
     if schedule is not None and len(schedule) != len(script.shots):
         said = f"has {len(script.shots)} shots, the schedule {len(schedule)}; give a list of names for each shot"
@@ -69,12 +69,18 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
 
 
 def film_folders(folder: str | Path) -> list[Path]:
-    """Returns the folder of one film, or those of all films in it. Raises DataError where there is none."""
+    """Returns the folder of one film, or those of all films in it. Raises DataError where there is none, or one is not
+    finished."""
     folder = Path(folder)
     films = [folder] if (folder / METADATA).is_file() else sorted(file.parent for file in folder.glob(f"*/{METADATA}"))
-    if not films:
-        raise DataError("no-film", folder, "holds no whole film; name a folder that sample.py has finished")
+    for film in films or [folder]:
+        _check_whole(film)
     return films
+
+
+def _check_whole(folder: Path) -> None:
+    if not FilmFolder(folder).is_finished:
+        raise DataError("no-film", folder, "holds no whole film; name a folder that sample.py has finished")
 
 
 def names_by_shot(script: Script) -> list[frozenset[str]]:

@@ -50,10 +50,12 @@ def test_errors_of_files_name_the_file():
     assert message_of(UserError("two\n  lines")) == "two lines"
 
 
-def test_a_full_disk_says_what_to_do():
+def test_a_disk_that_is_full_or_read_only_says_what_to_do():
     for number in (errno.ENOSPC, errno.EDQUOT):
         full = OSError(number, os.strerror(number), "shots/02.mp4")
         assert message_of(full) == f"shots/02.mp4: {full.strerror}; free some or choose another folder, then run again"
+    frozen = OSError(errno.EROFS, os.strerror(errno.EROFS), "disc/film")
+    assert message_of(frozen) == f"disc/film: {frozen.strerror}; choose a folder that can be written"
 
 
 def test_a_bug_keeps_its_traceback(capsys, monkeypatch, tmp_path):

@@ -150,7 +150,7 @@ def test_a_preflight_of_a_finished_run_tries_nothing(capsys, prepared, tmp_path)
     ("setting", "check", "said"),
     [
         ("resume=nowhere", "checkpoint", "resume=nowhere holds no complete checkpoint"),
-        ("data.validation=4", "trial", "leaves none to train"),
+        ("data.validation=4", "trial", "data.validation=4: what is held out of 4 scenes leaves none to train"),
         ("data.validation=2 data.held_out=[scene_000001]", "trial", "2 is more than the 1 scene"),
     ],
 )
