@@ -46,9 +46,11 @@ def write_numbered(
     fps: int = 25,
     size: tuple[int, int] = (HEIGHT, WIDTH),
     transfer: int | None = None,
+    pixel_aspect: Fraction | None = None,
 ) -> Path:
     """Returns a numbered film. ticks: presentation time of each frame in 1/(4 fps) s, for variable frame rate.
-    transfer: how its brightness is said to be coded (av's ColorTrc)."""
+    transfer: how its brightness is said to be coded (av's ColorTrc).
+    pixel_aspect: width to height of a pixel."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width, stream.pix_fmt = size[0], size[1], pixel_format
@@ -56,6 +58,8 @@ def write_numbered(
         stream.codec_context.thread_count = 1
         if transfer is not None:
             stream.codec_context.color_trc = transfer
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if ticks is not None:
             stream.codec_context.time_base = stream.time_base = Fraction(1, 4 * fps)
         for i in range(num_frames):

@@ -20,6 +20,7 @@ from data.errors import DataError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
 MAX_SIDE = 16384
+_SQUARE = 0.01  # pixels whose sides differ less are called square
 _HDR_TRANSFERS = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 
 
@@ -27,7 +28,8 @@ _HDR_TRANSFERS = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 class VideoIndex:
     """An index is what one full decode of a video found. pts: timestamp of each frame in stream units; None where the
     file has no usable ones (then frames are reached by decoding from the start). times: seconds, from 0. stamp_fault:
-    how the file's time stamps were mended, or "". hdr: "PQ" or "HLG" where its brightness is coded for HDR, or ""."""
+    how the file's time stamps were mended, or "". hdr: "PQ" or "HLG" where its brightness is coded for HDR, or "".
+    pixel_aspect: width to height of a pixel as it is stored, such as "64:45", or "" for square ones."""
 
     height: int
     width: int
@@ -36,6 +38,7 @@ class VideoIndex:
     pts: tuple[int, ...] | None
     stamp_fault: str = ""
     hdr: str = ""
+    pixel_aspect: str = ""
 
     @property
     def num_frames(self) -> int:
@@ -94,6 +97,7 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
     hdr = ""
     with opened(path) as (container, stream):
         fps, time_base = float(stream.average_rate or stream.guessed_rate or 0), stream.time_base
+        pixel_aspect = _pixel_aspect(stream.sample_aspect_ratio)
         try:
             for i, frame in enumerate(container.decode(stream)):
                 if i == 0:
@@ -112,7 +116,13 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
             raise DataError("broken", path, f"decoding fails after {len(stamps)} frames ({error})") from error
     if not stamps:
         raise DataError("no-frames", path, "no frame decodes")
-    return replace(_index(stamps, height, width, fps, time_base), hdr=hdr)
+    return replace(_index(stamps, height, width, fps, time_base), hdr=hdr, pixel_aspect=pixel_aspect)
+
+
+def _pixel_aspect(ratio: Fraction | None) -> str:
+    if not ratio or abs(ratio - 1) < _SQUARE:
+        return ""
+    return f"{ratio.numerator}:{ratio.denominator}"
 
 
 def estimated_frames(path: Path, fps: float | None = None) -> int | None:

@@ -102,7 +102,7 @@ def _detected_shots(scene: SceneRecord, spans: Sequence[Span]) -> list[ShotRecor
 
 def doubts(scene: SceneRecord, scan: Scan | None, sizes: Sequence[tuple[int, int]]) -> list[DataError]:
     """Returns what a person should look at, though the scene is used: no caption, fewer frames than claimed, stamps
-    that were mended, another rate, HDR, fewer pixels than the size of `sizes` that it takes."""
+    that were mended, another rate, HDR, pixels that are not square, a size below that of `sizes` that it takes."""
     found = []
     if not any(text.strip() for caption in _captions(scene) for text in captions(caption)):
         found.append(DataError("empty-caption", scene.where, "neither the scene nor any shot has a caption"))
@@ -122,6 +122,9 @@ def doubts(scene: SceneRecord, scan: Scan | None, sizes: Sequence[tuple[int, int
     if index.hdr:
         said = f"{scene.video} is HDR ({index.hdr}) and is read as if it were SDR, with pale colours"
         found.append(DataError("hdr", scene.where, f"{said}; convert it to SDR first"))
+    if index.pixel_aspect:
+        said = f"{scene.video} has pixels of {index.pixel_aspect}, which are read as if they were square"
+        found.append(DataError("anamorphic", scene.where, f"{said}; scale it to square pixels first"))
     height, width = nearest_size(index.height, index.width, sizes)
     enlarged = max(height / index.height, width / index.width)
     if enlarged > _MOST_ENLARGED:

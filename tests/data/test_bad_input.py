@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -294,6 +295,16 @@ def test_a_film_in_hdr_is_told(tmp_path, transfer, name):
         (doubt,) = doubts(SceneRecord(id="film", video="film.mp4", caption="A film."), scan, [(32, 80)])
         assert doubt.kind == "hdr"
         assert f"film.mp4 is HDR ({name})" in doubt.message
+
+
+@pytest.mark.parametrize(("ratio", "told"), [("64/45", True), ("1/1", False), ("200/199", False)])
+def test_a_film_of_pixels_that_are_not_square_is_told(tmp_path, ratio, told):
+    write_numbered(tmp_path / "film.mkv", 5, pixel_aspect=Fraction(ratio))
+    scene = SceneRecord(id="film", video="film.mkv", caption="A film.")
+    for _ in range(2):  # the second time from its record
+        found = doubts(scene, scan_video(tmp_path, "film.mkv", tmp_path / "scans", None), [(32, 80)])
+        assert [doubt.kind for doubt in found] == ["anamorphic"] * told
+        assert all("film.mkv has pixels of 64:45" in doubt.message for doubt in found)
 
 
 @pytest.mark.parametrize(
