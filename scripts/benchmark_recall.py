@@ -24,7 +24,7 @@ these lines:
     rows=[moc_dense_target,moc_no_text,moc_no_drops_all_text,moc_progressive,moc_of_half_frames,dense_causal] $ON
     rows=[moc_pre_rope,moc_lse,moc_lse_of_frames,first_frame,random,own_shot] $ON
     rows=[dense,moc,moc_dense_target,first_frame,random,own_shot] seed=1 $ON          other seeds of the main rows
-    rows=[moc_lse,moc_lse_not_causal_of_four] seed=1 $ON steps=3600    log-sum-exp, as long as dense of that seed
+    rows=[moc_pre_rope,moc_lse,moc_lse_not_causal_of_four] $ON         log-sum-exp of three means, and before RoPE
     rows=[moc] steps=16000 course=2000      from scratch, as dense was; its routes over training; goes on if asked again
     rows=[moc] shots=[16,24] $ON                                   more shots than in training, tested only
 """
