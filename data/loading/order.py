@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_BLOCK = 1000  # in each run of this many positions the mixing weights hold exactly
+_BLOCK = 1000  # positions over which up to _SOURCES sources are given their shares; more sources need more positions
+_SOURCES = 100
 _SHUFFLE, _MIX, DRAW = 0, 1, 2  # independent streams of random bits
 
 
@@ -46,7 +47,8 @@ class Split:
 
 class SampleOrder:
     """An order maps a position to (item, epoch of its source). A source is shuffled anew for each epoch, and an epoch
-    gives each of its items once; sources are interleaved by weight, exactly over 1000 positions."""
+    gives each of its items once. Sources are interleaved in blocks of positions: each block gives every source its
+    share to the nearest whole number, and at least one position."""
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
         if not sources or any(not source.items for source in sources):
@@ -55,7 +57,8 @@ class SampleOrder:
         weights = np.array([source.weight for source in sources], dtype=np.float64)
         if not (weights > 0).all():
             raise ValueError(f"source weights must be positive, got {weights.tolist()}")
-        self._counts = _apportion(weights / weights.sum(), _BLOCK)
+        self._block_size = _BLOCK * -(-len(sources) // _SOURCES)  # gives a source ten positions on average, or more
+        self._counts = _apportion(weights / weights.sum(), self._block_size)
         self._block: tuple[int, np.ndarray] = (-1, np.empty(0))
         self._shuffles: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -67,10 +70,10 @@ class SampleOrder:
 
     def _mixed(self, position: int) -> tuple[int, int]:
         """Returns the source of a position, and how many positions it had before."""
-        block, offset = divmod(position, _BLOCK)
+        block, offset = divmod(position, self._block_size)
         if self._block[0] != block:
             schedule = np.repeat(np.arange(len(self.sources)), self._counts)
-            keys = random_bits(self.seed, _MIX, block, _BLOCK)
+            keys = random_bits(self.seed, _MIX, block, self._block_size)
             self._block = (block, schedule[np.argsort(keys, kind="stable")])
         schedule = self._block[1]
         source = int(schedule[offset])
@@ -85,7 +88,8 @@ class SampleOrder:
 
 
 def _apportion(shares: np.ndarray, total: int) -> list[int]:
-    """Returns whole counts nearest the shares (largest remainders), at least 1 each, summing to total."""
+    """Returns whole counts nearest the shares (largest remainders), at least 1 each, summing to `total`, which is no
+    smaller than the number of shares."""
     counts = np.maximum(1, np.floor(shares * total)).astype(int)
     remainders = shares * total - counts
     while counts.sum() != total:

@@ -89,6 +89,20 @@ def test_mixing_weights_are_met_to_the_nearest_whole_number_and_none_is_left_out
         assert [found[number] for number in range(len(weights))] == counts
 
 
+@pytest.mark.parametrize("num_sources", [100, 700, 1001, 1500])
+def test_none_of_many_sources_is_left_out_or_drawn_far_more_often_than_its_equals(num_sources):
+    order = SampleOrder([Source((number,)) for number in range(num_sources)], seed=0)
+    found = Counter(order[position][0] for position in range(num_sources * 30))
+    assert found.keys() == set(range(num_sources))
+    assert max(found.values()) < 1.5 * min(found.values())
+
+
+def test_the_order_of_a_hundred_sources_is_that_of_a_thousand_positions():
+    """Runs that go on from before blocks grew with the sources keep their order."""
+    order = SampleOrder([Source((number,)) for number in range(100)], seed=0)
+    assert set(Counter(order[position][0] for position in range(1000)).values()) == {10}
+
+
 def test_the_order_is_fixed_for_ever():
     """The order belongs to a run's meaning: a change of numpy or of this code must not move it."""
     order = SampleOrder([Source(tuple(range(10)))], seed=7)
