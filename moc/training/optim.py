@@ -97,7 +97,7 @@ def freeze(model: nn.Module, rates: Sequence[RateConfig]) -> None:
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Returns the optimizer over the trainable parameters; weight decay on matrices only. Raises UserError where it is
-    not installed, does not take its arguments, or takes whole weights alone and these are sharded."""
+    not installed, does not take its arguments, cannot step, or takes whole weights alone and these are sharded."""
     build = _BUILDERS.get(config.name, _build_imported)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if (config.offload or config.name in _OF_WHOLE_WEIGHTS) and any(isinstance(p, DTensor) for p in trained.values()):
@@ -230,10 +230,34 @@ def _build_imported(parameters: dict[str, nn.Parameter], config: OptimConfig) ->
     own: dict[str, Any] = {}
     if module.partition(".")[0] == "optimi":  # optimi's Triton kernels need a GPU, and take no shards
         own["triton"] = all(p.is_cuda and not isinstance(p, DTensor) for p in parameters.values())
-    optimizer = kind(_groups(parameters, config), lr=config.lr, **own | config.args)
-    if hasattr(optimizer, "train"):  # schedule-free optimizers take gradients at these weights, and we average them
-        optimizer.train()
-    return optimizer
+
+    def build(groups: list[Group]) -> torch.optim.Optimizer:
+        optimizer = kind(groups, lr=config.lr, **own | config.args)
+        if hasattr(optimizer, "train"):  # schedule-free optimizers take gradients at these weights, and we average them
+            optimizer.train()
+        return optimizer
+
+    groups = _groups(parameters, config)
+    _try_step(build([group | {"params": [_small(group["params"][0])]} for group in groups]), config)
+    return build(groups)
+
+
+def _small(parameter: nn.Parameter) -> nn.Parameter:
+    """Returns a parameter of size 2 in each dimension, with a gradient of zeros, of another one's dtype and device."""
+    small = nn.Parameter(torch.zeros((2,) * parameter.dim(), dtype=parameter.dtype, device=parameter.device))
+    small.grad = torch.zeros_like(small)
+    return small
+
+
+def _try_step(optimizer: torch.optim.Optimizer, config: OptimConfig) -> None:
+    """Raises UserError where an optimizer cannot step, such as one that takes sparse gradients alone."""
+    try:
+        optimizer.step()
+    except Exception as error:  # others' code raises any type
+        raise UserError(
+            f"optim.name={config.name} with optim.args={config.args} cannot make a step here: {error}; take another "
+            "optimizer, or change them"
+        ) from error
 
 
 _OF_WHOLE_WEIGHTS = ("adamw8bit", "torch.optim.Adafactor")

@@ -172,6 +172,25 @@ def test_what_an_optimizer_says_of_its_arguments_is_for_the_user(name, args, sai
         build_optimizer(model(), OptimConfig(name, args=args))
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("torch.optim.SparseAdam", "does not support dense gradients"), ("tests.moc.test_recipe.Closed", "closure")],
+)
+def test_an_optimizer_that_fails_at_its_step_is_refused_before_the_first_one(name, said):
+    net = model()
+    with pytest.raises(UserError, match=rf"optim.name={name} .*cannot make a step here: .*{said}.*; take another"):
+        build_optimizer(net, OptimConfig(name, weight_decay=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), model().parameters(), strict=True))
+    assert not any(parameter.grad is not None for parameter in net.parameters())
+
+
+class Closed(torch.optim.SGD):
+    """This optimizer asks for a function that computes the loss anew."""
+
+    def step(self, closure):
+        return closure()
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
