@@ -50,9 +50,9 @@ class TextKind(StrEnum):
 
 class PromptForm(StrEnum):
     """The form says how captions become prompts. separate: each is encoded apart. windowed: each shot's is encoded
-    with the global one before it, which then has no features of its own. The others encode all captions as one
-    prompt and cut its features by span: joined: captions one after another (Wan); holocine: with that model's tags
-    and shot count."""
+    with the global one before it, which has features of its own only where there is no shot. The others encode all
+    captions as one prompt and cut its features by span: joined: captions one after another (Wan); holocine: with that
+    model's tags and shot count."""
 
     separate = "separate"
     windowed = "windowed"
@@ -326,6 +326,8 @@ class T5TextEncoder(TextEncoder):
 
     @torch.no_grad()
     def _encode_windows(self, global_caption: str, shot_captions: Sequence[str]) -> list[Tensor]:
+        if not shot_captions:  # there is no window, and the global caption stands alone
+            return [self._features(clean(global_caption))[0]]
         prompts = [join_prompt(PromptForm.joined, global_caption, [caption])[0] for caption in shot_captions]
         features = {prompt: self._features(prompt)[0] for prompt in dict.fromkeys(prompts)}
         none = next(iter(features.values()))[:0]

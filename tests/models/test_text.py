@@ -203,6 +203,19 @@ def test_a_window_is_the_global_caption_and_one_shots(t5_folder: Path) -> None:
             encode(*story)
 
 
+@pytest.mark.parametrize("form", PromptForm)
+def test_a_caption_without_shots_stands_alone_in_every_form(t5_folder: Path, form: PromptForm) -> None:
+    encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), form))
+    expected = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder))).encode("the dog", [])
+    for found in (
+        encoder.encode("the dog", []),
+        encoder.encode_windows("the dog", []),
+        encoder.encode_each(["the dog"]),
+    ):
+        assert len(found) == len(expected) == 1
+        assert torch.equal(found[0], expected[0])
+
+
 def test_a_caption_that_is_cut_is_told(caplog) -> None:
     encoder = EmbeddedTextEncoder(["cat"], TextConfig(max_tokens=4))
     assert len(encoder.encode_caption("cat cat cat")) == 4
