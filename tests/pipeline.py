@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
+from moc.files import LOCK
+
 ROOT = Path(__file__).parents[1]
 TINY_MODEL = ("model.dim=32", "model.num_layers=2", "model.num_heads=2", "model.ffn_dim=32")
 
@@ -69,3 +71,9 @@ def train(prepared: Path, run: Path, *arguments: str) -> Path:
 def sample(run: Path, script: Path, out: Path, *arguments: str) -> Path:
     command("sample.py", f"checkpoint={run}", f"script={script}", f"out={out}", "sampler.steps=2", *arguments)
     return out
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    """Returns when each file and folder in a folder was last written. The lock is left out: some versions of filelock
+    write it whenever it is taken, and others remove it when it is released."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != LOCK}

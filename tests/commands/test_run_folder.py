@@ -10,7 +10,7 @@ import pytest
 
 from moc.files import HeldError, OutsideError, held, inside, write_whole
 from moc.training import Metrics, TrackerConfig, read_metrics
-from tests.pipeline import ROOT, refusal, train, train_arguments
+from tests.pipeline import ROOT, refusal, stamps, train, train_arguments
 from tests.runs import make_cache
 from tests.runs import train as train_here
 
@@ -43,11 +43,11 @@ def test_names_that_stay_inside(tmp_path):
 
 def test_a_second_launch_is_refused_in_one_line(capsys, tmp_path, prepared):
     run = train(prepared, tmp_path / "run")
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    before = stamps(run)
     with held(run):
         said = refusal(capsys, "train.py", *train_arguments(prepared, run), "trainer.num_steps=5")
     assert said == f"error: {run} is in use by another process; wait for it to end, or name another folder"
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert stamps(run) == before
     train(prepared, run, "trainer.num_steps=5")
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == [1, 2, 3, 4, 5]
 

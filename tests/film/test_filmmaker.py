@@ -20,6 +20,7 @@ from moc.errors import UserError
 from models.checkpoints.contents import Contents
 from models.checkpoints.seen import Seen
 from tests.film.filming import SHOT, STORY, contents, film_of, killed_after, killed_at, open_filmmaker, times_killed
+from tests.pipeline import stamps
 
 
 @pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
@@ -86,9 +87,9 @@ def test_a_whole_film_is_left_as_it_is_and_another_one_is_refused(trained, write
     filmmaker = open_filmmaker(trained)
     folder = FilmFolder(tmp_path / "film")
     filmmaker.film(filmmaker.plan(load_script(write(STORY))), folder)
-    times = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()}
+    times = stamps(folder.path)
     filmmaker.film(filmmaker.plan(load_script(write(STORY))), folder)
-    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*") if path.is_file()} == times
+    assert stamps(folder.path) == times
     other = filmmaker.plan(load_script(write(STORY | {"shots": [SHOT, SHOT | {"prompt": "Gus waves."}, SHOT]})))
     with pytest.raises(DataError, match=r"another film: its script\.shots\[1\]\.prompt is \"Mia walks\.\", not \"Gus"):
         filmmaker.film(other, folder)
