@@ -20,7 +20,8 @@ from moc.errors import Refusals
 def main(config: SampleConfig) -> None:
     """Loads model and scripts, films shot by shot, and tells what to look at."""
     filmmaker, refusals = Filmmaker(config), Refusals()
-    films = read_films(find_films(config.script, config.out), filmmaker, refusals, config.size, config.fps)
+    found = find_films(config.script, config.out, refusals)
+    films = read_films(found, filmmaker, refusals, config.size, config.fps)
     is_main = filmmaker.parallel.is_main
     if config.dry_run and is_main:
         tell_costs(films, filmmaker, refusals)

@@ -101,10 +101,8 @@ def evaluate(config: EvaluateConfig, world_of: WorldOf) -> None:
     vbench: dict[str, dict[str, float]] = {name: {} for name in config.films}
     vbench |= {name: read_vbench(result) for name, result in zip(config.films, config.vbench, strict=False)}
     parallel = Parallel(ParallelConfig(config.device, config.precision, **asdict(config.parallel)))
-    found, refusals = dict[str, list[Path]](), Refusals()
-    for name in config.films:
-        with refusals.noted():
-            found[name] = film_folders(name)
+    refusals = Refusals()
+    found = {name: film_folders(name, refusals) for name in config.films}
     refusals.tell()
     losses = _losses(Contents.sound(config.checkpoint), config, parallel, world_of) if config.checkpoint else []
     if not parallel.is_main:

@@ -1,7 +1,7 @@
 """This module finds which films a command is to make, one of a script or one of each script in a folder, reads their
 scripts and tells what they will cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.errors import DataError
@@ -14,15 +14,16 @@ from moc.errors import Refusals
 SUFFIXES = {".yaml", ".yml", ".json"}
 
 
-def find_films(script: str | Path, out: str | Path) -> list[tuple[Path, FilmFolder]]:
+def find_films(script: str | Path, out: str | Path, refusals: Refusals) -> list[tuple[Path, FilmFolder]]:
     """Returns each script with its film's folder: `out` itself, or out/NAME for each NAME.yaml or NAME.json in a
-    folder, but for the metadata.json of a film that was made there.
+    folder, but for the metadata.json of a film that was made there. A script whose film cannot have its folder is left
+    out and noted.
 
-    Raises DataError where a folder holds no script, or two of one name, and where a film has no folder.
+    Raises DataError where a folder holds no script, or two of one name.
     """
     script, out = Path(script), Path(out)
     if not script.is_dir():
-        return [(script, FilmFolder(out))]
+        return _with_folders({script: out}, refusals)
     scripts = sorted(path for path in script.iterdir() if path.suffix.lower() in SUFFIXES and path.name != METADATA)
     names = [path.stem for path in scripts]
     if not scripts:
@@ -30,7 +31,15 @@ def find_films(script: str | Path, out: str | Path) -> list[tuple[Path, FilmFold
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise DataError("same-name", script, f"holds two scripts named {twice}, which would be one film; rename one")
-    return [(path, FilmFolder(out / path.stem)) for path in scripts]
+    return _with_folders({path: out / path.stem for path in scripts}, refusals)
+
+
+def _with_folders(paths: Mapping[Path, Path], refusals: Refusals) -> list[tuple[Path, FilmFolder]]:
+    found = []
+    for script, path in paths.items():
+        with refusals.noted():
+            found.append((script, FilmFolder(path)))
+    return found
 
 
 def read_films(

@@ -14,6 +14,7 @@ from data.errors import DataError
 from film.folder import METADATA, FilmFolder
 from film.script import Script, load_script
 from film.storyboard import pick_frames
+from moc.errors import Refusals
 
 PICTURES = 8  # frames of a shot that are compared, spread over it, each with the frame after it
 _HEIGHT = 256  # pixels; higher pictures are made smaller
@@ -68,13 +69,14 @@ def open_film(folder: str | Path, schedule: Sequence[Sequence[str]] | None = Non
     return Film(folder, script, shots)
 
 
-def film_folders(folder: str | Path) -> list[Path]:
-    """Returns the folder of one film, or those of all films in it. Raises DataError where there is none, or one is not
-    finished."""
+def film_folders(folder: str | Path, refusals: Refusals) -> list[Path]:
+    """Returns the folder of one film, or those of all films in it. Those that hold no finished film are noted, as is a
+    folder without any film."""
     folder = Path(folder)
     films = [folder] if (folder / METADATA).is_file() else sorted(file.parent for file in folder.glob(f"*/{METADATA}"))
     for film in films or [folder]:
-        _check_whole(film)
+        with refusals.noted():
+            _check_whole(film)
     return films
 
 

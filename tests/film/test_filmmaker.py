@@ -16,7 +16,7 @@ from film.folder import METADATA, FilmFolder
 from film.script import load_script
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
-from moc.errors import UserError
+from moc.errors import Refusals, UserError
 from models.checkpoints.contents import Contents
 from models.checkpoints.seen import Seen
 from tests.film.filming import SHOT, STORY, contents, film_of, killed_after, killed_at, open_filmmaker, times_killed
@@ -303,7 +303,7 @@ def test_a_folder_of_scripts_is_filmed_one_after_another(trained, write, tmp_pat
     (tmp_path / "scripts").mkdir()
     for name in ("b.yaml", "a.yml", "notes.txt", METADATA):
         write(STORY | {"title": name}, f"scripts/{name}")
-    found = find_films(tmp_path / "scripts", tmp_path / "films")
+    found = find_films(tmp_path / "scripts", tmp_path / "films", refusals := Refusals())
     assert [(path.name, folder.path.name) for path, folder in found] == [("a.yml", "a"), ("b.yaml", "b")]
     filmmaker = open_filmmaker(trained)
     filmmaker.make([(filmmaker.read(path), folder) for path, folder in found])
@@ -311,9 +311,23 @@ def test_a_folder_of_scripts_is_filmed_one_after_another(trained, write, tmp_pat
     assert [film["script"]["title"] for film in films] == ["a.yml", "b.yaml"]
     write(STORY, "scripts/a.json")
     with pytest.raises(DataError, match="two scripts named a"):
-        find_films(tmp_path / "scripts", tmp_path / "films")
+        find_films(tmp_path / "scripts", tmp_path / "films", refusals)
     with pytest.raises(DataError, match="holds no script"):
-        find_films(tmp_path / "films", tmp_path / "other")
+        find_films(tmp_path / "films", tmp_path / "other", refusals)
+    refusals.tell()
+
+
+def test_all_films_of_a_batch_without_a_folder_are_named_at_once(write, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "films/b/shots").mkdir(parents=True)
+    for name in "abc":
+        write(STORY, f"scripts/{name}.yaml")
+    (tmp_path / "films/a").touch()
+    (tmp_path / "films/b/shots/01.mp4").touch()
+    found = find_films(tmp_path / "scripts", tmp_path / "films", refusals := Refusals())
+    assert [path.name for path, _ in found] == ["c.yaml"]
+    with pytest.raises(UserError, match=r"2 are refused: .*films/a: is a file.*; and .*films/b: already holds shots"):
+        refusals.tell()
 
 
 def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from evaluation.films.consistency import Consistency, fidelity, returns, within
 from evaluation.films.cuts import cut_accuracy
 from evaluation.films.features import Clip, ColourHistogram, Dino
 from evaluation.films.scores import average, cuts, difference, measure, scores
-from evaluation.films.shown import Film, ShownShot, film_folders, names_by_shot, open_film, read_schedule
+from evaluation.films.shown import Film, ShownShot, names_by_shot, open_film, read_schedule
 from evaluation.films.speed_and_drift import appearance, drift, speed
 from film.folder import REQUEST, FilmFolder, FilmProgress
 from film.script import load_script
@@ -375,19 +375,18 @@ def test_films_of_a_folder_are_taken_together(films, tmp_path):
     assert both["drift"]["brightness"]["p"] is None
     assert one["drift"]["brightness"]["p"] is not None
     assert page.read_text().count("data:image/jpeg;base64,") == 3 * 4 * 3
-    with pytest.raises(DataError, match="no whole film"):
-        film_folders(tmp_path)
 
 
 def test_films_that_are_not_whole_are_named_before_any_is_judged(films, tmp_path, monkeypatch, capsys):
     begun = shutil.copytree(films["true"], tmp_path / "films/begun")
     FilmFolder(begun).keep(FilmFolder(begun).read_metadata(), FilmProgress(0, {}, [], {}))
     shutil.copytree(films["true"], tmp_path / "films/done")
+    again = shutil.copytree(begun, tmp_path / "films/again")
     monkeypatch.setattr("evaluation.evaluate.measure", lambda *_: pytest.fail("a film was judged"))
     arguments = (f"films=[{films['true']},{tmp_path / 'films'},{tmp_path / 'none'}]", "device=cpu")
     said = pipeline.refusal(capsys, "scripts/evaluate.py", *arguments)
-    wrong = [f"{folder}: holds no whole film" for folder in (begun, tmp_path / "none")]
-    pipeline.assert_one_message(said, "2 are refused", *wrong)
+    wrong = [f"{folder}: holds no whole film" for folder in (begun, again, tmp_path / "none")]
+    pipeline.assert_one_message(said, "3 are refused", *wrong)
 
 
 def test_differences_have_welchs_interval():
