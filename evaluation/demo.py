@@ -30,6 +30,7 @@ class Scale:
     """A scale says how large the demo's world and its model are; configs/demo.yaml has the values.
 
     scenes: how many the world has.
+    held_out: how many of them training holds out.
     size: height and width of its frames.
     world, prepare, sample: settings of these commands.
     experiment: that of train.py.
@@ -40,6 +41,7 @@ class Scale:
     """
 
     scenes: int = 1
+    held_out: int = 0
     size: list[int] = field(default_factory=list)
     world: list[str] = field(default_factory=list)
     prepare: list[str] = field(default_factory=list)
@@ -49,6 +51,27 @@ class Scale:
     threads: int = 1
     trained: list[str] = field(default_factory=list)
     seconds: list[int] = field(default_factory=list)
+
+    def check(self, scenes: int | None, name: str) -> None:
+        """Raises UserError for what a stage would refuse minutes later. scenes: how many the world has instead, unless
+        None. name: the scale's."""
+        if (count := self.scenes if scenes is None else scenes) <= self.held_out:
+            key, most = f"{name}.scenes" if scenes is None else "scenes", self.held_out
+            raise UserError(
+                f"{key}={count} leaves none to train: {most} are held out to judge it; say {most + 1} or more"
+            )
+        checks = {
+            "size": (len(self.size) == 2 and all(n >= 32 and n % 16 == 0 for n in self.size),
+                     "[height, width], multiples of 16 from 32"),
+            "experiment": ((ROOT / f"configs/experiment/{self.experiment}.yaml").is_file(),
+                           "one of configs/experiment, without .yaml"),
+            "script": ((ROOT / self.script).is_file(), "a file, its path from the checkout"),
+            "threads": (self.threads >= 1, "at least 1"),
+            "seconds": (len(self.seconds) == 5 and min(self.seconds) > 0, "five numbers above 0, one a stage"),
+        }  # fmt: skip
+        for field_name, (good, rule) in checks.items():
+            if not good:
+                raise UserError(f"{name}.{field_name}={getattr(self, field_name)} must be {rule}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +102,7 @@ class DemoConfig:
         check_seed(self, "")
         if self.scale not in ("auto", "small", "large"):
             raise UserError(f"scale={self.scale} is none; say auto, small or large")
+        self.chosen().check(self.scenes, "large" if self.chosen() is self.large else "small")
 
     def chosen(self) -> Scale:
         large = self.scale == "large" or (self.scale == "auto" and bool(visible_gpus()))
@@ -98,7 +122,8 @@ def plan(config: DemoConfig) -> list[Stage]:
     """Returns the commands of the demo, in order."""
     scale, out = config.chosen(), Path(config.output).resolve()
     size = f"size=[{scale.size[0]},{scale.size[1]}]"
-    steps = [f"trainer.num_steps={config.steps}"] if config.steps else []
+    changed = [f"data.validation={scale.held_out}"]
+    changed += [f"trainer.num_steps={config.steps}"] if config.steps else []
     world = [
         f"output={out}/world",
         f"scenes={config.scenes or scale.scenes}",
@@ -106,7 +131,7 @@ def plan(config: DemoConfig) -> list[Stage]:
         size,
     ]
     prepare = [f"input={out}/world", f"output={out}/prepared", size]
-    train = [f"experiment={scale.experiment}", f"data.path={out}/prepared", f"output={out}", "name=run", *steps]
+    train = [f"experiment={scale.experiment}", f"data.path={out}/prepared", f"output={out}", "name=run", *changed]
     sample = [f"checkpoint={out}/run", f"script={ROOT / scale.script}", f"out={out}/film"]
     seed = f"seed={config.seed}"
     stages = {
@@ -193,13 +218,13 @@ class HeldOut:
         return ratio_to_line(self.sigmas, self.end, self.linear)
 
 
-def report(out: Path, script: Path, data: DataConfig, seconds: dict[str, float]) -> bool:
+def report(config: DemoConfig, data: DataConfig, seconds: dict[str, float]) -> bool:
     """Prints what came out and writes it to `verdict.json`; returns whether it passed.
 
-    out, script: the demo's folder, and the script of its film. data: what its model was trained on. seconds: of each
-    stage.
+    data: what the model was trained on. seconds: of each stage.
     """
-    verdict = judge_film(out / "film", load_script(script), build_detector("transnetv2"))
+    out, script = Path(config.output), load_script(ROOT / config.chosen().script)
+    verdict = judge_film(out / "film", script, build_detector("transnetv2"))
     rows = [row for row in read_metrics(out / "run") if "routing/sparsity" in row]
     losses, minutes = held_out_losses(rows, data), cpu_minutes()
     print_losses(losses, rows[-1])
@@ -230,6 +255,8 @@ def report(out: Path, script: Path, data: DataConfig, seconds: dict[str, float])
         faults.append("the held-out loss does not beat the best linear predictor's")
     for fault in faults:
         print(f"FAILED: {fault}")
+    if faults and (config.scenes or config.steps):
+        print("the demo passes with its own scenes and steps; leave out scenes= and steps= to have them")
     return not faults
 
 

@@ -20,16 +20,15 @@ from omegaconf import OmegaConf
 from configs.command import command, parse
 from data.loading.dataset import DataConfig
 from evaluation.demo import DemoConfig, report, run_demo
-from moc.checkout import ROOT
 
 
 @command("demo", DemoConfig)
 def main(config: DemoConfig) -> None:
     if Path(config.output).exists():
         raise FileExistsError(f"output={config.output} exists; remove it (make clean) or choose another output=DIR")
-    seconds, out = run_demo(config), Path(config.output)
-    data = parse(OmegaConf.load(out / "run/config.yaml").data, DataConfig)
-    if not report(out, ROOT / config.chosen().script, data, seconds):
+    seconds = run_demo(config)
+    data = parse(OmegaConf.load(Path(config.output) / "run/config.yaml").data, DataConfig)
+    if not report(config, data, seconds):
         sys.exit(1)
 
 

@@ -28,7 +28,7 @@ from tests.gpu_runs import (
     train,
     two_gpus,
 )
-from tests.pipeline import ROOT, command
+from tests.pipeline import command
 
 pytestmark = pytest.mark.gpu
 
@@ -193,7 +193,7 @@ def test_the_demo_comes_to_its_end(tmp_path, capsys):
     for stage in stages:
         command(stage.arguments[0], *stage.arguments[1:])
     data = parse(OmegaConf.load(tmp_path / "demo/run/config.yaml").data, DataConfig)
-    demo.report(tmp_path / "demo", ROOT / config.large.script, data, {stage.title: 0.0 for stage in stages})
+    demo.report(config, data, {stage.title: 0.0 for stage in stages})
     said = capsys.readouterr().out
     assert all(name in said for name in ("held-out loss", "places", "storyboard.png"))
     steps = [row["step"] for row in read_metrics(tmp_path / "demo/run") if "validation/loss_0.5" in row]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -32,17 +33,44 @@ def test_the_demo_is_larger_where_there_is_a_gpu(monkeypatch):
         parsed("demo", "scale=huge")
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("scenes=16", "scenes=16 leaves none to train: 16 are held out to judge it; say 17 or more"),
+        ("small.scenes=3", "small.scenes=3 leaves none to train"),
+        ("small.size=[64]", r"small.size=\[64\] must be \[height, width\]"),
+        ("small.size=[60,96]", "multiples of 16"),
+        ("small.experiment=none", "small.experiment=none must be one of"),
+        ("small.script=none.yaml", "small.script=none.yaml must be a file"),
+        ("small.threads=0", "small.threads=0 must be at least 1"),
+        ("small.seconds=[1]", r"small.seconds=\[1\] must be five numbers"),
+    ],
+)
+def test_what_a_stage_would_refuse_minutes_later_is_refused_at_the_start(setting, said):
+    with pytest.raises(UserError, match=said):
+        parsed("demo", "scale=small", setting)
+    assert parsed("demo", "scale=small", "scenes=17").scenes == 17
+
+
+def test_training_holds_out_what_the_demo_counts_with():
+    config = parsed("demo", "scale=small", "small.held_out=5", "scenes=6")
+    train = next(stage.arguments for stage in demo.plan(config) if stage.arguments[0] == "train.py")
+    assert parsed("train", *train[1:]).data.validation == 5
+
+
 @pytest.mark.parametrize("scale", [pytest.param("small", marks=pytest.mark.slow), "large"])
 def test_the_demo_s_stages_fit_each_other(scale, tmp_path):
     """All but the first run with their own sizes of frames, shots and codec, a tiny model and one step. A film as
     long as the script's comes out, of the size of the world's. The first films by itself what its model was trained
     to film."""
-    config = parsed("demo", f"output={tmp_path}", f"scale={scale}", "scenes=2", "steps=1", "workers=1")
+    config = parsed(
+        "demo", f"output={tmp_path}", f"scale={scale}", "scenes=2", f"{scale}.held_out=1", "steps=1", "workers=1"
+    )
     extra = [
         ["device=cpu", "sampler.steps=1"],
         [],
         ["device=cpu"],
-        [*TINY_MODEL, "parallel=cpu", "data.batch_tokens=3000", "data.validation=1", "data.workers=0"],
+        [*TINY_MODEL, "parallel=cpu", "data.batch_tokens=3000", "data.workers=0"],
         ["device=cpu", "sampler.steps=1"],
     ]
     for stage, arguments in zip(demo.plan(config), extra, strict=True):
@@ -91,7 +119,7 @@ def test_the_demo_ends_with_the_stage_that_failed(capfd):
     ],
 )
 def test_the_verdict_is_of_the_places_shown_and_of_the_losses(tmp_path, monkeypatch, capsys, end, seen, said):
-    script = ROOT / "configs/scripts/storyworld.yaml"
+    config = parsed("demo", f"output={tmp_path}", "scale=small")
     places = [("reef", "reef"), ("reef", seen), ("reef", seen), ("reef", "reef")]
     verdict = Verdict(places, [5, 10], [5], cut_accuracy([5], [5, 10], 15))
     monkeypatch.setattr(demo, "judge_film", lambda *given: verdict)
@@ -103,8 +131,11 @@ def test_the_verdict_is_of_the_places_shown_and_of_the_losses(tmp_path, monkeypa
     ]  # fmt: skip
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert demo.report(tmp_path, script, DataConfig("prepared"), {"train": 3.0}) == (not said)
+    assert demo.report(config, DataConfig("prepared"), {"train": 3.0}) == (not said)
     printed = capsys.readouterr().out
+    assert "leave out" not in printed
+    demo.report(replace(config, steps=7), DataConfig("prepared"), {"train": 3.0})
+    assert ("leave out scenes= and steps=" in capsys.readouterr().out) == bool(said)
     assert [line.startswith("FAILED") for line in printed.splitlines()].count(True) == len(said)
     assert all(fault in printed for fault in said)
     assert "sigma 0.2         3.0000" in printed
