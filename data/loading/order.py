@@ -48,7 +48,7 @@ class Split:
 class SampleOrder:
     """An order maps a position to (item, epoch of its source). A source is shuffled anew for each epoch, and an epoch
     gives each of its items once. Sources are interleaved in blocks of positions: each block gives every source its
-    share to the nearest whole number, and at least one position."""
+    share to the nearest whole number, and at least one position, in an order of its own."""
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
         if not sources or any(not source.items for source in sources):

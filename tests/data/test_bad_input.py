@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -279,6 +280,15 @@ def test_a_whole_film_that_starts_late_is_not_truncated(tmp_path):
     path = write_numbered(tmp_path / "film.mkv", len(ticks), ticks=ticks)
     assert abs(estimated_frames(path) - len(ticks)) <= 2
     assert_whole(path)
+
+
+@pytest.mark.parametrize(("claimed", "told"), [(90, False), (103, False), (110, True)])
+def test_a_film_is_truncated_where_its_header_claims_many_more_frames(tmp_path, claimed, told):
+    """A header may be off by a little: its frames are often counted from a rounded duration."""
+    write_numbered(tmp_path / "film.mp4", 100)
+    scan = replace(scan_video(tmp_path, "film.mp4", tmp_path / "scans", None), claimed_frames=claimed)
+    found = doubts(SceneRecord(id="film", video="film.mp4", caption="A film."), scan, [(32, 80)])
+    assert [doubt.kind for doubt in found] == ["truncated"] * told
 
 
 def assert_whole(path):

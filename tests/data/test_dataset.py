@@ -72,7 +72,8 @@ def test_mixing_weights_are_met_exactly():
         items = [order[p][0] for p in range(1000 * block, 1000 * (block + 1))]
         assert sum(item == 2 for item in items) == 250
     assert len({order[p] for p in range(3000)}) == 3000  # (item, epoch) never twice
-    early = [order[p][0] for p in range(100)]
+    early, later = ([order[p][0] for p in range(first, first + 100)] for first in (0, 1000))
+    assert [item == 2 for item in early] != [item == 2 for item in later]  # each block is mixed anew
     assert 5 < sum(item == 2 for item in early) < 45  # the sources are mixed, not one after the other
 
 

@@ -1,6 +1,7 @@
 """These tests are about preparing: exact latents, captions, shots and report, and data that loads."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,6 +47,12 @@ def test_long_shots_become_continuations_and_fps_is_kept(folder):
     slow = run(folder, fps=12.5)
     (stored,) = open_cache(slow.cache).scenes
     assert numbers_in(open_cache(slow.cache).latents(stored)[0])[:4] == [0, 8, 16, 24]
+
+
+def test_a_sample_has_the_rate_of_its_film_whatever_the_manifest_says(folder):
+    scenes(folder, replace(scene("a", (0, 60)), fps=60.0), scene("b", (0, 60)))
+    lines = load_manifest(run(folder).manifest, root=folder)
+    assert {line.fps for line in lines} == {25.0}
 
 
 def test_a_later_window_that_goes_on_with_a_shot_begins_without_a_cut(folder):

@@ -199,6 +199,17 @@ def test_a_newer_checkpoint_of_the_base_run_is_not_taken(tmp_path: Path) -> None
         load_model(tmp_path / "tuned")
 
 
+def test_a_run_restores_an_adapter_of_its_own_weights_wherever_they_lie(tmp_path: Path) -> None:
+    base, moved = save_base("mmdit", tmp_path / "base", seed=1), tmp_path / "moved"
+    model = adapted(base, ["to_qkv"])
+    save_model(model, tmp_path / "tuned", MoCConfig())
+    base.rename(moved)
+    adapted(moved, ["to_qkv"]).load_weights(tmp_path / "tuned")
+    other = adapted(save_base("mmdit", base, seed=2), ["to_qkv"])
+    with pytest.raises(ValueError, match=r"a LoRA of .*base, whose weights are not those of .*base: set"):
+        other.load_weights(tmp_path / "tuned")
+
+
 def test_the_fingerprint_tells_weights_not_forms(tmp_path: Path) -> None:
     theirs = reduced_wan()
     theirs.save_pretrained(tmp_path / "diffusers")
