@@ -28,6 +28,8 @@ TENSOR_NAME = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<down>lora_A|lora_down)|(?P<up>lora_B|lora_up))(?:\.\w+)?\.(?P<kind>weight|bias)"
     r"|(?P<other>.+)\.(?P<what>alpha|diff|diff_b)"
 )
+FACTORS = {"up_weight", "down_weight"}
+KINDS = FACTORS | {"up_bias", "alpha", "diff", "diff_b"}
 
 
 @dataclass(frozen=True)
@@ -71,30 +73,15 @@ class MergedLora:
         diffusers' names. low_noise: the model is the low-noise one of two. Raises UserError where one fits no layer."""
         path = Contents(choice.path).model_path("ema")
         source = TensorSource(path)
-        layers = _layer_names(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
-        by_layer: dict[str, dict[str, str]] = {}
-        unknown = []
-        for name in _of_expert(source.names(), low_noise):
-            match = TENSOR_NAME.fullmatch(name)
-            layer = layers.get(_bare(match["layer"] or match["other"])) if match else None
-            if match is None or layer is None:
-                unknown.append(name)
-                continue
-            kind = match["what"] or f"{'down' if match['down'] else 'up'}_{match['kind']}"
-            by_layer.setdefault(layer, {})[kind] = name
-        if unknown or not by_layer:
-            why = listed({"unknown tensors": unknown}) or "it holds nothing"
-            raise UserError(f"{choice.path} is no LoRA of this model: {why}; name another")
+        by_layer = _by_layer(_of_expert(source.names(), low_noise), tensors, choice.path)
         scaling = _scaling(source, path)
         factors: dict[str, tuple[str, str, float]] = {}
         differences: dict[str, list[str]] = {}
         for layer, found in by_layer.items():
-            if ("down_weight" in found) != ("up_weight" in found):
-                raise UserError(f"{choice.path} holds one half of the LoRA of {layer}; fetch it again")
-            if "down_weight" in found:
-                rank = source.shapes[found["down_weight"]][0]
-                alpha = float(source.read(found["alpha"])) / rank if "alpha" in found else scaling(rank)
-                factors[f"{layer}.weight"] = found["up_weight"], found["down_weight"], alpha
+            if found.keys() & FACTORS:
+                if not found.keys() >= FACTORS:
+                    raise UserError(f"{choice.path} holds one half of the LoRA of {layer}; fetch it again")
+                factors[f"{layer}.weight"] = found["up_weight"], found["down_weight"], _scale(source, found, scaling)
             for kind, target in (("diff", "weight"), ("diff_b", "bias"), ("up_bias", "bias")):
                 if kind in found:
                     differences.setdefault(f"{layer}.{target}", []).append(found[kind])
@@ -106,9 +93,9 @@ class MergedLora:
         """Raises UserError where a shape is not the model's."""
         misshapen = []
         for name, (up, down, _) in self.factors.items():
-            (rows, *_), (rank, *columns) = self.source.shapes[up], self.source.shapes[down]
+            (rows, *ranks), (rank, *columns) = self.source.shapes[up], self.source.shapes[down]
             size = math.prod(tensors[name])
-            if (rows, rows * math.prod(columns)) != (tensors[name][0], size) or self.source.shapes[up][1] != rank:
+            if (rows, rows * math.prod(columns)) != (tensors[name][0], size) or math.prod(ranks) != rank:
                 misshapen.append(f"{up} {self.source.shapes[up]}, {down} {self.source.shapes[down]}")
         for name, added in self.differences.items():
             found = {one: self.source.shapes[one] for one in added}
@@ -148,6 +135,44 @@ def _of_expert(names: Sequence[str], low_noise: bool) -> list[str]:
     """Keeps the names of one expert where a file holds LoRAs of two; all names of any other file."""
     of_low = [name for name in names if LOW_NOISE in name]
     return of_low if of_low and low_noise else [name for name in names if LOW_NOISE not in name]
+
+
+def _by_layer(names: Sequence[str], tensors: Shapes, path: Path) -> dict[str, dict[str, str]]:
+    """Returns the file's names of each layer's tensors, by diffusers' name of the layer and then by kind. Raises
+    UserError where a name is of no layer or of a kind that is not read, or two names are of one layer and kind."""
+    layers = _layer_names(name.removesuffix(".weight") for name in tensors if name.endswith(".weight"))
+    by_layer: dict[str, dict[str, str]] = {}
+    unknown, repeated = [], []
+    for name in names:
+        match = TENSOR_NAME.fullmatch(name)
+        layer = layers.get(_bare(match["layer"] or match["other"])) if match else None
+        kind = (match["what"] or f"{'down' if match['down'] else 'up'}_{match['kind']}") if match else ""
+        if layer is None or kind not in KINDS:
+            unknown.append(name)
+        elif by_layer.setdefault(layer, {}).setdefault(kind, name) != name:
+            repeated.append(name)
+    if unknown or repeated or not by_layer:
+        why = listed({"unknown tensors": unknown, "of a layer that has them already": repeated}) or "it holds nothing"
+        raise UserError(f"{path} is no LoRA of this model: {why}; name another")
+    return by_layer
+
+
+def _scale(source: TensorSource, found: dict[str, str], scaling: Callable[[int], float]) -> float:
+    """Returns the scale of a layer's two matrices. found: names by kind. scaling: see `_scaling`. Raises UserError
+    where they are no matrices, or alpha is not one number."""
+    for name in (found["up_weight"], found["down_weight"]):
+        shape = source.shapes[name]
+        if len(shape) < 2 or 0 in shape:
+            raise UserError(f"{source.path}: {name} has the shape {shape} and must be a matrix; fetch it again")
+    rank = source.shapes[found["down_weight"]][0]
+    if "alpha" not in found:
+        return scaling(rank)
+    alpha = source.read(found["alpha"]).float()
+    if alpha.numel() != 1 or not alpha.isfinite():
+        raise UserError(
+            f"{source.path}: {found['alpha']} {alpha.flatten()[:3].tolist()} must be one finite number; fetch it again"
+        )
+    return alpha.item() / rank
 
 
 def _scaling(source: TensorSource, path: Path) -> Callable[[int], float]:

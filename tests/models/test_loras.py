@@ -19,6 +19,8 @@ from tests.models.test_lora import adapted, save_base
 RANK = 2
 LAYERS = ["blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.1.ffn.net.0.proj"]
 
+UP, DOWN, ALPHA = (f"transformer.{LAYERS[0]}.{ending}" for ending in ("lora_B.weight", "lora_A.weight", "alpha"))
+
 
 @pytest.fixture
 def wan(tmp_path: Path) -> Path:
@@ -184,6 +186,24 @@ def test_experts_have_their_own(wan, matrices, tmp_path):
         (lambda t: {n: x for n, x in t.items() if "lora_B" not in n}, "holds one half of the LoRA of blocks"),
         (lambda t: {n: x[:, :-1].clone() for n, x in t.items()}, "3 misshapen: .*blocks"),
         (lambda t: {"nothing": torch.ones(1)}, "unknown tensors: nothing"),
+        (lambda t: t | {UP: torch.ones(16)}, rf"{UP} has the shape \(16,\) and must be a matrix; fetch it again"),
+        (lambda t: t | {DOWN: torch.ones(2)}, rf"{DOWN} has the shape \(2,\) and must be a matrix"),
+        (lambda t: t | {UP: torch.ones(()), DOWN: torch.ones(())}, rf"{UP} has the shape \(\) and must be a matrix"),
+        (
+            lambda t: t | {UP: torch.ones(16, 0), DOWN: torch.ones(0, 16)},
+            rf"lora.safetensors: {UP} has the shape \(16, 0\) and must be a matrix",
+        ),
+        (lambda t: t | {UP: torch.ones(*t[UP].shape, 3)}, "1 misshapen: .*blocks"),
+        (lambda t: t | {ALPHA: torch.ones(2)}, rf"{ALPHA} \[1.0, 1.0\] must be one finite number; fetch it again"),
+        (
+            lambda t: t | {ALPHA: torch.tensor(math.nan)},
+            rf"lora.safetensors: {ALPHA} \[nan\] must be one finite number",
+        ),
+        (lambda t: t | {DOWN.replace("weight", "bias"): torch.ones(2)}, "1 unknown tensors: .*lora_A.bias"),
+        (
+            lambda t: t | {UP.replace("transformer.", "base_model.model."): torch.ones(16, 2)},
+            "1 of a layer that has them already: transformer.blocks",
+        ),
     ],
 )
 def test_what_is_no_lora_of_the_model_is_refused(change, message, wan, matrices, tmp_path):
