@@ -1,16 +1,17 @@
 """This module draws what models make of a shot whose looks an earlier shot showed, beside the truth."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data.loading.endless import RecallWorld
+from data.loading.endless import EncodedScenes, RecallWorld
 from data.storyworld.recall_scenes import HELD_OUT, NAMES, RecallScenes, draw_scenes
 from evaluation.recall.bench import LastShots
 from film.lettering import draw_text
@@ -22,13 +23,14 @@ from models.encoders.codec import Codec
 
 SMALL, LARGE, GAP, LINE = (90, 60), (168, 112), 6, 22  # pixels: history, last shots, gaps, lines of text
 ORANGE = (230, 85, 13)
+NO_ROUTES = {"top_k": 0, "drop_in_rate": 0.0, "dense": False}
 
 
 @dataclass(frozen=True)
 class DrawRecallConfig:
     """These settings say what to draw.
 
-    models: models of experiment=recall.
+    models: models of experiment=recall, whose encoders are all the same.
     output: the JPEG to write.
     scenes: how many.
     steps: Euler steps of a shot.
@@ -51,8 +53,9 @@ class DrawRecallConfig:
 
 
 def write_sheet(config: DrawRecallConfig, make_world: Callable[[torch.device], RecallWorld]) -> None:
-    """Samples the last shots and writes the sheet. make_world: returns the world on a device. Raises UserError where
-    the sheet cannot be written."""
+    """Samples the last shots and writes the sheet: a column of the truth, of each model, and of the last model without
+    routes. make_world: returns the world on a device. Raises UserError where the sheet cannot be written or a path
+    holds no model."""
     check_writable(Path(config.output))
     parallel = Parallel(ParallelConfig(config.device))
     world = make_world(parallel.device)
@@ -60,17 +63,30 @@ def write_sheet(config: DrawRecallConfig, make_world: Callable[[torch.device], R
     positions = list(range(config.scenes))
     encoded = world.encode(draw_scenes(world.config, [HELD_OUT + position for position in positions]))
     columns = {"the truth": encoded.latents[:, -1]}
-    for path in config.models:
-        contents, model = Contents(Path(path)), load_model(path).to(parallel.device).eval()
-        columns[Path(path).name] = sampler.sample(model, contents.moc, contents.own_flow, encoded, positions)
-    forgetful = contents.moc.override({"top_k": 0, "drop_in_rate": 0.0, "dense": False})
-    columns["no routes"] = sampler.sample(model, forgetful, contents.own_flow, encoded, positions)
-    codec = load_codec(contents).to(parallel.device)
+    for name, path in zip(_names(config.models), config.models, strict=True):
+        columns[name] = _last_shots(path, sampler, encoded, positions)
+    columns["no routes"] = _last_shots(config.models[-1], sampler, encoded, positions, NO_ROUTES)
+    codec = load_codec(config.models[-1]).to(parallel.device)
     pictures = {name: [picture(codec, latent) for latent in shots] for name, shots in columns.items()}
     history = [[picture(codec, latent) for latent in shots[:-1]] for shots in encoded.latents]
     file = io.BytesIO()
     draw(encoded.scenes, history, pictures).save(file, "JPEG", quality=88)
     write_whole(Path(config.output), file.getvalue())
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Returns what each model's column is called: its folder, or its path where several folders are called so."""
+    names = [Path(path).name for path in paths]
+    return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+
+
+def _last_shots(
+    path: str, sampler: LastShots, encoded: EncodedScenes, positions: list[int], changes: dict[str, Any] | None = None
+) -> Tensor:
+    """Returns the last shots as the model at `path` makes them, fp32 [B, C, T, H, W]. changes: of its attention."""
+    contents = Contents(Path(path))
+    model = load_model(path).to(sampler.parallel.device).eval()
+    return sampler.sample(model, contents.moc.override(changes or {}), contents.own_flow, encoded, positions)
 
 
 def picture(codec: Codec, latent: Tensor) -> Image.Image:
