@@ -160,6 +160,13 @@ def test_videos_of_one_continuous_video_come_first(take, write):
             plan_film(load_script(write(late)), MeanCodec(continuous=True))
 
 
+def test_a_given_video_shorter_than_a_latent_frame_takes_its_time_from_the_next_one(take, write):
+    """In one continuous video cuts then stay where the script has them, to a latent frame."""
+    story = STORY | {"shots": [given(), given(1 / 12, start=1), given(1.0, start=1), SHOT]}
+    plan = plan_film(load_script(write(story)), MeanCodec(continuous=True))
+    assert plan.num_frames[:3] == [5, 4, 8]
+
+
 def test_what_is_of_another_size_is_told_in_one_line(tmp_path, write, caplog):
     write_video(tmp_path / "take.mp4", [np.zeros((64, 64, 3), np.uint8)] * 12, 12)
     for name, size in (("end.png", (96, 64)), ("ref.png", (48, 32))):

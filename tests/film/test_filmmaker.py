@@ -263,6 +263,15 @@ def test_making_anew_is_killed_and_goes_on(trained, write, tmp_path):
     assert contents(tmp_path / "killed") == whole
 
 
+def test_a_whole_film_stays_where_making_it_anew_fails_at_its_start(trained, write, tmp_path, monkeypatch):
+    story, film = write(STORY | {"shots": [SHOT]}), tmp_path / "film"
+    before, other = film_of(open_filmmaker(trained), story, film), open_filmmaker(trained, seed=8)
+    monkeypatch.setattr(other, "_sample", lambda *_: (_ for _ in ()).throw(FloatingPointError("nan")))
+    with pytest.raises(FloatingPointError, match="nan"):
+        film_of(other, story, film, redo=[1])
+    assert (film / "shots/01.mp4").read_bytes() == before["shots/01.mp4"]
+
+
 def test_other_shots_are_made_anew_once_a_film_is_whole(trained, write, tmp_path):
     """A film that goes on would else pass for one whose shot was made anew."""
     filmmaker, film, story = open_filmmaker(trained), tmp_path / "film", write(STORY)

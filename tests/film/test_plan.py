@@ -88,6 +88,22 @@ def test_a_reference_picture_is_a_still_shot_before_its_shot(picture):
     assert latent[:, 0, :, 7:].mean((1, 2)).tolist() == pytest.approx([-1, -1, 1], abs=0.05)
 
 
+def test_a_shots_guidance_is_its_own_where_a_picture_stands_before_it(picture):
+    plan = plan_film(script(ScriptShot("a", 1.0, image=picture), ScriptShot("b", 1.0, guidance=3.0)), MeanCodec())
+    plan.encode_texts(lambda _, captions: [torch.zeros(1, 2)] * (1 + len(captions)))
+    assert plan.story().guidance == [None, None, 3.0]
+
+
+def test_the_first_shots_of_a_plan_are_the_plan_of_these_alone(picture):
+    shots = [ScriptShot("a", 1.0, image=picture), ScriptShot("b", 1.0), ScriptShot("c", 1.0)]
+    whole, alone = (plan_film(script(*some), MeanCodec()) for some in (shots, shots[:2]))
+    for plan in (whole, alone):
+        plan.encode_texts(echo)
+    first = whole.first(2)
+    assert torch.equal(first.given.pop(0), alone.given.pop(0))
+    assert first == alone
+
+
 def test_references_stand_before_all_shots_and_are_never_filmed(picture):
     shots = [ScriptShot("a", 1.0), ScriptShot("b", 1.0)]
     plain, what = script(*shots), replace(script(*shots), references=(Reference("Ann", picture),))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import film.folder
 from data.errors import DataError
@@ -113,6 +114,21 @@ def test_what_is_kept_is_what_sampling_goes_on_from(tmp_path):
     filmed = shooting(tmp_path, keep_every=1)
     assert filmed.run(second) == 8
     assert torch.equal(FilmFolder(tmp_path).read_latent(2), noisy[4])
+
+
+def test_a_picture_that_the_script_gives_is_not_kept_with_the_steps(tmp_path):
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    plan = plan_film(script(ScriptShot("a", 4 / 12, image=tmp_path / "a.png")), FlatCodec())
+    folder = FilmFolder(tmp_path / "film")
+
+    def sampling(on_step, start):
+        on_step(Progress(1, 2, {0: plan.given[0], 1: latent()}))
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        Shooting(folder, plan, FlatCodec(), REQUEST, RoutingMap(2), keep_every=1).run(sampling)
+    assert {name for name in folder.kept().tensors if name.isdigit()} == {"1"}
 
 
 def test_a_lost_video_of_a_shot_is_made_again_from_its_latent(tmp_path):

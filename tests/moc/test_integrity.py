@@ -92,6 +92,17 @@ def test_sampling_reads_the_newest_good_weights_and_needs_no_optimizer(run):
     assert_same(load_model(run), load_model(older))
 
 
+def test_sampling_takes_no_checkpoint_with_damaged_encoders(cache, tmp_path):
+    def save_encoders(folder):
+        (folder / "encoders").mkdir()
+        (folder / "encoders/codec.json").write_text("{}")
+
+    train(cache, tmp_path, num_steps=4, checkpoint_every=2, save_extras=save_encoders)
+    assert sound_checkpoint(tmp_path, "ema").name == STEPS[1]
+    flip(tmp_path / "checkpoints" / STEPS[1] / "encoders/codec.json", 0)
+    assert sound_checkpoint(tmp_path, "ema").name == STEPS[0]
+
+
 def assert_same(one: torch.nn.Module, two: torch.nn.Module) -> None:
     torch.testing.assert_close(one.state_dict(), two.state_dict(), rtol=0, atol=0)
 

@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 
 from moc.errors import UserError
+from moc.exchange import Exchange
 from moc.training import Parallel, ParallelConfig, read_metrics
 from tests import meshes
 from tests.runs import DROPS, losses, train
@@ -52,6 +53,15 @@ def test_a_mesh_that_the_processes_do_not_fill(axes):
     PartialState._reset_state()
     with pytest.raises(UserError, match=r"their product \d must (be|divide) the number of processes, 1"):
         Parallel(ParallelConfig("cpu", **axes))
+
+
+def test_tokens_and_heads_that_processes_cannot_share_are_refused():
+    exchange = Exchange(None, rank=0, size=4)
+    assert exchange.bounds(2, 6) == [2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match=r"a stream of 3 tokens is too short for parallel\.sequence=4: lower it"):
+        exchange.bounds(2, 5)
+    with pytest.raises(UserError, match=r"parallel\.sequence=4 does not divide the model's 6 heads"):
+        exchange.to_heads(torch.zeros(2, 6, 8), 8)
 
 
 @pytest.mark.parametrize("axis", ["shard", "sequence"])

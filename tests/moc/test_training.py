@@ -187,7 +187,7 @@ def test_old_checkpoints_are_removed(cache, tmp_path):
 
 
 def test_checkpoints_are_numbered_not_named(tmp_path):
-    for name in ("step_0000009", "step_0000010", "step_10000000", "step_old"):
+    for name in ("step_0000009", "step_9999999", "step_10000000", "step_old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "complete").touch()
     assert find_checkpoint(tmp_path).name == "step_10000000"
