@@ -222,7 +222,7 @@ def _ending(full: bool, *mendable: type[Exception]) -> Iterator[None]:
         if full:
             raise
         if isinstance(error, KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
+            print("; ".join(["interrupted", *map(str, error.args)]), file=sys.stderr)
             sys.exit(128 + signal.SIGINT)  # the status that a shell gives an interrupted command
         if for_user(error) or isinstance(error, mendable):
             sys.exit(f"error: {message_of(error)}")

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,10 +20,10 @@ from film.folder import FilmFolder
 from film.plan import FilmPlan, counts_that_stay, plan_film
 from film.presentation import present
 from film.script import Script, load_script, parse_script
-from film.shooting import ROUTE_COUNTS, OnStep, Shooting
+from film.shooting import ROUTE_COUNTS, OnStep, Shooting, telling_what_goes_on
 from film.video import VideoConfig
-from moc import Execution, MoCConfig, StreamSpec, __version__
-from moc.checkout import commit
+from moc import Execution, MoCConfig, StreamSpec
+from moc.checkout import versions
 from moc.counts import count_of
 from moc.diffusion import Flow, Progress, SamplingConfig, Story, sample_shots
 from moc.errors import Refusals, UserError, check_least
@@ -236,8 +235,9 @@ class Filmmaker:
         refusals.tell()
         for script, _ in films:
             self.tell_unseen(script)
-        for plan, folder in plans:
-            self.film(plan, folder, redo, watch)
+        with telling_what_goes_on([folder for _, folder in plans], redo):
+            for plan, folder in plans:
+                self.film(plan, folder, redo, watch)
         self.parallel.gather(None)
 
     def with_sampler(self, **settings: Any) -> "Filmmaker":
@@ -392,9 +392,3 @@ class Filmmaker:
             "seconds": round(time.time() - started, 1),
         }
         folder.write_metadata(request | facts)
-
-
-def versions() -> dict[str, str]:
-    """Returns versions of what decides a film's bits, and the commit where this is a checkout."""
-    found = {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    return found | ({"commit": at} if (at := commit()) else {})

@@ -4,7 +4,8 @@ Each shot is written as soon as it is sampled. The state of sampling is kept aft
 that the same command goes on from there and gives the same bytes as one that was never stopped.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -159,6 +160,18 @@ class Shooting:
         self.folder.write_shot(number, shown, self.plan.script.fps, video.codec, video.crf)
         for _ in frames:  # decodes the frames past the shot's end, which are not shown
             pass
+
+
+@contextmanager
+def telling_what_goes_on(folders: Sequence[FilmFolder], redo: Sequence[int]) -> Iterator[None]:
+    """Has Ctrl-C say that the same command goes on, where one of its films' folders holds anything. That of a batch
+    with `redo` does not: it would make shots of its finished films anew once more."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if any(folder.request() is not None for folder in folders) and not (redo and len(folders) > 1):
+            raise KeyboardInterrupt("the same command goes on") from None
+        raise
 
 
 def pictures(video: Tensor, of: str) -> np.ndarray:

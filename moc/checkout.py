@@ -1,9 +1,18 @@
-"""Git tells of the checkout that this code runs from; its commit is noted beside whatever the code makes."""
+"""What code runs is noted beside whatever it makes: the commit of its checkout, which git tells, and versions."""
 
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
+from moc import __version__
+
 ROOT = Path(__file__).parents[1]
+
+
+def versions() -> dict[str, str]:
+    """Returns versions of what decides a film's bits, and the commit where this is a checkout."""
+    found = {"moc": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    return found | ({"commit": at} if (at := commit()) else {})
 
 
 def commit() -> str | None:

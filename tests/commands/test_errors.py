@@ -81,15 +81,16 @@ def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch
     assert capsys.readouterr().err.endswith("\n")
 
 
-def test_an_interrupt_is_one_line(capsys, monkeypatch):
+@pytest.mark.parametrize(("words", "line"), [([], "interrupted"), (["it goes on"], "interrupted; it goes on")])
+def test_an_interrupt_is_one_line(capsys, monkeypatch, words, line):
     def interrupted(config, *_):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*words)
 
     monkeypatch.setattr("configs.world.open_dataset", interrupted)
     with pytest.raises(SystemExit) as ending:
         command("train.py", "parallel=cpu")
     assert ending.value.code == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert capsys.readouterr().err.splitlines()[-1] == line
 
 
 IMPORTED = """

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from data.errors import DataError
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.find import find_films
-from film.folder import METADATA, FilmFolder
+from film.folder import METADATA, PROGRESS, FilmFolder
 from film.script import load_script
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
@@ -337,6 +338,34 @@ def test_all_films_of_a_batch_without_a_folder_are_named_at_once(write, tmp_path
     assert [path.name for path, _ in found] == ["c.yaml"]
     with pytest.raises(UserError, match=r"2 are refused: .*films/a: is a file.*; and .*films/b: already holds shots"):
         refusals.tell()
+
+
+def said_at_ctrl_c(filmmaker, films, redo=(), at=1) -> str:
+    """Returns what Ctrl-C says besides that it came, at a step of the last film."""
+    steps, last = iter(range(1, 100)), films[-1][1]
+
+    def watch(_):
+        if (last.path / PROGRESS).exists() and next(steps) == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        filmmaker.make(films, redo, watch)
+    return str(raised.value)
+
+
+def test_ctrl_c_says_that_the_command_goes_on_where_it_kept_anything(trained, write, tmp_path):
+    filmmaker = open_filmmaker(trained)
+    rare, script = Filmmaker(replace(filmmaker.config, keep_every=2)), filmmaker.read(write(STORY))
+    films = [(script, FilmFolder(tmp_path / name)) for name in ("one", "two")]
+    assert said_at_ctrl_c(rare, films[:1], at=1) == ""  # its first step is not kept
+    assert films[0][1].request() is None
+    assert said_at_ctrl_c(rare, films[:1], at=2) == "the same command goes on"
+    assert said_at_ctrl_c(rare, films, at=1) == "the same command goes on"  # the first film is whole
+    filmmaker.make(films)
+    assert said_at_ctrl_c(filmmaker.with_sampler(seed=1), films[:1], redo=[2]) == "the same command goes on"
+    filmmaker.with_sampler(seed=1).make(films[:1], [2])
+    # The same command would make shot 2 of the first film anew once more.
+    assert said_at_ctrl_c(filmmaker.with_sampler(seed=2), films, redo=[2]) == ""
 
 
 def test_processes_share_the_films_of_a_batch(trained, write, tmp_path, monkeypatch):
