@@ -30,7 +30,7 @@ from configs.earlier import refuse_renamed
 from configs.overrides import readable, refuse_words
 from configs.words import explained, words
 from moc import MoCConfig
-from moc.errors import FREE_SOME, UserError, disk_error
+from moc.errors import FREE_SOME, Refused, UserError, disk_error
 
 T = TypeVar("T")
 CONFIGS = Path(__file__).parent
@@ -238,8 +238,10 @@ def for_user(error: Exception) -> bool:
 
 
 def message_of(error: Exception) -> str:
-    """Returns an error's message on one line; the operating system's own names the file first, and what to do where the
-    disk is full or read-only."""
+    """Returns an error's message on one line, or a line for each of several; the operating system's own names the file
+    first, and what to do where the disk is full or read-only."""
+    if isinstance(error, Refused):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
         return (f"{error.filename}: {error.strerror}" if error.filename else error.strerror) + remedy

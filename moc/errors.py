@@ -21,6 +21,14 @@ class UserError(ValueError):
     """
 
 
+class Refused(UserError):
+    """This error is several of the user's errors, its arguments, each on a line of its own."""
+
+    def __str__(self) -> str:
+        lines = (" ".join(str(error).split()) for error in self.args)
+        return "\n".join([f"{len(self.args)} are refused:", *lines])
+
+
 class Refusals:
     """This object gathers the errors of several things, so that the user hears of all of them at once."""
 
@@ -36,9 +44,9 @@ class Refusals:
             self.errors.append(UserError(f"{of}: {error}") if of else error)
 
     def tell(self) -> None:
-        """Raises the error that was noted, or UserError with the messages of several."""
+        """Raises the error that was noted, or all of several as one."""
         if len(self.errors) > 1:
-            raise UserError(f"{len(self.errors)} are refused: " + "; and ".join(map(str, self.errors)))
+            raise Refused(*self.errors)
         if self.errors:
             raise self.errors[0]
 

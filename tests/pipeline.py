@@ -43,6 +43,15 @@ def assert_one_message(said: str, *words: str) -> None:
         assert word in said, said
 
 
+def assert_refused(said: str, *words: str) -> None:
+    """Checks that what a command said is an error of one line for each of `words`, in some order, which holds it."""
+    head, *lines = said.rstrip().splitlines()
+    assert head == f"error: {len(words)} are refused:", said
+    assert len(lines) == len(words), said
+    for word in words:
+        assert sum(word in line for line in lines) == 1, said
+
+
 def make_world(output: Path, *arguments: str) -> Path:
     """Returns four scenes of three shots of five frames, 32 x 48."""
     sizes = ("scenes=4", "size=[32,48]", "frames_per_shot=[5]", "shots=[3]", "workers=1")

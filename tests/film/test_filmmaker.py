@@ -336,7 +336,7 @@ def test_all_films_of_a_batch_without_a_folder_are_named_at_once(write, tmp_path
     (tmp_path / "films/b/shots/01.mp4").touch()
     found = find_films(tmp_path / "scripts", tmp_path / "films", refusals := Refusals())
     assert [path.name for path, _ in found] == ["c.yaml"]
-    with pytest.raises(UserError, match=r"2 are refused: .*films/a: is a file.*; and .*films/b: already holds shots"):
+    with pytest.raises(UserError, match=r"2 are refused:\n.*films/a: is a file.*\n.*films/b: already holds shots"):
         refusals.tell()
 
 
