@@ -14,6 +14,7 @@ import pytest
 from data.cache.writer import read_stored
 from data.loading.dataset import DataConfig, open_dataset
 from data.records import digest
+from moc.errors import UserError
 from moc.files import held
 from moc.training import read_metrics
 from moc.training.interruption import MARKER
@@ -198,7 +199,7 @@ def test_a_launch_that_started_one_process_of_several_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(ValueError, match=r"started one: .* --multi_gpu"):
+    with pytest.raises(UserError, match=r"started one: .* --multi_gpu"):
         join_processes(cpu=True, timeout=600)
 
 

@@ -20,6 +20,7 @@ from data.manifest import SceneRecord
 from data.media.index import estimated_frames
 from data.prepare.planning import doubts
 from data.prepare.scan import scan_video
+from moc.errors import UserError
 from tests.encoders import PoolCodec
 from tests.films import write_numbered, write_paired
 from tests.preparing import film_folder, run, scene, scenes
@@ -217,7 +218,7 @@ def test_the_output_may_lie_in_the_input_but_not_be_it(folder):
     Image.fromarray(np.zeros((70, 90, 3), np.uint8)).save(folder / "still.png")
     for _ in range(2):  # the second time the folder holds thumbnails too
         assert {sample["file"] for sample in run(folder).report.samples} == {"film.mkv", "still.png"}
-    with pytest.raises(ValueError, match="is the input"):
+    with pytest.raises(UserError, match="is the input"):
         run(folder, output=str(folder / "out" / ".."))
 
 
@@ -263,7 +264,7 @@ def test_output_that_cannot_be_written(folder):
 )
 def test_bad_settings(folder, change, message):
     scenes(folder, scene("a", (0, 9)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         run(folder, **change)
 
 

@@ -19,6 +19,7 @@ from data.media import resize
 from data.media.decode import open_video
 from data.media.write import write_video
 from data.prepare.pipeline import PrepareConfig, Prepared, prepare
+from moc.errors import UserError
 from models import load_encoders
 from models.encoders.codec import Codec, CodecConfig, CodecKind
 from models.encoders.pair import EncodersConfig, build_encoders
@@ -116,7 +117,7 @@ def test_encoders_of_another_version_are_refused(tmp_path: Path, change: dict) -
     record = json.loads((tmp_path / "encoders.json").read_text())
     record["codec"] |= change
     (tmp_path / "encoders.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"encoders\.json names no encoders of this version .*: prepare"):
+    with pytest.raises(UserError, match=r"encoders\.json names no encoders of this version .*: prepare"):
         load_encoders(tmp_path)
 
 

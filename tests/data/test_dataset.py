@@ -20,6 +20,7 @@ from data.loading.loader import build_loader
 from data.loading.order import Draw, SampleOrder, Source
 from data.loading.packing import Step, deal, plan_steps
 from data.loading.parcel import unwrap, wrap
+from moc.errors import UserError
 from tests.caches import scene, write_cache
 
 SPEC = moc.StreamSpec()
@@ -334,7 +335,7 @@ def test_what_cannot_be_loaded_is_said(cache, tmp_path):
         loader(config(cache, batch_tokens=20))
     with pytest.raises(DataError, match="raise the budget to"):
         loader(config(cache), world_size=8)
-    with pytest.raises(ValueError, match="drop_captions is a probability"):
+    with pytest.raises(UserError, match="drop_captions is a probability"):
         config(cache, drop_captions=1.5)
 
 

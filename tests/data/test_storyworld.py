@@ -18,6 +18,7 @@ from data.storyworld.places import PLACES
 from data.storyworld.render import Renderer
 from data.storyworld.scenes import Scene, place_of_caption, plan_scene, view_at, vocabulary, words_of
 from film.script import load_script
+from moc.errors import UserError
 
 SIZE = (64, 96)
 SCRIPTS = sorted((Path(__file__).parents[2] / "configs/scripts").glob("storyworld*.yaml"))
@@ -340,5 +341,5 @@ def test_existing_world_is_replaced_only_when_told(tmp_path):
     ],
 )
 def test_bad_settings_are_refused_with_the_rule(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         settings(**changes)

@@ -14,6 +14,7 @@ from data.media.decode import check_decoder, open_video
 from data.media.index import index_video
 from data.media.resize import fit, nearest_size, read_pieces, resample
 from data.media.write import join_videos, write_video
+from moc.errors import UserError
 from tests.films import numbered_frame, read_numbers, rotate, trim_by_edit_list, write_numbered, write_paired
 
 NUM_FRAMES = 150
@@ -224,7 +225,7 @@ def test_written_video_is_whole_or_absent(tmp_path):
     frames = [numbered_frame(0), np.zeros((32, 32, 3), np.uint8)]
     with pytest.raises(ValueError, match="frame 1"):
         write_video(tmp_path / "b.mp4", frames, fps=24)
-    with pytest.raises(ValueError, match="even"):
+    with pytest.raises(UserError, match="even"):
         write_video(tmp_path / "b.mp4", [np.zeros((33, 32, 3), np.uint8)], fps=24)
     with pytest.raises(ValueError, match="no frames"):
         write_video(tmp_path / "b.mp4", [], fps=24)

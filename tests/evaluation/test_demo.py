@@ -101,7 +101,7 @@ def test_the_large_demo_s_training_is_of_its_world():
 
 def test_the_demo_ends_with_the_stage_that_failed(capfd):
     stages = [demo.Stage("one", 60, ["-c", "print('did one')"]), demo.Stage("two", 60, ["-c", "raise SystemExit(3)"])]
-    with pytest.raises(ValueError, match=r"failed: python -c 'raise SystemExit\(3\)'$"):  # as a shell takes it
+    with pytest.raises(UserError, match=r"failed: python -c 'raise SystemExit\(3\)'$"):  # as a shell takes it
         demo.run([*stages, demo.Stage("three", 60, ["-c", "print('did three')"])], threads=1)
     said = capfd.readouterr().out
     assert "[1/3] one (about 3.0 minutes left)" in said

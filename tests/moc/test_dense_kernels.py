@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moc import reference
+from moc.errors import UserError
 from moc.kernels import dense
 from tests.strategies import tensors
 
@@ -65,9 +66,9 @@ def test_a_dense_kernel_is_chosen_by_name_or_as_the_fastest_and_logged(caplog):
     assert "cpu" in caplog.text
     assert dense.choose(torch.zeros(1, 1, 8, dtype=torch.float64)).name == "math"
     assert dense.choose(torch.zeros(1, 1, 8), "math").name == "math"
-    with pytest.raises(ValueError, match=r"'fa9' is unknown; choose one of auto, fa3"):
+    with pytest.raises(UserError, match=r"'fa9' is unknown; choose one of auto, fa3"):
         dense.choose(torch.zeros(1, 1, 8), "fa9")
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         dense.choose(torch.zeros(1, 1, 8), "cudnn")
 
 
@@ -78,7 +79,7 @@ def test_deterministic_rules_a_kernel_out_that_is_not(monkeypatch):
     try:
         assert dense.choose(torch.zeros(1, 1, 8)) is shaky
         assert dense.choose(torch.zeros(1, 1, 8), deterministic=True).name == "math"
-        with pytest.raises(ValueError, match="deterministic=True; use dense_kernel='auto'"):
+        with pytest.raises(UserError, match="deterministic=True; use dense_kernel='auto'"):
             dense.choose(torch.zeros(1, 1, 8), "cpu", deterministic=True)
     finally:
         dense._choose.cache_clear()

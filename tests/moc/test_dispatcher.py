@@ -8,6 +8,7 @@ from hypothesis import given
 
 import moc
 from moc import attention, reference
+from moc.errors import UserError
 from moc.kernels import anchors, masked
 from moc.routes import drop_covered
 from tests.moc.against_reference import DROPS, interpreted
@@ -23,10 +24,10 @@ def test_backends_are_chosen_by_device_by_setting_and_by_call(monkeypatch):
     if not torch.cuda.is_available():
         torch_ = moc.moc_attention(q, k, v, layout, config, backend="torch")
         assert torch.equal(moc.moc_attention(q, k, v, layout, config), torch_)
-    with pytest.raises(ValueError, match="backend='triton' needs"):
+    with pytest.raises(UserError, match="backend='triton' needs"):
         moc.moc_attention(q.double(), k.double(), v.double(), layout, config, backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="on cpu: use backend='torch'"):
+    with pytest.raises(UserError, match="on cpu: use backend='torch'"):
         moc.moc_attention(q, k, v, layout, config, backend="triton")
 
 
@@ -46,7 +47,7 @@ def test_triton_takes_head_dims_from_16_to_128():
         chosen = attention.resolve_backend(torch.zeros(3, 200, head_dim), moc.Backend.triton)
         assert chosen.__name__ == "moc.kernels.triton_backend"
     for head_dim in (15, 129):
-        with pytest.raises(ValueError, match=rf"head dims from 16 to 128; q is torch.float32, head dim {head_dim}"):
+        with pytest.raises(UserError, match=rf"head dims from 16 to 128; q is torch.float32, head dim {head_dim}"):
             attention.resolve_backend(torch.zeros(3, 64, head_dim), moc.Backend.triton)
 
 

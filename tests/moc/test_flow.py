@@ -7,6 +7,7 @@ import torch
 from moc import DropKey, MoCConfig, Sample, StreamSpec, make_batch
 from moc.diffusion import Flow, NoiseLevels
 from moc.diffusion.flow import draw_key
+from moc.errors import UserError
 from moc.training import Validator
 
 CHUNK_TOKENS = 12
@@ -227,7 +228,7 @@ def test_latents_stored_in_half_precision_train_in_float32():
 )
 def test_values_out_of_range_are_refused_by_name(wrong):
     (name,) = wrong
-    with pytest.raises(ValueError, match=rf"flow\.{name}"):
+    with pytest.raises(UserError, match=rf"flow\.{name}"):
         Flow(**wrong)
 
 
@@ -237,7 +238,7 @@ def test_no_two_runs_share_a_draw():
 
 
 def test_a_range_that_holds_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"sigma_min=0\.9, flow\.sigma_max=0\.9 must be a range"):
+    with pytest.raises(UserError, match=r"sigma_min=0\.9, flow\.sigma_max=0\.9 must be a range"):
         Flow(sigma_min=0.9, sigma_max=0.9)
-    with pytest.raises(ValueError, match=r"hold a share of .* set flow\.shift"):
+    with pytest.raises(UserError, match=r"hold a share of .* set flow\.shift"):
         Flow(sigma_min=0.999, sigma_max=1.0, logit_std=0.1)

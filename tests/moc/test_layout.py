@@ -351,7 +351,7 @@ def test_a_batch_moves_and_rechunks_as_a_whole():
 def test_samples_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="2 texts for 2 shots"):
         sample(text=(1, 1))
-    with pytest.raises(ValueError, match=r"\(2, 5, 6\).*not divisible.*\(1, 2, 2\)"):
+    with pytest.raises(UserError, match=r"\(2, 5, 6\).*not divisible.*\(1, 2, 2\)"):
         moc.make_batch([sample(size=(5, 6))], moc.StreamSpec(), 8)
 
 

@@ -159,7 +159,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
     ],
 )  # fmt: skip
 def test_optimizers_that_cannot_be_are_refused(config, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         config()
 
 
@@ -193,7 +193,7 @@ class Closed(torch.optim.SGD):
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+    with pytest.raises(UserError, match=r"optim\.name=adamw8bit needs .*: pip install bitsandbytes"):
         build_optimizer(model(), OptimConfig("adamw8bit"))
 
 
@@ -247,7 +247,7 @@ def test_drops_follow_the_schedule():
     seen = [schedule.at(step, config) for step in (0, 2, 4, 6)]
     assert [(c.drop_off_max, c.drop_in_rate) for c in seen] == [(0.8, 0.3), (0, 0), (0, 0), (0, 2.0)]
     assert [(c.chunk_tokens, c.top_k) for c in seen] == [(1280, 5), (1280, 5), (640, 3), (640, 3)]
-    with pytest.raises(ValueError, match=r"drop_off_max=1\.5"):
+    with pytest.raises(UserError, match=r"drop_off_max=1\.5"):
         Stage(2, drop_off_max=1.5)
 
 
@@ -291,7 +291,7 @@ def test_the_target_holds_a_share_of_the_dense_models_velocity():
     for a, b, c in zip(plain, mixed, whole, strict=True):
         if a is not None:  # the gradient is linear in the target
             torch.testing.assert_close(b, 0.75 * a + 0.25 * c, atol=1e-6, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"flow\.dense_target=1\.5"):
+    with pytest.raises(UserError, match=r"flow\.dense_target=1\.5"):
         Flow(dense_target=1.5)
 
 
@@ -340,7 +340,7 @@ def test_attention_is_drawn_to_dense_attention(recomputed):
             torch.testing.assert_close(total[0.5][name], (none + total[1.0][name]) / 2, atol=1e-6, rtol=1e-4)
     changed = {name for name in names if not torch.equal(total[0.0][name], total[1.0][name])}
     assert "blocks.1.video.to_qkv.weight" in changed
-    with pytest.raises(ValueError, match=r"flow\.dense_attention=-1"):
+    with pytest.raises(UserError, match=r"flow\.dense_attention=-1"):
         Flow(dense_attention=-1)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import moc
 from moc import routing
+from moc.errors import UserError
 from tests import brute_force
 from tests.strategies import Stream, attention_tensors, configs, seeds, streams
 
@@ -236,7 +237,7 @@ def test_routing_leaves_no_graph():
     ],
 )
 def test_bad_settings_are_refused(values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         moc.MoCConfig(**values)
 
 
@@ -280,14 +281,14 @@ def test_every_setting_is_explained():
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(ValueError, match="topk"):
+    with pytest.raises(UserError, match=r"MoC.*topk"):
         moc.MoCConfig.from_dict({"topk": 3})
 
 
 @pytest.mark.parametrize("text", ['{"top_k": "5"}', '{"topk": 5}', "[5]", '{"top_k": 5'])
 def test_a_bad_file_of_settings_is_named(tmp_path, text):
     (tmp_path / "moc.json").write_text(text)
-    with pytest.raises(ValueError, match=r"moc\.json: "):
+    with pytest.raises(UserError, match=r"moc\.json: "):
         moc.MoCConfig.load(tmp_path)
 
 
@@ -302,7 +303,7 @@ def test_the_first_layers_may_be_dense():
     config = moc.MoCConfig(top_k=3, dense_layers=2)
     assert [config.at_layer(layer).dense for layer in range(4)] == [True, True, False, False]
     assert config.at_layer(2) == config
-    with pytest.raises(ValueError, match="dense_layers=-1"):
+    with pytest.raises(UserError, match="dense_layers=-1"):
         moc.MoCConfig(dense_layers=-1)
 
 

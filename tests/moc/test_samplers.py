@@ -10,6 +10,7 @@ from torch import Tensor
 from moc import MoCConfig, StreamSpec
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
 from moc.diffusion.steps import plan_steps, sigma_table
+from moc.errors import UserError
 from moc.statistics import RoutingMap
 
 SHAPE = (2, 1, 4, 4)
@@ -367,7 +368,7 @@ NAN, INF = float("nan"), float("inf")
 )
 def test_values_out_of_range_are_refused_by_name(wrong):
     (name,) = wrong
-    with pytest.raises(ValueError, match=rf"sampler\.{name}"):
+    with pytest.raises(UserError, match=rf"sampler\.{name}"):
         SamplingConfig(**wrong)
 
 

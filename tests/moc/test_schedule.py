@@ -3,6 +3,7 @@
 import pytest
 
 import moc
+from moc.errors import UserError
 from moc.schedule import MoCSchedule, Stage
 
 PAPER = MoCSchedule([Stage(0, 10240, 5), Stage(100, 5120, 5), Stage(200, 2560, 4), Stage(300, 1280, 3)])
@@ -33,11 +34,11 @@ def test_before_the_first_stage_the_config_stands():
 
 @pytest.mark.parametrize("steps", [(5, 3), (2, 2), (-1, 4)])
 def test_steps_must_increase(steps):
-    with pytest.raises(ValueError, match=r"schedule steps.*increasing"):
+    with pytest.raises(UserError, match=r"schedule steps.*increasing"):
         MoCSchedule([Stage(step, 64, 3) for step in steps])
 
 
 @pytest.mark.parametrize(("values", "message"), [((0, 3), "chunk_tokens=0"), ((64, -1), "top_k=-1")])
 def test_a_bad_stage_is_refused_before_training_reaches_it(values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Stage(1000, *values)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from moc.errors import UserError
 from moc.training import Metrics, TrackerConfig, read_metrics
 from moc.training.curves import PANELS, draw_curves
 from tests.runs import train
@@ -55,7 +56,7 @@ def test_wandb_that_does_not_start_is_one_message(tmp_path, monkeypatch):
         raise RefusedError("no key")
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse, Error=RefusedError))
-    with pytest.raises(ValueError, match=r"does not start \(no key\).*wandb-offline"):
+    with pytest.raises(UserError, match=r"does not start \(no key\).*wandb-offline"):
         Metrics(tmp_path, TrackerConfig("wandb"), {})
 
 
@@ -75,12 +76,14 @@ def test_tensorboard_has_the_numbers_once_after_a_resume(tmp_path):
 
 def test_tensorboard_names_the_package_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="pip install tensorboard"):
+    with pytest.raises(UserError, match=r"tracking\.tracker=tensorboard needs .*: pip install tensorboard"):
         Metrics(tmp_path, TrackerConfig("tensorboard"), {})
 
 
 def test_an_unknown_tracker_is_refused():
-    with pytest.raises(ValueError, match="none, wandb, wandb-offline, tensorboard"):
+    with pytest.raises(
+        UserError, match=r"tracking\.tracker='mlflow' is not one of none, wandb, wandb-offline, tensorboard"
+    ):
         TrackerConfig(tracker="mlflow")
 
 

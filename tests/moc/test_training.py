@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from moc import MoCConfig
+from moc.errors import UserError
 from moc.schedule import Stage
 from moc.training import EMA, OptimConfig, find_checkpoint, read_metrics
 from moc.training import checkpoint as ckpt
@@ -102,23 +103,23 @@ def test_a_finished_run_stays_finished(cache, whole, tmp_path):
 
 def test_a_fresh_run_does_not_mix_with_an_older_ones_checkpoints(cache, whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"step_0000003, step_0000006.*remove them or set another name"):
+    with pytest.raises(UserError, match=r"step_0000003, step_0000006.*remove them or set another name"):
         train(cache, tmp_path, num_steps=2)
     assert find_checkpoint(tmp_path).name == "step_0000006"
 
 
 def test_another_seed_or_model_is_refused(whole, tmp_path):
     checkpoint = find_checkpoint(whole)
-    with pytest.raises(ValueError, match=r"seed=0, not 1"):
+    with pytest.raises(UserError, match=r"seed=0, not 1"):
         make_trainer(tmp_path, seed=1).resume(checkpoint)
-    with pytest.raises(ValueError, match=r"another model: dim=32, not 48"):
+    with pytest.raises(UserError, match=r"another model: dim=32, not 48"):
         make_trainer(tmp_path, dim=48).resume(checkpoint)
 
 
 def test_optimizer_states_of_another_model_are_refused(whole, tmp_path):
     trainer = make_trainer(tmp_path, dim=48)
     trainer.bare_model.register_parameter("new", torch.nn.Parameter(torch.zeros(2)))
-    with pytest.raises(ValueError, match=r"another model; they differ in \['new'\]"):
+    with pytest.raises(UserError, match=r"another model; they differ in \['new'\]"):
         ckpt.load_optimizer(find_checkpoint(whole), trainer.bare_model, trainer.optimizer)
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moc import MoCConfig
+from moc.errors import UserError
 from models import Family, ModelConfig, build_model, load_model, save_model
 from models.mmdit import MMDiT
 from models.wan import WanTransformer3DModel
@@ -23,11 +24,11 @@ def test_missing_extra_and_misshapen_tensors_are_listed(reduced_file: Path, tmp_
     tensors["blocks.1.ffn.2.bias"] = torch.zeros(3)
     tensors["blocks.0.cross_attn.k_img.weight"] = gone
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"1 unknown tensors: blocks\.0\.cross_attn\.k_img\.weight"):
+    with pytest.raises(UserError, match=r"1 unknown tensors: blocks\.0\.cross_attn\.k_img\.weight"):
         load_model(tmp_path / "a.safetensors")
     del tensors["blocks.0.cross_attn.k_img.weight"]
     save_file(tensors, tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="is not a whole WanTransformer3DModel") as caught:
+    with pytest.raises(UserError, match="is not a whole WanTransformer3DModel") as caught:
         load_model(tmp_path / "b.safetensors")
     assert "1 missing: blocks.1.attn1.to_q.weight" in str(caught.value)
     assert "1 misshapen: blocks.1.ffn.net.2.bias (3,) instead of (128,)" in str(caught.value)
@@ -35,7 +36,7 @@ def test_missing_extra_and_misshapen_tensors_are_listed(reduced_file: Path, tmp_
     del tensors["head.head.bias"]
     save_file(tensors, tmp_path / "c.safetensors")
     told = r"\['proj_out\.bias', 'condition_embedder\.text_embedder\.linear_1\.weight'\]"
-    with pytest.raises(ValueError, match=rf"c\.safetensors is not a whole Wan model: missing or misshapen are {told};"):
+    with pytest.raises(UserError, match=rf"c\.safetensors is not a whole Wan model: missing or misshapen are {told};"):
         load_model(tmp_path / "c.safetensors")
 
 
@@ -45,7 +46,7 @@ def test_image_to_video_models_are_named_as_such(reduced, form: str, tmp_path: P
     model = diffusers.WanTransformer3DModel(**REDUCED | {"in_channels": 36})
     path = tmp_path / ("i2v.safetensors" if form == "original" else "i2v")
     save_original(model, path) if form == "original" else model.save_pretrained(path)
-    with pytest.raises(ValueError, match=f"{path}: this is an image-to-video Wan model"):
+    with pytest.raises(UserError, match=f"{path}: this is an image-to-video Wan model"):
         load_model(path)
 
 
@@ -64,7 +65,7 @@ def test_from_pretrained_is_as_strict(family, tmp_path: Path) -> None:
     tensors[short] = torch.zeros(3)
     save_file(tensors, file, {"format": "pt"})
     for ignore in (False, True):  # diffusers lets wrong shapes pass with True
-        with pytest.raises(ValueError, match=f"is not a whole {family.__name__}: 1 missing: {lost}; ") as caught:
+        with pytest.raises(UserError, match=f"is not a whole {family.__name__}: 1 missing: {lost}; ") as caught:
             family.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
         assert f"1 unexpected: extra.weight; 1 misshapen: {short} (3,) instead of" in str(caught.value)
 
@@ -73,7 +74,7 @@ def test_a_path_of_another_family_is_refused(reduced_folder: Path, tmp_path: Pat
     save_model(MMDiT(**MMDIT), tmp_path / "mmdit", MoCConfig())
     assert isinstance(build_model(ModelConfig(Family.mmdit, str(tmp_path / "mmdit")), 4, 12), MMDiT)
     for family, path in ((Family.mmdit, reduced_folder), (Family.wan, tmp_path / "mmdit")):
-        with pytest.raises(ValueError, match=f"model.path={path} holds a .*, not one of model.family={family}; set"):
+        with pytest.raises(UserError, match=f"model.path={path} holds a .*, not one of model.family={family}; set"):
             build_model(ModelConfig(family, str(path)), 16, 24)
 
 
@@ -91,7 +92,7 @@ def test_a_diffusers_file_is_known_by_any_of_its_names(reduced_folder: Path, tmp
     tensors = load_file(reduced_folder / "diffusion_pytorch_model.safetensors")
     del tensors["condition_embedder.time_proj.weight"]
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"Model: 1 missing: condition_embedder\.time_proj\.weight;"):
+    with pytest.raises(UserError, match=r"Model: 1 missing: condition_embedder\.time_proj\.weight;"):
         load_model(tmp_path / "a.safetensors")
 
 
@@ -109,7 +110,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(reduced, tmp_path: Pat
     ):
         changed = {name: shard for name, shard in (index["weight_map"] | change).items() if shard}
         file.write_text(json.dumps(index | {"weight_map": changed}))
-        with pytest.raises(ValueError, match=f"is not what its index says: {re.escape(message)}"):
+        with pytest.raises(UserError, match=f"is not what its index says: {re.escape(message)}"):
             load_model(tmp_path)
 
 
@@ -124,7 +125,7 @@ def test_an_index_reads_nothing_outside_its_folder(reduced, tmp_path: Path, outs
     named = outside.format(shard.name, folder=folder)
     file.write_text(file.read_text().replace(f'"{shard.name}"', json.dumps(named)))
     for load in (load_model, WanTransformer3DModel.from_pretrained):
-        with pytest.raises(ValueError, match=f"{re.escape(str(file))} is no index of its own shards: .*does not lie"):
+        with pytest.raises(UserError, match=f"{re.escape(str(file))} is no index of its own shards: .*does not lie"):
             load(folder)
 
 
@@ -182,5 +183,5 @@ def test_bad_files_are_one_clear_message(reduced_file: Path, reduced_folder: Pat
         pickled: "is a pickle file",
         tmp_path / "nowhere": "does not exist",
     }.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             load_model(path)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from moc import MoCConfig, Sample, make_batch
+from moc.errors import UserError
 from moc.training import Parallel, ParallelConfig
 from moc.training.integrity import checksums, files_to_seal, seal
 from models import Experts, load_denoiser, load_model, move_model
@@ -50,7 +51,7 @@ def test_a_folder_of_two_loads_as_one(experts, form):
     assert isinstance(model, Experts)
     assert marks(model) == [1.0, 2.0]
     assert model.boundary == 0.875
-    with pytest.raises(ValueError, match=r"holds two noise experts, .*: name the path of one"):
+    with pytest.raises(UserError, match=r"holds two noise experts, .*: name the path of one"):
         load_model(experts[form])
 
 
@@ -67,11 +68,11 @@ def test_the_boundary_is_the_pipelines_and_stays_with_what_leaves_it(experts, tm
     model = load_denoiser(*runs)
     assert (model.boundary, marks(model)) == (0.9, [1.0, 2.0])
     for high, low in (runs, experts_of):
-        with pytest.raises(ValueError, match=rf"{low} is for noise levels from 0\.0 on, {high} from 0\.9: the high"):
+        with pytest.raises(UserError, match=rf"{low} is for noise levels from 0\.0 on, {high} from 0\.9: the high"):
             load_denoiser(low, high)
     for ratio in ("0.9", 1.5):
         index.write_text(json.dumps({"boundary_ratio": ratio}))
-        with pytest.raises(ValueError, match=f"model_index.json: boundary_ratio={ratio!r} must be a number betwe"):
+        with pytest.raises(UserError, match=f"model_index.json: boundary_ratio={ratio!r} must be a number betwe"):
             load_denoiser(experts["diffusers"])
 
 
@@ -79,11 +80,11 @@ def test_two_in_folders_of_their_own(experts):
     high, low = Contents(experts["files"]).experts
     flow, tune = (shutil.copy(p, p.parents[1] / f"{n}.safetensors") for p, n in ((high, "flow"), (low, "tune")))
     assert marks(load_denoiser(tune, flow)) == [2.0, 1.0]  # the names do not tell which is which
-    with pytest.raises(ValueError, match="holds two experts; with low_noise_checkpoint="):
+    with pytest.raises(UserError, match="holds two experts; with low_noise_checkpoint="):
         load_denoiser(experts["files"], low)
     for path in (high, low):
         shutil.copy(path, path.with_name(path.name.replace("full", "sparse")))
-    with pytest.raises(ValueError, match=r"several pairs .*'full_high_noise.safetensors', 'sparse_high"):
+    with pytest.raises(UserError, match=r"several pairs .*'full_high_noise.safetensors', 'sparse_high"):
         load_denoiser(experts["files"])
 
 
@@ -92,7 +93,7 @@ def test_one_model_twice_and_names_that_are_swapped_are_refused(experts):
     link = low.with_name("link.safetensors")
     link.symlink_to(high)
     for other in (high, link):
-        with pytest.raises(ValueError, match="are one model; name the high-noise expert and the low-noise one"):
+        with pytest.raises(UserError, match="are one model; name the high-noise expert and the low-noise one"):
             load_denoiser(high, other)
     folders = [Contents(experts[form]).experts for form in ("diffusers", "release")]
     for first, second in ((low, high), *((b, a) for a, b in folders)):
@@ -109,7 +110,7 @@ def test_one_model_stays_one(experts, tmp_path):
     for path in (experts["diffusers"], experts["files"], experts["release"] / "low_noise_model"):
         assert Contents(path).experts is None
         assert isinstance(load_denoiser(path), WanTransformer3DModel)
-    with pytest.raises(ValueError, match="offload=true is for a pair"):
+    with pytest.raises(UserError, match="offload=true is for a pair"):
         move_model(load_denoiser(experts["files"]), Parallel(ParallelConfig("cpu")), offload=True)
 
 

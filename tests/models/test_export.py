@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moc import MoCConfig
+from moc.errors import UserError
 from models import load_model, save_model
 from models.checkpoints.export import Form, convert
 from models.checkpoints.opening import open_checkpoint
@@ -31,7 +32,7 @@ def test_conversion_there_and_back(reduced, reduced_file: Path, tmp_path: Path) 
     back, before = load_file(tmp_path / "new/back.safetensors"), load_file(reduced_file)
     assert back.keys() == before.keys()
     assert all(torch.equal(back[name], before[name]) for name in before)
-    with pytest.raises(ValueError, match="exists; name a new path"):
+    with pytest.raises(UserError, match="exists; name a new path"):
         convert(open_checkpoint(reduced_file), tmp_path / "folder")
 
 
@@ -83,7 +84,7 @@ def test_training_checkpoints_load_and_convert(tmp_path: Path) -> None:
     convert(open_checkpoint(tmp_path / "run"), tmp_path / "out")
     assert same(load_model(tmp_path / "out"), states["ema"])
     assert open_checkpoint(tmp_path / "out").moc == MoCConfig(top_k=3)
-    with pytest.raises(ValueError, match="only Wan models have a form with original names"):
+    with pytest.raises(UserError, match="only Wan models have a form with original names"):
         convert(open_checkpoint(tmp_path / "run"), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -142,7 +143,7 @@ def test_a_file_larger_than_memory_is_read(tmp_path: Path) -> None:
     assert source.shapes["hole"] == (hole,)
     assert source.read("small").tolist() == [5, 7]
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(ValueError, match="has become shorter than when it was opened"):
+    with pytest.raises(UserError, match="has become shorter than when it was opened"):
         source.read("small")
 
 
@@ -160,7 +161,7 @@ def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
 
 def test_a_dtype_without_values_of_ours_is_named(tmp_path: Path) -> None:
     header = {"w": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]}}
-    with pytest.raises(ValueError, match="w is F8_E8M0; weights of F64, F32, "):
+    with pytest.raises(UserError, match="w is F8_E8M0; weights of F64, F32, "):
         TensorSource(save_hole(tmp_path / "a.safetensors", header, 4))
 
 

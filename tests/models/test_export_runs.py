@@ -15,6 +15,7 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from moc import MoCConfig
 from moc.diffusion import Flow
+from moc.errors import UserError
 from moc.training.checkpoint import check_same_model, find_checkpoint
 from models import EncodersConfig, ModelConfig, build_encoders, build_model, load_encoders, load_model, save_model
 from models.checkpoints.contents import Contents
@@ -127,9 +128,9 @@ def test_encoders_come_along_or_are_named(reduced_folder: Path, release: Path, t
     assert read_encoders(step / "encoders") == read_encoders(release)
     shutil.rmtree(release / "tokenizer")
     assert find_encoders(release) is None
-    with pytest.raises(ValueError, match=r"holds no encoders: neither encoders\.json, .* nor vae, text_encoder, "):
+    with pytest.raises(UserError, match=r"holds no encoders: neither encoders\.json, .* nor vae, text_encoder, "):
         as_run(reduced_folder, tmp_path / "none", encoders_path=str(reduced_folder))
-    with pytest.raises(ValueError, match="nowhere does not exist; name a run"):
+    with pytest.raises(UserError, match="nowhere does not exist; name a run"):
         as_run(reduced_folder, tmp_path / "none", encoders_path=str(tmp_path / "nowhere"))
     assert not list(tmp_path.glob("none*"))
 
@@ -172,7 +173,7 @@ def test_the_gap_at_cuts_is_the_models_wherever_it_is_written(reduced_folder: Pa
     check_same_model(tmp_path / "earlier", earlier)  # the run would resume
     check_same_model(tmp_path / "now", earlier)
     for folder in ("earlier", "now"):
-        with pytest.raises(ValueError, match=r"another model: cut_gap=2.0, not 0.0"):
+        with pytest.raises(UserError, match=r"another model: cut_gap=2.0, not 0.0"):
             check_same_model(tmp_path / folder, load_model(reduced_folder))
     config = ModelConfig(family="wan", path=str(tmp_path / "now"), cut_gap=0)
     save_model(build_model(config, 16, 24), tmp_path / "none", MoCConfig())
@@ -193,7 +194,7 @@ def test_the_schedulers_shift_comes_along(release: Path, tmp_path: Path) -> None
         ("{", "is damaged or no"),
     ):
         file.write_text(text)
-        with pytest.raises(ValueError, match=f"scheduler_config.json.*{message}"):
+        with pytest.raises(UserError, match=f"scheduler_config.json.*{message}"):
             _ = Contents(release).flow
 
 
@@ -234,7 +235,7 @@ def test_a_form_that_cannot_hold_what_is_asked(reduced_folder: Path, tmp_path: P
         ("a", Form.checkpoint, Beside(moc={"top": 3}), r"unknown MoC settings \['top'\]"),
         ("a", Form.checkpoint, Beside(shift=-1), r"flow\.shift=-1 must be positive"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(UserError, match=message):
             convert(checkpoint, tmp_path / output, form=form, beside=beside)
         assert not list(tmp_path.glob("a*"))
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moc import MoCConfig
+from moc.errors import UserError
 from models import load_model, save_model
 from models.checkpoints.names import to_diffusers_name, to_original_name
 from models.mmdit import MMDiT
@@ -109,5 +110,5 @@ def test_a_folder_of_the_release_is_read_by_its_shapes(tmp_path: Path) -> None:
     assert same(loaded, theirs.state_dict())
     assert {key: loaded.config[key] for key in sizes} == sizes
     save_original(diffusers.WanTransformer3DModel(**sizes, attention_head_dim=96), file)
-    with pytest.raises(ValueError, match="has width 192, not a multiple of 128: it is no Wan model"):
+    with pytest.raises(UserError, match="has width 192, not a multiple of 128: it is no Wan model"):
         load_model(tmp_path)

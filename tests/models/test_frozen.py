@@ -212,5 +212,5 @@ def test_a_run_resumes_and_the_base_is_refused_without_an_adapter(trained, prepa
     one, two = (load_file(tmp_path / run / file) for run in ("whole", "half"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert any(one[name].any() for name in one if "lora_B" in name)
-    with pytest.raises(ValueError, match=r"lora_base=fp8 is of weights under an adapter: set"):
+    with pytest.raises(UserError, match=r"lora_base=fp8 is of weights under an adapter: set"):
         ModelConfig(lora_base=Base.fp8)

@@ -10,6 +10,7 @@ from torch import nn
 
 from moc import MoCConfig, Shot, ShotLayout
 from moc.diffusion import Flow, SamplingConfig, Story, noise_key, sample_shots
+from moc.errors import UserError
 from moc.statistics import RoutingMap
 from models.checkpoints.experts import Experts
 from models.kv_cache import KVCache
@@ -321,7 +322,7 @@ def test_the_high_noise_expert_has_a_guidance_of_its_own():
     for low, high, forwards in ((1.0, 2.0, STEPS + num_high), (2.0, 1.0, 2 * STEPS - num_high), (2.0, None, 2 * STEPS)):
         config = replace(CONFIG, guidance_scale=low, high_noise_guidance_scale=high, cache=False)
         assert len(film(model, what, config)[2]) == 2 * forwards  # a clean history changes nothing
-    with pytest.raises(ValueError, match="for a pair of experts"):
+    with pytest.raises(UserError, match="for a pair of experts"):
         film(build("wan"), what, replace(CONFIG, high_noise_guidance_scale=2.0))
 
 

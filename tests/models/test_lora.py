@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moc import MoCConfig, Sample, make_batch
 from moc.diffusion import Flow
+from moc.errors import UserError
 from moc.training import Parallel, ParallelConfig
 from moc.training.checkpoint import new_checkpoint, write_state
 from models import Family, ModelConfig, build_model, load_model, save_model
@@ -188,14 +189,14 @@ def test_a_newer_checkpoint_of_the_base_run_is_not_taken(tmp_path: Path) -> None
     assert same(load_model(tmp_path / "tuned"), expected)
 
     newer = build_model(ModelConfig(path=str(run), lora_rank=2, lora_targets=["to_qkv"]), 4, 12)
-    with pytest.raises(ValueError, match=r"a LoRA of .*step_0000010/ema, whose weights are not those of .*20/ema: set"):
+    with pytest.raises(UserError, match=r"a LoRA of .*step_0000010/ema, whose weights are not those of .*20/ema: set"):
         newer.load_weights(tmp_path / "tuned")
     old = run / "checkpoints/step_0000010"
     shutil.copytree(run / "checkpoints/step_0000020/ema", old / "ema", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"LoRA of .*step_0000010/ema, where other weights lie now"):
+    with pytest.raises(UserError, match=r"LoRA of .*step_0000010/ema, where other weights lie now"):
         load_model(tmp_path / "tuned")
     shutil.rmtree(old)
-    with pytest.raises(ValueError, match=r"LoRA of .*step_0000010/ema, which does not exist: put it back, or set base"):
+    with pytest.raises(UserError, match=r"LoRA of .*step_0000010/ema, which does not exist: put it back, or set base"):
         load_model(tmp_path / "tuned")
 
 
@@ -236,7 +237,7 @@ def test_an_adapter_on_a_merged_one(tmp_path: Path) -> None:
     assert adapted(tmp_path / "second", ["to_v"]).lora.base == str(tmp_path / "second")
     save_model(adapted(base, ["to_q"]), tmp_path / "again", MoCConfig())
     shutil.copytree(tmp_path / "again", tmp_path / "first", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="where other weights lie now"):
+    with pytest.raises(UserError, match="where other weights lie now"):
         load_model(tmp_path / "second")
 
 
@@ -312,9 +313,9 @@ def test_the_commands_train_resume_convert_and_refuse(trained, prepared, tmp_pat
 
 
 def test_bad_settings_are_refused(wan: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be 0, or above 0 with model"):
+    with pytest.raises(UserError, match="must be 0, or above 0 with model"):
         ModelConfig(lora_rank=4)
-    with pytest.raises(ValueError, match="a LoRA needs weights to adapt"):
+    with pytest.raises(UserError, match="a LoRA needs weights to adapt"):
         build_model(ModelConfig(lora_rank=4, lora_targets=["to_q"]), 16, 24)
     for target in ("to_kk", "patch_embedding", "norm_q", "to_out", "q", ""):
         with pytest.raises(
@@ -323,9 +324,9 @@ def test_bad_settings_are_refused(wan: Path, tmp_path: Path) -> None:
             adapted(wan, ["to_q", target])
     small, large = (adapted(wan, ["to_q"], rank) for rank in (2, 3))
     small.save_pretrained(tmp_path / "lora")
-    with pytest.raises(ValueError, match=r"is not a whole LoRA of rank 3 on \['to_q'\]: 8 misshapen"):
+    with pytest.raises(UserError, match=r"is not a whole LoRA of rank 3 on \['to_q'\]: 8 misshapen"):
         large.load_weights(tmp_path / "lora")
-    with pytest.raises(ValueError, match="is not a whole WanTransformer3DModel: 69 missing"):
+    with pytest.raises(UserError, match="is not a whole WanTransformer3DModel: 69 missing"):
         load_model(wan).load_weights(tmp_path / "lora")
 
 
@@ -338,7 +339,7 @@ def test_an_adapter_must_be_whole(wan: Path, tmp_path: Path) -> None:
     )
     save_file(tensors, file)
     message = r"lora is not a whole LoRA: 1 missing: transformer\.blocks\.1\.attn1.*; 1 unexpected: .*blocks\.9\."
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         load_model(tmp_path / "lora")
 
 
@@ -354,7 +355,7 @@ def test_a_bad_lora_json_is_one_clear_message(wan: Path, tmp_path: Path) -> None
         json.dumps(values | {"targets": "to_q"}): ": targets='to_q' is not a list of names; restore",
     }.items():
         file.write_text(text)
-        with pytest.raises(ValueError, match=f"lora.json.*{message}"):
+        with pytest.raises(UserError, match=f"lora.json.*{message}"):
             load_model(tmp_path / "lora")
 
 

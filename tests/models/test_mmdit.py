@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moc import DropKey, MoCConfig, Sample, Shot, ShotLayout, route
+from moc.errors import UserError
 from moc.exchange import Exchange
 from models import ModelConfig, build_model, load_model, save_model
 from models.kv_cache import KVCache
@@ -213,13 +214,13 @@ def test_wrong_input_is_one_clear_message() -> None:
     sigma = torch.rand(3)
     with pytest.raises(ValueError, match="2 latents, 3 sigmas"):
         model(batch.latents[:2], sigma, batch.text, batch.layout, MOC)
-    with pytest.raises(ValueError, match="latent has 5 channels, this model takes 4"):
+    with pytest.raises(UserError, match="latent has 5 channels, this model takes 4"):
         model([torch.zeros(5, 2, 4, 6)] * 3, sigma, batch.text, batch.layout, MOC)
     with pytest.raises(ValueError, match="is not the layout's"):
         model([torch.zeros(4, 3, 4, 6)] * 3, sigma, batch.text, batch.layout, MOC)
-    with pytest.raises(ValueError, match="text features are"):
+    with pytest.raises(UserError, match="text features are"):
         model(batch.latents, sigma, [x[:, :5] for x in batch.text], batch.layout, MOC)
-    with pytest.raises(ValueError, match="even head width"):
+    with pytest.raises(UserError, match="even head width"):
         MMDiT(dim=50, num_heads=4)
 
 
@@ -261,7 +262,7 @@ def test_cached_history_gives_the_same_velocity(descriptor: str, offload: bool) 
 def test_a_cache_needs_forward_flow_and_its_own_story() -> None:
     model = small_model()
     batch = pack(model, sample())
-    with pytest.raises(ValueError, match="strict forward flow"):
+    with pytest.raises(UserError, match="strict forward flow"):
         model(batch.latents, torch.rand(3), batch.text, batch.layout, MOC, cache=model.new_cache(99))
     forward = MoCConfig(chunk_tokens=12, text_anchor="global_and_own")
     first = batch.layout.groups[2].start  # the offset of the second shot's text

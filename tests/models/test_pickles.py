@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from transformers import UMT5Config, UMT5EncoderModel
 
+from moc.errors import UserError
 from models.checkpoints.pickles import VAE22, convert_pickle
 from models.encoders.codec import CodecConfig, CodecKind
 from models.encoders.vae import WanCodec
@@ -108,7 +109,7 @@ def test_part_of_a_pickle_is_said_to_be_one(tmp_path: Path) -> None:
         "encoder.conv1": "'decoder.conv1.weight'",
     }.items():
         torch.save({f"{stem}.weight": torch.zeros(8, 3)}, tmp_path / "part.pth")
-        with pytest.raises(ValueError, match=rf"part\.pth is not whole: it lacks the weights \[{re.escape(lacking)}"):
+        with pytest.raises(UserError, match=rf"part\.pth is not whole: it lacks the weights \[{re.escape(lacking)}"):
             convert_pickle(tmp_path / "part.pth", tmp_path / "out")
 
 
@@ -122,7 +123,7 @@ def test_latent_statistics_of_wan22_are_the_release_s() -> None:
 
 def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
     torch.save({"token_embedding.weight": subprocess.run}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match=r"cannot be read safely: it names \w+\.run, which is code; fetch"):
+    with pytest.raises(UserError, match=r"cannot be read safely: it names \w+\.run, which is code; fetch"):
         convert_pickle(tmp_path / "evil.pth", tmp_path / "out")
     (tmp_path / "short.pth").write_bytes((tmp_path / "evil.pth").read_bytes()[:50])
     torch.save({"token_embedding.weight": torch.zeros(99)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -135,5 +136,5 @@ def test_pickles_that_run_code_are_refused(tmp_path: Path) -> None:
         "old_short": "cannot be read safely",
         "page": "is no file that torch.save wrote",
     }.items():
-        with pytest.raises(ValueError, match=rf"{name}\.pth {message}"):
+        with pytest.raises(UserError, match=rf"{name}\.pth {message}"):
             convert_pickle(tmp_path / f"{name}.pth", tmp_path / "out")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from moc.errors import UserError
 from models.encoders.codec import CodecConfig, CodecKind
 from models.encoders.text import T5TextEncoder, TextConfig, TextKind
 from models.encoders.vae import WanCodec
@@ -76,7 +77,7 @@ def misfit(tensors: dict) -> None:
 def test_missing_extra_and_misshapen_tensors_are_one_message(folder, name, kind, missing, misshapen) -> None:
     path = folder(name)
     change(path, misfit)
-    with pytest.raises(ValueError, match=f"is not a whole {kind}") as caught:
+    with pytest.raises(UserError, match=f"is not a whole {kind}") as caught:
         load(path)
     for words in (str(path), f"1 missing: {missing};", "1 unexpected: stray.weight;", f"{misshapen} (2, 3) instead of"):
         assert words in str(caught.value)
@@ -86,10 +87,10 @@ def test_missing_extra_and_misshapen_tensors_are_one_message(folder, name, kind,
 def test_one_tensor_too_few_or_too_many_is_refused(folder, name) -> None:
     path = folder(name)
     change(path, lambda tensors: tensors.update(stray=torch.zeros(2)))
-    with pytest.raises(ValueError, match="1 unexpected: stray; fetch it again"):
+    with pytest.raises(UserError, match="1 unexpected: stray; fetch it again"):
         load(path)
     change(path, lambda tensors: (tensors.pop("stray"), tensors.pop(max(set(tensors) - {SHARED}))))
-    with pytest.raises(ValueError, match=r"is not a whole \w+: 1 missing: \S+; fetch it again"):
+    with pytest.raises(UserError, match=r"is not a whole \w+: 1 missing: \S+; fetch it again"):
         load(path)
 
 
@@ -97,15 +98,15 @@ def test_one_tensor_too_few_or_too_many_is_refused(folder, name) -> None:
 def test_damaged_files_are_named(folder, saved: Path, name) -> None:
     path = folder(name)
     weights(path).write_bytes(weights(saved / name).read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"{weights(path)} is damaged or no safetensors file"):
+    with pytest.raises(UserError, match=rf"{weights(path)} is damaged or no safetensors file"):
         load(path)
     config, whole = path / "config.json", (path / "config.json").read_text()
     config.write_text(whole[:-20])
-    with pytest.raises(ValueError, match=f"{config} is damaged or no JSON file"):
+    with pytest.raises(UserError, match=f"{config} is damaged or no JSON file"):
         load(path)
     size = {"t5": ('"d_model": 16', '"d_model": "wide"'), "vae": ('"base_dim": 8', '"base_dim": "wide"')}[name]
     config.write_text(whole.replace(*size))
-    with pytest.raises(ValueError, match=f"{config} does not describe a model"):
+    with pytest.raises(UserError, match=f"{config} does not describe a model"):
         load(path)
 
 
@@ -114,7 +115,7 @@ def test_pickles_are_refused(folder, name) -> None:
     path = folder(name)
     torch.save(load_file(weights(path)), path / "pytorch_model.bin")
     weights(path).unlink()
-    with pytest.raises(ValueError, match=rf"{path} holds only pickles \['pytorch_model\.bin'\].* safetensors release"):
+    with pytest.raises(UserError, match=rf"{path} holds only pickles \['pytorch_model\.bin'\].* safetensors release"):
         load(path)
 
 
@@ -128,7 +129,7 @@ def test_tied_embeddings_are_stored_under_either_name(folder, name, stored) -> N
     assert model.shared.weight is model.encoder.embed_tokens.weight
     assert torch.equal(model.shared.weight, embedding.bfloat16())
     change(path, lambda tensors: [tensors.pop(key) for key in stored])
-    with pytest.raises(ValueError, match=f"2 missing: {EMBED}, {SHARED}"):
+    with pytest.raises(UserError, match=f"2 missing: {EMBED}, {SHARED}"):
         load(path)
 
 
@@ -157,11 +158,11 @@ def test_a_tokenizer_is_there_and_whole(folder) -> None:
     path = folder("umt5")
     file = path / "tokenizer.json"
     file.write_text(file.read_text()[:100])
-    with pytest.raises(ValueError, match=f"{file} is damaged or no JSON file"):
+    with pytest.raises(UserError, match=f"{file} is damaged or no JSON file"):
         load(path)
     file.write_text("{}")
-    with pytest.raises(ValueError, match=f"{path} holds a tokenizer that does not load"):
+    with pytest.raises(UserError, match=f"{path} holds a tokenizer that does not load"):
         load(path)
     file.unlink()
-    with pytest.raises(ValueError, match=f"{path} holds no tokenizer"):
+    with pytest.raises(UserError, match=f"{path} holds no tokenizer"):
         load(path)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from moc.errors import UserError
 from models.encoders.text import (
     EmbeddedTextEncoder,
     PromptForm,
@@ -96,7 +97,7 @@ def test_the_encoder_is_rebuilt_from_its_folder(embedded: EmbeddedTextEncoder, t
     loaded = build_text_encoder(TextConfig(path=str(tmp_path)))
     assert torch.equal(loaded.encode("", ["the red dog"])[1], embedded.encode("", ["the red dog"])[1])
     (tmp_path / "vocabulary.txt").write_text("other\n")
-    with pytest.raises(ValueError, match="text encoder built here"):
+    with pytest.raises(UserError, match="text encoder built here"):
         EmbeddedTextEncoder.load(tmp_path)
     file = tmp_path / "text_encoder.json"
     for text, message in (
@@ -104,10 +105,10 @@ def test_the_encoder_is_rebuilt_from_its_folder(embedded: EmbeddedTextEncoder, t
         ('{"dims": 12}', "does not describe a text encoder: .*'dims'"),
     ):
         file.write_text(text)
-        with pytest.raises(ValueError, match=f"{file} {message}"):
+        with pytest.raises(UserError, match=f"{file} {message}"):
             EmbeddedTextEncoder.load(tmp_path)
     file.unlink()
-    with pytest.raises(ValueError, match=f"{tmp_path} holds no text encoder"):
+    with pytest.raises(UserError, match=f"{tmp_path} holds no text encoder"):
         EmbeddedTextEncoder.load(tmp_path)
 
 
@@ -199,7 +200,7 @@ def test_a_window_is_the_global_caption_and_one_shots(t5_folder: Path) -> None:
     for encode in (windowed.encode, windowed.encode_windows):
         assert all(torch.equal(a, b) for a, b in zip(encode(*story), features, strict=True))
     for encode in (joined.encode, holocine.encode_windows):
-        with pytest.raises(ValueError, match=r"over the text encoder's 12.*moc\.text_anchor=global_and_own"):
+        with pytest.raises(UserError, match=r"over the text encoder's 12.*moc\.text_anchor=global_and_own"):
             encode(*story)
 
 
@@ -251,15 +252,15 @@ def test_features_are_the_same_under_autocast(embedded: EmbeddedTextEncoder, t5_
 
 
 def test_bad_text_settings_are_refused(t5_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"text\.dim=3 must be finite and at least 4"):
+    with pytest.raises(UserError, match=r"text\.dim=3 must be finite and at least 4"):
         TextConfig(dim=3)
     assert EmbeddedTextEncoder(["fox"], TextConfig(dim=4)).encode_caption("a fox").isfinite().all()
     encoder = T5TextEncoder(TextConfig(TextKind.t5, str(t5_folder), max_tokens=8))
     assert len(encoder.encode("", ["the " * 7])[1]) == 8
-    with pytest.raises(ValueError, match="10 tokens is over the text encoder's 8"):
+    with pytest.raises(UserError, match="10 tokens is over the text encoder's 8"):
         encoder.encode("", ["the " * 9])
-    with pytest.raises(ValueError, match="is not a folder of a T5"):
+    with pytest.raises(UserError, match="is not a folder of a T5"):
         T5TextEncoder(TextConfig(TextKind.t5, str(tmp_path)))
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ValueError, match="holds a 'gpt2' model"):
+    with pytest.raises(UserError, match="holds a 'gpt2' model"):
         T5TextEncoder(TextConfig(TextKind.t5, str(tmp_path)))

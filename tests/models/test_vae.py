@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from moc.errors import UserError
 from models.encoders.codec import CodecConfig, CodecKind
 from models.encoders.lapped import LappedCodec
 from models.encoders.pair import build_codec
@@ -53,7 +54,7 @@ def test_frames_and_sizes_are_checked() -> None:
         codec.encode(torch.zeros(3, 1, 20, 16))
     with pytest.raises(ValueError, match="takes float"):
         codec.encode(torch.zeros(3, 1, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"codec\.channels=65"):
+    with pytest.raises(UserError, match=r"codec\.channels=65"):
         CodecConfig(channels=65)
 
 
@@ -139,5 +140,5 @@ def test_the_fingerprint_tells_whatever_changes_latents(wan_folder: Path, tmp_pa
 
 
 def test_a_missing_vae_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a diffusers folder of AutoencoderKLWan"):
+    with pytest.raises(UserError, match="is not a diffusers folder of AutoencoderKLWan"):
         build_codec(CodecConfig(CodecKind.wan, str(tmp_path)))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from moc import DropKey, Execution, MoCConfig, Sample, make_batch
+from moc.errors import UserError
 from moc.exchange import Exchange
 from moc.kernels import torch_backend
 from models import Family, ModelConfig, build_model
@@ -158,9 +159,9 @@ def test_512_rows_bound_what_a_shot_sees_not_a_story() -> None:
     rows, windows = text_windows(texts, layout, MOC)
     assert len(rows) == 80 * 500 + 12
     assert {sum(end - start for start, end in window.ranges) for window in windows} == {TEXT_TOKENS}
-    with pytest.raises(ValueError, match="a prompt of 40000 text rows exceeds Wan's 512"):
+    with pytest.raises(UserError, match="a prompt of 40000 text rows exceeds Wan's 512"):
         text_windows(texts, layout, replace(MOC, text_anchor="all"))
-    with pytest.raises(ValueError, match="a prompt of 513 text rows exceeds Wan's 512"):
+    with pytest.raises(UserError, match="a prompt of 513 text rows exceeds Wan's 512"):
         text_windows([torch.randn(13, TEXT_DIM), *texts[1:]], layout, MOC)
 
 
@@ -293,22 +294,22 @@ def test_norms_and_modulation_stay_wide_under_autocast() -> None:
 def test_wrong_input_is_one_clear_message() -> None:
     model = small_model()
     run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(256, TEXT_DIM)] * 2))  # the longest texts allowed
-    with pytest.raises(ValueError, match="600 text rows exceeds Wan's 512"):
+    with pytest.raises(UserError, match="600 text rows exceeds Wan's 512"):
         run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(300, TEXT_DIM)] * 2))
-    with pytest.raises(ValueError, match="leaves a Wan model without text"):
+    with pytest.raises(UserError, match="leaves a Wan model without text"):
         run(model, MoCConfig(text_anchor="none", chunk_tokens=12), sample())
-    with pytest.raises(ValueError, match="latent has 48 channels, this model takes 16"):
+    with pytest.raises(UserError, match="latent has 48 channels, this model takes 16"):
         run(model, DENSE, sample(channels=48))
     for dim, num_heads in ((130, 4), (99, 3)):
-        with pytest.raises(ValueError, match=f"dim={dim} over num_heads={num_heads} must give an even head width"):
+        with pytest.raises(UserError, match=f"dim={dim} over num_heads={num_heads} must give an even head width"):
             build_model(ModelConfig(Family.wan, dim=dim, num_heads=num_heads), 16, TEXT_DIM)
-    with pytest.raises(ValueError, match=r"text features are \(3, 23\), expected \(3, 24\): encode with the text enc"):
+    with pytest.raises(UserError, match=r"text features are \(3, 23\), expected \(3, 24\): encode with the text enc"):
         run(model, DENSE, Sample([torch.randn(16, 1, 4, 6)], [torch.zeros(3, TEXT_DIM - 1)] * 2))
     for change in ({"image_dim": 1280}, {"added_kv_proj_dim": 8}, {"pos_embed_seq_len": 4}, {"in_channels": 36}):
-        with pytest.raises(ValueError, match="image-to-video"):
+        with pytest.raises(UserError, match="image-to-video"):
             WanTransformer3DModel(**reduced(**change))
     for change in ({"cross_attn_norm": False}, {"qk_norm": None}, {"qk_norm": "rms_norm"}):
-        with pytest.raises(ValueError, match="is no Wan model that is supported"):
+        with pytest.raises(UserError, match="is no Wan model that is supported"):
             WanTransformer3DModel(**reduced(**change))
 
 
@@ -319,5 +320,5 @@ def test_experts_switch_at_the_boundary() -> None:
         levels = torch.tensor(sigma)
         for a, b in zip(run(pair, MOC, item, sigma=levels), run(expert, MOC, item, sigma=levels), strict=True):
             assert torch.equal(a, b)
-    with pytest.raises(ValueError, match=r"they differ in \['ffn_dim'\]"):
+    with pytest.raises(UserError, match=r"they differ in \['ffn_dim'\]"):
         Experts(high, WanTransformer3DModel(**reduced(attention_head_dim=24, num_layers=2, ffn_dim=64)))
