@@ -16,7 +16,10 @@ def read_image(path: Path) -> Tensor:
         raise DataError("zero-byte", path, "the file is empty (0 bytes)")
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would cut off at 255
+                upright = Image.fromarray((np.array(upright) >> 8).astype(np.uint8))
+            rgb = np.array(upright.convert("RGB"))
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error and others for broken files
         raise DataError("not-an-image", path, f"cannot be read as an image ({error})") from error
-    return torch.from_numpy(np.array(upright)).unsqueeze(0)
+    return torch.from_numpy(rgb).unsqueeze(0)
