@@ -174,6 +174,7 @@ class _Run:
         """Returns all samples, the same on every process."""
         videos = self._videos()
         plans: list[SamplePlan] = []
+        ids: set[str] = set()
         scans = {video: self._scan(video, detect) for video, detect in videos.items()}
         for scan in scans.values():
             self.report.count_scan(scan)
@@ -184,11 +185,17 @@ class _Run:
             except DataError as error:
                 self._problem(error)
                 continue
+            taken = sorted({plan.scene.id for plan in samples} & ids)
+            if taken:
+                said = f"another scene has a sample {taken[0]!r} already; give one of them another id"
+                self._problem(DataError("duplicate-id", scene.where, said))
+                continue
             for warning in doubts(scene, seen, self.rule.sizes):
                 self.report.add_problem(warning, action="warning")
             for shot in skipped:
                 self._problem(shot)
             plans += samples
+            ids |= {plan.scene.id for plan in samples}
         return plans
 
     def _caption(self, plans: list[SamplePlan], captioner: Captioner) -> list[SamplePlan]:
@@ -253,8 +260,8 @@ class _Run:
             settled = done | {key for *_, key in failures}
             lost = [plan.scene.id for plan in plans if plan.key not in settled]
             if not lost and None not in notes:
-                for *fields, _ in failures:
-                    self.report.add_problem(DataError(*fields))
+                for *fields, key in failures:  # one without a key got no captions, and is used
+                    self.report.add_problem(DataError(*fields), action="skipped" if key else "warning")
                 return done
             time.sleep(1)
         raise DataError(

@@ -85,8 +85,9 @@ def test_an_answer_out_of_form_is_a_record(folder):
     prepared = run(folder, captioner)
     assert len(captioner.asked) == 2
     assert "Begin with [character]" in captioner.asked[1][1]
-    problems = [(p["kind"], p["where"]) for p in prepared.report.problems]
-    assert ("bad-answer", "a") in problems
+    problems = [(p["kind"], p["where"], p["action"]) for p in prepared.report.problems]
+    assert ("bad-answer", "a", "warning") in problems  # the sample is taken without a caption
+    assert "a" in {sample["id"] for sample in prepared.report.samples}
     with pytest.raises(DataError, match="did not answer in form"):
         run(folder, captioner, strict=True)
 

@@ -49,6 +49,18 @@ def test_long_shots_become_continuations_and_fps_is_kept(folder):
     assert numbers_in(open_cache(slow.cache).latents(stored)[0])[:4] == [0, 8, 16, 24]
 
 
+def test_no_two_samples_have_one_id(folder):
+    """The parts of a long scene are numbered, and another scene may be called as one of them."""
+    scenes(folder, scene("a", (3, 20), (20, 29), (33, 60)), scene("a#0001", (0, 20)), scene("b", (0, 20)))
+    prepared = run(folder)
+    assert [s.id for s in open_cache(prepared.cache).scenes] == ["a#0000", "a#0001", "b"]
+    assert [line.id for line in load_manifest(prepared.manifest, root=folder)] == ["a#0000", "a#0001", "b"]
+    (problem,) = prepared.report.problems
+    assert (problem["kind"], problem["action"]) == ("duplicate-id", "skipped")
+    assert problem["where"].endswith("manifest.jsonl:2")
+    assert "'a#0001'" in problem["message"]
+
+
 def test_a_sample_has_the_rate_of_its_film_whatever_the_manifest_says(folder):
     scenes(folder, replace(scene("a", (0, 60)), fps=60.0), scene("b", (0, 60)))
     lines = load_manifest(run(folder).manifest, root=folder)
