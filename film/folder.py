@@ -37,13 +37,13 @@ from data.errors import DataError
 from data.media.index import to_rgb
 from data.media.write import join_videos, write_video
 from data.records import write_whole
+from film.request import REQUEST, difference, other_shots, shot_of
 from moc.earlier import MOC, SAMPLER
 from moc.errors import UserError
 from moc.files import PARTIAL, copy_whole, held
 from moc.training.checkpoint import read_json
 
 VIDEO, METADATA, PROGRESS = "video.mp4", "metadata.json", ".progress.safetensors"
-REQUEST = ("script", "moc", "flow", "sampler", "precision", "fingerprints")  # metadata that decide the frames
 ROUTING = "routing.safetensors"
 SCENES = "[0-9][0-9][0-9]_[0-9][0-9][0-9].mp4"
 GIVEN = f"given/{'[0-9a-f]' * 16}.*"
@@ -111,8 +111,8 @@ class FilmFolder:
         if redo:
             self._check_redo(redo, before, now)
         for number in redo if self.is_finished else ():
-            before["script"]["shots"][number - 1] = _shot(now, number)
-        if changed := _difference(before, now):
+            before["script"]["shots"][number - 1] = shot_of(now, number)
+        if changed := difference(before, now):
             remedy = self._remedy(before, now) if not redo else REMEDY
             raise DataError("other-film", self.path, f"holds another film: {changed}; {remedy}")
 
@@ -120,7 +120,7 @@ class FilmFolder:
         """Raises DataError where shots cannot be made anew: same-shot, unfinished-film. before, now: the requests."""
         if self.is_finished:
             there = [number for number in redo if self._latent(number).exists()]  # a lost shot may be what it was
-            same = [number for number in there if before["script"]["shots"][number - 1] == _shot(now, number)]
+            same = [number for number in there if before["script"]["shots"][number - 1] == shot_of(now, number)]
             if same:
                 raise DataError("same-shot", self.path, f"shot {same[0]} is asked to be what it is; change its prompt, "
                                 "its seed in the script, or sampler.seed")  # fmt: skip
@@ -132,7 +132,7 @@ class FilmFolder:
     def _remedy(self, before: dict[str, Any], now: dict[str, Any]) -> str:
         """Returns what to do where the folder holds the film of another request."""
         if self.is_finished:
-            anew = _other_shots(before, now)
+            anew = other_shots(before, now)
             return f"make anew with redo={anew}, {REMEDY}" if anew else REMEDY
         begun = self._read_progress()[1].redo
         return f"shots {begun} of it are being made anew; finish that as it was asked for" if begun else REMEDY
@@ -220,24 +220,25 @@ class FilmFolder:
         made = {int(number): crc32 for number, crc32 in state["made"].items()}
         return state["request"], FilmProgress(state["step"], made, state["redo"], tensors)
 
-    def _damaged(self, file: Path) -> DataError:
-        return DataError("damaged-film", file, f"is not what was written; {REMEDY}")
+    def _damaged(self, file: Path, remedy: str = REMEDY) -> DataError:
+        return DataError("damaged-film", file, f"is not what was written; {remedy}")
 
     # Files of the film
 
     def missing(self, num_shots: int) -> Missing:
-        """Returns what is not there of a film of so many shots, of what cannot be drawn again from its videos."""
+        """Returns what is not there of a film of so many shots, of what cannot be drawn again from its videos; a video
+        that cannot be read is not."""
         numbers = range(1, num_shots + 1)
         latents = {number for number in numbers if not self._latent(number).exists()}
-        shots = {number for number in numbers if not self.shot(number).exists()}
-        return Missing(latents, shots, not (self.path / VIDEO).exists())
+        shots = {number for number in numbers if not self._opens(self.shot(number))}
+        return Missing(latents, shots, not self._opens(self.path / VIDEO))
 
     def lost(self, numbers: Sequence[int]) -> DataError:
-        """Returns the error of a whole film that holds neither videos nor latents of some shots."""
+        """Returns the error of a whole film that holds neither whole videos nor latents of some shots."""
         said = f"shot {numbers[0]}" if len(numbers) == 1 else f"shots {list(numbers)}"
         remedy = f"make anew with redo={list(numbers)}, {REMEDY}"
         return DataError(
-            "lost-shot", self.path, f"has lost {said}, of which neither video nor latent is there; {remedy}"
+            "lost-shot", self.path, f"has lost {said}, of which neither a whole video nor a latent is there; {remedy}"
         )
 
     def _latent(self, number: int) -> Path:
@@ -270,30 +271,42 @@ class FilmFolder:
         return join_videos(self.path / VIDEO, shots, chapters)
 
     @contextmanager
-    def _opened(self, number: int) -> Iterator[av.container.InputContainer]:
-        """Opens the video of a shot. Raises DataError (damaged-film) where it cannot be read, FileNotFoundError."""
+    def _opened(self, video: Path) -> Iterator[av.container.InputContainer]:
+        """Opens a video of the film. Raises DataError (damaged-film) where it cannot be read, FileNotFoundError."""
         try:
-            with av.open(str(self.shot(number))) as container:
+            with av.open(str(video)) as container:
+                if not container.streams.video:  # as in a file whose end is missing
+                    raise EOFError
                 yield container
-        except av.error.InvalidDataError:
-            raise self._damaged(self.shot(number)) from None
+        except (av.error.InvalidDataError, EOFError):
+            raise self._damaged(video, "the command that made the film writes it again") from None
+
+    def _opens(self, video: Path) -> bool:
+        try:
+            with self._opened(video):
+                return True
+        except (DataError, FileNotFoundError):
+            return False
 
     def num_frames(self, number: int) -> int:
         """Returns how many frames the video of a shot has."""
-        with self._opened(number) as container:
+        with self._opened(self.shot(number)) as container:
             return container.streams.video[0].frames
 
     def frames(
         self, number: int, pick: Callable[[int], list[int]], fit: Callable[[int, int], tuple[int, int]]
     ) -> np.ndarray:
         """Returns some frames of a shot as its video shows them, uint8 [n, H, W, 3]. pick: which, of how many. fit: the
-        size that they get, of the (height, width) they have."""
-        with self._opened(number) as container:
+        size that they get, of the (height, width) they have. Raises what opening the video does."""
+        with self._opened(self.shot(number)) as container:
             stream, reformatter = container.streams.video[0], VideoReformatter()
             stream.thread_type = "AUTO"
             wanted, size = pick(stream.frames), fit(stream.height, stream.width)
             frames = enumerate(islice(container.decode(stream), wanted[-1] + 1))
-            return np.stack([to_rgb(frame, reformatter, size) for index, frame in frames if index in wanted])
+            shown = [to_rgb(frame, reformatter, size) for index, frame in frames if index in wanted]
+            if len(shown) < len(set(wanted)):
+                raise EOFError
+            return np.stack(shown)
 
     def copy_pictures(self, names: Mapping[Path, str]) -> None:
         """Copies the pictures and videos of a script to where its record names them."""
@@ -338,10 +351,10 @@ class FilmFolder:
         write_whole(self.path / METADATA, text.encode())
 
     def draw(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Has `draw` make a picture of the film at a path, unless it is there. One that fails costs no more than
-        itself: a warning."""
+        """Has `draw` make a picture or a video of the film at a path, unless it is there. One that fails costs no more
+        than itself: a warning."""
         path = self.path / name
-        if path.exists():
+        if self._opens(path) if path.suffix == ".mp4" else path.exists():
             return
         try:
             draw(path)
@@ -358,40 +371,3 @@ class FilmFolder:
     def files(self) -> list[Path]:
         """Lists what there is to look at."""
         return [path for pattern in (VIDEO, *DRAWN) for path in sorted(self.path.glob(pattern))]
-
-
-def _shot(request: dict[str, Any], number: int) -> Any:
-    """Returns what a request asks of a shot; None where its script has none of that number."""
-    shots = request["script"]["shots"]
-    return shots[number - 1] if number <= len(shots) else None
-
-
-def _other_shots(before: dict[str, Any], now: dict[str, Any]) -> list[int]:
-    """Returns the numbers of the shots, counted from 1, in which two requests differ; none where they differ in more,
-    in all of their shots, or in a given video."""
-    old, new = before["script"]["shots"], now["script"]["shots"]
-    rest = [request | {"script": request["script"] | {"shots": []}} for request in (before, now)]
-    other = [number for number, pair in enumerate(zip(old, new, strict=False), start=1) if pair[0] != pair[1]]
-    given = any("video" in shots[number - 1] for shots in (old, new) for number in other)
-    if given or len(old) != len(new) or len(other) == len(old) or rest[0] != rest[1]:
-        return []
-    return other
-
-
-def _difference(before: Any, now: Any, key: str = "") -> str:
-    """Returns the first value in which two JSON objects differ, in words; "" where they are equal."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            said = _difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-            if said:
-                return said
-        return ""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        pairs = enumerate(zip(before, now, strict=True))
-        return next(filter(None, (_difference(*pair, f"{key}[{index}]") for index, pair in pairs)), "")
-    return "" if before == now else f"its {key} is {_short(before)}, not {_short(now)}"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -44,6 +44,52 @@ def test_what_a_whole_film_has_lost_is_made_from_its_latents(trained, write, tmp
     assert film_of(filmmaker, write(STORY), folder) == whole
 
 
+DAMAGES = {
+    "empty": lambda video: b"",
+    "cut off": lambda video: video[: len(video) // 2],
+    "without its last bytes": lambda video: video[:-200],
+    "of zeros": lambda video: bytes(len(video)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_videos_are_written_again_from_the_latents(trained, write, tmp_path, monkeypatch, damage):
+    """A hard link to a shot, which has the name of its scene, is as damaged as the shot."""
+    filmmaker, folder = open_filmmaker(trained), tmp_path / "film"
+    story = write(STORY | {"shots": [SHOT | {"scene": [1, 1]}, SHOT | {"scene": [1, 2]}]})
+    whole = film_of(filmmaker, story, folder)
+    for name in ("shots/02.mp4", "001_002.mp4", "video.mp4"):
+        (folder / name).write_bytes(damage(whole[name]))
+    monkeypatch.setattr(Filmmaker, "_sample", sampling_fails)
+    assert film_of(filmmaker, story, folder) == whole
+
+
+def test_a_film_goes_on_though_a_finished_shot_is_damaged(trained, write, tmp_path):
+    filmmaker, story = open_filmmaker(trained, lag=1.0), write(STORY)
+    whole, folder = film_of(filmmaker, story, tmp_path / "whole"), tmp_path / "film"
+
+    def stop(progress) -> None:
+        if (folder / "shots/01.mp4").exists():
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        filmmaker.make([(filmmaker.read(story), FilmFolder(folder))], watch=stop)
+    (folder / "shots/01.mp4").write_bytes(b"")
+    assert film_of(filmmaker, story, folder) == whole
+
+
+def test_a_damaged_shot_is_named_with_what_to_do(trained, write, tmp_path):
+    filmmaker, folder = open_filmmaker(trained), tmp_path / "film"
+    film_of(filmmaker, write(STORY), folder)
+    (folder / "shots/02.mp4").write_bytes(b"")
+    said = r"shots/02.mp4: is not what was written; the command that made the film writes it again"
+    with pytest.raises(DataError, match=said):
+        FilmFolder(folder).num_frames(2)
+    lose(folder, "latents/02.safetensors")
+    with pytest.raises(DataError, match=r"has lost shot 2, of which neither a whole video nor a latent .* redo=\[2\]"):
+        film_of(filmmaker, write(STORY), folder)
+
+
 def test_a_whole_film_of_a_given_video_gets_its_files_back(trained, write, tmp_path, monkeypatch):
     """The latent of a given video is encoded again, and the script's files are copied again."""
     filmmaker, folder = open_filmmaker(trained), tmp_path / "film"

@@ -23,7 +23,8 @@ from evaluation.films.features import Clip, ColourHistogram, Dino
 from evaluation.films.scores import average, cuts, difference, measure, scores
 from evaluation.films.shown import Film, ShownShot, names_by_shot, open_film, read_schedule
 from evaluation.films.speed_and_drift import appearance, drift, speed
-from film.folder import REQUEST, FilmFolder, FilmProgress
+from film.folder import FilmFolder, FilmProgress
+from film.request import REQUEST
 from film.script import load_script
 from film.storyboard import pick_frames
 from moc.errors import UserError

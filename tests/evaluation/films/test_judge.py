@@ -11,7 +11,8 @@ from data.media.write import write_video
 from data.prepare.shots import build_detector
 from data.storyworld import StoryworldConfig, generate
 from evaluation.films.judge import held_out_floors, judge_film, ratio_to_line
-from film.folder import REQUEST, FilmFolder
+from film.folder import FilmFolder
+from film.request import REQUEST
 from film.script import Script, ScriptShot
 
 
