@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +36,38 @@ shots:
 def studio(trained, tmp_path):
     config = FilmmakerConfig(str(trained), device="cpu", sampler=SamplingConfig(steps=3, guidance_scale=2.0))
     return Studio(Filmmaker(config), tmp_path / "studio", preview_steps=1)
+
+
+@pytest.fixture
+def in_step(monkeypatch):
+    """Films wait after each step until who listens asks for the next state; once nobody listens they make no step
+    more."""
+    in_a_thread = studio_module._in_a_thread
+
+    def waiting(work):
+        turns, is_over = threading.Semaphore(0), threading.Event()
+
+        def run(watch):
+            def on_step(progress):
+                watch(progress)
+                turns.acquire()
+                while is_over.is_set():
+                    watch(progress)  # this raises as soon as the film is told to stop
+
+            work(on_step)
+
+        making = in_a_thread(run)
+        try:
+            yield next(making)
+            for done in making:
+                yield done
+                turns.release()
+        finally:
+            is_over.set()
+            turns.release()
+            making.close()
+
+    monkeypatch.setattr(studio_module, "_in_a_thread", waiting)
 
 
 def files(folder: Path) -> set[str]:
@@ -85,7 +118,7 @@ def test_links_and_pictures_do_not_lead_out_of_the_folder(studio, tmp_path):
         studio.save("walk", STORY.replace("seconds: 0.34}", "image: ../../secret.png}", 1))
 
 
-def test_a_film_is_made_step_by_step_and_stopped_and_goes_on(studio):
+def test_a_film_is_made_step_by_step_and_stopped_and_goes_on(studio, in_step):
     studio.save("walk", STORY)
     making = studio.make("walk")
     states = [next(making) for _ in range(5)]
@@ -266,7 +299,7 @@ def test_what_fails_while_filming_is_told(studio, monkeypatch):
         list(studio.make("walk"))
 
 
-def test_the_page_shows_what_the_studio_has(studio):
+def test_the_page_shows_what_the_studio_has(studio, in_step):
     app = pytest.importorskip("film.app", reason="needs gradio")
     studio.save("walk", STORY.replace("Mia walks.", "<b>Mia</b> walks."))
     cards = app._cards(studio, "walk")
