@@ -24,7 +24,7 @@ def main(config: SampleConfig) -> None:
     films = read_films(found, filmmaker, refusals, config.size, config.fps)
     is_main = filmmaker.parallel.is_main
     if config.dry_run and is_main:
-        tell_costs(films, filmmaker, refusals)
+        tell_costs(films, filmmaker, refusals, config.redo)
     refusals.tell()
     if config.dry_run:
         return

@@ -58,9 +58,12 @@ class Estimate:
                 f"{number:<4}  {shot.beginning:<10}  {frames:<6}  {seconds:<8.2f}  {plan.shapes[index][1]:<13}  "
                 f"{self.shot_tokens[index]}"
             )
+        made = sum(index not in plan.given for index in plan.filmed)
+        of_which = f", of which {made} {'is' if made == 1 else 'are'} made" if made < len(plan.filmed) else ""
         return [
             *rows,
-            f"{count_of(len(plan.filmed), 'shot')}, {_length(plan)}, {count_of(sum(self.shot_tokens), 'token')}",
+            f"{count_of(len(plan.filmed), 'shot')}{of_which}, {_length(plan)}, "
+            f"{count_of(sum(self.shot_tokens), 'token')}",
             f"{count_of(self.forwards, 'forward')} of {in_flops(self.flops)} in all "
             f"({self.dense_flops / max(self.flops, 1):.1f}x with dense attention and nothing remembered); "
             f"sparsity {self.sparsity:.0%} at the end",

@@ -13,12 +13,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from data.errors import DataError
 from film.estimate import Estimate, estimate
 from film.fit import check_fits, placed
 from film.folder import FilmFolder
 from film.plan import FilmPlan, counts_that_stay, plan_film
 from film.presentation import present
+from film.redo import with_seeds_of
 from film.script import Script, load_script, parse_script
 from film.shooting import ROUTE_COUNTS, OnStep, Shooting, telling_what_goes_on
 from film.video import VideoConfig
@@ -227,8 +227,8 @@ class Filmmaker:
         for script, folder in films:
             with refusals.noted(folder.path if len(films) > 1 else ""):
                 if redo:
-                    seeded = self.with_seeds_of(folder, script, redo) if self.parallel.leads else script
-                    script = self.parallel.share(seeded)
+                    leads, codec = self.parallel.leads, self.encoders.codec
+                    script = self.parallel.share(with_seeds_of(folder, script, redo, codec) if leads else script)
                 plans.append((plan := self.plan(script), folder))
                 if self.parallel.leads and (redo or not folder.is_finished):
                     self.check_memory(plan.anew(redo) if redo else plan, is_begun=folder.request() is not None)
@@ -306,29 +306,6 @@ class Filmmaker:
                 self._shooting(plan, folder, request).restore()
             present(folder, plan, self.config.video)
             folder.forget()  # forgets what it was asked to redo, so that no shot is made anew twice
-
-    def with_seeds_of(self, folder: FilmFolder, script: Script, redo: Sequence[int]) -> Script:
-        """Returns the script, with the seeds of the folder's film in the shots that stay as they are. Raises DataError
-        (no-film), and UserError where the shots `redo` cannot be made anew alone."""
-        before = folder.request()
-        if before is None:
-            raise DataError("no-film", folder.path, f"holds no film to make shots {list(redo)} of anew; leave out redo")
-        shots, old = script.shots, before["script"]["shots"]
-        wrong = [number for number in redo if not 1 <= number <= min(len(shots), len(old))]
-        if wrong:
-            raise UserError(f"redo={list(redo)}: the film has shots 1 to {len(old)}, and no {wrong[0]}")
-        given = [number for number in redo if shots[number - 1].video or "video" in old[number - 1]]
-        if given:
-            raise UserError(f"redo={list(redo)}: shot {given[0]} is a given video, which is not made; name others")
-        if len(old) > 1 and not self.encoders.codec.begins_video(1):
-            raise UserError(
-                f"redo={list(redo)}: this codec makes one video of all shots, of which none can be made anew alone"
-            )
-        kept = [
-            shot if number in redo or shot.seed is not None else replace(shot, seed=past["seed"])
-            for number, (shot, past) in enumerate(zip(shots, old, strict=False), start=1)
-        ]
-        return replace(script, shots=(*kept, *shots[len(kept) :]))
 
     def _sample(
         self,

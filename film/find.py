@@ -8,6 +8,7 @@ from data.errors import DataError
 from film.filmmaker import Filmmaker
 from film.folder import METADATA, FilmFolder
 from film.plan import check_size
+from film.redo import with_seeds_of
 from film.script import Script
 from moc.errors import Refusals
 
@@ -64,8 +65,15 @@ def read_films(
     return films
 
 
-def tell_costs(films: Sequence[tuple[Script, FilmFolder]], filmmaker: Filmmaker, refusals: Refusals) -> None:
-    """Prints what each film will cost. Scripts that cannot be encoded are noted as `refusals`."""
+def tell_costs(
+    films: Sequence[tuple[Script, FilmFolder]], filmmaker: Filmmaker, refusals: Refusals, redo: Sequence[int] = ()
+) -> None:
+    """Prints what each film will cost, or its shots `redo` alone if they are made anew. Scripts that cannot be encoded
+    and films whose shots cannot be made anew are noted as `refusals`."""
     for script, folder in films:
-        with refusals.noted(folder.path):
-            print(f"{folder.path}: {script.title}", *filmmaker.cost(filmmaker.plan(script)), sep="\n", flush=True)
+        with refusals.noted(folder.path if len(films) > 1 else ""):
+            if redo:
+                script = with_seeds_of(folder, script, redo, filmmaker.encoders.codec)
+            plan = filmmaker.plan(script)
+            cost = filmmaker.cost(plan.anew(redo) if redo else plan)
+            print(f"{folder.path}: {script.title}", *cost, sep="\n", flush=True)

@@ -25,6 +25,7 @@ from data.errors import DataError
 from film.fields import seed_of
 from film.filmmaker import Filmmaker
 from film.folder import FilmFolder
+from film.redo import with_seeds_of
 from film.script import Script, ScriptShot
 from film.shooting import OnStep
 from moc.diffusion import Progress
@@ -141,7 +142,7 @@ class Studio:
         made = film.request() or {}
         before = made["sampler"]
         filmmaker = self.filmmaker.with_sampler(steps=before["steps"], guidance_scale=before["guidance_scale"])
-        script = filmmaker.with_seeds_of(film, replace(script, shots=tuple(shots)), [number])
+        script = with_seeds_of(film, replace(script, shots=tuple(shots)), [number], filmmaker.encoders.codec)
         film.check_request(filmmaker.request(filmmaker.plan(script)), [number])
         take = self._takes(film) / f"{number:02d}_{len(self.takes(name, number))}.mp4"
         copy_whole(film.shot(number), take)

@@ -19,7 +19,7 @@ from models.checkpoints.experts import Experts
 from models.encoders.lapped import LappedCodec
 from models.frozen import Base
 from tests.film.filming import SHOT, STORY, film_of, open_filmmaker
-from tests.pipeline import command
+from tests.pipeline import command, refusal
 
 
 @pytest.mark.parametrize(
@@ -219,6 +219,28 @@ def test_a_dry_run_makes_no_film(trained, write, tmp_path, capsys):
     command("sample.py", *arguments, "dry_run=true")
     assert "3 shots, 13 frames" in capsys.readouterr().out
     assert not (tmp_path / "film").exists()
+
+
+def test_a_dry_run_of_a_shot_made_anew_tells_what_that_costs(trained, write, tmp_path, capsys):
+    """The shots that stay are seen and not sampled; shots that the film lacks are refused as they would be."""
+    filmmaker, folder = open_filmmaker(trained, steps=5), tmp_path / "film"
+    paths = [f"checkpoint={trained}", f"script={write(STORY)}", f"out={folder}"]
+    asked = [*paths, "device=cpu", "sampler.steps=5", "sampler.guidance_scale=2.0", "dry_run=true"]
+    assert "holds no film to make shots [2] of anew" in refusal(capsys, "sample.py", *asked, "redo=[2]")
+    film_of(filmmaker, write(STORY), folder)
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+    whole, alone = filmmaker.cost(plan), filmmaker.cost(plan.anew([2]))
+    told = []
+    for redo in ([], ["redo=[2]"]):
+        capsys.readouterr()
+        command("sample.py", *asked, *redo)
+        told.append(capsys.readouterr().out.splitlines()[1:])
+    assert told == [whole, alone]
+    assert whole[4].startswith("3 shots, 13 frames")
+    assert alone[4].startswith("3 shots, of which 1 is made, 13 frames")
+    forwards = [int(lines[5].split(" forwards")[0]) for lines in told]
+    assert forwards[1] < forwards[0]
+    assert "the film has shots 1 to 3, and no 4" in refusal(capsys, "sample.py", *asked, "redo=[4]")
 
 
 @pytest.mark.usefixtures("no_decoding")

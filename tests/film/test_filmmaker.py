@@ -14,6 +14,7 @@ from data.errors import DataError
 from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.find import find_films
 from film.folder import METADATA, PROGRESS, FilmFolder
+from film.redo import with_seeds_of
 from film.script import load_script
 from moc import MoCConfig
 from moc.diffusion import SamplingConfig
@@ -259,7 +260,8 @@ def test_making_anew_is_killed_and_goes_on(trained, write, tmp_path):
     for name in ("whole", "killed"):
         film_of(first, write(STORY), tmp_path / name)
     whole = film_of(second, write(STORY), tmp_path / "whole", redo=[2])
-    plan = second.plan(second.with_seeds_of(FilmFolder(tmp_path / "killed"), second.read(write(STORY)), [2]))
+    script = second.read(write(STORY))
+    plan = second.plan(with_seeds_of(FilmFolder(tmp_path / "killed"), script, [2], second.encoders.codec))
     assert times_killed(lambda: second.film(plan, FilmFolder(tmp_path / "killed"), [2])) > 3
     assert contents(tmp_path / "killed") == whole
 
