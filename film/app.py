@@ -1,7 +1,8 @@
 """This module shows a studio as a page for the browser, made with gradio (`pip install -e '.[app]'`)."""
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -211,17 +212,17 @@ class Callbacks:
     def take_before(self, name: str, number: int | None) -> tuple[Any, ...]:
         return self.studio.before(name, _filled(number, "Shot"))
 
-    def film_script(self, name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+    def film_script(self, name: str, text: str, *settings: Any) -> Generator[tuple[Any, ...]]:
         self.studio.save(name, text)
         making = self.studio.make(name, **_sampling(*settings))
         yield from _follow(making, lambda _: _film(self.studio, name), cards=lambda: _cards(self.studio, name))
 
-    def film_preview(self, name: str, text: str, *settings: Any) -> Iterator[tuple[Any, ...]]:
+    def film_preview(self, name: str, text: str, *settings: Any) -> Generator[tuple[Any, ...]]:
         self.studio.save(name, text)
         making = self.studio.preview(name, **_sampling(*settings))
         yield from _follow(making, lambda film: (str(film.path / "video.mp4"), _SAME, _SAME), "previewed")
 
-    def film_again(self, name: str, number: int | None, prompt: str, seed: int | None) -> Iterator[tuple[Any, ...]]:
+    def film_again(self, name: str, number: int | None, prompt: str, seed: int | None) -> Generator[tuple[Any, ...]]:
         chosen = _filled(number, "Shot")
         making = self.studio.redo(name, chosen, prompt, _filled(seed, "Seed"))
         for told in _follow(making, lambda _: _film(self.studio, name)):
@@ -342,12 +343,23 @@ def _guarded(callback: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _guarded_generator(callback: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """Returns what `_guarded` does, of a callback that yields how far it is."""
+def _guarded_generator(callback: Callable[..., Generator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    """Returns what `_guarded` does, of a callback that yields how far it is. The callback runs and is closed in other
+    threads: closing waits for a step, which gradio would do in the loop that serves every page."""
 
     @wraps(callback)
-    def guarded(*arguments: Any) -> Iterator[Any]:
-        with _errors_shown():
-            yield from callback(*arguments)
+    async def guarded(*arguments: Any) -> AsyncIterator[Any]:
+        told, asked = callback(*arguments), None
+        try:
+            with _errors_shown():
+                while True:
+                    asked = asyncio.ensure_future(asyncio.to_thread(next, told, None))
+                    if (values := await asyncio.shield(asked)) is None:
+                        return
+                    yield values
+        finally:
+            if asked:
+                await asyncio.wait([asked])  # a generator that runs cannot be closed
+            await asyncio.to_thread(told.close)
 
     return guarded
