@@ -14,7 +14,7 @@ from torch import Tensor
 from moc.errors import UserError
 
 _OF_CODEC = {
-    "libx264": {"x264-params": "mbtree=0"},  # x264's MB-tree may give other bytes each time
+    "libx264": {"x264-params": "mbtree=0"},  # x264's MB-tree may give other bytes each time (seen with core 165)
     "libx265": {"x265-params": "log-level=error"},  # x265 would print twenty lines for each shot
 }
 

@@ -1,5 +1,6 @@
 """This module defines storyworld's settings."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -72,13 +73,13 @@ class StoryworldConfig:
                                 "a list of whole numbers from 1"),
             "shots": (self.shots, bool(self.shots) and min(self.shots) >= self._least_shots(),
                       f"a list of whole numbers from {self._least_shots()} in this mode"),
-            "names": (self.names, set(self.names) <= set(BADGES), f"among {', '.join(BADGES)}"),
+            "names": (self.names, _are_among(self.names, BADGES), f"among {', '.join(BADGES)}, each once"),
             "cameras": (self.cameras, set(self.cameras) <= set(CAMERAS), f"among {', '.join(CAMERAS)}"),
             "characters": (self.characters, 1 <= self.characters <= len(self.names or BADGES),
                            f"from 1 to {len(self.names or BADGES)}, the number of names"),
             "characters_per_shot": (self.characters_per_shot, 1 <= self.characters_per_shot <= min(3, self.characters),
                                     "from 1 to 3, and at most `characters`"),
-            "places": (self.places, set(self.places) <= set(PLACES), f"names among {', '.join(PLACES)}"),
+            "places": (self.places, _are_among(self.places, PLACES), f"names among {', '.join(PLACES)}, each once"),
             "places_per_scene": (self.places_per_scene, 1 <= self.places_per_scene <= len(self.places or PLACES),
                                  "from 1 to the number of places"),
             "continuation": (self.continuation, 0 <= self.continuation <= 1, "from 0 to 1"),
@@ -96,3 +97,8 @@ class StoryworldConfig:
 
     def _least_shots(self) -> int:
         return 2 if self.mode == Mode.recall else 1
+
+
+def _are_among(names: list[str], known: Collection[str]) -> bool:
+    """Returns whether all names are known ones, and none is there twice."""
+    return len(set(names)) == len(names) and set(names) <= set(known)

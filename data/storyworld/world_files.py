@@ -13,6 +13,7 @@ what it must show (looks), where (the boxes of its shot), and how many shots ago
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, astuple
@@ -30,8 +31,7 @@ from data.storyworld.config import StoryworldConfig
 from data.storyworld.render import Renderer, Sighting
 from data.storyworld.scenes import Scene, Shot, plan_scene, vocabulary
 
-# Without mbtree=0 x264 does not repeat its own bytes (seen with x264 core 165, one thread).
-X264 = {"preset": "veryfast", "x264-params": "mbtree=0"}
+X264 = {"preset": "veryfast"}
 MANIFEST, TRUTH, VOCABULARY, VIDEOS = "manifest.jsonl", "truth.jsonl", "vocabulary.txt", "videos"
 
 
@@ -60,7 +60,8 @@ def _clear(root: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{manifest} is no storyworld ({TRUTH} is missing): give another output")
     manifest.unlink()
     for video in (root / VIDEOS).glob("*.mp4"):
-        video.unlink()
+        if re.fullmatch(r"scene_\d{6,}|\.scene_\d{6,}\.partial", video.stem):  # names that only this code gives
+            video.unlink()
 
 
 def _write_scenes(config: StoryworldConfig) -> Iterator[tuple[int, dict]]:

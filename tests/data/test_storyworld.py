@@ -317,8 +317,11 @@ def test_existing_world_is_replaced_only_when_told(tmp_path):
     generate(config)
     with pytest.raises(FileExistsError, match="overwrite=true"):
         generate(config)
+    mine = tmp_path / "videos" / "scene_mine.mp4"
+    mine.touch()
+    mine.with_name(".scene_000001.partial.mp4").touch()  # a killed process leaves such a file
     generate(replace(config, scenes=1, overwrite=True))
-    assert len(list((tmp_path / "videos").iterdir())) == 1
+    assert {file.name for file in (tmp_path / "videos").iterdir()} == {"scene_000000.mp4", mine.name}
     (tmp_path / "truth.jsonl").unlink()
     with pytest.raises(FileExistsError, match="no storyworld"):
         generate(replace(config, overwrite=True))
@@ -334,6 +337,8 @@ def test_existing_world_is_replaced_only_when_told(tmp_path):
         ({"characters": 9}, "from 1 to 8"),
         ({"characters_per_shot": 4}, "at most `characters`"),
         ({"places": ["moon"]}, "names among meadow"),
+        ({"places": ["cave", "cave"], "places_per_scene": 2}, r"places=\['cave', 'cave'\]: must be .* each once"),
+        ({"names": ["Mia", "Mia"]}, r"names=\['Mia', 'Mia'\]: must be .* each once"),
         ({"places": ["reef"], "places_per_scene": 2}, "number of places"),
         ({"continuation": 1.5}, "from 0 to 1"),
         ({"mode": Mode.recall, "characters": 1}, "raise characters"),
