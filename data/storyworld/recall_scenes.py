@@ -51,7 +51,8 @@ class RecallConfig:
     travel: float = 1.0
 
     def __post_init__(self) -> None:
-        check_least(self, "recall", 0, "seed")
+        if not 0 <= self.seed < 1 << 64:
+            raise UserError(f"recall.seed={self.seed} must be a whole number from 0 to {(1 << 64) - 1}")
         check_least(self, "recall", 1, "fps", "frames", "paintings")
         check_least(self, "recall", 2, "shots")
         if len(self.size) != 2 or any(n < 32 or n > 256 or n % 2 for n in self.size):

@@ -252,3 +252,11 @@ def test_what_does_not_fit_is_told(world):
         RecallWorld(RecallConfig(frames=6), encoders.codec, encoders.text, encoders.save)
     with pytest.raises(UserError, match=r"recall\.characters=1"):
         RecallConfig(characters=1)
+    RecallConfig(seed=2**64 - 1)
+    for seed in (-1, 2**64):
+        with pytest.raises(UserError, match=rf"recall\.seed={seed} must be a whole number from 0 to {2**64 - 1}"):
+            RecallConfig(seed=seed)
+
+
+def test_the_largest_seed_draws_scenes():
+    assert len(draw_scenes(RecallConfig(seed=2**64 - 1), range(3))) == 3
