@@ -21,6 +21,9 @@ class DataError(UserError):
         return type(self), (self.kind, self.where, self.message)
 
 
+FETCH_AGAIN = "fetch it again, or leave it out"  # the remedy for a file that is not what its name says
+
+
 class DataWarning(DataError):
     """This warning says what a person should look at, though the data are used as they are."""
 

@@ -139,10 +139,10 @@ def resolve(root: Path, relative: str, where: object) -> Path:
         raise DataError("outside-root", where, _said_of_outside(root, relative)) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            "bad-path", where, f"{relative[:80]!r} names no file ({type(error).__name__}); rename it"
+            "bad-path", where, f"{relative[:80]!r} names no file ({type(error).__name__}); rename or remove it"
         ) from error
     if missing:
-        raise DataError("missing-file", where, f"{relative!r} is not in {root}")
+        raise DataError("missing-file", where, f"{relative!r} is not in {root}; put it there, or correct its name")
     return path
 
 

@@ -139,7 +139,11 @@ class ShotDataset:
             cache = opened[source.path]
             scenes = [s for s in self.caches[cache].scenes if source.kind.value in ("any", s.kind)]
             if not scenes:
-                raise DataError("no-usable-samples", source.path, f"holds no scene of kind {source.kind.value}")
+                raise DataError(
+                    "no-usable-samples",
+                    source.path,
+                    f"holds no scene of kind {source.kind.value}; take another kind, or leave it out",
+                )
             first = len(self.items)
             self.items += [(cache, scene) for scene in scenes]
             self.source_items.append((source.weight, list(range(first, len(self.items)))))

@@ -18,7 +18,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from data.errors import DataError
+from data.errors import FETCH_AGAIN, DataError
 from data.media.index import IndexedReader, VideoIndex, index_video, opened, to_rgb
 
 DECODERS = ("pyav", "decord", "torchcodec")
@@ -85,8 +85,12 @@ class PyAVReader(IndexedReader):
                 return out
         except av.error.FFmpegError as error:
             self.close()
-            raise DataError("broken", self.path, f"decoding fails in [{start}, {end}) ({error})") from error
-        raise DataError("broken", self.path, f"frames [{start}, {end}) do not decode as they did in the scan")
+            raise DataError(
+                "broken", self.path, f"decoding fails in [{start}, {end}) ({error.strerror}); {FETCH_AGAIN}"
+            ) from error
+        raise DataError(
+            "broken", self.path, f"frames [{start}, {end}) do not decode as they did in the scan; prepare it again"
+        )
 
     def close(self) -> None:
         if self._file:

@@ -86,7 +86,7 @@ def _unpack(archive: Path) -> bytes:
     with tarfile.open(archive) as package:
         inner = package.extractfile(_ZIP_MEMBER)
         if inner is None:
-            raise DataError("download-failed", archive, f"does not hold {_ZIP_MEMBER}")
+            raise DataError("download-failed", archive, f"does not hold {_ZIP_MEMBER}; delete it and run again")
         with zipfile.ZipFile(inner) as media:
             return media.read(_FILM_MEMBER)
 

@@ -7,13 +7,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from data.errors import DataError
+from data.errors import FETCH_AGAIN, DataError
 
 
 def read_image(path: Path) -> Tensor:
     """Returns uint8 [1, H, W, 3] RGB, upright as its EXIF says. Raises DataError (zero-byte, not-an-image)."""
     if path.stat().st_size == 0:
-        raise DataError("zero-byte", path, "the file is empty (0 bytes)")
+        raise DataError("zero-byte", path, f"the file is empty (0 bytes); {FETCH_AGAIN}")
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
@@ -21,5 +21,5 @@ def read_image(path: Path) -> Tensor:
                 upright = Image.fromarray((np.array(upright) >> 8).astype(np.uint8))
             rgb = np.array(upright.convert("RGB"))
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error and others for broken files
-        raise DataError("not-an-image", path, f"cannot be read as an image ({error})") from error
+        raise DataError("not-an-image", path, f"cannot be read as an image ({error}); {FETCH_AGAIN}") from error
     return torch.from_numpy(rgb).unsqueeze(0)

@@ -16,7 +16,7 @@ import torch
 from av.video.reformatter import ColorTrc, VideoReformatter
 from torch import Tensor
 
-from data.errors import DataError
+from data.errors import FETCH_AGAIN, DataError
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".mpg", ".mpeg"})
 MAX_SIDE = 16384
@@ -104,7 +104,11 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
                     height, width = _upright_size(frame)
                     hdr = _HDR_TRANSFERS.get(frame.color_trc, "")
                     if max(height, width) > MAX_SIDE:
-                        raise DataError("too-large", path, f"{height}x{width} is over {MAX_SIDE} a side")
+                        raise DataError(
+                            "too-large",
+                            path,
+                            f"{height}x{width} is over {MAX_SIDE} a side; scale it down, or leave it out",
+                        )
                 elif _upright_size(frame) != (height, width):
                     raise DataError(
                         "size-change", path, f"frame {i} is not {height}x{width} as frame 0; split the file there"
@@ -113,9 +117,11 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
                 if on_frame:
                     on_frame(frame)
         except av.error.FFmpegError as error:
-            raise DataError("broken", path, f"decoding fails after {len(stamps)} frames ({error})") from error
+            raise DataError(
+                "broken", path, f"decoding fails after {len(stamps)} frames ({error.strerror}); {FETCH_AGAIN}"
+            ) from error
     if not stamps:
-        raise DataError("no-frames", path, "no frame decodes")
+        raise DataError("no-frames", path, f"no frame decodes; {FETCH_AGAIN}")
     return replace(_index(stamps, height, width, fps, time_base), hdr=hdr, pixel_aspect=pixel_aspect)
 
 
@@ -175,21 +181,27 @@ class opened:
         if not path.is_file():
             raise DataError("missing-file", path, "no such file")
         if path.stat().st_size == 0:
-            raise DataError("zero-byte", path, "the file is empty (0 bytes)")
+            raise DataError("zero-byte", path, f"the file is empty (0 bytes); {FETCH_AGAIN}")
         try:
             self.container = av.open(str(path))
         except (av.error.FFmpegError, OSError) as error:
-            raise DataError("not-a-video", path, f"cannot be opened as video ({error})") from error
+            raise DataError(
+                "not-a-video", path, f"cannot be opened as video ({error.strerror}); {FETCH_AGAIN}"
+            ) from error
         streams = [s for s in self.container.streams.video if not _is_cover(s)]
         if not streams:
             has_audio = bool(self.container.streams.audio)
             self.container.close()
             if has_audio:
-                raise DataError("audio-only", path, "has sound but no video stream")
-            raise DataError("no-frames", path, "holds no video stream")
+                raise DataError("audio-only", path, "has sound but no video stream; leave it out")
+            raise DataError("no-frames", path, f"holds no video stream; {FETCH_AGAIN}")
         if streams[0].codec_context is None:
             self.container.close()
-            raise DataError("no-decoder", path, "this build of FFmpeg has no decoder for its video codec")
+            raise DataError(
+                "no-decoder",
+                path,
+                "this build of FFmpeg has no decoder for its video codec; convert it to H.264, or leave it out",
+            )
         streams[0].thread_type = "AUTO"
         return self.container, streams[0]
 

@@ -78,7 +78,9 @@ def held(output: Path, process: Process) -> Iterator[None]:
         try:
             stack.enter_context(files.held(output, holds=process.rank == 0))
         except files.HeldError as error:
-            raise DataError("output-in-use", output, "another run is preparing into it") from error
+            raise DataError(
+                "output-in-use", output, "another run is preparing into it; wait for its end, or name another output"
+            ) from error
         except OSError as error:
-            raise DataError("cannot-write", output, f"{error.strerror}") from error
+            raise DataError("cannot-write", output, f"{error.strerror}; name a folder that can be written") from error
         yield

@@ -1,6 +1,7 @@
 """These tests are about preparing bad input: every fault is a named record, never a crash, and the rest is used."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from fractions import Fraction
@@ -147,6 +148,10 @@ BAD = {
     "broken JSON": (b'{"id": "x", ', "not-json", ":LINE"),
     "no object": (b'"x"', "not-an-object", ":LINE"),
 }
+FILE_FAULTS = {
+    *("zero-byte", "not-a-video", "audio-only", "no-frames", "broken", "not-an-image", "missing-file", "bad-path"),
+    *("too-large", "size-change"),
+}
 TAKEN = {
     *("good", "odd", "eight k", "still", "truncated, readable#0000"),
     *("empty caption", "repeated stamps", "other fps"),
@@ -189,6 +194,8 @@ def test_bad_input_is_a_named_record(bad_run, name):
     assert len(matching) == 1, prepared.report.problems
     assert len(matching[0]["message"]) > 10
     assert "\n" not in matching[0]["message"]
+    if kind in FILE_FAULTS:
+        assert re.search("; .*(fetch|leave|put|remove|scale|split)", matching[0]["message"])
 
 
 def test_the_rest_of_a_bad_folder_is_used(bad_run):
