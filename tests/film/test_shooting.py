@@ -116,6 +116,21 @@ def test_what_is_kept_is_what_sampling_goes_on_from(tmp_path):
     assert torch.equal(FilmFolder(tmp_path).read_latent(2), noisy[4])
 
 
+def test_steps_after_a_finished_shot_are_kept_no_more_often_than_others(tmp_path):
+    steps = []
+
+    def sampling(on_step, start):
+        yield 0, latent()
+        for step in (1, 2, 3):
+            on_step(Progress(step, 4, {0: latent(), 1: latent(step / 10)}))
+            steps.append(FilmFolder(tmp_path).kept().step)
+        yield 1, latent()
+        on_step(Progress(4, 4, {}))
+
+    shooting(tmp_path, keep_every=3).run(sampling)
+    assert steps == [1, 1, 3]
+
+
 def test_a_picture_that_the_script_gives_is_not_kept_with_the_steps(tmp_path):
     Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
     plan = plan_film(script(ScriptShot("a", 4 / 12, image=tmp_path / "a.png")), FlatCodec())

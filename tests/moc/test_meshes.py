@@ -2,9 +2,11 @@
 products. And checkpoints that open under any of them."""
 
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 
 from moc.errors import UserError
@@ -55,13 +57,25 @@ def test_a_mesh_that_the_processes_do_not_fill(axes):
         Parallel(ParallelConfig("cpu", **axes))
 
 
-def test_tokens_and_heads_that_processes_cannot_share_are_refused():
+def test_processes_share_tokens_evenly_and_what_they_cannot_share_is_refused():
     exchange = Exchange(None, rank=0, size=4)
-    assert exchange.bounds(2, 6) == [2, 3, 4, 5, 6]
+    bounds = exchange.bounds(2, 9)
+    assert (bounds[0], bounds[-1]) == (2, 9)
+    assert sorted(end - start for start, end in pairwise(bounds)) == [1, 2, 2, 2]
     with pytest.raises(UserError, match=r"a stream of 3 tokens is too short for parallel\.sequence=4: lower it"):
         exchange.bounds(2, 5)
     with pytest.raises(UserError, match=r"parallel\.sequence=4 does not divide the model's 6 heads"):
         exchange.to_heads(torch.zeros(2, 6, 8), 8)
+
+
+def test_what_is_exchanged_may_lie_in_memory_in_any_order():
+    """Attention may give it head by head."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        by_head = torch.arange(24.0).view(2, 3, 4).transpose(0, 1)
+        assert torch.equal(Exchange(None, rank=0, size=1).to_tokens(by_head), by_head)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("axis", ["shard", "sequence"])

@@ -187,6 +187,23 @@ def test_old_checkpoints_are_removed(cache, tmp_path):
     assert names == ["step_0000003", "step_0000004"]
 
 
+def test_checkpoints_of_every_so_many_steps_stay(tmp_path):
+    for step in range(1, 7):
+        (tmp_path / f"checkpoints/step_{step:07d}").mkdir(parents=True)
+    ckpt.remove_old(tmp_path, keep=1, every=2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_0000002", "step_0000004", "step_0000006"]
+
+
+def test_a_checkpoint_takes_the_place_of_one_that_was_not_whole(tmp_path):
+    left = tmp_path / "checkpoints/step_0000003/model"
+    left.mkdir(parents=True)
+    with ckpt.new_checkpoint(tmp_path, 3) as folder:
+        (folder / "state.json").write_text("{}")
+    assert find_checkpoint(tmp_path).name == "step_0000003"
+    assert not left.exists()
+
+
 def test_checkpoints_are_numbered_not_named(tmp_path):
     for name in ("step_0000009", "step_9999999", "step_10000000", "step_old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
