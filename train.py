@@ -26,7 +26,7 @@ from moc.training import Metrics, Parallel, Trainer, Validator, dead_processes, 
 from moc.training.curves import draw_curves
 from moc.training.interruption import GOES_ON, TRIAL_ENDED, ending_at_signals, ignore_signals, leave_unfinished
 from models import build_model
-from models.checkpoints.seen import Seen
+from models.checkpoints.seen import Seen, share_without_captions
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
     run_folder, is_trial = config.run_folder, config.preflight
     checkpoint = parallel.of_main(lambda: begin(config))
     check_weights_fit(config, dataset, parallel)
+    without_captions = share_without_captions(config.data.drop_captions, checkpoint or config.model.path)
     torch.manual_seed(config.seed)
     model = build_model(config.model, dataset.latent_channels, dataset.text_dim)
     model.execution = config.execution
@@ -61,7 +62,7 @@ def _train(config: TrainConfig, dataset: Data, parallel: Parallel) -> bool:
 
     def save_extras(folder: Path) -> None:
         dataset.save_encoders(folder / "encoders")
-        Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots, config.data.drop_captions).write(folder)
+        Seen(dataset.sizes, dataset.frame_rates, dataset.max_shots, without_captions).write(folder)
         draw_curves(run_folder, read_metrics(run_folder))
 
     moc, schedule, optim, length = config.moc, MoCSchedule(config.schedule), config.optim, config.trainer

@@ -138,7 +138,10 @@ class Filmmaker:
 
     @property
     def sampler(self) -> SamplingConfig:
-        return self.config.sampler
+        """Returns how shots are sampled, whose guidance scale is a number."""
+        sampler = self.config.sampler
+        is_unguided = sampler.guidance_scale is None and self.seen.drop_captions == 0
+        return replace(sampler, guidance_scale=1.0 if is_unguided else sampler.usual_scale)
 
     @property
     def stream(self) -> StreamSpec:
@@ -190,7 +193,7 @@ class Filmmaker:
 
     def tell_unseen(self, script: Script) -> None:
         """Warns of what of a film the model never saw."""
-        is_guided = script.is_guided(self.sampler.guidance_scale)
+        is_guided = script.is_guided(self.sampler.usual_scale)
         words = self.encoders.text.unknown_words(script.captions)
         if unseen := self.seen.unseen(script.size, script.fps, len(script.shots), is_guided, words):
             logger.warning("%s was never trained on %s; expect less of the film", self.checkpoint, ", ".join(unseen))

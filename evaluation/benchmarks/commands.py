@@ -86,7 +86,7 @@ def data_jobs(f: Path) -> dict[str, Job]:
     words = f"encoders.text.path={f / 'world/vocabulary.txt'}"  # both sources of the mix use one text encoder
     return {
         "film by the kept model": Job(
-            ["sample.py", *friends, "sampler.steps=24", "sampler.guidance_scale=1"], (), f / "friends"
+            ["sample.py", *friends, "sampler.steps=24"], (), f / "friends"
         ),
         "demo": Job(["scripts/demo.py", f"output={f / 'demo'}"], (), f / "demo"),
         "make_storyworld": Job(["scripts/make_storyworld.py", *world], (), f / "world"),

@@ -304,7 +304,7 @@ class Bench:
         film_made = {"film": name, "impl": impl, "mode": mode, "processes": self.parallel.world_size}
         setup = {
             "weights": weights_in_words(config),
-            "top_k": config.moc.top_k, "guidance_scale": config.sampler.guidance_scale,
+            "top_k": config.moc.top_k, "guidance_scale": config.sampler.usual_scale,
             "context_shots": config.sampler.context_shots, "steps": config.sampler.steps,
             "tokens": sum(film.frames) * film.size[0] * film.size[1] // 4,
         }  # fmt: skip

@@ -59,12 +59,9 @@ def plan_steps(
 
 
 def guidance_scales(step: Step, story: Story, config: SamplingConfig, is_high: bool = False) -> dict[int, float]:
-    """Returns the guidance scale of each shot that moves; 1 is without. is_high: of the high-noise expert.
-
-    A shot's own scale counts for both experts.
-    """
-    high = config.high_noise_guidance_scale
-    default = high if is_high and high is not None else config.guidance_scale
+    """Returns the guidance scale of each shot that moves; 1 is without. is_high: of the high-noise expert. A shot's own
+    scale counts for both experts."""
+    default = (config.high_noise_guidance_scale if is_high else None) or config.usual_scale
     own = story.guidance or [None] * len(story.shapes)
     lowest, highest = config.guidance_interval
     chosen = {index: default if (scale := own[index]) is None else scale for index in step.moving}

@@ -17,7 +17,8 @@ class SamplingConfig:
     steps: the number of steps of each shot.
     solver: how a step is taken: `euler`, or `unipc` or `dpmpp` of diffusers, which need fewer steps.
     dense_steps: how many of a shot's first steps have dense attention.
-    guidance_scale: how strongly the prompt guides; 1 is without guidance.
+    guidance_scale: how strongly the prompt guides; 1 is without guidance. null is 5, but 1 where the checkpoint tells
+        that no caption was ever dropped in its training.
     high_noise_guidance_scale: the scale of the high-noise expert of a pair; null is guidance_scale.
     guidance_interval: the lowest and the highest noise level with guidance; outside the scale is 1, and a step asks the
         model once (arXiv 2404.07724).
@@ -36,7 +37,7 @@ class SamplingConfig:
     steps: int = 50
     solver: SolverKind = SolverKind.euler
     dense_steps: int = 0
-    guidance_scale: float = 5.0
+    guidance_scale: float | None = None
     high_noise_guidance_scale: float | None = None
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     lag: float = 1.0
@@ -64,6 +65,11 @@ class SamplingConfig:
             raise UserError(f"sampler.history_sigma={self.history_sigma} must lie in [0, 1)")
         check_least(self, "sampler", 1, "context_shots", null="all")
         check_seed(self, "sampler")
+
+    @property
+    def usual_scale(self) -> float:
+        """Returns the guidance scale of shots without one of their own."""
+        return 5.0 if self.guidance_scale is None else self.guidance_scale
 
     @property
     def keeps_history(self) -> bool:

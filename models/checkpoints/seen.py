@@ -1,5 +1,5 @@
 """What a checkpoint was trained on is kept beside its weights in films.json: sampling takes its size and frame rate
-from there, and tells of what the model never saw."""
+from there, and whether to guide, and tells of what the model never saw."""
 
 import json
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ MOST_WORDS = 8  # so many unknown words are named
 @dataclass(frozen=True)
 class Seen:
     """These are the sizes (height, width) and frame rates of the films that a model was trained on, the most usual
-    first, how many shots a sample had at most, and the share of samples that lost their captions; nothing where that is
-    not known."""
+    first, how many shots a sample had at most, and the share of samples that lost their captions in the latest training
+    that dropped any; nothing where that is not known."""
 
     sizes: Sequence[Sequence[int]] = ()
     fps: Sequence[float] = ()
@@ -62,6 +62,14 @@ class Seen:
             more = f" and {len(words) - MOST_WORDS} more" if len(words) > MOST_WORDS else ""
             told.append(f"the words {', '.join(map(repr, words[:MOST_WORDS]))}{more}")
         return told
+
+
+def share_without_captions(rate: float, source: Path | str | None) -> float | None:
+    """Returns `Seen.drop_captions` of a training that drops captions at a rate, and that began from the checkpoint or
+    model `source`, or from fresh weights (None)."""
+    if rate or source is None:
+        return rate
+    return Seen.read(Contents.at(source)).drop_captions
 
 
 def is_untrained(contents: Contents, moc: MoCConfig) -> bool:

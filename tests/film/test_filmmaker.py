@@ -20,9 +20,9 @@ from moc import MoCConfig
 from moc.diffusion import SamplingConfig
 from moc.errors import Refusals, UserError
 from models.checkpoints.contents import Contents
-from models.checkpoints.seen import Seen
+from models.checkpoints.seen import Seen, share_without_captions
 from tests.film.filming import SHOT, STORY, contents, film_of, killed_after, killed_at, open_filmmaker, times_killed
-from tests.pipeline import stamps
+from tests.pipeline import stamps, train
 
 
 @pytest.mark.parametrize("lag", [0.0, 0.5, 1.0])
@@ -148,6 +148,31 @@ def test_guidance_that_a_model_never_learnt_is_told(trained, write, tmp_path, ca
         filmmaker = Filmmaker(FilmmakerConfig(str(model), encoders_path=str(trained), device="cpu", sampler=sampler))
         filmmaker.tell_unseen(filmmaker.read(write(STORY | {"shots": [shot]})))
         assert ("sampler.guidance_scale=1 films without it" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize(
+    ("dropped", "given", "scale"), [(0.0, None, 1.0), (0.1, None, 5.0), (None, None, 5.0), (0.0, 3.0, 3.0)]
+)
+def test_a_model_that_never_lost_a_caption_films_without_guidance(trained, write, tmp_path, dropped, given, scale):
+    model = shutil.copytree(trained / "checkpoints/step_0000003/ema", tmp_path / "model")
+    Seen(drop_captions=dropped).write(model)
+    sampler = SamplingConfig(steps=1, guidance_scale=given)
+    filmmaker = Filmmaker(FilmmakerConfig(str(model), encoders_path=str(trained), device="cpu", sampler=sampler))
+    plan = filmmaker.plan(filmmaker.read(write(STORY)))
+    assert filmmaker.request(plan)["sampler"]["guidance_scale"] == scale
+    assert filmmaker.with_sampler(steps=2).sampler.guidance_scale == scale
+    assert filmmaker.estimate(plan).forwards == (5 if scale == 1 else 10)
+
+
+def test_what_a_training_began_from_tells_of_dropped_captions_too(trained, prepared, tmp_path):
+    """A run that drops none is guided as before where the weights that it began from were trained to be."""
+    assert Seen.read(Contents(trained)).drop_captions == 0.1
+    settings = ("data.drop_captions=0", "data.validation=0", "trainer.num_steps=4")
+    for name, start, share in (("on", f"resume={trained}", 0.1), ("anew", "resume=none", 0.0)):
+        run = train(prepared, tmp_path / name, start, *settings)
+        assert Seen.read(Contents(run)).drop_captions == share
+    assert share_without_captions(0.0, tmp_path) is None
+    assert share_without_captions(0.3, trained) == 0.3
 
 
 def test_seen_says_nothing_where_nothing_is_known(tmp_path):
