@@ -87,7 +87,6 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     """Returns the tables below the film, by their heading: what it cost, how it was sampled and with what."""
     cost, sampler = record["estimate"], record["sampler"]
     saving = cost["dense_flops"] / max(cost["flops"], 1)
-    sampling = {name: sampler[name] for name in ("steps", "guidance_scale", "lag") if name in sampler}
     seeds = sorted({shot["seed"] for shot in record["script"]["shots"] if "video" not in shot})
     return {
         "Cost": {
@@ -100,9 +99,11 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
             "device": record["device"],
         },
         "Sampling": {
-            **{name.replace("_", " "): str(value) for name, value in sampling.items()},
+            "steps": str(sampler["steps"]),
+            "guidance scale": str(sampler["guidance_scale"]),
+            "order": _order(sampler["lag"]),
             "noise shift": str(record["flow"].get("shift", "")),
-            "attention": ", ".join(f"{name} {value}" for name, value in _changed(record["moc"]).items()),
+            "attention": _attention(record["moc"]),
             "precision": record["precision"].removeprefix("torch."),
             "seeds" if len(seeds) > 1 else "seed": ", ".join(map(str, seeds)),
         },
@@ -114,9 +115,20 @@ def _facts(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     }
 
 
-def _changed(moc: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of attention that say most."""
-    return {name: moc[name] for name in ("dense", "chunk_tokens", "top_k", "causal") if name in moc}
+def _order(lag: float) -> str:
+    """Returns in words which shots are sampled at a time (`SamplingConfig.lag`)."""
+    if lag in (0, 1):
+        return "one shot after another" if lag else "all shots at once"
+    return f"each shot begins {lag:.0%} of its steps after the one before it"
+
+
+def _attention(moc: dict[str, Any]) -> str:
+    """Returns in words what a token attends to (`MoCConfig.to_dict`)."""
+    if moc["dense"]:
+        return "dense: each token attends to all others"
+    where = "earlier in the film" if moc["causal"] else "anywhere in the film"
+    chunks = f"{count_of(moc['top_k'], 'chunk')} of about {count_of(moc['chunk_tokens'], 'token')}"
+    return f"Mixture of Contexts: each token chooses {chunks}, {where}"
 
 
 def _counts_of_shots(counts: Tensor, filmed: list[int]) -> Tensor:

@@ -14,6 +14,7 @@ from film.filmmaker import Filmmaker, FilmmakerConfig
 from film.folder import FilmFolder
 from film.plan import plan_film
 from film.script import ScriptShot
+from moc import MoCConfig
 from moc.diffusion import SamplingConfig
 from tests.film.made_up import MeanCodec, script
 
@@ -103,6 +104,17 @@ def test_a_page_tells_cost_and_origin(film):
     assert "seed 5" in words
     assert "seeds0, 5" in words.replace("seeds 0", "seeds0")
     assert f"looks to 1 ({round(100 * record['routing'][1][0])} %)" in words
+    assert "each token chooses 2 chunks of about 6 tokens, earlier in the film" in words
+    assert "one shot after another" in words
+    assert "chunk_tokens" not in words
+
+
+def test_a_page_tells_in_words_how_shots_were_sampled():
+    assert page._attention(MoCConfig(dense=True).to_dict()) == "dense: each token attends to all others"
+    told = page._attention(MoCConfig(top_k=1, chunk_tokens=20, causal=False).to_dict())
+    assert told == "Mixture of Contexts: each token chooses 1 chunk of about 20 tokens, anywhere in the film"
+    assert [page._order(lag) for lag in (0.0, 1.0)] == ["all shots at once", "one shot after another"]
+    assert page._order(0.3) == "each shot begins 30% of its steps after the one before it"
 
 
 def test_a_given_shot_has_no_seed_and_one_thing_is_no_plural(trained, film, tmp_path):
