@@ -29,7 +29,8 @@ class VideoIndex:
     """An index is what one full decode of a video found. pts: timestamp of each frame in stream units; None where the
     file has no usable ones (then frames are reached by decoding from the start). times: seconds, from 0. stamp_fault:
     how the file's time stamps were mended, or "". hdr: "PQ" or "HLG" where its brightness is coded for HDR, or "".
-    pixel_aspect: width to height of a pixel as it is stored, such as "64:45", or "" for square ones."""
+    pixel_aspect: width to height of a pixel as it is stored, such as "64:45", or "" for square ones. interlaced:
+    whether most frames are two fields of other times."""
 
     height: int
     width: int
@@ -39,6 +40,7 @@ class VideoIndex:
     stamp_fault: str = ""
     hdr: str = ""
     pixel_aspect: str = ""
+    interlaced: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -93,7 +95,7 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
     """
     path = Path(path)
     stamps: list[int | None] = []
-    height = width = 0
+    height = width = num_interlaced = 0
     hdr = ""
     with opened(path) as (container, stream):
         fps, time_base = float(stream.average_rate or stream.guessed_rate or 0), stream.time_base
@@ -114,6 +116,7 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
                         "size-change", path, f"frame {i} is not {height}x{width} as frame 0; split the file there"
                     )
                 stamps.append(frame.pts)
+                num_interlaced += frame.interlaced_frame
                 if on_frame:
                     on_frame(frame)
         except av.error.FFmpegError as error:
@@ -122,7 +125,8 @@ def index_video(path: str | Path, on_frame: Callable[[av.VideoFrame], None] | No
             ) from error
     if not stamps:
         raise DataError("no-frames", path, f"no frame decodes; {FETCH_AGAIN}")
-    return replace(_index(stamps, height, width, fps, time_base), hdr=hdr, pixel_aspect=pixel_aspect)
+    found = _index(stamps, height, width, fps, time_base)
+    return replace(found, hdr=hdr, pixel_aspect=pixel_aspect, interlaced=num_interlaced > len(stamps) / 2)
 
 
 def _pixel_aspect(ratio: Fraction | None) -> str:

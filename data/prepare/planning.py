@@ -102,7 +102,8 @@ def _detected_shots(scene: SceneRecord, spans: Sequence[Span]) -> list[ShotRecor
 
 def doubts(scene: SceneRecord, scan: Scan | None, sizes: Sequence[tuple[int, int]]) -> list[DataError]:
     """Returns what a person should look at, though the scene is used: no caption, fewer frames than claimed, stamps
-    that were mended, another rate, HDR, pixels that are not square, a size below that of `sizes` that it takes."""
+    that were mended, another rate, HDR, pixels that are not square, fields for frames, a size below that of `sizes`
+    that it takes."""
     found = []
     if not any(text.strip() for caption in _captions(scene) for text in captions(caption)):
         found.append(DataError("empty-caption", scene.where, "neither the scene nor any shot has a caption"))
@@ -125,6 +126,9 @@ def doubts(scene: SceneRecord, scan: Scan | None, sizes: Sequence[tuple[int, int
     if index.pixel_aspect:
         said = f"{scene.video} has pixels of {index.pixel_aspect}, which are read as if they were square"
         found.append(DataError("anamorphic", scene.where, f"{said}; scale it to square pixels first"))
+    if index.interlaced:
+        said = f"{scene.video} is interlaced and is read as if it were not, with combs where anything moves"
+        found.append(DataError("interlaced", scene.where, f"{said}; deinterlace it first"))
     height, width = nearest_size(index.height, index.width, sizes)
     enlarged = max(height / index.height, width / index.width)
     if enlarged > _MOST_ENLARGED:

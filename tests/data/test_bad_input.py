@@ -325,6 +325,16 @@ def test_a_film_of_pixels_that_are_not_square_is_told(tmp_path, ratio, told):
         assert all("film.mkv has pixels of 64:45" in doubt.message for doubt in found)
 
 
+@pytest.mark.parametrize("flags", ["", "+ildct+ilme"])
+def test_an_interlaced_film_is_told(tmp_path, flags):
+    write_numbered(tmp_path / "film.mkv", 5, options={"flags": flags} if flags else {})
+    scene = SceneRecord(id="film", video="film.mkv", caption="A film.")
+    for _ in range(2):  # the second time from its record
+        found = doubts(scene, scan_video(tmp_path, "film.mkv", tmp_path / "scans", None), [(32, 80)])
+        assert [doubt.kind for doubt in found] == ["interlaced"] * bool(flags)
+        assert all("film.mkv is interlaced" in doubt.message for doubt in found)
+
+
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
