@@ -164,10 +164,10 @@ class ShotLayout:
         other.sample_position = move(other.sample_position, self.device)
         return other
 
-    def copied(self) -> "ShotLayout":
-        """Returns the same layout with a `sample_position` of its own, in which other positions can be written."""
+    def copied(self, sample_position: Tensor | None = None) -> "ShotLayout":
+        """Returns the same layout with another `sample_position`, by default a copy, in which others can be written."""
         other = self._alike()
-        other.sample_position = self.sample_position.clone()
+        other.sample_position = self.sample_position.clone() if sample_position is None else sample_position
         return other
 
     def is_stream_of(self, samples: tuple[tuple[int, tuple[Shot, ...]], ...], chunk_tokens: int) -> bool:

@@ -89,8 +89,8 @@ def _route_each_sample(q: Tensor, k: Tensor, layout: ShotLayout, config: MoCConf
     streams = layout.memo("samples alone", lambda: _samples_alone(layout))
     tables, first_chunk = [], 0
     for number, (start, end) in enumerate(layout.sample_ranges):
-        stream = streams[number].copied()
-        stream.sample_position = layout.sample_position[number : number + 1]  # its values change under a CUDA graph
+        # It is no copy, since its values change under a CUDA graph.
+        stream = streams[number].copied(layout.sample_position[number : number + 1])
         routes = route(q[start:end], k[start:end], stream, config, drops)
         tables.append(torch.where(routes < 0, routes, routes + first_chunk))
         first_chunk += stream.num_chunks

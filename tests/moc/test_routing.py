@@ -58,6 +58,17 @@ def test_several_means_route_a_pack_as_its_samples_at_their_positions():
         assert torch.equal(route(q, k, copied, config, drops=drops), torch.cat(expected, dim=1))
 
 
+def test_positions_are_not_copied_to_route_each_sample(monkeypatch):
+    """A copy would be a launch for each sample and layer."""
+    pack = moc.ShotLayout.pack([moc.ShotLayout.build([moc.Shot(0, (2, 2, 2))] * 2, chunk_tokens=4)] * 2)
+    config, (q, k, _), clone = moc.MoCConfig(descriptor_subchunks=2), attention_tensors(pack), torch.Tensor.clone
+    cloned = []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, **given: cloned.append(x) or clone(x, **given))
+    route(q, k, pack, config)
+    assert cloned == []
+    assert pack.copied().sample_position is not pack.sample_position
+
+
 def test_several_means_find_a_key_that_one_mean_hides():
     """Chunk 0 has one key that matches among its opposites, chunk 1 has none that does."""
     layout = moc.ShotLayout.build([moc.Shot(0, (2, 1, 4)), moc.Shot(0, (1, 1, 4))], chunk_tokens=4)
