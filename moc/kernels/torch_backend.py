@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from moc.config import MoCConfig
+from moc.errors import UserError
 from moc.execution import AUTO, Execution
 from moc.kept import Kept
 from moc.kernels import anchors, dense, masked
 from moc.kernels.anchors import AnchorPlan
 from moc.kernels.dense import DenseKernel, Lengths
+from moc.kernels.packed import MAX_RUNS
 from moc.layout import ShotLayout
 from moc.move import move
 from moc.routing import route
@@ -28,7 +30,6 @@ from moc.routing import route
 __all__ = ["attend", "route"]
 
 MAX_ELEMENTS = 1 << 29  # the most numbers of gathered queries held at a time; FA2 faults past 2^31
-MAX_SEQUENCES = 65535  # one FA2 call takes no more
 
 
 def attend(
@@ -89,7 +90,7 @@ class _Lists:
 def _lists(routes: Tensor, num_chunks: int, head_dim: int) -> Iterator[_Lists]:
     num_heads, num_tokens, num_slots = routes.shape
     block = MAX_ELEMENTS // max(1, num_tokens * num_slots * head_dim)
-    block = max(1, min(num_heads, block, MAX_SEQUENCES // num_chunks))
+    block = max(1, min(num_heads, block, MAX_RUNS // num_chunks))
     for first in range(0, num_heads, block):
         table = routes[first : first + block].long()
         heads = len(table)
@@ -225,6 +226,11 @@ class _VarLen:
 
     @staticmethod
     def _lengths(lists: _Lists, layout: ShotLayout) -> Lengths:
+        if len(lists.starts) > MAX_RUNS + 1:  # of one head: a head block of several is small enough
+            raise UserError(
+                f"a pack has {layout.num_chunks} chunks, and one call of FlashAttention takes {MAX_RUNS} at most: "
+                "raise moc.chunk_tokens, pack fewer shots, or take execution.backend=triton"
+            )
         chunk_starts = layout.chunk_cu_seqlens
         by_head = chunk_starts[:-1] + layout.num_tokens * torch.arange(
             lists.num_heads, device=chunk_starts.device, dtype=torch.int32

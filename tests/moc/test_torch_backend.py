@@ -1,5 +1,6 @@
 """Backend `torch`, masked and unmasked, equals the reference and repeats."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 
 import moc
+from moc.errors import UserError
 from moc.kernels import masked, torch_backend
 from tests.moc.against_reference import DROPS, assert_equal_to_reference
 from tests.moc.test_reference import two_samples
@@ -46,6 +48,20 @@ def test_torch_in_lower_precision(dtype, tolerance):
     q, k, _ = attention_tensors(layout)
     routes = moc.route(q, k, layout, config)
     assert_equal_to_reference(torch_backend.attend, layout, config, routes, dtype, tolerance, head_dim=32)
+
+
+def test_more_chunks_than_one_call_takes_are_refused(monkeypatch):
+    """Only kernels of GPUs take many lists in one call."""
+    layout, config = two_samples(), moc.MoCConfig(top_k=2)
+    q, k, _ = attention_tensors(layout)
+    routes = moc.route(q, k, layout, config)
+    for most, is_refused in ((layout.num_chunks, False), (layout.num_chunks - 1, True)):
+        monkeypatch.setattr(torch_backend, "MAX_RUNS", most)
+        (lists, *_) = torch_backend._lists(routes, layout.num_chunks, 4)
+        with (
+            pytest.raises(UserError, match=f"{layout.num_chunks} chunks.*chunk_tokens") if is_refused else nullcontext()
+        ):
+            torch_backend._VarLen._lengths(lists, layout)
 
 
 def test_torch_a_few_heads_at_a_time_is_the_same(monkeypatch):
