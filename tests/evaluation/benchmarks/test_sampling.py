@@ -28,7 +28,7 @@ def test_a_film_is_one_first_step_and_so_many_usual_ones_of_each_stream():
 
 def test_names_that_are_none_are_refused():
     for wrong in ({"films": ["long"]}, {"impls": ["fast"]}, {"modes": ["backwards"]}):
-        with pytest.raises(UserError, match="say some of"):
+        with pytest.raises(UserError, match="choose among"):
             SamplingBenchmarkConfig(**wrong)
 
 
