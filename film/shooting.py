@@ -158,8 +158,6 @@ class Shooting:
         frames: Iterator[np.ndarray] = (frame for piece in pieces for frame in piece)
         shown, video = islice(frames, self.plan.num_frames[number - 1]), self.video
         self.folder.write_shot(number, shown, self.plan.script.fps, video.codec, video.crf)
-        for _ in frames:  # decodes the frames past the shot's end, which are not shown
-            pass
 
 
 @contextmanager

@@ -206,10 +206,12 @@ def test_described_captions_are_encoded_as_each_alone():
 
 def test_latents_are_the_codecs_of_each_shot(world):
     scenes = draw_scenes(CONFIG, [9])
-    encoded = world.encode(scenes)
-    one_by_one = torch.stack([world.codec.encode(frames) for frames in world.stock.compose(scenes).frames])
+    encoded, composed = world.encode(scenes), world.stock.compose(scenes)
+    one_by_one = torch.stack([world.codec.encode(frames) for frames in composed.frames])
     torch.testing.assert_close(encoded.latents[0], one_by_one)
     assert encoded.cover.shape == (1, CONFIG.shots, *one_by_one.shape[2:])
+    shown = composed.cover.mean((-2, -1))  # the character's share of each frame, the first of which is a latent frame
+    torch.testing.assert_close(encoded.cover[0].mean((-2, -1)), torch.stack([shown[:, 0], shown[:, 1:].mean(1)], 1))
 
 
 def test_scenes_may_have_more_shots_than_the_worlds(world):
@@ -242,6 +244,9 @@ def test_held_out_scenes_are_no_training_scenes(world):
     assert batch.num_shots == 3 * CONFIG.shots
     trained = next(iter(loader))[0].latents
     assert not any(torch.equal(a, b) for a, b in zip(batch.latents, trained, strict=False))
+    ranks = [EndlessLoader(world, StreamSpec(), 6, 1000, validation=3, rank=n, world_size=2) for n in range(2)]
+    shares = [[position for batch in rank.held_out() for position in batch.layout.positions] for rank in ranks]
+    assert shares == [[0, 2], [1]]
 
 
 def test_what_does_not_fit_is_told(world):

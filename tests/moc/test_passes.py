@@ -16,6 +16,20 @@ from tests.caches import CHANNELS, TEXT_DIM
 from tests.runs import make_trainer
 
 
+def test_a_shot_that_is_no_target_has_no_loss_and_adds_no_gradient(tmp_path):
+    trainer = make_trainer(tmp_path)
+    one = batch(trainer.bare_model.stream, (1, 2))
+    found = {}
+    for targets in ([True, True], [False, True], [False, False]):
+        levels = NoiseLevels(torch.tensor([0.3, 0.8]), torch.tensor(targets))
+        losses = trainer._pass(one, levels, torch.tensor(0.5), 0, trainer.moc, None, lambda phase: None)
+        assert (losses != 0).tolist() == targets
+        found[sum(targets)] = [weight.grad for weight in trainer.bare_model.parameters()]
+        trainer.optimizer.zero_grad()
+    assert not any(grad.any() for grad in found[0])
+    assert any(not torch.equal(*pair) for pair in zip(found[1], found[2], strict=True))
+
+
 @pytest.fixture
 def pools(monkeypatch):
     """Yields the pool of each graph that is captured."""
