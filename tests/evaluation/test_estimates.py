@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_ind
 
 from evaluation.estimates import estimate, share_interval, wilson
+from evaluation.films.scores import difference
 
 
 def test_wilson_interval():
@@ -55,3 +56,14 @@ def test_error_bars_are_students():
     assert str(few) == f"{values[:4].mean():.4f}"
     assert not math.isnan(few.draws)
     assert math.isnan(estimate(values[:, :4]).draws)
+
+
+def test_differences_have_welchs_interval():
+    one, other = torch.tensor([0.9, 0.8, 0.85, 0.8, 0.9]), torch.tensor([0.5, 0.7, 0.6, 0.5, 0.7, 0.6])
+    found = difference(one, other)
+    assert found["mean"] == pytest.approx(0.25)
+    low, high = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
+    assert found["half"] == pytest.approx((high - low) / 2, abs=1e-4)
+    assert difference(one[:1].repeat(5), other[:1].repeat(5))["half"] == 0
+    assert difference(one, other[:4]) == {"mean": pytest.approx(0.275), "half": None}
+    assert difference(one, other[:0]) is None

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import ttest_ind
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerFast
 
@@ -20,7 +19,7 @@ from data.prepare.shots import build_detector
 from evaluation.films.consistency import Consistency, fidelity, returns, within
 from evaluation.films.cuts import cut_accuracy
 from evaluation.films.features import Clip, ColourHistogram, Dino
-from evaluation.films.scores import average, cuts, difference, measure, scores
+from evaluation.films.scores import average, cuts, measure, scores
 from evaluation.films.shown import Film, ShownShot, names_by_shot, open_film, read_schedule
 from evaluation.films.speed_and_drift import appearance, drift, speed
 from film.folder import FilmFolder, FilmProgress
@@ -388,14 +387,3 @@ def test_films_that_are_not_whole_are_named_before_any_is_judged(films, tmp_path
     said = pipeline.refusal(capsys, "scripts/evaluate.py", *arguments)
     wrong = [f"{folder}: holds no whole film" for folder in (begun, again, tmp_path / "none")]
     pipeline.assert_refused(said, *wrong)
-
-
-def test_differences_have_welchs_interval():
-    one, other = torch.tensor([0.9, 0.8, 0.85, 0.8, 0.9]), torch.tensor([0.5, 0.7, 0.6, 0.5, 0.7, 0.6])
-    found = difference(one, other)
-    assert found["mean"] == pytest.approx(0.25)
-    low, high = ttest_ind(one, other, equal_var=False).confidence_interval(0.95)
-    assert found["half"] == pytest.approx((high - low) / 2, abs=1e-4)
-    assert difference(one[:1].repeat(5), other[:1].repeat(5))["half"] == 0
-    assert difference(one, other[:4]) == {"mean": pytest.approx(0.275), "half": None}
-    assert difference(one, other[:0]) is None
