@@ -172,6 +172,7 @@ def _parse(raw: dict[str, Any], path: Path) -> Script:
     if not isinstance(shots, list) or not shots:
         raise DataError("bad-script", f"{path} shots", "there is no shot; give a list of at least one")
     made = [_shot(shot, f"{path} shots[{index}]", path.parent) for index, shot in enumerate(shots)]
+    _check_scenes([shot.scene for shot in made], path)
     if all(shot.video for shot in made):
         raise DataError("bad-script", f"{path} shots", "every shot is a given video; leave one at least to be made")
     return Script(
@@ -264,3 +265,11 @@ def _scene(raw: Any, where: str) -> tuple[int, int] | None:
     if not isinstance(raw, list | tuple) or len(raw) != 2 or not all(type(x) is int and 0 < x < 1000 for x in raw):
         raise DataError("bad-script", where, f"{raw!r} is not [scene, shot], two whole numbers from 1 to 999")
     return raw[0], raw[1]
+
+
+def _check_scenes(scenes: Sequence[tuple[int, int] | None], path: Path) -> None:
+    """Raises DataError where two shots have the same scene, by which their videos are named."""
+    for index, scene in enumerate(scenes):
+        if scene and (first := scenes.index(scene)) < index:
+            taken = f"{list(scene)} is that of shots[{first}] too; number one of them otherwise"
+            raise DataError("bad-script", f"{path} shots[{index}].scene", taken)

@@ -329,6 +329,7 @@ BAD = {
         "not a list of names",
     ),
     "scene of one": (ours(shots=[SHOT | {"scene": [1]}]), r"shots\[0\]\.scene", "two whole numbers"),
+    "scene twice": (ours(shots=[SHOT, *[SHOT | {"scene": [1, 2]}] * 2]), r"shots\[2\]\.scene", r"shots\[1\] too"),
     "scene a path": (ours(shots=[SHOT | {"scene": ["../x", 1]}]), r"shots\[0\]\.scene", "two whole numbers"),
     "schedule of no shot": (EPISODE | {"entity_schedule": {"2:1": {}}}, "entity_schedule", "unknown field '2:1'"),
     "schedule a list": (EPISODE | {"entity_schedule": []}, "entity_schedule", "not a mapping of scene:shot"),
