@@ -138,7 +138,8 @@ def _over_training(axes: Axes, rows: list[dict], starts: list[str | None]) -> No
         "the share of that mass on its routes",
     )
     for row in rows:
-        steps, *values = zip(*remembering(row), strict=True) if remembering(row) else [()] * 4
+        points = remembering(row)
+        steps, *values = zip(*points, strict=True) if points else [()] * 4
         marker = MARKERS[starts.index(row.get("start")) % len(MARKERS)]
         for number, shares in enumerate(values):
             axes.plot(steps, shares, marker, linestyle="-", markersize=5, color=f"C{number}")

@@ -42,7 +42,7 @@ def write_report(rows: list[dict], output: Path) -> None:
     write_whole(output.with_suffix(".md"), tables(rows).encode())
     compared = _compared(rows)
     # Rows that stand side by side are short and have a plot of their own.
-    draw([row for row in rows if all(row is not other for other in compared)] or rows, output.with_suffix(".png"))
+    draw([row for row in rows if row not in compared] or rows, output.with_suffix(".png"))
     if compared:
         draw_compared(compared, output.with_name(f"{output.stem}_rows.png"))
     if any("mass" in row for row in rows):

@@ -67,9 +67,8 @@ class Film:
 FILMS = {
     "paper": Film((36,) * 8, (40, 64), 1280),
     "wan": Film((31,) + (30,) * 7, (60, 104), 1560),
-    "wan_12": Film(
-        (21,) + (20,) * 11, (60, 104), 1560
-    ),  # as many frames, in shots no longer than those Wan was trained on
+    # As many frames, in shots no longer than those that Wan was trained on.
+    "wan_12": Film((21,) + (20,) * 11, (60, 104), 1560),
     "wan_81": Film((21,) * 2, (60, 104), 1560),  # two shots of 81 frames
     "tiny": Film((2,) * 3, (4, 6), 6),  # only to try the benchmark
 }
